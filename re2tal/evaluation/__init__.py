@@ -1,0 +1,1 @@
+"""From detections to suppressed detections, results files and mAP."""

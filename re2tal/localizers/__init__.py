@@ -1,0 +1,1 @@
+"""One file per localizer; LOCALIZERS lists them."""

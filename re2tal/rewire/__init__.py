@@ -1,0 +1,1 @@
+"""From a stock residual network to rewired stages that the engine can run."""

@@ -1,0 +1,147 @@
+"""The only types that cross package borders, and the one class that turns grid steps into seconds.
+
+    seconds = start_seconds + steps * seconds_per_step        (Timeline; clamped to the video)
+
+Shapes: B batch, T time, C channels, H W pixels, L levels, N detections, K classes. Masks are True where data is valid.
+`Features` and `Pyramid` are named tuples because they leave `nn.Module.forward`, and DeepSpeed's ZeRO-3 hooks look for
+tensors in tuples only.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+Steps = TypeVar("Steps", float, Tensor)
+
+
+@dataclass(frozen=True, slots=True)
+class Action:
+    """One annotated action: what happens from `start_seconds` to `end_seconds`."""
+
+    start_seconds: float
+    end_seconds: float
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class VideoRecord:
+    """One annotated video."""
+
+    video_id: str
+    subset: str
+    duration_seconds: float
+    actions: tuple[Action, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """Where a grid of time steps lies in a video: step 0 is at `start_seconds`.
+
+    Seconds are clamped to [0, duration_seconds]; steps may be fractional.
+    """
+
+    start_seconds: float
+    seconds_per_step: float
+    duration_seconds: float
+
+    def __post_init__(self) -> None:
+        for name in ("start_seconds", "seconds_per_step", "duration_seconds"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"Timeline.{name} is {getattr(self, name)}; give a finite number of seconds")
+        if self.seconds_per_step <= 0 or self.duration_seconds <= 0:
+            raise ValueError(f"Timeline needs positive seconds_per_step and duration_seconds, got {self}")
+
+    def to_seconds(self, steps: Steps) -> Steps:
+        """Grid steps (float or any tensor) -> seconds, clamped to the video."""
+        seconds = self.start_seconds + steps * self.seconds_per_step
+        if isinstance(seconds, Tensor):
+            return seconds.clamp(0.0, self.duration_seconds)
+        return min(max(seconds, 0.0), self.duration_seconds)
+
+    def to_steps(self, seconds: Steps) -> Steps:
+        """Seconds (float or any tensor) -> fractional grid steps; seconds are clamped to the video first."""
+        if isinstance(seconds, Tensor):
+            return (seconds.clamp(0.0, self.duration_seconds) - self.start_seconds) / self.seconds_per_step
+        return (min(max(seconds, 0.0), self.duration_seconds) - self.start_seconds) / self.seconds_per_step
+
+    def coarsen(self, factor: float) -> Timeline:
+        """The same stretch on a grid whose steps are `factor` times as long."""
+        return replace(self, seconds_per_step=self.seconds_per_step * factor)
+
+
+@dataclass(frozen=True, slots=True)
+class ClipBatch:
+    """B clips, as they leave the data path: undecorated uint8, to be augmented and normalised on the device.
+
+    `timelines[b]` counts frames of clip b: frame t is shown at `timelines[b].to_seconds(t)`. `actions[b]` lists the
+    actions inside clip b, in seconds of the whole video. (video_ids[b], window_ids[b]) names a clip uniquely within an
+    epoch. `valid[b]` is False for a clip that stands in for one that could not be decoded, or that pads the last batch
+    of an evaluation: it keeps the number of steps equal on all ranks and must be ignored.
+    """
+
+    frames: Tensor
+    """(B, 3, T, H, W) uint8, RGB"""
+    frame_mask: Tensor
+    """(B, T) bool"""
+    actions: tuple[tuple[Action, ...], ...]
+    timelines: tuple[Timeline, ...]
+    video_ids: tuple[str, ...]
+    window_ids: tuple[int, ...]
+    valid: Tensor
+    """(B,) bool"""
+
+    def to(self, device: torch.device | str) -> ClipBatch:
+        """The same batch with its tensors on `device`; copies overlap with compute where the memory is pinned."""
+        return replace(
+            self,
+            frames=self.frames.to(device, non_blocking=True),
+            frame_mask=self.frame_mask.to(device, non_blocking=True),
+            valid=self.valid.to(device, non_blocking=True),
+        )
+
+    def pin_memory(self) -> ClipBatch:
+        """Called by torch's DataLoader when `pin_memory=True`."""
+        return replace(
+            self,
+            frames=self.frames.pin_memory(),
+            frame_mask=self.frame_mask.pin_memory(),
+            valid=self.valid.pin_memory(),
+        )
+
+
+class Features(NamedTuple):
+    """What a backbone gives a localizer."""
+
+    values: Tensor
+    """(B, C, T') float"""
+    mask: Tensor
+    """(B, T') bool"""
+
+
+class Pyramid(NamedTuple):
+    """Features at L temporal resolutions, finest first."""
+
+    levels: tuple[Tensor, ...]
+    """L tensors (B, C, T_l) float"""
+    masks: tuple[Tensor, ...]
+    """L tensors (B, T_l) bool"""
+
+
+@dataclass(frozen=True, slots=True)
+class Detections:
+    """N detections of one clip or one video, in seconds of the whole video."""
+
+    segments: Tensor
+    """(N, 2) float, start and end seconds"""
+    scores: Tensor
+    """(N,) float in [0, 1]"""
+    labels: Tensor
+    """(N,) int64, index into the localizer's classes"""
+
+    def __len__(self) -> int:
+        return self.scores.shape[0]
