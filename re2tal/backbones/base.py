@@ -8,6 +8,7 @@ A backbone maps normalised RGB frames to one feature vector per `frames_per_step
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+
 from torch import Tensor, nn
 
 from re2tal.structures import Features

@@ -1,4 +1,6 @@
-"""Finds and reads reference vectors: `$RE2TAL_PARITY_DIR`, else `../shared/parity` beside the repository, else `tests/parity/vectors/`.
+"""Finds and reads reference vectors.
+
+`$RE2TAL_PARITY_DIR`, else `../shared/parity` beside the repository, else `tests/parity/vectors/`.
 
 Cases are found by file name and `configs.json`, so that another folder of the same layout, with other numbers and
 configurations, runs unchanged.
