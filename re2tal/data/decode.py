@@ -9,6 +9,7 @@ opened it.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from io import BytesIO
 
@@ -16,6 +17,8 @@ import decord
 import numpy as np
 import torch
 from torch import Tensor
+
+decord.logging.set_level(decord.logging.QUIET)  # every failure raises; FFmpeg's own lines would only drown it
 
 
 class DecodeError(ValueError):
@@ -67,5 +70,6 @@ def _open(video_bytes: bytes) -> decord.VideoReader:
 
 
 def _reason(error: Exception) -> str:
-    """First line of a native error, cut short: decord may append a stack trace, or the bytes of the file itself."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+    """The native message without its time stamps and source lines, cut short: it may end in the file's own bytes."""
+    first_line = (str(error).splitlines() or [type(error).__name__])[0]
+    return re.sub(r"\[[\d:]+\] \S+:\d+: ", "", first_line)[:200]

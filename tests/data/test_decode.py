@@ -42,10 +42,11 @@ def test_bytes_that_are_no_video_are_refused(bad):
 
 
 def test_a_video_with_a_hole_is_refused_when_the_hole_is_read(video):
-    start, end = video.index(b"mdat") + 4, video.index(b"moov") - 4
+    end = video.index(b"moov") - 4
+    start = end // 2
     broken = video[:start] + bytes(end - start) + video[end:]
     assert count_frames(broken) == 300
-    with pytest.raises(DecodeError, match=r"a frame between 0 and 290 cannot be decoded"):
+    with pytest.raises(DecodeError, match=r"a frame between 0 and 290 cannot be decoded: "):
         decode_frames(broken, list(range(0, 300, 10)))
 
 
