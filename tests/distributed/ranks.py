@@ -1,0 +1,134 @@
+"""Runs a function, or any command, as N ranks on this machine: gloo, CPU, a free port, one process group per rank.
+
+    results = run_ranks(train, world_size=2, stage=3)      # train(stage=3) in every rank; one result per rank
+
+The function must be at the top level of its file (the ranks load that file by path), take JSON values as keyword
+arguments, and return what `torch.load(weights_only=True)` reads: tensors, numbers, strings, dicts and lists of them.
+It finds RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in its environment and starts its own process group.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TESTS = Path(__file__).resolve().parents[1]
+
+
+def run_ranks(function: Callable[..., Any], *, world_size: int, timeout_seconds: float = 120, **arguments: Any) -> list:
+    """`function(**arguments)` in `world_size` processes; what each returned, in order of rank.
+
+    RuntimeError with the output of the ranks if one fails or the time is up.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        call = [inspect.getfile(function), function.__qualname__, json.dumps(arguments), folder]
+        launch_ranks([sys.executable, __file__, *call], world_size=world_size, timeout_seconds=timeout_seconds)
+        return [torch.load(_result(folder, rank), weights_only=True) for rank in range(world_size)]
+
+
+def launch_ranks(
+    command: Sequence[str],
+    *,
+    world_size: int,
+    timeout_seconds: float = 120,
+    environment: Mapping[str, str] | None = None,
+) -> list[str]:
+    """`command` in `world_size` processes that can find each other; the output of each, in order of rank.
+
+    RuntimeError with the output of the ranks if one fails or the time is up; no process outlives the call.
+    """
+    shared = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")])),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": str(world_size),
+        "LOCAL_SIZE": str(world_size),
+        "OMP_NUM_THREADS": "1",
+        "DS_ACCELERATOR": "cpu",
+        "CUDA_VISIBLE_DEVICES": "",
+        **(environment or {}),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        logs = [Path(folder) / f"rank{rank}.log" for rank in range(world_size)]
+        processes = [_start(command, log, shared, rank) for rank, log in enumerate(logs)]
+        try:
+            failure = _wait(processes, timeout_seconds)
+        finally:
+            for process in processes:
+                _end(process)
+        outputs = [log.read_text(errors="replace") for log in logs]
+    if failure:
+        tails = "".join(f"\n--- rank {rank}\n{output[-4000:]}" for rank, output in enumerate(outputs))
+        raise RuntimeError(f"{failure}: {' '.join(command)}{tails}")
+    return outputs
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on just now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _start(command: Sequence[str], log: Path, shared: Mapping[str, str], rank: int) -> subprocess.Popen:
+    with log.open("w") as output:
+        return subprocess.Popen(
+            command,
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # so that _end reaches the rank's own children too
+        )
+
+
+def _wait(processes: Sequence[subprocess.Popen], timeout_seconds: float) -> str:
+    """What went wrong, or "" if all ended well. A failed rank leaves the others waiting: do not wait for them."""
+    deadline = time.monotonic() + timeout_seconds
+    while True:
+        codes = [process.poll() for process in processes]
+        failed = [f"rank {rank} ended with {code}" for rank, code in enumerate(codes) if code]
+        if failed or None not in codes:
+            return ", ".join(failed)
+        if time.monotonic() > deadline:
+            return f"not done after {timeout_seconds} s"
+        time.sleep(0.05)
+
+
+def _end(process: subprocess.Popen) -> None:
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def _result(folder: str, rank: int) -> Path:
+    return Path(folder) / f"rank{rank}.pt"
+
+
+def _run_one_rank(path: str, name: str, arguments: str, folder: str) -> None:
+    spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses of that file look their module up by name
+    spec.loader.exec_module(module)
+    torch.set_num_threads(1)
+    result = getattr(module, name)(**json.loads(arguments))
+    torch.save(result, _result(folder, int(os.environ["RANK"])))
+
+
+if __name__ == "__main__":
+    _run_one_rank(*sys.argv[1:])
