@@ -1,0 +1,124 @@
+"""Average recall against the average number of proposals (AR@AN) and the area under that curve; classes don't count.
+
+A truth is found at a threshold if any kept proposal reaches it: no one-to-one matching. With V videos that have a truth
+and AN_max proposals wanted per video, every video keeps the same share of its proposals, best first:
+
+    share = AN_max * V / (all proposals, those of other videos too),   kept = int(n * share)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from re2tal.evaluation.instances import Predictions, flatten_predictions, flatten_truths
+from re2tal.evaluation.protocols import TIOU_THRESHOLDS, Protocol, check_thresholds, find_protocol
+from re2tal.structures import Detections, VideoRecord
+
+
+@dataclass(frozen=True, slots=True)
+class RecallReport:
+    """Recall at T thresholds and P numbers of proposals."""
+
+    protocol: str
+    tiou_thresholds: tuple[float, ...]
+    recall: np.ndarray
+    """(T, P) float64 in [0, 1]"""
+    proposals_per_video: np.ndarray
+    """(P,) average number of proposals; the last is the number asked for"""
+
+    @property
+    def average_recall(self) -> np.ndarray:
+        """(P,) mean over thresholds."""
+        return self.recall.mean(axis=0)
+
+    @property
+    def auc(self) -> float:
+        """Area under average recall over proposals per video, by trapezoids, as a share of the last; in [0, 1]."""
+        return float(np.trapezoid(self.average_recall, self.proposals_per_video) / self.proposals_per_video[-1])
+
+    def at(self, num_proposals: float) -> float:
+        """AR@AN: average recall at the first point of the curve with at least `num_proposals` per video."""
+        reached = np.flatnonzero(self.proposals_per_video >= num_proposals - 1e-9)
+        if not reached.size:
+            raise ValueError(
+                f"AR@{num_proposals} was asked, the curve ends at {self.proposals_per_video[-1]:g} proposals"
+            )
+        return float(self.average_recall[reached[0]])
+
+    def to_json(self) -> dict[str, object]:
+        """The curve and its area, in types that `json` writes."""
+        return {
+            "protocol": self.protocol,
+            "auc": self.auc,
+            "average_recall": self.average_recall.tolist(),
+            "proposals_per_video": self.proposals_per_video.tolist(),
+        }
+
+
+def average_recall(
+    predictions: Mapping[str, Detections],
+    ground_truth: Sequence[VideoRecord],
+    *,
+    classes: Sequence[str],
+    protocol: Protocol | str,
+    tiou_thresholds: Sequence[float] = TIOU_THRESHOLDS["activitynet"],
+    proposals_per_video: int = 100,
+    blocked_videos: Collection[str] = (),
+) -> RecallReport:
+    """Recall of `predictions`, whatever their class, at 1 .. `proposals_per_video` proposals a video on average.
+
+    Arguments and errors as `mean_average_precision`; an unknown class is no error here. Without any proposal in a
+    video that has a truth, recall is 0. Source: ActivityNet's eval_proposal.
+    """
+    rules = find_protocol(protocol) if isinstance(protocol, str) else protocol
+    thresholds = check_thresholds(tiou_thresholds)
+    if proposals_per_video < 1:
+        raise ValueError(f"proposals_per_video is {proposals_per_video}; give at least 1")
+    truths = flatten_truths(ground_truth, protocol=rules, blocked_videos=blocked_videos)
+    proposals = flatten_predictions(predictions, truths, classes=classes, blocked_videos=blocked_videos)
+    num_points = 100 if rules.recall_points == "percent" else proposals_per_video
+    points = np.arange(1, num_points + 1) / num_points
+    wanted = proposals_per_video * float(len(truths.video_ids))
+
+    ranked = _rank_within_videos(proposals, num_videos=len(truths.video_ids))
+    kept = [ranks[: int(len(ranks) * (wanted / max(len(proposals.scores), 1)))] for ranks in ranked]
+    num_kept = sum(map(len, kept))
+    if not num_kept:
+        return _report(rules, thresholds, np.zeros((len(thresholds), num_points)), points * proposals_per_video)
+    # The order of these operations decides how int() truncates; it is that of the published code.
+    shares = points * (wanted / num_kept)
+    found = np.zeros((len(thresholds), num_points))
+    bounds = np.searchsorted(truths.videos, np.arange(len(truths.video_ids) + 1))
+    for video, ranks in enumerate(kept):
+        overlaps = rules.tiou(
+            proposals.segments[ranks][None], truths.segments[bounds[video] : bounds[video + 1]][:, None]
+        )
+        found += _found(overlaps, thresholds, np.minimum((len(ranks) * shares).astype(np.int64), len(ranks)))
+    return _report(rules, thresholds, found / len(truths.videos), shares * (num_kept / len(truths.video_ids)))
+
+
+def _rank_within_videos(proposals: Predictions, *, num_videos: int) -> list[np.ndarray]:
+    """Indices of each video's proposals, by falling score; equal scores keep their order."""
+    by_score = np.argsort(-proposals.scores, kind="stable")
+    by_video = by_score[np.argsort(proposals.videos[by_score], kind="stable")]
+    bounds = np.searchsorted(proposals.videos[by_video], np.arange(num_videos + 1))
+    return np.split(by_video[bounds[0] : bounds[-1]], bounds[1:-1] - bounds[0])
+
+
+def _found(overlaps: np.ndarray, thresholds: np.ndarray, num_kept: np.ndarray) -> np.ndarray:
+    """(M, n) tIoU of truths and ranked proposals, (P,) how many proposals count -> (T, P) number of truths found."""
+    if not overlaps.size:
+        return np.zeros((len(thresholds), len(num_kept)))
+    # inf stands for an empty proposal on an empty truth: in the published recall, unlike in its AP, that is no match.
+    reached = np.isfinite(overlaps) & (overlaps >= thresholds[:, None, None])
+    first = np.where(reached.any(axis=2), reached.argmax(axis=2), overlaps.shape[1])
+    return (first[:, :, None] < num_kept).sum(axis=1)
+
+
+def _report(
+    rules: Protocol, thresholds: np.ndarray, recall: np.ndarray, proposals_per_video: np.ndarray
+) -> RecallReport:
+    return RecallReport(rules.name, tuple(thresholds.tolist()), recall, proposals_per_video)

@@ -1,0 +1,112 @@
+"""Detections as a results JSON in ActivityNet's layout, the file that every evaluator of the field reads.
+
+    {"version": "VERSION 1.3",
+     "results": {video: [{"segment": [start, end], "label": ..., "score": ...}, ...]},
+     "external_data": {}}
+
+Seconds and scores are written with all their digits: rounding, as some programs do, makes ties and empty segments.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from re2tal.strict_json import read_json, write_atomically
+from re2tal.structures import Detections
+
+VERSION = "VERSION 1.3"
+
+
+@dataclass(frozen=True, slots=True)
+class Results:
+    """What a results file says: `predictions[video].labels` index `classes`, which are in order of first appearance."""
+
+    predictions: dict[str, Detections]
+    classes: tuple[str, ...]
+
+
+def write_results(path: Path | str, predictions: Mapping[str, Detections], classes: Sequence[str]) -> None:
+    """Write detections to `path`, atomically; videos and detections keep their order.
+
+    Raises ValueError for a NaN or infinite number and for a label that is not an index into `classes`.
+    """
+    results = {video_id: _rows(video_id, detections, classes) for video_id, detections in predictions.items()}
+    document = {"version": VERSION, "results": results, "external_data": {}}
+    write_atomically(path, json.dumps(document, allow_nan=False) + "\n")
+
+
+def read_results(path: Path | str) -> Results:
+    """Read a results JSON, strictly; segments and scores become float64.
+
+    Only "results" is required at the top (OpenTAD writes nothing else). Segments that are empty or reversed are kept:
+    the evaluators count them as false positives. Raises ValueError naming file, key and value for anything else.
+    """
+    document = read_json(path)
+    if not isinstance(document, dict) or not isinstance(document.get("results"), dict):
+        raise ValueError(
+            f'{path} needs an object "results" that maps video ids to lists of predictions, at the top; '
+            f"its top level is {_brief(list(document) if isinstance(document, dict) else document)}"
+        )
+    indices: dict[str, int] = {}
+    predictions = {
+        video_id: _detections(f"{path}: results[{video_id!r}]", rows, indices)
+        for video_id, rows in document["results"].items()
+    }
+    return Results(predictions, tuple(indices))
+
+
+def _rows(video_id: str, detections: Detections, classes: Sequence[str]) -> list[dict[str, Any]]:
+    for name in ("segments", "scores"):
+        if not torch.isfinite(getattr(detections, name)).all():
+            raise ValueError(f"the {name} predicted for video {video_id!r} hold NaN or infinity; nothing was written")
+    labels = detections.labels.tolist()
+    if labels and not 0 <= min(labels) <= max(labels) < len(classes):
+        raise ValueError(
+            f"labels {min(labels)} to {max(labels)} predicted for video {video_id!r} do not index {len(classes)} "
+            "classes; pass the classes of the localizer that predicted them"
+        )
+    return [
+        {"segment": segment, "label": classes[label], "score": score}
+        for segment, label, score in zip(detections.segments.tolist(), labels, detections.scores.tolist(), strict=True)
+    ]
+
+
+def _detections(where: str, rows: Any, indices: dict[str, int]) -> Detections:
+    if not isinstance(rows, list):
+        raise ValueError(f"{where} is {_brief(rows)}; it must be a list of predictions")
+    segments, scores, labels = [], [], []
+    for position, row in enumerate(rows):
+        if not isinstance(row, dict) or not row.keys() >= {"segment", "label", "score"}:
+            raise ValueError(f'{where}[{position}] is {_brief(row)}; it needs the keys "segment", "label" and "score"')
+        segment, label, score = row["segment"], row["label"], row["score"]
+        if not (isinstance(segment, list) and len(segment) == 2 and all(map(_is_finite, segment))):
+            raise ValueError(f"{where}[{position}].segment is {_brief(segment)}; give [start, end] in finite seconds")
+        if not isinstance(label, str):
+            raise ValueError(f"{where}[{position}].label is {_brief(label)}; give the name of a class, in quotes")
+        if not _is_finite(score):
+            raise ValueError(f"{where}[{position}].score is {_brief(score)}; give a finite number")
+        segments.append(segment)
+        scores.append(score)
+        labels.append(indices.setdefault(label, len(indices)))
+    return Detections(
+        segments=torch.tensor(segments, dtype=torch.float64).reshape(-1, 2),
+        scores=torch.tensor(scores, dtype=torch.float64),
+        labels=torch.tensor(labels, dtype=torch.int64),
+    )
+
+
+def _is_finite(value: Any) -> bool:
+    """A JSON number that a float can hold; `true` is an int to Python, and is refused."""
+    return type(value) in (int, float) and abs(value) < 1e300 and math.isfinite(value)
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,64 @@
+"""JSON that came from elsewhere, read without surprises, and files that appear whole or not at all.
+
+`json.loads` takes NaN and Infinity, lets the last of two equal keys win, and dies of deep nesting with a
+RecursionError. Here each of these is a ValueError that names the file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+MAX_BYTES = 1 << 30
+"""Ten million predictions fit; parsed, a file of this size takes about 10 GB of memory."""
+
+
+def read_json(path: Path | str, *, max_bytes: int = MAX_BYTES) -> Any:
+    """The parsed file; UTF-8, UTF-16 and UTF-32 are recognised, with or without a byte order mark.
+
+    Raises FileNotFoundError, and ValueError for a file that is not strict JSON: syntax, NaN or Infinity, a repeated
+    key, nesting beyond the interpreter's stack, or more than `max_bytes`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file; check the path")
+    if (size := path.stat().st_size) > max_bytes:
+        raise ValueError(f"{path} has {size} bytes, more than the limit of {max_bytes}; split it or pass max_bytes")
+    try:
+        return json.loads(path.read_bytes(), parse_constant=_refuse_constant, object_pairs_hook=_unique_keys)
+    except RecursionError:
+        raise ValueError(
+            f"{path} is not usable JSON: nested too deeply; no format read here nests more than 6"
+        ) from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not usable JSON: {error}") from error
+
+
+def write_atomically(path: Path | str, text: str) -> None:
+    """Write `text` as UTF-8 under a temporary name, flush it to the disk, then rename: a reader sees all or nothing."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"it holds {name}, which is not a number in JSON; replace it with a finite number")
+
+
+def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    mapping = dict(pairs)
+    if len(mapping) < len(pairs):
+        seen: set[str] = set()
+        repeated = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key {repeated!r} appears twice in one object; keep one")
+    return mapping
