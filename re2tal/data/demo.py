@@ -83,7 +83,7 @@ CLASSES: dict[str, Motion] = {
 """Label -> where the object is, right and down of its start in short sides, after so many seconds."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class DemoConfig:
     """What to write."""
 
