@@ -36,6 +36,11 @@ def read_json(path: Path | str, *, max_bytes: int = MAX_BYTES) -> Any:
         raise ValueError(f"{path} is not usable JSON: {error}") from error
 
 
+def write_json(path: Path | str, document: Any) -> None:
+    """Write `document` as one line of JSON, atomically; ValueError if it holds NaN or infinity."""
+    write_atomically(path, json.dumps(document, allow_nan=False) + "\n")
+
+
 def write_atomically(path: Path | str, text: str) -> None:
     """Write `text` as UTF-8 under a temporary name, flush it to the disk, then rename: a reader sees all or nothing."""
     path = Path(path)

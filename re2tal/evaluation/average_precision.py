@@ -231,7 +231,7 @@ def _refuse_unknown(
         if unknown and video_id not in blocked_videos:
             raise ValueError(
                 f"predictions for video {video_id!r} hold class {min(unknown)!r}, which has no truth in this "
-                f"subset; the {protocol!r} protocol refuses that: take them out, or use 'opentad', which leaves them out"
+                f"subset; the {protocol!r} protocol refuses that: take them out, or use 'opentad', which ignores them"
             )
 
 

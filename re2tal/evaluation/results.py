@@ -9,7 +9,6 @@ Seconds and scores are written with all their digits: rounding, as some programs
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from re2tal.strict_json import read_json, write_atomically
+from re2tal.strict_json import read_json, write_json
 from re2tal.structures import Detections
 
 VERSION = "VERSION 1.3"
@@ -38,8 +37,7 @@ def write_results(path: Path | str, predictions: Mapping[str, Detections], class
     Raises ValueError for a NaN or infinite number and for a label that is not an index into `classes`.
     """
     results = {video_id: _rows(video_id, detections, classes) for video_id, detections in predictions.items()}
-    document = {"version": VERSION, "results": results, "external_data": {}}
-    write_atomically(path, json.dumps(document, allow_nan=False) + "\n")
+    write_json(path, {"version": VERSION, "results": results, "external_data": {}})
 
 
 def read_results(path: Path | str) -> Results:
