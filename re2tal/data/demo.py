@@ -20,7 +20,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from multiprocessing import get_context
@@ -112,11 +112,11 @@ def write_demo(folder: Path, config: DemoConfig, *, workers: int | None = None) 
         ValueError: if `folder` holds the annotations of something else.
     """
     annotations = folder / "annotations.json"
-    version = "re2tal demo 1 " + json.dumps(asdict(config))
+    version = f"re2tal demo 1, {config}"
     if annotations.exists():
-        if version not in annotations.read_text():
-            found = annotations.read_text()[:80]
-            raise ValueError(f"{annotations} is not of {version!r} but begins {found!r}; choose another folder")
+        found = annotations.read_text()
+        if json.dumps(version) not in found:
+            raise ValueError(f"{annotations} is not of {version!r} but begins {found[:120]!r}; choose another folder")
         return annotations
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     counts = (config.num_training, config.num_validation)
@@ -145,7 +145,7 @@ def _write_video(folder: Path, seed: int, job: tuple[str, int]) -> tuple[str, di
     path = folder / f"{record.video_id}.mp4"
     partial_file = path.with_suffix(".mp4.partial")
     with av.open(str(partial_file), "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=scene.rate, options={"preset": "veryfast", "crf": "20"})
+        stream = container.add_stream("libx264", rate=scene.rate, options={"preset": "superfast", "crf": "20"})
         stream.height, stream.width = scene.background.shape[:2]
         stream.pix_fmt = "yuv420p"
         stream.thread_count = 1
