@@ -1,131 +1,26 @@
-"""Shards on disk: their index, their manifest, and the checks between the two.
+"""Shard folders: opening one, with the checks that its parts belong together, and writing one tar.
 
     <out>/<subset>/shard-000000.tar ...    {id}.json, {id}.mp4, {id}.json, ...   one whole normalised video per pair
     <out>/<subset>/index.jsonl             one IndexedVideo per line, in shard order: all that planning needs
     <out>/<subset>/manifest.json           written last; its presence says that the folder is complete
 
-shards/README.md is the contract for people and other programs. `re2tal.data.build` writes such folders.
+`re2tal.data.build` writes such folders, `re2tal.data.verify` reads every byte of one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-import re
+import os
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
 
-from pydantic import Field, TypeAdapter, ValidationError
+from webdataset.writer import TarWriter
 
-from re2tal.strict_json import read_json
-from re2tal.structures import VideoRecord
-
-FORMAT = "re2tal-shards"
-VERSION = 1
-INDEX_NAME = "index.jsonl"
-MANIFEST_NAME = "manifest.json"
-VIDEO_ID = re.compile(r"[A-Za-z0-9_-]{1,80}")
-"""A tar member's key ends at the first dot and a slash makes a folder, so neither may be in an id."""
-
-Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-ShardName = Annotated[str, Field(pattern=r"^shard-[0-9]{6}\.tar$")]
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(gt=0)]
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class IndexedVideo:
-    """One video of a shard folder: what it shows, and where its bytes are.
-
-    Frame i is what the source shows at i / fps seconds, so the stored video lasts num_frames / fps seconds.
-    `record` is what the annotation file says; its duration may differ from the video's by the tolerance that
-    shards/README.md gives, and its actions may end that much after the last frame.
-    """
-
-    record: VideoRecord
-    shard: ShardName
-    """File name of the tar in the folder."""
-    offset: Count
-    """Where in the tar the header of the first of its two members starts."""
-    num_bytes: Positive
-    """From `offset` to the end of the padding of the second member: this stretch alone is a readable tar."""
-    num_frames: Positive
-    fps: Annotated[float, Field(gt=0)]
-    width: Positive
-    height: Positive
-    crc32: Annotated[int, Field(ge=0, lt=2**32)]
-    """zlib.crc32 of the mp4 member."""
-
-    @property
-    def video_seconds(self) -> float:
-        """How long the stored video lasts."""
-        return self.num_frames / self.fps
-
-
-@dataclass(frozen=True, slots=True)
-class Encoding:
-    """How videos were normalised; equal in all shards of a folder."""
-
-    fps: Annotated[float, Field(gt=0)] | None
-    """Frames per second of every video; None where every video has `num_frames` frames instead."""
-    num_frames: Positive | None
-    """Frames of every video; None where every video has `fps` frames per second instead."""
-    short_side: Annotated[int, Field(ge=16)]
-    gop: Positive
-    crf: Count
-    preset: str
-
-
-@dataclass(frozen=True, slots=True)
-class ShardFile:
-    """One tar of a folder."""
-
-    name: ShardName
-    num_bytes: Positive
-    sha256: Sha256
-    videos: Positive
-
-
-@dataclass(frozen=True, slots=True)
-class Rejection:
-    """A video of the annotation file that is in no shard."""
-
-    video_id: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class Totals:
-    """Sums over a folder, to be compared with its index."""
-
-    videos: Positive
-    frames: Positive
-    seconds: Annotated[float, Field(gt=0)]
-    num_bytes: Positive
-
-
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """What a folder holds, and from what it was made."""
-
-    format: Literal["re2tal-shards"]
-    version: Literal[1]
-    dataset: str
-    subset: str
-    classes: tuple[str, ...]
-    encoding: Encoding
-    seed: int
-    tools: dict[str, str]
-    """Versions of what encoded the videos: the same versions give the same bytes."""
-    totals: Totals
-    rejected: tuple[Rejection, ...]
-    index_sha256: Sha256
-    shards: tuple[ShardFile, ...]
+from re2tal.data.manifest import INDEX_NAME, MANIFEST_NAME, VIDEO_ID, IndexedVideo, Manifest, from_json, read_manifest
 
 
 @dataclass(frozen=True)
@@ -168,7 +63,7 @@ def open_shards(folder: Path | str) -> ShardSet:
     manifest_path, index_path = root / MANIFEST_NAME, root / INDEX_NAME
     _check_is_shard_folder(root)
     manifest_bytes, index_bytes = manifest_path.read_bytes(), index_path.read_bytes()
-    manifest = _parse_manifest(manifest_path)
+    manifest = read_manifest(manifest_path)
     index_sha256 = hashlib.sha256(index_bytes).hexdigest()
     if index_sha256 != manifest.index_sha256:
         raise ValueError(
@@ -176,7 +71,7 @@ def open_shards(folder: Path | str) -> ShardSet:
             f"manifest says {manifest.index_sha256[:12]}...); {_rebuild(root)}"
         )
     videos = tuple(
-        _validate(IndexedVideo, line, source=f"{index_path} line {number}")
+        from_json(IndexedVideo, line, source=f"{index_path} line {number}")
         for number, line in enumerate(index_bytes.splitlines(), start=1)
     )
     _check_files(root, manifest)
@@ -189,35 +84,36 @@ def open_shards(folder: Path | str) -> ShardSet:
     )
 
 
-def _parse_manifest(path: Path) -> Manifest:
-    content = read_json(path)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a manifest of {FORMAT}; give a folder that `re2tal shards build` wrote")
-    if content.get("version") != VERSION:
-        raise ValueError(
-            f"{path} has version {content.get('version')!r}, this program reads {VERSION}; "
-            "build the shards again with this program, or install the program that wrote them"
-        )
-    return _validate(Manifest, path.read_bytes(), source=str(path))
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The two members of one video."""
+
+    video_id: str
+    json: bytes
+    mp4: bytes
 
 
-def to_json(value: object) -> str:
-    """One line of JSON for any dataclass of this module; the same value always gives the same text."""
-    return TypeAdapter(type(value)).dump_json(value).decode()
+def write_tar(path: Path, pairs: Iterable[Pair]) -> list[tuple[int, int]]:
+    """Write pairs into a tar that appears whole or not at all; gives each pair's (offset, num_bytes).
 
-
-_ADAPTERS: dict[type, TypeAdapter] = {kind: TypeAdapter(kind) for kind in (Manifest, IndexedVideo)}
-
-
-def _validate(kind: type[T], text: bytes, *, source: str) -> T:
+    The same pairs give the same bytes: members carry no time, and no owner but webdataset's constant one.
+    """
+    places = []
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        return _ADAPTERS[kind].validate_json(text, strict=True)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        raise ValueError(
-            f"{source}: {key} is {str(first['input'])[:80]!r}: {first['msg']}; build the shards again"
-        ) from None
+        with temporary.open("wb") as file:
+            # The integer 0: any other time, a float among them, adds a header of 1 KiB to every member.
+            with TarWriter(file, encoder=False, mtime=0) as writer:
+                for pair in pairs:
+                    start = writer.tarstream.offset
+                    writer.write({"__key__": pair.video_id, "json": pair.json, "mp4": pair.mp4})
+                    places.append((start, writer.tarstream.offset - start))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return places
 
 
 def _check_is_shard_folder(root: Path) -> None:
