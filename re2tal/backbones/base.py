@@ -1,25 +1,91 @@
-"""The contract that every video backbone publishes, and the one way to build one.
+"""The contract that every video backbone publishes, and the configuration that builds one.
 
 A backbone maps normalised RGB frames to one feature vector per `frames_per_step` frames:
 
     (B, 3, T, H, W) float, (B, T) bool  ->  Features: (B, out_channels, T / frames_per_step) float and its mask
+
+T, H and W may be any positive size: a family pads what its patches need, as its pretrained ancestors do.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
+from re2tal.backbones.weights import KeyLayout
 from re2tal.structures import Features
 
 
+@dataclass(frozen=True)
+class BackboneConfig:
+    """Which backbone to build, from which weights, and how it trains."""
+
+    name: str = "swin3d_tiny"
+    """A row of re2tal.backbones.BACKBONES."""
+    rewired: bool = True
+    """Give every residual run its two streams (reversible); parameter names do not change."""
+    recompute: bool = True
+    """Forget activations inside a rewired run and rebuild them in the backward; needs `rewired`."""
+    merge: str = "mean"
+    """How a rewired run joins its two end states; "mean" is the paper's."""
+    weights: str | None = None
+    """A .safetensors or .pth file in any layout the family knows; None starts from random weights."""
+    drop_path: float = 0.0
+    """Drop-path rate of the last block; it grows linearly from 0 at the first."""
+    frozen: bool = False
+    """Train nothing in the backbone and keep all of it in evaluation mode."""
+    norm_eval: bool = False
+    """Keep normalisation layers in evaluation mode and their scale and shift frozen, as Re2TAL's recipes do."""
+
+
 class VideoBackbone(nn.Module, ABC):
-    """A network that turns frames into a sequence of feature vectors."""
+    """A network that turns frames into a sequence of feature vectors.
+
+    `frozen` and `norms_frozen` outlive `train()`, whoever calls it; set them through `freeze` and `freeze_norms`.
+    """
 
     out_channels: int
     frames_per_step: int
+    key_layouts: ClassVar[tuple[KeyLayout, ...]]
+    """Checkpoint layouts this family reads."""
+
+    frozen: bool = False
+    norms_frozen: bool = False
 
     @abstractmethod
     def forward(self, frames: Tensor, mask: Tensor) -> Features:
         """(B, 3, T, H, W) normalised float frames and their (B, T) bool mask -> Features (B, C, T')."""
+
+    def train(self, mode: bool = True) -> VideoBackbone:
+        """As `nn.Module.train`, except that what was frozen stays in evaluation mode."""
+        super().train(mode and not self.frozen)
+        if self.norms_frozen:
+            for norm in norm_layers(self):
+                norm.train(False)
+        return self
+
+
+def freeze(backbone: VideoBackbone) -> None:
+    """No gradients and evaluation mode for the whole backbone, for good. Call it before the optimizer is made."""
+    backbone.frozen = True
+    backbone.requires_grad_(False)
+    backbone.train(backbone.training)
+
+
+def freeze_norms(backbone: VideoBackbone) -> None:
+    """The same for its normalisation layers only. Call it before the optimizer is made."""
+    backbone.norms_frozen = True
+    for norm in norm_layers(backbone):
+        norm.requires_grad_(False)
+    backbone.train(backbone.training)
+
+
+def norm_layers(module: nn.Module) -> Iterator[nn.Module]:
+    """Every normalisation layer inside `module`: layer, group, RMS, batch and instance norms."""
+    kinds = (nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, _NormBase)
+    return (layer for layer in module.modules() if isinstance(layer, kinds))

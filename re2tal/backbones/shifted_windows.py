@@ -1,0 +1,156 @@
+"""Shifted windows over a (D, H, W) grid: how large, which tokens, and which of them may see each other.
+
+    unshifted |. . . .|. . . .|. . . .|        shifted by 2, cyclically    |. . . .|. . . .|. . 0 0|
+
+In a shifted grid only the last window along an axis holds tokens that are not neighbours (those wrapped around), so at
+most 8 kinds of windows need a mask each, however large the grid. Windows are therefore kept sorted by kind, and a kind
+is one attention call: the mask is (tokens, tokens), never (windows, tokens, tokens).
+
+Tokens of a window and windows of a grid are counted D first, then H, then W.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Size3 = tuple[int, int, int]
+Table = TypeVar("Table")
+
+
+def clip_window(grid: Size3, window: Size3, shift: Size3) -> tuple[Size3, Size3]:
+    """Along an axis that one window covers, the window shrinks to the grid and is not shifted."""
+    covered = [size <= full for size, full in zip(grid, window, strict=True)]
+    clipped = tuple(size if one else full for size, full, one in zip(grid, window, covered, strict=True))
+    shifts = tuple(0 if one else step for step, one in zip(shift, covered, strict=True))
+    return clipped, shifts  # type: ignore[return-value]
+
+
+def partition(x: Tensor, *, window: Size3, shift: Size3) -> Tensor:
+    """(B, D, H, W, C) -> windows first, (windows, B, tokens, C).
+
+    The grid is padded with zeros at its far ends to whole windows. Padding takes part in attention, as in every
+    published Video Swin: the released weights were trained so.
+    """
+    x = F.pad(x, (0, 0, *_padding(x.shape[1:4], window)))
+    if any(shift):
+        x = x.roll([-step for step in shift], dims=(1, 2, 3))
+    b, d, h, w, c = x.shape
+    wd, wh, ww = window
+    x = x.view(b, d // wd, wd, h // wh, wh, w // ww, ww, c)
+    return x.permute(1, 3, 5, 0, 2, 4, 6, 7).reshape(-1, b, wd * wh * ww, c)
+
+
+def restore(windows: Tensor, *, grid: Size3, window: Size3, shift: Size3) -> Tensor:
+    """The inverse of `partition`: (windows, B, tokens, C) -> (B, D, H, W, C) without the padding."""
+    b, c = windows.shape[1], windows.shape[-1]
+    counts = windows_per_axis(grid, window)
+    x = windows.view(*counts, b, *window, c).permute(3, 0, 4, 1, 5, 2, 6, 7)
+    x = x.reshape(b, *(n * size for n, size in zip(counts, window, strict=True)), c)
+    if any(shift):
+        x = x.roll(shift, dims=(1, 2, 3))
+    return x[:, : grid[0], : grid[1], : grid[2]]
+
+
+def windows_per_axis(grid: Size3, window: Size3) -> Size3:
+    """How many windows cover the grid along D, H and W, the last one possibly padded."""
+    return tuple(-(-size // full) for size, full in zip(grid, window, strict=True))  # type: ignore[return-value]
+
+
+def _padding(grid: torch.Size, window: Size3) -> list[int]:
+    """Far-end padding in the order of `F.pad`: last axis first."""
+    missing = [-size % full for size, full in zip(grid, window, strict=True)]
+    return [0, missing[2], 0, missing[1], 0, missing[0]]
+
+
+def window_regions(counts: Size3, *, window: Size3, shift: Size3) -> np.ndarray:
+    """(windows, tokens) int: inside one window, tokens attend to each other where these numbers agree."""
+    regions = np.zeros((*counts, *window), dtype=np.int64)
+    for axis, (count, size, step) in enumerate(zip(counts, window, shift, strict=True)):
+        if step:
+            wrapped = np.zeros((count, size), dtype=np.int64)
+            wrapped[-1, size - step :] = 2**axis
+            shape = [1] * 6
+            shape[axis], shape[3 + axis] = count, size
+            regions += wrapped.reshape(shape)
+    return regions.reshape(int(np.prod(counts)), int(np.prod(window)))
+
+
+def relative_position_index(window: Size3, num_tokens: int) -> np.ndarray:
+    """(tokens, tokens) row of the bias table for each pair among the first `num_tokens` tokens of a full window.
+
+    A clipped window has fewer tokens and takes the first rows and columns of the full window's index. That is exact
+    when only D is clipped; when H or W is, it addresses other rows than geometry would: kept, because every published
+    Video Swin does so and was trained so.
+    """
+    coordinates = np.stack(np.unravel_index(np.arange(num_tokens), window), axis=1)
+    offsets = coordinates[:, None] - coordinates[None] + (np.array(window) - 1)
+    return np.ravel_multi_index(tuple(np.moveaxis(offsets, -1, 0)), tuple(2 * size - 1 for size in window))
+
+
+class WindowKinds(NamedTuple):
+    """Windows sorted by kind; `sizes[k]` consecutive ones share `masks[k]`."""
+
+    order: Tensor
+    """(windows,) int64: sorted place -> window"""
+    inverse: Tensor
+    """(windows,) int64: window -> sorted place"""
+    sizes: tuple[int, ...]
+    masks: Tensor
+    """(kinds, tokens, tokens) bool, True where attention is *not* allowed"""
+
+
+def window_kinds(counts: Size3, *, window: Size3, shift: Size3, device: torch.device) -> WindowKinds:
+    """Sort the windows of a shifted grid by the mask they need."""
+    regions = window_regions(counts, window=window, shift=shift)
+    patterns, kind = np.unique(regions, axis=0, return_inverse=True)
+    order = np.argsort(kind.reshape(-1), kind="stable")
+    masks = patterns[:, :, None] != patterns[:, None, :]
+    return WindowKinds(
+        order=torch.from_numpy(order).to(device),
+        inverse=torch.from_numpy(np.argsort(order)).to(device),
+        sizes=tuple(np.bincount(kind.reshape(-1)).tolist()),
+        masks=torch.from_numpy(masks).to(device),
+    )
+
+
+class WindowTables:
+    """Index tables by (grid, window, shift, device), built once and shared by the blocks of one model.
+
+    They belong to a model rather than to the process, so that one traced on fake tensors leaves none behind. The
+    least recently used goes when there are more than `capacity`.
+    """
+
+    def __init__(self, *, capacity: int = 64) -> None:
+        self._capacity = capacity
+        self._tables: OrderedDict[Hashable, object] = OrderedDict()
+
+    def position_index(self, window: Size3, num_tokens: int, *, device: torch.device) -> Tensor:
+        """`relative_position_index`, flattened: (tokens * tokens,) int64."""
+        return self._get(
+            ("index", window, num_tokens, device),
+            lambda: torch.from_numpy(relative_position_index(window, num_tokens).reshape(-1)).to(device),
+        )
+
+    def kinds(self, counts: Size3, *, window: Size3, shift: Size3, device: torch.device) -> WindowKinds:
+        """`window_kinds` of a shifted grid."""
+        return self._get(
+            ("kinds", counts, window, shift, device),
+            lambda: window_kinds(counts, window=window, shift=shift, device=device),
+        )
+
+    def _get(self, key: Hashable, build: Callable[[], Table]) -> Table:
+        if key not in self._tables:
+            # A table first built under inference mode must still serve a later training step.
+            with torch.inference_mode(False):
+                self._tables[key] = build()
+            while len(self._tables) > self._capacity:
+                self._tables.popitem(last=False)
+        self._tables.move_to_end(key)
+        return self._tables[key]  # type: ignore[return-value]

@@ -1,0 +1,284 @@
+"""Video Swin Transformer (Liu et al., CVPR 2022): attention in shifted (D, H, W) windows, four stages.
+
+    patch embedding -> [blocks, patch merging] x (L - 1) -> blocks -> norm -> mean over H and W
+    block:  x = x + drop_path(attention(norm1(x)));  x = x + drop_path(mlp(norm2(x)))
+
+Everything between patch embedding and pooling is channels last, (B, D, H, W, C). Time is halved once, by the patches;
+H and W are halved by them twice and by every merging once. Parameter names are those of the original release
+(`layers.i.blocks.j.attn.qkv`, `layers.i.downsample`, `norm`); swin3d_layouts.py says how others call them.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from re2tal.backbones.base import BackboneConfig, VideoBackbone
+from re2tal.backbones.shifted_windows import (
+    Size3,
+    WindowTables,
+    clip_window,
+    partition,
+    restore,
+    windows_per_axis,
+)
+from re2tal.backbones.swin3d_layouts import KEY_LAYOUTS
+from re2tal.structures import Features
+
+# Added to the logits of token pairs that are not neighbours; in float32, exp(-100) vanishes beside any other weight.
+MASKED_LOGIT = -100
+
+
+class VideoSwin(VideoBackbone):
+    """Video Swin of any size: (B, 3, T, H, W) -> features (B, embed_dim * 2**(L-1), ceil(T / patch[0])).
+
+    A step is valid where any of its frames is. Sizes that are not whole patches are padded with zeros at the far end.
+    """
+
+    key_layouts = KEY_LAYOUTS
+
+    def __init__(
+        self,
+        *,
+        embed_dim: int,
+        depths: tuple[int, ...],
+        num_heads: tuple[int, ...],
+        window: Size3,
+        patch: Size3 = (2, 4, 4),
+        mlp_ratio: float = 4.0,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if len(depths) != len(num_heads):
+            raise ValueError(f"VideoSwin needs one num_heads per stage, got depths {depths} and num_heads {num_heads}")
+        rates = iter(torch.linspace(0, drop_path, sum(depths)).tolist())
+        tables = WindowTables()
+        self.patch_embed = PatchEmbed(embed_dim, patch=patch)
+        self.layers = nn.ModuleList()
+        for index, (depth, heads) in enumerate(zip(depths, num_heads, strict=True)):
+            blocks = [
+                SwinBlock(
+                    embed_dim * 2**index,
+                    num_heads=heads,
+                    window=window,
+                    shift=(0, 0, 0) if j % 2 == 0 else (window[0] // 2, window[1] // 2, window[2] // 2),
+                    mlp_ratio=mlp_ratio,
+                    drop_path=next(rates),
+                    tables=tables,
+                )
+                for j in range(depth)
+            ]
+            self.layers.append(SwinStage(blocks, merging=index + 1 < len(depths)))
+        self.out_channels = embed_dim * 2 ** (len(depths) - 1)
+        self.frames_per_step = patch[0]
+        self.norm = nn.LayerNorm(self.out_channels)
+        self.apply(_initialise)
+
+    def forward(self, frames: Tensor, mask: Tensor) -> Features:
+        """(B, 3, T, H, W) normalised float frames and their (B, T) bool mask -> Features (B, C, T')."""
+        x = self.patch_embed(frames)
+        for layer in self.layers:
+            x = layer(x)
+        values = self.norm(x).mean(dim=(2, 3)).transpose(1, 2)
+        return Features(values, steps_mask(mask, frames_per_step=self.frames_per_step))
+
+
+def steps_mask(mask: Tensor, *, frames_per_step: int) -> Tensor:
+    """(B, T) bool over frames -> (B, ceil(T / frames_per_step)) bool: a step is valid where any of its frames is."""
+    padded = F.pad(mask, (0, -mask.shape[1] % frames_per_step), value=False)
+    return padded.unflatten(1, (-1, frames_per_step)).any(dim=2)
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+class PatchEmbed(nn.Module):
+    """Non-overlapping patches: (B, 3, T, H, W) -> (B, D, H', W', C), normalised."""
+
+    def __init__(self, channels: int, *, patch: Size3) -> None:
+        super().__init__()
+        self.patch = patch
+        self.proj = nn.Conv3d(3, channels, kernel_size=patch, stride=patch)
+        self.norm = nn.LayerNorm(channels)
+
+    def forward(self, frames: Tensor) -> Tensor:
+        """(B, 3, T, H, W) -> (B, D, H', W', C)."""
+        t, h, w = (-size % full for size, full in zip(frames.shape[2:], self.patch, strict=True))
+        return self.norm(self.proj(F.pad(frames, (0, w, 0, h, 0, t))).movedim(1, -1))
+
+
+class SwinStage(nn.Module):
+    """Blocks of one resolution, the residual run that rewiring takes over, then patch merging (not in the last)."""
+
+    def __init__(self, blocks: list[SwinBlock], *, merging: bool) -> None:
+        super().__init__()
+        self.blocks: nn.Module = nn.Sequential(*blocks)
+        self.downsample = PatchMerging(blocks[0].channels) if merging else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D, H, W, C) -> (B, D, H/2, W/2, 2C), or the same shape in the last stage."""
+        x = self.blocks(x)
+        return x if self.downsample is None else self.downsample(x)
+
+
+class PatchMerging(nn.Module):
+    """2 x 2 neighbouring pixels become one: (B, D, H, W, C) -> (B, D, ceil(H/2), ceil(W/2), 2C)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4 * channels)
+        self.reduction = nn.Linear(4 * channels, 2 * channels, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D, H, W, C) -> (B, D, ceil(H/2), ceil(W/2), 2C)."""
+        x = F.pad(x, (0, 0, 0, x.shape[3] % 2, 0, x.shape[2] % 2))
+        # Neighbours are concatenated column by column: (0, 0), (1, 0), (0, 1), (1, 1) as (row, column).
+        x = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 1, 2, 4, 5, 3, 6).flatten(4)
+        return self.reduction(self.norm(x))
+
+
+class SwinBlock(nn.Module):
+    """Two residual branches: windowed attention, then MLP."""
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        num_heads: int,
+        window: Size3,
+        shift: Size3,
+        mlp_ratio: float,
+        drop_path: float,
+        tables: WindowTables,
+    ) -> None:
+        super().__init__()
+        self.channels = channels
+        self.norm1 = nn.LayerNorm(channels)
+        self.attn = WindowAttention(channels, num_heads=num_heads, window=window, shift=shift, tables=tables)
+        self.norm2 = nn.LayerNorm(channels)
+        self.mlp = Mlp(channels, hidden=int(channels * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+
+    def attention_branch(self, x: Tensor) -> Tensor:
+        """What the first half adds to x: (B, D, H, W, C) -> the same shape."""
+        return self.drop_path(self.attn(self.norm1(x)))
+
+    def mlp_branch(self, x: Tensor) -> Tensor:
+        """What the second half adds to x: (B, D, H, W, C) -> the same shape."""
+        return self.drop_path(self.mlp(self.norm2(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D, H, W, C) -> the same shape."""
+        x = x + self.attention_branch(x)
+        return x + self.mlp_branch(x)
+
+
+class WindowAttention(nn.Module):
+    """Multi-head attention inside (shifted) windows with a learned bias per relative position and head."""
+
+    def __init__(self, channels: int, *, num_heads: int, window: Size3, shift: Size3, tables: WindowTables) -> None:
+        super().__init__()
+        if channels % num_heads:
+            raise ValueError(f"{channels} channels do not divide into {num_heads} heads; choose embed_dim accordingly")
+        self.num_heads = num_heads
+        self.window = window
+        self.shift = shift
+        self.tables = tables
+        num_offsets = (2 * window[0] - 1) * (2 * window[1] - 1) * (2 * window[2] - 1)
+        self.relative_position_bias_table = nn.Parameter(torch.empty(num_offsets, num_heads))
+        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+        self.qkv = nn.Linear(channels, 3 * channels)
+        self.proj = nn.Linear(channels, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, D, H, W, C) -> the same shape."""
+        grid = (x.shape[1], x.shape[2], x.shape[3])
+        window, shift = clip_window(grid, self.window, self.shift)
+        windows = partition(x, window=window, shift=shift)
+        if any(shift):
+            windows = self._attend_shifted(windows, counts=windows_per_axis(grid, window), window=window, shift=shift)
+        else:
+            windows = self._attend(self._heads(windows), self._bias(windows.shape[2]))
+        return self.proj(restore(windows, grid=grid, window=window, shift=shift))
+
+    def _attend_shifted(self, windows: Tensor, *, counts: Size3, window: Size3, shift: Size3) -> Tensor:
+        """(windows, B, tokens, C) -> the same shape, one attention call per kind of window."""
+        kinds = self.tables.kinds(counts, window=window, shift=shift, device=windows.device)
+        bias = self._bias(windows.shape[2])
+        qkv = self._heads(windows.index_select(0, kinds.order))
+        attended = [
+            self._attend(part, torch.add(bias, mask, alpha=MASKED_LOGIT))
+            for part, mask in zip(qkv.split(kinds.sizes, dim=1), kinds.masks, strict=True)
+        ]
+        return torch.cat(attended).index_select(0, kinds.inverse)
+
+    def _heads(self, windows: Tensor) -> Tensor:
+        """(windows, B, tokens, C) -> queries, keys and values (3, windows, B, heads, tokens, C / heads)."""
+        return self.qkv(windows).unflatten(-1, (3, self.num_heads, -1)).permute(3, 0, 1, 4, 2, 5)
+
+    def _bias(self, num_tokens: int) -> Tensor:
+        """(heads, tokens, tokens) learned logits by relative position."""
+        table = self.relative_position_bias_table
+        index = self.tables.position_index(self.window, num_tokens, device=table.device)
+        return table.index_select(0, index).unflatten(0, (num_tokens, num_tokens)).permute(2, 0, 1)
+
+    def _attend(self, qkv: Tensor, bias: Tensor) -> Tensor:
+        """(3, windows, B, heads, tokens, c) and (heads, tokens, tokens) -> (windows, B, tokens, heads * c)."""
+        q, k, v = qkv.flatten(1, 2)
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        return attended.transpose(1, 2).flatten(2).unflatten(0, qkv.shape[1:3])
+
+
+class Mlp(nn.Module):
+    """Two linear layers around an exact GELU."""
+
+    def __init__(self, channels: int, *, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(channels, hidden)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., C) -> the same shape."""
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class DropPath(nn.Module):
+    """In training, drops a branch for a random share `rate` of the clips and scales up the rest (default generator)."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        if not 0 <= rate < 1:
+            raise ValueError(f"drop_path is {rate}; give a rate of at least 0 and below 1")
+        self.rate = rate
+
+    def forward(self, branch: Tensor) -> Tensor:
+        """(B, ...) -> the same shape."""
+        if not self.training or self.rate == 0:
+            return branch
+        keep = 1 - self.rate
+        kept = branch.new_empty(branch.shape[0], *[1] * (branch.ndim - 1)).bernoulli_(keep)
+        return branch * (kept / keep)
+
+    def extra_repr(self) -> str:
+        """Shown by print(model)."""
+        return f"rate={self.rate:.3f}"
+
+
+# Sizes of the paper (table 1 and section 4.1; window as trained on Kinetics), and one that a CPU can train.
+SIZES: dict[str, dict] = {
+    "swin3d_nano": {"embed_dim": 24, "depths": (2, 2, 2), "num_heads": (2, 4, 8), "window": (8, 4, 4)},
+    "swin3d_tiny": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24), "window": (8, 7, 7)},
+    "swin3d_small": {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24), "window": (8, 7, 7)},
+    "swin3d_base": {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32), "window": (8, 7, 7)},
+}
+
+
+def build_swin3d(config: BackboneConfig) -> VideoSwin:
+    """The size that `config.name` names, with random weights."""
+    return VideoSwin(**SIZES[config.name], drop_path=config.drop_path)

@@ -1,0 +1,89 @@
+"""What other code bases call the entries of a Video Swin, given that ours are the original release's.
+
+    original     layers.i.blocks.j.{norm1,attn,norm2,mlp.fc1,mlp.fc2}              layers.i.downsample   norm
+    mmaction2    the same                                                          the same              norm<last>
+    torchvision  features.2i.j.{norm1,attn,norm2,mlp.0,mlp.3}                      features.(2i+1)       norm
+    OpenTAD      layers.i.blocks.j.inv_block.{Fm.norm1,Fm.attn,Gm.norm2,Gm.mlp.*}  layers.i.downsample   norm3
+
+No tensor changes its shape on the way. Classification heads (`head`, `cls_head`), the constant
+`relative_position_index`, and mmaction2's norms of earlier stages (used where it returns those stages) are not ours.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable
+
+from re2tal.backbones.weights import RENAMING, KeyLayout
+
+NOT_OURS = re.compile(r"(cls_)?head\.|.*\.relative_position_index$")
+
+
+def _each(rename: Callable[[str], str]) -> RENAMING:
+    return lambda keys: {key: rename(key) for key in keys if not NOT_OURS.match(key)}
+
+
+def _numbered_norm(keys: Iterable[str]) -> str:
+    """The highest of `norm0.`, `norm1.` ...: the network's own norm; "norm." where there is none."""
+    numbers = [int(found[1]) for found in (re.match(r"norm(\d+)\.", key) for key in keys) if found]
+    return f"norm{max(numbers)}." if numbers else "norm."
+
+
+def _from_mmaction(keys: Collection[str]) -> dict[str, str]:
+    own = _numbered_norm(keys)
+    earlier = [key for key in keys if re.match(r"norm\d+\.", key) and not key.startswith(own)]
+    kept = [key for key in keys if key not in earlier and not NOT_OURS.match(key)]
+    return {key: "norm." + key.removeprefix(own) if key.startswith(own) else key for key in kept}
+
+
+def _to_mmaction(keys: Collection[str]) -> dict[str, str]:
+    last = max(int(key.split(".")[1]) for key in keys if key.startswith("layers."))
+    return {key: re.sub(r"^norm\.", f"norm{last}.", key) for key in keys}
+
+
+def _from_torchvision(key: str) -> str:
+    key = re.sub(r"\.mlp\.0\.", ".mlp.fc1.", re.sub(r"\.mlp\.3\.", ".mlp.fc2.", key))
+    if found := re.match(r"features\.(\d+)\.(.+)", key):
+        stage, merging = divmod(int(found[1]), 2)
+        return f"layers.{stage}.{'downsample' if merging else 'blocks'}.{found[2]}"
+    return key
+
+
+def _to_torchvision(key: str) -> str:
+    key = key.replace(".mlp.fc1.", ".mlp.0.").replace(".mlp.fc2.", ".mlp.3.")
+    if found := re.match(r"layers\.(\d+)\.(blocks|downsample)\.(.+)", key):
+        return f"features.{2 * int(found[1]) + (found[2] == 'downsample')}.{found[3]}"
+    return key
+
+
+def _from_opentad(keys: Collection[str]) -> dict[str, str]:
+    return {key: re.sub(r"\.inv_block\.[FG]m\.", ".", name) for key, name in _from_mmaction(keys).items()}
+
+
+def _to_opentad(key: str) -> str:
+    key = re.sub(r"(blocks\.\d+)\.(norm1|attn)\.", r"\1.inv_block.Fm.\2.", key)
+    key = re.sub(r"(blocks\.\d+)\.(norm2|mlp)\.", r"\1.inv_block.Gm.\2.", key)
+    return re.sub(r"^norm\.", "norm3.", key)
+
+
+KEY_LAYOUTS = (
+    KeyLayout(
+        "OpenTAD Re2Swin",
+        anchor=r"layers\.0\.blocks\.0\.inv_block\.Fm\.attn\.qkv\.weight",
+        to_ours=_from_opentad,
+        from_ours=_each(_to_opentad),
+    ),
+    KeyLayout(
+        "torchvision",
+        anchor=r"features\.0\.0\.attn\.qkv\.weight",
+        to_ours=_each(_from_torchvision),
+        from_ours=_each(_to_torchvision),
+    ),
+    # The original layout is read by the same rule: it has no numbered norm.
+    KeyLayout(
+        "mmaction2 or original",
+        anchor=r"layers\.0\.blocks\.0\.attn\.qkv\.weight",
+        to_ours=_from_mmaction,
+        from_ours=_to_mmaction,
+    ),
+)

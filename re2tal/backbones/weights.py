@@ -1,0 +1,143 @@
+"""Reads anyone's weights into one of our networks, by renaming alone, and writes them back.
+
+    file -> tensors by name -> layout and prefix, found from names -> our names -> names and shapes checked -> loaded
+
+Nothing is ever unpickled: .safetensors, or torch files that hold tensors and plain containers only.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from pickle import UnpicklingError  # the exception that torch.load raises for what it refuses to run
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+RENAMING = Callable[[Collection[str]], dict[str, str]]
+
+# Where training frameworks put the weights inside a checkpoint: mmengine, OpenTAD, timm; pytorchvideo; DeepSpeed.
+WRAPPERS = ("state_dict", "model_state", "model", "module")
+
+
+@dataclass(frozen=True)
+class KeyLayout:
+    """How one code base names the entries of a network that we call by other names."""
+
+    name: str
+    anchor: str
+    """Regular expression for an entry that only this layout has, below any prefix such as `module.backbone.`."""
+    to_ours: RENAMING
+    """Their names, prefix removed -> {theirs: ours}, without what we have no use for: heads, constant tables."""
+    from_ours: RENAMING
+    """Our names -> {ours: theirs}."""
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What a file was found to be, and what was done with it."""
+
+    layout: str
+    prefix: str
+    loaded: tuple[str, ...]
+    """Our names."""
+    ignored: tuple[str, ...]
+    """Their names: heads and tables of this network, and everything outside `prefix`."""
+
+
+def load_weights(model: nn.Module, path: str | Path, *, layouts: Sequence[KeyLayout]) -> LoadReport:
+    """Load a .safetensors or torch file in any of `layouts` into `model`; all of it fits, or nothing is loaded.
+
+    Raises FileNotFoundError or ValueError, which names the file and every missing, unexpected or misshapen entry.
+    """
+    state = read_state(path)
+    layout, prefix = _recognise(state, layouts, what=f"{path}", network=type(model).__name__)
+    inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    names = layout.to_ours(inside)
+    ours = {our_name: inside[key] for key, our_name in names.items()}
+    _check_fit(model.state_dict(), ours, what=f"{path} ({layout.name} layout)", network=type(model).__name__)
+    model.load_state_dict(ours)
+    used = {prefix + key for key in names}
+    return LoadReport(layout.name, prefix, tuple(ours), tuple(key for key in state if key not in used))
+
+
+def export_state(model: nn.Module, *, layout: KeyLayout) -> dict[str, Tensor]:
+    """The weights of `model` under the names of another code base; constant tables and heads are not in it."""
+    state = model.state_dict()
+    names = layout.from_ours(state)
+    return {names[key]: value for key, value in state.items()}
+
+
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """The tensors of a weights file by name, on the CPU, unwrapped from what a training framework puts around them."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"weights file {path} does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    except UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds more than tensors, and reading it would run code from it; where you trust it, load it and "
+            f"save its tensors alone: safetensors.torch.save_file(checkpoint['state_dict'], 'weights.safetensors'). "
+            f"torch says: {_first_line(error)}"
+        ) from error
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is not a readable torch file: {_first_line(error)}") from error
+    return _unwrap(content, path)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _unwrap(content: object, path: Path) -> dict[str, Tensor]:
+    while isinstance(content, Mapping):
+        tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+        if tensors:
+            return tensors
+        content = next((content[key] for key in WRAPPERS if key in content), None)
+    raise ValueError(f"{path} holds no tensors by name, at its top or under {', '.join(WRAPPERS)}")
+
+
+def _recognise(keys: Iterable[str], layouts: Sequence[KeyLayout], *, what: str, network: str) -> tuple[KeyLayout, str]:
+    for layout in layouts:
+        anchored = re.compile(rf"(?P<prefix>(?:.*\.)?){layout.anchor}")
+        prefixes = sorted({found["prefix"] for found in map(anchored.fullmatch, keys) if found})
+        if len(prefixes) > 1:
+            raise ValueError(f"{what} holds {len(prefixes)} networks of this kind, under {prefixes}; keep one of them")
+        if prefixes:
+            return layout, prefixes[0]
+    known = ", ".join(layout.name for layout in layouts)
+    raise ValueError(
+        f"{what} is not a checkpoint of {network} in a layout we know ({known}); its entries are called "
+        f"{_shortened(keys)}; check that it belongs to this architecture"
+    )
+
+
+def _check_fit(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], *, what: str, network: str) -> None:
+    problems = []
+    if missing := [key for key in wanted if key not in given]:
+        problems.append(f"{len(missing)} missing: {_shortened(missing)}")
+    if unexpected := [key for key in given if key not in wanted]:
+        problems.append(f"{len(unexpected)} unexpected: {_shortened(unexpected)}")
+    shapes = [(key, given[key].shape, wanted[key].shape) for key in wanted if key in given]
+    if misshapen := [f"{key} {tuple(theirs)}, not {tuple(ours)}" for key, theirs, ours in shapes if theirs != ours]:
+        problems.append(f"{len(misshapen)} of another shape: {_shortened(misshapen)}")
+    if problems:
+        raise ValueError(
+            f"{what} does not fit this {network}: {'; '.join(problems)}. Build the network that the weights were "
+            "trained in, or give weights of this one"
+        )
+
+
+def _shortened(names: Iterable[str], *, limit: int = 6) -> str:
+    names = list(names)
+    return ", ".join(names[:limit]) + (f" and {len(names) - limit} more" if len(names) > limit else "")

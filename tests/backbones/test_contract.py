@@ -1,0 +1,109 @@
+"""Every row of BACKBONES keeps the contract of base.py, plain and rewired."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from torch import nn
+
+from re2tal.backbones import BACKBONES, BackboneConfig, build_backbone
+from re2tal.backbones.base import VideoBackbone, norm_layers
+
+# Odd in every axis, so that every family must pad.
+SHAPE = (2, 3, 7, 37, 33)
+
+every_backbone = pytest.mark.parametrize("name", sorted(BACKBONES))
+both_forms = pytest.mark.parametrize("rewired", [False, True], ids=["plain", "rewired"])
+
+
+def build(name: str, **fields: object) -> VideoBackbone:
+    torch.manual_seed(0)
+    return build_backbone(BackboneConfig(name=name, **fields))
+
+
+def clip() -> tuple[torch.Tensor, torch.Tensor]:
+    frames = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+    mask = torch.ones(SHAPE[0], SHAPE[2], dtype=torch.bool)
+    mask[1, 4:] = False
+    return frames, mask
+
+
+@every_backbone
+@both_forms
+def test_features_have_the_published_channels_steps_and_mask(name: str, rewired: bool) -> None:
+    backbone = build(name, rewired=rewired).eval()
+    frames, mask = clip()
+    with torch.no_grad():
+        features = backbone(frames, mask)
+    steps = -(-SHAPE[2] // backbone.frames_per_step)
+    assert features.values.shape == (SHAPE[0], backbone.out_channels, steps)
+    assert features.values.dtype == torch.float32
+    assert torch.isfinite(features.values).all()
+    first_frames = mask[:, :: backbone.frames_per_step]
+    assert features.mask.dtype == torch.bool
+    assert features.mask.tolist() == first_frames.tolist()
+
+
+@every_backbone
+@both_forms
+def test_a_gradient_reaches_the_input_and_every_parameter(name: str, rewired: bool) -> None:
+    backbone = build(name, rewired=rewired)
+    frames, mask = clip()
+    frames.requires_grad_()
+    values = backbone(frames, mask).values
+    (values * torch.linspace(-1, 1, values.numel()).view_as(values)).sum().backward()
+    assert frames.grad.abs().sum() > 0
+    assert [key for key, parameter in backbone.named_parameters() if parameter.grad is None] == []
+
+
+@every_backbone
+def test_rewiring_keeps_every_name_and_loads_the_same_weights(name: str) -> None:
+    plain, rewired = build(name, rewired=False), build(name, rewired=True)
+    assert list(plain.state_dict()) == list(rewired.state_dict())
+    assert [key for key, _ in plain.named_parameters()] == [key for key, _ in rewired.named_parameters()]
+    with torch.no_grad():
+        for parameter in rewired.parameters():
+            parameter.add_(1)
+    rewired.load_state_dict(plain.state_dict())
+    assert all(torch.equal(value, plain.state_dict()[key]) for key, value in rewired.state_dict().items())
+
+
+@every_backbone
+def test_frozen_backbone_never_trains_nor_leaves_evaluation_mode(name: str) -> None:
+    model = nn.ModuleDict({"backbone": build(name, frozen=True)})
+    model.train()
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert not any(module.training for module in model["backbone"].modules())
+    assert model.training
+
+
+@every_backbone
+@both_forms
+def test_norm_eval_freezes_norms_and_nothing_else(name: str, rewired: bool) -> None:
+    backbone = build(name, rewired=rewired, norm_eval=True)
+    backbone.train()
+    norms = list(norm_layers(backbone))
+    frozen = {id(parameter) for norm in norms for parameter in norm.parameters()}
+    assert frozen
+    assert not any(norm.training for norm in norms)
+    assert all(parameter.requires_grad == (id(parameter) not in frozen) for parameter in backbone.parameters())
+    assert backbone.training
+
+
+def test_unknown_backbone_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"unknown backbone 'swin4d'; known: \[.*'swin3d_tiny'"):
+        build_backbone(dataclasses.replace(BackboneConfig(), name="swin4d"))
+
+
+def test_backbone_file_with_weights_is_loaded_before_it_is_rewired(tmp_path) -> None:
+    from safetensors.torch import save_file
+
+    source = build("swin3d_nano", rewired=False)
+    with torch.no_grad():
+        for parameter in source.parameters():
+            parameter.add_(0.5)
+    save_file(source.state_dict(), tmp_path / "weights.safetensors")
+    rewired = build("swin3d_nano", weights=str(tmp_path / "weights.safetensors"))
+    assert all(torch.equal(value, source.state_dict()[key]) for key, value in rewired.state_dict().items())

@@ -1,0 +1,163 @@
+"""Checkpoints of every layout load by renaming alone; what does not fit is refused by name."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from re2tal.backbones.swin3d import VideoSwin
+from re2tal.backbones.swin3d_layouts import KEY_LAYOUTS
+from re2tal.backbones.weights import LoadReport, export_state, load_weights, read_state
+
+every_layout = pytest.mark.parametrize("layout", KEY_LAYOUTS, ids=lambda layout: layout.name)
+
+
+def swin(*, seed: int = 0, depths: tuple[int, ...] = (2, 1), embed_dim: int = 8) -> VideoSwin:
+    model = VideoSwin(embed_dim=embed_dim, depths=depths, num_heads=(2,) * len(depths), window=(2, 3, 3))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(seed))
+    return model
+
+
+def load(model: VideoSwin, path: Path) -> LoadReport:
+    return load_weights(model, path, layouts=model.key_layouts)
+
+
+def equal(one: VideoSwin, other: VideoSwin) -> bool:
+    return all(torch.equal(value, other.state_dict()[key]) for key, value in one.state_dict().items())
+
+
+def write(path: Path, state: dict[str, Tensor]) -> Path:
+    save_file({key: value.contiguous() for key, value in state.items()}, path)
+    return path
+
+
+@every_layout
+@pytest.mark.parametrize("prefix", ["", "backbone.", "module.backbone.model."])
+def test_every_layout_comes_back_as_it_was_written(tmp_path, layout, prefix: str) -> None:
+    source, target = swin(), swin(seed=1)
+    state = {prefix + key: value for key, value in export_state(source, layout=layout).items()}
+    report = load(target, write(tmp_path / "weights.safetensors", state))
+    assert equal(source, target)
+    assert (report.layout, report.prefix, report.ignored) == (layout.name, prefix, ())
+    assert sorted(report.loaded) == sorted(source.state_dict())
+
+
+@pytest.mark.parametrize("wrapper", ["state_dict", "model_state", "model", "module"])
+def test_torch_files_are_unwrapped(tmp_path, wrapper: str) -> None:
+    source, target = swin(), swin(seed=1)
+    torch.save({wrapper: source.state_dict(), "epoch": 3, "meta": {"note": "text"}}, tmp_path / "weights.pth")
+    load(target, tmp_path / "weights.pth")
+    assert equal(source, target)
+
+
+def test_layouts_name_entries_as_their_code_bases_do() -> None:
+    exported = {layout.name: set(export_state(swin(), layout=layout)) for layout in KEY_LAYOUTS}
+    assert "features.2.0.mlp.3.weight" in exported["torchvision"]
+    assert "features.1.reduction.weight" in exported["torchvision"]
+    assert "layers.1.blocks.0.mlp.fc2.weight" in exported["mmaction2 or original"]
+    assert "norm1.weight" in exported["mmaction2 or original"]
+    assert "layers.1.blocks.0.inv_block.Gm.mlp.fc2.weight" in exported["OpenTAD Re2Swin"]
+    assert "norm3.weight" in exported["OpenTAD Re2Swin"]
+
+
+def test_original_release_is_our_own_layout(tmp_path) -> None:
+    source, target = swin(), swin(seed=1)
+    load(target, write(tmp_path / "weights.safetensors", source.state_dict()))
+    assert equal(source, target)
+
+
+def test_heads_constant_tables_and_other_parts_are_ignored_by_name(tmp_path) -> None:
+    source, target = swin(), swin(seed=1)
+    ignored = {
+        "backbone.layers.0.blocks.0.attn.relative_position_index": torch.zeros(18, 18, dtype=torch.int64),
+        "backbone.norm0.weight": torch.ones(8),
+        "backbone.head.weight": torch.ones(5, 16),
+        "cls_head.fc_cls.weight": torch.ones(5, 16),
+    }
+    mmaction = next(layout for layout in KEY_LAYOUTS if layout.name.startswith("mmaction2"))
+    state = {f"backbone.{key}": value for key, value in export_state(source, layout=mmaction).items()}
+    report = load(target, write(tmp_path / "weights.safetensors", state | ignored))
+    assert equal(source, target)
+    assert sorted(report.ignored) == sorted(ignored)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"depths": (2, 2)}, r"13 missing: layers\.1\.blocks\.1\.norm1\.weight, .* and \d+ more"),
+        ({"depths": (1, 1)}, r"13 unexpected: layers\.0\.blocks\.1\.[^;]* and 7 more\."),
+        (
+            {"embed_dim": 12},
+            r"\d+ of another shape: patch_embed\.proj\.weight \(8, 3, 2, 4, 4\), not \(12, 3, 2, 4, 4\)",
+        ),
+    ],
+)
+def test_another_architecture_is_refused_by_name_and_shape(tmp_path, change: dict, message: str) -> None:
+    path, target = write(tmp_path / "weights.safetensors", swin().state_dict()), swin(seed=1, **change)
+    before = {key: value.clone() for key, value in target.state_dict().items()}
+    with pytest.raises(ValueError, match=rf"weights\.safetensors .* does not fit this VideoSwin: .*{message}"):
+        load(target, path)
+    assert all(torch.equal(value, before[key]) for key, value in target.state_dict().items())
+
+
+def test_weights_of_another_family_are_refused(tmp_path) -> None:
+    path = write(tmp_path / "weights.safetensors", {"slow_path.conv1.conv.weight": torch.ones(1)})
+    with pytest.raises(ValueError, match=r"not a checkpoint of VideoSwin .* called slow_path\.conv1\.conv\.weight"):
+        load(swin(), path)
+
+
+def test_two_networks_in_one_file_are_refused(tmp_path) -> None:
+    state = {
+        f"{prefix}.{key}": value for prefix in ("student", "teacher") for key, value in swin().state_dict().items()
+    }
+    with pytest.raises(ValueError, match=r"2 networks .* under \['student\.', 'teacher\.'\]"):
+        load(swin(), write(tmp_path / "weights.safetensors", state))
+
+
+class Payload:
+    """Unpickling this writes a file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple:
+        return (Path.touch, (self.path,))
+
+
+def test_a_file_that_would_run_code_is_refused_and_does_not_run(tmp_path) -> None:
+    torch.save({"state_dict": swin().state_dict(), "meta": Payload(tmp_path / "ran")}, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"weights\.pth holds more than tensors.*safetensors\.torch\.save_file"):
+        load(swin(), tmp_path / "weights.pth")
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("weights.safetensors", b"not tensors at all", "not a readable safetensors file"),
+        ("weights.pth", b"PK\x03\x04 truncated", "not a readable torch file"),
+        ("weights.pth", b"", "not a readable torch file"),
+    ],
+)
+def test_damaged_files_are_refused(tmp_path, name: str, content: bytes, message: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=re.escape(name) + " is " + message):
+        read_state(tmp_path / name)
+
+
+def test_a_file_without_tensors_is_refused(tmp_path) -> None:
+    torch.save({"state_dict": {}, "epoch": 3}, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match="holds no tensors by name, at its top or under state_dict"):
+        read_state(tmp_path / "weights.pth")
+
+
+def test_a_missing_file_is_named(tmp_path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.safetensors does not exist"):
+        read_state(tmp_path / "nowhere.safetensors")

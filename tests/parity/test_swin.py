@@ -1,0 +1,149 @@
+"""Video Swin and its rewired form against mmaction2, torchvision and OpenTAD: values, stages and every gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from parity.compare import Tolerances, check_gradients, check_loss, check_values
+from parity.vectors import Case, cases, load
+from torch import Tensor, nn
+
+from re2tal.backbones.shifted_windows import clip_window, window_regions, windows_per_axis
+from re2tal.backbones.swin3d import VideoSwin
+from re2tal.backbones.swin3d_layouts import KEY_LAYOUTS
+
+TOLERANCES = Tolerances(
+    output={torch.float32: 5e-6, torch.float64: 1e-9},
+    grad_x={torch.float32: 1e-5, torch.float64: 1e-5},
+    loss={torch.float32: 1e-4, torch.float64: 1e-8},
+    norm={torch.float32: 2e-5, torch.float64: 1e-8},
+    norm_floor={torch.float32: 1e-6, torch.float64: 0.0},
+    probe={torch.float32: 1e-5, torch.float64: 1e-8},
+)
+LAYOUTS = {layout.name.split()[0]: layout for layout in KEY_LAYOUTS}
+both_precisions = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+
+
+def build(case: Case, layout: str, dtype: torch.dtype) -> VideoSwin:
+    arguments = case.config["arguments"]
+    arch = arguments.get("arch", arguments)
+    swin = VideoSwin(
+        embed_dim=arch.get("embed_dims", arch.get("embed_dim")),
+        depths=tuple(arch["depths"]),
+        num_heads=tuple(arch["num_heads"]),
+        window=tuple(arguments["window_size"]),
+        patch=tuple(arguments["patch_size"]),
+        mlp_ratio=arguments["mlp_ratio"],
+    )
+    swin.load_state_dict({ours: case.state[theirs] for theirs, ours in names(case, layout).items()})
+    return swin.to(dtype).eval()
+
+
+def names(case: Case, layout: str) -> dict[str, str]:
+    return LAYOUTS[layout].to_ours(case.state)
+
+
+def capture(swin: VideoSwin) -> dict[str, Tensor]:
+    """Filled by a forward: patch embedding, each stage's blocks, each merging, the final norm; channels last."""
+    captured: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[..., None]:
+        return lambda module, inputs, output: captured.__setitem__(name, output)
+
+    swin.patch_embed.register_forward_hook(keep("patch_embed"))
+    for index, layer in enumerate(swin.layers):
+        layer.blocks.register_forward_hook(keep(f"stage{index}"))
+        layer.register_forward_hook(keep(f"layer{index}"))
+    swin.norm.register_forward_hook(keep("norm"))
+    return captured
+
+
+def run(swin: VideoSwin, case: Case, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+    captured = capture(swin)
+    x = case.tensor("x").to(dtype).requires_grad_()
+    swin(x, torch.ones(x.shape[0], x.shape[2], dtype=torch.bool))
+    return x, captured
+
+
+def project(case: Case, outputs: dict[str, Tensor]) -> Tensor:
+    """The scalar that the reference gradients differentiate: sum of out * w / sqrt(numel) over outputs."""
+    terms = [(out * case.tensor(f"w_{name}").to(out.dtype)).sum() / out.numel() ** 0.5 for name, out in outputs.items()]
+    return torch.stack(terms).sum()
+
+
+def peer_gradients(case: Case, layout: str, swin: VideoSwin, others: nn.Module) -> list[Tensor | None]:
+    """Gradients in the peer's order, of our parameters by the key map and of `others` by their own names."""
+    ours, mapped, extra = dict(swin.named_parameters()), names(case, layout), dict(others.named_parameters())
+    return [
+        (ours[mapped[name]] if name in mapped else extra[name]).grad for name in case.arrays["param_names"].tolist()
+    ]
+
+
+def channels_first(x: Tensor) -> Tensor:
+    return x.movedim(-1, 1)
+
+
+@both_precisions
+@pytest.mark.parametrize("name", cases("swin_mmaction"))
+def test_equals_mmaction2(name: str, dtype: torch.dtype) -> None:
+    case = load(name)
+    swin = build(case, "mmaction2", dtype)
+    x, captured = run(swin, case, dtype)
+    depth = len(swin.layers)
+    norms = nn.ModuleDict({f"norm{i}": nn.LayerNorm(captured[f"stage{i}"].shape[-1]) for i in range(depth - 1)})
+    norms.load_state_dict({key: case.state[key] for key in norms.state_dict()})
+    norms.to(dtype)
+    stages = {f"stage{i}": channels_first(norms[f"norm{i}"](captured[f"stage{i}"])) for i in range(depth - 1)}
+    stages[f"stage{depth - 1}"] = channels_first(captured["norm"])
+    outputs = {out: stages[out] for out in (f"stage{i}" for i in case.config["arguments"]["out_indices"])}
+
+    values = {"raw_patch_embed": channels_first(captured["patch_embed"])}
+    values |= {f"raw_layer{i}": captured[f"stage{i}"] for i in range(depth)}
+    values |= {f"out_{out}": value for out, value in outputs.items()}
+    check_values(case, values, TOLERANCES, dtype=dtype)
+    loss = project(case, outputs)
+    check_loss(case, loss, TOLERANCES)
+    loss.backward()
+    check_gradients(case, x, peer_gradients(case, "mmaction2", swin, norms), TOLERANCES)
+
+
+@both_precisions
+@pytest.mark.parametrize("name", cases("swin_torchvision"))
+def test_equals_torchvision(name: str, dtype: torch.dtype) -> None:
+    case = load(name)
+    swin = build(case, "torchvision", dtype)
+    x, captured = run(swin, case, dtype)
+    head = nn.Module()
+    head.head = nn.Linear(swin.out_channels, case.config["arguments"]["num_classes"])
+    head.load_state_dict({key: case.state[key] for key in head.state_dict()})
+    head.to(dtype)
+    logits = head.head(captured["norm"].mean(dim=(1, 2, 3)))
+
+    values = {"raw_patch_embed": captured["patch_embed"], "raw_norm": captured["norm"], "out_logits": logits}
+    values |= {f"raw_features{2 * i}": captured[f"stage{i}"] for i in range(len(swin.layers))}
+    values |= {f"raw_features{2 * i + 1}": captured[f"layer{i}"] for i in range(len(swin.layers))}
+    check_values(case, values, TOLERANCES, dtype=dtype)
+    loss = project(case, {"logits": logits})
+    check_loss(case, loss, TOLERANCES)
+    loss.backward()
+    check_gradients(case, x, peer_gradients(case, "torchvision", swin, head), TOLERANCES)
+
+
+@pytest.mark.parametrize("name", cases("swin_masks"))
+def test_shift_masks_are_exact(name: str) -> None:
+    case = load(name)
+    configurations = sorted(key for key in case.arrays if key.startswith("cfg"))
+    assert configurations
+    for key in configurations:
+        grid, nominal, effective, shifts, padded = (tuple(row.tolist()) for row in case.arrays[key])
+        window, shift = clip_window(grid, nominal, tuple(size // 2 for size in nominal))
+        counts = windows_per_axis(grid, window)
+        regions = window_regions(counts, window=window, shift=shift)
+        assert (window, shift) == (effective, shifts)
+        assert tuple(n * size for n, size in zip(counts, window, strict=True)) == padded
+        np.testing.assert_array_equal(
+            regions[:, :, None] != regions[:, None, :], case.arrays[key.replace("cfg", "mask")], err_msg=key
+        )
