@@ -1,1 +1,5 @@
-"""The engine: forget activations on the way forward, rebuild them on the way back. Tensors and callables only."""
+"""Running residual branches so that their activations can be forgotten: tensors and callables only."""
+
+from re2tal.reversible.engine import run_reversibly
+
+__all__ = ["run_reversibly"]

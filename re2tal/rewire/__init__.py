@@ -1,1 +1,17 @@
-"""From a stock residual network to rewired stages that the engine can run."""
+"""From a stock residual network to a rewired one: in place, no parameter added, removed or renamed."""
+
+from re2tal.rewire.branches import Branch, residual_branches, why_not_residual, wrap_output
+from re2tal.rewire.rewire import RewireReport, rewire, unrewire
+from re2tal.rewire.stage import RewiredStage, RewiringConfig
+
+__all__ = [
+    "Branch",
+    "RewireReport",
+    "RewiredStage",
+    "RewiringConfig",
+    "residual_branches",
+    "rewire",
+    "unrewire",
+    "why_not_residual",
+    "wrap_output",
+]

@@ -1,0 +1,207 @@
+"""Runs a sequence of residual branches and forgets what is in between; backward rebuilds it, state by state.
+
+    x[i+1] = x[i-1] + F_i(x[i]),   x[-1] = x[0] = x,   i = 0 .. n-1        then merge(x[n-1], x[n])
+
+    forward     keeps x[n-1] and x[n], nothing else
+    backward    for i = n-1 .. 0: runs F_i(x[i]) again, takes it from x[i+1] in place to get x[i-1], differentiates it
+
+One autograd Function spans the whole run. Inside its backward every branch gets a real, nested `backward()` that
+accumulates into the leaves, so that the hooks which DDP and DeepSpeed put on modules and parameters see an ordinary
+backward. Parameters are no inputs of the Function: ZeRO-3 keeps them partitioned, hence empty, outside their modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
+
+from re2tal.reversible.coupling import advance, rewind
+from re2tal.reversible.precision import Grid, Precision
+from re2tal.reversible.rng import GeneratorState
+from re2tal.reversible.surroundings import AutocastState, BufferWatch, held
+
+BranchFunction = Callable[[Tensor], Tensor]
+Merge = Literal["mean", "extrapolate"]
+
+
+def run_reversibly(
+    branches: Sequence[BranchFunction],
+    x: Tensor,
+    *,
+    recompute: bool = True,
+    merge: Merge = "mean",
+    grid: Grid = "auto",
+    owner: nn.Module | None = None,
+) -> Tensor:
+    """Residual branches, coupled so that activations can be forgotten; values do not depend on `recompute`.
+
+    Args:
+        branches: F_0 .. F_{n-1}, each from a floating tensor to one of the same shape. Their input is lent: its buffer
+            is used again as soon as they return. With none, `x` itself is returned.
+        x: the first state, any shape. It is never written.
+        recompute: forget activations and rebuild them in backward; otherwise keep them, as plain autograd does.
+        merge: "mean" is (x[n-1] + x[n]) / 2, the paper's; "extrapolate" is x[n-1] + x[n] - x, which is the plain
+            residual network to first order, and exactly that network for n = 1, and for two whole blocks
+            F(x) = block(x) - x.
+        grid: rounds states so that they are rebuilt to the last bit; see `precision`.
+        owner: the module that holds every parameter and buffer that the branches use. Buffers that it writes in forward
+            are held still in the rebuild, and where none of its parameters, nor `x`, wants a gradient, nothing is kept.
+            Without it, a gradient is taken to be wanted and no buffer to be written.
+
+    Returns:
+        The merged state, in the dtype of `x`; in float32 under autocast.
+
+    Raises:
+        ValueError: a branch changes shape or dtype, or an option is none of the above.
+        RuntimeError: in backward, when called twice or with `create_graph=True`: the activations are gone by then.
+
+    Tensors that branches reach other than through their input must be leaves: parameters, or constants that want no
+    gradient. A parameter used by two branches gets its gradient in two parts, which ZeRO-2 and ZeRO-3 refuse.
+    """
+    if merge not in get_args(Merge):
+        raise ValueError(f"unknown merge {merge!r}; known: {list(get_args(Merge))}")
+    if not x.is_floating_point():
+        raise ValueError(f"a reversible run needs floating point states, got {x.dtype}; convert x first")
+    if not branches:
+        return x
+    run = _Run(tuple(branches), merge, Precision.of(x, grid))
+    if not (recompute and torch.is_grad_enabled() and (x.requires_grad or _is_trained(owner))):
+        return run.merged(*run.states(x, _call))
+    # Parameters are no inputs of the Function, and x may want no gradient: without an input that does, autograd would
+    # leave the Function out, and the parameters would silently get nothing.
+    anchor = torch.empty(0, device=x.device, requires_grad=True)
+    return _Reversible.apply(x, anchor, run, owner)
+
+
+def _is_trained(owner: nn.Module | None) -> bool:
+    return owner is None or any(parameter.requires_grad for parameter in owner.parameters())
+
+
+def _call(branch: BranchFunction, state: Tensor) -> Tensor:
+    return branch(state)
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """The branches and the arithmetic of one run: shared by plain autograd, forward and backward."""
+
+    branches: tuple[BranchFunction, ...]
+    merge: Merge
+    precision: Precision
+
+    def states(self, x: Tensor, call: Callable[[BranchFunction, Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """x[0], x[n-1] and x[n]. Where autograd does not watch, x[i+1] takes the buffer of x[i-1]."""
+        start = previous = current = self.precision.round(x.to(self.precision.states))
+        needed = x if self.merge == "mean" else start
+        for index in range(len(self.branches)):
+            owned = not (torch.is_grad_enabled() or previous is current or previous is needed)
+            # The update gets no name here: with one it would live on while the next branch runs.
+            previous, current = current, advance(previous, self.update(index, current, call), owned=owned)
+        return start, previous, current
+
+    def update(self, index: int, state: Tensor, call: Callable[[BranchFunction, Tensor], Tensor]) -> Tensor:
+        """F_i(x[i]), checked, on the grid."""
+        output = call(self.branches[index], state.to(self.precision.branches))
+        if not isinstance(output, Tensor) or output.shape != state.shape:
+            given = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise ValueError(
+                f"{self._name(index)} turns a tensor of shape {tuple(state.shape)} into {given}; a residual branch "
+                "returns one tensor of the shape of its input: leave this one outside the run"
+            )
+        if torch.promote_types(output.dtype, self.precision.branches) != self.precision.branches:
+            raise ValueError(
+                f"{self._name(index)} turns {self.precision.branches} into {output.dtype}; a residual branch keeps the "
+                "dtype of its input: convert its output, or leave it outside the run"
+            )
+        return self.precision.round(output)
+
+    def merged(self, start: Tensor, previous: Tensor, current: Tensor) -> Tensor:
+        """What the run returns."""
+        merged = (previous + current) * 0.5 if self.merge == "mean" else previous + current - start
+        return merged.to(self.precision.output)
+
+    def _name(self, index: int) -> str:
+        branch = self.branches[index]
+        return f"branch {index} ({getattr(branch, 'name', None) or getattr(branch, '__name__', type(branch).__name__)})"
+
+
+class _Reversible(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, anchor: Tensor, run: _Run, owner: nn.Module | None) -> Tensor:
+        del anchor
+        ctx.run, ctx.autocast, ctx.spent = run, AutocastState.now(x.device), False
+        ctx.x_dtype = x.dtype
+        ctx.draws = []
+
+        def record(branch: BranchFunction, state: Tensor) -> Tensor:
+            before = GeneratorState.now(state.device)
+            output = branch(state)
+            ctx.draws.append(None if before.same_as(GeneratorState.now(state.device)) else before)
+            return output
+
+        buffers = BufferWatch(owner)
+        # Here x still says that it wants a gradient, which hooks of modules would believe.
+        start, previous, current = run.states(x.detach(), record)
+        ctx.buffers = buffers.written()
+        # Saved, not kept as attributes: an edit of x is noticed, and hooks on saved tensors see them. The last state is
+        # needed to find x[n-2], which a single branch does not have.
+        ctx.save_for_backward(previous, current if len(run.branches) > 1 else None)
+        return run.merged(start, previous, current)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "a reversible run forgets its activations, so it has no second derivatives: backward was called with "
+                "create_graph=True; call it without, or run with recompute=False"
+            )
+        if ctx.spent:
+            raise RuntimeError(
+                "backward went through a reversible run twice, but the first time consumed its states; add the losses "
+                "and call backward once, or run with recompute=False"
+            )
+        ctx.spent = True
+        with held(ctx.buffers):
+            return _backward(ctx, gradient.to(ctx.run.precision.states)), None, None, None
+
+
+def _backward(ctx: Any, gradient: Tensor) -> Tensor | None:
+    """Walks the states backwards: the parameters get their gradients on the way, x gets the one returned."""
+    run: _Run = ctx.run
+    previous, current = ctx.saved_tensors
+    to_previous = to_current = gradient * 0.5 if run.merge == "mean" else gradient
+    for index in reversed(range(1, len(run.branches))):
+        owned = not (to_previous is to_current or to_previous is gradient)
+        to_input = _differentiate(ctx, index, previous, current, to_current)
+        to_previous, to_current = to_current, advance(to_previous, to_input, owned=owned)
+        del to_input
+        previous, current = current, previous
+    to_input = _differentiate(ctx, 0, previous, None, to_current)
+    if not ctx.needs_input_grad[0]:
+        return None
+    # x is x[-1], x[0] and what was extrapolated from. Added in the order of plain autograd, to agree to the last bit.
+    to_x = to_previous - gradient if run.merge == "extrapolate" else to_previous
+    return (to_x + to_current).add_(to_input)
+
+
+def _differentiate(ctx: Any, index: int, state: Tensor, following: Tensor | None, gradient: Tensor) -> Tensor:
+    """x[i], x[i+1] and the gradient of x[i+1] -> the gradient of x[i] through F_i; x[i+1] becomes x[i-1] in place."""
+    run: _Run = ctx.run
+    draws: GeneratorState | None = ctx.draws[index]
+    point = state.detach().requires_grad_(index > 0 or ctx.needs_input_grad[0])
+    with torch.enable_grad(), ctx.autocast.replayed(), draws.replayed() if draws else nullcontext():
+        update = run.update(index, point, _call)
+    if following is not None:
+        rewind(following, update.detach())
+    if update.requires_grad:
+        # By its edge in the graph, so that the update itself, of which only the graph is needed, is free by then.
+        edge, gradient = get_gradient_edge(update), gradient.to(update.dtype)
+        del update
+        torch.autograd.backward((edge,), (gradient,))
+    return torch.zeros_like(state) if point.grad is None else point.grad

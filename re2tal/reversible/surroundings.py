@@ -1,0 +1,71 @@
+"""What surrounds a branch besides its input and its draws: the autocast state, and buffers that it writes.
+
+The rebuild must see the autocast state that the forward saw, wherever `backward` is called; and buffers that training
+writes, such as the running statistics of a normalisation, must not be written once more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class AutocastState:
+    """Whether, and to what, operations on a device type and on the CPU are cast."""
+
+    enabled: tuple[tuple[str, torch.dtype, bool], ...]
+    """(device type, dtype, on)"""
+
+    @classmethod
+    def now(cls, device: torch.device) -> AutocastState:
+        """The present state."""
+        kinds = dict.fromkeys((device.type, "cpu"))
+        return cls(tuple((kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)) for kind in kinds))
+
+    @contextmanager
+    def replayed(self) -> Iterator[None]:
+        """Autocast as it was.
+
+        Without its cache of weights: a branch uses each once, and a weight that two branches share would be found
+        there with the graph of the first one, which is gone.
+        """
+        with ExitStack() as stack:
+            for kind, dtype, enabled in self.enabled:
+                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
+            yield
+
+
+class BufferWatch:
+    """Finds the buffers of a module that were written since the watch was made."""
+
+    def __init__(self, owner: nn.Module | None) -> None:
+        modules = [] if owner is None else [(module, list(module.buffers(recurse=False))) for module in owner.modules()]
+        self._versions = [(module, [buffer._version for buffer in own]) for module, own in modules if own]
+
+    def written(self) -> list[Tensor]:
+        """All buffers of every module of which at least one was written.
+
+        Of a BatchNorm only `num_batches_tracked` shows it: its kernel writes the statistics without counting a version.
+        """
+        return [
+            buffer
+            for module, versions in self._versions
+            if versions != [own._version for own in module.buffers(recurse=False)]
+            for buffer in module.buffers(recurse=False)
+        ]
+
+
+@contextmanager
+def held(buffers: Sequence[Tensor]) -> Iterator[None]:
+    """What is written to `buffers` inside is undone afterwards."""
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)

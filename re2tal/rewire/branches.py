@@ -1,0 +1,62 @@
+"""What a block adds to its input: a residual block is a chain x -> x + F_1(x) -> ... of branches F.
+
+A family of networks says so once per type of block, beside that block:
+
+    class Block(nn.Module):
+        def attend(self, x, mask): return self.drop_path(self.attention(self.norm1(x), mask))
+        def transform(self, x, mask): return self.drop_path(self.mlp(self.norm2(x)))
+        def forward(self, x, mask):
+            x = x + self.attend(x, mask)
+            return x + self.transform(x, mask)
+
+    @residual_branches.register
+    def _(block: Block) -> tuple[Branch, ...]:
+        return Branch("attention", Block.attend), Branch("mlp", Block.transform)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import singledispatch
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """One residual function of a type of blocks."""
+
+    name: str
+    """What it does, for reports and errors: "attention"."""
+    function: Callable[..., Tensor]
+    """(block, x, *what else the block is called with) -> what the block adds to x. It takes the block, and holds none, so
+    that a copied network uses its own parameters."""
+    through_block: bool = False
+    """Whether it uses parameters that belong to the block itself, not to a module inside. It is then run inside a call
+    of the block, because ZeRO-3 gathers a module's own parameters when that module is called."""
+
+
+@singledispatch
+def residual_branches(block: nn.Module) -> tuple[Branch, ...]:
+    """The branches of `block`, in the order in which it adds them; () where it is not residual.
+
+    Register one function per type of block. It sees the instance, so a type may be residual in some places only: a
+    block that changes width or resolution answers ().
+    """
+    return ()
+
+
+@singledispatch
+def why_not_residual(block: nn.Module) -> str:
+    """Why `residual_branches(block)` is (), in words for a report. Register it where there is more to say."""
+    if residual_branches.dispatch(type(block)) is residual_branches.dispatch(object):
+        return f"nothing is registered for {type(block).__name__}"
+    return f"this {type(block).__name__} does not add to its input"
+
+
+@singledispatch
+def wrap_output(block: nn.Module, x: Tensor) -> Any:
+    """`x` in the form in which `block` returns it. Register it for blocks that return more than their hidden state."""
+    return x

@@ -1,0 +1,149 @@
+"""Rewires a network in place, and puts it back.
+
+    report = rewire(model)       # every container that holds residual blocks becomes a RewiredStage
+    print(report)                # what was rewired, what was left alone and why
+    unrewire(model)              # the network as it was
+
+Names in the state dict and the parameters themselves stay the same, so checkpoints, optimizers and `from_pretrained`
+work before and after alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import nn
+
+from re2tal.rewire.branches import residual_branches, why_not_residual
+from re2tal.rewire.stage import RewiredStage, RewiringConfig
+
+
+@dataclass(frozen=True, slots=True)
+class StageReport:
+    """What became of one container of blocks."""
+
+    name: str
+    blocks: int
+    rewired_blocks: int
+    branches: tuple[str, ...]
+    """Of one block each, such as "attention + mlp"; every kind once."""
+    left_alone: tuple[str, ...]
+    """One reason for each block, or group of blocks, that was not rewired."""
+
+
+@dataclass(frozen=True, slots=True)
+class RewireReport:
+    """What `rewire` did to each container of blocks; prints as a table."""
+
+    stages: tuple[StageReport, ...]
+
+    def __str__(self) -> str:
+        head = ("stage", "blocks", "rewired", "branches of a block", "left alone, because")
+        rows = [
+            (
+                stage.name,
+                str(stage.blocks),
+                str(stage.rewired_blocks),
+                ", ".join(stage.branches) or "-",
+                "; ".join(stage.left_alone) or "-",
+            )
+            for stage in self.stages
+        ]
+        widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in (head, *rows)
+        )
+
+
+class _Place(NamedTuple):
+    """Where a container hangs."""
+
+    parent: nn.Module
+    name: str
+    path: str
+    container: nn.Sequential | nn.ModuleList
+
+
+def rewire(model: nn.Module, *, config: RewiringConfig | None = None) -> RewireReport:
+    """Rewires every `nn.Sequential` and `nn.ModuleList` inside `model` that holds residual blocks.
+
+    What is residual is what `residual_branches` answers. A parent that walks along an `nn.ModuleList` must only hand
+    the hidden state on from block to block: one that takes states out on the way meets the stage as a single block.
+
+    Raises:
+        ValueError: nothing in `model` could be rewired, it is rewired already, or it is itself a container of blocks.
+    """
+    if any(isinstance(module, RewiredStage) for module in model.modules()):
+        raise ValueError(f"this {type(model).__name__} is rewired already; call unrewire(model) first")
+    if isinstance(model, nn.Sequential | nn.ModuleList) and any(map(residual_branches, model)):
+        raise ValueError(f"this {type(model).__name__} is itself a container of blocks; rewire a module that holds it")
+    reports = []
+    for place in list(_containers(model)):
+        reports.append(_report(place))
+        if reports[-1].rewired_blocks:
+            setattr(place.parent, place.name, RewiredStage(place.container, config or RewiringConfig()))
+    report = RewireReport(tuple(reports))
+    if not any(stage.rewired_blocks for stage in reports):
+        raise ValueError(
+            f"nothing in this {type(model).__name__} could be rewired; register residual_branches for its type of block"
+            + (f":\n{report}" if reports else ": it holds no nn.Sequential or nn.ModuleList of blocks")
+        )
+    return report
+
+
+def unrewire(model: nn.Module) -> None:
+    """Puts the containers back that `rewire` replaced; ValueError where there is none."""
+    stages = [(name, module) for name, module in model.named_modules() if isinstance(module, RewiredStage)]
+    if not stages:
+        raise ValueError(f"this {type(model).__name__} is not rewired")
+    for path, stage in stages:
+        parent, _, name = path.rpartition(".")
+        setattr(model.get_submodule(parent), name, stage.plain())
+
+
+def _containers(parent: nn.Module, prefix: str = "") -> Iterator[_Place]:
+    """The containers of residual blocks, and those of what looks like blocks but is not known to be residual."""
+    for name, child in parent.named_children():
+        path = f"{prefix}{name}"
+        if isinstance(child, nn.Sequential | nn.ModuleList) and any(map(residual_branches, child)):
+            yield _Place(parent, name, path, child)
+            continue
+        inner = list(_containers(child, f"{path}."))
+        if not inner and isinstance(child, nn.Sequential | nn.ModuleList) and _looks_like_blocks(child):
+            inner = [_Place(parent, name, path, child)]
+        yield from inner
+
+
+def _looks_like_blocks(container: nn.Sequential | nn.ModuleList) -> bool:
+    kinds = {type(child) for child in container if any(True for _ in child.children())}
+    return len(container) > 1 and len(kinds) == 1
+
+
+def _report(place: _Place) -> StageReport:
+    blocks = dict(place.container.named_children())
+    kinds = dict.fromkeys(" + ".join(branch.name for branch in residual_branches(block)) for block in blocks.values())
+    own_code = _own_code(place.container)
+    if own_code:
+        return StageReport(place.path, len(blocks), 0, (), (own_code,))
+    reasons: dict[str, list[str]] = {}
+    for name, block in blocks.items():
+        if not residual_branches(block):
+            reasons.setdefault(why_not_residual(block), []).append(name)
+    return StageReport(
+        name=place.path,
+        blocks=len(blocks),
+        rewired_blocks=len(blocks) - sum(map(len, reasons.values())),
+        branches=tuple(kind for kind in kinds if kind),
+        left_alone=tuple(f"{', '.join(names)}: {reason}" for reason, names in reasons.items()),
+    )
+
+
+def _own_code(container: nn.Module) -> str:
+    """Why a subclass of a container cannot be replaced, or "" where it does nothing but hold or run its children."""
+    kind = nn.Sequential if isinstance(container, nn.Sequential) else nn.ModuleList
+    if all(getattr(type(container), method) is getattr(kind, method) for method in ("forward", "__iter__")):
+        return ""
+    return f"{type(container).__name__} runs its blocks in a way of its own"

@@ -1,0 +1,168 @@
+"""A stage of a rewired network: the container of its blocks, which runs them reversibly.
+
+    plain        x -> block 0 -> block 1 -> ... -> block n-1
+    rewired      x -> downsampling block -> [reversible run over the branches of blocks 1 .. n-1] -> merge
+
+It takes the place of an `nn.Sequential`, which is called, or of an `nn.ModuleList`, which a parent walks along:
+
+    for layer in self.layers:            # iterating over a rewired stage gives the stage itself, once,
+        x = layer(x, mask)               # so this line runs all of it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from re2tal.reversible import run_reversibly
+from re2tal.reversible.engine import Merge
+from re2tal.reversible.precision import Grid
+from re2tal.rewire.branches import Branch, residual_branches, wrap_output
+
+
+@dataclass(frozen=True, slots=True)
+class RewiringConfig:
+    """How the residual blocks of a network are coupled."""
+
+    unit: Literal["branch", "block"] = "branch"
+    """What one F is: a branch of a block (the paper), or a whole block, F(x) = block(x) - x."""
+    merge: Merge = "mean"
+    """What becomes of a run's two end states: their "mean" (the paper), or "extrapolate", y1 + y2 - x, which is nearer
+    to the network before rewiring, and equal to it for a run of one block, or of two with `unit` "block"."""
+    segment: int | None = None
+    """Merge and start again after this many units; None for one run per unbroken sequence of residual blocks. Fewer
+    units are nearer to the network before rewiring, and need the memory of two states for each segment."""
+    recompute: bool = True
+    """Forget activations and rebuild them in backward, or keep them: the values are the same."""
+    grid: Grid = "auto"
+    """Grid of the states that makes rebuilding exact: a step, "auto" (2**-14 under bfloat16 and float16), or None."""
+
+    def __post_init__(self) -> None:
+        if self.unit not in ("branch", "block"):
+            raise ValueError(f"unknown unit {self.unit!r}; known: ['block', 'branch']")
+        if self.segment is not None and self.segment < 1:
+            raise ValueError(f"segment is {self.segment}; give at least 1 unit, or None for no cut")
+
+
+class RewiredStage(nn.Module):
+    """The blocks of one stage under their old names; each unbroken sequence of residual ones is run reversibly.
+
+    Called as one block is: `stage(x, *args, **kwargs)`; every block, and every branch, gets the same further arguments.
+    """
+
+    def __init__(self, plain: nn.Sequential | nn.ModuleList, config: RewiringConfig) -> None:
+        super().__init__()
+        self.config = config
+        self._plain = (plain,)  # in a tuple, so that it is not a submodule: its children are ours
+        for name, block in plain.named_children():
+            self.add_module(name, block)
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """x through all blocks, returned in the form in which the last block returns it."""
+        if self.config.recompute and torch.is_grad_enabled():
+            _refuse_gradients(args, kwargs)
+        output: Any = x
+        for residual, group in groupby(self.children(), key=lambda block: bool(residual_branches(block))):
+            blocks = list(group)
+            if residual:
+                output = wrap_output(blocks[-1], self._run(blocks, _hidden(output), args, kwargs))
+            else:
+                for block in blocks:
+                    output = block(_hidden(output), *args, **kwargs)
+        return output
+
+    def _run(self, blocks: Sequence[nn.Module], x: Tensor, args: tuple, kwargs: dict) -> Tensor:
+        units = [unit for block in blocks for unit in self._units(block, args, kwargs)]
+        length = self.config.segment or len(units)
+        for first in range(0, len(units), length):
+            x = run_reversibly(
+                units[first : first + length],
+                x,
+                recompute=self.config.recompute,
+                merge=self.config.merge,
+                grid=self.config.grid,
+                owner=self,
+            )
+        return x
+
+    def _units(self, block: nn.Module, args: tuple, kwargs: dict) -> list[_Unit]:
+        if self.config.unit == "block":
+            return [_Unit(type(block).__name__, partial(_whole, block, args, kwargs))]
+        return [
+            _Unit(f"{type(block).__name__} {branch.name}", partial(_part, block, branch, args, kwargs))
+            for branch in residual_branches(block)
+        ]
+
+    def plain(self) -> nn.Module:
+        """The container that this stage stands for, with this stage's blocks in it."""
+        (plain,) = self._plain
+        for name, block in self.named_children():
+            plain.add_module(name, block)
+        return plain
+
+    def __iter__(self) -> Iterator[RewiredStage]:
+        yield self
+
+    def __len__(self) -> int:
+        return len(self._modules)
+
+    def __getitem__(self, index: int | slice) -> RewiredStage:
+        if isinstance(index, slice) and range(len(self))[index] == range(len(self)):
+            return self
+        raise TypeError(
+            f"a rewired stage runs as a whole, so {index} of its {len(self)} blocks cannot be taken out to be called; "
+            "iterate over the stage, or look at a block with stage.get_submodule(name)"
+        )
+
+    def extra_repr(self) -> str:
+        """The configuration, for `print(model)`."""
+        return f"{self.config}"
+
+
+@dataclass(frozen=True, slots=True)
+class _Unit:
+    """A function for the engine, with a name for its errors."""
+
+    name: str
+    function: Callable[[Tensor], Tensor]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def _whole(block: nn.Module, args: tuple, kwargs: dict, x: Tensor) -> Tensor:
+    return _hidden(block(x, *args, **kwargs)) - x
+
+
+def _part(block: nn.Module, branch: Branch, args: tuple, kwargs: dict, x: Tensor) -> Tensor:
+    if not branch.through_block:
+        return branch.function(block, x, *args, **kwargs)
+    # Calling the block is what makes hooks gather its own parameters; for this call its forward is the branch.
+    usual = vars(block).get("forward")
+    block.forward = partial(branch.function, block)
+    try:
+        return block(x, *args, **kwargs)
+    finally:
+        del block.forward
+        if usual is not None:
+            block.forward = usual
+
+
+def _hidden(output: Any) -> Tensor:
+    """The hidden state in what a block returns: all of it, or the first of a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+def _refuse_gradients(args: tuple, kwargs: dict) -> None:
+    if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves((args, kwargs))):
+        raise ValueError(
+            "a rewired stage was called with a further argument that wants a gradient, which a reversible run cannot "
+            "give; compute it inside the block from the block's own parameters, detach it, or set recompute=False"
+        )
