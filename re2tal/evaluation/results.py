@@ -9,7 +9,7 @@ Seconds and scores are written with all their digits: rounding, as some programs
 
 from __future__ import annotations
 
-import math
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from re2tal.strict_json import read_json, write_json
+from re2tal.strict_json import read_json, write_atomically
 from re2tal.structures import Detections
 
 VERSION = "VERSION 1.3"
@@ -36,8 +36,12 @@ def write_results(path: Path | str, predictions: Mapping[str, Detections], class
 
     Raises ValueError for a NaN or infinite number and for a label that is not an index into `classes`.
     """
-    results = {video_id: _rows(video_id, detections, classes) for video_id, detections in predictions.items()}
-    write_json(path, {"version": VERSION, "results": results, "external_data": {}})
+    # One video a line, dumped one by one: a million predictions as dictionaries would take gigabytes.
+    videos = ",\n".join(
+        f"{json.dumps(video_id)}: {json.dumps(_rows(video_id, detections, classes), allow_nan=False)}"
+        for video_id, detections in predictions.items()
+    )
+    write_atomically(path, f'{{"version": "{VERSION}", "results": {{\n{videos}\n}}, "external_data": {{}}}}\n')
 
 
 def read_results(path: Path | str) -> Results:
@@ -81,10 +85,13 @@ def _detections(where: str, rows: Any, indices: dict[str, int]) -> Detections:
         raise ValueError(f"{where} is {_brief(rows)}; it must be a list of predictions")
     segments, scores, labels = [], [], []
     for position, row in enumerate(rows):
-        if not isinstance(row, dict) or not row.keys() >= {"segment", "label", "score"}:
-            raise ValueError(f'{where}[{position}] is {_brief(row)}; it needs the keys "segment", "label" and "score"')
-        segment, label, score = row["segment"], row["label"], row["score"]
-        if not (isinstance(segment, list) and len(segment) == 2 and all(map(_is_finite, segment))):
+        try:
+            segment, label, score = row["segment"], row["label"], row["score"]
+        except (TypeError, KeyError):
+            raise ValueError(
+                f'{where}[{position}] is {_brief(row)}; it needs the keys "segment", "label" and "score"'
+            ) from None
+        if type(segment) is not list or len(segment) != 2 or not (_is_finite(segment[0]) and _is_finite(segment[1])):
             raise ValueError(f"{where}[{position}].segment is {_brief(segment)}; give [start, end] in finite seconds")
         if not isinstance(label, str):
             raise ValueError(f"{where}[{position}].label is {_brief(label)}; give the name of a class, in quotes")
@@ -100,9 +107,12 @@ def _detections(where: str, rows: Any, indices: dict[str, int]) -> Detections:
     )
 
 
+_NUMBERS = frozenset((int, float))
+
+
 def _is_finite(value: Any) -> bool:
     """A JSON number that a float can hold; `true` is an int to Python, and is refused."""
-    return type(value) in (int, float) and abs(value) < 1e300 and math.isfinite(value)
+    return type(value) in _NUMBERS and -1e300 < value < 1e300
 
 
 def _brief(value: Any) -> str:
