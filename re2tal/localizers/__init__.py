@@ -1,1 +1,24 @@
 """One file per localizer; LOCALIZERS lists them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from re2tal.localizers.actionformer import ActionFormer, ActionFormerConfig
+from re2tal.localizers.base import Localizer
+
+LocalizerConfig = ActionFormerConfig
+"""What a localizer is built from; a union once there are several."""
+
+LOCALIZERS: dict[str, Callable[..., Localizer]] = {
+    "actionformer": ActionFormer,
+}
+
+
+def build_localizer(config: LocalizerConfig, *, in_channels: int, classes: Sequence[str]) -> Localizer:
+    """The localizer that `config.name` names, for features of `in_channels` channels and actions of `classes`."""
+    try:
+        build = LOCALIZERS[config.name]
+    except KeyError:
+        raise ValueError(f"unknown localizer {config.name!r}; known: {sorted(LOCALIZERS)}") from None
+    return build(config, in_channels=in_channels, classes=classes)

@@ -1,0 +1,57 @@
+"""Which of a clip's predictions go on to suppression.
+
+A prediction is a (point, class) pair. OpenTAD takes the best of all levels together; the original ActionFormer takes
+the best of each level and drops segments that are too short.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Candidates(NamedTuple):
+    """N candidates of one clip."""
+
+    segments: Tensor
+    """(N, 2) steps; may reach beyond the clip"""
+    scores: Tensor
+    """(N,)"""
+    labels: Tensor
+    """(N,) int64"""
+
+
+def best_of_clip(segments: Tensor, scores: Tensor, *, min_score: float, top_k: int) -> Candidates:
+    """The `top_k` scores above `min_score`, best first; with a single class simply everything.
+
+    `segments` (P, 2) and `scores` (P, K) of the clip's real points.
+    """
+    if scores.shape[1] == 1:
+        return Candidates(segments, scores[:, 0], torch.zeros(len(scores), dtype=torch.int64, device=scores.device))
+    return _best(segments, scores, min_score=min_score, top_k=top_k)
+
+
+def best_of_each_level(
+    segments: Tensor, scores: Tensor, levels: Tensor, *, min_score: float, top_k: int, min_steps: float
+) -> Candidates:
+    """Level by level the `top_k` scores above `min_score`, then only segments longer than `min_steps`.
+
+    As `best_of_clip`; `levels` (P,) is anything that is equal for the points of one level and rises with the level.
+    """
+    per_level = [
+        _best(segments[levels == level], scores[levels == level], min_score=min_score, top_k=top_k)
+        for level in levels.unique()
+    ]
+    found = Candidates(*(torch.cat(column) for column in zip(*per_level, strict=True)))
+    long_enough = found.segments[:, 1] - found.segments[:, 0] > min_steps
+    return Candidates(*(column[long_enough] for column in found))
+
+
+def _best(segments: Tensor, scores: Tensor, *, min_score: float, top_k: int) -> Candidates:
+    flat = scores.flatten()
+    above = (flat > min_score).nonzero()[:, 0]
+    best, order = flat[above].sort(descending=True)
+    chosen = above[order[:top_k]]
+    return Candidates(segments[chosen // scores.shape[1]], best[:top_k], chosen % scores.shape[1])

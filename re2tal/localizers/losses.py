@@ -1,0 +1,66 @@
+"""The two losses of an anchor-free localizer, element by element, in float32 or better, and what they are divided by.
+
+focal (Lin et al., ICCV 2017):  a_t (1 - p_t)^gamma (-log p_t)
+DIoU (Zheng et al., AAAI 2020): 1 - IoU + (distance of centres / length of the enclosing segment)^2
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+SMALLEST_LENGTH = 1e-8
+
+
+def sigmoid_focal_loss(logits: Tensor, targets: Tensor, *, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
+    """Focal loss of each logit; targets of the same shape lie in [0, 1] and may be smoothed."""
+    logits, targets = _at_least_float32(logits), _at_least_float32(targets)
+    probability = logits.sigmoid()
+    mistake = probability * (1 - targets) + (1 - probability) * targets
+    weight = alpha * targets + (1 - alpha) * (1 - targets)
+    return weight * mistake**gamma * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+
+
+def diou_loss(offsets: Tensor, targets: Tensor) -> Tensor:
+    """DIoU loss of N pairs of segments that share a point: (N, 2) distances to start and end, twice -> (N,).
+
+    Distances are not negative, so both segments contain the point and overlap at least there.
+    """
+    (left, right), (true_left, true_right) = (_at_least_float32(x).unbind(-1) for x in (offsets, targets))
+    intersection = torch.minimum(left, true_left) + torch.minimum(right, true_right)
+    union = left + right + true_left + true_right - intersection
+    enclosing = torch.maximum(left, true_left) + torch.maximum(right, true_right)
+    centre_distance = 0.5 * (right - left - true_right + true_left)
+    iou = intersection / union.clamp(min=SMALLEST_LENGTH)
+    return 1 - iou + (centre_distance / enclosing.clamp(min=SMALLEST_LENGTH)) ** 2
+
+
+class RunningCount(nn.Module):
+    """An exponential mean of a count, kept in a buffer.
+
+    It is stored in whole millionths (2**-20), because `model.bfloat16()` rounds every floating buffer to 8 bits, and a
+    mean of 100 would then no longer move.
+    """
+
+    UNITS = 2**20
+    units: Tensor
+
+    def __init__(self, initial: float, *, momentum: float) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.register_buffer("units", torch.tensor(round(initial * self.UNITS), dtype=torch.int64))
+
+    def value(self) -> Tensor:
+        """The mean, a float32 scalar."""
+        return (self.units.double() / self.UNITS).float()
+
+    def update(self, count: Tensor) -> Tensor:
+        """Mix a new count in and return the mean; each rank keeps its own."""
+        mean = self.momentum * self.units.double() + (1 - self.momentum) * self.UNITS * count.double()
+        self.units.copy_(mean.round().to(torch.int64))
+        return self.value()
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
