@@ -16,7 +16,6 @@ Mirroring a picture turns one class into another: train on this with flips off.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -29,6 +28,7 @@ from pathlib import Path
 import av
 import numpy as np
 
+from re2tal.strict_json import read_json, write_json
 from re2tal.structures import Action, VideoRecord
 
 # How hard it is. Lengths are shares of the picture's short side: 0.32 a second is 2.6 pixels a frame at 64 pixels and
@@ -114,18 +114,16 @@ def write_demo(folder: Path, config: DemoConfig, *, workers: int | None = None) 
     annotations = folder / "annotations.json"
     version = f"re2tal demo 1, {config}"
     if annotations.exists():
-        found = annotations.read_text()
-        if json.dumps(version) not in found:
-            raise ValueError(f"{annotations} is not of {version!r} but begins {found[:120]!r}; choose another folder")
+        found = read_json(annotations)
+        if not isinstance(found, dict) or found.get("version") != version:
+            raise ValueError(f"{annotations} is not of {version!r}; choose another folder, or delete this one")
         return annotations
     (folder / "videos").mkdir(parents=True, exist_ok=True)
     counts = (config.num_training, config.num_validation)
     jobs = [(subset, number) for subset, count in zip(SUBSETS, counts, strict=True) for number in range(count)]
     with ProcessPoolExecutor(workers or len(os.sched_getaffinity(0)), mp_context=get_context("spawn")) as pool:
         written = list(pool.map(partial(_write_video, folder / "videos", config.seed), jobs, chunksize=2))
-    partial_file = annotations.with_suffix(".json.partial")
-    partial_file.write_text(json.dumps({"version": version, "taxonomy": _taxonomy(), "database": dict(written)}))
-    partial_file.replace(annotations)
+    write_json(annotations, {"version": version, "taxonomy": _taxonomy(), "database": dict(written)})
     return annotations
 
 
