@@ -1,0 +1,178 @@
+"""Who may import whom, read from the source with `ast`.
+
+`BELOW` is the drawing of docs/architecture.md, one row a package; a package may import what is below it, at any depth.
+`OWNERS` holds each heavy library to the modules that own it, so that the rest works, and starts fast, without it.
+"""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from fnmatch import fnmatchcase
+from importlib.metadata import packages_distributions
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1] / "re2tal"
+
+LEAVES = ("structures", "strict_json")
+"""What every package may import, and which import nothing of ours."""
+
+BELOW: dict[str, tuple[str, ...]] = {
+    "structures": (),
+    "strict_json": (),
+    "distributed": (),
+    "reversible": (),
+    "rewire": ("reversible",),
+    "backbones": ("rewire",),
+    "localizers": (),
+    "data": (),
+    "evaluation": (),
+    "detector": ("backbones", "localizers"),
+    "recognizer": ("backbones",),
+    "inference": ("detector", "recognizer", "data", "evaluation", "distributed"),
+    "training": ("inference", "distributed"),
+    "config": ("training",),
+    "recipes": ("config",),
+    "reporting": ("evaluation",),
+    "cli": ("recipes", "reporting", "distributed"),
+}
+
+OWNERS: dict[str, tuple[str, ...]] = {
+    "deepspeed": ("re2tal.training.engine",),
+    "accelerate": ("re2tal.distributed",),
+    "decord": ("re2tal.data.decode",),
+    "webdataset": ("re2tal.data.shards", "re2tal.data.build", "re2tal.data.stream"),
+    "transformers": ("re2tal.backbones.*",),
+    "av": ("re2tal.data.*",),
+    "matplotlib": ("re2tal.reporting.*",),
+    "tensorboard": ("re2tal.training.metrics",),
+    "tqdm": ("re2tal.training.metrics", "re2tal.cli.*"),
+    "tyro": ("re2tal.cli", "re2tal.cli.*"),
+}
+
+LIGHT = ("torch", "numpy", "pydantic", "safetensors")
+"""Libraries that any module may import."""
+
+
+def modules() -> list[str]:
+    """Dotted names of all modules, a package by the name of its folder."""
+    paths = (path.relative_to(ROOT.parent).with_suffix("") for path in ROOT.rglob("*.py"))
+    return sorted(".".join(path.parts).removesuffix(".__init__") for path in paths)
+
+
+def source_of(module: str) -> tuple[str, bool]:
+    """Text of a module, and whether it is a package."""
+    path = ROOT.parent.joinpath(*module.split("."))
+    if path.is_dir():
+        return (path / "__init__.py").read_text(), True
+    return path.with_suffix(".py").read_text(), False
+
+
+def imports(module: str, source: str, *, is_package: bool) -> Iterator[str]:
+    """Absolute dotted names that `source` imports, anywhere in it: also in functions, under TYPE_CHECKING, and by
+    `importlib.import_module` or `__import__` with a literal name."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = module.split(".")[: len(module.split(".")) - node.level + is_package] if node.level else []
+            base = ".".join([*parents, *([node.module] if node.module else [])])
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in ("import_module", "__import__"):
+            yield from (arg.value for arg in node.args[:1] if isinstance(arg, ast.Constant))
+
+
+def may_import(package: str) -> set[str]:
+    """The packages below `package`, at any depth, itself and the leaves included; the engine knows tensors only."""
+    found = {package} if package in ("reversible", *LEAVES) else {package, *LEAVES}
+    waiting = list(BELOW[package])
+    while waiting:
+        below = waiting.pop()
+        if below not in found:
+            found.add(below)
+            waiting += BELOW[below]
+    return found
+
+
+def violations(module: str, source: str, *, is_package: bool = False) -> list[str]:
+    """What `module` imports and should not, one sentence each."""
+    found = []
+    package = module.split(".")[1] if "." in module else ""
+    for name in imports(module, source, is_package=is_package):
+        top, _, rest = name.partition(".")
+        if top == "re2tal":
+            target = rest.split(".")[0]
+            if package and target in BELOW and target not in may_import(package):
+                found.append(f"{module} imports {name}: {package} may import {sorted(may_import(package))}")
+            continue
+        library = "tensorboard" if name.startswith("torch.utils.tensorboard") else top
+        if library in sys.stdlib_module_names or library in LIGHT:
+            continue
+        owners = OWNERS.get(library, ())
+        if not any(fnmatchcase(module, owner) for owner in owners):
+            found.append(f"{module} imports {library}, which belongs to {owners or 'no module: add it to OWNERS'}")
+    return found
+
+
+@pytest.mark.parametrize("module", modules())
+def test_imports_only_point_down_and_heavy_libraries_stay_in_their_modules(module: str) -> None:
+    source, is_package = source_of(module)
+    assert violations(module, source, is_package=is_package) == []
+
+
+def test_every_package_has_its_row() -> None:
+    packages = {module.split(".")[1] for module in modules() if "." in module}
+    assert packages <= BELOW.keys(), "add a row to BELOW, and to docs/architecture.md"
+
+
+def test_siblings_and_engines_are_what_the_drawing_says() -> None:
+    for one in ("localizers", "data", "evaluation"):
+        assert may_import(one) == {one, *LEAVES}
+    assert may_import("reversible") == {"reversible"}
+    assert [package for package in BELOW if "config" in may_import(package)] == ["config", "recipes", "cli"]
+    assert {package for package in BELOW if "distributed" in BELOW[package]} == {"inference", "training", "cli"}
+
+
+@pytest.mark.parametrize(
+    ("module", "source", "message"),
+    [
+        ("re2tal.data.windows", "from re2tal.evaluation.results import read_results", "data may import"),
+        ("re2tal.localizers.x", "from re2tal import config", "localizers may import"),
+        ("re2tal.localizers.x", "from ..data import shards", "imports re2tal.data.shards"),
+        ("re2tal.backbones.x", "import re2tal.config", "backbones may import"),
+        ("re2tal.reversible.x", "from re2tal.structures import Timeline", "reversible may import"),
+        ("re2tal.evaluation.x", "def f():\n    import re2tal.distributed", "evaluation may import"),
+        ("re2tal.data.x", "if TYPE_CHECKING:\n    from re2tal.training.trainer import Trainer", "data may import"),
+        ("re2tal.data.x", "import importlib\nimportlib.import_module('re2tal.config')", "imports re2tal.config"),
+        ("re2tal.training.trainer", "import deepspeed.comm as dist", "deepspeed, which belongs to"),
+        ("re2tal.data.stream", "from decord import VideoReader", "decord, which belongs to"),
+        ("re2tal.training.x", "from torch.utils.tensorboard import SummaryWriter", "tensorboard, which belongs to"),
+        ("re2tal.detector", "import pandas", "pandas, which belongs to no module: add it to OWNERS"),
+    ],
+)
+def test_the_check_catches_a_violation(module: str, source: str, message: str) -> None:
+    (found,) = violations(module, source)
+    assert message in found
+
+
+def test_the_check_lets_through_what_is_right() -> None:
+    allowed = (
+        "import torch.nn\nfrom .results import x\nfrom . import y\nfrom re2tal.structures import Action\nimport os.path"
+    )
+    assert violations("re2tal.evaluation.x", allowed) == []
+    assert violations("re2tal.evaluation", "from . import results\nfrom .results import x", is_package=True) == []
+    assert violations("re2tal.training.engine", "import deepspeed") == []
+
+
+def test_owned_libraries_are_installed_under_these_names() -> None:
+    """A misspelt row would hold nothing."""
+    assert OWNERS.keys() <= packages_distributions().keys()
+
+
+def test_owners_exist() -> None:
+    found = modules()
+    for library, owners in OWNERS.items():
+        assert any(fnmatchcase(module, owner) for owner in owners for module in found), f"nobody can own {library}"
