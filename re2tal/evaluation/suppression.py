@@ -1,0 +1,293 @@
+"""Suppression of detections that tell the same action twice: soft-NMS, hard NMS, voting, and video-level classes.
+
+    repeat: take the best segment p; for every other one of its group: score *= decay(IoU with p)
+
+(Bodla et al., ICCV 2017, in one dimension.) All groups, that is classes, advance together: one row per class, one pick
+per row and round, so a round is a dozen vector operations whatever the number of classes. Scores are kept as
+logarithms, where decay is a subtraction and "gone" is minus infinity.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from re2tal.structures import Detections
+
+Floats = NDArray[np.floating]
+Penalty = Callable[[Floats, Floats], Floats]
+"""(rows, n) IoU with the pick of each row and (rows, 1) length of that pick -> what to subtract from log scores."""
+
+LENGTH_EPSILON = np.float32(1e-6)
+ROUNDS_BETWEEN_COMPACTIONS = 32
+
+
+@dataclass(frozen=True)
+class SuppressionConfig:
+    """How the detections of one video are thinned out; the defaults are those of Re2TAL on THUMOS-14."""
+
+    method: Literal["gaussian", "linear", "gaussian_above", "hard", "none"] = "gaussian"
+    """How a better segment lowers the score of one it overlaps with. "gaussian": exp(-IoU^2 / sigma). "linear": 1 - IoU
+    from `iou_threshold` on. "gaussian_above": gaussian from an IoU of `overlap_base` + `overlap_slope` * length of the
+    better one (BMN). "hard": dropped from `iou_threshold` on. "none": not at all."""
+    sigma: float = 0.7
+    """Of the gaussian; larger is milder."""
+    iou_threshold: float = 0.1
+    """Of "linear" and "hard"."""
+    overlap_base: float = 0.5
+    """Of "gaussian_above"."""
+    overlap_slope: float = 0.0
+    """Of "gaussian_above", per unit of length."""
+    min_score: float = 0.001
+    """A segment whose lowered score is below goes; the best of each group always stays, except under "hard", which
+    drops every score that is not above."""
+    max_per_video: int = 2000
+    """At most this many detections, the best ones; also the limit per class."""
+    per_class: bool = True
+    """Only segments of the same class suppress each other."""
+    voting_threshold: float | None = None
+    """Replace each kept segment by the mean, weighted by score, of all segments that overlap it by at least this IoU;
+    None keeps it. Needs per_class=False."""
+    weigh_votes_by_overlap: bool = False
+    """Weigh votes by score * IoU, as the original ActionFormer does, instead of by score, as OpenTAD does."""
+
+    def __post_init__(self) -> None:
+        if self.sigma <= 0:
+            raise ValueError(f"sigma={self.sigma} must be positive")
+        if self.max_per_video < 1:
+            raise ValueError(f"max_per_video={self.max_per_video} must be at least 1")
+        if self.per_class and self.voting_threshold is not None:
+            raise ValueError(
+                f"voting_threshold={self.voting_threshold} has no effect with per_class=True: classes do not vote for "
+                "one another; set per_class=False, or voting_threshold=None"
+            )
+
+
+def suppress(detections: Detections, config: SuppressionConfig) -> Detections:
+    """The detections of one video, thinned out and best first, on the CPU.
+
+    Any unit of time serves, save for `overlap_slope`. Raises ValueError for detections that are not finite.
+    """
+    segments, scores, labels = (
+        x.detach().cpu().numpy() for x in (detections.segments.float(), detections.scores.float(), detections.labels)
+    )
+    if not (np.isfinite(segments).all() and np.isfinite(scores).all()):
+        raise ValueError("detections hold NaN or infinite times or scores; look for a loss that diverged in training")
+    if config.method == "none":
+        kept, new_scores = np.arange(len(scores)), scores
+    else:
+        kept, new_scores = _thin_out(segments, scores, labels, config)
+    best = np.argsort(-new_scores, kind="stable")[: config.max_per_video]
+    kept, new_scores = kept[best], new_scores[best]
+    if config.voting_threshold is None:
+        new_segments = segments[kept]
+    else:
+        new_segments = vote(
+            segments[kept],
+            segments,
+            scores,
+            threshold=config.voting_threshold,
+            weigh_by_overlap=config.weigh_votes_by_overlap,
+        )
+    return Detections(torch.from_numpy(new_segments), torch.from_numpy(new_scores), torch.from_numpy(labels[kept]))
+
+
+def _thin_out(segments: Floats, scores: Floats, labels: NDArray, config: SuppressionConfig) -> tuple[NDArray, Floats]:
+    eligible = np.arange(len(scores))
+    min_score = config.min_score
+    if config.method == "hard":
+        if min_score > 0:
+            eligible = np.flatnonzero(scores > min_score)
+        min_score = 0.0
+    kept, new_scores = soft_nms(
+        segments[eligible],
+        scores[eligible],
+        labels[eligible] if config.per_class else np.zeros_like(eligible),
+        penalty=_PENALTIES[config.method](config),
+        min_score=min_score,
+        max_per_group=config.max_per_video,
+    )
+    kept = eligible[kept]
+    return kept, scores[kept] if config.method == "hard" else new_scores
+
+
+def _gaussian(config: SuppressionConfig) -> Penalty:
+    scale = np.float32(1 / config.sigma)
+    return lambda iou, length: np.multiply(np.multiply(iou, iou, out=iou), scale, out=iou)
+
+
+def _gaussian_above(config: SuppressionConfig) -> Penalty:
+    gaussian, base, slope = _gaussian(config), np.float32(config.overlap_base), np.float32(config.overlap_slope)
+
+    def penalty(iou: Floats, length: Floats) -> Floats:
+        mild = iou < base + slope * length
+        iou = gaussian(iou, length)
+        iou[mild] = 0.0
+        return iou
+
+    return penalty
+
+
+def _linear(config: SuppressionConfig) -> Penalty:
+    smallest = np.finfo(np.float32).tiny
+    return lambda iou, length: np.where(
+        iou >= config.iou_threshold, -np.log(np.maximum(np.float32(1) - iou, smallest)), np.float32(0)
+    )
+
+
+def _hard(config: SuppressionConfig) -> Penalty:
+    return lambda iou, length: np.where(iou >= config.iou_threshold, np.float32(np.inf), np.float32(0))
+
+
+_PENALTIES: dict[str, Callable[[SuppressionConfig], Penalty]] = {
+    "gaussian": _gaussian,
+    "gaussian_above": _gaussian_above,
+    "linear": _linear,
+    "hard": _hard,
+}
+
+
+@dataclass
+class _Rows:
+    """The remaining segments of each group, one group a row; log scores of what is gone or never was are -inf."""
+
+    starts: Floats
+    ends: Floats
+    lengths: Floats
+    logs: Floats
+    index: NDArray[np.int64]
+
+    @classmethod
+    def of(cls, segments: Floats, scores: Floats, groups: NDArray) -> _Rows:
+        _, group, counts = np.unique(groups, return_inverse=True, return_counts=True)
+        order = np.argsort(group, kind="stable")
+        row = group[order]
+        place = row, np.arange(len(order)) - (np.cumsum(counts) - counts)[row]
+
+        def spread(values: NDArray, blank: float) -> NDArray:
+            rows = np.full((len(counts), counts.max()), blank, dtype=values.dtype)
+            rows[place] = values[order]
+            return rows
+
+        starts, ends = segments[:, 0], segments[:, 1]
+        # A score of zero is the smallest positive one: it is still there, and -inf would say that it is gone.
+        logs = np.log(np.maximum(scores.astype(np.float64), np.finfo(np.float64).tiny))
+        return cls(
+            spread(starts, 0.0),
+            spread(ends, 0.0),
+            spread(ends - starts + LENGTH_EPSILON, 1.0),
+            spread(logs, -np.inf),
+            spread(np.arange(len(scores)), 0),
+        )
+
+    def compacted(self, log_min: float) -> _Rows:
+        """Without the rows and columns in which nothing is left that could still be picked."""
+        alive = self.logs >= log_min
+        rows = alive.any(axis=1)
+        width = alive.sum(axis=1).max(initial=0)
+        if rows.sum() * width > 0.9 * alive.size:
+            return self
+        if len(alive) == 1:
+            columns = np.flatnonzero(alive[0])
+            return _Rows(*(x.take(columns, axis=1) for x in self._arrays()))
+        alive = alive[rows]
+        order = np.argsort(~alive, axis=1, kind="stable")[:, :width]
+        compact = _Rows(*(np.take_along_axis(x[rows], order, axis=1) for x in self._arrays()))
+        compact.logs[~np.take_along_axis(alive, order, axis=1)] = -np.inf
+        return compact
+
+    def _arrays(self) -> tuple[NDArray, ...]:
+        return self.starts, self.ends, self.lengths, self.logs, self.index
+
+    def pick(self, penalty: Penalty, overlap: Floats, union: Floats) -> tuple[NDArray[np.int64], Floats]:
+        """Take the best of each row out and lower the others; `overlap` and `union` are room to compute in."""
+        best = self.logs.argmax(axis=1) + np.arange(len(self.logs)) * self.logs.shape[1]
+        picked = self.index.take(best), self.logs.take(best)
+        self.logs.put(best, -np.inf)
+        start, end, length = (x.take(best)[:, None] for x in (self.starts, self.ends, self.lengths))
+        np.maximum(self.starts, start, out=union)
+        np.minimum(self.ends, end, out=overlap)
+        overlap -= union
+        np.maximum(overlap, 0, out=overlap)
+        np.add(self.lengths, length, out=union)
+        union -= overlap
+        overlap /= union
+        self.logs -= penalty(overlap, length)
+        return picked
+
+
+def soft_nms(
+    segments: Floats,
+    scores: Floats,
+    groups: NDArray,
+    *,
+    penalty: Penalty,
+    min_score: float,
+    max_per_group: int,
+) -> tuple[NDArray[np.int64], Floats]:
+    """Suppression within each group of N segments: indices of what stays, and its lowered scores, float32.
+
+    `segments` (N, 2) float32, `scores` (N,), `groups` (N,) any integers. A group ends when `max_per_group` are picked
+    or no lowered score is at least `min_score`; its first pick always counts.
+    """
+    if len(scores) == 0:
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32)
+    log_min = math.log(min_score) if min_score > 0 else np.finfo(np.float64).min
+    rows = _Rows.of(segments, scores, groups)
+    num_groups = len(rows.logs)
+    picks: list[tuple[NDArray[np.int64], Floats]] = []
+    while len(picks) < max_per_group and rows.logs.size:
+        overlap, union = np.empty_like(rows.starts), np.empty_like(rows.starts)
+        rounds = min(ROUNDS_BETWEEN_COMPACTIONS, max_per_group - len(picks), rows.logs.shape[1])
+        picks += [rows.pick(penalty, overlap, union) for _ in range(rounds)]
+        rows = rows.compacted(log_min)
+    index, logs = (np.concatenate(column) for column in zip(*picks, strict=True))
+    stays = logs >= log_min
+    stays[:num_groups] = True
+    return index[stays], np.exp(logs[stays]).astype(np.float32)
+
+
+def vote(kept: Floats, segments: Floats, scores: Floats, *, threshold: float, weigh_by_overlap: bool) -> Floats:
+    """Each of K kept segments as the weighted mean of those of N `segments` with an IoU of at least `threshold`.
+
+    Segments are float32 (K, 2) and (N, 2), scores (N,) are those from before suppression.
+    """
+    means = kept.copy()
+    # A few million pairs at a time: a long video has tens of thousands of candidates.
+    rows = max(1, 4_000_000 // max(1, len(segments)))
+    for first in range(0, len(kept), rows):
+        some = kept[first : first + rows, None]
+        overlap = np.minimum(some[..., 1], segments[:, 1]) - np.maximum(some[..., 0], segments[:, 0])
+        overlap = np.maximum(overlap, 0)
+        union = (some[..., 1] - some[..., 0]) + (segments[:, 1] - segments[:, 0]) - overlap
+        iou = np.divide(overlap, union, out=np.zeros_like(overlap), where=union > 0)
+        weights = np.where(iou >= threshold, scores * iou if weigh_by_overlap else scores, np.float64(0))
+        total = weights.sum(axis=1, keepdims=True)
+        # Nobody votes for a segment without length, or among scores of zero: it stays as it is.
+        voted = total[:, 0] > 0
+        means[first : first + rows][voted] = (weights[voted] / total[voted]) @ segments
+    return means
+
+
+def fuse_video_classes(detections: Detections, class_scores: torch.Tensor, *, top_k: int) -> Detections:
+    """Class-agnostic detections named by a classifier of whole videos: one copy for each of its `top_k` classes.
+
+    `class_scores` (K,) are the classifier's; a copy's score is the detection's times its class's, its label the class.
+    """
+    if not 1 <= top_k <= len(class_scores):
+        raise ValueError(
+            f"top_k={top_k} must lie between 1 and the {len(class_scores)} classes of the video classifier"
+        )
+    best, classes = class_scores.sort(descending=True, stable=True)
+    num = len(detections)
+    return Detections(
+        detections.segments.repeat(top_k, 1),
+        (best[:top_k, None].to(detections.scores) * detections.scores).flatten(),
+        classes[:top_k].to(detections.labels.device).repeat_interleave(num),
+    )
