@@ -12,12 +12,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Literal
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from re2tal.backbones.weights import KeyLayout
 from re2tal.structures import Features
 
 
@@ -31,12 +30,17 @@ class BackboneConfig:
     """Give every residual run its two streams (reversible); parameter names do not change."""
     recompute: bool = True
     """Forget activations inside a rewired run and rebuild them in the backward; needs `rewired`."""
-    merge: str = "mean"
-    """How a rewired run joins its two end states; "mean" is the paper's."""
+    unit: Literal["branch", "block"] = "branch"
+    """What a rewired run couples: the branches of its blocks (the paper), or whole blocks, F(x) = block(x) - x."""
+    merge: Literal["mean", "extrapolate"] = "mean"
+    """How a rewired run joins its two end states: their mean (the paper), or y1 + y2 - x, nearer to a plain one."""
+    segment: int | None = None
+    """Merge and start again after this many units; None for one run per stage (the paper)."""
     weights: str | None = None
-    """A .safetensors or .pth file in any layout the family knows; None starts from random weights."""
+    """Pretrained weights: a .safetensors or .pth file in any layout the family reads, or, for a family of the
+    transformers library, a hub name or a folder. None starts from random weights."""
     drop_path: float = 0.0
-    """Drop-path rate of the last block; it grows linearly from 0 at the first."""
+    """Drop-path rate of the last block; it grows linearly from 0 at the first. Only families with drop-path take it."""
     frozen: bool = False
     """Train nothing in the backbone and keep all of it in evaluation mode."""
     norm_eval: bool = False
@@ -51,9 +55,6 @@ class VideoBackbone(nn.Module, ABC):
 
     out_channels: int
     frames_per_step: int
-    key_layouts: ClassVar[tuple[KeyLayout, ...]]
-    """Checkpoint layouts this family reads."""
-
     frozen: bool = False
     norms_frozen: bool = False
 

@@ -24,6 +24,8 @@ from re2tal.backbones.shifted_windows import (
     windows_per_axis,
 )
 from re2tal.backbones.swin3d_layouts import KEY_LAYOUTS
+from re2tal.backbones.weights import load_weights
+from re2tal.rewire import Branch, residual_branches
 from re2tal.structures import Features
 
 # Added to the logits of token pairs that are not neighbours; in float32, exp(-100) vanishes beside any other weight.
@@ -35,8 +37,6 @@ class VideoSwin(VideoBackbone):
 
     A step is valid where any of its frames is. Sizes that are not whole patches are padded with zeros at the far end.
     """
-
-    key_layouts = KEY_LAYOUTS
 
     def __init__(
         self,
@@ -52,7 +52,8 @@ class VideoSwin(VideoBackbone):
         super().__init__()
         if len(depths) != len(num_heads):
             raise ValueError(f"VideoSwin needs one num_heads per stage, got depths {depths} and num_heads {num_heads}")
-        rates = iter(torch.linspace(0, drop_path, sum(depths)).tolist())
+        # Plain numbers, not a tensor: networks are also built on the meta device, where tensors have none.
+        rates = iter([drop_path * j / max(1, sum(depths) - 1) for j in range(sum(depths))])
         tables = WindowTables()
         self.patch_embed = PatchEmbed(embed_dim, patch=patch)
         self.layers = nn.ModuleList()
@@ -178,6 +179,11 @@ class SwinBlock(nn.Module):
         return x + self.mlp_branch(x)
 
 
+@residual_branches.register
+def _(block: SwinBlock) -> tuple[Branch, ...]:
+    return Branch("attention", SwinBlock.attention_branch), Branch("mlp", SwinBlock.mlp_branch)
+
+
 class WindowAttention(nn.Module):
     """Multi-head attention inside (shifted) windows with a learned bias per relative position and head."""
 
@@ -270,9 +276,15 @@ class DropPath(nn.Module):
         return f"rate={self.rate:.3f}"
 
 
-# Sizes of the paper (table 1 and section 4.1; window as trained on Kinetics), and one that a CPU can train.
+# The paper's sizes (window as trained on Kinetics), and one that one core trains at ten clips of 96 x 64 x 64 a second.
 SIZES: dict[str, dict] = {
-    "swin3d_nano": {"embed_dim": 24, "depths": (2, 2, 2), "num_heads": (2, 4, 8), "window": (8, 4, 4)},
+    "swin3d_nano": {
+        "embed_dim": 32,
+        "depths": (2, 2, 2),
+        "num_heads": (2, 4, 8),
+        "window": (8, 4, 4),
+        "patch": (2, 8, 8),
+    },
     "swin3d_tiny": {"embed_dim": 96, "depths": (2, 2, 6, 2), "num_heads": (3, 6, 12, 24), "window": (8, 7, 7)},
     "swin3d_small": {"embed_dim": 96, "depths": (2, 2, 18, 2), "num_heads": (3, 6, 12, 24), "window": (8, 7, 7)},
     "swin3d_base": {"embed_dim": 128, "depths": (2, 2, 18, 2), "num_heads": (4, 8, 16, 32), "window": (8, 7, 7)},
@@ -280,5 +292,8 @@ SIZES: dict[str, dict] = {
 
 
 def build_swin3d(config: BackboneConfig) -> VideoSwin:
-    """The size that `config.name` names, with random weights."""
-    return VideoSwin(**SIZES[config.name], drop_path=config.drop_path)
+    """The size that `config.name` names, random or from `config.weights`."""
+    swin = VideoSwin(**SIZES[config.name], drop_path=config.drop_path)
+    if config.weights is not None:
+        load_weights(swin, config.weights, layouts=KEY_LAYOUTS)
+    return swin

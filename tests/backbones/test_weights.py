@@ -26,7 +26,7 @@ def swin(*, seed: int = 0, depths: tuple[int, ...] = (2, 1), embed_dim: int = 8)
 
 
 def load(model: VideoSwin, path: Path) -> LoadReport:
-    return load_weights(model, path, layouts=model.key_layouts)
+    return load_weights(model, path, layouts=KEY_LAYOUTS)
 
 
 def equal(one: VideoSwin, other: VideoSwin) -> bool:

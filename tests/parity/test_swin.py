@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from re2tal.backbones.shifted_windows import clip_window, window_regions, windows_per_axis
 from re2tal.backbones.swin3d import VideoSwin
 from re2tal.backbones.swin3d_layouts import KEY_LAYOUTS
+from re2tal.rewire import RewiringConfig, rewire
 
 TOLERANCES = Tolerances(
     output={torch.float32: 5e-6, torch.float64: 1e-9},
@@ -92,16 +93,18 @@ def test_equals_mmaction2(name: str, dtype: torch.dtype) -> None:
     case = load(name)
     swin = build(case, "mmaction2", dtype)
     x, captured = run(swin, case, dtype)
-    depth = len(swin.layers)
-    norms = nn.ModuleDict({f"norm{i}": nn.LayerNorm(captured[f"stage{i}"].shape[-1]) for i in range(depth - 1)})
+    last = len(swin.layers) - 1
+    returned = case.config["arguments"]["out_indices"]
+    norms = nn.ModuleDict({f"norm{i}": nn.LayerNorm(captured[f"stage{i}"].shape[-1]) for i in returned if i != last})
     norms.load_state_dict({key: case.state[key] for key in norms.state_dict()})
     norms.to(dtype)
-    stages = {f"stage{i}": channels_first(norms[f"norm{i}"](captured[f"stage{i}"])) for i in range(depth - 1)}
-    stages[f"stage{depth - 1}"] = channels_first(captured["norm"])
-    outputs = {out: stages[out] for out in (f"stage{i}" for i in case.config["arguments"]["out_indices"])}
+    outputs = {
+        f"stage{i}": channels_first(captured["norm"] if i == last else norms[f"norm{i}"](captured[f"stage{i}"]))
+        for i in returned
+    }
 
     values = {"raw_patch_embed": channels_first(captured["patch_embed"])}
-    values |= {f"raw_layer{i}": captured[f"stage{i}"] for i in range(depth)}
+    values |= {f"raw_layer{i}": captured[f"stage{i}"] for i in range(last + 1)}
     values |= {f"out_{out}": value for out, value in outputs.items()}
     check_values(case, values, TOLERANCES, dtype=dtype)
     loss = project(case, outputs)
@@ -147,3 +150,37 @@ def test_shift_masks_are_exact(name: str) -> None:
         np.testing.assert_array_equal(
             regions[:, :, None] != regions[:, None, :], case.arrays[key.replace("cfg", "mask")], err_msg=key
         )
+
+
+@both_precisions
+@pytest.mark.parametrize("recompute", [True, False], ids=["rebuilt", "kept"])
+@pytest.mark.parametrize("name", cases("re2swin"))
+def test_rewired_equals_opentad(name: str, recompute: bool, dtype: torch.dtype) -> None:
+    case = load(name)
+    swin = build(case, "OpenTAD", dtype)
+    rewire(swin, config=RewiringConfig(recompute=recompute))
+    entered = capture_last_states(swin)
+    x, captured = run(swin, case, dtype)
+    outputs = {"final": channels_first(captured["norm"])}
+
+    values = {"raw_patch_embed": channels_first(captured["patch_embed"]), "out_final": outputs["final"]}
+    values |= {f"raw_layer{i}": channels_first(captured[f"layer{i}"]) for i in range(len(swin.layers))}
+    # The stage's output is the mean of its two last states.
+    values |= {f"streams_layer{i}": torch.cat([y1, 2 * captured[f"stage{i}"] - y1], -1) for i, y1 in entered.items()}
+    check_values(case, values, TOLERANCES, dtype=dtype)
+    loss = project(case, outputs)
+    check_loss(case, loss, TOLERANCES)
+    loss.backward()
+    check_gradients(case, x, peer_gradients(case, "OpenTAD", swin, nn.Module()), TOLERANCES)
+
+
+def capture_last_states(swin: VideoSwin) -> dict[int, Tensor]:
+    """Filled by a forward: by stage, the last state but one, which is what enters the last MLP branch."""
+    entered: dict[int, Tensor] = {}
+
+    def keep(index: int) -> Callable[..., None]:
+        return lambda module, inputs: entered.__setitem__(index, inputs[0].detach().clone())
+
+    for index, layer in enumerate(swin.layers):
+        list(layer.blocks.children())[-1].norm2.register_forward_pre_hook(keep(index))
+    return entered

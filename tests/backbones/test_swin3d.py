@@ -1,0 +1,108 @@
+"""Video Swin's parts that no reference vector shows: sizes, drop-path, kinds of windows, tables."""
+
+from __future__ import annotations
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from re2tal.backbones.shifted_windows import WindowTables, partition, restore, window_kinds, window_regions
+from re2tal.backbones.swin3d import SIZES, DropPath, VideoSwin, steps_mask
+
+
+@pytest.mark.parametrize(
+    ("name", "millions"),
+    # The paper's table 1 (28.2, 49.8 and 88.1 with a 400-way classifier), less that classifier.
+    [("swin3d_tiny", 28.2 - 0.3), ("swin3d_small", 49.8 - 0.3), ("swin3d_base", 88.1 - 0.4)],
+)
+def test_sizes_have_the_published_number_of_parameters(name: str, millions: float) -> None:
+    with torch.device("meta"):
+        swin = VideoSwin(**SIZES[name])
+    assert sum(parameter.numel() for parameter in swin.parameters()) / 1e6 == pytest.approx(millions, abs=0.1)
+
+
+def test_one_head_count_per_stage_is_demanded() -> None:
+    with pytest.raises(ValueError, match=r"one num_heads per stage, got depths \(2, 2\) and num_heads \(2,\)"):
+        VideoSwin(embed_dim=8, depths=(2, 2), num_heads=(2,), window=(2, 3, 3))
+
+
+def test_channels_must_divide_into_heads() -> None:
+    with pytest.raises(ValueError, match="8 channels do not divide into 3 heads"):
+        VideoSwin(embed_dim=8, depths=(2,), num_heads=(3,), window=(2, 3, 3))
+
+
+@pytest.mark.parametrize("shift", [(0, 0, 0), (1, 2, 0)])
+def test_restore_undoes_partition_and_drops_the_padding(shift: tuple[int, int, int]) -> None:
+    x = torch.arange(2 * 3 * 7 * 4 * 5.0).view(2, 3, 7, 4, 5)
+    windows = partition(x, window=(2, 3, 4), shift=shift)
+    assert windows.shape == (2 * 3 * 1, 2, 24, 5)
+    assert torch.equal(restore(windows, grid=(3, 7, 4), window=(2, 3, 4), shift=shift), x)
+
+
+def test_windows_sorted_by_kind_keep_their_masks() -> None:
+    counts, window, shift = (3, 2, 4), (4, 3, 2), (2, 1, 1)
+    kinds = window_kinds(counts, window=window, shift=shift, device=torch.device("cpu"))
+    regions = window_regions(counts, window=window, shift=shift)
+    assert len(kinds.sizes) == 8
+    assert kinds.order[kinds.inverse].tolist() == list(range(24))
+    by_window = kinds.masks.repeat_interleave(torch.tensor(kinds.sizes), dim=0)[kinds.inverse]
+    np.testing.assert_array_equal(by_window.numpy(), regions[:, :, None] != regions[:, None, :])
+
+
+def test_tables_are_built_once_and_do_not_pile_up() -> None:
+    tables, cpu = WindowTables(capacity=2), torch.device("cpu")
+    first = tables.position_index((2, 3, 3), 18, device=cpu)
+    assert tables.position_index((2, 3, 3), 18, device=cpu) is first
+    tables.position_index((2, 3, 3), 9, device=cpu)
+    tables.position_index((2, 3, 3), 6, device=cpu)
+    assert tables.position_index((2, 3, 3), 18, device=cpu) is not first
+
+
+def test_tables_first_used_in_inference_serve_training_later() -> None:
+    swin = VideoSwin(embed_dim=8, depths=(2,), num_heads=(2,), window=(2, 3, 3))
+    frames, mask = torch.randn(1, 3, 6, 20, 20), torch.ones(1, 6, dtype=torch.bool)
+    with torch.inference_mode():
+        swin(frames, mask)
+    swin(frames, mask).values.sum().backward()
+    assert swin.layers[0].blocks[1].attn.relative_position_bias_table.grad is not None
+
+
+def test_a_copy_computes_the_same_and_shares_no_weights() -> None:
+    swin = VideoSwin(embed_dim=8, depths=(2,), num_heads=(2,), window=(2, 3, 3)).eval()
+    twin = copy.deepcopy(swin)
+    frames, mask = torch.randn(1, 3, 6, 20, 20), torch.ones(1, 6, dtype=torch.bool)
+    assert torch.equal(swin(frames, mask).values, twin(frames, mask).values)
+    assert not {p.data_ptr() for p in swin.parameters()} & {p.data_ptr() for p in twin.parameters()}
+
+
+def test_drop_path_drops_whole_clips_at_its_rate_and_keeps_the_mean() -> None:
+    torch.manual_seed(0)
+    dropped = DropPath(0.25)(torch.ones(4000, 2, 3))
+    per_clip = dropped.flatten(1)
+    assert torch.equal(per_clip, per_clip[:, :1].expand_as(per_clip))
+    assert sorted(set(per_clip[:, 0].tolist())) == pytest.approx([0, 1 / 0.75])
+    assert float((per_clip[:, 0] == 0).float().mean()) == pytest.approx(0.25, abs=0.03)
+
+
+def test_drop_path_does_nothing_in_evaluation() -> None:
+    x = torch.ones(8, 2)
+    assert DropPath(0.9).eval()(x) is x
+
+
+def test_drop_path_grows_linearly_with_depth() -> None:
+    swin = VideoSwin(embed_dim=8, depths=(2, 3), num_heads=(2, 2), window=(2, 3, 3), drop_path=0.4)
+    rates = [module.rate for module in swin.modules() if isinstance(module, DropPath)]
+    assert rates == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4])
+
+
+@pytest.mark.parametrize("rate", [-0.1, 1.0])
+def test_impossible_drop_path_is_refused(rate: float) -> None:
+    with pytest.raises(ValueError, match=rf"drop_path is {rate}; give a rate of at least 0 and below 1"):
+        DropPath(rate)
+
+
+def test_a_step_is_valid_where_any_of_its_frames_is() -> None:
+    mask = torch.tensor([[True, True, True, False, False], [False, True, False, False, True]])
+    assert steps_mask(mask, frames_per_step=2).tolist() == [[True, True, False], [True, False, True]]
