@@ -1,0 +1,241 @@
+"""Who am I among the processes of this run, and the few things all of them do together.
+
+    deepspeed | torchrun | srun | plain python   --resolve_world-->   World   --export-->   RANK, WORLD_SIZE, LOCAL_RANK,
+                                                                                           MASTER_ADDR, MASTER_PORT
+
+`resolve_world` only reads a mapping, so every launcher is one row of a test's table. The collectives below are no-ops in a
+process that joined no group, which is how `re2tal detect` runs on one machine.
+
+The gather and the barrier are torch's own. accelerate's would be wrong here: on CPU its `PartialState` reports one process
+on every rank of a gloo group that `deepspeed` or torchrun started, so its gather returns each rank its own value. accelerate
+stays in the requirements because transformers needs it to load weights under ZeRO-3.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+Value = TypeVar("Value")
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """The processes of one run, seen from one of them."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    """This process's number on its own machine."""
+    master_addr: str = "127.0.0.1"
+    master_port: int = 29500
+    device_index: int = 0
+    """Which of the accelerators this process can see is its own: `local_rank`, or 0 where it sees only one."""
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes and logs."""
+        return self.rank == 0
+
+    def variables(self) -> dict[str, str]:
+        """The five variables torch and DeepSpeed read. LOCAL_RANK is the device to take, which is what they use it for."""
+        return {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_RANK": str(self.device_index),
+            "MASTER_ADDR": self.master_addr,
+            "MASTER_PORT": str(self.master_port),
+        }
+
+    def export(self) -> None:
+        """Puts `variables` into this process's environment, for torch, DeepSpeed and accelerate."""
+        os.environ.update(self.variables())
+
+
+def resolve_world(environ: Mapping[str, str]) -> World:
+    """The world this process was launched into, from its environment variables.
+
+    torchrun and `deepspeed` set RANK and its four companions; srun (and `deepspeed --launcher slurm`) sets SLURM_PROCID and
+    its own; with neither this is a world of one process on a free port. Raises ValueError for a partial or impossible set.
+    """
+    if "RANK" in environ or "WORLD_SIZE" in environ:
+        return _from_launcher(environ)
+    # A batch script has SLURM_PROCID=0 and the job's SLURM_NTASKS too, but only tasks that srun started belong to a step.
+    if "SLURM_PROCID" in environ and ("SLURM_STEP_ID" in environ or "SLURM_STEPID" in environ):
+        return _from_srun(environ)
+    return World(master_port=free_port())
+
+
+def _from_launcher(environ: Mapping[str, str]) -> World:
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    missing = [name for name in names if name not in environ]
+    if missing:
+        present = {name: environ[name] for name in names if name in environ}
+        raise ValueError(
+            f"the environment has {present} but not {missing}; start with `deepspeed`, `torchrun` or `srun`, which set all "
+            "five, or unset them to run one process"
+        )
+    local_rank = _integer(environ, "LOCAL_RANK")
+    return _checked(
+        World(
+            rank=_integer(environ, "RANK"),
+            world_size=_integer(environ, "WORLD_SIZE"),
+            local_rank=local_rank,
+            master_addr=environ["MASTER_ADDR"],
+            master_port=_integer(environ, "MASTER_PORT"),
+            device_index=_device_index(environ, local_rank),
+        ),
+        source="RANK, WORLD_SIZE, LOCAL_RANK, MASTER_PORT",
+    )
+
+
+def _from_srun(environ: Mapping[str, str]) -> World:
+    tasks = next((name for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS") if name in environ), None)
+    nodes = next(
+        (name for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST") if name in environ), None
+    )
+    missing = [
+        names
+        for names, found in (
+            ("SLURM_NTASKS", tasks),
+            ("SLURM_JOB_NODELIST", nodes),
+            ("SLURM_LOCALID", environ.get("SLURM_LOCALID")),
+        )
+        if found is None
+    ]
+    if tasks is None or nodes is None or missing:
+        raise ValueError(f"SLURM_PROCID is set but not {missing}; start the ranks with `srun python launch/train.py`")
+    local_rank = _integer(environ, "SLURM_LOCALID")
+    port = _integer(environ, "MASTER_PORT") if "MASTER_PORT" in environ else _job_port(environ)
+    return _checked(
+        World(
+            rank=_integer(environ, "SLURM_PROCID"),
+            world_size=_integer(environ, tasks),
+            local_rank=local_rank,
+            master_addr=environ.get("MASTER_ADDR") or expand_nodelist(environ[nodes])[0],
+            master_port=port,
+            device_index=_device_index(environ, local_rank),
+        ),
+        source=f"SLURM_PROCID, {tasks}, SLURM_LOCALID, MASTER_PORT",
+    )
+
+
+def _job_port(environ: Mapping[str, str]) -> int:
+    """A port all tasks of a job agree on and two jobs on one node seldom share."""
+    return 10_000 + _integer(environ, "SLURM_JOB_ID") % 50_000 if "SLURM_JOB_ID" in environ else 29_500
+
+
+def _device_index(environ: Mapping[str, str], local_rank: int) -> int:
+    """`--gpus-per-task=1` shows each task one device, which is then number 0 for every task."""
+    visible = environ.get("CUDA_VISIBLE_DEVICES", "")
+    one_device = visible != "" and "," not in visible
+    return 0 if one_device else local_rank
+
+
+def _integer(environ: Mapping[str, str], name: str) -> int:
+    try:
+        return int(environ[name])
+    except ValueError:
+        raise ValueError(f"environment variable {name} is {environ[name]!r}; it must be an integer") from None
+
+
+def _checked(world: World, *, source: str) -> World:
+    if not (
+        0 <= world.rank < world.world_size and 0 <= world.local_rank <= world.rank and 0 < world.master_port < 65_536
+    ):
+        raise ValueError(f"{source} give the impossible {world}; check what set them")
+    return world
+
+
+def expand_nodelist(nodelist: str) -> list[str]:
+    """SLURM's compact host list -> host names: "gpu[08-10,12],login" -> gpu08 gpu09 gpu10 gpu12 login."""
+    parts = re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", nodelist)
+    hosts = [host for part in parts for host in _expand_ranges(part.strip())]
+    if not hosts or not all(re.fullmatch(r"[A-Za-z0-9._-]+", host) for host in hosts):
+        raise ValueError(
+            f"SLURM node list {nodelist!r} is not of the form gpu[01-04,7],login; set MASTER_ADDR yourself"
+        )
+    return hosts
+
+
+def _expand_ranges(part: str) -> list[str]:
+    bracket = re.search(r"\[([^\]]*)\]", part)
+    if bracket is None:
+        return [part]
+    numbers: list[str] = []
+    for piece in bracket.group(1).split(","):
+        first, _, last = piece.partition("-")
+        if last and first.isdigit() and last.isdigit():
+            numbers += [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
+        else:
+            numbers.append(piece)
+    before, after = part[: bracket.start()], part[bracket.end() :]
+    return [f"{before}{number}{rest}" for number in numbers for rest in _expand_ranges(after)]
+
+
+def free_port() -> int:
+    """A TCP port nobody listens on now. Raises ConnectionError when this machine has none left."""
+    try:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            return int(probe.getsockname()[1])
+    except OSError as error:
+        raise ConnectionError(
+            f"no free TCP port on 127.0.0.1 ({error}); close other jobs on this machine, or set MASTER_PORT"
+        ) from error
+
+
+def is_main() -> bool:
+    """Whether this process writes and logs: rank 0, or the only process."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def gather_objects(value: Value) -> list[Value]:
+    """Every rank calls this; each gets the list of all ranks' values, by rank. Values travel pickled between our own ranks."""
+    if not _joined():
+        return [value]
+    values: list = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def any_rank(flag: bool, *, device: torch.device | str = "cpu") -> bool:
+    """Every rank calls this; True on all of them when `flag` is True on one. `device`: where the group communicates."""
+    if not _joined():
+        return flag
+    votes = torch.tensor([int(flag)], dtype=torch.int32, device=device)
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
+    return bool(votes.item())
+
+
+def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Every rank calls this with a float tensor of the same shape, on the device where the group communicates."""
+    if not _joined():
+        return values
+    total = values.clone()
+    dist.all_reduce(total)
+    return total / dist.get_world_size()
+
+
+@contextmanager
+def main_process_first() -> Iterator[None]:
+    """Every rank enters this; rank 0 runs the body first, the others when it is done, or has failed."""
+    if _joined() and dist.get_rank() > 0:
+        dist.barrier()
+    try:
+        yield
+    finally:
+        if _joined() and dist.get_rank() == 0:
+            dist.barrier()
+
+
+def _joined() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1

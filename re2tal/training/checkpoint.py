@@ -1,0 +1,229 @@
+"""Checkpoints that a crash at any moment cannot spoil.
+
+    tmp-step-00000042/  files of all ranks, flushed -> manifest.json, sizes and SHA-256, flushed
+                        -> renamed to step-00000042/ -> `latest` replaced -> old ones removed
+
+A folder called step-* is therefore complete, unless its disk lied: then its manifest does not verify and the one before it is
+loaded. Everything is read with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from re2tal.distributed import gather_objects, is_main
+from re2tal.strict_json import read_json, write_atomically, write_json
+from re2tal.training.ema import WeightAverage
+from re2tal.training.engine import Engine
+from re2tal.training.generators import generator_states, restore_generators
+
+FORMAT = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far a run is. The data position is a count, because every epoch's order is a pure function of its number."""
+
+    step: int = 0
+    """Optimizer steps done."""
+    micro_batches: int = 0
+    """Batches each rank has drawn from its stream."""
+    skipped: int = 0
+    """Batches and steps that were not applied because something was not finite."""
+    seconds: float = 0.0
+    """Time spent training, over all restarts."""
+
+
+class CheckpointStore:
+    """The checkpoints of one run in one folder, which all ranks must be able to write."""
+
+    def __init__(self, folder: Path, *, identity: Mapping[str, Any], keep: int = 2) -> None:
+        """`identity`: what must be the same when the run is resumed, as JSON values by name; `keep`: how many to keep."""
+        if keep < 1:
+            raise ValueError(f"training.keep_checkpoints is {keep}; it must be at least 1")
+        self.folder = folder
+        self.identity = json.loads(json.dumps(dict(identity)))
+        self.keep = keep
+
+    def save(self, engine: Engine, average: WeightAverage | None, progress: Progress) -> Path:
+        """Every rank calls this between two optimizer steps. Raises OSError on all ranks, old checkpoints kept, if one fails."""
+        name = f"step-{progress.step:08d}"
+        partial = self.folder / f"tmp-{name}"
+        failures: list[OSError] = []
+        if is_main():
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._remove_leftovers()
+                partial.mkdir()
+            except OSError as error:
+                failures.append(error)
+        self._raise_together(failures, partial)
+        engine.save_checkpoint(str(self.folder), tag=partial.name, save_latest=False)
+        engine.checkpoint_engine.save(_rank_state(engine, average), str(partial / _rank_file()))
+        self._raise_together(engine.checkpoint_engine.take_failures(), partial)
+        sums = self._digests(partial)
+        if is_main():
+            try:
+                self._commit(partial, self.folder / name, {"progress": asdict(progress), "files": sums})
+            except OSError as error:
+                failures.append(error)
+        self._raise_together(failures, partial)
+        return self.folder / name
+
+    def load_newest(self, engine: Engine, average: WeightAverage | None) -> Progress | None:
+        """Every rank calls this: restores the newest checkpoint that verifies; None where there is none at all.
+
+        Raises ValueError when all are damaged, naming the files, or when the checkpoint is of another run, naming what changed.
+        """
+        [name, *_] = gather_objects(self._newest_sound() if is_main() else None)
+        if name is None:
+            return None
+        manifest = read_json(self.folder / name / "manifest.json")
+        self._refuse_another_run(self.folder / name, manifest["run"])
+        loaded, _ = engine.load_checkpoint(str(self.folder), tag=name)
+        assert loaded is not None
+        state = engine.checkpoint_engine.load(str(self.folder / name / _rank_file()), map_location="cpu")
+        _restore_rank_state(engine, average, state)
+        return Progress(**manifest["progress"])
+
+    # ------------------------------------------------------------------------------------------------------------------ writing
+
+    def _digests(self, partial: Path) -> dict[str, dict[str, Any]]:
+        """Every rank calls this: name -> size and SHA-256 of every file, the work shared between the ranks."""
+        files = sorted(path for path in partial.iterdir() if path.is_file())
+        rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        mine = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files[rank::ranks]}
+        return {name: digest for part in gather_objects(mine) for name, digest in sorted(part.items())}
+
+    def _commit(self, partial: Path, final: Path, content: dict[str, Any]) -> None:
+        manifest = {"format": FORMAT, "run": self.identity, "torch": torch.__version__, **content}
+        write_json(partial / "manifest.json", manifest)
+        _flush_folder(partial)
+        if final.exists():
+            # A damaged checkpoint of this very step, passed over when the run resumed.
+            os.replace(final, self.folder / f"tmp-replaced-{final.name}")
+        os.replace(partial, final)
+        _flush_folder(self.folder)
+        write_atomically(self.folder / "latest", final.name + "\n")
+        _flush_folder(self.folder)
+        for old in self._names()[self.keep :]:
+            shutil.rmtree(self.folder / old)
+        self._remove_leftovers()
+
+    def _raise_together(self, failures: list[OSError], partial: Path) -> None:
+        """Every rank calls this: an error on one rank is an error on all, so that none waits for the others."""
+        reports = [report for reports in gather_objects([str(failure) for failure in failures]) for report in reports]
+        if reports:
+            if is_main():
+                shutil.rmtree(partial, ignore_errors=True)
+            raise OSError(
+                f"checkpoint {partial.name.removeprefix('tmp-')} was not written to {self.folder}: {'; '.join(reports)}. "
+                "Earlier checkpoints are intact; free space or make the folder writable, then start again with --resume"
+            )
+
+    def _remove_leftovers(self) -> None:
+        for leftover in self.folder.glob("tmp-*"):
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+        # DeepSpeed drops executable scripts beside the data, whose loading runs whatever the data says.
+        for script in ("zero_to_fp32.py", "zero_to_torch.py"):
+            (self.folder / script).unlink(missing_ok=True)
+
+    # ------------------------------------------------------------------------------------------------------------------ reading
+
+    def _names(self) -> list[str]:
+        """Complete checkpoints, newest first."""
+        if not self.folder.is_dir():
+            return []
+        return sorted((path.name for path in self.folder.glob("step-*") if path.is_dir()), reverse=True)
+
+    def _newest_sound(self) -> str | None:
+        faults = {}
+        for name in self._names():
+            fault = find_fault(self.folder / name)
+            if fault is None:
+                for bad, reason in faults.items():
+                    print(f"passing over checkpoint {bad}: {reason}", file=sys.stderr)
+                return name
+            faults[name] = fault
+        if faults:
+            raise ValueError(f"no checkpoint in {self.folder} is sound: {faults}; remove the folder to start afresh")
+        return None
+
+    def _refuse_another_run(self, checkpoint: Path, saved: dict[str, Any]) -> None:
+        changes = [
+            f"{name} is {self.identity.get(name)!r}, the checkpoint has {saved.get(name)!r}"
+            for name in sorted(self.identity.keys() | saved.keys())
+            if self.identity.get(name) != saved.get(name)
+        ]
+        if changes:
+            raise ValueError(
+                f"{checkpoint} is of another run: {'; '.join(changes)}. Resume with the config.json of its run folder and as "
+                "many ranks, or choose another --out"
+            )
+
+
+def find_fault(checkpoint: Path) -> str | None:
+    """Why the checkpoint in this folder cannot be trusted, or None: compares every file with the manifest."""
+    try:
+        manifest = read_json(checkpoint / "manifest.json")
+        files = manifest["files"]
+        if manifest["format"] != FORMAT:
+            return f"manifest.json has format {manifest['format']}, this program reads {FORMAT}"
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"manifest.json is unreadable ({type(error).__name__}: {error})"
+    for name, expected in files.items():
+        path = checkpoint / name
+        if Path(name).name != name or not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != expected["bytes"]:
+            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
+        if _sha256(path) != expected["sha256"]:
+            return f"{name} has changed since it was written (SHA-256 differs)"
+    return None
+
+
+def _rank_state(engine: Engine, average: WeightAverage | None) -> dict[str, Any]:
+    """What differs between ranks and DeepSpeed does not keep: generators, buffers (DeepSpeed saves rank 0's), the average."""
+    return {
+        "generators": generator_states(engine.device),
+        "buffers": {name: buffer.cpu() for name, buffer in engine.module.named_buffers()},
+        "average": None if average is None else average.state(),
+    }
+
+
+@torch.no_grad()
+def _restore_rank_state(engine: Engine, average: WeightAverage | None, state: dict[str, Any]) -> None:
+    restore_generators(state["generators"], engine.device)
+    buffers = dict(engine.module.named_buffers())
+    for name, saved in state["buffers"].items():
+        buffers[name].copy_(saved)
+    if average is not None:
+        average.restore(state["average"])
+
+
+def _rank_file() -> str:
+    return f"rank-{dist.get_rank() if dist.is_initialized() else 0:05d}.pt"
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,65 @@
+"""An exponential moving average of the weights, kept in the shards the optimizer keeps.
+
+    average <- decay * average + (1 - decay) * weights          after every optimizer step
+
+The average lives beside each rank's float32 master weights, so under ZeRO it costs 1 / ranks of a model per rank and no
+communication. Evaluation trades places: inside `in_place_of_weights` the model computes with the average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from re2tal.training.engine import Engine, master_weights, publish
+
+
+class WeightAverage:
+    """The moving average of one engine's trainable weights. Buffers are not averaged: the model's own are used."""
+
+    def __init__(self, engine: Engine, *, decay: float) -> None:
+        if not 0 <= decay < 1:
+            raise ValueError(f"the weight average's decay is {decay}; it lies in [0, 1), usually 0.999")
+        self.engine = engine
+        self.decay = decay
+        self.shards = [shard.clone() for shard in master_weights(engine)]
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """To be called after every applied optimizer step."""
+        torch._foreach_lerp_(self.shards, master_weights(self.engine), 1.0 - self.decay)
+
+    @contextmanager
+    def in_place_of_weights(self) -> Iterator[None]:
+        """Every rank enters this: inside, the model's weights are the average; afterwards they are bit for bit as before."""
+        self._trade()
+        try:
+            yield
+        finally:
+            self._trade()
+
+    @torch.no_grad()
+    def _trade(self) -> None:
+        for average, weights in zip(self.shards, master_weights(self.engine), strict=True):
+            held = weights.clone()
+            weights.copy_(average)
+            average.copy_(held)
+        publish(self.engine)
+
+    def state(self) -> list[Tensor]:
+        """This rank's shards, for its checkpoint."""
+        return [shard.cpu() for shard in self.shards]
+
+    @torch.no_grad()
+    def restore(self, shards: list[Tensor]) -> None:
+        """Takes over shards that `state` gave in a run of the same shape."""
+        shapes, expected = [shard.shape for shard in shards], [shard.shape for shard in self.shards]
+        if shapes != expected:
+            raise ValueError(
+                f"the checkpoint's weight average has shards {shapes}, this run {expected}; resume with the same ranks"
+            )
+        for mine, saved in zip(self.shards, shards, strict=True):
+            mine.copy_(saved)

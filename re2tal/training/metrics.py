@@ -1,0 +1,94 @@
+"""What a run reports: a progress bar or plain lines, metrics.jsonl, and TensorBoard events. Rank 0 writes, the others do not.
+
+{"step": 40, "kind": "train", "epoch": 1.6, "loss": 0.82, "loss/classification": 0.51, "lr/localizer": 1e-4, ...}
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+
+class MetricsLog:
+    """Appends to the logs of one run folder. A resumed run first forgets what came after the step it resumes from."""
+
+    def __init__(self, folder: Path, *, enabled: bool) -> None:
+        """`enabled`: whether this rank writes."""
+        self.folder = folder
+        self.enabled = enabled
+        self.bar: tqdm | None = None
+        self.writer: SummaryWriter | None = None
+
+    def open(self, *, step: int, num_steps: int) -> None:
+        """Starts, or continues at optimizer step `step` of `num_steps`."""
+        if not self.enabled:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._forget_after(step)
+        self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1 if step else None)
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=num_steps, initial=step, unit="step", dynamic_ncols=True)
+        self.num_steps = num_steps
+
+    def advance(self) -> None:
+        """One optimizer step is done."""
+        if self.bar is not None:
+            self.bar.update()
+
+    def write(self, kind: str, values: Mapping[str, float], *, step: int) -> None:
+        """Logs `values` of one kind ("train", "evaluation") at an optimizer step."""
+        if not self.enabled:
+            return
+        assert self.writer is not None
+        row = json.dumps({"step": step, "kind": kind, **values})
+        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+            file.write(row + "\n")
+        for name, value in values.items():
+            self.writer.add_scalar(f"{kind}/{name}", value, global_step=step)
+        line = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if "/" not in name or kind != "train")
+        self.say(f"step {step}/{self.num_steps}  {line}")
+
+    def say(self, line: str) -> None:
+        """A line for the reader, above the bar if there is one."""
+        if not self.enabled:
+            return
+        if self.bar is not None:
+            self.bar.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Flushes everything."""
+        if self.writer is not None:
+            self.writer.close()
+        if self.bar is not None:
+            self.bar.close()
+
+    def _forget_after(self, step: int) -> None:
+        path = self.folder / "metrics.jsonl"
+        if not path.exists():
+            return
+        kept = []
+        for line in path.read_text("utf-8").splitlines(keepends=True):
+            # A run that was killed may have left half a line at the end.
+            if line.endswith("\n") and json.loads(line)["step"] <= step:
+                kept.append(line)
+        replacement = path.with_suffix(".tmp")
+        replacement.write_text("".join(kept), encoding="utf-8")
+        os.replace(replacement, path)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory used so far, in GiB: allocated on the device, or resident in this process on a CPU."""
+    if device.type == "cpu":
+        kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return kibibytes / 2**20 if sys.platform != "darwin" else kibibytes / 2**30
+    return torch.get_device_module(device).max_memory_allocated(device) / 2**30

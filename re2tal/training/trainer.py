@@ -1,0 +1,303 @@
+"""The training loop.
+
+    draw -> loss -> backward  (x gradient accumulation)  -> step -> average -> report, evaluate, save, stop?
+
+Every rank runs the same steps: their number is known before the first batch, and whether to skip a batch or to stop is decided
+by all ranks together.
+"""
+
+from __future__ import annotations
+
+import signal
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from types import FrameType
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from re2tal.distributed import any_rank, mean_over_ranks
+from re2tal.structures import ClipBatch
+from re2tal.training.checkpoint import CheckpointStore, Progress
+from re2tal.training.ema import WeightAverage
+from re2tal.training.engine import Engine
+from re2tal.training.metrics import MetricsLog, peak_memory_gib
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """How long to train, and what to do on the way."""
+
+    epochs: int = 20
+    """Passes over the training shards."""
+    seed: int = 0
+    """Seed of everything random: initial weights, data order, augmentation, drop path."""
+    average_decay: float | None = 0.999
+    """Decay of the moving average of the weights, which evaluation and the exported model use; None averages nothing."""
+    log_every_steps: int = 10
+    """Optimizer steps between two log lines."""
+    evaluate_every_epochs: int | None = None
+    """Epochs between two evaluations; None evaluates once, at the end."""
+    checkpoint_every_steps: int = 500
+    """Optimizer steps between two checkpoints; one more is written at the end, and when the run is told to stop."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints to keep."""
+    max_non_finite: int = 10
+    """Give up after this many batches or steps in a row that were not finite."""
+
+    def __post_init__(self) -> None:
+        for name in ("epochs", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "max_non_finite"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
+        if self.evaluate_every_epochs is not None and self.evaluate_every_epochs < 1:
+            raise ValueError(
+                f"training.evaluate_every_epochs is {self.evaluate_every_epochs}; it must be at least 1, or None"
+            )
+        if self.average_decay is not None and not 0 <= self.average_decay < 1:
+            raise ValueError(
+                f"training.average_decay is {self.average_decay}; it lies in [0, 1), usually 0.999, or is None"
+            )
+
+
+class Clips(Protocol):
+    """What the trainer needs of a stream of clips; `re2tal.data.stream` has the real one."""
+
+    steps_per_epoch: int
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[ClipBatch]:
+        """The batches of one epoch, the same ones from any `start_step`."""
+
+
+Prepare = Callable[[ClipBatch, int], Tensor]
+"""A batch on the device and its number in the run -> (B, 3, T, H, W) augmented, normalised frames of the weights' type."""
+
+Validate = Callable[[Engine], Mapping[str, float]]
+"""Every rank calls it; figures of merit by name."""
+
+
+class Trainer:
+    """Trains the detector inside a DeepSpeed engine on a stream of clips."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        clips: Clips,
+        validate: Validate,
+        config: TrainingConfig,
+        *,
+        prepare: Prepare,
+        checkpoints: CheckpointStore,
+        log: MetricsLog,
+    ) -> None:
+        self.engine = engine
+        self.clips = clips
+        self.validate = validate
+        self.config = config
+        self.prepare = prepare
+        self.checkpoints = checkpoints
+        self.log = log
+        self.accumulation = int(engine.gradient_accumulation_steps())
+        self.num_steps = num_optimizer_steps(config, clips.steps_per_epoch, accumulation=self.accumulation)
+        decay = config.average_decay
+        self.average = None if decay is None else WeightAverage(engine, decay=decay)
+        self.progress = Progress()
+        self.non_finite_in_a_row = 0
+
+    def resume(self) -> bool:
+        """Every rank calls this: continues from the newest sound checkpoint; False where there is none."""
+        restored = self.checkpoints.load_newest(self.engine, self.average)
+        if restored is None:
+            return False
+        self.progress = restored
+        return True
+
+    def train(self) -> Literal["finished", "interrupted"]:
+        """Every rank calls this: trains to the last step, or until a rank is told to stop, and saves in either case."""
+        self.log.open(step=self.progress.step, num_steps=self.num_steps)
+        self.engine.train()
+        meter = Meter(clips_per_step=int(self.engine.train_batch_size()))
+        stop = False
+        with stop_requests() as requests:
+            batches = self._batches()
+            while self.progress.step < self.num_steps and not stop:
+                started = time.perf_counter()
+                losses = self._step(batches)
+                meter.add(losses, seconds=time.perf_counter() - started)
+                self._advance(seconds=time.perf_counter() - started)
+                self._report(meter)
+                stop = any_rank(bool(requests), device=self.engine.device)
+                if self._due_every_epochs(self.config.evaluate_every_epochs) and not stop:
+                    self.evaluate()
+                    stop = any_rank(bool(requests), device=self.engine.device)
+                if stop or self._last() or self.progress.step % self.config.checkpoint_every_steps == 0:
+                    self.checkpoints.save(self.engine, self.average, self.progress)
+            batches.close()
+        return "finished" if self._last() else "interrupted"
+
+    def evaluate(self) -> Mapping[str, float]:
+        """Every rank calls this: validates with the averaged weights, if there are any, and logs the figures."""
+        self.engine.eval()
+        with self.averaged_weights(), torch.no_grad():
+            figures = self.validate(self.engine)
+        self.engine.train()
+        self.log.write("evaluation", figures, step=self.progress.step)
+        return figures
+
+    def averaged_weights(self):
+        """A context in which the model computes with the weights to evaluate and to export."""
+        return nullcontext() if self.average is None else self.average.in_place_of_weights()
+
+    # -------------------------------------------------------------------------------------------------------------- one step
+
+    def _step(self, batches: Iterator[ClipBatch]) -> dict[str, Tensor]:
+        """One optimizer step; the mean of its losses, by name."""
+        parts = []
+        for _ in range(self.accumulation):
+            losses = self._finite_losses(batches)
+            self.engine.backward(losses["total"])
+            self.engine.step()
+            parts.append({name: loss.detach().float() for name, loss in losses.items()})
+        if self.engine.was_step_applied():
+            self.non_finite_in_a_row = 0
+            if self.average is not None:
+                self.average.update()
+        elif not self.engine.fp16_enabled():  # there DeepSpeed is looking for a loss scale, which takes a few overflows
+            self._skip(f"the gradients of step {self.progress.step} are not finite")
+        return {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
+
+    def _finite_losses(self, batches: Iterator[ClipBatch]) -> dict[str, Tensor]:
+        """Losses of the next batch whose loss is finite on every rank. All ranks pass over the others together, before
+        backward: without ZeRO, DeepSpeed would apply a NaN that one rank saw to the weights of all."""
+        while True:
+            batch = next(batches)
+            losses = self._losses(batch)
+            self.progress = replace(self.progress, micro_batches=self.progress.micro_batches + 1)
+            if not any_rank(not bool(torch.isfinite(losses["total"])), device=self.engine.device):
+                return losses
+            self._skip(
+                f"the loss is not finite on some rank; here it is {float(losses['total'])} for {batch.video_ids}"
+            )
+
+    def _losses(self, batch: ClipBatch) -> dict[str, Tensor]:
+        batch = batch.to(self.engine.device)
+        outputs = self.engine(self.prepare(batch, self.progress.micro_batches), batch.frame_mask)
+        outputs = tree_map(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor, outputs)
+        # Where nothing of the batch could be decoded, this rank still walks through backward with the others, for nothing.
+        valid = batch.valid.nonzero()[:, 0].tolist()
+        keep = valid or [0]
+        if len(keep) < len(batch.video_ids):
+            outputs = tree_map(lambda tensor: tensor[keep], outputs)
+        losses = self.engine.module.loss(
+            outputs,
+            [batch.actions[clip] for clip in keep],
+            [batch.timelines[clip] for clip in keep],
+            num_frames=batch.frames.shape[2],
+        )
+        return losses if valid else {name: loss * 0.0 for name, loss in losses.items()}
+
+    def _skip(self, reason: str) -> None:
+        """Every rank calls this together: counts what is not applied, and gives up when it happens too often in a row."""
+        self.progress = replace(self.progress, skipped=self.progress.skipped + 1)
+        self.non_finite_in_a_row += 1
+        self.log.say(f"skipped: {reason}")
+        if self.non_finite_in_a_row >= self.config.max_non_finite:
+            raise FloatingPointError(
+                f"{self.non_finite_in_a_row} batches or steps in a row were not finite, the last because {reason}; the run has "
+                "diverged: lower the learning rate, lengthen the warmup, or train in fp32. Checkpoints are intact"
+            )
+
+    def _batches(self) -> Iterator[ClipBatch]:
+        """Batches without end, from where the run stands."""
+        while True:
+            epoch, start_step = divmod(self.progress.micro_batches, self.clips.steps_per_epoch)
+            yield from self.clips.epoch(epoch, start_step=start_step)
+
+    # --------------------------------------------------------------------------------------------------------- around a step
+
+    def _advance(self, *, seconds: float) -> None:
+        self.progress = replace(self.progress, step=self.progress.step + 1, seconds=self.progress.seconds + seconds)
+        self.log.advance()
+
+    def _report(self, meter: Meter) -> None:
+        if self.progress.step % self.config.log_every_steps and not self._last():
+            return
+        losses, clips_per_second = meter.take(device=self.engine.device)
+        self.log.write(
+            "train",
+            {
+                "epoch": self.progress.step * self.accumulation / self.clips.steps_per_epoch,
+                "loss": losses.pop("total"),
+                **{f"loss/{name}": loss for name, loss in losses.items()},
+                **{f"lr/{group['name']}": group["lr"] for group in self.engine.optimizer.param_groups},
+                "clips_per_second": clips_per_second,
+                "peak_memory_gib": peak_memory_gib(self.engine.device),
+                "skipped": self.progress.skipped,
+            },
+            step=self.progress.step,
+        )
+
+    def _due_every_epochs(self, epochs: int | None) -> bool:
+        """Whether the step just done completed a multiple of `epochs`; the last step is left to the end of the run."""
+        if epochs is None or self._last():
+            return False
+        micro_batches = epochs * self.clips.steps_per_epoch
+        done = self.progress.step * self.accumulation
+        return done // micro_batches > (done - self.accumulation) // micro_batches
+
+    def _last(self) -> bool:
+        return self.progress.step >= self.num_steps
+
+
+class Meter:
+    """Losses and speed since the last report."""
+
+    def __init__(self, *, clips_per_step: int) -> None:
+        self.clips_per_step = clips_per_step
+        self._losses: list[dict[str, Tensor]] = []
+        self._seconds = 0.0
+
+    def add(self, losses: dict[str, Tensor], *, seconds: float) -> None:
+        """One optimizer step of all ranks."""
+        self._losses.append(losses)
+        self._seconds += seconds
+
+    def take(self, *, device: torch.device) -> tuple[dict[str, float], float]:
+        """Every rank calls this: mean losses over steps and ranks, clips per second of all ranks; starts over."""
+        names = list(self._losses[0])
+        sums = torch.stack([torch.stack([losses[name] for losses in self._losses]).mean() for name in names])
+        means = mean_over_ranks(sums.to(device)).tolist()
+        clips_per_second = self.clips_per_step * len(self._losses) / self._seconds
+        self._losses, self._seconds = [], 0.0
+        return dict(zip(names, means, strict=True)), clips_per_second
+
+
+def num_optimizer_steps(config: TrainingConfig, steps_per_epoch: int, *, accumulation: int) -> int:
+    """Optimizer steps of the whole run. Raises ValueError when the data is too short for a single one."""
+    steps = config.epochs * steps_per_epoch // accumulation
+    if steps == 0:
+        raise ValueError(
+            f"{config.epochs} epochs of {steps_per_epoch} batches give no step with gradient accumulation {accumulation}; add "
+            "videos, train for more epochs, or use a smaller batch or fewer ranks"
+        )
+    return steps
+
+
+@contextmanager
+def stop_requests() -> Iterator[list[int]]:
+    """Inside, SIGTERM and SIGUSR1 only leave their number in the list: the loop looks at it between two steps, where all ranks
+    can save together. Nothing else is safe inside a handler."""
+    requests: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        requests.append(number)
+
+    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    try:
+        yield requests
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
