@@ -1,0 +1,198 @@
+"""What was predicted and what is true, on the time axis of one video: a picture per video.
+
+    jump      ████████            ███████        true
+              ▓▓▓▓▓▓▓▓▓  ░░░░                    predicted; the fainter, the lower its score
+    run             ████████
+                     ▓▓▓▓▓▓▓▓▓▓
+              0     10     20     30  seconds
+
+Colours are of Okabe and Ito's palette, which is safe for colour-blind readers; brightness differs as well.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from re2tal.evaluation.average_precision import match
+from re2tal.evaluation.protocols import PROTOCOLS
+from re2tal.structures import Detections, VideoRecord
+
+TRUE_COLOUR = "#333333"
+RIGHT_COLOUR = "#0072B2"
+WRONG_COLOUR = "#D55E00"
+MATCH_TIOU = 0.5
+MAX_LANES = 3
+"""predictions of one class that overlap in time are drawn in this many lanes; more than that cover each other"""
+NAME_WIDTH = 28
+"""characters of a class name on each of two lines"""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What one class has to show: true segments, and predictions by falling score."""
+
+    label: str
+    true: np.ndarray
+    """(M, 2) seconds"""
+    predicted: np.ndarray
+    """(N, 2) seconds"""
+    scores: np.ndarray
+    """(N,) clipped to [0, 1]"""
+    right: np.ndarray
+    """(N,) bool: takes a true action of this class at tIoU >= 0.5"""
+    lanes: np.ndarray
+    """(N,) int, from the top"""
+
+    @property
+    def num_lanes(self) -> int:
+        """One for the truth, if there is one, the rest for predictions."""
+        return self.first_lane + int(self.lanes.max(initial=-1)) + 1
+
+    @property
+    def first_lane(self) -> int:
+        """Where predictions start."""
+        return min(len(self.true), 1)
+
+
+def draw_timeline(
+    record: VideoRecord, detections: Detections, *, classes: Sequence[str], max_detections: int = 20, max_rows: int = 14
+) -> Figure:
+    """One row per class that is true or predicted; in it the truth above the predictions, opacity for the score.
+
+    Drawn are the best `max_detections` predictions, or twice as many as there are true actions if that is more, and at
+    most `max_rows` classes, true ones first; a note says what was left out.
+    """
+    rows, note = _rows(record, detections, classes=classes, max_detections=max_detections, max_rows=max_rows)
+    heights = np.array([0.45 + 0.4 * row.num_lanes for row in rows])
+    figure = Figure(figsize=(11, 1.5 + 0.5 * float(heights.sum())), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    tops = np.concatenate([[0.0], np.cumsum(heights)])
+    end = max([record.duration_seconds, *(float(row.predicted.max(initial=0)) for row in rows)])
+    for row, top, height in zip(rows, tops[:-1], heights, strict=True):
+        _draw_row(axes, row, top=float(top), end=end)
+        axes.axhline(float(top + height), color="#DDDDDD", linewidth=0.8, zorder=0)
+    names = [textwrap.fill(row.label, NAME_WIDTH, max_lines=2, placeholder=" …") for row in rows]
+    axes.set_yticks(tops[:-1] + heights / 2, names, fontsize=9)
+    if not rows:
+        axes.text(0.5, 0.5, "no action is annotated, none was predicted", ha="center", transform=axes.transAxes)
+    axes.set_xlim(0, end)
+    axes.set_ylim(float(tops[-1]) or 1.0, 0)
+    axes.set_xlabel("seconds")
+    axes.xaxis.set_major_locator(MaxNLocator(12))
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.axvline(record.duration_seconds, color=TRUE_COLOUR, linewidth=0.8, linestyle=":")
+    axes.set_title(
+        f"{textwrap.shorten(record.video_id, 60, placeholder='…')}   {record.duration_seconds:.1f} s{note}",
+        loc="left",
+        fontsize=11,
+    )
+    _add_legend(figure)
+    # An id or a class may hold dollar signs, which would start a formula.
+    for text in (*axes.get_yticklabels(), axes.title, axes._left_title):  # type: ignore[attr-defined]
+        text.set_parse_math(False)
+    return figure
+
+
+def _rows(
+    record: VideoRecord, detections: Detections, *, classes: Sequence[str], max_detections: int, max_rows: int
+) -> tuple[list[Row], str]:
+    scores = detections.scores.detach().cpu().double().numpy()
+    best = np.argsort(-scores, kind="stable")[: max(max_detections, 2 * len(record.actions))]
+    segments = detections.segments.detach().cpu().double().numpy().reshape(-1, 2)[best]
+    names = np.array([classes[label] for label in detections.labels.tolist()], dtype=object)[best]
+    # True classes by their first action, then the others by their best score: dict.fromkeys keeps first appearances.
+    true_labels = dict.fromkeys(action.label for action in sorted(record.actions, key=lambda one: one.start_seconds))
+    labels = list(dict.fromkeys([*true_labels, *names]))
+    rows = [
+        _row(label, record, segments[names == label], scores[best][names == label].clip(0, 1))
+        for label in labels[:max_rows]
+    ]
+    left_out = []
+    if len(best) < len(scores):
+        left_out.append(f"best {len(best)} of {len(scores)} predictions")
+    if len(labels) > max_rows:
+        left_out.append(f"{max_rows} of {len(labels)} classes")
+    return rows, f"   ({', '.join(left_out)})" if left_out else ""
+
+
+def _row(label: str, record: VideoRecord, predicted: np.ndarray, scores: np.ndarray) -> Row:
+    own = [(one.start_seconds, one.end_seconds) for one in record.actions if one.label == label]
+    true = np.array(own, dtype=np.float64).reshape(-1, 2)
+    right = match(
+        np.zeros(len(predicted), dtype=np.int64),
+        predicted,
+        np.zeros(len(true), dtype=np.int64),
+        true,
+        protocol=PROTOCOLS["opentad"],
+        thresholds=np.array([MATCH_TIOU]),
+    )[0]
+    return Row(label, true, predicted, scores, right, _lanes(predicted))
+
+
+def _lanes(segments: np.ndarray) -> np.ndarray:
+    """(N, 2) by falling score -> (N,) the highest lane that is free there, else the last."""
+    lanes = np.zeros(len(segments), dtype=np.int64)
+    for index, (start, end) in enumerate(segments):
+        overlapping = (segments[:index, 0] < end) & (segments[:index, 1] > start)
+        taken = set(lanes[:index][overlapping].tolist())
+        lanes[index] = next((lane for lane in range(MAX_LANES) if lane not in taken), MAX_LANES - 1)
+    return lanes
+
+
+def _draw_row(axes: Axes, row: Row, *, top: float, end: float) -> None:
+    _bars(axes, row.true, top + 0.2, colour=TRUE_COLOUR, alphas=np.ones(len(row.true)), name="true")
+    alphas = 0.15 + 0.85 * row.scores
+    lane_tops = top + 0.2 + 0.4 * (row.first_lane + np.arange(MAX_LANES))
+    for lane in range(MAX_LANES):
+        for verdict, colour, name in ((True, RIGHT_COLOUR, "right"), (False, WRONG_COLOUR, "wrong")):
+            chosen = (row.lanes == lane) & (row.right == verdict)
+            _bars(axes, row.predicted[chosen], lane_tops[lane], colour=colour, alphas=alphas[chosen], name=name)
+    for (start, stop), score, alpha, lane in zip(row.predicted, row.scores, alphas, row.lanes, strict=True):
+        crowded = lane == MAX_LANES - 1
+        if stop - start > 0.035 * end and not crowded:
+            axes.text(
+                (start + stop) / 2,
+                lane_tops[lane] + 0.18,
+                f"{score:.2f}",
+                ha="center",
+                va="center",
+                fontsize=7,
+                color="white" if alpha > 0.6 else "black",
+                clip_on=True,
+            )
+
+
+def _bars(axes: Axes, segments: np.ndarray, top: float, *, colour: str, alphas: Iterable[float], name: str) -> None:
+    if not len(segments):
+        return
+    spans = [(start, stop - start) for start, stop in segments.tolist()]
+    # The outline keeps a one-second action visible in an hour of video, and a faint one recognisable.
+    bars = axes.broken_barh(spans, (top, 0.34), edgecolor=colour, linewidth=0.7)
+    bars.set_facecolor([(*_rgb(colour), float(alpha)) for alpha in alphas])
+    bars.set_gid(name)
+
+
+def _add_legend(figure: Figure) -> None:
+    handles = [
+        Patch(color=TRUE_COLOUR, label="true"),
+        Patch(color=RIGHT_COLOUR, label=f"predicted: true positive (tIoU ≥ {MATCH_TIOU})"),
+        Patch(color=WRONG_COLOUR, label="predicted: false positive"),
+        Patch(facecolor="#00000026", edgecolor="#000000", linewidth=0.7, label="fainter: lower score"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+
+
+def _rgb(colour: str) -> tuple[float, float, float]:
+    red, green, blue = (int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5))
+    return red, green, blue
