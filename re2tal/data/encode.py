@@ -17,15 +17,20 @@ from typing import TypeVar
 
 import av
 import av.filter
+import numpy as np
 from av.container import InputContainer, OutputContainer
 from av.video.stream import VideoStream
 
+from re2tal.data.decode import count_frames, decode_frames
 from re2tal.data.manifest import Encoding, FramesPerSecond, FramesPerVideo
 from re2tal.data.probe import MAX_MISSING_SHARE, VideoProbe, displayed_size, open_video
 
 T = TypeVar("T")
 MAX_ASPECT = 8
 """Longest side over shortest; past it a picture is no scene, and its scaled width would be without bound."""
+MAX_COMPARED = 16
+MAX_DIFFERENCE = 1.0
+"""Mean levels (of 255) between two decodings of one frame: they differ in how chroma is brought to full size only."""
 # Turns a frame by its rotation, degrees anticlockwise.
 _TURNS = {90: ("transpose", "cclock"), 180: ("rotate", "PI"), 270: ("transpose", "clock")}
 
@@ -55,8 +60,9 @@ def normalise_video(source: Path, target: Path, *, probe: VideoProbe, encoding: 
             yield frame
 
     with open_video(source) as (container, stream):
-        frames = nearest_in_time(counted(_timed_frames(source, container, stream)), rate=rate, num_frames=num_frames)
-        width, height = _write(target, frames, source=stream, rate=rate, encoding=encoding)
+        frames = nearest_in_time(counted(_timed_frames(container, stream)), rate=rate, num_frames=num_frames)
+        pictures = _scaled(frames, stream, short_side=encoding.short_side)
+        width, height = _write(target, _naming(source, pictures), rate=rate, encoding=encoding)
     if decoded < probe.num_frames * (1 - MAX_MISSING_SHARE):
         raise ValueError(f"{source} is damaged: {decoded} of its {probe.num_frames} frames decode; replace the file")
     return Normalised(num_frames=num_frames, fps=float(rate), width=width, height=height)
@@ -92,43 +98,89 @@ def nearest_in_time(timed: Iterator[tuple[Fraction, T]], *, rate: Fraction, num_
             yield previous[1]
 
 
-def _timed_frames(
-    path: Path, container: InputContainer, stream: VideoStream
-) -> Iterator[tuple[Fraction, av.VideoFrame]]:
+def _timed_frames(container: InputContainer, stream: VideoStream) -> Iterator[tuple[Fraction, av.VideoFrame]]:
     """All frames with their seconds after the first one."""
     first = previous = None
     for number, frame in enumerate(container.decode(stream)):
         time = frame.dts if frame.pts is None else frame.pts
         if time is None or frame.time_base is None:
-            raise ValueError(f"{path}: frame {number} has no time stamp; convert it to mp4")
+            raise ValueError(f"frame {number} has no time stamp; convert the file to mp4")
         if previous is not None and time < previous:
-            raise ValueError(f"{path}: time runs backwards at frame {number}; convert it to mp4 at a constant rate")
+            raise ValueError(f"time runs backwards at frame {number}; convert the file to mp4 at a constant rate")
         first = time if first is None else first
         previous = time
         yield (time - first) * frame.time_base, frame
 
 
-def _write(
-    target: Path, frames: Iterator[av.VideoFrame], *, source: VideoStream, rate: Fraction, encoding: Encoding
-) -> tuple[int, int]:
-    """Encode frames at a constant rate; gives the stored (width, height)."""
-    # Without "bitexact" the file would name the library's version, and with more than one thread its bits may depend on
-    # the machine.
+def _naming(path: Path, pictures: Iterator[T]) -> Iterator[T]:
+    """The same pictures; what goes wrong on the way to them becomes a ValueError that names the file."""
+    try:
+        yield from pictures
+    except av.FFmpegError as error:
+        raise ValueError(f"{path} is damaged: {error.strerror}; replace the file") from None
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
+
+
+def _write(target: Path, pictures: Iterator[av.VideoFrame], *, rate: Fraction, encoding: Encoding) -> tuple[int, int]:
+    """Encode pictures of one size at a constant rate; gives their (width, height)."""
+    # Without "bitexact" the file would name the library's version.
     options = {"movflags": "+faststart", "fflags": "+bitexact"}
-    with av.open(str(target), "w", format="mp4", container_options=options) as container:
-        scaler, stream = None, None
-        for number, frame in enumerate(frames):
-            if scaler is None or stream is None:
-                size = stored_size(displayed_size(frame, source), short_side=encoding.short_side)
-                scaler, stream = _Scaler(size), _add_stream(container, size, rate=rate, encoding=encoding)
-            picture = scaler(frame)
-            picture.pts, picture.time_base = number, 1 / rate
-            picture.pict_type = 0  # the source's key frames are not ours
-            container.mux(stream.encode(picture))
-        if scaler is None or stream is None:
-            raise ValueError("none of its frames can be decoded; replace the file")
-        container.mux(stream.encode(None))
-    return scaler.size
+    try:
+        with av.open(str(target), "w", format="mp4", container_options=options) as container:
+            stream = None
+            for number, picture in enumerate(pictures):
+                stream = stream or _add_stream(container, picture, rate=rate, encoding=encoding)
+                picture.pts, picture.time_base = number, 1 / rate
+                picture.pict_type = 0  # the source's key frames are not ours
+                container.mux(stream.encode(picture))
+            if stream is None:
+                raise ValueError(f"{target}: there is no picture to write")
+            container.mux(stream.encode(None))
+            return stream.width, stream.height
+    except av.FFmpegError as error:
+        raise OSError(f"{target} cannot be written: {error.strerror}; is the disk full?") from None
+
+
+def _add_stream(
+    container: OutputContainer, picture: av.VideoFrame, *, rate: Fraction, encoding: Encoding
+) -> VideoStream:
+    # With more than one thread the bits would depend on the machine.
+    x264 = f"keyint={encoding.gop}:min-keyint={encoding.gop}:scenecut=0:open-gop=0:threads=1"
+    options = {"preset": encoding.preset, "tune": "fastdecode", "crf": str(encoding.crf), "x264-params": x264}
+    stream = container.add_stream("libx264", rate=rate, options=options)
+    stream.width, stream.height, stream.pix_fmt = picture.width, picture.height, "yuv420p"
+    stream.codec_context.time_base = 1 / rate
+    return stream
+
+
+def _scaled(frames: Iterator[av.VideoFrame], source: VideoStream, *, short_side: int) -> Iterator[av.VideoFrame]:
+    """Frames as upright yuv420p pictures of one size, also where the source changes its size on the way."""
+    size = None
+    graphs: dict[tuple, av.filter.Graph] = {}
+    for frame in frames:
+        size = size or stored_size(displayed_size(frame, source), short_side=short_side)
+        kind = (frame.width, frame.height, frame.format.name, frame.rotation)
+        if kind not in graphs:
+            graphs[kind] = _scaling_graph(frame, size)
+        graphs[kind].vpush(frame)
+        yield graphs[kind].vpull()
+
+
+def _scaling_graph(frame: av.VideoFrame, size: tuple[int, int]) -> av.filter.Graph:
+    graph = av.filter.Graph()
+    graph.threads = 1
+    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)
+    turn = _TURNS.get(frame.rotation % 360)
+    graph.link_nodes(
+        source,
+        *([graph.add(*turn)] if turn else []),
+        graph.add("scale", f"{size[0]}:{size[1]}:flags=bicubic"),
+        graph.add("setsar", "1"),
+        graph.add("format", "yuv420p"),
+        graph.add("buffersink"),
+    ).configure()
+    return graph
 
 
 def stored_size(displayed: tuple[int, int], *, short_side: int) -> tuple[int, int]:
@@ -140,51 +192,40 @@ def stored_size(displayed: tuple[int, int], *, short_side: int) -> tuple[int, in
     return 2 * round(width * scale / 2), 2 * round(height * scale / 2)
 
 
-def _add_stream(
-    container: OutputContainer, size: tuple[int, int], *, rate: Fraction, encoding: Encoding
-) -> VideoStream:
-    closed_groups = f"keyint={encoding.gop}:min-keyint={encoding.gop}:scenecut=0:open-gop=0:threads=1"
-    stream = container.add_stream(
-        "libx264",
-        rate=rate,
-        options={
-            "preset": encoding.preset,
-            "tune": "fastdecode",
-            "crf": str(encoding.crf),
-            "x264-params": closed_groups,
-        },
-    )
-    stream.width, stream.height = size
-    stream.pix_fmt = "yuv420p"
-    stream.codec_context.time_base = 1 / rate
-    return stream
+def check_normalised(path: Path, expected: Normalised) -> None:
+    """Prove that decord gives the right frames of a normalised file; may hang on one that is not, so call it isolated.
+
+    Compared are the number of frames, the time of each, and the pictures of a sparse batch with what FFmpeg gives when
+    it decodes the file from the start.
+    """
+    _check_times(path, expected)
+    video = path.read_bytes()
+    if (seen := count_frames(video)) != expected.num_frames:
+        raise ValueError(f"{path}: decord sees {seen} frames of {expected.num_frames} that were encoded")
+    asked = np.unique(np.linspace(0, expected.num_frames - 1, num=MAX_COMPARED).round().astype(int))
+    by_number = decode_frames(video, asked).numpy()
+    in_order = _decode_in_order(path, set(asked.tolist()))
+    for index, picture in zip(asked.tolist(), by_number, strict=True):
+        difference = np.abs(picture.astype(np.int16) - in_order[index]).mean()
+        if difference > MAX_DIFFERENCE:
+            raise ValueError(f"{path}: decord gives another frame {index} (mean difference {difference:.1f} levels)")
 
 
-class _Scaler:
-    """Turns, scales and converts frames to upright yuv420p of one size, also where they change size on the way."""
+def _check_times(path: Path, expected: Normalised) -> None:
+    with open_video(path) as (container, stream):
+        packets = [packet for packet in container.demux(stream) if packet.size]
+        times = sorted(float(p.pts * p.time_base) for p in packets if p.pts is not None)
+    if any(packet.is_discard for packet in packets) or len(times) != expected.num_frames:
+        raise ValueError(f"{path}: {len(times)} frames stored, {expected.num_frames} encoded")
+    off = np.abs(np.array(times) - np.arange(len(times)) / expected.fps).max()
+    if off > 0.001:
+        raise ValueError(f"{path}: a stored frame is {off:.4f} s away from its time")
 
-    def __init__(self, size: tuple[int, int]) -> None:
-        self.size = size
-        self._graphs: dict[tuple, av.filter.Graph] = {}
 
-    def __call__(self, frame: av.VideoFrame) -> av.VideoFrame:
-        kind = (frame.width, frame.height, frame.format.name, frame.rotation % 360)
-        if kind not in self._graphs:
-            self._graphs[kind] = self._graph(frame)
-        graph = self._graphs[kind]
-        graph.vpush(frame)
-        return graph.vpull()
-
-    def _graph(self, frame: av.VideoFrame) -> av.filter.Graph:
-        width, height = self.size
-        graph = av.filter.Graph()
-        graph.threads = 1
-        nodes = [
-            graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)
-        ]
-        if turn := _TURNS.get(frame.rotation % 360):
-            nodes.append(graph.add(*turn))
-        nodes.append(graph.add("scale", f"{width}:{height}:flags=bicubic"))
-        nodes += [graph.add("setsar", "1"), graph.add("format", "yuv420p"), graph.add("buffersink")]
-        graph.link_nodes(*nodes).configure()
-        return graph
+def _decode_in_order(path: Path, wanted: set[int]) -> dict[int, np.ndarray]:
+    with open_video(path) as (container, stream):
+        return {
+            number: frame.to_ndarray(format="rgb24")
+            for number, frame in enumerate(container.decode(stream))
+            if number in wanted
+        }

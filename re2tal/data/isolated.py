@@ -1,0 +1,90 @@
+"""Run functions in a process that can be killed: for native code that may crash or never return.
+
+A hang inside decord or FFmpeg cannot be interrupted from within: signal handlers wait for the native call to end.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import signal
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+_SPAWN = multiprocessing.get_context("spawn")  # a fork would copy whatever locks other threads hold at that moment
+
+
+class IsolationError(ValueError):
+    """The function did not return: its process died or had to be killed."""
+
+
+class Isolated:
+    """One process beside this one; it is started when first needed, and again after it was lost.
+
+    Use as a context manager, from one thread at a time. Functions must be importable by name.
+    """
+
+    def __init__(self) -> None:
+        self._process: multiprocessing.process.BaseProcess | None = None
+        self._connection: Connection | None = None
+
+    def __enter__(self) -> Isolated:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._kill()
+
+    def call(self, timeout_seconds: float, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """The function's result or its exception; IsolationError where it crashed or took longer than allowed."""
+        connection = self._start()
+        connection.send((function, args, kwargs))
+        if not connection.poll(timeout_seconds):
+            self._kill()
+            raise IsolationError(f"took longer than {timeout_seconds:.0f} s and was stopped")
+        try:
+            succeeded, result = connection.recv()
+        except EOFError:
+            exit_code = self._kill()
+            raise IsolationError(f"its process died (exit code {exit_code})") from None
+        if succeeded:
+            return result
+        raise result
+
+    def _start(self) -> Connection:
+        if self._connection is None:
+            self._connection, theirs = _SPAWN.Pipe()
+            self._process = _SPAWN.Process(target=_serve, args=(theirs,), daemon=True)
+            self._process.start()
+            theirs.close()  # else the end of the process would not end the connection
+        return self._connection
+
+    def _kill(self) -> int | None:
+        process, connection = self._process, self._connection
+        self._process = self._connection = None
+        if process is None or connection is None:
+            return None
+        connection.close()
+        process.join(0.5 if process.exitcode is None else 0)  # an idle one leaves by itself
+        process.kill()
+        process.join()
+        return process.exitcode
+
+
+def _serve(connection: Connection) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
+    while True:
+        try:
+            function, args, kwargs = connection.recv()
+        except EOFError:
+            return
+        try:
+            reply = True, function(*args, **kwargs)
+        except Exception as error:
+            reply = False, error
+        connection.send(reply)
