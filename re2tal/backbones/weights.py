@@ -1,4 +1,4 @@
-"""Reads anyone's weights into one of our networks, by renaming alone, and writes them back.
+"""Reads anyone's weights into one of our networks, by renaming (and taking apart what is fused), and writes them back.
 
     file -> tensors by name -> layout and prefix, found from names -> our names -> names and shapes checked -> loaded
 
@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 RENAMING = Callable[[Collection[str]], dict[str, str]]
+REPACKING = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 # Where training frameworks put the weights inside a checkpoint: mmengine, OpenTAD, timm; pytorchvideo; DeepSpeed.
 WRAPPERS = ("state_dict", "model_state", "model", "module")
@@ -35,6 +36,10 @@ class KeyLayout:
     """Their names, prefix removed -> {theirs: ours}, without what we have no use for: heads, constant tables."""
     from_ours: RENAMING
     """Our names -> {ours: theirs}."""
+    unpack: REPACKING = dict
+    """Their entries, prefix removed -> the same with fused ones in parts, which `to_ours` then renames."""
+    pack: REPACKING = dict
+    """The reverse of `unpack`."""
 
 
 @dataclass(frozen=True)
@@ -57,19 +62,21 @@ def load_weights(model: nn.Module, path: str | Path, *, layouts: Sequence[KeyLay
     state = read_state(path)
     layout, prefix = _recognise(state, layouts, what=f"{path}", network=type(model).__name__)
     inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
+    inside = layout.unpack(inside)
     names = layout.to_ours(inside)
     ours = {our_name: inside[key] for key, our_name in names.items()}
     _check_fit(model.state_dict(), ours, what=f"{path} ({layout.name} layout)", network=type(model).__name__)
     model.load_state_dict(ours)
-    used = {prefix + key for key in names}
-    return LoadReport(layout.name, prefix, tuple(ours), tuple(key for key in state if key not in used))
+    ignored = [key for key in state if not key.startswith(prefix)]
+    ignored += [prefix + key for key in inside if key not in names]
+    return LoadReport(layout.name, prefix, tuple(ours), tuple(ignored))
 
 
 def export_state(model: nn.Module, *, layout: KeyLayout) -> dict[str, Tensor]:
     """The weights of `model` under the names of another code base; constant tables and heads are not in it."""
     state = model.state_dict()
     names = layout.from_ours(state)
-    return {names[key]: value for key, value in state.items()}
+    return layout.pack({names[key]: value for key, value in state.items()})
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
