@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -66,8 +67,8 @@ def original_config(config: dict[str, Any]) -> ActionFormerConfig:
     )
 
 
-def suppression(nms: dict[str, Any], *, weigh_votes_by_overlap: bool = False) -> SuppressionConfig:
-    """Our configuration for the keyword arguments of the peer's batched NMS."""
+def suppression(nms: dict[str, Any]) -> SuppressionConfig:
+    """Our configuration for the keyword arguments of OpenTAD's batched NMS."""
     method = {1: "linear", 2: "gaussian", 3: "gaussian_above"}[nms.get("method", 2)] if nms["use_soft_nms"] else "hard"
     voting = nms.get("voting_thresh", 0.0)
     return SuppressionConfig(
@@ -81,8 +82,22 @@ def suppression(nms: dict[str, Any], *, weigh_votes_by_overlap: bool = False) ->
         per_class=nms["multiclass"],
         # The peer ignores the threshold when it suppresses class by class.
         voting_threshold=None if nms["multiclass"] or voting == 0.0 else voting,
-        weigh_votes_by_overlap=weigh_votes_by_overlap,
     )
+
+
+def original_suppression(config: dict[str, Any]) -> SuppressionConfig:
+    """Our configuration for the test settings of the original ActionFormer."""
+    testing = config["arguments"]["test_cfg"]
+    nms = {
+        "use_soft_nms": testing["nms_method"] == "soft",
+        "sigma": testing["nms_sigma"],
+        "iou_threshold": testing["iou_threshold"],
+        "min_score": testing["min_score"],
+        "max_seg_num": testing["max_seg_num"],
+        "multiclass": testing["multiclass_nms"],
+        "voting_thresh": testing["voting_thresh"],
+    }
+    return replace(suppression(nms), weigh_votes_by_overlap=True)
 
 
 def build(case: Case, *, layout: str) -> ActionFormer:
