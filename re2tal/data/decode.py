@@ -22,7 +22,7 @@ decord.logging.set_level(decord.logging.QUIET)  # every failure raises; FFmpeg's
 
 
 class DecodeError(ValueError):
-    """The bytes are not a video that decord can open, or a frame of it cannot be decoded."""
+    """The bytes are not the video that they should be, or a frame of it cannot be decoded."""
 
 
 def count_frames(video_bytes: bytes) -> int:

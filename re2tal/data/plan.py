@@ -1,0 +1,85 @@
+"""The order of an epoch, known before a byte is read: which clips make the batch of each step on each rank.
+
+    order   shards shuffled, their videos in a row, each moved a little     (training; evaluation keeps index order)
+    step b  takes units [b G, (b + 1) G) of the order, G = world_size * batch_size
+    rank r  takes the r-th `batch_size` of these
+
+Pure: the same arguments give the same plan on every rank, so that all ranks make the same number of steps without a
+word between them (one rank short of a batch would hang the others' collectives). A plan is entered at any step. Steps
+hold the same units for any number of readers, and for any split of G over ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+
+@dataclass(frozen=True, slots=True)
+class Unit:
+    """One clip of an epoch."""
+
+    video: int
+    """position in the index"""
+    window: int
+    """which of the video's windows; 0 in training, where the window is drawn"""
+    valid: bool = True
+    """False for what only fills the last batch"""
+
+
+def count_steps(num_units: int, *, batch_size: int, world_size: int, training: bool) -> int:
+    """Steps of an epoch: whole batches in training, every unit in evaluation.
+
+    Raises:
+        ValueError: if there is nothing to read, or in training not enough for one step of all ranks.
+    """
+    if min(batch_size, world_size) < 1:
+        raise ValueError(f"batch_size is {batch_size} and world_size {world_size}; both must be 1 or more")
+    per_step = world_size * batch_size
+    if num_units == 0:
+        raise ValueError("the split is empty: no videos to read; build shards of another subset")
+    if training and num_units < per_step:
+        raise ValueError(
+            f"{num_units} videos are too few for one step of {world_size} ranks x batch_size {batch_size} = {per_step} "
+            "clips; use fewer ranks, a smaller batch_size or more videos"
+        )
+    return num_units // per_step if training else -(-num_units // per_step)
+
+
+def training_order(shards: Sequence[str], *, shuffle_span: int, seed: int, epoch: int) -> list[Unit]:
+    """Every video once, in the order of this epoch; `shards` names the shard of each video, in index order.
+
+    Shards are permuted, then videos leave a buffer of `shuffle_span` videos at random, so that reading stays near one
+    place. With as many as there are videos it is a plain shuffle, with 1 there is none inside shards.
+    """
+    if shuffle_span < 1:
+        raise ValueError(f"shuffle_span is {shuffle_span}; give 1 for no shuffling inside shards, or more")
+    generator = np.random.default_rng([seed, epoch])
+    places: dict[str, list[int]] = {}
+    for video, shard in enumerate(shards):
+        places.setdefault(shard, []).append(video)
+    names = list(places)
+    videos = [video for number in generator.permutation(len(names)) for video in places[names[number]]]
+    buffer, order = videos[:shuffle_span], []
+    for video in videos[shuffle_span:]:
+        place = int(generator.integers(len(buffer)))
+        order.append(buffer[place])
+        buffer[place] = video
+    order += [buffer[place] for place in generator.permutation(len(buffer))]
+    return [Unit(video, 0) for video in order]
+
+
+def evaluation_order(num_windows: Sequence[int]) -> list[Unit]:
+    """Every window of every video in index order; `num_windows` counts the windows of each video."""
+    return [Unit(video, window) for video, count in enumerate(num_windows) for window in range(count)]
+
+
+def batch_units(order: Sequence[Unit], step: int, *, batch_size: int, rank: int, world_size: int) -> list[Unit]:
+    """The `batch_size` units of one step on one rank; past the end of the order they repeat its start, not valid."""
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank is {rank} of {world_size}; give 0 to {world_size - 1}")
+    first = (step * world_size + rank) * batch_size
+    places = range(first, first + batch_size)
+    return [replace(order[place % len(order)], valid=place < len(order)) for place in places]

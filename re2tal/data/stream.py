@@ -1,0 +1,299 @@
+"""Batches of clips from a shard folder, in the order that the plan gives.
+
+    plan (step -> units) -> worker: read the pair -> check -> decode -> crop, resize -> ClipBatch of uint8 -> rank
+
+A worker process makes whole steps, and step b is the same batch whoever makes it: everything random is drawn from
+(seed, epoch, video). So the number of workers changes nothing, and an epoch is entered at any step without reading
+what came before. A video that cannot be read is replaced by a blank clip that is not `valid`, and reported; the
+number of steps stands.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tarfile
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+from webdataset.tariterators import tar_file_iterator
+
+from re2tal.data.collate import Clip, collate
+from re2tal.data.decode import DecodeError, decode_frames
+from re2tal.data.manifest import IndexedVideo
+from re2tal.data.plan import Unit, batch_units, count_steps, evaluation_order, training_order
+from re2tal.data.shards import ShardSet
+from re2tal.data.transforms import Box, centre_box, crop_and_resize, draw_box
+from re2tal.data.windows import Slide, Windowing, count_windows, draw_window, plan_windows
+from re2tal.structures import ClipBatch
+
+logger = logging.getLogger(__name__)
+
+MAX_FAILED_CLIPS, MAX_FAILED_SHARE = 5, 0.001
+"""An epoch of training ends when more clips than both have failed: a few bad videos are life, many are a fault."""
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """How videos become clips."""
+
+    windowing: Windowing = field(default_factory=Slide)
+    """which frames make a clip"""
+    size: int = 224
+    """height and width of a clip, pixels"""
+    fit: Literal["crop", "stretch"] = "crop"
+    """how a whole picture becomes square: its middle is cut out, or it is squeezed"""
+    crop_area: tuple[float, float] = (0.08, 1.0)
+    """in training, least and largest share of the picture that a random crop shows; 1 1 for the whole picture"""
+    crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    """in training, narrowest and widest random crop, width over height"""
+    flip: bool = True
+    """in training, mirror every second clip; switch it off where left and right are different actions"""
+    colour_jitter: float = 0.0
+    """in training, strength of the random change of colours, 0 to 1; applied on the device"""
+    shuffle_span: int = 1024
+    """in training, how many videos are shuffled together; more than there are: a plain shuffle"""
+    workers: int = 2
+    """processes per rank that read and decode; 0: the training process itself"""
+    prefetch: int = 2
+    """batches that each worker keeps ready"""
+    timeout_seconds: int = 300
+    """a worker that is silent for so long ends the run, lest the other ranks wait for ever; 0: wait"""
+    allow_missing: bool = False
+    """in evaluation, go on without videos that cannot be read; they then count as without detections"""
+
+    def __post_init__(self) -> None:
+        for name, least in (("size", 1), ("workers", 0), ("prefetch", 1), ("timeout_seconds", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"ClipConfig.{name} is {getattr(self, name)}; give {least} or more")
+        for name in ("crop_area", "crop_aspect"):
+            least_share, most = getattr(self, name)
+            if not 0 < least_share <= most or (name == "crop_area" and most > 1):
+                raise ValueError(f"ClipConfig.{name} is {getattr(self, name)}; give two positive numbers, least first")
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A clip that could not be read."""
+
+    video_id: str
+    shard: str
+    reason: str
+
+
+def stream_clips(
+    shards: ShardSet,
+    config: ClipConfig,
+    *,
+    batch_size: int,
+    training: bool,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 0,
+) -> ClipStream:
+    """One rank's batches.
+
+    Raises:
+        ValueError: if the split is too small for the ranks, or shared memory for the workers.
+    """
+    return ClipStream(_Batches(shards, config, batch_size, training, rank, world_size, seed))
+
+
+class ClipStream:
+    """An endless supply of epochs, each with the same number of steps on every rank."""
+
+    def __init__(self, batches: _Batches) -> None:
+        self.steps_per_epoch: int = batches.num_steps
+        self.failures: dict[str, Failure] = {}
+        """video id -> what was wrong with it, over all epochs"""
+        self._batches = batches
+        self._keys = _Keys()
+        config = batches.config
+        workers = config.workers
+        if workers:
+            _check_shared_memory(batches)
+        self._loader = DataLoader(
+            batches,
+            sampler=self._keys,
+            batch_size=None,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            timeout=config.timeout_seconds if workers else 0,
+            prefetch_factor=config.prefetch if workers else None,
+            persistent_workers=workers > 0,
+            # A forked child must not touch CUDA, and one that exists already could be touched by mistake.
+            multiprocessing_context=("spawn" if torch.cuda.is_initialized() else "fork") if workers else None,
+            # Its own, or each epoch would draw a number from the global one.
+            generator=torch.Generator(),
+        )
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[ClipBatch]:
+        """The batches of steps `start_step` to `steps_per_epoch` - 1 of an epoch, the same ones each time.
+
+        Raises:
+            ValueError: if too many clips cannot be read: in evaluation one, unless `allow_missing`.
+        """
+        if not 0 <= start_step <= self.steps_per_epoch:
+            raise ValueError(f"start_step is {start_step}; an epoch has steps 0 to {self.steps_per_epoch - 1}")
+        self._keys.steps = [(epoch, step) for step in range(start_step, self.steps_per_epoch)]
+        failed = 0
+        for batch, failures in self._loader:
+            failed += len(failures)
+            self._report(failures)
+            if failed > self._batches.max_failed:
+                raise ValueError(self._too_many(failed, epoch))
+            yield batch
+
+    def _report(self, failures: list[Failure]) -> None:
+        for failure in failures:
+            if failure.video_id not in self.failures:
+                logger.warning("%s in %s is left out: %s", failure.video_id, failure.shard, failure.reason)
+            self.failures[failure.video_id] = failure
+
+    def _too_many(self, failed: int, epoch: int) -> str:
+        shown = "; ".join(f"{f.video_id} in {f.shard}: {f.reason}" for f in list(self.failures.values())[:5])
+        return (
+            f"{failed} clips of epoch {epoch} cannot be read from {self._batches.shards.root}, more than "
+            f"{self._batches.max_failed}: {shown}; run re2tal shards verify, then replace or rebuild the shards"
+        )
+
+
+class _Keys(Sampler[tuple[int, int]]):
+    """(epoch, step) of the batches to make; set in the training process, so workers live on from epoch to epoch."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[int, int]] = []
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(self.steps)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
+@dataclass
+class _Batches(Dataset[tuple[ClipBatch, list[Failure]]]):
+    """(epoch, step) -> the batch of this rank; runs in the workers."""
+
+    shards: ShardSet
+    config: ClipConfig
+    batch_size: int
+    training: bool
+    rank: int
+    world_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        videos, windowing = self.shards.videos, self.config.windowing
+        windows = [count_windows(video, windowing) for video in videos]
+        self._evaluation_order = evaluation_order(windows)
+        num_units = len(videos) if self.training else len(self._evaluation_order)
+        self.num_steps = count_steps(
+            num_units, batch_size=self.batch_size, world_size=self.world_size, training=self.training
+        )
+        self.max_failed = max(MAX_FAILED_CLIPS, int(MAX_FAILED_SHARE * num_units))
+        if not self.training:
+            self.max_failed = num_units if self.config.allow_missing else 0
+        self._order: tuple[int, list[Unit]] | None = None
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[ClipBatch, list[Failure]]:
+        epoch, step = key
+        units = batch_units(
+            self._epoch_order(epoch), step, batch_size=self.batch_size, rank=self.rank, world_size=self.world_size
+        )
+        failures: list[Failure] = []
+        return collate([self._clip(unit, epoch, failures) for unit in units]), failures
+
+    def _epoch_order(self, epoch: int) -> list[Unit]:
+        if not self.training:
+            return self._evaluation_order
+        if self._order is None or self._order[0] != epoch:
+            names = [video.shard for video in self.shards.videos]
+            order = training_order(names, shuffle_span=self.config.shuffle_span, seed=self.seed, epoch=epoch)
+            self._order = (epoch, order)
+        return self._order[1]
+
+    def _clip(self, unit: Unit, epoch: int, failures: list[Failure]) -> Clip:
+        video = self.shards.videos[unit.video]
+        generator = np.random.default_rng([self.seed, epoch, zlib.crc32(video.record.video_id.encode())])
+        if self.training:
+            window = draw_window(video, self.config.windowing, generator=generator)
+        else:
+            window = plan_windows(video, self.config.windowing)[unit.window]
+        record = video.record
+        clip = Clip(
+            frames=torch.zeros(3, len(window.indices), self.config.size, self.config.size, dtype=torch.uint8),
+            frame_mask=torch.from_numpy(window.mask),
+            actions=(),
+            timeline=window.timeline,
+            video_id=record.video_id,
+            window_id=window.window_id,
+            valid=False,
+        )
+        if not unit.valid:
+            return clip
+        try:
+            frames = decode_frames(read_mp4(self.shards, video), window.indices[: window.num_valid])
+        except DecodeError as error:
+            failures.append(Failure(record.video_id, video.shard, str(error)))
+            return clip
+        clip.frames[:, : window.num_valid] = self._shape(frames, generator)
+        clip.frames[:, window.num_valid :] = clip.frames[:, window.num_valid - 1 : window.num_valid]
+        return clip._replace(actions=window.actions, valid=True)
+
+    def _shape(self, frames: Tensor, generator: np.random.Generator) -> Tensor:
+        """(T, H, W, 3) -> (3, T, size, size): one box and one mirror bit for all frames."""
+        config = self.config
+        height, width = frames.shape[1:3]
+        box = centre_box(height, width) if config.fit == "crop" else Box(0, 0, height, width)
+        if self.training and config.crop_area != (1, 1):
+            box = draw_box(height, width, area=config.crop_area, aspect=config.crop_aspect, generator=generator)
+        flip = self.training and config.flip and generator.random() < 0.5
+        return crop_and_resize(frames, box, size=config.size, flip=flip)
+
+
+def read_mp4(shards: ShardSet, video: IndexedVideo) -> bytes:
+    """A video's file out of its shard: two members read at its offset, checked against the index.
+
+    Raises:
+        DecodeError: if they are not the two members that the index describes.
+    """
+    video_id = video.record.video_id
+    path = shards.path(video.shard)
+    with path.open("rb") as file:
+        file.seek(video.offset)
+        stretch = file.read(video.num_bytes)
+    try:
+        members = {member["fname"]: member["data"] for member in tar_file_iterator(BytesIO(stretch))}
+    except tarfile.TarError as error:
+        raise DecodeError(f"{path} is damaged at byte {video.offset}: {error}") from None
+    if set(members) != {f"{video_id}.json", f"{video_id}.mp4"}:
+        raise DecodeError(f"{path} holds {sorted(members)[:4]} at byte {video.offset}, not {video_id}.json and .mp4")
+    mp4 = members[f"{video_id}.mp4"]
+    if zlib.crc32(mp4) != video.crc32:
+        raise DecodeError(f"{path}: the checksum of {video_id}.mp4 is not the one in the index; the file was changed")
+    return mp4
+
+
+def _check_shared_memory(batches: _Batches) -> None:
+    """Workers hand batches over in /dev/shm; where it is too small, as in many containers, they die of bus errors."""
+    config, folder = batches.config, Path("/dev/shm")
+    if not folder.is_dir():
+        return
+    clip_bytes = 3 * config.windowing.num_frames * config.size**2
+    needed = config.workers * (config.prefetch + 1) * batches.batch_size * clip_bytes
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ValueError(
+            f"{folder} has {free >> 20} MiB free, {config.workers} workers with {config.prefetch} batches of "
+            f"{batches.batch_size} clips each need {needed >> 20} MiB; enlarge it (docker run --shm-size=...), or "
+            "lower ClipConfig.workers or ClipConfig.prefetch"
+        )

@@ -1,0 +1,119 @@
+"""What happens to pixels between decoding and the backbone.
+
+    worker, uint8    one box and one mirror bit per clip: crop, resize, flip
+    device, float    colour and normalisation as one affine map of RGB per clip: y = matrix @ x + bias
+
+Frames travel as uint8: floats would be four times the bytes and a second of CPU per clip. Brightness, contrast,
+saturation and hue are all affine in RGB, so any jitter costs as much as none; values are not clamped in between.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+MEAN = (123.675, 116.28, 103.53)
+STD = (58.395, 57.12, 57.375)
+"""Of ImageNet's RGB values from 0 to 255, as the published backbones take them."""
+GREY = (0.299, 0.587, 0.114)
+# RGB -> YIQ (NTSC); a rotation of I and Q is a change of hue. Its first row is GREY.
+_YIQ = torch.tensor([GREY, (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135)], dtype=torch.float64)
+_RGB = torch.linalg.inv(_YIQ)
+
+
+class Box(NamedTuple):
+    """A part of a picture, in pixels."""
+
+    top: int
+    left: int
+    height: int
+    width: int
+
+
+def centre_box(height: int, width: int) -> Box:
+    """The largest square, in the middle."""
+    side = min(height, width)
+    return Box((height - side) // 2, (width - side) // 2, side, side)
+
+
+def draw_box(
+    height: int,
+    width: int,
+    *,
+    area: tuple[float, float],
+    aspect: tuple[float, float],
+    generator: np.random.Generator,
+) -> Box:
+    """A random part of a picture with a share `area` of it and a width to height ratio in `aspect` (log-uniform).
+
+    If ten draws do not fit into the picture, the centre square.
+    """
+    for _ in range(10):
+        pixels = height * width * generator.uniform(*area)
+        ratio = math.exp(generator.uniform(math.log(aspect[0]), math.log(aspect[1])))
+        box_height, box_width = round(math.sqrt(pixels / ratio)), round(math.sqrt(pixels * ratio))
+        if 0 < box_height <= height and 0 < box_width <= width:
+            top = int(generator.integers(height - box_height, endpoint=True))
+            left = int(generator.integers(width - box_width, endpoint=True))
+            return Box(top, left, box_height, box_width)
+    return centre_box(height, width)
+
+
+def crop_and_resize(frames: Tensor, box: Box, *, size: int, flip: bool = False) -> Tensor:
+    """(T, H, W, 3) uint8 -> (3, T, size, size) uint8: `box` stretched to a square, mirrored left to right if `flip`."""
+    top, left, height, width = box
+    cut = frames[:, top : top + height, left : left + width].permute(0, 3, 1, 2)  # channels last: the fast path
+    if (height, width) != (size, size):
+        cut = F.interpolate(cut, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+    if flip:
+        cut = cut.flip(-1)
+    return cut.transpose(0, 1).contiguous()
+
+
+def normalise(frames: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(B, 3, T, H, W) uint8 -> the same shape in `dtype`: (x - MEAN) / STD."""
+    pixels = frames.float()
+    mean, std = (pixels.new_tensor(values).view(3, 1, 1, 1) for values in (MEAN, STD))
+    return pixels.sub_(mean).div_(std).to(dtype)
+
+
+def jitter_and_normalise(
+    frames: Tensor, *, strength: float, generator: torch.Generator, dtype: torch.dtype = torch.float32
+) -> Tensor:
+    """As `normalise`, after a change of colours that is drawn once per clip from `generator` (a CPU one).
+
+    Brightness, contrast (about the clip's mean grey) and saturation are scaled by factors from 1 - strength to
+    1 + strength; hue turns by up to a quarter of `strength` full turns.
+    """
+    if not 0 <= strength <= 1:
+        raise ValueError(f"colour jitter is {strength}; give a strength from 0 to 1")
+    changes = (torch.rand(len(frames), 4, generator=generator) * 2 - 1) * strength
+    pixels = frames.flatten(2).float()  # (B, 3, THW)
+    mean_grey = (pixels.mean(dim=2) * pixels.new_tensor(GREY)).sum(1)
+    matrix, bias = colour_map(changes.to(pixels), mean_grey)
+    mean, std = pixels.new_tensor(MEAN), pixels.new_tensor(STD)
+    mapped = torch.baddbmm(((bias - mean) / std)[:, :, None], matrix / std[:, None], pixels)
+    return mapped.view(frames.shape).to(dtype)
+
+
+def colour_map(changes: Tensor, mean_grey: Tensor) -> tuple[Tensor, Tensor]:
+    """One affine map of RGB per clip: (B, 3, 3) matrices and (B, 3) biases.
+
+    `changes` (B, 4): how far brightness, contrast and saturation are scaled from 1, and four times the turns of hue;
+    `mean_grey` (B,): what contrast scales about, before any change. Applied in this order.
+    """
+    brightness, contrast, saturation = (1 + changes[:, :3]).unbind(1)
+    angle = changes[:, 3] * (2 * math.pi / 4)
+    cosine, sine = angle.cos() * saturation, angle.sin() * saturation
+    turn = changes.new_zeros(len(changes), 3, 3)
+    turn[:, 0, 0] = 1
+    turn[:, 1, 1], turn[:, 1, 2], turn[:, 2, 1], turn[:, 2, 2] = cosine, -sine, sine, cosine
+    matrix = _RGB.to(turn) @ turn @ _YIQ.to(turn) * (brightness * contrast)[:, None, None]
+    # Saturation and hue leave greys alone, so the bias of contrast passes through them unchanged.
+    bias = ((1 - contrast) * brightness * mean_grey)[:, None].expand(-1, 3)
+    return matrix, bias

@@ -1,0 +1,203 @@
+"""Which frames of a stored video make a clip, and where the clip lies in time: arithmetic, no video is read.
+
+    ResizeWhole   the whole video at a fixed number of frames          |. . . . . . . . . . .|
+    Slide         windows at a fixed rate, the last one flush          |........|
+                  with the video's end                                      |........|
+                                                                              |........|
+
+Stored frame i shows the video at i / fps seconds: shards are written so. `plan_windows` covers a video for evaluation,
+`draw_window` draws one window of it for training. The window lengths and the rules for cut actions are those of the
+published Re2TAL recipes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from re2tal.data.manifest import IndexedVideo
+from re2tal.structures import Action, Timeline
+
+MAX_TRIES = 200
+"""How often a window that shows no action is drawn again. A video may have none, or only actions too long for it."""
+
+
+@dataclass(frozen=True)
+class ResizeWhole:
+    """The whole video as one clip: `num_frames` frames from the centres of as many equal stretches."""
+
+    num_frames: int = 768
+    """frames of a clip"""
+    shortest_action: float = 0.01
+    """in training, actions shorter than this share of the video are left out"""
+
+    def __post_init__(self) -> None:
+        _check_count("ResizeWhole.num_frames", self.num_frames)
+        _check_share("ResizeWhole.shortest_action", self.shortest_action, least=0.0)
+
+
+@dataclass(frozen=True)
+class Slide:
+    """Clips of a fixed length in time, at a fixed rate."""
+
+    num_frames: int = 1024
+    """frames of a clip; a shorter video is padded"""
+    frames_per_second: float = 15.0
+    """rate at which frames are taken; at most the rate of the stored video"""
+    overlap: float = 0.5
+    """in evaluation, share of a window that the next one sees again"""
+    kept_share: float = 0.75
+    """an action belongs to a window that shows at least this share of it"""
+    shortest_crop: float = 0.9
+    """in training, a video shorter than a window is cut to a random share between this and 1"""
+
+    def __post_init__(self) -> None:
+        _check_count("Slide.num_frames", self.num_frames)
+        _check_share("Slide.kept_share", self.kept_share, least=0.0)
+        _check_share("Slide.shortest_crop", self.shortest_crop, least=0.01)
+        if not 0 <= self.overlap < 1:
+            raise ValueError(f"Slide.overlap is {self.overlap}; give a share from 0 to below 1")
+        if not 0 < self.frames_per_second < float("inf"):
+            raise ValueError(f"Slide.frames_per_second is {self.frames_per_second}; give a positive number")
+
+
+Windowing = ResizeWhole | Slide
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Window:
+    """One clip to be read."""
+
+    window_id: int
+    """counts the windows of one video in evaluation; 0 in training"""
+    indices: np.ndarray
+    """(T,) int64, stored frames in order; padding repeats the last valid one"""
+    num_valid: int
+    """the first so many of the T frames are not padding"""
+    timeline: Timeline
+    """counts frames: frame t of the clip lies at timeline.to_seconds(t)"""
+    actions: tuple[Action, ...]
+    """what the clip shows, cut to it, in seconds of the whole video"""
+
+    @property
+    def mask(self) -> np.ndarray:
+        """(T,) bool."""
+        return np.arange(len(self.indices)) < self.num_valid
+
+
+def count_windows(video: IndexedVideo, windowing: Windowing) -> int:
+    """How many windows `plan_windows` gives."""
+    match windowing:
+        case ResizeWhole():
+            return 1
+        case Slide():
+            return len(_starts(_num_samples(video, windowing), windowing))
+
+
+def plan_windows(video: IndexedVideo, windowing: Windowing) -> list[Window]:
+    """The windows that cover a video, in order, for evaluation."""
+    match windowing:
+        case ResizeWhole():
+            return [_whole(video, windowing.num_frames, video.record.actions)]
+        case Slide():
+            total = _num_samples(video, windowing)
+            count = min(windowing.num_frames, total)
+            starts = _starts(total, windowing)
+            return [_cut(video, windowing, window_id=n, start=s, count=count) for n, s in enumerate(starts)]
+
+
+def draw_window(video: IndexedVideo, windowing: Windowing, *, generator: np.random.Generator) -> Window:
+    """One window for training: the whole video, or a random stretch that shows an action if that can be."""
+    match windowing:
+        case ResizeWhole(num_frames, shortest_action):
+            shortest_seconds = shortest_action * video.record.duration_seconds
+            actions = [a for a in video.record.actions if a.end_seconds - a.start_seconds >= shortest_seconds]
+            return _whole(video, num_frames, actions)
+        case Slide():
+            return _truncate(video, windowing, generator=generator)
+
+
+def _truncate(video: IndexedVideo, windowing: Slide, *, generator: np.random.Generator) -> Window:
+    total = _num_samples(video, windowing)
+    for _ in range(MAX_TRIES):
+        count = windowing.num_frames
+        if total <= count:
+            count = max(1, round(total * generator.uniform(windowing.shortest_crop, 1)))
+        start = int(generator.integers(total - count, endpoint=True))
+        window = _cut(video, windowing, window_id=0, start=start, count=count)
+        if window.actions or not video.record.actions:
+            break
+    return window
+
+
+def _whole(video: IndexedVideo, num_frames: int, actions: Sequence[Action]) -> Window:
+    stride = video.num_frames / num_frames
+    return Window(
+        window_id=0,
+        # Centres of equal stretches. A range with a fractional step would give one too many for some lengths.
+        indices=_nearest_frames(video, (np.arange(num_frames) + 0.5) * stride - 0.5),
+        num_valid=num_frames,
+        timeline=Timeline(0.0, video.video_seconds / num_frames, video.record.duration_seconds),
+        actions=tuple(actions),
+    )
+
+
+def _cut(video: IndexedVideo, windowing: Slide, *, window_id: int, start: int, count: int) -> Window:
+    """`count` samples from number `start` on, padded to the window's length."""
+    seconds_per_frame = 1 / windowing.frames_per_second
+    samples = start + np.minimum(np.arange(windowing.num_frames), count - 1)
+    start_seconds, end_seconds = start * seconds_per_frame, (start + count) * seconds_per_frame
+    return Window(
+        window_id=window_id,
+        indices=_nearest_frames(video, samples * (video.fps / windowing.frames_per_second)),
+        num_valid=count,
+        timeline=Timeline(start_seconds, seconds_per_frame, video.record.duration_seconds),
+        actions=_actions_inside(video.record.actions, start_seconds, end_seconds, kept_share=windowing.kept_share),
+    )
+
+
+def _actions_inside(
+    actions: Sequence[Action], start_seconds: float, end_seconds: float, *, kept_share: float
+) -> tuple[Action, ...]:
+    """Actions of which at least `kept_share` lies in a stretch of time, cut to it."""
+    inside = []
+    for action in actions:
+        first, last = max(action.start_seconds, start_seconds), min(action.end_seconds, end_seconds)
+        if last > first and last - first >= kept_share * (action.end_seconds - action.start_seconds):
+            inside.append(replace(action, start_seconds=first, end_seconds=last))
+    return tuple(inside)
+
+
+def _starts(total: int, windowing: Slide) -> list[int]:
+    """First samples of the windows that cover `total` samples."""
+    if total <= windowing.num_frames:
+        return [0]
+    step = max(1, round(windowing.num_frames * (1 - windowing.overlap)))
+    return [*range(0, total - windowing.num_frames, step), total - windowing.num_frames]
+
+
+def _num_samples(video: IndexedVideo, windowing: Slide) -> int:
+    """How many frames a video has at the window's rate."""
+    # Rates written with three digits, 29.97 for 30000/1001, are the same rate.
+    if windowing.frames_per_second > video.fps * 1.001:
+        raise ValueError(
+            f"Slide.frames_per_second is {windowing.frames_per_second}, but {video.record.video_id} is stored at "
+            f"{video.fps:g} frames per second; lower it, or build the shards at a higher rate"
+        )
+    return int((video.num_frames - 1) / video.fps * windowing.frames_per_second + 1e-6) + 1
+
+
+def _nearest_frames(video: IndexedVideo, positions: np.ndarray) -> np.ndarray:
+    return np.clip(np.rint(positions), 0, video.num_frames - 1).astype(np.int64)
+
+
+def _check_count(name: str, value: int) -> None:
+    if value < 1:
+        raise ValueError(f"{name} is {value}; give 1 or more")
+
+
+def _check_share(name: str, value: float, *, least: float) -> None:
+    if not least <= value <= 1:
+        raise ValueError(f"{name} is {value}; give a share from {least:g} to 1")
