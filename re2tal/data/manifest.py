@@ -11,15 +11,15 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from re2tal.strict_json import read_json
 from re2tal.structures import VideoRecord
 
-FORMAT = "re2tal-shards"
-VERSION = 1
+FORMAT: Final = "re2tal-shards"
+VERSION: Final = 1
 INDEX_NAME = "index.jsonl"
 MANIFEST_NAME = "manifest.json"
 VIDEO_ID = re.compile(r"[A-Za-z0-9_-]{1,80}")
@@ -93,6 +93,30 @@ class Encoding:
 
 
 @dataclass(frozen=True, slots=True)
+class Source:
+    """The file that a stored video was made from."""
+
+    file: str
+    """Its name, without folder."""
+    sha256: Sha256
+    codec: str
+    num_frames: Positive
+    duration_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class StoredVideo:
+    """The json member beside each mp4."""
+
+    record: VideoRecord
+    num_frames: Positive
+    fps: Annotated[float, Field(gt=0)]
+    width: Positive
+    height: Positive
+    source: Source
+
+
+@dataclass(frozen=True, slots=True)
 class ShardFile:
     """One tar of a folder."""
 
@@ -108,6 +132,18 @@ class Rejection:
 
     video_id: str
     reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class ShardReport:
+    """What became of one shard of a build; kept beside the shards so that a stopped build can go on."""
+
+    fingerprint: Sha256
+    """Of all that the shard was made from."""
+    file: ShardFile | None
+    """None where every video was rejected."""
+    videos: tuple[IndexedVideo, ...]
+    rejected: tuple[Rejection, ...]
 
 
 @dataclass(frozen=True, slots=True)
