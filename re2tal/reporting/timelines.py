@@ -93,7 +93,7 @@ def draw_timeline(
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.axvline(record.duration_seconds, color=TRUE_COLOUR, linewidth=0.8, linestyle=":")
     axes.set_title(
-        f"{textwrap.shorten(record.video_id, 60, placeholder='…')}   {record.duration_seconds:.1f} s{note}",
+        f"{record.video_id[:80]}   {record.duration_seconds:.1f} s{note}",
         loc="left",
         fontsize=11,
     )
