@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib import import_module
 
 from re2tal.backbones.base import BackboneConfig, VideoBackbone, freeze, freeze_norms
 from re2tal.backbones.swin3d import SIZES, build_swin3d
@@ -10,9 +11,31 @@ from re2tal.rewire import RewiringConfig, rewire
 
 __all__ = ["BACKBONES", "BackboneConfig", "VideoBackbone", "build_backbone"]
 
+Builder = Callable[[BackboneConfig], VideoBackbone]
+
+
+def _rows(family: str, *sizes: str, module: str) -> dict[str, Builder]:
+    """`family_size` for each size, built by `module`, which is imported then: transformers takes seconds to import."""
+
+    def build(config: BackboneConfig) -> VideoBackbone:
+        return import_module(f"re2tal.backbones.{module}").build(config)
+
+    return {f"{family}_{size}": build for size in sizes}
+
+
 # A builder returns the network with the weights that the configuration names, plain and trainable.
-BACKBONES: dict[str, Callable[[BackboneConfig], VideoBackbone]] = {
+BACKBONES: dict[str, Builder] = {
     **dict.fromkeys(SIZES, build_swin3d),
+    **_rows("videomae", "nano", "small", "base", "large", "huge", module="videomae"),
+    **_rows("vivit", "nano", "base", module="vivit"),
+    **_rows("vjepa2", "nano", "large", "huge", "giant", module="vjepa2"),
+    **_rows("timesformer", "nano", "base", module="timesformer"),
+    **_rows("videoprism", "nano", "base", "large", module="videoprism"),
+    **_rows("vit", "nano", "base", "large", module="image_towers"),
+    **_rows("dinov2", "nano", "small", "base", "large", module="image_towers"),
+    **_rows("dinov3", "nano", "small", "base", "large", module="image_towers"),
+    **_rows("clip", "nano", "base", "large", module="image_towers"),
+    **_rows("siglip", "nano", "base", "large", module="image_towers"),
 }
 
 

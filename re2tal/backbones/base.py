@@ -4,7 +4,8 @@ A backbone maps normalised RGB frames to one feature vector per `frames_per_step
 
     (B, 3, T, H, W) float, (B, T) bool  ->  Features: (B, out_channels, T / frames_per_step) float and its mask
 
-T, H and W may be any positive size: a family pads what its patches need, as its pretrained ancestors do.
+T may be any number of frames that fills a step. H and W may be any size that the family knows how to pad, as its
+pretrained ancestors do; one bound to whole patches raises ValueError for the rest.
 """
 
 from __future__ import annotations

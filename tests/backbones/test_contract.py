@@ -10,9 +10,11 @@ from torch import nn
 
 from re2tal.backbones import BACKBONES, BackboneConfig, build_backbone
 from re2tal.backbones.base import VideoBackbone, norm_layers
+from re2tal.backbones.tiling import ClipwiseBackbone
 
-# Odd in every axis, so that every family must pad.
+# Odd in every axis, so that a family that pads must do so; families bound to whole patches get what they were made for.
 SHAPE = (2, 3, 7, 37, 33)
+WHOLE_PATCHES = (2, 3, 7, 32, 32)
 
 # Sizes of a family share every line of code, so the first row of each builder stands for it.
 FAMILIES = {build: name for name, build in reversed(BACKBONES.items())}
@@ -25,8 +27,9 @@ def build(name: str, **fields: object) -> VideoBackbone:
     return build_backbone(BackboneConfig(name=name, **fields))
 
 
-def clip() -> tuple[torch.Tensor, torch.Tensor]:
-    frames = torch.randn(SHAPE, generator=torch.Generator().manual_seed(1))
+def clip(backbone: VideoBackbone) -> tuple[torch.Tensor, torch.Tensor]:
+    shape = WHOLE_PATCHES if isinstance(backbone, ClipwiseBackbone) else SHAPE
+    frames = torch.randn(shape, generator=torch.Generator().manual_seed(1))
     mask = torch.ones(SHAPE[0], SHAPE[2], dtype=torch.bool)
     mask[1, 4:] = False
     return frames, mask
@@ -36,7 +39,7 @@ def clip() -> tuple[torch.Tensor, torch.Tensor]:
 @both_forms
 def test_features_have_the_published_channels_steps_and_mask(name: str, rewired: bool) -> None:
     backbone = build(name, rewired=rewired).eval()
-    frames, mask = clip()
+    frames, mask = clip(backbone)
     with torch.no_grad():
         features = backbone(frames, mask)
     steps = -(-SHAPE[2] // backbone.frames_per_step)
@@ -52,7 +55,7 @@ def test_features_have_the_published_channels_steps_and_mask(name: str, rewired:
 @both_forms
 def test_a_gradient_reaches_the_input_and_every_parameter(name: str, rewired: bool) -> None:
     backbone = build(name, rewired=rewired)
-    frames, mask = clip()
+    frames, mask = clip(backbone)
     frames.requires_grad_()
     values = backbone(frames, mask).values
     (values * torch.linspace(-1, 1, values.numel()).view_as(values)).sum().backward()

@@ -1,0 +1,41 @@
+"""Branches of the pre-norm block that nearly all vision transformers share; only the names of its parts differ.
+
+    x = x + end(attention(norm(x), ...));  x = x + end(mlp(norm(x)))
+
+Parts are called as modules, one by one, so that hooks run: a block that adds to its input inside one of them is named
+by the parts of that part ("output.dense", "output.dropout").
+"""
+
+from __future__ import annotations
+
+from operator import attrgetter
+from typing import Any
+
+from torch import Tensor, nn
+
+from re2tal.rewire import Branch
+
+
+def attention_branch(norm: str, attention: str, *end: str) -> Branch:
+    """x -> norm -> attention, which gets what else the block is called with -> the parts of `end` in turn."""
+
+    def attend(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        attended = attrgetter(attention)(block)(attrgetter(norm)(block)(x), *args, **kwargs)
+        return _through(block, attended[0] if isinstance(attended, tuple) else attended, end)
+
+    return Branch("attention", attend)
+
+
+def mlp_branch(*parts: str) -> Branch:
+    """x through the parts in turn."""
+
+    def transform(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return _through(block, x, parts)
+
+    return Branch("mlp", transform)
+
+
+def _through(block: nn.Module, x: Tensor, parts: tuple[str, ...]) -> Tensor:
+    for part in parts:
+        x = attrgetter(part)(block)(x)
+    return x

@@ -1,0 +1,161 @@
+"""Models of the transformers library: random, from the hub, or from a local folder; never with code of their own.
+
+name or folder -> config.json: the right kind and size? -> safetensors only -> every parameter found? -> model
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from re2tal.backbones.base import BackboneConfig
+from re2tal.backbones.swin3d import DropPath
+from re2tal.backbones.tiling import ClipEncoder, ClipwiseBackbone
+from re2tal.backbones.weights import KeyLayout, load_weights
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+# A size that a CPU trains in seconds, for tests and first tries; every family adds its own patches and clips to it.
+NANO = {"hidden_size": 48, "num_attention_heads": 2, "num_hidden_layers": 4}
+
+# What tells one size of a family from another; a family has some of them.
+SIZE_FIELDS = ("hidden_size", "num_hidden_layers", "num_spatial_layers", "num_temporal_layers", "num_attention_heads")
+
+
+# Files that hold the state of one of our backbones.
+OURS = KeyLayout(
+    "re2tal",
+    anchor=r"encoder\.model\..+",
+    to_ours=lambda keys: {key: key for key in keys},
+    from_ours=lambda keys: {key: key for key in keys},
+)
+
+
+def load_model(
+    model_class: type[Model],
+    config: PreTrainedConfig,
+    *,
+    weights: str | None,
+    kinds: tuple[str, ...],
+    optional: tuple[str, ...] = (),
+) -> Model:
+    """`model_class` as `config` says with random weights, or with those of a hub name or a local folder.
+
+    Number of frames, picture size and the like come with the weights; width and depth must be those of `config`.
+    `kinds` are the model types that may stand in the weights' config.json; entries of the model whose names begin with
+    one of `optional` may be missing from the weights. Raises ValueError, which says what to do, for anything else.
+    A single file is left to `clipwise`.
+    """
+    if weights is None or weights_file(weights) is not None:
+        return model_class(config)
+    _check_folder(weights)
+    try:
+        _check_kind(type(config).get_config_dict(weights)[0], weights, kinds=kinds)
+        found = type(config).from_pretrained(weights)
+        _check_size(found, config, weights)
+        model, report = cast(Any, model_class).from_pretrained(
+            weights,
+            config=found,
+            dtype=torch.float32,
+            use_safetensors=True,
+            weights_only=True,
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+        )
+    except OSError as error:
+        raise ValueError(
+            f"cannot read {weights!r} from the model hub or its cache: {_first_line(error)} Without a network, fetch "
+            f"it where there is one (`hf download {weights} --local-dir FOLDER`) and give that folder as weights"
+        ) from error
+    except SafetensorError as error:
+        raise ValueError(f"the weights in {weights!r} are damaged ({error}); fetch them again") from error
+    _check_complete(report, weights, network=model_class.__name__, optional=optional)
+    return model
+
+
+def _check_folder(weights: str) -> None:
+    folder = Path(weights)
+    if not folder.is_dir():
+        if folder.is_absolute() or weights.count("/") > 1 or weights.startswith((".", "~")):
+            raise ValueError(
+                f"{weights!r} is neither a file, a folder nor a hub name; give OWNER/NAME or an existing path"
+            )
+        return
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json; give a folder written by save_pretrained")
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{folder} holds no weights in safetensors files (pickled ones, *.bin and *.pth, are never read); fetch "
+            "the safetensors version, or where you trust the file, load it with transformers and call save_pretrained"
+        )
+    for index in folder.glob("*.safetensors.index.json"):
+        shards = set(json.loads(index.read_text())["weight_map"].values())
+        if absent := sorted(shard for shard in shards if not (folder / shard).is_file()):
+            raise ValueError(f"{index} lists {', '.join(absent)}, which the folder lacks; fetch the weights again")
+
+
+def _check_kind(found: dict, weights: str, *, kinds: tuple[str, ...]) -> None:
+    kind = found.get("model_type")
+    if kind not in kinds:
+        remote = "; it also asks to run code that it brings, which is never done" if "auto_map" in found else ""
+        raise ValueError(
+            f"{weights!r} holds a model of type {kind!r}, this backbone is {' or '.join(map(repr, kinds))}{remote}; "
+            "choose another backbone.name or other weights"
+        )
+
+
+def _check_size(found: PreTrainedConfig, wanted: PreTrainedConfig, weights: str) -> None:
+    pairs = {name: (getattr(found, name), getattr(wanted, name)) for name in SIZE_FIELDS if hasattr(wanted, name)}
+    wrong = [f"{name} {theirs}, not {ours}" for name, (theirs, ours) in pairs.items() if theirs != ours]
+    if wrong:
+        raise ValueError(f"{weights!r} is another size of this family ({', '.join(wrong)}); choose its backbone.name")
+
+
+def _check_complete(report: dict, weights: str, *, network: str, optional: tuple[str, ...]) -> None:
+    missing = sorted(key for key in report["missing_keys"] if not key.startswith(optional))
+    misshapen = sorted(str(entry[0]) for entry in report["mismatched_keys"] if not entry[0].startswith(optional))
+    if missing or misshapen:
+        raise ValueError(
+            f"{weights!r} does not fill {network}: {len(missing)} missing {missing[:6]}, {len(misshapen)} of another "
+            f"shape {misshapen[:6]}, {len(report['unexpected_keys'])} unexpected "
+            f"{sorted(report['unexpected_keys'])[:6]}; give weights of this architecture"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def clipwise(encoder: ClipEncoder, config: BackboneConfig, *, layouts: tuple[KeyLayout, ...] = ()) -> ClipwiseBackbone:
+    """The backbone around `encoder`; where `config.weights` is a file, ours or in one of `layouts`, it is loaded."""
+    backbone = ClipwiseBackbone(encoder)
+    if (file := weights_file(config.weights)) is not None:
+        load_weights(backbone, file, layouts=(OURS, *layouts))
+    return backbone
+
+
+def weights_file(weights: str | None) -> Path | None:
+    """The path, where `weights` is a single file and not a folder or a hub name. It need not exist."""
+    suffixes = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".pyth")
+    return Path(weights) if weights is not None and weights.endswith(suffixes) else None
+
+
+def add_drop_path(blocks: Iterable[nn.Module], rate: float, *, after: tuple[str, ...]) -> None:
+    """Drop-path after the named last submodules of every block's branches, growing linearly from 0 to `rate`.
+
+    The libraries' own blocks have either none or one fixed when they were configured. No parameter is renamed.
+    """
+    if rate == 0:
+        return
+    blocks = list(blocks)
+    for block, block_rate in zip(blocks, torch.linspace(0, rate, len(blocks)).tolist(), strict=True):
+        for path in after:
+            block.set_submodule(path, nn.Sequential(block.get_submodule(path), DropPath(block_rate)))

@@ -1,0 +1,119 @@
+"""Long video through networks that were trained on short clips.
+
+    frames (B, 3, T, H, W) -> B * ceil(T / L) clips of L frames -> encoder -> ceil(T / tubelet) steps (B, C, T')
+
+Clips are neighbours and do not overlap. What lies past the last valid frame of a video is replaced by that frame, so
+the features of a video do not depend on how far its batch was padded.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from re2tal.backbones.base import VideoBackbone
+from re2tal.backbones.swin3d import steps_mask
+from re2tal.structures import Features
+
+
+class ClipEncoder(nn.Module, ABC):
+    """A network for clips of one fixed length: what a family of clip-wise backbones has to provide."""
+
+    out_channels: int
+    clip_frames: int
+    """L, the number of frames it was trained on; 1 for image networks."""
+    patch: tuple[int, int, int]
+    """Frames, rows and columns that become one token; `clip_frames` is a multiple of patch[0]."""
+
+    @abstractmethod
+    def forward(self, clips: Tensor) -> Tensor:
+        """(N, L, 3, H, W) normalised float frames -> (N, L / patch[0], C), pooled over space.
+
+        H and W are multiples of the patch. An encoder that is bound to one size raises ValueError for others.
+        """
+
+
+class ClipwiseBackbone(VideoBackbone):
+    """Video of any length: cut into clips, all clips of a batch encoded together, steps put back in order."""
+
+    def __init__(self, encoder: ClipEncoder) -> None:
+        super().__init__()
+        if encoder.clip_frames % encoder.patch[0]:
+            raise ValueError(
+                f"{type(encoder).__name__} takes clips of {encoder.clip_frames} frames, which tubelets of "
+                f"{encoder.patch[0]} frames do not fill; correct the number of frames in its config.json"
+            )
+        self.encoder = encoder
+        self.out_channels = encoder.out_channels
+        self.frames_per_step = encoder.patch[0]
+
+    def forward(self, frames: Tensor, mask: Tensor) -> Features:
+        """(B, 3, T, H, W) normalised float frames and their (B, T) bool mask -> Features (B, C, ceil(T / tubelet)).
+
+        A step is valid where any of its frames is. Raises ValueError where T is shorter than a tubelet, or H or W is
+        no multiple of the patch.
+        """
+        check_size(frames.shape, patch=self.encoder.patch, network=type(self.encoder).__name__)
+        clips = cut(repeat_last_valid(frames, mask), clip_frames=self.encoder.clip_frames)
+        steps = self.encoder(clips.flatten(0, 1)).unflatten(0, clips.shape[:2]).flatten(1, 2)
+        valid = steps_mask(mask, frames_per_step=self.frames_per_step)
+        return Features(steps[:, : valid.shape[1]].transpose(1, 2), valid)
+
+
+def check_size(shape: torch.Size, *, patch: tuple[int, int, int], network: str) -> None:
+    """Raise ValueError unless (B, 3, T, H, W) holds a whole tubelet and whole patches."""
+    num_frames, height, width = shape[2:]
+    if num_frames < patch[0]:
+        raise ValueError(f"{network} makes one step of {patch[0]} frames; a clip of {num_frames} is too short")
+    if height % patch[1] or width % patch[2]:
+        raise ValueError(
+            f"{network} cuts frames into patches of {patch[1]} x {patch[2]} pixels, which {height} x {width} is no "
+            f"multiple of; crop or resize to {_nearest(height, patch[1])} x {_nearest(width, patch[2])}"
+        )
+
+
+def _nearest(size: int, patch: int) -> int:
+    return max(patch, round(size / patch) * patch)
+
+
+def repeat_last_valid(frames: Tensor, mask: Tensor) -> Tensor:
+    """(B, 3, T, H, W), (B, T) bool -> the frames, each one past a video's last valid frame replaced by that frame."""
+    if mask.all():
+        return frames
+    time = torch.arange(mask.shape[1], device=mask.device)
+    last_valid = (time * mask).amax(dim=1, keepdim=True)
+    source = torch.minimum(time, last_valid)
+    return torch.stack([video.index_select(1, index) for video, index in zip(frames, source, strict=True)])
+
+
+def cut(frames: Tensor, *, clip_frames: int) -> Tensor:
+    """(B, 3, T, H, W) -> (B, ceil(T / L), L, 3, H, W); the last clip is filled up with its last frame."""
+    missing = -frames.shape[2] % clip_frames
+    if missing:
+        frames = torch.cat([frames, frames[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
+    return frames.unflatten(2, (-1, clip_frames)).permute(0, 2, 3, 1, 4, 5)
+
+
+def pair(size: int | Sequence[int]) -> tuple[int, int]:
+    """Rows and columns of a size that configurations give as one number where both are equal."""
+    rows, columns = (size, size) if isinstance(size, int) else size
+    return rows, columns
+
+
+def resize_positions(table: Tensor, *, grid: tuple[int, int, int], new_grid: tuple[int, int, int]) -> Tensor:
+    """Position table of a (time, rows, columns) grid, (1, time * rows * columns, C), resampled to `new_grid`.
+
+    Bicubic over rows and columns, one time slice after another, as image ViTs are moved to other sizes; time stays.
+    """
+    if grid == new_grid:
+        return table
+    if grid[0] != new_grid[0]:
+        raise ValueError(f"the position table covers {grid[0]} time steps, the clip has {new_grid[0]}")
+    # Half precision would shift the resampled positions.
+    slices = table.unflatten(1, grid)[0].movedim(-1, 1).to(torch.promote_types(table.dtype, torch.float32))
+    resized = F.interpolate(slices, size=new_grid[1:], mode="bicubic", align_corners=False)
+    return resized.to(table.dtype).movedim(1, -1).flatten(0, 2)[None]

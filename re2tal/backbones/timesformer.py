@@ -1,0 +1,97 @@
+"""TimeSformer (Bertasius et al., ICML 2021): attention over time and over space in turn, clips of 8 frames.
+
+    class token, 16 x 16 patches + positions in space and time -> blocks -> norm -> mean over H and W
+    block:  x = x + temporal(x);  x = x + spatial(x);  x = x + output(intermediate(layernorm_after(x)))
+
+Tokens are ordered (class, patch, frame). `temporal` leaves the class token alone; `spatial` attends within each frame,
+the class token with all of them, and averages what it is given.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import TimesformerConfig, TimesformerModel
+from transformers.models.timesformer.modeling_timesformer import TimesformerLayer
+
+from re2tal.backbones.base import BackboneConfig
+from re2tal.backbones.prenorm import attention_branch, mlp_branch
+from re2tal.backbones.pretrained import NANO, add_drop_path, clipwise, load_model
+from re2tal.backbones.tiling import ClipEncoder, ClipwiseBackbone, pair
+from re2tal.rewire import Branch, residual_branches, wrap_output
+
+SIZES: dict[str, dict] = {
+    "timesformer_nano": NANO | {"image_size": 32, "patch_size": 8, "num_frames": 4, "intermediate_size": 96},
+    "timesformer_base": {},
+}
+
+
+def build(config: BackboneConfig) -> ClipwiseBackbone:
+    """The size that `config.name` names, random or as facebook/timesformer-base-finetuned-k400 or a folder has it."""
+    model = load_model(
+        TimesformerModel, TimesformerConfig(**SIZES[config.name]), weights=config.weights, kinds=("timesformer",)
+    )
+    add_drop_path(model.encoder.layer, config.drop_path, after=("drop_path",))
+    return clipwise(TimesformerEncoder(model), config)
+
+
+class TimesformerEncoder(ClipEncoder):
+    """A transformers TimeSformer for frames of any size."""
+
+    def __init__(self, model: TimesformerModel) -> None:
+        super().__init__()
+        config = model.config
+        if config.attention_type == "space_only":
+            raise ValueError(
+                "a TimeSformer with attention_type 'space_only' is an image network; use vit_base, or weights of "
+                "attention_type 'divided_space_time' or 'joint_space_time'"
+            )
+        self.model = model
+        self.out_channels = config.hidden_size
+        self.clip_frames = config.num_frames
+        self.patch = (1, *pair(config.patch_size))
+        # While they run, blocks read the picture's width from their configuration; the model's own must keep the
+        # width of its position table.
+        self.block_config = copy.copy(config)
+        for block in model.encoder.layer:
+            block.config = self.block_config  # type: ignore[assignment]
+
+    def forward(self, clips: Tensor) -> Tensor:
+        """(N, L, 3, H, W) -> (N, L, C)."""
+        self.block_config.image_size = clips.shape[-1]
+        tokens = self.model(clips).last_hidden_state[:, 1:]
+        return tokens.unflatten(1, (-1, self.clip_frames)).mean(dim=1)
+
+
+@residual_branches.register
+def _(block: TimesformerLayer) -> tuple[Branch, ...]:
+    mlp = mlp_branch("layernorm_after", "intermediate", "output", "drop_path")
+    if block.attention_type == "divided_space_time":
+        return Branch("temporal attention", _attend_in_time), Branch("spatial attention", _attend_in_space), mlp
+    return attention_branch("layernorm_before", "attention", "drop_path"), mlp
+
+
+@wrap_output.register
+def _(block: TimesformerLayer, x: Tensor) -> tuple[Tensor]:
+    return (x,)
+
+
+def _attend_in_time(block: TimesformerLayer, x: Tensor, *args: object) -> Tensor:
+    """Each patch attends to itself in the other frames: (N, 1 + patches * L, C) -> the same shape, 0 for the class."""
+    patches = x[:, 1:].unflatten(1, (-1, block.config.num_frames))
+    attended = block.temporal_attention(block.temporal_layernorm(patches.flatten(0, 1)))[0]
+    update = block.temporal_dense(block.drop_path(attended).unflatten(0, patches.shape[:2]).flatten(1, 2))
+    return F.pad(update, (0, 0, 1, 0))
+
+
+def _attend_in_space(block: TimesformerLayer, x: Tensor, *args: object) -> Tensor:
+    """The patches of each frame and the class token attend to each other; the class gets the mean over frames."""
+    frames = x[:, 1:].unflatten(1, (-1, block.config.num_frames)).transpose(1, 2)
+    class_token = x[:, None, :1].expand(-1, frames.shape[1], -1, -1)
+    tokens = torch.cat([class_token, frames], dim=2)
+    attended = block.attention(block.layernorm_before(tokens.flatten(0, 1)))[0]
+    update = block.drop_path(attended).unflatten(0, tokens.shape[:2])
+    return torch.cat([update[:, :, 0].mean(dim=1, keepdim=True), update[:, :, 1:].transpose(1, 2).flatten(1, 2)], dim=1)
