@@ -275,8 +275,9 @@ def read_mp4(shards: ShardSet, video: IndexedVideo) -> bytes:
         members = {member["fname"]: member["data"] for member in tar_file_iterator(BytesIO(stretch))}
     except tarfile.TarError as error:
         raise DecodeError(f"{path} is damaged at byte {video.offset}: {error}") from None
-    if set(members) != {f"{video_id}.json", f"{video_id}.mp4"}:
-        raise DecodeError(f"{path} holds {sorted(members)[:4]} at byte {video.offset}, not {video_id}.json and .mp4")
+    wanted = [f"{video_id}.json", f"{video_id}.mp4"]
+    if sorted(members) != wanted:
+        raise DecodeError(f"{path} holds {sorted(members)[:4]} at byte {video.offset}, not {' and '.join(wanted)}")
     mp4 = members[f"{video_id}.mp4"]
     if zlib.crc32(mp4) != video.crc32:
         raise DecodeError(f"{path}: the checksum of {video_id}.mp4 is not the one in the index; the file was changed")

@@ -1,0 +1,245 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from data.folders import indexed, write_shards
+from data.numbered import encode_numbered, read_numbers
+
+from re2tal.data.decode import DecodeError
+from re2tal.data.shards import ShardSet
+from re2tal.data.stream import ClipConfig, ClipStream, read_mp4, stream_clips
+from re2tal.data.windows import ResizeWhole, Slide, plan_windows
+from re2tal.structures import Action, ClipBatch
+
+LENGTHS = (40, 61, 100, 150, 33, 90, 75)
+SLIDE = Slide(32, frames_per_second=15, overlap=0.5)
+PLAIN = ClipConfig(windowing=SLIDE, size=48, fit="stretch", crop_area=(1, 1), flip=False, workers=0)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> ShardSet:
+    videos = {
+        f"v{number}": (encode_numbered(length), indexed(length, actions=[Action(0.2, 0.9, "x")]))
+        for number, length in enumerate(LENGTHS)
+    }
+    return write_shards(tmp_path_factory.mktemp("stream") / "training", videos, per_shard=3)
+
+
+def damaged(shards: ShardSet, *video_ids: str) -> ShardSet:
+    """The same folder, but the index names another checksum for these videos, as if their bytes had changed."""
+    videos = [
+        replace(video, crc32=video.crc32 ^ 1) if video.record.video_id in video_ids else video
+        for video in shards.videos
+    ]
+    return replace(shards, videos=tuple(videos))
+
+
+def same(one: ClipBatch, other: ClipBatch) -> bool:
+    tensors = all(torch.equal(getattr(one, n), getattr(other, n)) for n in ("frames", "frame_mask", "valid"))
+    values = ("actions", "timelines", "video_ids", "window_ids")
+    return tensors and all(getattr(one, name) == getattr(other, name) for name in values)
+
+
+def numbers(batch: ClipBatch, clip: int) -> list[int]:
+    return read_numbers(batch.frames[clip].permute(1, 2, 3, 0).numpy())
+
+
+def evaluate(shards: ShardSet, config: ClipConfig = PLAIN, **options) -> ClipStream:
+    return stream_clips(shards, config, training=False, **{"batch_size": 3, **options})
+
+
+def train(shards: ShardSet, config: ClipConfig = PLAIN, **options) -> ClipStream:
+    return stream_clips(shards, config, training=True, **{"batch_size": 2, **options})
+
+
+@pytest.mark.parametrize("windowing", [SLIDE, Slide(20, frames_per_second=8), ResizeWhole(64)])
+def test_every_frame_of_a_clip_is_the_one_the_plan_and_the_timeline_say(shards, windowing):
+    stream = evaluate(shards, replace(PLAIN, windowing=windowing))
+    seen = 0
+    for batch in stream.epoch(0):
+        assert batch.frames.shape == (3, 3, windowing.num_frames, 48, 48)
+        assert batch.frames.dtype == torch.uint8
+        for clip in np.flatnonzero(batch.valid.numpy()):
+            window = plan_windows(shards.by_id[batch.video_ids[clip]], windowing)[batch.window_ids[clip]]
+            assert numbers(batch, clip) == window.indices.tolist()
+            # The number in a picture, over 30 a second, is the time at which the stored video shows it: at most half
+            # a stored frame from the timeline for windows, half a stretch for whole videos (whose centres are taken).
+            times = [batch.timelines[clip].to_seconds(t) for t in range(window.num_valid)]
+            slack = 0.5 / 30 + (batch.timelines[clip].seconds_per_step / 2 if windowing == ResizeWhole(64) else 0)
+            assert np.abs(np.array(times) - window.indices[: window.num_valid] / 30).max() <= slack + 1e-9
+            seen += 1
+    assert seen == sum(len(plan_windows(video, windowing)) for video in shards.videos)
+
+
+def test_a_short_video_is_padded_with_its_last_frame_and_masked(shards):
+    batch = next(iter(evaluate(shards).epoch(0)))
+    assert batch.video_ids[0] == "v0"  # 40 frames at 30 a second are 20 at 15
+    assert batch.frame_mask[0].tolist() == [True] * 20 + [False] * 12
+    assert numbers(batch, 0) == [*range(0, 40, 2), *[38] * 12]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("make", [train, evaluate])
+def test_the_number_of_workers_changes_nothing(shards, make, workers):
+    config = replace(PLAIN, flip=True, crop_area=(0.3, 1.0), workers=workers, prefetch=1)
+    wanted = [batch for epoch in range(2) for batch in make(shards, replace(config, workers=0)).epoch(epoch)]
+    stream = make(shards, config)
+    got = [batch for epoch in range(2) for batch in stream.epoch(epoch)]
+    assert len(got) == len(wanted) == 2 * stream.steps_per_epoch
+    assert all(same(*pair) for pair in zip(got, wanted, strict=True))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_epoch_is_entered_at_any_step(shards, workers):
+    stream = train(shards, replace(PLAIN, flip=True, workers=workers), batch_size=1)
+    whole = list(stream.epoch(5))
+    assert len(whole) == stream.steps_per_epoch == 7
+    for start_step in (0, 1, 4, 6, 7):
+        rest = list(stream.epoch(5, start_step))
+        assert len(rest) == 7 - start_step
+        assert all(same(*pair) for pair in zip(rest, whole[start_step:], strict=True))
+
+
+def test_an_epoch_that_was_left_early_does_not_leak_into_the_next(shards):
+    stream = train(shards, replace(PLAIN, workers=2), batch_size=1)
+    wanted = list(stream.epoch(1))
+    next(iter(stream.epoch(0)))
+    assert all(same(*pair) for pair in zip(stream.epoch(1), wanted, strict=True))
+
+
+def test_epochs_differ_in_order_and_windows(shards):
+    stream = train(shards, batch_size=1)
+    first, second = ({b.video_ids[0]: b for b in stream.epoch(epoch)} for epoch in (0, 1))
+    assert set(first) == set(second)
+    assert list(first) != list(second)
+    assert any(first[name].timelines != second[name].timelines for name in first)
+
+
+def test_ranks_make_equally_many_steps_and_share_the_videos_out(shards):
+    streams = [train(shards, batch_size=1, rank=rank, world_size=3) for rank in range(3)]
+    assert {stream.steps_per_epoch for stream in streams} == {2}
+    names = [batch.video_ids[0] for stream in streams for batch in stream.epoch(0)]
+    assert len(set(names)) == 6
+
+
+def test_the_global_generator_is_left_alone(shards):
+    before = torch.random.get_rng_state()
+    stream = train(shards, replace(PLAIN, flip=True, workers=1))
+    assert len(list(stream.epoch(0))) == 3
+    assert torch.equal(torch.random.get_rng_state(), before)
+
+
+def test_crops_and_mirroring_are_one_choice_per_clip(shards):
+    config = replace(PLAIN, flip=True, crop_area=(0.2, 0.3), windowing=ResizeWhole(8))
+    still = {"s": (encode_numbered(2), indexed(2))}
+    folder = write_shards(shards.root.parent / "still" / "training", still, per_shard=1)
+    pictures = []
+    for epoch in range(12):
+        (batch,) = train(folder, config, batch_size=1).epoch(epoch)
+        first_half, second_half = batch.frames[0, :, :4], batch.frames[0, :, 4:]  # frames 0 and 1, four times each
+        assert torch.equal(first_half, first_half[:, :1].expand_as(first_half))
+        assert torch.equal(second_half, second_half[:, :1].expand_as(second_half))
+        pictures.append(second_half[:, 0])
+    assert any(not torch.equal(pictures[0], picture) for picture in pictures[1:])
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_damaged_video_is_replaced_reported_and_does_not_change_the_number_of_steps(shards, workers, caplog):
+    config = replace(PLAIN, workers=workers)
+    wanted = list(train(shards, config, batch_size=1).epoch(0))
+    stream = train(damaged(shards, "v3"), config, batch_size=1)
+    got = list(stream.epoch(0))
+    assert len(got) == len(wanted) == stream.steps_per_epoch
+    for batch, intact in zip(got, wanted, strict=True):
+        if batch.video_ids == ("v3",):
+            assert not batch.valid.any()
+            assert batch.actions == ((),)
+            assert not batch.frames.any()
+        else:
+            assert same(batch, intact)
+    assert list(stream.failures) == ["v3"]
+    assert stream.failures["v3"].shard == "shard-000001.tar"
+    assert "checksum of v3.mp4" in stream.failures["v3"].reason
+    assert "v3 in shard-000001.tar is left out" in caplog.text
+
+
+def test_many_damaged_videos_end_training(shards):
+    stream = train(damaged(shards, *(f"v{number}" for number in range(6))), batch_size=1)
+    with pytest.raises(ValueError, match=r"6 clips of epoch 0 cannot be read from .* more than 5: v\d in shard-"):
+        list(stream.epoch(0))
+
+
+def test_one_damaged_video_ends_evaluation_unless_allowed(shards):
+    broken = damaged(shards, "v4")
+    with pytest.raises(ValueError, match=r"1 clips of epoch 0 cannot be read .* v4 in shard-000001.tar: .* verify"):
+        list(evaluate(broken).epoch(0))
+    batches = list(evaluate(broken, replace(PLAIN, allow_missing=True)).epoch(0))
+    missing = {name for batch in batches for name, ok in zip(batch.video_ids, batch.valid, strict=True) if not ok}
+    assert "v4" in missing
+
+
+def flip_bit(content: bytes, place: int) -> bytes:
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda tar: flip_bit(tar, 2000), r"the checksum of a\.mp4 is not the one in the index"),
+        (lambda tar: flip_bit(tar, 0), r"damaged at byte 0"),
+        (lambda tar: flip_bit(tar, 1030), r"holds \['a\.json'\] at byte 0"),
+        (lambda tar: bytes(len(tar)), r"holds \[\] at byte 0"),
+        (lambda tar: tar[:2000], r"damaged at byte 0"),
+    ],
+    ids=["video", "first header", "second header", "zeros", "cut"],
+)
+def test_a_change_inside_a_shard_is_noticed(tmp_path, damage, message):
+    folder = write_shards(tmp_path / "training", {"a": (encode_numbered(40), indexed(40))}, per_shard=1)
+    path = folder.path("shard-000000.tar")
+    assert read_mp4(folder, folder.videos[0])[4:8] == b"ftyp"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DecodeError, match=message):
+        read_mp4(folder, folder.videos[0])
+
+
+def test_another_video_at_the_offset_is_noticed(shards):
+    video = replace(shards.videos[1], offset=0, num_bytes=shards.videos[0].num_bytes)
+    with pytest.raises(DecodeError, match=r"holds \['v0\.json', 'v0\.mp4'\] at byte 0, not v1\.json and v1\.mp4"):
+        read_mp4(shards, video)
+
+
+def test_more_clips_in_a_step_than_videos_is_refused(shards):
+    with pytest.raises(ValueError, match="7 videos are too few for one step of 4 ranks x batch_size 2"):
+        train(shards, rank=0, world_size=4)
+
+
+def test_an_index_that_promises_more_frames_than_the_video_has_ends_the_run(shards):
+    videos = tuple(replace(video, num_frames=video.num_frames * 3) for video in shards.videos)
+    with pytest.raises(ValueError, match="index and video disagree"):
+        list(evaluate(replace(shards, videos=videos)).epoch(0))
+
+
+def test_a_start_step_outside_the_epoch_is_refused(shards):
+    with pytest.raises(ValueError, match="start_step is 4; an epoch has steps 0 to 2"):
+        next(iter(train(shards).epoch(0, 4)))
+
+
+def test_too_little_shared_memory_is_said_before_workers_die_of_it(shards, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 1 << 20})())
+    with pytest.raises(ValueError, match=r"/dev/shm has 1 MiB free, 2 workers .* need 55 MiB; enlarge"):
+        train(shards, replace(PLAIN, workers=2, size=224))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"size": 0}, "size is 0"),
+        ({"workers": -1}, "workers is -1"),
+        ({"crop_area": (0.5, 1.5)}, "crop_area is"),
+        ({"crop_aspect": (2.0, 1.0)}, "crop_aspect is"),
+    ],
+)
+def test_settings_without_a_meaning_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        replace(PLAIN, **change)
