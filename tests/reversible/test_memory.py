@@ -1,0 +1,124 @@
+"""What a run keeps, counted in tensors and in bytes: it must not grow with the number of branches."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from reversible.networks import CHANNELS, chain
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from re2tal.reversible import run_reversibly
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that operations make, while they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in given:
+                self._count(leaf.untyped_storage())
+        return result
+
+    def _count(self, storage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known and self._known[key]() is not None:
+            return
+
+        def gone(_: weakref.ref) -> None:
+            self.live -= size
+
+        self._known[key] = weakref.ref(storage, gone)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+
+STATE = (64, 64, CHANNELS)
+STATE_BYTES = 4 * 64 * 64 * CHANNELS
+
+
+def peak_in_states(run, *, length: int, kind: str = "mlp") -> float:
+    """Peak of live bytes in forward and backward, in units of one state; parameters' gradients exist before."""
+    branches = chain(kind, length)
+    for parameter in branches.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    x = torch.ones(STATE)
+    x = (x.transpose(1, 2).contiguous() if kind == "conv" else x).requires_grad_()
+    gc.collect()
+    with LiveBytes() as bytes_:
+        run(branches, x).sum().backward()
+    return bytes_.peak / STATE_BYTES
+
+
+def plain(branches, x):
+    for branch in branches:
+        x = x + branch(x)
+    return x
+
+
+def test_the_tracker_sees_what_plain_autograd_keeps() -> None:
+    assert 1.9 < peak_in_states(plain, length=24) / peak_in_states(plain, length=12) < 2.1
+
+
+@pytest.mark.parametrize("merge", ["mean", "extrapolate"])
+@pytest.mark.parametrize("kind", ["mlp", "transformer", "conv"])
+def test_the_peak_does_not_grow_with_depth(kind, merge) -> None:
+    run = lambda branches, x: run_reversibly(branches, x, merge=merge, owner=branches)  # noqa: E731
+    shallow, deep = (peak_in_states(run, length=length, kind=kind) for length in (6, 48))
+    assert deep <= 1.01 * shallow
+
+
+def test_a_run_keeps_two_states_and_what_autograd_holds_around_it() -> None:
+    """Branches that cost nothing: two states, two gradients, x's gradient and the merged output are all there is."""
+    scale = nn.Parameter(torch.ones(()))
+    run = lambda branches, x: run_reversibly([lambda x: x * scale] * 16, x)  # noqa: E731
+    assert peak_in_states(run, length=1) < 7.5
+
+
+@pytest.mark.parametrize("length", [2, 3, 16])
+def test_two_tensors_are_saved_whatever_the_depth(length) -> None:
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        output = run_reversibly(chain("transformer", length, dropout=0.1), torch.ones(STATE))
+    assert [tensor.shape for tensor in saved] == [output.shape] * 2
+    assert output.untyped_storage()._cdata not in {tensor.untyped_storage()._cdata for tensor in saved}
+
+
+def test_one_branch_saves_only_its_input() -> None:
+    saved: list[Tensor] = []
+    x = torch.ones(STATE)
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        output = run_reversibly(chain("mlp", 1), x)
+    assert [tensor.data_ptr() for tensor in saved] == [x.data_ptr()]
+    del output
+
+
+def test_a_run_whose_backward_never_comes_lets_go_of_its_states() -> None:
+    kept: list[weakref.ref] = []
+
+    def observed(x):
+        kept.append(weakref.ref(x.untyped_storage()))
+        return x * 0.5
+
+    output = run_reversibly([observed] * 4, torch.ones(STATE))
+    assert any(reference() is not None for reference in kept)
+    del output
+    gc.collect()
+    assert all(reference() is None for reference in kept[1:])
+
+
+def test_no_state_is_kept_where_no_gradient_is_wanted() -> None:
+    with LiveBytes() as bytes_, torch.no_grad():
+        run_reversibly([lambda x: x * 0.5] * 32, torch.ones(STATE))
+    assert bytes_.peak <= 5 * STATE_BYTES

@@ -1,0 +1,184 @@
+"""Narrow numbers: float32 states, the grid that makes rebuilding exact, and autocast replayed in backward."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from reversible.networks import CHANNELS, assert_close, assert_same_bits, chain, coupled, gradients, states
+from torch import Tensor, nn
+
+from re2tal.reversible import run_reversibly
+from re2tal.reversible.precision import GRID_STEP, Precision
+
+
+def autocast(run, dtype=torch.bfloat16):
+    """`run` inside an autocast region; its backward is called outside."""
+
+    def inside(x):
+        with torch.autocast("cpu", dtype):
+            return run(x)
+
+    return inside
+
+
+def on_grid(values: Tensor) -> Tensor:
+    """Rounded by another route than the engine's; straight through for gradients."""
+    values = values.float()
+    return values + (torch.round(values / GRID_STEP) * GRID_STEP - values).detach()
+
+
+@pytest.mark.parametrize("merge", ["mean", "extrapolate"])
+@pytest.mark.parametrize("kind", ["transformer", "conv"])
+@pytest.mark.parametrize("length", [1, 2, 3, 8, 48])
+def test_under_bfloat16_gradients_are_the_bits_of_the_quantised_network(kind, length, merge) -> None:
+    branches, x = chain(kind, length, dropout=0.2), states()
+
+    def quantised(x):
+        return coupled([lambda s, f=f: on_grid(f(s)) for f in branches], on_grid(x), merge=merge)
+
+    wanted = gradients(autocast(quantised), x, branches)
+    for recompute in (True, False):
+        run = partial(run_reversibly, branches, merge=merge, recompute=recompute, owner=branches)
+        assert_same_bits(gradients(autocast(run), x, branches), wanted)
+
+
+def test_without_the_grid_errors_compound_in_deep_runs_under_bfloat16() -> None:
+    """Why the grid is the default: float32 states alone do not rebuild what bfloat16 branches saw."""
+    branches = chain("transformer", 48)
+    x = torch.randn(64, 32, CHANNELS, generator=torch.Generator().manual_seed(0))
+
+    def error(grid) -> float:
+        kept, forgotten = (
+            gradients(autocast(partial(run_reversibly, branches, grid=grid, recompute=recompute)), x, branches)
+            for recompute in (False, True)
+        )
+        first = "0.qkv.weight"
+        return float((kept[first] - forgotten[first]).norm() / kept[first].norm())
+
+    assert error("auto") == 0
+    assert error(None) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_parameters_in_narrow_numbers(dtype) -> None:
+    """As under DeepSpeed's bf16 and fp16: branches get what the parameters are, states stay float32."""
+    branches, x = chain("transformer", 12, dropout=0.2).to(dtype), states().to(dtype)
+    kept, forgotten = (
+        gradients(partial(run_reversibly, branches, recompute=recompute, owner=branches), x, branches)
+        for recompute in (False, True)
+    )
+    assert forgotten["output"].dtype == forgotten["x"].dtype == dtype
+    assert_same_bits(forgotten, kept)
+
+
+def test_states_stay_float32_where_autocast_hands_in_narrow_ones() -> None:
+    """A linear layer before a stage returns bfloat16 under autocast."""
+    seen = []
+    branches = [lambda x: seen.append(x.dtype) or x.bfloat16() for _ in range(3)]
+    with torch.autocast("cpu", torch.bfloat16):
+        output = run_reversibly(branches, states().bfloat16())
+    assert output.dtype == torch.float32
+    assert set(seen) == {torch.float32}
+
+
+@pytest.mark.parametrize("outside", [False, True])
+@pytest.mark.parametrize("cache", [False, True])
+def test_autocast_is_replayed_wherever_backward_is_called(outside, cache) -> None:
+    branches, x = chain("transformer", 3), states()
+
+    def grads(recompute: bool) -> list[Tensor]:
+        branches.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, cache_enabled=cache):
+            loss = run_reversibly(branches, x, recompute=recompute).square().sum()
+            if not outside:
+                loss.backward()
+        if outside:
+            loss.backward()
+        return [parameter.grad for parameter in branches.parameters()]
+
+    assert all(torch.equal(one, other) for one, other in zip(grads(True), grads(False), strict=True))
+
+
+def test_a_branch_used_twice_under_autocast() -> None:
+    """Autocast's cache of weights would hand the second use the graph of the first, which is gone by then.
+
+    Without that cache the two gradients of a weight are added in float32 instead of bfloat16.
+    """
+    (mlp,) = chain("mlp", 1)
+    kept, forgotten = (
+        gradients(autocast(partial(run_reversibly, [mlp, mlp], recompute=recompute)), states(), mlp)
+        for recompute in (False, True)
+    )
+    assert_close(forgotten, kept, relative=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("x", "grid", "wanted"),
+    [
+        (torch.float32, "auto", Precision(torch.float32, torch.float32, torch.float32, None)),
+        (torch.float64, "auto", Precision(torch.float64, torch.float64, torch.float64, None)),
+        (torch.bfloat16, "auto", Precision(torch.float32, torch.bfloat16, torch.bfloat16, 2**-14)),
+        (torch.float16, None, Precision(torch.float32, torch.float16, torch.float16, None)),
+        (torch.float32, 2**-10, Precision(torch.float32, torch.float32, torch.float32, 2**-10)),
+    ],
+)
+def test_numbers_of_a_run(x, grid, wanted) -> None:
+    assert Precision.of(torch.ones(1, dtype=x), grid) == wanted
+
+
+def test_numbers_of_a_run_under_autocast() -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        wanted = Precision(torch.float32, torch.float32, torch.float32, 2**-14)
+        assert Precision.of(torch.ones(1), "auto") == wanted
+        assert Precision.of(torch.ones(1, dtype=torch.bfloat16), "auto") == wanted
+        assert Precision.of(torch.ones(1, dtype=torch.float64), "auto").grid is None
+
+
+def test_rounding_goes_to_the_nearest_multiple_and_ties_to_even() -> None:
+    precision = Precision.of(torch.ones(1), 0.25)
+    values = torch.tensor([0.0, 0.124, 0.125, 0.126, 0.375, -0.125, -0.3, 7.26])
+    assert precision.round(values).tolist() == [0.0, 0.0, 0.0, 0.25, 0.5, -0.0, -0.25, 7.25]
+
+
+def test_rounding_keeps_sums_exact_up_to_the_bounds_that_are_promised() -> None:
+    generator = torch.Generator().manual_seed(0)
+    precision = Precision.of(torch.ones(1), GRID_STEP)
+    state = torch.zeros(10_000)
+    for _ in range(4):
+        update = precision.round(torch.rand(10_000, generator=generator) * 511 - 255.5)
+        assert torch.equal(update.double() / GRID_STEP, (update.double() / GRID_STEP).round())
+        assert torch.equal((state + update) - update, state)
+        state += update
+    assert state.abs().max() > 500
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_narrow_numbers_beyond_the_bound_lie_on_the_grid_by_themselves(dtype) -> None:
+    values = torch.linspace(256, 60_000, 10_000).to(dtype)
+    precision = Precision.of(values, GRID_STEP)
+    for signed in (values, -values):
+        assert torch.equal(precision.round(signed), signed.float())
+
+
+@pytest.mark.parametrize("grid", [0, -1.0, float("nan")])
+def test_a_grid_without_a_step_is_refused(grid) -> None:
+    with pytest.raises(ValueError, match=r"grid is .*; give a positive step such as 2\*\*-14"):
+        run_reversibly([nn.Identity()], states(), grid=grid)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["transformer", "mlp", "conv"])
+def test_kernels_of_a_device_repeat_bit_for_bit(kind) -> None:
+    branches, x = chain(kind, 24, dropout=0.2).cuda(), states().cuda()
+
+    def grads(recompute: bool) -> list[Tensor]:
+        torch.cuda.manual_seed(0)
+        branches.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16):
+            output = run_reversibly(branches, x, recompute=recompute, owner=branches)
+        output.square().sum().backward()
+        return [parameter.grad for parameter in branches.parameters()]
+
+    assert all(torch.equal(one, other) for one, other in zip(grads(True), grads(False), strict=True))
