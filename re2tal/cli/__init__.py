@@ -1,5 +1,70 @@
-"""The `re2tal` command: parse, build, call."""
+"""The `re2tal` command: parse, build, call. One file per subcommand; a command is imported only when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from functools import partial
+
+COMMANDS: dict[str, tuple[str, str]] = {
+    "demo": ("re2tal.cli.demo:demo", "write a small data set of real videos to try everything on"),
+    "train": ("re2tal.cli.train:train", "train and evaluate a detector"),
+    "evaluate": ("re2tal.cli.evaluate:evaluate", "score a results JSON against annotations"),
+    "report": ("re2tal.cli.report:report", "draw what a run learned and found, on one page"),
+}
+"""Name -> where its function is, and what it does."""
+
+WRONG_INPUT, DIVERGED = 2, 78
 
 
-def main() -> None:
-    """Entry point of the `re2tal` command."""
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of the `re2tal` command; `arguments` without the program's name, from the command line by default.
+
+    A fault in what the user gave (ValueError, OSError) ends in one line on stderr and exit status 2, never in a traceback.
+    """
+    name, *rest = [*(sys.argv[1:] if arguments is None else arguments)] or ["--help"]
+    if name in ("-h", "--help"):
+        print(_usage())
+        return
+    if name not in COMMANDS:
+        _exit(f"unknown command {name!r}; known: {', '.join(COMMANDS)}", WRONG_INPUT)
+    try:
+        status = _run(name, rest)
+    except (ValueError, OSError) as error:
+        _exit(str(error), WRONG_INPUT)
+    except FloatingPointError as error:
+        _exit(str(error), DIVERGED)
+    sys.exit(status)
+
+
+def _run(name: str, arguments: Sequence[str]) -> int:
+    import tyro
+
+    function = _load(COMMANDS[name][0])
+    if name == "train":
+        # Which recipe it starts from decides what its other options mean, so that is read first.
+        from re2tal.cli.train import starting_point
+
+        run, arguments = starting_point(arguments)
+        function = partial(function, run=run)
+    status = tyro.cli(function, args=arguments, prog=f"re2tal {name}", config=(tyro.conf.AvoidSubcommands,))
+    return 0 if status is None else status
+
+
+def _load(place: str) -> Callable:
+    module, _, function = place.partition(":")
+    return getattr(importlib.import_module(module), function)
+
+
+def _usage() -> str:
+    lines = [f"  {name:<10} {about}" for name, (_, about) in COMMANDS.items()]
+    return "\n".join(["usage: re2tal COMMAND [options]      (re2tal COMMAND --help tells them)", "", *lines])
+
+
+def _exit(message: str, status: int) -> None:
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = f" (rank {os.environ.get('RANK')})" if ranks > 1 else ""
+    print(f"re2tal{rank}: {message}", file=sys.stderr)
+    sys.exit(status)

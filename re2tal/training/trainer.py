@@ -76,7 +76,7 @@ Prepare = Callable[[ClipBatch, int], Tensor]
 """A batch on the device and its number in the run -> (B, 3, T, H, W) augmented, normalised frames of the weights' type."""
 
 Validate = Callable[[Engine], Mapping[str, float]]
-"""Every rank calls it; figures of merit by name."""
+"""Every rank calls it; figures of merit by name. It leaves the engine in the mode it came in."""
 
 
 class Trainer:
@@ -140,10 +140,8 @@ class Trainer:
 
     def evaluate(self) -> Mapping[str, float]:
         """Every rank calls this: validates with the averaged weights, if there are any, and logs the figures."""
-        self.engine.eval()
-        with self.averaged_weights(), torch.no_grad():
+        with self.averaged_weights():
             figures = self.validate(self.engine)
-        self.engine.train()
         self.log.write("evaluation", figures, step=self.progress.step)
         return figures
 
@@ -186,18 +184,10 @@ class Trainer:
         batch = batch.to(self.engine.device)
         outputs = self.engine(self.prepare(batch, self.progress.micro_batches), batch.frame_mask)
         outputs = tree_map(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor, outputs)
-        # Where nothing of the batch could be decoded, this rank still walks through backward with the others, for nothing.
-        valid = batch.valid.nonzero()[:, 0].tolist()
-        keep = valid or [0]
-        if len(keep) < len(batch.video_ids):
-            outputs = tree_map(lambda tensor: tensor[keep], outputs)
-        losses = self.engine.module.loss(
-            outputs,
-            [batch.actions[clip] for clip in keep],
-            [batch.timelines[clip] for clip in keep],
-            num_frames=batch.frames.shape[2],
-        )
-        return losses if valid else {name: loss * 0.0 for name, loss in losses.items()}
+        if not bool(batch.valid.all()):
+            # What could not be decoded teaches nothing, but this rank still walks through backward with the others.
+            outputs = outputs._replace(mask=outputs.mask & batch.valid[:, None])
+        return self.engine.module.loss(outputs, batch.actions, batch.timelines, num_frames=batch.frames.shape[2])
 
     def _skip(self, reason: str) -> None:
         """Every rank calls this together: counts what is not applied, and gives up when it happens too often in a row."""

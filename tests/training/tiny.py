@@ -17,7 +17,7 @@ from re2tal.training.engine import EngineConfig, build_engine, join, resolve_dee
 from re2tal.training.generators import seed_generators
 from re2tal.training.metrics import MetricsLog
 from re2tal.training.optimizer import OptimizerConfig, build_optimizer
-from re2tal.training.schedule import WarmupCosine, learning_rate_factor
+from re2tal.training.schedule import ScheduleConfig, learning_rate_factor
 from re2tal.training.trainer import Trainer, TrainingConfig
 
 FRAMES = 8
@@ -111,7 +111,7 @@ def tiny_trainer(
     seed_generators(3, rank=world.rank)
     clips = TinyClips(rank=world.rank, poison=poison, on_batch=on_batch)
     factor = learning_rate_factor(
-        WarmupCosine(warmup_epochs=0.5), steps_per_epoch=4 / accumulation, num_steps=8 // accumulation
+        ScheduleConfig(warmup_epochs=0.5), steps_per_epoch=4 / accumulation, num_steps=8 // accumulation
     )
     engine = build_engine(
         model,

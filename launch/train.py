@@ -1,0 +1,11 @@
+"""Train a detector: `deepspeed launch/train.py --ds ds_configs/zero2.json`, or with torchrun, srun or plain python.
+
+The same as `re2tal train`; launchers want a file. `--help` tells the options, re2tal/recipes.py the recipes.
+"""
+
+import sys
+
+from re2tal.cli import main
+
+if __name__ == "__main__":
+    main(["train", *sys.argv[1:]])

@@ -1,0 +1,268 @@
+"""`re2tal train`, or launch/train.py under a launcher: train a detector, evaluate it, write what came out.
+
+    runs/NAME/config.json        the whole configuration; `--config` starts from it again
+              metrics.jsonl      and tensorboard/: the course of the run
+              checkpoints/       to --resume from
+              model.safetensors  float32 weights (the moving average, if there is one) and class names
+              results.json       detections on the validation subset
+              summary.json       mAP and times
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import torch
+import tyro
+
+from re2tal.config import RunConfig, build_detector, flatten, load_config, save_config, to_json
+from re2tal.data.shards import ShardSet, open_shards
+from re2tal.data.stream import ClipStream, stream_clips
+from re2tal.data.transforms import jitter_and_normalise
+from re2tal.distributed import World, is_main, main_process_first, resolve_world
+from re2tal.evaluation.average_precision import MapReport, mean_average_precision
+from re2tal.evaluation.results import write_results
+from re2tal.inference import predict
+from re2tal.localizers.actionformer import AGNOSTIC_CLASS
+from re2tal.recipes import RECIPES, find_recipe
+from re2tal.strict_json import write_json
+from re2tal.structures import ClipBatch, Detections, VideoRecord
+from re2tal.training.checkpoint import CheckpointStore
+from re2tal.training.engine import Engine, build_engine, gather_weights, join, leave, resolve_deepspeed_config, zero_stage
+from re2tal.training.export import write_model
+from re2tal.training.generators import seed_generators
+from re2tal.training.metrics import MetricsLog, peak_memory_gib
+from re2tal.training.optimizer import build_optimizer
+from re2tal.training.schedule import learning_rate_factor
+from re2tal.training.trainer import Trainer, num_optimizer_steps
+
+INTERRUPTED = 75
+"""Exit status of a run that was told to stop and has saved; a job script may start it again with --resume."""
+
+FREE_TO_CHANGE = (
+    "name",
+    "data.shards",
+    "data.clips.workers",
+    "data.clips.prefetch",
+    "data.clips.timeout_seconds",
+    "engine.timeout_minutes",
+    "training.log_every_steps",
+    "training.evaluate_every_epochs",
+    "training.checkpoint_every_steps",
+    "training.keep_checkpoints",
+    "training.max_non_finite",
+)
+"""Keys that may differ when a run is resumed, because no weight depends on them."""
+
+
+def train(
+    *,
+    run: Annotated[RunConfig, tyro.conf.arg(name="")],
+    ds: Path = Path("ds_configs/zero2.json"),
+    out: Path | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
+) -> int:
+    """Train a detector and evaluate it on the validation subset. Every rank calls this.
+
+    Args:
+        run: the configuration, from --recipe NAME (demo by default) or --config FILE, with every field open to change
+        ds: the DeepSpeed file: ZeRO stage, offload, communication
+        out: run folder; runs/NAME by default
+        resume: continue from the newest sound checkpoint in the run folder, or start if there is none
+        overwrite: remove what an earlier run left in the run folder
+    """
+    started = time.perf_counter()
+    world = resolve_world(os.environ)
+    settings = resolve_deepspeed_config(ds, run.engine, world_size=world.world_size)
+    folder = out or Path("runs") / run.name
+    device = join(world, run.engine)
+    try:
+        _claim(folder, world, resume=resume, overwrite=overwrite)
+        training, validation = _open_both(run)
+        clips = _stream(run, validation, world, training=False)
+        evaluate = partial(_validate, run=run, shards=validation, clips=clips)
+        trainer = _build(run, settings, folder, world, shards=training, evaluate=evaluate, device=device)
+        if world.is_main:
+            save_config(folder / "config.json", run)
+        if resume and trainer.resume():
+            trainer.log.say(f"resumed at step {trainer.progress.step} of {trainer.num_steps}")
+        if trainer.train() == "interrupted":
+            return INTERRUPTED
+        _finish(trainer, run, folder, evaluate, started=started)
+    finally:
+        leave()
+    return 0
+
+
+def starting_point(arguments: Sequence[str]) -> tuple[RunConfig, list[str]]:
+    """Takes --recipe or --config (and the launcher's --local_rank) out of the arguments: the run they name, and the rest."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    origin = parser.add_mutually_exclusive_group()
+    origin.add_argument("--recipe", default="demo")
+    origin.add_argument("--config", type=Path)
+    # `deepspeed` adds it for scripts that read no environment; ours does, and finds the same number there.
+    parser.add_argument("--local_rank", "--local-rank", type=int)
+    known, rest = parser.parse_known_args(list(arguments))
+    if {"-h", "--help"} & set(rest):
+        print(f"--recipe {{{','.join(RECIPES)}}} or --config FILE choose the values shown as defaults below\n")
+    return (find_recipe(known.recipe) if known.config is None else load_config(known.config)), rest
+
+
+def _claim(folder: Path, world: World, *, resume: bool, overwrite: bool) -> None:
+    """Makes the run folder this run's own. Raises ValueError where that would lose an earlier one."""
+    with main_process_first():
+        if world.is_main and overwrite and not resume:
+            for left in ("checkpoints", "tensorboard"):
+                shutil.rmtree(folder / left, ignore_errors=True)
+            for left in ("metrics.jsonl", "summary.json", "results.json", "model.safetensors"):
+                (folder / left).unlink(missing_ok=True)
+        if not resume and (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir()):
+            raise ValueError(
+                f"{folder} holds the checkpoints of an earlier run; --resume continues it, --overwrite replaces it, --out "
+                "chooses another folder"
+            )
+        folder.mkdir(parents=True, exist_ok=True)
+
+
+def _open_both(run: RunConfig) -> tuple[ShardSet, ShardSet]:
+    data = run.data
+    training = open_shards(data.shards / data.training_subset)
+    validation = open_shards(data.shards / data.validation_subset)
+    if training.classes != validation.classes:
+        raise ValueError(
+            f"{training.root} has classes {list(training.classes)}, {validation.root} {list(validation.classes)}; build both "
+            "from one annotation file"
+        )
+    return training, validation
+
+
+def _build(
+    run: RunConfig,
+    settings: dict[str, Any],
+    folder: Path,
+    world: World,
+    *,
+    shards: ShardSet,
+    evaluate: Callable[[Engine], Any],
+    device: torch.device,
+) -> Trainer:
+    seed = run.training.seed
+    seed_generators(seed, rank=0)  # the same weights on all ranks
+    model = build_detector(run, shards.classes).to(device)
+    seed_generators(seed, rank=world.rank)  # but different paths dropped
+    clips = _stream(run, shards, world, training=True)
+    accumulation = run.engine.gradient_accumulation
+    factor = learning_rate_factor(
+        run.schedule,
+        steps_per_epoch=clips.steps_per_epoch / accumulation,
+        num_steps=num_optimizer_steps(run.training, clips.steps_per_epoch, accumulation=accumulation),
+    )
+    engine = build_engine(model, build_optimizer(model, run.optimizer), factor=factor, settings=settings)
+    unchangeable = {name: value for name, value in flatten(to_json(run)) if name not in FREE_TO_CHANGE}
+    identity = {
+        **unchangeable,
+        "number of ranks": world.world_size,
+        "ZeRO stage": zero_stage(engine),
+        "number of classes": len(shards.classes),
+        "training shards": shards.manifest_sha256,
+    }
+    dtype = next(model.parameters()).dtype
+    return Trainer(
+        engine,
+        clips,
+        lambda engine: _figures(evaluate(engine)[1]),
+        run.training,
+        prepare=partial(_prepare, strength=run.data.clips.colour_jitter, seed=seed, rank=world.rank, dtype=dtype),
+        checkpoints=CheckpointStore(folder / "checkpoints", identity=identity, keep=run.training.keep_checkpoints),
+        log=MetricsLog(folder, enabled=world.is_main),
+    )
+
+
+def _stream(run: RunConfig, shards: ShardSet, world: World, *, training: bool) -> ClipStream:
+    return stream_clips(
+        shards,
+        run.data.clips,
+        batch_size=run.engine.batch_size,
+        training=training,
+        rank=world.rank,
+        world_size=world.world_size,
+        seed=run.training.seed,
+    )
+
+
+def _prepare(batch: ClipBatch, position: int, *, strength: float, seed: int, rank: int, dtype: torch.dtype) -> torch.Tensor:
+    """Colours and normalises on the device; what is drawn depends on the place in the run alone, so a resumed run repeats it."""
+    mixed = np.random.SeedSequence([seed, rank, position]).generate_state(1, np.uint64)
+    generator = torch.Generator().manual_seed(int(mixed[0]))
+    return jitter_and_normalise(batch.frames, strength=strength, generator=generator, dtype=dtype)
+
+
+def _validate(
+    engine: Engine, *, run: RunConfig, shards: ShardSet, clips: ClipStream
+) -> tuple[dict[str, Detections], MapReport]:
+    """Every rank calls this: detections of all validation videos, and what they are worth."""
+    predictions = predict(engine, clips.epoch(0), suppression=run.suppression, device=engine.device)
+    classes = engine.module.localizer.classes
+    report = mean_average_precision(
+        predictions,
+        _ground_truth(shards, classes),
+        classes=classes,
+        protocol=run.evaluation.protocol,
+        tiou_thresholds=run.evaluation.tiou_thresholds,
+    )
+    return predictions, report
+
+
+def _ground_truth(shards: ShardSet, classes: Sequence[str]) -> list[VideoRecord]:
+    """The annotated videos; all actions of one class where the localizer does not tell classes apart."""
+    records = [video.record for video in shards.videos]
+    if tuple(classes) != (AGNOSTIC_CLASS,):
+        return records
+    return [
+        replace(record, actions=tuple(replace(action, label=AGNOSTIC_CLASS) for action in record.actions))
+        for record in records
+    ]
+
+
+def _figures(report: MapReport) -> dict[str, float]:
+    return {"average_map": report.average_map, **{f"map/{tiou}": value for tiou, value in report.map_by_tiou.items()}}
+
+
+def _finish(
+    trainer: Trainer, run: RunConfig, folder: Path, evaluate: Callable[[Engine], Any], *, started: float
+) -> None:
+    """Every rank calls this: evaluates and exports the trained model; rank 0 writes."""
+    with trainer.averaged_weights():
+        predictions, report = evaluate(trainer.engine)
+        weights = gather_weights(trainer.engine)
+    trainer.log.write("evaluation", _figures(report), step=trainer.progress.step)
+    trainer.log.close()
+    if not is_main():
+        return
+    classes = trainer.engine.module.localizer.classes
+    write_model(folder / "model.safetensors", weights, classes=classes)
+    write_results(folder / "results.json", predictions, classes)
+    summary = {
+        "average_map": report.average_map,
+        "map": report.map_by_tiou,
+        "protocol": run.evaluation.protocol,
+        "videos": len(predictions),
+        "steps": trainer.progress.step,
+        "skipped": trainer.progress.skipped,
+        "train_seconds": round(trainer.progress.seconds, 1),
+        "total_seconds": round(time.perf_counter() - started, 1),
+        "peak_memory_gib": round(peak_memory_gib(trainer.engine.device), 2),
+        "ranks": int(trainer.engine.world_size),
+    }
+    write_json(folder / "summary.json", summary)
+    print(report)

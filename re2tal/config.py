@@ -1,0 +1,160 @@
+"""RunConfig: everything that makes a run, composed of the components' own configurations, and its JSON form.
+
+A run folder holds `config.json`, the configuration after recipe and overrides, which starts the same run again. A key that
+no component knows is an error: a misspelt override must not train something else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+
+from re2tal.backbones import BackboneConfig, build_backbone
+from re2tal.data.stream import ClipConfig
+from re2tal.detector import TemporalActionDetector
+from re2tal.evaluation.protocols import EvaluationConfig
+from re2tal.evaluation.suppression import SuppressionConfig
+from re2tal.localizers import LocalizerConfig, build_localizer
+from re2tal.localizers.actionformer import ActionFormerConfig
+from re2tal.strict_json import read_json, write_atomically
+from re2tal.training.engine import EngineConfig
+from re2tal.training.optimizer import OptimizerConfig
+from re2tal.training.schedule import ScheduleConfig
+from re2tal.training.trainer import TrainingConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Which shards to read, and how their videos become clips."""
+
+    shards: Path = Path("shards")
+    """Folder that `re2tal shards build` wrote: one folder per subset in it."""
+    training_subset: str = "training"
+    """Folder in `shards` to train on."""
+    validation_subset: str = "validation"
+    """Folder in `shards` to evaluate on."""
+    clips: ClipConfig = field(default_factory=ClipConfig)
+    """From video to clip."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """One training run and its evaluation."""
+
+    name: str = "run"
+    """Names the run folder, runs/NAME."""
+    num_steps: int = 512
+    """Length of the localizer's grid: a clip's features are resampled to so many steps."""
+    data: DataConfig = field(default_factory=DataConfig)
+    """Shards and clips."""
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    """Frames to features."""
+    localizer: LocalizerConfig = field(default_factory=ActionFormerConfig)
+    """Features to actions."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """Learning rates and weight decay."""
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    """The course of the learning rates."""
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    """Batch, clipping and precision."""
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    """Length of the run, averages, logs, checkpoints."""
+    suppression: SuppressionConfig = field(default_factory=SuppressionConfig)
+    """From many detections to few."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """How detections are scored."""
+
+    def __post_init__(self) -> None:
+        if Path(self.name).name != self.name or self.name in {"", ".", ".."}:
+            raise ValueError(f"name is {self.name!r}; it names a folder in runs/, so give one plain name")
+        num_frames = self.data.clips.windowing.num_frames
+        if not 1 <= self.num_steps <= num_frames:
+            raise ValueError(
+                f"num_steps is {self.num_steps} and data.clips.windowing.num_frames {num_frames}; the grid has at least one "
+                "step, and no more than there are frames"
+            )
+        if self.localizer.position_encoding and self.num_steps > self.localizer.max_num_steps:
+            raise ValueError(
+                f"num_steps is {self.num_steps}, but localizer.position_encoding is defined on localizer.max_num_steps = "
+                f"{self.localizer.max_num_steps}; raise the latter"
+            )
+
+
+def build_detector(config: RunConfig, classes: Sequence[str]) -> TemporalActionDetector:
+    """The detector that `config` describes for actions of `classes`, its backbone with the weights the config names."""
+    backbone = build_backbone(config.backbone)
+    localizer = build_localizer(config.localizer, in_channels=backbone.out_channels, classes=classes)
+    return TemporalActionDetector(backbone, localizer, num_steps=config.num_steps)
+
+
+def save_config(path: Path, config: RunConfig) -> None:
+    """Writes the JSON form of `config`, which `load_config` reads back as an equal one."""
+    write_atomically(path, json.dumps(to_json(config), indent=2, allow_nan=False) + "\n")
+
+
+def load_config(path: Path) -> RunConfig:
+    """Reads a configuration. What it does not mention keeps its default.
+
+    Raises FileNotFoundError, and ValueError that names the file, the key, its value and the nearest known key.
+    """
+    document = read_json(path)
+    try:
+        return _adapter().validate_python(document)
+    except ValidationError as error:
+        raise ValueError(f"{path}: {_explain(error)}") from None
+
+
+def to_json(config: RunConfig) -> dict[str, Any]:
+    """`config` as JSON values."""
+    return _adapter().dump_python(config, mode="json")
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested JSON values -> ("data.clips.size", 224), ... in their order."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _adapter() -> TypeAdapter[RunConfig]:
+    for kind in _dataclasses_in(RunConfig):
+        # Read by pydantic when it meets the class; on a class that already has it, this says the same again.
+        with_config(ConfigDict(extra="forbid"))(kind)
+    return TypeAdapter(RunConfig)
+
+
+def _dataclasses_in(kind: Any) -> Iterator[type]:
+    """`kind` and every dataclass among the types of its fields, unions included."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        for option in typing.get_args(kind):
+            yield from _dataclasses_in(option)
+    elif dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        yield kind
+        for annotation in typing.get_type_hints(kind).values():
+            yield from _dataclasses_in(annotation)
+
+
+def _explain(error: ValidationError) -> str:
+    lines = []
+    for fault in error.errors():
+        key = ".".join(str(part) for part in fault["loc"]) or "the document"
+        if fault["type"] == "unexpected_keyword_argument":
+            known = [name for name, _ in flatten(to_json(RunConfig()))]
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            lines.append(f"unknown key {key}" + (f"; did you mean {nearest[0]}?" if nearest else ""))
+        elif fault["type"] == "value_error":  # raised by a component, which names key and value itself
+            lines.append(fault["msg"].removeprefix("Value error, "))
+        else:
+            lines.append(f"{key} is {fault['input']!r}: {fault['msg']}")
+    return "; ".join(lines)

@@ -1,0 +1,131 @@
+"""RECIPES: one function per setting; each returns a whole RunConfig, to train as it stands or to change on the command line.
+
+Published settings: OpenTAD's configs/re2tal (ActionFormer on Video Swin-T, reversible).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from re2tal.backbones import BackboneConfig
+from re2tal.config import DataConfig, RunConfig
+from re2tal.data.stream import ClipConfig
+from re2tal.data.windows import ResizeWhole, Slide
+from re2tal.evaluation.protocols import TIOU_THRESHOLDS, EvaluationConfig
+from re2tal.evaluation.suppression import SuppressionConfig
+from re2tal.localizers.actionformer import ActionFormerConfig
+from re2tal.training.engine import EngineConfig
+from re2tal.training.optimizer import OptimizerConfig
+from re2tal.training.schedule import ScheduleConfig
+from re2tal.training.trainer import TrainingConfig
+
+
+def demo() -> RunConfig:
+    """A rewired nano Swin and a small ActionFormer, from scratch on the demo videos, in minutes on a CPU."""
+    return RunConfig(
+        name="demo",
+        num_steps=64,
+        data=DataConfig(
+            shards=Path("demo_data/shards"),
+            clips=ClipConfig(
+                windowing=Slide(num_frames=128, frames_per_second=8.0),
+                size=64,
+                fit="stretch",
+                crop_area=(1.0, 1.0),
+                # The classes are directions and kinds of motion: a mirror makes one into another.
+                flip=False,
+                workers=1,
+            ),
+        ),
+        backbone=BackboneConfig(name="swin3d_nano"),
+        localizer=ActionFormerConfig(
+            channels=128,
+            num_embedding_convs=1,
+            num_stem_blocks=1,
+            max_num_steps=64,
+            regression_ranges=((0, 4), (4, 8), (8, 16), (16, 32), (32, 10_000)),
+            initial_positives=40,
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-3, backbone_learning_rate=1e-3),
+        schedule=ScheduleConfig(warmup_epochs=1.0),
+        engine=EngineConfig(batch_size=2),
+        training=TrainingConfig(epochs=20, average_decay=0.99, log_every_steps=10, checkpoint_every_steps=100),
+        suppression=SuppressionConfig(sigma=0.5, max_per_video=200),
+        evaluation=EvaluationConfig(tiou_thresholds=TIOU_THRESHOLDS["demo"]),
+    )
+
+
+def thumos14_re2swin_tiny() -> RunConfig:
+    """Re2TAL on THUMOS-14: windows of 1024 frames at 15 per second (68 s), two clips per optimizer step."""
+    return RunConfig(
+        name="thumos14_re2swin_tiny",
+        # One cell of the head's grid is two sampled frames; a window is 512 cells.
+        num_steps=512,
+        data=DataConfig(
+            shards=Path("shards/thumos14"),
+            # Of the source's 30 frames a second every second one. An action belongs to a training window that shows 75 % of it;
+            # test windows overlap by half, the last one ends with the video.
+            clips=ClipConfig(windowing=Slide(num_frames=1024, frames_per_second=15.0), size=224, workers=2),
+        ),
+        # 0.2 where the plain network has 0.1; every norm in evaluation mode with its scale and shift frozen.
+        backbone=BackboneConfig(name="swin3d_tiny", drop_path=0.2, norm_eval=True),
+        localizer=ActionFormerConfig(),
+        # The source decays the whole backbone; here its biases, norms and position tables are left out.
+        optimizer=OptimizerConfig(learning_rate=1e-4, backbone_learning_rate=1e-5, weight_decay=0.05),
+        # The source's cosine is laid out for 1500 epochs and stopped at 120, with 98.5 % of the peak left: constant.
+        schedule=ScheduleConfig(shape="constant", warmup_epochs=5.0),
+        # Total batch 2: two ranks of one clip. The source trains in fp16 with loss scaling.
+        engine=EngineConfig(batch_size=1, gradient_clipping=1.0, precision="bf16"),
+        training=TrainingConfig(epochs=120, average_decay=0.999, log_every_steps=50, evaluate_every_epochs=20),
+        suppression=SuppressionConfig(method="gaussian", sigma=0.7, min_score=0.001, max_per_video=2000),
+        evaluation=EvaluationConfig(tiou_thresholds=TIOU_THRESHOLDS["thumos14"]),
+    )
+
+
+def activitynet_re2swin_tiny() -> RunConfig:
+    """Re2TAL on ActivityNet-1.3: every video as 768 frames; finds actions, which a video classifier then names."""
+    return RunConfig(
+        name="activitynet_re2swin_tiny",
+        num_steps=192,
+        data=DataConfig(
+            shards=Path("shards/activitynet"),
+            # Actions shorter than 1 % of their video are left out of training.
+            clips=ClipConfig(windowing=ResizeWhole(num_frames=768, shortest_action=0.01), size=224, workers=4),
+        ),
+        backbone=BackboneConfig(name="swin3d_tiny", drop_path=0.2, norm_eval=True),
+        localizer=ActionFormerConfig(
+            channels=256,
+            position_encoding=True,
+            max_num_steps=192,
+            label_smoothing=0.1,
+            regression_weight=2.0,
+            initial_positives=200,
+            class_agnostic=True,
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-3, backbone_learning_rate=1e-5, weight_decay=0.05),
+        schedule=ScheduleConfig(shape="cosine", warmup_epochs=5.0),
+        # Total batch 8: four ranks of two clips.
+        engine=EngineConfig(batch_size=2, gradient_clipping=1.0, precision="bf16"),
+        training=TrainingConfig(epochs=15, average_decay=0.999, log_every_steps=100, evaluate_every_epochs=1),
+        # The source votes at 0.9 among the proposals of a video, which are of one class.
+        suppression=SuppressionConfig(
+            method="gaussian", sigma=0.7, min_score=0.001, max_per_video=100, per_class=False, voting_threshold=0.9
+        ),
+        evaluation=EvaluationConfig(tiou_thresholds=TIOU_THRESHOLDS["activitynet"]),
+    )
+
+
+RECIPES: dict[str, Callable[[], RunConfig]] = {
+    "demo": demo,
+    "thumos14_re2swin_tiny": thumos14_re2swin_tiny,
+    "activitynet_re2swin_tiny": activitynet_re2swin_tiny,
+}
+
+
+def find_recipe(name: str) -> RunConfig:
+    """The recipe of that name; ValueError with the known names otherwise."""
+    try:
+        return RECIPES[name]()
+    except KeyError:
+        raise ValueError(f"unknown recipe {name!r}; known: {sorted(RECIPES)}") from None

@@ -1,0 +1,70 @@
+"""model.safetensors: what training leaves for inference. Float32 weights and buffers by name, class names in the header."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+FORMAT = "re2tal-model"
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A trained model on the disk, read."""
+
+    path: Path
+    weights: dict[str, Tensor]
+    classes: tuple[str, ...]
+
+    def load_into(self, detector: nn.Module, *, classes: Sequence[str]) -> None:
+        """Gives `detector`, which was built for `classes`, these weights. Raises ValueError where they do not fit."""
+        if tuple(classes) != self.classes:
+            raise ValueError(
+                f"{self.path} was trained for {len(self.classes)} classes {_brief(self.classes)}, the detector is for "
+                f"{len(classes)} {_brief(classes)}; build it with the classes of the file, or train with this data"
+            )
+        own = {name: tuple(value.shape) for name, value in detector.state_dict().items()}
+        saved = {name: tuple(value.shape) for name, value in self.weights.items()}
+        if own != saved:
+            odd = sorted(name for name in own.keys() | saved.keys() if own.get(name) != saved.get(name))
+            first = odd[0]
+            raise ValueError(
+                f"{self.path} does not fit the detector: {len(odd)} tensors differ, such as {first}: {saved.get(first)} in the "
+                f"file, {own.get(first)} in the detector; use the config.json of the run that wrote it"
+            )
+        detector.load_state_dict(self.weights)
+
+
+def write_model(path: Path, weights: Mapping[str, Tensor], *, classes: Sequence[str]) -> None:
+    """Writes the file under another name, flushes it, and renames it."""
+    partial = path.with_name(f".{path.name}.tmp")
+    save_file(dict(weights), partial, metadata={"format": FORMAT, "classes": json.dumps(list(classes))})
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+
+
+def read_model(path: Path) -> ModelFile:
+    """Reads what `write_model` wrote, to the CPU. Raises FileNotFoundError, and ValueError for any other file."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file; train first, or name the model.safetensors of a run folder")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file ({error}); copy it again, or train again") from None
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} is not a trained re2tal model; backbone weights go to --backbone.weights")
+    return ModelFile(path, weights, tuple(json.loads(metadata["classes"])))
+
+
+def _brief(classes: Sequence[str]) -> str:
+    return f"({', '.join(classes[:3])}{', ...' if len(classes) > 3 else ''})"
