@@ -57,6 +57,12 @@ def write_atomically(path: Path | str, text: str) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def brief(value: Any) -> str:
+    """A value as an error message shows it: on one line, its beginning if it is long."""
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 def _refuse_constant(name: str) -> None:
     raise ValueError(f"it holds {name}, which is not a number in JSON; replace it with a finite number")
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from re2tal.strict_json import read_json, write_atomically
+from re2tal.strict_json import brief, read_json, write_atomically
 from re2tal.structures import Detections
 
 VERSION = "VERSION 1.3"
@@ -29,6 +29,10 @@ class Results:
 
     predictions: dict[str, Detections]
     classes: tuple[str, ...]
+
+    def of(self, video_id: str) -> Detections:
+        """What was predicted for a video; nothing where the file does not name it."""
+        return self.predictions.get(video_id) or _detections(video_id, [], {})
 
 
 def write_results(path: Path | str, predictions: Mapping[str, Detections], classes: Sequence[str]) -> None:
@@ -54,7 +58,7 @@ def read_results(path: Path | str) -> Results:
     if not isinstance(document, dict) or not isinstance(document.get("results"), dict):
         raise ValueError(
             f'{path} needs an object "results" that maps video ids to lists of predictions, at the top; '
-            f"its top level is {_brief(list(document) if isinstance(document, dict) else document)}"
+            f"its top level is {brief(list(document) if isinstance(document, dict) else document)}"
         )
     indices: dict[str, int] = {}
     predictions = {
@@ -82,21 +86,21 @@ def _rows(video_id: str, detections: Detections, classes: Sequence[str]) -> list
 
 def _detections(where: str, rows: Any, indices: dict[str, int]) -> Detections:
     if not isinstance(rows, list):
-        raise ValueError(f"{where} is {_brief(rows)}; it must be a list of predictions")
+        raise ValueError(f"{where} is {brief(rows)}; it must be a list of predictions")
     segments, scores, labels = [], [], []
     for position, row in enumerate(rows):
         try:
             segment, label, score = row["segment"], row["label"], row["score"]
         except (TypeError, KeyError):
             raise ValueError(
-                f'{where}[{position}] is {_brief(row)}; it needs the keys "segment", "label" and "score"'
+                f'{where}[{position}] is {brief(row)}; it needs the keys "segment", "label" and "score"'
             ) from None
         if type(segment) is not list or len(segment) != 2 or not (_is_finite(segment[0]) and _is_finite(segment[1])):
-            raise ValueError(f"{where}[{position}].segment is {_brief(segment)}; give [start, end] in finite seconds")
+            raise ValueError(f"{where}[{position}].segment is {brief(segment)}; give [start, end] in finite seconds")
         if not isinstance(label, str):
-            raise ValueError(f"{where}[{position}].label is {_brief(label)}; give the name of a class, in quotes")
+            raise ValueError(f"{where}[{position}].label is {brief(label)}; give the name of a class, in quotes")
         if not _is_finite(score):
-            raise ValueError(f"{where}[{position}].score is {_brief(score)}; give a finite number")
+            raise ValueError(f"{where}[{position}].score is {brief(score)}; give a finite number")
         segments.append(segment)
         scores.append(score)
         labels.append(indices.setdefault(label, len(indices)))
@@ -113,8 +117,3 @@ _NUMBERS = frozenset((int, float))
 def _is_finite(value: Any) -> bool:
     """A JSON number that a float can hold; `true` is an int to Python, and is refused."""
     return type(value) in _NUMBERS and -1e300 < value < 1e300
-
-
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -1,0 +1,83 @@
+"""`re2tal evaluate`: score a results JSON against an annotation file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from re2tal.evaluation.average_precision import mean_average_precision
+from re2tal.evaluation.ground_truth import read_ground_truth
+from re2tal.evaluation.protocols import TIOU_THRESHOLDS
+from re2tal.evaluation.recall import average_recall
+from re2tal.evaluation.results import read_results
+from re2tal.strict_json import read_json, write_json
+
+
+def evaluate(
+    *,
+    predictions: Path,
+    annotations: Path,
+    subset: str = "validation",
+    protocol: Literal["opentad", "official"] = "opentad",
+    dataset: Literal[
+        "thumos14",
+        "activitynet",
+        "hacs",
+        "fineaction",
+        "epic-kitchens",
+        "ego4d-mq",
+        "multithumos",
+        "charades",
+        "demo",
+    ] = "thumos14",
+    tiou_thresholds: tuple[float, ...] | None = None,
+    blocked_videos: Path | None = None,
+    proposals: int | None = None,
+    json: Path | None = None,
+) -> None:
+    """Print the mean average precision of detections, by class and by temporal IoU.
+
+    Args:
+        predictions: results JSON in ActivityNet's layout, from this program or another
+        annotations: annotation JSON in ActivityNet's layout
+        subset: which of its subsets to score
+        protocol: whose rules count where the public evaluators differ: OpenTAD's or ActivityNet's
+        dataset: the data set whose customary thresholds to use
+        tiou_thresholds: other thresholds than those
+        blocked_videos: JSON list of video ids to leave out of both files
+        proposals: also print the average recall with up to so many detections per video, whatever their class
+        json: also write the figures to this file
+    """
+    results = read_results(predictions)
+    truths = read_ground_truth(annotations, subset=subset)
+    blocked = _read_blocked(blocked_videos) if blocked_videos else frozenset()
+    report = mean_average_precision(
+        results.predictions,
+        truths,
+        classes=results.classes,
+        protocol=protocol,
+        tiou_thresholds=tiou_thresholds or TIOU_THRESHOLDS[dataset],
+        blocked_videos=blocked,
+    )
+    print(report)
+    figures = report.to_json()
+    if proposals is not None:
+        recall = average_recall(
+            results.predictions,
+            truths,
+            classes=results.classes,
+            protocol=protocol,
+            proposals_per_video=proposals,
+            blocked_videos=blocked,
+        )
+        print(f"AR@{proposals} {100 * recall.at(proposals):.2f}   AUC {100 * recall.auc:.2f}")
+        figures["recall"] = recall.to_json()
+    if json is not None:
+        write_json(json, figures)
+
+
+def _read_blocked(path: Path) -> frozenset[str]:
+    video_ids = read_json(path)
+    if not isinstance(video_ids, list) or not all(isinstance(one, str) for one in video_ids):
+        raise ValueError(f'{path} must hold a JSON list of video ids, for example ["v_abc", "v_def"]')
+    return frozenset(video_ids)

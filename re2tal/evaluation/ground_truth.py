@@ -1,0 +1,74 @@
+"""Ground truth for scoring, taken from an annotation file as published evaluators take it.
+
+    {"database": {video: {"subset": ..., "duration": ..., "annotations": [{"segment": [start, end], "label": ...}]}}}
+
+`re2tal.data.annotations` reads the same files for training, and there refuses empty segments and clips those that end
+after the video. A score must do neither: whether such truths count is the protocol's decision, and their seconds are
+part of every published number. Segments labelled "Ambiguous" (THUMOS-14) are no truths, and are left out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from re2tal.strict_json import brief, read_json
+from re2tal.structures import Action, VideoRecord
+
+AMBIGUOUS = "Ambiguous"
+
+
+def read_ground_truth(path: Path | str, *, subset: str) -> list[VideoRecord]:
+    """The videos of `subset` (in any case), with all their segments, in the file's order.
+
+    Where a video has no duration, that of its last action's end stands in. Raises FileNotFoundError, and ValueError
+    naming file, key and value for anything that is not an ActivityNet layout, and for a subset without videos.
+    """
+    document = read_json(path)
+    database = document.get("database") if isinstance(document, dict) else None
+    if not isinstance(database, dict):
+        raise ValueError(f'{path} needs an object "database" that maps video ids to annotations, at the top')
+    records, subsets = [], set()
+    for video_id, entry in database.items():
+        where = f"{path}: database[{video_id!r}]"
+        if not isinstance(entry, dict) or not isinstance(entry.get("subset"), str):
+            raise ValueError(f'{where} is {brief(entry)}; it needs "subset", a name, and "annotations", a list')
+        subsets.add(entry["subset"])
+        if entry["subset"].lower() == subset.lower():
+            actions = tuple(_actions(where, entry.get("annotations")))
+            end = max((action.end_seconds for action in actions), default=0.0)
+            duration = _seconds(entry["duration"], f"{where}.duration") if "duration" in entry else end
+            records.append(VideoRecord(video_id, subset, duration, actions))
+    if not records:
+        raise ValueError(f"{path} has no video of subset {subset!r}; it has {sorted(subsets)}")
+    return records
+
+
+def _actions(where: str, annotations: Any) -> Iterator[Action]:
+    if not isinstance(annotations, list):
+        raise ValueError(f"{where}.annotations is {brief(annotations)}; it must be a list")
+    for position, annotation in enumerate(annotations):
+        here = f"{where}.annotations[{position}]"
+        segment = annotation.get("segment") if isinstance(annotation, dict) else None
+        label = annotation.get("label") if isinstance(annotation, dict) else None
+        if not isinstance(segment, list) or len(segment) != 2 or not isinstance(label, str):
+            raise ValueError(
+                f'{here} is {brief(annotation)}; it needs "segment", [start, end] in seconds, and "label", a name'
+            )
+        if label != AMBIGUOUS:
+            start, end = (_seconds(value, f"{here}.segment") for value in segment)
+            yield Action(start, end, label)
+
+
+def _seconds(value: Any, where: str) -> float:
+    """A finite number; some files hold it as a string."""
+    if isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            number = float(value)
+        except (ValueError, OverflowError):
+            number = math.nan
+        if math.isfinite(number):
+            return number
+    raise ValueError(f"{where} holds {brief(value)}; give a finite number of seconds")

@@ -1,0 +1,72 @@
+"""`re2tal evaluate` on files: the numbers of the published evaluators, from the command line's own function."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import get_args, get_type_hints
+
+import pytest
+from parity.vectors import load, vectors_dir
+
+from re2tal.cli.evaluate import evaluate
+from re2tal.evaluation.protocols import TIOU_THRESHOLDS
+
+DATASETS = sorted(path.stem[len("eval_") : -len("_gt")] for path in vectors_dir().glob("eval_*_gt.json"))
+
+
+def files(dataset: str) -> dict[str, Path]:
+    return {
+        "predictions": vectors_dir() / f"eval_{dataset}_pred.json",
+        "annotations": vectors_dir() / f"eval_{dataset}_gt.json",
+    }
+
+
+@pytest.mark.parametrize("protocol", ["official", "opentad"])
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_the_figures_are_those_of_the_published_evaluators(
+    dataset: str, protocol: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arrays = load("eval").arrays
+    out = tmp_path / "figures.json"
+    tious = tuple(arrays[f"{dataset}_anet_tiou"].tolist())
+    evaluate(**files(dataset), protocol=protocol, tiou_thresholds=tious, json=out)
+    figures = json.loads(out.read_text())
+    expected = f"{dataset}_anet_file_order_map"
+    expected = expected if expected in arrays else f"{dataset}_anet_{protocol}_map"
+    assert list(figures["map"].values()) == pytest.approx(arrays[expected].tolist(), abs=1e-9)
+    assert figures["average_map"] == pytest.approx(float(arrays[expected].mean()), abs=1e-9)
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[0].endswith(f"protocol {protocol}")
+    assert printed[-1].split()[-1] == f"{100 * figures['average_map']:.2f}"
+
+
+def test_recall_is_printed_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "figures.json"
+    evaluate(**files(DATASETS[0]), dataset="activitynet", proposals=10, json=out)
+    figures = json.loads(out.read_text())["recall"]
+    assert len(figures["average_recall"]) == 10
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        f"AR@10 {100 * figures['average_recall'][-1]:.2f}   AUC {100 * figures['auc']:.2f}"
+    )
+
+
+def test_blocked_videos_are_left_out(tmp_path: Path) -> None:
+    video_id = next(iter(json.loads(files(DATASETS[0])["annotations"].read_text())["database"]))
+    (tmp_path / "blocked.json").write_text(json.dumps([video_id]))
+    sums = []
+    for blocked in (None, tmp_path / "blocked.json"):
+        evaluate(**files(DATASETS[0]), blocked_videos=blocked, json=tmp_path / "figures.json")
+        classes = json.loads((tmp_path / "figures.json").read_text())["classes"]
+        sums.append(sum(one["predictions"] for one in classes.values()))
+    assert sums[1] < sums[0]
+
+
+def test_a_blocked_list_of_another_form_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "blocked.json").write_text('{"a": 1}')
+    with pytest.raises(ValueError, match=r"blocked\.json must hold a JSON list of video ids"):
+        evaluate(**files(DATASETS[0]), blocked_videos=tmp_path / "blocked.json")
+
+
+def test_every_data_set_of_the_command_has_thresholds() -> None:
+    assert set(get_args(get_type_hints(evaluate)["dataset"])) == set(TIOU_THRESHOLDS)
