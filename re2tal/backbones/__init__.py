@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 
+from re2tal.backbones import slowfast, swin3d
 from re2tal.backbones.base import BackboneConfig, VideoBackbone, freeze, freeze_norms
-from re2tal.backbones.swin3d import SIZES, build_swin3d
 from re2tal.rewire import RewiringConfig, rewire
 
 __all__ = ["BACKBONES", "BackboneConfig", "VideoBackbone", "build_backbone"]
@@ -25,7 +25,8 @@ def _rows(family: str, *sizes: str, module: str) -> dict[str, Builder]:
 
 # A builder returns the network with the weights that the configuration names, plain and trainable.
 BACKBONES: dict[str, Builder] = {
-    **dict.fromkeys(SIZES, build_swin3d),
+    **dict.fromkeys(swin3d.SIZES, swin3d.build_swin3d),
+    **dict.fromkeys(slowfast.SIZES, slowfast.build_slowfast),
     **_rows("videomae", "nano", "small", "base", "large", "huge", module="videomae"),
     **_rows("vivit", "nano", "base", module="vivit"),
     **_rows("vjepa2", "nano", "large", "huge", "giant", module="vjepa2"),
@@ -49,6 +50,11 @@ def build_backbone(config: BackboneConfig) -> VideoBackbone:
     except KeyError:
         raise ValueError(f"unknown backbone {config.name!r}; known: {sorted(BACKBONES)}") from None
     backbone = build(config)
+    if config.frames_per_step not in (None, backbone.frames_per_step):
+        raise ValueError(
+            f"{config.name} gives a step per {backbone.frames_per_step} frames, but backbone.frames_per_step is "
+            f"{config.frames_per_step}; leave it out"
+        )
     if config.frozen:
         freeze(backbone)
     if config.norm_eval:

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
@@ -42,6 +43,9 @@ class BackboneConfig:
     transformers library, a hub name or a folder. None starts from random weights."""
     drop_path: float = 0.0
     """Drop-path rate of the last block; it grows linearly from 0 at the first. Only families with drop-path take it."""
+    frames_per_step: int | None = None
+    """How many frames one step of the features stands for, in a family that offers a choice (SlowFast: divisors of its
+    slow stride); None is the family's own."""
     frozen: bool = False
     """Train nothing in the backbone and keep all of it in evaluation mode."""
     norm_eval: bool = False
@@ -70,6 +74,12 @@ class VideoBackbone(nn.Module, ABC):
             for norm in norm_layers(self):
                 norm.train(False)
         return self
+
+
+def steps_mask(mask: Tensor, *, frames_per_step: int) -> Tensor:
+    """(B, T) bool over frames -> (B, ceil(T / frames_per_step)) bool: a step is valid where any of its frames is."""
+    padded = F.pad(mask, (0, -mask.shape[1] % frames_per_step), value=False)
+    return padded.unflatten(1, (-1, frames_per_step)).any(dim=2)
 
 
 def freeze(backbone: VideoBackbone) -> None:

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from re2tal.backbones.base import BackboneConfig, VideoBackbone
+from re2tal.backbones.base import BackboneConfig, VideoBackbone, steps_mask
 from re2tal.backbones.shifted_windows import (
     Size3,
     WindowTables,
@@ -83,12 +83,6 @@ class VideoSwin(VideoBackbone):
             x = layer(x)
         values = self.norm(x).mean(dim=(2, 3)).transpose(1, 2)
         return Features(values, steps_mask(mask, frames_per_step=self.frames_per_step))
-
-
-def steps_mask(mask: Tensor, *, frames_per_step: int) -> Tensor:
-    """(B, T) bool over frames -> (B, ceil(T / frames_per_step)) bool: a step is valid where any of its frames is."""
-    padded = F.pad(mask, (0, -mask.shape[1] % frames_per_step), value=False)
-    return padded.unflatten(1, (-1, frames_per_step)).any(dim=2)
 
 
 def _initialise(module: nn.Module) -> None:

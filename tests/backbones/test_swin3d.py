@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from re2tal.backbones.base import steps_mask
 from re2tal.backbones.shifted_windows import WindowTables, partition, restore, window_kinds, window_regions
-from re2tal.backbones.swin3d import SIZES, DropPath, VideoSwin, steps_mask
+from re2tal.backbones.swin3d import SIZES, DropPath, VideoSwin
 
 
 @pytest.mark.parametrize(
