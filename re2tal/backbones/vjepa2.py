@@ -19,7 +19,9 @@ from re2tal.backbones.tiling import ClipEncoder, ClipwiseBackbone, pair
 from re2tal.rewire import Branch, residual_branches, wrap_output
 
 SIZES: dict[str, dict] = {
-    "vjepa2_nano": NANO | {"crop_size": 32, "patch_size": 8, "frames_per_clip": 4, "mlp_ratio": 2.0},
+    "vjepa2_nano": NANO
+    | {"crop_size": 32, "patch_size": 8, "frames_per_clip": 4, "mlp_ratio": 2.0}
+    | {"pred_hidden_size": 48, "pred_num_attention_heads": 2, "pred_num_hidden_layers": 1},
     "vjepa2_large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
     "vjepa2_huge": {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16},
     "vjepa2_giant": {"hidden_size": 1408, "num_hidden_layers": 40, "num_attention_heads": 22, "mlp_ratio": 48 / 11},
