@@ -1,0 +1,61 @@
+"""Names and shapes of public checkpoints, and what is said of those that do not fit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from re2tal.localizers.actionformer import ActionFormer, ActionFormerConfig
+from re2tal.localizers.weights import Layout, export_weights, import_weights
+
+TINY = ActionFormerConfig(channels=8, num_heads=2, max_num_steps=8, regression_ranges=((0, 4), (4, 100)))
+both_layouts = pytest.mark.parametrize("layout", ["opentad", "original"])
+
+
+def build(seed: int) -> ActionFormer:
+    torch.manual_seed(seed)
+    return ActionFormer(TINY, in_channels=4, classes=("dive", "jump"))
+
+
+@both_layouts
+def test_a_localizer_loads_what_another_exported(layout: Layout) -> None:
+    first, second = build(0), build(1)
+    public = export_weights(first, layout=layout)
+    second.load_state_dict(import_weights(public, localizer=second, layout=layout))
+    for (name, ours), theirs in zip(second.state_dict().items(), first.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs), name
+
+
+@both_layouts
+def test_missing_and_left_over_weights_are_named(layout: Layout) -> None:
+    localizer = build(0)
+    public = export_weights(localizer, layout=layout)
+    public["neck.fpn_norms.7.weight"] = public.pop("neck.fpn_norms.1.weight")
+    with pytest.raises(
+        ValueError, match=r"missing 1 \(neck.fpn_norms.1.weight\), left over 1 \(neck.fpn_norms.7.weight\)"
+    ):
+        import_weights(public, localizer=localizer, layout=layout)
+
+
+def test_weights_of_another_size_are_named_with_both_shapes() -> None:
+    localizer = build(0)
+    public = export_weights(localizer, layout="opentad")
+    public["rpn_head.cls_head.bias"] = torch.zeros(20)
+    with pytest.raises(ValueError, match=r"rpn_head.cls_head.bias is \(20,\), classifier.output.bias is \(2,\)"):
+        import_weights(public, localizer=localizer, layout="opentad")
+
+
+def test_a_video_backbone_beside_the_localizer_is_passed_over() -> None:
+    localizer = build(0)
+    public = export_weights(localizer, layout="opentad") | {"backbone.model.backbone.norm3.weight": torch.ones(3)}
+    assert import_weights(public, localizer=localizer, layout="opentad").keys() == localizer.state_dict().keys()
+
+
+def test_weights_trained_by_two_public_implementations_have_their_own_names() -> None:
+    localizer = build(0)
+    opentad, original = (export_weights(localizer, layout=layout) for layout in ("opentad", "original"))
+    assert opentad["projection.stem.0.attn.query_norm.weight"].shape == (8,)
+    assert original["backbone.stem.0.attn.query_norm.weight"].shape == (1, 8, 1)
+    assert opentad["projection.stem.0.drop_path_attn.scale"].shape == (1, 8, 1)
+    assert opentad["rpn_head.loss_normalizer"].item() == pytest.approx(100)
+    assert not any("normalizer" in name for name in original)
