@@ -55,7 +55,7 @@ class Scale(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(()))
+        self.scale = nn.Parameter(torch.ones(1))  # not (): DeepSpeed cannot broadcast a parameter without dimensions
 
     def forward(self, x: Tensor) -> Tensor:
         """Any shape, unchanged."""

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Literal
 
 from torch import Tensor
 
-from re2tal.localizers.actionformer import ActionFormer
-
-Layout = Literal["opentad", "original"]
+from re2tal.localizers.actionformer import ActionFormer, Variant
 
 _COUNT = "positives.units"
 
@@ -63,14 +60,14 @@ _PREFIXES = {
 _COLUMNS = {"opentad": r"_path\.scale$", "original": r"_path\.scale$|norms?\.(\d+\.)?(weight|bias)$"}
 
 
-def public_name(name: str, layout: Layout) -> str:
+def public_name(name: str, layout: Variant) -> str:
     """The name that `layout` has for the parameter or buffer that `ActionFormer.state_dict()` calls `name`."""
     for pattern, replacement in _RENAMES[layout]:
         name = re.sub(pattern, replacement, name)
     return name
 
 
-def import_weights(state: Mapping[str, Tensor], *, localizer: ActionFormer, layout: Layout) -> dict[str, Tensor]:
+def import_weights(state: Mapping[str, Tensor], *, localizer: ActionFormer, layout: Variant) -> dict[str, Tensor]:
     """A public checkpoint as a state dict for `localizer.load_state_dict`.
 
     Tensors outside the localizer, such as a video backbone's, are passed over. The original keeps no running count of
@@ -98,7 +95,7 @@ def import_weights(state: Mapping[str, Tensor], *, localizer: ActionFormer, layo
     return own
 
 
-def export_weights(localizer: ActionFormer, *, layout: Layout) -> dict[str, Tensor]:
+def export_weights(localizer: ActionFormer, *, layout: Variant) -> dict[str, Tensor]:
     """The localizer's weights under the names and shapes of `layout`: the inverse of `import_weights`."""
     public = {}
     for name, tensor in localizer.state_dict().items():
@@ -106,8 +103,11 @@ def export_weights(localizer: ActionFormer, *, layout: Layout) -> dict[str, Tens
             if layout == "original":
                 continue
             tensor = localizer.positives.value()
-        column = re.search(_COLUMNS[layout], name)
-        public[public_name(name, layout)] = tensor[None, :, None] if column else tensor
+        if re.search(_COLUMNS[layout], name):
+            tensor = tensor[None, :, None]
+        elif name.startswith("regressor.scales."):
+            tensor = tensor[0]
+        public[public_name(name, layout)] = tensor
     return public
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 FORMAT = "re2tal-model"
@@ -45,8 +45,9 @@ class ModelFile:
 def write_model(path: Path, weights: Mapping[str, Tensor], *, classes: Sequence[str]) -> None:
     """Writes the file under another name, flushes it, and renames it."""
     partial = path.with_name(f".{path.name}.tmp")
-    save_file(dict(weights), partial, metadata={"format": FORMAT, "classes": json.dumps(list(classes))})
-    with partial.open("rb") as file:
+    with partial.open("wb") as file:
+        file.write(save(dict(weights), metadata={"format": FORMAT, "classes": json.dumps(list(classes))}))
+        file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
 
