@@ -58,6 +58,9 @@ class SuppressionConfig:
     """Weigh votes by score * IoU, as the original ActionFormer does, instead of by score, as OpenTAD does."""
 
     def __post_init__(self) -> None:
+        known = sorted([*_PENALTIES, "none"])
+        if self.method not in known:
+            raise ValueError(f"unknown suppression method {self.method!r}; known: {known}")
         if self.sigma <= 0:
             raise ValueError(f"sigma={self.sigma} must be positive")
         if self.max_per_video < 1:
@@ -163,6 +166,11 @@ class _Rows:
     logs: Floats
     index: NDArray[np.int64]
 
+    def __post_init__(self) -> None:
+        num_rows, width = self.logs.shape
+        self.first = np.arange(num_rows) * width
+        self.overlap, self.union = np.empty_like(self.starts), np.empty_like(self.starts)
+
     @classmethod
     def of(cls, segments: Floats, scores: Floats, groups: NDArray) -> _Rows:
         _, group, counts = np.unique(groups, return_inverse=True, return_counts=True)
@@ -205,12 +213,14 @@ class _Rows:
     def _arrays(self) -> tuple[NDArray, ...]:
         return self.starts, self.ends, self.lengths, self.logs, self.index
 
-    def pick(self, penalty: Penalty, overlap: Floats, union: Floats) -> tuple[NDArray[np.int64], Floats]:
-        """Take the best of each row out and lower the others; `overlap` and `union` are room to compute in."""
-        best = self.logs.argmax(axis=1) + np.arange(len(self.logs)) * self.logs.shape[1]
+    def pick(self, penalty: Penalty) -> tuple[NDArray[np.int64], Floats]:
+        """Take the best segment of each row out and lower the others; its index and log score, one per row."""
+        best = self.logs.argmax(axis=1)
+        best += self.first
         picked = self.index.take(best), self.logs.take(best)
         self.logs.put(best, -np.inf)
         start, end, length = (x.take(best)[:, None] for x in (self.starts, self.ends, self.lengths))
+        overlap, union = self.overlap, self.union
         np.maximum(self.starts, start, out=union)
         np.minimum(self.ends, end, out=overlap)
         overlap -= union
@@ -243,9 +253,8 @@ def soft_nms(
     num_groups = len(rows.logs)
     picks: list[tuple[NDArray[np.int64], Floats]] = []
     while len(picks) < max_per_group and rows.logs.size:
-        overlap, union = np.empty_like(rows.starts), np.empty_like(rows.starts)
         rounds = min(ROUNDS_BETWEEN_COMPACTIONS, max_per_group - len(picks), rows.logs.shape[1])
-        picks += [rows.pick(penalty, overlap, union) for _ in range(rounds)]
+        picks += [rows.pick(penalty) for _ in range(rounds)]
         rows = rows.compacted(log_min)
     index, logs = (np.concatenate(column) for column in zip(*picks, strict=True))
     stays = logs >= log_min

@@ -12,7 +12,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +28,7 @@ from re2tal.localizers.transformer import Encoder, TransformerBlock
 from re2tal.structures import Action, Detections, Features, Pyramid, Timeline
 
 AGNOSTIC_CLASS = "action"
+Variant = Literal["opentad", "original"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class ActionFormerConfig:
 
     name: Literal["actionformer"] = "actionformer"
     """Which localizer this configures."""
-    variant: Literal["opentad", "original"] = "opentad"
+    variant: Variant = "opentad"
     """Whose numbers to give where the public implementations differ. "opentad": padding is blanked again after each
     norm, norms of convolutions add 1e-6, candidates are the best of the whole clip. "original": blanked before the norm
     only, 1e-5, the best of each level. Weights of one give wrong numbers under the other."""
@@ -87,6 +88,8 @@ class ActionFormerConfig:
     """Under "original", segments that are not longer than this go no further."""
 
     def __post_init__(self) -> None:
+        if self.variant not in get_args(Variant):
+            raise ValueError(f"unknown variant {self.variant!r}; known: {list(get_args(Variant))}")
         if self.channels % self.num_heads:
             raise ValueError(f"channels={self.channels} must be a multiple of num_heads={self.num_heads}")
         if self.kernel_size % 2 == 0:

@@ -178,6 +178,7 @@ def test_the_best_of_each_level_leave_out_what_is_too_short() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"variant": "opened"}, r"unknown variant 'opened'; known: \['opentad', 'original'\]"),
         ({"channels": 15}, "channels=15 must be a multiple of num_heads=2"),
         ({"kernel_size": 4}, "kernel_size=4 must be odd"),
         ({"max_num_steps": 30}, "max_num_steps=30 must be a multiple of 4"),

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from re2tal.localizers.actionformer import ActionFormer, ActionFormerConfig
-from re2tal.localizers.weights import Layout, export_weights, import_weights
+from re2tal.localizers.actionformer import ActionFormer, ActionFormerConfig, Variant
+from re2tal.localizers.weights import export_weights, import_weights
 
 TINY = ActionFormerConfig(channels=8, num_heads=2, max_num_steps=8, regression_ranges=((0, 4), (4, 100)))
 both_layouts = pytest.mark.parametrize("layout", ["opentad", "original"])
@@ -18,7 +18,7 @@ def build(seed: int) -> ActionFormer:
 
 
 @both_layouts
-def test_a_localizer_loads_what_another_exported(layout: Layout) -> None:
+def test_a_localizer_loads_what_another_exported(layout: Variant) -> None:
     first, second = build(0), build(1)
     public = export_weights(first, layout=layout)
     second.load_state_dict(import_weights(public, localizer=second, layout=layout))
@@ -27,7 +27,7 @@ def test_a_localizer_loads_what_another_exported(layout: Layout) -> None:
 
 
 @both_layouts
-def test_missing_and_left_over_weights_are_named(layout: Layout) -> None:
+def test_missing_and_left_over_weights_are_named(layout: Variant) -> None:
     localizer = build(0)
     public = export_weights(localizer, layout=layout)
     public["neck.fpn_norms.7.weight"] = public.pop("neck.fpn_norms.1.weight")
