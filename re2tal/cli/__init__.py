@@ -11,6 +11,8 @@ from functools import partial
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("re2tal.cli.demo:demo", "write a small data set of real videos to try everything on"),
     "train": ("re2tal.cli.train:train", "train and evaluate a detector"),
+    "detect": ("re2tal.cli.detect:detect", "find actions in video files or shards with a trained detector"),
+    "detect": ("re2tal.cli.detect:detect", "find actions in videos with a trained detector"),
     "evaluate": ("re2tal.cli.evaluate:evaluate", "score a results JSON against annotations"),
     "report": ("re2tal.cli.report:report", "draw what a run learned and found, on one page"),
 }

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from re2tal.evaluation.average_precision import mean_average_precision
-from re2tal.evaluation.ground_truth import read_ground_truth
+from re2tal.evaluation.ground_truth import as_one_class, read_ground_truth
 from re2tal.evaluation.protocols import TIOU_THRESHOLDS
 from re2tal.evaluation.recall import average_recall
 from re2tal.evaluation.results import read_results
@@ -32,6 +32,7 @@ def evaluate(
     ] = "thumos14",
     tiou_thresholds: tuple[float, ...] | None = None,
     blocked_videos: Path | None = None,
+    class_agnostic: bool = False,
     proposals: int | None = None,
     json: Path | None = None,
 ) -> None:
@@ -45,16 +46,19 @@ def evaluate(
         dataset: the data set whose customary thresholds to use
         tiou_thresholds: other thresholds than those
         blocked_videos: JSON list of video ids to leave out of both files
+        class_agnostic: score as if all labels, predicted and true, were one
         proposals: also print the average recall with up to so many detections per video, whatever their class
         json: also write the figures to this file
     """
     results = read_results(predictions)
-    truths = read_ground_truth(annotations, subset=subset)
+    truths, classes = read_ground_truth(annotations, subset=subset), results.classes
+    if class_agnostic:
+        truths, classes = as_one_class(truths, label="action"), ("action",) * len(classes)
     blocked = _read_blocked(blocked_videos) if blocked_videos else frozenset()
     report = mean_average_precision(
         results.predictions,
         truths,
-        classes=results.classes,
+        classes=classes,
         protocol=protocol,
         tiou_thresholds=tiou_thresholds or TIOU_THRESHOLDS[dataset],
         blocked_videos=blocked,
@@ -65,7 +69,7 @@ def evaluate(
         recall = average_recall(
             results.predictions,
             truths,
-            classes=results.classes,
+            classes=classes,
             protocol=protocol,
             proposals_per_video=proposals,
             blocked_videos=blocked,

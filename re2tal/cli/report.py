@@ -15,8 +15,9 @@ from pathlib import Path
 from re2tal.config import RunConfig, load_config
 from re2tal.data.shards import open_shards
 from re2tal.evaluation.average_precision import mean_average_precision
-from re2tal.evaluation.ground_truth import read_ground_truth
+from re2tal.evaluation.ground_truth import as_one_class, read_ground_truth
 from re2tal.evaluation.results import Results, read_results
+from re2tal.localizers.actionformer import AGNOSTIC_CLASS
 from re2tal.reporting.curves import draw_curves, read_metrics
 from re2tal.reporting.page import Picture, to_png, write_page
 from re2tal.reporting.timelines import draw_timeline
@@ -62,10 +63,13 @@ def report(
 
 
 def _truths(config: RunConfig, annotations: Path | None) -> Sequence[VideoRecord]:
+    """The true actions of the validation subset, all of one class if the run's localizer knows only one."""
     subset = config.data.validation_subset
     if annotations is not None:
-        return read_ground_truth(annotations, subset=subset)
-    return [video.record for video in open_shards(config.data.shards / subset).videos]
+        records = read_ground_truth(annotations, subset=subset)
+    else:
+        records = [video.record for video in open_shards(config.data.shards / subset).videos]
+    return as_one_class(records, label=AGNOSTIC_CLASS) if config.localizer.class_agnostic else records
 
 
 def _timelines(results: Results, records: Sequence[VideoRecord]) -> dict[str, Picture]:

@@ -10,7 +10,8 @@ part of every published number. Segments labelled "Ambiguous" (THUMOS-14) are no
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,13 @@ def read_ground_truth(path: Path | str, *, subset: str) -> list[VideoRecord]:
     if not records:
         raise ValueError(f"{path} has no video of subset {subset!r}; it has {sorted(subsets)}")
     return records
+
+
+def as_one_class(records: Sequence[VideoRecord], *, label: str) -> list[VideoRecord]:
+    """The same records with every action called `label`: the truth for a detector that doesn't tell classes apart."""
+    return [
+        replace(record, actions=tuple(replace(action, label=label) for action in record.actions)) for record in records
+    ]
 
 
 def _actions(where: str, annotations: Any) -> Iterator[Action]:

@@ -51,6 +51,18 @@ def test_recall_is_printed_on_request(tmp_path: Path, capsys: pytest.CaptureFixt
     )
 
 
+def test_class_agnostic_scores_segments_alone(tmp_path: Path) -> None:
+    truth = {"subset": "validation", "duration": 9, "annotations": [{"segment": [0, 4], "label": "jump"}]}
+    (tmp_path / "truth.json").write_text(json.dumps({"database": {"a": truth}}))
+    (tmp_path / "found.json").write_text(
+        json.dumps({"results": {"a": [{"segment": [0, 4], "label": "x", "score": 1}]}})
+    )
+    paths = {"predictions": tmp_path / "found.json", "annotations": tmp_path / "truth.json"}
+    for agnostic, expected in ((False, 0.0), (True, 1.0)):
+        evaluate(**paths, class_agnostic=agnostic, json=tmp_path / "figures.json")
+        assert json.loads((tmp_path / "figures.json").read_text())["average_map"] == expected
+
+
 def test_blocked_videos_are_left_out(tmp_path: Path) -> None:
     video_id = next(iter(json.loads(files(DATASETS[0])["annotations"].read_text())["database"]))
     (tmp_path / "blocked.json").write_text(json.dumps([video_id]))

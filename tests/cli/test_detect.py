@@ -1,0 +1,157 @@
+"""`re2tal detect` and `re2tal report` on a run folder with an untrained network: real videos, every step of the way."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from data.folders import indexed, write_shards
+from data.numbered import encode_numbered
+
+from re2tal.backbones import BackboneConfig
+from re2tal.cli.detect import detect, encoding_for, load_detector
+from re2tal.cli.report import report
+from re2tal.config import DataConfig, RunConfig, build_detector, save_config
+from re2tal.data.manifest import FramesPerSecond, FramesPerVideo
+from re2tal.data.stream import ClipConfig
+from re2tal.data.windows import ResizeWhole, Slide
+from re2tal.evaluation.results import read_results
+from re2tal.evaluation.suppression import SuppressionConfig
+from re2tal.localizers.actionformer import ActionFormerConfig
+from re2tal.structures import Action
+from re2tal.training.export import write_model
+
+CLASSES = ("jump", "run <fast>")
+
+
+def config(root: Path) -> RunConfig:
+    clips = ClipConfig(windowing=Slide(num_frames=16, frames_per_second=8.0), size=32, fit="stretch", workers=0)
+    localizer = ActionFormerConfig(
+        channels=16,
+        num_embedding_convs=1,
+        num_stem_blocks=1,
+        max_num_steps=8,
+        regression_ranges=((0, 4), (4, 10_000)),
+    )
+    return RunConfig(
+        name="tiny",
+        num_steps=8,
+        data=DataConfig(shards=root / "shards", clips=clips),
+        backbone=BackboneConfig(name="swin3d_nano"),
+        localizer=localizer,
+        suppression=SuppressionConfig(max_per_video=5),
+    )
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A run folder as training leaves it, with random weights, and two validation videos of 3 and 5 seconds."""
+    settings = config(tmp_path)
+    videos = {
+        name: (encode_numbered(int(seconds * 30)), indexed(int(seconds * 30), video_id=name, actions=actions))
+        for name, seconds, actions in (
+            ("first", 3, [Action(0.5, 1.5, CLASSES[0])]),
+            ("second", 5, [Action(1.0, 4.0, CLASSES[1])]),
+        )
+    }
+    write_shards(tmp_path / "shards" / "validation", videos, per_shard=1, classes=CLASSES)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    save_config(folder / "config.json", settings)
+    torch.manual_seed(0)
+    weights = build_detector(settings, CLASSES).state_dict()
+    write_model(folder / "model.safetensors", weights, classes=CLASSES)
+    rows = [{"step": step, "kind": "train", "loss": 1 / step, "lr/backbone": 1e-3} for step in (1, 2, 3)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def test_the_runs_own_validation_videos_are_detected_and_shown(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert detect(run=run, device="cpu", batch_size=2) == 0
+    results = read_results(run / "results.json")
+    assert list(results.predictions) == ["first", "second"]
+    assert set(results.classes) <= set(CLASSES)
+    for video_id, seconds in (("first", 3), ("second", 5)):
+        found = results.predictions[video_id]
+        assert 1 <= len(found) <= 5
+        assert found.segments.min() >= 0
+        assert found.segments.max() <= seconds
+    report(run=run)
+    page = (run / "report" / "index.html").read_text()
+    assert page.count("<img") == 3
+    assert "run &lt;fast&gt;" in page
+    assert "run <fast>" not in page
+    assert sorted(path.name for path in (run / "report" / "timelines").iterdir()) == [
+        "0000_first.png",
+        "0001_second.png",
+    ]
+    assert (run / "report" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "average mAP" in capsys.readouterr().out
+
+
+def test_the_size_of_a_batch_changes_nothing(run: Path, tmp_path: Path) -> None:
+    for size in (1, 3):
+        detect(run=run, device="cpu", batch_size=size, out=tmp_path / f"{size}.json")
+    one, three = (read_results(tmp_path / f"{size}.json").predictions for size in (1, 3))
+    for video_id in one:
+        torch.testing.assert_close(one[video_id].scores, three[video_id].scores, rtol=1e-4, atol=1e-6)
+
+
+def test_a_folder_of_videos_of_any_name_is_detected_and_bad_files_are_named(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "my videos"
+    folder.mkdir()
+    (folder / "a.b (1) $x.mp4").write_bytes(encode_numbered(75, fps=25))
+    (folder / "twin.mp4").write_bytes(encode_numbered(48, fps=24))
+    (folder / "twin.mov").write_bytes(encode_numbered(48, fps=24))
+    (folder / "broken.mp4").write_bytes(b"not a video")
+    (folder / "notes.txt").write_text("not looked at")
+    assert detect(run=run, videos=folder, device="cpu") == 1
+    results = read_results(run / "detections.json")
+    assert sorted(results.predictions) == ["a.b (1) $x", "twin.mov", "twin.mp4"]
+    assert results.predictions["a.b (1) $x"].segments.max() <= 3
+    assert "left out: broken.mp4: " in capsys.readouterr().err
+
+
+def test_the_backbones_first_weights_are_not_needed(run: Path, tmp_path: Path) -> None:
+    settings = config(tmp_path)
+    elsewhere = replace(settings, backbone=replace(settings.backbone, weights="/elsewhere/swin.pth"))
+    detector = load_detector(run, elsewhere)
+    assert detector.localizer.classes == CLASSES
+
+
+def test_clips_say_how_videos_are_stored() -> None:
+    slide = encoding_for(ClipConfig(windowing=Slide(frames_per_second=15.0), size=223))
+    assert (slide.sampling, slide.short_side) == (FramesPerSecond(15.0), 224)
+    whole = encoding_for(ClipConfig(windowing=ResizeWhole(num_frames=768), size=160))
+    assert (whole.sampling, whole.short_side) == (FramesPerVideo(768), 160)
+
+
+def test_what_cannot_be_done_is_said(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "x.mp4").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"--videos .* and --shards .* were both given"):
+        detect(run=run, videos=tmp_path, shards=tmp_path)
+    with pytest.raises(ValueError, match=r"empty holds no video file; wanted one of \.mp4"):
+        detect(run=run, videos=tmp_path / "empty", device="cpu")
+    with pytest.raises(ValueError, match=r"absent is not a folder"):
+        detect(run=run, videos=tmp_path / "absent", device="cpu")
+    with pytest.raises(ValueError, match=r"none of the 1 videos in .*broken can be used; .*x\.mp4 is empty"):
+        detect(run=run, videos=tmp_path / "broken", device="cpu")
+    with pytest.raises(FileNotFoundError, match=r"config\.json is not a file"):
+        detect(run=tmp_path / "empty")
+    with pytest.raises(FileNotFoundError, match=r"results\.json is not a file"):
+        report(run=run)
+
+
+def test_annotations_may_come_from_a_file(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    detect(run=run, device="cpu")
+    annotation = {"subset": "validation", "duration": 3, "annotations": [{"segment": [0, 1], "label": "jump"}]}
+    (tmp_path / "truth.json").write_text(json.dumps({"database": {"../first": annotation}}))
+    report(run=run, annotations=tmp_path / "truth.json")
+    assert [path.name for path in (run / "report" / "timelines").iterdir()] == ["0000____first.png"]
