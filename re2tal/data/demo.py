@@ -27,6 +27,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
 
 from re2tal.strict_json import read_json, write_json
 from re2tal.structures import Action, VideoRecord
@@ -147,8 +148,8 @@ def _write_video(folder: Path, seed: int, job: tuple[str, int]) -> tuple[str, di
         stream.height, stream.width = scene.background.shape[:2]
         stream.pix_fmt = "yuv420p"
         stream.thread_count = 1
-        for picture in scene.frames():
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        for number in range(len(scene.shifts)):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(scene.frame(number), format="rgb24")))
         container.mux(stream.encode(None))
     partial_file.replace(path)
     return record.video_id, {
@@ -203,14 +204,13 @@ class Scene:
     actors: tuple[Actor, ...]
     """dots first, so that objects cover them"""
 
-    def frames(self) -> Iterator[np.ndarray]:
-        """Every frame in order, (H, W, 3) uint8 RGB."""
-        for number, shift in enumerate(self.shifts):
-            frame = np.roll(self.background, shift, axis=(0, 1))
-            for actor in self.actors:
-                if 0 <= number - actor.first < len(actor.centres):
-                    actor.sprite.paste(frame, actor.centres[number - actor.first])
-            yield frame
+    def frame(self, number: int) -> np.ndarray:
+        """(H, W, 3) uint8 RGB."""
+        picture = np.roll(self.background, self.shifts[number], axis=(0, 1))
+        for actor in self.actors:
+            if 0 <= number - actor.first < len(actor.centres):
+                actor.sprite.paste(picture, actor.centres[number - actor.first])
+        return picture
 
 
 def draw_scene(*, subset: str, number: int, seed: int) -> Scene:
@@ -333,9 +333,10 @@ def _sprite(
     x, y = cosine * columns + sine * rows, cosine * rows - sine * columns
     inside = shape(x, y)[..., None]
     fine = np.concatenate([np.where(pattern(x, y)[..., None], *colours) * inside, inside], axis=-1)
-    shifts = [slice(PHASES - shift, PHASES - shift + pixels * PHASES) for shift in range(PHASES)]
-    shifted = np.stack([[fine[down, right] for right in shifts] for down in shifts])
-    layers = shifted.reshape(PHASES, PHASES, pixels, PHASES, pixels, PHASES, 4).mean(axis=(3, 5)).astype(np.float32)
+    half = sliding_window_view(fine, PHASES, axis=0).mean(axis=-1)
+    pixel_means = sliding_window_view(half, PHASES, axis=1).mean(axis=-1)
+    starts = [slice(PHASES - shift, PHASES - shift + pixels * PHASES, PHASES) for shift in range(PHASES)]
+    layers = np.stack([[pixel_means[down, right] for right in starts] for down in starts]).astype(np.float32)
     return Sprite(layers[..., :3], layers[..., 3:])
 
 
