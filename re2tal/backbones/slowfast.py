@@ -6,7 +6,7 @@
 
 The joint features are the spatial means of both, slow channels first, each resampled to one step per `frames_per_step`
 frames as Re2TAL does it (linear, sample centres). Parameter names are mmaction2's; its laterals have neither norm nor
-activation.
+activation, those of pytorchvideo have both.
 
 Rewired, a stage's first block (it changes the width) stays an ordinary block, and ReLU moves from behind the addition
 into the branch, so that what is added can be subtracted again: x + relu(F(x)) instead of relu(x + F(x)). That changes
@@ -45,6 +45,7 @@ class SlowFast(VideoBackbone):
         speed_ratio: int = 4,
         channel_ratio: int = 8,
         fusion_kernel: int = 7,
+        lateral_norm: bool = False,
         frames_per_step: int = 2,
         block: type[Bottleneck],
     ) -> None:
@@ -55,6 +56,7 @@ class SlowFast(VideoBackbone):
         speed_ratio: the paper's alpha, how many times as many frames the fast pathway sees.
         channel_ratio: the paper's 1 / beta, how many times as few channels it has.
         fusion_kernel: length of the lateral convolutions, in frames of the fast pathway.
+        lateral_norm: whether batch norm and ReLU follow them, as in pytorchvideo.
         frames_per_step: how many frames one step of the features stands for; it divides `slow_stride`.
         block: `Bottleneck`, or `InnerReluBottleneck` for a network whose branches are to be rewired.
         """
@@ -70,7 +72,8 @@ class SlowFast(VideoBackbone):
         self.frames_per_step = frames_per_step
         fast_channels = base_channels // channel_ratio
         fast_widths = [fast_channels, *(fast_channels * EXPANSION * 2**index for index in range(3))]
-        laterals = [Lateral(width, 2 * width, kernel=fusion_kernel, stride=speed_ratio) for width in fast_widths]
+        lateral = NormedLateral if lateral_norm else Lateral
+        laterals = [lateral(width, 2 * width, kernel=fusion_kernel, stride=speed_ratio) for width in fast_widths]
         self.slow_path = Pathway(
             base_channels, depths=depths, kernels=(1, 1, 3, 3), stem_kernel=1, laterals=laterals, block=block
         )
@@ -174,6 +177,18 @@ class Lateral(nn.Module):
         return self.conv(x)
 
 
+class NormedLateral(Lateral):
+    """The same with batch norm and ReLU behind it."""
+
+    def __init__(self, in_channels: int, out_channels: int, *, kernel: int, stride: int) -> None:
+        super().__init__(in_channels, out_channels, kernel=kernel, stride=stride)
+        self.bn = nn.BatchNorm3d(out_channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, c, T, H, W) -> (B, C, T / stride, H, W)."""
+        return F.relu_(self.bn(self.conv(x)))
+
+
 class ConvNorm(nn.Module):
     """Convolution (stride in space only, same padding), batch norm, and ReLU where asked for."""
 
@@ -251,13 +266,16 @@ def _(block: Bottleneck) -> str:
     return "it changes width or resolution"
 
 
-# Depths and rates of the paper; a clip there has 64 frames at a stride of 2, which makes tau 4 of 32 frames "8x8".
+# Depths and rates of the paper: "8x8" is 8 slow frames out of 64, which a clip of 32 frames, every second one, reaches
+# with tau 4. The last two rows are for pytorchvideo's weights.
 SIZES: dict[str, dict] = {
     "slowfast_nano": {"depths": (2, 2, 2, 2), "base_channels": 16, "channel_ratio": 4},
     "slowfast_r50_4x16": {"depths": (3, 4, 6, 3), "slow_stride": 8, "speed_ratio": 8, "fusion_kernel": 5},
     "slowfast_r50_8x8": {"depths": (3, 4, 6, 3)},
     "slowfast_r101_4x16": {"depths": (3, 4, 23, 3), "slow_stride": 8, "speed_ratio": 8, "fusion_kernel": 5},
     "slowfast_r101_8x8": {"depths": (3, 4, 23, 3)},
+    "slowfast_r50_8x8_pytorchvideo": {"depths": (3, 4, 6, 3), "lateral_norm": True},
+    "slowfast_r101_8x8_pytorchvideo": {"depths": (3, 4, 23, 3), "fusion_kernel": 5, "lateral_norm": True},
 }
 
 

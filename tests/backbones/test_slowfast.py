@@ -15,7 +15,7 @@ from re2tal.backbones.weights import export_state, load_weights
 from re2tal.rewire import RewiringConfig, rewire
 
 
-def slowfast(*, block: type[Bottleneck] = Bottleneck, seed: int = 0, **arguments: int) -> SlowFast:
+def slowfast(*, block: type[Bottleneck] = Bottleneck, seed: int = 0, **arguments: int | bool) -> SlowFast:
     torch.manual_seed(seed)
     settings = {"depths": (1, 3, 2, 2), "base_channels": 8, "channel_ratio": 4} | arguments
     network = SlowFast(**settings, block=block)
@@ -33,18 +33,19 @@ def clip(frames: int = 16) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.mark.parametrize(
     ("name", "millions"),
-    # Published with a 400-way classifier (0.92) and norms in the laterals (0.001), neither of which is ours. The R101
-    # with these figures has laterals of 5 frames; mmaction2's, and so ours, have 7 (0.086 more).
+    # pytorchvideo's model zoo counts a 400-way classifier (0.922), which is not ours. mmaction2's laterals have no norm
+    # (0.001 less); those of its R101 span 7 frames instead of 5 (0.086 more).
     [
-        ("slowfast_r50_4x16", 34.48 - 0.92),
-        ("slowfast_r50_8x8", 34.57 - 0.92),
-        ("slowfast_r101_8x8", 62.83 - 0.92 + 0.086),
+        ("slowfast_r50_8x8_pytorchvideo", 34.57 - 0.922),
+        ("slowfast_r101_8x8_pytorchvideo", 62.83 - 0.922),
+        ("slowfast_r50_8x8", 34.57 - 0.922),
+        ("slowfast_r101_8x8", 62.83 - 0.922 + 0.086),
     ],
 )
 def test_sizes_have_the_published_number_of_parameters(name: str, millions: float) -> None:
     with torch.device("meta"):
         network = SlowFast(**SIZES[name], block=Bottleneck)
-    assert sum(parameter.numel() for parameter in network.parameters()) / 1e6 == pytest.approx(millions, abs=0.02)
+    assert sum(parameter.numel() for parameter in network.parameters()) / 1e6 == pytest.approx(millions, abs=0.005)
     assert network.out_channels == 2304
 
 
@@ -130,13 +131,40 @@ def test_relu_moves_only_where_branches_are_rewired(unit: str, kind: type[Bottle
 @pytest.mark.parametrize("layout", KEY_LAYOUTS, ids=lambda layout: layout.name)
 @pytest.mark.parametrize("prefix", ["", "backbone.model.backbone."])
 def test_every_layout_comes_back_as_it_was_written(tmp_path, layout, prefix: str) -> None:
-    source, target = slowfast(), slowfast(seed=1)
-    head = {prefix + "cls_head.fc_cls.weight": torch.ones(5, 320)}
+    lateral_norm = layout.name == "pytorchvideo"
+    source, target = slowfast(lateral_norm=lateral_norm), slowfast(lateral_norm=lateral_norm, seed=1)
+    head = {
+        prefix + {"pytorchvideo": "blocks.6.proj"}.get(layout.name, "cls_head.fc_cls") + ".weight": torch.ones(5, 320)
+    }
     state = {prefix + key: value for key, value in export_state(source, layout=layout).items()}
     save_file(state | head, tmp_path / "weights.safetensors")
     report = load_weights(target, tmp_path / "weights.safetensors", layouts=KEY_LAYOUTS)
     assert (report.layout, report.prefix, report.ignored) == (layout.name, prefix, tuple(head))
     assert all(torch.equal(value, target.state_dict()[key]) for key, value in source.state_dict().items())
+
+
+def test_layouts_name_entries_as_their_code_bases_do() -> None:
+    network = slowfast(lateral_norm=True)
+    exported = {layout.name: set(export_state(network, layout=layout)) for layout in KEY_LAYOUTS}
+    assert {
+        "slow_path.layer1.0.downsample.conv.weight",
+        "fast_path.layer2.1.conv3.bn.running_var",
+        "slow_path.layer3_lateral.conv.weight",
+    } <= exported["mmaction2"]
+    assert {
+        "slow_path.layer1.blocks.0.downsample.conv.weight",
+        "slow_path.layer1.blocks.0.Fm.conv2.conv.weight",
+        "fast_path.layer2.blocks.1.inv_block.Fm.conv3.bn.running_var",
+        "slow_path.layer3_lateral.conv.weight",
+    } <= exported["OpenTAD Re2SlowFast"]
+    assert {
+        "blocks.0.multipathway_blocks.1.norm.num_batches_tracked",
+        "blocks.0.multipathway_fusion.conv_fast_to_slow.weight",
+        "blocks.1.multipathway_blocks.0.res_blocks.0.branch1_conv.weight",
+        "blocks.1.multipathway_blocks.0.res_blocks.0.branch1_norm.bias",
+        "blocks.2.multipathway_blocks.1.res_blocks.1.branch2.norm_c.running_var",
+        "blocks.3.multipathway_fusion.norm.weight",
+    } <= exported["pytorchvideo"]
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 from re2tal.backbones.base import steps_mask
 from re2tal.backbones.shifted_windows import WindowTables, partition, restore, window_kinds, window_regions
 from re2tal.backbones.swin3d import SIZES, DropPath, VideoSwin
+from re2tal.rewire import RewiringConfig, rewire
 
 
 @pytest.mark.parametrize(
@@ -107,3 +108,32 @@ def test_impossible_drop_path_is_refused(rate: float) -> None:
 def test_a_step_is_valid_where_any_of_its_frames_is() -> None:
     mask = torch.tensor([[True, True, True, False, False], [False, True, False, False, True]])
     assert steps_mask(mask, frames_per_step=2).tolist() == [[True, True, False], [True, False, True]]
+
+
+def test_rebuilding_replays_drop_path() -> None:
+    """The same draws forwards and in the rebuild, new ones each step, and as many as the network that keeps all."""
+    frames, mask = torch.randn(4, 3, 6, 20, 20, dtype=torch.float64), torch.ones(4, 6, dtype=torch.bool)
+    gradients, values = [], []
+    for recompute in (True, False):
+        torch.manual_seed(0)
+        swin = VideoSwin(embed_dim=8, depths=(2, 2), num_heads=(2, 2), window=(2, 3, 3), drop_path=0.5).double()
+        rewire(swin, config=RewiringConfig(recompute=recompute))
+        steps = [swin(frames, mask).values for _ in range(2)]
+        sum(step.square().sum() for step in steps).backward()
+        values.append([*steps, torch.rand(1)])
+        gradients.append([parameter.grad for parameter in swin.parameters()])
+    assert not torch.equal(values[0][0], values[0][1])
+    for rebuilt, kept in zip(values[0] + gradients[0], values[1] + gradients[1], strict=True):
+        torch.testing.assert_close(rebuilt, kept, rtol=1e-10, atol=1e-12)
+
+
+def test_bfloat16_autocast_stays_near_float32() -> None:
+    torch.manual_seed(0)
+    swin = VideoSwin(embed_dim=16, depths=(2, 2), num_heads=(2, 2), window=(2, 3, 3))
+    frames, mask = torch.randn(1, 3, 6, 44, 44), torch.ones(1, 6, dtype=torch.bool)
+    exact = swin(frames, mask).values
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = swin(frames, mask).values
+    rounded.sum().backward()
+    assert float((rounded.float() - exact).abs().max() / exact.abs().max()) < 0.03
+    assert all(parameter.grad.dtype == torch.float32 for parameter in swin.parameters())
