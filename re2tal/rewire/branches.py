@@ -31,8 +31,8 @@ class Branch:
     name: str
     """What it does, for reports and errors: "attention"."""
     function: Callable[..., Tensor]
-    """(block, x, *what else the block is called with) -> what the block adds to x. It takes the block, and holds none, so
-    that a copied network uses its own parameters."""
+    """(block, x, *what else the block is called with) -> what the block adds to x. It takes the block, and holds none,
+    so that a copied network uses its own parameters."""
     through_block: bool = False
     """Whether it uses parameters that belong to the block itself, not to a module inside. It is then run inside a call
     of the block, because ZeRO-3 gathers a module's own parameters when that module is called."""
@@ -51,7 +51,7 @@ def residual_branches(block: nn.Module) -> tuple[Branch, ...]:
 @singledispatch
 def why_not_residual(block: nn.Module) -> str:
     """Why `residual_branches(block)` is (), in words for a report. Register it where there is more to say."""
-    if residual_branches.dispatch(type(block)) is residual_branches.dispatch(object):
+    if _registered_type(block) is object:
         return f"nothing is registered for {type(block).__name__}"
     return f"this {type(block).__name__} does not add to its input"
 
@@ -60,3 +60,22 @@ def why_not_residual(block: nn.Module) -> str:
 def wrap_output(block: nn.Module, x: Tensor) -> Any:
     """`x` in the form in which `block` returns it. Register it for blocks that return more than their hidden state."""
     return x
+
+
+def usable_branches(block: nn.Module) -> tuple[tuple[Branch, ...], str]:
+    """The branches of `block`, or () and why it has none.
+
+    A subclass with a `forward` of its own is no longer the block that its parent's registration describes.
+    """
+    registered = _registered_type(block)
+    if getattr(registered, "forward", None) not in (None, type(block).forward):
+        return (
+            (),
+            f"{type(block).__name__} changes the forward of {registered.__name__}, so it needs its own registration",
+        )
+    branches = residual_branches(block)
+    return branches, "" if branches else why_not_residual(block)
+
+
+def _registered_type(block: nn.Module) -> type:
+    return next(kind for kind in type(block).__mro__ if kind in residual_branches.registry)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from re2tal.rewire.branches import residual_branches, why_not_residual
+from re2tal.rewire.branches import usable_branches
 from re2tal.rewire.stage import RewiredStage, RewiringConfig
 
 
@@ -78,25 +78,28 @@ def rewire(model: nn.Module, *, config: RewiringConfig | None = None) -> RewireR
     """
     if any(isinstance(module, RewiredStage) for module in model.modules()):
         raise ValueError(f"this {type(model).__name__} is rewired already; call unrewire(model) first")
-    if isinstance(model, nn.Sequential | nn.ModuleList) and any(map(residual_branches, model)):
+    if isinstance(model, nn.Sequential | nn.ModuleList) and _has_residual_blocks(model):
         raise ValueError(f"this {type(model).__name__} is itself a container of blocks; rewire a module that holds it")
-    reports = []
-    for place in list(_containers(model)):
-        reports.append(_report(place))
-        if reports[-1].rewired_blocks:
-            setattr(place.parent, place.name, RewiredStage(place.container, config or RewiringConfig()))
-    report = RewireReport(tuple(reports))
-    if not any(stage.rewired_blocks for stage in reports):
+    places = list(_containers(model))
+    report = RewireReport(tuple(map(_report, places)))
+    if not any(stage.rewired_blocks for stage in report.stages):
         raise ValueError(
             f"nothing in this {type(model).__name__} could be rewired; register residual_branches for its type of block"
-            + (f":\n{report}" if reports else ": it holds no nn.Sequential or nn.ModuleList of blocks")
+            + (f":\n{report}" if places else ": it holds no nn.Sequential or nn.ModuleList of blocks")
         )
+    stages: dict[nn.Module, RewiredStage] = {}  # a container may hang in several places
+    for place, stage in zip(places, report.stages, strict=True):
+        if stage.rewired_blocks:
+            if place.container not in stages:
+                stages[place.container] = RewiredStage(place.container, config or RewiringConfig())
+            setattr(place.parent, place.name, stages[place.container])
     return report
 
 
 def unrewire(model: nn.Module) -> None:
     """Puts the containers back that `rewire` replaced; ValueError where there is none."""
-    stages = [(name, module) for name, module in model.named_modules() if isinstance(module, RewiredStage)]
+    modules = list(model.named_modules(remove_duplicate=False))
+    stages = [(path, module) for path, module in modules if isinstance(module, RewiredStage)]
     if not stages:
         raise ValueError(f"this {type(model).__name__} is not rewired")
     for path, stage in stages:
@@ -106,15 +109,21 @@ def unrewire(model: nn.Module) -> None:
 
 def _containers(parent: nn.Module, prefix: str = "") -> Iterator[_Place]:
     """The containers of residual blocks, and those of what looks like blocks but is not known to be residual."""
-    for name, child in parent.named_children():
+    for name, child in parent._modules.items():
+        if child is None:
+            continue
         path = f"{prefix}{name}"
-        if isinstance(child, nn.Sequential | nn.ModuleList) and any(map(residual_branches, child)):
+        if isinstance(child, nn.Sequential | nn.ModuleList) and _has_residual_blocks(child):
             yield _Place(parent, name, path, child)
             continue
         inner = list(_containers(child, f"{path}."))
         if not inner and isinstance(child, nn.Sequential | nn.ModuleList) and _looks_like_blocks(child):
             inner = [_Place(parent, name, path, child)]
         yield from inner
+
+
+def _has_residual_blocks(container: nn.Sequential | nn.ModuleList) -> bool:
+    return any(usable_branches(child)[0] for child in container)
 
 
 def _looks_like_blocks(container: nn.Sequential | nn.ModuleList) -> bool:
@@ -124,26 +133,32 @@ def _looks_like_blocks(container: nn.Sequential | nn.ModuleList) -> bool:
 
 def _report(place: _Place) -> StageReport:
     blocks = dict(place.container.named_children())
-    kinds = dict.fromkeys(" + ".join(branch.name for branch in residual_branches(block)) for block in blocks.values())
-    own_code = _own_code(place.container)
-    if own_code:
-        return StageReport(place.path, len(blocks), 0, (), (own_code,))
+    reason = _why_not_replaceable(place.container)
+    if reason:
+        return StageReport(place.path, len(blocks), 0, (), (reason,))
+    kinds: dict[str, int] = {}
     reasons: dict[str, list[str]] = {}
     for name, block in blocks.items():
-        if not residual_branches(block):
-            reasons.setdefault(why_not_residual(block), []).append(name)
+        branches, reason = usable_branches(block)
+        if branches:
+            kind = " + ".join(branch.name for branch in branches)
+            kinds[kind] = kinds.get(kind, 0) + 1
+        else:
+            reasons.setdefault(reason, []).append(name)
     return StageReport(
         name=place.path,
         blocks=len(blocks),
-        rewired_blocks=len(blocks) - sum(map(len, reasons.values())),
-        branches=tuple(kind for kind in kinds if kind),
+        rewired_blocks=sum(kinds.values()),
+        branches=tuple(kinds),
         left_alone=tuple(f"{', '.join(names)}: {reason}" for reason, names in reasons.items()),
     )
 
 
-def _own_code(container: nn.Module) -> str:
-    """Why a subclass of a container cannot be replaced, or "" where it does nothing but hold or run its children."""
+def _why_not_replaceable(container: nn.Module) -> str:
+    """Why a container must stay, or "" where it does nothing but hold, or run, its children."""
     kind = nn.Sequential if isinstance(container, nn.Sequential) else nn.ModuleList
-    if all(getattr(type(container), method) is getattr(kind, method) for method in ("forward", "__iter__")):
-        return ""
-    return f"{type(container).__name__} runs its blocks in a way of its own"
+    if any(getattr(type(container), method) is not getattr(kind, method) for method in ("forward", "__iter__")):
+        return f"{type(container).__name__} runs its blocks in a way of its own"
+    if container._forward_hooks or container._forward_pre_hooks or container._backward_hooks:
+        return f"this {type(container).__name__} has hooks, which would be lost: rewire first, then register them"
+    return ""

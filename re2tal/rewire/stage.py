@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from re2tal.reversible import run_reversibly
 from re2tal.reversible.engine import Merge
 from re2tal.reversible.precision import Grid
-from re2tal.rewire.branches import Branch, residual_branches, wrap_output
+from re2tal.rewire.branches import Branch, usable_branches, wrap_output
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,8 @@ class RewiringConfig:
     def __post_init__(self) -> None:
         if self.unit not in ("branch", "block"):
             raise ValueError(f"unknown unit {self.unit!r}; known: ['block', 'branch']")
+        if self.merge not in get_args(Merge):
+            raise ValueError(f"unknown merge {self.merge!r}; known: {list(get_args(Merge))}")
         if self.segment is not None and self.segment < 1:
             raise ValueError(f"segment is {self.segment}; give at least 1 unit, or None for no cut")
 
@@ -61,6 +63,7 @@ class RewiredStage(nn.Module):
         super().__init__()
         self.config = config
         self._plain = (plain,)  # in a tuple, so that it is not a submodule: its children are ours
+        self.training = plain.training
         for name, block in plain.named_children():
             self.add_module(name, block)
 
@@ -69,7 +72,7 @@ class RewiredStage(nn.Module):
         if self.config.recompute and torch.is_grad_enabled():
             _refuse_gradients(args, kwargs)
         output: Any = x
-        for residual, group in groupby(self.children(), key=lambda block: bool(residual_branches(block))):
+        for residual, group in groupby(self.children(), key=lambda block: bool(usable_branches(block)[0])):
             blocks = list(group)
             if residual:
                 output = wrap_output(blocks[-1], self._run(blocks, _hidden(output), args, kwargs))
@@ -97,12 +100,13 @@ class RewiredStage(nn.Module):
             return [_Unit(type(block).__name__, partial(_whole, block, args, kwargs))]
         return [
             _Unit(f"{type(block).__name__} {branch.name}", partial(_part, block, branch, args, kwargs))
-            for branch in residual_branches(block)
+            for branch in usable_branches(block)[0]
         ]
 
     def plain(self) -> nn.Module:
         """The container that this stage stands for, with this stage's blocks in it."""
         (plain,) = self._plain
+        plain.training = self.training
         for name, block in self.named_children():
             plain.add_module(name, block)
         return plain

@@ -1,0 +1,218 @@
+"""What a rewired stage computes, and how it behaves in the place of a container."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from rewire.networks import CHANNELS, Block, Caller, PostNorm, ScaledBlock, frames, seeded, walker
+from torch import nn
+
+from re2tal.rewire import Branch, RewiringConfig, residual_branches, rewire, unrewire
+
+CLOSE = {"rtol": 1e-12, "atol": 1e-12}
+
+
+def coupled(functions, x):
+    previous = current = x
+    for function in functions:
+        previous, current = current, previous + function(current)
+    return (previous + current) / 2
+
+
+def gradients(net, *args):
+    net.zero_grad()
+    output = net(*args)
+    output.square().sum().backward()
+    return [output.detach(), *(parameter.grad for parameter in net.parameters() if parameter.grad is not None)]
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+def test_a_list_that_is_walked_along_gets_its_mask_in_every_branch(recompute) -> None:
+    net, x = walker(Block, Block, Block), frames()
+    mask = (torch.arange(16) < 9).double().expand(2, 16)
+    h = net.stem(x)
+    wanted = coupled([lambda z, f=f, b=b: f(b, z, mask) for b in net.layers for f in (Block.mix, Block.transform)], h)
+    rewire(net, config=RewiringConfig(recompute=recompute))
+    torch.testing.assert_close(net(x, mask), wanted, **CLOSE)
+
+
+def test_a_stage_runs_what_is_not_residual_in_between() -> None:
+    net, x = seeded(Caller), frames()
+    first, second, third, fourth, block = net.stages[0]
+    h = coupled([second.branch, third.branch], first(net.stem(x)))
+    wanted = coupled([block.mix, block.transform], fourth(h))
+    rewire(net)
+    torch.testing.assert_close(net.stages[0](net.stem(x)), wanted, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"segment": 3}, {"unit": "block"}, {"unit": "block", "merge": "extrapolate", "segment": 2}]
+)
+def test_forgetting_activations_changes_no_gradient(config) -> None:
+    nets = [walker(Block, Block, ScaledBlock, PostNormList, Block) for _ in range(2)]
+    for net, recompute in zip(nets, (True, False), strict=True):
+        rewire(net, config=RewiringConfig(recompute=recompute, **config))
+    forgotten, kept = (gradients(net, frames()) for net in nets)
+    assert len(forgotten) == len(list(nets[0].parameters())) + 1
+    for found, wanted in zip(forgotten, kept, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+
+
+class PostNormList(PostNorm):
+    def forward(self, x, mask=None):
+        return super().forward(x)
+
+
+@pytest.mark.parametrize("segment", [1, 2])
+@pytest.mark.parametrize("kinds", [(Block,) * 4, (Block, ScaledBlock, PostNormList, ScaledBlock, Block, Block)])
+def test_extrapolated_segments_of_two_whole_blocks_are_the_network_before_rewiring(segment, kinds) -> None:
+    net, x = walker(*kinds), frames()
+    wanted = gradients(net, x)
+    rewire(net, config=RewiringConfig(unit="block", merge="extrapolate", segment=segment))
+    for found, want in zip(gradients(net, x), wanted, strict=True):
+        torch.testing.assert_close(found, want, rtol=1e-10, atol=1e-10)
+
+
+def test_extrapolated_segments_of_two_branches_are_the_network_before_rewiring() -> None:
+    """Of one block with two branches: x + F(x) + G(x + F(x)) either way."""
+    net, x = walker(Block, Block, Block), frames()
+    wanted = net(x)
+    rewire(net, config=RewiringConfig(merge="extrapolate", segment=2))
+    torch.testing.assert_close(net(x), wanted, rtol=1e-11, atol=1e-11)
+
+
+def test_segments_merge_after_so_many_branches() -> None:
+    net, x = walker(Block, Block), frames()
+    functions = [lambda z, f=f, b=b: f(b, z) for b in net.layers for f in (Block.mix, Block.transform)]
+    wanted = coupled(functions[3:], coupled(functions[:3], net.stem(x)))
+    rewire(net, config=RewiringConfig(segment=3))
+    torch.testing.assert_close(net(x), wanted, **CLOSE)
+
+
+@pytest.mark.parametrize("unit", ["branch", "block"])
+def test_the_output_has_the_form_of_the_last_block(unit) -> None:
+    net = walker(Block, ScaledBlock)
+    rewire(net, config=RewiringConfig(unit=unit))
+    hidden, rest = net.layers(net.stem(frames()))
+    assert hidden.shape == (2, 16, CHANNELS)
+    assert rest is None
+
+
+def test_a_branch_with_parameters_of_the_block_runs_inside_a_call_of_the_block() -> None:
+    net, called = walker(ScaledBlock), []
+    block = net.layers[0]
+    block.register_forward_pre_hook(lambda module, args: called.append(True))
+    rewire(net)
+    net(frames()).sum().backward()
+    assert len(called) == 2  # once in forward, once in the rebuild
+    assert "forward" not in vars(block)
+    assert block.scale.grad is not None
+
+
+def test_a_forward_that_somebody_put_on_the_block_is_put_back() -> None:
+    net = walker(ScaledBlock)
+    block = net.layers[0]
+    own = block.forward = lambda x, mask=None: (x, None)
+    rewire(net)
+    net(frames())
+    assert block.forward is own
+
+
+def test_the_forward_is_put_back_when_the_branch_fails() -> None:
+    net = walker(ScaledBlock)
+    rewire(net)
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        net.layers(torch.ones(2, 3, CHANNELS + 1, dtype=torch.float64))
+    assert "forward" not in vars(net.layers.get_submodule("0"))
+
+
+def test_a_copy_uses_its_own_parameters() -> None:
+    """As an average of weights does."""
+    net = walker(Block, ScaledBlock)
+    rewire(net)
+    other, x = copy.deepcopy(net), frames()
+    wanted = net(x)
+    with torch.no_grad():
+        for parameter in net.parameters():
+            parameter.add_(1)
+    assert torch.equal(other(x), wanted)
+    assert not torch.equal(net(x), wanted)
+
+
+def test_a_move_to_other_numbers_reaches_the_blocks_in_either_form() -> None:
+    net = walker(Block, Block)
+    rewire(net)
+    assert net.float()(frames().float()).dtype == torch.float32
+    unrewire(net)
+    assert net(frames().float()).dtype == torch.float32
+
+
+def test_further_arguments_that_want_a_gradient_are_refused() -> None:
+    net, x = walker(Block), frames()
+    mask = torch.ones(2, 16, dtype=torch.float64, requires_grad=True)
+    rewire(net)
+    with pytest.raises(ValueError, match=r"a further argument that wants a gradient.* set recompute=False"):
+        net(x, mask)
+    with torch.no_grad():
+        net(x, mask)
+    plain = walker(Block)
+    rewire(plain, config=RewiringConfig(recompute=False))
+    plain(x, mask).sum().backward()
+    assert mask.grad is not None
+
+
+def test_blocks_of_a_stage_cannot_be_run_one_by_one() -> None:
+    net = walker(Block, Block)
+    rewire(net)
+    stage = net.layers
+    assert len(stage) == 2
+    assert list(stage) == [stage]
+    assert stage[:2] is stage
+    assert stage[:] is stage
+    for index in (0, slice(1), slice(None, None, -1)):
+        with pytest.raises(TypeError, match=r"runs as a whole, so .* of its 2 blocks cannot be taken out"):
+            stage[index]
+
+
+class Crooked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(CHANNELS, 3)
+
+    def forward(self, x, mask=None):
+        return x
+
+
+@residual_branches.register
+def _(block: Crooked) -> tuple[Branch, ...]:
+    return (Branch("narrowing", lambda block, x, mask=None: block.f(x)),)
+
+
+def test_an_error_names_the_block_and_its_branch() -> None:
+    net = walker(Block, Crooked)
+    rewire(net)
+    with pytest.raises(
+        ValueError, match=r"branch 2 \(Crooked narrowing\) turns .* shape \(2, 16, 8\) into \(2, 16, 3\)"
+    ):
+        net(frames())
+
+
+def test_a_frozen_stage_keeps_nothing() -> None:
+    net = walker(Block, Block).requires_grad_(False)
+    rewire(net)
+    assert not net(frames()).requires_grad
+    net.stem.requires_grad_(True)
+    net(frames()).sum().backward()
+    assert net.stem.weight.grad is not None
+    assert all(parameter.grad is None for parameter in net.layers.parameters())
+
+
+def test_a_stage_prints_its_configuration_and_blocks() -> None:
+    net = walker(Block, ScaledBlock)
+    rewire(net, config=RewiringConfig(segment=4))
+    lines = repr(net.layers).splitlines()
+    assert lines[0] == "RewiredStage("
+    assert "segment=4" in lines[1]
+    assert lines[2].strip() == "(0): Block("
