@@ -6,8 +6,9 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 run=${RUN:-runs/quickstart}
-[[ -f demo_data/videos/annotations.json ]] || re2tal demo --out demo_data/videos
-re2tal shards build --videos demo_data/videos --annotations demo_data/videos/annotations.json --out demo_data/shards
+re2tal demo --out demo_data
+re2tal shards build --dataset demo --videos demo_data/videos --annotations demo_data/annotations.json \
+    --out demo_data/shards
 
 # One process per GPU; without a GPU, one process per two cores would idle half the machine, so one per core.
 ranks=$(python -c 'import os, torch; print(torch.cuda.device_count() or min(2, os.cpu_count()))')

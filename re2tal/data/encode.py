@@ -31,6 +31,9 @@ MAX_ASPECT = 8
 MAX_COMPARED = 16
 MAX_DIFFERENCE = 1.0
 """Mean levels (of 255) between two decodings of one frame: they differ in how chroma is brought to full size only."""
+# FFmpeg pads a row of RGB to 96, 192 or 288 bytes; where that is a multiple of the width, decord takes it for wider
+# pixels and gives an error. Found by trying all widths to 130; none above 72 can be concerned.
+_REFUSED_WIDTHS = frozenset({2, 4, 6, 8, 12, 16, 24, 48, 72})
 # Turns a frame by its rotation, degrees anticlockwise.
 _TURNS = {90: ("transpose", "cclock"), 180: ("rotate", "PI"), 270: ("transpose", "clock")}
 
@@ -145,8 +148,8 @@ def _write(target: Path, pictures: Iterator[av.VideoFrame], *, rate: Fraction, e
 def _add_stream(
     container: OutputContainer, picture: av.VideoFrame, *, rate: Fraction, encoding: Encoding
 ) -> VideoStream:
-    # cpu-independent: without it x264's vector code reads memory that nobody wrote, and 60 encodings of one video gave a
-    # dozen different files. With more than one thread the bits would depend on the machine's number of cores.
+    # cpu-independent: without it x264's vector code reads memory that nobody wrote, and 60 encodings of one video gave
+    # a dozen different files. With more than one thread the bits would depend on the machine's number of cores.
     x264 = f"keyint={encoding.gop}:min-keyint={encoding.gop}:scenecut=0:open-gop=0:threads=1:cpu-independent=1"
     options = {"preset": encoding.preset, "tune": "fastdecode", "crf": str(encoding.crf), "x264-params": x264}
     stream = container.add_stream("libx264", rate=rate, options=options)
@@ -185,12 +188,15 @@ def _scaling_graph(frame: av.VideoFrame, size: tuple[int, int]) -> av.filter.Gra
 
 
 def stored_size(displayed: tuple[int, int], *, short_side: int) -> tuple[int, int]:
-    """(width, height) after scaling the shorter side to `short_side`, both even."""
+    """(width, height), both even, with a shorter side of `short_side` or of what the source has, if that is less."""
     width, height = displayed
     if max(displayed) > MAX_ASPECT * min(displayed):
         raise ValueError(f"its picture of {width}x{height} is longer than {MAX_ASPECT} times its short side; crop it")
-    scale = Fraction(short_side, min(displayed))
-    return 2 * round(width * scale / 2), 2 * round(height * scale / 2)
+    scale = min(Fraction(1), Fraction(short_side, min(displayed)))
+    width, height = max(2, 2 * round(width * scale / 2)), max(2, 2 * round(height * scale / 2))
+    while width in _REFUSED_WIDTHS:
+        width += 2
+    return width, height
 
 
 def check_normalised(path: Path, expected: Normalised) -> None:

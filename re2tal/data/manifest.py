@@ -83,7 +83,7 @@ class Encoding:
     sampling: FramesPerSecond | FramesPerVideo
     """Which frames are kept."""
     short_side: Annotated[int, Field(ge=16, le=2160, multiple_of=2)] = 256
-    """Pixels of the shorter side; the other side follows, rounded to an even number."""
+    """Pixels of the shorter side, for videos that have more; the other side follows, rounded to an even number."""
     gop: Positive = 64
     """Frames from one key frame to the next; decoding slows down below (more restarts) and above (longer seeks)."""
     crf: Count = 23

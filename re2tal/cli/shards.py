@@ -1,0 +1,252 @@
+"""`re2tal shards build | verify | list`: videos and annotations in, training data out."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+from tqdm import tqdm
+
+from re2tal.data.annotations import Annotations, read_annotations
+from re2tal.data.build import BuildConfig, BuiltSubset, build_shards, find_videos
+from re2tal.data.catalog import DatasetSpec, find_dataset
+from re2tal.data.manifest import Encoding, FramesPerSecond, FramesPerVideo, Rejection
+from re2tal.data.probe import probe_video
+from re2tal.data.shards import open_shards
+from re2tal.data.verify import damage
+from re2tal.strict_json import read_json
+from re2tal.structures import VideoRecord
+
+TOO_MANY_REJECTED, DAMAGED = 3, 4
+"""Exit statuses."""
+MAX_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """Normalise videos and pack them with their annotations into shards, one folder per subset.
+
+    Safe to stop and to run again: finished shards are kept. Exit status 3 if more than --max-rejected of a subset's
+    videos cannot be used (the shards are complete without them), 2 for wrong input.
+    """
+
+    videos: Path
+    """Folder of video files called ID.mp4 or v_ID.mp4 (or .mkv, .webm, .avi, ...)."""
+    annotations: Path
+    """JSON in the layout of ActivityNet or of one of the common THUMOS14 files."""
+    out: Path
+    """Folder to write to; each subset gets a folder in it."""
+    dataset: str = "own"
+    """Row of the catalog that gives the defaults: own, demo, activitynet, thumos14."""
+    subsets: tuple[str, ...] = ()
+    """Subsets to build; all that have annotated actions if none is named."""
+    fps: float | None = None
+    """Store so many frames per second instead of what the catalog says."""
+    frames: int | None = None
+    """Store every video as so many frames instead."""
+    short_side: int | None = None
+    """Pixels of the shorter side instead of what the catalog says; smaller videos keep their size."""
+    blocked: Path | None = None
+    """Ids to leave out, beside those that the catalog names: a JSON list, or a text file with one per line."""
+    invalid_segments: Literal["refuse", "drop"] = "refuse"
+    """What to do with segments that are reversed, empty, negative, or longer than the video."""
+    videos_per_shard: int | None = None
+    """By default so that there are 32 shards or more, of 4 to 64 videos."""
+    seed: int = 0
+    """Of the order of the videos in the shards."""
+    workers: int | None = None
+    """Processes that encode; by default one per core that this process may use."""
+    part: str = "0/1"
+    """i/n builds the i-th (from 0) of n parts, for machines that share a disk; the last to end writes the manifest."""
+    max_rejected: float = 0.05
+    """Share of a subset's videos that may be unusable without the exit status saying so."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verify:
+    """Read every byte of shard folders and compare it with what was built. Exit status 4 if anything differs."""
+
+    folders: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of one subset each."""
+
+
+@dataclass(frozen=True, slots=True)
+class List:
+    """Say what shard folders hold."""
+
+    folders: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of one subset each."""
+
+
+def shards(command: Annotated[Build | Verify | List, tyro.conf.arg(name="")]) -> int:
+    """Build shards from videos, verify them, or list what they hold."""
+    match command:
+        case Build():
+            return build(command)
+        case Verify():
+            return verify(command.folders)
+        case List():
+            return describe(command.folders)
+
+
+def build(options: Build) -> int:
+    """Build the subsets; gives the exit status."""
+    spec = find_dataset(options.dataset)
+    if not 0 <= options.max_rejected <= 1:
+        raise ValueError(f"--max-rejected is {options.max_rejected}; give a share from 0 to 1")
+    config = _config(options, spec)
+    annotations = _annotations(options, spec)
+    status = 0
+    for subset in options.subsets or _annotated_subsets(annotations):
+        built = _build_with_bar(options, annotations, subset, config)
+        status = max(status, _report(built, subset=subset, max_rejected=options.max_rejected))
+    return status
+
+
+def verify(folders: Sequence[Path]) -> int:
+    """Print what is damaged; gives the exit status."""
+    status = 0
+    for folder in folders:
+        opened = open_shards(folder)
+        problems = list(damage(opened))
+        for problem in problems:
+            print(problem, file=sys.stderr)
+        state = f"{len(problems)} problems" if problems else "every byte as it was built"
+        print(f"{folder}: {len(opened.videos)} videos in {len(opened.manifest.shards)} shards, {state}")
+        status = DAMAGED if problems else status
+    return status
+
+
+def describe(folders: Sequence[Path]) -> int:
+    """Print a line or two per folder; gives the exit status."""
+    for folder in folders:
+        manifest = open_shards(folder).manifest
+        totals = manifest.totals
+        match manifest.encoding.sampling:
+            case FramesPerSecond(fps):
+                sampling = f"{fps:g} frames per second"
+            case FramesPerVideo(num_frames):
+                sampling = f"{num_frames} frames per video"
+        print(
+            f"{folder}: {manifest.dataset} {manifest.subset}, {totals.videos} videos, {totals.seconds / 3600:.2f} h, "
+            f"{sampling}, short side {manifest.encoding.short_side}, {len(manifest.classes)} classes, "
+            f"{len(manifest.shards)} shards, {totals.num_bytes / 1e6:.1f} MB, {len(manifest.rejected)} rejected"
+        )
+    return 0
+
+
+def _config(options: Build, spec: DatasetSpec) -> BuildConfig:
+    part_index, num_parts = _part(options.part)
+    for name, value in (("--videos-per-shard", options.videos_per_shard), ("--workers", options.workers)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; give 1 or more")
+    return BuildConfig(
+        dataset=options.dataset,
+        encoding=_encoding(options, spec.encoding),
+        file_names=spec.file_names,
+        blocked=spec.blocked | _blocked(options.blocked),
+        videos_per_shard=options.videos_per_shard,
+        seed=options.seed,
+        workers=options.workers or len(os.sched_getaffinity(0)),
+        part_index=part_index,
+        num_parts=num_parts,
+    )
+
+
+def _part(text: str) -> tuple[int, int]:
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise ValueError(f"--part is {text!r}; give i/n with i from 0 to n - 1, such as 0/4")
+    return int(index), int(count)
+
+
+def _encoding(options: Build, encoding: Encoding) -> Encoding:
+    if options.fps is not None and options.frames is not None:
+        raise ValueError(f"--fps {options.fps} and --frames {options.frames} exclude each other; give one of them")
+    if options.fps is not None:
+        if not 0 < options.fps <= 240:
+            raise ValueError(f"--fps is {options.fps}; give a rate above 0, at most 240")
+        encoding = replace(encoding, sampling=FramesPerSecond(options.fps))
+    if options.frames is not None:
+        if options.frames < 1:
+            raise ValueError(f"--frames is {options.frames}; give 1 or more")
+        encoding = replace(encoding, sampling=FramesPerVideo(options.frames))
+    if options.short_side is not None:
+        if not 16 <= options.short_side <= 2160 or options.short_side % 2:
+            raise ValueError(f"--short-side is {options.short_side}; give an even number from 16 to 2160")
+        encoding = replace(encoding, short_side=options.short_side)
+    return encoding
+
+
+def _blocked(path: Path | None) -> frozenset[str]:
+    if path is None:
+        return frozenset()
+    if path.suffix != ".json":
+        return frozenset(line.strip() for line in path.read_text().splitlines() if line.strip())
+    ids = read_json(path)
+    if not isinstance(ids, list) or not all(isinstance(video_id, str) for video_id in ids):
+        raise ValueError(f"{path} is not a JSON list of video ids; give one, or a text file with one id per line")
+    return frozenset(ids)
+
+
+def _annotations(options: Build, spec: DatasetSpec) -> Annotations:
+    def measured(video_id: str) -> float:
+        found = find_videos(options.videos, [video_id], file_names=spec.file_names)
+        if not found:
+            raise ValueError(f"there is no file of this name in {options.videos}")
+        return float(probe_video(found[video_id]).duration_seconds)
+
+    annotations = read_annotations(
+        options.annotations, classes=spec.classes, invalid_segments=options.invalid_segments, duration_of=measured
+    )
+    for count, what in (
+        (annotations.num_ambiguous, 'segments labelled "Ambiguous" skipped'),
+        (annotations.num_clipped, "segments that end a little after their video cut to its end"),
+        (annotations.num_dropped, "invalid segments dropped"),
+    ):
+        if count:
+            print(f"{options.annotations}: {count} {what}")
+    return annotations
+
+
+def _annotated_subsets(annotations: Annotations) -> list[str]:
+    return [name for name, records in annotations.subsets.items() if any(record.actions for record in records)]
+
+
+def _build_with_bar(options: Build, annotations: Annotations, subset: str, config: BuildConfig) -> BuiltSubset:
+    with tqdm(unit="video", desc=subset, disable=not sys.stderr.isatty()) as bar:
+
+        def on_video(record: VideoRecord, rejection: Rejection | None) -> None:
+            bar.update()
+
+        return build_shards(
+            annotations, videos=options.videos, out=options.out, subset=subset, config=config, on_video=on_video
+        )
+
+
+def _report(built: BuiltSubset, *, subset: str, max_rejected: float) -> int:
+    """Print what became of a subset; gives the exit status."""
+    for rejection in built.rejected[:MAX_SHOWN]:
+        print(f"rejected {rejection.video_id}: {rejection.reason}", file=sys.stderr)
+    if len(built.rejected) > MAX_SHOWN:
+        print(f"and {len(built.rejected) - MAX_SHOWN} more; all in {built.folder}/manifest.json", file=sys.stderr)
+    if not built.is_complete:
+        print(
+            f"{subset}: {built.num_missing_shards} of {built.num_shards} shards are still to be built; run the other "
+            "parts, or this command without --part"
+        )
+        return 0
+    describe([built.folder])
+    if built.rejected_share > max_rejected:
+        print(
+            f"{subset}: {len(built.rejected)} of {built.num_videos} videos cannot be used, more than the share of "
+            f"{max_rejected:g} that --max-rejected allows",
+            file=sys.stderr,
+        )
+        return TOO_MANY_REJECTED
+    return 0
