@@ -135,9 +135,7 @@ class _Reversible(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor, run: _Run, owner: nn.Module | None) -> Tensor:
         del anchor
-        ctx.run, ctx.autocast, ctx.spent = run, AutocastState.now(x.device), False
-        ctx.x_dtype = x.dtype
-        ctx.draws = []
+        ctx.run, ctx.autocast, ctx.draws, ctx.spent = run, AutocastState.now(x.device), [], False
 
         def record(branch: BranchFunction, state: Tensor) -> Tensor:
             before = GeneratorState.now(state.device)
