@@ -13,7 +13,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "shards": ("re2tal.cli.shards:shards", "pack videos and annotations into training data"),
     "train": ("re2tal.cli.train:train", "train and evaluate a detector"),
     "detect": ("re2tal.cli.detect:detect", "find actions in video files or shards with a trained detector"),
-    "detect": ("re2tal.cli.detect:detect", "find actions in videos with a trained detector"),
     "evaluate": ("re2tal.cli.evaluate:evaluate", "score a results JSON against annotations"),
     "report": ("re2tal.cli.report:report", "draw what a run learned and found, on one page"),
 }
