@@ -6,12 +6,14 @@ from collections.abc import Callable, Sequence
 
 from re2tal.localizers.actionformer import ActionFormer, ActionFormerConfig
 from re2tal.localizers.base import Localizer
+from re2tal.localizers.vsgn import VSGN, VSGNConfig
 
-LocalizerConfig = ActionFormerConfig
-"""What a localizer is built from; a union once there are several."""
+LocalizerConfig = ActionFormerConfig | VSGNConfig
+"""What a localizer is built from; `name` tells them apart."""
 
 LOCALIZERS: dict[str, Callable[..., Localizer]] = {
     "actionformer": ActionFormer,
+    "vsgn": VSGN,
 }
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from re2tal.localizers.base import Localizer
 from re2tal.localizers.candidates import Candidates, best_of_clip, best_of_each_level
+from re2tal.localizers.class_map import ClassMap
 from re2tal.localizers.heads import Head, RegressionHead
 from re2tal.localizers.losses import RunningCount, diou_loss, sigmoid_focal_loss
 from re2tal.localizers.masked import ChannelNorm, MaskedConv
@@ -27,7 +28,6 @@ from re2tal.localizers.points import assign_targets, decode, pyramid_points
 from re2tal.localizers.transformer import Encoder, TransformerBlock
 from re2tal.structures import Action, Detections, Features, Pyramid, Timeline
 
-AGNOSTIC_CLASS = "action"
 Variant = Literal["opentad", "original"]
 
 
@@ -153,12 +153,10 @@ class ActionFormer(Localizer[ActionFormerOutputs]):
 
     def __init__(self, config: ActionFormerConfig, *, in_channels: int, classes: Sequence[str]) -> None:
         super().__init__()
-        if not classes or len(set(classes)) != len(classes):
-            raise ValueError(f"classes must be distinct and at least one, got {list(classes)}")
         self.config = config
         self.in_channels = in_channels
-        self.classes = (AGNOSTIC_CLASS,) if config.class_agnostic else tuple(classes)
-        self._label_ids = {label: 0 if config.class_agnostic else i for i, label in enumerate(classes)}
+        self.class_map = ClassMap(classes, agnostic=config.class_agnostic)
+        self.classes = self.class_map.classes
 
         opentad = config.variant == "opentad"
         norm_eps = 1e-6 if opentad else 1e-5
@@ -251,21 +249,9 @@ class ActionFormer(Localizer[ActionFormerOutputs]):
         )
 
     def _targets(self, points: Tensor, actions: Sequence[Action], timeline: Timeline) -> tuple[Tensor, Tensor]:
-        steps = [[timeline.to_steps(a.start_seconds), timeline.to_steps(a.end_seconds)] for a in actions]
-        labels = [self._label_id(action.label) for action in actions]
         return assign_targets(
             points,
-            torch.tensor(steps, dtype=points.dtype, device=points.device).reshape(-1, 2),
-            torch.tensor(labels, dtype=torch.int64, device=points.device),
+            *self.class_map.encode(actions, timeline, device=points.device),
             num_classes=len(self.classes),
             centre_radius=self.config.centre_radius,
         )
-
-    def _label_id(self, label: str) -> int:
-        try:
-            return self._label_ids[label]
-        except KeyError:
-            raise ValueError(
-                f"an action is labelled {label!r}, which is not among the {len(self._label_ids)} classes of this "
-                f"localizer: {list(self._label_ids)}; build it with the classes of the annotations"
-            ) from None

@@ -1,19 +1,35 @@
-"""ActionFormer weights under the names of the public implementations, both ways.
+"""Weights under the names of the public implementations, both ways.
 
-OpenTAD's checkpoints and those of the original ActionFormer hold the same layers under other names, and some vectors
-as (1, C, 1). Build the localizer with the `variant` that the weights were trained with.
+OpenTAD's checkpoints and those of the original ActionFormer hold the same layers as ours under other names, and some
+vectors as (1, C, 1). Build an ActionFormer with the `variant` that the weights were trained with.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from torch import Tensor
 
 from re2tal.localizers.actionformer import ActionFormer, Variant
+from re2tal.localizers.losses import RunningCount
+from re2tal.localizers.vsgn import VSGN
 
-_COUNT = "positives.units"
+
+@dataclass(frozen=True)
+class NameMap:
+    """How a public implementation names what ours names otherwise."""
+
+    renames: tuple[tuple[str, str], ...]
+    """(pattern, replacement), applied in order to our names"""
+    prefixes: tuple[str, ...]
+    """of the localizer's entries among those of a whole detector"""
+    columns: str = "(?!)"
+    """pattern of our names of vectors of C numbers that it stores as (1, C, 1)"""
+    absent: str = "(?!)"
+    """pattern of our names of what it does not store"""
+
 
 _BLOCK = (
     (r"\.attention_norm\.", ".ln1."),
@@ -26,61 +42,90 @@ _BLOCK = (
     (r"\.mlp_path\.", ".drop_path_mlp."),
     (r"^level_norms\.", "neck.fpn_norms."),
 )
-_RENAMES: dict[str, tuple[tuple[str, str], ...]] = {
-    "opentad": (
-        (r"^encoder\.embedding\.", "projection.embed."),
-        (r"^encoder\.(stem|branch)\.", r"projection.\1."),
-        (r"^classifier\.convs\.", "rpn_head.cls_convs."),
-        (r"^classifier\.output\.", "rpn_head.cls_head."),
-        (r"^regressor\.convs\.", "rpn_head.reg_convs."),
-        (r"^regressor\.output\.", "rpn_head.reg_head."),
-        (r"^regressor\.scales\.", "rpn_head.scale."),
-        (r"^positives\.units$", "rpn_head.loss_normalizer"),
-        *_BLOCK,
+_MAPS: dict[tuple[type, str], NameMap] = {
+    (ActionFormer, "opentad"): NameMap(
+        renames=(
+            (r"^encoder\.embedding\.", "projection.embed."),
+            (r"^encoder\.(stem|branch)\.", r"projection.\1."),
+            (r"^classifier\.convs\.", "rpn_head.cls_convs."),
+            (r"^classifier\.output\.", "rpn_head.cls_head."),
+            (r"^regressor\.convs\.", "rpn_head.reg_convs."),
+            (r"^regressor\.output\.", "rpn_head.reg_head."),
+            (r"^regressor\.scales\.", "rpn_head.scale."),
+            (r"^positives\.units$", "rpn_head.loss_normalizer"),
+            *_BLOCK,
+        ),
+        prefixes=("projection.", "neck.", "rpn_head."),
+        columns=r"_path\.scale$",
     ),
-    "original": (
-        (r"^encoder\.embedding\.(\d+)\.conv\.", r"backbone.embd.\1.conv."),
-        (r"^encoder\.embedding\.(\d+)\.norm\.", r"backbone.embd_norm.\1."),
-        (r"^encoder\.(stem|branch)\.", r"backbone.\1."),
-        (r"^classifier\.convs\.(\d+)\.conv\.", r"cls_head.head.\1.conv."),
-        (r"^classifier\.convs\.(\d+)\.norm\.", r"cls_head.norm.\1."),
-        (r"^classifier\.output\.", "cls_head.cls_head.conv."),
-        (r"^regressor\.convs\.(\d+)\.conv\.", r"reg_head.head.\1.conv."),
-        (r"^regressor\.convs\.(\d+)\.norm\.", r"reg_head.norm.\1."),
-        (r"^regressor\.output\.", "reg_head.offset_head.conv."),
-        (r"^regressor\.scales\.", "reg_head.scale."),
-        *_BLOCK,
+    (ActionFormer, "original"): NameMap(
+        renames=(
+            (r"^encoder\.embedding\.(\d+)\.conv\.", r"backbone.embd.\1.conv."),
+            (r"^encoder\.embedding\.(\d+)\.norm\.", r"backbone.embd_norm.\1."),
+            (r"^encoder\.(stem|branch)\.", r"backbone.\1."),
+            (r"^classifier\.convs\.(\d+)\.conv\.", r"cls_head.head.\1.conv."),
+            (r"^classifier\.convs\.(\d+)\.norm\.", r"cls_head.norm.\1."),
+            (r"^classifier\.output\.", "cls_head.cls_head.conv."),
+            (r"^regressor\.convs\.(\d+)\.conv\.", r"reg_head.head.\1.conv."),
+            (r"^regressor\.convs\.(\d+)\.norm\.", r"reg_head.norm.\1."),
+            (r"^regressor\.output\.", "reg_head.offset_head.conv."),
+            (r"^regressor\.scales\.", "reg_head.scale."),
+            *_BLOCK,
+        ),
+        prefixes=("backbone.", "neck.", "cls_head.", "reg_head."),
+        columns=r"_path\.scale$|norms?\.(\d+\.)?(weight|bias)$",
+        absent=r"^positives\.units$",
+    ),
+    (VSGN, "opentad"): NameMap(
+        renames=(
+            (r"^encoder\.stem\.", "projection.stem_convs."),
+            (r"^encoder\.levels\.(\d+)\.graph\.linear\.", r"projection.pyramid_convs.\1.nconv1.mlp."),
+            (r"^encoder\.levels\.(\d+)\.temporal\.", r"projection.pyramid_convs.\1.tconv1."),
+            (r"^encoder\.levels\.", "projection.pyramid_convs."),
+            (r"^decoder\.top\.", "neck.levels_transit."),
+            (r"^decoder\.laterals\.", "neck.levels_enc."),
+            (r"^decoder\.ups\.", "neck.levels_dec."),
+            (r"^decoder\.fuses\.", "neck.levels_fuse."),
+            (r"^classifier\.tower\.", "rpn_head.cls_tower."),
+            (r"^classifier\.output\.", "rpn_head.cls_head."),
+            (r"^regressor\.tower\.", "rpn_head.reg_tower."),
+            (r"^regressor\.output\.", "rpn_head.reg_head."),
+            (r"^boundaries\.(start|end)\.", r"roi_head.\1_conv."),
+            (r"^evaluation\.branches\.(\d+)\.0\.", r"rpn_head.tem_head.tem.\1.0.conv."),
+            (r"^evaluation\.branches\.(\d+)\.2\.", r"rpn_head.tem_head.tem.\1.1.conv."),
+        ),
+        prefixes=("projection.", "neck.", "rpn_head.", "roi_head."),
+        absent=r"^positives\.",
     ),
 }
-_PREFIXES = {
-    "opentad": ("projection.", "neck.", "rpn_head."),
-    "original": ("backbone.", "neck.", "cls_head.", "reg_head."),
-}
-# Own names of the vectors of C numbers that a layout stores as (1, C, 1).
-_COLUMNS = {"opentad": r"_path\.scale$", "original": r"_path\.scale$|norms?\.(\d+\.)?(weight|bias)$"}
 
 
-def public_name(name: str, layout: Variant) -> str:
-    """The name that `layout` has for the parameter or buffer that `ActionFormer.state_dict()` calls `name`."""
-    for pattern, replacement in _RENAMES[layout]:
+def public_name(name: str, *, localizer: ActionFormer | VSGN, layout: Variant) -> str:
+    """The name that `layout` has for the parameter or buffer that the localizer's `state_dict()` calls `name`."""
+    for pattern, replacement in _name_map(localizer, layout).renames:
         name = re.sub(pattern, replacement, name)
     return name
 
 
-def import_weights(state: Mapping[str, Tensor], *, localizer: ActionFormer, layout: Variant) -> dict[str, Tensor]:
+def import_weights(
+    state: Mapping[str, Tensor], *, localizer: ActionFormer | VSGN, layout: Variant
+) -> dict[str, Tensor]:
     """A public checkpoint as a state dict for `localizer.load_state_dict`.
 
-    Tensors outside the localizer, such as a video backbone's, are passed over. The original keeps no running count of
-    positives: the localizer's own stays. Raises ValueError for weights that are missing, left over or of another size.
+    Tensors outside the localizer, such as a video backbone's, are passed over; running counts of positives that the
+    checkpoint does not hold stay the localizer's own. Raises ValueError for weights that are missing, left over or of
+    another size.
     """
     own = localizer.state_dict()
-    names = {public_name(name, layout): name for name in own if name != _COUNT or layout == "opentad"}
-    found = {name for name in state if name.startswith(_PREFIXES[layout])}
+    name_map = _name_map(localizer, layout)
+    stored = [name for name in own if not re.search(name_map.absent, name)]
+    names = {public_name(name, localizer=localizer, layout=layout): name for name in stored}
+    found = {name for name in state if name.startswith(name_map.prefixes)}
     missing, left_over = sorted(names.keys() - found), sorted(found - names.keys())
     if missing or left_over:
         raise ValueError(
-            f"these are not the {layout} weights of this ActionFormer: missing {_some(missing)}, left over "
-            f"{_some(left_over)}; check `layout`, and the config's levels, blocks and convolutions"
+            f"these are not the {layout} weights of this {type(localizer).__name__}: missing {_some(missing)}, left "
+            f"over {_some(left_over)}; check `layout`, and the config's levels, blocks and convolutions"
         )
     for public, name in names.items():
         if state[public].numel() != own[name].numel():
@@ -88,27 +133,34 @@ def import_weights(state: Mapping[str, Tensor], *, localizer: ActionFormer, layo
                 f"{public} is {tuple(state[public].shape)}, {name} is {tuple(own[name].shape)}; check the config's "
                 "channels, `in_channels` and the number of classes"
             )
-        tensor = state[public]
-        if name == _COUNT:
-            tensor = (tensor.double() * localizer.positives.UNITS).round()
+        tensor = state[public] if name != _COUNT else (state[public].double() * RunningCount.UNITS).round()
         own[name] = tensor.reshape(own[name].shape).to(own[name].dtype)
     return own
 
 
-def export_weights(localizer: ActionFormer, *, layout: Variant) -> dict[str, Tensor]:
+def export_weights(localizer: ActionFormer | VSGN, *, layout: Variant) -> dict[str, Tensor]:
     """The localizer's weights under the names and shapes of `layout`: the inverse of `import_weights`."""
-    public = {}
+    name_map, public = _name_map(localizer, layout), {}
     for name, tensor in localizer.state_dict().items():
+        if re.search(name_map.absent, name):
+            continue
         if name == _COUNT:
-            if layout == "original":
-                continue
-            tensor = localizer.positives.value()
-        if re.search(_COLUMNS[layout], name):
+            tensor = tensor.double().div(RunningCount.UNITS).float()
+        elif re.search(name_map.columns, name):
             tensor = tensor[None, :, None]
-        elif name.startswith("regressor.scales."):
-            tensor = tensor[0]
-        public[public_name(name, layout)] = tensor
+        public[public_name(name, localizer=localizer, layout=layout)] = tensor
     return public
+
+
+_COUNT = "positives.units"
+
+
+def _name_map(localizer: ActionFormer | VSGN, layout: Variant) -> NameMap:
+    try:
+        return _MAPS[type(localizer), layout]
+    except KeyError:
+        known = [layout for kind, layout in _MAPS if kind is type(localizer)]
+        raise ValueError(f"unknown layout {layout!r} for {type(localizer).__name__}; known: {known}") from None
 
 
 def _some(names: list[str]) -> str:

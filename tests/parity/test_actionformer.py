@@ -171,7 +171,10 @@ def test_losses_and_gradients_of_a_training_step(name: str, layout: str, dtype: 
     assert localizer.positives.value().item() == pytest.approx(reference[3], rel=LOSS_TOLERANCE)
 
     losses["total"].backward()
-    gradients = {public_name(key, layout): parameter.grad for key, parameter in localizer.named_parameters()}
+    gradients = {
+        public_name(key, localizer=localizer, layout=layout): parameter.grad
+        for key, parameter in localizer.named_parameters()
+    }
     ours = np.isin(case.arrays["param_names"], list(gradients))
     assert ours.sum() == len(gradients)
     per_parameter = {key: value[ours] for key, value in case.arrays.items() if key.startswith("param_")}

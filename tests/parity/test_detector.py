@@ -135,7 +135,8 @@ def test_losses_and_gradients_of_a_training_step(name: str, recompute: bool, dty
     video, own = video_names(case), dict(detector.backbone.named_parameters())
     gradients = {theirs: own[ours].grad for theirs, ours in video.items() if ours in own}
     gradients |= {
-        public_name(key, "opentad"): parameter.grad for key, parameter in detector.localizer.named_parameters()
+        public_name(key, localizer=detector.localizer, layout="opentad"): parameter.grad
+        for key, parameter in detector.localizer.named_parameters()
     }
     arrays = dict(case.arrays)
     arrays.setdefault("param_grad_probe", arrays["param_grad_probe_f64"])
