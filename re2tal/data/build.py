@@ -221,7 +221,7 @@ def _build_in_parallel(plans: Sequence[ShardPlan], folder: Path, *, config: Buil
     stop = threading.Event()
 
     def work() -> None:
-        with Isolated() as isolated, tempfile.TemporaryDirectory(prefix=".work-", dir=folder) as scratch:
+        with Isolated() as isolated, tempfile.TemporaryDirectory(prefix="re2tal-shards-") as scratch:
             builder = ShardBuilder(folder, Path(scratch), config.encoding, isolated, on_video, stop)
             while not (stop.is_set() or waiting.empty()):
                 try:
@@ -279,11 +279,9 @@ def _finish(
 def _remove_leftovers(folder: Path, plans: Sequence[ShardPlan]) -> None:
     """Remove what killed builds and builds of other file sets left in a folder that is now complete."""
     names = {plan.name for plan in plans}
-    for path in [*folder.glob("shard-*.tar"), *folder.glob(".shard-*.tmp"), *folder.glob(".work-*/*")]:
+    for path in [*folder.glob("shard-*.tar"), *folder.glob(".shard-*.tmp")]:
         if path.name not in names:
             path.unlink(missing_ok=True)
-    for path in folder.glob(".work-*"):
-        path.rmdir()
     for path in (folder / REPORTS).glob("*.json"):
         if path.name.removesuffix(".json") not in names:
             path.unlink(missing_ok=True)
