@@ -13,6 +13,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from re2tal.backbones.base import BackboneConfig, VideoBackbone, steps_mask
 from re2tal.backbones.shifted_windows import (
@@ -30,6 +31,10 @@ from re2tal.structures import Features
 
 # Added to the logits of token pairs that are not neighbours; in float32, exp(-100) vanishes beside any other weight.
 MASKED_LOGIT = -100
+
+# Those that take a bias that wants a gradient. Left to itself torch may choose another one where no gradient is wanted,
+# and a rebuilt activation would not be the same bits as the forgotten one.
+ATTENTION_KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class VideoSwin(VideoBackbone):
@@ -230,7 +235,8 @@ class WindowAttention(nn.Module):
     def _attend(self, qkv: Tensor, bias: Tensor) -> Tensor:
         """(3, windows, B, heads, tokens, c) and (heads, tokens, tokens) -> (windows, B, tokens, heads * c)."""
         q, k, v = qkv.flatten(1, 2)
-        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+        with sdpa_kernel(ATTENTION_KERNELS):
+            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return attended.transpose(1, 2).flatten(2).unflatten(0, qkv.shape[1:3])
 
 
