@@ -17,7 +17,7 @@ from re2tal.data.shards import open_shards
 from re2tal.evaluation.average_precision import mean_average_precision
 from re2tal.evaluation.ground_truth import as_one_class, read_ground_truth
 from re2tal.evaluation.results import Results, read_results
-from re2tal.localizers.actionformer import AGNOSTIC_CLASS
+from re2tal.localizers.class_map import AGNOSTIC_CLASS
 from re2tal.reporting.curves import draw_curves, read_metrics
 from re2tal.reporting.page import Picture, to_png, write_page
 from re2tal.reporting.timelines import draw_timeline
