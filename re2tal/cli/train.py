@@ -1,11 +1,11 @@
 """`re2tal train`, or launch/train.py under a launcher: train a detector, evaluate it, write what came out.
 
-    runs/NAME/config.json        the whole configuration; `--config` starts from it again
-              metrics.jsonl      and tensorboard/: the course of the run
-              checkpoints/       to --resume from
-              model.safetensors  float32 weights (the moving average, if there is one) and class names
-              results.json       detections on the validation subset
-              summary.json       mAP and times
+runs/NAME/config.json        the whole configuration; `--config` starts from it again
+          metrics.jsonl      and tensorboard/: the course of the run
+          checkpoints/       to --resume from
+          model.safetensors  float32 weights (the moving average, if there is one) and class names
+          results.json       detections on the validation subset
+          summary.json       mAP and times
 """
 
 from __future__ import annotations
@@ -32,12 +32,20 @@ from re2tal.distributed import World, is_main, main_process_first, resolve_world
 from re2tal.evaluation.average_precision import MapReport, mean_average_precision
 from re2tal.evaluation.results import write_results
 from re2tal.inference import predict
-from re2tal.localizers.actionformer import AGNOSTIC_CLASS
+from re2tal.localizers.class_map import AGNOSTIC_CLASS
 from re2tal.recipes import RECIPES, find_recipe
 from re2tal.strict_json import write_json
 from re2tal.structures import ClipBatch, Detections, VideoRecord
 from re2tal.training.checkpoint import CheckpointStore
-from re2tal.training.engine import Engine, build_engine, gather_weights, join, leave, resolve_deepspeed_config, zero_stage
+from re2tal.training.engine import (
+    Engine,
+    build_engine,
+    gather_weights,
+    join,
+    leave,
+    resolve_deepspeed_config,
+    zero_stage,
+)
 from re2tal.training.export import write_model
 from re2tal.training.generators import seed_generators
 from re2tal.training.metrics import MetricsLog, peak_memory_gib
@@ -200,7 +208,9 @@ def _stream(run: RunConfig, shards: ShardSet, world: World, *, training: bool) -
     )
 
 
-def _prepare(batch: ClipBatch, position: int, *, strength: float, seed: int, rank: int, dtype: torch.dtype) -> torch.Tensor:
+def _prepare(
+    batch: ClipBatch, position: int, *, strength: float, seed: int, rank: int, dtype: torch.dtype
+) -> torch.Tensor:
     """Colours and normalises on the device; what is drawn depends on the place in the run alone, so a resumed run repeats it."""
     mixed = np.random.SeedSequence([seed, rank, position]).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(mixed[0]))

@@ -72,8 +72,8 @@ def draw_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
                 axes.set_ylabel("average mAP, %")
                 axes.set_ylim(bottom=0)
             case "lr":
-                for index, key in enumerate(rates):
-                    axes.plot(*_series(train, key), label=key.removeprefix("lr/"), **_look(index))
+                for index, (label, key) in enumerate(_distinct(train, rates).items()):
+                    axes.plot(*_series(train, key), label=label, **_look(index))
                 axes.set_ylabel("learning rate")
                 axes.set_ylim(bottom=0)
                 axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
@@ -116,6 +116,20 @@ def _draw_losses(axes: Axes, train: Sequence[Mapping[str, Any]]) -> None:
         axes.set_ylim(bottom=min(0.0, float(finite.min(initial=0.0))))
     axes.set_ylabel("loss")
     axes.legend(frameon=False, fontsize=8, ncols=2)
+
+
+def _distinct(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> dict[str, str]:
+    """Label -> key of each series that differs from the others: parameter groups mostly share their learning rate."""
+    names: dict[bytes, list[str]] = {}
+    for key in keys:
+        names.setdefault(np.concatenate(_series(rows, key)).tobytes(), []).append(key)
+    # "lr/backbone, decayed" -> "backbone"
+    groups = [(keys, dict.fromkeys(key.split("/")[1].split(",")[0] for key in keys)) for keys in names.values()]
+    short = [", ".join(labels) for _, labels in groups]
+    return {
+        label if short.count(label) == 1 else keys[0].removeprefix("lr/"): keys[0]
+        for (keys, _), label in zip(groups, short, strict=True)
+    }
 
 
 def _look(index: int) -> dict[str, Any]:

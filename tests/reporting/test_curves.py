@@ -36,6 +36,17 @@ def test_loss_parts_rates_and_map_are_drawn() -> None:
     assert rates.get_xlabel() == "optimizer step"
 
 
+def test_equal_learning_rates_are_one_line() -> None:
+    keys = ("lr/backbone, decayed", "lr/backbone, not decayed", "lr/localizer, decayed", "lr/localizer, not decayed")
+    for rates, expected in (
+        ((1e-3, 1e-3, 1e-3, 1e-3), ["backbone, localizer"]),
+        ((1e-4, 1e-4, 1e-3, 1e-3), ["backbone", "localizer"]),
+        ((1e-4, 1e-5, 1e-3, 1e-3), ["backbone, decayed", "backbone, not decayed", "localizer"]),
+    ):
+        rows = [train(step, 1.0, **dict(zip(keys, rates, strict=True))) for step in (1, 2)]
+        assert [one.get_label() for one in draw_curves(rows).axes[1].lines] == expected
+
+
 def test_a_run_that_never_evaluated_has_no_panel_for_it() -> None:
     figure = draw_curves([train(1, 1.0)])
     assert len(figure.axes) == 1
