@@ -95,15 +95,15 @@ def smooth(values: np.ndarray, *, window: int) -> np.ndarray:
 def _draw_losses(axes: Axes, train: Sequence[Mapping[str, Any]]) -> None:
     steps, losses = _series(train, "loss")
     window = 2 * (len(losses) // 40) + 1
-    marker = "o" if len(losses) == 1 else ""
-    axes.plot(steps, losses, color="#999999", linewidth=0.8, alpha=0.7, label="each logged step")
+    if window > 1:
+        axes.plot(steps, losses, color="#999999", linewidth=0.8, alpha=0.7, label="loss, as logged")
     axes.plot(
         steps,
-        smooth(losses, window=window),
+        smooth(losses, window=window) if window > 1 else losses,
         color=COLOURS[0],
         linewidth=2,
-        marker=marker,
-        label=f"loss, mean of {window}",
+        marker="o" if len(losses) == 1 else "",
+        label=f"loss, mean of {window}" if window > 1 else "loss",
     )
     parts = sorted({key for row in train for key in row if key.startswith("loss/")})
     for index, key in enumerate(parts, start=1):

@@ -29,7 +29,7 @@ def test_loss_parts_rates_and_map_are_drawn() -> None:
         {"step": 20, "kind": "evaluation", "average_map": 0.4, "loss": 99.0},
     ]
     losses, maps, rates = draw_curves(rows).axes
-    assert line(losses, "each logged step") == ([10, 20], [2.0, 1.0])
+    assert line(losses, "loss") == ([10, 20], [2.0, 1.0])
     assert line(losses, "classification") == ([10, 20], [1.5, 0.5])
     assert [float(y) for y in maps.lines[0].get_ydata()] == [40.0]
     assert line(rates, "localizer") == ([10, 20], [1e-3, 5e-4])
@@ -50,19 +50,25 @@ def test_equal_learning_rates_are_one_line() -> None:
 def test_a_run_that_never_evaluated_has_no_panel_for_it() -> None:
     figure = draw_curves([train(1, 1.0)])
     assert len(figure.axes) == 1
-    assert figure.axes[0].lines[1].get_marker() == "o"  # one point would be no line
+    assert figure.axes[0].lines[0].get_marker() == "o"  # one point would be no line
     assert to_png(figure).startswith(b"\x89PNG")
 
 
 def test_a_loss_that_is_not_finite_is_a_gap() -> None:
     (axes,) = draw_curves([train(1, 1.0), train(2, float("nan")), train(3, float("inf")), train(4, 0.5)]).axes
-    assert np.isnan(line(axes, "each logged step")[1][1:3]).all()
+    assert np.isnan(line(axes, "loss")[1][1:3]).all()
     assert axes.get_ylim()[1] < 2
 
 
 def test_a_loss_that_explodes_is_shown_on_a_logarithmic_axis() -> None:
     (axes,) = draw_curves([train(step, 1e6 if step == 1 else 1.0) for step in range(1, 20)]).axes
     assert axes.get_yscale() == "log"
+
+
+def test_a_long_loss_is_drawn_as_logged_and_smoothed() -> None:
+    (axes,) = draw_curves([train(step, float(step % 2)) for step in range(100)]).axes
+    assert line(axes, "loss, as logged")[1] == [float(step % 2) for step in range(100)]
+    assert line(axes, "loss, mean of 5")[1][50] == pytest.approx(0.4)
 
 
 def test_smoothing_is_a_centred_mean_that_passes_over_gaps() -> None:
