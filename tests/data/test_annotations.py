@@ -1,0 +1,180 @@
+import json
+
+import pytest
+
+from re2tal.data.annotations import read_annotations
+from re2tal.structures import Action, VideoRecord
+
+
+def entry(*segments, duration=10.0, subset="training", label="run"):
+    annotations = [{"segment": list(segment), "label": label} for segment in segments]
+    return {"subset": subset, "duration": duration, "annotations": annotations}
+
+
+def read(tmp_path, database, **options):
+    path = tmp_path / "a.json"
+    path.write_text(database if isinstance(database, str) else json.dumps({"database": database}))
+    return read_annotations(path, **options)
+
+
+def refuses(tmp_path, message, database, **options):
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path, database, **options)
+
+
+def test_the_activitynet_layout(tmp_path):
+    found = read(
+        tmp_path,
+        {
+            "--abc_DEF01": {**entry((1, 2.5), (0, 10)), "resolution": "320x240", "url": "..."},
+            "b": entry((3, 4), subset="validation", label="jump"),
+            "c": entry(subset="testing"),
+        },
+    )
+    assert found.classes == ("jump", "run")
+    assert sorted(found.subsets) == ["testing", "training", "validation"]
+    assert found.subset("Training") == (
+        VideoRecord("--abc_DEF01", "training", 10.0, (Action(1.0, 2.5, "run"), Action(0.0, 10.0, "run"))),
+    )
+    assert found.subset("testing")[0].actions == ()
+    assert (found.num_clipped, found.num_dropped, found.num_ambiguous) == (0, 0, 0)
+
+
+def test_the_thumos_layout_of_opentad(tmp_path):
+    video = {**entry((0.2, 1.1), label="Diving"), "frame": 300}
+    video["annotations"].append({"segment": [3, 4], "label": "Ambiguous"})
+    found = read(tmp_path, {"video_validation_0000051": video})
+    assert found.classes == ("Diving",)
+    assert found.num_ambiguous == 1
+    assert found.subset("training")[0].actions == (Action(0.2, 1.1, "Diving"),)
+
+
+def test_the_thumos_layout_of_actionformer(tmp_path):
+    action = {"label": "Diving", "segment": [1.0, 2.0], "segment(frames)": [30, 60], "label_id": 7}
+    found = read(
+        tmp_path, {"video_test_0000004": {"subset": "Test", "duration": 33.8, "fps": 30.0, "annotations": [action]}}
+    )
+    assert found.subset("test") == (VideoRecord("video_test_0000004", "test", 33.8, (Action(1.0, 2.0, "Diving"),)),)
+
+
+def test_the_thumos_layout_of_vsgn_takes_the_duration_from_the_video(tmp_path):
+    database = {"v": {"subset": "train", "annotations": [{"segment": ["1.0", "2.5"], "label": "Diving"}]}}
+    found = read(tmp_path, database, duration_of={"v": 12.5}.__getitem__)
+    assert found.subset("train") == (VideoRecord("v", "train", 12.5, (Action(1.0, 2.5, "Diving"),)),)
+    refuses(tmp_path, r"database\.v: duration is None: give the video's length in seconds", database)
+
+
+def test_a_duration_follows_from_frames_and_rate(tmp_path):
+    video = {"subset": "train", "frame": 250, "fps": 25, "annotations": [{"segment": [0, 1], "label": "a"}]}
+    assert read(tmp_path, {"v": video}).subset("train")[0].duration_seconds == 10.0
+
+
+def test_a_segment_a_little_longer_than_its_video_is_cut_and_counted(tmp_path):
+    found = read(tmp_path, {"v": entry((1, 10.9), (9.5, 10)), "long": entry((0, 101.9), duration=100)})
+    assert found.num_clipped == 2
+    assert found.subset("training")[0].actions[0] == Action(1.0, 10.0, "run")
+    assert found.subset("training")[1].actions[0] == Action(0.0, 100.0, "run")
+
+
+@pytest.mark.parametrize(
+    ("segment", "fault"),
+    [
+        ([5, 3], r"segment is \[5, 3\]: it is reversed; correct it"),
+        ([3, 3], "it lasts no time"),
+        ([-1, 3], "it starts before the video"),
+        ([3, 11.1], "the video lasts 10 s"),
+        ([10.2, 10.5], "the video lasts 10 s"),
+        ([1], r"give \[start, end\] in seconds"),
+        ([1, 2, 3], r"give \[start, end\] in seconds"),
+        ([1, None], r"give \[start, end\] in seconds"),
+        ([1, "two"], r"give \[start, end\] in seconds"),
+        ([1, "nan"], r"give \[start, end\] in seconds"),
+        ([1, True], r"give \[start, end\] in seconds"),
+        ([1, 10**400], r"give \[start, end\] in seconds"),
+        ("1-2", r"give \[start, end\] in seconds"),
+    ],
+)
+def test_a_bad_segment_is_named_with_its_place_and_remedy(tmp_path, segment, fault):
+    video = entry((0, 1))
+    video["annotations"].append({"segment": segment, "label": "run"})
+    refuses(tmp_path, rf"a\.json: database\.v\.annotations\[1\]: .*{fault}", {"v": video})
+
+
+def test_invalid_segments_can_be_dropped_and_are_counted(tmp_path):
+    found = read(tmp_path, {"v": entry((0, 1), (5, 3), (4, 4), (0, 99))}, invalid_segments="drop")
+    assert found.subset("training")[0].actions == (Action(0.0, 1.0, "run"),)
+    assert found.num_dropped == 3
+
+
+@pytest.mark.parametrize("video_id", ["a.b", "a/b", "../a", "", "ä", "a b", "a\nb", "x" * 81])
+def test_ids_that_a_tar_cannot_carry_are_refused(tmp_path, video_id):
+    refuses(tmp_path, "no dot, no slash", {video_id: entry((0, 1))})
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"subset": None}, "subset is None"),
+        ({"subset": "../x"}, "subset is '../x'"),
+        ({"duration": 0}, "duration is 0: give the video's length in seconds"),
+        ({"duration": -3.0}, r"duration is -3\.0"),
+        ({"duration": "long"}, "duration is 'long'"),
+        ({"annotations": None}, "annotations is None: give a list"),
+        ({"annotations": ["run"]}, r"annotations\[0\]: annotation is 'run': give an object"),
+        ({"annotations": [{"segment": [0, 1]}]}, "label is None: give a class name"),
+        ({"annotations": [{"segment": [0, 1], "label": 3}]}, "label is 3"),
+        ({"annotations": [{"segment": [0, 1], "label": "a\nb"}]}, "printable"),
+        ({"annotations": [{"segment": [0, 1], "label": "run\u202eraw"}]}, "printable"),
+    ],
+)
+def test_a_bad_entry_is_named_with_its_key_and_value(tmp_path, change, message):
+    refuses(tmp_path, rf"database\.v.*{message}", {"v": {**entry((0, 1)), **change}})
+
+
+def test_an_entry_that_is_no_object_is_refused(tmp_path):
+    refuses(tmp_path, "entry is 3", {"v": 3})
+
+
+def test_problems_are_reported_together_and_the_rest_is_counted(tmp_path):
+    refuses(
+        tmp_path,
+        r"(?s)a\.json has 25 problems:\n  database\.v0\..*database\.v19\..*and 5 more$",
+        {f"v{i}": entry((2, 1)) for i in range(25)},
+    )
+
+
+def test_labels_must_be_among_given_classes_whose_order_is_kept(tmp_path):
+    database = {"v": entry((0, 1), label="walk")}
+    refuses(tmp_path, "label is 'walk': it is not among the 2 classes: jump, run", database, classes=["run", "jump"])
+    assert read(tmp_path, database, classes=["walk", "jump"]).classes == ("walk", "jump")
+    refuses(tmp_path, "names 2 classes, 1 different", database, classes=["walk", "walk"])
+
+
+def test_a_subset_without_videos_is_an_error_that_lists_those_there_are(tmp_path):
+    found = read(tmp_path, {"v": entry((0, 1))})
+    with pytest.raises(ValueError, match=r"no video belongs to subset 'val'; the annotation file has \['training'\]"):
+        found.subset("val")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"database": {', "line 1 column"),
+        ('{"database": {"v": {"duration": NaN}}}', "NaN"),
+        ('{"database": {"v": {"duration": Infinity}}}', "Infinity"),
+        ('{"database": {"v": {"duration": 1e999, "subset": "a", "annotations": []}}}', "duration is inf"),
+        ('{"database": {"v": {}, "v": {}}}', "'v' appears twice"),
+        ('{"database": ' + "[" * 100_000, "nested too deeply"),
+        ("[]", 'no "database" object'),
+        ('{"database": {}}', 'no "database" object'),
+        ('{"database": {"v": {"duration": 3, "subset": "a", "annotations": []}}}', "no video has an annotation"),
+    ],
+    ids=lambda text: text[:30],
+)
+def test_a_file_that_is_not_an_annotation_file_is_refused(tmp_path, text, message):
+    refuses(tmp_path, rf"(?s)a\.json.*{message}", text)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.json is not a file"):
+        read_annotations(tmp_path / "nowhere.json")

@@ -1,0 +1,32 @@
+import os
+import time
+
+import pytest
+
+from re2tal.data.isolated import Isolated, IsolationError
+
+# Functions must be importable by name in the other process, so these are the standard library's.
+
+
+def test_results_and_errors_come_back_and_a_lost_process_is_replaced():
+    with Isolated() as isolated:
+        assert isolated.call(60, divmod, 17, 5) == (3, 2)
+        first = isolated.call(60, os.getpid)
+        assert first != os.getpid()
+        with pytest.raises(ZeroDivisionError):
+            isolated.call(60, divmod, 1, 0)
+        assert isolated.call(60, os.getpid) == first
+        with pytest.raises(IsolationError, match=r"its process died \(exit code -6\)"):
+            isolated.call(60, os.abort)
+        assert isolated.call(60, divmod, 17, 5) == (3, 2)
+
+
+def test_a_call_that_does_not_return_is_stopped_in_time():
+    with Isolated() as isolated:
+        other = isolated.call(60, os.getpid)
+        start = time.monotonic()
+        with pytest.raises(IsolationError, match="took longer than 1 s and was stopped"):
+            isolated.call(1, time.sleep, 600)
+        assert time.monotonic() - start < 60
+    with pytest.raises(ProcessLookupError):
+        os.kill(other, 0)

@@ -1,0 +1,101 @@
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import pytest
+from data.files import cut_short, cut_without_decoding, write_sound, write_video
+
+from re2tal.data.probe import open_video, probe_video
+
+
+def test_a_plain_video_is_described(tmp_path):
+    probe = probe_video(write_video(tmp_path / "v.mp4", rate=Fraction(30000, 1001), sound=True))
+    assert (probe.codec, probe.num_frames, probe.width, probe.height) == ("h264", 60, 64, 48)
+    assert float(probe.duration_seconds) == pytest.approx(60 * 1001 / 30000, abs=1e-4)
+    assert probe.mean_fps == pytest.approx(29.97, abs=0.01)
+
+
+def test_width_and_height_are_those_that_a_player_shows(tmp_path):
+    turned = probe_video(write_video(tmp_path / "turned.mp4", rotation=90))
+    assert (turned.width, turned.height, turned.rotation_degrees) == (48, 64, 90)
+    wide = probe_video(write_video(tmp_path / "wide.mp4", sample_aspect=Fraction(2)))
+    assert (wide.width, wide.height, wide.rotation_degrees) == (128, 48, 0)
+
+
+def test_a_variable_rate_lasts_as_long_as_its_last_frame_says(tmp_path):
+    milliseconds = [33 * i for i in range(30)] + [1000 + 100 * i for i in range(30)]
+    probe = probe_video(write_video(tmp_path / "v.mp4", milliseconds=milliseconds))
+    assert float(probe.duration_seconds) == pytest.approx(4.0, abs=0.11)
+
+
+def test_frames_hidden_by_an_edit_list_are_not_counted(tmp_path):
+    source = write_video(tmp_path / "whole.mp4", num_frames=300, options={"g": "250"})
+    probe = probe_video(cut_without_decoding(source, tmp_path / "cut.mp4", start_seconds=4))
+    assert (probe.num_frames, float(probe.duration_seconds)) == (180, pytest.approx(6.0))
+
+
+def _empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def _text(path: Path) -> None:
+    path.write_text("not a video\n" * 100)
+
+
+def _half(path: Path) -> None:
+    whole = write_video(path.with_name("whole.mp4"), num_frames=300, container_options={"movflags": "faststart"})
+    cut_short(whole, path, share=0.6)
+
+
+def _no_index(path: Path) -> None:
+    cut_short(write_video(path.with_name("whole.mp4")), path, share=0.5)
+
+
+def _no_frames(path: Path) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        container.start_encoding()
+
+
+def _nothing(path: Path) -> None:
+    assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    ("write", "message"),
+    [
+        (_nothing, "is not a file; check the path"),
+        (_empty, "is empty; download or copy it again"),
+        (_text, "cannot be read as a video: Invalid data"),
+        (write_sound, "has no video stream, only audio"),
+        (_half, r"is cut short: its header promises 300 frames, \d+ are there"),
+        (_no_index, "cannot be read as a video"),
+        (_no_frames, "without frames|no video stream|cannot be read"),
+    ],
+)
+def test_an_unsound_file_is_named_with_its_fault(tmp_path, write, message):
+    path = tmp_path / "v.mp4"
+    write(path)
+    with pytest.raises(ValueError, match=rf"v\.mp4.*({message})"):
+        probe_video(path)
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        "#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:2,\nsecret.mp4\n#EXT-X-ENDLIST\n",
+        "ffconcat version 1.0\nfile secret.mp4\n",
+    ],
+)
+def test_a_playlist_called_mp4_does_not_make_us_read_other_files(tmp_path, script):
+    write_video(tmp_path / "secret.mp4")
+    (tmp_path / "v.mp4").write_text(script)
+    with pytest.raises(ValueError, match=r"v\.mp4 cannot be read as a video"):
+        probe_video(tmp_path / "v.mp4")
+
+
+def test_an_error_while_reading_on_names_the_file(tmp_path):
+    path = write_video(tmp_path / "v.mp4")
+    with pytest.raises(ValueError, match=r"v\.mp4 cannot be read as a video"), open_video(path):
+        raise av.InvalidDataError(1, "damaged")
