@@ -148,11 +148,15 @@ def export_weights(localizer: ActionFormer | VSGN, *, layout: Variant) -> dict[s
             tensor = tensor.double().div(RunningCount.UNITS).float()
         elif re.search(name_map.columns, name):
             tensor = tensor[None, :, None]
+        elif re.search(_SCALAR, name):
+            tensor = tensor.squeeze(0)
         public[public_name(name, localizer=localizer, layout=layout)] = tensor
     return public
 
 
 _COUNT = "positives.units"
+# Public implementations store these as (), ours as (1,).
+_SCALAR = r"^regressor\.scales\."
 
 
 def _name_map(localizer: ActionFormer | VSGN, layout: Variant) -> NameMap:
