@@ -14,9 +14,10 @@ from parity.detections import check_same, stored
 from parity.vectors import Case, cases, load
 from torch import Tensor
 
+from re2tal.backbones import slowfast_layouts, swin3d_layouts
 from re2tal.backbones.base import VideoBackbone, freeze_norms
+from re2tal.backbones.slowfast import InnerReluBottleneck, SlowFast
 from re2tal.backbones.swin3d import VideoSwin
-from re2tal.backbones.swin3d_layouts import KEY_LAYOUTS
 from re2tal.backbones.weights import KeyLayout
 from re2tal.data.transforms import normalise
 from re2tal.detector import TemporalActionDetector, resample
@@ -58,11 +59,30 @@ def build_swin(case: Case) -> VideoSwin:
     )
 
 
-def layout_named(start: str) -> KeyLayout:
-    return next(layout for layout in KEY_LAYOUTS if layout.name.startswith(start))
+def build_slowfast(case: Case) -> SlowFast:
+    config = case.config["backbone"]
+    slow = config["slow_pathway"]
+    return SlowFast(
+        depths={50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}[slow["depth"]],
+        base_channels=slow["base_channels"],
+        slow_stride=config["resample_rate"],
+        speed_ratio=config["speed_ratio"],
+        channel_ratio=config["channel_ratio"],
+        fusion_kernel=slow["fusion_kernel"],
+        # OpenTAD resamples each pathway to the localizer's grid by itself, before it joins them.
+        frames_per_step=case.arrays["frames"].shape[3] // case.config["num_steps"],
+        block=InnerReluBottleneck,
+    )
 
 
-FAMILIES = {"SwinTransformer3D_inv": Family(build_swin, layout_named("OpenTAD"), output=2e-5)}
+def opentad(layouts: tuple[KeyLayout, ...]) -> KeyLayout:
+    return next(layout for layout in layouts if layout.name.startswith("OpenTAD"))
+
+
+FAMILIES = {
+    "SwinTransformer3D_inv": Family(build_swin, opentad(swin3d_layouts.KEY_LAYOUTS), output=2e-5),
+    "ResNet3dSlowFast_inv": Family(build_slowfast, opentad(slowfast_layouts.KEY_LAYOUTS), output=1e-4),
+}
 DETECTORS = [name for name in cases("det_") if load(name).config["backbone"]["type"] in FAMILIES]
 
 all_detectors = pytest.mark.parametrize("name", DETECTORS)
