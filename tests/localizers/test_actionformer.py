@@ -99,45 +99,6 @@ def test_forward_leaves_the_running_count_alone_and_training_losses_update_it() 
     assert localizer.positives.value() < before
 
 
-@pytest.mark.parametrize("actions", [[[], []], [[Action(12.0, 15.0, "run")], []]], ids=["nowhere", "in one clip"])
-def test_clips_without_actions_have_finite_losses_that_reach_every_parameter(actions: list) -> None:
-    localizer = build().train()
-    losses = localizer.loss(localizer(features(32, 20)), actions, [SECONDS, SECONDS])
-    assert losses["total"].isfinite()
-    assert (losses["regression"] > 0) == any(actions)
-    losses["total"].backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in localizer.parameters())
-
-
-def test_a_clip_that_could_not_be_decoded_adds_nothing() -> None:
-    localizer = build().eval()
-    actions = [Action(12.0, 15.0, "run")]
-    alone = localizer.loss(localizer(features(32)), [actions], [SECONDS])
-    empty = Features(
-        torch.cat([features(32).values, torch.zeros(1, 6, 32)]), torch.arange(32) < torch.tensor([[32], [0]])
-    )
-    together = localizer.loss(localizer(empty), [actions, []], [SECONDS, SECONDS])
-    torch.testing.assert_close(together["total"], alone["total"])
-    assert len(localizer.detect(localizer(empty), [SECONDS, SECONDS])[1]) == 0
-
-
-def test_a_label_outside_the_classes_is_an_error_that_names_both() -> None:
-    localizer = build()
-    with pytest.raises(ValueError, match=r"labelled 'fly', which is not among the 3 classes.*'dive', 'jump', 'run'"):
-        localizer.loss(localizer(features(32)), [[Action(12.0, 15.0, "fly")]], [SECONDS])
-
-
-def test_without_classes_every_known_label_is_an_action_and_an_unknown_one_an_error() -> None:
-    localizer = build(replace(TINY, class_agnostic=True)).eval()
-    assert localizer.classes == ("action",)
-    outputs = localizer(features(32))
-    assert outputs.logits.shape[-1] == 1
-    losses = [localizer.loss(outputs, [[Action(12.0, 15.0, label)]], [SECONDS])["total"] for label in CLASSES]
-    assert losses[0] == losses[1] == losses[2]
-    with pytest.raises(ValueError, match="labelled 'fly'"):
-        localizer.loss(outputs, [[Action(12.0, 15.0, "fly")]], [SECONDS])
-
-
 def test_detections_are_in_seconds_of_the_video_and_inside_it() -> None:
     localizer = build().eval()
     outputs = localizer(features(32))
@@ -201,14 +162,3 @@ def test_classes_must_be_distinct() -> None:
 def test_an_unknown_localizer_is_an_error_that_lists_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"unknown localizer 'actionfromer'; known: \[.*'actionformer'"):
         build_localizer(replace(TINY, name="actionfromer"), in_channels=6, classes=CLASSES)
-
-
-def test_bfloat16_networks_train_and_their_times_stay_float32() -> None:
-    localizer = build().bfloat16().train()
-    clip = features(32)
-    outputs = localizer(Features(clip.values.bfloat16(), clip.mask))
-    assert outputs.points.dtype == torch.float32
-    losses = localizer.loss(outputs, [[Action(12.0, 15.0, "jump")]], [SECONDS])
-    assert losses["total"].dtype == torch.float32
-    losses["total"].backward()
-    assert localizer.detect(outputs, [SECONDS])[0].segments.dtype == torch.float32
