@@ -62,19 +62,39 @@ def wrap_output(block: nn.Module, x: Tensor) -> Any:
     return x
 
 
-def usable_branches(block: nn.Module) -> tuple[tuple[Branch, ...], str]:
-    """The branches of `block`, or () and why it has none.
+@dataclass(frozen=True, slots=True)
+class Residual:
+    """A block that is x -> x + F(x), once or more."""
+
+    branches: tuple[Branch, ...]
+    wrap: Callable[[nn.Module, Tensor], Any]
+    """(block, x) -> x in the form in which the block returns it."""
+
+
+@dataclass(frozen=True, slots=True)
+class NotResidual:
+    """A block that must run as it is."""
+
+    reason: str
+
+
+def registered(block: nn.Module) -> Residual | NotResidual:
+    """What the registrations say about `block`.
 
     A subclass with a `forward` of its own is no longer the block that its parent's registration describes.
     """
-    registered = _registered_type(block)
-    if getattr(registered, "forward", None) not in (None, type(block).forward):
-        return (
-            (),
-            f"{type(block).__name__} changes the forward of {registered.__name__}, so it needs its own registration",
-        )
+    kind = _registered_type(block)
+    if getattr(kind, "forward", None) not in (None, type(block).forward):
+        reason = f"{type(block).__name__} changes the forward of {kind.__name__}, so it needs its own registration"
+        return NotResidual(reason)
     branches = residual_branches(block)
-    return branches, "" if branches else why_not_residual(block)
+    return Residual(branches, wrap_output) if branches else NotResidual(why_not_residual(block))
+
+
+def is_unregistered(block: nn.Module) -> bool:
+    """Whether no registration speaks about the forward of `block`."""
+    kind = _registered_type(block)
+    return getattr(kind, "forward", None) is not type(block).forward
 
 
 def _registered_type(block: nn.Module) -> type:

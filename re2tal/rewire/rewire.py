@@ -10,13 +10,14 @@ work before and after alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
-from re2tal.rewire.branches import usable_branches
+from re2tal.rewire.branches import NotResidual, Residual, is_unregistered, registered
+from re2tal.rewire.discover import record_calls, take_apart
 from re2tal.rewire.stage import RewiredStage, RewiringConfig
 
 
@@ -67,11 +68,19 @@ class _Place(NamedTuple):
     container: nn.Sequential | nn.ModuleList
 
 
-def rewire(model: nn.Module, *, config: RewiringConfig | None = None) -> RewireReport:
+def rewire(
+    model: nn.Module, *, config: RewiringConfig | None = None, example: Sequence[Any] | None = None
+) -> RewireReport:
     """Rewires every `nn.Sequential` and `nn.ModuleList` inside `model` that holds residual blocks.
 
-    What is residual is what `residual_branches` answers. A parent that walks along an `nn.ModuleList` must only hand
-    the hidden state on from block to block: one that takes states out on the way meets the stage as a single block.
+    A parent that walks along an `nn.ModuleList` must only hand the hidden state on from block to block: one that takes
+    states out on the way meets the stage as a single block.
+
+    Args:
+        model: changed in place.
+        config: how blocks are coupled; by default as in the paper.
+        example: inputs for `model`. With them it is run once, and blocks of a type that `residual_branches` does not
+            know are taken apart by what they do (see `discover`); without them such blocks are left alone.
 
     Raises:
         ValueError: nothing in `model` could be rewired, it is rewired already, or it is itself a container of blocks.
@@ -81,7 +90,8 @@ def rewire(model: nn.Module, *, config: RewiringConfig | None = None) -> RewireR
     if isinstance(model, nn.Sequential | nn.ModuleList) and _has_residual_blocks(model):
         raise ValueError(f"this {type(model).__name__} is itself a container of blocks; rewire a module that holds it")
     places = list(_containers(model))
-    report = RewireReport(tuple(map(_report, places)))
+    analysis = _analyse(model, places, example)
+    report = RewireReport(tuple(_report(place, analysis) for place in places))
     if not any(stage.rewired_blocks for stage in report.stages):
         raise ValueError(
             f"nothing in this {type(model).__name__} could be rewired; register residual_branches for its type of block"
@@ -90,8 +100,10 @@ def rewire(model: nn.Module, *, config: RewiringConfig | None = None) -> RewireR
     stages: dict[nn.Module, RewiredStage] = {}  # a container may hang in several places
     for place, stage in zip(places, report.stages, strict=True):
         if stage.rewired_blocks:
+            blocks = place.container.named_children()
+            residual = {name: found for name, block in blocks if isinstance(found := analysis[block], Residual)}
             if place.container not in stages:
-                stages[place.container] = RewiredStage(place.container, config or RewiringConfig())
+                stages[place.container] = RewiredStage(place.container, config or RewiringConfig(), residual=residual)
             setattr(place.parent, place.name, stages[place.container])
     return report
 
@@ -123,7 +135,7 @@ def _containers(parent: nn.Module, prefix: str = "") -> Iterator[_Place]:
 
 
 def _has_residual_blocks(container: nn.Sequential | nn.ModuleList) -> bool:
-    return any(usable_branches(child)[0] for child in container)
+    return any(isinstance(registered(child), Residual) for child in container)
 
 
 def _looks_like_blocks(container: nn.Sequential | nn.ModuleList) -> bool:
@@ -131,7 +143,20 @@ def _looks_like_blocks(container: nn.Sequential | nn.ModuleList) -> bool:
     return len(container) > 1 and len(kinds) == 1
 
 
-def _report(place: _Place) -> StageReport:
+def _analyse(
+    model: nn.Module, places: Sequence[_Place], example: Sequence[Any] | None
+) -> dict[nn.Module, Residual | NotResidual]:
+    """What every block is: by its registration, or by taking it apart where there is none and an example."""
+    analysis = {block: registered(block) for place in places for block in place.container.children()}
+    if example is not None:
+        unknown = [block for block in analysis if is_unregistered(block)]
+        calls = record_calls(model, unknown, example=example)
+        missed = NotResidual("the example did not call it with a tensor as its first argument")
+        analysis |= {block: take_apart(block, calls[block]) if block in calls else missed for block in unknown}
+    return analysis
+
+
+def _report(place: _Place, analysis: Mapping[nn.Module, Residual | NotResidual]) -> StageReport:
     blocks = dict(place.container.named_children())
     reason = _why_not_replaceable(place.container)
     if reason:
@@ -139,12 +164,12 @@ def _report(place: _Place) -> StageReport:
     kinds: dict[str, int] = {}
     reasons: dict[str, list[str]] = {}
     for name, block in blocks.items():
-        branches, reason = usable_branches(block)
-        if branches:
-            kind = " + ".join(branch.name for branch in branches)
-            kinds[kind] = kinds.get(kind, 0) + 1
-        else:
-            reasons.setdefault(reason, []).append(name)
+        match analysis[block]:
+            case Residual(branches):
+                kind = " + ".join(branch.name for branch in branches)
+                kinds[kind] = kinds.get(kind, 0) + 1
+            case NotResidual(reason):
+                reasons.setdefault(reason, []).append(name)
     return StageReport(
         name=place.path,
         blocks=len(blocks),

@@ -11,7 +11,7 @@ It takes the place of an `nn.Sequential`, which is called, or of an `nn.ModuleLi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_leaves
 from re2tal.reversible import run_reversibly
 from re2tal.reversible.engine import Merge
 from re2tal.reversible.precision import Grid
-from re2tal.rewire.branches import Branch, usable_branches, wrap_output
+from re2tal.rewire.branches import Branch, Residual
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,9 +59,13 @@ class RewiredStage(nn.Module):
     Called as one block is: `stage(x, *args, **kwargs)`; every block, and every branch, gets the same further arguments.
     """
 
-    def __init__(self, plain: nn.Sequential | nn.ModuleList, config: RewiringConfig) -> None:
+    def __init__(
+        self, plain: nn.Sequential | nn.ModuleList, config: RewiringConfig, *, residual: Mapping[str, Residual]
+    ) -> None:
+        """`residual` has the blocks that are, by name; the others run as they are."""
         super().__init__()
         self.config = config
+        self.residual = dict(residual)
         self._plain = (plain,)  # in a tuple, so that it is not a submodule: its children are ours
         self.training = plain.training
         for name, block in plain.named_children():
@@ -72,17 +76,19 @@ class RewiredStage(nn.Module):
         if self.config.recompute and torch.is_grad_enabled():
             _refuse_gradients(args, kwargs)
         output: Any = x
-        for residual, group in groupby(self.children(), key=lambda block: bool(usable_branches(block)[0])):
-            blocks = list(group)
+        for residual, group in groupby(self.named_children(), key=lambda child: child[0] in self.residual):
+            blocks = dict(group)
             if residual:
-                output = wrap_output(blocks[-1], self._run(blocks, _hidden(output), args, kwargs))
+                x = self._run(blocks, _hidden(output), args, kwargs)
+                name, block = blocks.popitem()
+                output = self.residual[name].wrap(block, x)
             else:
-                for block in blocks:
+                for block in blocks.values():
                     output = block(_hidden(output), *args, **kwargs)
         return output
 
-    def _run(self, blocks: Sequence[nn.Module], x: Tensor, args: tuple, kwargs: dict) -> Tensor:
-        units = [unit for block in blocks for unit in self._units(block, args, kwargs)]
+    def _run(self, blocks: Mapping[str, nn.Module], x: Tensor, args: tuple, kwargs: dict) -> Tensor:
+        units = [unit for name, block in blocks.items() for unit in self._units(name, block, args, kwargs)]
         length = self.config.segment or len(units)
         for first in range(0, len(units), length):
             x = run_reversibly(
@@ -95,12 +101,12 @@ class RewiredStage(nn.Module):
             )
         return x
 
-    def _units(self, block: nn.Module, args: tuple, kwargs: dict) -> list[_Unit]:
+    def _units(self, name: str, block: nn.Module, args: tuple, kwargs: dict) -> list[_Unit]:
         if self.config.unit == "block":
             return [_Unit(type(block).__name__, partial(_whole, block, args, kwargs))]
         return [
             _Unit(f"{type(block).__name__} {branch.name}", partial(_part, block, branch, args, kwargs))
-            for branch in usable_branches(block)[0]
+            for branch in self.residual[name].branches
         ]
 
     def plain(self) -> nn.Module:
