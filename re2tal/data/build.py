@@ -106,6 +106,8 @@ def build_shards(
     other settings. Videos that cannot be used do not raise: see `BuiltSubset.rejected`.
     """
     records = [record for record in annotations.subset(subset) if record.video_id not in config.blocked]
+    if not records:
+        raise ValueError(f"every video of subset {subset!r} is blocked; nothing is left to build")
     sources = find_videos(videos, [record.video_id for record in records], file_names=config.file_names)
     if not sources:
         raise ValueError(

@@ -157,6 +157,12 @@ def _check_index(root: Path, manifest: Manifest, videos: tuple[IndexedVideo, ...
             f"{index_path} lists {len(videos)} videos in {len(counts)} shards, {MANIFEST_NAME} "
             f"{manifest.totals.videos} in {len(manifest.shards)}; {_rebuild(root)}"
         )
+    frames, totals = sum(video.num_frames for video in videos), manifest.totals
+    if (len(videos), frames) != (totals.videos, totals.frames):
+        raise ValueError(
+            f"{index_path} holds {len(videos)} videos of {frames} frames, {MANIFEST_NAME} says {totals.videos} of "
+            f"{totals.frames}; {_rebuild(root)}"
+        )
     seen: set[str] = set()
     for video in videos:
         problem = _problem(video, manifest, shard_bytes=sizes[video.shard])

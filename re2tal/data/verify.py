@@ -36,6 +36,17 @@ def damage(shards: ShardSet) -> Iterator[str]:
 
 def check_video(path: Path, video: IndexedVideo) -> None:
     """Compare one video's two members with its index entry; ValueError says how they differ."""
+    description, mp4 = read_pair(path, video)
+    if (crc32 := zlib.crc32(mp4)) != video.crc32:
+        raise ValueError(f"crc32 of the mp4 is {crc32}, the index says {video.crc32}")
+    stored = from_json(StoredVideo, description, source=f"{video.record.video_id}.json")
+    for name in ("record", "num_frames", "fps", "width", "height"):
+        if getattr(stored, name) != getattr(video, name):
+            raise ValueError(f"{name} is {getattr(stored, name)} in its json and {getattr(video, name)} in the index")
+
+
+def read_pair(path: Path, video: IndexedVideo) -> tuple[bytes, bytes]:
+    """The json and the mp4 of a video, read from its place in a tar; ValueError where other members are there."""
     with path.open("rb") as file:
         file.seek(video.offset)
         stretch = file.read(video.num_bytes)
@@ -43,12 +54,7 @@ def check_video(path: Path, video: IndexedVideo) -> None:
     mp4, rest = _member(rest, f"{video.record.video_id}.mp4")
     if rest:
         raise ValueError(f"{len(rest)} bytes lie between this video and the next")
-    if (crc32 := zlib.crc32(mp4)) != video.crc32:
-        raise ValueError(f"crc32 of the mp4 is {crc32}, the index says {video.crc32}")
-    stored = from_json(StoredVideo, description, source=f"{video.record.video_id}.json")
-    for name in ("record", "num_frames", "fps", "width", "height"):
-        if getattr(stored, name) != getattr(video, name):
-            raise ValueError(f"{name} is {getattr(stored, name)} in its json and {getattr(video, name)} in the index")
+    return description, mp4
 
 
 def _member(stretch: bytes, name: str) -> tuple[bytes, bytes]:

@@ -1,0 +1,261 @@
+"""Opening and verifying shard folders: each way in which one can be wrong, and what is said about it."""
+
+import hashlib
+import json
+import re
+import shutil
+import tarfile
+import zlib
+from collections.abc import Callable
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+from data.files import encoding
+
+from re2tal.data.manifest import (
+    INDEX_NAME,
+    MANIFEST_NAME,
+    IndexedVideo,
+    Manifest,
+    ShardFile,
+    Source,
+    StoredVideo,
+    Totals,
+    to_json,
+)
+from re2tal.data.shards import Pair, open_shards, write_tar
+from re2tal.data.verify import damage
+from re2tal.structures import Action, VideoRecord
+
+BLOCK = 512
+
+
+def stored(video_id: str) -> StoredVideo:
+    source = Source(f"{video_id}.mp4", "0" * 64, "h264", 60, 2.0)
+    record = VideoRecord(video_id, "training", 2.0, (Action(0.5, 1.5, "run"),))
+    return StoredVideo(record, num_frames=30, fps=15.0, width=64, height=48, source=source)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """Two shards of three videos each; what an mp4 holds plays no part here."""
+    root = tmp_path_factory.mktemp("shards") / "training"
+    root.mkdir()
+    videos, files = [], []
+    for shard in ("shard-000000.tar", "shard-000001.tar"):
+        names = [f"{shard[11]}{letter}" for letter in "abc"]
+        mp4s = [hashlib.sha256(name.encode()).digest() * 40 for name in names]
+        pairs = [Pair(n, to_json(stored(n)).encode(), mp4) for n, mp4 in zip(names, mp4s, strict=True)]
+        places = write_tar(root / shard, pairs)
+        for name, mp4, (offset, num_bytes) in zip(names, mp4s, places, strict=True):
+            record = stored(name).record
+            videos.append(IndexedVideo(record, shard, offset, num_bytes, 30, 15.0, 64, 48, zlib.crc32(mp4)))
+        tar = (root / shard).read_bytes()
+        files.append(ShardFile(shard, len(tar), hashlib.sha256(tar).hexdigest(), 3))
+    index = "".join(to_json(video) + "\n" for video in videos).encode()
+    (root / INDEX_NAME).write_bytes(index)
+    manifest = Manifest(
+        format="re2tal-shards",
+        version=1,
+        dataset="own",
+        subset="training",
+        classes=("jump", "run"),
+        encoding=encoding(fps=15),
+        seed=0,
+        tools={"av": "18"},
+        totals=Totals(6, 180, 12.0, sum(file.num_bytes for file in files)),
+        rejected=(),
+        index_sha256=hashlib.sha256(index).hexdigest(),
+        shards=tuple(files),
+    )
+    (root / MANIFEST_NAME).write_text(to_json(manifest))
+    return root
+
+
+@pytest.fixture
+def folder(whole, tmp_path) -> Path:
+    return Path(shutil.copytree(whole, tmp_path / "SHARDS" / "training"))
+
+
+def edit_manifest(folder: Path, change: Callable[[dict], None]) -> None:
+    content = json.loads((folder / MANIFEST_NAME).read_text())
+    change(content)
+    (folder / MANIFEST_NAME).write_text(json.dumps(content))
+
+
+def edit_index(folder: Path, change: Callable[[list[dict]], None]) -> None:
+    """Change the index, and the manifest's hash of it: what remains is what the index says."""
+    lines = [json.loads(line) for line in (folder / INDEX_NAME).read_text().splitlines()]
+    change(lines)
+    (folder / INDEX_NAME).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    sha256 = hashlib.sha256((folder / INDEX_NAME).read_bytes()).hexdigest()
+    edit_manifest(folder, lambda manifest: manifest.update(index_sha256=sha256))
+
+
+def test_a_sound_folder_opens_with_its_videos_in_order(folder):
+    shards = open_shards(folder)
+    assert [video.record.video_id for video in shards.videos] == ["0a", "0b", "0c", "1a", "1b", "1c"]
+    assert shards.by_id["1b"].record == stored("1b").record
+    assert shards.by_id["1b"].video_seconds == 2.0
+    assert (shards.subset, shards.classes) == ("training", ("jump", "run"))
+    assert shards.path(shards.videos[0].shard) == folder / "shard-000000.tar"
+    assert shards.manifest_sha256 == hashlib.sha256((folder / MANIFEST_NAME).read_bytes()).hexdigest()
+    assert list(damage(shards)) == []
+
+
+def test_each_place_in_the_index_is_a_tar_of_its_own(folder):
+    for video in open_shards(folder).videos:
+        stretch = (folder / video.shard).read_bytes()[video.offset : video.offset + video.num_bytes]
+        video_id = video.record.video_id
+        with tarfile.open(fileobj=BytesIO(stretch)) as tar:
+            assert tar.getnames() == [f"{video_id}.json", f"{video_id}.mp4"]
+
+
+def test_members_are_plain_read_only_files_without_time_or_owner(folder):
+    with tarfile.open(folder / "shard-000000.tar") as tar:
+        assert {(m.mtime, m.mode, m.type, m.uid) for m in tar.getmembers()} == {(0, 0o444, tarfile.REGTYPE, 0)}
+
+
+def test_a_tar_whose_making_fails_leaves_nothing_behind(tmp_path):
+    def pairs():
+        yield Pair("a", b"{}", b"x" * 1000)
+        raise RuntimeError("stopped")
+
+    with pytest.raises(RuntimeError, match="stopped"):
+        write_tar(tmp_path / "shard-000000.tar", pairs())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_without_manifest_or_index_says_how_to_build_it(folder):
+    command = "re2tal shards build --videos DIR --annotations FILE --out .*SHARDS --subsets training"
+    (folder / INDEX_NAME).unlink()
+    with pytest.raises(ValueError, match=rf"training has no index\.jsonl.*{command}"):
+        open_shards(folder)
+    (folder / MANIFEST_NAME).unlink()
+    with pytest.raises(ValueError, match=rf"has no manifest\.json and no index\.jsonl.*{command}"):
+        open_shards(folder)
+    with pytest.raises(ValueError, match=r"nowhere is not a folder.*re2tal shards build"):
+        open_shards(folder / "nowhere")
+
+
+def test_the_folder_above_names_the_ones_to_give(folder):
+    with pytest.raises(ValueError, match=r"one shard folder per subset; give one of: \['.*SHARDS/training'\]"):
+        open_shards(folder.parent)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(format="other"), "is not a manifest of re2tal-shards"),
+        (lambda m: m.update(version=2), "has version 2, this program reads 1; build the shards again"),
+        (lambda m: m["totals"].update(frames=181), "holds 6 videos of 180 frames, .* says 6 of 181"),
+        (lambda m: m["totals"].update(videos=7), "holds 6 videos of 180 frames, .* says 7 of 180"),
+        (lambda m: m["shards"][0].update(name="../../etc/passwd"), r"shards\.0\.name is '\.\./\.\./etc/passwd'"),
+        (lambda m: m["shards"][0].update(name="pipe:touch x"), r"shards\.0\.name is 'pipe:touch x'"),
+        (lambda m: m["shards"][0].update(name="/shard-000000.tar"), r"shards\.0\.name"),
+        (lambda m: m["shards"][0].update(num_bytes="12"), r"shards\.0\.num_bytes is '12'"),
+        (lambda m: m.pop("classes"), "classes is"),
+        (lambda m: m["encoding"].update(sampling={}), r"encoding\.sampling"),
+        (lambda m: m["shards"].pop(), "lists 6 videos in 2 shards"),
+        (lambda m: m["shards"][0].update(videos=4), "lists 6 videos in 2 shards"),
+        (lambda m: m.update(classes=["jump"]), r"'0a' has labels \['run'\] that are not among the classes"),
+        (lambda m: m.update(index_sha256="0" * 64), "is not the one that manifest.json was written for"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_is_refused(folder, change, message):
+    edit_manifest(folder, change)
+    with pytest.raises(ValueError, match=message):
+        open_shards(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v: v[0].update(shard="../x.tar"), r"index\.jsonl line 1: shard is '\.\./x\.tar'"),
+        (lambda v: v[1].update(offset=-1), r"line 2: offset is '-1'"),
+        (lambda v: v[1].update(fps=0), r"line 2: fps is '0'"),
+        (lambda v: v[1].update(fps=float("inf")), "'0b' has a time that is not finite"),
+        (lambda v: v[1].update(num_frames=2.5), "num_frames"),
+        (lambda v: v[1].pop("crc32"), "crc32"),
+        (lambda v: v[1].update(offset=10**9), "'0b' lies past the end of shard-000000.tar"),
+        (lambda v: v[1]["record"].update(video_id="0a"), "'0a' is listed twice"),
+        (lambda v: v[1]["record"].update(video_id="a/b"), "'a/b' is not an id"),
+        (lambda v: v[1]["record"].update(subset="test"), "'0b' belongs to subset 'test', not to 'training'"),
+        (lambda v: v[1]["record"].update(duration_seconds=float("nan")), "not finite"),
+        (lambda v: v.pop(), "lists 5 videos in 2 shards"),
+        (lambda v: v.clear(), "lists 0 videos"),
+    ],
+)
+def test_an_index_that_does_not_fit_is_refused(folder, change, message):
+    edit_index(folder, change)
+    with pytest.raises(ValueError, match=message):
+        open_shards(folder)
+
+
+def test_a_manifest_that_is_not_json_is_refused(folder):
+    (folder / MANIFEST_NAME).write_text('{"format": ')
+    with pytest.raises(ValueError, match=r"manifest\.json is not usable JSON"):
+        open_shards(folder)
+
+
+def test_a_missing_or_cut_tar_is_named(folder):
+    tar = folder / "shard-000001.tar"
+    video = open_shards(folder).by_id["1b"]
+    tar.write_bytes(tar.read_bytes()[: video.offset])  # between two videos: the tar itself looks whole
+    with pytest.raises(ValueError, match=r"shard-000001\.tar has \d+ bytes, manifest\.json says \d+: it was cut"):
+        open_shards(folder)
+    tar.unlink()
+    with pytest.raises(ValueError, match=r"shard-000001\.tar is missing.*re2tal shards build"):
+        open_shards(folder)
+
+
+def put(folder: Path, offset: int, content: bytes) -> None:
+    with (folder / "shard-000000.tar").open("r+b") as file:
+        file.seek(offset)
+        file.write(content)
+
+
+def member(name: str, *, kind: bytes = tarfile.REGTYPE, size: int = 0, link: str = "") -> bytes:
+    header = tarfile.TarInfo(name)
+    header.type, header.size, header.linkname = kind, size, link
+    return header.tobuf(tarfile.GNU_FORMAT)
+
+
+DAMAGES = {
+    "a flipped bit in the pictures": (lambda json_, mp4: (mp4 + BLOCK + 77, b"\x00\x01\x02"), "0b: crc32 of the mp4"),
+    "a zeroed header": (lambda json_, mp4: (json_, bytes(BLOCK)), "0b: no readable tar header"),
+    "a damaged header": (lambda json_, mp4: (mp4 + 150, b"77"), "0b: no readable tar header for 0b.mp4"),
+    "another member": (lambda json_, mp4: (json_, member("x.json", size=9)), "0b: member 'x.json'"),
+    "the same key again": (lambda json_, mp4: (json_, member("0a.json", size=9)), "0b: member '0a.json'"),
+    "a pickle": (lambda json_, mp4: (mp4, member("0b.pyd", size=9)), "0b: member '0b.pyd'"),
+    "a path out of the folder": (lambda json_, mp4: (mp4, member("../0b.mp4", size=9)), r"0b: member '\.\./0b\.mp4'"),
+    "a symbolic link": (
+        lambda json_, mp4: (mp4, member("0b.mp4", kind=tarfile.SYMTYPE, link="/etc/passwd")),
+        "0b: member '0b.mp4' of type b'2'",
+    ),
+    "a device": (lambda json_, mp4: (mp4, member("0b.mp4", kind=tarfile.CHRTYPE)), "of type b'3'"),
+    "a sparse file": (lambda json_, mp4: (mp4, member("0b.mp4", kind=tarfile.GNUTYPE_SPARSE, size=9)), "of type b'S'"),
+    "a terabyte": (lambda json_, mp4: (mp4, member("0b.mp4", size=2**40)), "claims 1099511627776 bytes"),
+    "a shorter member": (lambda json_, mp4: (mp4, member("0b.mp4", size=9)), "bytes lie between this video and"),
+    "another label": (lambda json_, mp4: (json_ + BLOCK, b'{"record":{"video_id":"0c"'), "0b: record is .*'0c'"),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGES)
+def test_damage_that_keeps_the_size_is_found_and_placed(folder, kind):
+    shards = open_shards(folder)
+    place, message = DAMAGES[kind]
+    start = shards.by_id["0b"].offset
+    description = len(to_json(stored("0b")))
+    put(folder, *place(start, start + BLOCK + -(-description // BLOCK) * BLOCK))
+    problems = list(damage(open_shards(folder)))
+    assert "shard-000000.tar: sha256 is" in problems[0]
+    assert len(problems) == 2, problems
+    assert re.search(message, problems[1])
+
+
+def test_padding_that_changed_is_found_by_the_hash_alone(folder):
+    put(folder, (folder / "shard-000000.tar").stat().st_size - 5, b"x")
+    (problem,) = damage(open_shards(folder))
+    assert "shard-000000.tar: sha256 is" in problem
