@@ -58,7 +58,7 @@ class ClipwiseBackbone(VideoBackbone):
         no multiple of the patch.
         """
         check_size(frames.shape, patch=self.encoder.patch, network=type(self.encoder).__name__)
-        clips = cut(repeat_last_valid(frames, mask), clip_frames=self.encoder.clip_frames)
+        clips = cut(frames, mask, clip_frames=self.encoder.clip_frames)
         steps = self.encoder(clips.flatten(0, 1)).unflatten(0, clips.shape[:2]).flatten(1, 2)
         valid = steps_mask(mask, frames_per_step=self.frames_per_step)
         return Features(steps[:, : valid.shape[1]].transpose(1, 2), valid)
@@ -80,22 +80,14 @@ def _nearest(size: int, patch: int) -> int:
     return max(patch, round(size / patch) * patch)
 
 
-def repeat_last_valid(frames: Tensor, mask: Tensor) -> Tensor:
-    """(B, 3, T, H, W), (B, T) bool -> the frames, each one past a video's last valid frame replaced by that frame."""
-    if mask.all():
-        return frames
+def cut(frames: Tensor, mask: Tensor, *, clip_frames: int) -> Tensor:
+    """(B, 3, T, H, W), (B, T) bool -> (B, ceil(T / L), L, 3, H, W); past the last valid frame, that frame."""
     time = torch.arange(mask.shape[1], device=mask.device)
     last_valid = (time * mask).amax(dim=1, keepdim=True)
-    source = torch.minimum(time, last_valid)
-    return torch.stack([video.index_select(1, index) for video, index in zip(frames, source, strict=True)])
-
-
-def cut(frames: Tensor, *, clip_frames: int) -> Tensor:
-    """(B, 3, T, H, W) -> (B, ceil(T / L), L, 3, H, W); the last clip is filled up with its last frame."""
-    missing = -frames.shape[2] % clip_frames
-    if missing:
-        frames = torch.cat([frames, frames[:, :, -1:].expand(-1, -1, missing, -1, -1)], dim=2)
-    return frames.unflatten(2, (-1, clip_frames)).permute(0, 2, 3, 1, 4, 5)
+    num_clips = -(-mask.shape[1] // clip_frames)
+    source = torch.arange(num_clips * clip_frames, device=mask.device).minimum(last_valid)
+    videos = torch.arange(len(frames), device=mask.device)[:, None]
+    return frames.transpose(1, 2)[videos, source].unflatten(1, (num_clips, clip_frames))
 
 
 def pair(size: int | Sequence[int]) -> tuple[int, int]:

@@ -59,10 +59,12 @@ def test_a_clip_without_any_valid_frame_gives_finite_features() -> None:
 
 
 def test_cutting_keeps_every_frame_in_place() -> None:
-    frames = torch.randn(2, 3, 8, 4, 4)
-    clips = cut(frames, clip_frames=4)
+    frames = torch.randn(2, 3, 7, 4, 4)
+    clips = cut(frames, valid(7, 3, total=7), clip_frames=4)
     assert clips.shape == (2, 2, 4, 3, 4, 4)
-    assert torch.equal(clips[1, 1, 2], frames[1, :, 6])
+    sources = [[0, 1, 2, 3, 4, 5, 6, 6], [0, 1, 2, 2, 2, 2, 2, 2]]
+    for index, frame in enumerate(sources):
+        assert torch.equal(clips[index].flatten(0, 1), frames[index].transpose(0, 1)[frame])
 
 
 def test_a_clip_shorter_than_a_tubelet_is_refused() -> None:
