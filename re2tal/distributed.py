@@ -157,13 +157,10 @@ def _checked(world: World, *, source: str) -> World:
 
 def expand_nodelist(nodelist: str) -> list[str]:
     """SLURM's compact host list -> host names: "gpu[08-10,12],login" -> gpu08 gpu09 gpu10 gpu12 login."""
-    parts = re.findall(r"(?:[^,\[\]]|\[[^\]]*\])+", nodelist)
-    hosts = [host for part in parts for host in _expand_ranges(part.strip())]
-    if not hosts or not all(re.fullmatch(r"[A-Za-z0-9._-]+", host) for host in hosts):
-        raise ValueError(
-            f"SLURM node list {nodelist!r} is not of the form gpu[01-04,7],login; set MASTER_ADDR yourself"
-        )
-    return hosts
+    part = r"(?:[A-Za-z0-9._-]+|\[[0-9,-]+\])+"
+    if re.fullmatch(rf"{part}(?:,{part})*", nodelist) is None:
+        raise ValueError(f"SLURM node list {nodelist!r} is not of the form gpu[01-04,7],login; set MASTER_ADDR yourself")
+    return [host for compact in re.findall(part, nodelist) for host in _expand_ranges(compact)]
 
 
 def _expand_ranges(part: str) -> list[str]:

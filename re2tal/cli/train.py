@@ -13,9 +13,9 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,12 +30,12 @@ from re2tal.data.stream import ClipStream, stream_clips
 from re2tal.data.transforms import jitter_and_normalise
 from re2tal.distributed import World, is_main, main_process_first, resolve_world
 from re2tal.evaluation.average_precision import MapReport, mean_average_precision
+from re2tal.evaluation.ground_truth import as_one_class
 from re2tal.evaluation.results import write_results
 from re2tal.inference import predict
-from re2tal.localizers.class_map import AGNOSTIC_CLASS
 from re2tal.recipes import RECIPES, find_recipe
 from re2tal.strict_json import write_json
-from re2tal.structures import ClipBatch, Detections, VideoRecord
+from re2tal.structures import ClipBatch, Detections
 from re2tal.training.checkpoint import CheckpointStore
 from re2tal.training.engine import (
     Engine,
@@ -96,6 +96,7 @@ def train(
     device = join(world, run.engine)
     try:
         _claim(folder, world, resume=resume, overwrite=overwrite)
+        _make_demo_data(run, world)
         training, validation = _open_both(run)
         clips = _stream(run, validation, world, training=False)
         evaluate = partial(_validate, run=run, shards=validation, clips=clips)
@@ -140,6 +141,20 @@ def _claim(folder: Path, world: World, *, resume: bool, overwrite: bool) -> None
                 "chooses another folder"
             )
         folder.mkdir(parents=True, exist_ok=True)
+
+
+def _make_demo_data(run: RunConfig, world: World) -> None:
+    """Every rank calls this: rank 0 makes the demo shards where the demo recipe, as it stands, would look for them in vain."""
+    shards = run.data.shards
+    with main_process_first():
+        if world.is_main and shards == find_recipe("demo").data.shards and not shards.exists():
+            from re2tal.cli.demo import demo
+            from re2tal.cli.shards import Build, build
+
+            print(f"{shards} is not there yet: making the demo videos and their shards first", file=sys.stderr)
+            demo(out=shards.parent)
+            annotations = shards.parent / "annotations.json"
+            build(Build(videos=shards.parent / "videos", annotations=annotations, out=shards, dataset="demo"))
 
 
 def _open_both(run: RunConfig) -> tuple[ShardSet, ShardSet]:
@@ -223,25 +238,17 @@ def _validate(
     """Every rank calls this: detections of all validation videos, and what they are worth."""
     predictions = predict(engine, clips.epoch(0), suppression=run.suppression, device=engine.device)
     classes = engine.module.localizer.classes
+    truth = [video.record for video in shards.videos]
+    if run.localizer.class_agnostic:
+        truth = as_one_class(truth, label=classes[0])
     report = mean_average_precision(
         predictions,
-        _ground_truth(shards, classes),
+        truth,
         classes=classes,
         protocol=run.evaluation.protocol,
         tiou_thresholds=run.evaluation.tiou_thresholds,
     )
     return predictions, report
-
-
-def _ground_truth(shards: ShardSet, classes: Sequence[str]) -> list[VideoRecord]:
-    """The annotated videos; all actions of one class where the localizer does not tell classes apart."""
-    records = [video.record for video in shards.videos]
-    if tuple(classes) != (AGNOSTIC_CLASS,):
-        return records
-    return [
-        replace(record, actions=tuple(replace(action, label=AGNOSTIC_CLASS) for action in record.actions))
-        for record in records
-    ]
 
 
 def _figures(report: MapReport) -> dict[str, float]:

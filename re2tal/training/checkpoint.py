@@ -135,9 +135,6 @@ class CheckpointStore:
     def _remove_leftovers(self) -> None:
         for leftover in self.folder.glob("tmp-*"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
-        # DeepSpeed drops executable scripts beside the data, whose loading runs whatever the data says.
-        for script in ("zero_to_fp32.py", "zero_to_torch.py"):
-            (self.folder / script).unlink(missing_ok=True)
 
     # ------------------------------------------------------------------------------------------------------------------ reading
 

@@ -124,6 +124,8 @@ def build_engine(
         dist_init_required=False,
     )
     engine.checkpoint_engine = DurableCheckpointEngine()
+    # It would put executable scripts beside every checkpoint, whose loading runs whatever a tampered file says.
+    engine._copy_recovery_script = lambda folder: None
     return engine
 
 
@@ -310,9 +312,10 @@ def publish(engine: Engine) -> None:
     """Every rank calls this: makes the model compute with what `master_weights` holds now."""
     optimizer = engine.optimizer
     if zero_stage(engine) == 3:
+        # Small parameters stay whole between steps: they are let go, and gathered again with their new values.
+        optimizer._partition_all_parameters()
         for group in range(len(optimizer.fp32_partitioned_groups_flat)):
             optimizer._reassign_or_swap_out_partitioned_parameters(group)
-        # Small parameters stay gathered between steps, so they need their new values handed out.
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
     elif zero_stage(engine) > 0:

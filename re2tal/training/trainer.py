@@ -177,7 +177,7 @@ class Trainer:
             if not any_rank(not bool(torch.isfinite(losses["total"])), device=self.engine.device):
                 return losses
             self._skip(
-                f"the loss is not finite on some rank; here it is {float(losses['total'])} for {batch.video_ids}"
+                f"the loss is not finite on some rank; here it is {losses['total'].item()} for {batch.video_ids}"
             )
 
     def _losses(self, batch: ClipBatch) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from re2tal.distributed import resolve_world
 from re2tal.structures import ClipBatch, Timeline
 from re2tal.training.checkpoint import CheckpointStore
-from re2tal.training.engine import EngineConfig, build_engine, join, resolve_deepspeed_config
+from re2tal.training.engine import EngineConfig, build_engine, gather_weights, join, resolve_deepspeed_config
 from re2tal.training.generators import seed_generators
 from re2tal.training.metrics import MetricsLog
 from re2tal.training.optimizer import OptimizerConfig, build_optimizer
@@ -41,7 +42,7 @@ class TinyDetector(nn.Module):
 
     def forward(self, frames: Tensor, mask: Tensor) -> Scores:
         if self.training:
-            self.seen += frames.float().mean()
+            self.seen += frames.float().nan_to_num().mean()
         return Scores(self.localizer(self.backbone(frames.transpose(1, 2).flatten(2)))[..., 0], mask)
 
     def loss(self, outputs: Scores, actions, timelines: list[Timeline], *, num_frames: int) -> dict[str, Tensor]:
@@ -98,7 +99,7 @@ def tiny_trainer(
     validate=lambda engine: {"average_map": 0.5},
 ) -> Trainer:
     """A trainer in this process, which joins the world its environment describes."""
-    world = resolve_world(_environment())
+    world = resolve_world(os.environ)
     config = EngineConfig(batch_size=2, gradient_accumulation=accumulation, precision=precision, timeout_minutes=1)
     training = training or TrainingConfig(epochs=2, checkpoint_every_steps=3, log_every_steps=1)
     device = join(world, config)
@@ -142,12 +143,10 @@ def tiny_trainer(
 
 
 def weights(trainer: Trainer) -> dict[str, Tensor]:
-    from re2tal.training.engine import gather_weights
-
+    """Every rank calls this; rank 0 gets copies of all weights."""
     return {name: value.clone() for name, value in gather_weights(trainer.engine).items()}
 
 
-def _environment() -> dict[str, str]:
-    import os
-
-    return dict(os.environ)
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    """Bit for bit."""
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)

@@ -1,0 +1,74 @@
+"""Configurations survive the way to JSON and back, and say what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from re2tal.config import DataConfig, RunConfig, build_detector, flatten, load_config, save_config, to_json
+from re2tal.data.stream import ClipConfig
+from re2tal.data.windows import ResizeWhole, Slide
+from re2tal.recipes import RECIPES, find_recipe
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_every_recipe_survives_its_json(name, tmp_path):
+    recipe = find_recipe(name)
+    save_config(tmp_path / "config.json", recipe)
+    assert load_config(tmp_path / "config.json") == recipe
+
+
+@pytest.mark.parametrize("windowing", [ResizeWhole(num_frames=600), Slide(num_frames=600)], ids=lambda one: type(one).__name__)
+def test_what_a_union_held_is_what_comes_back(windowing, tmp_path):
+    config = RunConfig(data=DataConfig(clips=ClipConfig(windowing=windowing)))
+    save_config(tmp_path / "config.json", config)
+    assert load_config(tmp_path / "config.json").data.clips.windowing == windowing
+
+
+def test_what_a_file_does_not_mention_keeps_its_default(tmp_path):
+    (tmp_path / "config.json").write_text('{"optimizer": {"weight_decay": 0.1}}')
+    default = RunConfig()
+    assert load_config(tmp_path / "config.json") == replace(default, optimizer=replace(default.optimizer, weight_decay=0.1))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"optimzer": {}}', "config.json: unknown key optimzer; did you mean optimizer"),
+        ('{"engine": {"batchsize": 2}}', "unknown key engine.batchsize; did you mean engine.batch_size"),
+        ('{"engine": {"batch_size": "many"}}', "engine.batch_size is 'many': .*integer"),
+        ('{"engine": {"precision": "fp8"}}', "engine.precision is 'fp8': .*'fp32', 'bf16' or 'fp16'"),
+        ('{"engine": {"batch_size": 0}}', "engine.batch_size is 0; it must be at least 1"),
+        ('{"training": {"epochs": 0}}', "training.epochs is 0"),
+        ('{"training": {"average_decay": 1.0}}', r"training.average_decay is 1.0; it lies in \[0, 1\)"),
+        ('{"optimizer": {"learning_rate": -1}}', "optimizer.learning_rate is -1.0"),
+        ('{"schedule": {"warmup_epochs": -1}}', "schedule.warmup_epochs is -1.0"),
+        ('{"num_steps": 2000}', "num_steps is 2000 and data.clips.windowing.num_frames 1024"),
+        ('{"localizer": {"position_encoding": true, "max_num_steps": 256}}', "max_num_steps = 256; raise the latter"),
+        ('{"name": "../elsewhere"}', "give one plain name"),
+        ('{"name": 1', "not usable JSON"),
+    ],
+)
+def test_a_faulty_file_names_key_value_and_remedy(text, message, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        load_config(tmp_path / "config.json")
+
+
+def test_an_unknown_recipe_is_answered_with_the_known_ones():
+    with pytest.raises(ValueError, match=r"unknown recipe 'thumos'; known: \['activitynet_re2swin_tiny', 'demo'"):
+        find_recipe("thumos")
+
+
+def test_flattened_keys_are_those_of_the_command_line():
+    flat = dict(flatten(to_json(find_recipe("demo"))))
+    assert flat["data.clips.windowing.num_frames"] == find_recipe("demo").data.clips.windowing.num_frames
+    assert json.loads(json.dumps(flat)) == flat
+
+
+def test_the_demo_detector_has_the_classes_it_is_built_for():
+    detector = build_detector(find_recipe("demo"), ["a", "b", "c"])
+    assert detector.localizer.classes == ("a", "b", "c")
+    assert detector.num_steps == find_recipe("demo").num_steps

@@ -1,0 +1,126 @@
+"""The world each launcher describes, and what it refuses."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from re2tal import distributed
+from re2tal.distributed import World, any_rank, expand_nodelist, gather_objects, main_process_first, resolve_world
+
+TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node7", "MASTER_PORT": "4242"}
+SRUN = {
+    "SLURM_PROCID": "5",
+    "SLURM_NTASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_JOB_NODELIST": "gpu[07-08]",
+    "SLURM_STEP_ID": "0",
+    "SLURM_JOB_ID": "123456",
+}
+EIGHT = World(rank=5, world_size=8, local_rank=1, master_addr="node7", master_port=4242, device_index=1)
+
+
+@pytest.mark.parametrize(
+    ("environ", "world"),
+    [
+        pytest.param(TORCHRUN, EIGHT, id="torchrun"),
+        pytest.param({**TORCHRUN, "LOCAL_SIZE": "4", "CROSS_RANK": "1"}, EIGHT, id="deepspeed"),
+        pytest.param({**SRUN, **TORCHRUN}, EIGHT, id="srun torchrun"),
+        pytest.param(
+            SRUN,
+            World(rank=5, world_size=8, local_rank=1, master_addr="gpu07", master_port=33456, device_index=1),
+            id="srun",
+        ),
+        pytest.param(
+            {**SRUN, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29999"},
+            World(rank=5, world_size=8, local_rank=1, master_addr="10.0.0.1", master_port=29999, device_index=1),
+            id="srun with an address from the script",
+        ),
+        pytest.param(
+            {**SRUN, "CUDA_VISIBLE_DEVICES": "3"},
+            World(rank=5, world_size=8, local_rank=1, master_addr="gpu07", master_port=33456, device_index=0),
+            id="srun --gpus-per-task=1",
+        ),
+        pytest.param(
+            {**SRUN, "CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_STEP_NUM_TASKS": "6"},
+            World(rank=5, world_size=6, local_rank=1, master_addr="gpu07", master_port=33456, device_index=1),
+            id="srun with fewer tasks than the job",
+        ),
+    ],
+)
+def test_each_launcher_gives_its_world(environ, world):
+    assert resolve_world(environ) == world
+
+
+@pytest.mark.parametrize(
+    "environ",
+    [
+        pytest.param({}, id="plain python"),
+        pytest.param({k: v for k, v in SRUN.items() if k != "SLURM_STEP_ID"}, id="inside a batch script, without srun"),
+        pytest.param({"MASTER_ADDR": "node7", "MASTER_PORT": "1"}, id="an address alone"),
+    ],
+)
+def test_without_a_launcher_there_is_one_process_on_a_free_port(environ):
+    world = resolve_world(environ)
+    assert (world.rank, world.world_size, world.local_rank, world.is_main) == (0, 1, 0, True)
+    with socket.socket() as probe:
+        probe.bind((world.master_addr, world.master_port))
+
+
+@pytest.mark.parametrize(
+    ("environ", "message"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, r"\['LOCAL_RANK', 'MASTER_ADDR', 'MASTER_PORT'\].*start with `deepspeed`"),
+        ({**TORCHRUN, "RANK": "two"}, "environment variable RANK is 'two'; it must be an integer"),
+        ({**TORCHRUN, "RANK": "8"}, "RANK, WORLD_SIZE.* give the impossible World.rank=8, world_size=8"),
+        ({**TORCHRUN, "MASTER_PORT": "70000"}, "impossible .*70000"),
+        ({k: v for k, v in SRUN.items() if k != "SLURM_LOCALID"}, r"not \['SLURM_LOCALID'\]; start the ranks with `srun"),
+        ({**SRUN, "SLURM_JOB_NODELIST": "gpu[07-"}, "not of the form"),
+    ],
+)
+def test_a_partial_or_impossible_environment_is_named(environ, message):
+    with pytest.raises(ValueError, match=message):
+        resolve_world(environ)
+
+
+@pytest.mark.parametrize(
+    ("nodelist", "hosts"),
+    [
+        ("login", ["login"]),
+        ("a,b", ["a", "b"]),
+        ("gpu[08-10,12],login", ["gpu08", "gpu09", "gpu10", "gpu12", "login"]),
+        ("r[1-2]n[01-02]", ["r1n01", "r1n02", "r2n01", "r2n02"]),
+        ("n[3]-ib.cluster", ["n3-ib.cluster"]),
+    ],
+)
+def test_node_lists_expand_as_scontrol_does(nodelist, hosts):
+    assert expand_nodelist(nodelist) == hosts
+
+
+def test_the_five_variables_name_the_device_to_take():
+    world = World(rank=5, world_size=8, local_rank=1, master_addr="a", master_port=7, device_index=0)
+    expected = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "7"}
+    assert world.variables() == expected
+
+
+def test_no_free_port_is_said(monkeypatch):
+    class Exhausted:
+        def __enter__(self):
+            raise OSError(98, "Address already in use")
+
+        def __exit__(self, *details):
+            return None
+
+    monkeypatch.setattr(distributed.socket, "socket", Exhausted)
+    with pytest.raises(ConnectionError, match="no free TCP port on 127.0.0.1 .*MASTER_PORT"):
+        resolve_world({})
+
+
+def test_one_process_needs_no_group():
+    assert gather_objects({"a": 1}) == [{"a": 1}]
+    assert any_rank(True)
+    assert not any_rank(False)
+    with main_process_first():
+        ran = True
+    assert ran
