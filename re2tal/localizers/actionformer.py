@@ -59,7 +59,7 @@ class ActionFormerConfig:
     """Add a sinusoid of the position after the embedding."""
     max_num_steps: int = 512
     """Shorter clips are padded to this length, so that a clip's numbers do not depend on its batch; longer ones are
-    padded to a multiple of what the levels and windows need. The position encoding is defined on it."""
+    padded to a multiple of `step_multiple`. The position encoding is defined on it."""
     regression_ranges: tuple[tuple[float, float], ...] = ((0, 4), (4, 8), (8, 16), (16, 32), (32, 64), (64, 10_000))
     """Per level, finest first: which distances to an action's farther end its points predict, in steps."""
     centre_radius: float = 1.5
@@ -105,10 +105,10 @@ class ActionFormerConfig:
             raise ValueError(
                 f"attention_window={self.attention_window} must be at least 2 steps, or None for all steps"
             )
-        if self.max_num_steps % self.step_multiple:
+        if self.max_num_steps % 2 ** (self.num_levels - 1):
             raise ValueError(
-                f"max_num_steps={self.max_num_steps} must be a multiple of {self.step_multiple}, which the strides and "
-                "windows of the levels need"
+                f"max_num_steps={self.max_num_steps} must be a multiple of {2 ** (self.num_levels - 1)}, the stride of "
+                f"the coarsest of {self.num_levels} levels"
             )
 
     @property
@@ -125,7 +125,10 @@ class ActionFormerConfig:
 
     @property
     def step_multiple(self) -> int:
-        """Lengths are padded to a multiple of this: the largest block that any level cuts its sequence into."""
+        """Clips longer than `max_num_steps` are padded to a multiple of this, as the public implementations do.
+
+        It is the largest block of steps that any of their levels cuts its sequence into.
+        """
         return max(2**level * (window // 2 * 2 if window else 1) for level, window in enumerate(self.windows))
 
     def padded_steps(self, num_steps: int) -> int:

@@ -143,7 +143,6 @@ def test_the_best_of_each_level_leave_out_what_is_too_short() -> None:
         ({"channels": 15}, "channels=15 must be a multiple of num_heads=2"),
         ({"kernel_size": 4}, "kernel_size=4 must be odd"),
         ({"max_num_steps": 30}, "max_num_steps=30 must be a multiple of 4"),
-        ({"attention_window": 7}, "max_num_steps=32 must be a multiple of 24"),
         ({"attention_window": (3, 3)}, r"attention_window=\(3, 3\) must have one entry per level; there are 3"),
         ({"attention_window": 1}, "attention_window=1 must be at least 2 steps, or None"),
         ({"regression_ranges": ((4, 4), (4, 8), (8, 9))}, "with low < high"),
