@@ -37,10 +37,12 @@ from re2tal.structures import Action, VideoRecord
 SPEED_PER_SECOND = (0.28, 0.42)
 CIRCLE_RADIUS = (0.10, 0.15)
 OBJECT_SIZE = (0.24, 0.38)
+OBJECT_CONTRAST = 70  # least difference of mean levels between object and background
 NUM_DOTS = (3, 6)
 DOT_SIZE = (0.05, 0.09)
 DOT_SPEED_PER_SECOND = 0.25
 BACKGROUND_SPEED_PER_SECOND = 0.05
+BACKGROUND_LEVELS = (70, 185)  # below OBJECT_CONTRAST, objects are always brighter than the background
 BACKGROUND_CONTRAST = 14
 ACTION_SECONDS = (1.5, 5.0)
 STILL_SECONDS = (0.3, 0.9)
@@ -221,7 +223,7 @@ def draw_scene(*, subset: str, number: int, seed: int) -> Scene:
     num_frames = int(rng.triangular(VIDEO_SECONDS[0], 15, VIDEO_SECONDS[1]) * rate)
     seconds = np.arange(num_frames) / float(rate)
     size = np.array([width, height])
-    base = rng.uniform(70, 185, size=3)
+    base = rng.uniform(*BACKGROUND_LEVELS, size=3)
     background = _texture(rng, height=height, width=width, base=base)
     shifts = np.rint(seconds[:, None] * _direction(rng) * BACKGROUND_SPEED_PER_SECOND * min(size)).astype(int)
     actors = [_dot(rng, seconds=seconds, size=size, base=base) for _ in range(rng.integers(*NUM_DOTS, endpoint=True))]
@@ -341,8 +343,8 @@ def _sprite(
 
 
 def _standing_out(rng: np.random.Generator, base: np.ndarray) -> np.ndarray:
-    """A colour at least 70 levels brighter or darker than the background."""
+    """A colour that is clearly brighter or darker than the background."""
     while True:
         colour = rng.uniform(0, 255, size=3)
-        if abs(colour.mean() - base.mean()) > 70:
+        if abs(colour.mean() - base.mean()) > OBJECT_CONTRAST:
             return colour
