@@ -1,7 +1,7 @@
 """RunConfig: everything that makes a run, composed of the components' own configurations, and its JSON form.
 
-A run folder holds `config.json`, the configuration after recipe and overrides, which starts the same run again. A key that
-no component knows is an error: a misspelt override must not train something else.
+A run folder holds `config.json`, the configuration after recipe and overrides, which starts the same run again. A key
+that no component knows is an error: a misspelt override must not train something else.
 """
 
 from __future__ import annotations
@@ -79,14 +79,15 @@ class RunConfig:
         num_frames = self.data.clips.windowing.num_frames
         if not 1 <= self.num_steps <= num_frames:
             raise ValueError(
-                f"num_steps is {self.num_steps} and data.clips.windowing.num_frames {num_frames}; the grid has at least one "
-                "step, and no more than there are frames"
+                f"num_steps is {self.num_steps} and data.clips.windowing.num_frames {num_frames}; the grid has at "
+                "least one step, and no more than there are frames"
             )
-        if self.localizer.position_encoding and self.num_steps > self.localizer.max_num_steps:
-            raise ValueError(
-                f"num_steps is {self.num_steps}, but localizer.position_encoding is defined on localizer.max_num_steps = "
-                f"{self.localizer.max_num_steps}; raise the latter"
-            )
+        match self.localizer:
+            case ActionFormerConfig(position_encoding=True, max_num_steps=limit) if self.num_steps > limit:
+                raise ValueError(
+                    f"num_steps is {self.num_steps}, but localizer.position_encoding is defined on "
+                    f"localizer.max_num_steps = {limit}; raise the latter"
+                )
 
 
 def build_detector(config: RunConfig, classes: Sequence[str]) -> TemporalActionDetector:

@@ -1,14 +1,14 @@
 """Who am I among the processes of this run, and the few things all of them do together.
 
-    deepspeed | torchrun | srun | plain python   --resolve_world-->   World   --export-->   RANK, WORLD_SIZE, LOCAL_RANK,
-                                                                                           MASTER_ADDR, MASTER_PORT
+    deepspeed | torchrun | srun | plain python  --resolve_world-->  World  --export-->  RANK, WORLD_SIZE, LOCAL_RANK,
+                                                                                        MASTER_ADDR, MASTER_PORT
 
-`resolve_world` only reads a mapping, so every launcher is one row of a test's table. The collectives below are no-ops in a
-process that joined no group, which is how `re2tal detect` runs on one machine.
+`resolve_world` only reads a mapping, so every launcher is one row of a test's table. The collectives below are no-ops
+in a process that joined no group, which is how `re2tal detect` runs on one machine.
 
-The gather and the barrier are torch's own. accelerate's would be wrong here: on CPU its `PartialState` reports one process
-on every rank of a gloo group that `deepspeed` or torchrun started, so its gather returns each rank its own value. accelerate
-stays in the requirements because transformers needs it to load weights under ZeRO-3.
+The gather and the barrier are torch's own. accelerate's would be wrong here: on CPU its `PartialState` reports one
+process on every rank of a gloo group that `deepspeed` or torchrun started, so its gather returns each rank its own
+value. accelerate stays in the requirements because transformers needs it to load weights under ZeRO-3.
 """
 
 from __future__ import annotations
@@ -46,7 +46,10 @@ class World:
         return self.rank == 0
 
     def variables(self) -> dict[str, str]:
-        """The five variables torch and DeepSpeed read. LOCAL_RANK is the device to take, which is what they use it for."""
+        """The five variables torch and DeepSpeed read.
+
+        LOCAL_RANK is the device to take, which is what they use it for.
+        """
         return {
             "RANK": str(self.rank),
             "WORLD_SIZE": str(self.world_size),
@@ -63,12 +66,13 @@ class World:
 def resolve_world(environ: Mapping[str, str]) -> World:
     """The world this process was launched into, from its environment variables.
 
-    torchrun and `deepspeed` set RANK and its four companions; srun (and `deepspeed --launcher slurm`) sets SLURM_PROCID and
-    its own; with neither this is a world of one process on a free port. Raises ValueError for a partial or impossible set.
+    torchrun and `deepspeed` set RANK and its four companions; srun (and `deepspeed --launcher slurm`) sets SLURM_PROCID
+    and its own; with neither this is a world of one process on a free port. Raises ValueError for a partial or
+    impossible set.
     """
     if "RANK" in environ or "WORLD_SIZE" in environ:
         return _from_launcher(environ)
-    # A batch script has SLURM_PROCID=0 and the job's SLURM_NTASKS too, but only tasks that srun started belong to a step.
+    # A batch script has SLURM_PROCID=0 and the job's SLURM_NTASKS too, but only what srun started belongs to a step.
     if "SLURM_PROCID" in environ and ("SLURM_STEP_ID" in environ or "SLURM_STEPID" in environ):
         return _from_srun(environ)
     return World(master_port=free_port())
@@ -80,8 +84,8 @@ def _from_launcher(environ: Mapping[str, str]) -> World:
     if missing:
         present = {name: environ[name] for name in names if name in environ}
         raise ValueError(
-            f"the environment has {present} but not {missing}; start with `deepspeed`, `torchrun` or `srun`, which set all "
-            "five, or unset them to run one process"
+            f"the environment has {present} but not {missing}; start with `deepspeed`, `torchrun` or `srun`, which set "
+            "all five, or unset them to run one process"
         )
     local_rank = _integer(environ, "LOCAL_RANK")
     return _checked(
@@ -159,7 +163,9 @@ def expand_nodelist(nodelist: str) -> list[str]:
     """SLURM's compact host list -> host names: "gpu[08-10,12],login" -> gpu08 gpu09 gpu10 gpu12 login."""
     part = r"(?:[A-Za-z0-9._-]+|\[[0-9,-]+\])+"
     if re.fullmatch(rf"{part}(?:,{part})*", nodelist) is None:
-        raise ValueError(f"SLURM node list {nodelist!r} is not of the form gpu[01-04,7],login; set MASTER_ADDR yourself")
+        raise ValueError(
+            f"SLURM node list {nodelist!r} is not of the form gpu[01-04,7],login; set MASTER_ADDR yourself"
+        )
     return [host for compact in re.findall(part, nodelist) for host in _expand_ranges(compact)]
 
 
@@ -196,7 +202,10 @@ def is_main() -> bool:
 
 
 def gather_objects(value: Value) -> list[Value]:
-    """Every rank calls this; each gets the list of all ranks' values, by rank. Values travel pickled between our own ranks."""
+    """Every rank calls this; each gets the list of all ranks' values, by rank.
+
+    Values travel pickled between the ranks of one run, which trust each other.
+    """
     if not _joined():
         return [value]
     values: list = [None] * dist.get_world_size()

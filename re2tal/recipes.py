@@ -1,4 +1,4 @@
-"""RECIPES: one function per setting; each returns a whole RunConfig, to train as it stands or to change on the command line.
+"""RECIPES: one function per setting, which returns a whole RunConfig, to train as it stands or to override.
 
 Published settings: OpenTAD's configs/re2tal (ActionFormer on Video Swin-T, reversible).
 """
@@ -64,8 +64,8 @@ def thumos14_re2swin_tiny() -> RunConfig:
         num_steps=512,
         data=DataConfig(
             shards=Path("shards/thumos14"),
-            # Of the source's 30 frames a second every second one. An action belongs to a training window that shows 75 % of it;
-            # test windows overlap by half, the last one ends with the video.
+            # Every second of the source's 30 frames a second. An action belongs to a training window that shows three
+            # quarters of it; test windows overlap by half, the last one ends with the video.
             clips=ClipConfig(windowing=Slide(num_frames=1024, frames_per_second=15.0), size=224, workers=2),
         ),
         # 0.2 where the plain network has 0.1; every norm in evaluation mode with its scale and shift frozen.

@@ -20,7 +20,9 @@ def test_every_recipe_survives_its_json(name, tmp_path):
     assert load_config(tmp_path / "config.json") == recipe
 
 
-@pytest.mark.parametrize("windowing", [ResizeWhole(num_frames=600), Slide(num_frames=600)], ids=lambda one: type(one).__name__)
+@pytest.mark.parametrize(
+    "windowing", [ResizeWhole(num_frames=600), Slide(num_frames=600)], ids=lambda one: type(one).__name__
+)
 def test_what_a_union_held_is_what_comes_back(windowing, tmp_path):
     config = RunConfig(data=DataConfig(clips=ClipConfig(windowing=windowing)))
     save_config(tmp_path / "config.json", config)
@@ -30,7 +32,9 @@ def test_what_a_union_held_is_what_comes_back(windowing, tmp_path):
 def test_what_a_file_does_not_mention_keeps_its_default(tmp_path):
     (tmp_path / "config.json").write_text('{"optimizer": {"weight_decay": 0.1}}')
     default = RunConfig()
-    assert load_config(tmp_path / "config.json") == replace(default, optimizer=replace(default.optimizer, weight_decay=0.1))
+    assert load_config(tmp_path / "config.json") == replace(
+        default, optimizer=replace(default.optimizer, weight_decay=0.1)
+    )
 
 
 @pytest.mark.parametrize(

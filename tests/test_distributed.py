@@ -75,7 +75,10 @@ def test_without_a_launcher_there_is_one_process_on_a_free_port(environ):
         ({**TORCHRUN, "RANK": "two"}, "environment variable RANK is 'two'; it must be an integer"),
         ({**TORCHRUN, "RANK": "8"}, "RANK, WORLD_SIZE.* give the impossible World.rank=8, world_size=8"),
         ({**TORCHRUN, "MASTER_PORT": "70000"}, "impossible .*70000"),
-        ({k: v for k, v in SRUN.items() if k != "SLURM_LOCALID"}, r"not \['SLURM_LOCALID'\]; start the ranks with `srun"),
+        (
+            {k: v for k, v in SRUN.items() if k != "SLURM_LOCALID"},
+            r"not \['SLURM_LOCALID'\]; start the ranks with `srun",
+        ),
         ({**SRUN, "SLURM_JOB_NODELIST": "gpu[07-"}, "not of the form"),
     ],
 )
@@ -113,7 +116,7 @@ def test_no_free_port_is_said(monkeypatch):
             return None
 
     monkeypatch.setattr(distributed.socket, "socket", Exhausted)
-    with pytest.raises(ConnectionError, match="no free TCP port on 127.0.0.1 .*MASTER_PORT"):
+    with pytest.raises(ConnectionError, match=r"no free TCP port on 127.0.0.1 .*MASTER_PORT"):
         resolve_world({})
 
 

@@ -11,7 +11,6 @@ from functools import partial
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("re2tal.cli.demo:demo", "write a small data set of real videos to try everything on"),
     "shards": ("re2tal.cli.shards:shards", "pack videos and annotations into training data"),
-    "shards": ("re2tal.cli.shards:shards", "build, verify or list shards of videos and annotations"),
     "train": ("re2tal.cli.train:train", "train and evaluate a detector"),
     "detect": ("re2tal.cli.detect:detect", "find actions in video files or shards with a trained detector"),
     "evaluate": ("re2tal.cli.evaluate:evaluate", "score a results JSON against annotations"),
@@ -25,7 +24,8 @@ WRONG_INPUT, DIVERGED = 2, 78
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `re2tal` command; `arguments` without the program's name, from the command line by default.
 
-    A fault in what the user gave (ValueError, OSError) ends in one line on stderr and exit status 2, never in a traceback.
+    A fault in what the user gave (ValueError, OSError) ends in one line on stderr and exit status 2, never in a
+    traceback.
     """
     name, *rest = [*(sys.argv[1:] if arguments is None else arguments)] or ["--help"]
     if name in ("-h", "--help"):

@@ -43,7 +43,6 @@ from re2tal.training.engine import (
     gather_weights,
     join,
     leave,
-    resolve_deepspeed_config,
     zero_stage,
 )
 from re2tal.training.export import write_model
@@ -52,6 +51,7 @@ from re2tal.training.metrics import MetricsLog, peak_memory_gib
 from re2tal.training.optimizer import build_optimizer
 from re2tal.training.schedule import learning_rate_factor
 from re2tal.training.trainer import Trainer, num_optimizer_steps
+from re2tal.training.zero_file import resolve_deepspeed_config
 
 INTERRUPTED = 75
 """Exit status of a run that was told to stop and has saved; a job script may start it again with --resume."""
@@ -114,7 +114,7 @@ def train(
 
 
 def starting_point(arguments: Sequence[str]) -> tuple[RunConfig, list[str]]:
-    """Takes --recipe or --config (and the launcher's --local_rank) out of the arguments: the run they name, and the rest."""
+    """Takes --recipe or --config out of the arguments: the run they name, and the other arguments."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     origin = parser.add_mutually_exclusive_group()
     origin.add_argument("--recipe", default="demo")
@@ -137,14 +137,14 @@ def _claim(folder: Path, world: World, *, resume: bool, overwrite: bool) -> None
                 (folder / left).unlink(missing_ok=True)
         if not resume and (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir()):
             raise ValueError(
-                f"{folder} holds the checkpoints of an earlier run; --resume continues it, --overwrite replaces it, --out "
-                "chooses another folder"
+                f"{folder} holds the checkpoints of an earlier run; --resume continues it, --overwrite replaces it, "
+                "--out chooses another folder"
             )
         folder.mkdir(parents=True, exist_ok=True)
 
 
 def _make_demo_data(run: RunConfig, world: World) -> None:
-    """Every rank calls this: rank 0 makes the demo shards where the demo recipe, as it stands, would look for them in vain."""
+    """Every rank calls this: where the demo recipe would look for its shards in vain, rank 0 makes them first."""
     shards = run.data.shards
     with main_process_first():
         if world.is_main and shards == find_recipe("demo").data.shards and not shards.exists():
@@ -163,8 +163,8 @@ def _open_both(run: RunConfig) -> tuple[ShardSet, ShardSet]:
     validation = open_shards(data.shards / data.validation_subset)
     if training.classes != validation.classes:
         raise ValueError(
-            f"{training.root} has classes {list(training.classes)}, {validation.root} {list(validation.classes)}; build both "
-            "from one annotation file"
+            f"{training.root} has classes {list(training.classes)}, {validation.root} {list(validation.classes)}; "
+            "build both from one annotation file"
         )
     return training, validation
 
@@ -226,7 +226,7 @@ def _stream(run: RunConfig, shards: ShardSet, world: World, *, training: bool) -
 def _prepare(
     batch: ClipBatch, position: int, *, strength: float, seed: int, rank: int, dtype: torch.dtype
 ) -> torch.Tensor:
-    """Colours and normalises on the device; what is drawn depends on the place in the run alone, so a resumed run repeats it."""
+    """Colours and normalises on the device; draws by the place in the run alone, so a resumed run repeats it."""
     mixed = np.random.SeedSequence([seed, rank, position]).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(mixed[0]))
     return jitter_and_normalise(batch.frames, strength=strength, generator=generator, dtype=dtype)

@@ -3,8 +3,8 @@
     tmp-step-00000042/  files of all ranks, flushed -> manifest.json, sizes and SHA-256, flushed
                         -> renamed to step-00000042/ -> `latest` replaced -> old ones removed
 
-A folder called step-* is therefore complete, unless its disk lied: then its manifest does not verify and the one before it is
-loaded. Everything is read with `weights_only=True`.
+A folder called step-* is therefore complete, unless its disk lied: then its manifest does not verify and the one before
+it is loaded. Everything is read with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class CheckpointStore:
     """The checkpoints of one run in one folder, which all ranks must be able to write."""
 
     def __init__(self, folder: Path, *, identity: Mapping[str, Any], keep: int = 2) -> None:
-        """`identity`: what must be the same when the run is resumed, as JSON values by name; `keep`: how many to keep."""
+        """`identity`: JSON values by name that must be the same when the run is resumed; `keep`: how many to keep."""
         if keep < 1:
             raise ValueError(f"training.keep_checkpoints is {keep}; it must be at least 1")
         self.folder = folder
@@ -57,7 +57,10 @@ class CheckpointStore:
         self.keep = keep
 
     def save(self, engine: Engine, average: WeightAverage | None, progress: Progress) -> Path:
-        """Every rank calls this between two optimizer steps. Raises OSError on all ranks, old checkpoints kept, if one fails."""
+        """Every rank calls this between two optimizer steps.
+
+        Raises OSError on all ranks, old checkpoints kept, if one fails.
+        """
         name = f"step-{progress.step:08d}"
         partial = self.folder / f"tmp-{name}"
         failures: list[OSError] = []
@@ -84,7 +87,7 @@ class CheckpointStore:
     def load_newest(self, engine: Engine, average: WeightAverage | None) -> Progress | None:
         """Every rank calls this: restores the newest checkpoint that verifies; None where there is none at all.
 
-        Raises ValueError when all are damaged, naming the files, or when the checkpoint is of another run, naming what changed.
+        Raises ValueError when all are damaged, naming the files, or when it is of another run, naming what changed.
         """
         [name, *_] = gather_objects(self._newest_sound() if is_main() else None)
         if name is None:
@@ -97,7 +100,7 @@ class CheckpointStore:
         _restore_rank_state(engine, average, state)
         return Progress(**manifest["progress"])
 
-    # ------------------------------------------------------------------------------------------------------------------ writing
+    # ---------------------------------------------------------------------------------------------------------- writing
 
     def _digests(self, partial: Path) -> dict[str, dict[str, Any]]:
         """Every rank calls this: name -> size and SHA-256 of every file, the work shared between the ranks."""
@@ -128,15 +131,16 @@ class CheckpointStore:
             if is_main():
                 shutil.rmtree(partial, ignore_errors=True)
             raise OSError(
-                f"checkpoint {partial.name.removeprefix('tmp-')} was not written to {self.folder}: {'; '.join(reports)}. "
-                "Earlier checkpoints are intact; free space or make the folder writable, then start again with --resume"
+                f"checkpoint {partial.name.removeprefix('tmp-')} was not written to {self.folder}: "
+                f"{'; '.join(reports)}. Earlier checkpoints are intact; free space or make the folder writable, then "
+                "start again with --resume"
             )
 
     def _remove_leftovers(self) -> None:
         for leftover in self.folder.glob("tmp-*"):
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
 
-    # ------------------------------------------------------------------------------------------------------------------ reading
+    # ---------------------------------------------------------------------------------------------------------- reading
 
     def _names(self) -> list[str]:
         """Complete checkpoints, newest first."""
@@ -145,7 +149,7 @@ class CheckpointStore:
         return sorted((path.name for path in self.folder.glob("step-*") if path.is_dir()), reverse=True)
 
     def _newest_sound(self) -> str | None:
-        faults = {}
+        faults: dict[str, str] = {}
         for name in self._names():
             fault = find_fault(self.folder / name)
             if fault is None:
@@ -165,8 +169,8 @@ class CheckpointStore:
         ]
         if changes:
             raise ValueError(
-                f"{checkpoint} is of another run: {'; '.join(changes)}. Resume with the config.json of its run folder and as "
-                "many ranks, or choose another --out"
+                f"{checkpoint} is of another run: {'; '.join(changes)}. Resume with the config.json of its run folder "
+                "and as many ranks, or choose another --out"
             )
 
 
@@ -191,7 +195,7 @@ def find_fault(checkpoint: Path) -> str | None:
 
 
 def _rank_state(engine: Engine, average: WeightAverage | None) -> dict[str, Any]:
-    """What differs between ranks and DeepSpeed does not keep: generators, buffers (DeepSpeed saves rank 0's), the average."""
+    """What each rank has of its own and DeepSpeed does not keep: generators, buffers, its share of the average."""
     return {
         "generators": generator_states(engine.device),
         "buffers": {name: buffer.cpu() for name, buffer in engine.module.named_buffers()},

@@ -34,7 +34,7 @@ class WeightAverage:
 
     @contextmanager
     def in_place_of_weights(self) -> Iterator[None]:
-        """Every rank enters this: inside, the model's weights are the average; afterwards they are bit for bit as before."""
+        """Every rank enters this: inside, the model computes with the average; afterwards with its weights again."""
         self._trade()
         try:
             yield

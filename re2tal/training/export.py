@@ -1,4 +1,7 @@
-"""model.safetensors: what training leaves for inference. Float32 weights and buffers by name, class names in the header."""
+"""model.safetensors: what training leaves for inference.
+
+Float32 weights and buffers by name, class names in the header.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +39,9 @@ class ModelFile:
             odd = sorted(name for name in own.keys() | saved.keys() if own.get(name) != saved.get(name))
             first = odd[0]
             raise ValueError(
-                f"{self.path} does not fit the detector: {len(odd)} tensors differ, such as {first}: {saved.get(first)} in the "
-                f"file, {own.get(first)} in the detector; use the config.json of the run that wrote it"
+                f"{self.path} does not fit the detector: {len(odd)} tensors differ, such as {first}: "
+                f"{saved.get(first)} in the file, {own.get(first)} in the detector; use the config.json of the run "
+                "that wrote it"
             )
         detector.load_state_dict(self.weights)
 

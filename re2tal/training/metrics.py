@@ -1,4 +1,4 @@
-"""What a run reports: a progress bar or plain lines, metrics.jsonl, and TensorBoard events. Rank 0 writes, the others do not.
+"""What a run reports, on rank 0: a progress bar or plain lines, metrics.jsonl, and TensorBoard events.
 
 {"step": 40, "kind": "train", "epoch": 1.6, "loss": 0.82, "loss/classification": 0.51, "lr/localizer": 1e-4, ...}
 """

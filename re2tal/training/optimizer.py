@@ -1,7 +1,7 @@
 """AdamW over four groups: (backbone | localizer) x (decayed | not decayed).
 
-A pretrained backbone learns more slowly than the fresh localizer above it; what shifts or scales (biases, norms, position
-tables) is not pulled towards zero.
+A pretrained backbone learns more slowly than the fresh localizer above it; what shifts or scales (biases, norms,
+position tables) is not pulled towards zero.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
 
 
 def _not_decayed(model: nn.Module) -> set[int]:
-    """Ids of parameters that shift or scale: biases, norms (whatever shape their weight has), scalars, vectors, tables."""
+    """Ids of parameters that shift or scale: biases, vectors, scalars, tables, and norms, whatever their shape."""
     return {
         id(parameter)
         for module in model.modules()

@@ -2,15 +2,15 @@
 
     draw -> loss -> backward  (x gradient accumulation)  -> step -> average -> report, evaluate, save, stop?
 
-Every rank runs the same steps: their number is known before the first batch, and whether to skip a batch or to stop is decided
-by all ranks together.
+Every rank runs the same steps: their number is known before the first batch, and whether to skip a batch or to stop is
+decided by all ranks together.
 """
 
 from __future__ import annotations
 
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from types import FrameType
@@ -37,7 +37,7 @@ class TrainingConfig:
     seed: int = 0
     """Seed of everything random: initial weights, data order, augmentation, drop path."""
     average_decay: float | None = 0.999
-    """Decay of the moving average of the weights, which evaluation and the exported model use; None averages nothing."""
+    """Decay of the moving average of the weights that evaluation and the exported model use; None averages nothing."""
     log_every_steps: int = 10
     """Optimizer steps between two log lines."""
     evaluate_every_epochs: int | None = None
@@ -73,7 +73,7 @@ class Clips(Protocol):
 
 
 Prepare = Callable[[ClipBatch, int], Tensor]
-"""A batch on the device and its number in the run -> (B, 3, T, H, W) augmented, normalised frames of the weights' type."""
+"""A batch on the device, its number in the run -> (B, 3, T, H, W) augmented, normalised, in the weights' type."""
 
 Validate = Callable[[Engine], Mapping[str, float]]
 """Every rank calls it; figures of merit by name. It leaves the engine in the mode it came in."""
@@ -149,7 +149,7 @@ class Trainer:
         """A context in which the model computes with the weights to evaluate and to export."""
         return nullcontext() if self.average is None else self.average.in_place_of_weights()
 
-    # -------------------------------------------------------------------------------------------------------------- one step
+    # --------------------------------------------------------------------------------------------------------- one step
 
     def _step(self, batches: Iterator[ClipBatch]) -> dict[str, Tensor]:
         """One optimizer step; the mean of its losses, by name."""
@@ -190,23 +190,24 @@ class Trainer:
         return self.engine.module.loss(outputs, batch.actions, batch.timelines, num_frames=batch.frames.shape[2])
 
     def _skip(self, reason: str) -> None:
-        """Every rank calls this together: counts what is not applied, and gives up when it happens too often in a row."""
+        """Every rank calls this: counts what is not applied, and gives up when it happens too often in a row."""
         self.progress = replace(self.progress, skipped=self.progress.skipped + 1)
         self.non_finite_in_a_row += 1
         self.log.say(f"skipped: {reason}")
         if self.non_finite_in_a_row >= self.config.max_non_finite:
             raise FloatingPointError(
-                f"{self.non_finite_in_a_row} batches or steps in a row were not finite, the last because {reason}; the run has "
-                "diverged: lower the learning rate, lengthen the warmup, or train in fp32. Checkpoints are intact"
+                f"{self.non_finite_in_a_row} batches or steps in a row were not finite, the last because {reason}; "
+                "the run has diverged: lower the learning rate, lengthen the warmup, or train in fp32. "
+                "Checkpoints are intact"
             )
 
-    def _batches(self) -> Iterator[ClipBatch]:
+    def _batches(self) -> Generator[ClipBatch]:
         """Batches without end, from where the run stands."""
         while True:
             epoch, start_step = divmod(self.progress.micro_batches, self.clips.steps_per_epoch)
             yield from self.clips.epoch(epoch, start_step=start_step)
 
-    # --------------------------------------------------------------------------------------------------------- around a step
+    # ---------------------------------------------------------------------------------------------------- around a step
 
     def _advance(self, *, seconds: float) -> None:
         self.progress = replace(self.progress, step=self.progress.step + 1, seconds=self.progress.seconds + seconds)
@@ -270,16 +271,18 @@ def num_optimizer_steps(config: TrainingConfig, steps_per_epoch: int, *, accumul
     steps = config.epochs * steps_per_epoch // accumulation
     if steps == 0:
         raise ValueError(
-            f"{config.epochs} epochs of {steps_per_epoch} batches give no step with gradient accumulation {accumulation}; add "
-            "videos, train for more epochs, or use a smaller batch or fewer ranks"
+            f"{config.epochs} epochs of {steps_per_epoch} batches give no step with gradient accumulation "
+            f"{accumulation}; add videos, train for more epochs, or use a smaller batch or fewer ranks"
         )
     return steps
 
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """Inside, SIGTERM and SIGUSR1 only leave their number in the list: the loop looks at it between two steps, where all ranks
-    can save together. Nothing else is safe inside a handler."""
+    """Inside, SIGTERM and SIGUSR1 leave their number in the list and do nothing else.
+
+    The loop looks at it between two steps, where all ranks can save together; inside a handler nothing would be safe.
+    """
     requests: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:

@@ -17,7 +17,7 @@ NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))
 
 
 def train_with_every_file(folder: str, precision: str) -> dict:
-    """Weights and averaged weights by file; and how far the engine's outputs are from those of a plain model with them."""
+    """Weights and averaged weights by file, and how far the engine is from a plain model that has them."""
     found = {}
     for name in NAMES:
         zero = json.loads((FOLDER / f"{name}.json").read_text())["zero_optimization"]
@@ -61,6 +61,8 @@ def test_every_file_trains_to_the_same_weights_and_computes_with_them(precision,
             for key, value in found[name][kind].items():
                 expected = found["zero2"][kind][key]
                 tolerance = 1e-6 if precision == "fp32" else 2e-3
-                torch.testing.assert_close(value, expected, rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}")
+                torch.testing.assert_close(
+                    value, expected, rtol=0, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
+                )
         # Eight steps of an average that keeps 99.9 %: it has not followed.
         assert not torch.equal(found[name]["weights"]["localizer.bias"], found[name]["average"]["localizer.bias"])

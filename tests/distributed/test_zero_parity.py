@@ -1,4 +1,4 @@
-"""Forgetting activations changes nothing: the same losses as the rewired network that keeps them, under every ZeRO stage."""
+"""Forgetting activations changes nothing: losses are those of the network that keeps them, under every ZeRO stage."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from re2tal.distributed import resolve_world
 from re2tal.localizers import ActionFormerConfig, build_localizer
 from re2tal.rewire import RewiringConfig, rewire
 from re2tal.structures import Action, Timeline
-from re2tal.training.engine import EngineConfig, build_engine, join, leave, resolve_deepspeed_config
+from re2tal.training.engine import EngineConfig, build_engine, join, leave
 from re2tal.training.optimizer import OptimizerConfig, build_optimizer
+from re2tal.training.zero_file import resolve_deepspeed_config
 
 STEPS, FRAMES, STAGES = 20, 8, (0, 1, 2, 3)
 

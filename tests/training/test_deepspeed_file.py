@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from re2tal.training.engine import EngineConfig, resolve_deepspeed_config
+from re2tal.training.engine import EngineConfig
+from re2tal.training.zero_file import resolve_deepspeed_config
 
 RUN = EngineConfig(batch_size=2, gradient_accumulation=3, gradient_clipping=0.5, precision="bf16")
 SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
@@ -45,7 +46,10 @@ def test_a_literal_that_agrees_with_the_run_stays(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"gradient_clipping": 1.0}, "ds.json: gradient_clipping is 1.0, but the run has engine.gradient_clipping = 0.5"),
+        (
+            {"gradient_clipping": 1.0},
+            "ds.json: gradient_clipping is 1.0, but the run has engine.gradient_clipping = 0.5",
+        ),
         ({"train_batch_size": 8}, "train_batch_size is 8, .* x ranks = 2 x 3 x 2 = 12; make them agree, or write"),
         ({"gradient_accumulation_steps": 1}, "the run has engine.gradient_accumulation = 3"),
         ({"bf16": {"enabled": False}}, "bf16.enabled is false, but the run has engine.precision = 'bf16'"),
@@ -63,7 +67,10 @@ def test_a_literal_that_agrees_with_the_run_stays(tmp_path):
         ({"optimizer": {"type": "Adam"}}, "remove 'optimizer'; the run's own config decides it"),
         ({"zero_optimization": {"stage": 4}}, "zero_optimization.stage is 4; it must be 0, 1, 2 or 3"),
         ({"zero_optimization": {"stage": 0}}, "stage 0 .* use stage 1"),
-        ({"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}}, 'reduce_bucket_size is "auto", but a run does not'),
+        (
+            {"zero_optimization": {"stage": 2, "reduce_bucket_size": "auto"}},
+            'reduce_bucket_size is "auto", but a run does not',
+        ),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offload_param needs stage 3"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, '"nvme", which is not supported'),
         ([], "holds a list; a DeepSpeed config is one JSON object"),
@@ -89,7 +96,7 @@ def test_a_file_that_is_not_strict_json_is_refused(text, message, tmp_path):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(FileNotFoundError, match="zero9.json"):
+    with pytest.raises(FileNotFoundError, match=r"zero9\.json"):
         resolve_deepspeed_config(tmp_path / "zero9.json", RUN, world_size=1)
 
 

@@ -60,7 +60,10 @@ def test_groups_by_part_and_decay():
 def test_a_frozen_backbone_is_in_no_group():
     model = Model()
     model.backbone.requires_grad_(False)
-    assert {group["name"] for group in parameter_groups(model, CONFIG)} == {"localizer, decayed", "localizer, not decayed"}
+    assert {group["name"] for group in parameter_groups(model, CONFIG)} == {
+        "localizer, decayed",
+        "localizer, not decayed",
+    }
 
 
 def test_nothing_of_the_demo_detector_is_lost():

@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from re2tal.distributed import resolve_world
 from re2tal.structures import ClipBatch, Timeline
 from re2tal.training.checkpoint import CheckpointStore
-from re2tal.training.engine import EngineConfig, build_engine, gather_weights, join, resolve_deepspeed_config
+from re2tal.training.engine import EngineConfig, build_engine, gather_weights, join
 from re2tal.training.generators import seed_generators
 from re2tal.training.metrics import MetricsLog
 from re2tal.training.optimizer import OptimizerConfig, build_optimizer
 from re2tal.training.schedule import ScheduleConfig, learning_rate_factor
 from re2tal.training.trainer import Trainer, TrainingConfig
+from re2tal.training.zero_file import resolve_deepspeed_config
 
 FRAMES = 8
 
@@ -52,7 +53,10 @@ class TinyDetector(nn.Module):
 
 
 class TinyClips:
-    """`steps_per_epoch` batches, each a pure function of (epoch, step, rank). `poison` names (epoch, step, rank)s of NaN."""
+    """`steps_per_epoch` batches, each a pure function of (epoch, step, rank).
+
+    `poison` names (epoch, step, rank)s of NaN.
+    """
 
     def __init__(
         self, *, steps_per_epoch: int = 4, batch_size: int = 2, rank: int = 0, poison=(), on_batch=None

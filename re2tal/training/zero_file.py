@@ -1,0 +1,163 @@
+"""A file of ds_configs/ against the run: filled where it says "auto", refused where it says something else.
+
+The file says how to shard and communicate (ZeRO, offload, buckets); what the run itself decides (batch, clipping,
+precision) is "auto" there. A literal that contradicts the run is an error, never a silent winner.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from re2tal.strict_json import read_json
+from re2tal.training.engine import SECTIONS, EngineConfig
+
+TOP_LEVEL = (
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "zero_optimization",
+    "bf16",
+    "fp16",
+    "communication_data_type",
+    "data_types",
+    "prescale_gradients",
+    "gradient_predivide_factor",
+    "sparse_gradients",
+    "zero_force_ds_cpu_optimizer",
+    "zero_allow_untested_optimizer",
+    "steps_per_print",
+    "wall_clock_breakdown",
+    "memory_breakdown",
+    "dump_state",
+    "comms_logger",
+    "flops_profiler",
+)
+OWNED_BY_THE_RUN = ("optimizer", "scheduler", "checkpoint", "tensorboard", "wandb", "csv_monitor", "training_data")
+
+
+def resolve_deepspeed_config(path: Path, config: EngineConfig, *, world_size: int) -> dict[str, Any]:
+    """The ZeRO file at `path` with every "auto" filled from `config`, ready for `deepspeed.initialize`.
+
+    Raises ValueError that names the file, the key and the remedy: unreadable JSON, an unknown key, a literal that
+    disagrees with the run, an "auto" nobody fills, or keys that contradict each other.
+    """
+    settings = _read(path)
+    _refuse_unknown_keys(path, settings)
+    zero = settings.setdefault("zero_optimization", {})
+    for key, (value, origin) in _values_of_the_run(config, world_size).items():
+        _fill(path, settings, key, value=value, origin=origin)
+    for key, value in _flatten(settings):
+        if value == "auto":
+            raise ValueError(
+                f'{path}: {key} is "auto", but a run does not decide it; write a value, or leave the key out'
+            )
+    _refuse_contradictions(path, settings, zero, config)
+    if "offload_optimizer" in zero:
+        # torch's AdamW steps offloaded shards as well; DeepSpeed's own CPU Adam would need a compiler.
+        settings.setdefault("zero_force_ds_cpu_optimizer", False)
+    return settings
+
+
+def _read(path: Path) -> dict[str, Any]:
+    settings = read_json(path)
+    if not isinstance(settings, dict):
+        raise ValueError(f"{path} holds a {type(settings).__name__}; a DeepSpeed config is one JSON object")
+    return settings
+
+
+def _refuse_unknown_keys(path: Path, settings: dict[str, Any]) -> None:
+    for key in settings:
+        if key in OWNED_BY_THE_RUN:
+            raise ValueError(f"{path}: remove {key!r}; the run's own config decides it (see `re2tal train --help`)")
+    _refuse_unknown(path, settings, known=TOP_LEVEL, prefix="")
+    for name, schema in SECTIONS.items():
+        section: Any = settings
+        for part in name.split("."):
+            section = section.get(part) if isinstance(section, dict) else None
+        if section is None:
+            continue
+        if not isinstance(section, dict):
+            raise ValueError(f"{path}: {name} is {section!r}; it must be an object of settings")
+        known = [alias for field, info in schema.model_fields.items() for alias in (field, info.alias) if alias]
+        _refuse_unknown(path, section, known=known, prefix=f"{name}.")
+
+
+def _refuse_unknown(path: Path, section: dict[str, Any], *, known: Iterable[str], prefix: str) -> None:
+    for key in section:
+        if key not in known:
+            nearest = difflib.get_close_matches(key, known, n=1)
+            hint = f"did you mean {prefix + nearest[0]!r}?" if nearest else f"known here: {sorted(known)}"
+            raise ValueError(f"{path}: unknown key {prefix + key!r}; {hint}")
+
+
+def _values_of_the_run(config: EngineConfig, world_size: int) -> dict[str, tuple[Any, str]]:
+    """DeepSpeed key -> (its value in this run, where the run says so)."""
+    batch, accumulation = config.batch_size, config.gradient_accumulation
+    return {
+        "train_micro_batch_size_per_gpu": (batch, f"engine.batch_size = {batch}"),
+        "gradient_accumulation_steps": (accumulation, f"engine.gradient_accumulation = {accumulation}"),
+        "train_batch_size": (
+            batch * accumulation * world_size,
+            f"engine.batch_size x engine.gradient_accumulation x ranks = {batch} x {accumulation} x {world_size} "
+            f"= {batch * accumulation * world_size}",
+        ),
+        "gradient_clipping": (config.gradient_clipping, f"engine.gradient_clipping = {config.gradient_clipping}"),
+        "bf16.enabled": (config.precision == "bf16", f"engine.precision = {config.precision!r}"),
+        "fp16.enabled": (config.precision == "fp16", f"engine.precision = {config.precision!r}"),
+    }
+
+
+def _fill(path: Path, settings: dict[str, Any], key: str, *, value: Any, origin: str) -> None:
+    *parents, last = key.split(".")
+    section = settings
+    for parent in parents:
+        section = section.setdefault(parent, {})
+    if section.setdefault(last, "auto") == "auto":
+        section[last] = value
+    elif section[last] != value or isinstance(section[last], bool) != isinstance(value, bool):
+        raise ValueError(
+            f"{path}: {key} is {json.dumps(section[last])}, but the run has {origin}; make them agree, or write "
+            '"auto" in the file'
+        )
+
+
+def _flatten(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in section.items():
+        if isinstance(value, dict):
+            yield from _flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _refuse_contradictions(path: Path, settings: dict[str, Any], zero: dict[str, Any], config: EngineConfig) -> None:
+    stage = zero.get("stage", 0)
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        raise ValueError(f"{path}: zero_optimization.stage is {stage!r}; it must be 0, 1, 2 or 3")
+    if stage == 0 and config.precision != "fp32":
+        raise ValueError(
+            f"{path}: ZeRO stage 0 keeps no float32 masters as used here, but the run has engine.precision = "
+            f"{config.precision!r}; use stage 1 (the same memory on one device), or fp32"
+        )
+    if config.precision == "fp16" and not torch.accelerator.is_available():
+        raise ValueError(
+            'engine.precision = "fp16" needs an accelerator, and this machine has none; use "bf16" or "fp32"'
+        )
+    offloads = {
+        name: zero[name].get("device", "none") for name in ("offload_param", "offload_optimizer") if name in zero
+    }
+    for name, device in offloads.items():
+        if device == "nvme":
+            raise ValueError(f'{path}: zero_optimization.{name}.device is "nvme", which is not supported; use "cpu"')
+    if offloads.get("offload_param", "none") != "none" and stage != 3:
+        raise ValueError(
+            f"{path}: zero_optimization.offload_param needs stage 3, the file has stage {stage}; remove one"
+        )
+    if offloads.get("offload_optimizer", "none") != "none" and stage == 0:
+        raise ValueError(f"{path}: zero_optimization.offload_optimizer needs stage 1, 2 or 3, the file has stage 0")

@@ -1,0 +1,173 @@
+"""Checkpoints against crashes, bad disks, other runs and hostile files, with an engine of one process."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from distributed.ranks import TESTS
+from training.tiny import same, tiny_trainer, weights
+
+from re2tal.training import checkpoint
+from re2tal.training.checkpoint import CheckpointStore, find_fault
+from re2tal.training.engine import leave
+from re2tal.training.trainer import TrainingConfig
+
+TRAINING = TrainingConfig(epochs=2, checkpoint_every_steps=3, keep_checkpoints=3, log_every_steps=1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_group():
+    yield
+    leave()
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """A finished run of 8 steps with checkpoints at 3, 6 and 8."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    trainer = tiny_trainer(tmp_path, stage=2, training=TRAINING)
+    trainer.train()
+    return trainer
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def test_the_newest_checkpoints_stay_with_a_pointer_and_nothing_else(trained, tmp_path):
+    assert checkpoints(tmp_path) == ["latest", "step-00000003", "step-00000006", "step-00000008"]
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step-00000008\n"
+    trained.checkpoints.keep = 1
+    trained.checkpoints.save(trained.engine, trained.average, trained.progress)
+    assert checkpoints(tmp_path) == ["latest", "step-00000008"]
+
+
+@pytest.mark.parametrize("damage", ["bit", "cut", "gone", "manifest"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_loaded(trained, tmp_path, damage, capsys):
+    newest = tmp_path / "checkpoints" / "step-00000008"
+    for victim in sorted(newest.iterdir()):
+        content = victim.read_bytes()
+        if (victim.name == "manifest.json") != (damage == "manifest"):
+            continue
+        match damage:
+            case "bit":
+                middle = len(content) // 2
+                victim.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+            case "cut" | "manifest":
+                victim.write_bytes(content[: len(content) // 2])
+            case "gone":
+                victim.unlink()
+        assert victim.name in str(find_fault(newest))
+        assert trained.resume()
+        assert trained.progress.step == 6
+        assert f"passing over checkpoint step-00000008: {victim.name}" in capsys.readouterr().err
+        victim.write_bytes(content)
+    assert find_fault(newest) is None
+
+
+def test_when_all_are_damaged_the_run_does_not_start_afresh_by_itself(trained, tmp_path):
+    for folder in (tmp_path / "checkpoints").glob("step-*"):
+        (folder / "manifest.json").unlink()
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is sound: .*manifest.json is unreadable"):
+        trained.resume()
+
+
+def test_another_run_is_refused_with_what_changed(trained):
+    saved = trained.checkpoints
+    changed = {**saved.identity, "zero_stage": 3, "world_size": 4, "optimizer.learning_rate": 1.0}
+    trained.checkpoints = CheckpointStore(saved.folder, identity=changed)
+    with pytest.raises(ValueError, match=r"optimizer.learning_rate is 1.0, the checkpoint has None; world_size is 4, .*1"):
+        trained.resume()
+
+
+def test_nothing_in_a_checkpoint_is_executed(trained, tmp_path):
+    canary = tmp_path / "canary"
+
+    class Hostile:
+        def __reduce__(self):
+            return (os.system, (f"touch {canary}",))
+
+    newest = tmp_path / "checkpoints" / "step-00000008"
+    manifest = json.loads((newest / "manifest.json").read_text())
+    for name in manifest["files"]:
+        content = (newest / name).read_bytes()
+        torch.save({"module": {}, "optimizer_state_dict": Hostile()}, newest / name)
+        entry = dict(manifest["files"][name])
+        manifest["files"][name] = {
+            "bytes": (newest / name).stat().st_size,
+            "sha256": checkpoint._sha256(newest / name),
+        }
+        (newest / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+            trained.resume()
+        (newest / name).write_bytes(content)
+        manifest["files"][name] = entry
+    assert not canary.exists()
+
+
+def test_generators_and_weights_continue_where_they_stopped(trained):
+    expected, drawn = weights(trained), torch.rand(3)
+    trained.checkpoints.save(trained.engine, trained.average, trained.progress)
+    state = torch.get_rng_state()
+    torch.rand(100)
+    assert trained.resume()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert same(weights(trained), expected)
+    assert not torch.equal(torch.rand(3), drawn)
+
+
+KILLED = """
+import os, sys
+sys.path.insert(0, sys.argv[1])
+from training.tiny import tiny_trainer
+from training.test_checkpoint import TRAINING
+calls, last = 0, int(sys.argv[3])
+def dying(call):
+    def wrapped(*arguments, **options):
+        global calls
+        if armed:
+            calls += 1
+            if calls == last:
+                os._exit(9)
+        return call(*arguments, **options)
+    return wrapped
+armed = False
+os.fsync, os.replace, os.mkdir = dying(os.fsync), dying(os.replace), dying(os.mkdir)
+trainer = tiny_trainer(sys.argv[2], stage=2, training=TRAINING)
+save = trainer.checkpoints.save
+def second_save(engine, average, progress):
+    global armed
+    armed = progress.step == 6
+    return save(engine, average, progress)
+trainer.checkpoints.save = second_save
+trainer.train()
+"""
+
+
+@pytest.mark.slow
+def test_a_run_killed_anywhere_inside_a_save_goes_on_from_a_sound_checkpoint(tmp_path):
+    whole = tiny_trainer(tmp_path / "whole", stage=2, training=TRAINING)
+    whole.train()
+    expected = weights(whole)
+    for call in range(1, 30):
+        folder = tmp_path / str(call)
+        command = [sys.executable, "-c", KILLED, str(TESTS), str(folder), str(call)]
+        killed = subprocess.run(command, check=False, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        if killed.returncode == 0:
+            break
+        assert killed.returncode == 9, killed.stderr
+        again = tiny_trainer(folder, stage=2, training=TRAINING)
+        assert again.resume()
+        assert again.progress.step in (3, 6)
+        again.train()
+        assert same(weights(again), expected), call
+        assert not list((folder / "checkpoints").glob("tmp-*"))
+    assert call > 8  # the files of the rank, its folders, the manifest, the rename and the pointer were all met

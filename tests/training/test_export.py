@@ -1,0 +1,47 @@
+"""Model files: what comes back, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from training.tiny import TinyDetector
+
+from re2tal.training.export import read_model, write_model
+
+
+def test_weights_and_classes_come_back(tmp_path):
+    source, target = TinyDetector(), TinyDetector()
+    write_model(tmp_path / "model.safetensors", source.state_dict(), classes=["jump", "run"])
+    model = read_model(tmp_path / "model.safetensors")
+    assert model.classes == ("jump", "run")
+    model.load_into(target, classes=["jump", "run"])
+    for name, value in source.state_dict().items():
+        assert torch.equal(target.state_dict()[name], value)
+
+
+def test_another_class_list_is_refused(tmp_path):
+    write_model(tmp_path / "model.safetensors", TinyDetector().state_dict(), classes=["jump", "run"])
+    message = r"model.safetensors was trained for 2 classes \(jump, run\), the detector is for 4 \(a, b, c, ...\)"
+    with pytest.raises(ValueError, match=message):
+        read_model(tmp_path / "model.safetensors").load_into(TinyDetector(), classes=["a", "b", "c", "d"])
+
+
+def test_another_network_is_refused(tmp_path):
+    state = TinyDetector().state_dict()
+    state["localizer.weight"] = torch.zeros(2, 24)
+    write_model(tmp_path / "model.safetensors", state, classes=["a"])
+    with pytest.raises(ValueError, match=r"1 tensors differ, such as localizer.weight: \(2, 24\) in the file, \(1, 24\)"):
+        read_model(tmp_path / "model.safetensors").load_into(TinyDetector(), classes=["a"])
+
+
+def test_other_files_are_refused(tmp_path):
+    path = tmp_path / "model.safetensors"
+    with pytest.raises(FileNotFoundError, match="train first, or name the model.safetensors of a run folder"):
+        read_model(path)
+    path.write_bytes(b"no such thing")
+    with pytest.raises(ValueError, match=r"model.safetensors is not a safetensors file"):
+        read_model(path)
+    save_file({"weight": torch.zeros(1)}, path)
+    with pytest.raises(ValueError, match="not a trained re2tal model"):
+        read_model(path)
