@@ -12,7 +12,7 @@ one is entered too. What was found is run against the block itself before anybod
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -36,7 +36,7 @@ class Call:
     kwargs: dict[str, Any]
 
 
-def record_calls(model: nn.Module, blocks: Sequence[nn.Module], *, example: Sequence[Any]) -> dict[nn.Module, Call]:
+def record_calls(model: nn.Module, blocks: Iterable[nn.Module], *, example: Sequence[Any]) -> dict[nn.Module, Call]:
     """How each of `blocks` is called when `model(*example)` runs; those not called with a tensor first are left out."""
     calls: dict[nn.Module, Call] = {}
 

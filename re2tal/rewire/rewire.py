@@ -10,53 +10,16 @@ work before and after alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from functools import cache
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from re2tal.rewire.branches import NotResidual, Residual, is_unregistered, registered
 from re2tal.rewire.discover import record_calls, take_apart
+from re2tal.rewire.report import RewireReport, StageReport
 from re2tal.rewire.stage import RewiredStage, RewiringConfig
-
-
-@dataclass(frozen=True, slots=True)
-class StageReport:
-    """What became of one container of blocks."""
-
-    name: str
-    blocks: int
-    rewired_blocks: int
-    branches: tuple[str, ...]
-    """Of one block each, such as "attention + mlp"; every kind once."""
-    left_alone: tuple[str, ...]
-    """One reason for each block, or group of blocks, that was not rewired."""
-
-
-@dataclass(frozen=True, slots=True)
-class RewireReport:
-    """What `rewire` did to each container of blocks; prints as a table."""
-
-    stages: tuple[StageReport, ...]
-
-    def __str__(self) -> str:
-        head = ("stage", "blocks", "rewired", "branches of a block", "left alone, because")
-        rows = [
-            (
-                stage.name,
-                str(stage.blocks),
-                str(stage.rewired_blocks),
-                ", ".join(stage.branches) or "-",
-                "; ".join(stage.left_alone) or "-",
-            )
-            for stage in self.stages
-        ]
-        widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-        return "\n".join(
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in (head, *rows)
-        )
 
 
 class _Place(NamedTuple):
@@ -65,7 +28,7 @@ class _Place(NamedTuple):
     parent: nn.Module
     name: str
     path: str
-    container: nn.Sequential | nn.ModuleList
+    container: nn.Module
 
 
 def rewire(
@@ -79,19 +42,19 @@ def rewire(
     Args:
         model: changed in place.
         config: how blocks are coupled; by default as in the paper.
-        example: inputs for `model`. With them it is run once, and blocks of a type that `residual_branches` does not
-            know are taken apart by what they do (see `discover`); without them such blocks are left alone.
+        example: small inputs for `model`. With them it is run once, and blocks of a type that `residual_branches` does
+            not know are taken apart by what they do (see `discover`); without them such blocks are left alone.
 
     Raises:
         ValueError: nothing in `model` could be rewired, it is rewired already, or it is itself a container of blocks.
     """
     if any(isinstance(module, RewiredStage) for module in model.modules()):
         raise ValueError(f"this {type(model).__name__} is rewired already; call unrewire(model) first")
-    if isinstance(model, nn.Sequential | nn.ModuleList) and _has_residual_blocks(model):
+    analyse = _analyst(model, example)
+    if isinstance(model, nn.Sequential | nn.ModuleList) and _has_residual_blocks(model, analyse):
         raise ValueError(f"this {type(model).__name__} is itself a container of blocks; rewire a module that holds it")
-    places = list(_containers(model))
-    analysis = _analyse(model, places, example)
-    report = RewireReport(tuple(_report(place, analysis) for place in places))
+    places = list(_places(model, analyse))
+    report = RewireReport(tuple(_report(place, analyse) for place in places))
     if not any(stage.rewired_blocks for stage in report.stages):
         raise ValueError(
             f"nothing in this {type(model).__name__} could be rewired; register residual_branches for its type of block"
@@ -101,7 +64,7 @@ def rewire(
     for place, stage in zip(places, report.stages, strict=True):
         if stage.rewired_blocks:
             blocks = place.container.named_children()
-            residual = {name: found for name, block in blocks if isinstance(found := analysis[block], Residual)}
+            residual = {name: found for name, block in blocks if isinstance(found := analyse(block), Residual)}
             if place.container not in stages:
                 stages[place.container] = RewiredStage(place.container, config or RewiringConfig(), residual=residual)
             setattr(place.parent, place.name, stages[place.container])
@@ -119,44 +82,52 @@ def unrewire(model: nn.Module) -> None:
         setattr(model.get_submodule(parent), name, stage.plain())
 
 
-def _containers(parent: nn.Module, prefix: str = "") -> Iterator[_Place]:
-    """The containers of residual blocks, and those of what looks like blocks but is not known to be residual."""
+Analyst = Callable[[nn.Module], Residual | NotResidual]
+
+
+def _analyst(model: nn.Module, example: Sequence[Any] | None) -> Analyst:
+    """Says what a block is: by its registration, or by taking it apart where there is none and an example."""
+    containers = [module for module in model.modules() if isinstance(module, nn.Sequential | nn.ModuleList)]
+    blocks = {block for container in containers for block in container.children() if _has_children(block)}
+    unknown = {block for block in blocks if is_unregistered(block)} if example is not None else set()
+    calls = record_calls(model, unknown, example=example) if example is not None else {}
+
+    @cache
+    def analyse(block: nn.Module) -> Residual | NotResidual:
+        if block in calls:
+            return take_apart(block, calls[block])
+        if block in unknown:
+            return NotResidual("the example did not call it with a tensor as its first argument")
+        return registered(block)
+
+    return analyse
+
+
+def _places(parent: nn.Module, analyse: Analyst, prefix: str = "") -> Iterator[_Place]:
+    """The outermost containers of residual blocks, and the innermost of other modules that are not single layers."""
     for name, child in parent._modules.items():
         if child is None:
             continue
         path = f"{prefix}{name}"
-        if isinstance(child, nn.Sequential | nn.ModuleList) and _has_residual_blocks(child):
+        is_container = isinstance(child, nn.Sequential | nn.ModuleList)
+        if is_container and _has_residual_blocks(child, analyse):
             yield _Place(parent, name, path, child)
             continue
-        inner = list(_containers(child, f"{path}."))
-        if not inner and isinstance(child, nn.Sequential | nn.ModuleList) and _looks_like_blocks(child):
-            inner = [_Place(parent, name, path, child)]
+        inner = list(_places(child, analyse, f"{path}."))
         yield from inner
+        if is_container and not inner and any(map(_has_children, child.children())):
+            yield _Place(parent, name, path, child)
 
 
-def _has_residual_blocks(container: nn.Sequential | nn.ModuleList) -> bool:
-    return any(isinstance(registered(child), Residual) for child in container)
+def _has_residual_blocks(container: nn.Module, analyse: Analyst) -> bool:
+    return any(isinstance(analyse(block), Residual) for block in container.children())
 
 
-def _looks_like_blocks(container: nn.Sequential | nn.ModuleList) -> bool:
-    kinds = {type(child) for child in container if any(True for _ in child.children())}
-    return len(container) > 1 and len(kinds) == 1
+def _has_children(module: nn.Module) -> bool:
+    return any(True for _ in module.children())
 
 
-def _analyse(
-    model: nn.Module, places: Sequence[_Place], example: Sequence[Any] | None
-) -> dict[nn.Module, Residual | NotResidual]:
-    """What every block is: by its registration, or by taking it apart where there is none and an example."""
-    analysis = {block: registered(block) for place in places for block in place.container.children()}
-    if example is not None:
-        unknown = [block for block in analysis if is_unregistered(block)]
-        calls = record_calls(model, unknown, example=example)
-        missed = NotResidual("the example did not call it with a tensor as its first argument")
-        analysis |= {block: take_apart(block, calls[block]) if block in calls else missed for block in unknown}
-    return analysis
-
-
-def _report(place: _Place, analysis: Mapping[nn.Module, Residual | NotResidual]) -> StageReport:
+def _report(place: _Place, analyse: Analyst) -> StageReport:
     blocks = dict(place.container.named_children())
     reason = _why_not_replaceable(place.container)
     if reason:
@@ -164,7 +135,7 @@ def _report(place: _Place, analysis: Mapping[nn.Module, Residual | NotResidual])
     kinds: dict[str, int] = {}
     reasons: dict[str, list[str]] = {}
     for name, block in blocks.items():
-        match analysis[block]:
+        match analyse(block):
             case Residual(branches):
                 kind = " + ".join(branch.name for branch in branches)
                 kinds[kind] = kinds.get(kind, 0) + 1

@@ -59,9 +59,7 @@ class RewiredStage(nn.Module):
     Called as one block is: `stage(x, *args, **kwargs)`; every block, and every branch, gets the same further arguments.
     """
 
-    def __init__(
-        self, plain: nn.Sequential | nn.ModuleList, config: RewiringConfig, *, residual: Mapping[str, Residual]
-    ) -> None:
+    def __init__(self, plain: nn.Module, config: RewiringConfig, *, residual: Mapping[str, Residual]) -> None:
         """`residual` has the blocks that are, by name; the others run as they are."""
         super().__init__()
         self.config = config

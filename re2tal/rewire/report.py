@@ -1,0 +1,43 @@
+"""What rewiring did to a network, in words; prints as a table."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class StageReport:
+    """What became of one container of blocks."""
+
+    name: str
+    blocks: int
+    rewired_blocks: int
+    branches: tuple[str, ...]
+    """Of one block each, such as "attention + mlp"; every kind once."""
+    left_alone: tuple[str, ...]
+    """One reason for each block, or group of blocks, that was not rewired."""
+
+
+@dataclass(frozen=True, slots=True)
+class RewireReport:
+    """What `rewire` did to each container of blocks; prints as a table."""
+
+    stages: tuple[StageReport, ...]
+
+    def __str__(self) -> str:
+        head = ("stage", "blocks", "rewired", "branches of a block", "left alone, because")
+        rows = [
+            (
+                stage.name,
+                str(stage.blocks),
+                str(stage.rewired_blocks),
+                ", ".join(stage.branches) or "-",
+                "; ".join(stage.left_alone) or "-",
+            )
+            for stage in self.stages
+        ]
+        widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
+        return "\n".join(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in (head, *rows)
+        )
