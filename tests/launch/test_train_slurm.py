@@ -1,0 +1,49 @@
+"""launch/train.slurm with stand-ins for srun and scontrol: what ranks are given, when the job is queued again."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "launch" / "train.slurm"
+
+
+@pytest.mark.parametrize(
+    ("status", "ended", "queued"), [(0, 0, False), (75, 0, True), (2, 2, False), (137, 137, False)]
+)
+def test_only_a_run_that_saved_is_queued_again(status, ended, queued, tmp_path):
+    calls = tmp_path / "calls"
+    stand_in(tmp_path / "bin" / "srun", f'echo "srun $*" >> {calls}; exit {status}')
+    stand_in(tmp_path / "bin" / "scontrol", f'echo "scontrol $*" >> {calls}')
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "bin" / "activate").write_text("")
+    environment = {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "123456",
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "RE2TAL_VENV": "venv",
+    }
+    done = subprocess.run(["bash", str(SCRIPT), "--recipe", "demo", "--out", "a folder"], env=environment, check=False)
+    assert done.returncode == ended
+    expected = [
+        "srun --wait=60 python -u launch/train.py --resume --recipe demo --out a folder",
+        *(["scontrol requeue 123456"] if queued else []),
+    ]
+    assert calls.read_text().splitlines() == expected
+
+
+def test_outside_a_job_it_says_how_to_start():
+    done = subprocess.run(
+        ["bash", str(SCRIPT)], env={"PATH": os.environ["PATH"]}, check=False, capture_output=True, text=True
+    )
+    assert done.returncode != 0
+    assert "start it with sbatch" in done.stderr
+
+
+def stand_in(path: Path, body: str) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(f"#!/usr/bin/env bash\n{body}\n")
+    path.chmod(0o755)
