@@ -13,6 +13,6 @@ re2tal shards build --dataset demo --videos demo_data/videos --annotations demo_
 # One process per GPU; without a GPU, one process per two cores would idle half the machine, so one per core.
 ranks=$(python -c 'import os, torch; print(torch.cuda.device_count() or min(2, os.cpu_count()))')
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-deepspeed --num_accelerators "$ranks" launch/train.py --recipe demo --ds ds_configs/zero2.json --out "$run" "$@"
+deepspeed --num_accelerators "$ranks" launch/train.py --recipe demo --ds ds_configs/zero2.json --out "$run" --overwrite "$@"
 re2tal report --run "$run"
 echo "Open $run/report/index.html"

@@ -36,13 +36,13 @@ from re2tal.structures import Action, VideoRecord
 # 8 frames a second.
 SPEED_PER_SECOND = (0.28, 0.42)
 CIRCLE_RADIUS = (0.10, 0.15)
-OBJECT_SIZE = (0.24, 0.38)
-OBJECT_CONTRAST = 70  # least difference of mean levels between object and background
-NUM_DOTS = (3, 6)
+OBJECT_SIZE = (0.40, 0.55)
+OBJECT_CONTRAST = 90  # least difference of mean levels between object and background
+NUM_DOTS = (2, 4)
 DOT_SIZE = (0.05, 0.09)
 DOT_SPEED_PER_SECOND = 0.25
 BACKGROUND_SPEED_PER_SECOND = 0.05
-BACKGROUND_LEVELS = (70, 185)  # below OBJECT_CONTRAST, objects are always brighter than the background
+BACKGROUND_LEVELS = (20, 90)  # below OBJECT_CONTRAST, objects are always brighter than the background
 BACKGROUND_CONTRAST = 14
 ACTION_SECONDS = (1.5, 5.0)
 STILL_SECONDS = (0.3, 0.9)

@@ -25,6 +25,7 @@ from re2tal.localizers.heads import Head, RegressionHead
 from re2tal.localizers.losses import RunningCount, diou_loss, sigmoid_focal_loss
 from re2tal.localizers.masked import ChannelNorm, MaskedConv
 from re2tal.localizers.points import assign_targets, decode, pyramid_points
+from re2tal.localizers.step_supervision import step_loss, step_targets
 from re2tal.localizers.transformer import Encoder, TransformerBlock
 from re2tal.structures import Action, Detections, Features, Pyramid, Timeline
 
@@ -78,6 +79,9 @@ class ActionFormerConfig:
     """Dropout on the outputs of attention and MLPs."""
     path_drop: float = 0.1
     """Stochastic depth: share of clips for which a residual branch is skipped in training."""
+    step_supervision: float = 0.0
+    """Weight of an auxiliary loss in which a linear layer names the actions at every step of the input features. For
+    backbones that start from random weights; a pretrained one does without."""
     class_agnostic: bool = False
     """Find actions of the given classes without telling the classes apart; a video classifier may name them later."""
     candidate_min_score: float = 0.001
@@ -149,6 +153,8 @@ class ActionFormerOutputs(NamedTuple):
     """(P, 4) float32: step, regression range low and high, stride"""
     mask: Tensor
     """(B, P) bool, True where the point is a real step"""
+    step_logits: Tensor
+    """(B, K, T) of the auxiliary classifier; empty without step supervision"""
 
 
 class ActionFormer(Localizer[ActionFormerOutputs]):
@@ -183,6 +189,7 @@ class ActionFormer(Localizer[ActionFormerOutputs]):
         )
         self.regressor = RegressionHead(config.channels, convs=head_convs, num_levels=config.num_levels)
         self.positives = RunningCount(config.initial_positives, momentum=config.positives_momentum)
+        self.step_classifier = nn.Conv1d(in_channels, len(self.classes), 1) if config.step_supervision else None
 
     def forward(self, features: Features) -> ActionFormerOutputs:
         """Features (B, C, T) of any T -> predictions at all points of the padded clip."""
@@ -197,12 +204,15 @@ class ActionFormer(Localizer[ActionFormerOutputs]):
             torch.cat(self.regressor(pyramid), dim=2).transpose(1, 2),
             points,
             torch.cat(pyramid.masks, dim=1),
+            features.values.new_empty(0) if self.step_classifier is None else self.step_classifier(features.values),
         )
 
     def loss(
         self, outputs: ActionFormerOutputs, actions: Sequence[Sequence[Action]], timelines: Sequence[Timeline]
     ) -> dict[str, Tensor]:
-        """ "classification", "regression" (weighted) and their sum "total"; in training it also updates `positives`.
+        """ "classification", "regression", with step supervision "steps", each weighted, and their sum "total".
+
+        In training it also updates `positives`.
 
         Raises ValueError for a label that is not among the classes.
         """
@@ -220,8 +230,10 @@ class ActionFormer(Localizer[ActionFormerOutputs]):
         focal = sigmoid_focal_loss(outputs.logits[outputs.mask], classes[outputs.mask])
         classification = focal.sum() / divisor
         diou = diou_loss(outputs.offsets[positive], offsets[positive])
-        regression = self.config.regression_weight * diou.sum() / divisor
-        return {"classification": classification, "regression": regression, "total": classification + regression}
+        losses = {"classification": classification, "regression": self.config.regression_weight * diou.sum() / divisor}
+        if self.step_classifier is not None:
+            losses["steps"] = self.config.step_supervision * self._step_loss(outputs, actions, timelines)
+        return losses | {"total": torch.stack(list(losses.values())).sum()}
 
     @torch.no_grad()
     def detect(self, outputs: ActionFormerOutputs, timelines: Sequence[Timeline]) -> list[Detections]:
@@ -250,6 +262,21 @@ class ActionFormer(Localizer[ActionFormerOutputs]):
             top_k=config.candidate_top_k,
             min_steps=config.candidate_min_steps,
         )
+
+    def _step_loss(
+        self, outputs: ActionFormerOutputs, actions: Sequence[Sequence[Action]], timelines: Sequence[Timeline]
+    ) -> Tensor:
+        num_classes, num_steps = outputs.step_logits.shape[1:]
+        targets = [
+            step_targets(
+                *self.class_map.encode(of_clip, timeline, device=outputs.points.device),
+                num_steps=num_steps,
+                num_classes=num_classes,
+            )
+            for of_clip, timeline in zip(actions, timelines, strict=True)
+        ]
+        # The finest level comes first, one point a step.
+        return step_loss(outputs.step_logits, torch.stack(targets), outputs.mask[:, :num_steps])
 
     def _targets(self, points: Tensor, actions: Sequence[Action], timeline: Timeline) -> tuple[Tensor, Tensor]:
         return assign_targets(

@@ -67,7 +67,8 @@ def check_outputs(ours: torch.Tensor, reference: np.ndarray, mask: torch.Tensor,
 
 def stored_outputs(case: Case) -> ActionFormerOutputs:
     """OpenTAD's own predictions, so that what follows them is compared exactly."""
-    return ActionFormerOutputs(*(case.tensor(key) for key in ("cls_logits", "reg_offsets", "points", "point_masks")))
+    stored = (case.tensor(key) for key in ("cls_logits", "reg_offsets", "points", "point_masks"))
+    return ActionFormerOutputs(*stored, step_logits=torch.empty(0))
 
 
 @opentad_cases
@@ -118,6 +119,7 @@ def test_detections_of_the_original_on_clips_of_any_length(name: str, clip: int)
         case.tensor(f"eval_offsets_{clip}")[None],
         outputs.points,
         outputs.mask,
+        outputs.step_logits,
     )
     candidates = Detections(*localizer.candidates(reference_outputs)[0])
     check_same(candidates, stored(case.arrays, "pre_nms", clip), score=1e-6, segment=1e-4)
