@@ -22,15 +22,6 @@ from re2tal.rewire.report import RewireReport, StageReport
 from re2tal.rewire.stage import RewiredStage, RewiringConfig
 
 
-class _Place(NamedTuple):
-    """Where a container hangs."""
-
-    parent: nn.Module
-    name: str
-    path: str
-    container: nn.Module
-
-
 def rewire(
     model: nn.Module, *, config: RewiringConfig | None = None, example: Sequence[Any] | None = None
 ) -> RewireReport:
@@ -101,6 +92,15 @@ def _analyst(model: nn.Module, example: Sequence[Any] | None) -> Analyst:
         return registered(block)
 
     return analyse
+
+
+class _Place(NamedTuple):
+    """Where a container hangs."""
+
+    parent: nn.Module
+    name: str
+    path: str
+    container: nn.Module
 
 
 def _places(parent: nn.Module, analyse: Analyst, prefix: str = "") -> Iterator[_Place]:
