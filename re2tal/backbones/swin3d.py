@@ -91,7 +91,7 @@ class VideoSwin(VideoBackbone):
 
 
 def _initialise(module: nn.Module) -> None:
-    # By fan: the usual 0.02 suits widths of several hundred, and leaves the branches of a narrow network all but silent.
+    # By fan: the usual 0.02 suits widths of several hundred; the branches of a narrow network it leaves all but silent.
     if isinstance(module, nn.Linear):
         nn.init.xavier_uniform_(module.weight)
         if module.bias is not None:

@@ -9,6 +9,7 @@ configurations, runs unchanged.
 from __future__ import annotations
 
 import json
+import lzma
 import os
 from dataclasses import dataclass
 from functools import cache
@@ -17,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load as tensors_from_bytes
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -56,10 +57,17 @@ def load(name: str) -> Case:
     folder = vectors_dir()
     with np.load(folder / f"{name}.npz", allow_pickle=False) as archive:
         arrays = {key: archive[key] for key in archive.files}
-    weights = folder / f"{name}.safetensors"
-    state = load_file(weights) if weights.is_file() else {}
+    state = _state(folder / f"{name}.safetensors")
     config = json.loads((folder / "configs.json").read_text())
     return Case(name, arrays, state, config.get(name, {}))
+
+
+def _state(path: Path) -> dict[str, torch.Tensor]:
+    """Tensors of a safetensors file, plain or compressed beside it; none where the case has no weights."""
+    compressed = path.with_name(path.name + ".xz")
+    if path.is_file():
+        return tensors_from_bytes(path.read_bytes())
+    return tensors_from_bytes(lzma.decompress(compressed.read_bytes())) if compressed.is_file() else {}
 
 
 def read_json(name: str) -> Any:
