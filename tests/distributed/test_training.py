@@ -58,7 +58,7 @@ def averaged(trainer) -> dict[str, torch.Tensor]:
 
 
 def test_a_resumed_run_ends_bit_for_bit_like_an_uninterrupted_one(tmp_path):
-    for of_rank in run_ranks(resume_in_every_way, world_size=2, folder=str(tmp_path)):
+    for of_rank in run_ranks(resume_in_every_way, world_size=2, timeout_seconds=280, folder=str(tmp_path)):
         assert of_rank == {f"{stage} {kind}": [True, 3, "finished", True, True, True] for stage, kind in CASES}
 
 
@@ -83,7 +83,7 @@ def poisoned(folder: str, stage: int) -> dict:
 
 @pytest.mark.parametrize("stage", [0, 3])
 def test_a_batch_that_is_not_finite_on_one_rank_is_passed_over_by_all(stage, tmp_path):
-    for of_rank in run_ranks(poisoned, world_size=2, folder=str(tmp_path), stage=stage):
+    for of_rank in run_ranks(poisoned, world_size=2, timeout_seconds=280, folder=str(tmp_path), stage=stage):
         assert of_rank == {"ended": "finished", "finite": True, "steps": 8, "skipped": 2, "drawn": [8, 10]}
 
 
@@ -108,7 +108,7 @@ def told_to_stop(folder: str) -> dict:
 
 
 def test_a_rank_that_is_told_to_stop_stops_all_with_a_checkpoint(tmp_path):
-    for of_rank in run_ranks(told_to_stop, world_size=2, folder=str(tmp_path)):
+    for of_rank in run_ranks(told_to_stop, world_size=2, timeout_seconds=280, folder=str(tmp_path)):
         assert of_rank == {"ended": "interrupted", "steps": [3, 3], "again": "finished", "restored": True}
     steps = [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert steps == [1, 2, 3, 4, 5, 6, 7, 8]
@@ -140,7 +140,7 @@ def write_fails_on_one_rank(folder: str) -> dict:
 
 
 def test_a_write_that_fails_on_one_rank_is_an_error_on_all_and_costs_no_checkpoint(tmp_path):
-    for of_rank in run_ranks(write_fails_on_one_rank, world_size=2, folder=str(tmp_path)):
+    for of_rank in run_ranks(write_fails_on_one_rank, world_size=2, timeout_seconds=280, folder=str(tmp_path)):
         assert "checkpoint step-00000006 was not written" in of_rank["message"]
         assert "No space left on device" in of_rank["message"]
         assert of_rank["resumed_at"] == 3

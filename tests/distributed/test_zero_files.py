@@ -54,7 +54,9 @@ def distance_to_a_plain_model(trainer, exported: dict[str, torch.Tensor]) -> flo
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_every_file_trains_to_the_same_weights_and_computes_with_them(precision, tmp_path):
-    found, _ = run_ranks(train_with_every_file, world_size=2, folder=str(tmp_path), precision=precision)
+    found, _ = run_ranks(
+        train_with_every_file, world_size=2, timeout_seconds=280, folder=str(tmp_path), precision=precision
+    )
     for name in NAMES:
         assert found[name]["differences"] == [0.0, 0.0], name
         for kind in ("weights", "average"):

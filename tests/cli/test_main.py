@@ -1,0 +1,90 @@
+"""The front door: commands, faults in one line, exit statuses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from re2tal import cli
+from re2tal.cli import COMMANDS, main
+
+LAUNCHER = Path(__file__).parents[2] / "launch" / "train.py"
+
+
+def status_of(arguments: list[str]) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    return ended.value.code
+
+
+@pytest.mark.parametrize("name", sorted(COMMANDS))
+def test_every_command_is_there_and_explains_itself(name, capsys):
+    assert status_of([name, "--help"]) == 0
+    assert f"usage: re2tal {name}" in capsys.readouterr().out
+
+
+def test_help_names_the_commands_without_importing_them(capsys):
+    code = "import sys; from re2tal.cli import main; main(['--help']); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert all(name in done.stdout for name in COMMANDS)
+
+
+def test_an_unknown_command_is_answered_with_the_known_ones(capsys):
+    assert status_of(["trian"]) == 2
+    assert "unknown command 'trian'; known: demo, shards, train" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(ValueError("wrong key"), 2), (FileNotFoundError("no such file"), 2), (FloatingPointError("diverged"), 78)],
+)
+def test_a_fault_of_the_input_is_one_line_and_a_status(error, status, monkeypatch, capsys):
+    def command() -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "_load", lambda place: command)
+    assert status_of(["demo"]) == status
+    assert capsys.readouterr().err == f"re2tal: {error}\n"
+
+
+def test_a_bug_keeps_its_traceback(monkeypatch):
+    def command() -> None:
+        raise RuntimeError("ours")
+
+    monkeypatch.setattr(cli, "_load", lambda place: command)
+    with pytest.raises(RuntimeError, match="ours"):
+        main(["demo"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--recipe", "demos"], "unknown recipe 'demos'; known: ['activitynet_re2swin_tiny', 'demo'"),
+        (["--config", "/no/such.json"], "/no/such.json is not a file"),
+        (["--ds", "/no/ds.json"], "/no/ds.json is not a file"),
+        (["--data.shards", "/no/shards", "--out", "OUT"], "/no/shards/training is not a folder"),
+    ],
+)
+def test_what_a_newcomer_gets_wrong_is_said_in_one_line(arguments, message, tmp_path):
+    arguments = [str(tmp_path / "run") if argument == "OUT" else argument for argument in arguments]
+    done = subprocess.run(
+        [sys.executable, str(LAUNCHER), *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=LAUNCHER.parents[1],
+    )
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_launchers_own_option_is_passed_over():
+    from re2tal.cli.train import starting_point
+
+    run, rest = starting_point(["--local_rank=1", "--recipe", "thumos14_re2swin_tiny", "--num-steps", "256"])
+    assert (run.name, rest) == ("thumos14_re2swin_tiny", ["--num-steps", "256"])

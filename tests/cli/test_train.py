@@ -1,0 +1,94 @@
+"""The train command from video files to a score, on two ranks, through the real data path."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from distributed.ranks import launch_ranks
+
+from re2tal.config import load_config
+from re2tal.data.annotations import read_annotations
+from re2tal.evaluation.results import read_results
+from re2tal.training.export import read_model
+
+ROOT = Path(__file__).parents[2]
+SMALL = [
+    "--data.clips.windowing.num-frames",
+    "32",
+    "--data.clips.size",
+    "32",
+    "--data.clips.workers",
+    "1",
+    "--num-steps",
+    "16",
+    "--localizer.channels",
+    "16",
+    "--localizer.max-num-steps",
+    "16",
+    "--backbone.drop-path",
+    "0.2",
+    "--engine.batch-size",
+    "1",
+    "--training.epochs",
+    "2",
+    "--training.checkpoint-every-steps",
+    "3",
+    "--training.log-every-steps",
+    "1",
+    "--schedule.warmup-epochs",
+    "0.5",
+]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    """Six training and two validation videos of the demo."""
+    folder = tmp_path_factory.mktemp("data")
+    re2tal("demo", "--out", folder, "--num-training", 6, "--num-validation", 2, "--workers", 1)
+    arguments = ["--dataset", "demo", "--videos", folder / "videos", "--annotations", folder / "annotations.json"]
+    re2tal("shards", "build", *arguments, "--out", folder / "shards", "--workers", 1)
+    return folder / "shards"
+
+
+def test_from_videos_to_a_score_and_the_same_weights_after_a_restart(shards, tmp_path):
+    out = tmp_path / "run"
+    command = [sys.executable, str(ROOT / "launch" / "train.py"), "--ds", str(ROOT / "ds_configs" / "zero2.json")]
+    command += ["--data.shards", str(shards), "--out", str(out), *SMALL]
+    launch_ranks(command, world_size=2, timeout_seconds=280)
+
+    summary = json.loads((out / "summary.json").read_text())
+    assert {"average_map", "map", "train_seconds", "total_seconds", "videos", "protocol"} <= summary.keys()
+    assert (summary["videos"], summary["steps"], summary["ranks"]) == (2, 6, 2)
+    truth = read_annotations(shards.parent / "annotations.json")
+    assert set(read_results(out / "results.json").predictions) == {
+        record.video_id for record in truth.subset("validation")
+    }
+    whole = read_model(out / "model.safetensors")
+    assert whole.classes == truth.classes
+    assert load_config(out / "config.json").num_steps == 16
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
+
+    # As if it had been killed after step 3. Its own config.json starts it again.
+    shutil.rmtree(out / "checkpoints" / "step-00000006")
+    again = [*command[:4], "--config", str(out / "config.json"), "--out", str(out)]
+    with pytest.raises(RuntimeError, match="holds the checkpoints of an earlier run; --resume continues it"):
+        launch_ranks(again, world_size=2, timeout_seconds=280)
+    launch_ranks([*again, "--resume"], world_size=2, timeout_seconds=280)
+    resumed = read_model(out / "model.safetensors")
+    assert all(value.equal(resumed.weights[name]) for name, value in whole.weights.items())
+    results = read_results(out / "results.json").predictions
+    assert json.loads((out / "summary.json").read_text())["average_map"] == summary["average_map"]
+    assert all(len(detections) > 0 for detections in results.values())
+
+    with pytest.raises(RuntimeError, match=r"number of ranks is 1, the checkpoint has 2"):
+        launch_ranks([*again, "--resume"], world_size=1)
+
+
+def re2tal(*arguments: object) -> None:
+    subprocess.run([sys.executable, "-m", "re2tal.cli", *map(str, arguments)], check=True)
