@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import cache
 from itertools import product
 
 import pytest
@@ -16,6 +15,8 @@ from re2tal.rewire import Branch, RewiringConfig, residual_branches, rewire
 
 WORLD_SIZE, NUM_STEPS, ACCUMULATION, CHANNELS = 2, 3, 2, 16
 STAGES = (0, 1, 2, 3)
+
+pytestmark = pytest.mark.timeout(600)  # two minutes of two idle cores; they are often not idle
 
 
 class Block(nn.Module):
@@ -155,38 +156,38 @@ def cases() -> Iterable[dict]:
 CASES = list(cases())
 
 
-@cache
+@pytest.fixture(scope="module")
 def results() -> dict[tuple, list[dict]]:
     """What every rank found, by case."""
-    ranks = run_ranks(train_all, world_size=WORLD_SIZE, timeout_seconds=280, cases=CASES)
+    ranks = run_ranks(train_all, world_size=WORLD_SIZE, timeout_seconds=540, cases=CASES)
     return {tuple(case.values()): [rank[index] for rank in ranks] for index, case in enumerate(CASES)}
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case["recompute"]], ids=lambda case: str([*case.values()]))
-def test_parameters_after_training_are_those_of_plain_autograd(case) -> None:
+def test_parameters_after_training_are_those_of_plain_autograd(case, results) -> None:
     """Under bfloat16 to the last bit, losses and draws included: that is what the grid is for."""
-    forgotten = results()[tuple(case.values())]
-    kept = results()[tuple({**case, "recompute": False}.values())]
+    forgotten = results[tuple(case.values())]
+    kept = results[tuple({**case, "recompute": False}.values())]
     for rank in range(WORLD_SIZE):
         assert_parameters_equal(forgotten[rank], kept[rank], atol=1e-6 if case["precision"] == "float32" else 0)
 
 
 @pytest.mark.parametrize("stage", STAGES[1:])
-def test_every_zero_stage_gives_the_same_parameters(stage) -> None:
-    plain = results()[(0, "float32", False, False)]
-    partitioned = results()[(stage, "float32", True, False)]
+def test_every_zero_stage_gives_the_same_parameters(stage, results) -> None:
+    plain = results[(0, "float32", False, False)]
+    partitioned = results[(stage, "float32", True, False)]
     assert_parameters_equal(partitioned[0], plain[0], atol=1e-6)
 
 
-def test_every_parameter_was_trained() -> None:
+def test_every_parameter_was_trained(results) -> None:
     start = network(recompute=True, frozen_stem=False).state_dict()
-    for (_, _, _, frozen), ranks in results().items():
+    for (_, _, _, frozen), ranks in results.items():
         moved = {name for name, value in start.items() if not torch.equal(ranks[0][name], value)}
         assert moved == {name for name in start if not (frozen and name.startswith("stem"))}
 
 
-def test_ranks_agree_on_parameters_and_differ_in_their_data() -> None:
-    for first, second in results().values():
+def test_ranks_agree_on_parameters_and_differ_in_their_data(results) -> None:
+    for first, second in results.values():
         assert not torch.equal(first["losses"], second["losses"])
         assert all(torch.equal(first[name], second[name]) for name in first.keys() - {"losses", "next draw"})
 
