@@ -127,6 +127,7 @@ class ImageTower(ClipEncoder):
         self.options = {"interpolate_pos_encoding": True} if resize else {}
         self.out_channels = model.config.hidden_size
         self.clip_frames = 1
+        self.size = pair(model.config.image_size)
         self.patch = (1, *pair(model.config.patch_size))
         if isinstance(model, ViTModel):
             # A tanh layer that only the original's fine-tuning uses; most published weights lack it.
@@ -143,10 +144,7 @@ class ImageTower(ClipEncoder):
 
 @residual_branches.register
 def _(block: ViTLayer) -> tuple[Branch, ...]:
-    return (
-        attention_branch("layernorm_before", "attention", "dropout"),
-        mlp_branch("layernorm_after", "mlp", "dropout"),
-    )
+    return attention_branch("layernorm_before", "attention", "dropout"), mlp_branch("layernorm_after", "mlp", "dropout")
 
 
 @residual_branches.register

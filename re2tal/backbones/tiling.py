@@ -26,6 +26,8 @@ class ClipEncoder(nn.Module, ABC):
     out_channels: int
     clip_frames: int
     """L, the number of frames it was trained on; 1 for image networks."""
+    size: tuple[int, int]
+    """Rows and columns of the frames it was trained on."""
     patch: tuple[int, int, int]
     """Frames, rows and columns that become one token; `clip_frames` is a multiple of patch[0]."""
 

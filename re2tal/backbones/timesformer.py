@@ -52,6 +52,7 @@ class TimesformerEncoder(ClipEncoder):
         self.model = model
         self.out_channels = config.hidden_size
         self.clip_frames = config.num_frames
+        self.size = pair(config.image_size)
         self.patch = (1, *pair(config.patch_size))
         # While they run, blocks read the picture's width from their configuration; the model's own must keep the
         # width of its position table.

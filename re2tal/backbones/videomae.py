@@ -60,6 +60,7 @@ class VideoMAEEncoder(ClipEncoder):
         self.model.videomae.embeddings.__class__ = ResizableEmbeddings  # the same parameters, another forward
         self.out_channels = config.hidden_size
         self.clip_frames = config.num_frames
+        self.size = pair(config.image_size)
         self.patch = (config.tubelet_size, *pair(config.patch_size))
 
     def forward(self, clips: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """VideoPrism (Zhao et al., ICML 2024): blocks over the patches of a frame, then over the frames of a patch.
 
-18 x 18 patches + positions -> spatial blocks -> norm -> + frame positions -> temporal blocks -> norm
-    -> mean over H and W
+18 x 18 patches + positions -> blocks -> norm -> + frame positions -> blocks -> norm -> mean over H and W
 block:  x = x + dropout(attention(layernorm_before(x)));  x = x + dropout(mlp(layernorm_after(x)))
 """
 
@@ -14,39 +13,22 @@ from transformers.models.videoprism.modeling_videoprism import VideoPrismLayer
 from re2tal.backbones.base import BackboneConfig
 from re2tal.backbones.prenorm import attention_branch, mlp_branch
 from re2tal.backbones.pretrained import add_drop_path, clipwise, load_model
-from re2tal.backbones.tiling import ClipEncoder, ClipwiseBackbone
+from re2tal.backbones.tiling import ClipEncoder, ClipwiseBackbone, pair
 from re2tal.rewire import Branch, residual_branches
 
 SIZES: dict[str, dict] = {
-    "videoprism_nano": {
-        "hidden_size": 48,
-        "num_attention_heads": 2,
-        "intermediate_size": 96,
-        "num_spatial_layers": 4,
-        "num_temporal_layers": 2,
-        "image_size": 32,
-        "tubelet_size": (1, 8, 8),
-        "num_frames": 4,
-    },
+    "videoprism_nano": {"hidden_size": 48, "num_attention_heads": 2, "intermediate_size": 96, "num_frames": 4}
+    | {"num_spatial_layers": 4, "num_temporal_layers": 2, "image_size": 32, "tubelet_size": (1, 8, 8)},
     "videoprism_base": {},
-    "videoprism_large": {
-        "hidden_size": 1024,
-        "num_attention_heads": 16,
-        "intermediate_size": 4096,
-        "num_spatial_layers": 24,
-        "num_frames": 8,
-    },
+    "videoprism_large": {"hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 4096}
+    | {"num_spatial_layers": 24, "num_frames": 8},
 }
 
 
 def build(config: BackboneConfig) -> ClipwiseBackbone:
-    """The size that `config.name` names, random or from `config.weights` (google/videoprism-base-f16r288, a folder)."""
-    model = load_model(
-        VideoPrismVisionModel,
-        VideoPrismVisionConfig(**SIZES[config.name]),
-        weights=config.weights,
-        kinds=("videoprism_vision_model", "videoprism"),
-    )
+    """The size that `config.name` names, random or as google/videoprism-base-f16r288 or a folder has it."""
+    size, kinds = VideoPrismVisionConfig(**SIZES[config.name]), ("videoprism_vision_model", "videoprism")
+    model = load_model(VideoPrismVisionModel, size, weights=config.weights, kinds=kinds)
     add_drop_path([*model.spatial_layers, *model.temporal_layers], config.drop_path, after=("dropout",))
     return clipwise(VideoPrismEncoder(model), config)
 
@@ -59,8 +41,8 @@ class VideoPrismEncoder(ClipEncoder):
         self.model = model
         self.out_channels = model.config.hidden_size
         self.clip_frames = model.config.num_frames
-        frames, rows, columns = model.config.tubelet_size
-        self.patch = (frames, rows, columns)
+        self.size = pair(model.config.image_size)
+        self.patch = (1, *pair(model.config.tubelet_size[1:]))
 
     def forward(self, clips: Tensor) -> Tensor:
         """(N, L, 3, H, W) -> (N, L, C)."""
@@ -70,7 +52,4 @@ class VideoPrismEncoder(ClipEncoder):
 
 @residual_branches.register
 def _(block: VideoPrismLayer) -> tuple[Branch, ...]:
-    return (
-        attention_branch("layernorm_before", "attention", "dropout"),
-        mlp_branch("layernorm_after", "mlp", "dropout"),
-    )
+    return attention_branch("layernorm_before", "attention", "dropout"), mlp_branch("layernorm_after", "mlp", "dropout")

@@ -14,7 +14,7 @@ from transformers.models.vivit.modeling_vivit import VivitEmbeddings, VivitLayer
 from re2tal.backbones.base import BackboneConfig
 from re2tal.backbones.prenorm import attention_branch, mlp_branch
 from re2tal.backbones.pretrained import NANO, add_drop_path, clipwise, load_model
-from re2tal.backbones.tiling import ClipEncoder, ClipwiseBackbone, resize_positions
+from re2tal.backbones.tiling import ClipEncoder, ClipwiseBackbone, pair, resize_positions
 from re2tal.rewire import Branch, residual_branches
 
 SIZES: dict[str, dict] = {
@@ -42,8 +42,8 @@ class VivitEncoder(ClipEncoder):
         self.model.embeddings.__class__ = ResizableEmbeddings  # the same parameters, another interpolation
         self.out_channels = model.config.hidden_size
         self.clip_frames = model.config.num_frames
-        frames, rows, columns = model.config.tubelet_size
-        self.patch = (frames, rows, columns)
+        self.size = pair(model.config.image_size)
+        self.patch = (model.config.tubelet_size[0], *pair(model.config.tubelet_size[1:]))
 
     def forward(self, clips: Tensor) -> Tensor:
         """(N, L, 3, H, W) -> (N, L / 2, C)."""
@@ -65,7 +65,4 @@ class ResizableEmbeddings(VivitEmbeddings):
 
 @residual_branches.register
 def _(block: VivitLayer) -> tuple[Branch, ...]:
-    return (
-        attention_branch("layernorm_before", "attention", "dropout"),
-        mlp_branch("layernorm_after", "mlp", "dropout"),
-    )
+    return attention_branch("layernorm_before", "attention", "dropout"), mlp_branch("layernorm_after", "mlp", "dropout")

@@ -49,16 +49,16 @@ class VJEPA2Encoder(ClipEncoder):
         config = model.config
         del model.predictor
         self.model = model
-        self.size = config.crop_size
+        self.size = pair(config.crop_size)
         self.out_channels = config.hidden_size
         self.clip_frames = config.frames_per_clip
         self.patch = (config.tubelet_size, *pair(config.patch_size))
 
     def forward(self, clips: Tensor) -> Tensor:
         """(N, L, 3, H, W) -> (N, L / 2, C)."""
-        if clips.shape[3:] != (self.size, self.size):
+        if clips.shape[3:] != self.size:
             raise ValueError(
-                f"V-JEPA 2 with these weights takes frames of {self.size} x {self.size} pixels, got "
+                f"V-JEPA 2 with these weights takes frames of {self.size[0]} x {self.size[1]} pixels, got "
                 f"{clips.shape[3]} x {clips.shape[4]}; resize them, or choose weights trained at that size"
             )
         tokens = self.model.encoder(clips).last_hidden_state

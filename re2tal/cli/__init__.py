@@ -14,6 +14,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("re2tal.cli.train:train", "train and evaluate a detector"),
     "detect": ("re2tal.cli.detect:detect", "find actions in video files or shards with a trained detector"),
     "evaluate": ("re2tal.cli.evaluate:evaluate", "score a results JSON against annotations"),
+    "rewire": ("re2tal.cli.rewire:rewire", "show what of a backbone becomes reversible, and what that saves"),
     "report": ("re2tal.cli.report:report", "draw what a run learned and found, on one page"),
 }
 """Name -> where its function is, and what it does."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -238,3 +239,10 @@ def test_timesformer_over_single_frames_is_refused() -> None:
 def test_vjepa2_refuses_frames_of_another_size() -> None:
     with pytest.raises(ValueError, match="takes frames of 32 x 32 pixels, got 48 x 32; resize them"):
         build("vjepa2_nano")(torch.randn(1, 3, 4, 48, 32), torch.ones(1, 4, dtype=torch.bool))
+
+
+def test_the_documented_example_of_a_family_is_its_file_and_short() -> None:
+    root = Path(__file__).resolve().parents[2]
+    source = (root / "re2tal/backbones/videoprism.py").read_text()
+    assert f"```python\n{source}```" in (root / "docs/backbones.md").read_text()
+    assert len(source.splitlines()) <= 60

@@ -15,6 +15,7 @@ class Averages(ClipEncoder):
 
     out_channels = 2
     clip_frames = 4
+    size = (2, 2)
     patch = (2, 2, 2)
 
     def forward(self, clips: Tensor) -> Tensor:
