@@ -53,7 +53,7 @@ def demo() -> RunConfig:
         optimizer=OptimizerConfig(learning_rate=2e-3, backbone_learning_rate=2e-3),
         schedule=ScheduleConfig(warmup_epochs=4.0),
         engine=EngineConfig(batch_size=4),
-        training=TrainingConfig(epochs=40, average_decay=0.98, log_every_steps=10, checkpoint_every_steps=100),
+        training=TrainingConfig(epochs=32, average_decay=0.98, log_every_steps=10, checkpoint_every_steps=100),
         suppression=SuppressionConfig(sigma=0.5, max_per_video=100),
         evaluation=EvaluationConfig(tiou_thresholds=TIOU_THRESHOLDS["demo"]),
     )
