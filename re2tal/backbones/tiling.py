@@ -15,8 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from re2tal.backbones.base import VideoBackbone
-from re2tal.backbones.swin3d import steps_mask
+from re2tal.backbones.base import VideoBackbone, steps_mask
 from re2tal.structures import Features
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,7 @@ def test_a_checkpoint_of_the_original_release_gives_the_features_of_its_equation
         decoder = {f"decoder.{key}": value for key, value in state.items() if key.startswith(("blocks.0", "norm"))}
         state_under_encoder = {f"encoder.{key}": value for key, value in state.items()}
         content = {"model": state_under_encoder | decoder | {"mask_token": torch.zeros(1, 1, CHANNELS)}}
+    content |= {"epoch": 799, "args": Namespace(model="vit", lr=1e-3, betas=[0.9, 0.95])}
     torch.save(content, tmp_path / "checkpoint.pth")
     backbone = build(weights=str(tmp_path / "checkpoint.pth"))
     clip = torch.randn(1, 3, 4, 32, 32)
