@@ -84,7 +84,8 @@ def test_another_run_is_refused_with_what_changed(trained):
     saved = trained.checkpoints
     changed = {**saved.identity, "zero_stage": 3, "world_size": 4, "optimizer.learning_rate": 1.0}
     trained.checkpoints = CheckpointStore(saved.folder, identity=changed)
-    with pytest.raises(ValueError, match=r"optimizer.learning_rate is 1.0, the checkpoint has None; world_size is 4, .*1"):
+    expected = r"optimizer.learning_rate is 1.0, the checkpoint has None; world_size is 4, .*1"
+    with pytest.raises(ValueError, match=expected):
         trained.resume()
 
 

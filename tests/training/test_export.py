@@ -31,13 +31,14 @@ def test_another_network_is_refused(tmp_path):
     state = TinyDetector().state_dict()
     state["localizer.weight"] = torch.zeros(2, 24)
     write_model(tmp_path / "model.safetensors", state, classes=["a"])
-    with pytest.raises(ValueError, match=r"1 tensors differ, such as localizer.weight: \(2, 24\) in the file, \(1, 24\)"):
+    expected = r"1 tensors differ, such as localizer.weight: \(2, 24\) in the file, \(1, 24\)"
+    with pytest.raises(ValueError, match=expected):
         read_model(tmp_path / "model.safetensors").load_into(TinyDetector(), classes=["a"])
 
 
 def test_other_files_are_refused(tmp_path):
     path = tmp_path / "model.safetensors"
-    with pytest.raises(FileNotFoundError, match="train first, or name the model.safetensors of a run folder"):
+    with pytest.raises(FileNotFoundError, match=r"train first, or name the model\.safetensors of a run folder"):
         read_model(path)
     path.write_bytes(b"no such thing")
     with pytest.raises(ValueError, match=r"model.safetensors is not a safetensors file"):
