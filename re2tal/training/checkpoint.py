@@ -89,7 +89,9 @@ class CheckpointStore:
 
         Raises ValueError when all are damaged, naming the files, or when it is of another run, naming what changed.
         """
-        [name, *_] = gather_objects(self._newest_sound() if is_main() else None)
+        [(name, faults), *_] = gather_objects(self._newest_sound() if is_main() else (None, {}))
+        if name is None and faults:
+            raise ValueError(f"no checkpoint in {self.folder} is sound: {faults}; remove the folder to start afresh")
         if name is None:
             return None
         manifest = read_json(self.folder / name / "manifest.json")
@@ -148,18 +150,17 @@ class CheckpointStore:
             return []
         return sorted((path.name for path in self.folder.glob("step-*") if path.is_dir()), reverse=True)
 
-    def _newest_sound(self) -> str | None:
+    def _newest_sound(self) -> tuple[str | None, dict[str, str]]:
+        """Its name, if there is one, and what is wrong with each of the newer ones."""
         faults: dict[str, str] = {}
         for name in self._names():
             fault = find_fault(self.folder / name)
             if fault is None:
                 for bad, reason in faults.items():
                     print(f"passing over checkpoint {bad}: {reason}", file=sys.stderr)
-                return name
+                return name, faults
             faults[name] = fault
-        if faults:
-            raise ValueError(f"no checkpoint in {self.folder} is sound: {faults}; remove the folder to start afresh")
-        return None
+        return None, faults
 
     def _refuse_another_run(self, checkpoint: Path, saved: dict[str, Any]) -> None:
         changes = [

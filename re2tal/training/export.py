@@ -47,10 +47,15 @@ class ModelFile:
 
 
 def write_model(path: Path, weights: Mapping[str, Tensor], *, classes: Sequence[str]) -> None:
-    """Writes the file under another name, flushes it, and renames it."""
+    """Writes the file whole or not at all."""
+    write_tensors(path, weights, metadata={"format": FORMAT, "classes": json.dumps(list(classes))})
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> None:
+    """Writes a safetensors file under another name, flushes it, and renames it."""
     partial = path.with_name(f".{path.name}.tmp")
     with partial.open("wb") as file:
-        file.write(save(dict(weights), metadata={"format": FORMAT, "classes": json.dumps(list(classes))}))
+        file.write(save(dict(tensors), metadata=dict(metadata)))
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)

@@ -186,7 +186,9 @@ class Trainer:
         outputs = tree_map(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor, outputs)
         if not bool(batch.valid.all()):
             # What could not be decoded teaches nothing, but this rank still walks through backward with the others.
-            outputs = outputs._replace(mask=outputs.mask & batch.valid[:, None])
+            outputs = tree_map(
+                lambda tensor: _only(batch.valid, tensor) if tensor.dtype == torch.bool else tensor, outputs
+            )
         return self.engine.module.loss(outputs, batch.actions, batch.timelines, num_frames=batch.frames.shape[2])
 
     def _skip(self, reason: str) -> None:
@@ -241,6 +243,11 @@ class Trainer:
 
     def _last(self) -> bool:
         return self.progress.step >= self.num_steps
+
+
+def _only(valid: Tensor, mask: Tensor) -> Tensor:
+    """A mask (B, ...) with the clips blanked that are not valid, (B,)."""
+    return mask & valid.view(-1, *[1] * (mask.ndim - 1))
 
 
 class Meter:

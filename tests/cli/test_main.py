@@ -84,7 +84,8 @@ def test_what_a_newcomer_gets_wrong_is_said_in_one_line(arguments, message, tmp_
 
 
 def test_the_launchers_own_option_is_passed_over():
-    from re2tal.cli.train import starting_point
+    from re2tal.cli.starting_point import starting_point
 
-    run, rest = starting_point(["--local_rank=1", "--recipe", "thumos14_re2swin_tiny", "--num-steps", "256"])
+    arguments = ["--local_rank=1", "--recipe", "thumos14_re2swin_tiny", "--num-steps", "256"]
+    run, rest = starting_point(arguments, default="demo")
     assert (run.name, rest) == ("thumos14_re2swin_tiny", ["--num-steps", "256"])

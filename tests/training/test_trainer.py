@@ -1,0 +1,115 @@
+"""The loop in one process: accumulation, evaluation on the way, blank clips, divergence."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+from training.tiny import TinyClips, same, tiny_trainer, weights
+
+from re2tal.training.engine import leave
+from re2tal.training.trainer import TrainingConfig, num_optimizer_steps
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_group():
+    yield
+    leave()
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def rows(folder, kind):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [row for row in lines if row["kind"] == kind]
+
+
+def test_the_loss_falls_and_is_logged_with_rates_and_speed(tmp_path):
+    assert tiny_trainer(tmp_path, training=TrainingConfig(epochs=2, log_every_steps=1)).train() == "finished"
+    train = rows(tmp_path, "train")
+    assert [row["step"] for row in train] == list(range(1, 9))
+    assert train[-1]["loss"] < 0.5 * train[0]["loss"]
+    assert {"epoch", "loss", "loss/error", "clips_per_second", "peak_memory_gib", "skipped"} <= train[0].keys()
+    assert train[0]["lr/backbone, decayed"] == pytest.approx(1e-2)
+    assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_accumulation_makes_one_step_of_several_batches(tmp_path):
+    trainer = tiny_trainer(tmp_path, accumulation=2, training=TrainingConfig(epochs=2, log_every_steps=1))
+    trainer.train()
+    assert (trainer.progress.step, trainer.progress.micro_batches) == (4, 8)
+    assert [row["epoch"] for row in rows(tmp_path, "train")] == [0.5, 1.0, 1.5, 2.0]
+
+
+def test_evaluation_uses_the_average_and_leaves_the_weights_as_they_were(tmp_path):
+    seen = []
+
+    def validate(engine):
+        seen.append({name: value.clone() for name, value in engine.module.state_dict().items()})
+        return {"average_map": 0.25}
+
+    training = TrainingConfig(epochs=3, evaluate_every_epochs=1, average_decay=0.5)
+    trainer = tiny_trainer(tmp_path / "with", stage=2, training=training, validate=validate)
+    trainer.train()
+    undisturbed = tiny_trainer(tmp_path / "without", stage=2, training=replace(training, evaluate_every_epochs=None))
+    undisturbed.train()
+    assert same(weights(trainer), weights(undisturbed))
+    # After epochs 1 and 2; the one at the end belongs to whoever finishes the run.
+    assert [(row["step"], row["average_map"]) for row in rows(tmp_path / "with", "evaluation")] == [
+        (4, 0.25),
+        (8, 0.25),
+    ]
+    with trainer.averaged_weights():
+        average = weights(trainer)
+    assert not same(average, weights(trainer))
+    assert not same(seen[1], average)
+
+
+def test_the_average_is_the_exponential_mean_of_the_weights(tmp_path):
+    trainer = tiny_trainer(tmp_path, training=TrainingConfig(epochs=2, average_decay=0.75))
+    expected = {name: value.double() for name, value in weights(trainer).items()}
+    update = trainer.average.update
+
+    def follow() -> None:
+        update()
+        for name, value in weights(trainer).items():
+            expected[name] = 0.75 * expected[name] + 0.25 * value.double()
+
+    trainer.average.update = follow
+    trainer.train()
+    with trainer.averaged_weights():
+        for name, parameter in trainer.engine.module.named_parameters():
+            torch.testing.assert_close(parameter.double(), expected[name], rtol=0, atol=1e-6)
+
+
+def test_clips_that_could_not_be_decoded_teach_nothing(tmp_path):
+    trainer = tiny_trainer(tmp_path)
+    trainer.engine.eval()
+    batch = TinyClips().batch(0, 0)
+    whole = trainer._losses(batch)["error"]
+    first = trainer._losses(replace(batch, valid=torch.tensor([True, False])))["error"]
+    second = trainer._losses(replace(batch, valid=torch.tensor([False, True])))["error"]
+    none = trainer._losses(replace(batch, valid=torch.tensor([False, False])))["total"]
+    torch.testing.assert_close(first + second, whole)
+    assert none.item() == 0.0
+    trainer.engine.backward(none)
+    assert all(not parameter.grad.any() for parameter in trainer.engine.module.parameters())
+
+
+def test_a_run_that_diverged_ends_with_the_clips_it_saw(tmp_path):
+    poison = [(epoch, step, 0) for epoch in range(3) for step in range(4)]
+    trainer = tiny_trainer(tmp_path, training=TrainingConfig(epochs=2, max_non_finite=3), poison=poison[1:])
+    with pytest.raises(FloatingPointError, match=r"3 batches .* not finite, .*'video0_3_0', 'video0_3_1'.*lower the"):
+        trainer.train()
+    assert trainer.progress.step == 1
+
+
+def test_too_little_data_for_a_step_is_said():
+    with pytest.raises(ValueError, match="1 epochs of 3 batches give no step with gradient accumulation 4; add videos"):
+        num_optimizer_steps(TrainingConfig(epochs=1), 3, accumulation=4)
