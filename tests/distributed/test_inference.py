@@ -18,8 +18,8 @@ from re2tal.evaluation.suppression import SuppressionConfig
 from re2tal.inference import predict
 from re2tal.structures import ClipBatch, Detections, Timeline
 from re2tal.training.engine import EngineConfig, build_engine, join, leave
-from re2tal.training.zero_file import resolve_deepspeed_config
 from re2tal.training.optimizer import OptimizerConfig, build_optimizer
+from re2tal.training.zero_file import resolve_deepspeed_config
 
 SUPPRESSION = SuppressionConfig(method="none")
 
