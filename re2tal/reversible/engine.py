@@ -8,12 +8,13 @@
 One autograd Function spans the whole run. Inside its backward every branch gets a real, nested `backward()` that
 accumulates into the leaves, so that the hooks which DDP and DeepSpeed put on modules and parameters see an ordinary
 backward. Parameters are no inputs of the Function: ZeRO-3 keeps them partitioned, hence empty, outside their modules.
+A `ChunkedBranch` is run piece by piece in all of this; see `chunking`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -21,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from re2tal.reversible.chunking import ChunkedBranch, GradientSums, Piece, pieces_of
 from re2tal.reversible.coupling import advance, rewind
 from re2tal.reversible.precision import Grid, Precision
 from re2tal.reversible.rng import GeneratorState
@@ -43,7 +45,7 @@ def run_reversibly(
 
     Args:
         branches: F_0 .. F_{n-1}, each from a floating tensor to one of the same shape. Their input is lent: its buffer
-            is used again as soon as they return. With none, `x` itself is returned.
+            is used again as soon as they return. With none, `x` itself is returned. A `ChunkedBranch` is run in pieces.
         x: the first state, any shape. It is never written.
         recompute: forget activations and rebuild them in backward; otherwise keep them, as plain autograd does.
         merge: "mean" is (x[n-1] + x[n]) / 2, the paper's; "extrapolate" is x[n-1] + x[n] - x, which is the plain
@@ -87,6 +89,14 @@ def _call(branch: BranchFunction, state: Tensor) -> Tensor:
     return branch(state)
 
 
+def _draws_of_pieces(branch: BranchFunction, device: torch.device) -> Iterator[AbstractContextManager[None]]:
+    """Around each piece in turn: the generators as they stand, or as they stood before the first one."""
+    start = GeneratorState.now(device) if isinstance(branch, ChunkedBranch) and branch.same_draws else None
+    yield nullcontext()
+    while True:
+        yield start.replayed() if start else nullcontext()
+
+
 @dataclass(frozen=True, slots=True)
 class _Run:
     """The branches and the arithmetic of one run: shared by plain autograd, forward and backward."""
@@ -101,13 +111,35 @@ class _Run:
         needed = x if self.merge == "mean" else start
         for index in range(len(self.branches)):
             owned = not (torch.is_grad_enabled() or previous is current or previous is needed)
-            # The update gets no name here: with one it would live on while the next branch runs.
-            previous, current = current, advance(previous, self.update(index, current, call), owned=owned)
+            previous, current = current, self.following(index, previous, current, call, owned=owned)
         return start, previous, current
 
-    def update(self, index: int, state: Tensor, call: Callable[[BranchFunction, Tensor], Tensor]) -> Tensor:
-        """F_i(x[i]), checked, on the grid."""
-        output = call(self.branches[index], state.to(self.precision.branches))
+    def following(
+        self,
+        index: int,
+        previous: Tensor,
+        current: Tensor,
+        call: Callable[[BranchFunction, Tensor], Tensor],
+        *,
+        owned: bool,
+    ) -> Tensor:
+        """x[i-1], x[i] -> x[i+1]; in the buffer of x[i-1] where it is owned."""
+        branch = self.branches[index]
+        pieces = pieces_of(branch, current)
+        # Updates get no name here: with one they would live on while the next one is computed.
+        if not pieces:
+            return advance(previous, self.update(index, branch, current, call), owned=owned)
+        following = previous if owned else previous.clone()
+        for piece, draws in zip(pieces, _draws_of_pieces(branch, current.device), strict=False):
+            with draws:
+                piece.add_to(following, self.update(index, piece.function, piece.take(current), call))
+        return following
+
+    def update(
+        self, index: int, function: BranchFunction, state: Tensor, call: Callable[[BranchFunction, Tensor], Tensor]
+    ) -> Tensor:
+        """F_i(x[i]), or of a piece of x[i], checked, on the grid."""
+        output = call(function, state.to(self.precision.branches))
         if not isinstance(output, Tensor) or output.shape != state.shape:
             given = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(
@@ -176,25 +208,33 @@ def _backward(ctx: Any, gradient: Tensor) -> Tensor | None:
     to_previous = to_current = gradient * 0.5 if run.merge == "mean" else gradient
     for index in reversed(range(1, len(run.branches))):
         owned = not (to_previous is to_current or to_previous is gradient)
-        to_input = _differentiate(ctx, index, previous, current, to_current)
-        to_previous, to_current = to_current, advance(to_previous, to_input, owned=owned)
-        del to_input
+        pieces = pieces_of(run.branches[index], previous)
+        if pieces:
+            to_previous = to_previous if owned else to_previous.clone()
+            _differentiate_pieces(ctx, index, pieces, previous, current, to_current, to_previous)
+            to_previous, to_current = to_current, to_previous
+        else:
+            to_input = _differentiate(ctx, index, previous, current, to_current)
+            to_previous, to_current = to_current, advance(to_previous, to_input, owned=owned)
+            del to_input
         previous, current = current, previous
+    # x is x[-1], x[0] and what was extrapolated from. Added in the order of plain autograd, to agree to the last bit.
+    pieces = pieces_of(run.branches[0], previous)
+    if pieces:
+        to_x = (to_previous - gradient if run.merge == "extrapolate" else to_previous) + to_current
+        del to_previous
+        _differentiate_pieces(ctx, 0, pieces, previous, None, to_current, to_x)
+        return to_x if ctx.needs_input_grad[0] else None
     to_input = _differentiate(ctx, 0, previous, None, to_current)
     if not ctx.needs_input_grad[0]:
         return None
-    # x is x[-1], x[0] and what was extrapolated from. Added in the order of plain autograd, to agree to the last bit.
     to_x = to_previous - gradient if run.merge == "extrapolate" else to_previous
     return (to_x + to_current).add_(to_input)
 
 
 def _differentiate(ctx: Any, index: int, state: Tensor, following: Tensor | None, gradient: Tensor) -> Tensor:
     """x[i], x[i+1] and the gradient of x[i+1] -> the gradient of x[i] through F_i; x[i+1] becomes x[i-1] in place."""
-    run: _Run = ctx.run
-    draws: GeneratorState | None = ctx.draws[index]
-    point = state.detach().requires_grad_(index > 0 or ctx.needs_input_grad[0])
-    with torch.enable_grad(), ctx.autocast.replayed(), draws.replayed() if draws else nullcontext():
-        update = run.update(index, point, _call)
+    point, update = _rebuilt(ctx, index, ctx.run.branches[index], state, ctx.draws.pop())
     if following is not None:
         rewind(following, update.detach())
     if update.requires_grad:
@@ -203,3 +243,39 @@ def _differentiate(ctx: Any, index: int, state: Tensor, following: Tensor | None
         del update
         torch.autograd.backward((edge,), (gradient,))
     return torch.zeros_like(state) if point.grad is None else point.grad
+
+
+def _differentiate_pieces(
+    ctx: Any,
+    index: int,
+    pieces: Sequence[Piece],
+    state: Tensor,
+    following: Tensor | None,
+    gradient: Tensor,
+    to_state: Tensor,
+) -> None:
+    """The same piece by piece; what F_i gives to the gradient of x[i] is added to `to_state`."""
+    sums, draws = GradientSums(), ctx.draws[-len(pieces) :]
+    del ctx.draws[-len(pieces) :]
+    for number, (piece, before) in enumerate(zip(pieces, draws, strict=True), start=1):
+        point, update = _rebuilt(ctx, index, piece.function, piece.take(state), before)
+        if following is not None:
+            piece.subtract_from(following, update.detach())
+        if update.requires_grad:
+            edge, part = get_gradient_edge(update), piece.take(gradient).to(update.dtype)
+            del update
+            if number < len(pieces):
+                sums.collect(edge, part, point)
+            else:
+                sums.deliver(edge, part)
+        if point.grad is not None:
+            piece.add_to(to_state, point.grad)
+
+
+def _rebuilt(
+    ctx: Any, index: int, function: BranchFunction, state: Tensor, draws: GeneratorState | None
+) -> tuple[Tensor, Tensor]:
+    """A leaf with the values of `state`, and the update that was forgotten, with its graph."""
+    point = state.detach().requires_grad_(index > 0 or ctx.needs_input_grad[0])
+    with torch.enable_grad(), ctx.autocast.replayed(), draws.replayed() if draws else nullcontext():
+        return point, ctx.run.update(index, function, point, _call)
