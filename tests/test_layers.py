@@ -36,8 +36,9 @@ BELOW: dict[str, tuple[str, ...]] = {
     "training": ("inference", "distributed"),
     "config": ("training",),
     "recipes": ("config",),
+    "conversion": ("config",),
     "reporting": ("evaluation",),
-    "cli": ("recipes", "reporting", "distributed"),
+    "cli": ("recipes", "conversion", "reporting", "distributed"),
 }
 
 OWNERS: dict[str, tuple[str, ...]] = {
@@ -132,7 +133,12 @@ def test_siblings_and_engines_are_what_the_drawing_says() -> None:
     for one in ("localizers", "data", "evaluation"):
         assert may_import(one) == {one, *LEAVES}
     assert may_import("reversible") == {"reversible"}
-    assert [package for package in BELOW if "config" in may_import(package)] == ["config", "recipes", "cli"]
+    assert [package for package in BELOW if "config" in may_import(package)] == [
+        "config",
+        "recipes",
+        "conversion",
+        "cli",
+    ]
     assert {package for package in BELOW if "distributed" in BELOW[package]} == {"inference", "training", "cli"}
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from re2tal.backbones.base import BackboneConfig
 from re2tal.backbones.swin3d import DropPath
 from re2tal.backbones.tiling import ClipEncoder, ClipwiseBackbone
-from re2tal.backbones.weights import KeyLayout, load_weights
+from re2tal.backbones.weights import WEIGHTS_SUFFIXES, KeyLayout, load_weights
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -144,8 +144,7 @@ def clipwise(encoder: ClipEncoder, config: BackboneConfig, *, layouts: tuple[Key
 
 def weights_file(weights: str | None) -> Path | None:
     """The path, where `weights` is a single file and not a folder or a hub name. It need not exist."""
-    suffixes = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".pyth")
-    return Path(weights) if weights is not None and weights.endswith(suffixes) else None
+    return Path(weights) if weights is not None and weights.endswith(WEIGHTS_SUFFIXES) else None
 
 
 def add_drop_path(blocks: Iterable[nn.Module], rate: float, *, after: tuple[str, ...]) -> None:

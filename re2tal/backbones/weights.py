@@ -22,8 +22,21 @@ from torch import Tensor, nn
 RENAMING = Callable[[Collection[str]], dict[str, str]]
 REPACKING = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
-# Where training frameworks put the weights inside a checkpoint: mmengine, OpenTAD, timm; pytorchvideo; DeepSpeed.
-WRAPPERS = ("state_dict", "model_state", "model", "module")
+WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".pyth")
+
+# Where training frameworks put the weights inside a checkpoint, the first that is there: the moving average of OpenTAD
+# and timm, which they evaluate; mmengine, OpenTAD, timm; pytorchvideo; DeepSpeed.
+WRAPPERS = ("state_dict_ema", "state_dict", "model_state", "model", "module")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What a weights file holds."""
+
+    tensors: dict[str, Tensor]
+    """By name, on the CPU."""
+    taken_from: str
+    """Where in the file they lay, such as "state_dict_ema"; empty for its top."""
 
 
 @dataclass(frozen=True)
@@ -60,13 +73,17 @@ def load_weights(model: nn.Module, path: str | Path, *, layouts: Sequence[KeyLay
 
     Raises FileNotFoundError or ValueError, which names the file and every missing, unexpected or misshapen entry.
     """
-    state = read_state(path)
-    layout, prefix = _recognise(state, layouts, what=f"{path}", network=type(model).__name__)
+    return load_state(model, read_state(path), layouts=layouts, what=f"{path}")
+
+
+def load_state(model: nn.Module, state: Mapping[str, Tensor], *, layouts: Sequence[KeyLayout], what: str) -> LoadReport:
+    """As `load_weights`, of tensors that were read already; `what` names them in errors."""
+    layout, prefix = _recognise(state, layouts, what=what, network=type(model).__name__)
     inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     inside = layout.unpack(inside)
     names = layout.to_ours(inside)
     ours = {our_name: inside[key] for key, our_name in names.items()}
-    _check_fit(model.state_dict(), ours, what=f"{path} ({layout.name} layout)", network=type(model).__name__)
+    _check_fit(model.state_dict(), ours, what=f"{what} ({layout.name} layout)", network=type(model).__name__)
     model.load_state_dict(ours)
     ignored = [key for key in state if not key.startswith(prefix)]
     ignored += [prefix + key for key in inside if key not in names]
@@ -82,12 +99,26 @@ def export_state(model: nn.Module, *, layout: KeyLayout) -> dict[str, Tensor]:
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
     """The tensors of a weights file by name, on the CPU, unwrapped from what a training framework puts around them."""
+    return read_checkpoint(path).tensors
+
+
+def read_checkpoint(path: str | Path) -> Checkpoint:
+    """As `read_state`, and where in the file the tensors were found.
+
+    Raises FileNotFoundError, and ValueError for a folder, a damaged file, and one that would run code when read.
+    """
     path = Path(path)
+    if path.is_dir():
+        files = sorted(file.name for file in path.iterdir() if file.suffix in WEIGHTS_SUFFIXES)
+        raise ValueError(
+            f"{path} is a folder that holds {_shortened(files) or 'no weights file'}; name one file, of safetensors or "
+            "torch"
+        )
     if not path.is_file():
         raise FileNotFoundError(f"weights file {path} does not exist")
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            return Checkpoint(load_file(path), "")
         # Many training scripts save their command line beside the weights; a Namespace only holds values.
         with torch.serialization.safe_globals([Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -108,12 +139,17 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _unwrap(content: object, path: Path) -> dict[str, Tensor]:
+def _unwrap(content: object, path: Path) -> Checkpoint:
+    places: list[str] = []
     while isinstance(content, Mapping):
         tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
         if tensors:
-            return tensors
-        content = next((content[key] for key in WRAPPERS if key in content), None)
+            return Checkpoint(tensors, ".".join(places))
+        place = next((key for key in WRAPPERS if content.get(key)), None)
+        if place is None:
+            break
+        places.append(place)
+        content = content[place]
     raise ValueError(f"{path} holds no tensors by name, at its top or under {', '.join(WRAPPERS)}")
 
 

@@ -15,9 +15,14 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "detect": ("re2tal.cli.detect:detect", "find actions in video files or shards with a trained detector"),
     "evaluate": ("re2tal.cli.evaluate:evaluate", "score a results JSON against annotations"),
     "rewire": ("re2tal.cli.rewire:rewire", "show what of a backbone becomes reversible, and what that saves"),
+    "import": ("re2tal.cli.import_weights:import_weights", "take over a detector or a backbone trained elsewhere"),
+    "export": ("re2tal.cli.export:export", "write weights under the names of another code base"),
     "report": ("re2tal.cli.report:report", "draw what a run learned and found, on one page"),
 }
 """Name -> where its function is, and what it does."""
+
+STARTING_POINTS = {"train": "demo", "import": "thumos14_re2swin_tiny"}
+"""Commands that take --recipe or --config and any change to it, and the recipe they begin with by default."""
 
 WRONG_INPUT, DIVERGED = 2, 78
 
@@ -47,11 +52,10 @@ def _run(name: str, arguments: Sequence[str]) -> int:
     import tyro
 
     function = _load(COMMANDS[name][0])
-    if name == "train":
-        # Which recipe it starts from decides what its other options mean, so that is read first.
-        from re2tal.cli.train import starting_point
+    if name in STARTING_POINTS:
+        from re2tal.cli.starting_point import starting_point
 
-        run, arguments = starting_point(arguments)
+        run, arguments = starting_point(arguments, default=STARTING_POINTS[name])
         function = partial(function, run=run)
     status = tyro.cli(function, args=arguments, prog=f"re2tal {name}", config=(tyro.conf.AvoidSubcommands,))
     return 0 if status is None else status

@@ -10,12 +10,11 @@ runs/NAME/config.json        the whole configuration; `--config` starts from it 
 
 from __future__ import annotations
 
-import argparse
 import os
 import shutil
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +23,7 @@ import numpy as np
 import torch
 import tyro
 
-from re2tal.config import RunConfig, build_detector, flatten, load_config, save_config, to_json
+from re2tal.config import RunConfig, build_detector, flatten, save_config, to_json
 from re2tal.data.shards import ShardSet, open_shards
 from re2tal.data.stream import ClipStream, stream_clips
 from re2tal.data.transforms import jitter_and_normalise
@@ -33,7 +32,7 @@ from re2tal.evaluation.average_precision import MapReport, mean_average_precisio
 from re2tal.evaluation.ground_truth import as_one_class
 from re2tal.evaluation.results import write_results
 from re2tal.inference import predict
-from re2tal.recipes import RECIPES, find_recipe
+from re2tal.recipes import find_recipe
 from re2tal.strict_json import write_json
 from re2tal.structures import ClipBatch, Detections
 from re2tal.training.checkpoint import CheckpointStore
@@ -111,20 +110,6 @@ def train(
     finally:
         leave()
     return 0
-
-
-def starting_point(arguments: Sequence[str]) -> tuple[RunConfig, list[str]]:
-    """Takes --recipe or --config out of the arguments: the run they name, and the other arguments."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    origin = parser.add_mutually_exclusive_group()
-    origin.add_argument("--recipe", default="demo")
-    origin.add_argument("--config", type=Path)
-    # `deepspeed` adds it for scripts that read no environment; ours does, and finds the same number there.
-    parser.add_argument("--local_rank", "--local-rank", type=int)
-    known, rest = parser.parse_known_args(list(arguments))
-    if {"-h", "--help"} & set(rest):
-        print(f"--recipe {{{','.join(RECIPES)}}} or --config FILE choose the values shown as defaults below\n")
-    return (find_recipe(known.recipe) if known.config is None else load_config(known.config)), rest
 
 
 def _claim(folder: Path, world: World, *, resume: bool, overwrite: bool) -> None:

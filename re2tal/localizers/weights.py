@@ -107,6 +107,11 @@ def public_name(name: str, *, localizer: ActionFormer | VSGN, layout: Variant) -
     return name
 
 
+def public_prefixes(localizer: ActionFormer | VSGN, layout: Variant) -> tuple[str, ...]:
+    """What the names of the localizer's entries begin with in `layout`."""
+    return _name_map(localizer, layout).prefixes
+
+
 def import_weights(
     state: Mapping[str, Tensor], *, localizer: ActionFormer | VSGN, layout: Variant
 ) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from re2tal.backbones.swin3d import VideoSwin
 from re2tal.backbones.swin3d_layouts import KEY_LAYOUTS
-from re2tal.backbones.weights import LoadReport, export_state, load_weights, read_state
+from re2tal.backbones.weights import LoadReport, export_state, load_weights, read_checkpoint, read_state
 
 every_layout = pytest.mark.parametrize("layout", KEY_LAYOUTS, ids=lambda layout: layout.name)
 
@@ -55,6 +55,20 @@ def test_torch_files_are_unwrapped(tmp_path, wrapper: str) -> None:
     torch.save({wrapper: source.state_dict(), "epoch": 3, "meta": {"note": "text"}}, tmp_path / "weights.pth")
     load(target, tmp_path / "weights.pth")
     assert equal(source, target)
+
+
+def test_the_moving_average_is_what_a_training_checkpoint_gives(tmp_path) -> None:
+    average, raw = swin().state_dict(), swin(seed=2).state_dict()
+    for name, content, taken_from in (
+        ("both", {"epoch": 3, "state_dict": raw, "state_dict_ema": average}, "state_dict_ema"),
+        ("none", {"epoch": 3, "state_dict": average, "state_dict_ema": None}, "state_dict"),
+        ("nested", {"model": {"state_dict": average}}, "model.state_dict"),
+        ("top", average, ""),
+    ):
+        torch.save(content, tmp_path / f"{name}.pth")
+        checkpoint = read_checkpoint(tmp_path / f"{name}.pth")
+        assert checkpoint.taken_from == taken_from
+        assert all(torch.equal(value, average[key]) for key, value in checkpoint.tensors.items())
 
 
 def test_layouts_name_entries_as_their_code_bases_do() -> None:

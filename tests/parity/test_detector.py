@@ -11,6 +11,7 @@ import torch
 from parity.actionformers import STEPS, actions, build, suppression
 from parity.compare import Tolerances, check_gradients, largest_error
 from parity.detections import check_same, stored
+from parity.sizes import frames_per_step, slowfast_size, swin_size
 from parity.vectors import Case, cases, load
 from torch import Tensor
 
@@ -48,30 +49,12 @@ class Family:
 
 
 def build_swin(case: Case) -> VideoSwin:
-    config = case.config["backbone"]
-    return VideoSwin(
-        embed_dim=config["embed_dim"],
-        depths=tuple(config["depths"]),
-        num_heads=tuple(config["num_heads"]),
-        window=tuple(config["window_size"]),
-        patch=tuple(config["patch_size"]),
-        mlp_ratio=config["mlp_ratio"],
-    )
+    return VideoSwin(**swin_size(case.config["backbone"]))
 
 
 def build_slowfast(case: Case) -> SlowFast:
-    config = case.config["backbone"]
-    slow = config["slow_pathway"]
     return SlowFast(
-        depths={50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}[slow["depth"]],
-        base_channels=slow["base_channels"],
-        slow_stride=config["resample_rate"],
-        speed_ratio=config["speed_ratio"],
-        channel_ratio=config["channel_ratio"],
-        fusion_kernel=slow["fusion_kernel"],
-        # OpenTAD resamples each pathway to the localizer's grid by itself, before it joins them.
-        frames_per_step=case.arrays["frames"].shape[3] // case.config["num_steps"],
-        block=InnerReluBottleneck,
+        **slowfast_size(case.config["backbone"]), frames_per_step=frames_per_step(case), block=InnerReluBottleneck
     )
 
 

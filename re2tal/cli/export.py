@@ -1,0 +1,55 @@
+"""`re2tal export`: write weights under the names that another code base gives them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from re2tal.config import load_config
+from re2tal.conversion import export_backbone, export_detector, import_backbone
+from re2tal.training.export import write_tensors
+
+
+def export(
+    *,
+    out: Path,
+    to: Literal["opentad", "mmaction2", "torchvision", "pytorchvideo", "original"],
+    run: Path | None = None,
+    weights: Path | None = None,
+    backbone: str | None = None,
+    prefix: str = "",
+) -> None:
+    """Write a trained detector, or a backbone, in the layout of another code base.
+
+    A rewired network is written like the plain one; it computes what it did only where it is rewired again, as OpenTAD
+    does.
+
+    Args:
+        out: .safetensors file to write
+        to: whose names; OpenTAD's of a run are the whole detector, all others its backbone
+        run: run folder to take the weights from
+        weights: or a backbone's weights file
+        backbone: its name, such as swin3d_tiny; needed with --weights
+        prefix: put before every name, such as "module." for OpenTAD's loader or "backbone." for mmaction2's
+    """
+    if out.suffix != ".safetensors":
+        raise ValueError(f"--out {out} does not end in .safetensors, the one format that is written; rename it")
+    if out.exists():
+        raise ValueError(f"{out} is there already; give --out another name, or remove it")
+    if run is not None and weights is None and backbone is None:
+        from re2tal.cli.detect import load_detector
+
+        config = load_config(run / "config.json")
+        detector, name = load_detector(run, config), config.backbone.name
+        if to == "opentad":
+            state = export_detector(detector, name=name, prefix=prefix)
+        else:
+            state = export_backbone(detector.backbone, name=name, to=to, prefix=prefix)
+    elif run is None and weights is not None and backbone is not None:
+        network, _ = import_backbone(weights, name=backbone)
+        state = export_backbone(network, name=backbone, to=to, prefix=prefix)
+    else:
+        raise ValueError("give either --run FOLDER, or --weights FILE and --backbone NAME")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(out, {key: value.contiguous() for key, value in state.items()}, metadata={"layout": to})
+    print(f"{out}: {len(state)} tensors as {to} names them")

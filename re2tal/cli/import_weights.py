@@ -1,0 +1,70 @@
+"""`re2tal import`: make a run folder from a detector that OpenTAD trained, or a weights file from anyone's backbone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from re2tal.config import RunConfig, save_config
+from re2tal.conversion import import_backbone, import_detector
+from re2tal.localizers.class_map import AGNOSTIC_CLASS
+from re2tal.training.export import write_model, write_tensors
+
+
+def import_weights(
+    weights: Annotated[Path, tyro.conf.Positional],
+    *,
+    run: Annotated[RunConfig, tyro.conf.arg(name="")],
+    out: Path,
+    classes: Path | None = None,
+) -> None:
+    """Convert weights that another code base trained; nothing that could run code is read.
+
+    Args:
+        weights: a .safetensors or torch file: an OpenTAD detector, or a backbone in any layout that its family reads
+        run: the network, from --recipe NAME (thumos14_re2swin_tiny by default) or --config FILE, and its changes
+        out: run folder for a whole detector, or a file ending in .safetensors for the backbone alone
+        classes: text file with the detector's classes, one per line, in the order of its training
+    """
+    if out.suffix == ".safetensors":
+        if out.exists():
+            raise ValueError(f"{out} is there already; give --out another name, or remove it")
+        backbone, report = import_backbone(weights, name=run.backbone.name)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(out, backbone.state_dict(), metadata={"backbone": run.backbone.name})
+        print(f"{report}\n{out}: for re2tal train --backbone.name {run.backbone.name} --backbone.weights {out}")
+        return
+    if (out / "config.json").exists():
+        raise ValueError(f"{out} is the folder of another run; give --out another one")
+    config = replace(run, name=out.resolve().name, backbone=replace(run.backbone, weights=None))
+    detector, report = import_detector(weights, config, classes=_classes(classes, config))
+    out.mkdir(parents=True, exist_ok=True)
+    write_model(out / "model.safetensors", detector.state_dict(), classes=detector.localizer.classes)
+    # Last, because it is what makes the folder a run.
+    save_config(out / "config.json", config)
+    print(f"{report}\n{out}: for re2tal detect --run {out} --videos FOLDER")
+
+
+def _classes(path: Path | None, config: RunConfig) -> tuple[str, ...]:
+    """The lines of the file that are not blank; one class that stands for all where the localizer tells none apart."""
+    if config.localizer.class_agnostic:
+        return (AGNOSTIC_CLASS,)
+    if path is None:
+        raise ValueError(
+            "--classes is missing: a checkpoint does not name its classes; give a text file with one per line, in the "
+            "order of training (OpenTAD keeps it as category_idx.txt beside the annotations)"
+        )
+    if not path.is_file():
+        raise FileNotFoundError(f"--classes {path} is not a file")
+    try:
+        names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--classes {path} is not a text file in UTF-8: {error}") from None
+    if not names:
+        raise ValueError(f"--classes {path} names no class; write one per line")
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"--classes {path} names {', '.join(repeated)} more than once; keep one line for each class")
+    return names

@@ -1,0 +1,24 @@
+"""Which recipe or configuration a command begins with: it decides what the other options mean, so it is read first."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from re2tal.config import RunConfig, load_config
+from re2tal.recipes import RECIPES, find_recipe
+
+
+def starting_point(arguments: Sequence[str], *, default: str) -> tuple[RunConfig, list[str]]:
+    """Takes --recipe (`default` without) or --config out of the arguments: the run they name, and the other ones."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    origin = parser.add_mutually_exclusive_group()
+    origin.add_argument("--recipe", default=default)
+    origin.add_argument("--config", type=Path)
+    # `deepspeed` adds it for scripts that read no environment; ours does, and finds the same number there.
+    parser.add_argument("--local_rank", "--local-rank", type=int)
+    known, rest = parser.parse_known_args(list(arguments))
+    if {"-h", "--help"} & set(rest):
+        print(f"--recipe {{{','.join(RECIPES)}}} or --config FILE choose the values shown as defaults below\n")
+    return (find_recipe(known.recipe) if known.config is None else load_config(known.config)), rest

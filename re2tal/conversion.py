@@ -1,0 +1,186 @@
+"""Whole detectors and backbones from other code bases, and back to them.
+
+    OpenTAD    backbone.model.backbone.*   projection.*  neck.*  rpn_head.*  (roi_head.*)
+    ours       backbone.*                  localizer.*
+
+A rewired network has the names of the plain one, so its weights go to every layout of its family.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from re2tal.backbones import build_backbone, slowfast, slowfast_layouts, swin3d, swin3d_layouts
+from re2tal.backbones.base import BackboneConfig, VideoBackbone
+from re2tal.backbones.shifted_windows import relative_position_index
+from re2tal.backbones.weights import KeyLayout, export_state, load_state, read_checkpoint
+from re2tal.config import RunConfig, build_detector
+from re2tal.detector import TemporalActionDetector
+from re2tal.localizers.actionformer import ActionFormer
+from re2tal.localizers.vsgn import VSGN
+from re2tal.localizers.weights import export_weights, import_weights, public_name, public_prefixes
+
+VIDEO_PREFIX = "backbone.model.backbone."
+"""Under which OpenTAD's detectors keep the video network."""
+
+
+@dataclass(frozen=True)
+class ImportReport:
+    """What a file was found to be, and what of it was used."""
+
+    path: Path
+    taken_from: str
+    """Entry of the file, such as "state_dict_ema"; empty for its top."""
+    layout: str
+    """Of the backbone."""
+    prefix: str
+    """Before the backbone's entries."""
+    num_backbone: int
+    num_localizer: int
+    """Tensors that were loaded; 0 where the backbone alone was wanted."""
+    ignored: tuple[str, ...]
+    """Their names."""
+
+    def __str__(self) -> str:
+        place = self.taken_from or "top"
+        under = f" under {self.prefix}" if self.prefix else ""
+        lines = [f"{self.path}: weights of its {place}, backbone in the layout of {self.layout}{under}"]
+        localizer = f" and {self.num_localizer} of the localizer" if self.num_localizer else ""
+        lines.append(f"loaded {self.num_backbone} tensors of the backbone{localizer}; {len(self.ignored)} have no use")
+        return "\n".join([*lines, *(f"  unused: {name}" for name in self.ignored)])
+
+
+def key_layouts(name: str) -> tuple[KeyLayout, ...]:
+    """The layouts that the backbone of this name is read from and written to."""
+    if name in swin3d.SIZES:
+        return swin3d_layouts.KEY_LAYOUTS
+    if name in slowfast.SIZES:
+        return slowfast_layouts.KEY_LAYOUTS
+    from re2tal.backbones.pretrained import OURS  # imports transformers, which takes seconds
+    from re2tal.backbones.videomae_layouts import ORIGINAL
+
+    return (OURS, ORIGINAL) if name.startswith("videomae_") else (OURS,)
+
+
+def import_backbone(path: Path, *, name: str) -> tuple[VideoBackbone, ImportReport]:
+    """The backbone of that name, plain, with the weights of a file in any layout that its family reads.
+
+    Raises FileNotFoundError, and ValueError that names the file and every missing, unexpected or misshapen entry.
+    """
+    checkpoint = read_checkpoint(path)
+    # Some families take their last norm from the file, so the file is part of the building.
+    backbone = build_backbone(BackboneConfig(name=name, weights=str(path), rewired=False))
+    loaded = load_state(backbone, checkpoint.tensors, layouts=key_layouts(name), what=f"{path}")
+    return backbone, ImportReport(
+        path, checkpoint.taken_from, loaded.layout, loaded.prefix, len(loaded.loaded), 0, loaded.ignored
+    )
+
+
+def import_detector(
+    path: Path, config: RunConfig, *, classes: Sequence[str]
+) -> tuple[TemporalActionDetector, ImportReport]:
+    """The detector that `config` describes, with the weights that OpenTAD trained for `classes`, in their order.
+
+    Raises FileNotFoundError, and ValueError that names the file and what of it is missing, unexpected or misshapen.
+    """
+    checkpoint = read_checkpoint(path)
+    detector = build_detector(replace(config, backbone=replace(config.backbone, weights=None)), classes)
+    localizer = _localizer_of(detector)
+    outer = _wrapper_of(checkpoint.tensors)
+    state = {key.removeprefix(outer): value for key, value in checkpoint.tensors.items()}
+    prefixes = public_prefixes(localizer, "opentad")
+    theirs = {key for key in state if key.startswith(prefixes)}
+    _check_detector(state, theirs, localizer, path)
+    loaded = load_state(
+        detector.backbone, checkpoint.tensors, layouts=key_layouts(config.backbone.name), what=f"{path}"
+    )
+    try:
+        weights = import_weights(state, localizer=localizer, layout="opentad")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    localizer.load_state_dict(weights)
+    ignored = tuple(key for key in loaded.ignored if key.removeprefix(outer) not in theirs)
+    return detector, ImportReport(
+        path, checkpoint.taken_from, loaded.layout, loaded.prefix, len(loaded.loaded), len(theirs), ignored
+    )
+
+
+def export_backbone(backbone: VideoBackbone, *, name: str, to: str, prefix: str = "") -> dict[str, Tensor]:
+    """The weights of the backbone called `name` as the code base `to` names them, its constant tables included.
+
+    `to` is the beginning of a layout's name: opentad, mmaction2, torchvision, pytorchvideo, original. Raises ValueError
+    for one that the family has not.
+    """
+    layout = _find_layout(name, to)
+    state = export_state(backbone, layout=layout)
+    if name in swin3d.SIZES:
+        state |= _position_indices(backbone, layout)
+    return {prefix + key: value for key, value in state.items()}
+
+
+def export_detector(detector: TemporalActionDetector, *, name: str, prefix: str = "") -> dict[str, Tensor]:
+    """A detector whose backbone is called `name` as OpenTAD names its weights: the inverse of `import_detector`."""
+    backbone = export_backbone(detector.backbone, name=name, to="opentad", prefix=VIDEO_PREFIX)
+    state = backbone | export_weights(_localizer_of(detector), layout="opentad")
+    return {prefix + key: value for key, value in state.items()}
+
+
+def _localizer_of(detector: TemporalActionDetector) -> ActionFormer | VSGN:
+    localizer = cast(ActionFormer | VSGN, detector.localizer)
+    if isinstance(localizer, ActionFormer) and localizer.config.variant != "opentad":
+        raise ValueError(
+            f"localizer.variant is {localizer.config.variant!r}, and whole detectors are OpenTAD's; set it to 'opentad'"
+        )
+    return localizer
+
+
+def _wrapper_of(state: Mapping[str, Tensor]) -> str:
+    """What torch's data-parallel wrapper puts before every name, if it did."""
+    return "module." if all(key.startswith("module.") for key in state) else ""
+
+
+def _check_detector(state: Mapping[str, Tensor], found: set[str], localizer: ActionFormer | VSGN, path: Path) -> None:
+    if not found:
+        prefixes = ", ".join(public_prefixes(localizer, "opentad"))
+        raise ValueError(
+            f"{path} holds no localizer (nothing under {prefixes}), so it is no whole detector; for a backbone alone "
+            "give --out a name that ends in .safetensors"
+        )
+    last = state.get(public_name("classifier.output.bias", localizer=localizer, layout="opentad"))
+    if isinstance(localizer, ActionFormer) and last is not None and last.numel() != len(localizer.classes):
+        raise ValueError(
+            f"{path} tells {last.numel()} classes apart, and {len(localizer.classes)} were given; name all classes of "
+            "its training, one per line and in their order, or set localizer.class_agnostic as it was trained"
+        )
+
+
+def _find_layout(name: str, to: str) -> KeyLayout:
+    layouts = key_layouts(name)
+    try:
+        return next(layout for layout in layouts if layout.name.lower().startswith(to.lower()))
+    except StopIteration:
+        known = [layout.name for layout in layouts]
+        raise ValueError(f"{name} has no layout {to!r}; known (the beginning suffices): {known}") from None
+
+
+def _position_indices(backbone: nn.Module, layout: KeyLayout) -> dict[str, Tensor]:
+    """The constant tables of a Video Swin, which other code bases keep in their checkpoints: row of the bias table for
+    each pair of tokens, (tokens, tokens), or flat in torchvision."""
+    tables: dict[str, Tensor] = {}
+    windows = {
+        f"{name}.relative_position_bias_table": module.window
+        for name, module in backbone.named_modules()
+        if isinstance(module, swin3d.WindowAttention)
+    }
+    names = layout.from_ours(list(backbone.state_dict()))
+    for ours, window in windows.items():
+        index = torch.from_numpy(relative_position_index(window, window[0] * window[1] * window[2]))
+        theirs = names[ours].replace("relative_position_bias_table", "relative_position_index")
+        tables[theirs] = index.flatten() if layout.name == "torchvision" else index
+    return tables

@@ -1,0 +1,38 @@
+"""Sizes of a reference case's video network, as our backbones take them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from parity.vectors import Case
+
+
+def swin_size(config: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of VideoSwin for OpenTAD's configuration of one."""
+    return {
+        "embed_dim": config["embed_dim"],
+        "depths": tuple(config["depths"]),
+        "num_heads": tuple(config["num_heads"]),
+        "window": tuple(config["window_size"]),
+        "patch": tuple(config["patch_size"]),
+        "mlp_ratio": config["mlp_ratio"],
+    }
+
+
+def slowfast_size(config: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of SlowFast for OpenTAD's configuration of one, but for its block and `frames_per_step`."""
+    slow = config["slow_pathway"]
+    return {
+        "depths": {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}[slow["depth"]],
+        "base_channels": slow["base_channels"],
+        "slow_stride": config["resample_rate"],
+        "speed_ratio": config["speed_ratio"],
+        "channel_ratio": config["channel_ratio"],
+        "fusion_kernel": slow["fusion_kernel"],
+    }
+
+
+def frames_per_step(case: Case) -> int:
+    """Frames per step of the localizer's grid: OpenTAD resamples each pathway of a SlowFast to it before it joins
+    them."""
+    return case.arrays["frames"].shape[3] // case.config["num_steps"]
