@@ -77,7 +77,7 @@ def read_annotations(
     if not isinstance(database, dict) or not database:
         raise ValueError(
             f'{path} has no "database" object with a video in it; wanted {{"database": {{id: {{"subset": ..., '
-            '"duration": seconds, "annotations": [{"segment": [start, end], "label": ...}]}}}}'
+            '"duration": seconds, "annotations": [{"segment": [start, end], "label": ...}]}}}'
         )
     reader = _Reader(classes=_class_list(classes), drop_invalid=invalid_segments == "drop", duration_of=duration_of)
     records = list(reader.videos(database))
@@ -196,7 +196,7 @@ class _Reader:
         start, end = times[0], times[1]
         if fault := _fault(start, end, duration):
             if not self.drop_invalid:
-                raise _Problem("segment", segment, f"{fault}; correct it, or choose to drop invalid segments")
+                raise _Problem("segment", segment, f"{fault}; correct it, or use --invalid-segments drop")
             self.num_dropped += 1
             return None
         self.num_clipped += end > duration

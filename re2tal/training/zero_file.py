@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 
 from re2tal.strict_json import read_json
 from re2tal.training.engine import SECTIONS, EngineConfig
@@ -59,6 +60,7 @@ def resolve_deepspeed_config(path: Path, config: EngineConfig, *, world_size: in
                 f'{path}: {key} is "auto", but a run does not decide it; write a value, or leave the key out'
             )
     _refuse_contradictions(path, settings, zero, config)
+    _refuse_wrong_values(path, settings)
     if "offload_optimizer" in zero:
         # torch's AdamW steps offloaded shards as well; DeepSpeed's own CPU Adam would need a compiler.
         settings.setdefault("zero_force_ds_cpu_optimizer", False)
@@ -134,6 +136,19 @@ def _flatten(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
+
+
+def _refuse_wrong_values(path: Path, settings: dict[str, Any]) -> None:
+    """DeepSpeed's own check of each section, in words that name the file."""
+    for name, schema in SECTIONS.items():
+        if "." in name or name not in settings:
+            continue
+        try:
+            schema(**settings[name])
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join([name, *map(str, first["loc"])])
+            raise ValueError(f"{path}: {key} is {json.dumps(first['input'])}: {first['msg']}; correct it") from None
 
 
 def _refuse_contradictions(path: Path, settings: dict[str, Any], zero: dict[str, Any], config: EngineConfig) -> None:

@@ -79,7 +79,7 @@ def test_a_segment_a_little_longer_than_its_video_is_cut_and_counted(tmp_path):
 @pytest.mark.parametrize(
     ("segment", "fault"),
     [
-        ([5, 3], r"segment is \[5, 3\]: it is reversed; correct it"),
+        ([5, 3], r"segment is \[5, 3\]: it is reversed; correct it, or use --invalid-segments drop"),
         ([3, 3], "it lasts no time"),
         ([-1, 3], "it starts before the video"),
         ([3, 11.1], "the video lasts 10 s"),
@@ -165,7 +165,7 @@ def test_a_subset_without_videos_is_an_error_that_lists_those_there_are(tmp_path
         ('{"database": {"v": {"duration": 1e999, "subset": "a", "annotations": []}}}', "duration is inf"),
         ('{"database": {"v": {}, "v": {}}}', "'v' appears twice"),
         ('{"database": ' + "[" * 100_000, "nested too deeply"),
-        ("[]", 'no "database" object'),
+        ("[]", r'no "database" object .* "label": ...}\]}}}$'),
         ('{"database": {}}', 'no "database" object'),
         ('{"database": {"v": {"duration": 3, "subset": "a", "annotations": []}}}', "no video has an annotation"),
     ],

@@ -73,6 +73,14 @@ def test_a_literal_that_agrees_with_the_run_stays(tmp_path):
         ),
         ({"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, "offload_param needs stage 3"),
         ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, '"nvme", which is not supported'),
+        (
+            {"zero_optimization": {"stage": 2, "reduce_bucket_size": "large"}},
+            'ds.json: zero_optimization.reduce_bucket_size is "large": Input should be a valid integer.*; correct it',
+        ),
+        (
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "gpu"}}},
+            "ds.json: zero_optimization.offload_optimizer.device is \"gpu\": Input should be .*'cpu'.*; correct it",
+        ),
         ([], "holds a list; a DeepSpeed config is one JSON object"),
     ],
 )
