@@ -16,16 +16,9 @@ from training.tiny import same, tiny_trainer, weights
 
 from re2tal.training import checkpoint
 from re2tal.training.checkpoint import CheckpointStore, find_fault
-from re2tal.training.engine import leave
 from re2tal.training.trainer import TrainingConfig
 
 TRAINING = TrainingConfig(epochs=2, checkpoint_every_steps=3, keep_checkpoints=3, log_every_steps=1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_group():
-    yield
-    leave()
 
 
 @pytest.fixture

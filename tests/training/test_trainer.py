@@ -9,14 +9,7 @@ import pytest
 import torch
 from training.tiny import TinyClips, same, tiny_trainer, weights
 
-from re2tal.training.engine import leave
 from re2tal.training.trainer import TrainingConfig, num_optimizer_steps
-
-
-@pytest.fixture(scope="module", autouse=True)
-def own_group():
-    yield
-    leave()
 
 
 @pytest.fixture(autouse=True)
