@@ -8,7 +8,8 @@ in a process that joined no group, which is how `re2tal detect` runs on one mach
 
 The gather and the barrier are torch's own. accelerate's would be wrong here: on CPU its `PartialState` reports one
 process on every rank of a gloo group that `deepspeed` or torchrun started, so its gather returns each rank its own
-value. accelerate stays in the requirements because transformers needs it to load weights under ZeRO-3.
+value. Only transformers' `HfDeepSpeedConfig`, for models that are born sharded under ZeRO-3, would need accelerate;
+nothing here calls that.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ class World:
         }
 
     def export(self) -> None:
-        """Puts `variables` into this process's environment, for torch, DeepSpeed and accelerate."""
+        """Puts `variables` into this process's environment, for torch and DeepSpeed."""
         os.environ.update(self.variables())
 
 
