@@ -63,7 +63,11 @@ def build_backbone(config: BackboneConfig) -> VideoBackbone:
         rewire(
             backbone,
             config=RewiringConfig(
-                unit=config.unit, merge=config.merge, segment=config.segment, recompute=config.recompute
+                unit=config.unit,
+                merge=config.merge,
+                segment=config.segment,
+                recompute=config.recompute,
+                chunk_mebibytes=config.chunk_mebibytes,
             ),
         )
     return backbone

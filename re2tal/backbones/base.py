@@ -38,6 +38,9 @@ class BackboneConfig:
     """How a rewired run joins its two end states: their mean (the paper), or y1 + y2 - x, nearer to a plain one."""
     segment: int | None = None
     """Merge and start again after this many units; None for one run per stage (the paper)."""
+    chunk_mebibytes: float | None = None
+    """Run branches in pieces that need about so much memory each while they are differentiated: less memory, more and
+    smaller kernels. None runs them whole. Needs `rewired`, `unit` "branch" and, in SlowFast, `norm_eval`."""
     weights: str | None = None
     """Pretrained weights: a .safetensors or .pth file in any layout the family reads, or, for a family of the
     transformers library, a hub name or a folder. None starts from random weights."""

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from re2tal.rewire import Branch
+from re2tal.rewire import Branch, by_samples
 
 
 def attention_branch(norm: str, attention: str, *end: str) -> Branch:
@@ -23,7 +23,7 @@ def attention_branch(norm: str, attention: str, *end: str) -> Branch:
         attended = attrgetter(attention)(block)(attrgetter(norm)(block)(x), *args, **kwargs)
         return _through(block, attended[0] if isinstance(attended, tuple) else attended, end)
 
-    return Branch("attention", attend)
+    return Branch("attention", attend, cut=by_samples(inner_states=12))
 
 
 def mlp_branch(*parts: str) -> Branch:
@@ -32,7 +32,7 @@ def mlp_branch(*parts: str) -> Branch:
     def transform(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return _through(block, x, parts)
 
-    return Branch("mlp", transform)
+    return Branch("mlp", transform, cut=by_samples(inner_states=20))
 
 
 def _through(block: nn.Module, x: Tensor, parts: tuple[str, ...]) -> Tensor:

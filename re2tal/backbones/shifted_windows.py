@@ -63,6 +63,68 @@ def windows_per_axis(grid: Size3, window: Size3) -> Size3:
     return tuple(-(-size // full) for size, full in zip(grid, window, strict=True))  # type: ignore[return-value]
 
 
+class WindowRows(NamedTuple):
+    """Windows `first` to `stop` - 1 along one axis, all of them along the others; independent of the remaining ones.
+
+    Along a shifted axis they are counted from where the shifted grid begins, so the last ones are wrapped around.
+    """
+
+    grid: Size3
+    """The whole grid."""
+    axis: int
+    """0, 1 or 2 for D, H or W."""
+    first: int
+    stop: int
+
+
+def row_spans(rows: WindowRows, *, window: Size3, shift: Size3) -> tuple[tuple[int, int], ...]:
+    """(start, stop) of the tokens along the axis that the rows cover, without padding: one span, or two if wrapped."""
+    start, stop, padded = _covered(rows, window=window, shift=shift)
+    spans = ((start, min(stop, rows.grid[rows.axis])), (0, stop - padded))
+    return tuple(span for span in spans if span[0] < span[1])
+
+
+def shift_of_rows(rows: WindowRows, *, window: Size3, shift: Size3) -> tuple[Size3, Size3]:
+    """What tokens that are in the order of `row_spans` are still to be rolled by, and which axes end wrapped around."""
+    rolled = tuple(0 if axis == rows.axis else step for axis, step in enumerate(shift))
+    is_last = rows.stop == windows_per_axis(rows.grid, window)[rows.axis]
+    return rolled, shift if is_last else rolled  # type: ignore[return-value]
+
+
+def pad_rows(x: Tensor, rows: WindowRows, *, window: Size3, shift: Size3) -> Tensor:
+    """Tokens in the order of `row_spans`, (B, D, H, W, C) -> whole windows along the axis; zeros where padding is."""
+    head, padding, tail = _padding_of_rows(x.shape, rows, window=window, shift=shift)
+    if not padding:
+        return x
+    before, behind = x.split([head, tail], 1 + rows.axis)
+    zeros = x.new_zeros([padding if axis == 1 + rows.axis else size for axis, size in enumerate(x.shape)])
+    return torch.cat([before, zeros, behind], 1 + rows.axis)
+
+
+def unpad_rows(x: Tensor, like: Tensor, rows: WindowRows, *, window: Size3, shift: Size3) -> Tensor:
+    """The inverse of `pad_rows` for a tensor of the size of `like`."""
+    head, padding, tail = _padding_of_rows(like.shape, rows, window=window, shift=shift)
+    if not padding:
+        return x
+    before, _, behind = x.split([head, padding, tail], 1 + rows.axis)
+    return torch.cat([before, behind], 1 + rows.axis)
+
+
+def _covered(rows: WindowRows, *, window: Size3, shift: Size3) -> Size3:
+    """Start and stop along the axis of the padded grid, beyond its end where wrapped around, and that grid's size."""
+    size, step = window[rows.axis], shift[rows.axis]
+    padded = size * windows_per_axis(rows.grid, window)[rows.axis]
+    return rows.first * size + step, rows.stop * size + step, padded
+
+
+def _padding_of_rows(shape: torch.Size, rows: WindowRows, *, window: Size3, shift: Size3) -> Size3:
+    """Tokens before the padding, padding, and tokens behind it, along the axis."""
+    start, stop, _ = _covered(rows, window=window, shift=shift)
+    num_tokens = shape[1 + rows.axis]
+    head = min(num_tokens, max(0, rows.grid[rows.axis] - start))
+    return head, stop - start - num_tokens, num_tokens - head
+
+
 def _padding(grid: torch.Size, window: Size3) -> list[int]:
     """Far-end padding in the order of `F.pad`: last axis first."""
     missing = [-size % full for size, full in zip(grid, window, strict=True)]

@@ -24,10 +24,14 @@ from torch import Tensor, nn
 from re2tal.backbones.base import BackboneConfig, VideoBackbone, steps_mask
 from re2tal.backbones.slowfast_layouts import KEY_LAYOUTS
 from re2tal.backbones.weights import load_weights
-from re2tal.rewire import Branch, residual_branches, why_not_residual
+from re2tal.rewire import Branch, by_samples, residual_branches, why_not_residual
 from re2tal.structures import Features
 
 EXPANSION = 4  # output channels of a bottleneck, by its inner ones
+
+# Convolutions reach into their neighbours, so only samples are independent. What is saved, before and after each norm,
+# is 2 / 4 + 2 / 4 + 2 states; the rest are gradients.
+CUT = by_samples(inner_states=6)
 
 
 class SlowFast(VideoBackbone):
@@ -253,12 +257,14 @@ class InnerReluBottleneck(Bottleneck):
 
 @residual_branches.register
 def _(block: Bottleneck) -> tuple[Branch, ...]:
-    return () if block.downsample is not None else (Branch("bottleneck and its ReLU, less x", Bottleneck.change),)
+    return (
+        () if block.downsample is not None else (Branch("bottleneck and its ReLU, less x", Bottleneck.change, cut=CUT),)
+    )
 
 
 @residual_branches.register
 def _(block: InnerReluBottleneck) -> tuple[Branch, ...]:
-    return () if block.downsample is not None else (Branch("bottleneck", InnerReluBottleneck.branch),)
+    return () if block.downsample is not None else (Branch("bottleneck", InnerReluBottleneck.branch, cut=CUT),)
 
 
 @why_not_residual.register

@@ -10,6 +10,8 @@ H and W are halved by them twice and by every merging once. Parameter names are 
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,15 +20,21 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from re2tal.backbones.base import BackboneConfig, VideoBackbone, steps_mask
 from re2tal.backbones.shifted_windows import (
     Size3,
+    WindowRows,
     WindowTables,
     clip_window,
+    pad_rows,
     partition,
     restore,
+    row_spans,
+    shift_of_rows,
+    unpad_rows,
     windows_per_axis,
 )
 from re2tal.backbones.swin3d_layouts import KEY_LAYOUTS
 from re2tal.backbones.weights import load_weights
-from re2tal.rewire import Branch, residual_branches
+from re2tal.reversible.chunking import even_spans
+from re2tal.rewire import Branch, Cut, Part, by_tokens, residual_branches
 from re2tal.structures import Features
 
 # Added to the logits of token pairs that are not neighbours; in float32, exp(-100) vanishes beside any other weight.
@@ -165,9 +173,9 @@ class SwinBlock(nn.Module):
         self.mlp = Mlp(channels, hidden=int(channels * mlp_ratio))
         self.drop_path = DropPath(drop_path)
 
-    def attention_branch(self, x: Tensor) -> Tensor:
-        """What the first half adds to x: (B, D, H, W, C) -> the same shape."""
-        return self.drop_path(self.attn(self.norm1(x)))
+    def attention_branch(self, x: Tensor, *, rows: WindowRows | None = None) -> Tensor:
+        """What the first half adds to x: (B, D, H, W, C) -> the same shape; x may be those rows of windows alone."""
+        return self.drop_path(self.attn(self.norm1(x), rows))
 
     def mlp_branch(self, x: Tensor) -> Tensor:
         """What the second half adds to x: (B, D, H, W, C) -> the same shape."""
@@ -181,7 +189,34 @@ class SwinBlock(nn.Module):
 
 @residual_branches.register
 def _(block: SwinBlock) -> tuple[Branch, ...]:
-    return Branch("attention", SwinBlock.attention_branch), Branch("mlp", SwinBlock.mlp_branch)
+    return (
+        Branch("attention", SwinBlock.attention_branch, cut=Cut(_rows_of_windows, _inside_attention)),
+        Branch(
+            "mlp", SwinBlock.mlp_branch, cut=by_tokens(inner_states=2 + 4 * block.mlp.fc1.out_features / block.channels)
+        ),
+    )
+
+
+def _rows_of_windows(block: nn.Module, shape: torch.Size, num: int) -> list[Part]:
+    """Along the axis with most windows."""
+    assert isinstance(block, SwinBlock)
+    grid = (shape[1], shape[2], shape[3])
+    window, shift = clip_window(grid, block.attn.window, block.attn.shift)
+    counts = windows_per_axis(grid, window)
+    axis = counts.index(max(counts))
+    every = [WindowRows(grid, axis, first, stop) for first, stop in even_spans(counts[axis], num)]
+    return [
+        Part(1 + axis, row_spans(rows, window=window, shift=shift), partial(SwinBlock.attention_branch, rows=rows))
+        for rows in every
+    ]
+
+
+def _inside_attention(block: nn.Module, shape: torch.Size) -> float:
+    """A kernel that writes out the attention matrix holds it, its softmax and both gradients at once."""
+    assert isinstance(block, SwinBlock)
+    window, _ = clip_window((shape[1], shape[2], shape[3]), block.attn.window, block.attn.shift)
+    matrix = block.attn.num_heads * window[0] * window[1] * window[2] / block.channels
+    return 12 + 4 * matrix
 
 
 class WindowAttention(nn.Module):
@@ -201,16 +236,27 @@ class WindowAttention(nn.Module):
         self.qkv = nn.Linear(channels, 3 * channels)
         self.proj = nn.Linear(channels, channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, D, H, W, C) -> the same shape."""
+    def forward(self, x: Tensor, rows: WindowRows | None = None) -> Tensor:
+        """(B, D, H, W, C) -> the same shape; with `rows`, x holds their tokens alone, in the order of `row_spans`."""
+        if rows is None:
+            window, shift = clip_window((x.shape[1], x.shape[2], x.shape[3]), self.window, self.shift)
+            return self.proj(self._mix(x, window=window, shift=shift, wrapped=shift))
+        window, shift = clip_window(rows.grid, self.window, self.shift)
+        rolled, wrapped = shift_of_rows(rows, window=window, shift=shift)
+        padded = pad_rows(x, rows, window=window, shift=shift)
+        mixed = self._mix(padded, window=window, shift=rolled, wrapped=wrapped)
+        return self.proj(unpad_rows(mixed, x, rows, window=window, shift=shift))
+
+    def _mix(self, x: Tensor, *, window: Size3, shift: Size3, wrapped: Size3) -> Tensor:
+        """Attention in windows of x rolled by `shift`, where the last one along an axis may be `wrapped` around."""
         grid = (x.shape[1], x.shape[2], x.shape[3])
-        window, shift = clip_window(grid, self.window, self.shift)
         windows = partition(x, window=window, shift=shift)
-        if any(shift):
-            windows = self._attend_shifted(windows, counts=windows_per_axis(grid, window), window=window, shift=shift)
+        if any(wrapped):
+            counts = windows_per_axis(grid, window)
+            windows = self._attend_shifted(windows, counts=counts, window=window, shift=wrapped)
         else:
             windows = self._attend(self._heads(windows), self._bias(windows.shape[2]))
-        return self.proj(restore(windows, grid=grid, window=window, shift=shift))
+        return restore(windows, grid=grid, window=window, shift=shift)
 
     def _attend_shifted(self, windows: Tensor, *, counts: Size3, window: Size3, shift: Size3) -> Tensor:
         """(windows, B, tokens, C) -> the same shape, one attention call per kind of window."""

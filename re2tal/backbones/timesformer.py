@@ -21,7 +21,7 @@ from re2tal.backbones.base import BackboneConfig
 from re2tal.backbones.prenorm import attention_branch, mlp_branch
 from re2tal.backbones.pretrained import NANO, add_drop_path, clipwise, load_model
 from re2tal.backbones.tiling import ClipEncoder, ClipwiseBackbone, pair
-from re2tal.rewire import Branch, residual_branches, wrap_output
+from re2tal.rewire import Branch, by_samples, residual_branches, wrap_output
 
 SIZES: dict[str, dict] = {
     "timesformer_nano": NANO | {"image_size": 32, "patch_size": 8, "num_frames": 4, "intermediate_size": 96},
@@ -71,7 +71,11 @@ class TimesformerEncoder(ClipEncoder):
 def _(block: TimesformerLayer) -> tuple[Branch, ...]:
     mlp = mlp_branch("layernorm_after", "intermediate", "output", "drop_path")
     if block.attention_type == "divided_space_time":
-        return Branch("temporal attention", _attend_in_time), Branch("spatial attention", _attend_in_space), mlp
+        return (
+            Branch("temporal attention", _attend_in_time, cut=by_samples(inner_states=14)),
+            Branch("spatial attention", _attend_in_space, cut=by_samples(inner_states=14)),
+            mlp,
+        )
     return attention_branch("layernorm_before", "attention", "drop_path"), mlp
 
 

@@ -1,15 +1,20 @@
 """From a stock residual network to a rewired one: in place, no parameter added, removed or renamed."""
 
 from re2tal.rewire.branches import Branch, residual_branches, why_not_residual, wrap_output
+from re2tal.rewire.cuts import Cut, Part, by_samples, by_tokens
 from re2tal.rewire.report import RewireReport
 from re2tal.rewire.rewire import rewire, unrewire
 from re2tal.rewire.stage import RewiredStage, RewiringConfig
 
 __all__ = [
     "Branch",
+    "Cut",
+    "Part",
     "RewireReport",
     "RewiredStage",
     "RewiringConfig",
+    "by_samples",
+    "by_tokens",
     "residual_branches",
     "rewire",
     "unrewire",

@@ -23,6 +23,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from re2tal.rewire.cuts import Cut
+
 
 @dataclass(frozen=True, slots=True)
 class Branch:
@@ -36,6 +38,8 @@ class Branch:
     through_block: bool = False
     """Whether it uses parameters that belong to the block itself, not to a module inside. It is then run inside a call
     of the block, because ZeRO-3 gathers a module's own parameters when that module is called."""
+    cut: Cut | None = None
+    """How it may be run in pieces; None for only as a whole."""
 
 
 @singledispatch

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from re2tal.rewire.branches import NotResidual, Residual, is_unregistered, registered
+from re2tal.rewire.cuts import Cut
 from re2tal.rewire.discover import record_calls, take_apart
 from re2tal.rewire.report import RewireReport, StageReport
 from re2tal.rewire.stage import RewiredStage, RewiringConfig
@@ -51,6 +52,11 @@ def rewire(
             f"nothing in this {type(model).__name__} could be rewired; register residual_branches for its type of block"
             + (f":\n{report}" if places else ": it holds no nn.Sequential or nn.ModuleList of blocks")
         )
+    if config and config.chunk_mebibytes is not None and not any(_cuts(places, analyse)):
+        raise ValueError(
+            f"chunk_mebibytes is {config.chunk_mebibytes}, but no branch of this {type(model).__name__} says how it "
+            "may be cut; leave it out, or give its branches a cut where they are registered"
+        )
     stages: dict[nn.Module, RewiredStage] = {}  # a container may hang in several places
     for place, stage in zip(places, report.stages, strict=True):
         if stage.rewired_blocks:
@@ -60,6 +66,14 @@ def rewire(
                 stages[place.container] = RewiredStage(place.container, config or RewiringConfig(), residual=residual)
             setattr(place.parent, place.name, stages[place.container])
     return report
+
+
+def _cuts(places: Sequence[_Place], analyse: Analyst) -> Iterator[Cut | None]:
+    """Of every branch that is rewired."""
+    for place in places:
+        for block in place.container.children():
+            if isinstance(found := analyse(block), Residual):
+                yield from (branch.cut for branch in found.branches)
 
 
 def unrewire(model: nn.Module) -> None:

@@ -12,16 +12,19 @@ It takes the place of an `nn.Sequential`, which is called, or of an `nn.ModuleLi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
+from math import ceil
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from re2tal.reversible import run_reversibly
+from re2tal.reversible.chunking import ChunkedBranch, Piece
 from re2tal.reversible.engine import Merge
 from re2tal.reversible.precision import Grid
 from re2tal.rewire.branches import Branch, Residual
@@ -43,6 +46,9 @@ class RewiringConfig:
     """Forget activations and rebuild them in backward, or keep them: the values are the same."""
     grid: Grid = "auto"
     """Grid of the states that makes rebuilding exact: a step, "auto" (2**-14 under bfloat16 and float16), or None."""
+    chunk_mebibytes: float | None = None
+    """Run a branch in pieces that need about so much memory while they are differentiated, as far as the branch says
+    how it may be cut; None runs every branch whole."""
 
     def __post_init__(self) -> None:
         if self.unit not in ("branch", "block"):
@@ -51,6 +57,13 @@ class RewiringConfig:
             raise ValueError(f"unknown merge {self.merge!r}; known: {list(get_args(Merge))}")
         if self.segment is not None and self.segment < 1:
             raise ValueError(f"segment is {self.segment}; give at least 1 unit, or None for no cut")
+        if self.chunk_mebibytes is not None and not self.chunk_mebibytes > 0:
+            raise ValueError(f"chunk_mebibytes is {self.chunk_mebibytes}; give more than 0, or None for whole branches")
+        if self.chunk_mebibytes is not None and self.unit == "block":
+            raise ValueError(
+                f"chunk_mebibytes is {self.chunk_mebibytes}, but the whole blocks of unit 'block' cannot be cut; set "
+                "unit to 'branch', or chunk_mebibytes to None"
+            )
 
 
 class RewiredStage(nn.Module):
@@ -99,13 +112,18 @@ class RewiredStage(nn.Module):
             )
         return x
 
-    def _units(self, name: str, block: nn.Module, args: tuple, kwargs: dict) -> list[_Unit]:
+    def _units(self, name: str, block: nn.Module, args: tuple, kwargs: dict) -> list[_Unit | ChunkedBranch]:
         if self.config.unit == "block":
             return [_Unit(type(block).__name__, partial(_whole, block, args, kwargs))]
-        return [
-            _Unit(f"{type(block).__name__} {branch.name}", partial(_part, block, branch, args, kwargs))
-            for branch in self.residual[name].branches
-        ]
+        return [self._unit(block, branch, args, kwargs) for branch in self.residual[name].branches]
+
+    def _unit(self, block: nn.Module, branch: Branch, args: tuple, kwargs: dict) -> _Unit | ChunkedBranch:
+        name, function = f"{type(block).__name__} {branch.name}", partial(_part, block, branch, args, kwargs)
+        if self.config.chunk_mebibytes is None or branch.cut is None:
+            return _Unit(name, function)
+        _refuse_batch_statistics(block, name)
+        pieces = partial(_pieces, block, branch, args, kwargs, chunk_bytes=self.config.chunk_mebibytes * 2**20)
+        return ChunkedBranch(name, function, pieces, same_draws=not branch.cut.samples)
 
     def plain(self) -> nn.Module:
         """The container that this stage stands for, with this stage's blocks in it."""
@@ -163,6 +181,22 @@ def _part(block: nn.Module, branch: Branch, args: tuple, kwargs: dict, x: Tensor
             block.forward = usual
 
 
+def _pieces(
+    block: nn.Module, branch: Branch, args: tuple, kwargs: dict, state: Tensor, *, chunk_bytes: float
+) -> list[Piece]:
+    """As many pieces of `branch` as it takes for each to need about `chunk_bytes` inside."""
+    assert branch.cut is not None
+    inner_bytes = branch.cut.inner_states(block, state.shape) * state.numel() * state.element_size()
+    parts = branch.cut.parts(block, state.shape, ceil(inner_bytes / chunk_bytes))
+    if branch.cut.samples and len(parts) > 1:
+        _refuse_rows(args, kwargs, num_samples=len(state), name=f"{type(block).__name__} {branch.name}")
+    branches = [replace(branch, function=part.function or branch.function) for part in parts]
+    return [
+        Piece(part.axis, part.spans, partial(_part, block, branch, args, kwargs))
+        for part, branch in zip(parts, branches, strict=True)
+    ]
+
+
 def _hidden(output: Any) -> Tensor:
     """The hidden state in what a block returns: all of it, or the first of a tuple."""
     return output[0] if isinstance(output, tuple) else output
@@ -174,3 +208,21 @@ def _refuse_gradients(args: tuple, kwargs: dict) -> None:
             "a rewired stage was called with a further argument that wants a gradient, which a reversible run cannot "
             "give; compute it inside the block from the block's own parameters, detach it, or set recompute=False"
         )
+
+
+def _refuse_batch_statistics(block: nn.Module, name: str) -> None:
+    for module in block.modules():
+        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
+            raise ValueError(
+                f"{name} cannot be run in pieces: its {type(module).__name__} takes its statistics over all of them; "
+                "keep normalisation in evaluation mode (backbone.norm_eval), or leave chunk_mebibytes out"
+            )
+
+
+def _refuse_rows(args: tuple, kwargs: dict, *, num_samples: int, name: str) -> None:
+    for leaf in tree_leaves((args, kwargs)):
+        if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == num_samples:
+            raise ValueError(
+                f"{name} cannot be run sample by sample: besides {num_samples} samples its block is called with a "
+                f"tensor of shape {tuple(leaf.shape)}, whose rows may belong to them; leave chunk_mebibytes out"
+            )
