@@ -1,11 +1,12 @@
 """RECIPES: one function per setting, which returns a whole RunConfig, to train as it stands or to override.
 
-Published settings: OpenTAD's configs/re2tal (ActionFormer on Video Swin-T, reversible).
+Published settings: OpenTAD's configs/re2tal (ActionFormer on Video Swin-T or SlowFast-101, reversible).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from re2tal.backbones import BackboneConfig
@@ -119,10 +120,32 @@ def activitynet_re2swin_tiny() -> RunConfig:
     )
 
 
+def thumos14_re2slowfast_r101() -> RunConfig:
+    """Re2TAL on THUMOS-14 with a rewired SlowFast-101 in the place of Video Swin."""
+    return replace(
+        thumos14_re2swin_tiny(),
+        name="thumos14_re2slowfast_r101",
+        # Both pathways are resampled to the localizer's grid, 512 steps of two frames, before they are joined.
+        backbone=BackboneConfig(name="slowfast_r101_8x8", norm_eval=True, frames_per_step=2),
+    )
+
+
+def activitynet_re2slowfast_r101() -> RunConfig:
+    """Re2TAL on ActivityNet-1.3 with a rewired SlowFast-101 in the place of Video Swin."""
+    return replace(
+        activitynet_re2swin_tiny(),
+        name="activitynet_re2slowfast_r101",
+        # 192 steps of four frames.
+        backbone=BackboneConfig(name="slowfast_r101_8x8", norm_eval=True, frames_per_step=4),
+    )
+
+
 RECIPES: dict[str, Callable[[], RunConfig]] = {
     "demo": demo,
     "thumos14_re2swin_tiny": thumos14_re2swin_tiny,
     "activitynet_re2swin_tiny": activitynet_re2swin_tiny,
+    "thumos14_re2slowfast_r101": thumos14_re2slowfast_r101,
+    "activitynet_re2slowfast_r101": activitynet_re2slowfast_r101,
 }
 
 

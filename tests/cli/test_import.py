@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from data.numbered import encode_numbered
 from parity.actionformers import opentad_config, suppression
 from parity.sizes import frames_per_step, slowfast_size, swin_size
 from parity.vectors import Case, cases, load
@@ -18,11 +19,15 @@ from re2tal.backbones.slowfast_layouts import KEY_LAYOUTS as SLOWFAST_LAYOUTS
 from re2tal.backbones.swin3d_layouts import KEY_LAYOUTS as SWIN_LAYOUTS
 from re2tal.cli import main
 from re2tal.cli.detect import load_detector
-from re2tal.config import DataConfig, RunConfig, load_config, save_config
+from re2tal.config import DataConfig, RunConfig, build_detector, load_config, save_config
+from re2tal.conversion import export_detector
 from re2tal.data.stream import ClipConfig
 from re2tal.data.transforms import normalise
-from re2tal.data.windows import ResizeWhole
-from re2tal.training.export import read_model
+from re2tal.data.windows import ResizeWhole, Slide
+from re2tal.evaluation.results import read_results
+from re2tal.evaluation.suppression import SuppressionConfig
+from re2tal.localizers.actionformer import ActionFormerConfig
+from re2tal.training.export import read_model, write_model
 
 FAMILIES = {
     "SwinTransformer3D_inv": (swin3d.SIZES, swin3d.build_swin3d, swin_size, 2e-5),
@@ -118,6 +123,34 @@ def test_a_detector_goes_back_as_it_came(name: str, write_case, tmp_path: Path) 
     for key, value in case.state.items():
         assert torch.equal(exported[key], value.to(exported[key].dtype)), key
         assert exported[key].shape == value.shape, key
+
+
+def test_videos_are_detected_in_after_one_command(tmp_path: Path) -> None:
+    config = RunConfig(
+        num_steps=8,
+        data=DataConfig(clips=ClipConfig(windowing=Slide(num_frames=16, frames_per_second=8.0), size=32, workers=0)),
+        backbone=BackboneConfig(name="swin3d_nano"),
+        localizer=ActionFormerConfig(channels=16, max_num_steps=8, regression_ranges=((0, 4), (4, 10_000))),
+        suppression=SuppressionConfig(max_per_video=5),
+    )
+    torch.manual_seed(0)
+    classes = ("jump", "run")
+    trained = build_detector(config, classes)
+    save_training(tmp_path / "epoch_7.pth", export_detector(trained, name="swin3d_nano"))
+    save_config(tmp_path / "config.json", config)
+    (tmp_path / "classes.txt").write_text("\n".join(classes))
+    assert import_detector(tmp_path, tmp_path / "epoch_7.pth") == 0
+    (tmp_path / "own").mkdir()
+    save_config(tmp_path / "own" / "config.json", config)
+    write_model(tmp_path / "own" / "model.safetensors", trained.state_dict(), classes=classes)
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "one.mp4").write_bytes(encode_numbered(90))
+    for run in ("own", "run"):
+        assert run_command("detect", "--run", tmp_path / run, "--videos", tmp_path / "videos", "--device", "cpu") == 0
+    own, imported = (read_results(tmp_path / run / "detections.json").predictions["one"] for run in ("own", "run"))
+    assert len(own) == 5
+    assert torch.equal(own.scores, imported.scores)
+    assert torch.equal(own.segments, imported.segments)
 
 
 def test_classes_and_settings_are_in_the_run_folder(write_case, tmp_path: Path) -> None:
