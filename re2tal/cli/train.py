@@ -100,9 +100,10 @@ def train(
         clips = _stream(run, validation, world, training=False)
         evaluate = partial(_validate, run=run, shards=validation, clips=clips)
         trainer = _build(run, settings, folder, world, shards=training, evaluate=evaluate, device=device)
-        if world.is_main:
+        resumed = resume and trainer.resume()
+        if world.is_main:  # not before: a run that may not be resumed like this keeps the configuration it has
             save_config(folder / "config.json", run)
-        if resume and trainer.resume():
+        if resumed:
             trainer.log.say(f"resumed at step {trainer.progress.step} of {trainer.num_steps}")
         if trainer.train() == "interrupted":
             return INTERRUPTED

@@ -87,7 +87,8 @@ def test_from_videos_to_a_score_and_the_same_weights_after_a_restart(shards, tmp
     assert all(len(detections) > 0 for detections in results.values())
 
     with pytest.raises(RuntimeError, match=r"number of ranks is 1, the checkpoint has 2"):
-        launch_ranks([*again, "--resume"], world_size=1)
+        launch_ranks([*again, "--training.seed", "7", "--resume"], world_size=1)
+    assert load_config(out / "config.json").training.seed == 0, "what was refused replaced the run's own configuration"
 
 
 def re2tal(*arguments: object) -> None:
