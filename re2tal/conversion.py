@@ -100,6 +100,7 @@ def import_detector(
     loaded = load_state(
         detector.backbone, checkpoint.tensors, layouts=key_layouts(config.backbone.name), what=f"{path}"
     )
+    _check_rewiring(loaded.layout, config.backbone, path)
     try:
         weights = import_weights(state, localizer=localizer, layout="opentad")
     except ValueError as error:
@@ -124,9 +125,11 @@ def export_backbone(backbone: VideoBackbone, *, name: str, to: str, prefix: str 
     return {prefix + key: value for key, value in state.items()}
 
 
-def export_detector(detector: TemporalActionDetector, *, name: str, prefix: str = "") -> dict[str, Tensor]:
-    """A detector whose backbone is called `name` as OpenTAD names its weights: the inverse of `import_detector`."""
-    backbone = export_backbone(detector.backbone, name=name, to="opentad", prefix=VIDEO_PREFIX)
+def export_detector(detector: TemporalActionDetector, *, config: BackboneConfig, prefix: str = "") -> dict[str, Tensor]:
+    """A detector, its backbone built from `config`, as OpenTAD names it: the inverse of `import_detector`."""
+    # OpenTAD takes its plain networks from mmaction2.
+    to = "opentad" if config.rewired else "mmaction2"
+    backbone = export_backbone(detector.backbone, name=config.name, to=to, prefix=VIDEO_PREFIX)
     state = backbone | export_weights(_localizer_of(detector), layout="opentad")
     return {prefix + key: value for key, value in state.items()}
 
@@ -158,6 +161,19 @@ def _check_detector(state: Mapping[str, Tensor], found: set[str], localizer: Act
             f"{path} tells {last.numel()} classes apart, and {len(localizer.classes)} were given; name all classes of "
             "its training, one per line and in their order, or set localizer.class_agnostic as it was trained"
         )
+
+
+def _check_rewiring(layout: str, config: BackboneConfig, path: Path) -> None:
+    """The same weights compute one thing in a plain network and another in a rewired one; their names tell which."""
+    trained_rewired = layout.startswith("OpenTAD")
+    if trained_rewired and (config.unit, config.merge, config.segment) != ("branch", "mean", None):
+        raise ValueError(
+            f"{path} was trained with OpenTAD's rewiring, and backbone.unit, merge and segment are {config.unit}, "
+            f"{config.merge} and {config.segment}; set them to branch, mean and None"
+        )
+    if trained_rewired != config.rewired:
+        kind, option = ("rewired", "--backbone.rewired") if trained_rewired else ("plain", "--backbone.no-rewired")
+        raise ValueError(f"{path} was trained with a {kind} backbone ({layout} layout); add {option}")
 
 
 def _find_layout(name: str, to: str) -> KeyLayout:

@@ -26,7 +26,8 @@ def export(
 
     Args:
         out: .safetensors file to write
-        to: whose names; OpenTAD's of a run are the whole detector, all others its backbone
+        to: whose names; OpenTAD's of a run are the whole detector (a plain backbone's are then mmaction2's), all others
+            its backbone alone
         run: run folder to take the weights from
         weights: or a backbone's weights file
         backbone: its name, such as swin3d_tiny; needed with --weights
@@ -42,7 +43,7 @@ def export(
         config = load_config(run / "config.json")
         detector, name = load_detector(run, config), config.backbone.name
         if to == "opentad":
-            state = export_detector(detector, name=name, prefix=prefix)
+            state = export_detector(detector, config=config.backbone, prefix=prefix)
         else:
             state = export_backbone(detector.backbone, name=name, to=to, prefix=prefix)
     elif run is None and weights is not None and backbone is not None:

@@ -126,17 +126,12 @@ def test_a_detector_goes_back_as_it_came(name: str, write_case, tmp_path: Path) 
 
 
 def test_videos_are_detected_in_after_one_command(tmp_path: Path) -> None:
-    config = RunConfig(
-        num_steps=8,
-        data=DataConfig(clips=ClipConfig(windowing=Slide(num_frames=16, frames_per_second=8.0), size=32, workers=0)),
-        backbone=BackboneConfig(name="swin3d_nano"),
-        localizer=ActionFormerConfig(channels=16, max_num_steps=8, regression_ranges=((0, 4), (4, 10_000))),
-        suppression=SuppressionConfig(max_per_video=5),
-    )
+    clips = ClipConfig(windowing=Slide(num_frames=16, frames_per_second=8.0), size=32, workers=0)
+    config = nano_config(rewired=True, clips=clips)
     torch.manual_seed(0)
     classes = ("jump", "run")
     trained = build_detector(config, classes)
-    save_training(tmp_path / "epoch_7.pth", export_detector(trained, name="swin3d_nano"))
+    save_training(tmp_path / "epoch_7.pth", export_detector(trained, config=config.backbone))
     save_config(tmp_path / "config.json", config)
     (tmp_path / "classes.txt").write_text("\n".join(classes))
     assert import_detector(tmp_path, tmp_path / "epoch_7.pth") == 0
@@ -206,6 +201,42 @@ def test_a_detector_that_does_not_fit_is_refused_and_leaves_no_folder(
     refused("classes.txt names no class; write one per line", "weights.safetensors")
     (tmp_path / "classes.txt").unlink()
     refused("classes.txt is not a file", "weights.safetensors")
+
+
+def nano_config(*, rewired: bool, clips: ClipConfig) -> RunConfig:
+    return RunConfig(
+        num_steps=8,
+        data=DataConfig(clips=clips),
+        backbone=BackboneConfig(name="swin3d_nano", rewired=rewired),
+        localizer=ActionFormerConfig(channels=16, max_num_steps=8, regression_ranges=((0, 4), (4, 10_000))),
+        suppression=SuppressionConfig(max_per_video=5),
+    )
+
+
+@pytest.mark.parametrize("rewired", [True, False], ids=["rewired", "plain"])
+def test_plain_and_rewired_detectors_are_told_apart(
+    rewired: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = nano_config(rewired=rewired, clips=ClipConfig(windowing=ResizeWhole(num_frames=16)))
+    state = export_detector(build_detector(config, ("jump", "run")), config=config.backbone)
+    save_file(state, tmp_path / "weights.safetensors")
+    (tmp_path / "classes.txt").write_text("jump\nrun\n")
+    save_config(tmp_path / "config.json", config)
+    right, wrong = ("", "no-") if rewired else ("no-", "")
+    assert import_detector(tmp_path, tmp_path / "weights.safetensors", f"--backbone.{wrong}rewired") == 2
+    kind = "rewired" if rewired else "plain"
+    said = capsys.readouterr().err
+    assert f"weights.safetensors was trained with a {kind} backbone" in said
+    assert f"add --backbone.{right}rewired" in said
+    if rewired:
+        assert import_detector(tmp_path, tmp_path / "weights.safetensors", "--backbone.merge", "extrapolate") == 2
+        assert "set them to branch, mean and None" in capsys.readouterr().err
+    assert import_detector(tmp_path, tmp_path / "weights.safetensors") == 0
+    out = tmp_path / "back.safetensors"
+    assert run_command("export", "--run", tmp_path / "run", "--to", "opentad", "--out", out) == 0
+    back = load_file(out)
+    assert back.keys() == state.keys()
+    assert all(torch.equal(value, state[key]) for key, value in back.items())
 
 
 def test_a_run_is_not_written_over_and_classes_are_asked_for(
