@@ -24,8 +24,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 def train_frozen(folder: Path, *, quick: bool) -> dict[str, Any]:
-    """Trains in `folder` and returns the summary; one rank per GPU, or two on the CPU."""
-    ranks = torch.cuda.device_count() or min(2, os.cpu_count() or 1)
+    """Trains in `folder` on two ranks, if there are two GPUs or cores, and returns the summary."""
+    ranks = min(2, torch.cuda.device_count() or os.cpu_count() or 1)
     command = ["deepspeed", "--num_accelerators", str(ranks), "launch/train.py", "--recipe", "demo"]
     command += ["--ds", "ds_configs/zero2.json", "--out", str(folder), "--overwrite", "--backbone.frozen"]
     if quick:

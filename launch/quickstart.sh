@@ -6,13 +6,12 @@ set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 run=${RUN:-runs/quickstart}
-re2tal demo --out demo_data
-re2tal shards build --dataset demo --videos demo_data/videos --annotations demo_data/annotations.json \
-    --out demo_data/shards
-
-# One process per GPU; without a GPU, one process per two cores would idle half the machine, so one per core.
-ranks=$(python -c 'import os, torch; print(torch.cuda.device_count() or min(2, os.cpu_count()))')
+# The recipe is tuned for two ranks of four clips: two processes, on two GPUs or two cores, or one where there is one.
+ranks=$(python -c 'import os, torch; print(min(2, torch.cuda.device_count() or os.cpu_count()))')
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# Where there are no demo shards yet, this first does what these two commands do:
+#   re2tal demo --out demo_data
+#   re2tal shards build --dataset demo --videos demo_data/videos --annotations demo_data/annotations.json --out demo_data/shards
 deepspeed --num_accelerators "$ranks" launch/train.py --recipe demo --ds ds_configs/zero2.json --out "$run" --overwrite "$@"
 re2tal report --run "$run"
 echo "Open $run/report/index.html"

@@ -24,7 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 STARTING_POINTS = {"train": "demo", "import": "thumos14_re2swin_tiny"}
 """Commands that take --recipe or --config and any change to it, and the recipe they begin with by default."""
 
-WRONG_INPUT, DIVERGED = 2, 78
+WRONG_INPUT, DIVERGED, INTERRUPTED = 2, 78, 130
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -45,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         _exit(str(error), WRONG_INPUT)
     except FloatingPointError as error:
         _exit(str(error), DIVERGED)
+    except KeyboardInterrupt:
+        _exit("stopped by the keyboard; finished files are kept, a training run goes on with --resume", INTERRUPTED)
     sys.exit(status)
 
 

@@ -24,6 +24,7 @@ import torch
 import tyro
 
 from re2tal.config import RunConfig, build_detector, flatten, save_config, to_json
+from re2tal.data.manifest import MANIFEST_NAME
 from re2tal.data.shards import ShardSet, open_shards
 from re2tal.data.stream import ClipStream, stream_clips
 from re2tal.data.transforms import jitter_and_normalise
@@ -89,6 +90,7 @@ def train(
         overwrite: remove what an earlier run left in the run folder
     """
     started = time.perf_counter()
+    _check(run, resume=resume, overwrite=overwrite)
     world = resolve_world(os.environ)
     settings = resolve_deepspeed_config(ds, run.engine, world_size=world.world_size)
     folder = out or Path("runs") / run.name
@@ -113,11 +115,22 @@ def train(
     return 0
 
 
+def _check(run: RunConfig, *, resume: bool, overwrite: bool) -> None:
+    """Refuses what cannot be meant, before anything is started."""
+    if resume and overwrite:
+        raise ValueError("--resume continues the earlier run, --overwrite removes it; give one of them")
+    if run.backbone.norm_eval and run.backbone.weights is None:
+        raise ValueError(
+            "backbone.norm_eval freezes the norms of a pretrained backbone, but backbone.weights names no weights; "
+            "give --backbone.weights FILE, or train from random weights with --backbone.no-norm-eval"
+        )
+
+
 def _claim(folder: Path, world: World, *, resume: bool, overwrite: bool) -> None:
     """Makes the run folder this run's own. Raises ValueError where that would lose an earlier one."""
     with main_process_first():
-        if world.is_main and overwrite and not resume:
-            for left in ("checkpoints", "tensorboard"):
+        if world.is_main and overwrite:
+            for left in ("checkpoints", "tensorboard", "report"):
                 shutil.rmtree(folder / left, ignore_errors=True)
             for left in ("metrics.jsonl", "summary.json", "results.json", "model.safetensors"):
                 (folder / left).unlink(missing_ok=True)
@@ -132,12 +145,14 @@ def _claim(folder: Path, world: World, *, resume: bool, overwrite: bool) -> None
 def _make_demo_data(run: RunConfig, world: World) -> None:
     """Every rank calls this: where the demo recipe would look for its shards in vain, rank 0 makes them first."""
     shards = run.data.shards
+    subsets = (run.data.training_subset, run.data.validation_subset)
     with main_process_first():
-        if world.is_main and shards == find_recipe("demo").data.shards and not shards.exists():
+        is_complete = all((shards / subset / MANIFEST_NAME).is_file() for subset in subsets)
+        if world.is_main and shards == find_recipe("demo").data.shards and not is_complete:
             from re2tal.cli.demo import demo
             from re2tal.cli.shards import Build, build
 
-            print(f"{shards} is not there yet: making the demo videos and their shards first", file=sys.stderr)
+            print(f"{shards} is not complete: making the demo videos and their shards first", file=sys.stderr)
             demo(out=shards.parent)
             annotations = shards.parent / "annotations.json"
             build(Build(videos=shards.parent / "videos", annotations=annotations, out=shards, dataset="demo"))

@@ -115,7 +115,7 @@ def write_demo(folder: Path, config: DemoConfig, *, workers: int | None = None) 
         ValueError: if `folder` holds the annotations of something else.
     """
     annotations = folder / "annotations.json"
-    version = f"re2tal demo 1, {config}"
+    version = f"re2tal demo 2, {config}"  # another number whenever the drawing changes
     if annotations.exists():
         found = read_json(annotations)
         if not isinstance(found, dict) or found.get("version") != version:

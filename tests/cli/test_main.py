@@ -51,6 +51,15 @@ def test_a_fault_of_the_input_is_one_line_and_a_status(error, status, monkeypatc
     assert capsys.readouterr().err == f"re2tal: {error}\n"
 
 
+def test_the_keyboard_stops_a_command_in_one_line(monkeypatch, capsys):
+    def command() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_load", lambda place: command)
+    assert status_of(["demo"]) == 130
+    assert "stopped by the keyboard" in capsys.readouterr().err
+
+
 def test_a_bug_keeps_its_traceback(monkeypatch):
     def command() -> None:
         raise RuntimeError("ours")
@@ -63,10 +72,12 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--recipe", "demos"], "unknown recipe 'demos'; known: ['activitynet_re2swin_tiny', 'demo'"),
+        (["--recipe", "demos"], "unknown recipe 'demos'; known: ["),
         (["--config", "/no/such.json"], "/no/such.json is not a file"),
         (["--ds", "/no/ds.json"], "/no/ds.json is not a file"),
         (["--data.shards", "/no/shards", "--out", "OUT"], "/no/shards/training is not a folder"),
+        (["--resume", "--overwrite"], "--resume continues the earlier run, --overwrite removes it; give one of them"),
+        (["--recipe", "thumos14_re2swin_tiny"], "backbone.weights names no weights; give --backbone.weights FILE"),
     ],
 )
 def test_what_a_newcomer_gets_wrong_is_said_in_one_line(arguments, message, tmp_path):
