@@ -14,6 +14,7 @@ import torch
 from distributed.ranks import TESTS
 from training.tiny import same, tiny_trainer, weights
 
+from re2tal.distributed import World
 from re2tal.training import checkpoint
 from re2tal.training.checkpoint import CheckpointStore, find_fault
 from re2tal.training.trainer import TrainingConfig
@@ -148,13 +149,14 @@ trainer.train()
 
 @pytest.mark.slow
 def test_a_run_killed_anywhere_inside_a_save_goes_on_from_a_sound_checkpoint(tmp_path):
+    alone = {name: value for name, value in os.environ.items() if name not in World().variables()}
     whole = tiny_trainer(tmp_path / "whole", stage=2, training=TRAINING)
     whole.train()
     expected = weights(whole)
     for call in range(1, 30):
         folder = tmp_path / str(call)
         command = [sys.executable, "-c", KILLED, str(TESTS), str(folder), str(call)]
-        killed = subprocess.run(command, check=False, capture_output=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+        killed = subprocess.run(command, check=False, capture_output=True, env={**alone, "OMP_NUM_THREADS": "1"})
         if killed.returncode == 0:
             break
         assert killed.returncode == 9, killed.stderr
