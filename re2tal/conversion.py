@@ -187,7 +187,7 @@ def _find_layout(name: str, to: str) -> KeyLayout:
 
 def _position_indices(backbone: nn.Module, layout: KeyLayout) -> dict[str, Tensor]:
     """The constant tables of a Video Swin, which other code bases keep in their checkpoints: row of the bias table for
-    each pair of tokens, (tokens, tokens), or flat in torchvision."""
+    each pair of tokens, (tokens, tokens) int64."""
     tables: dict[str, Tensor] = {}
     windows = {
         f"{name}.relative_position_bias_table": module.window
@@ -198,5 +198,5 @@ def _position_indices(backbone: nn.Module, layout: KeyLayout) -> dict[str, Tenso
     for ours, window in windows.items():
         index = torch.from_numpy(relative_position_index(window, window[0] * window[1] * window[2]))
         theirs = names[ours].replace("relative_position_bias_table", "relative_position_index")
-        tables[theirs] = index.flatten() if layout.name == "torchvision" else index
+        tables[theirs] = index
     return tables

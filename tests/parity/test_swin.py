@@ -11,9 +11,11 @@ from parity.compare import Tolerances, check_gradients, check_loss, check_values
 from parity.vectors import Case, cases, load
 from torch import Tensor, nn
 
+from re2tal.backbones import swin3d
 from re2tal.backbones.shifted_windows import clip_window, window_regions, windows_per_axis
 from re2tal.backbones.swin3d import VideoSwin
 from re2tal.backbones.swin3d_layouts import KEY_LAYOUTS
+from re2tal.conversion import export_backbone
 from re2tal.rewire import RewiringConfig, rewire
 
 TOLERANCES = Tolerances(
@@ -184,3 +186,22 @@ def capture_last_states(swin: VideoSwin) -> dict[int, Tensor]:
     for index, layer in enumerate(swin.layers):
         list(layer.blocks.children())[-1].norm2.register_forward_pre_hook(keep(index))
     return entered
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    [(name, "mmaction2") for name in cases("swin_mmaction")]
+    + [(name, "torchvision") for name in cases("swin_torchvision")]
+    + [(name, "OpenTAD") for name in cases("re2swin")],
+)
+def test_every_entry_of_the_peer_is_written_back_but_its_norms_of_earlier_stages_and_its_head(
+    name: str, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = load(name)
+    monkeypatch.setitem(swin3d.SIZES, "case", {})  # what tells the family by its name
+    written = export_backbone(build(case, layout, torch.float32), name="case", to=layout)
+    left_out = {key.split(".")[0] for key in case.state.keys() - written.keys()}
+    assert left_out <= {"norm0", "norm1", "norm2", "head"}
+    for key, value in written.items():
+        assert torch.equal(value, case.state[key].to(value.dtype)), key
+        assert value.shape == case.state[key].shape, key
