@@ -8,6 +8,7 @@ A rewired network has the names of the plain one, so its weights go to every lay
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -188,15 +189,11 @@ def _find_layout(name: str, to: str) -> KeyLayout:
 def _position_indices(backbone: nn.Module, layout: KeyLayout) -> dict[str, Tensor]:
     """The constant tables of a Video Swin, which other code bases keep in their checkpoints: row of the bias table for
     each pair of tokens, (tokens, tokens) int64."""
-    tables: dict[str, Tensor] = {}
-    windows = {
-        f"{name}.relative_position_bias_table": module.window
-        for name, module in backbone.named_modules()
-        if isinstance(module, swin3d.WindowAttention)
-    }
     names = layout.from_ours(list(backbone.state_dict()))
-    for ours, window in windows.items():
-        index = torch.from_numpy(relative_position_index(window, window[0] * window[1] * window[2]))
-        theirs = names[ours].replace("relative_position_bias_table", "relative_position_index")
-        tables[theirs] = index
+    tables: dict[str, Tensor] = {}
+    for place, attention in backbone.named_modules():
+        if isinstance(attention, swin3d.WindowAttention):
+            theirs = names[f"{place}.relative_position_bias_table"].replace("bias_table", "index")
+            num_tokens = math.prod(attention.window)
+            tables[theirs] = torch.from_numpy(relative_position_index(attention.window, num_tokens))
     return tables
