@@ -62,7 +62,7 @@ def test_a_faulty_file_names_key_value_and_remedy(text, message, tmp_path):
 
 
 def test_an_unknown_recipe_is_answered_with_the_known_ones():
-    with pytest.raises(ValueError, match=r"unknown recipe 'thumos'; known: \['activitynet_re2swin_tiny', 'demo'"):
+    with pytest.raises(ValueError, match=r"unknown recipe 'thumos'; known: .*'activitynet_re2swin_tiny', 'demo'"):
         find_recipe("thumos")
 
 
