@@ -29,9 +29,8 @@ from re2tal.structures import Features
 
 EXPANSION = 4  # output channels of a bottleneck, by its inner ones
 
-# Convolutions reach into their neighbours, so only samples are independent. What is saved, before and after each norm,
-# is 2 / 4 + 2 / 4 + 2 states; the rest are gradients.
-CUT = by_samples(inner_states=6)
+# Convolutions reach into their neighbours, so only samples are independent. The number is measured.
+CUT = by_samples(inner_states=4)
 
 
 class SlowFast(VideoBackbone):

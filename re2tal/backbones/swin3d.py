@@ -192,7 +192,7 @@ def _(block: SwinBlock) -> tuple[Branch, ...]:
     return (
         Branch("attention", SwinBlock.attention_branch, cut=Cut(_rows_of_windows, _inside_attention)),
         Branch(
-            "mlp", SwinBlock.mlp_branch, cut=by_tokens(inner_states=2 + 4 * block.mlp.fc1.out_features / block.channels)
+            "mlp", SwinBlock.mlp_branch, cut=by_tokens(inner_states=1 + 3 * block.mlp.fc1.out_features / block.channels)
         ),
     )
 
@@ -212,11 +212,11 @@ def _rows_of_windows(block: nn.Module, shape: torch.Size, num: int) -> list[Part
 
 
 def _inside_attention(block: nn.Module, shape: torch.Size) -> float:
-    """A kernel that writes out the attention matrix holds it, its softmax and both gradients at once."""
+    """A kernel that writes out the attention matrix holds three of its size at once, beside queries, keys, values."""
     assert isinstance(block, SwinBlock)
     window, _ = clip_window((shape[1], shape[2], shape[3]), block.attn.window, block.attn.shift)
     matrix = block.attn.num_heads * window[0] * window[1] * window[2] / block.channels
-    return 12 + 4 * matrix
+    return 5 + 3 * matrix
 
 
 class WindowAttention(nn.Module):

@@ -72,8 +72,8 @@ def _(block: TimesformerLayer) -> tuple[Branch, ...]:
     mlp = mlp_branch("layernorm_after", "intermediate", "output", "drop_path")
     if block.attention_type == "divided_space_time":
         return (
-            Branch("temporal attention", _attend_in_time, cut=by_samples(inner_states=14)),
-            Branch("spatial attention", _attend_in_space, cut=by_samples(inner_states=14)),
+            Branch("temporal attention", _attend_in_time, cut=by_samples(inner_states=10)),
+            Branch("spatial attention", _attend_in_space, cut=by_samples(inner_states=10)),
             mlp,
         )
     return attention_branch("layernorm_before", "attention", "drop_path"), mlp

@@ -6,7 +6,9 @@ from itertools import product
 
 import pytest
 import torch
+from reversible.test_memory import LiveBytes
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 
 from re2tal.backbones import BACKBONES, BackboneConfig, build_backbone
 from re2tal.backbones.shifted_windows import clip_window, row_spans
@@ -119,6 +121,23 @@ def test_under_autocast_pieces_are_near_whole_branches() -> None:
         rewire(swin, config=RewiringConfig(chunk_mebibytes=chunk_mebibytes))
         found.append(results(swin, autocast=True))
     assert_near(found[1], found[0], relative=2e-2)
+
+
+@pytest.mark.parametrize("name", ["swin3d_tiny", "slowfast_r50_8x8"])
+def test_branches_need_inside_what_they_say(name: str) -> None:
+    """The number of pieces follows from it. Shifted attention needs less: one kind of windows at a time."""
+    backbone = build_backbone(BackboneConfig(name=name, rewired=False, norm_eval=True))
+    block = backbone.get_submodule("layers.1.blocks.0" if name.startswith("swin") else "slow_path.layer2.1")
+    x = torch.randn(1, 16, 14, 14, 192) if name.startswith("swin") else torch.randn(1, 512, 4, 14, 14)
+    for branch in residual_branches(block):
+        for parameter in block.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        point = x.clone().requires_grad_()
+        with LiveBytes() as live:
+            edge = get_gradient_edge(branch.function(block, point))
+            torch.autograd.backward((edge,), (x,))
+        needed = live.peak / (x.numel() * x.element_size())
+        assert branch.cut.inner_states(block, x.shape) == pytest.approx(needed, rel=0.2)
 
 
 def test_a_budget_that_holds_a_whole_branch_cuts_nothing(num_pieces: list[int]) -> None:
