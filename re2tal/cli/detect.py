@@ -28,6 +28,7 @@ from re2tal.data.stream import ClipConfig, stream_clips
 from re2tal.data.windows import ResizeWhole, Slide
 from re2tal.detector import TemporalActionDetector
 from re2tal.evaluation.results import write_results
+from re2tal.evaluation.video_classes import VideoClasses, read_video_classes
 from re2tal.inference import predict
 from re2tal.structures import Detections, VideoRecord
 from re2tal.training.engine import DTYPES
@@ -44,6 +45,8 @@ def detect(
     videos: Path | None = None,
     shards: Path | None = None,
     out: Path | None = None,
+    video_classes: Path | None = None,
+    top_k: int = 2,
     batch_size: int | None = None,
     device: str | None = None,
 ) -> int:
@@ -54,30 +57,54 @@ def detect(
         videos: folder of video files to look at, of any format and size; results carry their names without the suffix
         shards: folder of one subset's shards to look at instead; by default the run's validation shards
         out: results JSON to write; by default RUN/results.json, or RUN/detections.json for other videos than the run's
+        video_classes: JSON of a classifier of whole videos, {"results": {ID: [K scores]}, "class": [K names]}, that
+            names what a class-agnostic detector finds; without it the results' only class is "action"
+        top_k: with --video-classes, each detection is written once for each of its video's so many best classes
         batch_size: clips in one forward; by default as in training
         device: "cpu", "cuda", "cuda:1", ...; by default an accelerator if there is one
     """
     if videos is not None and shards is not None:
         raise ValueError(f"--videos {videos} and --shards {shards} were both given; give one of them")
     config = load_config(run / "config.json")
+    namer = _read_namer(video_classes, config, top_k=top_k)
     target = out or run / ("results.json" if videos is None and shards is None else "detections.json")
     chosen = torch.device(device) if device else default_device()
     detector = load_detector(run, config).to(chosen, DTYPES[config.engine.precision])
     batch_size = batch_size or config.engine.batch_size
     if videos is None:
         data = open_shards(shards or config.data.shards / config.data.validation_subset)
+        if namer is not None:
+            namer.check(data.by_id, top_k=top_k)
         found = detect_in_shards(detector, data, config, batch_size=batch_size, device=chosen)
         rejected: list[Rejection] = []
     else:
         with tempfile.TemporaryDirectory(prefix="re2tal-detect-") as scratch:
             data, names, rejected = pack_videos(videos, Path(scratch), config, classes=detector.localizer.classes)
+            if namer is not None:
+                namer.check((names[video_id] for video_id in data.by_id), top_k=top_k)
             found = detect_in_shards(detector, data, config, batch_size=batch_size, device=chosen)
         found = {names[video_id]: detections for video_id, detections in found.items()}
-    write_results(target, found, detector.localizer.classes)
+    classes = detector.localizer.classes
+    if namer is not None:
+        found, classes = namer.name(found, top_k=top_k), namer.classes
+    write_results(target, found, classes)
     for rejection in rejected:
         print(f"left out: {rejection.video_id}: {rejection.reason}", file=sys.stderr)
     print(f"{sum(map(len, found.values()))} detections in {len(found)} videos; {target}")
     return 1 if rejected else 0
+
+
+def _read_namer(path: Path | None, config: RunConfig, *, top_k: int) -> VideoClasses | None:
+    if path is None:
+        return None
+    if not config.localizer.class_agnostic:
+        raise ValueError(
+            f"--video-classes {path} was given, but this run's localizer.class_agnostic is false: its detections have "
+            "classes of their own; leave the option out, or give the run folder of a class-agnostic detector"
+        )
+    namer = read_video_classes(path)
+    namer.check((), top_k=top_k)
+    return namer
 
 
 def load_detector(run: Path, config: RunConfig) -> TemporalActionDetector:

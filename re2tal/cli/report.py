@@ -38,6 +38,9 @@ def report(
     config = load_config(run / "config.json")
     results = read_results(predictions or run / "results.json")
     truths = _truths(config, annotations)
+    # A class-agnostic detector's results have their one class, unless a classifier of whole videos named them.
+    if config.localizer.class_agnostic and set(results.classes) <= {AGNOSTIC_CLASS}:
+        truths = as_one_class(truths, label=AGNOSTIC_CLASS)
     scores = mean_average_precision(
         results.predictions,
         truths,
@@ -63,13 +66,11 @@ def report(
 
 
 def _truths(config: RunConfig, annotations: Path | None) -> Sequence[VideoRecord]:
-    """The true actions of the validation subset, all of one class if the run's localizer knows only one."""
+    """The true actions of the validation subset."""
     subset = config.data.validation_subset
     if annotations is not None:
-        records = read_ground_truth(annotations, subset=subset)
-    else:
-        records = [video.record for video in open_shards(config.data.shards / subset).videos]
-    return as_one_class(records, label=AGNOSTIC_CLASS) if config.localizer.class_agnostic else records
+        return read_ground_truth(annotations, subset=subset)
+    return [video.record for video in open_shards(config.data.shards / subset).videos]
 
 
 def _timelines(results: Results, records: Sequence[VideoRecord]) -> dict[str, Picture]:

@@ -1,4 +1,4 @@
-"""From the detections of one video to those worth showing: suppression of repeats, voting, classes of the video."""
+"""From the detections of one video to those worth showing: suppression of repeats, and voting."""
 
 from __future__ import annotations
 
@@ -46,15 +46,15 @@ class SuppressionConfig:
     def __post_init__(self) -> None:
         known = sorted([*_PENALTIES, "none"])
         if self.method not in known:
-            raise ValueError(f"unknown suppression method {self.method!r}; known: {known}")
+            raise ValueError(f"suppression.method is {self.method!r}, which is unknown; known: {known}")
         if self.sigma <= 0:
-            raise ValueError(f"sigma={self.sigma} must be positive")
+            raise ValueError(f"suppression.sigma is {self.sigma}; give a positive number")
         if self.max_per_video < 1:
-            raise ValueError(f"max_per_video={self.max_per_video} must be at least 1")
+            raise ValueError(f"suppression.max_per_video is {self.max_per_video}; give 1 or more")
         if self.per_class and self.voting_threshold is not None:
             raise ValueError(
-                f"voting_threshold={self.voting_threshold} has no effect with per_class=True: classes do not vote for "
-                "one another; set per_class=False, or voting_threshold=None"
+                f"suppression.voting_threshold is {self.voting_threshold}, but classes do not vote for one another; "
+                "set suppression.per_class to false, or suppression.voting_threshold to null"
             )
 
 
@@ -162,21 +162,3 @@ def vote(kept: Floats, segments: Floats, scores: Floats, *, threshold: float, we
         voted = total[:, 0] > 0
         means[first : first + rows][voted] = (weights[voted] / total[voted]) @ segments
     return means
-
-
-def fuse_video_classes(detections: Detections, class_scores: torch.Tensor, *, top_k: int) -> Detections:
-    """Class-agnostic detections named by a classifier of whole videos: one copy for each of its `top_k` classes.
-
-    `class_scores` (K,) are the classifier's; a copy's score is the detection's times its class's, its label the class.
-    """
-    if not 1 <= top_k <= len(class_scores):
-        raise ValueError(
-            f"top_k={top_k} must lie between 1 and the {len(class_scores)} classes of the video classifier"
-        )
-    best, classes = class_scores.sort(descending=True, stable=True)
-    num = len(detections)
-    return Detections(
-        detections.segments.repeat(top_k, 1),
-        (best[:top_k, None].to(detections.scores) * detections.scores).flatten(),
-        classes[:top_k].to(detections.labels.device).repeat_interleave(num),
-    )

@@ -13,6 +13,7 @@ from data.numbered import encode_numbered
 
 from re2tal.backbones import BackboneConfig
 from re2tal.cli.detect import detect, encoding_for, load_detector
+from re2tal.cli.evaluate import evaluate
 from re2tal.cli.report import report
 from re2tal.config import DataConfig, RunConfig, build_detector, save_config
 from re2tal.data.manifest import FramesPerSecond, FramesPerVideo
@@ -90,6 +91,71 @@ def test_the_runs_own_validation_videos_are_detected_and_shown(run: Path, capsys
     ]
     assert (run / "report" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "average mAP" in capsys.readouterr().out
+
+
+def agnostic(run: Path, tmp_path: Path) -> RunConfig:
+    """The run folder becomes that of a class-agnostic detector."""
+    settings = config(tmp_path)
+    settings = replace(settings, localizer=replace(settings.localizer, class_agnostic=True))
+    save_config(run / "config.json", settings)
+    torch.manual_seed(0)
+    detector = build_detector(settings, CLASSES)
+    write_model(run / "model.safetensors", detector.state_dict(), classes=detector.localizer.classes)
+    return settings
+
+
+def test_a_classifier_of_whole_videos_names_what_a_class_agnostic_detector_finds(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    agnostic(run, tmp_path)
+    document = {"results": {"first": [0.75, 0.25], "second": [0.0, 1.0]}, "class": list(CLASSES)}
+    (tmp_path / "cuhk.json").write_text(json.dumps(document))
+    assert detect(run=run, device="cpu", out=tmp_path / "plain.json") == 0
+    assert detect(run=run, device="cpu", video_classes=tmp_path / "cuhk.json", top_k=1) == 0
+    plain, named = read_results(tmp_path / "plain.json"), read_results(run / "results.json")
+    assert plain.classes == ("action",)
+    assert named.classes == CLASSES
+    for video_id, factor in (("first", 0.75), ("second", 1.0)):
+        one, other = plain.of(video_id), named.of(video_id)
+        assert torch.equal(other.segments, one.segments)
+        torch.testing.assert_close(other.scores, factor * one.scores, rtol=1e-6, atol=0)
+        assert {named.classes[label] for label in other.labels} == {dict(first="jump", second=CLASSES[1])[video_id]}
+    truths = {"first": ([0.5, 1.5], CLASSES[0], 3), "second": ([1.0, 4.0], CLASSES[1], 5)}
+    database = {
+        name: {"subset": "validation", "duration": seconds, "annotations": [{"segment": segment, "label": label}]}
+        for name, (segment, label, seconds) in truths.items()
+    }
+    (tmp_path / "truth.json").write_text(json.dumps({"database": database}))
+    evaluate(
+        predictions=run / "results.json",
+        annotations=tmp_path / "truth.json",
+        protocol="official",
+        json=tmp_path / "figures.json",
+    )
+    scored = json.loads((tmp_path / "figures.json").read_text())["classes"]
+    assert {name: row["predictions"] for name, row in scored.items()} == {
+        CLASSES[0]: len(plain.of("first")),
+        CLASSES[1]: len(plain.of("second")),
+    }
+    report(run=run)
+    assert "run &lt;fast&gt;" in (run / "report" / "index.html").read_text()
+
+
+def test_a_classifier_that_does_not_fit_is_refused_before_anything_is_detected(run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "cuhk.json"
+    path.write_text(json.dumps({"results": {"first": [1.0, 0.0]}, "class": list(CLASSES)}))
+    with pytest.raises(ValueError, match=r"--video-classes .*cuhk\.json was given, but .*class_agnostic is false"):
+        detect(run=run, device="cpu", video_classes=path)
+    agnostic(run, tmp_path)
+    with pytest.raises(ValueError, match=r"--top-k is 3; .*cuhk\.json has 2 classes"):
+        detect(run=run, device="cpu", video_classes=path, top_k=3)
+    with pytest.raises(ValueError, match=r"cuhk\.json: results\['second'\] is missing, like 1 of the videos"):
+        detect(run=run, device="cpu", video_classes=path)
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "third.mp4").write_bytes(encode_numbered(48, fps=24))
+    with pytest.raises(ValueError, match=r"cuhk\.json: results\['third'\] is missing"):
+        detect(run=run, device="cpu", video_classes=path, videos=tmp_path / "videos")
+    assert not (run / "results.json").exists()
 
 
 def test_the_size_of_a_batch_changes_nothing(run: Path, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from re2tal.evaluation.suppression import SuppressionConfig, fuse_video_classes, suppress
+from re2tal.evaluation.suppression import SuppressionConfig, suppress
 from re2tal.structures import Detections
 
 
@@ -157,25 +157,12 @@ def test_times_that_are_not_numbers_are_an_error() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"method": "softest"}, r"unknown suppression method 'softest'; known: \['gaussian', .*'none'\]"),
-        ({"sigma": 0.0}, r"sigma=0.0 must be positive"),
-        ({"max_per_video": 0}, r"max_per_video=0 must be at least 1"),
-        ({"voting_threshold": 0.7}, r"voting_threshold=0.7 has no effect with per_class=True"),
+        ({"method": "softest"}, r"suppression\.method is 'softest', .* known: \['gaussian', .*'none'\]"),
+        ({"sigma": 0.0}, r"suppression\.sigma is 0\.0; give a positive number"),
+        ({"max_per_video": 0}, r"suppression\.max_per_video is 0; give 1 or more"),
+        ({"voting_threshold": 0.7}, r"suppression\.voting_threshold is 0\.7, .* set suppression\.per_class to false"),
     ],
 )
 def test_settings_without_sense_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SuppressionConfig(**settings)
-
-
-def test_a_video_classifier_names_each_detection_once_per_class() -> None:
-    found = detections((0, 10, 0.5, 0), (20, 30, 0.4, 0))
-    ours = fuse_video_classes(found, torch.tensor([0.1, 0.7, 0.2]), top_k=2)
-    assert ours.labels.tolist() == [1, 1, 2, 2]
-    assert ours.scores.tolist() == pytest.approx([0.35, 0.28, 0.1, 0.08])
-    assert ours.segments.tolist() == [[0, 10], [20, 30]] * 2
-
-
-def test_more_classes_than_the_video_classifier_has_are_an_error() -> None:
-    with pytest.raises(ValueError, match="top_k=4 must lie between 1 and the 3 classes"):
-        fuse_video_classes(detections((0, 10, 0.5, 0)), torch.tensor([0.1, 0.7, 0.2]), top_k=4)

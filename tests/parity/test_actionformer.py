@@ -15,7 +15,8 @@ from parity.compare import Tolerances, check_gradients
 from parity.detections import check_same, from_results, rounded, stored
 from parity.vectors import Case, cases, load, read_json
 
-from re2tal.evaluation.suppression import fuse_video_classes, suppress
+from re2tal.evaluation.suppression import suppress
+from re2tal.evaluation.video_classes import fuse_video_classes
 from re2tal.localizers.actionformer import ActionFormer, ActionFormerOutputs
 from re2tal.localizers.points import assign_targets, pyramid_points
 from re2tal.localizers.weights import export_weights, public_name
