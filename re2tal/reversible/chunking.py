@@ -135,9 +135,9 @@ def _leaves(output: GradientEdge) -> dict[Tensor, GradientEdge]:
     seen, waiting = {output.node}, [output.node]
     while waiting:
         node = waiting.pop()
-        leaf = getattr(node, "variable", None)
-        if leaf is not None:
-            found[leaf] = GradientEdge(node, 0)
+        # Of nodes without predecessors only those that accumulate into a leaf have a variable.
+        if not node.next_functions and hasattr(node, "variable"):
+            found[node.variable] = GradientEdge(node, 0)
         new = {following for following, _ in node.next_functions if following is not None} - seen
         seen |= new
         waiting += new
