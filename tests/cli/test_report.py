@@ -1,0 +1,57 @@
+"""What `re2tal report` scores; tests/cli/test_detect.py holds the page of a run whose videos were detected."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from re2tal.cli.report import report
+from re2tal.config import RunConfig, save_config
+
+LABELS = ("jump", "run", "jump")
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """The run folder of a class-agnostic detector, and truths of three videos beside it."""
+    settings = RunConfig()
+    save_config(tmp_path / "config.json", replace(settings, localizer=replace(settings.localizer, class_agnostic=True)))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "kind": "train", "loss": 1.0}\n')
+    database = {
+        f"v{n}": {"subset": "validation", "duration": 9, "annotations": [{"segment": [n, n + 3], "label": label}]}
+        for n, label in enumerate(LABELS)
+    }
+    (tmp_path / "truth.json").write_text(json.dumps({"database": database}))
+    return tmp_path
+
+
+def write_results(run: Path, labels: tuple[str, ...]) -> None:
+    results = {f"v{n}": [{"segment": [n, n + 3], "label": label, "score": 0.5}] for n, label in enumerate(labels)}
+    (run / "results.json").write_text(json.dumps({"results": results}))
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (("action",) * 3, "average mAP 100.00 %"),
+        (LABELS, "average mAP 100.00 %"),  # named by a classifier of whole videos
+        (("run", "run", "jump"), "average mAP 50.00 %"),  # jump: 1 of 2 found; run: right at the second of two
+    ],
+)
+def test_results_of_a_class_agnostic_detector_are_scored_by_the_names_they_have(
+    run: Path, labels: tuple[str, ...], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_results(run, labels)
+    report(run=run, annotations=run / "truth.json", max_videos=0)
+    assert capsys.readouterr().out.startswith(expected)
+
+
+def test_so_many_timelines_are_drawn_and_old_ones_go(run: Path) -> None:
+    write_results(run, LABELS)
+    for max_videos, expected in ((2, ["0000_v0.png", "0001_v1.png"]), (1, ["0000_v0.png"])):
+        report(run=run, annotations=run / "truth.json", max_videos=max_videos)
+        assert sorted(path.name for path in (run / "report" / "timelines").iterdir()) == expected
+    assert "3, of which 1 are drawn below" in (run / "report" / "index.html").read_text()

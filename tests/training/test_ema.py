@@ -1,0 +1,45 @@
+"""The moving average where a trainer is not needed: what it refuses, and what a checkpoint gives back."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from re2tal.training import ema
+from re2tal.training.ema import WeightAverage
+
+
+@pytest.fixture
+def weights(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """The master weights of an engine that is nothing else."""
+    shards = [torch.tensor([1.0, 2.0]), torch.tensor([4.0])]
+    monkeypatch.setattr(ema, "master_weights", lambda engine: shards)
+    return shards
+
+
+@pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
+def test_a_decay_without_a_meaning_is_refused(weights: list[Tensor], decay: float) -> None:
+    with pytest.raises(ValueError, match=rf"the weight average's decay is {decay}; it lies in \[0, 1\)"):
+        WeightAverage(None, decay=decay)
+
+
+def test_a_checkpoint_gives_back_the_average_and_not_the_weights(weights: list[Tensor]) -> None:
+    average = WeightAverage(None, decay=0.75)
+    weights[0].copy_(torch.tensor([5.0, 6.0]))
+    average.update()
+    saved = [shard.clone() for shard in average.state()]
+    assert [shard.tolist() for shard in saved] == [[2.0, 3.0], [4.0]]
+    restored = WeightAverage(None, decay=0.75)
+    restored.restore(saved)
+    assert [shard.tolist() for shard in restored.state()] == [[2.0, 3.0], [4.0]]
+    assert weights[0].tolist() == [5.0, 6.0]
+    weights[0].copy_(torch.tensor([2.0, 7.0]))
+    restored.update()
+    assert [shard.tolist() for shard in restored.state()] == [[2.0, 4.0], [4.0]]
+    assert saved[0].tolist() == [2.0, 3.0]
+
+
+def test_the_average_of_other_shards_is_refused(weights: list[Tensor]) -> None:
+    with pytest.raises(ValueError, match=r"weight average has shards \[.*3.*\], this run .*; resume with"):
+        WeightAverage(None, decay=0.9).restore([torch.zeros(3)])

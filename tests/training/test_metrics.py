@@ -1,0 +1,57 @@
+"""The logs of a run folder, over restarts and on ranks that do not write."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from re2tal.training.metrics import MetricsLog, peak_memory_gib
+
+
+def steps(folder: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def write(folder: Path, *, resumed_at: int, until: int) -> None:
+    log = MetricsLog(folder, enabled=True)
+    log.open(step=resumed_at, num_steps=9)
+    for step in range(resumed_at + 1, until + 1):
+        log.write("train", {"loss": 1 / step, "loss/boundary": 0.5}, step=step)
+    log.close()
+
+
+def test_a_resumed_run_forgets_what_came_after_its_checkpoint_and_half_a_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, resumed_at=0, until=4)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "kind": "tr')
+    write(tmp_path, resumed_at=2, until=3)
+    assert steps(tmp_path) == [1, 2, 3]
+    last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
+    assert last == {"step": 3, "kind": "train", "loss": 1 / 3, "loss/boundary": 0.5}
+    printed = capsys.readouterr().err.splitlines()
+    assert printed[-1] == "step 3/9  loss 0.3333"  # parts of the loss are for the files
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_a_rank_that_does_not_write_leaves_no_file_and_no_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = MetricsLog(tmp_path / "run", enabled=False)
+    log.open(step=0, num_steps=2)
+    log.write("train", {"loss": 1.0}, step=1)
+    log.say("unheard")
+    log.advance()
+    log.close()
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().err == ""
+
+
+def test_memory_on_a_cpu_is_what_the_process_held_at_most() -> None:
+    before = peak_memory_gib(torch.device("cpu"))
+    held = torch.ones(1 << 27)  # half a GiB
+    assert peak_memory_gib(torch.device("cpu")) >= max(before, held.nbytes / 2**30)
