@@ -58,5 +58,5 @@ class Scale(nn.Module):
         self.scale = nn.Parameter(torch.ones(1))  # not (): DeepSpeed cannot broadcast a parameter without dimensions
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any shape, unchanged."""
+        """x, of any shape, times the factor."""
         return self.scale * x
