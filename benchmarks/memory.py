@@ -47,11 +47,11 @@ class Case:
 
 
 CASES = {
-    "swin3d_tiny": Case("layers.0.blocks", frames=128, size=112, chunk_mebibytes=32),
+    "swin3d_tiny": Case("layers.0.blocks", frames=128, size=112, chunk_mebibytes=8),
     "videomae_base": Case("encoder.model.videomae.encoder.layer", frames=128, size=96, chunk_mebibytes=8),
 }
 QUICK = {
-    "swin3d_tiny": Case("layers.0.blocks", frames=128, size=56, chunk_mebibytes=8),
+    "swin3d_tiny": Case("layers.0.blocks", frames=128, size=56, chunk_mebibytes=16),
 }
 
 

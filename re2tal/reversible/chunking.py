@@ -170,4 +170,4 @@ def _added(sums: dict[Tensor, Tensor]) -> Iterator[None]:
 
 
 def _plus(total: Tensor, part: Tensor) -> Tensor:
-    return total.add(part).to(part.dtype)
+    return total.add_(part).to(part.dtype)  # in place: at the end of a network parameters outweigh states
