@@ -48,7 +48,6 @@ class Case:
 
 CASES = {
     "swin3d_tiny": Case("layers.0.blocks", frames=128, size=112, chunk_mebibytes=8),
-    "videomae_base": Case("encoder.model.videomae.encoder.layer", frames=128, size=96, chunk_mebibytes=8),
 }
 QUICK = {
     "swin3d_tiny": Case("layers.0.blocks", frames=128, size=56, chunk_mebibytes=16),
@@ -181,7 +180,7 @@ def measure(name: str, case: Case, device: torch.device, *, repeats: int) -> dic
 def main() -> None:
     """Measures, prints, writes."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="small clips, Video Swin-T alone")
+    parser.add_argument("--quick", action="store_true", help="smaller clips and fewer rounds")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--model", action="append", choices=sorted(CASES), help="only these; may be repeated")
     parser.add_argument("--json", type=Path)
