@@ -1,4 +1,4 @@
-"""JSON that came from elsewhere, read without surprises, and files that appear whole or not at all.
+"""JSON that came from elsewhere, read without surprises, files that appear whole or not at all, and their checksums.
 
 `json.loads` takes NaN and Infinity, lets the last of two equal keys win, and dies of deep nesting with a
 RecursionError. Here each of these is a ValueError that names the file.
@@ -7,6 +7,7 @@ RecursionError. Here each of these is a ValueError that names the file.
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 import os
 from collections import Counter
@@ -59,6 +60,12 @@ def write_atomically(path: Path | str, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

@@ -18,6 +18,9 @@ from torch import Tensor
 
 Steps = TypeVar("Steps", float, Tensor)
 
+AMBIGUOUS = "Ambiguous"
+"""THUMOS-14's label for a segment that may or may not show an action: neither trained on nor scored."""
+
 
 @dataclass(frozen=True, slots=True)
 class Action:

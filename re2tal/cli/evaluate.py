@@ -5,12 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from re2tal.data.annotations import read_video_ids
 from re2tal.evaluation.average_precision import mean_average_precision
 from re2tal.evaluation.ground_truth import as_one_class, read_ground_truth
-from re2tal.evaluation.protocols import TIOU_THRESHOLDS
+from re2tal.evaluation.protocols import TIOU_THRESHOLDS, Dataset
 from re2tal.evaluation.recall import average_recall
 from re2tal.evaluation.results import read_results
-from re2tal.strict_json import read_json, write_json
+from re2tal.localizers.class_map import AGNOSTIC_CLASS
+from re2tal.strict_json import write_json
 
 
 def evaluate(
@@ -19,17 +21,7 @@ def evaluate(
     annotations: Path,
     subset: str = "validation",
     protocol: Literal["opentad", "official"] = "opentad",
-    dataset: Literal[
-        "thumos14",
-        "activitynet",
-        "hacs",
-        "fineaction",
-        "epic-kitchens",
-        "ego4d-mq",
-        "multithumos",
-        "charades",
-        "demo",
-    ] = "thumos14",
+    dataset: Dataset = "thumos14",
     tiou_thresholds: tuple[float, ...] | None = None,
     blocked_videos: Path | None = None,
     class_agnostic: bool = False,
@@ -45,7 +37,7 @@ def evaluate(
         protocol: whose rules count where the public evaluators differ: OpenTAD's or ActivityNet's
         dataset: the data set whose customary thresholds to use
         tiou_thresholds: other thresholds than those
-        blocked_videos: JSON list of video ids to leave out of both files
+        blocked_videos: video ids to leave out of both files: a JSON list, or a text file with one per line
         class_agnostic: score as if all labels, predicted and true, were one
         proposals: also print the average recall with up to so many detections per video, whatever their class
         json: also write the figures to this file
@@ -53,8 +45,8 @@ def evaluate(
     results = read_results(predictions)
     truths, classes = read_ground_truth(annotations, subset=subset), results.classes
     if class_agnostic:
-        truths, classes = as_one_class(truths, label="action"), ("action",) * len(classes)
-    blocked = _read_blocked(blocked_videos) if blocked_videos else frozenset()
+        truths, classes = as_one_class(truths, label=AGNOSTIC_CLASS), (AGNOSTIC_CLASS,) * len(classes)
+    blocked = read_video_ids(blocked_videos) if blocked_videos else frozenset()
     report = mean_average_precision(
         results.predictions,
         truths,
@@ -78,10 +70,3 @@ def evaluate(
         figures["recall"] = recall.to_json()
     if json is not None:
         write_json(json, figures)
-
-
-def _read_blocked(path: Path) -> frozenset[str]:
-    video_ids = read_json(path)
-    if not isinstance(video_ids, list) or not all(isinstance(one, str) for one in video_ids):
-        raise ValueError(f'{path} must hold a JSON list of video ids, for example ["v_abc", "v_def"]')
-    return frozenset(video_ids)

@@ -12,14 +12,13 @@ from typing import Annotated, Literal
 import tyro
 from tqdm import tqdm
 
-from re2tal.data.annotations import Annotations, read_annotations
+from re2tal.data.annotations import Annotations, read_annotations, read_video_ids
 from re2tal.data.build import BuildConfig, BuiltSubset, build_shards, find_videos
 from re2tal.data.catalog import DatasetSpec, find_dataset
 from re2tal.data.manifest import Encoding, FramesPerSecond, FramesPerVideo, Rejection
 from re2tal.data.probe import probe_video
 from re2tal.data.shards import open_shards
 from re2tal.data.verify import damage
-from re2tal.strict_json import read_json
 from re2tal.structures import VideoRecord
 
 TOO_MANY_REJECTED, DAMAGED = 3, 4
@@ -149,7 +148,7 @@ def _config(options: Build, spec: DatasetSpec) -> BuildConfig:
         dataset=options.dataset,
         encoding=_encoding(options, spec.encoding),
         file_names=spec.file_names,
-        blocked=spec.blocked | _blocked(options.blocked),
+        blocked=spec.blocked | (read_video_ids(options.blocked) if options.blocked else frozenset()),
         videos_per_shard=options.videos_per_shard,
         seed=options.seed,
         workers=options.workers or len(os.sched_getaffinity(0)),
@@ -181,17 +180,6 @@ def _encoding(options: Build, encoding: Encoding) -> Encoding:
             raise ValueError(f"--short-side is {options.short_side}; give an even number from 16 to 2160")
         encoding = replace(encoding, short_side=options.short_side)
     return encoding
-
-
-def _blocked(path: Path | None) -> frozenset[str]:
-    if path is None:
-        return frozenset()
-    if path.suffix != ".json":
-        return frozenset(line.strip() for line in path.read_text().splitlines() if line.strip())
-    ids = read_json(path)
-    if not isinstance(ids, list) or not all(isinstance(video_id, str) for video_id in ids):
-        raise ValueError(f"{path} is not a JSON list of video ids; give one, or a text file with one id per line")
-    return frozenset(ids)
 
 
 def _annotations(options: Build, spec: DatasetSpec) -> Annotations:

@@ -18,9 +18,8 @@ from typing import Any, Literal
 
 from re2tal.data.manifest import VIDEO_ID
 from re2tal.strict_json import read_json
-from re2tal.structures import Action, VideoRecord
+from re2tal.structures import AMBIGUOUS, Action, VideoRecord
 
-AMBIGUOUS = "Ambiguous"
 MAX_SHOWN = 20
 _SUBSET = re.compile(r"[a-z0-9_-]{1,40}")
 
@@ -48,6 +47,19 @@ class Annotations:
             raise ValueError(
                 f"no video belongs to subset {name!r}; the annotation file has {sorted(self.subsets)}"
             ) from None
+
+
+def read_video_ids(path: Path) -> frozenset[str]:
+    """Video ids from a file: a JSON list, or, under any other suffix than .json, one per line.
+
+    Raises FileNotFoundError, and ValueError naming the file for JSON that is no list of strings.
+    """
+    if path.suffix != ".json":
+        return frozenset(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    ids = read_json(path)
+    if not isinstance(ids, list) or not all(isinstance(video_id, str) for video_id in ids):
+        raise ValueError(f"{path} is not a JSON list of video ids; give one, or a text file with one id per line")
+    return frozenset(ids)
 
 
 def duration_tolerance(duration_seconds: float) -> float:
@@ -84,7 +96,7 @@ def read_annotations(
     labels = {action.label for record in records for action in record.actions}
     if not labels and not reader.problems:
         reader.problems.append("database: no video has an annotation; give the file that lists the actions")
-    _raise_together(path, reader.problems)
+    _raise_together(path, reader)
     subsets: dict[str, list[VideoRecord]] = {}
     for record in records:
         subsets.setdefault(record.subset, []).append(record)
@@ -105,13 +117,18 @@ def _class_list(classes: Sequence[str] | None) -> frozenset[str] | None:
     return frozenset(classes)
 
 
-def _raise_together(path: Path, problems: list[str]) -> None:
+def _raise_together(path: Path, reader: _Reader) -> None:
+    problems, known = reader.problems, ""
+    if reader.unknown_label:
+        names = sorted(reader.classes or ())
+        more = f" and {len(names) - 30} more" if len(names) > 30 else ""
+        known = f"the classes are {', '.join(names[:30])}{more}"
     if len(problems) == 1:
-        raise ValueError(f"{path}: {problems[0]}")
+        raise ValueError(f"{path}: {problems[0]}" + (f"; {known}" if known else ""))
     if problems:
         more = f"\n  and {len(problems) - MAX_SHOWN} more" if len(problems) > MAX_SHOWN else ""
         shown = "".join(f"\n  {problem}" for problem in problems[:MAX_SHOWN])
-        raise ValueError(f"{path} has {len(problems)} problems:{shown}{more}")
+        raise ValueError(f"{path} has {len(problems)} problems:{shown}{more}" + (f"\n{known}" if known else ""))
 
 
 @dataclass(slots=True)
@@ -122,6 +139,7 @@ class _Reader:
     drop_invalid: bool
     duration_of: Callable[[str], float] | None
     problems: list[str] = field(default_factory=list)
+    unknown_label: bool = False
     num_ambiguous: int = 0
     num_clipped: int = 0
     num_dropped: int = 0
@@ -185,8 +203,8 @@ class _Reader:
         if not isinstance(label, str) or not label.strip() or not label.isprintable() or len(label) > 200:
             raise _Problem("label", label, "give a class name of 1 to 200 printable characters")
         if self.classes is not None and label not in self.classes and label != AMBIGUOUS:
-            known = ", ".join(sorted(self.classes)[:30])
-            raise _Problem("label", label, f"it is not among the {len(self.classes)} classes: {known}")
+            self.unknown_label = True
+            raise _Problem("label", label, "it is not among the classes; correct it, or choose another --dataset")
         return label
 
     def _segment(self, segment: Any, duration: float) -> tuple[float, float] | None:

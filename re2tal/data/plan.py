@@ -43,7 +43,7 @@ def count_steps(num_units: int, *, batch_size: int, world_size: int, training: b
     if training and num_units < per_step:
         raise ValueError(
             f"{num_units} videos are too few for one step of {world_size} ranks x batch_size {batch_size} = {per_step} "
-            "clips; use fewer ranks, a smaller batch_size or more videos"
+            "clips; start fewer ranks, lower engine.batch_size, or build shards of more videos"
         )
     return num_units // per_step if training else -(-num_units // per_step)
 
@@ -55,7 +55,7 @@ def training_order(shards: Sequence[str], *, shuffle_span: int, seed: int, epoch
     place. With as many as there are videos it is a plain shuffle, with 1 there is none inside shards.
     """
     if shuffle_span < 1:
-        raise ValueError(f"shuffle_span is {shuffle_span}; give 1 for no shuffling inside shards, or more")
+        raise ValueError(f"data.clips.shuffle_span is {shuffle_span}; give 1 for no shuffling inside shards, or more")
     generator = np.random.default_rng([seed, epoch])
     places: dict[str, list[int]] = {}
     for video, shard in enumerate(shards):

@@ -11,12 +11,17 @@ number of steps stands.
 from __future__ import annotations
 
 import logging
+import os
 import shutil
+import signal
 import tarfile
+import threading
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
+from multiprocessing.resource_tracker import ensure_running
 from pathlib import Path
 from typing import Literal
 
@@ -39,6 +44,10 @@ logger = logging.getLogger(__name__)
 
 MAX_FAILED_CLIPS, MAX_FAILED_SHARE = 5, 0.001
 """An epoch of training ends when more clips than both have failed: a few bad videos are life, many are a fault."""
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""What schedulers send to every process of a job that has to end. The trainer needs its workers a little longer then,
+to reach the step after which all ranks save."""
 
 
 @dataclass(frozen=True)
@@ -73,11 +82,11 @@ class ClipConfig:
     def __post_init__(self) -> None:
         for name, least in (("size", 1), ("workers", 0), ("prefetch", 1), ("timeout_seconds", 0)):
             if getattr(self, name) < least:
-                raise ValueError(f"ClipConfig.{name} is {getattr(self, name)}; give {least} or more")
+                raise ValueError(f"data.clips.{name} is {getattr(self, name)}; give {least} or more")
         for name in ("crop_area", "crop_aspect"):
             least_share, most = getattr(self, name)
             if not 0 < least_share <= most or (name == "crop_area" and most > 1):
-                raise ValueError(f"ClipConfig.{name} is {getattr(self, name)}; give two positive numbers, least first")
+                raise ValueError(f"data.clips.{name} is {getattr(self, name)}; give two positive numbers, least first")
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +142,7 @@ class ClipStream:
             multiprocessing_context=("spawn" if torch.cuda.is_initialized() else "fork") if workers else None,
             # Its own, or each epoch would draw a number from the global one.
             generator=torch.Generator(),
+            worker_init_fn=heed_only_the_parent if workers else None,
         )
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[ClipBatch]:
@@ -145,12 +155,18 @@ class ClipStream:
             raise ValueError(f"start_step is {start_step}; an epoch has steps 0 to {self.steps_per_epoch - 1}")
         self._keys.steps = [(epoch, step) for step in range(start_step, self.steps_per_epoch)]
         failed = 0
-        for batch, failures in self._loader:
+        for batch, failures in self._start():
             failed += len(failures)
             self._report(failures)
             if failed > self._batches.max_failed:
                 raise ValueError(self._too_many(failed, epoch))
             yield batch
+
+    def _start(self) -> Iterator[tuple[ClipBatch, list[Failure]]]:
+        if not self._batches.config.workers:
+            return iter(self._loader)
+        with stop_signals_blocked():  # workers that start here inherit it
+            return iter(self._loader)
 
     def _report(self, failures: list[Failure]) -> None:
         for failure in failures:
@@ -164,6 +180,31 @@ class ClipStream:
             f"{failed} clips of epoch {epoch} cannot be read from {self._batches.shards.root}, more than "
             f"{self._batches.max_failed}: {shown}; run re2tal shards verify, then replace or rebuild the shards"
         )
+
+
+def heed_only_the_parent(worker: int) -> None:
+    """What a worker process does first: from then on SIGTERM and SIGUSR1 end it only where its parent sent them."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_told(parent: int) -> None:
+    # Not simply ignored: multiprocessing ends a worker that hangs by SIGTERM, and then waits for its end.
+    while signal.sigwaitinfo(STOP_SIGNALS).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+@contextmanager
+def stop_signals_blocked() -> Iterator[None]:
+    """Inside, they wait. A process started here has them blocked in all threads, also those that libraries start when
+    they are imported, before `heed_only_the_parent` is called."""
+    ensure_running()  # multiprocessing's resource tracker: to start it inside would unblock SIGTERM
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Keys(Sampler[tuple[int, int]]):
@@ -196,9 +237,12 @@ class _Batches(Dataset[tuple[ClipBatch, list[Failure]]]):
         windows = [count_windows(video, windowing) for video in videos]
         self._evaluation_order = evaluation_order(windows)
         num_units = len(videos) if self.training else len(self._evaluation_order)
-        self.num_steps = count_steps(
-            num_units, batch_size=self.batch_size, world_size=self.world_size, training=self.training
-        )
+        try:
+            self.num_steps = count_steps(
+                num_units, batch_size=self.batch_size, world_size=self.world_size, training=self.training
+            )
+        except ValueError as error:
+            raise ValueError(f"{self.shards.root}: {error}") from None
         self.max_failed = max(MAX_FAILED_CLIPS, int(MAX_FAILED_SHARE * num_units))
         if not self.training:
             self.max_failed = num_units if self.config.allow_missing else 0
@@ -296,5 +340,5 @@ def _check_shared_memory(batches: _Batches) -> None:
         raise ValueError(
             f"{folder} has {free >> 20} MiB free, {config.workers} workers with {config.prefetch} batches of "
             f"{batches.batch_size} clips each need {needed >> 20} MiB; enlarge it (docker run --shm-size=...), or "
-            "lower ClipConfig.workers or ClipConfig.prefetch"
+            "lower data.clips.workers or data.clips.prefetch"
         )

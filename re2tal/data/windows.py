@@ -34,8 +34,8 @@ class ResizeWhole:
     """in training, actions shorter than this share of the video are left out"""
 
     def __post_init__(self) -> None:
-        _check_count("ResizeWhole.num_frames", self.num_frames)
-        _check_share("ResizeWhole.shortest_action", self.shortest_action, least=0.0)
+        _check_count("data.clips.windowing.num_frames", self.num_frames)
+        _check_share("data.clips.windowing.shortest_action", self.shortest_action, least=0.0)
 
 
 @dataclass(frozen=True)
@@ -54,13 +54,15 @@ class Slide:
     """in training, a video shorter than a window is cut to a random share between this and 1"""
 
     def __post_init__(self) -> None:
-        _check_count("Slide.num_frames", self.num_frames)
-        _check_share("Slide.kept_share", self.kept_share, least=0.0)
-        _check_share("Slide.shortest_crop", self.shortest_crop, least=0.01)
+        _check_count("data.clips.windowing.num_frames", self.num_frames)
+        _check_share("data.clips.windowing.kept_share", self.kept_share, least=0.0)
+        _check_share("data.clips.windowing.shortest_crop", self.shortest_crop, least=0.01)
         if not 0 <= self.overlap < 1:
-            raise ValueError(f"Slide.overlap is {self.overlap}; give a share from 0 to below 1")
+            raise ValueError(f"data.clips.windowing.overlap is {self.overlap}; give a share from 0 to below 1")
         if not 0 < self.frames_per_second < float("inf"):
-            raise ValueError(f"Slide.frames_per_second is {self.frames_per_second}; give a positive number")
+            raise ValueError(
+                f"data.clips.windowing.frames_per_second is {self.frames_per_second}; give a positive number"
+            )
 
 
 Windowing = ResizeWhole | Slide
@@ -183,8 +185,8 @@ def _num_samples(video: IndexedVideo, windowing: Slide) -> int:
     # Rates written with three digits, 29.97 for 30000/1001, are the same rate.
     if windowing.frames_per_second > video.fps * 1.001:
         raise ValueError(
-            f"Slide.frames_per_second is {windowing.frames_per_second}, but {video.record.video_id} is stored at "
-            f"{video.fps:g} frames per second; lower it, or build the shards at a higher rate"
+            f"data.clips.windowing.frames_per_second is {windowing.frames_per_second}, but {video.record.video_id} "
+            f"is stored at {video.fps:g} frames per second; lower it, or build the shards at a higher rate"
         )
     return int((video.num_frames - 1) / video.fps * windowing.frames_per_second + 1e-6) + 1
 

@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from re2tal.strict_json import brief, read_json
-from re2tal.structures import Action, VideoRecord
-
-AMBIGUOUS = "Ambiguous"
+from re2tal.structures import AMBIGUOUS, Action, VideoRecord
 
 
 def read_ground_truth(path: Path | str, *, subset: str) -> list[VideoRecord]:

@@ -97,7 +97,11 @@ def tiou_range(first: float, last: float, num: int) -> tuple[float, ...]:
     return tuple(np.linspace(first, last, num).tolist())
 
 
-TIOU_THRESHOLDS = {
+Dataset = Literal[
+    "activitynet", "hacs", "fineaction", "thumos14", "demo", "epic-kitchens", "ego4d-mq", "multithumos", "charades"
+]
+
+TIOU_THRESHOLDS: dict[Dataset, tuple[float, ...]] = {
     "activitynet": tiou_range(0.5, 0.95, 10),
     "hacs": tiou_range(0.5, 0.95, 10),
     "fineaction": tiou_range(0.5, 0.95, 10),

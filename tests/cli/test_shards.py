@@ -92,7 +92,7 @@ def test_list_and_verify_say_what_is_there_and_whether_it_is_sound(capsys, built
         (["--workers", "0"], "--workers is 0; give 1 or more"),
         (["--max-rejected", "5"], "--max-rejected is 5.0; give a share"),
         (["--dataset", "kinetics"], "unknown data set 'kinetics'; known:"),
-        (["--dataset", "thumos14"], "label is 'run': it is not among the 20 classes"),
+        (["--dataset", "thumos14"], "label is 'run': it is not among the classes"),
         (
             ["--subsets", "test"],
             "no video belongs to subset 'test'; the annotation file has ['training', 'validation']",

@@ -1,14 +1,28 @@
+import itertools
+import multiprocessing
+import signal
+import subprocess
+import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from data.folders import indexed, write_shards
 from data.numbered import encode_numbered, read_numbers
+from data.workers import ready_worker
 
 from re2tal.data.decode import DecodeError
 from re2tal.data.shards import ShardSet
-from re2tal.data.stream import ClipConfig, ClipStream, read_mp4, stream_clips
+from re2tal.data.stream import (
+    STOP_SIGNALS,
+    ClipConfig,
+    ClipStream,
+    read_mp4,
+    stop_signals_blocked,
+    stream_clips,
+)
 from re2tal.data.windows import ResizeWhole, Slide, plan_windows
 from re2tal.structures import Action, ClipBatch
 
@@ -144,6 +158,54 @@ def test_crops_and_mirroring_are_one_choice_per_clip(shards):
     assert any(not torch.equal(pictures[0], picture) for picture in pictures[1:])
 
 
+def send(number: signal.Signals, pid: int) -> None:
+    """From another process than this one, which is the workers' parent. Gives the worker the time to look at it."""
+    subprocess.run(["kill", f"-{number.value}", str(pid)], check=True)
+    deadline = time.monotonic() + 30
+    while is_pending(number, pid):
+        assert time.monotonic() < deadline, f"nobody looks at signals of process {pid}"
+        time.sleep(0.01)
+
+
+def is_pending(number: signal.Signals, pid: int) -> bool:
+    (mask,) = [line.split()[1] for line in Path(f"/proc/{pid}/status").read_text().splitlines() if "ShdPnd" in line]
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+def test_a_worker_outlives_stop_signals_except_its_parents(context):
+    ours, theirs = multiprocessing.get_context(context).Pipe()
+    worker = multiprocessing.get_context(context).Process(target=ready_worker, args=(theirs,), daemon=True)
+    with stop_signals_blocked():
+        worker.start()
+    try:
+        assert ours.recv() == "ready"
+        for number in STOP_SIGNALS:
+            send(number, worker.pid)
+            ours.send("still there?")
+            assert ours.recv() == "still there?"
+    finally:
+        worker.terminate()  # as DataLoader and multiprocessing end theirs
+        worker.join(30)
+    assert worker.exitcode == 0
+
+
+def test_a_stop_signal_to_every_process_leaves_the_batches_as_they_are(shards):
+    before = set(multiprocessing.active_children())
+    stream = train(shards, replace(PLAIN, workers=2, prefetch=1), batch_size=1)
+    wanted = list(train(shards, batch_size=1).epoch(0))
+    batches = stream.epoch(0)
+    got = [next(batches)]
+    workers = set(multiprocessing.active_children()) - before
+    assert len(workers) == 2
+    for worker, number in itertools.product(workers, STOP_SIGNALS):
+        send(number, worker.pid)
+    got += batches
+    assert all(same(*pair) for pair in zip(got, wanted, strict=True))
+    assert all(worker.is_alive() for worker in workers)
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(STOP_SIGNALS)
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_damaged_video_is_replaced_reported_and_does_not_change_the_number_of_steps(shards, workers, caplog):
     config = replace(PLAIN, workers=workers)
@@ -210,7 +272,10 @@ def test_another_video_at_the_offset_is_noticed(shards):
 
 
 def test_more_clips_in_a_step_than_videos_is_refused(shards):
-    with pytest.raises(ValueError, match="7 videos are too few for one step of 4 ranks x batch_size 2"):
+    with pytest.raises(
+        ValueError,
+        match=r"training: 7 videos are too few for one step of 4 ranks x batch_size 2 .* lower engine\.batch_size",
+    ):
         train(shards, rank=0, world_size=4)
 
 
@@ -227,17 +292,19 @@ def test_a_start_step_outside_the_epoch_is_refused(shards):
 
 def test_too_little_shared_memory_is_said_before_workers_die_of_it(shards, monkeypatch):
     monkeypatch.setattr("shutil.disk_usage", lambda folder: type("Usage", (), {"free": 1 << 20})())
-    with pytest.raises(ValueError, match=r"/dev/shm has 1 MiB free, 2 workers .* need 55 MiB; enlarge"):
+    with pytest.raises(
+        ValueError, match=r"/dev/shm has 1 MiB free, 2 workers .* need 55 MiB; enlarge .* lower data\.clips\.workers"
+    ):
         train(shards, replace(PLAIN, workers=2, size=224))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"size": 0}, "size is 0"),
-        ({"workers": -1}, "workers is -1"),
-        ({"crop_area": (0.5, 1.5)}, "crop_area is"),
-        ({"crop_aspect": (2.0, 1.0)}, "crop_aspect is"),
+        ({"size": 0}, r"data\.clips\.size is 0; give 1 or more"),
+        ({"workers": -1}, r"data\.clips\.workers is -1"),
+        ({"crop_area": (0.5, 1.5)}, r"data\.clips\.crop_area is"),
+        ({"crop_aspect": (2.0, 1.0)}, r"data\.clips\.crop_aspect is"),
     ],
 )
 def test_settings_without_a_meaning_are_refused(change, message):

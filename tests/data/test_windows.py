@@ -137,7 +137,10 @@ def test_the_generator_decides_the_window():
 
 
 def test_a_rate_above_the_stored_one_is_refused():
-    with pytest.raises(ValueError, match=r"frames_per_second is 31, but v is stored at 30 .* lower it, or build"):
+    with pytest.raises(
+        ValueError,
+        match=r"data\.clips\.windowing\.frames_per_second is 31, but v is stored at 30 .* lower it, or build",
+    ):
         plan_windows(indexed(100), Slide(20, frames_per_second=31))
     assert count_windows(indexed(100, fps=29.97), Slide(200, frames_per_second=30000 / 1001)) == 1
 
@@ -145,10 +148,10 @@ def test_a_rate_above_the_stored_one_is_refused():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: ResizeWhole(0), "num_frames is 0"),
-        (lambda: Slide(overlap=1.0), "overlap is 1.0"),
+        (lambda: ResizeWhole(0), r"data\.clips\.windowing\.num_frames is 0"),
+        (lambda: Slide(overlap=1.0), r"data\.clips\.windowing\.overlap is 1\.0; give a share"),
         (lambda: Slide(frames_per_second=math.nan), "frames_per_second is nan"),
-        (lambda: Slide(kept_share=1.5), "kept_share is 1.5"),
+        (lambda: Slide(kept_share=1.5), r"data\.clips\.windowing\.kept_share is 1\.5"),
         (lambda: Slide(shortest_crop=0.0), "shortest_crop is 0.0"),
     ],
 )
