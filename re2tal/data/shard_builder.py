@@ -5,7 +5,6 @@ A thread writes the tar; encoding and checking run in a process of their own, be
 
 from __future__ import annotations
 
-import hashlib
 import threading
 import zlib
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from re2tal.data.isolated import Isolated
 from re2tal.data.manifest import Encoding, IndexedVideo, Rejection, ShardFile, ShardReport, Source, StoredVideo, to_json
 from re2tal.data.probe import probe_video
 from re2tal.data.shards import Pair, write_tar
+from re2tal.strict_json import sha256_of
 from re2tal.structures import VideoRecord
 
 OnVideo = Callable[[VideoRecord, Rejection | None], None]
@@ -118,7 +118,7 @@ def prepare_video(
     normalised = normalise_video(source, target, probe=probe, encoding=encoding)
     made_from = Source(
         file=source.name,
-        sha256=_sha256(source),
+        sha256=sha256_of(source),
         codec=probe.codec,
         num_frames=probe.num_frames,
         duration_seconds=seconds,
@@ -141,9 +141,4 @@ def _indexed(video: StoredVideo, crc32: int, shard: str, place: tuple[int, int])
 
 
 def _shard_file(path: Path, *, num_videos: int) -> ShardFile:
-    return ShardFile(name=path.name, num_bytes=path.stat().st_size, sha256=_sha256(path), videos=num_videos)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    return ShardFile(name=path.name, num_bytes=path.stat().st_size, sha256=sha256_of(path), videos=num_videos)

@@ -6,7 +6,6 @@ video's crc32 and description with the index, and the members with what a shard 
 
 from __future__ import annotations
 
-import hashlib
 import tarfile
 import zlib
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from re2tal.data.manifest import IndexedVideo, StoredVideo, from_json
 from re2tal.data.shards import ShardSet
+from re2tal.strict_json import sha256_of
 
 _BLOCK = 512
 
@@ -22,8 +22,7 @@ def damage(shards: ShardSet) -> Iterator[str]:
     """Problems of a folder, one line each; none where every byte is as it was built."""
     for shard in shards.manifest.shards:
         path = shards.path(shard.name)
-        with path.open("rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        sha256 = sha256_of(path)
         if sha256 == shard.sha256:
             continue
         yield f"{path}: sha256 is {sha256[:12]}..., the manifest says {shard.sha256[:12]}...; delete it and build again"

@@ -9,7 +9,6 @@ it is loaded. Everything is read with `weights_only=True`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -23,7 +22,7 @@ import torch
 import torch.distributed as dist
 
 from re2tal.distributed import gather_objects, is_main
-from re2tal.strict_json import read_json, write_atomically, write_json
+from re2tal.strict_json import read_json, sha256_of, write_atomically, write_json
 from re2tal.training.ema import WeightAverage
 from re2tal.training.engine import Engine
 from re2tal.training.generators import generator_states, restore_generators
@@ -108,7 +107,7 @@ class CheckpointStore:
         """Every rank calls this: name -> size and SHA-256 of every file, the work shared between the ranks."""
         files = sorted(path for path in partial.iterdir() if path.is_file())
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        mine = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files[rank::ranks]}
+        mine = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in files[rank::ranks]}
         return {name: digest for part in gather_objects(mine) for name, digest in sorted(part.items())}
 
     def _commit(self, partial: Path, final: Path, content: dict[str, Any]) -> None:
@@ -190,7 +189,7 @@ def find_fault(checkpoint: Path) -> str | None:
             return f"{name} is missing"
         if path.stat().st_size != expected["bytes"]:
             return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-        if _sha256(path) != expected["sha256"]:
+        if sha256_of(path) != expected["sha256"]:
             return f"{name} has changed since it was written (SHA-256 differs)"
     return None
 
@@ -216,11 +215,6 @@ def _restore_rank_state(engine: Engine, average: WeightAverage | None, state: di
 
 def _rank_file() -> str:
     return f"rank-{dist.get_rank() if dist.is_initialized() else 0:05d}.pt"
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _flush_folder(folder: Path) -> None:

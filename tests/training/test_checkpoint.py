@@ -15,7 +15,7 @@ from distributed.ranks import TESTS
 from training.tiny import same, tiny_trainer, weights
 
 from re2tal.distributed import World
-from re2tal.training import checkpoint
+from re2tal.strict_json import sha256_of
 from re2tal.training.checkpoint import CheckpointStore, find_fault
 from re2tal.training.trainer import TrainingConfig
 
@@ -98,7 +98,7 @@ def test_nothing_in_a_checkpoint_is_executed(trained, tmp_path):
         entry = dict(manifest["files"][name])
         manifest["files"][name] = {
             "bytes": (newest / name).stat().st_size,
-            "sha256": checkpoint._sha256(newest / name),
+            "sha256": sha256_of(newest / name),
         }
         (newest / "manifest.json").write_text(json.dumps(manifest))
         with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
