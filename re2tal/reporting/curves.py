@@ -54,7 +54,7 @@ def draw_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
     if not _series(train, "loss")[0].size:
         raise ValueError('the metrics hold no "loss" of a training step; let the run log at least one step')
     maps = _series(evaluations, "average_map")
-    rates = sorted({key for row in train for key in row if key.split("/")[0] == "lr"})
+    rates = sorted({key for row in train for key in row if key.startswith("lr/")})
     panels = ["loss", *(["mAP"] if maps[0].size else []), *(["lr"] if rates else [])]
     figure = Figure(figsize=(9, 1 + 2.4 * (len(panels) + 0.5)), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)

@@ -1,6 +1,6 @@
 """What a run reports, on rank 0: a progress bar or plain lines, metrics.jsonl, and TensorBoard events.
 
-{"step": 40, "kind": "train", "epoch": 1.6, "loss": 0.82, "loss/classification": 0.51, "lr/localizer": 1e-4, ...}
+{"step": 40, "kind": "train", "loss": 0.82, "loss/classification": 0.51, "lr": 1e-4, "lr/backbone": 1e-5, ...}
 """
 
 from __future__ import annotations

@@ -225,6 +225,7 @@ class Trainer:
                 "epoch": self.progress.step * self.accumulation / self.clips.steps_per_epoch,
                 "loss": losses.pop("total"),
                 **{f"loss/{name}": loss for name, loss in losses.items()},
+                "lr": max(group["lr"] for group in self.engine.optimizer.param_groups),
                 **{f"lr/{group['name']}": group["lr"] for group in self.engine.optimizer.param_groups},
                 "clips_per_second": clips_per_second,
                 "peak_memory_gib": peak_memory_gib(self.engine.device),
