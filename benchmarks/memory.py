@@ -18,19 +18,17 @@ import copy
 import gc
 import statistics
 import time
-import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from re2tal.backbones import BackboneConfig, build_backbone
+from re2tal.reversible.live_bytes import LiveBytes
 from re2tal.rewire import RewiringConfig, residual_branches, rewire
 from re2tal.strict_json import write_json
 
@@ -52,36 +50,6 @@ CASES = {
 QUICK = {
     "swin3d_tiny": Case("layers.0.blocks", frames=128, size=56, chunk_mebibytes=16),
 }
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make, while they live."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: dict[int, weakref.ref] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        """Runs the operation and counts what it returned that it was not given."""
-        result = func(*args, **(kwargs or {}))
-        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in given:
-                self._count(leaf.untyped_storage())
-        return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known and self._known[key]() is not None:
-            return
-
-        def gone(_: weakref.ref) -> None:
-            self.live -= size
-
-        self._known[key] = weakref.ref(storage, gone)
-        self.live += size
-        self.peak = max(self.peak, self.live)
 
 
 def network(name: str, case: Case, form: str, *, double: bool = False, recompute: bool = True) -> nn.Module:

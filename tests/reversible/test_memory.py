@@ -9,40 +9,9 @@ import pytest
 import torch
 from reversible.networks import CHANNELS, chain
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from re2tal.reversible import run_reversibly
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages that operations make, while they live."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._known: dict[int, weakref.ref] = {}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in given:
-                self._count(leaf.untyped_storage())
-        return result
-
-    def _count(self, storage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known and self._known[key]() is not None:
-            return
-
-        def gone(_: weakref.ref) -> None:
-            self.live -= size
-
-        self._known[key] = weakref.ref(storage, gone)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-
+from re2tal.reversible.live_bytes import LiveBytes
 
 STATE = (64, 64, CHANNELS)
 STATE_BYTES = 4 * 64 * 64 * CHANNELS

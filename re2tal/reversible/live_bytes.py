@@ -1,0 +1,56 @@
+"""Counts the bytes that are alive, storage by storage, on any device and on fake tensors too.
+
+    with LiveBytes() as live:
+        step()
+    live.peak            # the most that were alive at once, of what `step` made
+
+Under a `FakeTensorMode` nothing is computed and nothing allocated, so that the peak of a step too large for this
+machine is counted in seconds. What a kernel takes and gives back inside is not seen, nor what an allocator rounds up.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all storages that operations make inside, while they live.
+
+    Enter it last: inside a `FakeTensorMode`, not around it.
+    """
+
+    live: int
+    """Bytes alive now."""
+    peak: int
+    """The most that were alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._known: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Runs the operation and counts what it returned that it was not given."""
+        result = func(*args, **(kwargs or {}))
+        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in given:
+                self._count(leaf.untyped_storage())
+        return result
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._known and self._known[key]() is not None:
+            return
+
+        def gone(_: weakref.ref) -> None:
+            self.live -= size
+
+        self._known[key] = weakref.ref(storage, gone)
+        self.live += size
+        self.peak = max(self.peak, self.live)
