@@ -68,6 +68,7 @@ def build_backbone(config: BackboneConfig) -> VideoBackbone:
                 segment=config.segment,
                 recompute=config.recompute,
                 chunk_mebibytes=config.chunk_mebibytes,
+                offload=config.offload,
             ),
         )
     return backbone

@@ -41,6 +41,9 @@ class BackboneConfig:
     chunk_mebibytes: float | None = None
     """Run branches in pieces that need about so much memory each while they are differentiated: less memory, more and
     smaller kernels. None runs them whole. Needs `rewired`, `unit` "branch" and, in SlowFast, `norm_eval`."""
+    offload: bool = False
+    """Keep what rewired runs keep, two states each, in host memory between forward and backward. Needs `rewired` and
+    `recompute`; on a CPU it saves nothing."""
     weights: str | None = None
     """Pretrained weights: a .safetensors or .pth file in any layout the family reads, or, for a family of the
     transformers library, a hub name or a folder. None starts from random weights."""

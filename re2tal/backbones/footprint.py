@@ -1,7 +1,8 @@
 """What a backbone keeps from forward to backward, plain and rewired: counted, not run.
 
     plain      every tensor that autograd saves
-    rewired    those that it saves outside reversible runs + two states of each run, the input of a run of one
+    rewired    those that it saves outside reversible runs + two states of each run, the input of a run of one,
+               unless they are offloaded
 
 The forward runs on fake tensors, which have shapes and no numbers, so that any size of network is counted in seconds.
 Parameters and buffers are not counted, nor what a branch needs while it is differentiated.
@@ -48,14 +49,15 @@ def kept_bytes(backbone: VideoBackbone, *, num_frames: int, size: tuple[int, int
 
 
 def _sequences(stage: RewiredStage) -> Iterator[tuple[list[nn.Module], list[int]]]:
-    """The blocks of each unbroken residual sequence, and how many functions each of its reversible runs has."""
+    """The blocks of each unbroken residual sequence, and how many functions each run has that keeps states here."""
     for residual, group in groupby(stage.named_children(), key=lambda child: child[0] in stage.residual):
         blocks = dict(group)
         if residual:
             by_block = stage.config.unit == "block"
             total = len(blocks) if by_block else sum(len(stage.residual[name].branches) for name in blocks)
             length = stage.config.segment or total
-            yield list(blocks.values()), [min(length, total - first) for first in range(0, total, length)]
+            runs = [] if stage.config.offload else [min(length, total - first) for first in range(0, total, length)]
+            yield list(blocks.values()), runs
 
 
 class _Ledger:

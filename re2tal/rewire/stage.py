@@ -12,6 +12,7 @@ It takes the place of an `nn.Sequential`, which is called, or of an `nn.ModuleLi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
@@ -26,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from re2tal.reversible import run_reversibly
 from re2tal.reversible.chunking import ChunkedBranch, Piece
 from re2tal.reversible.engine import Merge
+from re2tal.reversible.offload import offloaded
 from re2tal.reversible.precision import Grid
 from re2tal.rewire.branches import Branch, Residual
 
@@ -49,6 +51,8 @@ class RewiringConfig:
     chunk_mebibytes: float | None = None
     """Run a branch in pieces that need about so much memory while they are differentiated, as far as the branch says
     how it may be cut; None runs every branch whole."""
+    offload: bool = False
+    """Keep the end states of runs in host memory, and fetch them back ahead of their backward."""
 
     def __post_init__(self) -> None:
         if self.unit not in ("branch", "block"):
@@ -63,6 +67,11 @@ class RewiringConfig:
             raise ValueError(
                 f"chunk_mebibytes is {self.chunk_mebibytes}, but the whole blocks of unit 'block' cannot be cut; set "
                 "unit to 'branch', or chunk_mebibytes to None"
+            )
+        if self.offload and not self.recompute:
+            raise ValueError(
+                "offload is set, but recompute is not: what is kept then are activations, not states; set recompute, "
+                "or leave offload out"
             )
 
 
@@ -102,14 +111,15 @@ class RewiredStage(nn.Module):
         units = [unit for name, block in blocks.items() for unit in self._units(name, block, args, kwargs)]
         length = self.config.segment or len(units)
         for first in range(0, len(units), length):
-            x = run_reversibly(
-                units[first : first + length],
-                x,
-                recompute=self.config.recompute,
-                merge=self.config.merge,
-                grid=self.config.grid,
-                owner=self,
-            )
+            with offloaded(x) if self.config.offload else nullcontext():
+                x = run_reversibly(
+                    units[first : first + length],
+                    x,
+                    recompute=self.config.recompute,
+                    merge=self.config.merge,
+                    grid=self.config.grid,
+                    owner=self,
+                )
         return x
 
     def _units(self, name: str, block: nn.Module, args: tuple, kwargs: dict) -> list[_Unit | ChunkedBranch]:

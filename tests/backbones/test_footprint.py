@@ -16,6 +16,7 @@ FORMS: dict[str, dict[str, Any]] = {
     "plain": {"rewired": False},
     "rewired": {},
     "segments of one branch": {"segment": 1},
+    "offloaded": {"offload": True},
     "pairs of blocks": {"unit": "block", "merge": "extrapolate", "segment": 2},
 }
 

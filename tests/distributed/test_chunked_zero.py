@@ -1,4 +1,4 @@
-"""Branches in pieces under DeepSpeed ZeRO 0 to 3 and DDP with two ranks: they change no parameter.
+"""Branches in pieces, and states in host memory, under DeepSpeed ZeRO 0 to 3 and DDP with two ranks: nothing changes.
 
 Gradient hooks that fired more than once would show here: DDP and ZeRO-2 raise, ZeRO-3 silently trains something else.
 """
@@ -16,7 +16,12 @@ from re2tal.rewire import Branch, RewiringConfig, by_samples, by_tokens, residua
 
 WORLD_SIZE, NUM_STEPS, ACCUMULATION, CHANNELS = 2, 3, 2, 16
 STAGES = (0, 1, 2, 3)
-CHUNK_MEBIBYTES = 1e-4  # so that everything is cut as far as it can be
+FORMS = {
+    "kept": RewiringConfig(recompute=False),
+    "cut": RewiringConfig(chunk_mebibytes=1e-4),  # as far as it can be
+    "offloaded": RewiringConfig(chunk_mebibytes=1e-4, segment=3, offload=True),
+    "kept segments": RewiringConfig(recompute=False, segment=3),
+}
 
 pytestmark = pytest.mark.timeout(600)  # a minute of two idle cores; they are often not idle
 
@@ -65,10 +70,10 @@ class Net(nn.Module):
         return self.head(self.stage(self.swin(frames, mask).values.transpose(1, 2)).mean(1))
 
 
-def network(*, chunk_mebibytes: float | None) -> Net:
+def network(*, form: str) -> Net:
     torch.manual_seed(0)
     net = Net()
-    rewire(net, config=RewiringConfig(chunk_mebibytes=chunk_mebibytes, recompute=chunk_mebibytes is not None))
+    rewire(net, config=FORMS[form])
     return net
 
 
@@ -85,12 +90,12 @@ def batches(rank: int) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-def train(*, stage: int, precision: str, chunk_mebibytes: float | None) -> dict[str, Tensor]:
+def train(*, stage: int, precision: str, form: str) -> dict[str, Tensor]:
     """All parameters after NUM_STEPS steps of ACCUMULATION batches."""
     import deepspeed
 
     rank = torch.distributed.get_rank()
-    net = network(chunk_mebibytes=chunk_mebibytes)
+    net = network(form=form)
     config = {
         "train_micro_batch_size_per_gpu": 2,
         "gradient_accumulation_steps": ACCUMULATION,
@@ -117,8 +122,8 @@ def train(*, stage: int, precision: str, chunk_mebibytes: float | None) -> dict[
     return found
 
 
-def train_with_ddp(*, chunk_mebibytes: float | None) -> dict[str, Tensor]:
-    net = nn.parallel.DistributedDataParallel(network(chunk_mebibytes=chunk_mebibytes))
+def train_with_ddp(*, form: str) -> dict[str, Tensor]:
+    net = nn.parallel.DistributedDataParallel(network(form=form))
     adamw = optimizer(net)
     torch.manual_seed(10 + torch.distributed.get_rank())
     for frames, target in batches(torch.distributed.get_rank())[:NUM_STEPS]:
@@ -135,21 +140,19 @@ def train_all(*, cases: list[list]) -> list[dict[str, Tensor]]:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else the start compiles what nothing here uses
     deepspeed.init_distributed(dist_backend="gloo", verbose=False)
     return [
-        train_with_ddp(chunk_mebibytes=chunk)
-        if stage == "ddp"
-        else train(stage=stage, precision=precision, chunk_mebibytes=chunk)
-        for stage, precision, chunk in cases
+        train_with_ddp(form=form) if stage == "ddp" else train(stage=stage, precision=precision, form=form)
+        for stage, precision, form in cases
     ]
 
 
-CUT = [*((stage, "float32") for stage in STAGES), (2, "bfloat16"), (3, "bfloat16"), ("ddp", "float32")]
-CASES = [
-    *((stage, precision, CHUNK_MEBIBYTES) for stage, precision in CUT),
-    (0, "float32", None),
-    (2, "bfloat16", None),
-    (3, "bfloat16", None),
-    ("ddp", "float32", None),
-]
+OTHERS = [(2, "bfloat16"), (3, "bfloat16"), ("ddp", "float32")]
+# Each case, and the one that it must agree with.
+PAIRS = {
+    **{(stage, "float32", "cut"): (0, "float32", "kept") for stage in STAGES},
+    **{(stage, precision, "cut"): (stage, precision, "kept") for stage, precision in OTHERS},
+    **{(stage, "float32", "offloaded"): (0, "float32", "kept segments") for stage in (1, 3)},
+}
+CASES = [*PAIRS, *dict.fromkeys(PAIRS.values())]
 
 
 @pytest.fixture(scope="module")
@@ -159,21 +162,20 @@ def results() -> dict[tuple, list[dict[str, Tensor]]]:
     return {case: [rank[index] for rank in ranks] for index, case in enumerate(CASES)}
 
 
-@pytest.mark.parametrize(("stage", "precision"), CUT)
-def test_parameters_after_training_are_those_of_whole_branches(stage, precision, results) -> None:
-    cut = results[(stage, precision, CHUNK_MEBIBYTES)]
-    whole = results[(stage if stage == "ddp" or precision != "float32" else 0, precision, None)]
+@pytest.mark.parametrize("case", PAIRS, ids=str)
+def test_parameters_after_training_are_those_of_whole_branches_with_all_kept(case, results) -> None:
     # Parameters in bfloat16 move in steps of up to 2**-9 of their size.
-    atol = 2e-6 if precision == "float32" else 1e-2
+    atol = 2e-6 if case[1] == "float32" else 1e-2
     for rank in range(WORLD_SIZE):
-        assert cut[rank].keys() == whole[rank].keys()
-        for name, want in whole[rank].items():
-            error = float((cut[rank][name] - want).abs().max())
+        found, wanted = results[case][rank], results[PAIRS[case]][rank]
+        assert found.keys() == wanted.keys()
+        for name, want in wanted.items():
+            error = float((found[name] - want).abs().max())
             assert error <= atol, f"{name}: {error:.1e} off"
 
 
 def test_every_parameter_was_trained_and_ranks_agree(results) -> None:
-    start = network(chunk_mebibytes=None).state_dict()
+    start = network(form="kept").state_dict()
     for ranks in results.values():
         assert all(not torch.equal(ranks[0][name], start[name]) for name in ranks[0])
         assert all(torch.equal(ranks[0][name], ranks[1][name]) for name in ranks[0])

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from rewire.networks import CHANNELS, Block, Caller, PostNorm, ScaledBlock, frames, seeded, walker
 from torch import nn
 
+from re2tal.reversible.offload import offloaded
 from re2tal.rewire import Branch, RewiringConfig, residual_branches, rewire, unrewire
+from re2tal.rewire import stage as stage_module
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
 
@@ -58,6 +61,34 @@ def test_forgetting_activations_changes_no_gradient(config) -> None:
     assert len(forgotten) == len(list(nets[0].parameters())) + 1
     for found, wanted in zip(forgotten, kept, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_states_of_one_stage_in_host_memory_change_no_gradient(monkeypatch) -> None:
+    entered = []
+    monkeypatch.setattr(stage_module, "offloaded", lambda x: entered.append(x) or offloaded(x))
+    found = []
+    for offload in (True, False):
+        net = Stages()
+        rewire(net, config=RewiringConfig(segment=3))
+        net.first.config = replace(net.first.config, offload=offload)
+        found.append(gradients(net, torch.linspace(-1, 1, 80).double().view(2, 5, CHANNELS)))
+    assert len(entered) == 2  # the runs of the first stage: 3 branches and 1
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_what_is_not_rebuilt_has_no_states_to_offload() -> None:
+    with pytest.raises(ValueError, match=r"offload is set, but recompute is not.* set recompute, or leave offload out"):
+        RewiringConfig(offload=True, recompute=False)
+
+
+class Stages(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = (nn.Sequential(Block(), Block()).double() for _ in range(2))
+
+    def forward(self, x):
+        return self.second(self.first(x))
 
 
 class PostNormList(PostNorm):
