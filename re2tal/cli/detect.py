@@ -25,7 +25,7 @@ from re2tal.data.manifest import Encoding, FramesPerSecond, FramesPerVideo, Reje
 from re2tal.data.probe import VIDEO_SUFFIXES, probe_video
 from re2tal.data.shards import ShardSet, open_shards
 from re2tal.data.stream import ClipConfig, stream_clips
-from re2tal.data.windows import ResizeWhole, Slide
+from re2tal.data.windows import ResizeWhole, Slide, Trimmed
 from re2tal.detector import TemporalActionDetector
 from re2tal.evaluation.results import write_results
 from re2tal.evaluation.video_classes import VideoClasses, read_video_classes
@@ -192,7 +192,7 @@ def encoding_for(clips: ClipConfig) -> Encoding:
     match clips.windowing:
         case ResizeWhole(num_frames=num_frames):
             return Encoding(FramesPerVideo(num_frames), short_side=short_side)
-        case Slide(frames_per_second=frames_per_second):
+        case Slide(frames_per_second=frames_per_second) | Trimmed(frames_per_second=frames_per_second):
             return Encoding(FramesPerSecond(frames_per_second), short_side=short_side)
 
 

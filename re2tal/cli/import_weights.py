@@ -10,6 +10,7 @@ import tyro
 
 from re2tal.config import RunConfig, save_config
 from re2tal.conversion import import_backbone, import_detector
+from re2tal.data.annotations import read_class_list
 from re2tal.localizers.class_map import AGNOSTIC_CLASS
 from re2tal.training.export import write_model, write_tensors
 
@@ -57,14 +58,4 @@ def _classes(path: Path | None, config: RunConfig) -> tuple[str, ...]:
             "--classes is missing: a checkpoint does not name its classes; give a text file with one per line, in the "
             "order of training (OpenTAD keeps it as category_idx.txt beside the annotations)"
         )
-    if not path.is_file():
-        raise FileNotFoundError(f"--classes {path} is not a file")
-    try:
-        names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--classes {path} is not a text file in UTF-8: {error}") from None
-    if not names:
-        raise ValueError(f"--classes {path} names no class; write one per line")
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"--classes {path} names {', '.join(repeated)} more than once; keep one line for each class")
-    return names
+    return read_class_list(path)

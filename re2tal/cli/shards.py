@@ -1,10 +1,10 @@
-"""`re2tal shards build | verify | list`: videos and annotations in, training data out."""
+"""`re2tal shards build | verify | list`: videos and annotations, or trimmed clips, in; training data out."""
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -12,14 +12,15 @@ from typing import Annotated, Literal
 import tyro
 from tqdm import tqdm
 
-from re2tal.data.annotations import Annotations, read_annotations, read_video_ids
+from re2tal.data.annotations import Annotations, read_annotations, read_class_list, read_video_ids
 from re2tal.data.build import BuildConfig, BuiltSubset, build_shards, find_videos
 from re2tal.data.catalog import DatasetSpec, find_dataset
+from re2tal.data.clips import ClipList, read_clips
 from re2tal.data.manifest import Encoding, FramesPerSecond, FramesPerVideo, Rejection
 from re2tal.data.probe import probe_video
+from re2tal.data.shard_builder import Listed
 from re2tal.data.shards import open_shards
 from re2tal.data.verify import damage
-from re2tal.structures import VideoRecord
 
 TOO_MANY_REJECTED, DAMAGED = 3, 4
 """Exit statuses."""
@@ -28,18 +29,25 @@ MAX_SHOWN = 20
 
 @dataclass(frozen=True, slots=True)
 class Build:
-    """Normalise videos and pack them with their annotations into shards, one folder per subset.
+    """Normalise videos and pack them into shards, one folder per subset: with --annotations videos in which actions
+    begin and end, with --clips trimmed ones that show a single action.
 
     Safe to stop and to run again: finished shards are kept. Exit status 3 if more than --max-rejected of a subset's
     videos cannot be used (the shards are complete without them), 2 for wrong input.
     """
 
-    videos: Path
-    """Folder of video files called ID.mp4 or v_ID.mp4 (or .mkv, .webm, .avi, ...)."""
-    annotations: Path
-    """JSON in the layout of ActivityNet or of one of the common THUMOS14 files."""
     out: Path
     """Folder to write to; each subset gets a folder in it."""
+    annotations: Path | None = None
+    """JSON in the layout of ActivityNet or of one of the common THUMOS14 files."""
+    clips: tuple[Path, ...] = ()
+    """In place of annotations: a folder SUBSET/CLASS/ID.mp4, or text files, such as train.csv val.csv: Kinetics' own,
+    or with a path and a class in each line."""
+    videos: Path | None = None
+    """Folder of video files called ID.mp4 or v_ID.mp4 (or .mkv, .webm, .avi, ...); of clips in a CSV, the folder that
+    holds them, however deep, or that paths start from."""
+    classes: Path | None = None
+    """With --clips: text file with one class per line. It fixes their order; labels that are numbers count in it."""
     dataset: str = "own"
     """Row of the catalog that gives the defaults: own, demo, activitynet, thumos14."""
     subsets: tuple[str, ...] = ()
@@ -99,10 +107,10 @@ def build(options: Build) -> int:
     if not 0 <= options.max_rejected <= 1:
         raise ValueError(f"--max-rejected is {options.max_rejected}; give a share from 0 to 1")
     config = _config(options, spec)
-    annotations = _annotations(options, spec)
+    listed, videos = _listed(options, spec)
     status = 0
-    for subset in options.subsets or _annotated_subsets(annotations):
-        built = _build_with_bar(options, annotations, subset, config)
+    for subset in options.subsets or _subsets(listed):
+        built = _build_with_bar(listed, videos, options.out, subset, config)
         status = max(status, _report(built, subset=subset, max_rejected=options.max_rejected))
     return status
 
@@ -182,15 +190,31 @@ def _encoding(options: Build, encoding: Encoding) -> Encoding:
     return encoding
 
 
-def _annotations(options: Build, spec: DatasetSpec) -> Annotations:
+def _listed(options: Build, spec: DatasetSpec) -> tuple[Annotations | ClipList, Path | Mapping[str, Path]]:
+    """What is to be packed, and where its files are."""
+    if bool(options.clips) == bool(options.annotations):
+        raise ValueError("give either --annotations FILE with --videos FOLDER, or --clips FOLDER_OR_FILES")
+    if options.clips:
+        classes = read_class_list(options.classes) if options.classes else spec.classes
+        clips = read_clips(options.clips, videos=options.videos, classes=classes)
+        return clips, clips.paths
+    assert options.annotations is not None
+    if options.videos is None:
+        raise ValueError(f"--annotations {options.annotations} needs --videos; give the folder that holds the videos")
+    if options.classes is not None:
+        raise ValueError(f"--classes {options.classes} is for --clips; the annotation file names its classes itself")
+    return _annotations(options.annotations, options.videos, options, spec), options.videos
+
+
+def _annotations(path: Path, videos: Path, options: Build, spec: DatasetSpec) -> Annotations:
     def measured(video_id: str) -> float:
-        found = find_videos(options.videos, [video_id], file_names=spec.file_names)
+        found = find_videos(videos, [video_id], file_names=spec.file_names)
         if not found:
-            raise ValueError(f"there is no file of this name in {options.videos}")
+            raise ValueError(f"there is no file of this name in {videos}")
         return float(probe_video(found[video_id]).duration_seconds)
 
     annotations = read_annotations(
-        options.annotations, classes=spec.classes, invalid_segments=options.invalid_segments, duration_of=measured
+        path, classes=spec.classes, invalid_segments=options.invalid_segments, duration_of=measured
     )
     for count, what in (
         (annotations.num_ambiguous, 'segments labelled "Ambiguous" skipped'),
@@ -198,23 +222,26 @@ def _annotations(options: Build, spec: DatasetSpec) -> Annotations:
         (annotations.num_dropped, "invalid segments dropped"),
     ):
         if count:
-            print(f"{options.annotations}: {count} {what}")
+            print(f"{path}: {count} {what}")
     return annotations
 
 
-def _annotated_subsets(annotations: Annotations) -> list[str]:
-    return [name for name, records in annotations.subsets.items() if any(record.actions for record in records)]
+def _subsets(listed: Annotations | ClipList) -> list[str]:
+    """All, but of an annotation file only those that have annotated actions."""
+    if isinstance(listed, ClipList):
+        return list(listed.subsets)
+    return [name for name, records in listed.subsets.items() if any(record.actions for record in records)]
 
 
-def _build_with_bar(options: Build, annotations: Annotations, subset: str, config: BuildConfig) -> BuiltSubset:
+def _build_with_bar(
+    listed: Annotations | ClipList, videos: Path | Mapping[str, Path], out: Path, subset: str, config: BuildConfig
+) -> BuiltSubset:
     with tqdm(unit="video", desc=subset, disable=not sys.stderr.isatty()) as bar:
 
-        def on_video(record: VideoRecord, rejection: Rejection | None) -> None:
+        def on_video(one: Listed, rejection: Rejection | None) -> None:
             bar.update()
 
-        return build_shards(
-            annotations, videos=options.videos, out=options.out, subset=subset, config=config, on_video=on_video
-        )
+        return build_shards(listed, videos=videos, out=out, subset=subset, config=config, on_video=on_video)
 
 
 def _report(built: BuiltSubset, *, subset: str, max_rejected: float) -> int:

@@ -14,14 +14,14 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeGuard
 
 from re2tal.data.manifest import VIDEO_ID
 from re2tal.strict_json import read_json
 from re2tal.structures import AMBIGUOUS, Action, VideoRecord
 
 MAX_SHOWN = 20
-_SUBSET = re.compile(r"[a-z0-9_-]{1,40}")
+SUBSET_NAME = re.compile(r"[a-z0-9_-]{1,40}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +62,24 @@ def read_video_ids(path: Path) -> frozenset[str]:
     return frozenset(ids)
 
 
+def read_class_list(path: Path) -> tuple[str, ...]:
+    """Class names from a text file, one per line in their order, blank lines left out.
+
+    Raises FileNotFoundError, and ValueError naming the file for one that names no class, or one of them twice.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"--classes {path} is not a file")
+    try:
+        names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--classes {path} is not a text file in UTF-8: {error}") from None
+    if not names:
+        raise ValueError(f"--classes {path} names no class; write one per line")
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"--classes {path} names {', '.join(repeated)} more than once; keep one line for each class")
+    return names
+
+
 def duration_tolerance(duration_seconds: float) -> float:
     """How many seconds two statements about one video's length may differ: one second, or 2 % of a long video.
 
@@ -91,12 +109,14 @@ def read_annotations(
             f'{path} has no "database" object with a video in it; wanted {{"database": {{id: {{"subset": ..., '
             '"duration": seconds, "annotations": [{"segment": [start, end], "label": ...}]}}}'
         )
-    reader = _Reader(classes=_class_list(classes), drop_invalid=invalid_segments == "drop", duration_of=duration_of)
+    reader = _Reader(
+        classes=check_class_list(classes), drop_invalid=invalid_segments == "drop", duration_of=duration_of
+    )
     records = list(reader.videos(database))
     labels = {action.label for record in records for action in record.actions}
     if not labels and not reader.problems:
         reader.problems.append("database: no video has an annotation; give the file that lists the actions")
-    _raise_together(path, reader)
+    raise_together(path, reader.problems, hint=reader.hint())
     subsets: dict[str, list[VideoRecord]] = {}
     for record in records:
         subsets.setdefault(record.subset, []).append(record)
@@ -109,7 +129,8 @@ def read_annotations(
     )
 
 
-def _class_list(classes: Sequence[str] | None) -> frozenset[str] | None:
+def check_class_list(classes: Sequence[str] | None) -> frozenset[str] | None:
+    """The class names as a set; ValueError for none, or for one that is there twice."""
     if classes is None:
         return None
     if len(set(classes)) < len(classes) or not classes:
@@ -117,18 +138,19 @@ def _class_list(classes: Sequence[str] | None) -> frozenset[str] | None:
     return frozenset(classes)
 
 
-def _raise_together(path: Path, reader: _Reader) -> None:
-    problems, known = reader.problems, ""
-    if reader.unknown_label:
-        names = sorted(reader.classes or ())
-        more = f" and {len(names) - 30} more" if len(names) > 30 else ""
-        known = f"the classes are {', '.join(names[:30])}{more}"
+def is_label(label: object) -> TypeGuard[str]:
+    """Whether this can be the name of a class: 1 to 200 printable characters."""
+    return isinstance(label, str) and bool(label.strip()) and label.isprintable() and len(label) <= 200
+
+
+def raise_together(path: Path | str, problems: Sequence[str], *, hint: str = "") -> None:
+    """One ValueError for all that is wrong with `path`, if anything is; `hint` is said once, at its end."""
     if len(problems) == 1:
-        raise ValueError(f"{path}: {problems[0]}" + (f"; {known}" if known else ""))
+        raise ValueError(f"{path}: {problems[0]}" + (f"; {hint}" if hint else ""))
     if problems:
         more = f"\n  and {len(problems) - MAX_SHOWN} more" if len(problems) > MAX_SHOWN else ""
         shown = "".join(f"\n  {problem}" for problem in problems[:MAX_SHOWN])
-        raise ValueError(f"{path} has {len(problems)} problems:{shown}{more}" + (f"\n{known}" if known else ""))
+        raise ValueError(f"{path} has {len(problems)} problems:{shown}{more}" + (f"\n{hint}" if hint else ""))
 
 
 @dataclass(slots=True)
@@ -144,6 +166,14 @@ class _Reader:
     num_clipped: int = 0
     num_dropped: int = 0
 
+    def hint(self) -> str:
+        """The classes there are, where a label was not among them."""
+        if not self.unknown_label:
+            return ""
+        names = sorted(self.classes or ())
+        more = f" and {len(names) - 30} more" if len(names) > 30 else ""
+        return f"the classes are {', '.join(names[:30])}{more}"
+
     def videos(self, database: dict[str, Any]) -> Iterator[VideoRecord]:
         for video_id, entry in database.items():
             try:
@@ -157,7 +187,7 @@ class _Reader:
         if not isinstance(entry, dict):
             raise _Problem("entry", entry, "give an object with subset, duration and annotations")
         subset, annotations = entry.get("subset"), entry.get("annotations")
-        if not isinstance(subset, str) or not _SUBSET.fullmatch(subset.lower()):
+        if not isinstance(subset, str) or not SUBSET_NAME.fullmatch(subset.lower()):
             raise _Problem("subset", subset, 'give a name such as "training" or "validation"')
         if not isinstance(annotations, list):
             raise _Problem("annotations", annotations, "give a list, empty where nothing happens")
@@ -200,7 +230,7 @@ class _Reader:
         if not isinstance(item, dict):
             raise _Problem("annotation", item, "give an object with segment and label")
         label = item.get("label")
-        if not isinstance(label, str) or not label.strip() or not label.isprintable() or len(label) > 200:
+        if not is_label(label):
             raise _Problem("label", label, "give a class name of 1 to 200 printable characters")
         if self.classes is not None and label not in self.classes and label != AMBIGUOUS:
             self.unknown_label = True

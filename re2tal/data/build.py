@@ -14,7 +14,7 @@ import queue
 import random
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +22,7 @@ from pathlib import Path
 import av
 
 from re2tal.data.annotations import Annotations
+from re2tal.data.clips import ClipList
 from re2tal.data.isolated import Isolated
 from re2tal.data.manifest import (
     FORMAT,
@@ -38,9 +39,8 @@ from re2tal.data.manifest import (
     to_json,
 )
 from re2tal.data.probe import VIDEO_SUFFIXES
-from re2tal.data.shard_builder import OnVideo, ShardBuilder, ShardPlan, Stopped
+from re2tal.data.shard_builder import Listed, OnVideo, ShardBuilder, ShardPlan, Stopped
 from re2tal.strict_json import write_atomically
-from re2tal.structures import VideoRecord
 
 REPORTS = ".reports"
 """Folder of the shard reports inside a shard folder."""
@@ -92,28 +92,23 @@ class BuiltSubset:
 
 
 def build_shards(
-    annotations: Annotations,
+    annotations: Annotations | ClipList,
     *,
-    videos: Path,
+    videos: Path | Mapping[str, Path],
     out: Path,
     subset: str,
     config: BuildConfig,
     on_video: OnVideo = lambda record, rejection: None,
 ) -> BuiltSubset:
-    """Build `out/subset` from the files in the folder `videos`.
+    """Build `out/subset` from the files in the folder `videos`, or from the file of each video id.
 
     Raises ValueError where nothing can be built, or where `out` holds shards of the same subset that were made with
     other settings. Videos that cannot be used do not raise: see `BuiltSubset.rejected`.
     """
-    records = [record for record in annotations.subset(subset) if record.video_id not in config.blocked]
+    records: list[Listed] = [record for record in annotations.subset(subset) if record.video_id not in config.blocked]
     if not records:
         raise ValueError(f"every video of subset {subset!r} is blocked; nothing is left to build")
-    sources = find_videos(videos, [record.video_id for record in records], file_names=config.file_names)
-    if not sources:
-        raise ValueError(
-            f"none of the {len(records)} videos of subset {subset!r} is in {videos}; looked for "
-            + ", ".join(name.format(id=records[0].video_id) + ".mp4" for name in config.file_names)
-        )
+    sources = _find_sources(records, videos, subset=subset, config=config)
     folder = out / subset.lower()
     (folder / REPORTS).mkdir(parents=True, exist_ok=True)
     _refuse_other_settings(folder, annotations, config)
@@ -136,6 +131,22 @@ def build_shards(
     )
 
 
+def _find_sources(
+    records: Sequence[Listed], videos: Path | Mapping[str, Path], *, subset: str, config: BuildConfig
+) -> dict[str, Path]:
+    video_ids = [record.video_id for record in records]
+    if isinstance(videos, Path):
+        sources = find_videos(videos, video_ids, file_names=config.file_names)
+        looked = ", ".join(name.format(id=video_ids[0]) + ".mp4" for name in config.file_names)
+        fault = f"is in {videos}; looked for {looked}"
+    else:
+        sources = {video_id: videos[video_id] for video_id in video_ids if videos[video_id].is_file()}
+        fault = f"is where it should be; looked for {videos[video_ids[0]]}"
+    if not sources:
+        raise ValueError(f"none of the {len(records)} videos of subset {subset!r} {fault}")
+    return sources
+
+
 def find_videos(folder: Path, video_ids: Sequence[str], *, file_names: Sequence[str]) -> dict[str, Path]:
     """Video id -> its file, for those that are there; ValueError where an id has two files."""
     if not folder.is_dir():
@@ -154,9 +165,7 @@ def find_videos(folder: Path, video_ids: Sequence[str], *, file_names: Sequence[
     return found
 
 
-def plan_shards(
-    records: Sequence[VideoRecord], sources: dict[str, Path], *, config: BuildConfig
-) -> tuple[ShardPlan, ...]:
+def plan_shards(records: Sequence[Listed], sources: dict[str, Path], *, config: BuildConfig) -> tuple[ShardPlan, ...]:
     """Put records into shards, in an order that depends on the seed alone; videos without a file keep their place."""
     order = list(records)
     random.Random(config.seed).shuffle(order)
@@ -176,7 +185,7 @@ def plan_shards(
     return tuple(plans)
 
 
-def _fingerprint(records: Sequence[VideoRecord], sources: dict[str, Path], encoding: Encoding) -> str:
+def _fingerprint(records: Sequence[Listed], sources: dict[str, Path], encoding: Encoding) -> str:
     parts = [str(VERSION), to_json(encoding)]
     for record in records:
         source = sources.get(record.video_id)
@@ -184,7 +193,7 @@ def _fingerprint(records: Sequence[VideoRecord], sources: dict[str, Path], encod
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _refuse_other_settings(folder: Path, annotations: Annotations, config: BuildConfig) -> None:
+def _refuse_other_settings(folder: Path, annotations: Annotations | ClipList, config: BuildConfig) -> None:
     path = folder / MANIFEST_NAME
     if not path.is_file():
         return

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from re2tal.data.annotations import duration_tolerance
+from re2tal.data.clips import TrimmedClip
 from re2tal.data.encode import Normalised, check_normalised, normalise_video
 from re2tal.data.isolated import Isolated
 from re2tal.data.manifest import Encoding, IndexedVideo, Rejection, ShardFile, ShardReport, Source, StoredVideo, to_json
@@ -20,8 +21,14 @@ from re2tal.data.shards import Pair, write_tar
 from re2tal.strict_json import sha256_of
 from re2tal.structures import VideoRecord
 
-OnVideo = Callable[[VideoRecord, Rejection | None], None]
+Listed = VideoRecord | TrimmedClip
+"""A video that is to be packed: with actions in it, or one that is a single action, whose length is not known yet."""
+
+OnVideo = Callable[[Listed, Rejection | None], None]
 """Called from worker threads after each video."""
+
+LONG_CLIP_SECONDS = 1800.0
+"""What a trimmed clip may last at most for the time that it is given, which ends those that hang."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +36,7 @@ class ShardPlan:
     """The videos that go into one shard."""
 
     name: str
-    records: tuple[VideoRecord, ...]
+    records: tuple[Listed, ...]
     sources: dict[str, Path]
     """Files of those records that have one."""
     fingerprint: str
@@ -83,19 +90,21 @@ class ShardBuilder:
             rejected=tuple(rejected),
         )
 
-    def _stored(self, record: VideoRecord, source: Path | None) -> tuple[StoredVideo, bytes]:
+    def _stored(self, listed: Listed, source: Path | None) -> tuple[StoredVideo, bytes]:
         """Normalise and check one video in the other process; ValueError says why it cannot be used."""
         if source is None:
             raise ValueError("there is no file of this name")
         target = self.scratch / "video.mp4"
-        seconds = record.duration_seconds
+        expected = listed.duration_seconds if isinstance(listed, VideoRecord) else None
+        seconds = expected or LONG_CLIP_SECONDS
         try:
             made_from, normalised = self.isolated.call(
-                300 + 30 * seconds, prepare_video, source, target, encoding=self.encoding, expected_seconds=seconds
+                300 + 30 * seconds, prepare_video, source, target, encoding=self.encoding, expected_seconds=expected
             )
             self.isolated.call(120 + 2 * seconds, check_normalised, target, normalised)
         except ValueError as error:
             raise ValueError(str(error).replace(str(source), source.name).replace(str(target), "as stored")) from None
+        record = listed if isinstance(listed, VideoRecord) else listed.lasting(made_from.duration_seconds)
         video = StoredVideo(
             record=record,
             num_frames=normalised.num_frames,
@@ -108,12 +117,12 @@ class ShardBuilder:
 
 
 def prepare_video(
-    source: Path, target: Path, *, encoding: Encoding, expected_seconds: float
+    source: Path, target: Path, *, encoding: Encoding, expected_seconds: float | None
 ) -> tuple[Source, Normalised]:
-    """Probe and normalise one file; ValueError where it is no sound video or lasts another time than expected."""
+    """Probe and normalise one file; ValueError where it is no sound video or lasts another time than is expected."""
     probe = probe_video(source)
     seconds = float(probe.duration_seconds)
-    if abs(seconds - expected_seconds) > duration_tolerance(expected_seconds):
+    if expected_seconds is not None and abs(seconds - expected_seconds) > duration_tolerance(expected_seconds):
         raise ValueError(f"{source} lasts {seconds:.2f} s, the annotation file says {expected_seconds:.2f} s")
     normalised = normalise_video(source, target, probe=probe, encoding=encoding)
     made_from = Source(

@@ -36,8 +36,8 @@ from re2tal.data.decode import DecodeError, decode_frames
 from re2tal.data.manifest import IndexedVideo
 from re2tal.data.plan import Unit, batch_units, count_steps, evaluation_order, training_order
 from re2tal.data.shards import ShardSet
-from re2tal.data.transforms import Box, centre_box, crop_and_resize, draw_box
-from re2tal.data.windows import Slide, Windowing, count_windows, draw_window, plan_windows
+from re2tal.data.transforms import Box, crop_and_resize, draw_box, square_box
+from re2tal.data.windows import Slide, Trimmed, Windowing, count_windows, draw_window, plan_windows
 from re2tal.structures import ClipBatch
 
 logger = logging.getLogger(__name__)
@@ -87,6 +87,11 @@ class ClipConfig:
             least_share, most = getattr(self, name)
             if not 0 < least_share <= most or (name == "crop_area" and most > 1):
                 raise ValueError(f"data.clips.{name} is {getattr(self, name)}; give two positive numbers, least first")
+        if self.fit == "stretch" and isinstance(self.windowing, Trimmed) and self.windowing.num_crops > 1:
+            raise ValueError(
+                f"data.clips.windowing.num_crops is {self.windowing.num_crops}, but data.clips.fit stretch shows the "
+                "whole picture; give 1 crop, or fit crop"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -289,15 +294,15 @@ class _Batches(Dataset[tuple[ClipBatch, list[Failure]]]):
         except DecodeError as error:
             failures.append(Failure(record.video_id, video.shard, str(error)))
             return clip
-        clip.frames[:, : window.num_valid] = self._shape(frames, generator)
+        clip.frames[:, : window.num_valid] = self._shape(frames, generator, place=window.crop)
         clip.frames[:, window.num_valid :] = clip.frames[:, window.num_valid - 1 : window.num_valid]
         return clip._replace(actions=window.actions, valid=True)
 
-    def _shape(self, frames: Tensor, generator: np.random.Generator) -> Tensor:
+    def _shape(self, frames: Tensor, generator: np.random.Generator, *, place: float) -> Tensor:
         """(T, H, W, 3) -> (3, T, size, size): one box and one mirror bit for all frames."""
         config = self.config
         height, width = frames.shape[1:3]
-        box = centre_box(height, width) if config.fit == "crop" else Box(0, 0, height, width)
+        box = square_box(height, width, place=place) if config.fit == "crop" else Box(0, 0, height, width)
         if self.training and config.crop_area != (1, 1):
             box = draw_box(height, width, area=config.crop_area, aspect=config.crop_aspect, generator=generator)
         flip = self.training and config.flip and generator.random() < 0.5

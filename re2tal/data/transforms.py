@@ -35,10 +35,10 @@ class Box(NamedTuple):
     width: int
 
 
-def centre_box(height: int, width: int) -> Box:
-    """The largest square, in the middle."""
+def square_box(height: int, width: int, *, place: float = 0.5) -> Box:
+    """The largest square: `place` 0 at the start of the longer side, 0.5 in the middle, 1 at its end."""
     side = min(height, width)
-    return Box((height - side) // 2, (width - side) // 2, side, side)
+    return Box(int((height - side) * place), int((width - side) * place), side, side)
 
 
 def draw_box(
@@ -61,7 +61,7 @@ def draw_box(
             top = int(generator.integers(height - box_height, endpoint=True))
             left = int(generator.integers(width - box_width, endpoint=True))
             return Box(top, left, box_height, box_width)
-    return centre_box(height, width)
+    return square_box(height, width)
 
 
 def crop_and_resize(frames: Tensor, box: Box, *, size: int, flip: bool = False) -> Tensor:

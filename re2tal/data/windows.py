@@ -7,13 +7,14 @@
 
 Stored frame i shows the video at i / fps seconds: shards are written so. `plan_windows` covers a video for evaluation,
 `draw_window` draws one window of it for training. The window lengths and the rules for cut actions are those of the
-published Re2TAL recipes.
+published Re2TAL recipes; views and crops those of Video Swin and SlowFast on Kinetics.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 
@@ -59,13 +60,32 @@ class Slide:
         _check_share("data.clips.windowing.shortest_crop", self.shortest_crop, least=0.01)
         if not 0 <= self.overlap < 1:
             raise ValueError(f"data.clips.windowing.overlap is {self.overlap}; give a share from 0 to below 1")
-        if not 0 < self.frames_per_second < float("inf"):
-            raise ValueError(
-                f"data.clips.windowing.frames_per_second is {self.frames_per_second}; give a positive number"
-            )
+        _check_rate(self.frames_per_second)
 
 
-Windowing = ResizeWhole | Slide
+@dataclass(frozen=True)
+class Trimmed:
+    """Clips of a fixed length in time from a video that shows one action from end to end. Where the video is shorter,
+    it starts again, as mmaction2 does it."""
+
+    num_frames: int = 32
+    """frames of a clip"""
+    frames_per_second: float = 15.0
+    """rate at which frames are taken, such as every second one of 30; at most the rate of the stored video"""
+    num_views: int = 4
+    """in evaluation, clips spread evenly over the video (Video Swin: 4, SlowFast: 10); in training it is one"""
+    num_crops: Literal[1, 3] = 1
+    """in evaluation, squares that are cut from each of them: the middle, or both ends of the longer side too"""
+
+    def __post_init__(self) -> None:
+        _check_count("data.clips.windowing.num_frames", self.num_frames)
+        _check_count("data.clips.windowing.num_views", self.num_views)
+        _check_rate(self.frames_per_second)
+        if self.num_crops not in (1, 3):
+            raise ValueError(f"data.clips.windowing.num_crops is {self.num_crops}; give 1 or 3")
+
+
+Windowing = ResizeWhole | Slide | Trimmed
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -75,13 +95,15 @@ class Window:
     window_id: int
     """counts the windows of one video in evaluation; 0 in training"""
     indices: np.ndarray
-    """(T,) int64, stored frames in order; padding repeats the last valid one"""
+    """(T,) int64, stored frames in order; padding repeats the last valid one, and a trimmed video starts again"""
     num_valid: int
     """the first so many of the T frames are not padding"""
     timeline: Timeline
     """counts frames: frame t of the clip lies at timeline.to_seconds(t)"""
     actions: tuple[Action, ...]
-    """what the clip shows, cut to it, in seconds of the whole video"""
+    """what the clip shows, cut to it (of a trimmed video: whole), in seconds of the whole video"""
+    crop: float = 0.5
+    """in evaluation, where along the longer side the square is cut out, from 0 to 1"""
 
     @property
     def mask(self) -> np.ndarray:
@@ -96,6 +118,8 @@ def count_windows(video: IndexedVideo, windowing: Windowing) -> int:
             return 1
         case Slide():
             return len(_starts(_num_samples(video, windowing), windowing))
+        case Trimmed():
+            return len(_views(_num_samples(video, windowing), windowing)) * windowing.num_crops
 
 
 def plan_windows(video: IndexedVideo, windowing: Windowing) -> list[Window]:
@@ -108,6 +132,10 @@ def plan_windows(video: IndexedVideo, windowing: Windowing) -> list[Window]:
             count = min(windowing.num_frames, total)
             starts = _starts(total, windowing)
             return [_cut(video, windowing, window_id=n, start=s, count=count) for n, s in enumerate(starts)]
+        case Trimmed(num_crops=num_crops):
+            crops = (0.5,) if num_crops == 1 else (0.0, 0.5, 1.0)
+            places = [(s, crop) for s in _views(_num_samples(video, windowing), windowing) for crop in crops]
+            return [_loop(video, windowing, window_id=n, start=s, crop=crop) for n, (s, crop) in enumerate(places)]
 
 
 def draw_window(video: IndexedVideo, windowing: Windowing, *, generator: np.random.Generator) -> Window:
@@ -119,6 +147,9 @@ def draw_window(video: IndexedVideo, windowing: Windowing, *, generator: np.rand
             return _whole(video, num_frames, actions)
         case Slide():
             return _truncate(video, windowing, generator=generator)
+        case Trimmed(num_frames=num_frames):
+            latest = max(_num_samples(video, windowing) - num_frames, 0)
+            return _loop(video, windowing, window_id=0, start=int(generator.integers(latest, endpoint=True)), crop=0.5)
 
 
 def _truncate(video: IndexedVideo, windowing: Slide, *, generator: np.random.Generator) -> Window:
@@ -160,6 +191,30 @@ def _cut(video: IndexedVideo, windowing: Slide, *, window_id: int, start: int, c
     )
 
 
+def _loop(video: IndexedVideo, windowing: Trimmed, *, window_id: int, start: int, crop: float) -> Window:
+    """Samples from number `start` on; after the last one comes the first again."""
+    seconds_per_frame = 1 / windowing.frames_per_second
+    samples = (start + np.arange(windowing.num_frames)) % _num_samples(video, windowing)
+    return Window(
+        window_id=window_id,
+        indices=_nearest_frames(video, samples * (video.fps / windowing.frames_per_second)),
+        num_valid=windowing.num_frames,
+        timeline=Timeline(start * seconds_per_frame, seconds_per_frame, video.record.duration_seconds),
+        actions=video.record.actions,
+        crop=crop,
+    )
+
+
+def _views(total: int, windowing: Trimmed) -> list[int]:
+    """First samples of the views of `total` samples, from the start to the end, or in the middle where it is one.
+
+    A video that is hardly longer than a clip has fewer of them.
+    """
+    latest = max(total - windowing.num_frames, 0)
+    shares = np.linspace(0, 1, windowing.num_views) if windowing.num_views > 1 else np.array([0.5])
+    return sorted({int(start) for start in np.rint(shares * latest)})
+
+
 def _actions_inside(
     actions: Sequence[Action], start_seconds: float, end_seconds: float, *, kept_share: float
 ) -> tuple[Action, ...]:
@@ -180,7 +235,7 @@ def _starts(total: int, windowing: Slide) -> list[int]:
     return [*range(0, total - windowing.num_frames, step), total - windowing.num_frames]
 
 
-def _num_samples(video: IndexedVideo, windowing: Slide) -> int:
+def _num_samples(video: IndexedVideo, windowing: Slide | Trimmed) -> int:
     """How many frames a video has at the window's rate."""
     # Rates written with three digits, 29.97 for 30000/1001, are the same rate.
     if windowing.frames_per_second > video.fps * 1.001:
@@ -198,6 +253,11 @@ def _nearest_frames(video: IndexedVideo, positions: np.ndarray) -> np.ndarray:
 def _check_count(name: str, value: int) -> None:
     if value < 1:
         raise ValueError(f"{name} is {value}; give 1 or more")
+
+
+def _check_rate(value: float) -> None:
+    if not 0 < value < float("inf"):
+        raise ValueError(f"data.clips.windowing.frames_per_second is {value}; give a positive number")
 
 
 def _check_share(name: str, value: float, *, least: float) -> None:

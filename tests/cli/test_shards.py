@@ -109,6 +109,33 @@ def test_wrong_input_is_one_line_and_status_2(capsys, given, tmp_path, options, 
     assert "Traceback" not in err
 
 
+def test_clips_in_folders_become_subsets_of_videos_with_one_action(capsys, tmp_path):
+    for subset, label, name in (("train", "pour tea", "a"), ("train", "run", "b"), ("val", "run", "c")):
+        (tmp_path / "clips" / subset / label).mkdir(parents=True)
+        write_video(tmp_path / "clips" / subset / label / f"{name}.mp4")
+    status, out, _ = run(capsys, "build", "--clips", tmp_path / "clips", "--out", tmp_path / "out", "--workers", 1)
+    assert status == 0
+    assert f"{tmp_path}/out/training: own training, 2 videos" in out
+    shards = open_shards(tmp_path / "out" / "validation")
+    assert shards.classes == ("pour tea", "run")
+    assert [[action.label for action in video.record.actions] for video in shards.videos] == [["run"]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "give either --annotations FILE with --videos FOLDER, or --clips FOLDER_OR_FILES"),
+        (["--clips", "x", "--annotations", "y"], "give either --annotations FILE with --videos FOLDER, or --clips"),
+        (["--annotations", "y"], "--annotations y needs --videos; give the folder that holds the videos"),
+        (["--annotations", "y", "--videos", "z", "--classes", "c"], "--classes c is for --clips; the annotation file"),
+    ],
+)
+def test_clips_and_annotations_exclude_each_other(capsys, tmp_path, options, message):
+    status, _, err = run(capsys, "build", "--out", tmp_path, *options)
+    assert (status, err.count("\n")) == (2, 1)
+    assert message in err
+
+
 def test_an_open_of_nothing_is_one_line_and_status_2(capsys, tmp_path):
     for command in ("list", "verify"):
         status, _, err = run(capsys, command, tmp_path / "none")

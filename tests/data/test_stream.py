@@ -13,7 +13,7 @@ from data.folders import indexed, write_shards
 from data.numbered import encode_numbered, read_numbers
 from data.workers import ready_worker
 
-from re2tal.data.decode import DecodeError
+from re2tal.data.decode import DecodeError, decode_frames
 from re2tal.data.shards import ShardSet
 from re2tal.data.stream import (
     STOP_SIGNALS,
@@ -23,7 +23,8 @@ from re2tal.data.stream import (
     stop_signals_blocked,
     stream_clips,
 )
-from re2tal.data.windows import ResizeWhole, Slide, plan_windows
+from re2tal.data.transforms import Box, crop_and_resize
+from re2tal.data.windows import ResizeWhole, Slide, Trimmed, plan_windows
 from re2tal.structures import Action, ClipBatch
 
 LENGTHS = (40, 61, 100, 150, 33, 90, 75)
@@ -310,3 +311,22 @@ def test_too_little_shared_memory_is_said_before_workers_die_of_it(shards, monke
 def test_settings_without_a_meaning_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         replace(PLAIN, **change)
+
+
+def test_three_crops_show_three_squares_of_the_same_frames(shards):
+    windowing = Trimmed(8, frames_per_second=15, num_views=2, num_crops=3)
+    config = replace(PLAIN, windowing=windowing, fit="crop")
+    (batch,) = itertools.islice(stream_clips(shards, config, batch_size=6, training=False).epoch(0), 1)
+    assert batch.window_ids == (0, 1, 2, 3, 4, 5)
+    frames = decode_numbered(shards, plan_windows(shards.videos[0], windowing)[0].indices)
+    height, width = frames.shape[1:3]
+    assert width > height
+    for clip, left in enumerate((0, (width - height) // 2, width - height)):
+        box = Box(0, left, height, height)
+        assert torch.equal(batch.frames[clip], crop_and_resize(frames, box, size=config.size))
+    with pytest.raises(ValueError, match=r"num_crops is 3, but data.clips.fit stretch shows the whole picture"):
+        replace(PLAIN, windowing=windowing)
+
+
+def decode_numbered(shards: ShardSet, indices: np.ndarray) -> torch.Tensor:
+    return decode_frames(read_mp4(shards, shards.videos[0]), indices)

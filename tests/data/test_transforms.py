@@ -8,12 +8,12 @@ from re2tal.data.transforms import (
     MEAN,
     STD,
     Box,
-    centre_box,
     colour_map,
     crop_and_resize,
     draw_box,
     jitter_and_normalise,
     normalise,
+    square_box,
 )
 
 
@@ -54,8 +54,13 @@ def test_a_stretched_box_moves_a_point_to_where_it_belongs():
 
 
 @pytest.mark.parametrize(("height", "width", "box"), [(10, 16, (0, 3, 10, 10)), (17, 10, (3, 0, 10, 10))])
-def test_the_centre_box_is_the_largest_square_in_the_middle(height, width, box):
-    assert centre_box(height, width) == box
+def test_the_square_box_is_the_largest_square_in_the_middle(height, width, box):
+    assert square_box(height, width) == box
+
+
+def test_a_square_may_lie_at_either_end_of_the_longer_side():
+    assert [square_box(4, 10, place=place) for place in (0.0, 1.0)] == [Box(0, 0, 4, 4), Box(0, 6, 4, 4)]
+    assert [square_box(10, 4, place=place) for place in (0.0, 1.0)] == [Box(0, 0, 4, 4), Box(6, 0, 4, 4)]
 
 
 def test_drawn_boxes_lie_inside_and_have_the_area_and_shape_asked_for():

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from data.folders import indexed
 
-from re2tal.data.windows import ResizeWhole, Slide, count_windows, draw_window, plan_windows
+from re2tal.data.windows import ResizeWhole, Slide, Trimmed, count_windows, draw_window, plan_windows
 from re2tal.structures import Action
 
 
@@ -158,3 +158,58 @@ def test_a_rate_above_the_stored_one_is_refused():
 def test_settings_without_a_meaning_are_refused(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_views_of_a_trimmed_video_reach_from_its_start_to_its_end():
+    # 30 frames a second at 15: 50 samples of every second frame. Four views of 20 start at 0, 10, 20 and 30.
+    video = indexed(100, actions=(Action(0.0, 100 / 30, "x"),))
+    windowing = Trimmed(20, frames_per_second=15, num_views=4)
+    windows = plan_windows(video, windowing)
+    assert [w.indices[0] for w in windows] == [0, 20, 40, 60]
+    assert [w.indices[-1] for w in windows] == [38, 58, 78, 98]
+    assert [w.timeline.start_seconds for w in windows] == pytest.approx([0.0, 10 / 15, 20 / 15, 30 / 15])
+    assert all(w.mask.all() and w.actions == video.record.actions and w.crop == 0.5 for w in windows)
+    (middle,) = plan_windows(video, Trimmed(20, frames_per_second=15, num_views=1))
+    assert middle.indices[0] == 30
+
+
+def test_three_crops_of_every_view_are_windows_of_their_own():
+    windowing = Trimmed(20, frames_per_second=15, num_views=2, num_crops=3)
+    windows = plan_windows(indexed(100), windowing)
+    assert count_windows(indexed(100), windowing) == len(windows) == 6
+    assert [(w.window_id, w.indices[0], w.crop) for w in windows] == [
+        (0, 0, 0.0),
+        (1, 0, 0.5),
+        (2, 0, 1.0),
+        (3, 60, 0.0),
+        (4, 60, 0.5),
+        (5, 60, 1.0),
+    ]
+
+
+def test_a_trimmed_video_shorter_than_a_clip_starts_again_and_has_one_view():
+    windowing = Trimmed(8, frames_per_second=30, num_views=4)
+    (window,) = plan_windows(indexed(3), windowing)
+    assert window.indices.tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+    assert window.mask.all()
+    assert draw_window(indexed(3), windowing, generator=rng(0)).indices.tolist() == window.indices.tolist()
+
+
+def test_training_draws_every_stretch_of_a_trimmed_video():
+    windowing, video = Trimmed(20, frames_per_second=15), indexed(100, actions=(Action(0.0, 100 / 30, "x"),))
+    windows = [draw_window(video, windowing, generator=rng(seed)) for seed in range(400)]
+    assert {int(w.indices[0]) for w in windows} == set(range(0, 61, 2))
+    assert all(np.all(np.diff(w.indices) == 2) and w.actions == video.record.actions for w in windows)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_views": 0}, "num_views is 0; give 1 or more"),
+        ({"num_crops": 2}, "num_crops is 2; give 1 or 3"),
+        ({"frames_per_second": 0.0}, "frames_per_second is 0.0; give a positive number"),
+    ],
+)
+def test_trimmed_refuses_what_makes_no_clip(options, message):
+    with pytest.raises(ValueError, match=message):
+        Trimmed(**options)
