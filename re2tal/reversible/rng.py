@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._guards import active_fake_mode
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -25,11 +26,16 @@ class GeneratorState:
 
     device: torch.device
     states: tuple[Tensor, ...]
-    """of the CPU, and of the device where that is another one"""
+    """of the CPU, and of the device where that is another one; none under a fake mode"""
 
     @classmethod
     def now(cls, device: torch.device) -> GeneratorState:
-        """The present state. Costs some 10 microseconds on a CPU, and waits for no kernel on CUDA."""
+        """The present state. Costs some 10 microseconds on a CPU, and waits for no kernel on CUDA.
+
+        Operations on fake tensors draw nothing, so that there is nothing to record under their mode.
+        """
+        if active_fake_mode() is not None:
+            return cls(device, ())
         cpu = torch.get_rng_state()
         return cls(device, (cpu,) if device.type == "cpu" else (cpu, _generators(device).get_rng_state(device)))
 
@@ -48,9 +54,11 @@ class GeneratorState:
             outside._set()
 
     def _set(self) -> None:
-        torch.set_rng_state(self.states[0])
-        for state in self.states[1:]:
-            _generators(self.device).set_rng_state(state, self.device)
+        for index, state in enumerate(self.states):
+            if index:
+                _generators(self.device).set_rng_state(state, self.device)
+            else:
+                torch.set_rng_state(state)
 
 
 def _generators(device: torch.device):

@@ -1,0 +1,66 @@
+"""A step on fake tensors lives and dies as the real one: same peak, and nothing drawn from the generators."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from reversible.networks import CHANNELS, chain
+from torch import Tensor, nn
+
+from re2tal.reversible import run_reversibly
+from re2tal.reversible.chunking import ChunkedBranch, Piece, even_spans
+from re2tal.reversible.fake import on_fake_tensors
+from re2tal.reversible.live_bytes import LiveBytes
+
+CPU = torch.device("cpu")
+
+
+class Run(nn.Module):
+    """A reversible run of branches, whole or cut by samples."""
+
+    def __init__(self, kind: str, *, pieces: int = 1, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.branches = chain(kind, 6, dropout=dropout)
+        self.pieces = pieces
+
+    def forward(self, x: Tensor) -> Tensor:
+        branches = [ChunkedBranch("branch", one, self._cut(one), same_draws=False) for one in self.branches]
+        return run_reversibly(branches, x, owner=self)
+
+    def _cut(self, branch: nn.Module):
+        return lambda state: [Piece(0, (span,), branch) for span in even_spans(len(state), self.pieces)]
+
+
+def peak(module: nn.Module, *, autocast: bool) -> int:
+    gc.collect()
+    with LiveBytes() as live, torch.autocast("cpu", enabled=autocast):
+        module(torch.zeros(32, CHANNELS, CHANNELS)).float().square().sum().backward()
+    return live.peak
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize(("kind", "pieces"), [("transformer", 1), ("transformer", 3), ("conv", 1)])
+def test_the_peak_on_fake_tensors_is_the_measured_one(kind, pieces, autocast) -> None:
+    measured = peak(Run(kind, pieces=pieces), autocast=autocast)
+    fake, mode = on_fake_tensors(lambda: Run(kind, pieces=pieces), dtype=torch.float32, device=CPU)
+    with mode:
+        predicted = peak(fake, autocast=autocast)
+    assert predicted == pytest.approx(measured, rel=0.02)
+
+
+def test_generators_are_left_alone() -> None:
+    before = torch.get_rng_state()
+    fake, mode = on_fake_tensors(lambda: Run("transformer", pieces=2), dtype=torch.float32, device=CPU)
+    with mode:
+        peak(fake, autocast=False)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_parameters_have_the_dtype_and_no_numbers() -> None:
+    fake, mode = on_fake_tensors(lambda: nn.Linear(3, 100_000), dtype=torch.bfloat16, device=CPU)
+    with mode:
+        assert fake(torch.zeros(2, 3, dtype=torch.bfloat16)).dtype == torch.bfloat16
+    assert [parameter.dtype for parameter in fake.parameters()] == [torch.bfloat16] * 2
+    assert {parameter.untyped_storage().device.type for parameter in fake.parameters()} == {"meta"}
