@@ -1,24 +1,144 @@
-"""The coupling of a rewired residual network, and its inverse.
+"""The coupling of residual branches whose skips reach one and two states back; its inverse, gradients and errors.
 
-    advance:  x[i+1] = x[i-1] + F_i(x[i])
-    rewind:   x[i-1] = x[i+1] - F_i(x[i])
+    advance    x[i+1] = F_i(x[i]) + alpha x[i] + beta x[i-1],    x[-1] = x[0] = x
+    rewind     x[i-1] = (x[i+1] - F_i(x[i]) - alpha x[i]) / beta
+    gradients  dx[i]  = dF_i(x[i])^T dx[i+1] + alpha dx[i+1] + beta dx[i+2]:    the first line again, walking backwards
 
-Gradients obey the first equation too, walking backwards: dx[i] gains dF_i(x[i])^T dx[i+1], and dx[i+1] becomes dx[i-1].
+(0, 1) is Re2TAL's, whose inverse neither multiplies nor divides. (1, 0) is the residual network before it was rewired,
+which cannot be inverted. Dr2Net (CVPR 2024) trains along the way from there to here.
+
+What a run of n branches returns. Where alpha + beta = 1, the recurrence says
+x[i+1] + beta x[i] = F_i(x[i]) + (x[i] + beta x[i-1]), so that x[n] + beta x[n-1] = (1 + beta) x + F_0 + .. + F_n-1, and
+
+    "mean"         (x[n] + beta x[n-1]) / (1 + beta)    = x + (F_0 + .. + F_n-1) / (1 + beta)
+    "extrapolate"   x[n] + beta (x[n-1] - x)            = x + (F_0 + .. + F_n-1)
+
+Both are x[n] at (1, 0), where that is the plain network, and the two merges of Re2TAL's coupling at (0, 1); in between
+they change smoothly, and "extrapolate" has every branch in full measure all the way. Their gradients have dx[n+1] =
+dx[n], as the forward has x[-1] = x[0]. Away from alpha + beta = 1 states grow or shrink by (alpha + sqrt(alpha^2 + 4
+beta)) / 2 a step.
+
+Rebuilding. An error in a state goes on as e[i-1] = (e[i+1] - alpha e[i]) / beta, the branches left aside, so k inverses
+in a row multiply it by up to mu^k, mu = (alpha + sqrt(alpha^2 + 4 beta)) / (2 beta), which is 1 / beta where alpha +
+beta = 1. A run therefore keeps pairs of states at such distances that no rebuilt one is off by more than mu^k allows:
+all of its states for a small beta, which makes it a checkpointed run with exact gradients, only the last pair for one
+near 1, and a few pairs in between.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from math import floor, inf, log, sqrt
+from typing import Literal
+
 from torch import Tensor
 
-
-def advance(previous: Tensor, update: Tensor, *, owned: bool) -> Tensor:
-    """x[i-1], F_i(x[i]) -> x[i+1]; in the buffer of x[i-1] where the caller owns it.
-
-    `update` may have a narrower dtype than `previous`; the sum is taken, without a copy, in the wider one.
-    """
-    return previous.add_(update) if owned else previous + update
+Merge = Literal["mean", "extrapolate"]
 
 
-def rewind(following: Tensor, update: Tensor) -> Tensor:
-    """x[i+1], F_i(x[i]) -> x[i-1], in the buffer of x[i+1]."""
-    return following.sub_(update)
+@dataclass(frozen=True, slots=True)
+class Coupling:
+    """How much of the last state, and of the one before it, goes into the next one besides the branch's output."""
+
+    alpha: float = 0.0
+    """Of x[i], in [0, 1]."""
+    beta: float = 1.0
+    """Of x[i-1], in [0, 1]."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("alpha", self.alpha), ("beta", self.beta)):
+            if not 0 <= value <= 1:
+                raise ValueError(f"coupling: {name} is {value}; it lies in [0, 1]: (0, 1) is Re2TAL's, (1, 0) is plain")
+
+    @property
+    def is_sum(self) -> bool:
+        """Whether it is Re2TAL's: a sum, which rounding to a grid makes exact and its inverse too."""
+        return self.alpha == 0 and self.beta == 1
+
+    # ------------------------------------------------------------------------------------------------- there and back
+
+    def advance(self, previous: Tensor, current: Tensor, update: Tensor, *, owned: bool) -> Tensor:
+        """x[i-1], x[i], F_i(x[i]) -> x[i+1]; in the buffer of x[i-1] where the caller owns it.
+
+        `update` may have a narrower dtype than states; the sum is taken, without a copy, in theirs.
+        """
+        if self.is_sum and not owned:
+            return previous + update
+        return self.carried(previous, current, owned=owned).add_(update)
+
+    def carried(self, previous: Tensor, current: Tensor, *, owned: bool) -> Tensor:
+        """alpha x[i] + beta x[i-1], for a caller who adds F_i(x[i]) in place; in the buffer of x[i-1] if `owned`."""
+        if self.is_sum:
+            return previous if owned else previous.clone()
+        if self.beta == 0:
+            return current * self.alpha
+        carried = previous.mul_(self.beta) if owned else previous * self.beta
+        return carried.add_(current, alpha=self.alpha)
+
+    def rewind(self, following: Tensor, current: Tensor, update: Tensor) -> Tensor:
+        """x[i+1], x[i], F_i(x[i]) -> x[i-1], in the buffer of x[i+1]."""
+        return self.released(following.sub_(update), current)
+
+    def released(self, carried: Tensor, current: Tensor) -> Tensor:
+        """The inverse of `carried`, in place: x[i+1] less F_i(x[i]), and x[i] -> x[i-1]."""
+        return carried if self.is_sum else carried.sub_(current, alpha=self.alpha).div_(self.beta)
+
+    # ------------------------------------------------------------------------------------------------ the ends of a run
+
+    def merged(self, start: Tensor, previous: Tensor, current: Tensor, *, merge: Merge) -> Tensor:
+        """x, x[n-1] and x[n] -> what the run returns."""
+        if self.beta == 0:
+            return current
+        if self.is_sum:
+            return (previous + current) * 0.5 if merge == "mean" else previous + current - start
+        if merge == "mean":
+            return (current + self.beta * previous) / (1 + self.beta)
+        return current + self.beta * (previous - start)
+
+    def gradient_of_end(self, gradient: Tensor, *, merge: Merge) -> Tensor:
+        """The gradient of what the run returns -> dx[n], which is dx[n+1] too."""
+        return gradient if merge == "extrapolate" or self.beta == 0 else gradient * (1 / (1 + self.beta))
+
+    def gradient_of_start(self, second: Tensor, first: Tensor, gradient: Tensor, *, merge: Merge) -> Tensor:
+        """dx[2], dx[1] and the gradient of what the run returns -> that of x, to which F_0's part is to be added.
+
+        x is x[0], x[-1], and what "extrapolate" starts from.
+        """
+        # In the order in which plain autograd adds, to agree with it to the last bit.
+        back = second - gradient if merge == "extrapolate" else second
+        if self.is_sum:
+            return back + first
+        return (back * self.beta).add_(first, alpha=self.alpha + self.beta)
+
+    # ----------------------------------------------------------------------------------------------------------- errors
+
+    @property
+    def error_growth(self) -> float:
+        """mu: by how much one inverse multiplies an error at most; infinite for beta = 0."""
+        if self.beta == 0:
+            return inf
+        return (self.alpha + sqrt(self.alpha**2 + 4 * self.beta)) / (2 * self.beta)
+
+    def kept(self, length: int, *, room: float) -> list[int]:
+        """Which of the states 0 .. `length` a run keeps for its backward, in rising order.
+
+        `room`: by how much the error of a state may grow. Re2TAL's coupling lets none grow, and keeps the last two.
+        """
+        in_a_row = self._in_a_row(room)
+        kept = [index for index in range(length + 1) if in_a_row is None or (length - index) % (in_a_row + 2) < 2]
+        if in_a_row is None:
+            kept = kept[-2:]
+        # x[n] is only good for finding x[n-2].
+        return kept[:-1] if length == 1 or length - 2 in kept else kept
+
+    def _in_a_row(self, room: float) -> int | None:
+        """How many inverses in a row let an error grow no further than by `room`; None for any number."""
+        if self.is_sum:
+            return None
+        if room < 1 or self.beta == 0:
+            return 0
+        return None if self.error_growth <= 1 else floor(log(room) / log(self.error_growth))
+
+
+SUM = Coupling()
+"""Re2TAL's: x[i+1] = x[i-1] + F_i(x[i])."""

@@ -5,6 +5,9 @@
     forward     keeps x[n-1] and x[n], nothing else
     backward    for i = n-1 .. 0: runs F_i(x[i]) again, takes it from x[i+1] in place to get x[i-1], differentiates it
 
+A coupling other than this sum has x[i] in it too, and cannot be inverted as well: more states are then kept, as many as
+it takes, and backward inverts between them; see `coupling`.
+
 One autograd Function spans the whole run. Inside its backward every branch gets a real, nested `backward()` that
 accumulates into the leaves, so that the hooks which DDP and DeepSpeed put on modules and parameters see an ordinary
 backward. Parameters are no inputs of the Function: ZeRO-3 keeps them partitioned, hence empty, outside their modules.
@@ -13,23 +16,22 @@ A `ChunkedBranch` is run piece by piece in all of this; see `chunking`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from re2tal.reversible.chunking import ChunkedBranch, GradientSums, Piece, pieces_of
-from re2tal.reversible.coupling import advance, rewind
+from re2tal.reversible.coupling import SUM, Coupling, Merge
 from re2tal.reversible.precision import Grid, Precision
 from re2tal.reversible.rng import GeneratorState
 from re2tal.reversible.surroundings import AutocastState, BufferWatch, held
 
 BranchFunction = Callable[[Tensor], Tensor]
-Merge = Literal["mean", "extrapolate"]
 
 
 def run_reversibly(
@@ -38,6 +40,7 @@ def run_reversibly(
     *,
     recompute: bool = True,
     merge: Merge = "mean",
+    coupling: Coupling = SUM,
     grid: Grid = "auto",
     owner: nn.Module | None = None,
 ) -> Tensor:
@@ -51,6 +54,8 @@ def run_reversibly(
         merge: "mean" is (x[n-1] + x[n]) / 2, the paper's; "extrapolate" is x[n-1] + x[n] - x, which is the plain
             residual network to first order, and exactly that network for n = 1, and for two whole blocks
             F(x) = block(x) - x.
+        coupling: how states follow from the two before them; by default x[i+1] = x[i-1] + F_i(x[i]), as above. Others
+            have merges of their own, and keep more states than two where inverting would lose too much; see `coupling`.
         grid: rounds states so that they are rebuilt to the last bit; see `precision`.
         owner: the module that holds every parameter and buffer that the branches use. Buffers that it writes in forward
             are held still in the rebuild, and where none of its parameters, nor `x`, wants a gradient, nothing is kept.
@@ -72,9 +77,9 @@ def run_reversibly(
         raise ValueError(f"a reversible run needs floating point states, got {x.dtype}; convert x first")
     if not branches:
         return x
-    run = _Run(tuple(branches), merge, Precision.of(x, grid))
+    run = _Run(tuple(branches), merge, coupling, Precision.of(x, grid, coupling))
     if not (recompute and torch.is_grad_enabled() and (x.requires_grad or _is_trained(owner))):
-        return run.merged(*run.states(x, _call))
+        return run.merged(*run.states(x, _call)[:3])
     # Parameters are no inputs of the Function, and x may want no gradient: without an input that does, autograd would
     # leave the Function out, and the parameters would silently get nothing.
     anchor = torch.empty(0, device=x.device, requires_grad=True)
@@ -103,16 +108,32 @@ class _Run:
 
     branches: tuple[BranchFunction, ...]
     merge: Merge
+    coupling: Coupling
     precision: Precision
 
-    def states(self, x: Tensor, call: Callable[[BranchFunction, Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """x[0], x[n-1] and x[n]. Where autograd does not watch, x[i+1] takes the buffer of x[i-1]."""
+    def kept(self) -> list[int]:
+        """Which of the states 0 .. n backward gets, in rising order: the others it rebuilds."""
+        return self.coupling.kept(len(self.branches), room=self.precision.room)
+
+    def states(
+        self, x: Tensor, call: Callable[[BranchFunction, Tensor], Tensor], *, kept: Collection[int] = ()
+    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+        """x[0], x[n-1] and x[n], and those that are to be kept.
+
+        Where autograd does not watch, x[i+1] takes the buffer of x[i-1], unless that is kept.
+        """
         start = previous = current = self.precision.round(x.to(self.precision.states))
         needed = x if self.merge == "mean" else start
+        found = []
         for index in range(len(self.branches)):
-            owned = not (torch.is_grad_enabled() or previous is current or previous is needed)
+            if index in kept:
+                found.append(current)
+            lent = previous is current or previous is needed or index - 1 in kept
+            owned = not (torch.is_grad_enabled() or lent)
             previous, current = current, self.following(index, previous, current, call, owned=owned)
-        return start, previous, current
+        if len(self.branches) in kept:
+            found.append(current)
+        return start, previous, current, found
 
     def following(
         self,
@@ -128,8 +149,8 @@ class _Run:
         pieces = pieces_of(branch, current)
         # Updates get no name here: with one they would live on while the next one is computed.
         if not pieces:
-            return advance(previous, self.update(index, branch, current, call), owned=owned)
-        following = previous if owned else previous.clone()
+            return self.coupling.advance(previous, current, self.update(index, branch, current, call), owned=owned)
+        following = self.coupling.carried(previous, current, owned=owned)
         for piece, draws in zip(pieces, _draws_of_pieces(branch, current.device), strict=False):
             with draws:
                 piece.add_to(following, self.update(index, piece.function, piece.take(current), call))
@@ -155,8 +176,7 @@ class _Run:
 
     def merged(self, start: Tensor, previous: Tensor, current: Tensor) -> Tensor:
         """What the run returns."""
-        merged = (previous + current) * 0.5 if self.merge == "mean" else previous + current - start
-        return merged.to(self.precision.output)
+        return self.coupling.merged(start, previous, current, merge=self.merge).to(self.precision.output)
 
     def _name(self, index: int) -> str:
         branch = self.branches[index]
@@ -177,11 +197,10 @@ class _Reversible(torch.autograd.Function):
 
         buffers = BufferWatch(owner)
         # Here x still says that it wants a gradient, which hooks of modules would believe.
-        start, previous, current = run.states(x.detach(), record)
+        start, previous, current, kept = run.states(x.detach(), record, kept=run.kept())
         ctx.buffers = buffers.written()
-        # Saved, not kept as attributes: an edit of x is noticed, and hooks on saved tensors see them. The last state is
-        # needed to find x[n-2], which a single branch does not have.
-        ctx.save_for_backward(previous, current if len(run.branches) > 1 else None)
+        # Saved, not kept as attributes: an edit of x is noticed, and hooks on saved tensors see them.
+        ctx.save_for_backward(*kept)
         return run.merged(start, previous, current)
 
     @staticmethod
@@ -204,39 +223,45 @@ class _Reversible(torch.autograd.Function):
 def _backward(ctx: Any, gradient: Tensor) -> Tensor | None:
     """Walks the states backwards: the parameters get their gradients on the way, x gets the one returned."""
     run: _Run = ctx.run
-    previous, current = ctx.saved_tensors
-    to_previous = to_current = gradient * 0.5 if run.merge == "mean" else gradient
-    for index in reversed(range(1, len(run.branches))):
+    length, coupling = len(run.branches), run.coupling
+    kept = dict(zip(run.kept(), ctx.saved_tensors, strict=True))
+    previous, current = kept.pop(length - 1), kept.pop(length, None)
+    to_previous = to_current = coupling.gradient_of_end(gradient, merge=run.merge)
+    for index in reversed(range(1, length)):
         owned = not (to_previous is to_current or to_previous is gradient)
+        before = kept.pop(index - 1, None)
+        following = current if before is None else None
         pieces = pieces_of(run.branches[index], previous)
         if pieces:
-            to_previous = to_previous if owned else to_previous.clone()
-            _differentiate_pieces(ctx, index, pieces, previous, current, to_current, to_previous)
+            to_previous = coupling.carried(to_previous, to_current, owned=owned)
+            _differentiate_pieces(ctx, index, pieces, previous, following, to_current, to_previous)
             to_previous, to_current = to_current, to_previous
         else:
-            to_input = _differentiate(ctx, index, previous, current, to_current)
-            to_previous, to_current = to_current, advance(to_previous, to_input, owned=owned)
-            del to_input
-        previous, current = current, previous
-    # x is x[-1], x[0] and what was extrapolated from. Added in the order of plain autograd, to agree to the last bit.
+            to_input = _differentiate(ctx, index, previous, following, to_current)
+            advanced = coupling.advance(to_previous, to_current, to_input, owned=owned)
+            to_previous, to_current = to_current, advanced
+            del to_input, advanced
+        previous, current = current if before is None else before, previous
     pieces = pieces_of(run.branches[0], previous)
     if pieces:
-        to_x = (to_previous - gradient if run.merge == "extrapolate" else to_previous) + to_current
+        to_x = coupling.gradient_of_start(to_previous, to_current, gradient, merge=run.merge)
         del to_previous
         _differentiate_pieces(ctx, 0, pieces, previous, None, to_current, to_x)
         return to_x if ctx.needs_input_grad[0] else None
     to_input = _differentiate(ctx, 0, previous, None, to_current)
     if not ctx.needs_input_grad[0]:
         return None
-    to_x = to_previous - gradient if run.merge == "extrapolate" else to_previous
-    return (to_x + to_current).add_(to_input)
+    return coupling.gradient_of_start(to_previous, to_current, gradient, merge=run.merge).add_(to_input)
 
 
 def _differentiate(ctx: Any, index: int, state: Tensor, following: Tensor | None, gradient: Tensor) -> Tensor:
-    """x[i], x[i+1] and the gradient of x[i+1] -> the gradient of x[i] through F_i; x[i+1] becomes x[i-1] in place."""
+    """x[i], x[i+1] and the gradient of x[i+1] -> the gradient of x[i] through F_i; x[i+1] becomes x[i-1] in place.
+
+    `following` is None where x[i-1] is not to be rebuilt.
+    """
     point, update = _rebuilt(ctx, index, ctx.run.branches[index], state, ctx.draws.pop())
     if following is not None:
-        rewind(following, update.detach())
+        ctx.run.coupling.rewind(following, state, update.detach())
     if update.requires_grad:
         # By its edge in the graph, so that the update itself, of which only the graph is needed, is free by then.
         edge, gradient = get_gradient_edge(update), gradient.to(update.dtype)
@@ -270,6 +295,8 @@ def _differentiate_pieces(
                 sums.deliver(edge, part)
         if point.grad is not None:
             piece.add_to(to_state, point.grad)
+    if following is not None:
+        ctx.run.coupling.released(following, state)
 
 
 def _rebuilt(

@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_leaves
 
 from re2tal.reversible import run_reversibly
 from re2tal.reversible.chunking import ChunkedBranch, Piece
-from re2tal.reversible.engine import Merge
+from re2tal.reversible.coupling import Merge
 from re2tal.reversible.offload import offloaded
 from re2tal.reversible.precision import Grid
 from re2tal.rewire.branches import Branch, Residual

@@ -86,12 +86,23 @@ def states(seed: int = 0, *, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.randn(3, CHANNELS, CHANNELS, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
-def coupled(branches: Sequence[Callable[[Tensor], Tensor]], x: Tensor, *, merge: str = "mean") -> Tensor:
-    """The rewired network, written down as the paper does, for plain autograd."""
+def coupled(
+    branches: Sequence[Callable[[Tensor], Tensor]],
+    x: Tensor,
+    *,
+    merge: str = "mean",
+    alpha: float = 0.0,
+    beta: float = 1.0,
+) -> Tensor:
+    """The rewired network, written down as the papers do, for plain autograd."""
     previous = current = x
+    if (alpha, beta) == (0, 1):
+        for branch in branches:
+            previous, current = current, previous + branch(current)
+        return (previous + current) / 2 if merge == "mean" else previous + current - x
     for branch in branches:
-        previous, current = current, previous + branch(current)
-    return (previous + current) / 2 if merge == "mean" else previous + current - x
+        previous, current = current, branch(current) + alpha * current + beta * previous
+    return (current + beta * previous) / (1 + beta) if merge == "mean" else current + beta * previous - beta * x
 
 
 def gradients(run: Callable[[Tensor], Tensor], x: Tensor, module: nn.Module, *, seed: int = 0) -> dict[str, Tensor]:
