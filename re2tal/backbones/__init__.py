@@ -66,6 +66,7 @@ def build_backbone(config: BackboneConfig) -> VideoBackbone:
                 unit=config.unit,
                 merge=config.merge,
                 segment=config.segment,
+                beta=config.beta,
                 recompute=config.recompute,
                 chunk_mebibytes=config.chunk_mebibytes,
                 offload=config.offload,

@@ -36,6 +36,10 @@ class BackboneConfig:
     """What a rewired run couples: the branches of its blocks (the paper), or whole blocks, F(x) = block(x) - x."""
     merge: Literal["mean", "extrapolate"] = "mean"
     """How a rewired run joins its two end states: their mean (the paper), or y1 + y2 - x, nearer to a plain one."""
+    beta: float = 1.0
+    """How far the skips of a rewired run reach back: x[i+1] = F(x[i]) + (1 - beta) x[i] + beta x[i-1]. 1 is the paper's
+    coupling, 0 the network before rewiring (SlowFast's with `unit` "block"). It is where training ends, and what the
+    trained network is used with; `annealing` says how it gets there."""
     segment: int | None = None
     """Merge and start again after this many units; None for one run per stage (the paper)."""
     chunk_mebibytes: float | None = None

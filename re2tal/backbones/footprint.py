@@ -1,8 +1,8 @@
 """What a backbone keeps from forward to backward, plain and rewired: counted, not run.
 
     plain      every tensor that autograd saves
-    rewired    those that it saves outside reversible runs + two states of each run, the input of a run of one,
-               unless they are offloaded
+    rewired    those that it saves outside reversible runs + what each run keeps, unless that is offloaded: two states,
+               the input of a run of one, more where the coupling is not the paper's
 
 The forward runs on fake tensors, which have shapes and no numbers, so that any size of network is counted in seconds.
 Parameters and buffers are not counted, nor what a branch needs while it is differentiated.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack
-from itertools import groupby
 from typing import Any
 
 import torch
@@ -37,9 +36,9 @@ def kept_bytes(backbone: VideoBackbone, *, num_frames: int, size: tuple[int, int
     fakes: dict[str, Tensor] = {name: mode.from_tensor(value) for name, value in state.items()}
     ledger.ignored = {_storage(fake) for fake in fakes.values()}
     with ExitStack() as stack:
-        for blocks, lengths in sequences:
+        for blocks, runs in sequences:
             for index, block in enumerate(blocks):
-                for handle in ledger.watch(block, run_lengths=lengths if index == 0 else []):
+                for handle in ledger.watch(block, runs=runs if index == 0 else []):
                     stack.callback(handle.remove)
         stack.enter_context(mode)
         stack.enter_context(saved_tensors_hooks(ledger.save, lambda tensor: tensor))
@@ -48,16 +47,11 @@ def kept_bytes(backbone: VideoBackbone, *, num_frames: int, size: tuple[int, int
     return ledger.states + sum(ledger.saved.values())
 
 
-def _sequences(stage: RewiredStage) -> Iterator[tuple[list[nn.Module], list[int]]]:
-    """The blocks of each unbroken residual sequence, and how many functions each run has that keeps states here."""
-    for residual, group in groupby(stage.named_children(), key=lambda child: child[0] in stage.residual):
-        blocks = dict(group)
-        if residual:
-            by_block = stage.config.unit == "block"
-            total = len(blocks) if by_block else sum(len(stage.residual[name].branches) for name in blocks)
-            length = stage.config.segment or total
-            runs = [] if stage.config.offload else [min(length, total - first) for first in range(0, total, length)]
-            yield list(blocks.values()), runs
+def _sequences(stage: RewiredStage) -> Iterator[tuple[list[nn.Module], list[list[int]]]]:
+    """The blocks of each unbroken residual sequence, and which of its states each run keeps here."""
+    for blocks, lengths in stage.runs():
+        kept = [stage.kept(length, dtype=torch.float32) for length in lengths]
+        yield blocks, [] if stage.config.offload else kept
 
 
 class _Ledger:
@@ -70,18 +64,15 @@ class _Ledger:
         self._depth = 0
         self._alive: list[Tensor] = []  # so that no storage gets the address of one that is gone
 
-    def watch(self, block: nn.Module, *, run_lengths: list[int]) -> tuple:
+    def watch(self, block: nn.Module, *, runs: list[list[int]]) -> tuple:
         """Ignore what `block` saves; count the states of the runs that begin at it."""
 
         def enter(module: nn.Module, args: tuple[Any, ...]) -> None:
             state_bytes = args[0].untyped_storage().nbytes()
-            for index, length in enumerate(run_lengths):
-                if length > 1:
-                    self.states += 2 * state_bytes
-                elif index:
-                    self.states += state_bytes
-                else:  # a run of one keeps its input, which others may keep too
+            for number, kept in enumerate(runs):
+                if number == 0 and 0 in kept:  # the input itself, which others may keep too
                     self.save(args[0])
+                self.states += (len(kept) - (number == 0 and 0 in kept)) * state_bytes
             self._depth += 1
 
         def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:

@@ -22,6 +22,7 @@ def rewire(
     unit: Literal["branch", "block"] = "branch",
     merge: Literal["mean", "extrapolate"] = "mean",
     segment: int | None = None,
+    beta: float = 1.0,
     frames: int | None = None,
     size: tuple[int, int] | None = None,
 ) -> None:
@@ -33,10 +34,11 @@ def rewire(
         unit: couple branches of blocks, or whole blocks
         merge: how the two end states of a run are joined
         segment: merge and start again after this many units
+        beta: how far skips reach back, from 0 (the network before rewiring) to 1 (the paper)
         frames: frames of the clip to count memory for; what the network was trained on by default
         size: rows and columns of these frames; what the network was trained on by default
     """
-    config = BackboneConfig(name=model, weights=weights, unit=unit, merge=merge, segment=segment)
+    config = BackboneConfig(name=model, weights=weights, unit=unit, merge=merge, segment=segment, beta=beta)
     backbone = build_backbone(replace(config, rewired=False))
     num_frames, rows_columns = _native_clip(backbone)
     num_frames, rows_columns = frames or num_frames, size or rows_columns
@@ -44,7 +46,7 @@ def rewire(
     # A family may prepare its blocks for being rewired, so the other figures are of a backbone built for that.
     backbone = build_backbone(config)
     unrewire(backbone)
-    report = rewire_in_place(backbone, config=RewiringConfig(unit=unit, merge=merge, segment=segment))
+    report = rewire_in_place(backbone, config=RewiringConfig(unit=unit, merge=merge, segment=segment, beta=beta))
     rewired = kept_bytes(backbone, num_frames=num_frames, size=rows_columns)
     millions = sum(parameter.numel() for parameter in backbone.parameters()) / 1e6
     step = "every frame" if backbone.frames_per_step == 1 else f"every {backbone.frames_per_step} frames"

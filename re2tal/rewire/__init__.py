@@ -1,5 +1,6 @@
 """From a stock residual network to a rewired one: in place, no parameter added, removed or renamed."""
 
+from re2tal.rewire.beta import beta_of, count_states, set_beta
 from re2tal.rewire.branches import Branch, residual_branches, why_not_residual, wrap_output
 from re2tal.rewire.cuts import Cut, Part, by_samples, by_tokens
 from re2tal.rewire.report import RewireReport
@@ -13,10 +14,13 @@ __all__ = [
     "RewireReport",
     "RewiredStage",
     "RewiringConfig",
+    "beta_of",
     "by_samples",
     "by_tokens",
+    "count_states",
     "residual_branches",
     "rewire",
+    "set_beta",
     "unrewire",
     "why_not_residual",
     "wrap_output",

@@ -26,9 +26,9 @@ from torch.utils._pytree import tree_leaves
 
 from re2tal.reversible import run_reversibly
 from re2tal.reversible.chunking import ChunkedBranch, Piece
-from re2tal.reversible.coupling import Merge
+from re2tal.reversible.coupling import Coupling, Merge
 from re2tal.reversible.offload import offloaded
-from re2tal.reversible.precision import Grid
+from re2tal.reversible.precision import Grid, Precision
 from re2tal.rewire.branches import Branch, Residual
 
 
@@ -44,6 +44,10 @@ class RewiringConfig:
     segment: int | None = None
     """Merge and start again after this many units; None for one run per unbroken sequence of residual blocks. Fewer
     units are nearer to the network before rewiring, and need the memory of two states for each segment."""
+    beta: float = 1.0
+    """How far skips reach back: x[i+1] = F(x[i]) + (1 - beta) x[i] + beta x[i-1]. 1 is the paper's coupling; 0 is the
+    network before rewiring, checkpointed (with a `unit` whose sum is that network's); in between, after Dr2Net, more
+    states are kept the smaller it is. `set_beta` changes it while the network trains."""
     recompute: bool = True
     """Forget activations and rebuild them in backward, or keep them: the values are the same."""
     grid: Grid = "auto"
@@ -61,6 +65,8 @@ class RewiringConfig:
             raise ValueError(f"unknown merge {self.merge!r}; known: {list(get_args(Merge))}")
         if self.segment is not None and self.segment < 1:
             raise ValueError(f"segment is {self.segment}; give at least 1 unit, or None for no cut")
+        if not 0 <= self.beta <= 1:
+            raise ValueError(f"beta is {self.beta}; it lies in [0, 1]: 1 is the paper's coupling, 0 the plain network")
         if self.chunk_mebibytes is not None and not self.chunk_mebibytes > 0:
             raise ValueError(f"chunk_mebibytes is {self.chunk_mebibytes}; give more than 0, or None for whole branches")
         if self.chunk_mebibytes is not None and self.unit == "block":
@@ -91,13 +97,35 @@ class RewiredStage(nn.Module):
         for name, block in plain.named_children():
             self.add_module(name, block)
 
+    @property
+    def coupling(self) -> Coupling:
+        """As `config.beta` has it; on the line where states neither grow nor shrink."""
+        return Coupling(1 - self.config.beta, self.config.beta)
+
+    def runs(self) -> Iterator[tuple[list[nn.Module], list[int]]]:
+        """The blocks of each unbroken residual sequence, and how many functions each of its reversible runs has."""
+        for blocks, residual in self._groups():
+            if residual:
+                by_block = self.config.unit == "block"
+                total = len(blocks) if by_block else sum(len(self.residual[name].branches) for name in blocks)
+                length = self.config.segment or total
+                yield list(blocks.values()), [min(length, total - first) for first in range(0, total, length)]
+
+    def kept(self, length: int, *, dtype: torch.dtype) -> list[int]:
+        """Which of its states 0 .. `length` a run of that many functions keeps, if it starts with one of `dtype`."""
+        return self.coupling.kept(length, room=Precision.of(torch.empty(0, dtype=dtype), self.config.grid).room)
+
+    def _groups(self) -> Iterator[tuple[dict[str, nn.Module], bool]]:
+        """Blocks in a row, and whether they are residual."""
+        for residual, group in groupby(self.named_children(), key=lambda child: child[0] in self.residual):
+            yield dict(group), residual
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """x through all blocks, returned in the form in which the last block returns it."""
         if self.config.recompute and torch.is_grad_enabled():
             _refuse_gradients(args, kwargs)
         output: Any = x
-        for residual, group in groupby(self.named_children(), key=lambda child: child[0] in self.residual):
-            blocks = dict(group)
+        for blocks, residual in self._groups():
             if residual:
                 x = self._run(blocks, _hidden(output), args, kwargs)
                 name, block = blocks.popitem()
@@ -117,6 +145,7 @@ class RewiredStage(nn.Module):
                     x,
                     recompute=self.config.recompute,
                     merge=self.config.merge,
+                    coupling=self.coupling,
                     grid=self.config.grid,
                     owner=self,
                 )

@@ -16,6 +16,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "plain": {"rewired": False},
     "rewired": {},
     "segments of one branch": {"segment": 1},
+    "every state": {"beta": 0.0},
+    "some states": {"beta": 0.2, "segment": 3},
     "offloaded": {"offload": True},
     "pairs of blocks": {"unit": "block", "merge": "extrapolate", "segment": 2},
 }

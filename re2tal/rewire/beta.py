@@ -1,0 +1,56 @@
+"""Where a rewired network stands on the way from the network that it was (beta = 0) to the paper's coupling (beta = 1).
+
+    x[i+1] = F_i(x[i]) + (1 - beta) x[i] + beta x[i-1]
+
+`reversible.coupling` has the algebra. No parameter depends on beta, so it can change between any two steps of training.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+from torch import nn
+
+from re2tal.rewire.stage import RewiredStage
+
+
+def set_beta(model: nn.Module, beta: float) -> None:
+    """For every rewired stage in `model`, from its next forward on. Raises ValueError where there is none."""
+    stages = _stages(model)
+    if not stages:
+        raise ValueError(f"this {type(model).__name__} has no beta: nothing in it is rewired; call rewire(model) first")
+    for stage in stages:
+        stage.config = replace(stage.config, beta=beta)
+
+
+def beta_of(model: nn.Module) -> float | None:
+    """Of all rewired stages in `model`; None where there is none. Raises ValueError where they differ."""
+    found = {stage.config.beta for stage in _stages(model)}
+    if len(found) > 1:
+        raise ValueError(f"the rewired stages of this {type(model).__name__} have beta {sorted(found)}; set it for all")
+    return found.pop() if found else None
+
+
+class StateCount(NamedTuple):
+    """States of all runs of a network, in one forward."""
+
+    kept: int
+    """Kept for backward, which rebuilds the others."""
+    needed: int
+    """Inputs of functions: what backward needs, and checkpointing every function would keep."""
+
+
+def count_states(model: nn.Module) -> StateCount:
+    """For states of the dtype of the parameters, outside of autocast."""
+    kept = needed = 0
+    for stage in _stages(model):
+        dtype = next(stage.parameters()).dtype
+        for _, lengths in stage.runs():
+            kept += sum(len(stage.kept(length, dtype=dtype)) for length in lengths)
+            needed += sum(lengths)
+    return StateCount(kept, needed)
+
+
+def _stages(model: nn.Module) -> list[RewiredStage]:
+    return [module for module in model.modules() if isinstance(module, RewiredStage)]
