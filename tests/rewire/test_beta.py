@@ -34,8 +34,8 @@ def test_states_are_counted_over_all_runs() -> None:
     assert count_states(net) == (8, 8)
     deep = walker(*[Block] * 8)
     rewire(deep, config=RewiringConfig(beta=0.5))
-    # In double precision no fewer may be lost: of 16 states and the last one, two in five, from the end.
-    assert count_states(deep) == (7, 16)
+    # x[16], x[15], then three rebuilt, which multiplies errors by 8; and so on.
+    assert count_states(deep) == (8, 16)
     set_beta(deep.bfloat16(), 0.5)
     assert count_states(deep) == (16, 16)
     set_beta(deep, 1.0)
