@@ -27,7 +27,7 @@ class LiveBytes(TorchDispatchMode):
     live: int
     """Bytes alive now."""
     peak: int
-    """The most that were alive at once."""
+    """The most that were alive at once; set it to `live` to begin anew."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -35,11 +35,13 @@ class LiveBytes(TorchDispatchMode):
         self._known: dict[int, weakref.ref] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        """Runs the operation and counts what it returned that it was not given."""
+        """Runs the operation and counts what it returned that it was not given; meta tensors hold nothing."""
         result = func(*args, **(kwargs or {}))
         given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in given:
+            if not isinstance(leaf, Tensor) or leaf.device.type == "meta":
+                continue
+            if leaf.untyped_storage()._cdata not in given:
                 self._count(leaf.untyped_storage())
         return result
 
