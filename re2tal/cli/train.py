@@ -15,6 +15,7 @@ import shutil
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -107,9 +108,10 @@ def train(
             save_config(folder / "config.json", run)
         if resumed:
             trainer.log.say(f"resumed at step {trainer.progress.step} of {trainer.num_steps}")
-        if trainer.train() == "interrupted":
-            return INTERRUPTED
-        _finish(trainer, run, folder, evaluate, started=started)
+        with closing(trainer.log):
+            if trainer.train() == "interrupted":
+                return INTERRUPTED
+            _finish(trainer, run, folder, evaluate, started=started)
     finally:
         leave()
     return 0
@@ -264,7 +266,6 @@ def _finish(
         predictions, report = evaluate(trainer.engine)
         weights = gather_weights(trainer.engine)
     trainer.log.write("evaluation", _figures(report), step=trainer.progress.step)
-    trainer.log.close()
     if not is_main():
         return
     classes = trainer.engine.module.localizer.classes

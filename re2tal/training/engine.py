@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import logging
 import os
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import IO, Any, Literal, TypeAlias
 
 import torch
@@ -44,6 +46,11 @@ Precision = Literal["fp32", "bf16", "fp16"]
 
 DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
+GLOO_THREAD = "pt_gloo_runloop"
+"""The name torch gives the threads that do gloo's collectives."""
+
+SWITCHES = ("voluntary_ctxt_switches", "nonvoluntary_ctxt_switches")
+"""What Linux calls the numbers of times a thread was switched out; some sandboxes leave them out."""
 
 SECTIONS = {
     "zero_optimization": DeepSpeedZeroConfig,
@@ -109,9 +116,42 @@ def join(world: World, config: EngineConfig) -> torch.device:
 
 
 def leave() -> None:
-    """Every rank calls this at the end: leaves the process group, if there is one."""
+    """Every rank calls this at the end: leaves the process group, if there is one. The interpreter may end after it."""
     if dist.is_initialized():
-        dist.destroy_process_group()
+        deepspeed.comm.destroy_process_group()
+        _let_workers_rest()
+
+
+def _let_workers_rest(*, timeout_seconds: float = 10.0) -> None:
+    """Returns when no thread of gloo has anything left to do.
+
+    A collective is over for its caller a moment before its thread lets go of the tensors, for which it needs the
+    interpreter. Where that moment is long, on a busy machine, it reaches into the interpreter's end, and torch aborts
+    the process with all its work done (pytorch#190489). Destroying the groups ends their threads only when nothing
+    refers to a group any more, and DeepSpeed's engines refer to theirs for ever.
+    """
+    deadline = time.monotonic() + timeout_seconds
+    before = None
+    # Asleep at both ends of a pause without having run in between: nor was it waiting for the interpreter, which was
+    # free during the pause.
+    while (now := _gloo_threads()) != before or any(state != "S" for state, *_ in now.values()):
+        if time.monotonic() > deadline:
+            deepspeed_logger.warning(f"gloo is still busy {timeout_seconds:g} s after the last collective")
+            return
+        before = now
+        time.sleep(0.01)
+
+
+def _gloo_threads() -> dict[str, tuple[str, ...]]:
+    """Thread -> its state and how often it has been switched out; empty where the system does not tell."""
+    threads = {}
+    for task in Path("/proc/self/task").glob("*"):
+        with suppress(FileNotFoundError, ProcessLookupError):  # it has ended: all the better
+            lines = (task / "status").read_text("utf-8").splitlines()
+            status = dict(line.partition(":\t")[::2] for line in lines)
+            if status["Name"] == GLOO_THREAD:
+                threads[task.name] = (status["State"][0], *(status.get(kind, "") for kind in SWITCHES))
+    return threads
 
 
 def build_engine(

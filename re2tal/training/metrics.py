@@ -66,7 +66,7 @@ class MetricsLog:
             print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Flushes everything."""
+        """Flushes everything and ends the thread that writes the events."""
         if self.writer is not None:
             self.writer.close()
         if self.bar is not None:

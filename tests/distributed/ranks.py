@@ -4,7 +4,8 @@
 
 The function must be at the top level of its file (the ranks load that file by path), take JSON values as keyword
 arguments, and return what `torch.load(weights_only=True)` reads: tensors, numbers, strings, dicts and lists of them.
-It finds RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in its environment and starts its own process group.
+It finds RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT in its environment and starts its own process group;
+it need not leave it.
 """
 
 from __future__ import annotations
@@ -128,6 +129,10 @@ def _run_one_rank(path: str, name: str, arguments: str, folder: str) -> None:
     torch.set_num_threads(1)
     result = getattr(module, name)(**json.loads(arguments))
     torch.save(result, _result(folder, int(os.environ["RANK"])))
+    if torch.distributed.is_initialized():
+        from re2tal.training.engine import leave  # here: it imports DeepSpeed, which few ranks need
+
+        leave()
 
 
 if __name__ == "__main__":

@@ -63,7 +63,6 @@ def train_under_zero(*, names: list[str]) -> dict[str, dict[str, Tensor]]:
         with deepspeed.zero.GatheredParameters(list(backbone.parameters()), enabled=stage == 3):
             trained[f"{name} {stage}"] = {key: value.detach().clone() for key, value in backbone.named_parameters()}
         engine.destroy()
-    torch.distributed.destroy_process_group()
     return trained
 
 

@@ -124,6 +124,7 @@ import os, sys
 sys.path.insert(0, sys.argv[1])
 from training.tiny import tiny_trainer
 from training.test_checkpoint import TRAINING
+from re2tal.training.engine import leave
 calls, last = 0, int(sys.argv[3])
 def dying(call):
     def wrapped(*arguments, **options):
@@ -144,6 +145,7 @@ def second_save(engine, average, progress):
     return save(engine, average, progress)
 trainer.checkpoints.save = second_save
 trainer.train()
+leave()
 """
 
 
