@@ -19,11 +19,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from re2tal.reversible.chunking import ChunkedBranch, GradientSums, Piece, pieces_of
 from re2tal.reversible.coupling import SUM, Coupling, Merge
@@ -39,6 +39,7 @@ def run_reversibly(
     x: Tensor,
     *,
     recompute: bool = True,
+    stored: int = 0,
     merge: Merge = "mean",
     coupling: Coupling = SUM,
     grid: Grid = "auto",
@@ -51,6 +52,7 @@ def run_reversibly(
             is used again as soon as they return. With none, `x` itself is returned. A `ChunkedBranch` is run in pieces.
         x: the first state, any shape. It is never written.
         recompute: forget activations and rebuild them in backward; otherwise keep them, as plain autograd does.
+        stored: how many branches, counted from the end, keep their activations all the same.
         merge: "mean" is (x[n-1] + x[n]) / 2, the paper's; "extrapolate" is x[n-1] + x[n] - x, which is the plain
             residual network to first order, and exactly that network for n = 1, and for two whole blocks
             F(x) = block(x) - x.
@@ -77,9 +79,12 @@ def run_reversibly(
         raise ValueError(f"a reversible run needs floating point states, got {x.dtype}; convert x first")
     if not branches:
         return x
-    run = _Run(tuple(branches), merge, coupling, Precision.of(x, grid, coupling))
-    if not (recompute and torch.is_grad_enabled() and (x.requires_grad or _is_trained(owner))):
-        return run.merged(*run.states(x, _call)[:3])
+    if stored < 0:
+        raise ValueError(f"stored is {stored}; give the number of branches that keep their activations")
+    rebuilt = len(branches) - stored if recompute else 0
+    run = _Run(tuple(branches), max(0, rebuilt), merge, coupling, Precision.of(x, grid, coupling))
+    if not (run.rebuilt and torch.is_grad_enabled() and (x.requires_grad or _is_trained(owner))):
+        return run.merged(*run.states(x, run.update)[:3])
     # Parameters are no inputs of the Function, and x may want no gradient: without an input that does, autograd would
     # leave the Function out, and the parameters would silently get nothing.
     anchor = torch.empty(0, device=x.device, requires_grad=True)
@@ -90,8 +95,8 @@ def _is_trained(owner: nn.Module | None) -> bool:
     return owner is None or any(parameter.requires_grad for parameter in owner.parameters())
 
 
-def _call(branch: BranchFunction, state: Tensor) -> Tensor:
-    return branch(state)
+Update = Callable[[int, BranchFunction, Tensor], Tensor]
+"""i, F_i or a piece of it, x[i] or the same piece of it -> what that adds to x[i-1]."""
 
 
 def _draws_of_pieces(branch: BranchFunction, device: torch.device) -> Iterator[AbstractContextManager[None]]:
@@ -107,20 +112,22 @@ class _Run:
     """The branches and the arithmetic of one run: shared by plain autograd, forward and backward."""
 
     branches: tuple[BranchFunction, ...]
+    rebuilt: int
+    """How many branches forget their activations; those behind them keep theirs."""
     merge: Merge
     coupling: Coupling
     precision: Precision
 
     def kept(self) -> list[int]:
-        """Which of the states 0 .. n backward gets, in rising order: the others it rebuilds."""
-        return self.coupling.kept(len(self.branches), room=self.precision.room)
+        """Which of the states before rebuilt branches backward gets, in rising order: the others it rebuilds."""
+        return self.coupling.kept(self.rebuilt, room=self.precision.room)
 
     def states(
-        self, x: Tensor, call: Callable[[BranchFunction, Tensor], Tensor], *, kept: Collection[int] = ()
+        self, x: Tensor, update: Update, *, kept: Collection[int] = ()
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         """x[0], x[n-1] and x[n], and those that are to be kept.
 
-        Where autograd does not watch, x[i+1] takes the buffer of x[i-1], unless that is kept.
+        Where autograd does not watch, x[i+1] takes the buffer of x[i-1], unless it is kept or a stored branch's input.
         """
         start = previous = current = self.precision.round(x.to(self.precision.states))
         needed = x if self.merge == "mean" else start
@@ -128,39 +135,29 @@ class _Run:
         for index in range(len(self.branches)):
             if index in kept:
                 found.append(current)
-            lent = previous is current or previous is needed or index - 1 in kept
+            lent = previous is current or previous is needed or index - 1 in kept or index > self.rebuilt
             owned = not (torch.is_grad_enabled() or lent)
-            previous, current = current, self.following(index, previous, current, call, owned=owned)
+            previous, current = current, self.following(index, previous, current, update, owned=owned)
         if len(self.branches) in kept:
             found.append(current)
         return start, previous, current, found
 
-    def following(
-        self,
-        index: int,
-        previous: Tensor,
-        current: Tensor,
-        call: Callable[[BranchFunction, Tensor], Tensor],
-        *,
-        owned: bool,
-    ) -> Tensor:
+    def following(self, index: int, previous: Tensor, current: Tensor, update: Update, *, owned: bool) -> Tensor:
         """x[i-1], x[i] -> x[i+1]; in the buffer of x[i-1] where it is owned."""
         branch = self.branches[index]
         pieces = pieces_of(branch, current)
         # Updates get no name here: with one they would live on while the next one is computed.
         if not pieces:
-            return self.coupling.advance(previous, current, self.update(index, branch, current, call), owned=owned)
+            return self.coupling.advance(previous, current, update(index, branch, current), owned=owned)
         following = self.coupling.carried(previous, current, owned=owned)
         for piece, draws in zip(pieces, _draws_of_pieces(branch, current.device), strict=False):
             with draws:
-                piece.add_to(following, self.update(index, piece.function, piece.take(current), call))
+                piece.add_to(following, update(index, piece.function, piece.take(current)))
         return following
 
-    def update(
-        self, index: int, function: BranchFunction, state: Tensor, call: Callable[[BranchFunction, Tensor], Tensor]
-    ) -> Tensor:
+    def update(self, index: int, function: BranchFunction, state: Tensor) -> Tensor:
         """F_i(x[i]), or of a piece of x[i], checked, on the grid."""
-        output = call(function, state.to(self.precision.branches))
+        output = function(state.to(self.precision.branches))
         if not isinstance(output, Tensor) or output.shape != state.shape:
             given = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(
@@ -188,16 +185,21 @@ class _Reversible(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, anchor: Tensor, run: _Run, owner: nn.Module | None) -> Tensor:
         del anchor
         ctx.run, ctx.autocast, ctx.draws, ctx.spent = run, AutocastState.now(x.device), [], False
+        ctx.stored = {index: [] for index in range(run.rebuilt, len(run.branches))}
 
-        def record(branch: BranchFunction, state: Tensor) -> Tensor:
+        def update(index: int, function: BranchFunction, state: Tensor) -> Tensor:
+            if index in ctx.stored:
+                point, output = _watched(ctx, index, function, state, None)
+                ctx.stored[index].append(_Graph.of(point, output))
+                return output.detach()
             before = GeneratorState.now(state.device)
-            output = branch(state)
+            output = run.update(index, function, state)
             ctx.draws.append(None if before.same_as(GeneratorState.now(state.device)) else before)
             return output
 
         buffers = BufferWatch(owner)
         # Here x still says that it wants a gradient, which hooks of modules would believe.
-        start, previous, current, kept = run.states(x.detach(), record, kept=run.kept())
+        start, previous, current, kept = run.states(x.detach(), update, kept=run.kept())
         ctx.buffers = buffers.written()
         # Saved, not kept as attributes: an edit of x is noticed, and hooks on saved tensors see them.
         ctx.save_for_backward(*kept)
@@ -225,12 +227,12 @@ def _backward(ctx: Any, gradient: Tensor) -> Tensor | None:
     run: _Run = ctx.run
     length, coupling = len(run.branches), run.coupling
     kept = dict(zip(run.kept(), ctx.saved_tensors, strict=True))
-    previous, current = kept.pop(length - 1), kept.pop(length, None)
+    previous, current = kept.pop(run.rebuilt - 1), kept.pop(run.rebuilt, None)
     to_previous = to_current = coupling.gradient_of_end(gradient, merge=run.merge)
     for index in reversed(range(1, length)):
         owned = not (to_previous is to_current or to_previous is gradient)
-        before = kept.pop(index - 1, None)
-        following = current if before is None else None
+        before = kept.pop(index - 1, None) if index < run.rebuilt else None
+        following = current if before is None and index < run.rebuilt else None
         pieces = pieces_of(run.branches[index], previous)
         if pieces:
             to_previous = coupling.carried(to_previous, to_current, owned=owned)
@@ -241,7 +243,8 @@ def _backward(ctx: Any, gradient: Tensor) -> Tensor | None:
             advanced = coupling.advance(to_previous, to_current, to_input, owned=owned)
             to_previous, to_current = to_current, advanced
             del to_input, advanced
-        previous, current = current if before is None else before, previous
+        if index < run.rebuilt:
+            previous, current = current if before is None else before, previous
     pieces = pieces_of(run.branches[0], previous)
     if pieces:
         to_x = coupling.gradient_of_start(to_previous, to_current, gradient, merge=run.merge)
@@ -254,20 +257,37 @@ def _backward(ctx: Any, gradient: Tensor) -> Tensor | None:
     return coupling.gradient_of_start(to_previous, to_current, gradient, merge=run.merge).add_(to_input)
 
 
+class _Graph(NamedTuple):
+    """What remains of a branch, or of a piece of one, that autograd has watched."""
+
+    point: Tensor
+    """The leaf that stands for its input, where its gradient will be."""
+    edge: GradientEdge | None
+    """Its output's place in the graph; None where nothing wants a gradient. The output itself need not be kept."""
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, point: Tensor, update: Tensor) -> _Graph:
+        return cls(point, get_gradient_edge(update) if update.requires_grad else None, update.dtype)
+
+
 def _differentiate(ctx: Any, index: int, state: Tensor, following: Tensor | None, gradient: Tensor) -> Tensor:
     """x[i], x[i+1] and the gradient of x[i+1] -> the gradient of x[i] through F_i; x[i+1] becomes x[i-1] in place.
 
-    `following` is None where x[i-1] is not to be rebuilt.
+    `following` is None where x[i-1] is not to be rebuilt; of `state` only the shape matters where F_i is stored.
     """
-    point, update = _rebuilt(ctx, index, ctx.run.branches[index], state, ctx.draws.pop())
-    if following is not None:
-        ctx.run.coupling.rewind(following, state, update.detach())
-    if update.requires_grad:
-        # By its edge in the graph, so that the update itself, of which only the graph is needed, is free by then.
-        edge, gradient = get_gradient_edge(update), gradient.to(update.dtype)
-        del update
-        torch.autograd.backward((edge,), (gradient,))
-    return torch.zeros_like(state) if point.grad is None else point.grad
+    if index in ctx.stored:
+        (graph,) = ctx.stored.pop(index)
+    else:
+        point, update = _watched(ctx, index, ctx.run.branches[index], state, ctx.draws.pop())
+        if following is not None:
+            ctx.run.coupling.rewind(following, state, update.detach())
+        graph = _Graph.of(point, update)
+        del update  # which is free by then, since only its graph is needed
+    if graph.edge is not None:
+        gradient = gradient.to(graph.dtype)
+        torch.autograd.backward((graph.edge,), (gradient,))
+    return torch.zeros_like(state) if graph.point.grad is None else graph.point.grad
 
 
 def _differentiate_pieces(
@@ -280,29 +300,48 @@ def _differentiate_pieces(
     to_state: Tensor,
 ) -> None:
     """The same piece by piece; what F_i gives to the gradient of x[i] is added to `to_state`."""
-    sums, draws = GradientSums(), ctx.draws[-len(pieces) :]
-    del ctx.draws[-len(pieces) :]
-    for number, (piece, before) in enumerate(zip(pieces, draws, strict=True), start=1):
-        point, update = _rebuilt(ctx, index, piece.function, piece.take(state), before)
-        if following is not None:
-            piece.subtract_from(following, update.detach())
-        if update.requires_grad:
-            edge, part = get_gradient_edge(update), piece.take(gradient).to(update.dtype)
-            del update
-            if number < len(pieces):
-                sums.collect(edge, part, point)
+    sums, graphs = GradientSums(), _graphs_of_pieces(ctx, index, pieces, state, following)
+    for piece in pieces:
+        graph = next(graphs)  # not by zip, which would hold it while the next one is made
+        if graph.edge is not None:
+            part = piece.take(gradient).to(graph.dtype)
+            if piece is not pieces[-1]:
+                sums.collect(graph.edge, part, graph.point)
             else:
-                sums.deliver(edge, part)
-        if point.grad is not None:
-            piece.add_to(to_state, point.grad)
+                sums.deliver(graph.edge, part)
+        if graph.point.grad is not None:
+            piece.add_to(to_state, graph.point.grad)
+        del graph
     if following is not None:
         ctx.run.coupling.released(following, state)
 
 
-def _rebuilt(
+def _graphs_of_pieces(
+    ctx: Any, index: int, pieces: Sequence[Piece], state: Tensor, following: Tensor | None
+) -> Iterator[_Graph]:
+    """Of each piece in turn; what was forgotten is rebuilt when its turn comes, and taken from `following`."""
+    if index in ctx.stored:
+        stored = ctx.stored.pop(index)
+        while stored:
+            yield stored.pop(0)
+        return
+    draws = ctx.draws[-len(pieces) :]
+    del ctx.draws[-len(pieces) :]
+    for piece, before in zip(pieces, draws, strict=True):
+        point, update = _watched(ctx, index, piece.function, piece.take(state), before)
+        if following is not None:
+            piece.subtract_from(following, update.detach())
+        graph = _Graph.of(point, update)
+        del point, update
+        yield graph
+        del graph
+
+
+def _watched(
     ctx: Any, index: int, function: BranchFunction, state: Tensor, draws: GeneratorState | None
 ) -> tuple[Tensor, Tensor]:
-    """A leaf with the values of `state`, and the update that was forgotten, with its graph."""
+    """A leaf with the values of `state`, and the update of the branch, or of a piece of it, with its graph."""
     point = state.detach().requires_grad_(index > 0 or ctx.needs_input_grad[0])
+    # Autocast without its cache, also in forward: there it may hold weights that were cast where no gradient is wanted.
     with torch.enable_grad(), ctx.autocast.replayed(), draws.replayed() if draws else nullcontext():
-        return point, ctx.run.update(index, function, point, _call)
+        return point, ctx.run.update(index, function, point)

@@ -50,6 +50,8 @@ class RewiringConfig:
     states are kept the smaller it is. `set_beta` changes it while the network trains."""
     recompute: bool = True
     """Forget activations and rebuild them in backward, or keep them: the values are the same."""
+    stored: int = 0
+    """How many units at the end of each run keep their activations all the same: more memory, less to rebuild."""
     grid: Grid = "auto"
     """Grid of the states that makes rebuilding exact: a step, "auto" (2**-14 under bfloat16 and float16), or None."""
     chunk_mebibytes: float | None = None
@@ -74,10 +76,12 @@ class RewiringConfig:
                 f"chunk_mebibytes is {self.chunk_mebibytes}, but the whole blocks of unit 'block' cannot be cut; set "
                 "unit to 'branch', or chunk_mebibytes to None"
             )
-        if self.offload and not self.recompute:
+        if self.stored < 0:
+            raise ValueError(f"stored is {self.stored}; give a number of units, 0 for none")
+        if self.offload and not (self.recompute and self.stored == 0):
             raise ValueError(
-                "offload is set, but recompute is not: what is kept then are activations, not states; set recompute, "
-                "or leave offload out"
+                f"offload is set with recompute {self.recompute} and stored {self.stored}: what is kept then are "
+                "activations, not states; set recompute and no stored units, or leave offload out"
             )
 
 
@@ -144,6 +148,7 @@ class RewiredStage(nn.Module):
                     units[first : first + length],
                     x,
                     recompute=self.config.recompute,
+                    stored=self.config.stored,
                     merge=self.config.merge,
                     coupling=self.coupling,
                     grid=self.config.grid,

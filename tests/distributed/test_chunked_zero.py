@@ -1,4 +1,4 @@
-"""Branches in pieces, and states in host memory, under DeepSpeed ZeRO 0 to 3 and DDP with two ranks: nothing changes.
+"""Branches in pieces or stored, and states in host memory, under ZeRO 0 to 3 and DDP with two ranks: nothing changes.
 
 Gradient hooks that fired more than once would show here: DDP and ZeRO-2 raise, ZeRO-3 silently trains something else.
 """
@@ -20,6 +20,7 @@ FORMS = {
     "kept": RewiringConfig(recompute=False),
     "cut": RewiringConfig(chunk_mebibytes=1e-4),  # as far as it can be
     "offloaded": RewiringConfig(chunk_mebibytes=1e-4, segment=3, offload=True),
+    "stored": RewiringConfig(chunk_mebibytes=1e-4, stored=2),
     "kept segments": RewiringConfig(recompute=False, segment=3),
 }
 
@@ -150,6 +151,8 @@ OTHERS = [(2, "bfloat16"), (3, "bfloat16"), ("ddp", "float32")]
 PAIRS = {
     **{(stage, "float32", "cut"): (0, "float32", "kept") for stage in STAGES},
     **{(stage, precision, "cut"): (stage, precision, "kept") for stage, precision in OTHERS},
+    **{(stage, "float32", "stored"): (0, "float32", "kept") for stage in (2, 3)},
+    ("ddp", "float32", "stored"): ("ddp", "float32", "kept"),
     **{(stage, "float32", "offloaded"): (0, "float32", "kept segments") for stage in (1, 3)},
 }
 CASES = [*PAIRS, *dict.fromkeys(PAIRS.values())]

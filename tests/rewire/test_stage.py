@@ -77,8 +77,12 @@ def test_states_of_one_stage_in_host_memory_change_no_gradient(monkeypatch) -> N
 
 
 def test_what_is_not_rebuilt_has_no_states_to_offload() -> None:
-    with pytest.raises(ValueError, match=r"offload is set, but recompute is not.* set recompute, or leave offload out"):
+    with pytest.raises(ValueError, match=r"offload is set with recompute False and stored 0.* or leave offload out"):
         RewiringConfig(offload=True, recompute=False)
+    with pytest.raises(ValueError, match=r"offload is set with recompute True and stored 1"):
+        RewiringConfig(offload=True, stored=1)
+    with pytest.raises(ValueError, match="stored is -1; give a number of units"):
+        RewiringConfig(stored=-1)
 
 
 class Stages(nn.Module):
