@@ -25,7 +25,8 @@ from re2tal.data.decode import decode_frames
 from re2tal.data.demo import DemoConfig, write_demo
 from re2tal.data.manifest import Encoding, FramesPerSecond
 from re2tal.data.shards import ShardSet, open_shards
-from re2tal.data.stream import ClipConfig, read_mp4, stream_clips
+from re2tal.data.sources import read_mp4
+from re2tal.data.stream import ClipConfig, stream_clips
 from re2tal.data.transforms import Box, crop_and_resize
 from re2tal.data.windows import Slide, plan_windows
 from re2tal.strict_json import write_json

@@ -13,20 +13,20 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from re2tal.data.transforms import normalise
 from re2tal.distributed import gather_objects
 from re2tal.evaluation.suppression import SuppressionConfig, suppress
-from re2tal.structures import ClipBatch, Detections
+from re2tal.structures import Batch, ClipBatch, Detections, FeatureBatch
 
 Windows = dict[tuple[str, int], Detections]
 """Detections of one clip, on the CPU and not suppressed, by (video id, window id)."""
 
 
 def predict(
-    detector: nn.Module, batches: Iterable[ClipBatch], *, suppression: SuppressionConfig, device: torch.device | str
+    detector: nn.Module, batches: Iterable[Batch], *, suppression: SuppressionConfig, device: torch.device | str
 ) -> dict[str, Detections]:
     """Every rank calls this, with equally many batches; every rank gets the detections of all videos, by id, sorted.
 
@@ -43,7 +43,7 @@ def predict(
     return merge_windows(gathered, suppression=suppression)
 
 
-def detect_windows(detector: nn.Module, batches: Iterable[ClipBatch], *, device: torch.device | str) -> Windows:
+def detect_windows(detector: nn.Module, batches: Iterable[Batch], *, device: torch.device | str) -> Windows:
     """This rank's share: what each valid clip of `batches` shows, before merging."""
     inner: Any = getattr(detector, "module", detector)
     weights = next(inner.parameters())
@@ -55,14 +55,23 @@ def detect_windows(detector: nn.Module, batches: Iterable[ClipBatch], *, device:
         with torch.no_grad():
             for batch in batches:
                 here = batch.to(device)
-                outputs = detector(normalise(here.frames, dtype=weights.dtype), here.frame_mask)
+                outputs = detector(detector_input(here, dtype=weights.dtype), here.mask)
                 outputs = tree_map(lambda one: one.float() if one.is_floating_point() else one, outputs)
-                found = inner.detect(outputs, batch.timelines, num_frames=batch.frames.shape[2])
+                found = inner.detect(outputs, batch.timelines, num_frames=batch.mask.shape[1])
                 keys = zip(batch.video_ids, batch.window_ids, batch.valid.tolist(), found, strict=True)
                 windows |= {(video, window): _to_cpu(one) for video, window, valid, one in keys if valid}
     finally:
         detector.train(was_training)
     return windows
+
+
+def detector_input(batch: Batch, *, dtype: torch.dtype) -> Tensor:
+    """What a detector takes, in its weights' type: normalised frames (B, 3, T, H, W), or features (B, C, T)."""
+    match batch:
+        case ClipBatch():
+            return normalise(batch.frames, dtype=dtype)
+        case FeatureBatch():
+            return batch.features.to(dtype)
 
 
 def merge_windows(

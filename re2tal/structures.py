@@ -98,6 +98,11 @@ class ClipBatch:
     valid: Tensor
     """(B,) bool"""
 
+    @property
+    def mask(self) -> Tensor:
+        """(B, T) bool, as every kind of batch has it."""
+        return self.frame_mask
+
     def to(self, device: torch.device | str) -> ClipBatch:
         """The same batch with its tensors on `device`; copies overlap with compute where the memory is pinned."""
         return replace(
@@ -115,6 +120,52 @@ class ClipBatch:
             frame_mask=self.frame_mask.pin_memory(),
             valid=self.valid.pin_memory(),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureBatch:
+    """B clips of features that a backbone computed before, in the place of their frames.
+
+    `timelines[b]` counts steps of clip b; everything else is as in `ClipBatch`.
+    """
+
+    features: Tensor
+    """(B, C, T) float32; zeros where the clip is padded"""
+    step_mask: Tensor
+    """(B, T) bool"""
+    actions: tuple[tuple[Action, ...], ...]
+    timelines: tuple[Timeline, ...]
+    video_ids: tuple[str, ...]
+    window_ids: tuple[int, ...]
+    valid: Tensor
+    """(B,) bool"""
+
+    @property
+    def mask(self) -> Tensor:
+        """(B, T) bool, as every kind of batch has it."""
+        return self.step_mask
+
+    def to(self, device: torch.device | str) -> FeatureBatch:
+        """The same batch with its tensors on `device`; copies overlap with compute where the memory is pinned."""
+        return replace(
+            self,
+            features=self.features.to(device, non_blocking=True),
+            step_mask=self.step_mask.to(device, non_blocking=True),
+            valid=self.valid.to(device, non_blocking=True),
+        )
+
+    def pin_memory(self) -> FeatureBatch:
+        """Called by torch's DataLoader when `pin_memory=True`."""
+        return replace(
+            self,
+            features=self.features.pin_memory(),
+            step_mask=self.step_mask.pin_memory(),
+            valid=self.valid.pin_memory(),
+        )
+
+
+Batch = ClipBatch | FeatureBatch
+"""What a detector learns from and looks at."""
 
 
 class Features(NamedTuple):

@@ -45,7 +45,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "deepspeed": ("re2tal.training.engine",),
     "accelerate": ("re2tal.distributed",),
     "decord": ("re2tal.data.decode",),
-    "webdataset": ("re2tal.data.shards", "re2tal.data.stream"),
+    "webdataset": ("re2tal.data.shards", "re2tal.data.sources"),
     "transformers": ("re2tal.backbones.*",),
     "av": ("re2tal.data.*",),
     "matplotlib": ("re2tal.reporting.*",),

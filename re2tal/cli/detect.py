@@ -192,8 +192,13 @@ def encoding_for(clips: ClipConfig) -> Encoding:
     match clips.windowing:
         case ResizeWhole(num_frames=num_frames):
             return Encoding(FramesPerVideo(num_frames), short_side=short_side)
-        case Slide(frames_per_second=frames_per_second) | Trimmed(frames_per_second=frames_per_second):
-            return Encoding(FramesPerSecond(frames_per_second), short_side=short_side)
+        case Slide(frames_per_second=rate) | Trimmed(frames_per_second=rate):
+            if rate is None:
+                raise ValueError(
+                    "data.clips.windowing.frames_per_second of this run is null, the rate of its shards, so at which "
+                    "rate to take other videos is not known; build shards of them and give --shards"
+                )
+            return Encoding(FramesPerSecond(rate), short_side=short_side)
 
 
 def default_device() -> torch.device:

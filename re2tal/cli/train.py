@@ -33,10 +33,10 @@ from re2tal.distributed import World, is_main, main_process_first, resolve_world
 from re2tal.evaluation.average_precision import MapReport, mean_average_precision
 from re2tal.evaluation.ground_truth import as_one_class
 from re2tal.evaluation.results import write_results
-from re2tal.inference import predict
+from re2tal.inference import detector_input, predict
 from re2tal.recipes import find_recipe
 from re2tal.strict_json import write_json
-from re2tal.structures import ClipBatch, Detections
+from re2tal.structures import Batch, Detections, FeatureBatch
 from re2tal.training.checkpoint import CheckpointStore
 from re2tal.training.engine import (
     Engine,
@@ -226,10 +226,10 @@ def _stream(run: RunConfig, shards: ShardSet, world: World, *, training: bool) -
     )
 
 
-def _prepare(
-    batch: ClipBatch, position: int, *, strength: float, seed: int, rank: int, dtype: torch.dtype
-) -> torch.Tensor:
+def _prepare(batch: Batch, position: int, *, strength: float, seed: int, rank: int, dtype: torch.dtype) -> torch.Tensor:
     """Colours and normalises on the device; draws by the place in the run alone, so a resumed run repeats it."""
+    if isinstance(batch, FeatureBatch):
+        return detector_input(batch, dtype=dtype)
     mixed = np.random.SeedSequence([seed, rank, position]).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(mixed[0]))
     return jitter_and_normalise(batch.frames, strength=strength, generator=generator, dtype=dtype)

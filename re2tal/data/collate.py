@@ -8,15 +8,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from re2tal.structures import Action, ClipBatch, Timeline
+from re2tal.structures import Action, ClipBatch, FeatureBatch, Timeline
 
 
 class Clip(NamedTuple):
     """One clip, cut to its final size but not normalised."""
 
-    frames: Tensor
-    """(3, T, H, W) uint8, RGB"""
-    frame_mask: Tensor
+    content: Tensor
+    """(3, T, H, W) uint8 RGB frames, or (C, T) float32 features"""
+    mask: Tensor
     """(T,) bool"""
     actions: tuple[Action, ...]
     timeline: Timeline
@@ -26,13 +26,16 @@ class Clip(NamedTuple):
 
 
 def collate(clips: Sequence[Clip]) -> ClipBatch:
-    """Stack B clips of one size."""
-    return ClipBatch(
-        frames=torch.stack([clip.frames for clip in clips]),
-        frame_mask=torch.stack([clip.frame_mask for clip in clips]),
-        actions=tuple(clip.actions for clip in clips),
-        timelines=tuple(clip.timeline for clip in clips),
-        video_ids=tuple(clip.video_id for clip in clips),
-        window_ids=tuple(clip.window_id for clip in clips),
-        valid=torch.tensor([clip.valid for clip in clips]),
-    )
+    """Stack B clips of frames of one size."""
+    return ClipBatch(*_columns(clips))
+
+
+def collate_features(clips: Sequence[Clip]) -> FeatureBatch:
+    """Stack B clips of features of one length."""
+    return FeatureBatch(*_columns(clips))
+
+
+def _columns(clips: Sequence[Clip]) -> tuple:
+    """The fields that both kinds of batch have, in their order."""
+    content, masks, actions, timelines, video_ids, window_ids, valid = zip(*clips, strict=True)
+    return torch.stack(content), torch.stack(masks), actions, timelines, video_ids, window_ids, torch.tensor(valid)

@@ -57,6 +57,11 @@ class IndexedVideo:
     """zlib.crc32 of the mp4 member."""
 
     @property
+    def start_seconds(self) -> float:
+        """Where frame 0 begins."""
+        return 0.0
+
+    @property
     def video_seconds(self) -> float:
         """How long the stored video lasts."""
         return self.num_frames / self.fps

@@ -74,7 +74,7 @@ class ShardBuilder:
                     rejected.append(rejection)
                 else:
                     stored.append((video, zlib.crc32(mp4)))
-                    yield Pair(video_id=record.video_id, json=to_json(video).encode(), mp4=mp4)
+                    yield Pair(video_id=record.video_id, json=to_json(video).encode(), content=mp4)
                 self.on_video(record, rejection)
 
         path = self.folder / plan.name

@@ -1,6 +1,7 @@
 """Batches of clips from a shard folder, in the order that the plan gives.
 
     plan (step -> units) -> worker: read the pair -> check -> decode -> crop, resize -> ClipBatch of uint8 -> rank
+                                                             -> interpolate -> FeatureBatch
 
 A worker process makes whole steps, and step b is the same batch whoever makes it: everything random is drawn from
 (seed, epoch, video). So the number of workers changes nothing, and an epoch is entered at any step without reading
@@ -14,31 +15,27 @@ import logging
 import os
 import shutil
 import signal
-import tarfile
 import threading
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from io import BytesIO
+from functools import partial
 from multiprocessing.resource_tracker import ensure_running
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from webdataset.tariterators import tar_file_iterator
 
-from re2tal.data.collate import Clip, collate
-from re2tal.data.decode import DecodeError, decode_frames
-from re2tal.data.manifest import IndexedVideo
+from re2tal.data.collate import Clip
+from re2tal.data.decode import DecodeError
 from re2tal.data.plan import Unit, batch_units, count_steps, evaluation_order, training_order
-from re2tal.data.shards import ShardSet
-from re2tal.data.transforms import Box, crop_and_resize, draw_box, square_box
-from re2tal.data.windows import Slide, Trimmed, Windowing, count_windows, draw_window, plan_windows
-from re2tal.structures import ClipBatch
+from re2tal.data.shards import FeatureSet, ShardSet
+from re2tal.data.sources import Pictures, Source, Steps
+from re2tal.data.windows import Slide, Stored, Trimmed, Window, Windowing, draw_window, plan_windows
+from re2tal.structures import Batch
 
 logger = logging.getLogger(__name__)
 
@@ -52,7 +49,7 @@ to reach the step after which all ranks save."""
 
 @dataclass(frozen=True)
 class ClipConfig:
-    """How videos become clips."""
+    """How videos become clips. Stored features have no pictures: what is said of pictures does not touch them."""
 
     windowing: Windowing = field(default_factory=Slide)
     """which frames make a clip"""
@@ -103,8 +100,12 @@ class Failure:
     reason: str
 
 
+Plan = Callable[[Stored], list[Window]]
+"""A video -> the windows of it to look at."""
+
+
 def stream_clips(
-    shards: ShardSet,
+    shards: ShardSet | FeatureSet,
     config: ClipConfig,
     *,
     batch_size: int,
@@ -112,13 +113,32 @@ def stream_clips(
     rank: int = 0,
     world_size: int = 1,
     seed: int = 0,
+    plan: Plan | None = None,
 ) -> ClipStream:
-    """One rank's batches.
+    """One rank's batches: ClipBatch from shards of videos, FeatureBatch from those of features.
+
+    `plan` says which windows of a video an evaluation looks at; by default those of `plan_windows`.
 
     Raises:
-        ValueError: if the split is too small for the ranks, or shared memory for the workers.
+        ValueError: if the split is too small for the ranks, or shared memory for the workers, or if features come at
+            another rate than the windows ask for.
     """
-    return ClipStream(_Batches(shards, config, batch_size, training, rank, world_size, seed))
+    plan = plan or partial(plan_windows, windowing=config.windowing)
+    source = _source(shards, config, training=training)
+    return ClipStream(_Batches(source, config, plan, batch_size, training, rank, world_size, seed))
+
+
+def _source(shards: ShardSet | FeatureSet, config: ClipConfig, *, training: bool) -> Source:
+    if isinstance(shards, FeatureSet):
+        return Steps(shards, config.windowing)
+    return Pictures(
+        shards,
+        size=config.size,
+        fit=config.fit,
+        crop_area=config.crop_area if training else (1, 1),
+        crop_aspect=config.crop_aspect,
+        flip=training and config.flip,
+    )
 
 
 class ClipStream:
@@ -150,7 +170,7 @@ class ClipStream:
             worker_init_fn=heed_only_the_parent if workers else None,
         )
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[ClipBatch]:
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """The batches of steps `start_step` to `steps_per_epoch` - 1 of an epoch, the same ones each time.
 
         Raises:
@@ -167,7 +187,7 @@ class ClipStream:
                 raise ValueError(self._too_many(failed, epoch))
             yield batch
 
-    def _start(self) -> Iterator[tuple[ClipBatch, list[Failure]]]:
+    def _start(self) -> Iterator[tuple[Batch, list[Failure]]]:
         if not self._batches.config.workers:
             return iter(self._loader)
         with stop_signals_blocked():  # workers that start here inherit it
@@ -182,7 +202,7 @@ class ClipStream:
     def _too_many(self, failed: int, epoch: int) -> str:
         shown = "; ".join(f"{f.video_id} in {f.shard}: {f.reason}" for f in list(self.failures.values())[:5])
         return (
-            f"{failed} clips of epoch {epoch} cannot be read from {self._batches.shards.root}, more than "
+            f"{failed} clips of epoch {epoch} cannot be read from {self._batches.source.folder.root}, more than "
             f"{self._batches.max_failed}: {shown}; run re2tal shards verify, then replace or rebuild the shards"
         )
 
@@ -226,11 +246,12 @@ class _Keys(Sampler[tuple[int, int]]):
 
 
 @dataclass
-class _Batches(Dataset[tuple[ClipBatch, list[Failure]]]):
+class _Batches(Dataset[tuple[Batch, list[Failure]]]):
     """(epoch, step) -> the batch of this rank; runs in the workers."""
 
-    shards: ShardSet
+    source: Source
     config: ClipConfig
+    plan: Plan
     batch_size: int
     training: bool
     rank: int
@@ -238,8 +259,8 @@ class _Batches(Dataset[tuple[ClipBatch, list[Failure]]]):
     seed: int
 
     def __post_init__(self) -> None:
-        videos, windowing = self.shards.videos, self.config.windowing
-        windows = [count_windows(video, windowing) for video in videos]
+        videos = self.source.folder.videos
+        windows = [len(self.plan(video)) for video in videos]
         self._evaluation_order = evaluation_order(windows)
         num_units = len(videos) if self.training else len(self._evaluation_order)
         try:
@@ -247,90 +268,54 @@ class _Batches(Dataset[tuple[ClipBatch, list[Failure]]]):
                 num_units, batch_size=self.batch_size, world_size=self.world_size, training=self.training
             )
         except ValueError as error:
-            raise ValueError(f"{self.shards.root}: {error}") from None
+            raise ValueError(f"{self.source.folder.root}: {error}") from None
         self.max_failed = max(MAX_FAILED_CLIPS, int(MAX_FAILED_SHARE * num_units))
         if not self.training:
             self.max_failed = num_units if self.config.allow_missing else 0
         self._order: tuple[int, list[Unit]] | None = None
 
-    def __getitem__(self, key: tuple[int, int]) -> tuple[ClipBatch, list[Failure]]:
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Batch, list[Failure]]:
         epoch, step = key
         units = batch_units(
             self._epoch_order(epoch), step, batch_size=self.batch_size, rank=self.rank, world_size=self.world_size
         )
         failures: list[Failure] = []
-        return collate([self._clip(unit, epoch, failures) for unit in units]), failures
+        return self.source.collate([self._clip(unit, epoch, failures) for unit in units]), failures
 
     def _epoch_order(self, epoch: int) -> list[Unit]:
         if not self.training:
             return self._evaluation_order
         if self._order is None or self._order[0] != epoch:
-            names = [video.shard for video in self.shards.videos]
+            names = [video.shard for video in self.source.folder.videos]
             order = training_order(names, shuffle_span=self.config.shuffle_span, seed=self.seed, epoch=epoch)
             self._order = (epoch, order)
         return self._order[1]
 
     def _clip(self, unit: Unit, epoch: int, failures: list[Failure]) -> Clip:
-        video = self.shards.videos[unit.video]
-        generator = np.random.default_rng([self.seed, epoch, zlib.crc32(video.record.video_id.encode())])
+        video = self.source.folder.videos[unit.video]
+        video_id = video.record.video_id
+        generator = np.random.default_rng([self.seed, epoch, zlib.crc32(video_id.encode())])
         if self.training:
             window = draw_window(video, self.config.windowing, generator=generator)
         else:
-            window = plan_windows(video, self.config.windowing)[unit.window]
-        record = video.record
-        clip = Clip(
-            frames=torch.zeros(3, len(window.indices), self.config.size, self.config.size, dtype=torch.uint8),
-            frame_mask=torch.from_numpy(window.mask),
+            window = self.plan(video)[unit.window]
+        blank = Clip(
+            content=self.source.blank(window),
+            mask=torch.from_numpy(window.mask),
             actions=(),
             timeline=window.timeline,
-            video_id=record.video_id,
+            video_id=video_id,
             window_id=window.window_id,
             valid=False,
         )
         if not unit.valid:
-            return clip
+            return blank
         try:
-            frames = decode_frames(read_mp4(self.shards, video), window.indices[: window.num_valid])
+            content = self.source.read(unit.video, window, generator)
         except DecodeError as error:
-            failures.append(Failure(record.video_id, video.shard, str(error)))
-            return clip
-        clip.frames[:, : window.num_valid] = self._shape(frames, generator, place=window.crop)
-        clip.frames[:, window.num_valid :] = clip.frames[:, window.num_valid - 1 : window.num_valid]
-        return clip._replace(actions=window.actions, valid=True)
-
-    def _shape(self, frames: Tensor, generator: np.random.Generator, *, place: float) -> Tensor:
-        """(T, H, W, 3) -> (3, T, size, size): one box and one mirror bit for all frames."""
-        config = self.config
-        height, width = frames.shape[1:3]
-        box = square_box(height, width, place=place) if config.fit == "crop" else Box(0, 0, height, width)
-        if self.training and config.crop_area != (1, 1):
-            box = draw_box(height, width, area=config.crop_area, aspect=config.crop_aspect, generator=generator)
-        flip = self.training and config.flip and generator.random() < 0.5
-        return crop_and_resize(frames, box, size=config.size, flip=flip)
-
-
-def read_mp4(shards: ShardSet, video: IndexedVideo) -> bytes:
-    """A video's file out of its shard: two members read at its offset, checked against the index.
-
-    Raises:
-        DecodeError: if they are not the two members that the index describes.
-    """
-    video_id = video.record.video_id
-    path = shards.path(video.shard)
-    with path.open("rb") as file:
-        file.seek(video.offset)
-        stretch = file.read(video.num_bytes)
-    try:
-        members = {member["fname"]: member["data"] for member in tar_file_iterator(BytesIO(stretch))}
-    except tarfile.TarError as error:
-        raise DecodeError(f"{path} is damaged at byte {video.offset}: {error}") from None
-    wanted = [f"{video_id}.json", f"{video_id}.mp4"]
-    if sorted(members) != wanted:
-        raise DecodeError(f"{path} holds {sorted(members)[:4]} at byte {video.offset}, not {' and '.join(wanted)}")
-    mp4 = members[f"{video_id}.mp4"]
-    if zlib.crc32(mp4) != video.crc32:
-        raise DecodeError(f"{path}: the checksum of {video_id}.mp4 is not the one in the index; the file was changed")
-    return mp4
+            failures.append(Failure(video_id, video.shard, str(error)))
+            return blank
+        return blank._replace(content=content, actions=window.actions, valid=True)
 
 
 def _check_shared_memory(batches: _Batches) -> None:
@@ -338,7 +323,8 @@ def _check_shared_memory(batches: _Batches) -> None:
     config, folder = batches.config, Path("/dev/shm")
     if not folder.is_dir():
         return
-    clip_bytes = 3 * config.windowing.num_frames * config.size**2
+    window = batches.plan(batches.source.folder.videos[0])[0]
+    clip_bytes = batches.source.blank(window).nbytes
     needed = config.workers * (config.prefetch + 1) * batches.batch_size * clip_bytes
     free = shutil.disk_usage(folder).free
     if free < needed:

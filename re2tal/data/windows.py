@@ -7,19 +7,19 @@
 
 Stored frame i shows the video at i / fps seconds: shards are written so. `plan_windows` covers a video for evaluation,
 `draw_window` draws one window of it for training. The window lengths and the rules for cut actions are those of the
-published Re2TAL recipes; views and crops those of Video Swin and SlowFast on Kinetics.
+published Re2TAL recipes; views and crops those of Video Swin and SlowFast on Kinetics. Steps of stored features are cut
+by the same rules, and are called frames here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
-from re2tal.data.manifest import IndexedVideo
-from re2tal.structures import Action, Timeline
+from re2tal.structures import Action, Timeline, VideoRecord
 
 MAX_TRIES = 200
 """How often a window that shows no action is drawn again. A video may have none, or only actions too long for it."""
@@ -45,8 +45,8 @@ class Slide:
 
     num_frames: int = 1024
     """frames of a clip; a shorter video is padded"""
-    frames_per_second: float = 15.0
-    """rate at which frames are taken; at most the rate of the stored video"""
+    frames_per_second: float | None = 15.0
+    """rate at which frames are taken; at most the rate of the stored video, and None is that rate"""
     overlap: float = 0.5
     """in evaluation, share of a window that the next one sees again"""
     kept_share: float = 0.75
@@ -88,14 +88,35 @@ class Trimmed:
 Windowing = ResizeWhole | Slide | Trimmed
 
 
+class Stored(Protocol):
+    """A video as it is stored: frame i is the stretch of time from start_seconds + i / fps on, 1 / fps long."""
+
+    @property
+    def record(self) -> VideoRecord:
+        """What its annotations say."""
+
+    @property
+    def num_frames(self) -> int:
+        """How many frames are stored."""
+
+    @property
+    def fps(self) -> float:
+        """How many of them make a second."""
+
+    @property
+    def start_seconds(self) -> float:
+        """Where frame 0 begins."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Window:
     """One clip to be read."""
 
     window_id: int
     """counts the windows of one video in evaluation; 0 in training"""
-    indices: np.ndarray
-    """(T,) int64, stored frames in order; padding repeats the last valid one, and a trimmed video starts again"""
+    positions: np.ndarray
+    """(T,) float64, in stored frames, in order, inside the video; padding repeats the last valid one, and a trimmed
+    video starts again"""
     num_valid: int
     """the first so many of the T frames are not padding"""
     timeline: Timeline
@@ -106,23 +127,17 @@ class Window:
     """in evaluation, where along the longer side the square is cut out, from 0 to 1"""
 
     @property
+    def indices(self) -> np.ndarray:
+        """(T,) int64: the stored frames nearest to the positions."""
+        return np.rint(self.positions).astype(np.int64)
+
+    @property
     def mask(self) -> np.ndarray:
         """(T,) bool."""
         return np.arange(len(self.indices)) < self.num_valid
 
 
-def count_windows(video: IndexedVideo, windowing: Windowing) -> int:
-    """How many windows `plan_windows` gives."""
-    match windowing:
-        case ResizeWhole():
-            return 1
-        case Slide():
-            return len(_starts(_num_samples(video, windowing), windowing))
-        case Trimmed():
-            return len(_views(_num_samples(video, windowing), windowing)) * windowing.num_crops
-
-
-def plan_windows(video: IndexedVideo, windowing: Windowing) -> list[Window]:
+def plan_windows(video: Stored, windowing: Windowing) -> list[Window]:
     """The windows that cover a video, in order, for evaluation."""
     match windowing:
         case ResizeWhole():
@@ -138,7 +153,29 @@ def plan_windows(video: IndexedVideo, windowing: Windowing) -> list[Window]:
             return [_loop(video, windowing, window_id=n, start=s, crop=crop) for n, (s, crop) in enumerate(places)]
 
 
-def draw_window(video: IndexedVideo, windowing: Windowing, *, generator: np.random.Generator) -> Window:
+def cover_windows(video: Stored, windowing: Windowing, *, frames_per_step: int) -> list[Window]:
+    """As `plan_windows`, but every window begins with a step of `frames_per_step` frames on one grid for the video.
+
+    For computing features of whole videos. The last window may be padded by less than a step. Raises ValueError where
+    a window does not hold whole steps.
+    """
+    if windowing.num_frames % frames_per_step:
+        raise ValueError(
+            f"windows of {windowing.num_frames} frames do not hold whole steps of {frames_per_step} frames; "
+            f"give {windowing.num_frames // frames_per_step * frames_per_step or frames_per_step}"
+        )
+    match windowing:
+        case ResizeWhole() | Trimmed():
+            return plan_windows(video, windowing)
+        case Slide():
+            total = _num_samples(video, windowing)
+            return [
+                _cut(video, windowing, window_id=n, start=start, count=min(windowing.num_frames, total - start))
+                for n, start in enumerate(_starts(total, windowing, multiple=frames_per_step))
+            ]
+
+
+def draw_window(video: Stored, windowing: Windowing, *, generator: np.random.Generator) -> Window:
     """One window for training: the whole video, or a random stretch that shows an action if that can be."""
     match windowing:
         case ResizeWhole(num_frames, shortest_action):
@@ -152,7 +189,7 @@ def draw_window(video: IndexedVideo, windowing: Windowing, *, generator: np.rand
             return _loop(video, windowing, window_id=0, start=int(generator.integers(latest, endpoint=True)), crop=0.5)
 
 
-def _truncate(video: IndexedVideo, windowing: Slide, *, generator: np.random.Generator) -> Window:
+def _truncate(video: Stored, windowing: Slide, *, generator: np.random.Generator) -> Window:
     total = _num_samples(video, windowing)
     for _ in range(MAX_TRIES):
         count = windowing.num_frames
@@ -165,39 +202,39 @@ def _truncate(video: IndexedVideo, windowing: Slide, *, generator: np.random.Gen
     return window
 
 
-def _whole(video: IndexedVideo, num_frames: int, actions: Sequence[Action]) -> Window:
+def _whole(video: Stored, num_frames: int, actions: Sequence[Action]) -> Window:
     stride = video.num_frames / num_frames
     return Window(
         window_id=0,
         # Centres of equal stretches. A range with a fractional step would give one too many for some lengths.
-        indices=_nearest_frames(video, (np.arange(num_frames) + 0.5) * stride - 0.5),
+        positions=_inside(video, (np.arange(num_frames) + 0.5) * stride - 0.5),
         num_valid=num_frames,
-        timeline=Timeline(0.0, video.video_seconds / num_frames, video.record.duration_seconds),
+        timeline=Timeline(video.start_seconds, stride / video.fps, video.record.duration_seconds),
         actions=tuple(actions),
     )
 
 
-def _cut(video: IndexedVideo, windowing: Slide, *, window_id: int, start: int, count: int) -> Window:
+def _cut(video: Stored, windowing: Slide, *, window_id: int, start: int, count: int) -> Window:
     """`count` samples from number `start` on, padded to the window's length."""
-    seconds_per_frame = 1 / windowing.frames_per_second
+    rate = windowing.frames_per_second or video.fps
     samples = start + np.minimum(np.arange(windowing.num_frames), count - 1)
-    start_seconds, end_seconds = start * seconds_per_frame, (start + count) * seconds_per_frame
+    start_seconds, end_seconds = (video.start_seconds + sample / rate for sample in (start, start + count))
     return Window(
         window_id=window_id,
-        indices=_nearest_frames(video, samples * (video.fps / windowing.frames_per_second)),
+        positions=_inside(video, samples * (video.fps / rate)),
         num_valid=count,
-        timeline=Timeline(start_seconds, seconds_per_frame, video.record.duration_seconds),
+        timeline=Timeline(start_seconds, 1 / rate, video.record.duration_seconds),
         actions=_actions_inside(video.record.actions, start_seconds, end_seconds, kept_share=windowing.kept_share),
     )
 
 
-def _loop(video: IndexedVideo, windowing: Trimmed, *, window_id: int, start: int, crop: float) -> Window:
+def _loop(video: Stored, windowing: Trimmed, *, window_id: int, start: int, crop: float) -> Window:
     """Samples from number `start` on; after the last one comes the first again."""
     seconds_per_frame = 1 / windowing.frames_per_second
     samples = (start + np.arange(windowing.num_frames)) % _num_samples(video, windowing)
     return Window(
         window_id=window_id,
-        indices=_nearest_frames(video, samples * (video.fps / windowing.frames_per_second)),
+        positions=_inside(video, samples * (video.fps / windowing.frames_per_second)),
         num_valid=windowing.num_frames,
         timeline=Timeline(start * seconds_per_frame, seconds_per_frame, video.record.duration_seconds),
         actions=video.record.actions,
@@ -227,27 +264,29 @@ def _actions_inside(
     return tuple(inside)
 
 
-def _starts(total: int, windowing: Slide) -> list[int]:
-    """First samples of the windows that cover `total` samples."""
+def _starts(total: int, windowing: Slide, *, multiple: int = 1) -> list[int]:
+    """First samples, multiples of `multiple`, of the windows that cover `total` samples."""
     if total <= windowing.num_frames:
         return [0]
-    step = max(1, round(windowing.num_frames * (1 - windowing.overlap)))
-    return [*range(0, total - windowing.num_frames, step), total - windowing.num_frames]
+    step = max(1, round(windowing.num_frames * (1 - windowing.overlap) / multiple)) * multiple
+    last = -(-(total - windowing.num_frames) // multiple) * multiple
+    return [*range(0, last, step), last]
 
 
-def _num_samples(video: IndexedVideo, windowing: Slide | Trimmed) -> int:
+def _num_samples(video: Stored, windowing: Slide | Trimmed) -> int:
     """How many frames a video has at the window's rate."""
+    rate = windowing.frames_per_second or video.fps
     # Rates written with three digits, 29.97 for 30000/1001, are the same rate.
-    if windowing.frames_per_second > video.fps * 1.001:
+    if rate > video.fps * 1.001:
         raise ValueError(
-            f"data.clips.windowing.frames_per_second is {windowing.frames_per_second}, but {video.record.video_id} "
+            f"data.clips.windowing.frames_per_second is {rate}, but {video.record.video_id} "
             f"is stored at {video.fps:g} frames per second; lower it, or build the shards at a higher rate"
         )
-    return int((video.num_frames - 1) / video.fps * windowing.frames_per_second + 1e-6) + 1
+    return int((video.num_frames - 1) / video.fps * rate + 1e-6) + 1
 
 
-def _nearest_frames(video: IndexedVideo, positions: np.ndarray) -> np.ndarray:
-    return np.clip(np.rint(positions), 0, video.num_frames - 1).astype(np.int64)
+def _inside(video: Stored, positions: np.ndarray) -> np.ndarray:
+    return np.clip(positions, 0, video.num_frames - 1)
 
 
 def _check_count(name: str, value: int) -> None:
@@ -255,8 +294,8 @@ def _check_count(name: str, value: int) -> None:
         raise ValueError(f"{name} is {value}; give 1 or more")
 
 
-def _check_rate(value: float) -> None:
-    if not 0 < value < float("inf"):
+def _check_rate(value: float | None) -> None:
+    if value is not None and not 0 < value < float("inf"):
         raise ValueError(f"data.clips.windowing.frames_per_second is {value}; give a positive number")
 
 

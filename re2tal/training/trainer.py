@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from re2tal.distributed import any_rank, mean_over_ranks
-from re2tal.structures import ClipBatch
+from re2tal.structures import Batch
 from re2tal.training.checkpoint import CheckpointStore, Progress
 from re2tal.training.ema import WeightAverage
 from re2tal.training.engine import Engine
@@ -68,12 +68,13 @@ class Clips(Protocol):
 
     steps_per_epoch: int
 
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[ClipBatch]:
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """The batches of one epoch, the same ones from any `start_step`."""
 
 
-Prepare = Callable[[ClipBatch, int], Tensor]
-"""A batch on the device, its number in the run -> (B, 3, T, H, W) augmented, normalised, in the weights' type."""
+Prepare = Callable[[Batch, int], Tensor]
+"""A batch on the device, its number in the run -> what the detector takes, in the weights' type: frames
+(B, 3, T, H, W), augmented and normalised, or features (B, C, T)."""
 
 Validate = Callable[[Engine], Mapping[str, float]]
 """Every rank calls it; figures of merit by name. It leaves the engine in the mode it came in."""
@@ -151,7 +152,7 @@ class Trainer:
 
     # --------------------------------------------------------------------------------------------------------- one step
 
-    def _step(self, batches: Iterator[ClipBatch]) -> dict[str, Tensor]:
+    def _step(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
         """One optimizer step; the mean of its losses, by name."""
         parts = []
         for _ in range(self.accumulation):
@@ -167,7 +168,7 @@ class Trainer:
             self._skip(f"the gradients of step {self.progress.step} are not finite")
         return {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
 
-    def _finite_losses(self, batches: Iterator[ClipBatch]) -> dict[str, Tensor]:
+    def _finite_losses(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
         """Losses of the next batch whose loss is finite on every rank. All ranks pass over the others together, before
         backward: without ZeRO, DeepSpeed would apply a NaN that one rank saw to the weights of all."""
         while True:
@@ -180,16 +181,16 @@ class Trainer:
                 f"the loss is not finite on some rank; here it is {losses['total'].item()} for {batch.video_ids}"
             )
 
-    def _losses(self, batch: ClipBatch) -> dict[str, Tensor]:
+    def _losses(self, batch: Batch) -> dict[str, Tensor]:
         batch = batch.to(self.engine.device)
-        outputs = self.engine(self.prepare(batch, self.progress.micro_batches), batch.frame_mask)
+        outputs = self.engine(self.prepare(batch, self.progress.micro_batches), batch.mask)
         outputs = tree_map(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor, outputs)
         if not bool(batch.valid.all()):
             # What could not be decoded teaches nothing, but this rank still walks through backward with the others.
             outputs = tree_map(
                 lambda tensor: _only(batch.valid, tensor) if tensor.dtype == torch.bool else tensor, outputs
             )
-        return self.engine.module.loss(outputs, batch.actions, batch.timelines, num_frames=batch.frames.shape[2])
+        return self.engine.module.loss(outputs, batch.actions, batch.timelines, num_frames=batch.mask.shape[1])
 
     def _skip(self, reason: str) -> None:
         """Every rank calls this: counts what is not applied, and gives up when it happens too often in a row."""
@@ -203,7 +204,7 @@ class Trainer:
                 "Checkpoints are intact"
             )
 
-    def _batches(self) -> Generator[ClipBatch]:
+    def _batches(self) -> Generator[Batch]:
         """Batches without end, from where the run stands."""
         while True:
             epoch, start_step = divmod(self.progress.micro_batches, self.clips.steps_per_epoch)

@@ -15,11 +15,11 @@ from data.workers import ready_worker
 
 from re2tal.data.decode import DecodeError, decode_frames
 from re2tal.data.shards import ShardSet
+from re2tal.data.sources import read_mp4
 from re2tal.data.stream import (
     STOP_SIGNALS,
     ClipConfig,
     ClipStream,
-    read_mp4,
     stop_signals_blocked,
     stream_clips,
 )
