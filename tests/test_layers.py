@@ -32,13 +32,14 @@ BELOW: dict[str, tuple[str, ...]] = {
     "evaluation": (),
     "detector": ("backbones", "localizers"),
     "recognizer": ("backbones",),
+    "extraction": ("backbones", "data"),
     "inference": ("detector", "recognizer", "data", "evaluation", "distributed"),
     "training": ("inference", "distributed"),
     "config": ("training",),
     "recipes": ("config",),
     "conversion": ("config",),
     "reporting": ("evaluation",),
-    "cli": ("recipes", "conversion", "reporting", "distributed"),
+    "cli": ("recipes", "conversion", "extraction", "reporting", "distributed"),
 }
 
 OWNERS: dict[str, tuple[str, ...]] = {

@@ -11,6 +11,7 @@ from functools import partial
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("re2tal.cli.demo:demo", "write a small data set of real videos to try everything on"),
     "shards": ("re2tal.cli.shards:shards", "pack videos and annotations into training data"),
+    "features": ("re2tal.cli.features:features", "store what a backbone sees in each video, to train on instead"),
     "train": ("re2tal.cli.train:train", "train and evaluate a detector"),
     "detect": ("re2tal.cli.detect:detect", "find actions in video files or shards with a trained detector"),
     "evaluate": ("re2tal.cli.evaluate:evaluate", "score a results JSON against annotations"),

@@ -16,10 +16,18 @@ from re2tal.data.annotations import Annotations, read_annotations, read_class_li
 from re2tal.data.build import BuildConfig, BuiltSubset, build_shards, find_videos
 from re2tal.data.catalog import DatasetSpec, find_dataset
 from re2tal.data.clips import ClipList, read_clips
-from re2tal.data.manifest import Encoding, FramesPerSecond, FramesPerVideo, Rejection
+from re2tal.data.feature_manifest import (
+    Extracted,
+    FeatureManifest,
+    FramesPerStep,
+    Packed,
+    SecondsPerStep,
+    StepsPerVideo,
+)
+from re2tal.data.manifest import Encoding, FramesPerSecond, FramesPerVideo, Manifest, Rejection
 from re2tal.data.probe import probe_video
 from re2tal.data.shard_builder import Listed
-from re2tal.data.shards import open_shards
+from re2tal.data.shards import open_any
 from re2tal.data.verify import damage
 
 TOO_MANY_REJECTED, DAMAGED = 3, 4
@@ -109,9 +117,9 @@ def build(options: Build) -> int:
     config = _config(options, spec)
     listed, videos = _listed(options, spec)
     status = 0
-    for subset in options.subsets or _subsets(listed):
+    for subset in options.subsets or subsets_to_build(listed):
         built = _build_with_bar(listed, videos, options.out, subset, config)
-        status = max(status, _report(built, subset=subset, max_rejected=options.max_rejected))
+        status = max(status, report_built(built, subset=subset, max_rejected=options.max_rejected))
     return status
 
 
@@ -119,7 +127,7 @@ def verify(folders: Sequence[Path]) -> int:
     """Print what is damaged; gives the exit status."""
     status = 0
     for folder in folders:
-        opened = open_shards(folder)
+        opened = open_any(folder)
         problems = list(damage(opened))
         for problem in problems:
             print(problem, file=sys.stderr)
@@ -132,23 +140,49 @@ def verify(folders: Sequence[Path]) -> int:
 def describe(folders: Sequence[Path]) -> int:
     """Print a line or two per folder; gives the exit status."""
     for folder in folders:
-        manifest = open_shards(folder).manifest
+        manifest = open_any(folder).manifest
         totals = manifest.totals
-        match manifest.encoding.sampling:
-            case FramesPerSecond(fps):
-                sampling = f"{fps:g} frames per second"
-            case FramesPerVideo(num_frames):
-                sampling = f"{num_frames} frames per video"
+        match manifest:
+            case Manifest():
+                seconds = manifest.totals.seconds
+                what = f"{seconds / 3600:.2f} h, {_sampling(manifest)}, short side {manifest.encoding.short_side}"
+            case FeatureManifest():
+                what = f"{totals.frames} steps, {_features(manifest)}"
         print(
-            f"{folder}: {manifest.dataset} {manifest.subset}, {totals.videos} videos, {totals.seconds / 3600:.2f} h, "
-            f"{sampling}, short side {manifest.encoding.short_side}, {len(manifest.classes)} classes, "
-            f"{len(manifest.shards)} shards, {totals.num_bytes / 1e6:.1f} MB, {len(manifest.rejected)} rejected"
+            f"{folder}: {manifest.dataset} {manifest.subset}, {totals.videos} videos, {what}, "
+            f"{len(manifest.classes)} classes, {len(manifest.shards)} shards, {totals.num_bytes / 1e6:.1f} MB, "
+            f"{len(manifest.rejected)} rejected"
         )
     return 0
 
 
+def _sampling(manifest: Manifest) -> str:
+    match manifest.encoding.sampling:
+        case FramesPerSecond(fps):
+            return f"{fps:g} frames per second"
+        case FramesPerVideo(num_frames):
+            return f"{num_frames} frames per video"
+
+
+def _features(manifest: FeatureManifest) -> str:
+    spec = manifest.features
+    match spec.grid:
+        case SecondsPerStep(seconds):
+            grid = f"a step per {seconds:g} s"
+        case StepsPerVideo(num_steps):
+            grid = f"{num_steps} steps per video"
+        case FramesPerStep(stride):
+            grid = f"a step per {stride} frames"
+    match spec.origin:
+        case Extracted(backbone=name, weights=weights):
+            origin = f"{name} ({weights})"
+        case Packed():
+            origin = "another program"
+    return f"{grid}, {spec.channels} channels in {spec.dtype} from {origin}"
+
+
 def _config(options: Build, spec: DatasetSpec) -> BuildConfig:
-    part_index, num_parts = _part(options.part)
+    part_index, num_parts = parse_part(options.part)
     for name, value in (("--videos-per-shard", options.videos_per_shard), ("--workers", options.workers)):
         if value is not None and value < 1:
             raise ValueError(f"{name} is {value}; give 1 or more")
@@ -165,7 +199,8 @@ def _config(options: Build, spec: DatasetSpec) -> BuildConfig:
     )
 
 
-def _part(text: str) -> tuple[int, int]:
+def parse_part(text: str) -> tuple[int, int]:
+    """--part i/n as (i, n)."""
     index, slash, count = text.partition("/")
     if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
         raise ValueError(f"--part is {text!r}; give i/n with i from 0 to n - 1, such as 0/4")
@@ -226,7 +261,7 @@ def _annotations(path: Path, videos: Path, options: Build, spec: DatasetSpec) ->
     return annotations
 
 
-def _subsets(listed: Annotations | ClipList) -> list[str]:
+def subsets_to_build(listed: Annotations | ClipList) -> list[str]:
     """All, but of an annotation file only those that have annotated actions."""
     if isinstance(listed, ClipList):
         return list(listed.subsets)
@@ -244,8 +279,8 @@ def _build_with_bar(
         return build_shards(listed, videos=videos, out=out, subset=subset, config=config, on_video=on_video)
 
 
-def _report(built: BuiltSubset, *, subset: str, max_rejected: float) -> int:
-    """Print what became of a subset; gives the exit status."""
+def report_built(built: BuiltSubset, *, subset: str, max_rejected: float) -> int:
+    """Print what became of a subset, of videos or of features; gives the exit status."""
     for rejection in built.rejected[:MAX_SHOWN]:
         print(f"rejected {rejection.video_id}: {rejection.reason}", file=sys.stderr)
     if len(built.rejected) > MAX_SHOWN:

@@ -80,6 +80,21 @@ def read_class_list(path: Path) -> tuple[str, ...]:
     return names
 
 
+def read_frame_rates(path: Path) -> dict[str, float]:
+    """Frames per second of the videos of an annotation file whose entries say them: "fps", or "frame" / "duration".
+
+    For a file that `read_annotations` has accepted.
+    """
+    rates = {}
+    for video_id, entry in read_json(path)["database"].items():
+        fps = entry.get("fps")
+        if fps is None and "frame" in entry and "duration" in entry:
+            fps = float(entry["frame"]) / float(entry["duration"])
+        if fps is not None and 0 < float(fps) < math.inf:
+            rates[video_id] = float(fps)
+    return rates
+
+
 def duration_tolerance(duration_seconds: float) -> float:
     """How many seconds two statements about one video's length may differ: one second, or 2 % of a long video.
 

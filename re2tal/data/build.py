@@ -14,15 +14,17 @@ import queue
 import random
 import tempfile
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import av
 
 from re2tal.data.annotations import Annotations
 from re2tal.data.clips import ClipList
+from re2tal.data.feature_manifest import FeatureReport
 from re2tal.data.isolated import Isolated
 from re2tal.data.manifest import (
     FORMAT,
@@ -44,6 +46,8 @@ from re2tal.strict_json import write_atomically
 
 REPORTS = ".reports"
 """Folder of the shard reports inside a shard folder."""
+
+Report = TypeVar("Report", ShardReport, FeatureReport)
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,7 +125,7 @@ def build_shards(
     done = [report for report in reports if report is not None]
     if len(done) == len(plans):
         _finish(folder, done, subset=subset.lower(), classes=annotations.classes, config=config)
-        _remove_leftovers(folder, plans)
+        remove_leftovers(folder, {plan.name for plan in plans})
     return BuiltSubset(
         folder=folder,
         num_videos=len(records),
@@ -211,18 +215,22 @@ def _refuse_other_settings(folder: Path, annotations: Annotations | ClipList, co
             )
 
 
-def _finished(folder: Path, plan: ShardPlan) -> ShardReport | None:
-    """The report of a shard that is there and was made from what the plan says."""
-    path = folder / REPORTS / f"{plan.name}.json"
+def finished(folder: Path, name: str, fingerprint: str, *, kind: type[Report]) -> Report | None:
+    """The report of the shard called `name`, where it is there and was made from what the fingerprint says."""
+    path = folder / REPORTS / f"{name}.json"
     if not path.is_file():
         return None
-    report = from_json(ShardReport, path.read_bytes(), source=str(path))
-    if report.fingerprint != plan.fingerprint:
+    report = from_json(kind, path.read_bytes(), source=str(path))
+    if report.fingerprint != fingerprint:
         return None
-    tar = folder / plan.name
+    tar = folder / name
     if report.file is not None and not (tar.is_file() and tar.stat().st_size == report.file.num_bytes):
         return None
     return report
+
+
+def _finished(folder: Path, plan: ShardPlan) -> ShardReport | None:
+    return finished(folder, plan.name, plan.fingerprint, kind=ShardReport)
 
 
 def _build_in_parallel(plans: Sequence[ShardPlan], folder: Path, *, config: BuildConfig, on_video: OnVideo) -> None:
@@ -287,9 +295,8 @@ def _finish(
     write_atomically(folder / MANIFEST_NAME, to_json(manifest))
 
 
-def _remove_leftovers(folder: Path, plans: Sequence[ShardPlan]) -> None:
-    """Remove what killed builds and builds of other file sets left in a folder that is now complete."""
-    names = {plan.name for plan in plans}
+def remove_leftovers(folder: Path, names: Collection[str]) -> None:
+    """Remove what killed builds and builds of other file sets left in a folder of the shards `names`, now complete."""
     for path in [*folder.glob("shard-*.tar"), *folder.glob(".shard-*.tmp")]:
         if path.name not in names:
             path.unlink(missing_ok=True)

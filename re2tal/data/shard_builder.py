@@ -83,7 +83,7 @@ class ShardBuilder:
             path.unlink()
         return ShardReport(
             fingerprint=plan.fingerprint,
-            file=_shard_file(path, num_videos=len(places)) if places else None,
+            file=shard_file(path, num_videos=len(places)) if places else None,
             videos=tuple(
                 _indexed(video, crc32, plan.name, place) for (video, crc32), place in zip(stored, places, strict=True)
             ),
@@ -149,5 +149,6 @@ def _indexed(video: StoredVideo, crc32: int, shard: str, place: tuple[int, int])
     )
 
 
-def _shard_file(path: Path, *, num_videos: int) -> ShardFile:
+def shard_file(path: Path, *, num_videos: int) -> ShardFile:
+    """The entry of a finished tar in the manifest."""
     return ShardFile(name=path.name, num_bytes=path.stat().st_size, sha256=sha256_of(path), videos=num_videos)

@@ -15,10 +15,10 @@ import math
 import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from webdataset.writer import TarWriter
 
@@ -56,6 +56,10 @@ class Folder(Generic[AnyManifest, Entry]):
     def by_id(self) -> dict[str, Entry]:
         """Videos by id."""
         return {video.record.video_id: video for video in self.videos}
+
+    def only(self, video_ids: Iterable[str]) -> Self:
+        """The same folder, of which only these videos are seen, in this order."""
+        return replace(self, videos=tuple(self.by_id[video_id] for video_id in video_ids))
 
     def path(self, shard: str) -> Path:
         """Where the tar called `shard` is."""

@@ -1,0 +1,199 @@
+"""`re2tal features extract`: run a backbone over whole videos and store what it gives.
+
+--run RUN             the backbone of a trained detector, and the windows and pictures it was trained on
+--backbone.name ...   any backbone, any weights
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import groupby
+from pathlib import Path
+from typing import Literal
+
+import torch
+from tqdm import tqdm
+
+from re2tal.backbones import BackboneConfig, VideoBackbone, build_backbone
+from re2tal.cli.detect import default_device, load_detector
+from re2tal.cli.shards import parse_part, report_built
+from re2tal.config import RunConfig, load_config
+from re2tal.data.build_features import Computed, FeatureBuild, FeatureShard
+from re2tal.data.feature_manifest import Extracted, FeatureSpec, Grid, SecondsPerStep, StepsPerVideo, StoredType
+from re2tal.data.manifest import FramesPerSecond, FramesPerVideo
+from re2tal.data.shards import ShardSet, open_shards
+from re2tal.data.stream import ClipConfig
+from re2tal.data.windows import ResizeWhole, Slide, Windowing
+from re2tal.extraction import Extractor, weights_sha256
+from re2tal.structures import VideoRecord
+from re2tal.training.engine import DTYPES
+from re2tal.training.generators import seed_generators
+
+WINDOW_FRAMES, SIZE = 64, 224
+"""Without --run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Extract:
+    """Run a backbone over whole videos, window by window, and store what it gives.
+
+    Either --run, for the backbone of a trained detector shown what it was trained on, or --backbone. Safe to stop and
+    to run again: finished shards are kept. Exit status 3 if more than --max-rejected of a subset's videos cannot be
+    used, 2 for wrong input.
+    """
+
+    shards: tuple[Path, ...]
+    """Folders of one subset each, as `re2tal shards build` wrote them."""
+    out: Path
+    """Folder to write to; each subset gets a folder in it."""
+    run: Path | None = None
+    """Run folder whose backbone, windows and pictures to take."""
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    """Without --run: the network and its weights."""
+    window_frames: int | None = None
+    """Frames in one window; those of --run, or 64."""
+    overlap: float = 0.5
+    """Share of a window that the next one sees again; each step is taken from where it lies most inside. 0: windows
+    that abut."""
+    fps: float | None = None
+    """Rate at which frames are taken; that of --run, or of the shards."""
+    whole: int | None = None
+    """Take every video as so many frames, in one window, instead."""
+    size: int | None = None
+    """Height and width of the pictures; those of --run, or 224."""
+    fit: Literal["crop", "stretch"] | None = None
+    """How a picture becomes square: its middle is cut out, or it is squeezed; as --run does, or "crop"."""
+    dtype: StoredType = "float16"
+    """How features are stored."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """What the backbone computes in."""
+    batch_size: int = 4
+    """Windows in one forward."""
+    workers: int = 2
+    """Processes that read and decode; 0: this one."""
+    device: str | None = None
+    """cpu, cuda, cuda:1, ...; by default an accelerator if there is one."""
+    seed: int = 0
+    """Of random weights; `re2tal train` with this seed starts from the same ones."""
+    part: str = "0/1"
+    """i/n makes the i-th (from 0) of n parts, on other devices or machines; the last to end writes the manifest."""
+    max_rejected: float = 0.05
+    """Share of a subset's videos that may be unusable without the exit status saying so."""
+
+
+def extract(options: Extract) -> int:
+    """Extract the features of each folder; gives the exit status."""
+    _check(options)
+    part_index, num_parts = parse_part(options.part)
+    run = None if options.run is None else load_config(options.run / "config.json")
+    folders = [(shards, clip_config(options, run, shards)) for shards in map(open_shards, options.shards)]
+    backbone, settings, weights = _backbone(options, run)
+    sha256 = weights_sha256(backbone)
+    backbone = backbone.to(torch.device(options.device or default_device()), DTYPES[options.precision])
+    status = 0
+    for shards, clips in folders:
+        origin = Extracted(
+            backbone=settings.name,
+            weights=weights,
+            weights_sha256=sha256,
+            settings=asdict(settings),
+            clips={"windowing": asdict(clips.windowing), "size": clips.size, "fit": clips.fit},
+            precision=options.precision,
+            shards_sha256=shards.manifest_sha256,
+        )
+        build = FeatureBuild(
+            folder=options.out / shards.subset,
+            dataset=shards.manifest.dataset,
+            subset=shards.subset,
+            classes=shards.classes,
+            spec=FeatureSpec(backbone.out_channels, options.dtype, grid_of(clips, backbone.frames_per_step), origin),
+            part_index=part_index,
+            num_parts=num_parts,
+        )
+        bar = _Bar(Extractor(backbone, clips, options.batch_size), shards)
+        built = build.run(shards_like(shards), bar.run)
+        status = max(status, report_built(built, subset=shards.subset, max_rejected=options.max_rejected))
+    return status
+
+
+def clip_config(options: Extract, run: RunConfig | None, shards: ShardSet) -> ClipConfig:
+    """What the backbone is shown of `shards`: what the run says, unless an option says otherwise."""
+    base = ClipConfig(size=SIZE) if run is None else run.data.clips
+    return replace(
+        base,
+        windowing=_windowing(options, None if run is None else base.windowing, shards),
+        size=options.size or base.size,
+        fit=options.fit or base.fit,
+        workers=options.workers,
+    )
+
+
+def _windowing(options: Extract, trained: Windowing | None, shards: ShardSet) -> Windowing:
+    slides = options.window_frames is not None or options.fps is not None
+    if options.whole is not None:
+        if slides:
+            raise ValueError(f"--whole {options.whole} excludes --window-frames and --fps; give one or the other")
+        return ResizeWhole(num_frames=options.whole)
+    match trained, shards.manifest.encoding.sampling:
+        case ResizeWhole(), _ if not slides:
+            return trained
+        case None, FramesPerVideo(num_frames) if not slides:
+            return ResizeWhole(num_frames=num_frames)
+        case Slide(num_frames=num_frames, frames_per_second=rate), sampling:
+            pass
+        case _, sampling:
+            num_frames, rate = WINDOW_FRAMES, None
+    rate = options.fps or rate or (sampling.fps if isinstance(sampling, FramesPerSecond) else None)
+    if rate is None:
+        raise ValueError(f"{shards.root} stores whole videos as so many frames; give --fps too, or --whole")
+    return Slide(options.window_frames or num_frames, frames_per_second=rate, overlap=options.overlap)
+
+
+def _check(options: Extract) -> None:
+    if not options.shards:
+        raise ValueError("--shards names no folder; give those that `re2tal shards build` wrote")
+    for name in ("window_frames", "whole", "size", "batch_size"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {value}; give 1 or more")
+    if options.run is not None and options.backbone != BackboneConfig():
+        raise ValueError(f"--run {options.run} brings its own backbone; leave out --backbone")
+
+
+def _backbone(options: Extract, run: RunConfig | None) -> tuple[VideoBackbone, BackboneConfig, str]:
+    """The backbone, its configuration, and where its weights come from."""
+    if run is not None and options.run is not None:
+        return load_detector(options.run, run).backbone, run.backbone, f"trained by run {run.name}"
+    seed_generators(options.seed, rank=0)
+    settings = options.backbone
+    return build_backbone(settings), settings, settings.weights or f"random, seed {options.seed}"
+
+
+def grid_of(clips: ClipConfig, frames_per_step: int) -> Grid:
+    """How the steps of such clips lie in time."""
+    match clips.windowing:
+        case ResizeWhole(num_frames=num_frames):
+            return StepsPerVideo(num_frames // frames_per_step)
+        case Slide(frames_per_second=rate):
+            assert rate is not None
+            return SecondsPerStep(frames_per_step / rate)
+
+
+def shards_like(shards: ShardSet) -> list[FeatureShard]:
+    """The same videos in shards of the same names."""
+    by_name = groupby(shards.videos, key=lambda video: video.shard)
+    return [FeatureShard(name, tuple(video.record for video in videos)) for name, videos in by_name]
+
+
+@dataclass(frozen=True)
+class _Bar:
+    """An extractor with a progress bar on a terminal."""
+
+    extractor: Extractor
+    shards: ShardSet
+
+    def run(self, records: Sequence[VideoRecord]) -> Iterator[Computed | str]:
+        found = self.extractor.run(self.shards, records)
+        quiet = not sys.stderr.isatty()
+        yield from tqdm(found, total=len(records), unit="video", desc=self.shards.subset, disable=quiet)

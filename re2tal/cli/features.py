@@ -1,0 +1,19 @@
+"""`re2tal features extract | pack`: what a backbone sees in each video, stored once, to train localizers on."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import tyro
+
+from re2tal.cli.extract_features import Extract, extract
+from re2tal.cli.pack_features import Pack, pack
+
+
+def features(command: Annotated[Extract | Pack, tyro.conf.arg(name="")]) -> int:
+    """Extract features with a backbone, or pack those of another program."""
+    match command:
+        case Extract():
+            return extract(command)
+        case Pack():
+            return pack(command)
