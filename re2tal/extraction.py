@@ -12,7 +12,8 @@ two ends of the video. A window that reaches past the end repeats the last frame
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
@@ -58,29 +59,33 @@ class Extractor:
         plan = partial(cover_windows, windowing=self.clips.windowing, frames_per_step=frames_per_step)
         clips = replace(self.clips, allow_missing=True)
         stream = stream_clips(wanted, clips, batch_size=self.batch_size, training=False, plan=plan)
-        windows = self._windows(stream)
-        for video in wanted.videos:
-            planned = plan(video)
-            values = [next(windows) for _ in planned]
-            if (failure := stream.failures.get(video.record.video_id)) is not None:
-                yield failure.reason
-                continue
-            seconds_per_step = planned[0].timeline.seconds_per_step * frames_per_step
-            starts = [round(window.timeline.start_seconds / seconds_per_step) for window in planned]
-            num_steps = starts[-1] + -(-planned[-1].num_valid // frames_per_step)
-            parts = [WindowFeatures(*part) for part in zip(starts, values, strict=True)]
-            yield Computed(stitch(parts, num_steps=num_steps), seconds_per_step)
+        with closing(self._windows(stream)) as windows:
+            for video in wanted.videos:
+                planned = plan(video)
+                values = [next(windows) for _ in planned]
+                if (failure := stream.failures.get(video.record.video_id)) is not None:
+                    yield failure.reason
+                    continue
+                seconds_per_step = planned[0].timeline.seconds_per_step * frames_per_step
+                starts = [round(window.timeline.start_seconds / seconds_per_step) for window in planned]
+                num_steps = starts[-1] + -(-planned[-1].num_valid // frames_per_step)
+                parts = [WindowFeatures(*part) for part in zip(starts, values, strict=True)]
+                yield Computed(stitch(parts, num_steps=num_steps), seconds_per_step)
 
     @torch.no_grad()
-    def _windows(self, stream: ClipStream) -> Iterator[Tensor]:
+    def _windows(self, stream: ClipStream) -> Generator[Tensor]:
         """(C, T') float32 on the CPU for each window of the stream, in order."""
         weights = next(self.backbone.parameters())
+        was_training = self.backbone.training
         self.backbone.eval()
-        for batch in stream.epoch(0):
-            assert isinstance(batch, ClipBatch)
-            here = batch.to(weights.device)
-            features = self.backbone(normalise(here.frames, dtype=weights.dtype), here.frame_mask)
-            yield from features.values.float().cpu()
+        try:
+            for batch in stream.epoch(0):
+                assert isinstance(batch, ClipBatch)
+                here = batch.to(weights.device)
+                features = self.backbone(normalise(here.frames, dtype=weights.dtype), here.frame_mask)
+                yield from features.values.float().cpu()
+        finally:
+            self.backbone.train(was_training)
 
 
 def stitch(parts: Sequence[WindowFeatures], *, num_steps: int) -> Tensor:

@@ -25,7 +25,7 @@ from re2tal.data.feature_manifest import Extracted, FeatureSpec, Grid, SecondsPe
 from re2tal.data.manifest import FramesPerSecond, FramesPerVideo
 from re2tal.data.shards import ShardSet, open_shards
 from re2tal.data.stream import ClipConfig
-from re2tal.data.windows import ResizeWhole, Slide, Windowing
+from re2tal.data.windows import ResizeWhole, Slide, Trimmed, Windowing
 from re2tal.extraction import Extractor, weights_sha256
 from re2tal.structures import VideoRecord
 from re2tal.training.engine import DTYPES
@@ -141,8 +141,8 @@ def _windowing(options: Extract, trained: Windowing | None, shards: ShardSet) ->
             return trained
         case None, FramesPerVideo(num_frames) if not slides:
             return ResizeWhole(num_frames=num_frames)
-        case Slide(num_frames=num_frames, frames_per_second=rate), sampling:
-            pass
+        case (Slide() | Trimmed()) as windowing, sampling:
+            num_frames, rate = windowing.num_frames, windowing.frames_per_second
         case _, sampling:
             num_frames, rate = WINDOW_FRAMES, None
     rate = options.fps or rate or (sampling.fps if isinstance(sampling, FramesPerSecond) else None)
@@ -175,9 +175,10 @@ def grid_of(clips: ClipConfig, frames_per_step: int) -> Grid:
     match clips.windowing:
         case ResizeWhole(num_frames=num_frames):
             return StepsPerVideo(num_frames // frames_per_step)
-        case Slide(frames_per_second=rate):
-            assert rate is not None
+        case Slide(frames_per_second=float(rate)):
             return SecondsPerStep(frames_per_step / rate)
+        case windowing:
+            raise AssertionError(windowing)  # clip_config makes no other
 
 
 def shards_like(shards: ShardSet) -> list[FeatureShard]:

@@ -1,0 +1,216 @@
+"""`re2tal features` from shards and .npy files to folders that open."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data.folders import indexed, write_shards
+from data.numbered import encode_numbered
+
+from re2tal.backbones import BackboneConfig
+from re2tal.cli import main
+from re2tal.cli.extract_features import Extract, extract
+from re2tal.cli.pack_features import Pack, pack
+from re2tal.data.feature_manifest import Extracted, FramesPerStep, Packed, SecondsPerStep, StepsPerVideo
+from re2tal.data.features import read_features
+from re2tal.data.manifest import MANIFEST_NAME
+from re2tal.data.shards import FeatureSet, open_any, open_shards
+from re2tal.structures import Action
+
+NANO = BackboneConfig(name="swin3d_nano")
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory) -> Path:
+    """Three videos of 1 to 2 seconds, in two shards."""
+    given = {
+        name: (encode_numbered(length), indexed(length, actions=[Action(0.2, 0.9, "x")]))
+        for name, length in (("a", 30), ("b", 45), ("c", 60))
+    }
+    return write_shards(tmp_path_factory.mktemp("shards") / "training", given, per_shard=2).root
+
+
+def options(videos: Path, out: Path, **changes) -> Extract:
+    given = {"window_frames": 16, "fps": 15.0, "size": 32, "fit": "stretch", "workers": 0, "device": "cpu"}
+    return Extract(shards=(videos,), out=out, backbone=NANO, **{**given, **changes})
+
+
+def features(folder: Path) -> FeatureSet:
+    opened = open_any(folder)
+    assert isinstance(opened, FeatureSet)
+    return opened
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in root.rglob("*") if path.is_file()}
+
+
+def test_extraction_writes_a_folder_that_says_what_made_it(videos, tmp_path, capsys):
+    assert extract(options(videos, tmp_path, dtype="float32")) == 0
+    found = features(tmp_path / "training")
+    spec = found.manifest.features
+    assert (spec.channels, spec.dtype, spec.grid) == (96, "float32", SecondsPerStep(2 / 15))
+    assert isinstance(spec.origin, Extracted)
+    assert (spec.origin.backbone, spec.origin.weights) == ("swin3d_nano", "random, seed 0")
+    assert spec.origin.shards_sha256 == open_shards(videos).manifest_sha256
+    assert [video.num_steps for video in found.videos] == [8, 12, 15]
+    assert [video.record for video in found.videos] == [video.record for video in open_shards(videos).videos]
+    out = capsys.readouterr().out
+    assert "a step per 0.133333 s, 96 channels in float32 from swin3d_nano (random, seed 0)" in out
+    with pytest.raises(SystemExit) as end:
+        main(["shards", "verify", str(tmp_path / "training")])
+    assert end.value.code == 0
+    assert "3 videos in 2 shards, every byte as it was built" in capsys.readouterr().out
+
+
+def test_two_parts_make_what_one_makes_and_other_weights_make_another_folder(videos, tmp_path):
+    for part in ("1/2", "0/2"):
+        assert extract(options(videos, tmp_path / "parts", part=part)) == 0
+    assert extract(options(videos, tmp_path / "whole")) == 0
+    assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
+    with pytest.raises(ValueError, match=r"was written with features .*; give another --out, or delete that folder"):
+        extract(options(videos, tmp_path / "whole", seed=1))
+
+
+def test_videos_that_cannot_be_read_are_reported_and_counted(videos, tmp_path, capsys):
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for path in videos.iterdir():
+        (damaged / path.name).write_bytes(path.read_bytes())
+    video = open_shards(videos).by_id["b"]
+    tar = bytearray((damaged / video.shard).read_bytes())
+    tar[video.offset + video.num_bytes - 1000] ^= 1
+    (damaged / video.shard).write_bytes(tar)
+    assert extract(options(damaged, tmp_path / "out")) == 3
+    assert "rejected b: " in capsys.readouterr().err
+    assert sorted(features(tmp_path / "out" / "training").by_id) == ["a", "c"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"whole": 16}, "--whole 16 excludes --window-frames and --fps"),
+        ({"window_frames": 0}, "--window-frames is 0; give 1 or more"),
+        ({"window_frames": 15}, "windows of 15 frames do not hold whole steps of 2 frames"),
+        ({"fps": 60.0}, "frames_per_second is 60.0, but a is stored at 30"),
+        ({"part": "2/2"}, "--part is '2/2'; give i/n"),
+        ({"run": Path("nowhere")}, "nowhere/config.json is not a file"),
+        ({"shards": ()}, "--shards names no folder"),
+    ],
+)
+def test_options_without_a_meaning_are_refused(videos, tmp_path, changes, message):
+    given = options(videos, tmp_path, **{key: value for key, value in changes.items() if key != "shards"})
+    if "run" in changes or "shards" in changes:
+        given = Extract(
+            shards=changes.get("shards", (videos,)), out=tmp_path, run=changes.get("run"), backbone=BackboneConfig()
+        )
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        extract(given)
+
+
+def write_given(folder: Path, *, fps: dict[str, float], steps: dict[str, int]) -> dict[str, np.ndarray]:
+    """A folder of .npy files (T, 6) and annotations.json; every video lasts as its steps of 4 and 16 frames do."""
+    folder.mkdir(parents=True, exist_ok=True)
+    arrays, database = {}, {}
+    for number, (name, num_steps) in enumerate(steps.items()):
+        arrays[name] = np.random.default_rng(number).standard_normal((num_steps, 6)).astype(np.float32)
+        np.save(folder / f"{name}.npy", arrays[name])
+        database[name] = {
+            "subset": "Validation" if name.startswith("v") else "Training",
+            "duration": (4 * (num_steps - 1) + 16) / fps[name],
+            "fps": fps[name],
+            "annotations": [{"segment": [0.5, 1.5], "label": "run"}],
+        }
+    (folder / "annotations.json").write_text(json.dumps({"database": database}))
+    return arrays
+
+
+STEPS = {"a": 40, "b": 33, "v": 51}
+
+
+def test_published_layouts_are_packed_with_the_middle_of_their_windows_as_their_time(tmp_path, capsys):
+    fps = {"a": 30.0, "b": 25.0, "v": 30.0}
+    arrays = write_given(tmp_path / "i3d", fps=fps, steps=STEPS)
+    given = {"features": tmp_path / "i3d", "annotations": tmp_path / "i3d" / "annotations.json"}
+    status = pack(Pack(**given, out=tmp_path / "out", stride_frames=4, window_frames=16, dtype="float32"))
+    assert status == 0
+    training, validation = (features(tmp_path / "out" / name) for name in ("training", "validation"))
+    assert training.classes == validation.classes == ("run",)
+    spec = training.manifest.features
+    assert (spec.channels, spec.grid, spec.origin.window_frames) == (6, FramesPerStep(4), 16)
+    for folder in (training, validation):
+        for video in folder.videos:
+            name = video.record.video_id
+            assert torch.equal(read_features(folder, video), torch.from_numpy(arrays[name]).T)
+            # Step 0 was computed from frames 0 to 15: its middle is 8 frames after the start.
+            assert video.start_seconds + 0.5 * video.seconds_per_step == pytest.approx(8 / fps[name])
+            assert video.seconds_per_step == pytest.approx(4 / fps[name])
+    assert "a step per 4 frames, 6 channels in float32 from another program" in capsys.readouterr().out
+
+
+def test_channels_first_whole_videos_and_one_rate_for_all(tmp_path):
+    steps = dict.fromkeys(STEPS, 20)
+    arrays = write_given(tmp_path / "f", fps=dict.fromkeys(STEPS, 30.0), steps=steps)
+    for name, array in arrays.items():
+        np.save(tmp_path / "f" / f"{name}.npy", np.asfortranarray(array.T.astype(np.float64)))
+    given = {"features": tmp_path / "f", "annotations": tmp_path / "f" / "annotations.json", "layout": "ct"}
+    assert pack(Pack(**given, out=tmp_path / "whole", resized=20, dtype="float32", subsets=("training",))) == 0
+    whole = features(tmp_path / "whole" / "training")
+    assert whole.manifest.features.grid == StepsPerVideo(20)
+    video = whole.by_id["a"]
+    assert (video.start_seconds, video.seconds_per_step * 20) == (0.0, pytest.approx(video.record.duration_seconds))
+    torch.testing.assert_close(read_features(whole, video), torch.from_numpy(arrays["a"]).T)
+    assert pack(Pack(**given, out=tmp_path / "fps", stride_frames=4, window_frames=16, fps=30.0)) == 0
+    manifest = features(tmp_path / "fps" / "validation").manifest
+    assert manifest.features.grid == SecondsPerStep(4 / 30)
+    assert isinstance(manifest.features.origin, Packed)
+    assert manifest.features.origin.fps == 30.0
+
+
+def test_files_that_cannot_be_used_are_left_out_with_the_reason(tmp_path, capsys):
+    steps = {name: 40 for name in "abcdefgh"}
+    write_given(tmp_path, fps=dict.fromkeys(steps, 30.0), steps=steps)
+    np.save(tmp_path / "b.npy", np.full((40, 6), np.nan, dtype=np.float32))
+    np.save(tmp_path / "c.npy", np.array([{"code": 1}], dtype=object), allow_pickle=True)
+    (tmp_path / "d.npy").write_bytes((tmp_path / "a.npy").read_bytes()[:-100])
+    np.save(tmp_path / "e.npy", np.zeros((400, 6), dtype=np.float32))
+    np.save(tmp_path / "f.npy", np.zeros((40, 7), dtype=np.float32))
+    (tmp_path / "g.npy").unlink()
+    given = {"features": tmp_path, "annotations": tmp_path / "annotations.json", "out": tmp_path / "out"}
+    assert pack(Pack(**given, stride_frames=4, window_frames=16)) == 3
+    found = features(tmp_path / "out" / "training")
+    assert sorted(found.by_id) == ["a", "h"]
+    reasons = {rejection.video_id: rejection.reason for rejection in found.manifest.rejected}
+    assert reasons["b"] == "240 of its 240 features are not finite"
+    assert "c.npy is no sound .npy file of numbers" in reasons["c"]
+    assert "d.npy is no sound .npy file of numbers" in reasons["d"]
+    assert "400 steps of 4 frames at 30 frames per second end at 53.73 s, the annotation file says 5.73" in reasons["e"]
+    assert reasons["f"] == "has 7 channels and 40 steps; wanted 6 channels"
+    assert reasons["g"] == "there is no file of this name"
+    assert "6 of 8 videos cannot be used" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, "give --stride-frames and --window-frames"),
+        ({"stride_frames": 4}, "give --stride-frames and --window-frames"),
+        ({"stride_frames": 0, "window_frames": 16}, "--stride-frames is 0; give a positive number"),
+        ({"resized": 20, "fps": 30.0}, "--resized excludes"),
+        ({"resized": 20, "layout": "ct"}, r"with --layout ct, 3 files have 3 different numbers of channels.*layout tc"),
+        ({"resized": 20, "features": Path("nowhere")}, "nowhere is not a folder"),
+        ({"resized": 20, "subsets": ("test",)}, "no video belongs to subset 'test'"),
+        ({"resized": 7}, "none of the 3 videos has usable features"),
+    ],
+)
+def test_what_cannot_be_packed_is_refused(tmp_path, changes, message):
+    steps = {"a": 40, "b": 33, "c": 51}
+    write_given(tmp_path, fps=dict.fromkeys(steps, 30.0), steps=steps)
+    given = {"features": tmp_path, "annotations": tmp_path / "annotations.json", "out": tmp_path / "out", **changes}
+    with pytest.raises(ValueError, match=message):
+        pack(Pack(**given))
+    assert not list((tmp_path / "out").rglob(MANIFEST_NAME))
