@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from re2tal.backbones.base import BackboneConfig, VideoBackbone, steps_mask
 from re2tal.backbones.slowfast_layouts import KEY_LAYOUTS
 from re2tal.backbones.weights import load_weights
-from re2tal.rewire import Branch, by_samples, residual_branches, why_not_residual
+from re2tal.rewire import Between, Branch, by_samples, forgetful, residual_branches, why_not_residual
 from re2tal.structures import Features
 
 EXPANSION = 4  # output channels of a bottleneck, by its inner ones
@@ -114,7 +114,7 @@ def _initialise(module: nn.Module) -> None:
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
-class Pathway(nn.Module):
+class Pathway(Between):
     """A 3-D ResNet: conv1, maxpool, layer1 to layer4, and the laterals in front of them; `SlowFast` calls them."""
 
     def __init__(
@@ -148,6 +148,7 @@ class Pathway(nn.Module):
             blocks += [block(width, inner, kernel=kernel, stride=1, downsample=False) for _ in range(depth - 1)]
             self.add_module(f"layer{index + 1}", nn.Sequential(*blocks))
 
+    @forgetful
     def stem(self, frames: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> (B, C, T, H / 4, W / 4)."""
         return self.maxpool(self.conv1(frames))
@@ -161,7 +162,7 @@ class Pathway(nn.Module):
         return [child for name, child in self.named_children() if name.endswith("_lateral")]
 
 
-class Lateral(nn.Module):
+class Lateral(Between):
     """Fast features at the slow pathway's rate: a convolution in time alone."""
 
     def __init__(self, in_channels: int, out_channels: int, *, kernel: int, stride: int) -> None:
@@ -187,6 +188,7 @@ class NormedLateral(Lateral):
         super().__init__(in_channels, out_channels, kernel=kernel, stride=stride)
         self.bn = nn.BatchNorm3d(out_channels)
 
+    @forgetful
     def forward(self, x: Tensor) -> Tensor:
         """(B, c, T, H, W) -> (B, C, T / stride, H, W)."""
         return F.relu_(self.bn(self.conv(x)))

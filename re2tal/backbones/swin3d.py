@@ -34,7 +34,7 @@ from re2tal.backbones.shifted_windows import (
 from re2tal.backbones.swin3d_layouts import KEY_LAYOUTS
 from re2tal.backbones.weights import load_weights
 from re2tal.reversible.chunking import even_spans
-from re2tal.rewire import Branch, Cut, Part, by_tokens, residual_branches
+from re2tal.rewire import Between, Branch, Cut, Part, by_tokens, forgetful, residual_branches
 from re2tal.structures import Features
 
 # Added to the logits of token pairs that are not neighbours; in float32, exp(-100) vanishes beside any other weight.
@@ -106,7 +106,7 @@ def _initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-class PatchEmbed(nn.Module):
+class PatchEmbed(Between):
     """Non-overlapping patches: (B, 3, T, H, W) -> (B, D, H', W', C), normalised."""
 
     def __init__(self, channels: int, *, patch: Size3) -> None:
@@ -115,6 +115,7 @@ class PatchEmbed(nn.Module):
         self.proj = nn.Conv3d(3, channels, kernel_size=patch, stride=patch)
         self.norm = nn.LayerNorm(channels)
 
+    @forgetful
     def forward(self, frames: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> (B, D, H', W', C)."""
         t, h, w = (-size % full for size, full in zip(frames.shape[2:], self.patch, strict=True))
@@ -135,7 +136,7 @@ class SwinStage(nn.Module):
         return x if self.downsample is None else self.downsample(x)
 
 
-class PatchMerging(nn.Module):
+class PatchMerging(Between):
     """2 x 2 neighbouring pixels become one: (B, D, H, W, C) -> (B, D, ceil(H/2), ceil(W/2), 2C)."""
 
     def __init__(self, channels: int) -> None:
@@ -143,6 +144,7 @@ class PatchMerging(nn.Module):
         self.norm = nn.LayerNorm(4 * channels)
         self.reduction = nn.Linear(4 * channels, 2 * channels, bias=False)
 
+    @forgetful
     def forward(self, x: Tensor) -> Tensor:
         """(B, D, H, W, C) -> (B, D, ceil(H/2), ceil(W/2), 2C)."""
         x = F.pad(x, (0, 0, 0, x.shape[3] % 2, 0, x.shape[2] % 2))

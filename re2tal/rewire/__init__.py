@@ -1,6 +1,7 @@
 """From a stock residual network to a rewired one: in place, no parameter added, removed or renamed."""
 
 from re2tal.rewire.beta import beta_of, count_states, set_beta
+from re2tal.rewire.between import Between, forgetful
 from re2tal.rewire.branches import Branch, residual_branches, why_not_residual, wrap_output
 from re2tal.rewire.cuts import Cut, Part, by_samples, by_tokens
 from re2tal.rewire.report import RewireReport
@@ -8,6 +9,7 @@ from re2tal.rewire.rewire import rewire, unrewire
 from re2tal.rewire.stage import RewiredStage, RewiringConfig
 
 __all__ = [
+    "Between",
     "Branch",
     "Cut",
     "Part",
@@ -18,6 +20,7 @@ __all__ = [
     "by_samples",
     "by_tokens",
     "count_states",
+    "forgetful",
     "residual_branches",
     "rewire",
     "set_beta",

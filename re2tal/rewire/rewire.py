@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from re2tal.rewire.between import Between
 from re2tal.rewire.branches import NotResidual, Residual, is_unregistered, registered
 from re2tal.rewire.cuts import Cut
 from re2tal.rewire.discover import record_calls, take_apart
@@ -65,7 +66,14 @@ def rewire(
             if place.container not in stages:
                 stages[place.container] = RewiredStage(place.container, config or RewiringConfig(), residual=residual)
             setattr(place.parent, place.name, stages[place.container])
+    _set_forgets(model, config is None or config.recompute)
     return report
+
+
+def _set_forgets(model: nn.Module, forgets: bool) -> None:
+    for module in model.modules():
+        if isinstance(module, Between):
+            module.forgets = forgets
 
 
 def _cuts(places: Sequence[_Place], analyse: Analyst) -> Iterator[Cut | None]:
@@ -85,6 +93,7 @@ def unrewire(model: nn.Module) -> None:
     for path, stage in stages:
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, stage.plain())
+    _set_forgets(model, False)
 
 
 Analyst = Callable[[nn.Module], Residual | NotResidual]

@@ -29,7 +29,8 @@ from re2tal.reversible.chunking import ChunkedBranch, Piece
 from re2tal.reversible.coupling import Coupling, Merge
 from re2tal.reversible.offload import offloaded
 from re2tal.reversible.precision import Grid, Precision
-from re2tal.rewire.branches import Branch, Residual
+from re2tal.rewire.between import recomputed
+from re2tal.rewire.branches import Branch, Residual, is_unregistered
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +137,10 @@ class RewiredStage(nn.Module):
                 output = self.residual[name].wrap(block, x)
             else:
                 for block in blocks.values():
-                    output = block(_hidden(output), *args, **kwargs)
+                    # Of others nobody has said that they do the same twice.
+                    forgets = self.config.recompute and not is_unregistered(block)
+                    call = partial(recomputed, block, owner=block) if forgets else block
+                    output = call(_hidden(output), *args, **kwargs)
         return output
 
     def _run(self, blocks: Mapping[str, nn.Module], x: Tensor, args: tuple, kwargs: dict) -> Tensor:

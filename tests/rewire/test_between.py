@@ -1,0 +1,134 @@
+"""Layers between reversible runs: forgotten and run again, they give the same gradients and write buffers once."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from rewire.networks import CHANNELS, Block
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from re2tal.backbones import BackboneConfig, build_backbone
+from re2tal.rewire import Between, RewiringConfig, forgetful, residual_branches, rewire, unrewire, why_not_residual
+
+MASK = torch.ones(2, 16, dtype=torch.bool)
+
+
+def frames(size: int = 40) -> Tensor:
+    return torch.randn(2, 3, 16, size, size, generator=torch.Generator().manual_seed(1))
+
+
+def trained(name: str, *, recompute: bool) -> dict[str, Tensor]:
+    """Gradients and buffers after two steps with norms in training mode."""
+    torch.manual_seed(0)
+    backbone = build_backbone(BackboneConfig(name=name, recompute=recompute)).double().train()
+    torch.manual_seed(1)
+    for _ in range(2):
+        backbone(frames().double(), MASK).values.square().mean().backward()
+    found = {key: parameter.grad for key, parameter in backbone.named_parameters()}
+    return found | {key: buffer.clone() for key, buffer in backbone.named_buffers()}
+
+
+@pytest.mark.parametrize("name", ["swin3d_nano", "slowfast_nano"])
+def test_forgetting_changes_neither_gradients_nor_buffers(name) -> None:
+    found, wanted = (trained(name, recompute=recompute) for recompute in (True, False))
+    assert found.keys() == wanted.keys()
+    for key, want in wanted.items():
+        torch.testing.assert_close(found[key], want, rtol=1e-9, atol=1e-9 * float(want.abs().max()), msg=key)
+    assert {int(found[key]) for key in found if key.endswith("num_batches_tracked")} <= {2}
+
+
+def kept_outside_runs(net: nn.Module, x: Tensor) -> list[tuple[int, ...]]:
+    """Shapes of what autograd saves, but for parameters, each storage once."""
+    saved: dict[int, Tensor] = {parameter.untyped_storage()._cdata: parameter for parameter in net.parameters()}
+    num_parameters = len(saved)
+
+    def save(tensor: Tensor) -> Tensor:
+        saved.setdefault(tensor.untyped_storage()._cdata, tensor)
+        return tensor
+
+    with saved_tensors_hooks(save, lambda tensor: tensor):
+        net(x)
+    return [tuple(tensor.shape) for tensor in list(saved.values())[num_parameters:]]
+
+
+class Narrow(nn.Module):
+    """Not residual, as its family says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Sequential(nn.Linear(CHANNELS, 4 * CHANNELS), nn.GELU(), nn.Linear(4 * CHANNELS, CHANNELS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.f(x))
+
+
+@residual_branches.register
+def _(block: Narrow) -> tuple:
+    return ()
+
+
+@why_not_residual.register
+def _(block: Narrow) -> str:
+    return "it is narrow in the middle"
+
+
+class Unknown(Narrow):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class Stem(Between):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(3, CHANNELS)
+
+    @forgetful
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(torch.sin(self.f(x)))
+
+
+class Net(nn.Module):
+    def __init__(self, between: type[nn.Module]) -> None:
+        super().__init__()
+        self.stem = Stem()
+        self.blocks = nn.Sequential(Block(), between(), Block())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.blocks(self.stem(x))
+
+
+X, STATE = (2, 5, 3), (2, 5, CHANNELS)
+
+
+def test_what_lies_between_runs_keeps_its_input_alone() -> None:
+    net = Net(Narrow)
+    rewire(net)
+    assert kept_outside_runs(net, torch.ones(X)) == [X, *[STATE] * 5]  # two runs' states, and what Narrow was given
+
+
+@pytest.mark.parametrize(("between", "recompute"), [(Unknown, True), (Narrow, False)])
+def test_a_block_that_nobody_knows_and_one_that_is_told_to_keep_its_activations_keep_them(between, recompute) -> None:
+    net = Net(between)
+    rewire(net, config=RewiringConfig(recompute=recompute))
+    assert (2, 5, 4 * CHANNELS) in kept_outside_runs(net, torch.ones(X))
+    assert net.stem.forgets == recompute
+
+
+def test_a_network_put_back_keeps_its_activations() -> None:
+    net = Net(Narrow)
+    before = kept_outside_runs(net, torch.ones(X))
+    rewire(net)
+    unrewire(net)
+    assert kept_outside_runs(net, torch.ones(X)) == before
+
+
+def test_without_gradients_nothing_is_run_twice() -> None:
+    net, calls = Net(Narrow), []
+    net.stem.f.register_forward_hook(lambda *_: calls.append(1))
+    rewire(net)
+    with torch.no_grad():
+        net(torch.ones(X))
+    assert len(calls) == 1
+    net(torch.ones(X)).sum().backward()
+    assert len(calls) == 3
