@@ -31,7 +31,8 @@ class BackboneConfig:
     rewired: bool = True
     """Give every residual run its two streams (reversible); parameter names do not change."""
     recompute: bool = True
-    """Forget activations inside a rewired run and rebuild them in the backward; needs `rewired`."""
+    """Forget activations inside rewired runs, and in the layers between them, and compute them again in backward;
+    needs `rewired`."""
     unit: Literal["branch", "block"] = "branch"
     """What a rewired run couples: the branches of its blocks (the paper), or whole blocks, F(x) = block(x) - x."""
     merge: Literal["mean", "extrapolate"] = "mean"
