@@ -26,6 +26,7 @@ from re2tal.evaluation.suppression import SuppressionConfig
 from re2tal.localizers import LocalizerConfig, build_localizer
 from re2tal.localizers.actionformer import ActionFormerConfig
 from re2tal.strict_json import read_json, write_atomically
+from re2tal.training.annealing import AnnealingConfig
 from re2tal.training.engine import EngineConfig
 from re2tal.training.optimizer import OptimizerConfig
 from re2tal.training.schedule import ScheduleConfig
@@ -64,6 +65,8 @@ class RunConfig:
     """Learning rates and weight decay."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """The course of the learning rates."""
+    annealing: AnnealingConfig = field(default_factory=AnnealingConfig)
+    """From the pretrained backbone to the rewired one."""
     engine: EngineConfig = field(default_factory=EngineConfig)
     """Batch, clipping and precision."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
@@ -81,6 +84,11 @@ class RunConfig:
             raise ValueError(
                 f"num_steps is {self.num_steps} and data.clips.windowing.num_frames {num_frames}; the grid has at "
                 "least one step, and no more than there are frames"
+            )
+        if self.annealing.epochs > 0 and not self.backbone.rewired:
+            raise ValueError(
+                f"annealing.epochs is {self.annealing.epochs}, but the backbone is not rewired; set backbone.rewired, "
+                "or annealing.epochs to 0"
             )
         match self.localizer:
             case ActionFormerConfig(position_encoding=True, max_num_steps=limit) if self.num_steps > limit:

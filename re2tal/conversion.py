@@ -167,10 +167,10 @@ def _check_detector(state: Mapping[str, Tensor], found: set[str], localizer: Act
 def _check_rewiring(layout: str, config: BackboneConfig, path: Path) -> None:
     """The same weights compute one thing in a plain network and another in a rewired one; their names tell which."""
     trained_rewired = layout.startswith("OpenTAD")
-    if trained_rewired and (config.unit, config.merge, config.segment) != ("branch", "mean", None):
+    if trained_rewired and (config.unit, config.merge, config.segment, config.beta) != ("branch", "mean", None, 1):
         raise ValueError(
-            f"{path} was trained with OpenTAD's rewiring, and backbone.unit, merge and segment are {config.unit}, "
-            f"{config.merge} and {config.segment}; set them to branch, mean and None"
+            f"{path} was trained with OpenTAD's rewiring, and backbone.unit, merge, segment and beta are "
+            f"{config.unit}, {config.merge}, {config.segment} and {config.beta}; set them to branch, mean, None and 1"
         )
     if trained_rewired != config.rewired:
         kind, option = ("rewired", "--backbone.rewired") if trained_rewired else ("plain", "--backbone.no-rewired")

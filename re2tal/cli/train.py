@@ -35,8 +35,10 @@ from re2tal.evaluation.ground_truth import as_one_class
 from re2tal.evaluation.results import write_results
 from re2tal.inference import detector_input, predict
 from re2tal.recipes import find_recipe
+from re2tal.rewire import beta_of
 from re2tal.strict_json import write_json
 from re2tal.structures import Batch, Detections, FeatureBatch
+from re2tal.training.annealing import beta_course
 from re2tal.training.checkpoint import CheckpointStore
 from re2tal.training.engine import (
     Engine,
@@ -188,11 +190,10 @@ def _build(
     seed_generators(seed, rank=world.rank)  # but different paths dropped
     clips = _stream(run, shards, world, training=True)
     accumulation = run.engine.gradient_accumulation
-    factor = learning_rate_factor(
-        run.schedule,
-        steps_per_epoch=clips.steps_per_epoch / accumulation,
-        num_steps=num_optimizer_steps(run.training, clips.steps_per_epoch, accumulation=accumulation),
-    )
+    steps_per_epoch = clips.steps_per_epoch / accumulation
+    num_steps = num_optimizer_steps(run.training, clips.steps_per_epoch, accumulation=accumulation)
+    factor = learning_rate_factor(run.schedule, steps_per_epoch=steps_per_epoch, num_steps=num_steps)
+    beta = beta_course(run.annealing, end=run.backbone.beta, steps_per_epoch=steps_per_epoch, num_steps=num_steps)
     engine = build_engine(model, build_optimizer(model, run.optimizer), factor=factor, settings=settings)
     unchangeable = {name: value for name, value in flatten(to_json(run)) if name not in FREE_TO_CHANGE}
     identity = {
@@ -211,6 +212,7 @@ def _build(
         prepare=partial(_prepare, strength=run.data.clips.colour_jitter, seed=seed, rank=world.rank, dtype=dtype),
         checkpoints=CheckpointStore(folder / "checkpoints", identity=identity, keep=run.training.keep_checkpoints),
         log=MetricsLog(folder, enabled=world.is_main),
+        beta=beta,
     )
 
 
@@ -268,8 +270,9 @@ def _finish(
     trainer.log.write("evaluation", _figures(report), step=trainer.progress.step)
     if not is_main():
         return
-    classes = trainer.engine.module.localizer.classes
-    write_model(folder / "model.safetensors", weights, classes=classes)
+    model = trainer.engine.module
+    classes = model.localizer.classes
+    write_model(folder / "model.safetensors", weights, classes=classes, beta=beta_of(model))
     write_results(folder / "results.json", predictions, classes)
     summary = {
         "average_map": report.average_map,

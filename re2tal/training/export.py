@@ -1,6 +1,6 @@
 """model.safetensors: what training leaves for inference.
 
-Float32 weights and buffers by name, class names in the header.
+Float32 weights and buffers by name; in the header class names, and the coupling that a rewired network was trained to.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from re2tal.rewire import beta_of
+
 FORMAT = "re2tal-model"
 
 
@@ -25,6 +27,8 @@ class ModelFile:
     path: Path
     weights: dict[str, Tensor]
     classes: tuple[str, ...]
+    beta: float | None = None
+    """Of the rewired network that was trained; None for a plain one."""
 
     def load_into(self, detector: nn.Module, *, classes: Sequence[str]) -> None:
         """Gives `detector`, which was built for `classes`, these weights. Raises ValueError where they do not fit."""
@@ -32,6 +36,11 @@ class ModelFile:
             raise ValueError(
                 f"{self.path} was trained for {len(self.classes)} classes {_brief(self.classes)}, the detector is for "
                 f"{len(classes)} {_brief(classes)}; build it with the classes of the file, or train with this data"
+            )
+        if self.beta not in (None, beta_of(detector)):
+            raise ValueError(
+                f"{self.path} was trained to backbone.beta {self.beta}, the detector is built with "
+                f"{beta_of(detector)}, which is another network; use the config.json of the run that wrote it"
             )
         own = {name: tuple(value.shape) for name, value in detector.state_dict().items()}
         saved = {name: tuple(value.shape) for name, value in self.weights.items()}
@@ -46,9 +55,12 @@ class ModelFile:
         detector.load_state_dict(self.weights)
 
 
-def write_model(path: Path, weights: Mapping[str, Tensor], *, classes: Sequence[str]) -> None:
-    """Writes the file whole or not at all."""
-    write_tensors(path, weights, metadata={"format": FORMAT, "classes": json.dumps(list(classes))})
+def write_model(
+    path: Path, weights: Mapping[str, Tensor], *, classes: Sequence[str], beta: float | None = None
+) -> None:
+    """Writes the file whole or not at all; `beta` is that of a rewired network."""
+    header = {"format": FORMAT, "classes": json.dumps(list(classes)), "beta": json.dumps(beta)}
+    write_tensors(path, weights, metadata=header)
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> None:
@@ -73,7 +85,8 @@ def read_model(path: Path) -> ModelFile:
         raise ValueError(f"{path} is not a safetensors file ({error}); copy it again, or train again") from None
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is not a trained re2tal model; backbone weights go to --backbone.weights")
-    return ModelFile(path, weights, tuple(json.loads(metadata["classes"])))
+    beta = json.loads(metadata.get("beta", "null"))
+    return ModelFile(path, weights, tuple(json.loads(metadata["classes"])), beta)
 
 
 def _brief(classes: Sequence[str]) -> str:

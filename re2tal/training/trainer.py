@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from re2tal.distributed import any_rank, mean_over_ranks
+from re2tal.rewire import count_states, set_beta
 from re2tal.structures import Batch
 from re2tal.training.checkpoint import CheckpointStore, Progress
 from re2tal.training.ema import WeightAverage
@@ -93,7 +94,9 @@ class Trainer:
         prepare: Prepare,
         checkpoints: CheckpointStore,
         log: MetricsLog,
+        beta: Callable[[int], float] | None = None,
     ) -> None:
+        """`beta`: optimizer steps done -> beta of a rewired network from there on; None leaves it as it is."""
         self.engine = engine
         self.clips = clips
         self.validate = validate
@@ -101,6 +104,7 @@ class Trainer:
         self.prepare = prepare
         self.checkpoints = checkpoints
         self.log = log
+        self.beta = beta
         self.accumulation = int(engine.gradient_accumulation_steps())
         self.num_steps = num_optimizer_steps(config, clips.steps_per_epoch, accumulation=self.accumulation)
         decay = config.average_decay
@@ -114,12 +118,14 @@ class Trainer:
         if restored is None:
             return False
         self.progress = restored
+        self._couple()
         return True
 
     def train(self) -> Literal["finished", "interrupted"]:
         """Every rank calls this: trains to the last step, or until a rank is told to stop, and saves in either case."""
         self.log.open(step=self.progress.step, num_steps=self.num_steps)
         self.engine.train()
+        self._couple()
         meter = Meter(clips_per_step=int(self.engine.train_batch_size()))
         stop = False
         with stop_requests() as requests:
@@ -214,7 +220,13 @@ class Trainer:
 
     def _advance(self, *, seconds: float) -> None:
         self.progress = replace(self.progress, step=self.progress.step + 1, seconds=self.progress.seconds + seconds)
+        self._couple()
         self.log.advance()
+
+    def _couple(self) -> None:
+        """Sets the coupling of a rewired network, which depends on the step alone."""
+        if self.beta is not None:
+            set_beta(self.engine.module, self.beta(self.progress.step))
 
     def _report(self, meter: Meter) -> None:
         if self.progress.step % self.config.log_every_steps and not self._last():
@@ -228,12 +240,19 @@ class Trainer:
                 **{f"loss/{name}": loss for name, loss in losses.items()},
                 "lr": max(group["lr"] for group in self.engine.optimizer.param_groups),
                 **{f"lr/{group['name']}": group["lr"] for group in self.engine.optimizer.param_groups},
+                **self._coupling(),
                 "clips_per_second": clips_per_second,
                 "peak_memory_gib": peak_memory_gib(self.engine.device),
                 "skipped": self.progress.skipped,
             },
             step=self.progress.step,
         )
+
+    def _coupling(self) -> dict[str, float]:
+        """Beta of the next step, where it has a course, and how many states the network then keeps for backward."""
+        if self.beta is None:
+            return {}
+        return {"beta": self.beta(self.progress.step), "kept_states": count_states(self.engine.module).kept}
 
     def _due_every_epochs(self, epochs: int | None) -> bool:
         """Whether the step just done completed a multiple of `epochs`; the last step is left to the end of the run."""

@@ -230,7 +230,7 @@ def test_plain_and_rewired_detectors_are_told_apart(
     assert f"add --backbone.{right}rewired" in said
     if rewired:
         assert import_detector(tmp_path, tmp_path / "weights.safetensors", "--backbone.merge", "extrapolate") == 2
-        assert "set them to branch, mean and None" in capsys.readouterr().err
+        assert "set them to branch, mean, None and 1" in capsys.readouterr().err
     assert import_detector(tmp_path, tmp_path / "weights.safetensors") == 0
     out = tmp_path / "back.safetensors"
     assert run_command("export", "--run", tmp_path / "run", "--to", "opentad", "--out", out) == 0

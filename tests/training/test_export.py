@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import save_file
-from training.tiny import TinyDetector
+from training.tiny import RewiredTinyDetector, TinyDetector
 
+from re2tal.rewire import set_beta
 from re2tal.training.export import read_model, write_model
 
 
@@ -34,6 +35,16 @@ def test_another_network_is_refused(tmp_path):
     expected = r"1 tensors differ, such as localizer.weight: \(2, 24\) in the file, \(1, 24\)"
     with pytest.raises(ValueError, match=expected):
         read_model(tmp_path / "model.safetensors").load_into(TinyDetector(), classes=["a"])
+
+
+def test_a_network_of_another_coupling_is_refused(tmp_path):
+    write_model(tmp_path / "model.safetensors", RewiredTinyDetector().state_dict(), classes=["a"], beta=0.75)
+    model, detector = read_model(tmp_path / "model.safetensors"), RewiredTinyDetector()
+    assert model.beta == 0.75
+    with pytest.raises(ValueError, match=r"was trained to backbone.beta 0.75, the detector is built with 1.0"):
+        model.load_into(detector, classes=["a"])
+    set_beta(detector, 0.75)
+    model.load_into(detector, classes=["a"])
 
 
 def test_other_files_are_refused(tmp_path):

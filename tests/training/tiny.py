@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from re2tal.distributed import resolve_world
+from re2tal.rewire import Branch, residual_branches, rewire
 from re2tal.structures import ClipBatch, Timeline
 from re2tal.training.checkpoint import CheckpointStore
 from re2tal.training.engine import EngineConfig, build_engine, gather_weights, join
@@ -50,6 +51,35 @@ class TinyDetector(nn.Module):
         wanted = torch.tensor([timeline.start_seconds for timeline in timelines], device=outputs.values.device)
         error = ((outputs.values - wanted[:, None]) ** 2 * outputs.mask).mean()
         return {"error": error, "total": error * (1 + 1e-3 * self.seen.float())}
+
+
+class TinyBlock(nn.Module):
+    """x + f(x)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Sequential(nn.LayerNorm(24), nn.Linear(24, 24), nn.GELU(), nn.Dropout(0.2))
+
+    def branch(self, x: Tensor) -> Tensor:
+        return self.f(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
+
+
+@residual_branches.register
+def _(block: TinyBlock) -> tuple[Branch, ...]:
+    return (Branch("f", TinyBlock.branch),)
+
+
+class RewiredTinyDetector(TinyDetector):
+    """With six residual blocks, rewired."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        blocks = nn.Sequential(*(TinyBlock() for _ in range(6)))
+        self.backbone = nn.Sequential(nn.Linear(48, 24), blocks, nn.LayerNorm(24))
+        rewire(self)
 
 
 class TinyClips:
@@ -101,6 +131,8 @@ def tiny_trainer(
     poison=(),
     on_batch=None,
     validate=lambda engine: {"average_map": 0.5},
+    build: Callable[[], TinyDetector] = TinyDetector,
+    beta: Callable[[int], float] | None = None,
 ) -> Trainer:
     """A trainer in this process, which joins the world its environment describes."""
     world = resolve_world(os.environ)
@@ -112,7 +144,7 @@ def tiny_trainer(
     ds = folder / f"ds{world.rank}.json"
     ds.write_text(json.dumps({"zero_optimization": zero or {"stage": stage}, "bf16": {"enabled": "auto"}}))
     seed_generators(3, rank=0)
-    model = TinyDetector().to(device)
+    model = build().to(device)
     seed_generators(3, rank=world.rank)
     clips = TinyClips(rank=world.rank, poison=poison, on_batch=on_batch)
     factor = learning_rate_factor(
@@ -143,6 +175,7 @@ def tiny_trainer(
             keep=training.keep_checkpoints,
         ),
         log=MetricsLog(folder, enabled=world.is_main),
+        beta=beta,
     )
 
 

@@ -1,0 +1,46 @@
+"""From the network before it was rewired to the coupling that training ends with: beta, step by step.
+
+    beta(s) = start + (end - start) min(s / annealing steps, 1)          s optimizer steps done
+
+A pure function of the step, so that a resumed run goes on where it was. After Dr2Net (CVPR 2024), on the line alpha =
+1 - beta; while beta is small the states of a run are kept, and memory is that of a checkpointed network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class AnnealingConfig:
+    """How a rewired backbone comes from its pretrained function to backbone.beta."""
+
+    epochs: float = 0.0
+    """Over how many epochs beta goes from `start` to backbone.beta, evenly; 0 trains with backbone.beta all along."""
+    start: float = 0.0
+    """Beta of the first step; 0 is the network before rewiring."""
+
+    def __post_init__(self) -> None:
+        if not self.epochs >= 0:
+            raise ValueError(f"annealing.epochs is {self.epochs}; it must not be negative")
+        if not 0 <= self.start <= 1:
+            raise ValueError(f"annealing.start is {self.start}; it lies in [0, 1], where 0 is the plain network")
+
+
+def beta_course(
+    config: AnnealingConfig, *, end: float, steps_per_epoch: float, num_steps: int
+) -> Callable[[int], float] | None:
+    """Optimizer steps done (0 first) -> beta of the next one; None where it stays at `end`.
+
+    ValueError where a run of `num_steps` ends before beta does.
+    """
+    if config.epochs == 0:
+        return None
+    annealing_steps = max(1, round(config.epochs * steps_per_epoch))
+    if annealing_steps > num_steps:
+        raise ValueError(
+            f"annealing.epochs = {config.epochs} is {annealing_steps} steps, but the run has only {num_steps}; shorten "
+            "it, or train for more epochs: a trained network is used with backbone.beta"
+        )
+    return lambda step: config.start + (end - config.start) * min(step / annealing_steps, 1.0)
