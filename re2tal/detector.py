@@ -31,6 +31,11 @@ class TemporalActionDetector(nn.Module):
         self.localizer = localizer
         self.num_steps = num_steps
 
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """The localizer's."""
+        return self.localizer.classes
+
     def forward(self, frames: Tensor, frame_mask: Tensor) -> tuple:
         """(B, 3, T, H, W) normalised float frames, (B, T) bool -> the localizer's named tuple of tensors."""
         return self.localizer(resample(self.backbone(frames, frame_mask), num_steps=self.num_steps))

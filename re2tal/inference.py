@@ -1,4 +1,4 @@
-"""Clips in, detections per video out: forward, decode, merge the windows of each video, suppress.
+"""Clips in, detections per video out: forward, decode, merge the windows of each video, suppress. Or its class.
 
     rank: batches -> {(video, window): Detections} --gather once--> all ranks: merged by video -> suppressed, best first
 
@@ -9,8 +9,8 @@ neither the number of ranks nor a clip that was seen twice changes the result.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,8 @@ from re2tal.data.transforms import normalise
 from re2tal.distributed import gather_objects
 from re2tal.evaluation.suppression import SuppressionConfig, suppress
 from re2tal.structures import Batch, ClipBatch, Detections, FeatureBatch
+
+Found = TypeVar("Found")
 
 Windows = dict[tuple[str, int], Detections]
 """Detections of one clip, on the CPU and not suppressed, by (video id, window id)."""
@@ -36,32 +38,71 @@ def predict(
 
     Raises ValueError, naming the video, for detections that are not finite.
     """
-    windows = detect_windows(detector, batches, device=device)
-    gathered: Windows = {}
+    windows = gather_windows(detect_windows(detector, batches, device=device))
+    return merge_windows(windows, suppression=suppression)
+
+
+def classify(recognizer: nn.Module, batches: Iterable[Batch], *, device: torch.device | str) -> dict[str, Tensor]:
+    """As `predict`, with a `Recognizer`: the probabilities of all classes (K,) by video id, the mean over its views.
+
+    Raises ValueError, naming the video, for probabilities that are not finite.
+    """
+    windows = look_at_windows(
+        recognizer, batches, lambda inner, outputs, batch: list(outputs.logits.softmax(1).cpu()), device=device
+    )
+    views: dict[str, list[Tensor]] = {}
+    for (video_id, _), probabilities in sorted(gather_windows(windows).items()):
+        views.setdefault(video_id, []).append(probabilities)
+    means = {video_id: torch.stack(of_video).mean(dim=0) for video_id, of_video in views.items()}
+    for video_id, mean in means.items():
+        if not bool(mean.isfinite().all()):
+            raise ValueError(f"video {video_id!r}: its probabilities are not finite: {mean.tolist()[:5]}")
+    return means
+
+
+def gather_windows(windows: dict[tuple[str, int], Found]) -> dict[tuple[str, int], Found]:
+    """Every rank calls this: what all ranks found; a clip that two of them saw is there once."""
+    gathered: dict[tuple[str, int], Found] = {}
     for of_rank in gather_objects(windows):
         gathered |= of_rank
-    return merge_windows(gathered, suppression=suppression)
+    return gathered
 
 
 def detect_windows(detector: nn.Module, batches: Iterable[Batch], *, device: torch.device | str) -> Windows:
     """This rank's share: what each valid clip of `batches` shows, before merging."""
-    inner: Any = getattr(detector, "module", detector)
+
+    def detect(inner: Any, outputs: Any, batch: Batch) -> list[Detections]:
+        found = inner.detect(outputs, batch.timelines, num_frames=batch.mask.shape[1])
+        return [_to_cpu(one) for one in found]
+
+    return look_at_windows(detector, batches, detect, device=device)
+
+
+def look_at_windows(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    read: Callable[[Any, Any, Batch], list[Found]],
+    *,
+    device: torch.device | str,
+) -> dict[tuple[str, int], Found]:
+    """What `read(network, its outputs in float32, batch)` makes of each valid clip, by (video id, window id)."""
+    inner: Any = getattr(model, "module", model)
     weights = next(inner.parameters())
-    windows: Windows = {}
-    was_training = detector.training
-    detector.eval()
+    windows: dict[tuple[str, int], Found] = {}
+    was_training = model.training
+    model.eval()
     try:
         # Not inference_mode: weights that ZeRO-3 gathers in it could not take part in training afterwards.
         with torch.no_grad():
             for batch in batches:
                 here = batch.to(device)
-                outputs = detector(detector_input(here, dtype=weights.dtype), here.mask)
+                outputs = model(detector_input(here, dtype=weights.dtype), here.mask)
                 outputs = tree_map(lambda one: one.float() if one.is_floating_point() else one, outputs)
-                found = inner.detect(outputs, batch.timelines, num_frames=batch.mask.shape[1])
+                found = read(inner, outputs, batch)
                 keys = zip(batch.video_ids, batch.window_ids, batch.valid.tolist(), found, strict=True)
-                windows |= {(video, window): _to_cpu(one) for video, window, valid, one in keys if valid}
+                windows |= {(video, window): one for video, window, valid, one in keys if valid}
     finally:
-        detector.train(was_training)
+        model.train(was_training)
     return windows
 
 

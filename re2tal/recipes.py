@@ -1,6 +1,7 @@
-"""RECIPES: one function per setting, which returns a whole RunConfig, to train as it stands or to override.
+"""RECIPES: one function per setting, which returns a whole configuration, to train as it stands or to override.
 
-Published settings: OpenTAD's configs/re2tal (ActionFormer on Video Swin-T or SlowFast-101, reversible).
+Published settings: OpenTAD's configs/re2tal (ActionFormer on Video Swin-T or SlowFast-101, reversible); for Kinetics
+mmaction2's configs/recognition/swin, with which the plain network was trained.
 """
 
 from __future__ import annotations
@@ -10,12 +11,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from re2tal.backbones import BackboneConfig
-from re2tal.config import DataConfig, RunConfig
+from re2tal.config import DataConfig, RecognitionConfig, RunConfig
 from re2tal.data.stream import ClipConfig
-from re2tal.data.windows import ResizeWhole, Slide
+from re2tal.data.windows import ResizeWhole, Slide, Trimmed
 from re2tal.evaluation.protocols import TIOU_THRESHOLDS, EvaluationConfig
 from re2tal.evaluation.suppression import SuppressionConfig
 from re2tal.localizers.actionformer import ActionFormerConfig
+from re2tal.recognizer import RecognizerConfig
 from re2tal.training.engine import EngineConfig
 from re2tal.training.optimizer import OptimizerConfig
 from re2tal.training.schedule import ScheduleConfig
@@ -140,16 +142,74 @@ def activitynet_re2slowfast_r101() -> RunConfig:
     )
 
 
-RECIPES: dict[str, Callable[[], RunConfig]] = {
+def demo_clips() -> RecognitionConfig:
+    """The demo's backbone from random weights on trimmed clips of the same motions: a minute or two on a CPU."""
+    return RecognitionConfig(
+        name="demo_clips",
+        data=DataConfig(
+            shards=Path("demo_clips/shards"),
+            clips=ClipConfig(
+                # Two seconds.
+                windowing=Trimmed(num_frames=16, frames_per_second=8.0, num_views=2),
+                size=48,
+                fit="stretch",
+                crop_area=(1.0, 1.0),
+                flip=False,
+                workers=1,
+            ),
+        ),
+        backbone=BackboneConfig(name="swin3d_nano"),
+        recognizer=RecognizerConfig(dropout=0.0),
+        optimizer=OptimizerConfig(learning_rate=2e-3, backbone_learning_rate=2e-3),
+        schedule=ScheduleConfig(warmup_epochs=2.0),
+        engine=EngineConfig(batch_size=8),
+        training=TrainingConfig(epochs=12, average_decay=0.98, log_every_steps=10, checkpoint_every_steps=100),
+    )
+
+
+def kinetics400_re2swin_tiny_30() -> RecognitionConfig:
+    """From plain Kinetics weights to a rewired Video Swin-T: 30 epochs more, as OpenTAD's were named ("ft_e30")."""
+    return RecognitionConfig(
+        name="kinetics400_re2swin_tiny_30",
+        data=DataConfig(
+            shards=Path("shards/kinetics400"),
+            # The source takes every second frame of about 30 a second. 4 views x 3 crops are what it reports.
+            clips=ClipConfig(windowing=Trimmed(num_frames=32, frames_per_second=15.0, num_crops=3), workers=8),
+        ),
+        backbone=BackboneConfig(name="swin3d_tiny", drop_path=0.1),
+        recognizer=RecognizerConfig(dropout=0.5),
+        optimizer=OptimizerConfig(learning_rate=1e-3, backbone_learning_rate=1e-4, weight_decay=0.02),
+        schedule=ScheduleConfig(shape="cosine", warmup_epochs=2.5),
+        # Total batch 64: eight ranks of eight clips. The source clips no gradients, and trains in fp16.
+        engine=EngineConfig(batch_size=8, gradient_clipping=0.0, precision="bf16"),
+        training=TrainingConfig(epochs=30, average_decay=None, log_every_steps=100, evaluate_every_epochs=5),
+    )
+
+
+def kinetics400_re2swin_tiny_10() -> RecognitionConfig:
+    """The same in 10 epochs."""
+    long = kinetics400_re2swin_tiny_30()
+    return replace(
+        long,
+        name="kinetics400_re2swin_tiny_10",
+        schedule=replace(long.schedule, warmup_epochs=1.0),
+        training=replace(long.training, epochs=10),
+    )
+
+
+RECIPES: dict[str, Callable[[], RunConfig] | Callable[[], RecognitionConfig]] = {
     "demo": demo,
+    "demo_clips": demo_clips,
     "thumos14_re2swin_tiny": thumos14_re2swin_tiny,
     "activitynet_re2swin_tiny": activitynet_re2swin_tiny,
     "thumos14_re2slowfast_r101": thumos14_re2slowfast_r101,
     "activitynet_re2slowfast_r101": activitynet_re2slowfast_r101,
+    "kinetics400_re2swin_tiny_30": kinetics400_re2swin_tiny_30,
+    "kinetics400_re2swin_tiny_10": kinetics400_re2swin_tiny_10,
 }
 
 
-def find_recipe(name: str) -> RunConfig:
+def find_recipe(name: str) -> RunConfig | RecognitionConfig:
     """The recipe of that name; ValueError with the known names otherwise."""
     try:
         return RECIPES[name]()

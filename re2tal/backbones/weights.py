@@ -10,13 +10,12 @@ from __future__ import annotations
 import re
 from argparse import Namespace
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError  # the exception that torch.load raises for what it refuses to run
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 RENAMING = Callable[[Collection[str]], dict[str, str]]
@@ -37,6 +36,8 @@ class Checkpoint:
     """By name, on the CPU."""
     taken_from: str
     """Where in the file they lay, such as "state_dict_ema"; empty for its top."""
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    """What the header of a safetensors file says."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         raise FileNotFoundError(f"weights file {path} does not exist")
     try:
         if path.suffix == ".safetensors":
-            return Checkpoint(load_file(path), "")
+            return _read_safetensors(path)
         # Many training scripts save their command line beside the weights; a Namespace only holds values.
         with torch.serialization.safe_globals([Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -133,6 +134,12 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     except (RuntimeError, EOFError) as error:
         raise ValueError(f"{path} is not a readable torch file: {_first_line(error)}") from error
     return _unwrap(content, path)
+
+
+def _read_safetensors(path: Path) -> Checkpoint:
+    with safe_open(path, framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
+        return Checkpoint(tensors, "", file.metadata() or {})
 
 
 def _first_line(error: Exception) -> str:

@@ -4,26 +4,37 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from re2tal.data.demo import DemoConfig, write_demo
+from re2tal.data.demo import DemoConfig, write_demo, write_demo_clips
+
+NUM_CLIPS = (240, 60)
+"""Trimmed clips in the two subsets."""
 
 
 def demo(
     *,
     out: Path,
     seed: int = DemoConfig.seed,
-    num_training: int = DemoConfig.num_training,
-    num_validation: int = DemoConfig.num_validation,
+    num_training: int | None = None,
+    num_validation: int | None = None,
     workers: int | None = None,
+    clips: bool = False,
 ) -> None:
     """Write H.264 videos and ActivityNet annotations of actions that only their motion tells apart.
 
     Args:
         out: folder to write to: videos/*.mp4 and annotations.json
         seed: another seed, another data set of the same kind
-        num_training: videos in the training subset
-        num_validation: videos in the validation subset
+        num_training: videos in the training subset; 96 by default, or 240 clips
+        num_validation: videos in the validation subset; 48 by default, or 60 clips
         workers: processes that draw; by default one per core that this process may use
+        clips: write trimmed clips instead, each of one action, as clips/SUBSET/CLASS/*.mp4
     """
-    config = DemoConfig(num_training=num_training, num_validation=num_validation, seed=seed)
-    annotations = write_demo(out, config, workers=workers)
-    print(f"{num_training} training and {num_validation} validation videos in {out / 'videos'}, {annotations}")
+    training, validation = NUM_CLIPS if clips else (DemoConfig.num_training, DemoConfig.num_validation)
+    config = DemoConfig(
+        num_training=training if num_training is None else num_training,
+        num_validation=validation if num_validation is None else num_validation,
+        seed=seed,
+    )
+    place = (write_demo_clips if clips else write_demo)(out, config, workers=workers)
+    kind = "clips" if clips else "videos"
+    print(f"{config.num_training} training and {config.num_validation} validation {kind} in {out / kind}, {place}")

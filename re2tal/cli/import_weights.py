@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from re2tal.config import RunConfig, save_config
+from re2tal.config import RecognitionConfig, RunConfig, save_config
 from re2tal.conversion import import_backbone, import_detector
 from re2tal.data.annotations import read_class_list
 from re2tal.localizers.class_map import AGNOSTIC_CLASS
@@ -19,7 +19,7 @@ from re2tal.training.export import write_model, write_tensors
 def import_weights(
     weights: Annotated[Path, tyro.conf.Positional],
     *,
-    run: Annotated[RunConfig, tyro.conf.arg(name="")],
+    run: Annotated[RunConfig | RecognitionConfig, tyro.conf.arg(name="")],
     out: Path,
     classes: Path | None = None,
 ) -> None:
@@ -39,6 +39,10 @@ def import_weights(
         write_tensors(out, backbone.state_dict(), metadata={"backbone": run.backbone.name})
         print(f"{report}\n{out}: for re2tal train --backbone.name {run.backbone.name} --backbone.weights {out}")
         return
+    if not isinstance(run, RunConfig):
+        raise ValueError(
+            f"{run.name} is of a recognizer; give a detector's, or --out FILE.safetensors for its backbone"
+        )
     if (out / "config.json").exists():
         raise ValueError(f"{out} is the folder of another run; give --out another one")
     config = replace(run, name=out.resolve().name, backbone=replace(run.backbone, weights=None))

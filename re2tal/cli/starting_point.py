@@ -6,11 +6,11 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from re2tal.config import RunConfig, load_config
+from re2tal.config import RecognitionConfig, RunConfig, load_run
 from re2tal.recipes import RECIPES, find_recipe
 
 
-def starting_point(arguments: Sequence[str], *, default: str) -> tuple[RunConfig, list[str]]:
+def starting_point(arguments: Sequence[str], *, default: str) -> tuple[RunConfig | RecognitionConfig, list[str]]:
     """Takes --recipe (`default` without) or --config out of the arguments: the run they name, and the other ones."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     origin = parser.add_mutually_exclusive_group()
@@ -21,4 +21,4 @@ def starting_point(arguments: Sequence[str], *, default: str) -> tuple[RunConfig
     known, rest = parser.parse_known_args(list(arguments))
     if {"-h", "--help"} & set(rest):
         print(f"--recipe {{{','.join(RECIPES)}}} or --config FILE choose the values shown as defaults below\n")
-    return (find_recipe(known.recipe) if known.config is None else load_config(known.config)), rest
+    return (find_recipe(known.recipe) if known.config is None else load_run(known.config)), rest

@@ -1,11 +1,11 @@
-"""`re2tal train`, or launch/train.py under a launcher: train a detector, evaluate it, write what came out.
+"""`re2tal train`, or launch/train.py under a launcher: train a network, evaluate it, write what came out.
 
 runs/NAME/config.json        the whole configuration; `--config` starts from it again
           metrics.jsonl      and tensorboard/: the course of the run
           checkpoints/       to --resume from
           model.safetensors  float32 weights (the moving average, if there is one) and class names
-          results.json       detections on the validation subset
-          summary.json       mAP and times
+          results.json       detections on the validation subset, or the probabilities of its classes
+          summary.json       mAP or accuracy, and times
 """
 
 from __future__ import annotations
@@ -24,20 +24,18 @@ import numpy as np
 import torch
 import tyro
 
-from re2tal.config import RunConfig, build_detector, flatten, save_config, to_json
+from re2tal.cli.tasks import AnyRun, Outcome, build_model, judge, true_classes
+from re2tal.config import RecognitionConfig, RunConfig, flatten, save_config, to_json
 from re2tal.data.manifest import MANIFEST_NAME
 from re2tal.data.shards import ShardSet, open_shards
 from re2tal.data.stream import ClipStream, stream_clips
 from re2tal.data.transforms import jitter_and_normalise
 from re2tal.distributed import World, is_main, main_process_first, resolve_world
-from re2tal.evaluation.average_precision import MapReport, mean_average_precision
-from re2tal.evaluation.ground_truth import as_one_class
-from re2tal.evaluation.results import write_results
-from re2tal.inference import detector_input, predict
+from re2tal.inference import detector_input
 from re2tal.recipes import find_recipe
 from re2tal.rewire import beta_of
 from re2tal.strict_json import write_json
-from re2tal.structures import Batch, Detections, FeatureBatch
+from re2tal.structures import Batch, FeatureBatch
 from re2tal.training.annealing import beta_course
 from re2tal.training.checkpoint import CheckpointStore
 from re2tal.training.engine import (
@@ -77,13 +75,13 @@ FREE_TO_CHANGE = (
 
 def train(
     *,
-    run: Annotated[RunConfig, tyro.conf.arg(name="")],
+    run: Annotated[AnyRun, tyro.conf.arg(name="")],
     ds: Path = Path("ds_configs/zero2.json"),
     out: Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
 ) -> int:
-    """Train a detector and evaluate it on the validation subset. Every rank calls this.
+    """Train a detector, or a recognizer, and evaluate it on the validation subset. Every rank calls this.
 
     Args:
         run: the configuration, from --recipe NAME (demo by default) or --config FILE, with every field open to change
@@ -103,7 +101,7 @@ def train(
         _make_demo_data(run, world)
         training, validation = _open_both(run)
         clips = _stream(run, validation, world, training=False)
-        evaluate = partial(_validate, run=run, shards=validation, clips=clips)
+        evaluate = partial(judge, run=run, shards=validation, clips=clips)
         trainer = _build(run, settings, folder, world, shards=training, evaluate=evaluate, device=device)
         resumed = resume and trainer.resume()
         if world.is_main:  # not before: a run that may not be resumed like this keeps the configuration it has
@@ -113,13 +111,13 @@ def train(
         with closing(trainer.log):
             if trainer.train() == "interrupted":
                 return INTERRUPTED
-            _finish(trainer, run, folder, evaluate, started=started)
+            _finish(trainer, folder, evaluate, started=started)
     finally:
         leave()
     return 0
 
 
-def _check(run: RunConfig, *, resume: bool, overwrite: bool) -> None:
+def _check(run: AnyRun, *, resume: bool, overwrite: bool) -> None:
     """Refuses what cannot be meant, before anything is started."""
     if resume and overwrite:
         raise ValueError("--resume continues the earlier run, --overwrite removes it; give one of them")
@@ -146,23 +144,28 @@ def _claim(folder: Path, world: World, *, resume: bool, overwrite: bool) -> None
         folder.mkdir(parents=True, exist_ok=True)
 
 
-def _make_demo_data(run: RunConfig, world: World) -> None:
+def _make_demo_data(run: AnyRun, world: World) -> None:
     """Every rank calls this: where the demo recipe would look for its shards in vain, rank 0 makes them first."""
     shards = run.data.shards
     subsets = (run.data.training_subset, run.data.validation_subset)
     with main_process_first():
         is_complete = all((shards / subset / MANIFEST_NAME).is_file() for subset in subsets)
-        if world.is_main and shards == find_recipe("demo").data.shards and not is_complete:
+        recipe = "demo" if isinstance(run, RunConfig) else "demo_clips"
+        if world.is_main and shards == find_recipe(recipe).data.shards and not is_complete:
             from re2tal.cli.demo import demo
             from re2tal.cli.shards import Build, build
 
             print(f"{shards} is not complete: making the demo videos and their shards first", file=sys.stderr)
-            demo(out=shards.parent)
-            annotations = shards.parent / "annotations.json"
-            build(Build(videos=shards.parent / "videos", annotations=annotations, out=shards, dataset="demo"))
+            folder = shards.parent
+            demo(out=folder, clips=recipe == "demo_clips")
+            if recipe == "demo_clips":
+                build(Build(out=shards, dataset="demo", clips=(folder / "clips",)))
+            else:
+                annotations = folder / "annotations.json"
+                build(Build(out=shards, dataset="demo", videos=folder / "videos", annotations=annotations))
 
 
-def _open_both(run: RunConfig) -> tuple[ShardSet, ShardSet]:
+def _open_both(run: AnyRun) -> tuple[ShardSet, ShardSet]:
     data = run.data
     training = open_shards(data.shards / data.training_subset)
     validation = open_shards(data.shards / data.validation_subset)
@@ -171,22 +174,25 @@ def _open_both(run: RunConfig) -> tuple[ShardSet, ShardSet]:
             f"{training.root} has classes {list(training.classes)}, {validation.root} {list(validation.classes)}; "
             "build both from one annotation file"
         )
+    if isinstance(run, RecognitionConfig):
+        for shards in (training, validation):
+            true_classes(shards)  # refuses those that are not trimmed clips
     return training, validation
 
 
 def _build(
-    run: RunConfig,
+    run: AnyRun,
     settings: dict[str, Any],
     folder: Path,
     world: World,
     *,
     shards: ShardSet,
-    evaluate: Callable[[Engine], Any],
+    evaluate: Callable[[Engine], Outcome],
     device: torch.device,
 ) -> Trainer:
     seed = run.training.seed
     seed_generators(seed, rank=0)  # the same weights on all ranks
-    model = build_detector(run, shards.classes).to(device)
+    model = build_model(run, shards.classes).to(device)
     seed_generators(seed, rank=world.rank)  # but different paths dropped
     clips = _stream(run, shards, world, training=True)
     accumulation = run.engine.gradient_accumulation
@@ -207,7 +213,7 @@ def _build(
     return Trainer(
         engine,
         clips,
-        lambda engine: _figures(evaluate(engine)[1]),
+        lambda engine: evaluate(engine).figures,
         run.training,
         prepare=partial(_prepare, strength=run.data.clips.colour_jitter, seed=seed, rank=world.rank, dtype=dtype),
         checkpoints=CheckpointStore(folder / "checkpoints", identity=identity, keep=run.training.keep_checkpoints),
@@ -216,7 +222,7 @@ def _build(
     )
 
 
-def _stream(run: RunConfig, shards: ShardSet, world: World, *, training: bool) -> ClipStream:
+def _stream(run: AnyRun, shards: ShardSet, world: World, *, training: bool) -> ClipStream:
     return stream_clips(
         shards,
         run.data.clips,
@@ -237,48 +243,19 @@ def _prepare(batch: Batch, position: int, *, strength: float, seed: int, rank: i
     return jitter_and_normalise(batch.frames, strength=strength, generator=generator, dtype=dtype)
 
 
-def _validate(
-    engine: Engine, *, run: RunConfig, shards: ShardSet, clips: ClipStream
-) -> tuple[dict[str, Detections], MapReport]:
-    """Every rank calls this: detections of all validation videos, and what they are worth."""
-    predictions = predict(engine, clips.epoch(0), suppression=run.suppression, device=engine.device)
-    classes = engine.module.localizer.classes
-    truth = [video.record for video in shards.videos]
-    if run.localizer.class_agnostic:
-        truth = as_one_class(truth, label=classes[0])
-    report = mean_average_precision(
-        predictions,
-        truth,
-        classes=classes,
-        protocol=run.evaluation.protocol,
-        tiou_thresholds=run.evaluation.tiou_thresholds,
-    )
-    return predictions, report
-
-
-def _figures(report: MapReport) -> dict[str, float]:
-    return {"average_map": report.average_map, **{f"map/{tiou}": value for tiou, value in report.map_by_tiou.items()}}
-
-
-def _finish(
-    trainer: Trainer, run: RunConfig, folder: Path, evaluate: Callable[[Engine], Any], *, started: float
-) -> None:
+def _finish(trainer: Trainer, folder: Path, evaluate: Callable[[Engine], Outcome], *, started: float) -> None:
     """Every rank calls this: evaluates and exports the trained model; rank 0 writes."""
     with trainer.averaged_weights():
-        predictions, report = evaluate(trainer.engine)
+        outcome = evaluate(trainer.engine)
         weights = gather_weights(trainer.engine)
-    trainer.log.write("evaluation", _figures(report), step=trainer.progress.step)
+    trainer.log.write("evaluation", outcome.figures, step=trainer.progress.step)
     if not is_main():
         return
     model = trainer.engine.module
-    classes = model.localizer.classes
-    write_model(folder / "model.safetensors", weights, classes=classes, beta=beta_of(model))
-    write_results(folder / "results.json", predictions, classes)
+    write_model(folder / "model.safetensors", weights, classes=model.classes, beta=beta_of(model))
+    outcome.write(folder / "results.json")
     summary = {
-        "average_map": report.average_map,
-        "map": report.map_by_tiou,
-        "protocol": run.evaluation.protocol,
-        "videos": len(predictions),
+        **outcome.summary,
         "steps": trainer.progress.step,
         "skipped": trainer.progress.skipped,
         "train_seconds": round(trainer.progress.seconds, 1),
@@ -287,4 +264,4 @@ def _finish(
         "ranks": int(trainer.engine.world_size),
     }
     write_json(folder / "summary.json", summary)
-    print(report)
+    print(outcome.report)

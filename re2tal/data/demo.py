@@ -9,6 +9,7 @@ A patterned object slides left, right, up or down, or circles clockwise or antic
   for stretches there is no object. So its presence does not say when something happens.
 * The background drifts and small dots wander from the first frame to the last. So neither does motion.
 
+Trimmed clips show one such action from the first frame to the last.
 Files are as people have them: H.264 in MP4 with B-frames and long groups of pictures, four frame rates, several sizes.
 The same seed gives the same frames and annotations anywhere, and the same bytes where the encoder is the same.
 Mirroring a picture turns one class into another: train on this with flips off.
@@ -24,6 +25,7 @@ from fractions import Fraction
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import av
 import numpy as np
@@ -51,10 +53,13 @@ EMPTY_SECONDS = (0.2, 1.2)
 DECOY_SHARE = 0.2
 
 VIDEO_SECONDS = (8.0, 30.0)
+CLIP_SECONDS = (2.5, 4.5)
 RATES = (Fraction(24), Fraction(25), Fraction(30000, 1001), Fraction(30))
 SIZES = ((96, 96), (112, 96), (128, 96), (128, 128), (112, 144), (160, 120), (144, 176), (192, 144))
 SUBSETS = ("training", "validation")
 PHASES = 4  # objects are placed to a quarter of a pixel
+
+T = TypeVar("T")
 
 Motion = Callable[[np.ndarray, float, float, float], np.ndarray]
 
@@ -116,18 +121,42 @@ def write_demo(folder: Path, config: DemoConfig, *, workers: int | None = None) 
     """
     annotations = folder / "annotations.json"
     version = f"re2tal demo 2, {config}"  # another number whenever the drawing changes
-    if annotations.exists():
-        found = read_json(annotations)
-        if not isinstance(found, dict) or found.get("version") != version:
-            raise ValueError(f"{annotations} is not of {version!r}; choose another folder, or delete this one")
-        return annotations
-    (folder / "videos").mkdir(parents=True, exist_ok=True)
+    if not _is_written(annotations, version):
+        (folder / "videos").mkdir(parents=True, exist_ok=True)
+        written = _in_processes(partial(_write_video, folder / "videos", config.seed), config, workers=workers)
+        write_json(annotations, {"version": version, "taxonomy": _taxonomy(), "database": dict(written)})
+    return annotations
+
+
+def write_demo_clips(folder: Path, config: DemoConfig, *, workers: int | None = None) -> Path:
+    """As `write_demo`, but trimmed clips: `folder`/clips/SUBSET/CLASS/*.mp4, then `folder`/clips.json, whose path is
+    returned. Every class has as many clips as any other, or one more."""
+    listing = folder / "clips.json"
+    version = f"re2tal demo clips 1, {config}"
+    if not _is_written(listing, version):
+        for subset in SUBSETS:
+            for label in CLASSES:
+                (folder / "clips" / subset / label).mkdir(parents=True, exist_ok=True)
+        written = _in_processes(partial(_write_clip, folder / "clips", config.seed), config, workers=workers)
+        write_json(listing, {"version": version, "clips": written})
+    return listing
+
+
+def _is_written(listing: Path, version: str) -> bool:
+    """Whether the file that is written last is there; ValueError where it is of something else."""
+    if not listing.exists():
+        return False
+    found = read_json(listing)
+    if not isinstance(found, dict) or found.get("version") != version:
+        raise ValueError(f"{listing} is not of {version!r}; choose another folder, or delete this one")
+    return True
+
+
+def _in_processes(write: Callable[[tuple[str, int]], T], config: DemoConfig, *, workers: int | None) -> list[T]:
     counts = (config.num_training, config.num_validation)
     jobs = [(subset, number) for subset, count in zip(SUBSETS, counts, strict=True) for number in range(count)]
     with ProcessPoolExecutor(workers or len(os.sched_getaffinity(0)), mp_context=get_context("spawn")) as pool:
-        written = list(pool.map(partial(_write_video, folder / "videos", config.seed), jobs, chunksize=2))
-    write_json(annotations, {"version": version, "taxonomy": _taxonomy(), "database": dict(written)})
-    return annotations
+        return list(pool.map(write, jobs, chunksize=2))
 
 
 def _taxonomy() -> list[dict[str, object]]:
@@ -143,7 +172,29 @@ def _write_video(folder: Path, seed: int, job: tuple[str, int]) -> tuple[str, di
     subset, number = job
     scene = draw_scene(subset=subset, number=number, seed=seed)
     record = scene.record
-    path = folder / f"{record.video_id}.mp4"
+    width, height = _encode(scene, folder / f"{record.video_id}.mp4")
+    return record.video_id, {
+        "duration": record.duration_seconds,
+        "subset": subset,
+        "resolution": f"{width}x{height}",
+        "url": "",
+        "annotations": [
+            {"segment": [action.start_seconds, action.end_seconds], "label": action.label} for action in record.actions
+        ],
+    }
+
+
+def _write_clip(folder: Path, seed: int, job: tuple[str, int]) -> str:
+    subset, number = job
+    scene = draw_clip(subset=subset, number=number, seed=seed)
+    (action,) = scene.record.actions
+    path = folder / subset / action.label / f"{scene.record.video_id}.mp4"
+    _encode(scene, path)
+    return str(path.relative_to(folder))
+
+
+def _encode(scene: Scene, path: Path) -> tuple[int, int]:
+    """Write a scene to a file; gives its (width, height)."""
     partial_file = path.with_suffix(".mp4.partial")
     with av.open(str(partial_file), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=scene.rate, options={"preset": "superfast", "crf": "20"})
@@ -154,15 +205,7 @@ def _write_video(folder: Path, seed: int, job: tuple[str, int]) -> tuple[str, di
             container.mux(stream.encode(av.VideoFrame.from_ndarray(scene.frame(number), format="rgb24")))
         container.mux(stream.encode(None))
     partial_file.replace(path)
-    return record.video_id, {
-        "duration": record.duration_seconds,
-        "subset": subset,
-        "resolution": f"{stream.width}x{stream.height}",
-        "url": "",
-        "annotations": [
-            {"segment": [action.start_seconds, action.end_seconds], "label": action.label} for action in record.actions
-        ],
-    }
+    return stream.width, stream.height
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,23 +261,58 @@ class Scene:
 def draw_scene(*, subset: str, number: int, seed: int) -> Scene:
     """Video `number` of `subset` in the data set of `seed`."""
     rng = np.random.default_rng([seed, SUBSETS.index(subset), number])
+    empty = _empty_scene(rng, lambda: rng.triangular(VIDEO_SECONDS[0], 15, VIDEO_SECONDS[1]))
+    actors = list(empty.dots)
+    actions = []
+    for appears, action, leaves in _script(rng, duration_seconds=len(empty.seconds) / float(empty.rate)):
+        first, last = np.searchsorted(empty.seconds, (appears, leaves))
+        seconds = empty.seconds[first:last]
+        actors.append(_object(rng, seconds, first=int(first), action=action, size=empty.size, base=empty.base))
+        actions += [action] if action else []
+    record = VideoRecord(f"demo_{subset}_{number:04d}", subset, empty.duration_seconds, tuple(actions))
+    return Scene(record, empty.rate, empty.background, empty.shifts, tuple(actors))
+
+
+def draw_clip(*, subset: str, number: int, seed: int) -> Scene:
+    """Trimmed clip `number` of `subset`: one object that acts from the first frame to the last."""
+    rng = np.random.default_rng([seed, SUBSETS.index(subset), number, 1])
+    empty = _empty_scene(rng, lambda: rng.uniform(*CLIP_SECONDS))
+    action = Action(0.0, empty.duration_seconds, list(CLASSES)[number % len(CLASSES)])
+    actor = _object(rng, empty.seconds, first=0, action=action, size=empty.size, base=empty.base)
+    record = VideoRecord(f"demo_clip_{subset}_{number:04d}", subset, empty.duration_seconds, (action,))
+    return Scene(record, empty.rate, empty.background, empty.shifts, (*empty.dots, actor))
+
+
+class _EmptyScene(NamedTuple):
+    """What every video has before anything happens in it; the fields are those of `Scene`."""
+
+    rate: Fraction
+    seconds: np.ndarray
+    """(N,) when each frame is shown"""
+    size: np.ndarray
+    """width and height"""
+    base: np.ndarray
+    """(3,) mean levels of the background"""
+    background: np.ndarray
+    shifts: np.ndarray
+    dots: tuple[Actor, ...]
+
+    @property
+    def duration_seconds(self) -> float:
+        return round(float(len(self.seconds) / self.rate), 6)
+
+
+def _empty_scene(rng: np.random.Generator, draw_seconds: Callable[[], float]) -> _EmptyScene:
     rate = RATES[rng.integers(len(RATES))]
     width, height = SIZES[rng.integers(len(SIZES))]
-    num_frames = int(rng.triangular(VIDEO_SECONDS[0], 15, VIDEO_SECONDS[1]) * rate)
+    num_frames = int(draw_seconds() * rate)
     seconds = np.arange(num_frames) / float(rate)
     size = np.array([width, height])
     base = rng.uniform(*BACKGROUND_LEVELS, size=3)
     background = _texture(rng, height=height, width=width, base=base)
     shifts = np.rint(seconds[:, None] * _direction(rng) * BACKGROUND_SPEED_PER_SECOND * min(size)).astype(int)
-    actors = [_dot(rng, seconds=seconds, size=size, base=base) for _ in range(rng.integers(*NUM_DOTS, endpoint=True))]
-    actions = []
-    for appears, action, leaves in _script(rng, duration_seconds=num_frames / float(rate)):
-        first, last = np.searchsorted(seconds, (appears, leaves))
-        actors.append(_object(rng, seconds[first:last], first=int(first), action=action, size=size, base=base))
-        actions += [action] if action else []
-    duration_seconds = round(float(num_frames / rate), 6)
-    record = VideoRecord(f"demo_{subset}_{number:04d}", subset, duration_seconds, tuple(actions))
-    return Scene(record, rate, background, shifts, tuple(actors))
+    dots = [_dot(rng, seconds=seconds, size=size, base=base) for _ in range(rng.integers(*NUM_DOTS, endpoint=True))]
+    return _EmptyScene(rate, seconds, size, base, background, shifts, tuple(dots))
 
 
 def _script(rng: np.random.Generator, *, duration_seconds: float) -> Iterator[tuple[float, Action | None, float]]:

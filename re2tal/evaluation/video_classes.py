@@ -1,4 +1,4 @@
-"""Classes of whole videos, from a classifier beside the detector: they name what a class-agnostic detector finds.
+"""Classes of whole videos, from a classifier: they name what a class-agnostic detector finds beside it.
 
     {"results": {video: [K scores]}, "class": [K names]}
 
@@ -8,7 +8,7 @@ This is the layout of CUHK's file for ActivityNet, the classifier that published
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from re2tal.strict_json import brief, read_json
+from re2tal.strict_json import brief, read_json, write_json
 from re2tal.structures import Detections
 
 
@@ -75,6 +75,12 @@ def read_video_classes(path: Path | str) -> VideoClasses:
         for video_id, row in results.items()
     }
     return VideoClasses(path, scores, tuple(classes))
+
+
+def write_video_classes(path: Path, scores: Mapping[str, Tensor], classes: Sequence[str]) -> None:
+    """The inverse of `read_video_classes`: `scores[video_id]` (K,) in the order of `classes`."""
+    results = {video_id: row.tolist() for video_id, row in scores.items()}
+    write_json(path, {"class": list(classes), "results": results})
 
 
 def _scores(row: Any, *, where: str, num_classes: int) -> Tensor:

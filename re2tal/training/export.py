@@ -31,7 +31,7 @@ class ModelFile:
     """Of the rewired network that was trained; None for a plain one."""
 
     def load_into(self, detector: nn.Module, *, classes: Sequence[str]) -> None:
-        """Gives `detector`, which was built for `classes`, these weights. Raises ValueError where they do not fit."""
+        """Gives a detector or recognizer, built for `classes` these weights. ValueError where they do not fit."""
         if tuple(classes) != self.classes:
             raise ValueError(
                 f"{self.path} was trained for {len(self.classes)} classes {_brief(self.classes)}, the detector is for "

@@ -1,6 +1,6 @@
-"""AdamW over four groups: (backbone | localizer) x (decayed | not decayed).
+"""AdamW over four groups: (backbone | localizer or classifier) x (decayed | not decayed).
 
-A pretrained backbone learns more slowly than the fresh localizer above it; what shifts or scales (biases, norms,
+A pretrained backbone learns more slowly than the fresh part above it; what shifts or scales (biases, norms,
 position tables) is not pulled towards zero.
 """
 
@@ -22,7 +22,7 @@ class OptimizerConfig:
     """AdamW. Defaults: Re2TAL on THUMOS-14."""
 
     learning_rate: float = 1e-4
-    """Peak learning rate of the localizer."""
+    """Peak learning rate of the localizer or classifier."""
     backbone_learning_rate: float = 1e-5
     """Peak learning rate of the backbone."""
     weight_decay: float = 0.05
@@ -56,7 +56,7 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        part = "backbone" if name.startswith("backbone.") else "localizer"
+        part = name.partition(".")[0]
         decayed = id(parameter) not in kept_whole
         group = groups.setdefault(
             f"{part}, {'decayed' if decayed else 'not decayed'}",

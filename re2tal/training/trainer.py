@@ -82,7 +82,7 @@ Validate = Callable[[Engine], Mapping[str, float]]
 
 
 class Trainer:
-    """Trains the detector inside a DeepSpeed engine on a stream of clips."""
+    """Trains the detector, or recognizer, inside a DeepSpeed engine on a stream of clips."""
 
     def __init__(
         self,
