@@ -7,7 +7,17 @@ from dataclasses import replace
 
 import pytest
 
-from re2tal.config import DataConfig, RunConfig, build_detector, flatten, load_config, save_config, to_json
+from re2tal.config import (
+    DataConfig,
+    RecognitionConfig,
+    RunConfig,
+    build_detector,
+    flatten,
+    load_config,
+    load_run,
+    save_config,
+    to_json,
+)
 from re2tal.data.stream import ClipConfig
 from re2tal.data.windows import ResizeWhole, Slide
 from re2tal.recipes import RECIPES, find_recipe
@@ -17,7 +27,18 @@ from re2tal.recipes import RECIPES, find_recipe
 def test_every_recipe_survives_its_json(name, tmp_path):
     recipe = find_recipe(name)
     save_config(tmp_path / "config.json", recipe)
-    assert load_config(tmp_path / "config.json") == recipe
+    assert load_run(tmp_path / "config.json") == recipe
+
+
+def test_a_recognizers_run_is_told_from_a_detectors(tmp_path):
+    path = tmp_path / "config.json"
+    path.write_text('{"task": "recognition", "recognizer": {"dropout": 0.1}}')
+    default = RecognitionConfig()
+    assert load_run(path) == replace(default, recognizer=replace(default.recognizer, dropout=0.1))
+    with pytest.raises(ValueError, match=r"config.json is of a recognizer, .*--backbone.weights .*model.safetensors"):
+        load_config(path)
+    save_config(path, RunConfig())
+    assert load_run(path) == load_config(path) == RunConfig()
 
 
 @pytest.mark.parametrize(
@@ -52,6 +73,13 @@ def test_what_a_file_does_not_mention_keeps_its_default(tmp_path):
         ('{"num_steps": 2000}', "num_steps is 2000 and data.clips.windowing.num_frames 1024"),
         ('{"localizer": {"position_encoding": true, "max_num_steps": 256}}', "max_num_steps = 256; raise the latter"),
         ('{"name": "../elsewhere"}', "give one plain name"),
+        ('{"task": "segmentation"}', "task is 'segmentation'; known: .'localization', 'recognition'"),
+        ('{"task": "recognition", "num_steps": 4}', "unknown key num_steps"),
+        ('{"task": "recognition", "data": {}}', "data.clips.windowing is Slide, which may cut an action off"),
+        (
+            '{"data": {"clips": {"windowing": {"num_views": 4}}}}',
+            "is Trimmed, whose clips say what happens but not when",
+        ),
         ('{"name": 1', "not usable JSON"),
     ],
 )

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from re2tal.data.transforms import MEAN, STD
 from re2tal.evaluation.suppression import SuppressionConfig
-from re2tal.inference import concatenate, detect_windows, merge_windows, predict
+from re2tal.inference import classify, concatenate, detect_windows, merge_windows, predict
+from re2tal.recognizer import Recognition
 from re2tal.structures import ClipBatch, Detections, Timeline
 
 KEEP_ALL = SuppressionConfig(method="none")
@@ -182,3 +183,49 @@ def test_every_rank_has_all_detections_whatever_the_number_of_ranks(world_size: 
         assert name_first[1].tolist() == [[0.0, 0.5]]
         assert name_second[0] == "b"
         assert name_second[1].tolist() == [[3.0, 3.5], [5.5, 6.0]]
+
+
+class BrightOrDark(BrightFrames):
+    """Two classes; the logit of the first is the brightness of the first frame."""
+
+    def forward(self, frames: Tensor, frame_mask: Tensor) -> Recognition:
+        bright = super().forward(frames, frame_mask).values[:, 0]
+        return Recognition(torch.stack([bright, torch.zeros_like(bright)], dim=1), frame_mask.any(dim=1))
+
+
+def classify_as_rank() -> list:
+    """Three views of one video, one of another and a filler, dealt to the ranks."""
+    dist.init_process_group("gloo")
+    rank, world_size = dist.get_rank(), dist.get_world_size()
+    units = [
+        clip("b", 0, {0: 255}),
+        clip("a", 0, {0: 250}),
+        clip("b", 1, {}),
+        clip("b", 2, {0: 128}),
+        clip("c", 0, {}),
+        clip("b", 0, {0: 10}, valid=False),
+    ]
+    found = classify(BrightOrDark(), units[rank::world_size], device="cpu")
+    dist.destroy_process_group()
+    return [[name, one] for name, one in found.items()]
+
+
+def test_the_probabilities_of_a_videos_views_are_averaged_whatever_the_number_of_ranks() -> None:
+    one, *_ = run_ranks(classify_as_rank, world_size=1)
+    for of_rank in run_ranks(classify_as_rank, world_size=2):
+        assert [name for name, _ in of_rank] == ["a", "b", "c"]
+        assert all(torch.equal(mine, theirs) for (_, mine), (_, theirs) in zip(of_rank, one, strict=True))
+    expected = torch.stack([torch.sigmoid(brightness(grey)) for grey in (255, 0, 128)]).mean()
+    torch.testing.assert_close(one[1][1], torch.stack([expected, 1 - expected]))
+
+
+def brightness(grey: int) -> Tensor:
+    """What a whole frame of one grey becomes: the mean over channels of its normalised values."""
+    return torch.tensor([(grey - mean) / std for mean, std in zip(MEAN, STD, strict=True)]).mean()
+
+
+def test_probabilities_that_are_not_finite_are_an_error_that_names_the_video() -> None:
+    model = BrightOrDark()
+    torch.nn.init.constant_(model.gain, float("nan"))
+    with pytest.raises(ValueError, match="video 'a': its probabilities are not finite"):
+        classify(model, [clip("a", 0, {0: 250})], device="cpu")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from re2tal.data.demo import DemoConfig, write_demo, write_demo_clips
 
-NUM_CLIPS = (240, 60)
+NUM_CLIPS = (480, 60)
 """Trimmed clips in the two subsets."""
 
 
@@ -24,7 +24,7 @@ def demo(
     Args:
         out: folder to write to: videos/*.mp4 and annotations.json
         seed: another seed, another data set of the same kind
-        num_training: videos in the training subset; 96 by default, or 240 clips
+        num_training: videos in the training subset; 96 by default, or 480 clips
         num_validation: videos in the validation subset; 48 by default, or 60 clips
         workers: processes that draw; by default one per core that this process may use
         clips: write trimmed clips instead, each of one action, as clips/SUBSET/CLASS/*.mp4

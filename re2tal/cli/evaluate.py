@@ -1,4 +1,4 @@
-"""`re2tal evaluate`: score a results JSON against an annotation file."""
+"""`re2tal evaluate`: score a results JSON against an annotation file, or class scores against shards of clips."""
 
 from __future__ import annotations
 
@@ -6,11 +6,15 @@ from pathlib import Path
 from typing import Literal
 
 from re2tal.data.annotations import read_video_ids
+from re2tal.data.clips import true_classes
+from re2tal.data.shards import open_shards
+from re2tal.evaluation.accuracy import accuracy
 from re2tal.evaluation.average_precision import mean_average_precision
 from re2tal.evaluation.ground_truth import as_one_class, read_ground_truth
 from re2tal.evaluation.protocols import TIOU_THRESHOLDS, Dataset
 from re2tal.evaluation.recall import average_recall
 from re2tal.evaluation.results import read_results
+from re2tal.evaluation.video_classes import read_video_classes
 from re2tal.localizers.class_map import AGNOSTIC_CLASS
 from re2tal.strict_json import write_json
 
@@ -18,7 +22,8 @@ from re2tal.strict_json import write_json
 def evaluate(
     *,
     predictions: Path,
-    annotations: Path,
+    annotations: Path | None = None,
+    shards: Path | None = None,
     subset: str = "validation",
     protocol: Literal["opentad", "official"] = "opentad",
     dataset: Dataset = "thumos14",
@@ -28,11 +33,12 @@ def evaluate(
     proposals: int | None = None,
     json: Path | None = None,
 ) -> None:
-    """Print the mean average precision of detections, by class and by temporal IoU.
+    """Print the mean average precision of detections, by class and by temporal IoU, or a recognizer's accuracy.
 
     Args:
-        predictions: results JSON in ActivityNet's layout, from this program or another
+        predictions: results JSON in ActivityNet's layout, from this program or another, or a recognizer's
         annotations: annotation JSON in ActivityNet's layout
+        shards: for a recognizer's results, folder of one subset of trimmed clips; only --json goes with it
         subset: which of its subsets to score
         protocol: whose rules count where the public evaluators differ: OpenTAD's or ActivityNet's
         dataset: the data set whose customary thresholds to use
@@ -42,6 +48,16 @@ def evaluate(
         proposals: also print the average recall with up to so many detections per video, whatever their class
         json: also write the figures to this file
     """
+    if (annotations is None) == (shards is None):
+        raise ValueError("give --annotations FILE to score detections, or --shards FOLDER to score a recognizer")
+    if annotations is None:
+        assert shards is not None
+        found, truth = read_video_classes(predictions), true_classes(open_shards(shards))
+        shares = accuracy(found.scores, truth, classes=found.classes)
+        print(shares)
+        if json is not None:
+            write_json(json, shares.to_json())
+        return
     results = read_results(predictions)
     truths, classes = read_ground_truth(annotations, subset=subset), results.classes
     if class_agnostic:

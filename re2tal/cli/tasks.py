@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from re2tal.config import RecognitionConfig, RunConfig, build_detector, build_recognizer
+from re2tal.data.clips import true_classes
 from re2tal.data.shards import ShardSet
 from re2tal.data.stream import ClipStream
 from re2tal.distributed import is_main
@@ -52,18 +53,6 @@ def judge(engine: Engine, *, run: AnyRun, shards: ShardSet, clips: ClipStream) -
     if isinstance(run, RunConfig):
         return _judge_detector(engine, run, shards, clips)
     return _judge_recognizer(engine, shards, clips)
-
-
-def true_classes(shards: ShardSet) -> dict[str, str]:
-    """Video id -> what the clip shows; ValueError where videos do not show one action each."""
-    shown = {video.record.video_id: [action.label for action in video.record.actions] for video in shards.videos}
-    if odd := {video_id: labels for video_id, labels in shown.items() if len(labels) != 1}:
-        video_id, labels = next(iter(odd.items()))
-        raise ValueError(
-            f"{shards.root}: video {video_id!r}, like {len(odd)} in all, shows {len(labels)} actions; recognition "
-            "takes trimmed clips that show one: build shards with --clips"
-        )
-    return {video_id: label for video_id, (label,) in shown.items()}
 
 
 def _judge_detector(engine: Engine, run: RunConfig, shards: ShardSet, clips: ClipStream) -> Outcome:

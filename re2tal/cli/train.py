@@ -24,8 +24,9 @@ import numpy as np
 import torch
 import tyro
 
-from re2tal.cli.tasks import AnyRun, Outcome, build_model, judge, true_classes
+from re2tal.cli.tasks import AnyRun, Outcome, build_model, judge
 from re2tal.config import RecognitionConfig, RunConfig, flatten, save_config, to_json
+from re2tal.data.clips import true_classes
 from re2tal.data.manifest import MANIFEST_NAME
 from re2tal.data.shards import ShardSet, open_shards
 from re2tal.data.stream import ClipStream, stream_clips

@@ -21,6 +21,7 @@ from typing import NamedTuple
 from re2tal.data.annotations import SUBSET_NAME, check_class_list, is_label, raise_together
 from re2tal.data.manifest import VIDEO_ID
 from re2tal.data.probe import VIDEO_SUFFIXES
+from re2tal.data.shards import ShardSet
 from re2tal.structures import Action, VideoRecord
 
 SUBSETS = {
@@ -115,6 +116,18 @@ def read_clips(places: Sequence[Path], *, videos: Path | None = None, classes: S
         classes=tuple(sorted({clip.label for clip in clips})) if classes is None else tuple(classes),
         paths=paths,
     )
+
+
+def true_classes(shards: ShardSet) -> dict[str, str]:
+    """Video id -> what the clip shows; ValueError where videos do not show one action each."""
+    shown = {video.record.video_id: [action.label for action in video.record.actions] for video in shards.videos}
+    if odd := {video_id: labels for video_id, labels in shown.items() if len(labels) != 1}:
+        video_id, labels = next(iter(odd.items()))
+        raise ValueError(
+            f"{shards.root}: video {video_id!r}, like {len(odd)} in all, shows {len(labels)} actions; recognition "
+            "takes trimmed clips that show one: build shards with --clips"
+        )
+    return {video_id: label for video_id, (label,) in shown.items()}
 
 
 def _entries(place: Path, videos: Path | None, problems: list[str]) -> list[_Entry]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from data.files import cut_short, encoding, write_video
+from data.folders import indexed, write_shards
+from data.numbered import encode_numbered
 
 from re2tal.data.build import BuildConfig, build_shards
-from re2tal.data.clips import ClipList, TrimmedClip, read_clips
+from re2tal.data.clips import ClipList, TrimmedClip, read_clips, true_classes
 from re2tal.data.shards import open_shards
 from re2tal.data.verify import damage
 from re2tal.structures import Action
@@ -176,3 +179,14 @@ def test_clips_are_measured_packed_and_what_is_unsound_or_missing_is_left_out(tm
     gone = read_clips([text(tmp_path / "val.txt", "gone.mp4 run")], videos=folder)
     with pytest.raises(ValueError, match=r"none of the 1 videos of subset 'validation' is where it should be; looked"):
         build_shards(gone, videos=gone.paths, out=tmp_path / "out", subset="validation", config=config)
+
+
+def test_shards_of_videos_with_several_actions_are_no_trimmed_clips(tmp_path):
+    videos = {
+        name: (encode_numbered(8), indexed(8, actions=[Action(0.0, 0.1, label) for label in labels]))
+        for name, labels in (("a", "x"), ("b", "xx"), ("c", ""))
+    }
+    shards = write_shards(tmp_path / "training", videos, per_shard=3)
+    with pytest.raises(ValueError, match="video 'b', like 2 in all, shows 2 actions; recognition takes trimmed clips"):
+        true_classes(shards)
+    assert true_classes(replace(shards, videos=shards.videos[:1])) == {"a": "x"}

@@ -9,7 +9,19 @@ import pytest
 
 from re2tal.cli.demo import demo
 from re2tal.data.annotations import read_annotations
-from re2tal.data.demo import CLASSES, NUM_DOTS, RATES, SIZES, DemoConfig, Scene, draw_scene, write_demo
+from re2tal.data.demo import (
+    CLASSES,
+    CLIP_SECONDS,
+    NUM_DOTS,
+    RATES,
+    SIZES,
+    DemoConfig,
+    Scene,
+    draw_clip,
+    draw_scene,
+    write_demo,
+    write_demo_clips,
+)
 
 SMALL = DemoConfig(num_training=2, num_validation=2, seed=5)
 
@@ -203,3 +215,29 @@ def test_rates_and_sizes_are_mixed(scenes):
     assert len(sizes) >= 6
     assert sizes <= set(SIZES)
     assert Fraction(30000, 1001) in RATES
+
+
+def test_motion_tells_the_class_of_a_trimmed_clip_from_its_first_frame_to_its_last():
+    clips = [draw_clip(subset="training", number=number, seed=0) for number in range(24)]
+    records = [clip.record for clip in clips]
+    assert all(record.actions[0].start_seconds == 0 for record in records)
+    assert all(record.actions[0].end_seconds == record.duration_seconds for record in records)
+    assert all(CLIP_SECONDS[0] - 0.05 < record.duration_seconds <= CLIP_SECONDS[1] for record in records)
+    assert Counter(record.actions[0].label for record in records) == dict.fromkeys(CLASSES, 4)
+    told = [told_by_motion(clip, 0.0, clip.record.duration_seconds) for clip in clips]
+    right = sum(label == record.actions[0].label for label, record in zip(told, records, strict=True))
+    assert right >= 23
+
+
+def test_trimmed_clips_lie_in_folders_of_their_classes(tmp_path):
+    listing = write_demo_clips(tmp_path, SMALL, workers=1)
+    files = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.mp4"))
+    assert files == [
+        "clips/training/slide left/demo_clip_training_0000.mp4",
+        "clips/training/slide right/demo_clip_training_0001.mp4",
+        "clips/validation/slide left/demo_clip_validation_0000.mp4",
+        "clips/validation/slide right/demo_clip_validation_0001.mp4",
+    ]
+    assert write_demo_clips(tmp_path, SMALL) == listing
+    with pytest.raises(ValueError, match=r"clips.json is not of .*seed=6"):
+        write_demo_clips(tmp_path, DemoConfig(num_training=2, num_validation=2, seed=6))

@@ -1,0 +1,141 @@
+"""From folders of trimmed clips to a recognizer on two ranks, and from its backbone to a detector."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+import torch
+from distributed.ranks import launch_ranks
+
+from re2tal.backbones import build_backbone
+from re2tal.cli import main
+from re2tal.cli.evaluate import evaluate
+from re2tal.cli.import_weights import import_weights
+from re2tal.config import RecognitionConfig, build_recognizer, load_run
+from re2tal.data.shards import open_shards
+from re2tal.data.stream import stream_clips
+from re2tal.evaluation.video_classes import read_video_classes
+from re2tal.inference import classify
+from re2tal.training.export import read_model
+
+ROOT = Path(__file__).parents[2]
+COLOURS = {"mostly red": (200, 40, 40), "mostly blue (dark)": (30, 30, 160)}
+SMALL = {
+    "recipe": "demo_clips",
+    "data.clips.windowing.num-frames": 4,
+    "data.clips.size": 16,
+    "data.clips.workers": 1,
+    "engine.batch-size": 3,
+    "training.epochs": 4,
+    "training.average-decay": 0.5,
+    "training.checkpoint-every-steps": 6,
+    "training.log-every-steps": 4,
+    "training.evaluate-every-epochs": 2,
+    "schedule.warmup-epochs": 0.5,
+}
+
+
+def write_clip(path: Path, colour: tuple[int, int, int], *, seed: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(seed)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=Fraction(16))
+        stream.width = stream.height = 32
+        stream.pix_fmt = "yuv420p"
+        for _ in range(16):
+            picture = np.clip(generator.normal(colour, 15, size=(32, 32, 3)), 0, 255).astype(np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    for subset, count in (("train", 9), ("val", 2)):
+        for label, colour in COLOURS.items():
+            for number in range(count):
+                name = f"{subset}_{label[7]}_{number}.mp4"
+                write_clip(folder / "clips" / subset / label / name, colour, seed=number + 100 * count)
+    # Not a video: left out, and counted.
+    (folder / "clips" / "val" / "mostly red" / "broken.mp4").write_bytes(b"\0" * 100)
+    options = ["--clips", str(folder / "clips"), "--dataset", "demo", "--max-rejected", "0.5", "--workers", "1"]
+    with pytest.raises(SystemExit) as end:
+        main(["shards", "build", *options, "--out", str(folder / "shards")])
+    assert end.value.code == 0
+    return folder / "shards"
+
+
+@pytest.fixture(scope="module")
+def trained(shards, tmp_path_factory) -> tuple[Path, list[str]]:
+    """A run folder, and the command that made it."""
+    out = tmp_path_factory.mktemp("runs") / "recognizer"
+    command = [sys.executable, str(ROOT / "launch" / "train.py"), "--ds", str(ROOT / "ds_configs" / "zero2.json")]
+    options = SMALL | {"data.shards": shards, "out": out}
+    command += [part for name, value in options.items() for part in (f"--{name}", str(value))]
+    launch_ranks(command, world_size=2, timeout_seconds=280)
+    return out, command
+
+
+def test_two_ranks_learn_and_one_rank_finds_the_same_in_their_weights(trained, shards, capsys):
+    out, _ = trained
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    judged = [(row["step"], row["top1"]) for row in rows if row["kind"] == "evaluation"]
+    assert [step for step, _ in judged] == [6, 12]
+    summary = json.loads((out / "summary.json").read_text())
+    assert (summary["top1"], summary["top5"], summary["mean_class_accuracy"]) == (1, 1, 1)
+    assert (summary["videos"], summary["ranks"], summary["steps"]) == (4, 2, 12)
+    assert len(open_shards(shards / "validation").manifest.rejected) == 1
+
+    run = load_run(out / "config.json")
+    assert isinstance(run, RecognitionConfig)
+    model = read_model(out / "model.safetensors")
+    recognizer, _ = build_recognizer(run, model.classes)
+    model.load_into(recognizer, classes=recognizer.classes)
+    clips = stream_clips(open_shards(shards / "validation"), run.data.clips, batch_size=1, training=False)
+    found = read_video_classes(out / "results.json")
+    assert found.classes == tuple(sorted(COLOURS))
+    alone = classify(recognizer, clips.epoch(0), device="cpu")
+    assert alone.keys() == found.scores.keys()
+    for video_id, probabilities in alone.items():
+        torch.testing.assert_close(found.scores[video_id].float(), probabilities)
+
+    evaluate(predictions=out / "results.json", shards=shards / "validation", json=out / "figures.json")
+    assert capsys.readouterr().out.startswith("top-1 100.00 %   top-5 100.00 %   mean class accuracy 100.00 %")
+    assert json.loads((out / "figures.json").read_text())["num_videos"] == 4
+
+
+def test_a_resumed_run_ends_with_the_same_weights(trained):
+    out, command = trained
+    whole = read_model(out / "model.safetensors")
+    shutil.rmtree(out / "checkpoints" / "step-00000012")
+    outputs = launch_ranks([*command, "--resume"], world_size=2, timeout_seconds=280)
+    assert "resumed at step 6 of 12" in outputs[0]
+    resumed = read_model(out / "model.safetensors")
+    assert all(value.equal(resumed.weights[name]) for name, value in whole.weights.items())
+
+
+def test_its_backbone_starts_a_detector_and_the_run_is_no_detectors(trained, capsys):
+    out, _ = trained
+    run = load_run(out / "config.json")
+    weights = out / "model.safetensors"
+    backbone = build_backbone(type(run.backbone)(name=run.backbone.name, weights=str(weights)))
+    trained_weights = read_model(weights).weights
+    assert all(torch.equal(value, trained_weights[f"backbone.{name}"]) for name, value in backbone.state_dict().items())
+    with pytest.raises(SystemExit) as end:
+        main(["detect", "--run", str(out), "--device", "cpu"])
+    assert end.value.code == 2
+    assert "is of a recognizer, which does not say when something happens" in capsys.readouterr().err
+
+
+def test_commands_for_detectors_say_so(tmp_path):
+    with pytest.raises(ValueError, match="give --annotations FILE to score detections, or --shards FOLDER"):
+        evaluate(predictions=tmp_path / "results.json")
+    with pytest.raises(ValueError, match="is of a recognizer; give a detector's"):
+        import_weights(tmp_path / "best.pth", run=RecognitionConfig(), out=tmp_path / "run")

@@ -1,0 +1,181 @@
+"""A recognizer pools what is valid, learns from trimmed clips, and hands its backbone on."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from re2tal.backbones import BACKBONES, BackboneConfig, build_backbone
+from re2tal.backbones.base import VideoBackbone
+from re2tal.config import RecognitionConfig, build_recognizer
+from re2tal.recognizer import Recognition, Recognizer, RecognizerConfig, load_classifier
+from re2tal.structures import Action, Features, Timeline
+from re2tal.training.export import write_model
+
+CLASSES = ("run", "pour tea", "petting animal (not cat)")
+
+
+class Means(VideoBackbone):
+    """Every second frame's mean colour: three channels, no weights."""
+
+    out_channels, frames_per_step = 3, 2
+
+    def forward(self, frames: Tensor, mask: Tensor) -> Features:
+        return Features(frames.mean(dim=(3, 4))[..., ::2], mask[:, ::2])
+
+
+def recognizer(**config: float) -> Recognizer:
+    torch.manual_seed(0)
+    return Recognizer(Means(), RecognizerConfig(**{"dropout": 0.0, **config}), classes=CLASSES)
+
+
+def shown(*labels: str | None) -> list[tuple[Action, ...]]:
+    return [() if label is None else (Action(0.0, 1.0, label),) for label in labels]
+
+
+def loss(model: Recognizer, outputs: Recognition, actions: list[tuple[Action, ...]]) -> Tensor:
+    return model.loss(outputs, actions, [Timeline(0.0, 1.0, 8.0)] * len(actions), num_frames=8)["total"]
+
+
+def test_the_mean_is_over_valid_steps_and_a_clip_of_none_is_said_to_be_one():
+    model, frames = recognizer(), torch.rand(3, 3, 8, 2, 2)
+    mask = torch.arange(8) < torch.tensor([[8], [4], [0]])
+    outputs = model(frames, mask)
+    for clip, steps in ((0, (0, 2, 4, 6)), (1, (0, 2))):
+        mean = sum(frames[clip, :, step].mean(dim=(1, 2)) for step in steps) / len(steps)
+        torch.testing.assert_close(outputs.logits[clip], model.classifier.weight @ mean + model.classifier.bias)
+    assert outputs.valid.tolist() == [True, True, False]
+    assert bool(outputs.logits.isfinite().all())
+
+
+def test_the_loss_is_the_mean_cross_entropy_of_the_valid_clips():
+    outputs = Recognition(
+        torch.tensor([[0.0, math.log(3), 0.0], [5.0, 0, 0], [9.0, 0, 0]]), torch.tensor([1, 1, 0]) > 0
+    )
+    # exp(logits) of the first clip are 1, 3, 1: its class has 3/5. Of the second: 1 / (e^5 + 2).
+    expected = (math.log(5 / 3) + math.log(math.e**5 + 2)) / 2
+    assert loss(recognizer(), outputs, shown("pour tea", "pour tea", None)).item() == pytest.approx(expected)
+    # Smoothing moves a tenth of the target evenly over the three classes.
+    first = Recognition(outputs.logits[:1], outputs.valid[:1])
+    smooth = 0.9 * math.log(5 / 3) + 0.1 / 3 * (math.log(5 / 3) + 2 * math.log(5))
+    assert loss(recognizer(label_smoothing=0.1), first, shown("pour tea")).item() == pytest.approx(smooth)
+
+
+def test_a_batch_without_a_valid_clip_teaches_nothing_but_has_gradients():
+    model = recognizer()
+    outputs = model(torch.rand(2, 3, 8, 2, 2), torch.zeros(2, 8, dtype=torch.bool))
+    value = loss(model, outputs, shown(None, None))
+    value.backward()
+    assert value.item() == 0
+    assert all(bool((parameter.grad == 0).all()) for parameter in model.classifier.parameters())
+
+
+@pytest.mark.parametrize(
+    ("actions", "message"),
+    [
+        (shown("fly"), r"a clip shows \['fly'\]; recognition trains on clips that show one of its 3 classes: build"),
+        (shown(None), r"a clip shows \[\]; recognition trains"),
+        ([shown("run")[0] * 2], r"a clip shows \['run', 'run'\]; recognition trains"),
+    ],
+)
+def test_a_clip_that_does_not_show_one_class_is_an_error(actions, message):
+    outputs = Recognition(torch.zeros(1, 3), torch.ones(1, dtype=torch.bool))
+    with pytest.raises(ValueError, match=message):
+        loss(recognizer(), outputs, actions)
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: RecognizerConfig(dropout=1.0), "recognizer.dropout is 1.0; give a share from 0 to below 1"),
+        (lambda: RecognizerConfig(label_smoothing=-0.1), "recognizer.label_smoothing is -0.1"),
+        (lambda: Recognizer(Means(), RecognizerConfig(), classes=["a"]), "classes must be distinct and at least two"),
+        (lambda: Recognizer(Means(), RecognizerConfig(), classes=["a", "a"]), "classes must be distinct"),
+    ],
+)
+def test_faulty_settings_are_refused(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+@pytest.mark.parametrize("head", ["cls_head.fc_cls", "head", "module.head", "head.projection", "blocks.6.proj"])
+def test_a_public_checkpoint_gives_its_classifier_where_it_has_as_many_classes(tmp_path, head):
+    state = {f"{head}.weight": torch.rand(3, 3), f"{head}.bias": torch.rand(3), "backbone.x": torch.rand(2)}
+    torch.save({"state_dict": state}, tmp_path / "public.pth")
+    model = recognizer()
+    assert load_classifier(model, tmp_path / "public.pth") == f"the classifier is {head} of {tmp_path / 'public.pth'}"
+    assert torch.equal(model.classifier.weight, state[f"{head}.weight"])
+    assert torch.equal(model.classifier.bias, state[f"{head}.bias"])
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ({"head.weight": (400, 3), "head.bias": (400,)}, "head in .* has 400 classes, not 3"),
+        ({"head.weight": (3, 768), "head.bias": (3,)}, r"head in .* is \(3, 768\), not \(K, 3\)"),
+        ({"layers.0.weight": (3, 3)}, "the classifier starts anew: .* has none"),
+        ({"head.weight": (3, 3)}, "the classifier starts anew: .* has none"),
+    ],
+)
+def test_a_classifier_that_does_not_fit_is_left_out_and_that_is_said(tmp_path, state, message):
+    save_file({name: torch.ones(shape) for name, shape in state.items()}, tmp_path / "public.safetensors")
+    model = recognizer()
+    before = model.classifier.weight.clone()
+    said = load_classifier(model, tmp_path / "public.safetensors")
+    assert said.startswith("the classifier starts anew")
+    assert re.search(message, said)
+    assert torch.equal(model.classifier.weight, before)
+
+
+def test_a_classifier_trained_here_gives_each_class_its_own_row(tmp_path):
+    trained = recognizer()
+    nn.init.normal_(trained.classifier.bias)
+    write_model(tmp_path / "model.safetensors", trained.state_dict(), classes=CLASSES)
+    order = ("petting animal (not cat)", "run")
+    model = Recognizer(Means(), RecognizerConfig(), classes=order)
+    assert "is classifier of" in load_classifier(model, tmp_path / "model.safetensors")
+    assert torch.equal(model.classifier.weight, trained.classifier.weight[[2, 0]])
+    assert torch.equal(model.classifier.bias, trained.classifier.bias[[2, 0]])
+    stranger = Recognizer(Means(), RecognizerConfig(), classes=("run", "fly"))
+    assert "does not know fly" in load_classifier(stranger, tmp_path / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", sorted(name for name in BACKBONES if name.endswith("_nano")))
+def test_a_trained_recognizer_is_where_a_detector_or_another_recognizer_starts(tmp_path, name):
+    torch.manual_seed(0)
+    plain = RecognitionConfig(backbone=BackboneConfig(name=name, rewired=False))
+    trained, said = build_recognizer(plain, CLASSES)
+    assert said == "the classifier starts anew"
+    path = tmp_path / "model.safetensors"
+    write_model(path, trained.state_dict(), classes=CLASSES)
+    backbone = build_backbone(BackboneConfig(name=name, weights=str(path)))
+    assert same(backbone, trained.backbone)
+    again, said = build_recognizer(RecognitionConfig(backbone=BackboneConfig(name=name, weights=str(path))), CLASSES)
+    assert said == f"the classifier is classifier of {path}"
+    assert same(again, trained)
+
+
+def same(one: nn.Module, other: nn.Module) -> bool:
+    theirs = other.state_dict()
+    return one.state_dict().keys() == theirs.keys() and all(
+        torch.equal(value, theirs[name]) for name, value in one.state_dict().items()
+    )
+
+
+def test_a_folder_of_weights_is_not_searched_for_a_classifier_and_one_may_be_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("re2tal.config.build_backbone", lambda config: Means())
+    backbone = BackboneConfig(weights=str(tmp_path))
+    _, said = build_recognizer(RecognitionConfig(backbone=backbone), CLASSES)
+    assert said == f"the classifier starts anew: only files are searched for one, not {tmp_path}"
+    refused = RecognizerConfig(pretrained_classifier=False)
+    path = tmp_path / "w.safetensors"
+    save_file({"head.weight": torch.ones(3, 3), "head.bias": torch.ones(3)}, path)
+    _, said = build_recognizer(
+        RecognitionConfig(backbone=BackboneConfig(weights=str(path)), recognizer=refused), CLASSES
+    )
+    assert said == "the classifier starts anew"
