@@ -74,6 +74,11 @@ class Run:
     def __post_init__(self) -> None:
         if Path(self.name).name != self.name or self.name in {"", ".", ".."}:
             raise ValueError(f"name is {self.name!r}; it names a folder in runs/, so give one plain name")
+        if self.annealing.epochs > 0 and not self.backbone.rewired:
+            raise ValueError(
+                f"annealing.epochs is {self.annealing.epochs}, but the backbone is not rewired; set backbone.rewired, "
+                "or annealing.epochs to 0"
+            )
 
 
 @dataclass(frozen=True)
@@ -102,11 +107,6 @@ class RunConfig(Run):
             raise ValueError(
                 f"num_steps is {self.num_steps} and data.clips.windowing.num_frames {windowing.num_frames}; the grid "
                 "has at least one step, and no more than there are frames"
-            )
-        if self.annealing.epochs > 0 and not self.backbone.rewired:
-            raise ValueError(
-                f"annealing.epochs is {self.annealing.epochs}, but the backbone is not rewired; set backbone.rewired, "
-                "or annealing.epochs to 0"
             )
         match self.localizer:
             case ActionFormerConfig(position_encoding=True, max_num_steps=limit) if self.num_steps > limit:

@@ -73,6 +73,10 @@ def test_what_a_file_does_not_mention_keeps_its_default(tmp_path):
         ('{"num_steps": 2000}', "num_steps is 2000 and data.clips.windowing.num_frames 1024"),
         ('{"localizer": {"position_encoding": true, "max_num_steps": 256}}', "max_num_steps = 256; raise the latter"),
         ('{"name": "../elsewhere"}', "give one plain name"),
+        (
+            '{"task": "recognition", "annealing": {"epochs": 2}, "backbone": {"rewired": false}}',
+            "annealing.epochs is 2.*, but the backbone is not rewired",
+        ),
         ('{"task": "segmentation"}', "task is 'segmentation'; known: .'localization', 'recognition'"),
         ('{"task": "recognition", "num_steps": 4}', "unknown key num_steps"),
         ('{"task": "recognition", "data": {}}', "data.clips.windowing is Slide, which may cut an action off"),
