@@ -41,7 +41,8 @@ class DataConfig:
     """Which shards to read, and how their videos become clips."""
 
     shards: Path = Path("shards")
-    """Folder that `re2tal shards build` wrote: one folder per subset in it."""
+    """Folder that `re2tal shards build` wrote, or `re2tal features`: one folder per subset in it. On features the
+    backbone is left out."""
     training_subset: str = "training"
     """Folder in `shards` to train on."""
     validation_subset: str = "validation"

@@ -37,7 +37,10 @@ class TemporalActionDetector(nn.Module):
         return self.localizer.classes
 
     def forward(self, frames: Tensor, frame_mask: Tensor) -> tuple:
-        """(B, 3, T, H, W) normalised float frames, (B, T) bool -> the localizer's named tuple of tensors."""
+        """(B, 3, T, H, W) normalised float frames, (B, T) bool -> the localizer's named tuple of tensors.
+
+        Without a network in the place of the backbone, (B, C, T) features take that of the frames.
+        """
         return self.localizer(resample(self.backbone(frames, frame_mask), num_steps=self.num_steps))
 
     def loss(

@@ -1,7 +1,8 @@
 """RECIPES: one function per setting, which returns a whole configuration, to train as it stands or to override.
 
-Published settings: OpenTAD's configs/re2tal (ActionFormer on Video Swin-T or SlowFast-101, reversible); for Kinetics
-mmaction2's configs/recognition/swin, with which the plain network was trained.
+Published settings: OpenTAD's configs/re2tal (ActionFormer on Video Swin-T or SlowFast-101, reversible); on features
+those of ActionFormer's release; for Kinetics mmaction2's configs/recognition/swin, with which the plain network was
+trained.
 """
 
 from __future__ import annotations
@@ -142,6 +143,70 @@ def activitynet_re2slowfast_r101() -> RunConfig:
     )
 
 
+def thumos14_actionformer_features() -> RunConfig:
+    """ActionFormer on THUMOS-14 features, such as I3D's every 4 frames of 16 (RGB and flow, 2048 channels)."""
+    return RunConfig(
+        name="thumos14_actionformer_features",
+        num_steps=2304,
+        data=DataConfig(
+            shards=Path("features/thumos14"),
+            # The source looks at whole test videos; here those of more than 2304 steps (five minutes) are cut into
+            # windows that overlap by half.
+            clips=ClipConfig(windowing=Slide(num_frames=2304, frames_per_second=None, kept_share=0.5), workers=2),
+        ),
+        backbone=BackboneConfig(name="features", feature_channels=2048, rewired=False),
+        localizer=ActionFormerConfig(
+            variant="original", attention_window=19, max_num_steps=2304, candidate_min_steps=0.05
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-4, weight_decay=0.05),
+        schedule=ScheduleConfig(shape="cosine", warmup_epochs=5.0),
+        engine=EngineConfig(batch_size=2, gradient_clipping=1.0),
+        training=TrainingConfig(epochs=35, average_decay=0.999, log_every_steps=50),
+        # The source votes at 0.7 within each class; here classes do not vote.
+        suppression=SuppressionConfig(method="gaussian", sigma=0.5, min_score=0.001, max_per_video=200),
+        evaluation=EvaluationConfig(tiou_thresholds=TIOU_THRESHOLDS["thumos14"]),
+    )
+
+
+def activitynet_actionformer_features() -> RunConfig:
+    """ActionFormer on ActivityNet-1.3 features, such as TSP's every 16 frames of 16 (512 channels), resized to 192."""
+    return RunConfig(
+        name="activitynet_actionformer_features",
+        num_steps=192,
+        data=DataConfig(
+            shards=Path("features/activitynet"),
+            clips=ClipConfig(windowing=ResizeWhole(num_frames=192, shortest_action=0.0), workers=2),
+        ),
+        backbone=BackboneConfig(name="features", feature_channels=512, rewired=False),
+        localizer=ActionFormerConfig(
+            variant="original",
+            channels=256,
+            attention_window=(7, 7, 7, 7, 7, None),
+            position_encoding=True,
+            max_num_steps=192,
+            label_smoothing=0.1,
+            regression_weight=2.0,
+            initial_positives=200,
+            class_agnostic=True,
+            candidate_min_steps=0.001,
+        ),
+        optimizer=OptimizerConfig(learning_rate=1e-3, weight_decay=0.05),
+        schedule=ScheduleConfig(shape="cosine", warmup_epochs=5.0),
+        engine=EngineConfig(batch_size=16, gradient_clipping=1.0),
+        training=TrainingConfig(epochs=15, average_decay=0.999, log_every_steps=100),
+        suppression=SuppressionConfig(
+            method="gaussian",
+            sigma=0.75,
+            min_score=0.001,
+            max_per_video=100,
+            per_class=False,
+            voting_threshold=0.9,
+            weigh_votes_by_overlap=True,
+        ),
+        evaluation=EvaluationConfig(tiou_thresholds=TIOU_THRESHOLDS["activitynet"]),
+    )
+
+
 def demo_clips() -> RecognitionConfig:
     """The demo's backbone from random weights on trimmed clips of the same motions: minutes on a CPU."""
     return RecognitionConfig(
@@ -205,6 +270,8 @@ RECIPES: dict[str, Callable[[], RunConfig] | Callable[[], RecognitionConfig]] = 
     "activitynet_re2swin_tiny": activitynet_re2swin_tiny,
     "thumos14_re2slowfast_r101": thumos14_re2slowfast_r101,
     "activitynet_re2slowfast_r101": activitynet_re2slowfast_r101,
+    "thumos14_actionformer_features": thumos14_actionformer_features,
+    "activitynet_actionformer_features": activitynet_actionformer_features,
     "kinetics400_re2swin_tiny_30": kinetics400_re2swin_tiny_30,
     "kinetics400_re2swin_tiny_10": kinetics400_re2swin_tiny_10,
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from importlib import import_module
 
-from re2tal.backbones import slowfast, swin3d
+from re2tal.backbones import slowfast, stored, swin3d
 from re2tal.backbones.base import BackboneConfig, VideoBackbone, freeze, freeze_norms
 from re2tal.rewire import RewiringConfig, rewire
 
@@ -45,6 +45,13 @@ def build_backbone(config: BackboneConfig) -> VideoBackbone:
 
     Raises ValueError for an unknown name and for weights that do not fit, FileNotFoundError where there are none.
     """
+    if config.name == stored.NAME:
+        return stored.build(config)
+    if config.feature_channels is not None:
+        raise ValueError(
+            f"backbone.feature_channels is {config.feature_channels}, but {config.name} is a network, which knows its "
+            "channels; leave it out"
+        )
     try:
         build = BACKBONES[config.name]
     except KeyError:

@@ -27,7 +27,9 @@ class BackboneConfig:
     """Which backbone to build, from which weights, and how it trains."""
 
     name: str = "swin3d_tiny"
-    """A row of re2tal.backbones.BACKBONES."""
+    """A row of re2tal.backbones.BACKBONES, or "features" for no network at all, on stored features."""
+    feature_channels: int | None = None
+    """Of "features" only: how many channels they have."""
     rewired: bool = True
     """Give every residual run its two streams (reversible); parameter names do not change."""
     recompute: bool = True

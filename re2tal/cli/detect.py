@@ -17,13 +17,15 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from re2tal.backbones.stored import NAME
+from re2tal.cli.feature_run import check_kind
 from re2tal.config import RunConfig, build_detector, load_config
 from re2tal.data.annotations import Annotations
 from re2tal.data.build import BuildConfig, build_shards
 from re2tal.data.isolated import Isolated
 from re2tal.data.manifest import Encoding, FramesPerSecond, FramesPerVideo, Rejection
 from re2tal.data.probe import VIDEO_SUFFIXES, probe_video
-from re2tal.data.shards import ShardSet, open_shards
+from re2tal.data.shards import FeatureSet, ShardSet, open_any, open_shards
 from re2tal.data.stream import ClipConfig, stream_clips
 from re2tal.data.windows import ResizeWhole, Slide, Trimmed
 from re2tal.detector import TemporalActionDetector
@@ -55,7 +57,7 @@ def detect(
     Args:
         run: folder of a training run: config.json and model.safetensors
         videos: folder of video files to look at, of any format and size; results carry their names without the suffix
-        shards: folder of one subset's shards to look at instead; by default the run's validation shards
+        shards: folder of one subset's shards, or features, to look at instead; by default the run's validation shards
         out: results JSON to write; by default RUN/results.json, or RUN/detections.json for other videos than the run's
         video_classes: JSON of a classifier of whole videos, {"results": {ID: [K scores]}, "class": [K names]}, that
             names what a class-agnostic detector finds; without it the results' only class is "action"
@@ -66,13 +68,20 @@ def detect(
     if videos is not None and shards is not None:
         raise ValueError(f"--videos {videos} and --shards {shards} were both given; give one of them")
     config = load_config(run / "config.json")
+    if videos is not None and config.backbone.name == NAME:
+        raise ValueError(
+            f"--videos {videos} was given, but {run} has no network that looks at videos: it was trained on stored "
+            "features; pack these videos (re2tal shards build), extract their features as those of its training were "
+            "(re2tal features extract) and give --shards"
+        )
     namer = _read_namer(video_classes, config, top_k=top_k)
     target = out or run / ("results.json" if videos is None and shards is None else "detections.json")
     chosen = torch.device(device) if device else default_device()
     detector = load_detector(run, config).to(chosen, DTYPES[config.engine.precision])
     batch_size = batch_size or config.engine.batch_size
     if videos is None:
-        data = open_shards(shards or config.data.shards / config.data.validation_subset)
+        data = open_any(shards or config.data.shards / config.data.validation_subset)
+        check_kind(config, data)
         if namer is not None:
             namer.check(data.by_id, top_k=top_k)
         found = detect_in_shards(detector, data, config, batch_size=batch_size, device=chosen)
@@ -124,7 +133,7 @@ def load_detector(run: Path, config: RunConfig) -> TemporalActionDetector:
 
 def detect_in_shards(
     detector: TemporalActionDetector,
-    shards: ShardSet,
+    shards: ShardSet | FeatureSet,
     config: RunConfig,
     *,
     batch_size: int,

@@ -17,6 +17,7 @@ import torch
 from tqdm import tqdm
 
 from re2tal.backbones import BackboneConfig, VideoBackbone, build_backbone
+from re2tal.backbones.stored import NAME
 from re2tal.cli.detect import default_device, load_detector
 from re2tal.cli.shards import parse_part, report_built
 from re2tal.config import RunConfig, load_config
@@ -88,6 +89,8 @@ def extract(options: Extract) -> int:
     _check(options)
     part_index, num_parts = parse_part(options.part)
     run = None if options.run is None else load_config(options.run / "config.json")
+    if NAME in (options.backbone.name, run and run.backbone.name):
+        raise ValueError(f"the backbone is {NAME!r}, which is no network; name one, or the run of one")
     folders = [(shards, clip_config(options, run, shards)) for shards in map(open_shards, options.shards)]
     backbone, settings, weights = _backbone(options, run)
     sha256 = weights_sha256(backbone)

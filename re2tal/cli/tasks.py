@@ -11,7 +11,7 @@ from torch import nn
 
 from re2tal.config import RecognitionConfig, RunConfig, build_detector, build_recognizer
 from re2tal.data.clips import true_classes
-from re2tal.data.shards import ShardSet
+from re2tal.data.shards import FeatureSet, ShardSet
 from re2tal.data.stream import ClipStream
 from re2tal.distributed import is_main
 from re2tal.evaluation.accuracy import AccuracyReport, accuracy
@@ -48,14 +48,14 @@ def build_model(run: AnyRun, classes: Sequence[str]) -> nn.Module:
     return recognizer
 
 
-def judge(engine: Engine, *, run: AnyRun, shards: ShardSet, clips: ClipStream) -> Outcome:
+def judge(engine: Engine, *, run: AnyRun, shards: ShardSet | FeatureSet, clips: ClipStream) -> Outcome:
     """Every rank calls this: what the network finds in all videos of `shards`, and how right it is."""
     if isinstance(run, RunConfig):
         return _judge_detector(engine, run, shards, clips)
     return _judge_recognizer(engine, shards, clips)
 
 
-def _judge_detector(engine: Engine, run: RunConfig, shards: ShardSet, clips: ClipStream) -> Outcome:
+def _judge_detector(engine: Engine, run: RunConfig, shards: ShardSet | FeatureSet, clips: ClipStream) -> Outcome:
     predictions = predict(engine, clips.epoch(0), suppression=run.suppression, device=engine.device)
     classes = engine.module.localizer.classes
     truth = [video.record for video in shards.videos]
@@ -81,7 +81,7 @@ def _judge_detector(engine: Engine, run: RunConfig, shards: ShardSet, clips: Cli
     )
 
 
-def _judge_recognizer(engine: Engine, shards: ShardSet, clips: ClipStream) -> Outcome:
+def _judge_recognizer(engine: Engine, shards: ShardSet | FeatureSet, clips: ClipStream) -> Outcome:
     scores = classify(engine, clips.epoch(0), device=engine.device)
     classes = engine.module.classes
     report = accuracy(scores, true_classes(shards), classes=classes)

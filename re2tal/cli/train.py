@@ -24,11 +24,12 @@ import numpy as np
 import torch
 import tyro
 
+from re2tal.cli.feature_run import check_kind, check_pair, on_features
 from re2tal.cli.tasks import AnyRun, Outcome, build_model, judge
 from re2tal.config import RecognitionConfig, RunConfig, flatten, save_config, to_json
 from re2tal.data.clips import true_classes
 from re2tal.data.manifest import MANIFEST_NAME
-from re2tal.data.shards import ShardSet, open_shards
+from re2tal.data.shards import FeatureSet, ShardSet, open_any
 from re2tal.data.stream import ClipStream, stream_clips
 from re2tal.data.transforms import jitter_and_normalise
 from re2tal.distributed import World, is_main, main_process_first, resolve_world
@@ -92,7 +93,7 @@ def train(
         overwrite: remove what an earlier run left in the run folder
     """
     started = time.perf_counter()
-    _check(run, resume=resume, overwrite=overwrite)
+    _check(resume=resume, overwrite=overwrite)
     world = resolve_world(os.environ)
     settings = resolve_deepspeed_config(ds, run.engine, world_size=world.world_size)
     folder = out or Path("runs") / run.name
@@ -101,6 +102,10 @@ def train(
         _claim(folder, world, resume=resume, overwrite=overwrite)
         _make_demo_data(run, world)
         training, validation = _open_both(run)
+        if isinstance(run, RunConfig) and isinstance(training, FeatureSet):
+            run = on_features(run, training)
+        check_kind(run, training)
+        _check_norms(run)
         clips = _stream(run, validation, world, training=False)
         evaluate = partial(judge, run=run, shards=validation, clips=clips)
         trainer = _build(run, settings, folder, world, shards=training, evaluate=evaluate, device=device)
@@ -118,10 +123,13 @@ def train(
     return 0
 
 
-def _check(run: AnyRun, *, resume: bool, overwrite: bool) -> None:
+def _check(*, resume: bool, overwrite: bool) -> None:
     """Refuses what cannot be meant, before anything is started."""
     if resume and overwrite:
         raise ValueError("--resume continues the earlier run, --overwrite removes it; give one of them")
+
+
+def _check_norms(run: AnyRun) -> None:
     if run.backbone.norm_eval and run.backbone.weights is None:
         raise ValueError(
             "backbone.norm_eval freezes the norms of a pretrained backbone, but backbone.weights names no weights; "
@@ -166,19 +174,26 @@ def _make_demo_data(run: AnyRun, world: World) -> None:
                 build(Build(out=shards, dataset="demo", videos=folder / "videos", annotations=annotations))
 
 
-def _open_both(run: AnyRun) -> tuple[ShardSet, ShardSet]:
+def _open_both(run: AnyRun) -> tuple[ShardSet, ShardSet] | tuple[FeatureSet, FeatureSet]:
+    """The training and the validation subset: both of videos, or, for a detector, both of the same features."""
     data = run.data
-    training = open_shards(data.shards / data.training_subset)
-    validation = open_shards(data.shards / data.validation_subset)
+    training = open_any(data.shards / data.training_subset)
+    validation = open_any(data.shards / data.validation_subset)
     if training.classes != validation.classes:
         raise ValueError(
             f"{training.root} has classes {list(training.classes)}, {validation.root} {list(validation.classes)}; "
             "build both from one annotation file"
         )
-    if isinstance(run, RecognitionConfig):
-        for shards in (training, validation):
-            true_classes(shards)  # refuses those that are not trimmed clips
-    return training, validation
+    match training, validation:
+        case ShardSet(), ShardSet():
+            if isinstance(run, RecognitionConfig):
+                for shards in (training, validation):
+                    true_classes(shards)  # refuses those that are not trimmed clips
+            return training, validation
+        case FeatureSet(), FeatureSet():
+            check_pair(training, validation)
+            return training, validation
+    raise ValueError(f"one of {training.root} and {validation.root} holds videos, the other features; give two alike")
 
 
 def _build(
@@ -187,7 +202,7 @@ def _build(
     folder: Path,
     world: World,
     *,
-    shards: ShardSet,
+    shards: ShardSet | FeatureSet,
     evaluate: Callable[[Engine], Outcome],
     device: torch.device,
 ) -> Trainer:
@@ -223,7 +238,7 @@ def _build(
     )
 
 
-def _stream(run: AnyRun, shards: ShardSet, world: World, *, training: bool) -> ClipStream:
+def _stream(run: AnyRun, shards: ShardSet | FeatureSet, world: World, *, training: bool) -> ClipStream:
     return stream_clips(
         shards,
         run.data.clips,

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from re2tal.data.annotations import SUBSET_NAME, check_class_list, is_label, raise_together
 from re2tal.data.manifest import VIDEO_ID
 from re2tal.data.probe import VIDEO_SUFFIXES
-from re2tal.data.shards import ShardSet
+from re2tal.data.shards import FeatureSet, ShardSet
 from re2tal.structures import Action, VideoRecord
 
 SUBSETS = {
@@ -118,7 +118,7 @@ def read_clips(places: Sequence[Path], *, videos: Path | None = None, classes: S
     )
 
 
-def true_classes(shards: ShardSet) -> dict[str, str]:
+def true_classes(shards: ShardSet | FeatureSet) -> dict[str, str]:
     """Video id -> what the clip shows; ValueError where videos do not show one action each."""
     shown = {video.record.video_id: [action.label for action in video.record.actions] for video in shards.videos}
     if odd := {video_id: labels for video_id, labels in shown.items() if len(labels) != 1}:

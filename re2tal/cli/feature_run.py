@@ -1,0 +1,86 @@
+"""Runs on stored features: any recipe, its backbone taken out, its clips counted in steps instead of frames.
+
+a recipe on videos        64 frames, 8 a second -> backbone, 2 frames a step -> 32 steps -> localizer
+the same on its features  32 steps, 4 a second                                           -> localizer
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from re2tal.backbones import BackboneConfig
+from re2tal.backbones.stored import NAME
+from re2tal.config import RecognitionConfig, RunConfig
+from re2tal.data.feature_manifest import Grid, SecondsPerStep, StepsPerVideo
+from re2tal.data.shards import FeatureSet, ShardSet
+from re2tal.data.windows import ResizeWhole, Slide, Windowing
+
+
+def on_features(run: RunConfig, features: FeatureSet) -> RunConfig:
+    """`run` without its backbone, on `features`; a run that is on features already stays as it is.
+
+    A window keeps its length in seconds. Raises ValueError where the recipe's windows do not fit the features' grid.
+    """
+    if run.backbone.name == NAME:
+        return run
+    spec = features.manifest.features
+    windowing = _in_steps(run, spec.grid)
+    return replace(
+        run,
+        backbone=BackboneConfig(name=NAME, feature_channels=spec.channels, rewired=False),
+        data=replace(run.data, clips=replace(run.data.clips, windowing=windowing)),
+    )
+
+
+def check_kind(run: RunConfig | RecognitionConfig, shards: ShardSet | FeatureSet) -> None:
+    """ValueError unless `run` takes what `shards` hold: videos, or features of its number of channels."""
+    match shards:
+        case ShardSet() if run.backbone.name == NAME:
+            raise ValueError(
+                f"{shards.root} holds videos, but this run's backbone is {NAME!r}: it takes stored features; extract "
+                "them (re2tal features extract) with what its training features were extracted with, and give their "
+                "folder"
+            )
+        case FeatureSet() if isinstance(run, RecognitionConfig) or run.backbone.name != NAME:
+            raise ValueError(
+                f"{shards.root} holds features, but this run has a backbone, {run.backbone.name}, which takes videos; "
+                "give a folder that `re2tal shards build` wrote"
+            )
+        case FeatureSet() if shards.manifest.features.channels != run.backbone.feature_channels:
+            raise ValueError(
+                f"{shards.root} holds features of {shards.manifest.features.channels} channels, this run takes "
+                f"{run.backbone.feature_channels} (backbone.feature_channels); give the features that it was made for"
+            )
+
+
+def check_pair(training: FeatureSet, validation: FeatureSet) -> None:
+    """ValueError unless two subsets hold the same features."""
+    one, other = training.manifest.features, validation.manifest.features
+    alike = (
+        ("channels", one.channels, other.channels),
+        ("grid", one.grid, other.grid),
+        ("weights_sha256", getattr(one.origin, "weights_sha256", None), getattr(other.origin, "weights_sha256", None)),
+        ("clips", getattr(one.origin, "clips", None), getattr(other.origin, "clips", None)),
+    )
+    for name, theirs, ours in alike:
+        if theirs != ours:
+            raise ValueError(
+                f"{training.root} and {validation.root} hold other features: {name} is {theirs} and {ours}; extract or "
+                "pack both alike"
+            )
+
+
+def _in_steps(run: RunConfig, grid: Grid) -> Windowing:
+    match run.data.clips.windowing, grid:
+        case Slide(num_frames=num_frames, frames_per_second=float(rate)) as slide, SecondsPerStep(seconds):
+            num_steps = max(1, round(num_frames / rate / seconds))
+            return replace(slide, num_frames=num_steps, frames_per_second=1 / seconds)
+        case ResizeWhole() as whole, StepsPerVideo(num_steps):
+            return replace(whole, num_frames=max(num_steps, run.num_steps))
+        case ResizeWhole() as whole, _:
+            return replace(whole, num_frames=run.num_steps)
+        case windowing, _:
+            raise ValueError(
+                f"the recipe's windows, {windowing}, cannot be counted in steps of these features, whose grid is "
+                f"{grid}; take a recipe of features (--recipe thumos14_actionformer_features), or of whole videos"
+            )
