@@ -29,6 +29,7 @@ from re2tal.localizers.actionformer import ActionFormerConfig
 from re2tal.localizers.vsgn import VSGNConfig
 from re2tal.recipes import find_recipe
 from re2tal.structures import Action
+from re2tal.training.annealing import AnnealingConfig
 from re2tal.training.export import read_model, write_model
 
 ROOT = Path(__file__).parents[1]
@@ -142,7 +143,7 @@ def test_recipes_keep_the_length_of_their_windows_on_features(features):
     )
     assert demo.backbone == BackboneConfig(name="features", feature_channels=96, rewired=False)
     assert on_features(demo, features) is demo
-    whole = find_recipe("activitynet_re2swin_tiny")
+    whole = replace(find_recipe("activitynet_re2swin_tiny"), annealing=AnnealingConfig(epochs=5.0))
     for grid, num_steps in ((StepsPerVideo(384), 384), (StepsPerVideo(100), 192), (FramesPerStep(16), 192)):
         windowing = on_features(whole, spec_with(features, grid=grid)).data.clips.windowing
         assert windowing == ResizeWhole(num_steps, shortest_action=0.01)

@@ -14,6 +14,7 @@ from re2tal.config import RecognitionConfig, RunConfig
 from re2tal.data.feature_manifest import Grid, SecondsPerStep, StepsPerVideo
 from re2tal.data.shards import FeatureSet, ShardSet
 from re2tal.data.windows import ResizeWhole, Slide, Windowing
+from re2tal.training.annealing import AnnealingConfig
 
 
 def on_features(run: RunConfig, features: FeatureSet) -> RunConfig:
@@ -28,6 +29,7 @@ def on_features(run: RunConfig, features: FeatureSet) -> RunConfig:
     return replace(
         run,
         backbone=BackboneConfig(name=NAME, feature_channels=spec.channels, rewired=False),
+        annealing=AnnealingConfig(),
         data=replace(run.data, clips=replace(run.data.clips, windowing=windowing)),
     )
 
