@@ -11,9 +11,10 @@ Tokens of a window and windows of a grid are counted D first, then H, then W.
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -38,7 +39,7 @@ def partition(x: Tensor, *, window: Size3, shift: Size3) -> Tensor:
     The grid is padded with zeros at its far ends to whole windows. Padding takes part in attention, as in every
     published Video Swin: the released weights were trained so.
     """
-    x = F.pad(x, (0, 0, *_padding(x.shape[1:4], window)))
+    x = pad_to_windows(x, window)
     if any(shift):
         x = x.roll([-step for step in shift], dims=(1, 2, 3))
     b, d, h, w, c = x.shape
@@ -47,15 +48,55 @@ def partition(x: Tensor, *, window: Size3, shift: Size3) -> Tensor:
     return x.permute(1, 3, 5, 0, 2, 4, 6, 7).reshape(-1, b, wd * wh * ww, c)
 
 
-def restore(windows: Tensor, *, grid: Size3, window: Size3, shift: Size3) -> Tensor:
-    """The inverse of `partition`: (windows, B, tokens, C) -> (B, D, H, W, C) without the padding."""
+def restore(windows: Tensor, *, grid: Size3, window: Size3) -> Tensor:
+    """The inverse of `partition` without a shift: (windows, B, tokens, C) -> (B, D, H, W, C) without the padding."""
     b, c = windows.shape[1], windows.shape[-1]
     counts = windows_per_axis(grid, window)
     x = windows.view(*counts, b, *window, c).permute(3, 0, 4, 1, 5, 2, 6, 7)
     x = x.reshape(b, *(n * size for n, size in zip(counts, window, strict=True)), c)
-    if any(shift):
-        x = x.roll(shift, dims=(1, 2, 3))
     return x[:, : grid[0], : grid[1], : grid[2]]
+
+
+def pad_to_windows(x: Tensor, window: Size3) -> Tensor:
+    """(B, D, H, W, C) with zeros at the far ends, or x itself where it is whole windows: `F.pad` would copy it."""
+    padding = _padding(x.shape[1:4], window)
+    return F.pad(x, (0, 0, *padding)) if any(padding) else x
+
+
+class TokenOrder(NamedTuple):
+    """Where each token of a batch of grids goes, and back: roll, partition and sorting by kind as one copy."""
+
+    order: Tensor
+    """(B * tokens,) int32: place -> token"""
+    inverse: Tensor
+    """(B * tokens,) int32: token -> place"""
+
+
+def token_order(
+    shape: tuple[int, int, int, int], *, window: Size3, shift: Size3, order: Tensor | None, device: torch.device
+) -> TokenOrder:
+    """Of (B, D, H, W) whole windows: that of `partition`, with the windows in `order` where one is given."""
+    tokens = torch.arange(math.prod(shape), dtype=torch.int32, device=device)
+    windows = partition(tokens.view(*shape, 1), window=window, shift=shift)
+    places = (windows if order is None else windows.index_select(0, order)).flatten()
+    return TokenOrder(places, torch.empty_like(tokens).index_copy_(0, places.long(), tokens))
+
+
+class _Reorder(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(order, inverse)
+        return x.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        order, inverse = ctx.saved_tensors
+        return _Reorder.apply(gradient, inverse, order), None, None
+
+
+def reorder(x: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+    """x[order], (N, C); its gradient is gathered by `inverse`, where that of `index_select` would be added up."""
+    return _Reorder.apply(x, order, inverse)
 
 
 def windows_per_axis(grid: Size3, window: Size3) -> Size3:
@@ -161,8 +202,6 @@ class WindowKinds(NamedTuple):
 
     order: Tensor
     """(windows,) int64: sorted place -> window"""
-    inverse: Tensor
-    """(windows,) int64: window -> sorted place"""
     sizes: tuple[int, ...]
     masks: Tensor
     """(kinds, tokens, tokens) bool, True where attention is *not* allowed"""
@@ -176,7 +215,6 @@ def window_kinds(counts: Size3, *, window: Size3, shift: Size3, device: torch.de
     masks = patterns[:, :, None] != patterns[:, None, :]
     return WindowKinds(
         order=torch.from_numpy(order).to(device),
-        inverse=torch.from_numpy(np.argsort(order)).to(device),
         sizes=tuple(np.bincount(kind.reshape(-1)).tolist()),
         masks=torch.from_numpy(masks).to(device),
     )
@@ -206,6 +244,18 @@ class WindowTables:
             ("kinds", counts, window, shift, device),
             lambda: window_kinds(counts, window=window, shift=shift, device=device),
         )
+
+    def tokens(
+        self, shape: tuple[int, int, int, int], *, window: Size3, shift: Size3, wrapped: Size3, device: torch.device
+    ) -> TokenOrder:
+        """`token_order` of (B, D, H, W) rolled by `shift`; windows sorted by kind where last ones are `wrapped`."""
+
+        def build() -> TokenOrder:
+            counts = windows_per_axis(shape[1:], window)
+            order = self.kinds(counts, window=window, shift=wrapped, device=device).order if any(wrapped) else None
+            return token_order(shape, window=window, shift=shift, order=order, device=device)
+
+        return self._get(("tokens", shape, window, shift, wrapped, device), build)
 
     def _get(self, key: Hashable, build: Callable[[], Table]) -> Table:
         if key not in self._tables:

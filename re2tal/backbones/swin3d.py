@@ -10,6 +10,7 @@ H and W are halved by them twice and by every merging once. Parameter names are 
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import torch
@@ -24,7 +25,9 @@ from re2tal.backbones.shifted_windows import (
     WindowTables,
     clip_window,
     pad_rows,
+    pad_to_windows,
     partition,
+    reorder,
     restore,
     row_spans,
     shift_of_rows,
@@ -119,7 +122,8 @@ class PatchEmbed(Between):
     def forward(self, frames: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> (B, D, H', W', C)."""
         t, h, w = (-size % full for size, full in zip(frames.shape[2:], self.patch, strict=True))
-        return self.norm(self.proj(F.pad(frames, (0, w, 0, h, 0, t))).movedim(1, -1))
+        frames = F.pad(frames, (0, w, 0, h, 0, t)) if t or h or w else frames  # with nothing to pad it would copy
+        return self.norm(self.proj(frames).movedim(1, -1))
 
 
 class SwinStage(nn.Module):
@@ -147,7 +151,8 @@ class PatchMerging(Between):
     @forgetful
     def forward(self, x: Tensor) -> Tensor:
         """(B, D, H, W, C) -> (B, D, ceil(H/2), ceil(W/2), 2C)."""
-        x = F.pad(x, (0, 0, 0, x.shape[3] % 2, 0, x.shape[2] % 2))
+        if x.shape[2] % 2 or x.shape[3] % 2:
+            x = F.pad(x, (0, 0, 0, x.shape[3] % 2, 0, x.shape[2] % 2))
         # Neighbours are concatenated column by column: (0, 0), (1, 0), (0, 1), (1, 1) as (row, column).
         x = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 1, 2, 4, 5, 3, 6).flatten(4)
         return self.reduction(self.norm(x))
@@ -252,24 +257,31 @@ class WindowAttention(nn.Module):
     def _mix(self, x: Tensor, *, window: Size3, shift: Size3, wrapped: Size3) -> Tensor:
         """Attention in windows of x rolled by `shift`, where the last one along an axis may be `wrapped` around."""
         grid = (x.shape[1], x.shape[2], x.shape[3])
-        windows = partition(x, window=window, shift=shift)
-        if any(wrapped):
-            counts = windows_per_axis(grid, window)
-            windows = self._attend_shifted(windows, counts=counts, window=window, shift=wrapped)
-        else:
-            windows = self._attend(self._heads(windows), self._bias(windows.shape[2]))
-        return restore(windows, grid=grid, window=window, shift=shift)
+        if not any(shift) and not any(wrapped):
+            windows = partition(x, window=window, shift=shift)
+            attended = self._attend(self._heads(windows), self._bias(windows.shape[2]))
+            return restore(attended, grid=grid, window=window)
+        padded = pad_to_windows(x, window)
+        shape = (x.shape[0], padded.shape[1], padded.shape[2], padded.shape[3])
+        order, inverse = self.tables.tokens(shape, window=window, shift=shift, wrapped=wrapped, device=x.device)
+        windows = reorder(padded.flatten(0, 3), order, inverse).view(-1, len(x), math.prod(window), x.shape[-1])
+        counts = windows_per_axis(grid, window)
+        attended = self._attend_shifted(windows, counts=counts, window=window, shift=wrapped)
+        restored = reorder(attended.flatten(0, 2), inverse, order).view(padded.shape)
+        return restored[:, : grid[0], : grid[1], : grid[2]]
 
     def _attend_shifted(self, windows: Tensor, *, counts: Size3, window: Size3, shift: Size3) -> Tensor:
-        """(windows, B, tokens, C) -> the same shape, one attention call per kind of window."""
+        """(windows, B, tokens, C), sorted by kind -> the same, one attention call per kind of window."""
+        qkv, bias = self._heads(windows), self._bias(windows.shape[2])
+        if not any(shift):
+            return self._attend(qkv, bias)
         kinds = self.tables.kinds(counts, window=window, shift=shift, device=windows.device)
-        bias = self._bias(windows.shape[2])
-        qkv = self._heads(windows.index_select(0, kinds.order))
-        attended = [
-            self._attend(part, torch.add(bias, mask, alpha=MASKED_LOGIT))
-            for part, mask in zip(qkv.split(kinds.sizes, dim=1), kinds.masks, strict=True)
-        ]
-        return torch.cat(attended).index_select(0, kinds.inverse)
+        return torch.cat(
+            [
+                self._attend(part, torch.add(bias, mask, alpha=MASKED_LOGIT))
+                for part, mask in zip(qkv.split(kinds.sizes, dim=1), kinds.masks, strict=True)
+            ]
+        )
 
     def _heads(self, windows: Tensor) -> Tensor:
         """(windows, B, tokens, C) -> queries, keys and values (3, windows, B, heads, tokens, C / heads)."""

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from re2tal.backbones.base import steps_mask
-from re2tal.backbones.shifted_windows import WindowTables, partition, restore, window_kinds, window_regions
+from re2tal.backbones.shifted_windows import WindowTables, partition, reorder, restore, window_kinds, window_regions
 from re2tal.backbones.swin3d import SIZES, DropPath, VideoSwin
 from re2tal.rewire import RewiringConfig, rewire
 
@@ -35,12 +35,27 @@ def test_channels_must_divide_into_heads() -> None:
         VideoSwin(embed_dim=8, depths=(2,), num_heads=(3,), window=(2, 3, 3))
 
 
-@pytest.mark.parametrize("shift", [(0, 0, 0), (1, 2, 0)])
-def test_restore_undoes_partition_and_drops_the_padding(shift: tuple[int, int, int]) -> None:
+def test_restore_undoes_partition_and_drops_the_padding() -> None:
     x = torch.arange(2 * 3 * 7 * 4 * 5.0).view(2, 3, 7, 4, 5)
-    windows = partition(x, window=(2, 3, 4), shift=shift)
+    windows = partition(x, window=(2, 3, 4), shift=(0, 0, 0))
     assert windows.shape == (2 * 3 * 1, 2, 24, 5)
-    assert torch.equal(restore(windows, grid=(3, 7, 4), window=(2, 3, 4), shift=shift), x)
+    assert torch.equal(restore(windows, grid=(3, 7, 4), window=(2, 3, 4)), x)
+
+
+@pytest.mark.parametrize("wrapped", [(0, 0, 0), (1, 2, 0)])
+def test_one_reordering_is_roll_partition_and_sorting_there_and_back(wrapped: tuple[int, int, int]) -> None:
+    window, shift, cpu = (2, 3, 4), (1, 2, 0), torch.device("cpu")
+    x = torch.randn(2, 4, 6, 4, 5, dtype=torch.float64, requires_grad=True)
+    wanted = partition(x, window=window, shift=shift)
+    if any(wrapped):
+        wanted = wanted.index_select(0, window_kinds((2, 2, 1), window=window, shift=wrapped, device=cpu).order)
+    order, inverse = WindowTables().tokens((2, 4, 6, 4), window=window, shift=shift, wrapped=wrapped, device=cpu)
+    windows = reorder(x.flatten(0, 3), order, inverse)
+    assert torch.equal(windows.view_as(wanted), wanted)
+    assert torch.equal(reorder(windows, inverse, order).view_as(x), x)
+    weight = torch.randn_like(windows)
+    found, want = (torch.autograd.grad((y.flatten(0, -2) * weight).sum(), x) for y in (windows, wanted))
+    assert torch.equal(found[0], want[0])
 
 
 def test_windows_sorted_by_kind_keep_their_masks() -> None:
@@ -48,8 +63,8 @@ def test_windows_sorted_by_kind_keep_their_masks() -> None:
     kinds = window_kinds(counts, window=window, shift=shift, device=torch.device("cpu"))
     regions = window_regions(counts, window=window, shift=shift)
     assert len(kinds.sizes) == 8
-    assert kinds.order[kinds.inverse].tolist() == list(range(24))
-    by_window = kinds.masks.repeat_interleave(torch.tensor(kinds.sizes), dim=0)[kinds.inverse]
+    assert kinds.order.sort().values.tolist() == list(range(24))
+    by_window = kinds.masks.repeat_interleave(torch.tensor(kinds.sizes), dim=0)[kinds.order.argsort()]
     np.testing.assert_array_equal(by_window.numpy(), regions[:, :, None] != regions[:, None, :])
 
 
