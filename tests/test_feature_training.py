@@ -18,6 +18,7 @@ from re2tal.backbones import BackboneConfig, build_backbone
 from re2tal.cli.detect import detect
 from re2tal.cli.extract_features import Extract, extract
 from re2tal.cli.feature_run import check_kind, check_pair, on_features
+from re2tal.cli.report import report
 from re2tal.config import DataConfig, RunConfig, build_detector, load_config, save_config
 from re2tal.data.feature_manifest import FramesPerStep, StepsPerVideo
 from re2tal.data.shards import FeatureSet, ShardSet, open_any
@@ -195,6 +196,9 @@ def test_detecting_needs_features_where_the_run_was_trained_on_them(videos, feat
     )
     assert detect(run=folder, device="cpu") == 0
     assert sorted(json.loads((folder / "results.json").read_text())["results"]) == ["a", "b"]
+    (folder / "metrics.jsonl").write_text('{"step": 1, "kind": "train", "loss": 1.0, "lr/localizer": 0.1}\n')
+    report(run=folder)
+    assert "features, plain" in (folder / "report" / "index.html").read_text()
     with pytest.raises(ValueError, match=r"has no network that looks at videos: .* extract their features .*--shards"):
         detect(run=folder, videos=tmp_path, device="cpu")
     with pytest.raises(ValueError, match="holds videos, but this run's backbone is 'features'"):
