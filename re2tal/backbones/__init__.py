@@ -75,6 +75,8 @@ def build_backbone(config: BackboneConfig) -> VideoBackbone:
                 segment=config.segment,
                 beta=config.beta,
                 recompute=config.recompute,
+                states=config.states,
+                grid=config.grid,
                 chunk_mebibytes=config.chunk_mebibytes,
                 offload=config.offload,
             ),

@@ -51,6 +51,12 @@ class BackboneConfig:
     offload: bool = False
     """Keep what rewired runs keep, two states each, in host memory between forward and backward. Needs `rewired` and
     `recompute`; on a CPU it saves nothing."""
+    states: Literal["float32", "int32", "bfloat16"] = "float32"
+    """What the states of a rewired run are made of: "float32" and "int32" are rebuilt exactly on a grid (see `grid`),
+    "bfloat16" takes half the memory and is not."""
+    grid: float | Literal["auto"] | None = "auto"
+    """The step to which states are rounded, so that they are rebuilt to the last bit: "auto" is 2**-14 in bf16 and fp16
+    and none in fp32, and for "int32" states 2**-16; None is none, and rebuilds with an error."""
     weights: str | None = None
     """Pretrained weights: a .safetensors or .pth file in any layout the family reads, or, for a family of the
     transformers library, a hub name or a folder. None starts from random weights."""

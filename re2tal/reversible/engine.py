@@ -27,7 +27,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from re2tal.reversible.chunking import ChunkedBranch, GradientSums, Piece, pieces_of
 from re2tal.reversible.coupling import SUM, Coupling, Merge
-from re2tal.reversible.precision import Grid, Precision
+from re2tal.reversible.precision import Grid, Precision, States
 from re2tal.reversible.rng import GeneratorState
 from re2tal.reversible.surroundings import AutocastState, BufferWatch, held
 
@@ -42,6 +42,7 @@ def run_reversibly(
     stored: int = 0,
     merge: Merge = "mean",
     coupling: Coupling = SUM,
+    states: States = "float32",
     grid: Grid = "auto",
     owner: nn.Module | None = None,
 ) -> Tensor:
@@ -58,6 +59,7 @@ def run_reversibly(
             F(x) = block(x) - x.
         coupling: how states follow from the two before them; by default x[i+1] = x[i-1] + F_i(x[i]), as above. Others
             have merges of their own, and keep more states than two where inverting would lose too much; see `coupling`.
+        states: the numbers that states are made of; see `precision`.
         grid: rounds states so that they are rebuilt to the last bit; see `precision`.
         owner: the module that holds every parameter and buffer that the branches use. Buffers that it writes in forward
             are held still in the rebuild, and where none of its parameters, nor `x`, wants a gradient, nothing is kept.
@@ -67,7 +69,8 @@ def run_reversibly(
         The merged state, in the dtype of `x`; in float32 under autocast.
 
     Raises:
-        ValueError: a branch changes shape or dtype, or an option is none of the above.
+        ValueError: a branch changes shape or dtype, an option is none of the above, or "int32" states are to be trained
+            while every branch keeps its activations.
         RuntimeError: in backward, when called twice or with `create_graph=True`: the activations are gone by then.
 
     Tensors that branches reach other than through their input must be leaves: parameters, or constants that want no
@@ -82,8 +85,12 @@ def run_reversibly(
     if stored < 0:
         raise ValueError(f"stored is {stored}; give the number of branches that keep their activations")
     rebuilt = len(branches) - stored if recompute else 0
-    run = _Run(tuple(branches), max(0, rebuilt), merge, coupling, Precision.of(x, grid, coupling))
-    if not (run.rebuilt and torch.is_grad_enabled() and (x.requires_grad or _is_trained(owner))):
+    precision = Precision.of(x, grid, coupling, states=states)
+    run = _Run(tuple(branches), max(0, rebuilt), merge, coupling, precision)
+    is_trained = torch.is_grad_enabled() and (x.requires_grad or _is_trained(owner))
+    if is_trained and not run.rebuilt and not precision.states.is_floating_point:
+        raise ValueError("autograd keeps no gradient of int32 states; set recompute, or states to 'float32'")
+    if not (run.rebuilt and is_trained):
         return run.merged(*run.states(x, run.update)[:3])
     # Parameters are no inputs of the Function, and x may want no gradient: without an input that does, autograd would
     # leave the Function out, and the parameters would silently get nothing.
@@ -129,7 +136,7 @@ class _Run:
 
         Where autograd does not watch, x[i+1] takes the buffer of x[i-1], unless it is kept or a stored branch's input.
         """
-        start = previous = current = self.precision.round(x.to(self.precision.states))
+        start = previous = current = self.precision.state(x)
         needed = x if self.merge == "mean" else start
         found = []
         for index in range(len(self.branches)):
@@ -148,16 +155,17 @@ class _Run:
         pieces = pieces_of(branch, current)
         # Updates get no name here: with one they would live on while the next one is computed.
         if not pieces:
-            return self.coupling.advance(previous, current, update(index, branch, current), owned=owned)
+            increment = self.precision.increment
+            return self.coupling.advance(previous, current, increment(update(index, branch, current)), owned=owned)
         following = self.coupling.carried(previous, current, owned=owned)
         for piece, draws in zip(pieces, _draws_of_pieces(branch, current.device), strict=False):
             with draws:
-                piece.add_to(following, update(index, piece.function, piece.take(current)))
+                piece.add_to(following, self.precision.increment(update(index, piece.function, piece.take(current))))
         return following
 
     def update(self, index: int, function: BranchFunction, state: Tensor) -> Tensor:
         """F_i(x[i]), or of a piece of x[i], checked, on the grid."""
-        output = function(state.to(self.precision.branches))
+        output = function(self.precision.real(state).to(self.precision.branches))
         if not isinstance(output, Tensor) or output.shape != state.shape:
             given = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(
@@ -173,6 +181,7 @@ class _Run:
 
     def merged(self, start: Tensor, previous: Tensor, current: Tensor) -> Tensor:
         """What the run returns."""
+        start, previous, current = (self.precision.real(state) for state in (start, previous, current))
         return self.coupling.merged(start, previous, current, merge=self.merge).to(self.precision.output)
 
     def _name(self, index: int) -> str:
@@ -219,7 +228,7 @@ class _Reversible(torch.autograd.Function):
             )
         ctx.spent = True
         with held(ctx.buffers):
-            return _backward(ctx, gradient.to(ctx.run.precision.states)), None, None, None
+            return _backward(ctx, gradient.to(ctx.run.precision.gradients)), None, None, None
 
 
 def _backward(ctx: Any, gradient: Tensor) -> Tensor | None:
@@ -281,13 +290,13 @@ def _differentiate(ctx: Any, index: int, state: Tensor, following: Tensor | None
     else:
         point, update = _watched(ctx, index, ctx.run.branches[index], state, ctx.draws.pop())
         if following is not None:
-            ctx.run.coupling.rewind(following, state, update.detach())
+            ctx.run.coupling.rewind(following, state, ctx.run.precision.increment(update.detach()))
         graph = _Graph.of(point, update)
         del update  # which is free by then, since only its graph is needed
     if graph.edge is not None:
         gradient = gradient.to(graph.dtype)
         torch.autograd.backward((graph.edge,), (gradient,))
-    return torch.zeros_like(state) if graph.point.grad is None else graph.point.grad
+    return torch.zeros_like(graph.point) if graph.point.grad is None else graph.point.grad
 
 
 def _differentiate_pieces(
@@ -330,7 +339,7 @@ def _graphs_of_pieces(
     for piece, before in zip(pieces, draws, strict=True):
         point, update = _watched(ctx, index, piece.function, piece.take(state), before)
         if following is not None:
-            piece.subtract_from(following, update.detach())
+            piece.subtract_from(following, ctx.run.precision.increment(update.detach()))
         graph = _Graph.of(point, update)
         del point, update
         yield graph
@@ -341,7 +350,7 @@ def _watched(
     ctx: Any, index: int, function: BranchFunction, state: Tensor, draws: GeneratorState | None
 ) -> tuple[Tensor, Tensor]:
     """A leaf with the values of `state`, and the update of the branch, or of a piece of it, with its graph."""
-    point = state.detach().requires_grad_(index > 0 or ctx.needs_input_grad[0])
+    point = ctx.run.precision.real(state).detach().requires_grad_(index > 0 or ctx.needs_input_grad[0])
     # Autocast without its cache, also in forward: there it may hold weights that were cast where no gradient is wanted.
     with torch.enable_grad(), ctx.autocast.replayed(), draws.replayed() if draws else nullcontext():
         return point, ctx.run.update(index, function, point)

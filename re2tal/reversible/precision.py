@@ -1,4 +1,4 @@
-"""In what numbers a run computes: the dtype of its states and branches, and the grid that makes rebuilding exact.
+"""In what numbers a run computes: its states and branches, and the grid that makes rebuilding exact.
 
 A state rebuilt by x[i-1] = x[i+1] - F_i(x[i]) is off by a rounding of float32. Branches in float32 hardly notice, but
 where they compute in bfloat16 or float16 such an error flips roundings inside, and that compounds: without a grid the
@@ -11,14 +11,23 @@ first branch's gradient is 5 % off after 24 transformer blocks. On a grid the su
 of 2**-14 the bounds are 256 and 1024; an element beyond them is rebuilt with the error of a rounding, as it would be
 without a grid. The gradient of `(update + c) - c` is the identity: a straight-through estimate, at no cost.
 
-Only Re2TAL's coupling is a sum. Others multiply states by fractions, which leaves every grid, so they have none; and
-where branches compute in narrow numbers, all of their states are kept (`Precision.room`).
+States may be other numbers than these:
+
+    "float32"     on the grid above where branches compute in narrow numbers, and wherever a step is given
+    "int32"       counts of the step, so multiples of it up to 2**31 steps: with 2**-16 to 32768. Sums of integers wrap
+                  around and are exact whatever they are, so nothing is ever rebuilt with an error, and a step may be
+                  any number; but every state is converted for its branch
+    "bfloat16"    half the memory and no grid: what a rebuilt state is off by grows with every branch
+
+Only Re2TAL's coupling is a sum. Others multiply states by fractions, which leaves every grid, so they have none, and
+float32 in the place of int32; where branches compute in narrow numbers, all of their states are kept
+(`Precision.room`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -26,10 +35,15 @@ from torch import Tensor
 from re2tal.reversible.coupling import SUM, Coupling
 
 GRID_STEP = 2.0**-14
+FIXED_STEP = 2.0**-16
 NARROW = (torch.bfloat16, torch.float16)
 
 Grid = float | Literal["auto"] | None
-"""The step of the grid, "auto" for 2**-14 where branches compute in bfloat16 or float16, None for no grid."""
+"""The step of the grid, "auto" for 2**-14 where branches compute in bfloat16 or float16, None for no grid. Of int32
+states "auto" is 2**-16, and there is always one."""
+
+States = Literal["float32", "int32", "bfloat16"]
+"""What states are made of; float64 stays what it is as "float32"."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +51,7 @@ class Precision:
     """Dtypes of one run, and the step of its grid."""
 
     states: torch.dtype
-    """x[i]: never narrower than float32, because a narrow state cannot be rebuilt."""
+    """x[i]: by default never narrower than float32, because a narrow state cannot be rebuilt."""
     branches: torch.dtype
     """What a branch is given, and the widest it may return."""
     output: torch.dtype
@@ -46,33 +60,71 @@ class Precision:
     """Branch outputs and the first state are rounded to multiples of this."""
     inside: torch.dtype
     """What branches compute in."""
+    gradients: torch.dtype
+    """The gradients of states."""
 
     @classmethod
-    def of(cls, x: Tensor, grid: Grid, coupling: Coupling = SUM) -> Precision:
+    def of(cls, x: Tensor, grid: Grid, coupling: Coupling = SUM, *, states: States = "float32") -> Precision:
         """For a run that starts with `x`, under the autocast state that is now in force."""
+        check_numbers(states, grid)
         autocast = torch.is_autocast_enabled(x.device.type)
-        states = torch.float32 if x.dtype in NARROW else x.dtype
-        branches = states if autocast else x.dtype
-        if grid == "auto":
-            grid = GRID_STEP if x.dtype in NARROW or (autocast and states == torch.float32) else None
-        if grid is not None and not grid > 0:
-            raise ValueError(f"grid is {grid}; give a positive step such as 2**-14, 'auto', or None for no grid")
-        inside = torch.get_autocast_dtype(x.device.type) if autocast and states == torch.float32 else branches
-        return cls(states, branches, branches, grid if coupling.is_sum else None, inside)
+        wide = torch.float32 if x.dtype in NARROW else x.dtype
+        inside = torch.get_autocast_dtype(x.device.type) if autocast and wide == torch.float32 else x.dtype
+        branches = wide if autocast else x.dtype
+        match states:
+            case "int32" if coupling.is_sum:
+                step = FIXED_STEP if grid == "auto" else grid
+                return cls(torch.int32, branches, branches, step, inside, wide)
+            case "bfloat16":
+                return cls(torch.bfloat16, branches, branches, None, inside, torch.bfloat16)
+        step = (GRID_STEP if inside in NARROW else None) if grid == "auto" else grid
+        return cls(wide, branches, branches, step if coupling.is_sum else None, inside, wide)
 
     @property
     def room(self) -> float:
         """By how much the error of a state may grow while states are rebuilt, if no grid makes it 0.
 
         Three bits may be lost: gradients then stay within 1e-5 in float32. But an error of any size flips roundings of
-        branches that compute in narrow numbers, and is as large as these at once: then there is no room at all.
+        branches that compute in narrow numbers, and is as large as these at once: then there is no room at all. Nor is
+        there in narrow states.
         """
-        return 2**3 * torch.finfo(self.states).eps / torch.finfo(self.inside).eps
+        return 0.0 if self.inside in NARROW or self.states in NARROW else 2.0**3
+
+    def state(self, x: Tensor) -> Tensor:
+        """Real numbers as a state."""
+        return self.round(x.to(self.states)) if self.states.is_floating_point else self._count(x)
+
+    def real(self, state: Tensor) -> Tensor:
+        """A state, or a piece of one, in real numbers; itself where it is in such."""
+        if state.is_floating_point():
+            return state
+        assert self.grid is not None
+        return state.to(self.gradients).mul_(self.grid)
+
+    def increment(self, update: Tensor) -> Tensor:
+        """What is to be added to a state for an update that was rounded: in integer states, its number of steps."""
+        if not self.states.is_floating_point:
+            return self._count(update)
+        return update.to(self.states) if self.states in NARROW else update
 
     def round(self, values: Tensor) -> Tensor:
-        """To the grid, in the dtype of the states; `values` itself where there is no grid."""
-        if self.grid is None:
+        """To the grid, in the dtype of the states; `values` itself where there is none, or `increment` will do it."""
+        if self.grid is None or not self.states.is_floating_point:
             return values
         offset = 1.5 * self.grid / torch.finfo(self.states).eps
         state = values.to(self.states)
         return (state + offset if state is values else state.add_(offset)).sub_(offset)
+
+    def _count(self, values: Tensor) -> Tensor:
+        assert self.grid is not None
+        return (values.detach().to(self.gradients) / self.grid).round_().to(self.states)
+
+
+def check_numbers(states: States, grid: Grid) -> None:
+    """ValueError where the two make no sense."""
+    if states not in get_args(States):
+        raise ValueError(f"unknown states {states!r}; known: {list(get_args(States))}")
+    if grid not in ("auto", None) and not (isinstance(grid, float | int) and grid > 0):
+        raise ValueError(f"grid is {grid}; give a positive step such as 2**-14, 'auto', or None for no grid")
+    if states == "int32" and grid is None:
+        raise ValueError("int32 states count steps of a grid, and grid is None; give a step such as 2**-16, or 'auto'")

@@ -28,7 +28,7 @@ from re2tal.reversible import run_reversibly
 from re2tal.reversible.chunking import ChunkedBranch, Piece
 from re2tal.reversible.coupling import Coupling, Merge
 from re2tal.reversible.offload import offloaded
-from re2tal.reversible.precision import Grid, Precision
+from re2tal.reversible.precision import Grid, Precision, States, check_numbers
 from re2tal.rewire.between import recomputed
 from re2tal.rewire.branches import Branch, Residual, is_unregistered
 
@@ -53,8 +53,11 @@ class RewiringConfig:
     """Forget activations and rebuild them in backward, or keep them: the values are the same."""
     stored: int = 0
     """How many units at the end of each run keep their activations all the same: more memory, less to rebuild."""
+    states: States = "float32"
+    """What the states of a run are made of; "float32" is exact on its grid, "int32" on any, "bfloat16" is not."""
     grid: Grid = "auto"
-    """Grid of the states that makes rebuilding exact: a step, "auto" (2**-14 under bfloat16 and float16), or None."""
+    """Grid of the states that makes rebuilding exact: a step, None for none, or "auto": 2**-14 under bfloat16 and
+    float16 and none in float32; for "int32" always 2**-16."""
     chunk_mebibytes: float | None = None
     """Run a branch in pieces that need about so much memory while they are differentiated, as far as the branch says
     how it may be cut; None runs every branch whole."""
@@ -70,6 +73,12 @@ class RewiringConfig:
             raise ValueError(f"segment is {self.segment}; give at least 1 unit, or None for no cut")
         if not 0 <= self.beta <= 1:
             raise ValueError(f"beta is {self.beta}; it lies in [0, 1]: 1 is the paper's coupling, 0 the plain network")
+        check_numbers(self.states, self.grid)
+        if self.states == "int32" and not self.recompute:
+            raise ValueError(
+                "states is 'int32', but recompute is not set: autograd keeps no gradient of integers; set recompute, "
+                "or states to 'float32'"
+            )
         if self.chunk_mebibytes is not None and not self.chunk_mebibytes > 0:
             raise ValueError(f"chunk_mebibytes is {self.chunk_mebibytes}; give more than 0, or None for whole branches")
         if self.chunk_mebibytes is not None and self.unit == "block":
@@ -118,7 +127,9 @@ class RewiredStage(nn.Module):
 
     def kept(self, length: int, *, dtype: torch.dtype) -> list[int]:
         """Which of its states 0 .. `length` a run of that many functions keeps, if it starts with one of `dtype`."""
-        return self.coupling.kept(length, room=Precision.of(torch.empty(0, dtype=dtype), self.config.grid).room)
+        precision = Precision.of(torch.empty(0, dtype=dtype), self.config.grid, states=self.config.states)
+        rebuilt = length - self.config.stored
+        return self.coupling.kept(rebuilt, room=precision.room) if self.config.recompute and rebuilt > 0 else []
 
     def _groups(self) -> Iterator[tuple[dict[str, nn.Module], bool]]:
         """Blocks in a row, and whether they are residual."""
@@ -155,6 +166,7 @@ class RewiredStage(nn.Module):
                     stored=self.config.stored,
                     merge=self.config.merge,
                     coupling=self.coupling,
+                    states=self.config.states,
                     grid=self.config.grid,
                     owner=self,
                 )

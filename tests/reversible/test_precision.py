@@ -117,11 +117,31 @@ def test_a_branch_used_twice_under_autocast() -> None:
 @pytest.mark.parametrize(
     ("x", "grid", "wanted"),
     [
-        (torch.float32, "auto", Precision(torch.float32, torch.float32, torch.float32, None, torch.float32)),
-        (torch.float64, "auto", Precision(torch.float64, torch.float64, torch.float64, None, torch.float64)),
-        (torch.bfloat16, "auto", Precision(torch.float32, torch.bfloat16, torch.bfloat16, 2**-14, torch.bfloat16)),
-        (torch.float16, None, Precision(torch.float32, torch.float16, torch.float16, None, torch.float16)),
-        (torch.float32, 2**-10, Precision(torch.float32, torch.float32, torch.float32, 2**-10, torch.float32)),
+        (
+            torch.float32,
+            "auto",
+            Precision(torch.float32, torch.float32, torch.float32, None, torch.float32, torch.float32),
+        ),
+        (
+            torch.float64,
+            "auto",
+            Precision(torch.float64, torch.float64, torch.float64, None, torch.float64, torch.float64),
+        ),
+        (
+            torch.bfloat16,
+            "auto",
+            Precision(torch.float32, torch.bfloat16, torch.bfloat16, 2**-14, torch.bfloat16, torch.float32),
+        ),
+        (
+            torch.float16,
+            None,
+            Precision(torch.float32, torch.float16, torch.float16, None, torch.float16, torch.float32),
+        ),
+        (
+            torch.float32,
+            2**-10,
+            Precision(torch.float32, torch.float32, torch.float32, 2**-10, torch.float32, torch.float32),
+        ),
     ],
 )
 def test_numbers_of_a_run(x, grid, wanted) -> None:
@@ -130,7 +150,7 @@ def test_numbers_of_a_run(x, grid, wanted) -> None:
 
 def test_numbers_of_a_run_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
-        wanted = Precision(torch.float32, torch.float32, torch.float32, 2**-14, torch.bfloat16)
+        wanted = Precision(torch.float32, torch.float32, torch.float32, 2**-14, torch.bfloat16, torch.float32)
         assert Precision.of(torch.ones(1), "auto") == wanted
         assert Precision.of(torch.ones(1, dtype=torch.bfloat16), "auto") == wanted
         assert Precision.of(torch.ones(1, dtype=torch.float64), "auto").grid is None
