@@ -77,6 +77,7 @@ def build_backbone(config: BackboneConfig) -> VideoBackbone:
                 recompute=config.recompute,
                 states=config.states,
                 grid=config.grid,
+                monitor_every=config.monitor_every,
                 chunk_mebibytes=config.chunk_mebibytes,
                 offload=config.offload,
             ),

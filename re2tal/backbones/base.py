@@ -57,6 +57,9 @@ class BackboneConfig:
     grid: float | Literal["auto"] | None = "auto"
     """The step to which states are rounded, so that they are rebuilt to the last bit: "auto" is 2**-14 in bf16 and fp16
     and none in fp32, and for "int32" states 2**-16; None is none, and rebuilds with an error."""
+    monitor_every: int | None = 100
+    """After so many forwards of training, again and again, compare a sample of what rewired runs rebuild with what they
+    forgot, and warn where they differ; `metrics.jsonl` has the figures. None for never."""
     weights: str | None = None
     """Pretrained weights: a .safetensors or .pth file in any layout the family reads, or, for a family of the
     transformers library, a hub name or a folder. None starts from random weights."""

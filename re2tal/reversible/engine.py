@@ -27,6 +27,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from re2tal.reversible.chunking import ChunkedBranch, GradientSums, Piece, pieces_of
 from re2tal.reversible.coupling import SUM, Coupling, Merge
+from re2tal.reversible.monitor import Monitor, Observation
 from re2tal.reversible.precision import Grid, Precision, States
 from re2tal.reversible.rng import GeneratorState
 from re2tal.reversible.surroundings import AutocastState, BufferWatch, held
@@ -45,6 +46,7 @@ def run_reversibly(
     states: States = "float32",
     grid: Grid = "auto",
     owner: nn.Module | None = None,
+    monitor: Monitor | None = None,
 ) -> Tensor:
     """Residual branches, coupled so that activations can be forgotten; values do not depend on `recompute`.
 
@@ -64,6 +66,7 @@ def run_reversibly(
         owner: the module that holds every parameter and buffer that the branches use. Buffers that it writes in forward
             are held still in the rebuild, and where none of its parameters, nor `x`, wants a gradient, nothing is kept.
             Without it, a gradient is taken to be wanted and no buffer to be written.
+        monitor: compares what is rebuilt with what was forgotten, in the steps that it chooses.
 
     Returns:
         The merged state, in the dtype of `x`; in float32 under autocast.
@@ -95,7 +98,7 @@ def run_reversibly(
     # Parameters are no inputs of the Function, and x may want no gradient: without an input that does, autograd would
     # leave the Function out, and the parameters would silently get nothing.
     anchor = torch.empty(0, device=x.device, requires_grad=True)
-    return _Reversible.apply(x, anchor, run, owner)
+    return _Reversible.apply(x, anchor, run, owner, monitor.observe(x, precision) if monitor else None)
 
 
 def _is_trained(owner: nn.Module | None) -> bool:
@@ -130,7 +133,7 @@ class _Run:
         return self.coupling.kept(self.rebuilt, room=self.precision.room)
 
     def states(
-        self, x: Tensor, update: Update, *, kept: Collection[int] = ()
+        self, x: Tensor, update: Update, *, kept: Collection[int] = (), observation: Observation | None = None
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         """x[0], x[n-1] and x[n], and those that are to be kept.
 
@@ -142,6 +145,8 @@ class _Run:
         for index in range(len(self.branches)):
             if index in kept:
                 found.append(current)
+            if observation is not None:
+                observation.see(index, current)
             lent = previous is current or previous is needed or index - 1 in kept or index > self.rebuilt
             owned = not (torch.is_grad_enabled() or lent)
             previous, current = current, self.following(index, previous, current, update, owned=owned)
@@ -191,8 +196,11 @@ class _Run:
 
 class _Reversible(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, anchor: Tensor, run: _Run, owner: nn.Module | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, anchor: Tensor, run: _Run, owner: nn.Module | None, observation: Observation | None
+    ) -> Tensor:
         del anchor
+        ctx.observation = observation
         ctx.run, ctx.autocast, ctx.draws, ctx.spent = run, AutocastState.now(x.device), [], False
         ctx.stored = {index: [] for index in range(run.rebuilt, len(run.branches))}
 
@@ -208,14 +216,14 @@ class _Reversible(torch.autograd.Function):
 
         buffers = BufferWatch(owner)
         # Here x still says that it wants a gradient, which hooks of modules would believe.
-        start, previous, current, kept = run.states(x.detach(), update, kept=run.kept())
+        start, previous, current, kept = run.states(x.detach(), update, kept=run.kept(), observation=observation)
         ctx.buffers = buffers.written()
         # Saved, not kept as attributes: an edit of x is noticed, and hooks on saved tensors see them.
         ctx.save_for_backward(*kept)
         return run.merged(start, previous, current)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "a reversible run forgets its activations, so it has no second derivatives: backward was called with "
@@ -228,7 +236,7 @@ class _Reversible(torch.autograd.Function):
             )
         ctx.spent = True
         with held(ctx.buffers):
-            return _backward(ctx, gradient.to(ctx.run.precision.gradients)), None, None, None
+            return _backward(ctx, gradient.to(ctx.run.precision.gradients)), None, None, None, None
 
 
 def _backward(ctx: Any, gradient: Tensor) -> Tensor | None:
@@ -254,6 +262,8 @@ def _backward(ctx: Any, gradient: Tensor) -> Tensor | None:
             del to_input, advanced
         if index < run.rebuilt:
             previous, current = current if before is None else before, previous
+    if ctx.observation is not None:
+        ctx.observation.rebuilt(previous)
     pieces = pieces_of(run.branches[0], previous)
     if pieces:
         to_x = coupling.gradient_of_start(to_previous, to_current, gradient, merge=run.merge)

@@ -90,6 +90,14 @@ class Precision:
         """
         return 0.0 if self.inside in NARROW or self.states in NARROW else 2.0**3
 
+    @property
+    def exact_range(self) -> float | None:
+        """Below it, sums of states are exact; integers wrap around there. None where no grid makes them so."""
+        if self.grid is None:
+            return None
+        # Of integers half of what there is: a sum that has wrapped around can no longer be told from another.
+        return self.grid * (2 / torch.finfo(self.states).eps if self.states.is_floating_point else 2**30)
+
     def state(self, x: Tensor) -> Tensor:
         """Real numbers as a state."""
         return self.round(x.to(self.states)) if self.states.is_floating_point else self._count(x)

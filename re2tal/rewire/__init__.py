@@ -4,6 +4,7 @@ from re2tal.rewire.beta import beta_of, count_states, set_beta
 from re2tal.rewire.between import Between, forgetful
 from re2tal.rewire.branches import Branch, residual_branches, why_not_residual, wrap_output
 from re2tal.rewire.cuts import Cut, Part, by_samples, by_tokens
+from re2tal.rewire.readings import worst_reading
 from re2tal.rewire.report import RewireReport
 from re2tal.rewire.rewire import rewire, unrewire
 from re2tal.rewire.stage import RewiredStage, RewiringConfig
@@ -26,5 +27,6 @@ __all__ = [
     "set_beta",
     "unrewire",
     "why_not_residual",
+    "worst_reading",
     "wrap_output",
 ]

@@ -64,7 +64,9 @@ def rewire(
             blocks = place.container.named_children()
             residual = {name: found for name, block in blocks if isinstance(found := analyse(block), Residual)}
             if place.container not in stages:
-                stages[place.container] = RewiredStage(place.container, config or RewiringConfig(), residual=residual)
+                stages[place.container] = RewiredStage(
+                    place.container, config or RewiringConfig(), residual=residual, name=stage.name
+                )
             setattr(place.parent, place.name, stages[place.container])
     _set_forgets(model, config is None or config.recompute)
     return report

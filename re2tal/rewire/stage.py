@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from re2tal.reversible import run_reversibly
 from re2tal.reversible.chunking import ChunkedBranch, Piece
 from re2tal.reversible.coupling import Coupling, Merge
+from re2tal.reversible.monitor import Monitor
 from re2tal.reversible.offload import offloaded
 from re2tal.reversible.precision import Grid, Precision, States, check_numbers
 from re2tal.rewire.between import recomputed
@@ -61,6 +62,9 @@ class RewiringConfig:
     chunk_mebibytes: float | None = None
     """Run a branch in pieces that need about so much memory while they are differentiated, as far as the branch says
     how it may be cut; None runs every branch whole."""
+    monitor_every: int | None = None
+    """After so many forwards of training, again and again, compare a sample of what is rebuilt with what was forgotten,
+    and warn where they differ; None for never."""
     offload: bool = False
     """Keep the end states of runs in host memory, and fetch them back ahead of their backward."""
 
@@ -74,6 +78,8 @@ class RewiringConfig:
         if not 0 <= self.beta <= 1:
             raise ValueError(f"beta is {self.beta}; it lies in [0, 1]: 1 is the paper's coupling, 0 the plain network")
         check_numbers(self.states, self.grid)
+        if self.monitor_every is not None and self.monitor_every < 1:
+            raise ValueError(f"monitor_every is {self.monitor_every}; give a number of steps, or None for never")
         if self.states == "int32" and not self.recompute:
             raise ValueError(
                 "states is 'int32', but recompute is not set: autograd keeps no gradient of integers; set recompute, "
@@ -101,11 +107,14 @@ class RewiredStage(nn.Module):
     Called as one block is: `stage(x, *args, **kwargs)`; every block, and every branch, gets the same further arguments.
     """
 
-    def __init__(self, plain: nn.Module, config: RewiringConfig, *, residual: Mapping[str, Residual]) -> None:
-        """`residual` has the blocks that are, by name; the others run as they are."""
+    def __init__(
+        self, plain: nn.Module, config: RewiringConfig, *, residual: Mapping[str, Residual], name: str = ""
+    ) -> None:
+        """`residual` has the blocks that are, by name; the others run as they are. `name` is for warnings."""
         super().__init__()
         self.config = config
         self.residual = dict(residual)
+        self.monitor = None if config.monitor_every is None else Monitor(name, every=config.monitor_every)
         self._plain = (plain,)  # in a tuple, so that it is not a submodule: its children are ours
         self.training = plain.training
         for name, block in plain.named_children():
@@ -140,6 +149,8 @@ class RewiredStage(nn.Module):
         """x through all blocks, returned in the form in which the last block returns it."""
         if self.config.recompute and torch.is_grad_enabled():
             _refuse_gradients(args, kwargs)
+            if self.monitor is not None:
+                self.monitor.step()
         output: Any = x
         for blocks, residual in self._groups():
             if residual:
@@ -169,6 +180,7 @@ class RewiredStage(nn.Module):
                     states=self.config.states,
                     grid=self.config.grid,
                     owner=self,
+                    monitor=self.monitor,
                 )
         return x
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from re2tal.distributed import any_rank, mean_over_ranks
-from re2tal.rewire import count_states, set_beta
+from re2tal.rewire import count_states, set_beta, worst_reading
 from re2tal.structures import Batch
 from re2tal.training.checkpoint import CheckpointStore, Progress
 from re2tal.training.ema import WeightAverage
@@ -241,6 +241,7 @@ class Trainer:
                 "lr": max(group["lr"] for group in self.engine.optimizer.param_groups),
                 **{f"lr/{group['name']}": group["lr"] for group in self.engine.optimizer.param_groups},
                 **self._coupling(),
+                **self._drift(),
                 "clips_per_second": clips_per_second,
                 "peak_memory_gib": peak_memory_gib(self.engine.device),
                 "skipped": self.progress.skipped,
@@ -253,6 +254,11 @@ class Trainer:
         if self.beta is None:
             return {}
         return {"beta": self.beta(self.progress.step), "kept_states": count_states(self.engine.module).kept}
+
+    def _drift(self) -> dict[str, float]:
+        """How well this rank's rewired stages rebuilt what they forgot when they were last watched, if they were."""
+        reading = worst_reading(self.engine.module)
+        return {} if reading is None else {"drift": reading.drift, "outside_grid": reading.outside}
 
     def _due_every_epochs(self, epochs: int | None) -> bool:
         """Whether the step just done completed a multiple of `epochs`; the last step is left to the end of the run."""

@@ -1,0 +1,129 @@
+"""Watches, now and then, whether backward rebuilds what forward forgot, and whether states stay where that is exact.
+
+    forward     of every N-th step keeps a few thousand elements of a run's first state, at fixed places
+    backward    looks at the same places of the first state that it has rebuilt:  drift = |rebuilt - kept| / |kept|
+
+The first state is the last to be rebuilt, so it is off by all that the ones behind it are, and more. On a grid drift is
+0, unless a kernel does not repeat bit for bit, or a state is beyond the grid's exact range: of every state the same
+number of elements is looked at for that.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from re2tal.reversible.precision import Precision
+
+NUM_SAMPLES = 4096
+DRIFT_LIMIT = 1e-4
+"""Float32 without a grid stays far below, however deep the network; narrow branches without one are above at once."""
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What was found in one step."""
+
+    drift: float
+    """Relative error of the rebuilt first state of a run; the largest of all runs."""
+    outside: float
+    """Share of elements of states beyond the range in which the grid makes sums exact; the largest of all runs."""
+
+    def or_worse(self, other: Reading | None) -> Reading:
+        """The worse of each figure."""
+        return self if other is None else Reading(max(self.drift, other.drift), max(self.outside, other.outside))
+
+
+class Monitor:
+    """Watches the runs of one stage in every `every`-th step, and warns once of each kind of trouble."""
+
+    def __init__(self, name: str, *, every: int) -> None:
+        """`name` is for the warnings."""
+        self.name = name
+        self.every = every
+        self.reading: Reading | None = None
+        """Of the last step that was watched."""
+        self._steps = self._noted = 0
+        self._warned: set[str] = set()
+
+    def step(self) -> None:
+        """A forward of the stage begins, of which there may be a backward."""
+        self._steps += 1
+
+    def observe(self, x: Tensor, precision: Precision) -> Observation | None:
+        """Of one run in this step, which starts with `x`; None where it is not its turn, or there are no numbers."""
+        due = self._steps > 0 and self._steps % self.every == 0 and x.numel() > 0
+        return Observation(self, self._steps, precision) if due and not isinstance(x, FakeTensor) else None
+
+    def note(self, reading: Reading, *, step: int, precision: Precision) -> None:
+        """A run of a step that was watched has been through its backward."""
+        self.reading = reading.or_worse(self.reading if self._noted == step else None)
+        self._noted = step
+        if reading.drift > DRIFT_LIMIT:
+            remedy = (
+                "kernels that do not repeat bit for bit, or states outside of the grid: see the other warnings, and "
+                "torch.use_deterministic_algorithms"
+                if precision.grid is not None
+                else "states that are not on a grid: set grid to 'auto' or a step, or states to 'int32'"
+            )
+            self._warn(
+                "drift",
+                f"rebuilds its first state with a relative error of {reading.drift:.1e}, and gradients are off by "
+                f"more; it comes from {remedy}; or merge more often, by `segment`",
+            )
+        if reading.outside > 0:
+            self._warn(
+                "range",
+                f"has {reading.outside:.1%} of its states beyond {precision.exact_range:.0f}, up to which its grid of "
+                f"{precision.grid:g} is exact; set grid to a larger step, or states to 'int32'",
+            )
+
+    def _warn(self, kind: str, message: str) -> None:
+        if kind not in self._warned:
+            self._warned.add(kind)
+            logger.warning("rewired stage %s %s", self.name or "without a name", message)
+
+
+class Observation:
+    """Of one run, from its forward to its backward."""
+
+    def __init__(self, monitor: Monitor, step: int, precision: Precision) -> None:
+        self._monitor, self._step, self._precision = monitor, step, precision
+        self._first: Tensor | None = None
+        self._outside: list[Tensor] = []
+
+    def see(self, index: int, state: Tensor) -> None:
+        """x[index], in forward."""
+        sample = self._precision.real(_sample(state))
+        if index == 0:
+            self._first = sample
+        if (limit := self._precision.exact_range) is not None:
+            # Counted where the state is: nobody waits for it before backward.
+            self._outside.append((sample.abs() >= limit).float().mean())
+
+    def rebuilt(self, state: Tensor) -> None:
+        """x[0], in backward."""
+        assert self._first is not None
+        error = (self._precision.real(_sample(state)) - self._first).double().norm()
+        drift = error / self._first.double().norm().clamp_min(1e-30)
+        outside = torch.stack(self._outside).mean() if self._outside else torch.zeros_like(drift)
+        reading = Reading(*torch.stack([drift, outside.double()]).tolist())
+        self._monitor.note(reading, step=self._step, precision=self._precision)
+
+
+def _sample(state: Tensor) -> Tensor:
+    """A copy of the elements at places that depend on the number of elements alone."""
+    return state.take(_places(state.numel(), state.device))
+
+
+@lru_cache(maxsize=32)
+def _places(num_elements: int, device: torch.device) -> Tensor:
+    generator = torch.Generator().manual_seed(num_elements)
+    return torch.randint(num_elements, (min(num_elements, NUM_SAMPLES),), generator=generator).to(device)
