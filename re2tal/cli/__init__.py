@@ -14,7 +14,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "features": ("re2tal.cli.features:features", "store what a backbone sees in each video, to train on instead"),
     "train": ("re2tal.cli.train:train", "train and evaluate a detector, or a recognizer to fine-tune a backbone"),
     "detect": ("re2tal.cli.detect:detect", "find actions in video files or shards with a trained detector"),
-    "evaluate": ("re2tal.cli.evaluate:evaluate", "score detections against annotations, or class scores against shards"),
+    "evaluate": (
+        "re2tal.cli.evaluate:evaluate",
+        "score detections against annotations, or class scores against shards",
+    ),
     "rewire": ("re2tal.cli.rewire:rewire", "show what of a backbone becomes reversible, and what that saves"),
     "import": ("re2tal.cli.import_weights:import_weights", "take over a detector or a backbone trained elsewhere"),
     "export": ("re2tal.cli.export:export", "write weights under the names of another code base"),
