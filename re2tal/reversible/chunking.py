@@ -105,15 +105,18 @@ class GradientSums:
     def collect(self, output: GradientEdge, gradient: Tensor, point: Tensor) -> None:
         """Differentiates a piece beside the leaves: adds to the sums, and sets `point.grad`, the piece's input's."""
         edges = _leaves(output)
-        with _silenced(list(edges)):
+        hooks = {leaf: partial(self._add, leaf) for leaf in edges if leaf is not point}
+        with _silenced(list(edges)), _hooked(hooks):
             found = torch.autograd.grad((output,), tuple(edges.values()), (gradient,), allow_unused=True)
-        for leaf, part in zip(edges, found, strict=True):
-            if leaf is point:
-                leaf.grad = part
-            elif part is not None:
-                # In float32, because a sum of many bfloat16 numbers is far off.
-                wide = part.to(torch.promote_types(part.dtype, torch.float32))
-                self.sums[leaf] = self.sums[leaf].add_(wide) if leaf in self.sums else wide
+        point.grad = dict(zip(edges, found, strict=True)).get(point)
+
+    def _add(self, leaf: Tensor, part: Tensor) -> Tensor:
+        """Adds as soon as there is something to add. What is returned in its place, which is kept until the end, is
+        small: at the end of a network a branch's parameters outweigh its states."""
+        # In float32, because a sum of many bfloat16 numbers is far off.
+        wide = part.to(torch.promote_types(part.dtype, torch.float32))
+        self.sums[leaf] = self.sums[leaf].add_(wide) if leaf in self.sums else wide
+        return part.new_zeros(()).expand_as(part)
 
     def deliver(self, output: GradientEdge, gradient: Tensor) -> None:
         """A real backward of the last piece, in which every leaf's gradient, seen by its hooks, is that of all pieces.
@@ -125,8 +128,11 @@ class GradientSums:
                 f"the last piece of a branch does not use {lost} of the parameters that other pieces use; "
                 "every piece of a cut must use the same parameters"
             )
-        with _added(self.sums):
+        with _hooked({leaf: partial(self._complete, leaf) for leaf in self.sums}):
             torch.autograd.backward((output,), (gradient,))
+
+    def _complete(self, leaf: Tensor, part: Tensor) -> Tensor:
+        return self.sums.pop(leaf).add_(part).to(part.dtype)
 
 
 def _leaves(output: GradientEdge) -> dict[Tensor, GradientEdge]:
@@ -158,16 +164,12 @@ def _silenced(leaves: Sequence[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def _added(sums: dict[Tensor, Tensor]) -> Iterator[None]:
-    """Inside, what flows into a leaf is its sum more, before any other hook sees it."""
-    with _silenced(list(sums)):  # hooks fire in the order in which they were put in
-        handles = [leaf.register_hook(partial(_plus, total)) for leaf, total in sums.items()]
+def _hooked(hooks: dict[Tensor, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+    """Inside, what flows into a leaf goes through its hook before any other hook sees it."""
+    with _silenced(list(hooks)):  # hooks fire in the order in which they were put in
+        handles = [leaf.register_hook(hook) for leaf, hook in hooks.items()]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _plus(total: Tensor, part: Tensor) -> Tensor:
-    return total.add_(part).to(part.dtype)  # in place: at the end of a network parameters outweigh states

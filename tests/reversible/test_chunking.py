@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from re2tal.reversible import run_reversibly
 from re2tal.reversible.chunking import ChunkedBranch, Piece, even_spans, pieces_of
+from re2tal.reversible.live_bytes import LiveBytes
 
 MERGES = ("mean", "extrapolate")
 
@@ -239,3 +240,14 @@ def test_the_peak_is_that_of_a_piece(length) -> None:
     peak = peak_in_states(run, length=length)
     assert peak < 0.65 * peak_in_states(whole, length=length)
     assert peak <= 1.02 * peak_in_states(run, length=6)
+
+
+def test_gradients_of_parameters_that_outweigh_states_are_held_once() -> None:
+    """Two weights of 64 x 256 each, which is 64 KiB, and states of 4 KiB: their sums, and one part that is added."""
+    branch = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+    for parameter in branch.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    x = torch.ones(4, 4, 64, requires_grad=True)
+    with LiveBytes() as live:
+        run_reversibly([cut_evenly(branch, 4, axis=0)], x).sum().backward()
+    assert live.peak < 2**10 * (3 * 64 + 10 * 4)
