@@ -1,164 +1,167 @@
-"""Peak activation memory and step time: plain, checkpointed per block, reversible, and reversible in pieces.
+"""Peak activation memory and step time of every way to train a backbone; forms.py says what the ways are.
 
-    python benchmarks/memory.py [--quick] [--device cuda] [--model NAME ...] [--json FILE]
+    python benchmarks/memory.py [--quick] [--device cuda] [--autocast] [--model NAME ...] [--json FILE]
 
-    peak     most bytes alive at once in forward and backward, less parameters and gradients: counted storage by storage
-             on the CPU, by the allocator on CUDA
-    time     median over the runs, all four forms in turn in each
-    growth   what the peak in pieces gains when the stage that it comes from has twice as many blocks
-    drift    gradient of the first weight in pieces, against the same network that keeps its activations
+    peak       most bytes alive at once in forward and backward, less parameters and their gradients: counted storage by
+               storage on the CPU, by the allocator on CUDA
+    predicted  the same, counted on tensors without numbers, by the device's operations: equal to the byte on a CPU
+    time       median over paired runs: all forms in turn, in every one
+    growth     what the peak in pieces gains when the stage with most blocks has twice as many; predicted
+    drift      gradient of the first weight in pieces, against the same network that keeps its activations
 
-Plain and checkpointed networks are not rewired, so they compute another function at the same cost. Float32 throughout.
+On a CPU, videos are as large as a machine of 16 GiB holds plain, and the peaks of the paper's sizes are predicted; on
+CUDA they are measured. With `--quick` peaks are predicted, and time and drift are measured on smaller videos. `--json`
+writes {model: {vs_plain, vs_checkpoint, depth_growth, time_vs_plain, time_vs_checkpoint, drift}}, in pieces.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
-import gc
 import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
-from torch.utils.checkpoint import checkpoint
+from forms import FORMS, Case, Network, Step, median_ratio, peak_bytes, rounds
 
-from re2tal.backbones import BackboneConfig, build_backbone
-from re2tal.reversible.live_bytes import LiveBytes
-from re2tal.rewire import RewiringConfig, residual_branches, rewire
 from re2tal.strict_json import write_json
 
 
 @dataclass(frozen=True)
-class Case:
-    """One backbone, and the clip that it is measured on."""
+class Model:
+    """On what a backbone is measured."""
 
-    blocks: str
-    """The container of blocks that the peak comes from; it is doubled for `growth`."""
-    frames: int
-    size: int
-    chunk_mebibytes: float
+    stage: str
+    """Where `growth` comes from."""
+    case: Case
+    """What a machine of 16 GiB holds plain: frames, rows and columns, MiB of a piece."""
+    quick: Case
+    """What a step takes about a second for."""
+    real: Case
+    """The paper's frames, or as many of its clips of 16 as make the same video."""
 
 
-CASES = {
-    "swin3d_tiny": Case("layers.0.blocks", frames=128, size=112, chunk_mebibytes=8),
+VIDEOMAE = "encoder.model.videomae.encoder.layer"
+MODELS = {
+    "swin3d_tiny": Model("layers.2.blocks", Case(128, 112, 64), quick=Case(64, 64, 16), real=Case(768, 224, 512)),
+    "videomae_base": Model(VIDEOMAE, Case(128, 112, 32), quick=Case(64, 64, 16), real=Case(768, 224, 256)),
+    "videomae_large": Model(VIDEOMAE, Case(128, 112, 64), quick=Case(32, 64, 16), real=Case(768, 224, 256)),
+    "slowfast_r101_8x8": Model("slow_path.layer3", Case(64, 112, 64), quick=Case(32, 64, 16), real=Case(768, 224, 256)),
 }
-QUICK = {
-    "swin3d_tiny": Case("layers.0.blocks", frames=128, size=56, chunk_mebibytes=16),
-}
+BASES = ("plain", "checkpoint")
+TIMED = ("plain", "checkpoint", "reversible", "in pieces")
 
 
-def network(name: str, case: Case, form: str, *, double: bool = False, recompute: bool = True) -> nn.Module:
-    """The same weights in one of FORMS; `double` repeats the blocks of one stage."""
-    torch.manual_seed(0)
-    backbone = build_backbone(BackboneConfig(name=name, rewired=False))
-    if double:
-        blocks = backbone.get_submodule(case.blocks)
-        assert isinstance(blocks, nn.Sequential | nn.ModuleList)
-        blocks.extend(copy.deepcopy(list(blocks)))
-    if form == "checkpoint":
-        for block in [module for module in backbone.modules() if residual_branches(module)]:
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
-    if form in ("reversible", "in pieces"):
-        chunk = case.chunk_mebibytes if form == "in pieces" else None
-        rewire(backbone, config=RewiringConfig(chunk_mebibytes=chunk, recompute=recompute))
-    return backbone
+def peaks_of(
+    network: Network,
+    case: Case,
+    device: torch.device,
+    *,
+    forms: Sequence[str],
+    autocast: bool,
+    doubled: str | None = None,
+) -> dict[str, int]:
+    """Of every form that there is; on CUDA those that do not fit are left out. `doubled` is a stage, twice as deep."""
+    peaks = {}
+    for form in forms:
+        step = network.step(form, case, doubled=doubled, autocast=autocast)
+        if step is None:
+            continue
+        try:
+            with network.mode:
+                if network.predicted:
+                    step()  # tables that a network makes once stay
+                peaks[form] = peak_bytes(step, torch.device("cpu") if network.predicted else device)
+        except torch.OutOfMemoryError:
+            print(f"{form}: out of memory")
+    return peaks
 
 
-FORMS = ("plain", "checkpoint", "reversible", "in pieces")
-
-
-def step_of(backbone: nn.Module, case: Case, device: torch.device) -> Callable[[], None]:
-    """A forward and a backward on one clip, into gradients that exist already."""
-    backbone.to(device)
-    for parameter in backbone.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    generator = torch.Generator().manual_seed(1)
-    frames = torch.randn(1, 3, case.frames, case.size, case.size, generator=generator).to(device)
-    mask = torch.ones(1, case.frames, dtype=torch.bool, device=device)
-    return lambda: backbone(frames, mask).values.square().mean().backward()
-
-
-def peak_bytes(step: Callable[[], None], device: torch.device) -> int:
-    """Of one step, beyond what was there before it."""
-    gc.collect()
-    if device.type == "cuda":
-        step()  # libraries take their workspaces with the first step
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step()
-        return torch.cuda.max_memory_allocated() - before
-    with LiveBytes() as live:
-        step()
-    return live.peak
-
-
-def seconds(step: Callable[[], None], device: torch.device) -> float:
-    """Of one step."""
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    synchronize()
-    start = time.perf_counter()
-    step()
-    synchronize()
-    return time.perf_counter() - start
-
-
-def drift(name: str, case: Case, device: torch.device) -> float:
+def drift(network: Network, case: Case, *, autocast: bool) -> float:
     """Relative error of the first weight's gradient, which all rebuilt states have gone into."""
+    weight = next(parameter for parameter in network.parameters if parameter.ndim > 1)
     gradients = []
     for recompute in (True, False):
-        backbone = network(name, case, "in pieces", recompute=recompute)
-        step_of(backbone, case, device)()
-        gradients.append(next(p.grad for p in backbone.parameters() if p.grad is not None and p.ndim > 1))
+        assert weight.grad is not None
+        weight.grad.zero_()
+        step = network.step("in pieces", case, recompute=recompute, autocast=autocast)
+        assert step is not None
+        step()
+        gradients.append(weight.grad.clone())
     rebuilt, kept = gradients
     return float((rebuilt - kept).norm() / kept.norm())
 
 
-def measure(name: str, case: Case, device: torch.device, *, repeats: int) -> dict[str, float]:
-    """Prints the table of one backbone, and returns its ratios."""
-    steps = {form: step_of(network(name, case, form), case, device) for form in FORMS}
-    peaks = {form: peak_bytes(step, device) for form, step in steps.items()}
-    rounds = [{form: seconds(step, device) for form, step in steps.items()} for _ in range(repeats)]
-    del steps
-    doubled = peak_bytes(step_of(network(name, case, "in pieces", double=True), case, device), device)
-    print(
-        f"\n{name}, 1 clip of {case.frames} frames of {case.size} x {case.size}, pieces of {case.chunk_mebibytes} MiB"
-    )
-    print(f"{'':12}{'peak MiB':>10}{'x plain':>9}{'x ckpt':>9}{'time x plain':>14}{'x ckpt':>9}")
-    for form in FORMS:
-        versus = [statistics.median(each[form] / each[base] for each in rounds) for base in ("plain", "checkpoint")]
-        print(
-            f"{form:12}{peaks[form] / 2**20:10.1f}{peaks[form] / peaks['plain']:9.3f}"
-            f"{peaks[form] / peaks['checkpoint']:9.3f}{versus[0]:14.2f}{versus[1]:9.2f}"
-        )
-    return {
-        "vs_plain": peaks["in pieces"] / peaks["plain"],
-        "vs_checkpoint": peaks["in pieces"] / peaks["checkpoint"],
-        "depth_growth": doubled / peaks["in pieces"] - 1,
-        "time_vs_plain": statistics.median(each["in pieces"] / each["plain"] for each in rounds),
-        "time_vs_checkpoint": statistics.median(each["in pieces"] / each["checkpoint"] for each in rounds),
-        "drift": drift(name, case, device),
-    }
+def times(network: Network, case: Case, device: torch.device, *, num: int, autocast: bool) -> list[dict[str, float]]:
+    """Seconds of the forms in every round."""
+    steps: dict[str, Step] = {}
+    for form in TIMED:
+        step = network.step(form, case, autocast=autocast)
+        assert step is not None
+        steps[form] = step
+    return list(rounds(steps, device, num=num))
+
+
+def show(title: str, peaks: Mapping[str, int], seconds: Sequence[Mapping[str, float]] = ()) -> None:
+    """Prints a table of peaks, of times, or of both."""
+    print(f"\n{title}")
+    heads = ["peak MiB", "x plain", "x ckpt"] if peaks else []
+    heads += ["seconds", "x plain", "x ckpt"] if seconds else []
+    print(f"{'':22}" + "".join(f"{head:>10}" for head in heads))
+    for form in peaks or TIMED:
+        line = f"{form:22}"
+        if peaks:
+            line += f"{peaks[form] / 2**20:10.1f}" + "".join(
+                f"{peaks[form] / peaks[base]:10.3f}" if base in peaks else f"{'-':>10}" for base in BASES
+            )
+        if seconds and form in TIMED:
+            line += f"{statistics.median(each[form] for each in seconds):10.2f}" + "".join(
+                f"{median_ratio(seconds, form, base):10.2f}" for base in BASES
+            )
+        print(line, flush=True)
+
+
+def measure(name: str, device: torch.device, *, quick: bool, autocast: bool, num: int) -> dict[str, float]:
+    """Prints the tables of one backbone, and returns its ratios."""
+    model, network = MODELS[name], Network(name, device=device)
+    shapes = Network(name, device=device, predicted=True)
+    case = model.real if device.type == "cuda" else model.case
+    counted, how = (shapes, "predicted") if quick else (network, "measured")
+    peaks = peaks_of(counted, case, device, forms=TIMED if quick else FORMS, autocast=autocast)
+    doubled = peaks_of(counted, case, device, forms=["in pieces"], autocast=autocast, doubled=model.stage)
+    show(f"{name}, {case}, {how}", peaks)
+    if case is not model.real and not quick:
+        show(f"{name}, {model.real}, predicted", peaks_of(shapes, model.real, device, forms=FORMS, autocast=autocast))
+    timed = model.quick if quick else case
+    seconds = times(network, timed, device, num=num, autocast=autocast)
+    show(f"{name}, {timed}, measured", {}, seconds)
+    ratios = {f"vs_{base}": peaks["in pieces"] / peaks[base] for base in BASES}
+    ratios |= {"depth_growth": doubled["in pieces"] / peaks["in pieces"] - 1}
+    ratios |= {f"time_vs_{base}": median_ratio(seconds, "in pieces", base) for base in BASES}
+    return ratios | {"drift": drift(network, timed, autocast=autocast)}
 
 
 def main() -> None:
     """Measures, prints, writes."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="smaller clips and fewer rounds")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="small videos, 3 runs; under 5 minutes on two cores")
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
-    parser.add_argument("--model", action="append", choices=sorted(CASES), help="only these; may be repeated")
+    parser.add_argument("--autocast", action="store_true", help="bfloat16 branches, all states in float32 on the grid")
+    parser.add_argument("--model", action="append", choices=sorted(MODELS), help="only these; may be repeated")
+    parser.add_argument("--runs", type=int, help="how many timed runs of each form")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    cases = QUICK if arguments.quick else CASES
-    names = [name for name in cases if name in (arguments.model or cases)]
-    repeats = 2 if arguments.quick else 5
-    results = {name: measure(name, cases[name], arguments.device, repeats=repeats) for name in names}
-    for name, ratios in results.items():
-        print(f"\n{name}: " + ", ".join(f"{key} {value:.3g}" for key, value in ratios.items()))
+    results = {}
+    for name in [name for name in MODELS if name in (arguments.model or MODELS)]:
+        results[name] = measure(
+            name,
+            arguments.device,
+            quick=arguments.quick,
+            autocast=arguments.autocast,
+            num=arguments.runs or (3 if arguments.quick else 5),
+        )
+        print(f"\n{name}: " + ", ".join(f"{key} {value:.3g}" for key, value in results[name].items()), flush=True)
     if arguments.json:
         write_json(arguments.json, results)
 

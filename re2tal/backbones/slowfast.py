@@ -89,7 +89,8 @@ class SlowFast(VideoBackbone):
     def forward(self, frames: Tensor, mask: Tensor) -> Features:
         """(B, 3, T, H, W) normalised float frames and their (B, T) bool mask -> Features (B, C, T')."""
         num_frames = frames.shape[2]
-        frames = F.pad(frames, (0, 0, 0, 0, 0, -num_frames % self.slow_stride))
+        if padding := -num_frames % self.slow_stride:  # torch would copy for a padding of nothing too
+            frames = F.pad(frames, (0, 0, 0, 0, 0, padding))
         steps = frames.shape[2] // self.frames_per_step
         slow, fast = self.pathways(frames)
         means = (F.interpolate(x.mean(dim=(3, 4)), size=steps, mode="linear") for x in (slow, fast))

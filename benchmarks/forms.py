@@ -1,0 +1,236 @@
+"""One backbone in all the forms that the benchmarks compare, with the same parameters in each.
+
+    plain                 autograd keeps everything
+    checkpoint            torch.utils.checkpoint around every residual block, non-reentrant, early stop
+    keep attention        the same, but what attention gives is kept: selective checkpointing
+    checkpoint, on host   as `checkpoint`, with the inputs of blocks in host memory: save_on_cpu
+    family's own          the gradient checkpointing of transformers' models; Swin and SlowFast are ours and have none
+    reversible            rewired, one branch at a time
+    in pieces             rewired, one piece of a branch at a time
+
+Networks that are not rewired compute another function at the same cost. SlowFast's normalisation stays in evaluation
+mode in all forms, as its recipes have it and pieces need it.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from re2tal.backbones import BackboneConfig, build_backbone
+from re2tal.reversible.fake import on_fake_tensors
+from re2tal.reversible.live_bytes import LiveBytes
+from re2tal.reversible.precision import Grid
+from re2tal.rewire import RewiringConfig, residual_branches, rewire, unrewire
+
+FORMS = ("plain", "checkpoint", "keep attention", "checkpoint, on host", "family's own", "reversible", "in pieces")
+
+ATTENTION_KERNELS = {
+    getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}").default
+    for kernel in ("flash_attention", "flash_attention_for_cpu", "efficient_attention", "cudnn_attention")
+}
+
+Step = Callable[[], None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What a backbone is measured on: one video."""
+
+    frames: int
+    size: int
+    """Rows, and columns, of pixels."""
+    chunk_mebibytes: float
+    """The budget of a piece."""
+
+    def __str__(self) -> str:
+        return f"{self.frames} frames of {self.size} x {self.size}, pieces of {self.chunk_mebibytes:g} MiB"
+
+
+class Network:
+    """A backbone with random weights, of which every form has the same parameters."""
+
+    def __init__(self, name: str, *, device: torch.device, predicted: bool = False) -> None:
+        """If `predicted`, tensors have shapes and no numbers, and steps are to be run under `mode`."""
+        torch.manual_seed(0)
+        self.predicted = predicted
+        self.mode: AbstractContextManager = nullcontext()
+        self._device = device
+        norm_eval = name.startswith("slowfast")
+        # A family may prepare its blocks for being rewired.
+        configs = [BackboneConfig(name=name, rewired=rewired, norm_eval=norm_eval) for rewired in (False, True)]
+        if predicted:
+            fakes = [
+                on_fake_tensors(partial(build_backbone, each), dtype=torch.float32, device=device) for each in configs
+            ]
+            (self._plain, self.mode), (self._prepared, _) = fakes
+        else:
+            self._plain, self._prepared = (build_backbone(each).to(device) for each in configs)
+        unrewire(self._prepared)
+        if norm_eval and not predicted:
+            _calibrate(self._plain, device)
+        for path, module in self._plain.named_modules():
+            twin = self._prepared.get_submodule(path)
+            twin._parameters.update(module._parameters)
+            twin._buffers.update(module._buffers)
+        self.parameters = [parameter for parameter in self._plain.parameters() if parameter.requires_grad]
+        _give_gradients(self._plain)
+
+    def step(
+        self,
+        form: str,
+        case: Case,
+        *,
+        doubled: str | None = None,
+        recompute: bool = True,
+        grid: Grid = "auto",
+        autocast: bool = False,
+    ) -> Step | None:
+        """A forward and a backward, into gradients that are there already; None where a family has no such form.
+
+        `doubled` is a stage that gets twice as many blocks; `autocast` is to bfloat16.
+        """
+        backbone = self._form(form, case, doubled=doubled, recompute=recompute, grid=grid)
+        if backbone is None:
+            return None
+        generator = torch.Generator().manual_seed(1)
+        with self.mode:
+            frames = torch.randn(1, 3, case.frames, case.size, case.size, generator=generator).to(self._device)
+            mask = torch.ones(1, case.frames, dtype=torch.bool, device=self._device)
+        on_host = form == "checkpoint, on host"
+
+        def step() -> None:
+            saved = save_on_cpu(pin_memory=self._device.type == "cuda") if on_host else nullcontext()
+            with saved, torch.autocast(self._device.type, torch.bfloat16, enabled=autocast):
+                values = backbone(frames, mask).values
+            values.float().square().mean().backward()
+
+        return step
+
+    def _form(self, form: str, case: Case, *, doubled: str | None, recompute: bool, grid: Grid) -> nn.Module | None:
+        rewired = form in ("reversible", "in pieces")
+        source = self._prepared if rewired else self._plain
+        backbone = copy.deepcopy(source, {id(value): value for value in (*source.parameters(), *source.buffers())})
+        if doubled is not None:
+            _double(backbone.get_submodule(doubled))
+        if rewired:
+            chunk = case.chunk_mebibytes if form == "in pieces" else None
+            rewire(backbone, config=RewiringConfig(chunk_mebibytes=chunk, recompute=recompute, grid=grid))
+        elif form == "family's own":
+            return backbone if _checkpoint_by_library(backbone) else None
+        elif form == "keep attention":
+            keep = partial(create_selective_checkpoint_contexts, _keep_attention)
+            return backbone if _checkpoint_blocks(backbone, "attention", context_fn=keep) else None
+        elif form != "plain":
+            _checkpoint_blocks(backbone)
+        return backbone
+
+
+def _calibrate(backbone: nn.Module, device: torch.device) -> None:
+    """Statistics of noise for norms that never saw data, without which values would grow from block to block."""
+    norms = [module for module in backbone.modules() if isinstance(module, nn.BatchNorm3d)]
+    for norm in norms:
+        norm.momentum, norm.training = 1.0, True
+    with torch.no_grad():
+        backbone(torch.randn(1, 3, 32, 64, 64, device=device), torch.ones(1, 32, dtype=torch.bool, device=device))
+    for norm in norms:
+        norm.momentum, norm.training = 0.1, False
+
+
+def _give_gradients(module: nn.Module) -> None:
+    """They are no activations, and are there before the first step so that they do not count."""
+    for parameter in module.parameters():
+        if parameter.requires_grad and parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+
+
+def _double(stage: nn.Module) -> None:
+    assert isinstance(stage, nn.Sequential | nn.ModuleList)
+    blocks = [block for block in stage if residual_branches(block)]
+    values = [value for block in blocks for value in (*block.parameters(), *block.buffers())]
+    stage.extend(copy.deepcopy(blocks, {id(value): _cloned(value) for value in values}))
+    _give_gradients(stage)
+
+
+def _cloned(value: Tensor) -> Tensor:
+    clone = value.detach().clone()
+    return nn.Parameter(clone, requires_grad=value.requires_grad) if isinstance(value, nn.Parameter) else clone
+
+
+def _checkpoint_blocks(backbone: nn.Module, having: str = "", **options: Any) -> bool:
+    """Every residual block that has a branch with `having` in its name; False if there is none."""
+    blocks = [
+        module for module in backbone.modules() if any(having in branch.name for branch in residual_branches(module))
+    ]
+    for block in blocks:
+        block.forward = partial(checkpoint, block.forward, use_reentrant=False, **options)
+    return bool(blocks)
+
+
+def _keep_attention(context: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """What attention gives, whether a kernel computes it or a product of (tokens, tokens) with (tokens, channels)."""
+    if operation in ATTENTION_KERNELS:
+        return CheckpointPolicy.MUST_SAVE
+    is_mixing = operation is torch.ops.aten.bmm.default and args[0].shape[-1] > args[1].shape[-1]
+    return CheckpointPolicy.MUST_SAVE if is_mixing else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _checkpoint_by_library(backbone: nn.Module) -> bool:
+    for module in backbone.modules():
+        for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):  # transformers renames it
+            if hasattr(module, name):
+                getattr(module, name)({"use_reentrant": False})
+                return True
+    return False
+
+
+def peak_bytes(step: Step, device: torch.device) -> int:
+    """Of one step, beyond what was there before it."""
+    gc.collect()
+    if device.type == "cuda":
+        step()  # libraries take their workspaces with the first step
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        return torch.cuda.max_memory_allocated() - before
+    with LiveBytes() as live:
+        step()
+    return live.peak
+
+
+def seconds(step: Step, device: torch.device) -> float:
+    """Of one step."""
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    step()
+    synchronize()
+    return time.perf_counter() - start
+
+
+def rounds(steps: Mapping[str, Step], device: torch.device, *, num: int) -> Iterator[dict[str, float]]:
+    """Seconds of every step, all in turn in every round, the other way round in every second one, after a first round
+    that does not count."""
+    names = list(steps)
+    for number in range(num + 1):
+        names.reverse()
+        found = {name: seconds(steps[name], device) for name in names}
+        if number:
+            yield found
+
+
+def median_ratio(seconds: Sequence[Mapping[str, float]], form: str, base: str) -> float:
+    """Of what was timed in the same round."""
+    return statistics.median(each[form] / each[base] for each in seconds)
