@@ -12,7 +12,7 @@ leaves, and what they gave is added to the gradient of the last one on its way i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -164,7 +164,7 @@ def _silenced(leaves: Sequence[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def _hooked(hooks: dict[Tensor, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+def _hooked(hooks: Mapping[Tensor, Callable[[Tensor], Tensor]]) -> Iterator[None]:
     """Inside, what flows into a leaf goes through its hook before any other hook sees it."""
     with _silenced(list(hooks)):  # hooks fire in the order in which they were put in
         handles = [leaf.register_hook(hook) for leaf, hook in hooks.items()]
