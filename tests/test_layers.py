@@ -38,8 +38,9 @@ BELOW: dict[str, tuple[str, ...]] = {
     "config": ("training",),
     "recipes": ("config",),
     "conversion": ("config",),
+    "planning": ("config",),
     "reporting": ("evaluation",),
-    "cli": ("recipes", "conversion", "extraction", "reporting", "distributed"),
+    "cli": ("recipes", "conversion", "extraction", "planning", "reporting", "distributed"),
 }
 
 OWNERS: dict[str, tuple[str, ...]] = {
@@ -138,6 +139,7 @@ def test_siblings_and_engines_are_what_the_drawing_says() -> None:
         "config",
         "recipes",
         "conversion",
+        "planning",
         "cli",
     ]
     assert {package for package in BELOW if "distributed" in BELOW[package]} == {"inference", "training", "cli"}

@@ -13,6 +13,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "shards": ("re2tal.cli.shards:shards", "pack videos and annotations into training data"),
     "features": ("re2tal.cli.features:features", "store what a backbone sees in each video, to train on instead"),
     "train": ("re2tal.cli.train:train", "train and evaluate a detector, or a recognizer to fine-tune a backbone"),
+    "plan": ("re2tal.cli.plan:plan", "print the memory of a training step by part, before anything is launched"),
     "detect": ("re2tal.cli.detect:detect", "find actions in video files or shards with a trained detector"),
     "evaluate": (
         "re2tal.cli.evaluate:evaluate",
@@ -25,7 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
 }
 """Name -> where its function is, and what it does."""
 
-STARTING_POINTS = {"train": "demo", "import": "thumos14_re2swin_tiny"}
+STARTING_POINTS = {"train": "demo", "plan": "demo", "import": "thumos14_re2swin_tiny"}
 """Commands that take --recipe or --config and any change to it, and the recipe they begin with by default."""
 
 WRONG_INPUT, DIVERGED, INTERRUPTED = 2, 78, 130

@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from re2tal.data.stream import ClipStream, stream_clips
 from re2tal.data.transforms import jitter_and_normalise
 from re2tal.distributed import World, is_main, main_process_first, resolve_world
 from re2tal.inference import detector_input
+from re2tal.planning.choice import StepPlan, shared_plan
 from re2tal.recipes import find_recipe
 from re2tal.rewire import beta_of
 from re2tal.strict_json import write_json
@@ -108,7 +109,8 @@ def train(
         _check_norms(run)
         clips = _stream(run, validation, world, training=False)
         evaluate = partial(judge, run=run, shards=validation, clips=clips)
-        trainer = _build(run, settings, folder, world, shards=training, evaluate=evaluate, device=device)
+        plan = _plan(run, ds, world, classes=training.classes, device=device)
+        trainer = _build(run, settings, folder, world, shards=training, evaluate=evaluate, device=device, plan=plan)
         resumed = resume and trainer.resume()
         if world.is_main:  # not before: a run that may not be resumed like this keeps the configuration it has
             save_config(folder / "config.json", run)
@@ -205,10 +207,13 @@ def _build(
     shards: ShardSet | FeatureSet,
     evaluate: Callable[[Engine], Outcome],
     device: torch.device,
+    plan: StepPlan | None,
 ) -> Trainer:
     seed = run.training.seed
     seed_generators(seed, rank=0)  # the same weights on all ranks
     model = build_model(run, shards.classes).to(device)
+    if plan is not None:
+        plan.apply(model)
     seed_generators(seed, rank=world.rank)  # but different paths dropped
     clips = _stream(run, shards, world, training=True)
     accumulation = run.engine.gradient_accumulation
@@ -235,7 +240,21 @@ def _build(
         checkpoints=CheckpointStore(folder / "checkpoints", identity=identity, keep=run.training.keep_checkpoints),
         log=MetricsLog(folder, enabled=world.is_main),
         beta=beta,
+        planned_bytes=None if plan is None else plan.memory.peak,
     )
+
+
+def _plan(run: AnyRun, ds: Path, world: World, *, classes: Sequence[str], device: torch.device) -> StepPlan | None:
+    """Every rank calls this: how the backbone's stages run to keep within the budget, if there is one; rank 0 says it.
+
+    None without a budget.
+    """
+    if run.engine.memory_budget_gb is None:
+        return None
+    plan = shared_plan(run, ds, world_size=world.world_size, num_classes=len(classes), device=device)
+    if world.is_main:
+        print(plan, file=sys.stderr, flush=True)
+    return plan
 
 
 def _stream(run: AnyRun, shards: ShardSet | FeatureSet, world: World, *, training: bool) -> ClipStream:

@@ -74,6 +74,10 @@ class EngineConfig:
     """Largest L2 norm of all gradients together; 0 clips nothing."""
     precision: Precision = "fp32"
     """Type of the weights in forward and backward; the optimizer keeps float32 masters."""
+    memory_budget_gb: float | Literal["auto"] | None = None
+    """Gigabytes (10^9 bytes) that a step may need on a rank's device: each rewired stage is then stored, rebuilt, or
+    rebuilt in pieces, whatever is fastest within them, in the place of backbone.recompute and chunk_mebibytes. "auto"
+    takes what the device has free; None plans nothing."""
     timeout_minutes: float = 10.0
     """How long a rank waits for the others before it gives up."""
 
@@ -81,6 +85,10 @@ class EngineConfig:
         for name in ("batch_size", "gradient_accumulation"):
             if getattr(self, name) < 1:
                 raise ValueError(f"engine.{name} is {getattr(self, name)}; it must be at least 1")
+        if not (self.memory_budget_gb in ("auto", None) or float(self.memory_budget_gb) > 0):
+            raise ValueError(
+                f"engine.memory_budget_gb is {self.memory_budget_gb}; give a positive number of gigabytes, auto or None"
+            )
         if self.gradient_clipping < 0 or self.timeout_minutes <= 0:
             raise ValueError(
                 f"engine.gradient_clipping is {self.gradient_clipping} and engine.timeout_minutes "

@@ -95,8 +95,10 @@ class Trainer:
         checkpoints: CheckpointStore,
         log: MetricsLog,
         beta: Callable[[int], float] | None = None,
+        planned_bytes: int | None = None,
     ) -> None:
-        """`beta`: optimizer steps done -> beta of a rewired network from there on; None leaves it as it is."""
+        """`beta`: optimizer steps done -> beta of a rewired network from there on; None leaves it as it is.
+        `planned_bytes`: the peak that a plan foresees, for the log to show beside the measured one."""
         self.engine = engine
         self.clips = clips
         self.validate = validate
@@ -105,6 +107,7 @@ class Trainer:
         self.checkpoints = checkpoints
         self.log = log
         self.beta = beta
+        self.planned_bytes = planned_bytes
         self.accumulation = int(engine.gradient_accumulation_steps())
         self.num_steps = num_optimizer_steps(config, clips.steps_per_epoch, accumulation=self.accumulation)
         decay = config.average_decay
@@ -232,6 +235,7 @@ class Trainer:
         if self.progress.step % self.config.log_every_steps and not self._last():
             return
         losses, clips_per_second = meter.take(device=self.engine.device)
+        self._compare_with_plan()
         self.log.write(
             "train",
             {
@@ -259,6 +263,15 @@ class Trainer:
         """How well this rank's rewired stages rebuilt what they forgot when they were last watched, if they were."""
         reading = worst_reading(self.engine.module)
         return {} if reading is None else {"drift": reading.drift, "outside_grid": reading.outside}
+
+    def _compare_with_plan(self) -> None:
+        """Once, after the first steps."""
+        if self.planned_bytes is None:
+            return
+        measured = peak_memory_gib(self.engine.device) * 2**30 / 1e9
+        what = "resident, with libraries and data" if self.engine.device.type == "cpu" else "allocated on the device"
+        self.log.say(f"peak memory: {self.planned_bytes / 1e9:.3f} GB planned, {measured:.3f} GB {what}")
+        self.planned_bytes = None
 
     def _due_every_epochs(self, epochs: int | None) -> bool:
         """Whether the step just done completed a multiple of `epochs`; the last step is left to the end of the run."""

@@ -1,0 +1,57 @@
+"""`re2tal plan`: the memory of a training step by part, and how a budget would be spent, before any launch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import tyro
+
+from re2tal.cli.tasks import AnyRun
+from re2tal.planning.choice import plan_step
+from re2tal.strict_json import write_json
+
+
+def plan(
+    *,
+    run: Annotated[AnyRun, tyro.conf.arg(name="")],
+    ds: Path = Path("ds_configs/zero2.json"),
+    ranks: int = 1,
+    memory_budget_gb: float | Literal["auto"] | None = None,
+    classes: int = 20,
+    device: str | None = None,
+    json: Path | None = None,
+) -> None:
+    """Print the memory of a training step by part, without allocating it; with a budget, how its stages would run.
+
+    Nothing is read: weights are left out, and shards are not needed. Kernels of the device that is planned for decide
+    what is kept, so plan on the machine that will train, or on one like it.
+
+    Args:
+        run: the configuration, from --recipe NAME or --config FILE, with every field open to change
+        ds: the DeepSpeed file: ZeRO stage, offload, communication
+        ranks: how many processes share the optimizer
+        memory_budget_gb: as --engine.memory-budget-gb, and in its place
+        classes: how many classes the localizer tells apart
+        device: "cpu" or "cuda"; the accelerator by default, where there is one
+        json: a file for the figures, in bytes
+    """
+    if ranks < 1:
+        raise ValueError(f"--ranks is {ranks}; give the number of processes, at least 1")
+    if memory_budget_gb is not None:
+        run = replace(run, engine=replace(run.engine, memory_budget_gb=memory_budget_gb))
+    planned = plan_step(run, ds, world_size=ranks, num_classes=classes, device=_device(device))
+    print(planned)
+    if json is not None:
+        write_json(json, planned.to_json())
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = torch.device(name)
+    if device.type != "cpu" and not torch.get_device_module(device).is_available():
+        raise ValueError(f"--device is {name}, which this machine does not have; plan where you train, or for the cpu")
+    return device

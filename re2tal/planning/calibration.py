@@ -1,0 +1,99 @@
+"""How long each rewired stage takes with each of its settings: measured once, on the device that will train.
+
+The backbone runs alone, with random weights, on the clips of the run where they fit, and on shorter ones where not;
+then the times are scaled by the frames. Settings take turns, and the median counts, so that a machine that is busy for
+a while slows all of them alike.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from re2tal.backbones import build_backbone
+from re2tal.backbones.tiling import ClipwiseBackbone
+from re2tal.config import RecognitionConfig, RunConfig
+from re2tal.planning.rehearsal import Event, stages_of, watched
+from re2tal.planning.settings import Setting, configure
+from re2tal.training.engine import DTYPES
+
+ROUNDS = 3
+MOST_BYTES_ON_A_CPU = 512 * 2**20
+"""A clip that keeps more is shortened on a CPU, where memory is not what runs out first, but patience."""
+FEWEST_FRAMES = 16
+
+
+def measured_seconds(
+    run: RunConfig | RecognitionConfig,
+    settings: Sequence[Setting],
+    *,
+    device: torch.device,
+    plain_bytes: int,
+    order: Sequence[str],
+) -> list[list[float]]:
+    """Seconds of forward and backward, by setting and by stage, for the clips of `run`.
+
+    `plain_bytes`: what a step on these clips needs when everything is kept; `order`: names of the stages as they run.
+    The caller's random generators stay as they are.
+    """
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
+        torch.manual_seed(0)
+        backbone = build_backbone(replace(run.backbone, weights=None)).to(device, DTYPES[run.engine.precision])
+        frames, share = _clip(run, backbone, device, plain_bytes)
+        for setting in settings:
+            _seconds(backbone, setting, frames, order)  # libraries find their kernels
+        rounds = [[_seconds(backbone, setting, frames, order) for setting in settings] for _ in range(ROUNDS)]
+    return [
+        [statistics.median(times) / share for times in zip(*(one[number] for one in rounds), strict=True)]
+        for number in range(len(settings))
+    ]
+
+
+def _clip(
+    run: RunConfig | RecognitionConfig, backbone: nn.Module, device: torch.device, plain_bytes: int
+) -> tuple[Tensor, float]:
+    """Frames that fit when everything is kept, and which share they are of those of the run."""
+    if device.type == "cpu":
+        room = MOST_BYTES_ON_A_CPU
+    else:
+        room = int(torch.get_device_module(device).mem_get_info(device)[0] * 0.8)
+    batch, whole = run.engine.batch_size, run.data.clips.windowing.num_frames
+    unit = backbone.encoder.clip_frames if isinstance(backbone, ClipwiseBackbone) else FEWEST_FRAMES
+    clips, num_frames = batch, whole
+    while plain_bytes * clips * num_frames > room * batch * whole and (clips > 1 or num_frames >= 2 * unit):
+        clips, num_frames = (clips // 2, num_frames) if clips > 1 else (clips, num_frames // 2 // unit * unit)
+    size = run.data.clips.size
+    frames = torch.randn(clips, 3, num_frames, size, size, device=device, dtype=DTYPES[run.engine.precision])
+    return frames, clips * num_frames / (batch * whole)
+
+
+def _seconds(backbone: nn.Module, setting: Setting, frames: Tensor, order: Sequence[str]) -> list[float]:
+    """Of one step, by stage."""
+    found = stages_of(backbone)
+    stages = {name: found[name] for name in order}
+    configure(stages, [setting] * len(stages))
+    synchronize = torch.get_device_module(frames.device).synchronize if frames.device.type != "cpu" else lambda: None
+    events: list[tuple[Event, float]] = []
+
+    def mark(event: Event) -> None:
+        synchronize()
+        events.append((event, time.perf_counter()))
+
+    mask = torch.ones(len(frames), frames.shape[2], dtype=torch.bool, device=frames.device)
+    with watched(backbone, list(stages.values()), mark):
+        backbone(frames, mask).values.float().square().mean().backward()
+        mark(Event("start", 0))
+    for parameter in backbone.parameters():
+        parameter.grad = None
+    seconds = [0.0] * len(stages)
+    for (event, begin), (_, end) in pairwise(events):
+        if event.kind in ("forward", "backward"):
+            seconds[event.stage] += end - begin
+    return seconds

@@ -1,0 +1,191 @@
+"""A training step on fake tensors: what is alive when, stage by stage, counted in seconds for any size.
+
+    batch -> | stage 0 | stage 1 | .. | between: resampling, localizer, loss | .. | stage 1 | stage 0 |
+             forward                                                          backward
+
+The loss stands for the localizer's own, which looks at annotations: a sum over its outputs, of the same size.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import pairwise
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from re2tal.config import RecognitionConfig, RunConfig, build_detector, build_recognizer
+from re2tal.data.transforms import jitter_and_normalise
+from re2tal.detector import TemporalActionDetector
+from re2tal.recognizer import Recognizer
+from re2tal.reversible.fake import on_fake_tensors
+from re2tal.reversible.live_bytes import LiveBytes
+from re2tal.reversible.planner import Ground
+from re2tal.rewire import RewiredStage
+from re2tal.training.engine import DTYPES
+
+
+class Event(NamedTuple):
+    """A place in a step."""
+
+    kind: Literal["start", "forward", "between", "backward"]
+    stage: int
+    """Counted in the order in which stages run; for the other kinds 0."""
+
+
+@dataclass(frozen=True, slots=True)
+class Phase:
+    """From one event to the next."""
+
+    event: Event
+    live: int
+    """Bytes alive when it begins."""
+    peak: int
+    """The most alive at once in it."""
+    gradients: int
+    """Of the bytes when it begins, those of parameters' gradients."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trace:
+    """A step, phase by phase; bytes without parameters and what belongs to the optimizer."""
+
+    batch: int
+    """Bytes of the clips, as they come and as the backbone gets them."""
+    phases: tuple[Phase, ...]
+
+    @property
+    def peak(self) -> int:
+        """The most alive at once."""
+        return max(phase.peak for phase in self.phases)
+
+    def of(self, kind: str) -> list[Phase]:
+        """The phases of a kind, by stage."""
+        return sorted((phase for phase in self.phases if phase.event.kind == kind), key=lambda one: one.event.stage)
+
+    def kept(self) -> list[int]:
+        """By stage: bytes that live from its forward to its backward."""
+        begins = [*self.of("forward"), *self.of("between")]
+        return [after.live - before.live for before, after in pairwise(begins)]
+
+    def ground(self) -> Ground:
+        """What is alive whatever the stages do."""
+        kept = self.kept()
+        between = max(phase.peak for phase in self.of("between"))
+        return Ground(
+            before=max(phase.peak for phase in self.of("start")),
+            forward=tuple(phase.live - sum(kept[:s]) for s, phase in enumerate(self.of("forward"))),
+            between=between - sum(kept),
+            backward=tuple(phase.live - sum(kept[: s + 1]) for s, phase in enumerate(self.of("backward"))),
+        )
+
+
+class Rehearsal:
+    """The network of a run, its weights left out, and steps of it on fake tensors."""
+
+    def __init__(
+        self, run: RunConfig | RecognitionConfig, *, device: torch.device, num_classes: int, free_gradients: bool
+    ) -> None:
+        """`free_gradients`: whether each gradient goes as soon as it is there, into a shard, as ZeRO 2 and 3 do."""
+        self.run, self.device = run, device
+        self.dtype = DTYPES[run.engine.precision]
+        bare = replace(run, backbone=replace(run.backbone, weights=None))
+        classes = [f"class {number}" for number in range(num_classes)]
+        self.network, self._mode = on_fake_tensors(partial(_network, bare, classes), dtype=self.dtype, device=device)
+        self.parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
+        if free_gradients:
+            for parameter in self.parameters:
+                parameter.register_post_accumulate_grad_hook(_forget)
+        self._stages = stages_of(self.network.backbone)
+        begun: list[RewiredStage] = []
+        with self._mode, torch.no_grad(), ExitStack() as stack:
+            for stage in self._stages.values():
+                stack.callback(stage.register_forward_pre_hook(lambda stage, _: begun.append(stage)).remove)
+            self.network(*self._clips())  # tables that it makes once belong to no step
+        self._stages = dict(sorted(self._stages.items(), key=lambda item: begun.index(item[1])))
+
+    def stages(self) -> dict[str, RewiredStage]:
+        """The rewired stages of the backbone by name, in the order in which they run."""
+        return self._stages
+
+    def trace(self) -> Trace:
+        """One step as the stages are configured now."""
+        for parameter in self.parameters:
+            parameter.grad = None
+        gc.collect()
+        phases: list[Phase] = []
+        begun = Phase(Event("start", 0), 0, 0, 0)
+
+        def mark(event: Event) -> None:
+            nonlocal begun
+            phases.append(replace(begun, peak=live.peak))
+            gradients = sum(one.grad.untyped_storage().nbytes() for one in self.parameters if one.grad is not None)
+            begun, live.peak = Phase(event, live.live, 0, gradients), live.live
+
+        stages = list(self._stages.values())
+        with self._mode, LiveBytes() as live, watched(self.network.backbone, stages, mark):
+            outputs = self.network(*self._clips())
+            wide = [leaf.float() for leaf in tree_leaves(outputs) if leaf.requires_grad]
+            torch.stack([leaf.square().sum() for leaf in wide]).sum().backward()
+            del outputs, wide
+        phases.append(replace(begun, peak=live.peak))
+        return Trace(self._frames.numel() * (1 + self.dtype.itemsize), tuple(phases))
+
+    def _clips(self) -> tuple[Tensor, Tensor]:
+        """A batch as the backbone gets it; as in training, what it was made from stays until the next one."""
+        clips, size = self.run.data.clips, self.run.data.clips.size
+        shape = (self.run.engine.batch_size, 3, clips.windowing.num_frames, size, size)
+        self._frames = torch.zeros(shape, dtype=torch.uint8, device=self.device)
+        colours = torch.Generator()
+        pixels = jitter_and_normalise(self._frames, strength=clips.colour_jitter, generator=colours, dtype=self.dtype)
+        return pixels, torch.ones(shape[0], shape[2], dtype=torch.bool, device=self.device)
+
+
+def _network(run: RunConfig | RecognitionConfig, classes: Sequence[str]) -> TemporalActionDetector | Recognizer:
+    return build_detector(run, classes) if isinstance(run, RunConfig) else build_recognizer(run, classes)[0]
+
+
+def stages_of(backbone: nn.Module) -> dict[str, RewiredStage]:
+    """Name -> rewired stage."""
+    return {name: module for name, module in backbone.named_modules() if isinstance(module, RewiredStage)}
+
+
+@contextmanager
+def watched(backbone: nn.Module, stages: Sequence[RewiredStage], mark: Callable[[Event], None]) -> Iterator[None]:
+    """Inside, `mark` is called when each stage begins its forward and its backward, and when the backbone is done.
+
+    Stages are numbered in the order in which they run. RuntimeError if one runs twice.
+    """
+    order: list[nn.Module] = []
+
+    def begin(stage: nn.Module, args: tuple[Any, ...]) -> None:
+        if stage in order:
+            raise RuntimeError(
+                f"a stage of this {type(backbone).__name__} runs twice in a step, which no plan can hold"
+            )
+        order.append(stage)
+        mark(Event("forward", len(order) - 1))
+
+    def end(stage: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        event = Event("backward", order.index(stage))
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                leaf.register_hook(lambda gradient: mark(event))
+
+    with ExitStack() as stack:
+        for stage in stages:
+            stack.callback(stage.register_forward_pre_hook(begin).remove)
+            stack.callback(stage.register_forward_hook(end).remove)
+        done = backbone.register_forward_hook(lambda *_: mark(Event("between", 0)))
+        stack.callback(done.remove)
+        yield
+
+
+def _forget(parameter: Tensor) -> None:
+    parameter.grad = None

@@ -1,0 +1,169 @@
+"""What DeepSpeed holds on the device of one rank besides activations, by ZeRO stage.
+
+With T trained numbers, n ranks, b bytes per number in forward and backward, and G numbers in the largest group:
+
+               parameters       optimizer    gradients kept for the step    one group's step
+    ZeRO 0     b T              8 T          b T, where backward makes them 12 bytes a number, of one tensor on a CPU
+    ZeRO 1     b T              12 T / n     the same, and b T / n          12 G / n
+    ZeRO 2     b T              12 T / n     b T / n                        12 G / n
+    ZeRO 3     b T / n, and b   12 T / n     b T / n                        12 G / n
+               for what is whole
+
+The optimizer's are float32 masters (none without ZeRO) and AdamW's two moments; offloaded they are on the host, with
+the gradients. Buckets for communication come on top. Followed through DeepSpeed 0.19 storage by storage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from re2tal.training.optimizer import OptimizerConfig, parameter_groups
+
+DEFAULT_BUCKET = 500_000_000
+"""DeepSpeed's reduce_bucket_size, in numbers."""
+DEFAULT_SUB_GROUP = 1_000_000_000
+DEFAULT_MAX_LIVE = 1_000_000_000
+DEFAULT_PERSISTENCE = 100_000
+MASTERS_AND_MOMENTS, MOMENTS, STEP = 12, 8, 12
+"""Bytes per number; of the step: the gradient in float32, and two temporaries of AdamW."""
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """The parameters of a model, counted."""
+
+    trained: int
+    frozen: int
+    largest: int
+    """Numbers of the largest trained parameter."""
+    largest_group: int
+    """Numbers of the optimizer's largest group."""
+    persistent: int
+    """Numbers of parameters that ZeRO-3 leaves whole, by the file's threshold."""
+
+    @classmethod
+    def of(cls, model: nn.Module, optimizer: OptimizerConfig, settings: Mapping[str, Any]) -> Weights:
+        """Of `model`, on any device, the meta device too."""
+        every = list(model.parameters())
+        trained = [parameter.numel() for parameter in every if parameter.requires_grad]
+        threshold = _zero(settings).get("stage3_param_persistence_threshold", DEFAULT_PERSISTENCE)
+        groups = parameter_groups(model, optimizer)
+        return cls(
+            trained=sum(trained),
+            frozen=sum(parameter.numel() for parameter in every if not parameter.requires_grad),
+            largest=max(trained),
+            largest_group=max(sum(parameter.numel() for parameter in group["params"]) for group in groups),
+            persistent=sum(parameter.numel() for parameter in every if parameter.numel() <= threshold),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class ZeroMemory:
+    """Bytes on the device of one rank; those on the host in `host`."""
+
+    parameters: int
+    gathered: int
+    """ZeRO-3: parameters that are whole, small ones always, others while they are needed, at most."""
+    gradients: int
+    """Kept until the optimizer's step, besides those that backward leaves on the parameters."""
+    optimizer: int
+    average: int
+    """The moving average of the weights."""
+    buckets: int
+    """For communication during backward."""
+    step: int
+    """Needed by the optimizer's step, when no activations are left."""
+    host: int
+
+    @property
+    def standing(self) -> int:
+        """There all the time."""
+        return self.parameters + self.optimizer + self.average
+
+    @property
+    def during_backward(self) -> int:
+        """There while a step goes forwards and backwards."""
+        return self.standing + self.gathered + self.gradients + self.buckets
+
+
+def zero_memory(
+    weights: Weights,
+    settings: Mapping[str, Any],
+    *,
+    bytes_each: int,
+    world_size: int,
+    averaged: bool,
+    on_cpu: bool,
+) -> ZeroMemory:
+    """For the settings that `resolve_deepspeed_config` returns.
+
+    `bytes_each`: of a parameter in forward and backward; `averaged`: whether the run keeps a moving average.
+    """
+    zero = _zero(settings)
+    stage, trained = zero.get("stage", 0), weights.trained
+    every = trained + weights.frozen
+    shard = -(-trained // world_size) if stage else trained
+    if stage == 0:
+        # AdamW goes through tensors one by one on a CPU, through all of a group at once elsewhere.
+        at_once = weights.largest if on_cpu else weights.largest_group
+        flat = 4 * min(trained, DEFAULT_BUCKET) if world_size > 1 else 0  # whatever the file says
+        gradients_there = bytes_each * trained
+        return ZeroMemory(
+            parameters=bytes_each * every,
+            gathered=0,
+            gradients=0,
+            optimizer=MOMENTS * trained,
+            average=4 * trained * averaged,
+            buckets=0,
+            step=gradients_there + max(flat, STEP * at_once),
+            host=0,
+        )
+    offloaded = _is_on_host(zero, "offload_optimizer")
+    bucket = bytes_each * zero.get("reduce_bucket_size", DEFAULT_BUCKET)
+    twice = stage < 3 and zero.get("overlap_comm", False)
+    optimizer, average = MASTERS_AND_MOMENTS * shard, 4 * shard * averaged
+    group = weights.largest_group if stage < 3 else min(weights.largest_group, _sub_group(zero))
+    step = STEP * -(-group // world_size)
+    gradients = bytes_each * shard
+    parameters, gathered, host, buckets = bytes_each * every, 0, 0, bucket * (2 if twice else 1)
+    if stage == 3:
+        step += bucket  # which stage 3 keeps
+        parameters = bytes_each * -(-every // world_size)
+        if _is_on_host(zero, "offload_param"):
+            parameters, host = 0, parameters
+        if world_size > 1:
+            # Whole between steps, and sharded while the optimizer works.
+            gathered = bytes_each * weights.persistent
+            live = min(every - weights.persistent, zero.get("stage3_max_live_parameters", DEFAULT_MAX_LIVE))
+            gathered += bytes_each * live
+    if offloaded:
+        # With the gradients in float32, the shard in the parameters' type, and a tensor to put them through.
+        host += optimizer + average + (4 + bytes_each) * shard + (4 * weights.largest if stage < 3 else 0)
+        optimizer = average = gradients = 0
+        step = bucket if stage == 3 else 0
+    return ZeroMemory(
+        parameters=parameters,
+        gathered=gathered,
+        gradients=gradients,
+        optimizer=optimizer,
+        average=average,
+        buckets=buckets,
+        step=gradients + step,
+        host=host,
+    )
+
+
+def _zero(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    return settings.get("zero_optimization", {})
+
+
+def _sub_group(zero: Mapping[str, Any]) -> int:
+    return int(zero.get("sub_group_size", DEFAULT_SUB_GROUP))
+
+
+def _is_on_host(zero: Mapping[str, Any], name: str) -> bool:
+    return zero.get(name, {}).get("device", "none") == "cpu"

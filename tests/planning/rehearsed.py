@@ -1,0 +1,41 @@
+"""A rehearsal by rule instead of by running: stages whose memory can be worked out by hand."""
+
+from __future__ import annotations
+
+import torch
+
+from re2tal.config import build_detector
+from re2tal.planning.rehearsal import Event, Phase, Trace, stages_of
+
+MEGABYTE = 10**6
+STATE, INSIDE, STORED_UNIT = 10 * MEGABYTE, 64 * MEGABYTE, 30 * MEGABYTE
+
+
+class Rehearsed:
+    """Every stage keeps two states and STORED_UNIT per stored unit; inside it needs INSIDE, or a piece of it."""
+
+    def __init__(self, run, *, num_classes: int, **_) -> None:
+        self.device = torch.device("cpu")
+        self.network = build_detector(run, [f"class {number}" for number in range(num_classes)])
+
+    def stages(self):
+        return stages_of(self.network.backbone)
+
+    def trace(self) -> Trace:
+        live, batch, phases, kept = 5 * MEGABYTE, 5 * MEGABYTE, [Phase(Event("start", 0), 0, 5 * MEGABYTE, 0)], []
+        for s, stage in enumerate(self.stages().values()):
+            config, units = stage.config, sum(len(lengths) and sum(lengths) for _, lengths in stage.runs())
+            stored = units if not config.recompute else min(config.stored, units)
+            inside = INSIDE if config.chunk_mebibytes is None else min(INSIDE, int(config.chunk_mebibytes * 2**20))
+            kept.append(stored * STORED_UNIT + (2 * STATE if stored < units else 0))
+            phases.append(Phase(Event("forward", s), live, live + max(inside // 2, kept[-1]), 0))
+            live += kept[-1]
+        phases.append(Phase(Event("between", 0), live, live + MEGABYTE, 0))
+        for s, stage in reversed(list(enumerate(self.stages().values()))):
+            config = stage.config
+            chunk = config.chunk_mebibytes
+            inside = STATE if not config.recompute else INSIDE if chunk is None else min(INSIDE, int(chunk * 2**20))
+            stored = config.stored * STORED_UNIT if config.recompute else 0
+            phases.append(Phase(Event("backward", s), live, live + max(STATE, inside - stored), 0))
+            live -= kept[s]
+        return Trace(batch, tuple(phases))

@@ -1,0 +1,127 @@
+"""Plans keep within their budget, are as fast as that allows, and say what they need where it does not."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from planning.rehearsed import INSIDE, STATE, STORED_UNIT, Rehearsed
+from planning.small import small_run
+
+from re2tal.config import build_detector
+from re2tal.planning import choice
+from re2tal.planning.calibration import measured_seconds
+from re2tal.planning.choice import StepPlan, plan_step
+from re2tal.planning.rehearsal import stages_of
+from re2tal.planning.settings import Setting
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def ds(tmp_path) -> Path:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}}))
+    return path
+
+
+@pytest.fixture
+def _by_hand(monkeypatch) -> None:
+    """Bytes by rule; storing takes a second, rebuilding 1.3, and pieces take the longer the smaller they are."""
+
+    def seconds(run, settings, *, order, **_):
+        costs = [1.0 if one.stored is None else 1.3 + 0.1 / (one.chunk_mebibytes or 100) for one in settings]
+        return [[cost] * len(order) for cost in costs]
+
+    monkeypatch.setattr(choice, "measured_seconds", seconds)
+    monkeypatch.setattr(choice, "Rehearsal", Rehearsed)
+
+
+def planned(ds: Path, budget_gb: float | None) -> StepPlan:
+    return plan_step(small_run(memory_budget_gb=budget_gb), ds, world_size=1, num_classes=4, device=CPU)
+
+
+@pytest.mark.usefixtures("_by_hand")
+def test_the_budget_decides(ds) -> None:
+    generous = planned(ds, 10.0)
+    assert set(generous.settings.values()) == {Setting(None, None)}
+    assert sum(own for own, _ in generous.seconds.values()) == 3.0
+    last = 0.0
+    for share in (1.0, 0.8, 0.6, 0.5, 0.4):
+        tight = planned(ds, share * generous.memory.peak / 1e9)
+        assert tight.memory.peak <= share * generous.memory.peak + 1
+        seconds = sum(own for own, _ in tight.seconds.values())
+        assert seconds >= last
+        last = seconds
+    assert last > 3.0
+    assert "planned for" in str(tight)
+
+
+@pytest.mark.usefixtures("_by_hand")
+def test_a_plan_sets_the_stages_of_a_network(ds) -> None:
+    half = planned(ds, 0.5 * planned(ds, 10.0).memory.peak / 1e9)
+    network = build_detector(small_run(), ["a", "b"])
+    half.apply(network)
+    for name, stage in stages_of(network.backbone).items():
+        setting = half.settings[name]
+        assert stage.config.recompute == (setting.stored is not None)
+        assert (stage.config.stored, stage.config.chunk_mebibytes) == (setting.stored or 0, setting.chunk_mebibytes)
+
+
+@pytest.mark.usefixtures("_by_hand")
+def test_a_budget_below_the_smallest_plan_is_refused_with_what_that_needs(ds) -> None:
+    with pytest.raises(
+        ValueError, match=r"allows 0.001 GB, but no plan of this step needs less than 0\.\d+ GB"
+    ) as error:
+        planned(ds, 0.001)
+    least = float(str(error.value).split("less than ")[1].split(" ")[0])
+    assert planned(ds, least + 0.001).memory.peak <= (least + 0.001) * 1e9
+
+
+@pytest.mark.usefixtures("_by_hand")
+def test_without_a_budget_nothing_is_planned_and_parts_add_up_to_the_peak(ds) -> None:
+    plan = planned(ds, None)
+    assert plan.settings == {}
+    assert sum(plan.memory.parts.values()) == plan.memory.peak
+    assert plan.memory.parts["kept by the backbone's stages"] == 3 * 2 * STATE
+    assert plan.memory.parts["inside a branch, backward"] == INSIDE > STORED_UNIT
+    assert "kept by the backbone's stages" in str(plan)
+
+
+def test_seconds_are_measured_for_every_stage_and_leave_the_generators_alone() -> None:
+    run, before = small_run(), torch.get_rng_state()
+    order = list(stages_of(build_detector(run, ["a", "b"]).backbone))
+    torch.set_rng_state(before)
+    settings = [Setting(None, None), Setting(0, None)]
+    found = measured_seconds(run, settings, device=CPU, plain_bytes=10**6, order=order)
+    assert [len(seconds) for seconds in found] == [3, 3]
+    assert all(second > 0 for seconds in found for second in seconds)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"rewired": False}, "the backbone is not rewired, so nothing can be rebuilt"),
+        ({"frozen": True}, "a frozen backbone keeps nothing"),
+        ({"offload": True}, "leave backbone.offload or the budget out"),
+    ],
+)
+def test_what_no_plan_can_hold_is_refused(change, message, ds) -> None:
+    run = small_run(memory_budget_gb=1.0)
+    run = replace(run, backbone=replace(run.backbone, **change))
+    with pytest.raises(ValueError, match=message):
+        plan_step(run, ds, world_size=1, num_classes=4, device=CPU)
+
+
+def test_auto_is_refused_on_a_cpu(ds) -> None:
+    with pytest.raises(ValueError, match='"auto", but a CPU shares its memory'):
+        planned(ds, "auto")  # type: ignore[arg-type]
+
+
+def test_a_budget_must_be_positive() -> None:
+    with pytest.raises(ValueError, match="memory_budget_gb is -1; give a positive number of gigabytes"):
+        small_run(memory_budget_gb=-1)

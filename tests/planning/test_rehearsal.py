@@ -1,0 +1,71 @@
+"""What is counted on fake tensors is what the same step needs when it is run."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from planning.small import small_run
+from torch.utils._pytree import tree_leaves
+
+from re2tal.config import build_detector
+from re2tal.data.transforms import jitter_and_normalise
+from re2tal.planning.rehearsal import Rehearsal, stages_of
+from re2tal.planning.settings import Setting, configure
+from re2tal.reversible.live_bytes import LiveBytes
+from re2tal.reversible.planner import Option, peak_of
+
+CPU = torch.device("cpu")
+SETTINGS = {
+    "stored": Setting(None, None),
+    "rebuilt": Setting(0, None),
+    "in pieces": Setting(0, 0.25),
+    "half stored": Setting(2, 0.25),
+}
+
+
+@pytest.fixture(scope="module")
+def rehearsal() -> Rehearsal:
+    return Rehearsal(small_run(), device=CPU, num_classes=4, free_gradients=False)
+
+
+def measured_peak(setting: Setting) -> int:
+    """Of the second step of the real detector."""
+    run = small_run()
+    detector = build_detector(run, ["a", "b", "c", "d"])
+    configure(stages_of(detector.backbone), [setting] * 3)
+    mask = torch.ones(2, 16, dtype=torch.bool)
+    for _ in range(2):
+        detector.zero_grad()
+        gc.collect()
+        with LiveBytes() as live:
+            frames = torch.zeros(2, 3, 16, 48, 48, dtype=torch.uint8)
+            strength = run.data.clips.colour_jitter
+            pixels = jitter_and_normalise(frames, strength=strength, generator=torch.Generator())
+            outputs = detector(pixels, mask)
+            del pixels
+            torch.stack([leaf.square().sum() for leaf in tree_leaves(outputs) if leaf.requires_grad]).sum().backward()
+    return live.peak
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_peak_is_the_measured_one(name, rehearsal) -> None:
+    configure(rehearsal.stages(), [SETTINGS[name]] * 3)
+    assert rehearsal.trace().peak == pytest.approx(measured_peak(SETTINGS[name]), rel=0.02)
+
+
+def test_phases_add_up_to_the_peaks_of_mixed_settings(rehearsal) -> None:
+    """What each stage does with all set alike says what they do together."""
+    traces = {}
+    for name in ("stored", "rebuilt", "in pieces"):
+        configure(rehearsal.stages(), [SETTINGS[name]] * 3)
+        traces[name] = rehearsal.trace()
+    for mixed in (["in pieces", "rebuilt", "stored"], ["stored", "stored", "in pieces"]):
+        options = []
+        for s, name in enumerate(mixed):
+            forward, backward = (traces[name].of(kind)[s] for kind in ("forward", "backward"))
+            kept = traces[name].kept()[s]
+            options.append(Option(0, kept, forward.peak - forward.live, backward.peak - backward.live))
+        configure(rehearsal.stages(), [SETTINGS[name] for name in mixed])
+        assert peak_of(traces["rebuilt"].ground(), options) == pytest.approx(rehearsal.trace().peak, rel=0.02)
