@@ -71,3 +71,7 @@ def test_a_run_resumed_on_the_way_ends_bit_for_bit_like_an_uninterrupted_one(tmp
         assert [round(row["beta"] * 6) for row in steps] == [1, 2, 3, 4, 5, 6, 6, 6]
         # Of the six that backward needs. An error may grow by 8, and does by 1 / beta a step: in 1, 1, 3 and 5 of them.
         assert [row["kept_states"] for row in steps] == [5, 5, 4, 2, 2, 2, 2, 2]
+        # The first state is rebuilt from step 4 on, and watched in every second one since the run was started.
+        assert all(0 <= row["drift"] < 1e-5 and row["outside_grid"] == 0 for row in steps[4:])
+        assert steps[-1]["drift"] > 0
+        assert "drift" not in steps[0]

@@ -54,6 +54,15 @@ def test_pieces_give_what_whole_branches_give(alpha, beta, kind, num, axis, merg
         assert_close(gradients(run, x, branches), wanted, relative=1e-11)
 
 
+@pytest.mark.parametrize("stored", [1, 4, 8])
+@pytest.mark.parametrize(("alpha", "beta"), WAY)
+def test_behind_rebuilt_branches_others_may_keep_their_activations(alpha, beta, stored) -> None:
+    branches, x = chain("transformer", 9).double(), states(dtype=torch.float64)
+    wanted = gradients(partial(coupled, branches, alpha=alpha, beta=beta), x, branches)
+    run = partial(run_reversibly, branches, coupling=Coupling(alpha, beta), stored=stored, owner=branches)
+    assert_close(gradients(run, x, branches), wanted, relative=1e-11)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("alpha", "beta"), WAY)
 def test_float32_stays_within_the_contract_wherever_it_inverts(alpha, beta, kind) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from re2tal.distributed import resolve_world
-from re2tal.rewire import Branch, residual_branches, rewire
+from re2tal.rewire import Branch, RewiringConfig, residual_branches, rewire
 from re2tal.structures import ClipBatch, Timeline
 from re2tal.training.checkpoint import CheckpointStore
 from re2tal.training.engine import EngineConfig, build_engine, gather_weights, join
@@ -73,13 +73,13 @@ def _(block: TinyBlock) -> tuple[Branch, ...]:
 
 
 class RewiredTinyDetector(TinyDetector):
-    """With six residual blocks, rewired."""
+    """With six residual blocks, rewired, and watched in every second forward."""
 
     def __init__(self) -> None:
         super().__init__()
         blocks = nn.Sequential(*(TinyBlock() for _ in range(6)))
         self.backbone = nn.Sequential(nn.Linear(48, 24), blocks, nn.LayerNorm(24))
-        rewire(self)
+        rewire(self, config=RewiringConfig(monitor_every=2))
 
 
 class TinyClips:
