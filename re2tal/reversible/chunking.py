@@ -113,9 +113,12 @@ class GradientSums:
     def _add(self, leaf: Tensor, part: Tensor) -> Tensor:
         """Adds as soon as there is something to add. What is returned in its place, which is kept until the end, is
         small: at the end of a network a branch's parameters outweigh its states."""
-        # In float32, because a sum of many bfloat16 numbers is far off.
-        wide = part.to(torch.promote_types(part.dtype, torch.float32))
-        self.sums[leaf] = self.sums[leaf].add_(wide) if leaf in self.sums else wide
+        if leaf in self.sums:
+            self.sums[leaf].add_(part)
+        else:
+            # In float32, because a sum of many bfloat16 numbers is far off. Always a copy, because autograd gives the
+            # same tensor to several leaves, or the gradient of a state itself, where a branch only adds a parameter.
+            self.sums[leaf] = part.to(torch.promote_types(part.dtype, torch.float32), copy=True)
         return part.new_zeros(()).expand_as(part)
 
     def deliver(self, output: GradientEdge, gradient: Tensor) -> None:

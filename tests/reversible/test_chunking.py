@@ -70,6 +70,26 @@ def test_pieces_of_several_spans(recompute) -> None:
     assert_close(gradients(run, x, branches), wanted, relative=1e-12)
 
 
+class AddsParameters(nn.Module):
+    """A branch whose parameters have the shape of a piece, so that their gradients are the state's own, unreduced."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.linear = nn.Linear(shape[-1], shape[-1])
+        self.first, self.second = (nn.Parameter(torch.randn(shape)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.linear(x)) + self.first + self.second
+
+
+def test_parameters_that_are_only_added_get_sums_of_their_own() -> None:
+    x = states(dtype=torch.float64)
+    branches = nn.ModuleList(AddsParameters(x[:1].shape) for _ in range(3)).double()
+    wanted = gradients(partial(coupled, branches), x, branches)
+    run = partial(run_reversibly, chunked(branches, len(x)), owner=branches)
+    assert_close(gradients(run, x, branches), wanted, relative=1e-12)
+
+
 @pytest.mark.parametrize("whole", [0, 1, 3])
 def test_whole_branches_between_cut_ones(whole) -> None:
     branches, x = chain("transformer", 4, dropout=0.2).double(), states(dtype=torch.float64)
