@@ -16,6 +16,7 @@ from distributed.ranks import launch_ranks
 
 from re2tal.backbones import BackboneConfig, build_backbone
 from re2tal.cli.detect import detect
+from re2tal.cli.export import export
 from re2tal.cli.extract_features import Extract, extract
 from re2tal.cli.feature_run import check_kind, check_pair, on_features
 from re2tal.cli.report import report
@@ -165,6 +166,10 @@ def test_runs_and_data_that_do_not_go_together_are_refused(videos, features):
         check_kind(of_steps, spec_with(features, channels=5))
     with pytest.raises(ValueError, match=r"hold other features: channels is 96 and 5; extract or pack both alike"):
         check_pair(features, spec_with(features, channels=5))
+    origin = features.manifest.features.origin
+    other = replace(origin, settings=origin.settings | {"rewired": False})
+    with pytest.raises(ValueError, match=r"the backbone's wiring is .*'rewired': True, .* and .*'rewired': False"):
+        check_pair(features, spec_with(features, origin=other))
     with pytest.raises(ValueError, match="holds features, but this run has a backbone, swin3d_nano"):
         check_kind(find_recipe("demo_clips"), features)
     detector = build_detector(of_steps, ("jump", "run"))
@@ -199,6 +204,8 @@ def test_detecting_needs_features_where_the_run_was_trained_on_them(videos, feat
     (folder / "metrics.jsonl").write_text('{"step": 1, "kind": "train", "loss": 1.0, "lr/localizer": 0.1}\n')
     report(run=folder)
     assert "features, plain" in (folder / "report" / "index.html").read_text()
+    with pytest.raises(ValueError, match=r"was trained on stored features: it has a localizer and no backbone"):
+        export(run=folder, to="opentad", out=tmp_path / "out.safetensors")
     with pytest.raises(ValueError, match=r"has no network that looks at videos: .* extract their features .*--shards"):
         detect(run=folder, videos=tmp_path, device="cpu")
     with pytest.raises(ValueError, match="holds videos, but this run's backbone is 'features'"):

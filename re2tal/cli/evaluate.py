@@ -52,6 +52,12 @@ def evaluate(
         raise ValueError("give --annotations FILE to score detections, or --shards FOLDER to score a recognizer")
     if annotations is None:
         assert shards is not None
+        given = (subset, protocol, tiou_thresholds, blocked_videos, class_agnostic, proposals)
+        if given != ("validation", "opentad", None, None, False, None):
+            raise ValueError(
+                f"--shards {shards} scores a recognizer, for which --subset, --protocol, --tiou-thresholds, "
+                "--blocked-videos, --class-agnostic and --proposals mean nothing; leave them out"
+            )
         found, truth = read_video_classes(predictions), true_classes(open_shards(shards))
         shares = accuracy(found.scores, truth, classes=found.classes)
         print(shares)

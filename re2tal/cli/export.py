@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from re2tal.backbones.stored import NAME
 from re2tal.config import load_config
 from re2tal.conversion import export_backbone, export_detector, import_backbone
 from re2tal.training.export import write_tensors
@@ -41,6 +42,11 @@ def export(
         from re2tal.cli.detect import load_detector
 
         config = load_config(run / "config.json")
+        if config.backbone.name == NAME:
+            raise ValueError(
+                f"{run} was trained on stored features: it has a localizer and no backbone, and whole detectors and "
+                "backbones are what is written; give a run on videos"
+            )
         detector, name = load_detector(run, config), config.backbone.name
         if to == "opentad":
             state = export_detector(detector, config=config.backbone, prefix=prefix)

@@ -7,11 +7,12 @@ the same on its features  32 steps, 4 a second                                  
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from re2tal.backbones import BackboneConfig
 from re2tal.backbones.stored import NAME
 from re2tal.config import RecognitionConfig, RunConfig
-from re2tal.data.feature_manifest import Grid, SecondsPerStep, StepsPerVideo
+from re2tal.data.feature_manifest import Extracted, FeatureSpec, Grid, SecondsPerStep, StepsPerVideo
 from re2tal.data.shards import FeatureSet, ShardSet
 from re2tal.data.windows import ResizeWhole, Slide, Windowing
 from re2tal.training.annealing import AnnealingConfig
@@ -63,6 +64,8 @@ def check_pair(training: FeatureSet, validation: FeatureSet) -> None:
         ("grid", one.grid, other.grid),
         ("weights_sha256", getattr(one.origin, "weights_sha256", None), getattr(other.origin, "weights_sha256", None)),
         ("clips", getattr(one.origin, "clips", None), getattr(other.origin, "clips", None)),
+        ("the backbone's wiring", _wiring(one), _wiring(other)),
+        ("window_frames", getattr(one.origin, "window_frames", None), getattr(other.origin, "window_frames", None)),
     )
     for name, theirs, ours in alike:
         if theirs != ours:
@@ -70,6 +73,12 @@ def check_pair(training: FeatureSet, validation: FeatureSet) -> None:
                 f"{training.root} and {validation.root} hold other features: {name} is {theirs} and {ours}; extract or "
                 "pack both alike"
             )
+
+
+def _wiring(spec: FeatureSpec) -> dict[str, Any]:
+    """What a backbone's function depends on beside its weights; nothing is known of other programs'."""
+    settings = spec.origin.settings if isinstance(spec.origin, Extracted) else {}
+    return {name: settings.get(name) for name in ("rewired", "unit", "merge", "segment", "beta", "frames_per_step")}
 
 
 def _in_steps(run: RunConfig, grid: Grid) -> Windowing:

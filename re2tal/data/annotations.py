@@ -70,11 +70,13 @@ def read_class_list(path: Path) -> tuple[str, ...]:
     if not path.is_file():
         raise FileNotFoundError(f"--classes {path} is not a file")
     try:
-        names = tuple(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+        names = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
     except UnicodeDecodeError as error:
         raise ValueError(f"--classes {path} is not a text file in UTF-8: {error}") from None
     if not names:
         raise ValueError(f"--classes {path} names no class; write one per line")
+    if odd := [name for name in names if not is_label(name)]:
+        raise ValueError(f"--classes {path} names {odd[0][:100]!r}; a name has 1 to 200 printable characters")
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         raise ValueError(f"--classes {path} names {', '.join(repeated)} more than once; keep one line for each class")
     return names
@@ -83,15 +85,19 @@ def read_class_list(path: Path) -> tuple[str, ...]:
 def read_frame_rates(path: Path) -> dict[str, float]:
     """Frames per second of the videos of an annotation file whose entries say them: "fps", or "frame" / "duration".
 
-    For a file that `read_annotations` has accepted.
+    For a file that `read_annotations` has accepted. Raises ValueError for a rate that is no number.
     """
     rates = {}
     for video_id, entry in read_json(path)["database"].items():
-        fps = entry.get("fps")
-        if fps is None and "frame" in entry and "duration" in entry:
-            fps = float(entry["frame"]) / float(entry["duration"])
-        if fps is not None and 0 < float(fps) < math.inf:
-            rates[video_id] = float(fps)
+        try:
+            fps = entry.get("fps")
+            if fps is None and "frame" in entry and "duration" in entry:
+                fps = float(entry["frame"]) / float(entry["duration"])
+            if fps is not None and 0 < float(fps) < math.inf:
+                rates[video_id] = float(fps)
+        except (TypeError, ValueError, ZeroDivisionError):
+            given = {key: entry.get(key) for key in ("fps", "frame", "duration")}
+            raise ValueError(f"{path}: {video_id}: {given} give no frame rate; correct them, or give --fps") from None
     return rates
 
 

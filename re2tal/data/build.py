@@ -113,7 +113,8 @@ def build_shards(
     if not records:
         raise ValueError(f"every video of subset {subset!r} is blocked; nothing is left to build")
     sources = _find_sources(records, videos, subset=subset, config=config)
-    folder = out / subset.lower()
+    subset = records[0].subset  # "val" of clips is their "validation"
+    folder = out / subset
     (folder / REPORTS).mkdir(parents=True, exist_ok=True)
     _refuse_other_settings(folder, annotations, config)
     plans = plan_shards(records, sources, config=config)
@@ -124,7 +125,7 @@ def build_shards(
     reports = [_finished(folder, plan) for plan in plans]
     done = [report for report in reports if report is not None]
     if len(done) == len(plans):
-        _finish(folder, done, subset=subset.lower(), classes=annotations.classes, config=config)
+        _finish(folder, done, subset=subset, classes=annotations.classes, config=config)
         remove_leftovers(folder, {plan.name for plan in plans})
     return BuiltSubset(
         folder=folder,

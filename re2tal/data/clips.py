@@ -139,7 +139,7 @@ def _entries(place: Path, videos: Path | None, problems: list[str]) -> list[_Ent
         lines = place.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"--clips {place} is not a text file in UTF-8: {error}") from None
-    header = [column.strip() for column in lines[0].split(",")] if lines else []
+    header = [column.strip() for column in next(csv.reader(lines[:1]), [])]
     if "youtube_id" in header:
         return list(_in_kinetics(place, lines, header, videos, problems))
     return list(_in_list(place, lines, videos or place.parent, problems))
@@ -165,8 +165,9 @@ def _in_kinetics(
     for path in _video_files(videos):
         files.setdefault(path.stem, []).append(path)
     subset = None if "split" in header else _subset_in_name(place)
-    for number, row in enumerate(csv.DictReader(lines[1:], fieldnames=header), start=2):
-        where = f"{place} line {number}"
+    rows = csv.DictReader(lines[1:], fieldnames=header)
+    for row in rows:
+        where = f"{place} line {rows.line_num + 1}"
         start, end = (row["time_start"] or "").strip(), (row["time_end"] or "").strip()
         if not (_is_whole(start) and _is_whole(end)):
             problems.append(f"{where}: time_start and time_end are {start!r} and {end!r}: give whole seconds")

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
-from re2tal.data.manifest import Count, Positive, Rejection, Sha256, ShardFile, ShardName, from_json
+from re2tal.data.manifest import Count, Positive, Rejection, Sha256, ShardFile, ShardName, SubsetName, from_json
 from re2tal.strict_json import read_json
 from re2tal.structures import VideoRecord
 
@@ -175,7 +175,7 @@ class FeatureManifest:
     format: Literal["re2tal-features"]
     version: Literal[1]
     dataset: str
-    subset: str
+    subset: SubsetName
     classes: tuple[str, ...]
     features: FeatureSpec
     totals: FeatureTotals

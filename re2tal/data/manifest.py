@@ -27,6 +27,8 @@ VIDEO_ID = re.compile(r"[A-Za-z0-9_-]{1,80}")
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 ShardName = Annotated[str, Field(pattern=r"^shard-[0-9]{6}\.tar$")]
+SubsetName = Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,40}$")]
+"""It names a folder."""
 Count = Annotated[int, Field(ge=0)]
 Positive = Annotated[int, Field(gt=0)]
 
@@ -168,7 +170,7 @@ class Manifest:
     format: Literal["re2tal-shards"]
     version: Literal[1]
     dataset: str
-    subset: str
+    subset: SubsetName
     classes: tuple[str, ...]
     encoding: Encoding
     seed: int

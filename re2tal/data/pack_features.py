@@ -106,11 +106,16 @@ def load_array(path: Path) -> np.ndarray:
 
 
 def find_features(folder: Path, video_ids: Sequence[str], *, file_names: Sequence[str]) -> dict[str, Path]:
-    """Video id -> its .npy file, for those that are there. Raises ValueError where there is none at all."""
+    """Video id -> its .npy file, for those that are there. Raises ValueError where there is none, or an id has two."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give the folder that holds the .npy files")
-    places = ((video_id, folder / f"{name.format(id=video_id)}.npy") for video_id in video_ids for name in file_names)
-    found = {video_id: path for video_id, path in places if path.is_file()}
+    found: dict[str, Path] = {}
+    for video_id in video_ids:
+        paths = [path for name in file_names if (path := folder / f"{name.format(id=video_id)}.npy").is_file()]
+        if len(paths) > 1:
+            raise ValueError(f"{folder} holds {' and '.join(path.name for path in paths)}, one video's; keep one")
+        if paths:
+            found[video_id] = paths[0]
     if not found:
         shown = ", ".join(f"{name.format(id=video_ids[0])}.npy" for name in file_names)
         raise ValueError(f"none of the {len(video_ids)} videos has features in {folder}; looked for {shown}")

@@ -194,6 +194,18 @@ def test_files_that_cannot_be_used_are_left_out_with_the_reason(tmp_path, capsys
     assert "6 of 8 videos cannot be used" in capsys.readouterr().err
 
 
+def test_a_video_with_two_files_and_a_rate_that_is_no_number_are_refused(tmp_path):
+    write_given(tmp_path, fps={"a": 30.0}, steps={"a": 40})
+    given = {"features": tmp_path, "annotations": tmp_path / "annotations.json", "out": tmp_path / "out"}
+    (tmp_path / "v_a.npy").write_bytes((tmp_path / "a.npy").read_bytes())
+    with pytest.raises(ValueError, match=r"holds a\.npy and v_a\.npy, one video's; keep one"):
+        pack(Pack(**given, stride_frames=4, window_frames=16))
+    path = tmp_path / "annotations.json"
+    path.write_text(path.read_text().replace('"fps": 30.0', '"fps": "fast"'))
+    with pytest.raises(ValueError, match=r"annotations\.json: a: \{'fps': 'fast', .* or give --fps"):
+        pack(Pack(**given, stride_frames=4, window_frames=16))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

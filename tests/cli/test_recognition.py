@@ -128,14 +128,17 @@ def test_its_backbone_starts_a_detector_and_the_run_is_no_detectors(trained, cap
     backbone = build_backbone(type(run.backbone)(name=run.backbone.name, weights=str(weights)))
     trained_weights = read_model(weights).weights
     assert all(torch.equal(value, trained_weights[f"backbone.{name}"]) for name, value in backbone.state_dict().items())
-    with pytest.raises(SystemExit) as end:
-        main(["detect", "--run", str(out), "--device", "cpu"])
-    assert end.value.code == 2
-    assert "is of a recognizer, which does not say when something happens" in capsys.readouterr().err
+    for command in (["detect", "--device", "cpu"], ["report"]):
+        with pytest.raises(SystemExit) as end:
+            main([*command, "--run", str(out)])
+        assert end.value.code == 2
+        assert "is of a recognizer, which does not say when something happens" in capsys.readouterr().err
 
 
 def test_commands_for_detectors_say_so(tmp_path):
     with pytest.raises(ValueError, match="give --annotations FILE to score detections, or --shards FOLDER"):
         evaluate(predictions=tmp_path / "results.json")
+    with pytest.raises(ValueError, match=r"scores a recognizer, for which --subset, .* mean nothing; leave them out"):
+        evaluate(predictions=tmp_path / "results.json", shards=tmp_path, proposals=100)
     with pytest.raises(ValueError, match="is of a recognizer; give a detector's"):
         import_weights(tmp_path / "best.pth", run=RecognitionConfig(), out=tmp_path / "run")

@@ -50,7 +50,7 @@ def test_a_folder_of_classes_in_subsets(tmp_path):
 
 def test_kinetics_own_csv_names_files_by_their_times_wherever_they_lie(tmp_path):
     rows = [
-        "label,youtube_id,time_start,time_end,split",
+        'label,"youtube_id",time_start,"time_end",split',
         '"petting animal (not cat)",-3B32lodo2M,59,69,train',
         "abseiling,abc_DEF-123,8.0,18.0,validate",
     ]
@@ -176,6 +176,9 @@ def test_clips_are_measured_packed_and_what_is_unsound_or_missing_is_left_out(tm
     }
     again = build_shards(clips, videos=clips.paths, out=tmp_path / "out", subset="training", config=config)
     assert again == built
+    val = read_clips([text(tmp_path / "val.txt", "short.mp4 run")], videos=folder)
+    built = build_shards(val, videos=val.paths, out=tmp_path / "out", subset="val", config=config)
+    assert open_shards(tmp_path / "out" / "validation").root == built.folder
     gone = read_clips([text(tmp_path / "val.txt", "gone.mp4 run")], videos=folder)
     with pytest.raises(ValueError, match=r"none of the 1 videos of subset 'validation' is where it should be; looked"):
         build_shards(gone, videos=gone.paths, out=tmp_path / "out", subset="validation", config=config)

@@ -154,6 +154,7 @@ def test_the_folder_above_names_the_ones_to_give(folder):
         (lambda m: m["shards"][0].update(name="../../etc/passwd"), r"shards\.0\.name is '\.\./\.\./etc/passwd'"),
         (lambda m: m["shards"][0].update(name="pipe:touch x"), r"shards\.0\.name is 'pipe:touch x'"),
         (lambda m: m["shards"][0].update(name="/shard-000000.tar"), r"shards\.0\.name"),
+        (lambda m: m.update(subset="../training"), r"subset is '\.\./training'"),
         (lambda m: m["shards"][0].update(num_bytes="12"), r"shards\.0\.num_bytes is '12'"),
         (lambda m: m.pop("classes"), "classes is"),
         (lambda m: m["encoding"].update(sampling={}), r"encoding\.sampling"),
