@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
-from re2tal.backbones import BackboneConfig, build_backbone
+from re2tal.backbones import BackboneConfig, build_backbone, check_wiring
 from re2tal.data.stream import ClipConfig
 from re2tal.data.windows import ResizeWhole, Trimmed
 from re2tal.detector import TemporalActionDetector
@@ -145,14 +145,22 @@ RUNS: dict[str, type[RunConfig] | type[RecognitionConfig]] = {
 
 
 def build_detector(config: RunConfig, classes: Sequence[str]) -> TemporalActionDetector:
-    """The detector that `config` describes for actions of `classes`, its backbone with the weights the config names."""
+    """The detector that `config` describes for actions of `classes`, its backbone with the weights the config names.
+
+    Raises ValueError for weights of another wiring too.
+    """
+    check_wiring(config.backbone)
     backbone = build_backbone(config.backbone)
     localizer = build_localizer(config.localizer, in_channels=backbone.out_channels, classes=classes)
     return TemporalActionDetector(backbone, localizer, num_steps=config.num_steps)
 
 
 def build_recognizer(config: RecognitionConfig, classes: Sequence[str]) -> tuple[Recognizer, str]:
-    """The recognizer that `config` describes, with the weights the config names, and a sentence on its classifier."""
+    """The recognizer that `config` describes, with the weights the config names, and a sentence on its classifier.
+
+    Raises ValueError for weights of another wiring too.
+    """
+    check_wiring(config.backbone)
     backbone = build_backbone(config.backbone)
     recognizer = Recognizer(backbone, config.recognizer, classes=classes)
     weights = config.backbone.weights

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,8 +13,11 @@ from torch import Tensor, nn
 
 from re2tal.backbones import BACKBONES, BackboneConfig, build_backbone
 from re2tal.backbones.base import VideoBackbone
-from re2tal.config import RecognitionConfig, build_recognizer
+from re2tal.cli.import_weights import import_weights
+from re2tal.config import RecognitionConfig, build_detector, build_recognizer
+from re2tal.recipes import find_recipe
 from re2tal.recognizer import Recognition, Recognizer, RecognizerConfig, load_classifier
+from re2tal.rewire import wiring_of
 from re2tal.structures import Action, Features, Timeline
 from re2tal.training.export import write_model
 
@@ -158,6 +162,26 @@ def test_a_trained_recognizer_is_where_a_detector_or_another_recognizer_starts(t
     again, said = build_recognizer(RecognitionConfig(backbone=BackboneConfig(name=name, weights=str(path))), CLASSES)
     assert said == f"the classifier is classifier of {path}"
     assert same(again, trained)
+
+
+def test_weights_of_a_rewired_network_are_not_taken_for_another_wirings(tmp_path):
+    config = RecognitionConfig(backbone=BackboneConfig(name="swin3d_nano", beta=0.5))
+    trained, _ = build_recognizer(config, CLASSES)
+    path = tmp_path / "model.safetensors"
+    write_model(path, trained.state_dict(), classes=CLASSES, wiring=wiring_of(trained))
+    taken = BackboneConfig(name="swin3d_nano", beta=0.5, weights=str(path))
+    assert same(build_recognizer(replace(config, backbone=taken), CLASSES)[0], trained)
+    for changes, ours in (({"rewired": False}, "plain"), ({"beta": 1.0}, r"rewired with .*'beta': 1\.0")):
+        backbone = replace(taken, **changes)
+        message = rf"was trained rewired with .*'beta': 0\.5.*, and here the backbone is {ours}.*; set backbone.rewired"
+        with pytest.raises(ValueError, match=message):
+            build_recognizer(replace(config, backbone=backbone), CLASSES)
+        with pytest.raises(ValueError, match=message):
+            build_detector(replace(find_recipe("demo"), backbone=backbone), CLASSES)
+    plain = tmp_path / "plain.safetensors"
+    import_weights(path, run=config, out=plain)
+    unwired = BackboneConfig(name="swin3d_nano", rewired=False, weights=str(plain))
+    assert same(build_recognizer(replace(config, backbone=unwired), CLASSES)[0].backbone, trained.backbone)
 
 
 def same(one: nn.Module, other: nn.Module) -> bool:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from importlib import import_module
+from pathlib import Path
 
 from re2tal.backbones import slowfast, stored, swin3d
 from re2tal.backbones.base import BackboneConfig, VideoBackbone, freeze, freeze_norms
+from re2tal.backbones.weights import read_metadata
 from re2tal.rewire import RewiringConfig, rewire
 
-__all__ = ["BACKBONES", "BackboneConfig", "VideoBackbone", "build_backbone"]
+__all__ = ["BACKBONES", "BackboneConfig", "VideoBackbone", "build_backbone", "check_wiring"]
 
 Builder = Callable[[BackboneConfig], VideoBackbone]
 
@@ -38,6 +41,31 @@ BACKBONES: dict[str, Builder] = {
     **_rows("clip", "nano", "base", "large", module="image_towers"),
     **_rows("siglip", "nano", "base", "large", module="image_towers"),
 }
+
+
+WIRING = ("unit", "merge", "segment", "beta")
+"""What a rewired network's function depends on beside its weights."""
+
+
+def check_wiring(config: BackboneConfig) -> None:
+    """ValueError where `weights` is a file of a network that training here left rewired, and `config` wires another.
+
+    The same weights compute one thing in one wiring and another in the other, and nothing else would tell.
+    """
+    if config.weights is None or not config.weights.endswith(".safetensors") or not Path(config.weights).is_file():
+        return
+    trained = json.loads(read_metadata(config.weights).get("wiring", "null"))
+    if trained is None:  # plain: what every wiring starts from
+        return
+    ours = {name: getattr(config, name) for name in WIRING}
+    if not config.rewired or ours != trained:
+        raise ValueError(
+            f"{config.weights} was trained rewired with {trained}, and here the backbone is "
+            f"{f'rewired with {ours}' if config.rewired else 'plain'}, which computes something else; set "
+            f"{', '.join(f'backbone.{name}' for name in ('rewired', *WIRING))} to what it was trained with. To start "
+            f"from these numbers all the same: re2tal import {config.weights} --backbone.name {config.name} "
+            "--out FILE.safetensors"
+        )
 
 
 def build_backbone(config: BackboneConfig) -> VideoBackbone:

@@ -136,6 +136,15 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     return _unwrap(content, path)
 
 
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """What the header of a .safetensors file says beside names and shapes; ValueError where it cannot be read."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+
+
 def _read_safetensors(path: Path) -> Checkpoint:
     with safe_open(path, framework="pt") as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from re2tal.backbones import BackboneConfig, VideoBackbone, build_backbone
+from re2tal.backbones import BackboneConfig, VideoBackbone, build_backbone, check_wiring
 from re2tal.backbones.stored import NAME
 from re2tal.cli.detect import default_device, load_detector
 from re2tal.cli.shards import parse_part, report_built
@@ -170,6 +170,7 @@ def _backbone(options: Extract, run: RunConfig | None) -> tuple[VideoBackbone, B
         return load_detector(options.run, run).backbone, run.backbone, f"trained by run {run.name}"
     seed_generators(options.seed, rank=0)
     settings = options.backbone
+    check_wiring(settings)
     return build_backbone(settings), settings, settings.weights or f"random, seed {options.seed}"
 
 

@@ -12,7 +12,7 @@ from re2tal.config import RecognitionConfig, RunConfig, save_config
 from re2tal.conversion import import_backbone, import_detector
 from re2tal.data.annotations import read_class_list
 from re2tal.localizers.class_map import AGNOSTIC_CLASS
-from re2tal.rewire import beta_of
+from re2tal.rewire import wiring_of
 from re2tal.training.export import write_model, write_tensors
 
 
@@ -49,7 +49,7 @@ def import_weights(
     detector, report = import_detector(weights, config, classes=_classes(classes, config))
     out.mkdir(parents=True, exist_ok=True)
     names = detector.localizer.classes
-    write_model(out / "model.safetensors", detector.state_dict(), classes=names, beta=beta_of(detector))
+    write_model(out / "model.safetensors", detector.state_dict(), classes=names, wiring=wiring_of(detector))
     # Last, because it is what makes the folder a run.
     save_config(out / "config.json", config)
     print(f"{report}\n{out}: for re2tal detect --run {out} --videos FOLDER")

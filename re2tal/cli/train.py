@@ -36,7 +36,7 @@ from re2tal.distributed import World, is_main, main_process_first, resolve_world
 from re2tal.inference import detector_input
 from re2tal.planning.choice import StepPlan, shared_plan
 from re2tal.recipes import find_recipe
-from re2tal.rewire import beta_of
+from re2tal.rewire import wiring_of
 from re2tal.strict_json import write_json
 from re2tal.structures import Batch, FeatureBatch
 from re2tal.training.annealing import beta_course
@@ -287,7 +287,7 @@ def _finish(trainer: Trainer, folder: Path, evaluate: Callable[[Engine], Outcome
     if not is_main():
         return
     model = trainer.engine.module
-    write_model(folder / "model.safetensors", weights, classes=model.classes, beta=beta_of(model))
+    write_model(folder / "model.safetensors", weights, classes=model.classes, wiring=wiring_of(model))
     outcome.write(folder / "results.json")
     summary = {
         **outcome.summary,

@@ -94,7 +94,7 @@ class Steps:
     def __post_init__(self) -> None:
         """Features are means over stretches of time: taken at another rate, they would lie between two stretches."""
         match self.windowing:
-            case Slide(frames_per_second=float(rate) | int(rate)):
+            case Slide(frames_per_second=rate) if rate is not None:
                 self._check_rate(rate)
 
     def _check_rate(self, rate: float) -> None:

@@ -1,6 +1,6 @@
 """From a stock residual network to a rewired one: in place, no parameter added, removed or renamed."""
 
-from re2tal.rewire.beta import beta_of, count_states, set_beta
+from re2tal.rewire.beta import beta_of, count_states, set_beta, wiring_of
 from re2tal.rewire.between import Between, forgetful
 from re2tal.rewire.branches import Branch, residual_branches, why_not_residual, wrap_output
 from re2tal.rewire.cuts import Cut, Part, by_samples, by_tokens
@@ -27,6 +27,7 @@ __all__ = [
     "set_beta",
     "unrewire",
     "why_not_residual",
+    "wiring_of",
     "worst_reading",
     "wrap_output",
 ]

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -30,6 +30,18 @@ def beta_of(model: nn.Module) -> float | None:
     if len(found) > 1:
         raise ValueError(f"the rewired stages of this {type(model).__name__} have beta {sorted(found)}; set it for all")
     return found.pop() if found else None
+
+
+def wiring_of(model: nn.Module) -> dict[str, Any] | None:
+    """What the function of a rewired network depends on beside its weights: `unit`, `merge`, `segment`, `beta`.
+
+    None where nothing is rewired. Raises ValueError where stages differ in beta.
+    """
+    stages = _stages(model)
+    if not stages:
+        return None
+    config = stages[0].config
+    return {"unit": config.unit, "merge": config.merge, "segment": config.segment, "beta": beta_of(model)}
 
 
 class StateCount(NamedTuple):

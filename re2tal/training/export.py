@@ -1,6 +1,6 @@
 """model.safetensors: what training leaves for inference.
 
-Float32 weights and buffers by name; in the header class names, and the coupling that a rewired network was trained to.
+Float32 weights and buffers by name; in the header class names, and how a rewired network was wired when training ended.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from re2tal.rewire import beta_of
+from re2tal.rewire import wiring_of
 
 FORMAT = "re2tal-model"
 
@@ -27,8 +28,8 @@ class ModelFile:
     path: Path
     weights: dict[str, Tensor]
     classes: tuple[str, ...]
-    beta: float | None = None
-    """Of the rewired network that was trained; None for a plain one."""
+    wiring: Mapping[str, Any] | None = None
+    """`wiring_of` the network that was trained; None for a plain one."""
 
     def load_into(self, detector: nn.Module, *, classes: Sequence[str]) -> None:
         """Gives a detector or recognizer, built for `classes` these weights. ValueError where they do not fit."""
@@ -37,10 +38,10 @@ class ModelFile:
                 f"{self.path} was trained for {len(self.classes)} classes {_brief(self.classes)}, the detector is for "
                 f"{len(classes)} {_brief(classes)}; build it with the classes of the file, or train with this data"
             )
-        if self.beta not in (None, beta_of(detector)):
+        if self.wiring not in (None, wiring_of(detector)):
             raise ValueError(
-                f"{self.path} was trained to backbone.beta {self.beta}, the detector is built with "
-                f"{beta_of(detector)}, which is another network; use the config.json of the run that wrote it"
+                f"{self.path} was trained rewired with {self.wiring}, the detector is built with "
+                f"{wiring_of(detector)}, which is another network; use the config.json of the run that wrote it"
             )
         own = {name: tuple(value.shape) for name, value in detector.state_dict().items()}
         saved = {name: tuple(value.shape) for name, value in self.weights.items()}
@@ -56,10 +57,10 @@ class ModelFile:
 
 
 def write_model(
-    path: Path, weights: Mapping[str, Tensor], *, classes: Sequence[str], beta: float | None = None
+    path: Path, weights: Mapping[str, Tensor], *, classes: Sequence[str], wiring: Mapping[str, Any] | None = None
 ) -> None:
-    """Writes the file whole or not at all; `beta` is that of a rewired network."""
-    header = {"format": FORMAT, "classes": json.dumps(list(classes)), "beta": json.dumps(beta)}
+    """Writes the file whole or not at all; `wiring` is `wiring_of` the network."""
+    header = {"format": FORMAT, "classes": json.dumps(list(classes)), "wiring": json.dumps(wiring)}
     write_tensors(path, weights, metadata=header)
 
 
@@ -85,8 +86,8 @@ def read_model(path: Path) -> ModelFile:
         raise ValueError(f"{path} is not a safetensors file ({error}); copy it again, or train again") from None
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is not a trained re2tal model; backbone weights go to --backbone.weights")
-    beta = json.loads(metadata.get("beta", "null"))
-    return ModelFile(path, weights, tuple(json.loads(metadata["classes"])), beta)
+    wiring = json.loads(metadata.get("wiring", "null"))
+    return ModelFile(path, weights, tuple(json.loads(metadata["classes"])), wiring)
 
 
 def _brief(classes: Sequence[str]) -> str:

@@ -10,6 +10,8 @@ from training.tiny import RewiredTinyDetector, TinyDetector
 from re2tal.rewire import set_beta
 from re2tal.training.export import read_model, write_model
 
+WIRING = {"unit": "branch", "merge": "mean", "segment": None, "beta": 0.75}
+
 
 def test_weights_and_classes_come_back(tmp_path):
     source, target = TinyDetector(), TinyDetector()
@@ -38,10 +40,10 @@ def test_another_network_is_refused(tmp_path):
 
 
 def test_a_network_of_another_coupling_is_refused(tmp_path):
-    write_model(tmp_path / "model.safetensors", RewiredTinyDetector().state_dict(), classes=["a"], beta=0.75)
+    write_model(tmp_path / "model.safetensors", RewiredTinyDetector().state_dict(), classes=["a"], wiring=WIRING)
     model, detector = read_model(tmp_path / "model.safetensors"), RewiredTinyDetector()
-    assert model.beta == 0.75
-    with pytest.raises(ValueError, match=r"was trained to backbone.beta 0.75, the detector is built with 1.0"):
+    assert model.wiring == WIRING
+    with pytest.raises(ValueError, match=r"was trained rewired with .*0\.75.*, the detector is built with .*1\.0"):
         model.load_into(detector, classes=["a"])
     set_beta(detector, 0.75)
     model.load_into(detector, classes=["a"])
