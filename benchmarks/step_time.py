@@ -1,6 +1,6 @@
 """Time of a training step of a backbone in every form (forms.py), and what exact rebuilding costs.
 
-    setsid python benchmarks/step_time.py [--quick] [--device cuda] [--model NAME ...] [--json FILE]
+    python benchmarks/step_time.py [--quick] [--device cuda] [--model NAME ...] [--json FILE]
 
 Runs are paired: all forms in turn, every second time in the opposite order, and a ratio is the median of the ratios
 within runs. The exact form has its states on the grid that makes rebuilding exact, the inexact one has plain float32

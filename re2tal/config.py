@@ -80,6 +80,19 @@ class Run:
                 f"annealing.epochs is {self.annealing.epochs}, but the backbone is not rewired; set backbone.rewired, "
                 "or annealing.epochs to 0"
             )
+        if not self.backbone.rewired:
+            _refuse_settings_of_rewired(self.backbone)
+
+
+def _refuse_settings_of_rewired(backbone: BackboneConfig) -> None:
+    """ValueError for what a backbone that is not rewired would silently leave out."""
+    for name in ("beta", "segment", "chunk_mebibytes", "offload", "states"):
+        value = getattr(backbone, name)
+        if value != getattr(BackboneConfig(), name):
+            raise ValueError(
+                f"backbone.{name} is {value!r}, but the backbone is not rewired; set backbone.rewired, or leave "
+                f"backbone.{name} out"
+            )
 
 
 @dataclass(frozen=True)

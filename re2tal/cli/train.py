@@ -62,6 +62,8 @@ INTERRUPTED = 75
 
 FREE_TO_CHANGE = (
     "name",
+    "backbone.monitor_every",
+    "backbone.offload",
     "data.shards",
     "data.clips.workers",
     "data.clips.prefetch",

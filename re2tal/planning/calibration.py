@@ -39,6 +39,8 @@ def measured_seconds(
 ) -> list[list[float]]:
     """Seconds of forward and backward, by setting and by stage, for the clips of `run`.
 
+    The device is left empty, and its count of the most that was allocated begins anew.
+
     `plain_bytes`: what a step on these clips needs when everything is kept; `order`: names of the stages as they run.
     The caller's random generators stay as they are.
     """
@@ -50,6 +52,10 @@ def measured_seconds(
         for setting in settings:
             _seconds(backbone, setting, frames, order)  # libraries find their kernels
         rounds = [[_seconds(backbone, setting, frames, order) for setting in settings] for _ in range(ROUNDS)]
+        del backbone, frames
+    if devices:
+        torch.get_device_module(device).empty_cache()
+        torch.get_device_module(device).reset_peak_memory_stats(device)
     return [
         [statistics.median(times) / share for times in zip(*(one[number] for one in rounds), strict=True)]
         for number in range(len(settings))

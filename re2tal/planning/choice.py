@@ -157,6 +157,11 @@ def _refuse_what_cannot_be_planned(run: RunConfig | RecognitionConfig) -> None:
         raise ValueError(f"{key}, but a frozen backbone keeps nothing; leave the budget out")
     if run.annealing.epochs > 0:
         raise ValueError(f"{key}, but what is kept changes with annealing; leave annealing.epochs or the budget out")
+    if backbone.states == "int32":
+        raise ValueError(
+            f"{key}, but stages with backbone.states 'int32' cannot keep their activations, which a plan may want; set "
+            "backbone.states to 'float32', or leave the budget out"
+        )
     if backbone.offload:
         raise ValueError(f"{key}, which plans for the device alone; leave backbone.offload or the budget out")
 
@@ -171,7 +176,6 @@ class _Planner:
     def plan(self) -> StepPlan:
         """ValueError with the smallest budget there is, where this one is too small."""
         traces = self._traces()
-        plain = self.zero.during_backward + traces[STORED].peak
         measured = measured_seconds(
             self.run,
             list(traces),
@@ -183,7 +187,6 @@ class _Planner:
         choices = [_options(traces, seconds, s, stage=stage) for s, stage in enumerate(self.stages.values())]
         options = [[option for _, option in choice] for choice in choices]
         ground = traces[REBUILT].ground()
-        self._refuse_too_little(ground, options, choices, plain)
         room = self.budget - self.zero.during_backward
         for _ in range(MOST_REHEARSALS):
             found = fastest(ground, options, budget=room)
@@ -197,6 +200,7 @@ class _Planner:
                 )
             room -= max(1, memory.peak - self.budget)
         settings, memory = self._smallest(ground, options, choices)
+        self._refuse_too_much(memory)
         parts = [dict(choice)[setting] for choice, setting in zip(choices, settings, strict=True)]
         return self._plan(settings, memory, parts, seconds)
 
@@ -239,16 +243,7 @@ class _Planner:
         settings = [choice[number][0] for choice, number in zip(choices, found.options, strict=True)]
         return settings, step_memory(self._rehearsed(settings), self.zero)
 
-    def _refuse_too_little(
-        self,
-        ground: Ground,
-        options: Sequence[Sequence[Option]],
-        choices: Sequence[Sequence[tuple[Setting, Option]]],
-        plain: int,
-    ) -> None:
-        if self.budget >= plain:
-            return
-        _, memory = self._smallest(ground, options, choices)
+    def _refuse_too_much(self, memory: StepMemory) -> None:
         if memory.peak > self.budget:
             raise ValueError(
                 f"engine.memory_budget_gb allows {self.budget / GIGABYTE:.3f} GB, but no plan of this step needs less "

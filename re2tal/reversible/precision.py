@@ -134,5 +134,7 @@ def check_numbers(states: States, grid: Grid) -> None:
         raise ValueError(f"unknown states {states!r}; known: {list(get_args(States))}")
     if grid not in ("auto", None) and not (isinstance(grid, float | int) and grid > 0):
         raise ValueError(f"grid is {grid}; give a positive step such as 2**-14, 'auto', or None for no grid")
+    if states == "bfloat16" and grid not in ("auto", None):
+        raise ValueError(f"grid is {grid}, but bfloat16 states have none; set grid to 'auto', or states to 'float32'")
     if states == "int32" and grid is None:
         raise ValueError("int32 states count steps of a grid, and grid is None; give a step such as 2**-16, or 'auto'")

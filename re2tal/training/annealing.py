@@ -43,4 +43,10 @@ def beta_course(
             f"annealing.epochs = {config.epochs} is {annealing_steps} steps, but the run has only {num_steps}; shorten "
             "it, or train for more epochs: a trained network is used with backbone.beta"
         )
-    return lambda step: config.start + (end - config.start) * min(step / annealing_steps, 1.0)
+
+    def course(step: int) -> float:
+        if step >= annealing_steps:
+            return end  # to the bit: the trained network is built with it
+        return config.start + (end - config.start) * step / annealing_steps
+
+    return course

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import time
 from collections import OrderedDict
@@ -85,7 +86,7 @@ class EngineConfig:
         for name in ("batch_size", "gradient_accumulation"):
             if getattr(self, name) < 1:
                 raise ValueError(f"engine.{name} is {getattr(self, name)}; it must be at least 1")
-        if not (self.memory_budget_gb in ("auto", None) or float(self.memory_budget_gb) > 0):
+        if not (self.memory_budget_gb in ("auto", None) or 0 < float(self.memory_budget_gb) < math.inf):
             raise ValueError(
                 f"engine.memory_budget_gb is {self.memory_budget_gb}; give a positive number of gigabytes, auto or None"
             )

@@ -17,6 +17,7 @@ from re2tal.planning.calibration import measured_seconds
 from re2tal.planning.choice import StepPlan, plan_step
 from re2tal.planning.rehearsal import stages_of
 from re2tal.planning.settings import Setting
+from re2tal.planning.zero_memory import zero_memory
 
 CPU = torch.device("cpu")
 
@@ -82,6 +83,16 @@ def test_a_budget_below_the_smallest_plan_is_refused_with_what_that_needs(ds) ->
 
 
 @pytest.mark.usefixtures("_by_hand")
+def test_a_budget_that_only_the_optimizer_exceeds_is_refused_too(ds, monkeypatch) -> None:
+    enough = planned(ds, 10.0)
+    monkeypatch.setattr(
+        choice, "zero_memory", lambda *args, **options: replace(zero_memory(*args, **options), step=10**10)
+    )
+    with pytest.raises(ValueError, match=r"no plan of this step needs less than 1\d\.\d+ GB"):
+        planned(ds, 2 * enough.memory.peak / 1e9)
+
+
+@pytest.mark.usefixtures("_by_hand")
 def test_without_a_budget_nothing_is_planned_and_parts_add_up_to_the_peak(ds) -> None:
     plan = planned(ds, None)
     assert plan.settings == {}
@@ -107,6 +118,7 @@ def test_seconds_are_measured_for_every_stage_and_leave_the_generators_alone() -
     [
         ({"rewired": False}, "the backbone is not rewired, so nothing can be rebuilt"),
         ({"frozen": True}, "a frozen backbone keeps nothing"),
+        ({"states": "int32"}, "stages with backbone.states 'int32' cannot keep their activations"),
         ({"offload": True}, "leave backbone.offload or the budget out"),
     ],
 )
@@ -122,6 +134,7 @@ def test_auto_is_refused_on_a_cpu(ds) -> None:
         planned(ds, "auto")  # type: ignore[arg-type]
 
 
-def test_a_budget_must_be_positive() -> None:
-    with pytest.raises(ValueError, match="memory_budget_gb is -1; give a positive number of gigabytes"):
-        small_run(memory_budget_gb=-1)
+@pytest.mark.parametrize("budget", [-1, float("inf")])
+def test_a_budget_must_be_positive_and_finite(budget) -> None:
+    with pytest.raises(ValueError, match=f"memory_budget_gb is {budget}; give a positive number of gigabytes"):
+        small_run(memory_budget_gb=budget)

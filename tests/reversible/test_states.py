@@ -148,6 +148,7 @@ def test_couplings_that_are_no_sums_keep_all_states_of_narrow_numbers_and_use_no
         ({"states": "int32", "grid": None}, r"int32 states count steps of a grid, and grid is None; give a step"),
         ({"states": "int32", "recompute": False}, "autograd keeps no gradient of int32 states; set recompute"),
         ({"states": "int32", "grid": -1.0}, "grid is -1.0; give a positive step"),
+        ({"states": "bfloat16", "grid": 2.0**-8}, "grid is 0.00390625, but bfloat16 states have none; set grid to"),
     ],
 )
 def test_numbers_without_meaning_are_refused(options, message) -> None:

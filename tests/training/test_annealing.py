@@ -20,6 +20,12 @@ def test_beta_may_start_and_end_anywhere():
     assert [course(step) for step in range(3)] == pytest.approx([0.9, 0.7, 0.5])
 
 
+def test_beta_ends_at_the_very_number_that_the_trained_network_is_built_with():
+    course = beta_course(AnnealingConfig(epochs=1, start=0.2), end=0.9, steps_per_epoch=3, num_steps=3)
+    assert 0.2 + (0.9 - 0.2) != 0.9
+    assert course(3) == 0.9
+
+
 def test_without_epochs_there_is_no_course():
     assert beta_course(AnnealingConfig(), end=0.5, steps_per_epoch=4, num_steps=2) is None
 
@@ -46,3 +52,14 @@ def test_a_plain_backbone_has_nothing_to_anneal():
     plain = dataclasses.replace(config.backbone, rewired=False)
     with pytest.raises(ValueError, match=r"annealing.epochs is 2, but the backbone is not rewired"):
         dataclasses.replace(config, backbone=plain, annealing=AnnealingConfig(epochs=2))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("beta", 0.5), ("segment", 2), ("chunk_mebibytes", 8.0), ("offload", True), ("states", "int32")],
+)
+def test_settings_of_a_rewired_backbone_are_refused_where_it_is_plain(name, value):
+    config = RunConfig()
+    plain = dataclasses.replace(config.backbone, rewired=False, **{name: value})
+    with pytest.raises(ValueError, match=f"backbone.{name} is {value!r}, but the backbone is not rewired"):
+        dataclasses.replace(config, backbone=plain)
