@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from re2tal.backbones import stored
 from re2tal.config import RecognitionConfig, RunConfig
 from re2tal.distributed import gather_objects, is_main
 from re2tal.planning.calibration import measured_seconds
@@ -91,6 +92,7 @@ def plan_step(
     """
     settings = resolve_deepspeed_config(ds, run.engine, world_size=world_size)
     stage, budget = settings["zero_optimization"].get("stage", 0), _budget(run, device, free_bytes)
+    _refuse_what_cannot_be_rehearsed(run, device)
     if budget is not None:
         _refuse_what_cannot_be_planned(run)
     rehearsal = Rehearsal(run, device=device, num_classes=num_classes, free_gradients=stage >= 2)
@@ -147,6 +149,18 @@ def _budget(run: RunConfig | RecognitionConfig, device: torch.device, free_bytes
             return free_memory(device) if free_bytes is None else free_bytes
         case gigabytes:
             return floor(gigabytes * GIGABYTE)
+
+
+def _refuse_what_cannot_be_rehearsed(run: RunConfig | RecognitionConfig, device: torch.device) -> None:
+    if run.backbone.name == stored.NAME:
+        raise ValueError(
+            f"backbone.name is {stored.NAME!r}: a run on stored features has no network whose memory could be planned; "
+            "give the recipe of one on videos, and leave engine.memory_budget_gb out of this one"
+        )
+    if run.backbone.offload and device.type != "cpu":
+        raise ValueError(
+            "backbone.offload is set, but bytes are counted wherever they lie, those on the host too; plan without it"
+        )
 
 
 def _refuse_what_cannot_be_planned(run: RunConfig | RecognitionConfig) -> None:

@@ -16,7 +16,8 @@ States may be other numbers than these:
     "float32"     on the grid above where branches compute in narrow numbers, and wherever a step is given
     "int32"       counts of the step, so multiples of it up to 2**31 steps: with 2**-16 to 32768. Sums of integers wrap
                   around and are exact whatever they are, so nothing is ever rebuilt with an error, and a step may be
-                  any number; but every state is converted for its branch
+                  any number; but every state is converted for its branch. NaN and infinity become some integer: a
+                  network that diverges shows it in its gradients, and no longer in its loss
     "bfloat16"    half the memory and no grid: what a rebuilt state is off by grows with every branch
 
 Only Re2TAL's coupling is a sum. Others multiply states by fractions, which leaves every grid, so they have none, and

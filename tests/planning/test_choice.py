@@ -11,6 +11,7 @@ import torch
 from planning.rehearsed import INSIDE, STATE, STORED_UNIT, Rehearsed
 from planning.small import small_run
 
+from re2tal.backbones import BackboneConfig
 from re2tal.config import build_detector
 from re2tal.planning import choice
 from re2tal.planning.calibration import measured_seconds
@@ -127,6 +128,16 @@ def test_what_no_plan_can_hold_is_refused(change, message, ds) -> None:
     run = replace(run, backbone=replace(run.backbone, **change))
     with pytest.raises(ValueError, match=message):
         plan_step(run, ds, world_size=1, num_classes=4, device=CPU)
+
+
+def test_what_no_rehearsal_can_count_is_refused(ds) -> None:
+    run = small_run()
+    offloaded = replace(run, backbone=replace(run.backbone, offload=True))
+    with pytest.raises(ValueError, match=r"backbone\.offload is set, but bytes are counted wherever they lie"):
+        plan_step(offloaded, ds, world_size=1, num_classes=4, device=torch.device("cuda"))
+    features = replace(run, backbone=BackboneConfig(name="features", feature_channels=8, rewired=False))
+    with pytest.raises(ValueError, match="a run on stored features has no network whose memory could be planned"):
+        plan_step(features, ds, world_size=1, num_classes=4, device=CPU)
 
 
 def test_auto_is_refused_on_a_cpu(ds) -> None:
