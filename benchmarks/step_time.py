@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -20,16 +21,18 @@ from memory import MODELS, TIMED
 from re2tal.strict_json import write_json
 
 
-def measure(name: str, device: torch.device, *, quick: bool, num: int) -> dict[str, float]:
-    """Prints seconds and ratios of one backbone, and returns the ratios."""
+def measure(name: str, device: torch.device, *, quick: bool, num: int, mebibytes: float | None) -> dict[str, float]:
+    """Prints seconds and ratios of one backbone, and returns the ratios. `mebibytes` of a piece may be given."""
     model, network = MODELS[name], Network(name, device=device)
     case = model.quick if quick else model.real if device.type == "cuda" else model.case
+    case = replace(case, chunk_mebibytes=mebibytes or case.chunk_mebibytes)
     steps: dict[str, Step | None] = {form: network.step(form, case) for form in TIMED}
     steps |= {"plain, bf16": network.step("plain", case, autocast=True)}
     steps |= {"exact, bf16": network.step("in pieces", case, autocast=True)}
     steps |= {"inexact, bf16": network.step("in pieces", case, autocast=True, grid=None)}
     seconds = list(rounds({form: step for form, step in steps.items() if step is not None}, device, num=num))
     ratios = {
+        "checkpoint / plain": median_ratio(seconds, "checkpoint", "plain"),
         "reversible / plain": median_ratio(seconds, "reversible", "plain"),
         "reversible / checkpoint": median_ratio(seconds, "reversible", "checkpoint"),
         "in pieces / plain": median_ratio(seconds, "in pieces", "plain"),
@@ -37,7 +40,7 @@ def measure(name: str, device: torch.device, *, quick: bool, num: int) -> dict[s
         "exact / inexact, bf16": median_ratio(seconds, "exact, bf16", "inexact, bf16"),
         "exact / plain, bf16": median_ratio(seconds, "exact, bf16", "plain, bf16"),
     }
-    print(f"\n{name}, {case}, {num} runs")
+    print(f"\n{name}, {case}, {num} runs", flush=True)
     for form in steps:
         print(f"{form:26}{statistics.median(each[form] for each in seconds):8.2f} s")
     for name, ratio in ratios.items():
@@ -52,11 +55,15 @@ def main() -> None:
     parser.add_argument("--device", type=torch.device, default=torch.device("cpu"))
     parser.add_argument("--model", action="append", choices=sorted(MODELS), help="only these; may be repeated")
     parser.add_argument("--runs", type=int, help="how many runs of all forms")
+    parser.add_argument("--mebibytes", type=float, help="of a piece; by default what suits the video")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     num = arguments.runs or (3 if arguments.quick else 7)
     names = [name for name in MODELS if name in (arguments.model or MODELS)]
-    results = {name: measure(name, arguments.device, quick=arguments.quick, num=num) for name in names}
+    results = {
+        name: measure(name, arguments.device, quick=arguments.quick, num=num, mebibytes=arguments.mebibytes)
+        for name in names
+    }
     if arguments.json:
         write_json(arguments.json, results)
 
