@@ -165,15 +165,15 @@ def test_a_trained_recognizer_is_where_a_detector_or_another_recognizer_starts(t
 
 
 def test_weights_of_a_rewired_network_are_not_taken_for_another_wirings(tmp_path):
-    config = RecognitionConfig(backbone=BackboneConfig(name="swin3d_nano", beta=0.5))
+    config = RecognitionConfig(backbone=BackboneConfig(name="swin3d_nano", unit="block"))
     trained, _ = build_recognizer(config, CLASSES)
     path = tmp_path / "model.safetensors"
     write_model(path, trained.state_dict(), classes=CLASSES, wiring=wiring_of(trained))
-    taken = BackboneConfig(name="swin3d_nano", beta=0.5, weights=str(path))
+    taken = BackboneConfig(name="swin3d_nano", unit="block", weights=str(path))
     assert same(build_recognizer(replace(config, backbone=taken), CLASSES)[0], trained)
-    for changes, ours in (({"rewired": False}, "plain"), ({"beta": 1.0}, r"rewired with .*'beta': 1\.0")):
+    for changes, ours in (({"rewired": False}, "plain"), ({"unit": "branch"}, "rewired with .*'unit': 'branch'")):
         backbone = replace(taken, **changes)
-        message = rf"was trained rewired with .*'beta': 0\.5.*, and here the backbone is {ours}.*; set backbone.rewired"
+        message = rf"was trained rewired with .*'unit': 'block'.*, and here the backbone is {ours}.*; set back"
         with pytest.raises(ValueError, match=message):
             build_recognizer(replace(config, backbone=backbone), CLASSES)
         with pytest.raises(ValueError, match=message):

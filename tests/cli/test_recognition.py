@@ -111,6 +111,7 @@ def test_two_ranks_learn_and_one_rank_finds_the_same_in_their_weights(trained, s
     assert json.loads((out / "figures.json").read_text())["num_videos"] == 4
 
 
+@pytest.mark.slow  # that the trainer resumes to the bit is held on detectors too (tests/cli/test_train.py)
 def test_a_resumed_run_ends_with_the_same_weights(trained):
     out, command = trained
     whole = read_model(out / "model.safetensors")
