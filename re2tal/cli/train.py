@@ -102,13 +102,13 @@ def train(
     folder = out or Path("runs") / run.name
     device = join(world, run.engine)
     try:
-        _claim(folder, world, resume=resume, overwrite=overwrite)
         _make_demo_data(run, world)
         training, validation = _open_both(run)
         if isinstance(run, RunConfig) and isinstance(training, FeatureSet):
             run = on_features(run, training)
         check_kind(run, training)
         _check_norms(run)
+        _claim(folder, world, resume=resume, overwrite=overwrite)
         clips = _stream(run, validation, world, training=False)
         evaluate = partial(judge, run=run, shards=validation, clips=clips)
         plan = _plan(run, ds, world, classes=training.classes, device=device)

@@ -77,7 +77,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
         (["--ds", "/no/ds.json"], "/no/ds.json is not a file"),
         (["--data.shards", "/no/shards", "--out", "OUT"], "/no/shards/training is not a folder"),
         (["--resume", "--overwrite"], "--resume continues the earlier run, --overwrite removes it; give one of them"),
-        (["--recipe", "thumos14_re2swin_tiny"], "backbone.weights names no weights; give --backbone.weights FILE"),
+        (["--recipe", "thumos14_re2swin_tiny"], "shards/thumos14/training is not a folder; build it"),
     ],
 )
 def test_what_a_newcomer_gets_wrong_is_said_in_one_line(arguments, message, tmp_path):

@@ -93,6 +93,9 @@ def test_from_videos_to_a_score_and_the_same_weights_after_a_restart(shards, tmp
     with pytest.raises(RuntimeError, match=r"number of ranks is 1, the checkpoint has 2"):
         launch_ranks([*again, "--training.seed", "7", "--resume"], world_size=1)
     assert load_config(out / "config.json").training.seed == 0, "what was refused replaced the run's own configuration"
+    with pytest.raises(RuntimeError, match=r"backbone.norm_eval freezes the norms of a pretrained backbone"):
+        launch_ranks([*again, "--overwrite", "--backbone.norm-eval"], world_size=1)
+    assert (out / "model.safetensors").is_file(), "what was refused removed the earlier run"
 
 
 def re2tal(*arguments: object) -> None:
