@@ -1,7 +1,7 @@
 """From a trained plain detector to a reversible one: how far off each way starts, what it keeps, where training ends.
 
     bash launch/quickstart.sh
-    python benchmarks/rewiring.py [--depths 2 6 2] [--plain FILE] [--quick] [--json FILE]
+    python benchmarks/rewiring.py [--depths 2 6 2] [--plain FILE] [--form NAME ...] [--quick] [--json FILE]
 
 The plain detector is the demo's with `depths` blocks a stage. It starts from the weights of the quickstart's detector,
 with blocks beyond those adding nothing, and is trained plain until all of them do (or is read from FILE, where it is
@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -168,12 +169,17 @@ class Bench:
         return live.peak
 
 
-def compare(bench: Bench, plain: dict[str, Tensor], *, epochs: int) -> dict[str, dict[str, float]]:
+def compare(
+    bench: Bench, plain: dict[str, Tensor], names: Sequence[str], *, epochs: int
+) -> dict[str, dict[str, float]]:
     """Prints a row for each form, and returns them."""
     rows: dict[str, dict[str, float]] = {}
-    reference, whole = torch.empty(0), 0
+    unchanged = bench.detector(FORMS["plain"])
+    unchanged.load_state_dict(plain)
+    reference, whole = bench.features(unchanged), bench.peak_bytes(unchanged)
     print(f"{'':40}{'gap':>10}{'mAP':>10}{'trained':>10}{'memory':>16}")
-    for name, form in FORMS.items():
+    for name in names:
+        form = FORMS[name]
         detector = bench.detector(form)
         detector.load_state_dict(plain)
         peaks = []
@@ -181,8 +187,6 @@ def compare(bench: Bench, plain: dict[str, Tensor], *, epochs: int) -> dict[str,
             if beta is not None:
                 set_beta(detector, beta)
             peaks.append(bench.peak_bytes(detector))
-        if name == "plain":
-            reference, whole = bench.features(detector), peaks[0]
         rows[name] = {
             "gap": float((bench.features(detector) - reference).norm() / reference.norm()),
             "map_before": bench.score(detector),
@@ -203,6 +207,7 @@ def main() -> None:
     parser.add_argument("--start", type=Path, default=Path("runs/quickstart/model.safetensors"))
     parser.add_argument("--depths", type=int, nargs="+", default=[2, 6, 2], help="blocks of each stage")
     parser.add_argument("--plain", type=Path, help="safetensors file of the plain detector: read, or else written")
+    parser.add_argument("--form", action="append", choices=list(FORMS), help="only these; may be repeated")
     parser.add_argument("--growing-epochs", type=int, default=12)
     parser.add_argument("--epochs", type=int, default=3, help="of training each form")
     parser.add_argument("--quick", action="store_true", help="one epoch of everything")
@@ -220,7 +225,7 @@ def main() -> None:
         plain = {name: value.clone() for name, value in detector.state_dict().items()}
         if arguments.plain:
             save_file(plain, arguments.plain)
-    rows = compare(bench, plain, epochs=epochs)
+    rows = compare(bench, plain, arguments.form or list(FORMS), epochs=epochs)
     if arguments.json:
         write_json(arguments.json, rows)
 
