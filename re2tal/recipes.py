@@ -208,8 +208,8 @@ def activitynet_actionformer_features() -> RunConfig:
 
 
 def demo_clips() -> RecognitionConfig:
-    """The demo's backbone from random weights on trimmed clips of the same motions: minutes on a CPU. It learns along
-    which axis things move, and hardly in which sense."""
+    """The demo's backbone from random weights on trimmed clips of the same motions: 20 minutes on two busy cores.
+    It learns along which axis things move, and hardly in which sense (docs/experiments.md)."""
     return RecognitionConfig(
         name="demo_clips",
         data=DataConfig(
