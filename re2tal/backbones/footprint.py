@@ -8,8 +8,10 @@ differentiated.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
@@ -19,8 +21,16 @@ from re2tal.backbones.base import VideoBackbone
 
 def kept_bytes(backbone: VideoBackbone, *, num_frames: int, size: tuple[int, int]) -> int:
     """For one clip of `num_frames` frames of `size` (rows, columns), float32, on the device of the backbone."""
+    return kept_bytes_of(
+        backbone,
+        lambda: (torch.zeros(1, 3, num_frames, *size), torch.ones(1, num_frames, dtype=torch.bool)),
+    )
+
+
+def kept_bytes_of(model: nn.Module, inputs: Callable[[], tuple[Tensor, ...]]) -> int:
+    """The same for any model; `inputs` makes what it is called with."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    state = {**dict(backbone.named_parameters()), **dict(backbone.named_buffers())}
+    state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     fakes: dict[str, Tensor] = {name: mode.from_tensor(value) for name, value in state.items()}
     constant = {_storage(fake) for fake in fakes.values()}
     saved: dict[int, Tensor] = {}  # kept, so that no storage gets the address of one that is gone
@@ -31,8 +41,7 @@ def kept_bytes(backbone: VideoBackbone, *, num_frames: int, size: tuple[int, int
         return tensor
 
     with mode, saved_tensors_hooks(save, lambda tensor: tensor):
-        frames = torch.zeros(1, 3, num_frames, *size)
-        functional_call(backbone, fakes, (frames, torch.ones(1, num_frames, dtype=torch.bool)))
+        functional_call(model, fakes, inputs())
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 
 

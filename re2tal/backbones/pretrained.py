@@ -6,7 +6,8 @@ name or folder -> config.json: the right kind and size? -> safetensors only -> e
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -55,8 +56,8 @@ def load_model(
     """
     if weights is None or weights_file(weights) is not None:
         return model_class(config)
-    _check_folder(weights)
-    try:
+    check_folder(weights)
+    with readable(weights):
         _check_kind(type(config).get_config_dict(weights)[0], weights, kinds=kinds)
         found = type(config).from_pretrained(weights)
         _check_size(found, config, weights)
@@ -70,18 +71,26 @@ def load_model(
             ignore_mismatched_sizes=True,
             output_loading_info=True,
         )
-    except OSError as error:
-        raise ValueError(
-            f"cannot read {weights!r} from the model hub or its cache: {_first_line(error)} Without a network, fetch "
-            f"it where there is one (`hf download {weights} --local-dir FOLDER`) and give that folder as weights"
-        ) from error
-    except SafetensorError as error:
-        raise ValueError(f"the weights in {weights!r} are damaged ({error}); fetch them again") from error
-    _check_complete(report, weights, network=model_class.__name__, optional=optional)
+    check_complete(report, weights, network=model_class.__name__, optional=optional)
     return model
 
 
-def _check_folder(weights: str) -> None:
+@contextmanager
+def readable(weights: str) -> Iterator[None]:
+    """Turns what the library raises for weights that are out of reach or damaged into a ValueError with a remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"cannot read {weights!r} from the model hub or its cache: {_first_line(error)} Without a network, fetch "
+            f"it where there is one (`hf download {weights} --local-dir FOLDER`) and give that folder instead"
+        ) from error
+    except SafetensorError as error:
+        raise ValueError(f"the weights in {weights!r} are damaged ({error}); fetch them again") from error
+
+
+def check_folder(weights: str) -> None:
+    """ValueError for a folder without a config or complete safetensors, and for what can be no hub name."""
     folder = Path(weights)
     if not folder.is_dir():
         if folder.is_absolute() or weights.count("/") > 1 or weights.startswith((".", "~")):
@@ -119,7 +128,11 @@ def _check_size(found: PreTrainedConfig, wanted: PreTrainedConfig, weights: str)
         raise ValueError(f"{weights!r} is another size of this family ({', '.join(wrong)}); choose its backbone.name")
 
 
-def _check_complete(report: dict, weights: str, *, network: str, optional: tuple[str, ...]) -> None:
+def check_complete(report: dict, weights: str, *, network: str, optional: tuple[str, ...]) -> None:
+    """ValueError where the library's loading `report` says that entries are missing or of another shape.
+
+    Entries that begin with one of `optional` may be.
+    """
     missing = sorted(key for key in report["missing_keys"] if not key.startswith(optional))
     misshapen = sorted(str(entry[0]) for entry in report["mismatched_keys"] if not entry[0].startswith(optional))
     if missing or misshapen:
