@@ -68,6 +68,7 @@ FREE_TO_CHANGE = (
     "data.clips.workers",
     "data.clips.prefetch",
     "data.clips.timeout_seconds",
+    "engine.memory_budget_gb",
     "engine.timeout_minutes",
     "training.log_every_steps",
     "training.evaluate_every_epochs",

@@ -65,13 +65,17 @@ class StepPlan:
     def __str__(self) -> str:
         if self.budget is None:
             return str(self.memory)
-        rows = [("stage", "runs", "seconds", "all stored")]
+        rows = [("stage", "runs", "seconds", "if stored")]
         for name, setting in self.settings.items():
             own, least = self.seconds[name]
             rows.append((name, str(setting), f"{own:.3f}", f"{least:.3f}"))
+        owns, leasts = zip(*self.seconds.values(), strict=True)
+        rows.append(("all", "", f"{sum(owns):.3f}", f"{sum(leasts):.3f}"))
         widths = [max(len(row[column]) for row in rows) for column in range(4)]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        budget = f"planned for {self.budget / GIGABYTE:.3f} GB, of which {self.memory.peak / GIGABYTE:.3f} are used"
+        budget = (
+            f"planned for {self.budget / GIGABYTE:.3f} GB, of which the step needs {self.memory.peak / GIGABYTE:.3f}"
+        )
         return "\n".join([*lines, "", str(self.memory), "", budget])
 
 
@@ -236,11 +240,11 @@ class _Planner:
         )
 
     def _traces(self) -> dict[Setting, Trace]:
-        """Steps with all stages set alike; pieces are a quarter, a 16th and a 64th of the largest branch."""
+        """Steps with all stages set alike; pieces are a quarter and a 32nd of the largest branch."""
         traces = {setting: self._rehearsed([setting] * len(self.stages)) for setting in (REBUILT, STORED)}
         if can_be_cut(self.stages):
             inside = max(phase.peak - phase.live for phase in traces[REBUILT].of("backward"))
-            for part in (4, 16, 64):
+            for part in (4, 32):
                 mebibytes = 2.0 ** floor(log2(inside / part / 2**20))
                 setting = Setting(0, mebibytes)
                 traces[setting] = self._rehearsed([setting] * len(self.stages))

@@ -30,9 +30,9 @@ class StepMemory:
         return {"peak": self.peak, **asdict(self)}
 
     def __str__(self) -> str:
-        head = [("at the peak", ""), *_rows(self.parts), ("peak", _mebibytes(self.peak))]
+        head = [("at the peak", ""), *_rows(self.parts), ("peak", _gigabytes(self.peak))]
         if self.host:
-            head.append(("on the host", _mebibytes(self.host)))
+            head.append(("on the host", _gigabytes(self.host)))
         return _table([*head, ("", ""), ("most while", ""), *_rows(self.phases)])
 
 
@@ -81,11 +81,11 @@ def _activations(trace: Trace, zero: ZeroMemory) -> dict[str, int]:
 
 
 def _rows(sizes: dict[str, int]) -> list[tuple[str, str]]:
-    return [(f"  {name}", _mebibytes(size)) for name, size in sizes.items()]
+    return [(f"  {name}", _gigabytes(size)) for name, size in sizes.items()]
 
 
-def _mebibytes(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB"
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:,.3f} GB"
 
 
 def _table(rows: list[tuple[str, str]]) -> str:

@@ -49,7 +49,10 @@ def measured_peak(setting: Setting) -> int:
     return live.peak
 
 
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(
+    "name",
+    ["rebuilt", "half stored", *(pytest.param(name, marks=pytest.mark.slow) for name in ("stored", "in pieces"))],
+)
 def test_the_peak_is_the_measured_one(name, rehearsal) -> None:
     configure(rehearsal.stages(), [SETTINGS[name]] * 3)
     assert rehearsal.trace().peak == pytest.approx(measured_peak(SETTINGS[name]), rel=0.02)
