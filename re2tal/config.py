@@ -162,7 +162,7 @@ def build_detector(config: RunConfig, classes: Sequence[str]) -> TemporalActionD
 
     Raises ValueError for weights of another wiring too.
     """
-    check_wiring(config.backbone)
+    check_wiring(config.backbone, first_beta=_first_beta(config))
     backbone = build_backbone(config.backbone)
     localizer = build_localizer(config.localizer, in_channels=backbone.out_channels, classes=classes)
     return TemporalActionDetector(backbone, localizer, num_steps=config.num_steps)
@@ -173,7 +173,7 @@ def build_recognizer(config: RecognitionConfig, classes: Sequence[str]) -> tuple
 
     Raises ValueError for weights of another wiring too.
     """
-    check_wiring(config.backbone)
+    check_wiring(config.backbone, first_beta=_first_beta(config))
     backbone = build_backbone(config.backbone)
     recognizer = Recognizer(backbone, config.recognizer, classes=classes)
     weights = config.backbone.weights
@@ -182,6 +182,10 @@ def build_recognizer(config: RecognitionConfig, classes: Sequence[str]) -> tuple
     if not Path(weights).is_file():
         return recognizer, f"the classifier starts anew: only files are searched for one, not {weights}"
     return recognizer, load_classifier(recognizer, Path(weights))
+
+
+def _first_beta(config: Run) -> float | None:
+    return config.annealing.start if config.annealing.epochs > 0 else None
 
 
 def save_config(path: Path, config: Run) -> None:

@@ -15,10 +15,12 @@ from re2tal.backbones import BACKBONES, BackboneConfig, build_backbone
 from re2tal.backbones.base import VideoBackbone
 from re2tal.cli.import_weights import import_weights
 from re2tal.config import RecognitionConfig, build_detector, build_recognizer
+from re2tal.conversion import export_backbone
 from re2tal.recipes import find_recipe
 from re2tal.recognizer import Recognition, Recognizer, RecognizerConfig, load_classifier
 from re2tal.rewire import wiring_of
 from re2tal.structures import Action, Features, Timeline
+from re2tal.training.annealing import AnnealingConfig
 from re2tal.training.export import write_model
 
 CLASSES = ("run", "pour tea", "petting animal (not cat)")
@@ -179,9 +181,45 @@ def test_weights_of_a_rewired_network_are_not_taken_for_another_wirings(tmp_path
         with pytest.raises(ValueError, match=message):
             build_detector(replace(find_recipe("demo"), backbone=backbone), CLASSES)
     plain = tmp_path / "plain.safetensors"
-    import_weights(path, run=config, out=plain)
+    import_weights(path, run=config, out=plain, as_plain=True)
     unwired = BackboneConfig(name="swin3d_nano", rewired=False, weights=str(plain))
     assert same(build_recognizer(replace(config, backbone=unwired), CLASSES)[0].backbone, trained.backbone)
+
+
+@pytest.mark.parametrize("name", ["swin3d_nano", "slowfast_nano"])
+def test_opentads_rewired_weights_are_those_of_the_papers_wiring_and_no_other(tmp_path, name, capsys):
+    network = build_backbone(BackboneConfig(name=name, rewired=False))
+    theirs = export_backbone(network, name=name, to="opentad", prefix="backbone.")
+    torch.save({"state_dict": theirs}, tmp_path / "re2.pth")
+    save_file(theirs, tmp_path / "re2.safetensors")
+    config = RecognitionConfig(backbone=BackboneConfig(name=name))
+    import_weights(tmp_path / "re2.pth", run=config, out=tmp_path / "imported.safetensors")
+    assert "trained rewired with {'unit': 'branch', 'merge': 'mean', 'segment': None" in capsys.readouterr().out
+    for file in ("re2.pth", "re2.safetensors", "imported.safetensors"):
+        taken = BackboneConfig(name=name, weights=str(tmp_path / file))
+        assert same(build_recognizer(replace(config, backbone=taken), CLASSES)[0].backbone, network)
+        for changes in ({"rewired": False}, {"unit": "block", "merge": "extrapolate", "segment": 2}, {"beta": 0.5}):
+            with pytest.raises(ValueError, match=f"{file} was trained rewired with .*--as-plain"):
+                build_detector(replace(find_recipe("demo"), backbone=replace(taken, **changes)), CLASSES)
+
+
+def test_annealing_starts_from_a_plain_network_or_where_training_ended(tmp_path):
+    config = RecognitionConfig(backbone=BackboneConfig(name="swin3d_nano"))
+    trained, _ = build_recognizer(config, CLASSES)
+    path = tmp_path / "model.safetensors"
+    write_model(path, trained.state_dict(), classes=CLASSES, wiring=wiring_of(trained))
+    config = replace(config, backbone=BackboneConfig(name="swin3d_nano", weights=str(path)))
+    detector = replace(find_recipe("demo"), backbone=config.backbone)
+    for run, build in ((config, build_recognizer), (detector, build_detector)):
+        message = r"rewired with beta 1\.0, and annealing would start at beta 0\.0.*; set annealing\.epochs to 0"
+        with pytest.raises(ValueError, match=message):
+            build(replace(run, annealing=AnnealingConfig(epochs=2)), CLASSES)
+    half = replace(config, backbone=BackboneConfig(name="swin3d_nano", beta=0.5))
+    write_model(path, trained.state_dict(), classes=CLASSES, wiring=wiring_of(build_recognizer(half, CLASSES)[0]))
+    goes_on = replace(config, annealing=AnnealingConfig(epochs=2, start=0.5))
+    assert same(build_recognizer(goes_on, CLASSES)[0], trained)
+    write_model(path, trained.state_dict(), classes=CLASSES)  # of a plain network
+    assert same(build_recognizer(replace(config, annealing=AnnealingConfig(epochs=2)), CLASSES)[0], trained)
 
 
 def same(one: nn.Module, other: nn.Module) -> bool:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
-from re2tal.backbones import slowfast, stored, swin3d
+from re2tal.backbones import slowfast, slowfast_layouts, stored, swin3d, swin3d_layouts
 from re2tal.backbones.base import BackboneConfig, VideoBackbone, freeze, freeze_norms
-from re2tal.backbones.weights import read_metadata
+from re2tal.backbones.weights import read_wiring
 from re2tal.rewire import RewiringConfig, rewire
 
-__all__ = ["BACKBONES", "BackboneConfig", "VideoBackbone", "build_backbone", "check_wiring"]
+__all__ = ["BACKBONES", "BackboneConfig", "VideoBackbone", "build_backbone", "check_wiring", "trained_wiring"]
 
 Builder = Callable[[BackboneConfig], VideoBackbone]
 
@@ -47,25 +47,40 @@ WIRING = ("unit", "merge", "segment", "beta")
 """What a rewired network's function depends on beside its weights."""
 
 
-def check_wiring(config: BackboneConfig) -> None:
-    """ValueError where `weights` is a file of a network that training here left rewired, and `config` wires another.
+def trained_wiring(config: BackboneConfig) -> dict[str, Any] | None:
+    """How the network was rewired that the file `config.weights` comes from; None for a plain one, and for no file."""
+    if config.weights is None or not Path(config.weights).is_file():
+        return None
+    # Where other code bases train rewired networks; those of the transformers library are plain.
+    families = ((swin3d.SIZES, swin3d_layouts.KEY_LAYOUTS), (slowfast.SIZES, slowfast_layouts.KEY_LAYOUTS))
+    return read_wiring(config.weights, layouts=next((known for sizes, known in families if config.name in sizes), ()))
 
-    The same weights compute one thing in one wiring and another in the other, and nothing else would tell.
+
+def check_wiring(config: BackboneConfig, *, first_beta: float | None = None) -> None:
+    """ValueError where `weights` is a file of a network that training left rewired, and `config` wires another.
+
+    `first_beta` is that of the first step where training changes beta. The same weights compute one thing in one wiring
+    and another in the other, and nothing else would tell.
     """
-    if config.weights is None or not config.weights.endswith(".safetensors") or not Path(config.weights).is_file():
-        return
-    trained = json.loads(read_metadata(config.weights).get("wiring", "null"))
+    trained = trained_wiring(config)
     if trained is None:  # plain: what every wiring starts from
         return
     ours = {name: getattr(config, name) for name in WIRING}
-    if not config.rewired or ours != trained:
+    if config.rewired and trained == ours | ({} if first_beta is None else {"beta": first_beta}):
+        return
+    if config.rewired and trained == ours:
         raise ValueError(
-            f"{config.weights} was trained rewired with {trained}, and here the backbone is "
-            f"{f'rewired with {ours}' if config.rewired else 'plain'}, which computes something else; set "
-            f"{', '.join(f'backbone.{name}' for name in ('rewired', *WIRING))} to what it was trained with. To start "
-            f"from these numbers all the same: re2tal import {config.weights} --backbone.name {config.name} "
-            "--out FILE.safetensors"
+            f"{config.weights} was trained rewired with beta {trained['beta']}, and annealing would start at beta "
+            f"{first_beta}, where these weights compute something else; set annealing.epochs to 0 (annealing is for "
+            f"weights of a plain network), or annealing.start to {trained['beta']}"
         )
+    raise ValueError(
+        f"{config.weights} was trained rewired with {trained}, and here the backbone is "
+        f"{f'rewired with {ours}' if config.rewired else 'plain'}, which computes something else; set "
+        f"{', '.join(f'backbone.{name}' for name in ('rewired', *WIRING))} to what it was trained with. To start "
+        f"from these numbers all the same: re2tal import {config.weights} --backbone.name {config.name} --as-plain "
+        "--out FILE.safetensors"
+    )
 
 
 def build_backbone(config: BackboneConfig) -> VideoBackbone:

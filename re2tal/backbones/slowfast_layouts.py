@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-from re2tal.backbones.weights import KeyLayout
+from re2tal.backbones.weights import PAPERS_WIRING, KeyLayout
 
 
 def _from_mmaction(keys: Collection[str]) -> dict[str, str]:
@@ -89,6 +89,7 @@ KEY_LAYOUTS = (
         anchor=r"slow_path\.layer1\.blocks\.0\.Fm\.conv1\.conv\.weight",
         to_ours=_from_opentad,
         from_ours=_to_opentad,
+        wiring=PAPERS_WIRING,
     ),
     KeyLayout(
         "mmaction2",

@@ -14,7 +14,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable
 
-from re2tal.backbones.weights import RENAMING, KeyLayout
+from re2tal.backbones.weights import PAPERS_WIRING, RENAMING, KeyLayout
 
 NOT_OURS = re.compile(r"(cls_)?head\.|.*\.relative_position_index$")
 
@@ -72,6 +72,7 @@ KEY_LAYOUTS = (
         anchor=r"layers\.0\.blocks\.0\.inv_block\.Fm\.attn\.qkv\.weight",
         to_ours=_from_opentad,
         from_ours=_each(_to_opentad),
+        wiring=PAPERS_WIRING,
     ),
     KeyLayout(
         "torchvision",

@@ -7,12 +7,15 @@ Nothing is ever unpickled: .safetensors, or torch files that hold tensors and pl
 
 from __future__ import annotations
 
+import json
 import re
 from argparse import Namespace
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError  # the exception that torch.load raises for what it refuses to run
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,6 +25,9 @@ RENAMING = Callable[[Collection[str]], dict[str, str]]
 REPACKING = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
 
 WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".pyth")
+
+# What the code bases that train rewired networks do.
+PAPERS_WIRING = {"unit": "branch", "merge": "mean", "segment": None, "beta": 1.0}
 
 # Where training frameworks put the weights inside a checkpoint, the first that is there: the moving average of OpenTAD
 # and timm, which they evaluate; mmengine, OpenTAD, timm; pytorchvideo; DeepSpeed.
@@ -55,6 +61,8 @@ class KeyLayout:
     """Their entries, prefix removed -> the same with fused ones in parts, which `to_ours` then renames."""
     pack: REPACKING = dict
     """The reverse of `unpack`."""
+    wiring: Mapping[str, Any] | None = None
+    """How networks are rewired whose weights this code base names so (see `rewire.wiring_of`); None for plain ones."""
 
 
 @dataclass(frozen=True)
@@ -123,8 +131,6 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         # Many training scripts save their command line beside the weights; a Namespace only holds values.
         with torch.serialization.safe_globals([Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
     except UnpicklingError as error:
         raise ValueError(
             f"{path} holds more than tensors, and reading it would run code from it; where you trust it, load it and "
@@ -136,17 +142,35 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     return _unwrap(content, path)
 
 
-def read_metadata(path: str | Path) -> dict[str, str]:
-    """What the header of a .safetensors file says beside names and shapes; ValueError where it cannot be read."""
+def read_wiring(path: str | Path, *, layouts: Sequence[KeyLayout]) -> dict[str, Any] | None:
+    """How the network was rewired whose weights a file holds, as its header tells, or its names in one of `layouts`.
+
+    None for a plain one. Raises as `read_checkpoint` does.
+    """
+    if Path(path).suffix == ".safetensors":
+        with _opened(Path(path)) as file:
+            names, metadata = list(file.keys()), file.metadata() or {}
+        if "wiring" in metadata:
+            return json.loads(metadata["wiring"])
+    else:
+        names = list(read_state(path)) if layouts else []
+    for layout in layouts:
+        if layout.wiring is not None and any(map(_anchored(layout).fullmatch, names)):
+            return dict(layout.wiring)
+    return None
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     try:
         with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
+            yield file
     except SafetensorError as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
 
 
 def _read_safetensors(path: Path) -> Checkpoint:
-    with safe_open(path, framework="pt") as file:
+    with _opened(path) as file:
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a mapping)
         return Checkpoint(tensors, "", file.metadata() or {})
 
@@ -171,8 +195,7 @@ def _unwrap(content: object, path: Path) -> Checkpoint:
 
 def _recognise(keys: Iterable[str], layouts: Sequence[KeyLayout], *, what: str, network: str) -> tuple[KeyLayout, str]:
     for layout in layouts:
-        anchored = re.compile(rf"(?P<prefix>(?:.*\.)?){layout.anchor}")
-        prefixes = sorted({found["prefix"] for found in map(anchored.fullmatch, keys) if found})
+        prefixes = sorted({found["prefix"] for found in map(_anchored(layout).fullmatch, keys) if found})
         if len(prefixes) > 1:
             raise ValueError(f"{what} holds {len(prefixes)} networks of this kind, under {prefixes}; keep one of them")
         if prefixes:
@@ -182,6 +205,10 @@ def _recognise(keys: Iterable[str], layouts: Sequence[KeyLayout], *, what: str, 
         f"{what} is not a checkpoint of {network} in a layout we know ({known}); its entries are called "
         f"{_shortened(keys)}; check that it belongs to this architecture"
     )
+
+
+def _anchored(layout: KeyLayout) -> re.Pattern[str]:
+    return re.compile(rf"(?P<prefix>(?:.*\.)?){layout.anchor}")
 
 
 def _check_fit(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor], *, what: str, network: str) -> None:

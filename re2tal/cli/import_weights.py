@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from re2tal.backbones import BackboneConfig, trained_wiring
 from re2tal.config import RecognitionConfig, RunConfig, save_config
 from re2tal.conversion import import_backbone, import_detector
 from re2tal.data.annotations import read_class_list
@@ -22,6 +24,7 @@ def import_weights(
     run: Annotated[RunConfig | RecognitionConfig, tyro.conf.arg(name="")],
     out: Path,
     classes: Path | None = None,
+    as_plain: bool = False,
 ) -> None:
     """Convert weights that another code base trained; nothing that could run code is read.
 
@@ -30,15 +33,23 @@ def import_weights(
         run: the network, from --recipe NAME (thumos14_re2swin_tiny by default) or --config FILE, and its changes
         out: run folder for a whole detector, or a file ending in .safetensors for the backbone alone
         classes: text file with the detector's classes, one per line, in the order of its training
+        as_plain: forget that a backbone was trained rewired, so that any wiring, or none, may start from its numbers
     """
     if out.suffix == ".safetensors":
         if out.exists():
             raise ValueError(f"{out} is there already; give --out another name, or remove it")
         backbone, report = import_backbone(weights, name=run.backbone.name)
         out.parent.mkdir(parents=True, exist_ok=True)
-        write_tensors(out, backbone.state_dict(), metadata={"backbone": run.backbone.name})
-        print(f"{report}\n{out}: for re2tal train --backbone.name {run.backbone.name} --backbone.weights {out}")
+        wiring = None if as_plain else trained_wiring(BackboneConfig(name=run.backbone.name, weights=str(weights)))
+        header = {"backbone": run.backbone.name, "wiring": json.dumps(wiring)}
+        write_tensors(out, backbone.state_dict(), metadata=header)
+        print(report)
+        if wiring is not None:
+            print(f"trained rewired with {wiring}, which {out} says: another wiring is refused (--as-plain forgets it)")
+        print(f"{out}: for re2tal train --backbone.name {run.backbone.name} --backbone.weights {out}")
         return
+    if as_plain:
+        raise ValueError("--as-plain is for a backbone alone, --out FILE.safetensors; leave it out")
     if not isinstance(run, RunConfig):
         raise ValueError(
             f"{run.name} is of a recognizer; give a detector's, or --out FILE.safetensors for its backbone"
