@@ -201,8 +201,8 @@ def load_config(path: Path) -> RunConfig:
     config = load_run(path)
     if not isinstance(config, RunConfig):
         raise ValueError(
-            f"{path} is of a recognizer, which does not say when something happens; give the run of a detector "
-            f"(--backbone.weights {path.parent / 'model.safetensors'} starts one from it)"
+            f"{path} is of a recognizer, which does not say when something happens (re2tal classify says what); give "
+            f"the run of a detector (--backbone.weights {path.parent / 'model.safetensors'} starts one from it)"
         )
     return config
 

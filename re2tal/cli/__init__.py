@@ -15,6 +15,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "train": ("re2tal.cli.train:train", "train and evaluate a detector, or a recognizer to fine-tune a backbone"),
     "plan": ("re2tal.cli.plan:plan", "print the memory of a training step by part, before anything is launched"),
     "detect": ("re2tal.cli.detect:detect", "find actions in video files or shards with a trained detector"),
+    "classify": ("re2tal.cli.classify:classify", "say what trimmed videos show with a trained recognizer"),
     "evaluate": (
         "re2tal.cli.evaluate:evaluate",
         "score detections against annotations, or class scores against shards",

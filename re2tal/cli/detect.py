@@ -13,13 +13,14 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from tqdm import tqdm
 
 from re2tal.backbones.stored import NAME
 from re2tal.cli.feature_run import check_kind
-from re2tal.config import RunConfig, build_detector, load_config
+from re2tal.config import RecognitionConfig, RunConfig, build_detector, load_config
 from re2tal.data.annotations import Annotations
 from re2tal.data.build import BuildConfig, build_shards
 from re2tal.data.isolated import Isolated
@@ -35,6 +36,8 @@ from re2tal.inference import predict
 from re2tal.structures import Detections, VideoRecord
 from re2tal.training.engine import DTYPES
 from re2tal.training.export import read_model
+
+AnyRun = TypeVar("AnyRun", RunConfig, RecognitionConfig)
 
 SUBSET = "detect"
 PROBE_SECONDS = 120.0
@@ -88,7 +91,9 @@ def detect(
         rejected: list[Rejection] = []
     else:
         with tempfile.TemporaryDirectory(prefix="re2tal-detect-") as scratch:
-            data, names, rejected = pack_videos(videos, Path(scratch), config, classes=detector.localizer.classes)
+            data, names, rejected = pack_videos(
+                videos, Path(scratch), config.data.clips, classes=detector.localizer.classes
+            )
             if namer is not None:
                 namer.check((names[video_id] for video_id in data.by_id), top_k=top_k)
             found = detect_in_shards(detector, data, config, batch_size=batch_size, device=chosen)
@@ -119,16 +124,22 @@ def _read_namer(path: Path | None, config: RunConfig, *, top_k: int) -> VideoCla
 def load_detector(run: Path, config: RunConfig) -> TemporalActionDetector:
     """The detector of a run folder with its trained weights, on the CPU."""
     model = read_model(run / "model.safetensors")
+    detector = build_detector(started(config), model.classes)
+    model.load_into(detector, classes=detector.localizer.classes)
+    return detector
+
+
+def started(config: AnyRun) -> AnyRun:
+    """What builds a run's network for weights that it trained: without the file that its backbone started from.
+
+    That held weights only, and may not be on this machine. A folder or a hub name also says how large the network is.
+    """
     weights = config.backbone.weights
     if weights is not None:
         from re2tal.backbones.pretrained import weights_file  # imports transformers, which takes seconds
 
-        # A file that the backbone started from held weights only, and may not be on this machine. A folder or a hub
-        # name also says how large the network is.
         weights = None if weights_file(weights) else weights
-    detector = build_detector(replace(config, backbone=replace(config.backbone, weights=weights)), model.classes)
-    model.load_into(detector, classes=detector.localizer.classes)
-    return detector
+    return replace(config, backbone=replace(config.backbone, weights=weights))
 
 
 def detect_in_shards(
@@ -146,7 +157,7 @@ def detect_in_shards(
 
 
 def pack_videos(
-    folder: Path, scratch: Path, config: RunConfig, *, classes: Iterable[str]
+    folder: Path, scratch: Path, clips: ClipConfig, *, classes: Iterable[str]
 ) -> tuple[ShardSet, dict[str, str], list[Rejection]]:
     """Shards of all videos in `folder`, the name of each id, and the files that cannot be used.
 
@@ -177,9 +188,7 @@ def pack_videos(
         videos=links,
         out=scratch / "shards",
         subset=SUBSET,
-        config=BuildConfig(
-            dataset=SUBSET, encoding=encoding_for(config.data.clips), workers=len(os.sched_getaffinity(0))
-        ),
+        config=BuildConfig(dataset=SUBSET, encoding=encoding_for(clips), workers=len(os.sched_getaffinity(0))),
     )
     rejected += [Rejection(names[one.video_id], one.reason) for one in built.rejected]
     return open_shards(built.folder), names, rejected

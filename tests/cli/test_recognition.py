@@ -111,6 +111,57 @@ def test_two_ranks_learn_and_one_rank_finds_the_same_in_their_weights(trained, s
     assert json.loads((out / "figures.json").read_text())["num_videos"] == 4
 
 
+def run_command(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as end:
+        main([str(argument) for argument in arguments])
+    return end.value.code
+
+
+def test_a_finished_recognizer_scores_its_validation_clips_again(trained, tmp_path, capsys):
+    out, _ = trained
+    again = tmp_path / "again.json"
+    assert run_command("classify", "--run", out, "--out", again, "--device", "cpu") == 0
+    said = capsys.readouterr().out
+    assert said.startswith("top-1 100.00 %   top-5 100.00 %   mean class accuracy 100.00 %   of 4 videos\n4 videos; ")
+    found, first = read_video_classes(again), read_video_classes(out / "results.json")
+    assert (found.classes, found.scores.keys()) == (first.classes, first.scores.keys())
+    for video_id, scores in found.scores.items():
+        torch.testing.assert_close(scores, first.scores[video_id], rtol=1e-5, atol=1e-6)
+
+
+def test_new_clips_are_named_and_broken_ones_counted(trained, tmp_path, capsys):
+    out, _ = trained
+    for number, (label, colour) in enumerate(COLOURS.items()):
+        write_clip(tmp_path / "new" / f"{label[7:]} one.mp4", colour, seed=number)
+    (tmp_path / "new" / "broken.mp4").write_bytes(b"\0" * 100)
+    options = ("--run", out, "--videos", tmp_path / "new", "--out", tmp_path / "new.json", "--top", 2)
+    assert run_command("classify", *options, "--device", "cpu") == 1
+    captured = capsys.readouterr()
+    assert "red one: mostly red 0." in captured.out
+    assert "blue (dark) one: mostly blue (dark) 0." in captured.out
+    assert "left out: broken.mp4: " in captured.err
+    found = read_video_classes(tmp_path / "new.json")
+    assert {name: found.classes[int(scores.argmax())] for name, scores in found.scores.items()} == {
+        "red one": "mostly red",
+        "blue (dark) one": "mostly blue (dark)",
+    }
+    assert all(scores.sum().item() == pytest.approx(1, abs=1e-5) for scores in found.scores.values())
+
+
+def test_what_cannot_be_classified_is_said(trained, shards, tmp_path, capsys):
+    out, _ = trained
+    (tmp_path / "detector").mkdir()
+    (tmp_path / "detector" / "config.json").write_text(json.dumps({"name": "detector"}))
+    for options, message in (
+        (("--run", out, "--videos", tmp_path, "--shards", shards), "were both given; give one of them"),
+        (("--run", out, "--top", 0), "--top is 0; give 1 or more"),
+        (("--run", out, "--videos", tmp_path), "holds no video file"),
+        (("--run", tmp_path / "detector"), "is the run of a detector, which says when something happens too"),
+    ):
+        assert run_command("classify", *options) == 2
+        assert message in capsys.readouterr().err
+
+
 @pytest.mark.slow  # that the trainer resumes to the bit is held on detectors too (tests/cli/test_train.py)
 def test_a_resumed_run_ends_with_the_same_weights(trained):
     out, command = trained
