@@ -18,7 +18,7 @@ from re2tal.backbones import BackboneConfig, build_backbone
 from re2tal.cli.detect import detect
 from re2tal.cli.export import export
 from re2tal.cli.extract_features import Extract, extract
-from re2tal.cli.feature_run import check_kind, check_pair, on_features
+from re2tal.cli.feature_run import check_kind, check_pair, describe, on_features
 from re2tal.cli.report import report
 from re2tal.config import DataConfig, RunConfig, build_detector, load_config, save_config
 from re2tal.data.feature_manifest import FramesPerStep, StepsPerVideo
@@ -214,6 +214,32 @@ def test_detecting_needs_features_where_the_run_was_trained_on_them(videos, feat
         extract(Extract((videos.root,), tmp_path / "out", run=folder))
 
 
+def test_detecting_refuses_features_of_another_network(features, tmp_path):
+    run = on_features(config(features.root.parent), features)
+    save_config(tmp_path / "config.json", run)
+    weights = build_detector(run, features.classes).state_dict()
+    described = describe(features)
+    write_model(tmp_path / "model.safetensors", weights, classes=features.classes, features=described)
+    assert detect(run=tmp_path, device="cpu") == 0
+    for changes, difference in (
+        ({"weights_sha256": "f" * 64}, "weights_sha256 is [0-9a-f]{64} and f{64}"),
+        ({"grid": "StepsPerVideo(num_steps=7)"}, "grid is SecondsPerStep.* and StepsPerVideo.*"),
+        ({"clips": described["clips"] | {"size": 7}}, "clips is .* and .*'size': 7.*"),
+    ):
+        trained_on = described | {"of": "slowfast_r50 (weights: elsewhere.pth)"} | changes
+        write_model(tmp_path / "model.safetensors", weights, classes=features.classes, features=trained_on)
+        message = (
+            rf"holds features of swin3d_nano \(weights: .*\), and .* of slowfast_r50 .*: {difference}; give features"
+        )
+        with pytest.raises(ValueError, match=message):
+            detect(run=tmp_path, shards=features.root, device="cpu")
+    # The words do not matter: the same weights may lie in another file.
+    write_model(
+        tmp_path / "model.safetensors", weights, classes=features.classes, features=described | {"of": "elsewhere.pth"}
+    )
+    assert detect(run=tmp_path, shards=features.root, device="cpu") == 0
+
+
 def test_two_ranks_train_on_features_by_the_same_command(tmp_path):
     for number, subset in enumerate(("training", "validation")):
         generator = torch.Generator().manual_seed(number)
@@ -231,4 +257,6 @@ def test_two_ranks_train_on_features_by_the_same_command(tmp_path):
     )
     summary = json.loads((out / "summary.json").read_text())
     assert (summary["videos"], summary["steps"], summary["ranks"]) == (4, 4, 2)
-    assert not [name for name in read_model(out / "model.safetensors").weights if name.startswith("backbone.")]
+    model = read_model(out / "model.safetensors")
+    assert not [name for name in model.weights if name.startswith("backbone.")]
+    assert model.features == describe(open_any(tmp_path / "features" / "validation"))

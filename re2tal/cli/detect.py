@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from re2tal.backbones.stored import NAME
-from re2tal.cli.feature_run import check_kind
+from re2tal.cli.feature_run import check_features, check_kind
 from re2tal.config import RecognitionConfig, RunConfig, build_detector, load_config
 from re2tal.data.annotations import Annotations
 from re2tal.data.build import BuildConfig, build_shards
@@ -85,6 +85,8 @@ def detect(
     if videos is None:
         data = open_any(shards or config.data.shards / config.data.validation_subset)
         check_kind(config, data)
+        if isinstance(data, FeatureSet):
+            check_features(data, read_model(run / "model.safetensors").features, run=run)
         if namer is not None:
             namer.check(data.by_id, top_k=top_k)
         found = detect_in_shards(detector, data, config, batch_size=batch_size, device=chosen)

@@ -6,13 +6,16 @@ the same on its features  32 steps, 4 a second                                  
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from re2tal.backbones import BackboneConfig
 from re2tal.backbones.stored import NAME
 from re2tal.config import RecognitionConfig, RunConfig
-from re2tal.data.feature_manifest import Extracted, FeatureSpec, Grid, SecondsPerStep, StepsPerVideo
+from re2tal.data.feature_manifest import Extracted, FeatureSpec, Grid, Packed, SecondsPerStep, StepsPerVideo
 from re2tal.data.shards import FeatureSet, ShardSet
 from re2tal.data.windows import ResizeWhole, Slide, Windowing
 from re2tal.training.annealing import AnnealingConfig
@@ -58,21 +61,53 @@ def check_kind(run: RunConfig | RecognitionConfig, shards: ShardSet | FeatureSet
 
 def check_pair(training: FeatureSet, validation: FeatureSet) -> None:
     """ValueError unless two subsets hold the same features."""
-    one, other = training.manifest.features, validation.manifest.features
-    alike = (
-        ("channels", one.channels, other.channels),
-        ("grid", one.grid, other.grid),
-        ("weights_sha256", getattr(one.origin, "weights_sha256", None), getattr(other.origin, "weights_sha256", None)),
-        ("clips", getattr(one.origin, "clips", None), getattr(other.origin, "clips", None)),
-        ("the backbone's wiring", _wiring(one), _wiring(other)),
-        ("window_frames", getattr(one.origin, "window_frames", None), getattr(other.origin, "window_frames", None)),
-    )
-    for name, theirs, ours in alike:
-        if theirs != ours:
-            raise ValueError(
-                f"{training.root} and {validation.root} hold other features: {name} is {theirs} and {ours}; extract or "
-                "pack both alike"
-            )
+    one, other = describe(training), describe(validation)
+    if (difference := _difference(one, other)) is not None:
+        raise ValueError(
+            f"{training.root} and {validation.root} hold other features: {difference}; extract or pack both alike"
+        )
+
+
+def check_features(shards: FeatureSet, trained_on: Mapping[str, Any] | None, *, run: Path) -> None:
+    """ValueError unless `shards` hold what the model of `run` was trained on, as `describe` told it then.
+
+    None of a model that does not know is nothing to compare with.
+    """
+    found = describe(shards)
+    if trained_on is not None and (difference := _difference(found, trained_on)) is not None:
+        raise ValueError(
+            f"{shards.root} holds features of {found['of']}, and {run} was trained on those of {trained_on['of']}: "
+            f"{difference}; give features that were extracted or packed as those were (re2tal shards list FOLDER says "
+            "what a folder holds)"
+        )
+
+
+def describe(features: FeatureSet) -> dict[str, Any]:
+    """What makes features of one folder comparable with those of another, as JSON values; "of" is in words."""
+    spec = features.manifest.features
+    match spec.origin:
+        case Extracted(backbone=name, weights=weights):
+            words = f"{name} (weights: {weights})"
+        case Packed():
+            words = f"another program ({features.manifest.dataset})"
+    described = {
+        "of": words,
+        "channels": spec.channels,
+        "grid": str(spec.grid),
+        "weights_sha256": getattr(spec.origin, "weights_sha256", None),
+        "clips": getattr(spec.origin, "clips", None),
+        "the backbone's wiring": _wiring(spec),
+        "window_frames": getattr(spec.origin, "window_frames", None),
+    }
+    return json.loads(json.dumps(described))
+
+
+def _difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
+    """The first thing in which two descriptions differ, whatever their words."""
+    for name, value in one.items():
+        if name != "of" and value != other[name]:
+            return f"{name} is {value} and {other[name]}"
+    return None
 
 
 def _wiring(spec: FeatureSpec) -> dict[str, Any]:

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 import tyro
 
-from re2tal.cli.feature_run import check_kind, check_pair, on_features
+from re2tal.cli.feature_run import check_kind, check_pair, describe, on_features
 from re2tal.cli.tasks import AnyRun, Outcome, build_model, judge
 from re2tal.config import RecognitionConfig, RunConfig, flatten, save_config, to_json
 from re2tal.data.clips import true_classes
@@ -122,7 +122,8 @@ def train(
         with closing(trainer.log):
             if trainer.train() == "interrupted":
                 return INTERRUPTED
-            _finish(trainer, folder, evaluate, started=started)
+            features = describe(training) if isinstance(training, FeatureSet) else None
+            _finish(trainer, folder, evaluate, features=features, started=started)
     finally:
         leave()
     return 0
@@ -281,7 +282,14 @@ def _prepare(batch: Batch, position: int, *, strength: float, seed: int, rank: i
     return jitter_and_normalise(batch.frames, strength=strength, generator=generator, dtype=dtype)
 
 
-def _finish(trainer: Trainer, folder: Path, evaluate: Callable[[Engine], Outcome], *, started: float) -> None:
+def _finish(
+    trainer: Trainer,
+    folder: Path,
+    evaluate: Callable[[Engine], Outcome],
+    *,
+    features: dict[str, Any] | None,
+    started: float,
+) -> None:
     """Every rank calls this: evaluates and exports the trained model; rank 0 writes."""
     with trainer.averaged_weights():
         outcome = evaluate(trainer.engine)
@@ -290,7 +298,8 @@ def _finish(trainer: Trainer, folder: Path, evaluate: Callable[[Engine], Outcome
     if not is_main():
         return
     model = trainer.engine.module
-    write_model(folder / "model.safetensors", weights, classes=model.classes, wiring=wiring_of(model))
+    wiring = wiring_of(model)
+    write_model(folder / "model.safetensors", weights, classes=model.classes, wiring=wiring, features=features)
     outcome.write(folder / "results.json")
     summary = {
         **outcome.summary,

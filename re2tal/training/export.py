@@ -1,6 +1,7 @@
 """model.safetensors: what training leaves for inference.
 
-Float32 weights and buffers by name; in the header class names, and how a rewired network was wired when training ended.
+Float32 weights and buffers by name; in the header class names, how a rewired network was wired when training ended, and
+what stored features were trained on.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ class ModelFile:
     classes: tuple[str, ...]
     wiring: Mapping[str, Any] | None = None
     """`wiring_of` the network that was trained; None for a plain one."""
+    features: Mapping[str, Any] | None = None
+    """What the stored features are that it was trained on; None for a network that looks at videos."""
 
     def load_into(self, detector: nn.Module, *, classes: Sequence[str]) -> None:
         """Gives a detector or recognizer, built for `classes` these weights. ValueError where they do not fit."""
@@ -57,10 +60,16 @@ class ModelFile:
 
 
 def write_model(
-    path: Path, weights: Mapping[str, Tensor], *, classes: Sequence[str], wiring: Mapping[str, Any] | None = None
+    path: Path,
+    weights: Mapping[str, Tensor],
+    *,
+    classes: Sequence[str],
+    wiring: Mapping[str, Any] | None = None,
+    features: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes the file whole or not at all; `wiring` is `wiring_of` the network."""
-    header = {"format": FORMAT, "classes": json.dumps(list(classes)), "wiring": json.dumps(wiring)}
+    """Writes the file whole or not at all; `wiring` is `wiring_of` the network, `features` as in `ModelFile`."""
+    header = {"format": FORMAT, "classes": json.dumps(list(classes))}
+    header |= {"wiring": json.dumps(wiring), "features": json.dumps(features)}
     write_tensors(path, weights, metadata=header)
 
 
@@ -86,8 +95,8 @@ def read_model(path: Path) -> ModelFile:
         raise ValueError(f"{path} is not a safetensors file ({error}); copy it again, or train again") from None
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is not a trained re2tal model; backbone weights go to --backbone.weights")
-    wiring = json.loads(metadata.get("wiring", "null"))
-    return ModelFile(path, weights, tuple(json.loads(metadata["classes"])), wiring)
+    wiring, features = (json.loads(metadata.get(name, "null")) for name in ("wiring", "features"))
+    return ModelFile(path, weights, tuple(json.loads(metadata["classes"])), wiring, features)
 
 
 def _brief(classes: Sequence[str]) -> str:
