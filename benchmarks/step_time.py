@@ -3,8 +3,8 @@
     python benchmarks/step_time.py [--quick] [--device cuda] [--model NAME ...] [--json FILE]
 
 Runs are paired: all forms in turn, every second time in the opposite order, and a ratio is the median of the ratios
-within runs. The exact form has its states on the grid that makes rebuilding exact, the inexact one has plain float32
-states; both are in pieces, under bfloat16 autocast, as is the plain network that they are compared with.
+within runs. Inexact forms have plain float32 states, where the others have the default: a grid that makes rebuilding
+exact under bfloat16 autocast, and in float32 for branches with kinks (SlowFast; other families have none to compare).
 """
 
 from __future__ import annotations
@@ -27,6 +27,8 @@ def measure(name: str, device: torch.device, *, quick: bool, num: int, mebibytes
     case = model.quick if quick else model.real if device.type == "cuda" else model.case
     case = replace(case, chunk_mebibytes=mebibytes or case.chunk_mebibytes)
     steps: dict[str, Step | None] = {form: network.step(form, case) for form in TIMED}
+    if name.startswith("slowfast"):
+        steps |= {"inexact": network.step("reversible", case, grid=None)}
     steps |= {"plain, bf16": network.step("plain", case, autocast=True)}
     steps |= {"exact, bf16": network.step("in pieces", case, autocast=True)}
     steps |= {"inexact, bf16": network.step("in pieces", case, autocast=True, grid=None)}
@@ -40,6 +42,8 @@ def measure(name: str, device: torch.device, *, quick: bool, num: int, mebibytes
         "exact / inexact, bf16": median_ratio(seconds, "exact, bf16", "inexact, bf16"),
         "exact / plain, bf16": median_ratio(seconds, "exact, bf16", "plain, bf16"),
     }
+    if "inexact" in steps:
+        ratios |= {"reversible / inexact": median_ratio(seconds, "reversible", "inexact")}
     print(f"\n{name}, {case}, {num} runs", flush=True)
     for form in steps:
         print(f"{form:26}{statistics.median(each[form] for each in seconds):8.2f} s")

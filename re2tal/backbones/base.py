@@ -55,8 +55,9 @@ class BackboneConfig:
     """What the states of a rewired run are made of: "float32" and "int32" are rebuilt exactly on a grid (see `grid`),
     "bfloat16" takes half the memory and is not."""
     grid: float | Literal["auto"] | None = "auto"
-    """The step to which states are rounded, so that they are rebuilt to the last bit: "auto" is 2**-14 in bf16 and fp16
-    and none in fp32, and for "int32" states 2**-16; None is none, and rebuilds with an error."""
+    """The step to which states are rounded, so that they are rebuilt to the last bit. "auto" is 2**-14 in bf16 and
+    fp16; in fp32 2**-18 for SlowFast, whose ReLUs an error of a rounding turns on or off, and none for the smooth
+    families; for "int32" states 2**-16. None is none, and rebuilds with an error."""
     monitor_every: int | None = 100
     """After so many forwards of training, again and again, compare a sample of what rewired runs rebuild with what they
     forgot, and warn where they differ; `metrics.jsonl` has the figures. None for never."""

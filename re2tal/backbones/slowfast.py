@@ -260,13 +260,17 @@ class InnerReluBottleneck(Bottleneck):
 @residual_branches.register
 def _(block: Bottleneck) -> tuple[Branch, ...]:
     return (
-        () if block.downsample is not None else (Branch("bottleneck and its ReLU, less x", Bottleneck.change, cut=CUT),)
+        ()
+        if block.downsample is not None
+        else (Branch("bottleneck and its ReLU, less x", Bottleneck.change, cut=CUT, kinks=True),)
     )
 
 
 @residual_branches.register
 def _(block: InnerReluBottleneck) -> tuple[Branch, ...]:
-    return () if block.downsample is not None else (Branch("bottleneck", InnerReluBottleneck.branch, cut=CUT),)
+    if block.downsample is not None:
+        return ()
+    return (Branch("bottleneck", InnerReluBottleneck.branch, cut=CUT, kinks=True),)
 
 
 @why_not_residual.register

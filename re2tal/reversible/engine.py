@@ -45,6 +45,7 @@ def run_reversibly(
     coupling: Coupling = SUM,
     states: States = "float32",
     grid: Grid = "auto",
+    kinks: bool = False,
     owner: nn.Module | None = None,
     monitor: Monitor | None = None,
 ) -> Tensor:
@@ -63,6 +64,7 @@ def run_reversibly(
             have merges of their own, and keep more states than two where inverting would lose too much; see `coupling`.
         states: the numbers that states are made of; see `precision`.
         grid: rounds states so that they are rebuilt to the last bit; see `precision`.
+        kinks: whether the slope of a branch jumps somewhere, as ReLU's does: "auto" is then a grid in float32 too.
         owner: the module that holds every parameter and buffer that the branches use. Buffers that it writes in forward
             are held still in the rebuild, and where none of its parameters, nor `x`, wants a gradient, nothing is kept.
             Without it, a gradient is taken to be wanted and no buffer to be written.
@@ -88,7 +90,7 @@ def run_reversibly(
     if stored < 0:
         raise ValueError(f"stored is {stored}; give the number of branches that keep their activations")
     rebuilt = len(branches) - stored if recompute else 0
-    precision = Precision.of(x, grid, coupling, states=states)
+    precision = Precision.of(x, grid, coupling, states=states, kinks=kinks)
     run = _Run(tuple(branches), max(0, rebuilt), merge, coupling, precision)
     is_trained = torch.is_grad_enabled() and (x.requires_grad or _is_trained(owner))
     if is_trained and not run.rebuilt and not precision.states.is_floating_point:

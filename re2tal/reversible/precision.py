@@ -1,19 +1,26 @@
 """In what numbers a run computes: its states and branches, and the grid that makes rebuilding exact.
 
-A state rebuilt by x[i-1] = x[i+1] - F_i(x[i]) is off by a rounding of float32. Branches in float32 hardly notice, but
-where they compute in bfloat16 or float16 such an error flips roundings inside, and that compounds: without a grid the
-first branch's gradient is 5 % off after 24 transformer blocks. On a grid the sums are exact, and nothing is ever off:
+A state rebuilt by x[i-1] = x[i+1] - F_i(x[i]) is off by a rounding of float32. Smooth branches in float32 hardly
+notice. Two kinds do, whatever the size of the error: those that compute in bfloat16 or float16, where it flips
+roundings inside, and that compounds (the first branch's gradient is 5 % off after 24 transformer blocks); and those
+with kinks, as ReLU has one, where it turns units on or off (1 % in SlowFast-101, when it happens). On a grid the sums
+are exact, and nothing is ever off:
 
     update = (update + c) - c,  c = 1.5 * step / eps     rounds to multiples of `step` where |update| < 2**22 step
     x[i-1] + update                                      is exact where |x[i+1]| < 2**24 step
 
-(for float32; beyond 2**22 step, numbers that were bfloat16 or float16 are such multiples by themselves). With the step
-of 2**-14 the bounds are 256 and 1024; an element beyond them is rebuilt with the error of a rounding, as it would be
-without a grid. The gradient of `(update + c) - c` is the identity: a straight-through estimate, at no cost.
+(for float32; beyond 2**22 step, numbers that were bfloat16 or float16 are such multiples by themselves). An element
+beyond these bounds is rebuilt with the error of a rounding, as it would be without a grid. The gradient of
+`(update + c) - c` is the identity: a straight-through estimate, at no cost.
+
+               step      bounds       because
+    narrow     2**-14    256, 1024    finer than what branches that compute in bfloat16 or float16 can tell apart
+    kinks      2**-18     16,   64    rounding itself turns units on or off, as many as the step is coarse: this is as
+                                      fine as three times the largest state seen in SlowFast-101 (20) allows
 
 States may be other numbers than these:
 
-    "float32"     on the grid above where branches compute in narrow numbers, and wherever a step is given
+    "float32"     on the grid above where one of the two reasons holds, and wherever a step is given
     "int32"       counts of the step, so multiples of it up to 2**31 steps: with 2**-16 to 32768. Sums of integers wrap
                   around and are exact whatever they are, so nothing is ever rebuilt with an error, and a step may be
                   any number; but every state is converted for its branch. NaN and infinity become some integer: a
@@ -36,12 +43,13 @@ from torch import Tensor
 from re2tal.reversible.coupling import SUM, Coupling
 
 GRID_STEP = 2.0**-14
+KINKS_STEP = 2.0**-18
 FIXED_STEP = 2.0**-16
 NARROW = (torch.bfloat16, torch.float16)
 
 Grid = float | Literal["auto"] | None
-"""The step of the grid, "auto" for 2**-14 where branches compute in bfloat16 or float16, None for no grid. Of int32
-states "auto" is 2**-16, and there is always one."""
+"""The step of the grid, or None for no grid. "auto" is 2**-14 where branches compute in bfloat16 or float16, 2**-18
+where they compute in float32 and have kinks, and else none. Of int32 states it is 2**-16, and there is always one."""
 
 States = Literal["float32", "int32", "bfloat16"]
 """What states are made of; float64 stays what it is as "float32"."""
@@ -63,33 +71,42 @@ class Precision:
     """What branches compute in."""
     gradients: torch.dtype
     """The gradients of states."""
+    jumps: bool
+    """Whether an error in a state, however small, may change what a branch makes of it by much."""
 
     @classmethod
-    def of(cls, x: Tensor, grid: Grid, coupling: Coupling = SUM, *, states: States = "float32") -> Precision:
-        """For a run that starts with `x`, under the autocast state that is now in force."""
+    def of(
+        cls, x: Tensor, grid: Grid, coupling: Coupling = SUM, *, states: States = "float32", kinks: bool = False
+    ) -> Precision:
+        """For a run that starts with `x`, under the autocast state that is now in force.
+
+        `kinks`: whether the slope of branches jumps somewhere, as ReLU's does. In float64 it does not matter: an error
+        is so small there that it turns no unit on or off.
+        """
         check_numbers(states, grid)
         autocast = torch.is_autocast_enabled(x.device.type)
         wide = torch.float32 if x.dtype in NARROW else x.dtype
         inside = torch.get_autocast_dtype(x.device.type) if autocast and wide == torch.float32 else x.dtype
         branches = wide if autocast else x.dtype
+        jumps = inside in NARROW or (kinks and inside == torch.float32)
         match states:
             case "int32" if coupling.is_sum:
                 step = FIXED_STEP if grid == "auto" else grid
-                return cls(torch.int32, branches, branches, step, inside, wide)
+                return cls(torch.int32, branches, branches, step, inside, wide, jumps)
             case "bfloat16":
-                return cls(torch.bfloat16, branches, branches, None, inside, torch.bfloat16)
-        step = (GRID_STEP if inside in NARROW else None) if grid == "auto" else grid
-        return cls(wide, branches, branches, step if coupling.is_sum else None, inside, wide)
+                return cls(torch.bfloat16, branches, branches, None, inside, torch.bfloat16, jumps)
+        if grid == "auto":
+            grid = GRID_STEP if inside in NARROW else KINKS_STEP if jumps else None
+        return cls(wide, branches, branches, grid if coupling.is_sum else None, inside, wide, jumps)
 
     @property
     def room(self) -> float:
         """By how much the error of a state may grow while states are rebuilt, if no grid makes it 0.
 
-        Three bits may be lost: gradients then stay within 1e-5 in float32. But an error of any size flips roundings of
-        branches that compute in narrow numbers, and is as large as these at once: then there is no room at all. Nor is
-        there in narrow states.
+        Three bits may be lost: gradients then stay within 1e-5 in float32. But where an error of any size flips
+        roundings inside branches, or turns units on or off, there is no room at all. Nor is there in narrow states.
         """
-        return 0.0 if self.inside in NARROW or self.states in NARROW else 2.0**3
+        return 0.0 if self.jumps or self.states in NARROW else 2.0**3
 
     @property
     def exact_range(self) -> float | None:

@@ -24,6 +24,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from re2tal.rewire.cuts import Cut
+from re2tal.rewire.kinks import holds_kinks
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,9 @@ class Branch:
     of the block, because ZeRO-3 gathers a module's own parameters when that module is called."""
     cut: Cut | None = None
     """How it may be run in pieces; None for only as a whole."""
+    kinks: bool = False
+    """Whether its slope jumps somewhere, as ReLU's does; see `kinks`. Where a layer inside the block is an nn.ReLU or
+    the like, this need not be said."""
 
 
 @singledispatch
@@ -73,6 +77,8 @@ class Residual:
     branches: tuple[Branch, ...]
     wrap: Callable[[nn.Module, Tensor], Any]
     """(block, x) -> x in the form in which the block returns it."""
+    kinks: bool
+    """Whether the slope of a branch jumps somewhere."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +98,9 @@ def registered(block: nn.Module) -> Residual | NotResidual:
         reason = f"{type(block).__name__} changes the forward of {kind.__name__}, so it needs its own registration"
         return NotResidual(reason)
     branches = residual_branches(block)
-    return Residual(branches, wrap_output) if branches else NotResidual(why_not_residual(block))
+    if not branches:
+        return NotResidual(why_not_residual(block))
+    return Residual(branches, wrap_output, kinks=any(branch.kinks for branch in branches) or holds_kinks(block))
 
 
 def is_unregistered(block: nn.Module) -> bool:

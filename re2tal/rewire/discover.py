@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_flatten
 from re2tal.reversible.rng import GeneratorState
 from re2tal.reversible.surroundings import held
 from re2tal.rewire.branches import Branch, NotResidual, Residual
+from re2tal.rewire.kinks import WatchedForKinks
 from re2tal.rewire.sums import RefusedError, Step, may_be_entered, steps_of
 
 
@@ -80,8 +81,9 @@ def _take_apart(block: nn.Module, call: Call, entered: Sequence[nn.Module]) -> R
         Branch(training.name, _function(training, evaluation, leaves, spec), through_block=training.uses_own_parameters)
         for training, evaluation in zip(steps[True], steps[False], strict=True)
     )
-    _check(block, branches, call)
-    return Residual(branches, _wrapping(block, call))
+    with WatchedForKinks() as watched:
+        _check(block, branches, call)
+    return Residual(branches, _wrapping(block, call), kinks=watched.found)
 
 
 def _function(training: Step, evaluation: Step, leaves: list[Any], spec: Any) -> Callable[..., Tensor]:

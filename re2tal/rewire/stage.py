@@ -58,7 +58,8 @@ class RewiringConfig:
     """What the states of a run are made of; "float32" is exact on its grid, "int32" on any, "bfloat16" is not."""
     grid: Grid = "auto"
     """Grid of the states that makes rebuilding exact: a step, None for none, or "auto": 2**-14 under bfloat16 and
-    float16 and none in float32; for "int32" always 2**-16."""
+    float16; in float32 2**-18 where branches have kinks, as ReLU has one, and none where they are smooth; for "int32"
+    always 2**-16."""
     chunk_mebibytes: float | None = None
     """Run a branch in pieces that need about so much memory while they are differentiated, as far as the branch says
     how it may be cut; None runs every branch whole."""
@@ -114,6 +115,7 @@ class RewiredStage(nn.Module):
         super().__init__()
         self.config = config
         self.residual = dict(residual)
+        self.kinks = any(found.kinks for found in residual.values())
         self.monitor = None if config.monitor_every is None else Monitor(name, every=config.monitor_every)
         self._plain = (plain,)  # in a tuple, so that it is not a submodule: its children are ours
         self.training = plain.training
@@ -136,7 +138,8 @@ class RewiredStage(nn.Module):
 
     def kept(self, length: int, *, dtype: torch.dtype) -> list[int]:
         """Which of its states 0 .. `length` a run of that many functions keeps, if it starts with one of `dtype`."""
-        precision = Precision.of(torch.empty(0, dtype=dtype), self.config.grid, states=self.config.states)
+        x, config = torch.empty(0, dtype=dtype), self.config
+        precision = Precision.of(x, config.grid, states=config.states, kinks=self.kinks)
         rebuilt = length - self.config.stored
         return self.coupling.kept(rebuilt, room=precision.room) if self.config.recompute and rebuilt > 0 else []
 
@@ -179,6 +182,7 @@ class RewiredStage(nn.Module):
                     coupling=self.coupling,
                     states=self.config.states,
                     grid=self.config.grid,
+                    kinks=self.kinks,
                     owner=self,
                     monitor=self.monitor,
                 )

@@ -10,6 +10,7 @@ from reversible.networks import CHANNELS, assert_close, assert_same_bits, chain,
 from torch import Tensor, nn
 
 from re2tal.reversible import run_reversibly
+from re2tal.reversible.coupling import Coupling
 from re2tal.reversible.precision import GRID_STEP, Precision
 
 
@@ -120,27 +121,27 @@ def test_a_branch_used_twice_under_autocast() -> None:
         (
             torch.float32,
             "auto",
-            Precision(torch.float32, torch.float32, torch.float32, None, torch.float32, torch.float32),
+            Precision(torch.float32, torch.float32, torch.float32, None, torch.float32, torch.float32, False),
         ),
         (
             torch.float64,
             "auto",
-            Precision(torch.float64, torch.float64, torch.float64, None, torch.float64, torch.float64),
+            Precision(torch.float64, torch.float64, torch.float64, None, torch.float64, torch.float64, False),
         ),
         (
             torch.bfloat16,
             "auto",
-            Precision(torch.float32, torch.bfloat16, torch.bfloat16, 2**-14, torch.bfloat16, torch.float32),
+            Precision(torch.float32, torch.bfloat16, torch.bfloat16, 2**-14, torch.bfloat16, torch.float32, True),
         ),
         (
             torch.float16,
             None,
-            Precision(torch.float32, torch.float16, torch.float16, None, torch.float16, torch.float32),
+            Precision(torch.float32, torch.float16, torch.float16, None, torch.float16, torch.float32, True),
         ),
         (
             torch.float32,
             2**-10,
-            Precision(torch.float32, torch.float32, torch.float32, 2**-10, torch.float32, torch.float32),
+            Precision(torch.float32, torch.float32, torch.float32, 2**-10, torch.float32, torch.float32, False),
         ),
     ],
 )
@@ -148,9 +149,33 @@ def test_numbers_of_a_run(x, grid, wanted) -> None:
     assert Precision.of(torch.ones(1, dtype=x), grid) == wanted
 
 
+def test_states_of_branches_with_kinks_are_on_a_finer_grid_in_float32_alone() -> None:
+    def grid(dtype: torch.dtype, **options) -> float | None:
+        return Precision.of(torch.ones(1, dtype=dtype), "auto", kinks=True, **options).grid
+
+    assert (grid(torch.float32), grid(torch.float64), grid(torch.bfloat16)) == (2**-18, None, 2**-14)
+    assert grid(torch.float32, states="int32") == 2**-16
+    assert grid(torch.float32, coupling=Coupling(0.5, 0.5)) is None
+    assert Precision.of(torch.ones(1), None, kinks=True).grid is None
+
+
+def test_where_errors_jump_a_coupling_that_divides_has_no_room_for_them() -> None:
+    half = Coupling(0.5, 0.5)
+    rooms = {
+        (dtype, kinks): Precision.of(torch.ones(1, dtype=dtype), "auto", half, kinks=kinks).room
+        for dtype in (torch.float32, torch.float64, torch.bfloat16)
+        for kinks in (False, True)
+    }
+    assert [key for key, room in rooms.items() if room == 0] == [
+        (torch.float32, True),
+        (torch.bfloat16, False),
+        (torch.bfloat16, True),
+    ]
+
+
 def test_numbers_of_a_run_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
-        wanted = Precision(torch.float32, torch.float32, torch.float32, 2**-14, torch.bfloat16, torch.float32)
+        wanted = Precision(torch.float32, torch.float32, torch.float32, 2**-14, torch.bfloat16, torch.float32, True)
         assert Precision.of(torch.ones(1), "auto") == wanted
         assert Precision.of(torch.ones(1, dtype=torch.bfloat16), "auto") == wanted
         assert Precision.of(torch.ones(1, dtype=torch.float64), "auto").grid is None
