@@ -28,7 +28,8 @@ from re2tal.backbones import BackboneConfig
 from re2tal.config import RunConfig, build_detector
 from re2tal.data.transforms import jitter_and_normalise
 from re2tal.data.windows import Slide
-from re2tal.planning.choice import GIGABYTE, plan_step
+from re2tal.planning.choice import plan_step
+from re2tal.planning.step_plan import GIGABYTE
 from re2tal.recipes import demo
 from re2tal.reversible.live_bytes import LiveBytes
 from re2tal.strict_json import write_json

@@ -17,7 +17,8 @@ from __future__ import annotations
 import os
 import re
 import socket
-from collections.abc import Iterator, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TypeVar
@@ -212,6 +213,37 @@ def gather_objects(value: Value) -> list[Value]:
     values: list = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def together(make: Callable[[], Value]) -> list[Value]:
+    """Every rank calls this: each gets the list of what `make`, which holds no collective, returned on all, by rank.
+
+    An error on one rank is an error on all, so that none waits for the others: its own where it happened, elsewhere a
+    ValueError if it was one (what a user gave was wrong), and a RuntimeError if not.
+    """
+    made: list[Value] = []
+    failure: Exception | None = None
+    try:
+        made.append(make())
+    except Exception as error:
+        failure = error
+        traceback.clear_frames(error.__traceback__)  # which may hold the very memory that ran out
+    text = None if failure is None else f"{type(failure).__name__}: {failure}"
+    answers = gather_objects((made, text, isinstance(failure, ValueError)))
+    if failure is not None:
+        raise failure
+    for rank, (_, text, is_input) in enumerate(answers):
+        if text is not None and is_input:
+            raise ValueError(text.removeprefix("ValueError: "))
+        if text is not None:
+            raise RuntimeError(f"rank {rank} failed, and all ranks end with it: {text}")
+    return [value for (value,), _, _ in answers]
+
+
+def made_by_main(make: Callable[[], Value]) -> Value:
+    """Every rank calls this: all get what rank 0 makes, or end with its error."""
+    (value,) = together(lambda: [make()] if is_main() else [])[0]
+    return value
 
 
 def any_rank(flag: bool, *, device: torch.device | str = "cpu") -> bool:

@@ -1,6 +1,7 @@
 """`re2tal train`, or launch/train.py under a launcher: train a network, evaluate it, write what came out.
 
 runs/NAME/config.json        the whole configuration; `--config` starts from it again
+          plan.json          how its stages run within a memory budget; a resumed run goes on with it
           metrics.jsonl      and tensorboard/: the course of the run
           checkpoints/       to --resume from
           model.safetensors  float32 weights (the moving average, if there is one) and class names
@@ -34,7 +35,8 @@ from re2tal.data.stream import ClipStream, stream_clips
 from re2tal.data.transforms import jitter_and_normalise
 from re2tal.distributed import World, is_main, main_process_first, resolve_world
 from re2tal.inference import detector_input
-from re2tal.planning.choice import StepPlan, shared_plan
+from re2tal.planning.shared import PLAN_NAME, save_plan, shared_plan
+from re2tal.planning.step_plan import StepPlan
 from re2tal.recipes import find_recipe
 from re2tal.rewire import wiring_of
 from re2tal.strict_json import write_json
@@ -112,11 +114,14 @@ def train(
         _claim(folder, world, resume=resume, overwrite=overwrite)
         clips = _stream(run, validation, world, training=False)
         evaluate = partial(judge, run=run, shards=validation, clips=clips)
-        plan = _plan(run, ds, world, classes=training.classes, device=device)
+        earlier = folder / PLAN_NAME if resume else None
+        plan = _plan(run, ds, world, classes=training.classes, device=device, earlier=earlier)
         trainer = _build(run, settings, folder, world, shards=training, evaluate=evaluate, device=device, plan=plan)
         resumed = resume and trainer.resume()
         if world.is_main:  # not before: a run that may not be resumed like this keeps the configuration it has
             save_config(folder / "config.json", run)
+            if plan is not None:
+                save_plan(folder / PLAN_NAME, plan)
         if resumed:
             trainer.log.say(f"resumed at step {trainer.progress.step} of {trainer.num_steps}")
         with closing(trainer.log):
@@ -149,7 +154,7 @@ def _claim(folder: Path, world: World, *, resume: bool, overwrite: bool) -> None
         if world.is_main and overwrite:
             for left in ("checkpoints", "tensorboard", "report"):
                 shutil.rmtree(folder / left, ignore_errors=True)
-            for left in ("metrics.jsonl", "summary.json", "results.json", "model.safetensors"):
+            for left in (PLAN_NAME, "metrics.jsonl", "summary.json", "results.json", "model.safetensors"):
                 (folder / left).unlink(missing_ok=True)
         if not resume and (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir()):
             raise ValueError(
@@ -248,14 +253,16 @@ def _build(
     )
 
 
-def _plan(run: AnyRun, ds: Path, world: World, *, classes: Sequence[str], device: torch.device) -> StepPlan | None:
+def _plan(
+    run: AnyRun, ds: Path, world: World, *, classes: Sequence[str], device: torch.device, earlier: Path | None
+) -> StepPlan | None:
     """Every rank calls this: how the backbone's stages run to keep within the budget, if there is one; rank 0 says it.
 
-    None without a budget.
+    None without a budget. `earlier`: the file of the plan that a resumed run goes on with.
     """
     if run.engine.memory_budget_gb is None:
         return None
-    plan = shared_plan(run, ds, world_size=world.world_size, num_classes=len(classes), device=device)
+    plan = shared_plan(run, ds, world_size=world.world_size, num_classes=len(classes), device=device, earlier=earlier)
     if world.is_main:
         print(plan, file=sys.stderr, flush=True)
     return plan

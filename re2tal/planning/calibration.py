@@ -24,6 +24,8 @@ from re2tal.planning.settings import Setting, configure
 from re2tal.training.engine import DTYPES
 
 ROUNDS = 3
+LINK_BYTES = 64 * 2**20
+"""Sent to the host and back to time the way."""
 MOST_SECONDS = 15.0
 """No further round begins after these."""
 MOST_BYTES_ON_A_CPU = 512 * 2**20
@@ -48,7 +50,6 @@ def measured_seconds(
     """
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
-        torch.manual_seed(0)
         backbone = build_backbone(replace(run.backbone, weights=None)).to(device, DTYPES[run.engine.precision])
         frames, share = _clip(run, backbone, device, plain_bytes)
         for setting in settings if device.type != "cpu" else settings[:1]:
@@ -65,6 +66,27 @@ def measured_seconds(
         [statistics.median(times) / share for times in zip(*(one[number] for one in rounds), strict=True)]
         for number in range(len(settings))
     ]
+
+
+def link_bytes_per_second(device: torch.device) -> float | None:
+    """How fast states get to pinned host memory and back, the slower of the two; None on a CPU, where they are there.
+
+    The best of a few copies counts: what else the link carries then, it carries while a network trains too.
+    """
+    if device.type == "cpu":
+        return None
+    there = torch.empty(LINK_BYTES, dtype=torch.uint8, device=device)
+    here = torch.empty(LINK_BYTES, dtype=torch.uint8, pin_memory=True)
+    synchronize = torch.get_device_module(device).synchronize
+
+    def seconds(to: Tensor, of: Tensor) -> float:
+        synchronize()
+        begin = time.perf_counter()
+        to.copy_(of, non_blocking=True)
+        synchronize()
+        return time.perf_counter() - begin
+
+    return LINK_BYTES / max(min(seconds(*way) for _ in range(5)) for way in ((here, there), (there, here)))
 
 
 def _clip(

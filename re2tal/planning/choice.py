@@ -1,82 +1,72 @@
 """A setting for every rewired stage, the fastest that keeps the whole step within a number of bytes.
 
-Bytes come from steps on fake tensors, with all stages set alike: everything stored, everything rebuilt, and rebuilt in
-pieces of a few sizes. Seconds come from the same steps on the device. In between, with the last k units of a run
-stored, both are taken in proportion. What the search finds is rehearsed once more as a whole before it is believed.
+`options` says what there is to choose from. What the search finds is rehearsed once more as a whole before it is
+believed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from math import floor, log2
+from collections.abc import Mapping, Sequence
+from math import ceil, floor, log2
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from re2tal.backbones import stored
-from re2tal.config import RecognitionConfig, RunConfig
-from re2tal.distributed import gather_objects, is_main
-from re2tal.planning.calibration import measured_seconds
-from re2tal.planning.rehearsal import Rehearsal, Trace, stages_of
-from re2tal.planning.settings import Setting, can_be_cut, configure, longest_run
+from re2tal.config import RecognitionConfig, RunConfig, flatten, to_json
+from re2tal.planning.calibration import link_bytes_per_second, measured_seconds
+from re2tal.planning.free_memory import free_memory
+from re2tal.planning.options import ON_THE_HOST, REBUILT, STORED, Link, options_of
+from re2tal.planning.rehearsal import Rehearsal, Trace
+from re2tal.planning.settings import Setting, can_be_cut, configure
 from re2tal.planning.step_memory import StepMemory, step_memory
+from re2tal.planning.step_plan import GIGABYTE, StageSeconds, StepPlan
 from re2tal.planning.zero_memory import Weights, ZeroMemory, zero_memory
-from re2tal.reversible.planner import Choice, Ground, Option, fastest, smallest
+from re2tal.reversible.planner import Option, fastest, smallest
 from re2tal.training.engine import DTYPES
 from re2tal.training.zero_file import resolve_deepspeed_config
 
-GIGABYTE = 10**9
-SHARE_OF_FREE = 0.92
-"""Of a card's free memory that "auto" takes: allocators round up, and kernels take workspaces."""
-STORED = Setting(stored=None, chunk_mebibytes=None)
-REBUILT = Setting(stored=0, chunk_mebibytes=None)
 MOST_REHEARSALS = 5
 
+WEIGHED = ("task", "num_steps", "data.clips", "backbone", "localizer", "recognizer", "optimizer", "engine")
+"""Parts of a configuration that a plan depends on."""
+NOT_WEIGHED = (
+    "backbone.monitor_every",
+    "backbone.offload",
+    "backbone.weights",
+    "data.clips.workers",
+    "data.clips.prefetch",
+    "data.clips.timeout_seconds",
+    "engine.timeout_minutes",
+)
+"""Keys in them that it does not depend on."""
 
-@dataclass(frozen=True, slots=True)
-class StepPlan:
-    """How the stages of a step run, and the memory it needs."""
 
-    memory: StepMemory
-    budget: int | None
-    """Bytes it was made for; None where everything runs as the configuration says."""
-    settings: dict[str, Setting]
-    """By name of the stage in the backbone; empty without a budget."""
-    seconds: dict[str, tuple[float, float]]
-    """By stage: seconds of its forward and backward as measured, and with everything stored."""
-
-    def apply(self, network: nn.Module) -> None:
-        """Sets the stages of the detector's, or recognizer's, backbone."""
-        found = stages_of(network.get_submodule("backbone"))
-        configure({name: found[name] for name in self.settings}, list(self.settings.values()))
-
-    def to_json(self) -> dict[str, Any]:
-        """Bytes and seconds."""
-        return {
-            "memory": self.memory.to_json(),
-            "budget": self.budget,
-            "stages": {name: asdict(setting) for name, setting in self.settings.items()},
-            "seconds": {name: {"planned": own, "stored": least} for name, (own, least) in self.seconds.items()},
-        }
-
-    def __str__(self) -> str:
-        if self.budget is None:
-            return str(self.memory)
-        rows = [("stage", "runs", "seconds", "if stored")]
-        for name, setting in self.settings.items():
-            own, least = self.seconds[name]
-            rows.append((name, str(setting), f"{own:.3f}", f"{least:.3f}"))
-        owns, leasts = zip(*self.seconds.values(), strict=True)
-        rows.append(("all", "", f"{sum(owns):.3f}", f"{sum(leasts):.3f}"))
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-        budget = (
-            f"planned for {self.budget / GIGABYTE:.3f} GB, of which the step needs {self.memory.peak / GIGABYTE:.3f}"
-        )
-        return "\n".join([*lines, "", str(self.memory), "", budget])
+def made_for(
+    run: RunConfig | RecognitionConfig,
+    settings: Mapping[str, Any],
+    *,
+    world_size: int,
+    num_classes: int,
+    device: torch.device,
+) -> dict[str, Any]:
+    """What a plan depends on, by name, as JSON values; `settings`: those of DeepSpeed, resolved."""
+    weighed = {
+        name: value
+        for name, value in flatten(to_json(run))
+        if name not in NOT_WEIGHED and any(name == part or name.startswith(f"{part}.") for part in WEIGHED)
+    }
+    kind = "cpu" if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
+    return {
+        **weighed,
+        "training.average_decay is set": run.training.average_decay is not None,
+        **{f"zero_optimization.{name}": value for name, value in flatten(settings["zero_optimization"])},
+        "number of ranks": world_size,
+        "number of classes": num_classes,
+        "device": kind,
+        "torch": torch.__version__,
+    }
 
 
 def plan_step(
@@ -90,13 +80,13 @@ def plan_step(
 ) -> StepPlan:
     """The memory of a step of `run`; with `engine.memory_budget_gb`, after choosing how the backbone's stages run.
 
-    `free_bytes`: what "auto" may take; by default what `device` has free now.
+    `free_bytes`: what "auto" may take; by default what `device` has free now, a CPU shared by all ranks.
 
     Raises ValueError where no choice keeps within the budget, and says what the smallest one needs.
     """
     settings = resolve_deepspeed_config(ds, run.engine, world_size=world_size)
-    stage, budget = settings["zero_optimization"].get("stage", 0), _budget(run, device, free_bytes)
-    _refuse_what_cannot_be_rehearsed(run, device)
+    stage, budget = settings["zero_optimization"].get("stage", 0), _budget(run, device, free_bytes, world_size)
+    _refuse_what_cannot_be_rehearsed(run)
     if budget is not None:
         _refuse_what_cannot_be_planned(run)
     rehearsal = Rehearsal(run, device=device, num_classes=num_classes, free_gradients=stage >= 2)
@@ -108,62 +98,31 @@ def plan_step(
         averaged=run.training.average_decay is not None,
         on_cpu=device.type == "cpu",
     )
+    purpose = made_for(run, settings, world_size=world_size, num_classes=num_classes, device=device)
     if budget is None:
-        return StepPlan(step_memory(rehearsal.trace(), zero), None, {}, {})
-    return _Planner(run, rehearsal, zero, budget).plan()
+        return StepPlan(step_memory(rehearsal.trace(), zero), None, {}, {}, purpose)
+    planner = _Planner(run, rehearsal, zero, budget)
+    found, memory, seconds = planner.plan()
+    return StepPlan(memory, budget, found, seconds, purpose)
 
 
-def shared_plan(
-    run: RunConfig | RecognitionConfig, ds: Path, *, world_size: int, num_classes: int, device: torch.device
-) -> StepPlan:
-    """Every rank calls this, before anything is on its device: all get the plan that rank 0 makes.
-
-    "auto" is what the rank with the least has free.
-    """
-    free = None
-    if run.engine.memory_budget_gb == "auto":
-        free = min(gather_objects(free_memory(device)))
-    plan, refusal = None, ""
-    if is_main():
-        try:
-            plan = plan_step(run, ds, world_size=world_size, num_classes=num_classes, device=device, free_bytes=free)
-        except ValueError as error:  # the other ranks must hear of it: they are waiting
-            refusal = str(error)
-    plan, refusal = gather_objects((plan, refusal))[0]
-    if plan is None:
-        raise ValueError(refusal)
-    return plan
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that "auto" may take of `device`. ValueError for a CPU, whose memory belongs to its other processes too."""
-    if device.type == "cpu":
-        raise ValueError(
-            'engine.memory_budget_gb is "auto", but a CPU shares its memory with decoders and other processes; '
-            "give a number of gigabytes"
-        )
-    return int(torch.get_device_module(device).mem_get_info(device)[0] * SHARE_OF_FREE)
-
-
-def _budget(run: RunConfig | RecognitionConfig, device: torch.device, free_bytes: int | None) -> int | None:
+def _budget(
+    run: RunConfig | RecognitionConfig, device: torch.device, free_bytes: int | None, world_size: int
+) -> int | None:
     match run.engine.memory_budget_gb:
         case None:
             return None
         case "auto":
-            return free_memory(device) if free_bytes is None else free_bytes
+            return free_memory(device, sharers=world_size) if free_bytes is None else free_bytes
         case gigabytes:
             return floor(gigabytes * GIGABYTE)
 
 
-def _refuse_what_cannot_be_rehearsed(run: RunConfig | RecognitionConfig, device: torch.device) -> None:
+def _refuse_what_cannot_be_rehearsed(run: RunConfig | RecognitionConfig) -> None:
     if run.backbone.name == stored.NAME:
         raise ValueError(
             f"backbone.name is {stored.NAME!r}: a run on stored features has no network whose memory could be planned; "
             "give the recipe of one on videos, and leave engine.memory_budget_gb out of this one"
-        )
-    if run.backbone.offload and device.type != "cpu":
-        raise ValueError(
-            "backbone.offload is set, but bytes are counted wherever they lie, those on the host too; plan without it"
         )
 
 
@@ -180,8 +139,6 @@ def _refuse_what_cannot_be_planned(run: RunConfig | RecognitionConfig) -> None:
             f"{key}, but stages with backbone.states 'int32' cannot keep their activations, which a plan may want; set "
             "backbone.states to 'float32', or leave the budget out"
         )
-    if backbone.offload:
-        raise ValueError(f"{key}, which plans for the device alone; leave backbone.offload or the budget out")
 
 
 class _Planner:
@@ -191,9 +148,12 @@ class _Planner:
         self.run, self.rehearsal, self.zero, self.budget = run, rehearsal, zero, budget
         self.stages = rehearsal.stages()
 
-    def plan(self) -> StepPlan:
-        """ValueError with the smallest budget there is, where this one is too small."""
-        traces = self._traces()
+    def plan(self) -> tuple[dict[str, Setting], StepMemory, dict[str, StageSeconds]]:
+        """By stage how it runs and what that takes, and the memory of the step.
+
+        ValueError with the smallest budget there is, where this one is too small.
+        """
+        traces, link = self._traces(), self._link()
         measured = measured_seconds(
             self.run,
             list(traces),
@@ -202,42 +162,45 @@ class _Planner:
             order=list(self.stages),
         )
         seconds = dict(zip(traces, measured, strict=True))
-        choices = [_options(traces, seconds, s, stage=stage) for s, stage in enumerate(self.stages.values())]
+        choices = options_of(self.stages, traces, seconds, link)
         options = [[option for _, option in choice] for choice in choices]
-        ground = traces[REBUILT].ground()
-        room = self.budget - self.zero.during_backward
+        numbers, memory = self._search(traces[REBUILT], options, [[setting for setting, _ in one] for one in choices])
+        chosen = {name: choice[n] for name, choice, n in zip(self.stages, choices, numbers, strict=True)}
+        least = dict(zip(self.stages, seconds[STORED], strict=True))
+        return (
+            {name: setting for name, (setting, _) in chosen.items()},
+            memory,
+            {name: StageSeconds(option.seconds, least[name]) for name, (_, option) in chosen.items()},
+        )
+
+    def _search(
+        self, rebuilt: Trace, options: Sequence[Sequence[Option]], settings: Sequence[Sequence[Setting]]
+    ) -> tuple[tuple[int, ...], StepMemory]:
+        """The option of each stage, by number, and the memory of the step with them."""
+        ground, room = rebuilt.ground(), self.budget - self.zero.during_backward
         for _ in range(MOST_REHEARSALS):
             found = fastest(ground, options, budget=room)
             if found is None:
                 break
-            settings = [choice[number][0] for choice, number in zip(choices, found.options, strict=True)]
-            memory = step_memory(self._rehearsed(settings), self.zero)
+            memory = self._memory(settings, found.options)
             if memory.peak <= self.budget:
-                return self._plan(
-                    settings, memory, [choice[n][1] for choice, n in zip(choices, found.options, strict=True)], seconds
-                )
+                return found.options, memory
             room -= max(1, memory.peak - self.budget)
-        settings, memory = self._smallest(ground, options, choices)
-        self._refuse_too_much(memory)
-        parts = [dict(choice)[setting] for choice, setting in zip(choices, settings, strict=True)]
-        return self._plan(settings, memory, parts, seconds)
+        found = smallest(ground, options)
+        memory = self._memory(settings, found.options)
+        if memory.peak > self.budget:
+            needed = ceil(1000 * memory.peak / GIGABYTE) / 1000  # rounded up, so that it is a budget to give
+            raise ValueError(
+                f"engine.memory_budget_gb allows {self.budget / GIGABYTE:.3f} GB, but no plan of this step needs less "
+                f"than {needed:.3f} GB, of which {self.zero.standing / GIGABYTE:.3f} GB are parameters "
+                "and optimizer; raise the budget, shard further (ZeRO stage, more ranks, offload), or give it smaller "
+                "or fewer clips"
+            )
+        return found.options, memory
 
-    def _plan(
-        self,
-        settings: Sequence[Setting],
-        memory: StepMemory,
-        options: Sequence[Option],
-        seconds: dict[Setting, list[float]],
-    ) -> StepPlan:
-        return StepPlan(
-            memory,
-            self.budget,
-            dict(zip(self.stages, settings, strict=True)),
-            {
-                name: (option.seconds, least)
-                for name, option, least in zip(self.stages, options, seconds[STORED], strict=True)
-            },
-        )
+    def _memory(self, settings: Sequence[Sequence[Setting]], numbers: Sequence[int]) -> StepMemory:
+        chosen = [of_stage[number] for of_stage, number in zip(settings, numbers, strict=True)]
+        return step_memory(self._rehearsed(chosen), self.zero)
 
     def _traces(self) -> dict[Setting, Trace]:
         """Steps with all stages set alike; pieces are a quarter and a 32nd of the largest branch."""
@@ -250,62 +213,10 @@ class _Planner:
                 traces[setting] = self._rehearsed([setting] * len(self.stages))
         return traces
 
+    def _link(self) -> Link | None:
+        bandwidth = link_bytes_per_second(self.rehearsal.device)
+        return None if bandwidth is None else Link(bandwidth, self._rehearsed([ON_THE_HOST] * len(self.stages)))
+
     def _rehearsed(self, settings: Sequence[Setting]) -> Trace:
         configure(self.stages, settings)
         return self.rehearsal.trace()
-
-    def _smallest(
-        self, ground: Ground, options: Sequence[Sequence[Option]], choices: Sequence[Sequence[tuple[Setting, Option]]]
-    ) -> tuple[list[Setting], StepMemory]:
-        found: Choice = smallest(ground, options)
-        settings = [choice[number][0] for choice, number in zip(choices, found.options, strict=True)]
-        return settings, step_memory(self._rehearsed(settings), self.zero)
-
-    def _refuse_too_much(self, memory: StepMemory) -> None:
-        if memory.peak > self.budget:
-            raise ValueError(
-                f"engine.memory_budget_gb allows {self.budget / GIGABYTE:.3f} GB, but no plan of this step needs less "
-                f"than {memory.peak / GIGABYTE:.3f} GB, of which {self.zero.standing / GIGABYTE:.3f} GB are parameters "
-                "and optimizer; raise the budget, shard further (ZeRO stage, more ranks, offload), or give it smaller "
-                "or fewer clips"
-            )
-
-
-def _options(
-    traces: dict[Setting, Trace], seconds: dict[Setting, list[float]], s: int, *, stage: Any
-) -> list[tuple[Setting, Option]]:
-    """Of one stage, those of which no other has less of everything."""
-    stored = _measured(traces[STORED], seconds[STORED], s)
-    found = [(STORED, stored)]
-    length = longest_run(stage)
-    # With many stages a few steps each are choice enough.
-    steps = length if len(traces[STORED].of("forward")) <= 2 else min(length, 4)
-    for setting, trace in traces.items():
-        if setting == STORED:
-            continue
-        rebuilt = _measured(trace, seconds[setting], s)
-        for step in range(steps):
-            units = length * step // steps
-            found.append((Setting(units, setting.chunk_mebibytes), _between(rebuilt, stored, units / length)))
-    return [one for one in found if not any(_beats(other, one[1]) for _, other in found)]
-
-
-def _measured(trace: Trace, seconds: list[float], s: int) -> Option:
-    forward, backward = trace.of("forward")[s], trace.of("backward")[s]
-    return Option(seconds[s], trace.kept()[s], forward.peak - forward.live, backward.peak - backward.live)
-
-
-def _between(rebuilt: Option, stored: Option, share: float) -> Option:
-    """With the last `share` of the units stored. They are free again when the others' backward comes."""
-    kept = round(share * (stored.kept - rebuilt.kept))
-    return Option(
-        rebuilt.seconds + share * (stored.seconds - rebuilt.seconds),
-        rebuilt.kept + kept,
-        max(rebuilt.forward, rebuilt.kept + kept),
-        max(stored.backward if share else 0, rebuilt.backward - kept),
-    )
-
-
-def _beats(one: Option, other: Option) -> bool:
-    mine, its = ((of.seconds, of.kept, of.forward, of.backward) for of in (one, other))
-    return mine != its and all(a <= b for a, b in zip(mine, its, strict=True))

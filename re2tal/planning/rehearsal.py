@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -54,11 +54,15 @@ class Phase:
 
 @dataclass(frozen=True, slots=True)
 class Trace:
-    """A step, phase by phase; bytes without parameters and what belongs to the optimizer."""
+    """A step, phase by phase; bytes on the device, without parameters and what belongs to the optimizer."""
 
     batch: int
     """Bytes of the clips, as they come and as the backbone gets them."""
     phases: tuple[Phase, ...]
+    gradients: int = 0
+    """Bytes of the parameters' gradients when backward has ended."""
+    host: int = 0
+    """Most bytes in the memory of the host at once, if that is not the device's."""
 
     @property
     def peak(self) -> int:
@@ -125,17 +129,22 @@ class Rehearsal:
         def mark(event: Event) -> None:
             nonlocal begun
             phases.append(replace(begun, peak=live.peak))
-            gradients = sum(one.grad.untyped_storage().nbytes() for one in self.parameters if one.grad is not None)
-            begun, live.peak = Phase(event, live.live, 0, gradients), live.live
+            begun, live.peak = Phase(event, live.live, 0, self._gradients()), live.live
 
         stages = list(self._stages.values())
-        with self._mode, LiveBytes() as live, watched(self.network.backbone, stages, mark):
-            outputs = self.network(*self._clips())
-            wide = [leaf.float() for leaf in tree_leaves(outputs) if leaf.requires_grad]
-            torch.stack([leaf.square().sum() for leaf in wide]).sum().backward()
-            del outputs, wide
+        host, live = LiveBytes(torch.device("cpu")), LiveBytes(self.device)
+        with self._mode, host if self.device.type != "cpu" else nullcontext(), live:
+            with watched(self.network.backbone, stages, mark):
+                outputs = self.network(*self._clips())
+                wide = [leaf.float() for leaf in tree_leaves(outputs) if leaf.requires_grad]
+                torch.stack([leaf.square().sum() for leaf in wide]).sum().backward()
+                del outputs, wide
         phases.append(replace(begun, peak=live.peak))
-        return Trace(self._frames.numel() * (1 + self.dtype.itemsize), tuple(phases))
+        batch = self._frames.numel() * (1 + self.dtype.itemsize)
+        return Trace(batch, tuple(phases), self._gradients(), host.peak)
+
+    def _gradients(self) -> int:
+        return sum(one.grad.untyped_storage().nbytes() for one in self.parameters if one.grad is not None)
 
     def _clips(self) -> tuple[Tensor, Tensor]:
         """A batch as the backbone gets it; as in training, what it was made from stays until the next one."""

@@ -18,12 +18,15 @@ class Setting:
     """How many units at the end of each run keep their activations; None for all."""
     chunk_mebibytes: float | None
     """About so much memory inside a branch; None runs branches whole."""
+    offload: bool = False
+    """Whether the states that runs keep wait for backward in host memory; only where no unit is stored."""
 
     def __str__(self) -> str:
-        how = "whole branches" if self.chunk_mebibytes is None else f"pieces of {self.chunk_mebibytes:g} MiB"
         if self.stored is None:
             return "stored"
-        return f"rebuilt, {how}" + (f", last {self.stored} stored" if self.stored else "")
+        how = "whole branches" if self.chunk_mebibytes is None else f"pieces of {self.chunk_mebibytes:g} MiB"
+        besides = f", last {self.stored} stored" if self.stored else ", states on the host" if self.offload else ""
+        return f"rebuilt, {how}{besides}"
 
 
 def configure(stages: Mapping[str, RewiredStage], settings: Sequence[Setting]) -> None:
@@ -34,7 +37,7 @@ def configure(stages: Mapping[str, RewiredStage], settings: Sequence[Setting]) -
             recompute=setting.stored is not None,
             stored=setting.stored or 0,
             chunk_mebibytes=setting.chunk_mebibytes,
-            offload=False,
+            offload=setting.offload,
         )
 
 

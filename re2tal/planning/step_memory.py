@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from re2tal.planning.rehearsal import Trace
 from re2tal.planning.zero_memory import ZeroMemory
 
+STATES, CHUNK, SCRATCH = "states, stored activations", "chunk in a branch", "optimizer's scratch"
+STEPPING = "the optimizer steps"
+WHILE = {
+    "start": "the batch is made ready",
+    "forward": "the backbone goes forward",
+    "between": "the localizer works",
+    "backward": "the backbone goes backward",
+}
+
 
 @dataclass(frozen=True, slots=True)
 class StepMemory:
-    """Bytes on the device of one rank at the moment when most are in use, and at others."""
+    """Bytes on the device of one rank, part by part, over a step and at the moment when most are in use."""
 
     parts: dict[str, int]
     """What is there at the peak; they add up to it."""
+    most: dict[str, int]
+    """The most of every part, each at its own moment."""
     phases: dict[str, int]
     """The most of every phase of a step."""
     host: int
@@ -30,65 +42,88 @@ class StepMemory:
         return {"peak": self.peak, **asdict(self)}
 
     def __str__(self) -> str:
-        head = [("at the peak", ""), *_rows(self.parts), ("peak", _gigabytes(self.peak))]
+        size = _in_gigabytes if self.peak >= 10**9 else _in_megabytes
+        rows = [("part", "most", "at the peak")]
+        rows += [(name, size(self.most[name]), size(self.parts.get(name, 0))) for name in self.most]
+        rows.append(("all", "", size(self.peak)))
         if self.host:
-            head.append(("on the host", _gigabytes(self.host)))
-        return _table([*head, ("", ""), ("most while", ""), *_rows(self.phases)])
+            rows.append(("on the host", size(self.host), ""))
+        phases = [("most while", ""), *((name, size(most)) for name, most in self.phases.items())]
+        return f"{_table(rows)}\n\n{_table(phases)}"
 
 
 def step_memory(trace: Trace, zero: ZeroMemory) -> StepMemory:
     """From the activations of a step and what the optimizer and DeepSpeed hold."""
-    standing = zero.during_backward
-    names = {
-        "start": "the batch is made ready",
-        "forward": "the backbone goes forward",
-        "between": "the localizer works",
-        "backward": "the backbone goes backward",
-    }
     phases = {
-        name: standing + max(phase.peak for phase in trace.of(kind)) for kind, name in names.items() if trace.of(kind)
+        name: zero.during_backward + max(phase.peak for phase in trace.of(kind))
+        for kind, name in WHILE.items()
+        if trace.of(kind)
     }
-    phases["the optimizer steps"] = zero.standing + zero.step
-    parts = {"parameters": zero.parameters, "optimizer": zero.optimizer, "moving average": zero.average}
-    if phases["the optimizer steps"] == max(phases.values()):
-        parts |= {"gradients and optimizer's scratch": zero.step}
+    phases[STEPPING] = zero.standing + zero.step
+    standing = {"parameters": zero.parameters, "optimizer": zero.optimizer, "moving average": zero.average}
+    always = {"gathered parameters": zero.gathered, "communication": zero.buckets}
+    if phases[STEPPING] == max(phases.values()):
+        parts = {**standing, "gradients": zero.step_gradients, SCRATCH: zero.step_scratch}
     else:
-        parts |= {"gathered parameters": zero.gathered, "communication": zero.buckets, **_activations(trace, zero)}
-    return StepMemory({name: size for name, size in parts.items() if size}, phases, zero.host)
+        parts = {**standing, **always, **_at_the_peak(trace, zero)}
+    most = {**standing, **always, **_most(trace, zero), "other": parts.get("other", 0)}
+    return StepMemory(
+        {name: size for name, size in parts.items() if size},
+        {name: size for name, size in most.items() if size},
+        phases,
+        zero.host + trace.host,
+    )
 
 
-def _activations(trace: Trace, zero: ZeroMemory) -> dict[str, int]:
+def _at_the_peak(trace: Trace, zero: ZeroMemory) -> dict[str, int]:
     """What is there besides the optimizer at the highest moment of a step."""
     worst = max(trace.phases, key=lambda phase: phase.peak)
-    kept = trace.kept()
+    kept, s, rise = trace.kept(), worst.event.stage, worst.peak - worst.live
+    batch = min(trace.batch, worst.peak)
     match worst.event.kind:
         case "start":
-            states, inside = 0, "made while the batch is made ready"
+            inside = {"augmentation": worst.peak - batch}
         case "forward":
-            states, inside = sum(kept[: worst.event.stage]), "inside a branch, forward"
+            inside = {STATES: sum(kept[:s]) + min(kept[s], rise), CHUNK: max(0, rise - kept[s])}
         case "between":
-            states, inside = sum(kept), "localizer"
+            inside = {STATES: sum(kept), "localizer": rise}
         case "backward":
-            states, inside = sum(kept[: worst.event.stage + 1]), "inside a branch, backward"
-    batch = min(trace.batch, worst.live)
-    parts = {
-        "gradients": zero.gradients + worst.gradients,
-        "batch": batch,
-        "kept by the backbone's stages": states,
-        inside: worst.peak - worst.live,
-    }
+            inside = {STATES: sum(kept[: s + 1]), CHUNK: rise}
+    parts = {"gradients": zero.gradients + worst.gradients, "batch": batch, **inside}
     return {**parts, "other": zero.gradients + worst.peak - sum(parts.values())}
 
 
-def _rows(sizes: dict[str, int]) -> list[tuple[str, str]]:
-    return [(f"  {name}", _gigabytes(size)) for name, size in sizes.items()]
+def _most(trace: Trace, zero: ZeroMemory) -> dict[str, int]:
+    kept = trace.kept()
+    forward = (max(0, phase.peak - phase.live - kept[s]) for s, phase in enumerate(trace.of("forward")))
+    return {
+        "gradients": max(zero.step_gradients, zero.gradients + trace.gradients),
+        SCRATCH: zero.step_scratch,
+        "batch": trace.batch,
+        "augmentation": max(phase.peak for phase in trace.of("start")) - trace.batch,
+        STATES: sum(kept),
+        CHUNK: max([*forward, *_rises(trace.of("backward"))]),
+        "localizer": max(_rises(trace.of("between"))),
+    }
 
 
-def _gigabytes(size: int) -> str:
-    return f"{size / 1e9:,.3f} GB"
+def _rises(phases: Iterable[Any]) -> list[int]:
+    return [phase.peak - phase.live for phase in phases]
 
 
-def _table(rows: list[tuple[str, str]]) -> str:
-    width = max(len(name) for name, _ in rows)
-    right = max(len(size) for _, size in rows)
-    return "\n".join(f"{name:<{width}}  {size:>{right}}".rstrip() for name, size in rows)
+def _in_gigabytes(size: int) -> str:
+    return f"{size / 10**9:,.3f} GB" if size else "-"
+
+
+def _in_megabytes(size: int) -> str:
+    return f"{size / 10**6:,.2f} MB" if size else "-"
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        ).rstrip()
+        for row in rows
+    )

@@ -75,14 +75,21 @@ class ZeroMemory:
     """The moving average of the weights."""
     buckets: int
     """For communication during backward."""
-    step: int
-    """Needed by the optimizer's step, when no activations are left."""
+    step_gradients: int
+    """There when the optimizer steps, when no activations are left."""
+    step_scratch: int
+    """Needed by that step besides."""
     host: int
 
     @property
     def standing(self) -> int:
         """There all the time."""
         return self.parameters + self.optimizer + self.average
+
+    @property
+    def step(self) -> int:
+        """Needed by the optimizer's step besides what is there all the time."""
+        return self.step_gradients + self.step_scratch
 
     @property
     def during_backward(self) -> int:
@@ -111,7 +118,6 @@ def zero_memory(
         # AdamW goes through tensors one by one on a CPU, through all of a group at once elsewhere.
         at_once = weights.largest if on_cpu else weights.largest_group
         flat = 4 * min(trained, DEFAULT_BUCKET) if world_size > 1 else 0  # whatever the file says
-        gradients_there = bytes_each * trained
         return ZeroMemory(
             parameters=bytes_each * every,
             gathered=0,
@@ -119,7 +125,8 @@ def zero_memory(
             optimizer=MOMENTS * trained,
             average=4 * trained * averaged,
             buckets=0,
-            step=gradients_there + max(flat, STEP * at_once),
+            step_gradients=bytes_each * trained,
+            step_scratch=max(flat, STEP * at_once),
             host=0,
         )
     offloaded = _is_on_host(zero, "offload_optimizer")
@@ -152,7 +159,8 @@ def zero_memory(
         optimizer=optimizer,
         average=average,
         buckets=buckets,
-        step=gradients + step,
+        step_gradients=gradients,
+        step_scratch=step,
         host=host,
     )
 

@@ -29,8 +29,10 @@ class LiveBytes(TorchDispatchMode):
     peak: int
     """The most that were alive at once; set it to `live` to begin anew."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | None = None) -> None:
+        """Counts what lies on devices of the kind of `device`; None counts everything."""
         super().__init__()
+        self._kind = None if device is None else device.type
         self.live = self.peak = 0
         self._known: dict[int, weakref.ref] = {}
 
@@ -40,6 +42,8 @@ class LiveBytes(TorchDispatchMode):
         given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         for leaf in tree_leaves(result):
             if not isinstance(leaf, Tensor) or leaf.device.type == "meta":
+                continue
+            if self._kind not in (None, leaf.device.type):
                 continue
             if leaf.untyped_storage()._cdata not in given:
                 self._count(leaf.untyped_storage())

@@ -5,7 +5,8 @@
 
 On CUDA they go through pinned memory on a stream of their own, and streams wait for each other, never the host: a
 state is late only where the link is slower than the layers in between. Torch keeps pinned blocks for the next step,
-rounded up to powers of two. Elsewhere copies are plain ones; on a CPU, whose memory is the host's, they save nothing.
+rounded up to powers of two. Elsewhere, and on fake tensors, copies are plain ones; on a CPU, whose memory is the
+host's, they save nothing.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 
 
@@ -83,7 +85,7 @@ class _Lane:
 
     def send(self, state: Tensor, *, wait: bool) -> Tensor:
         """A copy on the host, of which only the stream knows when it is complete; `wait` for it on the caller's."""
-        if self._stream is None:
+        if self._stream is None or isinstance(state, FakeTensor):
             return state.to("cpu", copy=True)
         current = torch.cuda.current_stream(self._device)
         host = torch.empty_like(state, device="cpu", pin_memory=True)
@@ -97,7 +99,7 @@ class _Lane:
 
     def bring(self, host: Tensor) -> _Arrival:
         """Starts a copy to the device."""
-        if self._stream is None:
+        if self._stream is None or isinstance(host, FakeTensor):
             return _Arrival(host.to(self._device, copy=True), None)
         # From the memory of the caller's stream, which may still be at work on what was there before.
         state = torch.empty_like(host, device=self._device)

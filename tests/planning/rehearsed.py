@@ -12,10 +12,11 @@ STATE, INSIDE, STORED_UNIT = 10 * MEGABYTE, 64 * MEGABYTE, 30 * MEGABYTE
 
 
 class Rehearsed:
-    """Every stage keeps two states and STORED_UNIT per stored unit; inside it needs INSIDE, or a piece of it."""
+    """Every stage keeps two states, if not on the host, and STORED_UNIT per stored unit; inside it needs INSIDE, or a
+    piece of it."""
 
-    def __init__(self, run, *, num_classes: int, **_) -> None:
-        self.device = torch.device("cpu")
+    def __init__(self, run, *, num_classes: int, device: torch.device, **_) -> None:
+        self.device = device
         self.network = build_detector(run, [f"class {number}" for number in range(num_classes)])
 
     def stages(self):
@@ -23,12 +24,15 @@ class Rehearsed:
 
     def trace(self) -> Trace:
         live, batch, phases, kept = 5 * MEGABYTE, 5 * MEGABYTE, [Phase(Event("start", 0), 0, 5 * MEGABYTE, 0)], []
+        host = 0
         for s, stage in enumerate(self.stages().values()):
             config, units = stage.config, sum(len(lengths) and sum(lengths) for _, lengths in stage.runs())
             stored = units if not config.recompute else min(config.stored, units)
             inside = INSIDE if config.chunk_mebibytes is None else min(INSIDE, int(config.chunk_mebibytes * 2**20))
-            kept.append(stored * STORED_UNIT + (2 * STATE if stored < units else 0))
-            phases.append(Phase(Event("forward", s), live, live + max(inside // 2, kept[-1]), 0))
+            states = 2 * STATE if stored < units else 0
+            kept.append(stored * STORED_UNIT + (0 if config.offload else states))
+            host += states if config.offload else 0
+            phases.append(Phase(Event("forward", s), live, live + max(inside // 2, stored * STORED_UNIT + states), 0))
             live += kept[-1]
         phases.append(Phase(Event("between", 0), live, live + MEGABYTE, 0))
         for s, stage in reversed(list(enumerate(self.stages().values()))):
@@ -36,6 +40,7 @@ class Rehearsed:
             chunk = config.chunk_mebibytes
             inside = STATE if not config.recompute else INSIDE if chunk is None else min(INSIDE, int(chunk * 2**20))
             stored = config.stored * STORED_UNIT if config.recompute else 0
-            phases.append(Phase(Event("backward", s), live, live + max(STATE, inside - stored), 0))
+            fetched = 2 * STATE if config.offload else 0
+            phases.append(Phase(Event("backward", s), live, live + fetched + max(STATE, inside - stored), 0))
             live -= kept[s]
-        return Trace(batch, tuple(phases))
+        return Trace(batch, tuple(phases), host=host)

@@ -72,3 +72,17 @@ def test_phases_add_up_to_the_peaks_of_mixed_settings(rehearsal) -> None:
             options.append(Option(0, kept, forward.peak - forward.live, backward.peak - backward.live))
         configure(rehearsal.stages(), [SETTINGS[name] for name in mixed])
         assert peak_of(traces["rebuilt"].ground(), options) == pytest.approx(rehearsal.trace().peak, rel=0.02)
+
+
+@pytest.mark.gpu
+def test_states_on_the_host_are_not_on_the_device() -> None:
+    """Nothing of a rewired stage's run stays on the card between its forward and its backward."""
+    run = small_run()
+    rehearsal = Rehearsal(run, device=torch.device("cuda"), num_classes=4, free_gradients=False)
+    traces = {}
+    for offload in (False, True):
+        configure(rehearsal.stages(), [Setting(0, None, offload)] * 3)
+        traces[offload] = rehearsal.trace()
+    saved = sum(traces[False].kept()) - sum(traces[True].kept())
+    assert saved > 0
+    assert traces[True].host - traces[False].host >= saved

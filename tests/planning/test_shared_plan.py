@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,15 @@ from typing import Any
 import pytest
 import torch
 from distributed.ranks import run_ranks
+from planning.rehearsed import Rehearsed
 from planning.small import small_run
 from torch.utils._pytree import tree_leaves
 
 from re2tal.config import build_detector
 from re2tal.distributed import resolve_world
-from re2tal.planning.choice import StepPlan, shared_plan
+from re2tal.planning import choice, shared
+from re2tal.planning.shared import save_plan, shared_plan
+from re2tal.planning.step_plan import StepPlan
 from re2tal.training.engine import build_engine, join
 from re2tal.training.optimizer import build_optimizer
 from re2tal.training.zero_file import resolve_deepspeed_config
@@ -44,6 +48,93 @@ def train_with_and_without(ds: str) -> dict[str, Any]:
         "planned": _weights_after_a_step(ds, half),
         "unplanned": _weights_after_a_step(ds, None),
     }
+
+
+def plan_without_memory(ds: str, error: str) -> dict[str, Any]:
+    """How each rank ends, and after how long, when rank 0 fails while it times what stages may do."""
+    world, run = resolve_world(os.environ), small_run(memory_budget_gb=1.0)
+    device = join(world, run.engine)
+
+    def fails(*_, **__) -> None:
+        raise {"OutOfMemoryError": torch.OutOfMemoryError, "ValueError": ValueError}[error]("too much")
+
+    choice.Rehearsal, choice.measured_seconds = Rehearsed, fails  # type: ignore[misc, assignment]
+    begin = time.monotonic()
+    with pytest.raises((torch.OutOfMemoryError, RuntimeError, ValueError)) as end:
+        shared_plan(run, Path(ds), world_size=world.world_size, num_classes=NUM_CLASSES, device=device)
+    return {"ended": repr(end.value), "seconds": time.monotonic() - begin}
+
+
+@pytest.mark.parametrize(
+    ("error", "elsewhere"),
+    [
+        (
+            "OutOfMemoryError",
+            "RuntimeError('rank 0 failed, and all ranks end with it: OutOfMemoryError: too much')",
+        ),
+        ("ValueError", "ValueError('too much')"),
+    ],
+)
+def test_an_error_of_rank_0_while_it_plans_ends_all_ranks(tmp_path, error, elsewhere) -> None:
+    (tmp_path / "ds.json").write_text("{}")
+    ds = str(tmp_path / "ds.json")
+    first, second = run_ranks(plan_without_memory, world_size=2, timeout_seconds=100, ds=ds, error=error)
+    assert first["ended"] == f"{error}('too much')"
+    assert second["ended"] == elsewhere
+    assert max(first["seconds"], second["seconds"]) < 60
+
+
+def test_what_a_plan_was_not_made_for_is_planned_anew_and_said(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(choice, "Rehearsal", Rehearsed)
+    monkeypatch.setattr(choice, "measured_seconds", lambda run, settings, **_: [[1.0] * 3] * len(settings))
+    ds, path = tmp_path / "ds.json", tmp_path / "plan.json"
+    ds.write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}}')
+
+    def said(*, world_size: int = 1, num_classes: int = 4, **engine) -> str:
+        run = small_run(**{"memory_budget_gb": 1.0, **engine})
+        of = {"world_size": world_size, "num_classes": num_classes, "device": torch.device("cpu"), "earlier": path}
+        save_plan(path, shared_plan(run, ds, **of))
+        return capsys.readouterr().err.strip()
+
+    assert said() == f"planning anew: there is no {path}"
+    assert said() == f"the stages of the backbone run as in {path}"
+    assert said(timeout_minutes=1.0) == f"the stages of the backbone run as in {path}"
+    assert said(precision="bf16") == f"planning anew: engine.precision is 'bf16', in {path} it is 'fp32'"
+    assert said(world_size=2) == (
+        f"planning anew: engine.precision is 'fp32', in {path} it is 'bf16'; number of ranks is 2, in {path} it is 1"
+    )
+    ds.write_text('{"zero_optimization": {"stage": 1, "reduce_bucket_size": 1000}}')
+    assert said(world_size=2) == f"planning anew: zero_optimization.stage is 1, in {path} it is 2"
+    path.write_text("{}")
+    assert said(world_size=2) == f"planning anew: {path} is not a plan of format 1"
+    path.write_text('{"format": 1, "budget": 3}')
+    assert said(world_size=2).startswith(f"planning anew: {path}: memory is ")
+    path.write_text(path.read_text()[:100])
+    assert said(world_size=2).startswith(f"planning anew: {path} is not usable JSON")
+
+
+def test_a_plan_for_what_was_free_is_used_again_where_as_much_is_free(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(choice, "Rehearsal", Rehearsed)
+    seconds = {"stored": 1.0}
+    monkeypatch.setattr(
+        choice, "measured_seconds", lambda run, settings, **_: [[seconds.get(str(one), 2.0)] * 3 for one in settings]
+    )
+    ds, path = tmp_path / "ds.json", tmp_path / "plan.json"
+    ds.write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}}')
+    run, of = small_run(memory_budget_gb="auto"), {"world_size": 1, "num_classes": 4, "device": torch.device("cpu")}
+
+    def said(free: int) -> tuple[str, int]:
+        monkeypatch.setattr(shared, "free_on_all_ranks", lambda device: free)
+        plan = shared_plan(run, ds, **of, earlier=path)
+        save_plan(path, plan)
+        return capsys.readouterr().err, plan.memory.peak
+
+    first, peak = said(10**9)
+    assert first == f"planning anew: there is no {path}\n"
+    assert said(peak) == (f"the stages of the backbone run as in {path}\n", peak)
+    again, lower = said(peak - 1)
+    assert again.startswith(f"planning anew: the plan in {path} needs {peak / 1e9:.3f} GB, but only")
+    assert lower < peak
 
 
 def _weights_after_a_step(ds: str, plan: StepPlan | None) -> list[torch.Tensor]:

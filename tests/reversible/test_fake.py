@@ -8,6 +8,7 @@ import pytest
 import torch
 from reversible.networks import CHANNELS, chain
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from re2tal.reversible import run_reversibly
 from re2tal.reversible.chunking import ChunkedBranch, Piece, even_spans
@@ -64,3 +65,13 @@ def test_parameters_have_the_dtype_and_no_numbers() -> None:
         assert fake(torch.zeros(2, 3, dtype=torch.bfloat16)).dtype == torch.bfloat16
     assert [parameter.dtype for parameter in fake.parameters()] == [torch.bfloat16] * 2
     assert {parameter.untyped_storage().device.type for parameter in fake.parameters()} == {"meta"}
+
+
+def test_bytes_are_counted_where_they_lie() -> None:
+    """A fake tensor may lie on a device that is not there."""
+    with FakeTensorMode(), torch.no_grad(), LiveBytes(torch.device("cuda")) as there, LiveBytes(CPU) as here:
+        state = torch.empty(100, device="cuda")
+        copy = state.to("cpu", copy=True)
+        del state
+        assert (there.live, there.peak, here.live) == (0, 400, 400)
+        assert copy.device == CPU

@@ -1,0 +1,66 @@
+"""What a budget of "auto" comes to: most of what a device has free when it is asked, before anything is on it.
+
+A card is its rank's own. On a CPU the ranks of a machine share its memory, or what their control group leaves them of
+it, with the decoders that feed them.
+"""
+
+from __future__ import annotations
+
+import socket
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from re2tal.distributed import together
+
+SHARE_OF_A_CARD = 0.92
+"""Allocators round up, and kernels take workspaces."""
+SHARE_OF_A_HOST = 0.7
+"""Decoders, batches on their way and the interpreters take the rest."""
+AVAILABLE = Path("/proc/meminfo")
+OWN_GROUP = Path("/proc/self/cgroup")
+GROUPS = Path("/sys/fs/cgroup")
+"""Control groups, version 2."""
+
+
+def free_memory(device: torch.device, *, sharers: int = 1) -> int:
+    """Bytes that a rank's step may take of `device` now, if `sharers` ranks on this machine take as much of a CPU's.
+
+    Raises ValueError for a CPU whose system does not say what is free.
+    """
+    if device.type == "cpu":
+        return int(_free_on_host() * SHARE_OF_A_HOST) // sharers
+    return int(torch.get_device_module(device).mem_get_info(device)[0] * SHARE_OF_A_CARD)
+
+
+def free_on_all_ranks(device: torch.device) -> int:
+    """Every rank calls this: what each may take, so that those with the least can take it too."""
+    ranks = Counter(together(socket.gethostname))
+    return min(together(partial(free_memory, device, sharers=ranks[socket.gethostname()])))
+
+
+def _free_on_host() -> int:
+    """Bytes that processes can get without swapping, within the limits of the control groups that they are in."""
+    try:
+        lines = dict(line.split(":", 1) for line in AVAILABLE.read_text().splitlines())
+        free = 1024 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError, ValueError) as error:
+        raise ValueError(
+            f'engine.memory_budget_gb is "auto", but {AVAILABLE} does not say how much memory is available here '
+            f"({type(error).__name__}: {error}); give a number of gigabytes"
+        ) from None
+    return min([free, *_left_in_groups()])
+
+
+def _left_in_groups() -> Iterator[int]:
+    """Below the limit of each control group that has one, its files in the page cache counted as free."""
+    own = [line.removeprefix("0::/") for line in OWN_GROUP.read_text().splitlines() if line.startswith("0::/")]
+    for group in [GROUPS / name for name in own] + [parent for name in own for parent in (GROUPS / name).parents]:
+        limit = group / "memory.max"
+        if not limit.is_file() or (most := limit.read_text().strip()) == "max":
+            continue
+        cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"]
+        yield max(0, int(most) - int((group / "memory.current").read_text()) + int(cached))

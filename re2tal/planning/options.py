@@ -1,0 +1,109 @@
+"""What each stage of a step may do, with the bytes and seconds it comes to, for the search.
+
+Bytes come from steps on fake tensors, with all stages set alike: everything stored, everything rebuilt, and rebuilt in
+pieces of a few sizes. Seconds come from the same steps on the device. In between, with the last k units of a run
+stored, both are taken in proportion. States that wait on the host are kept by nobody, but cost what of their way there
+and back the stage behind them is too short to hide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from re2tal.planning.rehearsal import Trace
+from re2tal.planning.settings import Setting, longest_run
+from re2tal.reversible.planner import Option
+
+STORED = Setting(stored=None, chunk_mebibytes=None)
+REBUILT = Setting(stored=0, chunk_mebibytes=None)
+ON_THE_HOST = Setting(stored=0, chunk_mebibytes=None, offload=True)
+
+Choices = list[tuple[Setting, Option]]
+"""Of one stage."""
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """What is known of the way to the host and back."""
+
+    bytes_per_second: float
+    trace: Trace
+    """A step with all stages rebuilt and their states on the host."""
+
+
+def options_of(
+    stages: Mapping[str, Any],
+    traces: Mapping[Setting, Trace],
+    seconds: Mapping[Setting, Sequence[float]],
+    link: Link | None,
+) -> list[Choices]:
+    """By stage, those options of which no other has less of everything.
+
+    `traces` and `seconds`: by setting of all stages; `link`: None where states cannot leave the device.
+    """
+    found = [_in_memory(traces, seconds, s, stage=stage) for s, stage in enumerate(stages.values())]
+    if link is not None:
+        states = _states(traces[REBUILT], link.trace)
+        for s, choices in enumerate(found):
+            hidden = seconds[STORED][s + 1] if s + 1 < len(found) else 0.0
+            late = max(0.0, 2 * states[s] / link.bytes_per_second - hidden)
+            # Those of the stage before arrive while this one's backward is under way.
+            arriving = states[s] + (states[s - 1] if s else 0)
+            choices += [
+                (replace(setting, offload=True), _on_the_host(option, states[s], arriving, late))
+                for setting, option in choices
+                if setting.stored == 0 and states[s] > 0
+            ]
+    return [[one for one in choices if not any(_beats(other, one[1]) for _, other in choices)] for choices in found]
+
+
+def _in_memory(
+    traces: Mapping[Setting, Trace], seconds: Mapping[Setting, Sequence[float]], s: int, *, stage: Any
+) -> Choices:
+    stored = _measured(traces[STORED], seconds[STORED], s)
+    found = [(STORED, stored)]
+    length = longest_run(stage)
+    # With many stages a few steps each are choice enough.
+    steps = length if len(traces[STORED].of("forward")) <= 2 else min(length, 4)
+    for setting, trace in traces.items():
+        if setting == STORED:
+            continue
+        rebuilt = _measured(trace, seconds[setting], s)
+        for step in range(steps):
+            units = length * step // steps
+            found.append((Setting(units, setting.chunk_mebibytes), _between(rebuilt, stored, units / length)))
+    return found
+
+
+def _measured(trace: Trace, seconds: Sequence[float], s: int) -> Option:
+    forward, backward = trace.of("forward")[s], trace.of("backward")[s]
+    return Option(seconds[s], trace.kept()[s], forward.peak - forward.live, backward.peak - backward.live)
+
+
+def _between(rebuilt: Option, stored: Option, share: float) -> Option:
+    """With the last `share` of the units stored. They are free again when the others' backward comes."""
+    kept = round(share * (stored.kept - rebuilt.kept))
+    return Option(
+        rebuilt.seconds + share * (stored.seconds - rebuilt.seconds),
+        rebuilt.kept + kept,
+        max(rebuilt.forward, rebuilt.kept + kept),
+        max(stored.backward if share else 0, rebuilt.backward - kept),
+    )
+
+
+def _states(rebuilt: Trace, on_the_host: Trace) -> list[int]:
+    """Bytes by stage that only lie on the device while it computes, if its states wait on the host."""
+    return [here - there for here, there in zip(rebuilt.kept(), on_the_host.kept(), strict=True)]
+
+
+def _on_the_host(option: Option, states: int, arriving: int, late: float) -> Option:
+    return replace(
+        option, seconds=option.seconds + late, kept=option.kept - states, backward=option.backward + arriving
+    )
+
+
+def _beats(one: Option, other: Option) -> bool:
+    mine, its = ((of.seconds, of.kept, of.forward, of.backward) for of in (one, other))
+    return mine != its and all(a <= b for a, b in zip(mine, its, strict=True))

@@ -1,0 +1,87 @@
+"""A plan: how the rewired stages of a step run, and the memory it needs, as a table and as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+from torch import nn
+
+from re2tal.planning.rehearsal import stages_of
+from re2tal.planning.settings import Setting, configure
+from re2tal.planning.step_memory import StepMemory
+from re2tal.strict_json import brief
+
+GIGABYTE = 10**9
+
+
+@dataclass(frozen=True, slots=True)
+class StageSeconds:
+    """Seconds of a stage's forward and backward."""
+
+    planned: float
+    """As the plan has it."""
+    stored: float
+    """With everything stored."""
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """How the stages of a step run, and the memory it needs."""
+
+    memory: StepMemory
+    budget: int | None
+    """Bytes it was made for; None where everything runs as the configuration says."""
+    settings: dict[str, Setting]
+    """By name of the stage in the backbone; empty without a budget."""
+    seconds: dict[str, StageSeconds]
+    """By stage, as measured."""
+    made_for: dict[str, Any]
+    """JSON values that the plan depends on, by name."""
+
+    def apply(self, network: nn.Module) -> None:
+        """Sets the stages of the detector's, or recognizer's, backbone.
+
+        Raises ValueError if it has others.
+        """
+        found = stages_of(network.get_submodule("backbone"))
+        if self.settings and found.keys() != self.settings.keys():
+            raise ValueError(
+                f"the plan is for stages {list(self.settings)}, but this backbone has {list(found)}; plan anew"
+            )
+        configure({name: found[name] for name in self.settings}, list(self.settings.values()))
+
+    def to_json(self) -> dict[str, Any]:
+        """Bytes and seconds."""
+        return {"peak": self.memory.peak, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, document: Any) -> StepPlan:
+        """What `to_json` returned. Raises ValueError, naming the key, for anything else."""
+        if not isinstance(document, Mapping):
+            raise ValueError(f"a plan is one JSON object, not {brief(document)}")
+        try:
+            return TypeAdapter(cls).validate_python({key: document[key] for key in document if key != "peak"})
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"]))
+            raise ValueError(f"{key} is {brief(first['input'])}: {first['msg']}") from None
+
+    def __str__(self) -> str:
+        if self.budget is None:
+            return str(self.memory)
+        rows = [("stage", "runs", "seconds", "if stored")]
+        for name, setting in self.settings.items():
+            seconds = self.seconds[name]
+            rows.append((name, str(setting), f"{seconds.planned:.3f}", f"{seconds.stored:.3f}"))
+        every = self.seconds.values()
+        planned, stored = sum(one.planned for one in every), sum(one.stored for one in every)
+        rows.append(("all", "", f"{planned:.3f}", f"{stored:.3f}"))
+        widths = [max(len(row[column]) for row in rows) for column in range(4)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        budget = (
+            f"planned for {self.budget / GIGABYTE:.3f} GB, of which the step needs {self.memory.peak / GIGABYTE:.3f}"
+        )
+        return "\n".join([*lines, "", str(self.memory), "", budget])
