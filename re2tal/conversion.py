@@ -12,20 +12,22 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from re2tal.backbones import build_backbone, slowfast, slowfast_layouts, swin3d, swin3d_layouts
+from re2tal.backbones import BACKBONES, build_backbone, slowfast, slowfast_layouts, swin3d, swin3d_layouts
 from re2tal.backbones.base import BackboneConfig, VideoBackbone
 from re2tal.backbones.shifted_windows import relative_position_index
+from re2tal.backbones.tiling import ClipwiseBackbone
 from re2tal.backbones.weights import KeyLayout, export_state, load_state, read_checkpoint
 from re2tal.config import RunConfig, build_detector
 from re2tal.detector import TemporalActionDetector
 from re2tal.localizers.actionformer import ActionFormer
 from re2tal.localizers.vsgn import VSGN
 from re2tal.localizers.weights import export_weights, import_weights, public_name, public_prefixes
+from re2tal.rewire import unrewire, wiring_of
 
 VIDEO_PREFIX = "backbone.model.backbone."
 """Under which OpenTAD's detectors keep the video network."""
@@ -72,8 +74,12 @@ def key_layouts(name: str) -> tuple[KeyLayout, ...]:
 def import_backbone(path: Path, *, name: str) -> tuple[VideoBackbone, ImportReport]:
     """The backbone of that name, plain, with the weights of a file in any layout that its family reads.
 
-    Raises FileNotFoundError, and ValueError that names the file and every missing, unexpected or misshapen entry.
+    Of a family of the transformers library, `path` may be a folder or a hub name. Raises FileNotFoundError, and
+    ValueError that names the file and every missing, unexpected or misshapen entry.
     """
+    if is_of_the_library(name, path):
+        backbone = build_backbone(BackboneConfig(name=name, weights=str(path), rewired=False))
+        return backbone, ImportReport(path, "", "transformers", "", len(backbone.state_dict()), 0, ())
     checkpoint = read_checkpoint(path)
     # Some families take their last norm from the file, so the file is part of the building.
     backbone = build_backbone(BackboneConfig(name=name, weights=str(path), rewired=False))
@@ -81,6 +87,15 @@ def import_backbone(path: Path, *, name: str) -> tuple[VideoBackbone, ImportRepo
     return backbone, ImportReport(
         path, checkpoint.taken_from, loaded.layout, loaded.prefix, len(loaded.loaded), 0, loaded.ignored
     )
+
+
+def is_of_the_library(name: str, path: Path) -> bool:
+    """Whether `path` can only be a folder or a hub name of the transformers library, for the backbone of that name."""
+    if name not in BACKBONES or name in (*swin3d.SIZES, *slowfast.SIZES):
+        return False
+    from re2tal.backbones.pretrained import weights_file
+
+    return weights_file(str(path)) is None
 
 
 def import_detector(
@@ -124,6 +139,18 @@ def export_backbone(backbone: VideoBackbone, *, name: str, to: str, prefix: str 
     if name in swin3d.SIZES:
         state |= _position_indices(backbone, layout)
     return {prefix + key: value for key, value in state.items()}
+
+
+def save_for_the_library(backbone: VideoBackbone, folder: Path, *, name: str) -> None:
+    """Writes a folder from which the transformers library, and `backbone.weights`, take the backbone called `name`.
+
+    A rewired one is put back first. Raises ValueError for a family that is not of that library.
+    """
+    if not isinstance(backbone, ClipwiseBackbone):
+        raise ValueError(f"{name} is no model of the transformers library; its layouts: {_known(name)}")
+    if wiring_of(backbone) is not None:
+        unrewire(backbone)
+    cast(Any, backbone.encoder).model.save_pretrained(folder)
 
 
 def export_detector(detector: TemporalActionDetector, *, config: BackboneConfig, prefix: str = "") -> dict[str, Tensor]:
@@ -182,8 +209,12 @@ def _find_layout(name: str, to: str) -> KeyLayout:
     try:
         return next(layout for layout in layouts if layout.name.lower().startswith(to.lower()))
     except StopIteration:
-        known = [layout.name for layout in layouts]
-        raise ValueError(f"{name} has no layout {to!r}; known (the beginning suffices): {known}") from None
+        raise ValueError(f"{name} has no layout {to!r}; known (the beginning suffices): {_known(name)}") from None
+
+
+def _known(name: str) -> list[str]:
+    of_the_library = [] if name in (*swin3d.SIZES, *slowfast.SIZES) else ["transformers"]
+    return [layout.name for layout in key_layouts(name)] + of_the_library
 
 
 def _position_indices(backbone: nn.Module, layout: KeyLayout) -> dict[str, Tensor]:

@@ -20,6 +20,7 @@ from re2tal.backbones.base import BackboneConfig
 from re2tal.backbones.swin3d import DropPath
 from re2tal.backbones.tiling import ClipEncoder, ClipwiseBackbone
 from re2tal.backbones.weights import WEIGHTS_SUFFIXES, KeyLayout, load_weights
+from re2tal.strict_json import read_json
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -92,6 +93,8 @@ def readable(weights: str) -> Iterator[None]:
 def check_folder(weights: str) -> None:
     """ValueError for a folder without a config or complete safetensors, and for what can be no hub name."""
     folder = Path(weights)
+    if folder.is_file():
+        raise ValueError(f"{weights!r} is a file of no kind that is read; give one of {', '.join(WEIGHTS_SUFFIXES)}")
     if not folder.is_dir():
         if folder.is_absolute() or weights.count("/") > 1 or weights.startswith((".", "~")):
             raise ValueError(
@@ -151,8 +154,19 @@ def clipwise(encoder: ClipEncoder, config: BackboneConfig, *, layouts: tuple[Key
     """The backbone around `encoder`; where `config.weights` is a file, ours or in one of `layouts`, it is loaded."""
     backbone = ClipwiseBackbone(encoder)
     if (file := weights_file(config.weights)) is not None:
-        load_weights(backbone, file, layouts=(OURS, *layouts))
+        try:
+            load_weights(backbone, file, layouts=(OURS, *layouts))
+        except ValueError as error:
+            if not _is_of_the_library(file.parent):
+                raise
+            raise ValueError(f"{error}. Or give {file.parent}, the whole folder of this model") from error
     return backbone
+
+
+def _is_of_the_library(folder: Path) -> bool:
+    """Whether save_pretrained wrote it."""
+    config = folder / "config.json"
+    return config.is_file() and "model_type" in read_json(config)
 
 
 def weights_file(weights: str | None) -> Path | None:

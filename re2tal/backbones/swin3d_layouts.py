@@ -80,11 +80,17 @@ KEY_LAYOUTS = (
         to_ours=_each(_from_torchvision),
         from_ours=_each(_to_torchvision),
     ),
-    # The original layout is read by the same rule: it has no numbered norm.
+    # Its own norm is numbered; those of blocks follow the number of a block.
     KeyLayout(
-        "mmaction2 or original",
-        anchor=r"layers\.0\.blocks\.0\.attn\.qkv\.weight",
+        "mmaction2",
+        anchor=r"(?<!\d\.)norm\d\.weight",
         to_ours=_from_mmaction,
         from_ours=_to_mmaction,
+    ),
+    KeyLayout(
+        "original",
+        anchor=r"layers\.0\.blocks\.0\.attn\.qkv\.weight",
+        to_ours=_each(lambda key: key),
+        from_ours=_each(lambda key: key),
     ),
 )

@@ -87,12 +87,13 @@ def load_weights(model: nn.Module, path: str | Path, *, layouts: Sequence[KeyLay
 
 def load_state(model: nn.Module, state: Mapping[str, Tensor], *, layouts: Sequence[KeyLayout], what: str) -> LoadReport:
     """As `load_weights`, of tensors that were read already; `what` names them in errors."""
-    layout, prefix = _recognise(state, layouts, what=what, network=type(model).__name__)
+    network = type(getattr(model, "encoder", model)).__name__  # the stock network inside, where it is clip-wise
+    layout, prefix = _recognise(state, layouts, what=what, network=network)
     inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     inside = layout.unpack(inside)
     names = layout.to_ours(inside)
     ours = {our_name: inside[key] for key, our_name in names.items()}
-    _check_fit(model.state_dict(), ours, what=f"{what} ({layout.name} layout)", network=type(model).__name__)
+    _check_fit(model.state_dict(), ours, what=f"{what} ({layout.name} layout)", network=network)
     model.load_state_dict(ours)
     ignored = [key for key in state if not key.startswith(prefix)]
     ignored += [prefix + key for key in inside if key not in names]
@@ -132,13 +133,15 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
         with torch.serialization.safe_globals([Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except UnpicklingError as error:
+        if (asked := re.search(r"GLOBAL (\S+)", str(error))) is None:
+            raise ValueError(f"{path} is not a readable torch file: {_first_sentence(error)}") from error
         raise ValueError(
-            f"{path} holds more than tensors, and reading it would run code from it; where you trust it, load it and "
-            f"save its tensors alone: safetensors.torch.save_file(checkpoint['state_dict'], 'weights.safetensors'). "
-            f"torch says: {_first_line(error)}"
+            f"{path} holds more than tensors, and reading it would run code from it ({asked[1]}); where you trust it, "
+            f"load it and save its tensors alone: safetensors.torch.save_file(checkpoint['state_dict'], "
+            "'weights.safetensors')"
         ) from error
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is not a readable torch file: {_first_line(error)}") from error
+    except Exception as error:  # bytes that are no torch file can make torch's reader stumble anywhere
+        raise ValueError(f"{path} is not a readable torch file: {_first_sentence(error)}") from error
     return _unwrap(content, path)
 
 
@@ -175,8 +178,11 @@ def _read_safetensors(path: Path) -> Checkpoint:
         return Checkpoint(tensors, "", file.metadata() or {})
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+def _first_sentence(error: Exception) -> str:
+    """Without torch's advice to read the file unsafely."""
+    return (
+        f"{type(error).__name__}: {str(error).splitlines()[0].split('. ')[0]}" if str(error) else type(error).__name__
+    )
 
 
 def _unwrap(content: object, path: Path) -> Checkpoint:

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
+from torch import Tensor
+
+from re2tal.backbones.base import VideoBackbone
 from re2tal.backbones.stored import NAME
 from re2tal.config import load_config
-from re2tal.conversion import export_backbone, export_detector, import_backbone
+from re2tal.conversion import export_backbone, export_detector, import_backbone, save_for_the_library
 from re2tal.training.export import write_tensors
 
 
 def export(
     *,
     out: Path,
-    to: Literal["opentad", "mmaction2", "torchvision", "pytorchvideo", "original"],
+    to: Literal["opentad", "mmaction2", "torchvision", "pytorchvideo", "original", "transformers"],
     run: Path | None = None,
     weights: Path | None = None,
     backbone: str | None = None,
@@ -26,15 +30,17 @@ def export(
     does.
 
     Args:
-        out: .safetensors file to write
+        out: .safetensors file to write; a folder for transformers
         to: whose names; OpenTAD's of a run are the whole detector (a plain backbone's are then mmaction2's), all others
             its backbone alone
         run: run folder to take the weights from
-        weights: or a backbone's weights file
+        weights: or a backbone's weights file; for a model of the transformers library a folder or hub name too
         backbone: its name, such as swin3d_tiny; needed with --weights
         prefix: put before every name, such as "module." for OpenTAD's loader or "backbone." for mmaction2's
     """
-    if out.suffix != ".safetensors":
+    if to == "transformers" and prefix:
+        raise ValueError(f"--prefix {prefix} means nothing in a folder of the transformers library; leave it out")
+    if to != "transformers" and out.suffix != ".safetensors":
         raise ValueError(f"--out {out} does not end in .safetensors, the one format that is written; rename it")
     if out.exists():
         raise ValueError(f"{out} is there already; give --out another name, or remove it")
@@ -49,14 +55,25 @@ def export(
             )
         detector, name = load_detector(run, config), config.backbone.name
         if to == "opentad":
-            state = export_detector(detector, config=config.backbone, prefix=prefix)
+            _write(out, export_detector(detector, config=config.backbone, prefix=prefix), to)
         else:
-            state = export_backbone(detector.backbone, name=name, to=to, prefix=prefix)
+            _write_backbone(detector.backbone, out, name=name, to=to, prefix=prefix)
     elif run is None and weights is not None and backbone is not None:
         network, _ = import_backbone(weights, name=backbone)
-        state = export_backbone(network, name=backbone, to=to, prefix=prefix)
+        _write_backbone(network, out, name=backbone, to=to, prefix=prefix)
     else:
         raise ValueError("give either --run FOLDER, or --weights FILE and --backbone NAME")
+
+
+def _write_backbone(backbone: VideoBackbone, out: Path, *, name: str, to: str, prefix: str) -> None:
+    if to != "transformers":
+        _write(out, export_backbone(backbone, name=name, to=to, prefix=prefix), to)
+        return
+    save_for_the_library(backbone, out, name=name)
+    print(f"{out}: for from_pretrained of the transformers library, and --backbone.weights {out}")
+
+
+def _write(out: Path, state: Mapping[str, Tensor], to: str) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(out, {key: value.contiguous() for key, value in state.items()}, metadata={"layout": to})
     print(f"{out}: {len(state)} tensors as {to} names them")

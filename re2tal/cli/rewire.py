@@ -42,6 +42,10 @@ def rewire(
         frames: frames of the clip to count memory for; what the network was trained on by default
         size: rows and columns of these frames; what the network was trained on by default
     """
+    if frames is not None and frames < 1:
+        raise ValueError(f"--frames is {frames}; give 1 or more, or leave it out")
+    if size is not None and min(size) < 1:
+        raise ValueError(f"--size is {size[0]} {size[1]}; give rows and columns of 1 or more, or leave it out")
     wiring = RewiringConfig(unit=unit, merge=merge, segment=segment, beta=beta)
     if model not in BACKBONES and ("/" in model or Path(model).is_dir()):
         if weights is not None:

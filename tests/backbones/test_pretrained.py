@@ -7,7 +7,6 @@ import pickle
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -34,7 +33,7 @@ def edit(path: Path, **changes: Any) -> None:
 
 
 def test_a_hub_name_without_a_network_says_how_to_fetch_it(monkeypatch) -> None:
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(
         ValueError,
         match=r"cannot read 'someone/vivit-never-cached' .*`hf download someone/vivit-never-cached --local-dir",
@@ -150,6 +149,17 @@ def test_a_file_with_the_state_of_a_backbone_is_loaded(tmp_path: Path) -> None:
     )
     loaded = build(tmp_path / "a.safetensors")
     assert all(torch.equal(value, loaded.state_dict()[key]) for key, value in source.state_dict().items())
+
+
+def test_a_file_out_of_its_folder_is_not_enough(folder: Path, tmp_path: Path) -> None:
+    message = (
+        "is not a checkpoint of VivitEncoder in a layout we know .*Or give .*vivit, the whole folder of this model"
+    )
+    with pytest.raises(ValueError, match=message):
+        build(folder / "model.safetensors")
+    (tmp_path / "weights.pkl").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"weights\.pkl' is a file of no kind that is read; give one of \.safetensors"):
+        build(tmp_path / "weights.pkl")
 
 
 def test_drop_path_grows_from_nothing_at_the_first_block() -> None:

@@ -75,8 +75,9 @@ def test_layouts_name_entries_as_their_code_bases_do() -> None:
     exported = {layout.name: set(export_state(swin(), layout=layout)) for layout in KEY_LAYOUTS}
     assert "features.2.0.mlp.3.weight" in exported["torchvision"]
     assert "features.1.reduction.weight" in exported["torchvision"]
-    assert "layers.1.blocks.0.mlp.fc2.weight" in exported["mmaction2 or original"]
-    assert "norm1.weight" in exported["mmaction2 or original"]
+    assert "layers.1.blocks.0.mlp.fc2.weight" in exported["mmaction2"]
+    assert "norm1.weight" in exported["mmaction2"]
+    assert {"norm.weight", "layers.0.downsample.reduction.weight"} <= exported["original"]
     assert "layers.1.blocks.0.inv_block.Gm.mlp.fc2.weight" in exported["OpenTAD Re2Swin"]
     assert "norm3.weight" in exported["OpenTAD Re2Swin"]
 
@@ -125,6 +126,14 @@ def test_weights_of_another_family_are_refused(tmp_path) -> None:
     path = write(tmp_path / "weights.safetensors", {"slow_path.conv1.conv.weight": torch.ones(1)})
     with pytest.raises(ValueError, match=r"not a checkpoint of VideoSwin .* called slow_path\.conv1\.conv\.weight"):
         load(swin(), path)
+
+
+@pytest.mark.parametrize("content", [b"hello", b"\0" * 1000, b"PK\3\4broken", b"\x80\2]q\0.", b""])
+def test_what_is_no_torch_file_is_said_to_be_none(tmp_path, content: bytes) -> None:
+    (tmp_path / "weights.pth").write_bytes(content)
+    with pytest.raises(ValueError, match=r"weights\.pth (is not a readable torch file|holds no tensors)") as refused:
+        load(swin(), tmp_path / "weights.pth")
+    assert "weights_only" not in str(refused.value).replace("``weights_only=True`` with files saved", "")
 
 
 def test_two_networks_in_one_file_are_refused(tmp_path) -> None:

@@ -27,6 +27,7 @@ from re2tal.data.windows import ResizeWhole, Slide
 from re2tal.evaluation.results import read_results
 from re2tal.evaluation.suppression import SuppressionConfig
 from re2tal.localizers.actionformer import ActionFormerConfig
+from re2tal.rewire import wiring_of
 from re2tal.training.export import read_model, write_model
 
 FAMILIES = {
@@ -295,6 +296,43 @@ def test_a_backbone_of_any_origin_goes_both_ways(name: str, to: str, prefix: str
     ours = load_file(tmp_path / "ours.safetensors")
     assert ours.keys() == first.keys()
     assert all(torch.equal(value, first[key]) for key, value in ours.items())
+
+
+@pytest.mark.parametrize("name", ["videomae_nano", "clip_nano"])
+def test_a_model_of_the_transformers_library_goes_both_ways(name: str, tmp_path: Path, capsys) -> None:
+    torch.manual_seed(0)
+    first = build_backbone(BackboneConfig(name=name, rewired=False)).state_dict()
+    save_file(first, tmp_path / "first.safetensors")
+    folder, ours = tmp_path / "folder", tmp_path / "ours.safetensors"
+    source = ("--weights", tmp_path / "first.safetensors", "--backbone", name)
+    assert run_command("export", *source, "--to", "transformers", "--out", folder) == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["config.json", "model.safetensors"]
+    capsys.readouterr()
+    assert run_command("import", folder, "--backbone.name", name, "--out", ours) == 0
+    assert "backbone in the layout of transformers" in capsys.readouterr().out
+    assert all(torch.equal(value, first[key]) for key, value in load_file(ours).items())
+    assert run_command("export", *source, "--to", "transformers", "--out", folder) == 2
+    assert "is there already" in capsys.readouterr().err
+    save_file(build_backbone(BackboneConfig(name="swin3d_nano")).state_dict(), tmp_path / "swin.safetensors")
+    source = ("--weights", tmp_path / "swin.safetensors", "--backbone", "swin3d_nano")
+    assert run_command("export", *source, "--to", "transformers", "--out", tmp_path / "swin") == 2
+    assert "swin3d_nano is no model of the transformers library; its layouts: [" in capsys.readouterr().err
+
+
+def test_a_rewired_detectors_backbone_goes_back_to_the_transformers_library(tmp_path: Path) -> None:
+    config = replace(
+        nano_config(rewired=True, clips=ClipConfig(windowing=ResizeWhole(num_frames=16))),
+        backbone=BackboneConfig(name="videoprism_nano", drop_path=0.1),
+    )
+    detector = build_detector(config, ("jump", "run"))
+    save_config(tmp_path / "config.json", config)
+    write_model(
+        tmp_path / "model.safetensors", detector.state_dict(), classes=("jump", "run"), wiring=wiring_of(detector)
+    )
+    assert run_command("export", "--run", tmp_path, "--to", "transformers", "--out", tmp_path / "back") == 0
+    back = build_backbone(BackboneConfig(name="videoprism_nano", weights=str(tmp_path / "back")))
+    wanted = detector.backbone.state_dict()
+    assert all(torch.equal(value, wanted[key]) for key, value in back.state_dict().items())
 
 
 def test_what_cannot_be_exported_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
