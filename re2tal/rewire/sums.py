@@ -2,12 +2,16 @@
 
 x -> add -> add -> output     read from the end: a sum has one term, the state before it, without which nothing else
                               that it adds would depend on x; the rest of the sum is F of that state
+
+A state may also be put together from pieces of the one before it, some with something added to them:
+
+    cat(x[:, :1], x[:, 1:] + R)  =  x + cat(0, R)
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,7 +53,9 @@ def steps_of(block: nn.Module, leaves: list[Any], spec: Any, *, entered: Sequenc
     if not chain:
         raise RefusedError("it returns its input")
     states = {x, *(state for state, _ in chain)}
-    return [_extract(root, graph, added, states, tensors) for _, added in reversed(chain)]
+    # A piece of a state is the same view of that state as it is of the one before, something added or not.
+    views = {piece.node: piece.view for state in states for piece in _pieces(state)}
+    return [_extract(root, graph, added, states, tensors, views) for _, added in reversed(chain)]
 
 
 def may_be_entered(module: nn.Module) -> bool:
@@ -99,6 +105,8 @@ def _hidden_state(output: Any) -> Any:
 
 def _split(total: Any, x: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
     """A sum as the state before it and what is added to that."""
+    if pieces := _pieces(total):
+        return _split_pieces(total, pieces, x)
     terms = [total]
     while any(_is_sum(term) for term in terms):
         first = next(index for index, term in enumerate(terms) if _is_sum(term))
@@ -108,10 +116,77 @@ def _split(total: Any, x: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
             if (
                 len(added) == len(terms) - 1
                 and _reaches(state, x, {})
-                and not any(_reaches(term, x, {state: False}) for term in added)
+                and not any(_reaches(term, x, _cut(state)) for term in added)
             ):
                 return state, added
     raise RefusedError(f"its result is not its input and something added to it: it comes from {_source(total)}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Piece:
+    """One piece of a state that `torch.cat` puts together."""
+
+    node: fx.Node
+    view: fx.Node
+    """The same stretch of the state before, of which this is a slice."""
+    root: fx.Node
+    """That state."""
+    added: tuple[fx.Node, ...]
+    """What is added to the view; () where the piece is the view."""
+
+
+def _pieces(state: Any) -> list[_Piece]:
+    """The pieces that `state` is put together from; [] where it is no such state."""
+    is_cat = isinstance(state, fx.Node) and state.op == "call_function" and state.target is torch.cat
+    if not is_cat or not isinstance(state.args[0], list | tuple):
+        return []
+    pieces = [_piece(node) for node in state.args[0]]
+    found = [piece for piece in pieces if piece is not None]
+    return found if len(found) == len(pieces) and len({piece.root for piece in found}) == 1 else []
+
+
+def _piece(node: Any) -> _Piece | None:
+    terms = list(node.args) if _is_sum(node) else [node]
+    for view in terms:
+        if (root := _root_of(view)) is not None:
+            return _Piece(node, view, root, tuple(term for term in terms if term is not view))
+    return None
+
+
+def _root_of(view: Any) -> fx.Node | None:
+    """What a chain of slices was taken from; None for anything else."""
+    root = view
+    while isinstance(root, fx.Node) and (
+        (root.op == "call_function" and root.target is operator.getitem)
+        or (root.op == "call_method" and root.target == "unsqueeze")
+    ):
+        root = root.args[0]
+    return root if isinstance(root, fx.Node) and root is not view else None
+
+
+def _split_pieces(state: fx.Node, pieces: Sequence[_Piece], x: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
+    before = pieces[0].root
+    if any(_reaches(term, x, {before: False}) for piece in pieces for term in piece.added):
+        raise RefusedError("what it adds to a slice of a state depends on more than that state")
+    graph = state.graph
+    with graph.inserting_before(state.next):
+        changes = [
+            _total(graph, piece.added) if piece.added else graph.call_function(torch.zeros_like, (piece.view,))
+            for piece in pieces
+        ]
+        return before, [graph.call_function(torch.cat, (changes, *state.args[1:]), state.kwargs)]
+
+
+def _cut(state: fx.Node) -> dict[fx.Node, bool]:
+    """What no longer leads to x for somebody who knows `state`."""
+    return {state: False} | {piece.node: False for piece in _pieces(state)}
+
+
+def _total(graph: fx.Graph, terms: Sequence[fx.Node]) -> fx.Node:
+    total = terms[0]
+    for term in terms[1:]:
+        total = graph.call_function(operator.add, (total, term))
+    return total
 
 
 def _source(node: Any) -> str:
@@ -151,24 +226,31 @@ def _is_metadata(node: fx.Node) -> bool:
     return node.op == "call_method" and node.target in ("size", "dim")
 
 
-def _extract(root: _Root, graph: fx.Graph, added: Sequence[fx.Node], states: set[fx.Node], tensors: fx.Node) -> Step:
-    """The part of the graph that leads from a state to what is added to it."""
+def _extract(
+    root: _Root,
+    graph: fx.Graph,
+    added: Sequence[fx.Node],
+    states: set[fx.Node],
+    tensors: fx.Node,
+    views: Mapping[fx.Node, fx.Node],
+) -> Step:
+    """The part of the graph that leads from a state to what is added to it; `views` stand for pieces of states."""
     needed: set[fx.Node] = set()
     pending = list(added)
     while pending:
         node = pending.pop()
         if node not in needed and node not in states and node is not tensors:
             needed.add(node)
-            pending.extend(node.all_input_nodes)
+            view = views.get(node, node)
+            pending.extend(node.all_input_nodes if view is node else [view])
     branch = fx.Graph()
     state = branch.placeholder("x")
     copies = dict.fromkeys(states, state) | {tensors: branch.placeholder("tensors")}
     for node in graph.nodes:  # in the order of the block, which is that of its random draws
         if node in needed:
-            copies[node] = branch.node_copy(node, copies.__getitem__)
-    total = copies[added[0]]
-    for term in added[1:]:
-        total = branch.call_function(operator.add, (total, copies[term]))
+            view = views.get(node, node)
+            copies[node] = branch.node_copy(node, copies.__getitem__) if view is node else copies[view]
+    total = _total(branch, [copies[term] for term in added])
     branch.output(total)
     modules = [str(node.target).removeprefix("block.") for node in branch.nodes if node.op == "call_module"]
     own = {f"block.{name}" for name, _ in root.block.named_parameters(recurse=False)}

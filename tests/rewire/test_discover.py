@@ -94,6 +94,21 @@ class SumInside(nn.Module):
         return self.output(self.norm2(x), x)
 
 
+class InPieces(Parts):
+    """The first token waits while something is added to the others, as TimeSformer's class token does."""
+
+    def forward(self, x, mask=None):
+        first, rest = x[:, 0].unsqueeze(1), x[:, 1:] + self.f(self.norm1(x[:, 1:]))
+        update = self.g(self.norm2(torch.cat((first + rest.mean(dim=1, keepdim=True), rest), 1)))
+        return torch.cat((first, rest), dim=1) + update
+
+
+class EndsInPieces(Parts):
+    def forward(self, x, mask=None):
+        x = x + self.f(self.norm1(x))
+        return torch.cat([x[:, :2] + self.g(self.norm2(x[:, :2])), x[:, 2:]], dim=1)
+
+
 RESIDUAL = {
     PreNorm: ("norm1 > f", "norm2 > g"),
     Parallel: ("norm1 > f > norm2 > g",),
@@ -101,6 +116,8 @@ RESIDUAL = {
     Scaled: ("f", "g"),
     Tuples: ("norm1 > f",),
     ByMode: ("norm1 > f",),
+    InPieces: ("norm1 > f", "norm2 > g"),
+    EndsInPieces: ("norm1 > f", "norm2 > g"),
     SumInside: ("norm1 > f", "norm2 > output.dense"),
 }
 
@@ -228,6 +245,21 @@ class Nothing(Parts):
         return x
 
 
+class Swapped(Parts):
+    """Its pieces are put together in another order."""
+
+    def forward(self, x):
+        return torch.cat((x[:, 1:] + self.f(x[:, 1:]), x[:, :1]), dim=1)
+
+
+class Remembering(Parts):
+    """What is added to a piece depends on a state before the last."""
+
+    def forward(self, x):
+        y = x + self.f(x)
+        return torch.cat((y[:, :1], y[:, 1:] + self.g(x[:, 1:])), dim=1)
+
+
 class Moody(Parts):
     def forward(self, x):
         x = x + self.f(x)
@@ -253,6 +285,8 @@ REFUSED = {
     Talkative: "it returns more than its hidden state",
     Writing: "it writes into its input",
     Nothing: "it returns its input",
+    Swapped: "the branches found miss its result by",
+    Remembering: "what it adds to a slice of a state depends on more than that state",
     Moody: "it adds other branches in training than in evaluation",
     Lasting: "the branches found miss its result by .* of the largest element",
 }

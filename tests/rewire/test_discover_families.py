@@ -18,6 +18,8 @@ TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "in
 IMAGE = {**TINY, "image_size": 32, "patch_size": 16}
 CLIP = {**IMAGE, "num_frames": 4}
 JEPA = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "crop_size": 32, "frames_per_clip": 4}
+PRISM = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32, "image_size": 32, "num_frames": 4}
+PRISM |= {"num_spatial_layers": 2, "num_temporal_layers": 2, "tubelet_size": (1, 16, 16)}
 CONV = {"hidden_sizes": [8, 16], "depths": [2, 2], "num_stages": 2}
 SWIN = {"image_size": 32, "patch_size": 2, "embed_dim": 8, "depths": [2, 2], "num_heads": [2, 2], "window_size": 4}
 SEGFORMER = {
@@ -44,6 +46,9 @@ FAMILIES: dict[str, tuple[str, dict, Callable[[dict], Tensor]]] = {
     "VideoMAE": ("VideoMAE", CLIP, video),
     "Vivit": ("Vivit", {**CLIP, "tubelet_size": [2, 16, 16]}, video),
     "VJEPA2": ("VJEPA2", {**JEPA, "pred_hidden_size": 24, "pred_num_attention_heads": 2}, video),
+    "Timesformer": ("Timesformer", CLIP, video),
+    "VideoPrismVision": ("VideoPrismVision", PRISM, video),
+    "ViT": ("ViT", IMAGE, image),
     "Timesformer joint": ("Timesformer", {**CLIP, "attention_type": "joint_space_time"}, video),
     "Dinov2": ("Dinov2", IMAGE, image),
     "DINOv3ViT": ("DINOv3ViT", IMAGE, image),
@@ -60,6 +65,9 @@ REGISTERED_IN = {
     "VideoMAE": "videomae",
     "Vivit": "vivit",
     "VJEPA2": "vjepa2",
+    "Timesformer": "timesformer",
+    "VideoPrismVision": "videoprism",
+    "ViT": "image_towers",
     "Timesformer joint": "timesformer",
     "Dinov2": "image_towers",
     "DINOv3ViT": "image_towers",
@@ -93,6 +101,7 @@ def test_segments_of_one_block_are_the_network(family) -> None:
 
 @pytest.mark.parametrize("family", REGISTERED_IN)
 def test_discovered_branches_are_the_registered_ones(family) -> None:
+    """Of every family of the transformers library in BACKBONES."""
     import_module(f"re2tal.backbones.{REGISTERED_IN[family]}")
     net, x = build(family)
     blocks = [module for module in net.modules() if isinstance(registered(module), Residual)]
