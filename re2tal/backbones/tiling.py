@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,7 +35,7 @@ class ClipEncoder(nn.Module, ABC):
     def forward(self, clips: Tensor) -> Tensor:
         """(N, L, 3, H, W) normalised float frames -> (N, L / patch[0], C), pooled over space.
 
-        H and W are multiples of the patch. An encoder that is bound to one size raises ValueError for others.
+        H and W are any multiples of the patch, whatever size the network was trained on.
         """
 
 
@@ -97,10 +98,16 @@ def pair(size: int | Sequence[int]) -> tuple[int, int]:
     return rows, columns
 
 
-def resize_positions(table: Tensor, *, grid: tuple[int, int, int], new_grid: tuple[int, int, int]) -> Tensor:
+def resize_positions(
+    table: Tensor,
+    *,
+    grid: tuple[int, int, int],
+    new_grid: tuple[int, int, int],
+    mode: Literal["bicubic", "nearest"] = "bicubic",
+) -> Tensor:
     """Position table of a (time, rows, columns) grid, (1, time * rows * columns, C), resampled to `new_grid`.
 
-    Bicubic over rows and columns, one time slice after another, as image ViTs are moved to other sizes; time stays.
+    Over rows and columns, one time slice after another; time stays. Bicubic is how image ViTs are moved to other sizes.
     """
     if grid == new_grid:
         return table
@@ -108,5 +115,5 @@ def resize_positions(table: Tensor, *, grid: tuple[int, int, int], new_grid: tup
         raise ValueError(f"the position table covers {grid[0]} time steps, the clip has {new_grid[0]}")
     # Half precision would shift the resampled positions.
     slices = table.unflatten(1, grid)[0].movedim(-1, 1).to(torch.promote_types(table.dtype, torch.float32))
-    resized = F.interpolate(slices, size=new_grid[1:], mode="bicubic", align_corners=False)
+    resized = F.interpolate(slices, size=new_grid[1:], mode=mode)
     return resized.to(table.dtype).movedim(1, -1).flatten(0, 2)[None]

@@ -15,12 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import TimesformerConfig, TimesformerModel
-from transformers.models.timesformer.modeling_timesformer import TimesformerLayer
+from transformers.models.timesformer.modeling_timesformer import TimesformerEmbeddings, TimesformerLayer
 
 from re2tal.backbones.base import BackboneConfig
 from re2tal.backbones.prenorm import attention_branch, mlp_branch
 from re2tal.backbones.pretrained import NANO, add_drop_path, clipwise, load_model
-from re2tal.backbones.tiling import ClipEncoder, ClipwiseBackbone, pair
+from re2tal.backbones.tiling import ClipEncoder, ClipwiseBackbone, pair, resize_positions
 from re2tal.rewire import Branch, by_samples, residual_branches, wrap_output
 
 SIZES: dict[str, dict] = {
@@ -50,6 +50,7 @@ class TimesformerEncoder(ClipEncoder):
                 "attention_type 'divided_space_time' or 'joint_space_time'"
             )
         self.model = model
+        self.model.embeddings.__class__ = ResizableEmbeddings  # the same parameters, another forward
         self.out_channels = config.hidden_size
         self.clip_frames = config.num_frames
         self.size = pair(config.image_size)
@@ -65,6 +66,27 @@ class TimesformerEncoder(ClipEncoder):
         self.block_config.image_size = clips.shape[-1]
         tokens = self.model(clips).last_hidden_state[:, 1:]
         return tokens.unflatten(1, (-1, self.clip_frames)).mean(dim=1)
+
+
+class ResizableEmbeddings(TimesformerEmbeddings):
+    """Resamples positions wherever frames have another shape; the library's own looks at the number of patches only."""
+
+    def forward(self, pixel_values: Tensor) -> Tensor:
+        """(N, L, 3, H, W) -> (N, 1 + patches * L, C)."""
+        patches = self.patch_embeddings.projection(pixel_values.flatten(0, 1))
+        sizes = zip(self.patch_embeddings.image_size, self.patch_embeddings.patch_size, strict=True)
+        rows, columns = (size // patch for size, patch in sizes)
+        positions = resize_positions(
+            self.position_embeddings[:, 1:],
+            grid=(1, rows, columns),
+            new_grid=(1, patches.shape[2], patches.shape[3]),
+            mode="nearest",
+        )
+        tokens = self.pos_drop(patches.flatten(2).transpose(1, 2) + positions)
+        frames = tokens.unflatten(0, pixel_values.shape[:2]).transpose(1, 2)
+        placed = self.time_drop(frames + self.time_embeddings).flatten(1, 2)
+        class_token = (self.cls_token + self.position_embeddings[:, :1]).expand(len(placed), -1, -1)
+        return torch.cat([self.pos_drop(class_token), placed], dim=1)
 
 
 @residual_branches.register

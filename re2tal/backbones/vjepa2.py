@@ -3,14 +3,17 @@
     tubelets -> blocks -> norm -> mean over H and W (the predictor of its pre-training is left out)
     block:  x = x + drop_path(attention(norm1(x)));  x = x + drop_path(mlp(norm2(x)))
 
-The rotary positions are counted on the square grid it was trained on, so frames must have that size.
+The rotary positions are those of each token's step, row and column, counted from 0 and not stretched to other sizes,
+as in the released networks of 256 and 384 pixels. The library counts them on the square picture of its configuration;
+here they are counted on the frames that come.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from transformers import VJEPA2Config, VJEPA2Model
-from transformers.models.vjepa2.modeling_vjepa2 import VJEPA2Layer
+from transformers.models.vjepa2.modeling_vjepa2 import VJEPA2Layer, VJEPA2RopeAttention
 
 from re2tal.backbones.base import BackboneConfig
 from re2tal.backbones.prenorm import attention_branch, mlp_branch
@@ -42,13 +45,15 @@ def build(config: BackboneConfig) -> ClipwiseBackbone:
 
 
 class VJEPA2Encoder(ClipEncoder):
-    """The encoder of a transformers V-JEPA 2."""
+    """The encoder of a transformers V-JEPA 2, for frames of any size."""
 
     def __init__(self, model: VJEPA2Model) -> None:
         super().__init__()
         config = model.config
         del model.predictor
         self.model = model
+        for layer in model.encoder.layer:
+            layer.attention.__class__ = AttentionAtPositions  # the same parameters, other positions
         self.size = pair(config.crop_size)
         self.out_channels = config.hidden_size
         self.clip_frames = config.frames_per_clip
@@ -56,13 +61,28 @@ class VJEPA2Encoder(ClipEncoder):
 
     def forward(self, clips: Tensor) -> Tensor:
         """(N, L, 3, H, W) -> (N, L / 2, C)."""
-        if clips.shape[3:] != self.size:
-            raise ValueError(
-                f"V-JEPA 2 with these weights takes frames of {self.size[0]} x {self.size[1]} pixels, got "
-                f"{clips.shape[3]} x {clips.shape[4]}; resize them, or choose weights trained at that size"
-            )
-        tokens = self.model.encoder(clips).last_hidden_state
-        return tokens.unflatten(1, (self.clip_frames // self.patch[0], -1)).mean(dim=2)
+        shape = (clips.shape[1], *clips.shape[3:])
+        steps, rows, columns = (size // patch for size, patch in zip(shape, self.patch, strict=True))
+        positions = grid_positions(steps, rows, columns, device=clips.device)
+        encoder = self.model.encoder
+        tokens = encoder.embeddings(clips)
+        for layer in encoder.layer:
+            tokens = layer(tokens, positions)[0]
+        return encoder.layernorm(tokens).unflatten(1, (steps, -1)).mean(dim=2)
+
+
+def grid_positions(steps: int, rows: int, columns: int, *, device: torch.device) -> Tensor:
+    """Step, row and column of every token, in the order of the tokens: (1, 3, steps * rows * columns)."""
+    axes = (torch.arange(size, device=device) for size in (steps, rows, columns))
+    return torch.cartesian_prod(*axes).T[None]
+
+
+class AttentionAtPositions(VJEPA2RopeAttention):
+    """Is called with the positions of its tokens, of `grid_positions`; without them it counts as the library does."""
+
+    def get_position_ids(self, x: Tensor, masks: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Steps, rows and columns, each (tokens,)."""
+        return super().get_position_ids(x) if masks is None else masks[0].unbind()
 
 
 @residual_branches.register

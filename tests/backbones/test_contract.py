@@ -125,6 +125,21 @@ def test_relus_stay_on_or_off_when_a_deep_slowfast_is_rebuilt(norm_eval: bool) -
 
 
 @every_backbone
+@pytest.mark.parametrize("size", [(16, 24), (48, 48), (16, 64)], ids=str)
+def test_frames_of_any_size_are_taken_and_rewired(name: str, size: tuple[int, int]) -> None:
+    """Smaller and larger than the 32 x 32 of training, not square, and with as many patches in another shape."""
+    frames = torch.randn(2, 3, 5, *size, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    mask = torch.ones(2, 5, dtype=torch.bool)
+    results = []
+    for recompute in (True, False):
+        backbone = build(name, recompute=recompute).double()
+        results.append(features_and_gradients(backbone, frames, mask))
+    assert results[0]["features"].shape == (2, backbone.out_channels, -(-5 // backbone.frames_per_step))
+    assert results[0].keys() == {"features", *(key for key, _ in backbone.named_parameters())}
+    assert_gradients_close(*results, relative=1e-10)
+
+
+@every_backbone
 def test_rewiring_keeps_every_name_and_loads_the_same_weights(name: str) -> None:
     plain, rewired = build(name, rewired=False), build(name, rewired=True)
     assert list(plain.state_dict()) == list(rewired.state_dict())

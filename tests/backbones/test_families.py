@@ -26,6 +26,7 @@ from transformers.models.videomae import modeling_videomae
 
 from re2tal.backbones import BACKBONES, BackboneConfig, build_backbone
 from re2tal.backbones.tiling import ClipwiseBackbone
+from re2tal.backbones.vjepa2 import grid_positions
 from re2tal.rewire import RewiringConfig, residual_branches, rewire, unrewire
 
 # The stock class of each family, and its features of one clip (1, 4, 3, 32, 32), written down from its documentation.
@@ -213,6 +214,23 @@ def test_timesformer_of_another_picture_size_is_the_stock_model_configured_for_i
 
 
 @torch.no_grad()
+def test_timesformer_resamples_positions_also_where_the_number_of_patches_stays(tmp_path) -> None:
+    """16 x 64 pixels have as many patches as 32 x 32, so the stock model takes a table of 4 x 4 as one of 2 x 8."""
+    backbone = build("timesformer_nano", rewired=False).eval()
+    backbone.encoder.model.save_pretrained(tmp_path)
+    stock = TimesformerModel.from_pretrained(tmp_path).eval()
+    table = stock.embeddings.position_embeddings.data
+    # Nearest: rows 0 and 2, and every column twice.
+    wide = table[:, 1:].unflatten(1, (4, 4))[:, [0, 2]][:, :, [0, 0, 1, 1, 2, 2, 3, 3]].flatten(1, 2)
+    stock.embeddings.position_embeddings.data = torch.cat([table[:, :1], wide], dim=1)
+    stock.config.image_size = 64
+    frames = torch.randn(2, 3, 4, 16, 64)
+    values = backbone(frames, torch.ones(2, 4, dtype=torch.bool)).values
+    wanted = stock(frames.transpose(1, 2)).last_hidden_state[:, 1:].reshape(2, 16, 4, 48).mean(1)
+    torch.testing.assert_close(values.transpose(1, 2), wanted, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
 def test_timesformer_with_joint_attention_has_two_branches_that_add_up(tmp_path) -> None:
     from transformers import TimesformerConfig
 
@@ -236,9 +254,43 @@ def test_timesformer_over_single_frames_is_refused() -> None:
         TimesformerEncoder(TimesformerModel(config))
 
 
-def test_vjepa2_refuses_frames_of_another_size() -> None:
-    with pytest.raises(ValueError, match="takes frames of 32 x 32 pixels, got 48 x 32; resize them"):
-        build("vjepa2_nano")(torch.randn(1, 3, 4, 48, 32), torch.ones(1, 4, dtype=torch.bool))
+@torch.no_grad()
+@pytest.mark.parametrize(("size", "num_frames"), [(16, 4), (48, 4), (48, 6)])
+def test_vjepa2_of_another_size_is_the_stock_model_configured_for_it(size: int, num_frames: int, tmp_path) -> None:
+    backbone = build("vjepa2_nano", rewired=False).eval()
+    backbone.encoder.model.save_pretrained(tmp_path)
+    config = VJEPA2Model.config_class.from_pretrained(tmp_path)
+    config.crop_size, config.frames_per_clip = size, num_frames
+    stock = VJEPA2Model.from_pretrained(tmp_path, config=config).eval()
+    clips = torch.randn(2, num_frames, 3, size, size)
+    wanted = stock(clips, skip_predictor=True).last_hidden_state.unflatten(1, (num_frames // 2, -1)).mean(2)
+    torch.testing.assert_close(backbone.encoder(clips), wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_positions_of_vjepa2_by_hand() -> None:
+    positions = grid_positions(2, 1, 3, device=torch.device("cpu"))
+    assert positions.tolist() == [[[0, 0, 0, 1, 1, 1], [0, 0, 0, 0, 0, 0], [0, 1, 2, 0, 1, 2]]]
+
+
+@torch.no_grad()
+def test_vjepa2_on_its_side_is_the_network_whose_rows_and_columns_change_places() -> None:
+    """Only through its patches and its rotary channels does it know rows from columns; swap both, and the picture."""
+    upright, turned = (build("vjepa2_nano", rewired=False).double().eval().encoder for _ in range(2))
+    projection = turned.model.encoder.embeddings.patch_embeddings.proj
+    projection.weight.copy_(projection.weight.transpose(3, 4).clone())
+    for layer in turned.model.encoder.layer:
+        attention = layer.attention
+        heads = torch.arange(48).view(2, 24)
+        width = attention.h_dim
+        rows, columns = slice(width, 2 * width), slice(2 * width, 3 * width)
+        swapped = heads.clone()
+        swapped[:, rows], swapped[:, columns] = heads[:, columns], heads[:, rows]
+        for linear in (attention.query, attention.key):
+            linear.weight.copy_(linear.weight[swapped.flatten()])
+            linear.bias.copy_(linear.bias[swapped.flatten()])
+    clips = torch.randn(1, 4, 3, 24, 40, dtype=torch.float64)
+    torch.testing.assert_close(turned(clips.transpose(3, 4)), upright(clips))
+    assert not torch.allclose(upright(clips.transpose(3, 4)), upright(clips))
 
 
 def test_the_documented_example_of_a_family_is_its_file_and_short() -> None:
