@@ -54,6 +54,8 @@ class Case:
     """Rows, and columns, of pixels."""
     chunk_mebibytes: float
     """The budget of a piece."""
+    known: int = 0
+    """How many branches of a run keep what they added."""
 
     def __str__(self) -> str:
         return f"{self.frames} frames of {self.size} x {self.size}, pieces of {self.chunk_mebibytes:g} MiB"
@@ -127,7 +129,7 @@ class Network:
             _double(backbone.get_submodule(doubled))
         if rewired:
             chunk = case.chunk_mebibytes if form == "in pieces" else None
-            rewire(backbone, config=RewiringConfig(chunk_mebibytes=chunk, recompute=recompute, grid=grid))
+            rewire(backbone, config=RewiringConfig(chunk_mebibytes=chunk, recompute=recompute, grid=grid, known=case.known))
         elif form == "family's own":
             return backbone if _checkpoint_by_library(backbone) else None
         elif form == "keep attention":

@@ -144,7 +144,10 @@ class ImageTower(ClipEncoder):
 
 @residual_branches.register
 def _(block: ViTLayer) -> tuple[Branch, ...]:
-    return attention_branch("layernorm_before", "attention", "dropout"), mlp_branch("layernorm_after", "mlp", "dropout")
+    return (
+        attention_branch("layernorm_before", "attention", "dropout", last="attention.o_proj"),
+        mlp_branch("layernorm_after", "mlp", "dropout", last="mlp.fc2"),
+    )
 
 
 @residual_branches.register
@@ -157,4 +160,7 @@ def _(block: Dinov2Layer | DINOv3ViTLayer) -> tuple[Branch, ...]:
 
 @residual_branches.register
 def _(block: CLIPEncoderLayer | SiglipEncoderLayer) -> tuple[Branch, ...]:
-    return attention_branch("layer_norm1", "self_attn"), mlp_branch("layer_norm2", "mlp")
+    return (
+        attention_branch("layer_norm1", "self_attn", last="self_attn.out_proj"),
+        mlp_branch("layer_norm2", "mlp", last="mlp.fc2"),
+    )

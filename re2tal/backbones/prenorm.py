@@ -16,23 +16,24 @@ from torch import Tensor, nn
 from re2tal.rewire import Branch, by_samples
 
 
-def attention_branch(norm: str, attention: str, *end: str) -> Branch:
-    """x -> norm -> attention, which gets what else the block is called with -> the parts of `end` in turn."""
+def attention_branch(norm: str, attention: str, *end: str, last: str | None = None) -> Branch:
+    """x -> norm -> attention, which gets what else the block is called with -> the parts of `end` in turn; `last` is
+    as that of a `Branch`."""
 
     def attend(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         attended = attrgetter(attention)(block)(attrgetter(norm)(block)(x), *args, **kwargs)
         return _through(block, attended[0] if isinstance(attended, tuple) else attended, end)
 
-    return Branch("attention", attend, cut=by_samples(inner_states=9))
+    return Branch("attention", attend, cut=by_samples(inner_states=9), last=last)
 
 
-def mlp_branch(*parts: str) -> Branch:
-    """x through the parts in turn."""
+def mlp_branch(*parts: str, last: str | None = None) -> Branch:
+    """x through the parts in turn; `last` is as that of a `Branch`."""
 
     def transform(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return _through(block, x, parts)
 
-    return Branch("mlp", transform, cut=by_samples(inner_states=15))
+    return Branch("mlp", transform, cut=by_samples(inner_states=15), last=last)
 
 
 def _through(block: nn.Module, x: Tensor, parts: tuple[str, ...]) -> Tensor:

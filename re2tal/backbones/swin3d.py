@@ -197,9 +197,12 @@ class SwinBlock(nn.Module):
 @residual_branches.register
 def _(block: SwinBlock) -> tuple[Branch, ...]:
     return (
-        Branch("attention", SwinBlock.attention_branch, cut=Cut(_rows_of_windows, _inside_attention)),
+        Branch("attention", SwinBlock.attention_branch, cut=Cut(_rows_of_windows, _inside_attention), last="attn.proj"),
         Branch(
-            "mlp", SwinBlock.mlp_branch, cut=by_tokens(inner_states=1 + 3 * block.mlp.fc1.out_features / block.channels)
+            "mlp",
+            SwinBlock.mlp_branch,
+            cut=by_tokens(inner_states=1 + 3 * block.mlp.fc1.out_features / block.channels),
+            last="mlp.fc2",
         ),
     )
 

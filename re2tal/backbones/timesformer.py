@@ -91,14 +91,14 @@ class ResizableEmbeddings(TimesformerEmbeddings):
 
 @residual_branches.register
 def _(block: TimesformerLayer) -> tuple[Branch, ...]:
-    mlp = mlp_branch("layernorm_after", "intermediate", "output", "drop_path")
+    mlp = mlp_branch("layernorm_after", "intermediate", "output", "drop_path", last="output.dense")
     if block.attention_type == "divided_space_time":
         return (
-            Branch("temporal attention", _attend_in_time, cut=by_samples(inner_states=10)),
+            Branch("temporal attention", _attend_in_time, cut=by_samples(inner_states=10), last="temporal_dense"),
             Branch("spatial attention", _attend_in_space, cut=by_samples(inner_states=10)),
             mlp,
         )
-    return attention_branch("layernorm_before", "attention", "drop_path"), mlp
+    return attention_branch("layernorm_before", "attention", "drop_path", last="attention.output.dense"), mlp
 
 
 @wrap_output.register

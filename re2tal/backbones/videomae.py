@@ -91,6 +91,6 @@ class ResizableEmbeddings(VideoMAEEmbeddings):
 def _(block: VideoMAELayer) -> tuple[Branch, ...]:
     # `output` as a whole would add its input a second time.
     return (
-        attention_branch("layernorm_before", "attention"),
-        mlp_branch("layernorm_after", "intermediate", "output.dense", "output.dropout"),
+        attention_branch("layernorm_before", "attention", last="attention.output.dense"),
+        mlp_branch("layernorm_after", "intermediate", "output.dense", "output.dropout", last="output.dense"),
     )

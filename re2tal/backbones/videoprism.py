@@ -52,4 +52,7 @@ class VideoPrismEncoder(ClipEncoder):
 
 @residual_branches.register
 def _(block: VideoPrismLayer) -> tuple[Branch, ...]:
-    return attention_branch("layernorm_before", "attention", "dropout"), mlp_branch("layernorm_after", "mlp", "dropout")
+    return (
+        attention_branch("layernorm_before", "attention", "dropout", last="attention.o_proj"),
+        mlp_branch("layernorm_after", "mlp", "dropout", last="mlp.fc2"),
+    )

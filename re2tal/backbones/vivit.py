@@ -65,4 +65,7 @@ class ResizableEmbeddings(VivitEmbeddings):
 
 @residual_branches.register
 def _(block: VivitLayer) -> tuple[Branch, ...]:
-    return attention_branch("layernorm_before", "attention", "dropout"), mlp_branch("layernorm_after", "mlp", "dropout")
+    return (
+        attention_branch("layernorm_before", "attention", "dropout", last="attention.o_proj"),
+        mlp_branch("layernorm_after", "mlp", "dropout", last="mlp.fc2"),
+    )

@@ -87,7 +87,10 @@ class AttentionAtPositions(VJEPA2RopeAttention):
 
 @residual_branches.register
 def _(block: VJEPA2Layer) -> tuple[Branch, ...]:
-    return attention_branch("norm1", "attention", "drop_path"), mlp_branch("norm2", "mlp", "drop_path")
+    return (
+        attention_branch("norm1", "attention", "drop_path", last="attention.proj"),
+        mlp_branch("norm2", "mlp", "drop_path", last="mlp.fc2"),
+    )
 
 
 @wrap_output.register

@@ -19,7 +19,7 @@ from functools import partial
 from itertools import pairwise
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge
 
 Span = tuple[int, int]
@@ -60,6 +60,21 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
+class WholeBranch:
+    """A branch that is known to end in a linear layer, or that has a name for errors; call it to run it."""
+
+    name: str
+    function: Callable[[Tensor], Tensor]
+    last: nn.Linear | None = None
+    """The layer whose output, after dropout and drop-path at most, the branch returns; it is used nowhere else in it.
+    Its output need not be computed again where what the branch adds is known."""
+
+    def __call__(self, state: Tensor) -> Tensor:
+        """The branch on a state."""
+        return self.function(state)
+
+
+@dataclass(frozen=True, slots=True)
 class ChunkedBranch:
     """A branch that may be run in pieces; call it to run it whole."""
 
@@ -73,10 +88,17 @@ class ChunkedBranch:
     """Whether every piece starts from the same state of the random generators. So it must be where a piece holds a part
     of every sample, and a draw decides for a sample as a whole (drop-path); where pieces are samples, each draws anew.
     A branch that draws for every element (dropout) may be cut by samples only."""
+    last: nn.Linear | None = None
+    """As that of a `WholeBranch`."""
 
     def __call__(self, state: Tensor) -> Tensor:
         """The branch on a whole state."""
         return self.function(state)
+
+
+def last_of(branch: Callable[[Tensor], Tensor]) -> nn.Linear | None:
+    """The linear layer that `branch` is known to end in."""
+    return branch.last if isinstance(branch, WholeBranch | ChunkedBranch) else None
 
 
 def pieces_of(branch: Callable[[Tensor], Tensor], state: Tensor) -> Sequence[Piece]:

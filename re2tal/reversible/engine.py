@@ -25,12 +25,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from re2tal.reversible.chunking import ChunkedBranch, GradientSums, Piece, pieces_of
+from re2tal.reversible.chunking import ChunkedBranch, GradientSums, Piece, last_of, pieces_of
 from re2tal.reversible.coupling import SUM, Coupling, Merge
 from re2tal.reversible.monitor import Monitor, Observation
 from re2tal.reversible.precision import Grid, Precision, States
 from re2tal.reversible.rng import GeneratorState
 from re2tal.reversible.surroundings import AutocastState, BufferWatch, held
+from re2tal.reversible.unfinished import unfinished
 
 BranchFunction = Callable[[Tensor], Tensor]
 
@@ -41,6 +42,7 @@ def run_reversibly(
     *,
     recompute: bool = True,
     stored: int = 0,
+    known: int = 0,
     merge: Merge = "mean",
     coupling: Coupling = SUM,
     states: States = "float32",
@@ -57,6 +59,8 @@ def run_reversibly(
         x: the first state, any shape. It is never written.
         recompute: forget activations and rebuild them in backward; otherwise keep them, as plain autograd does.
         stored: how many branches, counted from the end, keep their activations all the same.
+        known: how many of the others keep what they added, so that the linear layer that they end in need not be
+            computed again: the most expensive of those that have one, `WholeBranch.last`, later ones first.
         merge: "mean" is (x[n-1] + x[n]) / 2, the paper's; "extrapolate" is x[n-1] + x[n] - x, which is the plain
             residual network to first order, and exactly that network for n = 1, and for two whole blocks
             F(x) = block(x) - x.
@@ -89,9 +93,11 @@ def run_reversibly(
         return x
     if stored < 0:
         raise ValueError(f"stored is {stored}; give the number of branches that keep their activations")
+    if known < 0:
+        raise ValueError(f"known is {known}; give the number of branches that keep what they added")
     rebuilt = len(branches) - stored if recompute else 0
     precision = Precision.of(x, grid, coupling, states=states, kinks=kinks)
-    run = _Run(tuple(branches), max(0, rebuilt), merge, coupling, precision)
+    run = _Run(tuple(branches), max(0, rebuilt), known, merge, coupling, precision)
     is_trained = torch.is_grad_enabled() and (x.requires_grad or _is_trained(owner))
     if is_trained and not run.rebuilt and not precision.states.is_floating_point:
         raise ValueError("autograd keeps no gradient of int32 states; set recompute, or states to 'float32'")
@@ -126,6 +132,8 @@ class _Run:
     branches: tuple[BranchFunction, ...]
     rebuilt: int
     """How many branches forget their activations; those behind them keep theirs."""
+    known: int
+    """How many of those keep what they added."""
     merge: Merge
     coupling: Coupling
     precision: Precision
@@ -133,6 +141,13 @@ class _Run:
     def kept(self) -> list[int]:
         """Which of the states before rebuilt branches backward gets, in rising order: the others it rebuilds."""
         return self.coupling.kept(self.rebuilt, room=self.precision.room)
+
+    def known_branches(self) -> list[int]:
+        """Which branches keep what they added: not those behind a kept state, before which nothing is rebuilt."""
+        kept = {-1, *self.kept()}
+        lasts = {index: last_of(self.branches[index]) for index in range(self.rebuilt) if index - 1 not in kept}
+        sizes = {index: last.in_features * last.out_features for index, last in lasts.items() if last is not None}
+        return sorted(sizes, key=lambda index: (sizes[index], index), reverse=True)[: self.known]
 
     def states(
         self, x: Tensor, update: Update, *, kept: Collection[int] = (), observation: Observation | None = None
@@ -171,7 +186,11 @@ class _Run:
         return following
 
     def update(self, index: int, function: BranchFunction, state: Tensor) -> Tensor:
-        """F_i(x[i]), or of a piece of x[i], checked, on the grid."""
+        """F_i(x[i]), or of a piece of x[i], on the grid."""
+        return self.precision.round(self.output(index, function, state))
+
+    def output(self, index: int, function: BranchFunction, state: Tensor) -> Tensor:
+        """The same as the branch returns it, checked."""
         output = function(self.precision.real(state).to(self.precision.branches))
         if not isinstance(output, Tensor) or output.shape != state.shape:
             given = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
@@ -184,7 +203,7 @@ class _Run:
                 f"{self._name(index)} turns {self.precision.branches} into {output.dtype}; a residual branch keeps the "
                 "dtype of its input: convert its output, or leave it outside the run"
             )
-        return self.precision.round(output)
+        return output
 
     def merged(self, start: Tensor, previous: Tensor, current: Tensor) -> Tensor:
         """What the run returns."""
@@ -205,16 +224,19 @@ class _Reversible(torch.autograd.Function):
         ctx.observation = observation
         ctx.run, ctx.autocast, ctx.draws, ctx.spent = run, AutocastState.now(x.device), [], False
         ctx.stored = {index: [] for index in range(run.rebuilt, len(run.branches))}
+        ctx.outputs = {index: [] for index in run.known_branches()}
 
         def update(index: int, function: BranchFunction, state: Tensor) -> Tensor:
             if index in ctx.stored:
-                point, output = _watched(ctx, index, function, state, None)
+                point, output = _watched(ctx, index, run.update, function, state, None)
                 ctx.stored[index].append(_Graph.of(point, output))
                 return output.detach()
             before = GeneratorState.now(state.device)
-            output = run.update(index, function, state)
+            output = run.output(index, function, state)
             ctx.draws.append(None if before.same_as(GeneratorState.now(state.device)) else before)
-            return output
+            if index in ctx.outputs:
+                ctx.outputs[index].append(output)  # as it came: in the narrower numbers, under autocast
+            return run.precision.round(output)
 
         buffers = BufferWatch(owner)
         # Here x still says that it wants a gradient, which hooks of modules would believe.
@@ -300,10 +322,9 @@ def _differentiate(ctx: Any, index: int, state: Tensor, following: Tensor | None
     if index in ctx.stored:
         (graph,) = ctx.stored.pop(index)
     else:
-        point, update = _watched(ctx, index, ctx.run.branches[index], state, ctx.draws.pop())
-        if following is not None:
-            ctx.run.coupling.rewind(following, state, ctx.run.precision.increment(update.detach()))
-        graph = _Graph.of(point, update)
+        graph, update = _rebuilt(ctx, index, ctx.run.branches[index], state, ctx.draws.pop(), following)
+        if following is not None and update is not None:
+            ctx.run.coupling.rewind(following, state, update)
         del update  # which is free by then, since only its graph is needed
     if graph.edge is not None:
         gradient = gradient.to(graph.dtype)
@@ -349,20 +370,46 @@ def _graphs_of_pieces(
     draws = ctx.draws[-len(pieces) :]
     del ctx.draws[-len(pieces) :]
     for piece, before in zip(pieces, draws, strict=True):
-        point, update = _watched(ctx, index, piece.function, piece.take(state), before)
-        if following is not None:
-            piece.subtract_from(following, ctx.run.precision.increment(update.detach()))
-        graph = _Graph.of(point, update)
-        del point, update
+        graph, update = _rebuilt(ctx, index, piece.function, piece.take(state), before, following)
+        if following is not None and update is not None:
+            piece.subtract_from(following, update)
+        del update
         yield graph
         del graph
 
 
+def _rebuilt(
+    ctx: Any,
+    index: int,
+    function: BranchFunction,
+    state: Tensor,
+    draws: GeneratorState | None,
+    following: Tensor | None,
+) -> tuple[_Graph, Tensor | None]:
+    """The graph of a branch, or of a piece of it, and what it added to the states, where x[i-1] is to be rebuilt.
+
+    Where it is not, or where what was added was kept, the branch is not run to its end.
+    """
+    run: _Run = ctx.run
+    outputs = ctx.outputs.get(index, ())
+    if following is not None and not outputs:
+        point, update = _watched(ctx, index, run.update, function, state, draws)
+        return _Graph.of(point, update), run.precision.increment(update.detach())
+    with unfinished(last_of(run.branches[index])):
+        graph = _Graph.of(*_watched(ctx, index, run.output, function, state, draws))
+    return graph, run.precision.increment(run.precision.round(outputs.pop(0))) if outputs else None
+
+
 def _watched(
-    ctx: Any, index: int, function: BranchFunction, state: Tensor, draws: GeneratorState | None
+    ctx: Any,
+    index: int,
+    returned: Callable[[int, BranchFunction, Tensor], Tensor],
+    function: BranchFunction,
+    state: Tensor,
+    draws: GeneratorState | None,
 ) -> tuple[Tensor, Tensor]:
-    """A leaf with the values of `state`, and the update of the branch, or of a piece of it, with its graph."""
+    """A leaf with the values of `state`, and what is `returned` of the branch, or of a piece of it, with its graph."""
     point = ctx.run.precision.real(state).detach().requires_grad_(index > 0 or ctx.needs_input_grad[0])
     # Autocast without its cache, also in forward: there it may hold weights that were cast where no gradient is wanted.
     with torch.enable_grad(), ctx.autocast.replayed(), draws.replayed() if draws else nullcontext():
-        return point, ctx.run.update(index, function, point)
+        return point, returned(index, function, point)

@@ -44,6 +44,9 @@ class Branch:
     kinks: bool = False
     """Whether its slope jumps somewhere, as ReLU's does; see `kinks`. Where a layer inside the block is an nn.ReLU or
     the like, this need not be said."""
+    last: str | None = None
+    """Path in the block of the nn.Linear whose output it returns, after dropout and drop-path at most. That output is
+    in no gradient, and need not be computed again where it is known."""
 
 
 @singledispatch

@@ -11,7 +11,7 @@ It takes the place of an `nn.Sequential`, which is called, or of an `nn.ModuleLi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from re2tal.reversible import run_reversibly
-from re2tal.reversible.chunking import ChunkedBranch, Piece
+from re2tal.reversible.chunking import ChunkedBranch, Piece, WholeBranch
 from re2tal.reversible.coupling import Coupling, Merge
 from re2tal.reversible.monitor import Monitor
 from re2tal.reversible.offload import offloaded
@@ -54,6 +54,9 @@ class RewiringConfig:
     """Forget activations and rebuild them in backward, or keep them: the values are the same."""
     stored: int = 0
     """How many units at the end of each run keep their activations all the same: more memory, less to rebuild."""
+    known: int = 0
+    """How many branches of each run keep what they added: of those that end in a linear layer, which then need not be
+    computed again, the most expensive. Each costs the memory of a state, or half of that under bfloat16 and float16."""
     states: States = "float32"
     """What the states of a run are made of; "float32" is exact on its grid, "int32" on any, "bfloat16" is not."""
     grid: Grid = "auto"
@@ -95,6 +98,8 @@ class RewiringConfig:
             )
         if self.stored < 0:
             raise ValueError(f"stored is {self.stored}; give a number of units, 0 for none")
+        if self.known < 0:
+            raise ValueError(f"known is {self.known}; give a number of branches, 0 for none")
         if self.offload and not (self.recompute and self.stored == 0):
             raise ValueError(
                 f"offload is set with recompute {self.recompute} and stored {self.stored}: what is kept then are "
@@ -178,6 +183,7 @@ class RewiredStage(nn.Module):
                     x,
                     recompute=self.config.recompute,
                     stored=self.config.stored,
+                    known=self.config.known,
                     merge=self.config.merge,
                     coupling=self.coupling,
                     states=self.config.states,
@@ -188,18 +194,19 @@ class RewiredStage(nn.Module):
                 )
         return x
 
-    def _units(self, name: str, block: nn.Module, args: tuple, kwargs: dict) -> list[_Unit | ChunkedBranch]:
+    def _units(self, name: str, block: nn.Module, args: tuple, kwargs: dict) -> list[WholeBranch | ChunkedBranch]:
         if self.config.unit == "block":
-            return [_Unit(type(block).__name__, partial(_whole, block, args, kwargs))]
+            return [WholeBranch(type(block).__name__, partial(_whole, block, args, kwargs))]
         return [self._unit(block, branch, args, kwargs) for branch in self.residual[name].branches]
 
-    def _unit(self, block: nn.Module, branch: Branch, args: tuple, kwargs: dict) -> _Unit | ChunkedBranch:
+    def _unit(self, block: nn.Module, branch: Branch, args: tuple, kwargs: dict) -> WholeBranch | ChunkedBranch:
         name, function = f"{type(block).__name__} {branch.name}", partial(_part, block, branch, args, kwargs)
+        last = _last(block, branch)
         if self.config.chunk_mebibytes is None or branch.cut is None:
-            return _Unit(name, function)
+            return WholeBranch(name, function, last)
         _refuse_batch_statistics(block, name)
         pieces = partial(_pieces, block, branch, args, kwargs, chunk_bytes=self.config.chunk_mebibytes * 2**20)
-        return ChunkedBranch(name, function, pieces, same_draws=not branch.cut.samples)
+        return ChunkedBranch(name, function, pieces, same_draws=not branch.cut.samples, last=last)
 
     def plain(self) -> nn.Module:
         """The container that this stage stands for, with this stage's blocks in it."""
@@ -228,19 +235,14 @@ class RewiredStage(nn.Module):
         return f"{self.config}"
 
 
-@dataclass(frozen=True, slots=True)
-class _Unit:
-    """A function for the engine, with a name for its errors."""
-
-    name: str
-    function: Callable[[Tensor], Tensor]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return self.function(x)
-
-
 def _whole(block: nn.Module, args: tuple, kwargs: dict, x: Tensor) -> Tensor:
     return _hidden(block(x, *args, **kwargs)) - x
+
+
+def _last(block: nn.Module, branch: Branch) -> nn.Linear | None:
+    """None where the layer was replaced by one of another type, which may do more."""
+    last = None if branch.last is None else block.get_submodule(branch.last)
+    return last if type(last) is nn.Linear else None
 
 
 def _part(block: nn.Module, branch: Branch, args: tuple, kwargs: dict, x: Tensor) -> Tensor:
