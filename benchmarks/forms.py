@@ -129,7 +129,9 @@ class Network:
             _double(backbone.get_submodule(doubled))
         if rewired:
             chunk = case.chunk_mebibytes if form == "in pieces" else None
-            rewire(backbone, config=RewiringConfig(chunk_mebibytes=chunk, recompute=recompute, grid=grid, known=case.known))
+            rewire(
+                backbone, config=RewiringConfig(chunk_mebibytes=chunk, recompute=recompute, grid=grid, known=case.known)
+            )
         elif form == "family's own":
             return backbone if _checkpoint_by_library(backbone) else None
         elif form == "keep attention":

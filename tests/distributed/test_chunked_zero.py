@@ -21,6 +21,7 @@ FORMS = {
     "cut": RewiringConfig(chunk_mebibytes=1e-4),  # as far as it can be
     "offloaded": RewiringConfig(chunk_mebibytes=1e-4, segment=3, offload=True),
     "stored": RewiringConfig(chunk_mebibytes=1e-4, stored=2),
+    "known": RewiringConfig(chunk_mebibytes=1e-4, known=3),
     "kept segments": RewiringConfig(recompute=False, segment=3),
 }
 
@@ -152,7 +153,8 @@ PAIRS = {
     **{(stage, "float32", "cut"): (0, "float32", "kept") for stage in STAGES},
     **{(stage, precision, "cut"): (stage, precision, "kept") for stage, precision in OTHERS},
     **{(stage, "float32", "stored"): (0, "float32", "kept") for stage in (2, 3)},
-    ("ddp", "float32", "stored"): ("ddp", "float32", "kept"),
+    **{(stage, "float32", "known"): (0, "float32", "kept") for stage in (2, 3)},
+    **{("ddp", "float32", form): ("ddp", "float32", "kept") for form in ("stored", "known")},
     (3, "float32", "offloaded"): (0, "float32", "kept segments"),
 }
 CASES = [*PAIRS, *dict.fromkeys(PAIRS.values())]
