@@ -6,7 +6,8 @@
     checkpoint, on host   as `checkpoint`, with the inputs of blocks in host memory: save_on_cpu
     family's own          the gradient checkpointing of transformers' models; Swin and SlowFast are ours and have none
     reversible            rewired, one branch at a time
-    in pieces             rewired, one piece of a branch at a time
+    in pieces             rewired, one piece of a branch at a time, as many branches known as suits the video
+    pieces, known         the same, all branches known: none is run to its last linear layer again
 
 Networks that are not rewired compute another function at the same cost. SlowFast's normalisation stays in evaluation
 mode in all forms, as its recipes have it and pieces need it.
@@ -35,7 +36,19 @@ from re2tal.reversible.live_bytes import LiveBytes
 from re2tal.reversible.precision import Grid
 from re2tal.rewire import RewiringConfig, residual_branches, rewire, unrewire
 
-FORMS = ("plain", "checkpoint", "keep attention", "checkpoint, on host", "family's own", "reversible", "in pieces")
+FORMS = (
+    "plain",
+    "checkpoint",
+    "keep attention",
+    "checkpoint, on host",
+    "family's own",
+    "reversible",
+    "in pieces",
+    "pieces, known",
+)
+
+CUT = ("in pieces", "pieces, known")
+ALL = 1_000_000
 
 ATTENTION_KERNELS = {
     getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}").default
@@ -55,10 +68,11 @@ class Case:
     chunk_mebibytes: float
     """The budget of a piece."""
     known: int = 0
-    """How many branches of a run keep what they added."""
+    """How many branches of each run keep what they added, in pieces."""
 
     def __str__(self) -> str:
-        return f"{self.frames} frames of {self.size} x {self.size}, pieces of {self.chunk_mebibytes:g} MiB"
+        pieces = f"pieces of {self.chunk_mebibytes:g} MiB, {self.known} known"
+        return f"{self.frames} frames of {self.size} x {self.size}, {pieces}"
 
 
 class Network:
@@ -122,16 +136,15 @@ class Network:
         return step
 
     def _form(self, form: str, case: Case, *, doubled: str | None, recompute: bool, grid: Grid) -> nn.Module | None:
-        rewired = form in ("reversible", "in pieces")
+        rewired = form in ("reversible", *CUT)
         source = self._prepared if rewired else self._plain
         backbone = copy.deepcopy(source, {id(value): value for value in (*source.parameters(), *source.buffers())})
         if doubled is not None:
             _double(backbone.get_submodule(doubled))
         if rewired:
-            chunk = case.chunk_mebibytes if form == "in pieces" else None
-            rewire(
-                backbone, config=RewiringConfig(chunk_mebibytes=chunk, recompute=recompute, grid=grid, known=case.known)
-            )
+            chunk = case.chunk_mebibytes if form in CUT else None
+            known = {"in pieces": case.known, "pieces, known": ALL}.get(form, 0)
+            rewire(backbone, config=RewiringConfig(chunk_mebibytes=chunk, recompute=recompute, grid=grid, known=known))
         elif form == "family's own":
             return backbone if _checkpoint_by_library(backbone) else None
         elif form == "keep attention":

@@ -50,7 +50,7 @@ MODELS = {
     "slowfast_r101_8x8": Model("slow_path.layer3", Case(64, 112, 64), quick=Case(32, 64, 16), real=Case(768, 224, 256)),
 }
 BASES = ("plain", "checkpoint")
-TIMED = ("plain", "checkpoint", "reversible", "in pieces")
+TIMED = ("plain", "checkpoint", "reversible", "in pieces", "pieces, known")
 
 
 def peaks_of(

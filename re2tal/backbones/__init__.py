@@ -122,6 +122,7 @@ def build_backbone(config: BackboneConfig) -> VideoBackbone:
                 grid=config.grid,
                 monitor_every=config.monitor_every,
                 chunk_mebibytes=config.chunk_mebibytes,
+                known=config.known,
                 offload=config.offload,
             ),
         )

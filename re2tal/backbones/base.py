@@ -48,6 +48,10 @@ class BackboneConfig:
     chunk_mebibytes: float | None = None
     """Run branches in pieces that need about so much memory each while they are differentiated: less memory, more and
     smaller kernels. None runs them whole. Needs `rewired`, `unit` "branch" and, in SlowFast, `norm_eval`."""
+    known: int = 0
+    """How many branches of each rewired run keep what they added: of those that end in a linear layer the most
+    expensive, so MLPs first. That layer, a third of a transformer's block in its MLP, is then not computed again. Each
+    takes the memory of a state, in bf16 and fp16 of half a state. Needs `rewired` and `recompute`."""
     offload: bool = False
     """Keep what rewired runs keep, two states each, in host memory between forward and backward. Needs `rewired` and
     `recompute`; on a CPU it saves nothing."""

@@ -56,7 +56,7 @@ class RewiringConfig:
     """How many units at the end of each run keep their activations all the same: more memory, less to rebuild."""
     known: int = 0
     """How many branches of each run keep what they added: of those that end in a linear layer, which then need not be
-    computed again, the most expensive. Each costs the memory of a state, or half of that under bfloat16 and float16."""
+    computed again, the most expensive. Each takes the memory of a state, half of it under bfloat16 and float16."""
     states: States = "float32"
     """What the states of a run are made of; "float32" is exact on its grid, "int32" on any, "bfloat16" is not."""
     grid: Grid = "auto"
@@ -100,6 +100,11 @@ class RewiringConfig:
             raise ValueError(f"stored is {self.stored}; give a number of units, 0 for none")
         if self.known < 0:
             raise ValueError(f"known is {self.known}; give a number of branches, 0 for none")
+        if self.known and self.unit == "block":
+            raise ValueError(
+                f"known is {self.known}, but whole blocks, unit 'block', save nothing by it; set unit to "
+                "'branch', or leave known out"
+            )
         if self.offload and not (self.recompute and self.stored == 0):
             raise ValueError(
                 f"offload is set with recompute {self.recompute} and stored {self.stored}: what is kept then are "

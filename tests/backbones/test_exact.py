@@ -43,6 +43,13 @@ def test_gradients_are_the_bits_of_plain_autograd(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_last_layers_that_are_left_out_change_no_bit(name: str) -> None:
+    """Which a family that names a wrong layer would."""
+    kept, known = gradients(name, recompute=False), gradients(name, known=99)
+    assert [key for key, value in kept.items() if not torch.equal(known[key], value)] == []
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_in_pieces_they_differ_by_the_order_of_sums_in_float32(name: str) -> None:
     """A single bit of a state that is not rebuilt flips bfloat16 roundings, and shows a thousand times as large."""
     kept, rebuilt = (gradients(name, chunk_mebibytes=1e-2, recompute=recompute) for recompute in (False, True))
