@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from re2tal.backbones.base import VideoBackbone
+from re2tal.backbones.slowfast import SlowFast
 from re2tal.backbones.weights import read_checkpoint
 from re2tal.structures import Action, Timeline
 
@@ -131,6 +132,9 @@ def load_classifier(recognizer: Recognizer, path: Path) -> str:
         weight, bias = weight[rows], bias[rows]
     elif len(weight) != ours.out_features:
         return f"the classifier starts anew: {name} in {path} has {len(weight)} classes, not {ours.out_features}"
+    if name.endswith("cls_head.fc_cls") and isinstance(recognizer.backbone, SlowFast):
+        # mmaction2 puts the fast pathway's channels first, we the slow one's, as pytorchvideo does.
+        weight = weight.roll(-recognizer.backbone.fast_out_channels, dims=1)
     ours.weight.copy_(weight)
     ours.bias.copy_(bias)
     return f"the classifier is {name} of {path}"

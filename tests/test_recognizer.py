@@ -138,6 +138,29 @@ def test_a_classifier_that_does_not_fit_is_left_out_and_that_is_said(tmp_path, s
     assert torch.equal(model.classifier.weight, before)
 
 
+@pytest.mark.parametrize("layout", ["mmaction2", "pytorchvideo"])
+@torch.no_grad()
+def test_a_plain_slowfast_says_what_it_said_where_it_was_trained(tmp_path, layout):
+    """mmaction2's head takes the means of the fast pathway, then of the slow one; pytorchvideo's the reverse."""
+    torch.manual_seed(0)
+    config = RecognitionConfig(backbone=BackboneConfig(name="slowfast_nano", rewired=False))
+    network = build_recognizer(config, CLASSES)[0].backbone.eval()
+    head = nn.Linear(network.out_channels, len(CLASSES))
+    name = {"mmaction2": "cls_head.fc_cls", "pytorchvideo": "blocks.6.proj"}[layout]
+    weights = export_backbone(
+        network, name="slowfast_nano", to=layout, prefix={"mmaction2": "backbone."}.get(layout, "")
+    )
+    torch.save({"state_dict": weights | {f"{name}.weight": head.weight, f"{name}.bias": head.bias}}, tmp_path / "k.pth")
+    taken = replace(config, backbone=replace(config.backbone, weights=str(tmp_path / "k.pth")))
+    loaded, said = build_recognizer(taken, CLASSES)
+    assert said == f"the classifier is {name} of {tmp_path / 'k.pth'}"
+    frames = torch.randn(2, 3, 16, 32, 32)
+    slow, fast = (x.mean(dim=(2, 3, 4)) for x in network.pathways(frames))
+    wanted = head(torch.cat([fast, slow] if layout == "mmaction2" else [slow, fast], dim=1))
+    logits = loaded.eval()(frames, torch.ones(2, 16, dtype=torch.bool)).logits
+    torch.testing.assert_close(logits, wanted, rtol=1e-4, atol=1e-5)
+
+
 def test_a_classifier_trained_here_gives_each_class_its_own_row(tmp_path):
     trained = recognizer()
     nn.init.normal_(trained.classifier.bias)

@@ -83,7 +83,8 @@ class SlowFast(VideoBackbone):
         self.fast_path = Pathway(
             fast_channels, depths=depths, kernels=(3, 3, 3, 3), stem_kernel=5, laterals=[], block=block
         )
-        self.out_channels = (base_channels + fast_channels) * EXPANSION * 8
+        self.fast_out_channels = fast_channels * EXPANSION * 8
+        self.out_channels = base_channels * EXPANSION * 8 + self.fast_out_channels
         self.apply(_initialise)
 
     def forward(self, frames: Tensor, mask: Tensor) -> Features:
