@@ -147,6 +147,7 @@ class _Planner:
     def __init__(self, run: RunConfig | RecognitionConfig, rehearsal: Rehearsal, zero: ZeroMemory, budget: int) -> None:
         self.run, self.rehearsal, self.zero, self.budget = run, rehearsal, zero, budget
         self.stages = rehearsal.stages()
+        self._known: dict[tuple[Setting, ...], Trace] = {}
 
     def plan(self) -> tuple[dict[str, Setting], StepMemory, dict[str, StageSeconds]]:
         """By stage how it runs and what that takes, and the memory of the step.
@@ -218,5 +219,8 @@ class _Planner:
         return None if bandwidth is None else Link(bandwidth, self._rehearsed([ON_THE_HOST] * len(self.stages)))
 
     def _rehearsed(self, settings: Sequence[Setting]) -> Trace:
-        configure(self.stages, settings)
-        return self.rehearsal.trace()
+        key = tuple(settings)
+        if key not in self._known:
+            configure(self.stages, settings)
+            self._known[key] = self.rehearsal.trace()
+        return self._known[key]

@@ -11,11 +11,13 @@ machine is counted in seconds. What a kernel takes and gives back inside is not 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
@@ -38,15 +40,18 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Runs the operation and counts what it returned that it was not given; meta tensors hold nothing."""
-        result = func(*args, **(kwargs or {}))
-        given = {leaf.untyped_storage()._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        for leaf in tree_leaves(result):
-            if not isinstance(leaf, Tensor) or leaf.device.type == "meta":
+        kwargs = kwargs or {}
+        if func is torch.ops.prim.device.default:  # two calls in three, on fake tensors, which know it by themselves
+            (tensor,) = args
+            knows = isinstance(tensor, FakeTensor) and not tensor.fake_mode.in_kernel_invocation
+            return tensor.fake_device if knows else func(*args)
+        result = func(*args, **kwargs)
+        given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
+        for tensor in _tensors(result):
+            if tensor.device.type == "meta" or self._kind not in (None, tensor.device.type):
                 continue
-            if self._kind not in (None, leaf.device.type):
-                continue
-            if leaf.untyped_storage()._cdata not in given:
-                self._count(leaf.untyped_storage())
+            if tensor.untyped_storage()._cdata not in given:
+                self._count(tensor.untyped_storage())
         return result
 
     def _count(self, storage: torch.UntypedStorage) -> None:
@@ -60,3 +65,14 @@ class LiveBytes(TorchDispatchMode):
         self._known[key] = weakref.ref(storage, gone)
         self.live += size
         self.peak = max(self.peak, self.live)
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    """Those among the arguments or results of an operation, several times faster than pytrees tell them."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, (tuple, list)):
+        for value in values:
+            yield from _tensors(value)
+    elif isinstance(values, dict):
+        yield from _tensors(list(values.values()))
