@@ -55,15 +55,15 @@ class TimesformerEncoder(ClipEncoder):
         self.clip_frames = config.num_frames
         self.size = pair(config.image_size)
         self.patch = (1, *pair(config.patch_size))
-        # While they run, blocks read the picture's width from their configuration; the model's own must keep the
-        # width of its position table.
-        self.block_config = copy.copy(config)
+        # Blocks read the picture's width from their configuration, only to fold columns and rows into one axis again:
+        # one column of patches will do for every picture. The model's own keeps the width of its position table.
+        block_config = copy.copy(config)
+        block_config.image_size = self.patch[2]
         for block in model.encoder.layer:
-            block.config = self.block_config  # type: ignore[assignment]
+            block.config = block_config  # type: ignore[assignment]
 
     def forward(self, clips: Tensor) -> Tensor:
         """(N, L, 3, H, W) -> (N, L, C)."""
-        self.block_config.image_size = clips.shape[-1]
         tokens = self.model(clips).last_hidden_state[:, 1:]
         return tokens.unflatten(1, (-1, self.clip_frames)).mean(dim=1)
 

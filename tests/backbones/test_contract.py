@@ -38,10 +38,15 @@ def clip(backbone: VideoBackbone) -> tuple[torch.Tensor, torch.Tensor]:
     return frames, mask
 
 
+def uneven(values: Tensor) -> Tensor:
+    """A loss in which no two elements of the features weigh the same."""
+    return (values * torch.linspace(-1, 1, values.numel(), dtype=values.dtype).view_as(values)).sum()
+
+
 def features_and_gradients(backbone: VideoBackbone, frames: Tensor, mask: Tensor) -> dict[str, Tensor]:
     """Features, and the gradient of every parameter that has one, under an uneven loss."""
     values = backbone(frames, mask).values
-    (values * torch.linspace(-1, 1, values.numel(), dtype=values.dtype).view_as(values)).sum().backward()
+    uneven(values).backward()
     return {"features": values.detach()} | {
         key: parameter.grad for key, parameter in backbone.named_parameters() if parameter.grad is not None
     }
@@ -137,6 +142,22 @@ def test_frames_of_any_size_are_taken_and_rewired(name: str, size: tuple[int, in
     assert results[0]["features"].shape == (2, backbone.out_channels, -(-5 // backbone.frames_per_step))
     assert results[0].keys() == {"features", *(key for key, _ in backbone.named_parameters())}
     assert_gradients_close(*results, relative=1e-10)
+
+
+@every_backbone
+@pytest.mark.parametrize("unit", ["branch", "block"])
+def test_videos_of_two_sizes_may_wait_for_one_backward(name: str, unit: str) -> None:
+    backbone = build(name, unit=unit).double().eval()
+    mask = torch.ones(1, 4, dtype=torch.bool)
+    videos = [torch.randn(1, 3, 4, *size, dtype=torch.float64) for size in ((32, 32), (16, 24))]
+    apart = []
+    for video in videos:
+        backbone.zero_grad()
+        apart.append(features_and_gradients(backbone, video, mask))
+    backbone.zero_grad()
+    sum(uneven(backbone(video, mask).values) for video in videos).backward()
+    together = {key: parameter.grad for key, parameter in backbone.named_parameters()}
+    assert_gradients_close(together, {key: apart[0][key] + apart[1][key] for key in together}, relative=1e-10)
 
 
 @every_backbone
