@@ -30,7 +30,7 @@ from re2tal.reversible.coupling import SUM, Coupling, Merge
 from re2tal.reversible.monitor import Monitor, Observation
 from re2tal.reversible.precision import Grid, Precision, States
 from re2tal.reversible.rng import GeneratorState
-from re2tal.reversible.surroundings import AutocastState, BufferWatch, held
+from re2tal.reversible.surroundings import AutocastState, BufferWatch, held, same_kernels
 from re2tal.reversible.unfinished import unfinished
 
 BranchFunction = Callable[[Tensor], Tensor]
@@ -102,7 +102,8 @@ def run_reversibly(
     if is_trained and not run.rebuilt and not precision.states.is_floating_point:
         raise ValueError("autograd keeps no gradient of int32 states; set recompute, or states to 'float32'")
     if not (run.rebuilt and is_trained):
-        return run.merged(*run.states(x, run.update)[:3])
+        with same_kernels():
+            return run.merged(*run.states(x, run.update)[:3])
     # Parameters are no inputs of the Function, and x may want no gradient: without an input that does, autograd would
     # leave the Function out, and the parameters would silently get nothing.
     anchor = torch.empty(0, device=x.device, requires_grad=True)
@@ -240,7 +241,8 @@ class _Reversible(torch.autograd.Function):
 
         buffers = BufferWatch(owner)
         # Here x still says that it wants a gradient, which hooks of modules would believe.
-        start, previous, current, kept = run.states(x.detach(), update, kept=run.kept(), observation=observation)
+        with same_kernels():
+            start, previous, current, kept = run.states(x.detach(), update, kept=run.kept(), observation=observation)
         ctx.buffers = buffers.written()
         # Saved, not kept as attributes: an edit of x is noticed, and hooks on saved tensors see them.
         ctx.save_for_backward(*kept)
@@ -259,7 +261,7 @@ class _Reversible(torch.autograd.Function):
                 "and call backward once, or run with recompute=False"
             )
         ctx.spent = True
-        with held(ctx.buffers):
+        with held(ctx.buffers), same_kernels():
             return _backward(ctx, gradient.to(ctx.run.precision.gradients)), None, None, None, None
 
 

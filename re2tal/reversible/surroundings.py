@@ -1,4 +1,4 @@
-"""What surrounds a branch besides its input and its draws: the autocast state, and buffers that it writes.
+"""What surrounds a branch besides its input and its draws: autocast, which kernels it may run, buffers that it writes.
 
 The rebuild must see the autocast state that the forward saw, wherever `backward` is called; and buffers that training
 writes, such as the running statistics of a normalisation, must not be written once more.
@@ -38,6 +38,23 @@ class AutocastState:
             for kind, dtype, enabled in self.enabled:
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
             yield
+
+
+@contextmanager
+def same_kernels() -> Iterator[None]:
+    """Inside, no kernel is chosen by whether a gradient is wanted: forward wants none where the rebuild does.
+
+    cuDNN's attention plans inference and training apart, and `nn.MultiheadAttention` and `nn.TransformerEncoderLayer`
+    have a fast path for inference. Other kernels are chosen by shapes, dtypes and flags, which are the same both times.
+    """
+    cudnn, fast_path = torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.mha.get_fastpath_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(cudnn)
+        torch.backends.mha.set_fastpath_enabled(fast_path)
 
 
 class BufferWatch:

@@ -227,3 +227,31 @@ def test_kernels_of_a_device_repeat_bit_for_bit(kind) -> None:
         return [parameter.grad for parameter in branches.parameters()]
 
     assert all(torch.equal(one, other) for one, other in zip(grads(True), grads(False), strict=True))
+
+
+class FastInEvaluation(nn.Module):
+    """torch's own attention; in evaluation mode, where no gradient is wanted, it has another kernel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(CHANNELS)
+        self.attention = nn.MultiheadAttention(CHANNELS, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        return self.attention(normed, normed, normed, need_weights=False)[0]
+
+
+def test_kernels_are_not_chosen_by_whether_a_gradient_is_wanted() -> None:
+    torch.manual_seed(0)
+    branches = nn.ModuleList(FastInEvaluation() for _ in range(6)).eval()
+    with torch.no_grad():
+        fast = branches[0](states())
+    assert not torch.equal(fast, branches[0](states())), "this layer shows nothing: both its paths give the same bits"
+    kept, rebuilt = (
+        gradients(lambda x, on=on: run_reversibly(branches, x, recompute=on), states(), branches)
+        for on in (False, True)
+    )
+    assert torch.equal(rebuilt["output"], kept["output"])  # forward: without gradients, and with them
+    assert torch.backends.mha.get_fastpath_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled()
