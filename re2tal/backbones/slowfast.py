@@ -276,7 +276,12 @@ def _(block: InnerReluBottleneck) -> tuple[Branch, ...]:
 
 @why_not_residual.register
 def _(block: Bottleneck) -> str:
-    return "it changes width or resolution"
+    return "it changes width or resolution (downsampling)"
+
+
+@why_not_residual.register
+def _(lateral: Lateral) -> str:
+    return "they lead from the fast pathway to the slow one (lateral)"
 
 
 # Depths and rates of the paper: "8x8" is 8 slow frames out of 64, which a clip of 32 frames, every second one, reaches

@@ -37,7 +37,7 @@ from re2tal.backbones.shifted_windows import (
 from re2tal.backbones.swin3d_layouts import KEY_LAYOUTS
 from re2tal.backbones.weights import load_weights
 from re2tal.reversible.chunking import even_spans
-from re2tal.rewire import Between, Branch, Cut, Part, by_tokens, forgetful, residual_branches
+from re2tal.rewire import Between, Branch, Cut, Part, by_tokens, forgetful, residual_branches, why_not_residual
 from re2tal.structures import Features
 
 # Added to the logits of token pairs that are not neighbours; in float32, exp(-100) vanishes beside any other weight.
@@ -156,6 +156,11 @@ class PatchMerging(Between):
         # Neighbours are concatenated column by column: (0, 0), (1, 0), (0, 1), (1, 1) as (row, column).
         x = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).permute(0, 1, 2, 4, 5, 3, 6).flatten(4)
         return self.reduction(self.norm(x))
+
+
+@why_not_residual.register
+def _(merging: PatchMerging) -> str:
+    return "they change width and resolution (downsampling)"
 
 
 class SwinBlock(nn.Module):

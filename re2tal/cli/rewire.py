@@ -64,7 +64,8 @@ def rewire(
     rewired = kept_bytes(backbone, num_frames=num_frames, size=rows_columns)
     step = "every frame" if backbone.frames_per_step == 1 else f"every {backbone.frames_per_step} frames"
     print(f"{model}: {_millions(backbone):.1f} million parameters; {backbone.out_channels} channels {step}\n\n{report}")
-    _print_kept(plain, rewired, f"{num_frames} frames of {rows_columns[0]} x {rows_columns[1]}")
+    frames_of = "one frame" if num_frames == 1 else f"{num_frames} frames"
+    _print_kept(plain, rewired, f"{frames_of} of {rows_columns[0]} x {rows_columns[1]}")
 
 
 def _rewire_any(name: str, wiring: RewiringConfig, *, num_frames: int | None, size: tuple[int, int] | None) -> None:

@@ -112,5 +112,10 @@ def is_unregistered(block: nn.Module) -> bool:
     return getattr(kind, "forward", None) is not type(block).forward
 
 
+def is_explained(module: nn.Module) -> bool:
+    """Whether somebody registered `why_not_residual` for its type."""
+    return why_not_residual.dispatch(type(module)) is not why_not_residual.dispatch(object)
+
+
 def _registered_type(block: nn.Module) -> type:
     return next(kind for kind in type(block).__mro__ if kind in residual_branches.registry)

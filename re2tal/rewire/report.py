@@ -23,6 +23,8 @@ class RewireReport:
     """What `rewire` did to each container of blocks; prints as a table."""
 
     stages: tuple[StageReport, ...]
+    outside: tuple[str, ...] = ()
+    """One reason for each group of modules outside of any stage, such as stems, that stay as they are."""
 
     def __str__(self) -> str:
         head = ("stage", "blocks", "rewired", "branches of a block", "left alone, because")
@@ -37,7 +39,10 @@ class RewireReport:
             for stage in self.stages
         ]
         widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-        return "\n".join(
+        lines = [
             "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
             for row in (head, *rows)
-        )
+        ]
+        if self.outside:
+            lines += ["", "outside of stages, left alone:", *(f"  {group}" for group in self.outside)]
+        return "\n".join(lines)

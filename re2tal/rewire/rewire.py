@@ -11,13 +11,14 @@ work before and after alike.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from re2tal.rewire.between import Between
-from re2tal.rewire.branches import NotResidual, Residual, is_unregistered, registered
+from re2tal.rewire.branches import NotResidual, Residual, is_explained, is_unregistered, registered, why_not_residual
 from re2tal.rewire.cuts import Cut
 from re2tal.rewire.discover import record_calls, take_apart
 from re2tal.rewire.report import RewireReport, StageReport
@@ -69,7 +70,27 @@ def rewire(
                 )
             setattr(place.parent, place.name, stages[place.container])
     _set_forgets(model, config is None or config.recompute)
-    return report
+    return replace(report, outside=tuple(_left_outside(model, report)))
+
+
+def _left_outside(model: nn.Module, report: RewireReport) -> Iterator[str]:
+    """The largest modules with parameters that hold no stage, nor anything that `report` tells of already."""
+    reasons: dict[str, list[str]] = {}
+    for path, module in _without_stages(model):
+        if not any(stage.name == path or stage.name.startswith(f"{path}.") for stage in report.stages):
+            reason = why_not_residual(module) if is_explained(module) else "no residual blocks"
+            reasons.setdefault(reason, []).append(path)
+    yield from (f"{', '.join(paths)}: {reason}" for reason, paths in reasons.items())
+
+
+def _without_stages(parent: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    for name, child in parent.named_children():
+        if isinstance(child, RewiredStage):
+            continue
+        if any(isinstance(module, RewiredStage) for module in child.modules()):
+            yield from _without_stages(child, f"{prefix}{name}.")
+        elif any(True for _ in child.parameters()):
+            yield f"{prefix}{name}", child
 
 
 def _set_forgets(model: nn.Module, forgets: bool) -> None:

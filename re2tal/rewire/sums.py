@@ -194,7 +194,8 @@ def _source(node: Any) -> str:
     if not isinstance(node, fx.Node):
         return repr(node)
     if node.op == "call_module":
-        return f"its module {str(node.target).removeprefix('block.')!r}"
+        name = str(node.target).removeprefix("block.")
+        return f"its module {name!r}" + (", a norm after the sum (post-norm)" if "norm" in name.lower() else "")
     if _is_sum(node):
         return "a sum, of which no term stands for the state before it"
     return f"{getattr(node.target, '__name__', node.target)}()"

@@ -108,7 +108,12 @@ def test_first_blocks_stay_plain_and_the_report_says_why() -> None:
     assert {name: stage.rewired_blocks for name, stage in stages.items() if stage.rewired_blocks} == {
         f"{speed}_path.layer{index}": blocks for speed in ("slow", "fast") for index, blocks in ((2, 2), (3, 1), (4, 1))
     }
-    assert stages["slow_path.layer2"].left_alone == ("0: it changes width or resolution",)
+    assert stages["slow_path.layer2"].left_alone == ("0: it changes width or resolution (downsampling)",)
+    laterals = "conv1_lateral, slow_path.layer1_lateral, slow_path.layer2_lateral, slow_path.layer3_lateral"
+    assert report.outside == (
+        "slow_path.conv1, fast_path.conv1: no residual blocks",
+        f"slow_path.{laterals}: they lead from the fast pathway to the slow one (lateral)",
+    )
 
 
 def test_whole_blocks_in_pairs_are_exactly_the_pretrained_network() -> None:

@@ -304,7 +304,8 @@ def test_reasons_stand_in_the_report() -> None:
     (stage,) = rewire(walker(PreNorm, PostNormMasked, PreNorm), example=(frames(),)).stages
     assert stage.rewired_blocks == 2
     assert stage.left_alone == (
-        "1: its result is not its input and something added to it: it comes from its module 'norm'",
+        "1: its result is not its input and something added to it: it comes from its module 'norm', "
+        "a norm after the sum (post-norm)",
     )
 
 

@@ -47,6 +47,9 @@ def test_the_report_says_what_was_rewired_and_why_the_rest_was_not() -> None:
         "stages.0  5       3        bottleneck, mix + mlp  0, 3: it keeps one token in 2",
         "stages.1  5       3        bottleneck, mix + mlp  0, 3: it keeps one token in 2",
         "tail      2       0        -                      0, 1: nothing is registered for PostNorm",
+        "",
+        "outside of stages, left alone:",
+        "  stem: no residual blocks",
     ]
 
 
