@@ -50,7 +50,7 @@ def num_pieces(monkeypatch) -> list[int]:
             counted.append(1)
             super().collect(*args)
 
-    monkeypatch.setattr("re2tal.reversible.engine.GradientSums", Counting)
+    monkeypatch.setattr("re2tal.reversible.differentiation.GradientSums", Counting)
     return counted
 
 
