@@ -3,7 +3,7 @@
 A state rebuilt by x[i-1] = x[i+1] - F_i(x[i]) is off by a rounding of float32. Smooth branches in float32 hardly
 notice. Two kinds do, whatever the size of the error: those that compute in bfloat16 or float16, where it flips
 roundings inside, and that compounds (the first branch's gradient is 5 % off after 24 transformer blocks); and those
-with kinks, as ReLU has one, where it turns units on or off (1 % in SlowFast-101, when it happens). On a grid the sums
+with kinks, as ReLU has one, where it turns units on or off (1 to 10 % in SlowFast-101, by luck). On a grid the sums
 are exact, and nothing is ever off:
 
     update = (update + c) - c,  c = 1.5 * step / eps     rounds to multiples of `step` where |update| < 2**22 step
@@ -28,8 +28,8 @@ States may be other numbers than these:
     "bfloat16"    half the memory and no grid: what a rebuilt state is off by grows with every branch
 
 Only Re2TAL's coupling is a sum. Others multiply states by fractions, which leaves every grid, so they have none, and
-float32 in the place of int32; where branches compute in narrow numbers, all of their states are kept
-(`Precision.room`).
+float32 in the place of int32; all of their states are kept where branches compute in narrow numbers, or in float32
+with kinks (`Precision.room`).
 """
 
 from __future__ import annotations
