@@ -245,6 +245,17 @@ def test_annealing_starts_from_a_plain_network_or_where_training_ended(tmp_path)
     assert same(build_recognizer(replace(config, annealing=AnnealingConfig(epochs=2)), CLASSES)[0], trained)
 
 
+def test_annealing_of_slowfast_takes_whole_blocks_because_its_branches_are_another_network(tmp_path):
+    network = build_backbone(BackboneConfig(name="slowfast_nano", rewired=False))
+    save_file(network.state_dict(), tmp_path / "plain.safetensors")
+    backbone = BackboneConfig(name="slowfast_nano", weights=str(tmp_path / "plain.safetensors"))
+    config = RecognitionConfig(backbone=backbone, annealing=AnnealingConfig(epochs=2))
+    with pytest.raises(ValueError, match=r"they take its ReLUs inside\. Set backbone\.unit to 'block'"):
+        build_recognizer(config, CLASSES)
+    blocks, _ = build_recognizer(replace(config, backbone=replace(backbone, unit="block")), CLASSES)
+    assert same(blocks.backbone, network)
+
+
 def same(one: nn.Module, other: nn.Module) -> bool:
     theirs = other.state_dict()
     return one.state_dict().keys() == theirs.keys() and all(

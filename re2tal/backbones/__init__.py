@@ -62,6 +62,11 @@ def check_wiring(config: BackboneConfig, *, first_beta: float | None = None) -> 
     `first_beta` is that of the first step where training changes beta. The same weights compute one thing in one wiring
     and another in the other, and nothing else would tell.
     """
+    if first_beta == 0 and config.weights is not None and config.name in slowfast.SIZES and config.unit == "branch":
+        raise ValueError(
+            f"annealing starts from the network before rewiring, and the branches of {config.name} make another one of "
+            "it: they take its ReLUs inside. Set backbone.unit to 'block', or annealing.epochs to 0"
+        )
     trained = trained_wiring(config)
     if trained is None:  # plain: what every wiring starts from
         return

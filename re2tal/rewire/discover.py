@@ -59,6 +59,12 @@ def take_apart(block: nn.Module, call: Call) -> Residual | NotResidual:
 
     They take what the block takes: tensors of any size where `call` has tensors, and its constants.
     """
+    with _undisturbed(block, call, training=False):
+        result = block(call.x.clone(), *call.args, **call.kwargs)
+    result = result[0] if isinstance(result, tuple) else result
+    if isinstance(result, Tensor) and result.shape != call.x.shape:
+        shapes = f"{tuple(call.x.shape)} into {tuple(result.shape)}"
+        return NotResidual(f"it changes width or resolution (downsampling): it turns {shapes}")
     children = [child for child in block.children() if may_be_entered(child)]
     refusals = []
     for entered in ([], *([child] for child in children), children):
@@ -136,7 +142,7 @@ def _check(block: nn.Module, branches: Sequence[Branch], call: Call) -> None:
                 raise RefusedError("it writes into its input")
         wanted, found = results
         if wanted.shape != found.shape:
-            raise RefusedError(f"it turns {tuple(call.x.shape)} into {tuple(wanted.shape)}")
+            raise RefusedError(f"the branches found give {tuple(found.shape)} in place of {tuple(wanted.shape)}")
         error = (found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)
         if not error <= 64 * torch.finfo(wanted.dtype).eps:
             raise RefusedError(f"the branches found miss its result by {error:.1e} of the largest element")

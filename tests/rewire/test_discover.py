@@ -279,7 +279,7 @@ class Lasting(Parts):
 REFUSED = {
     PostNorm: "it comes from its module 'norm'",
     Relu: r"it comes from relu\(\)",
-    Halving: "it comes from a sum, of which no term stands for the state before it",
+    Halving: r"it changes width or resolution \(downsampling\): it turns \(2, 6, \d+\) into \(2, 3, \d+\)",
     Weighted: "it comes from a sum, of which no term stands for the state before it",
     Branching: "its forward cannot be traced: TraceError",
     Talkative: "it returns more than its hidden state",
