@@ -182,6 +182,6 @@ def add_drop_path(blocks: Iterable[nn.Module], rate: float, *, after: tuple[str,
     if rate == 0:
         return
     blocks = list(blocks)
-    for block, block_rate in zip(blocks, torch.linspace(0, rate, len(blocks)).tolist(), strict=True):
+    for block, block_rate in zip(blocks, torch.linspace(0, rate, len(blocks), device="cpu").tolist(), strict=True):
         for path in after:
             block.set_submodule(path, nn.Sequential(block.get_submodule(path), DropPath(block_rate)))

@@ -57,16 +57,19 @@ def made_for(
         for name, value in flatten(to_json(run))
         if name not in NOT_WEIGHED and any(name == part or name.startswith(f"{part}.") for part in WEIGHED)
     }
-    kind = "cpu" if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
     return {
         **weighed,
         "training.average_decay is set": run.training.average_decay is not None,
         **{f"zero_optimization.{name}": value for name, value in flatten(settings["zero_optimization"])},
         "number of ranks": world_size,
         "number of classes": num_classes,
-        "device": kind,
+        "device": _name(device),
         "torch": torch.__version__,
     }
+
+
+def _name(device: torch.device) -> str:
+    return "cpu" if device.type == "cpu" else torch.get_device_module(device).get_device_name(device)
 
 
 def plan_step(
@@ -191,11 +194,12 @@ class _Planner:
         memory = self._memory(settings, found.options)
         if memory.peak > self.budget:
             needed = ceil(1000 * memory.peak / GIGABYTE) / 1000  # rounded up, so that it is a budget to give
+            largest = sorted(memory.parts.items(), key=lambda part: -part[1])[:3]
             raise ValueError(
                 f"engine.memory_budget_gb allows {self.budget / GIGABYTE:.3f} GB, but no plan of this step needs less "
-                f"than {needed:.3f} GB, of which {self.zero.standing / GIGABYTE:.3f} GB are parameters "
-                "and optimizer; raise the budget, shard further (ZeRO stage, more ranks, offload), or give it smaller "
-                "or fewer clips"
+                f"than {needed:.3f} GB, most of them "
+                f"{', '.join(f'{name} {size / GIGABYTE:.3f}' for name, size in largest)}; raise the budget, shard "
+                "further (ZeRO stage, more ranks, offload, smaller buckets), or give it smaller or fewer clips"
             )
         return found.options, memory
 

@@ -69,9 +69,21 @@ class StepPlan:
             key = ".".join(map(str, first["loc"]))
             raise ValueError(f"{key} is {brief(first['input'])}: {first['msg']}") from None
 
+    @property
+    def headline(self) -> str:
+        """What the step is, in a line."""
+        clips, size = self.made_for["engine.batch_size"], self.made_for["data.clips.size"]
+        ranks = self.made_for["number of ranks"]
+        return (
+            f"{self.made_for['backbone.name']}, {clips} clip{'s' * (clips != 1)} of "
+            f"{self.made_for['data.clips.windowing.num_frames']} frames of {size} x {size} in "
+            f"{self.made_for['engine.precision']}, ZeRO {self.made_for.get('zero_optimization.stage', 0)} on {ranks} "
+            f"rank{'s' * (ranks != 1)}, {self.made_for['device']}"
+        )
+
     def __str__(self) -> str:
         if self.budget is None:
-            return str(self.memory)
+            return f"{self.headline}\n\n{self.memory}"
         rows = [("stage", "runs", "seconds", "if stored")]
         for name, setting in self.settings.items():
             seconds = self.seconds[name]
@@ -84,4 +96,4 @@ class StepPlan:
         budget = (
             f"planned for {self.budget / GIGABYTE:.3f} GB, of which the step needs {self.memory.peak / GIGABYTE:.3f}"
         )
-        return "\n".join([*lines, "", str(self.memory), "", budget])
+        return "\n".join([self.headline, "", *lines, "", str(self.memory), "", budget])

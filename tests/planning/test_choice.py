@@ -63,6 +63,7 @@ def test_the_budget_decides(ds) -> None:
         last = seconds
     assert last > 3.0
     assert "planned for" in str(tight)
+    assert str(tight).startswith("swin3d_nano, 2 clips of 16 frames of 48 x 48 in fp32, ZeRO 2 on 1 rank, cpu\n")
 
 
 @pytest.mark.usefixtures("_by_hand")
@@ -82,6 +83,7 @@ def test_a_budget_below_the_smallest_plan_is_refused_with_what_that_needs(ds) ->
         ValueError, match=r"allows 0.001 GB, but no plan of this step needs less than 0\.\d+ GB"
     ) as error:
         planned(ds, 0.001)
+    assert "most of them" in str(error.value)
     least = float(str(error.value).split("less than ")[1].split(" ")[0])
     assert planned(ds, least).memory.peak <= least * 1e9
 
@@ -125,7 +127,7 @@ def test_a_plan_is_the_same_after_its_json(ds) -> None:
 def test_states_wait_on_the_host_where_the_link_hides_it(ds, monkeypatch, gigabytes_per_second, chosen) -> None:
     """Stages take a second, their states of 20 MB go there and back in 0.04 ms or in 4 s."""
     monkeypatch.setattr(choice, "link_bytes_per_second", lambda device: gigabytes_per_second * 1e9)
-    monkeypatch.setattr(choice, "made_for", lambda *_, **__: {})
+    monkeypatch.setattr(choice, "_name", lambda device: "a card")
     run = small_run(memory_budget_gb=planned(ds, None).memory.peak / 1e9 - 0.04)
     plan = plan_step(run, ds, world_size=1, num_classes=4, device=CUDA)
     assert any(setting.offload for setting in plan.settings.values()) == chosen
@@ -146,7 +148,7 @@ def test_the_smallest_budget_there_is_counts_on_the_host(ds, monkeypatch) -> Non
             plan_step(small_run(memory_budget_gb=0.001), ds, world_size=1, num_classes=4, device=device)
         return float(str(error.value).split("less than ")[1].split(" ")[0])
 
-    monkeypatch.setattr(choice, "made_for", lambda *_, **__: {})
+    monkeypatch.setattr(choice, "_name", lambda device: "a card")
     on_a_cpu = least(CPU)  # where the host is the device
     monkeypatch.setattr(choice, "link_bytes_per_second", lambda device: 1e9)
     assert least(CUDA) < on_a_cpu - 0.01

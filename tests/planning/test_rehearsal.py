@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import gc
+from dataclasses import replace
 
 import pytest
 import torch
 from planning.small import small_run
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
+from re2tal.backbones import BackboneConfig
 from re2tal.config import build_detector
 from re2tal.data.transforms import jitter_and_normalise
 from re2tal.planning.rehearsal import Rehearsal, stages_of
@@ -72,6 +75,13 @@ def test_phases_add_up_to_the_peaks_of_mixed_settings(rehearsal) -> None:
             options.append(Option(0, kept, forward.peak - forward.live, backward.peak - backward.live))
         configure(rehearsal.stages(), [SETTINGS[name] for name in mixed])
         assert peak_of(traces["rebuilt"].ground(), options) == pytest.approx(rehearsal.trace().peak, rel=0.02)
+
+
+def test_a_network_of_the_transformers_library_with_drop_path_is_built_without_numbers() -> None:
+    run = replace(small_run(), backbone=BackboneConfig(name="videomae_nano", drop_path=0.1))
+    rehearsal = Rehearsal(run, device=CPU, num_classes=4, free_gradients=False)
+    assert len(rehearsal.stages()) == 1
+    assert all(isinstance(parameter, FakeTensor) for parameter in rehearsal.network.parameters())
 
 
 @pytest.mark.gpu
