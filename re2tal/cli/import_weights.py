@@ -10,6 +10,7 @@ from typing import Annotated
 import tyro
 
 from re2tal.backbones import BackboneConfig, trained_wiring
+from re2tal.cli.detect import detect, list_videos
 from re2tal.config import RecognitionConfig, RunConfig, save_config
 from re2tal.conversion import import_backbone, import_detector
 from re2tal.data.annotations import read_class_list
@@ -25,7 +26,8 @@ def import_weights(
     out: Path,
     classes: Path | None = None,
     as_plain: bool = False,
-) -> None:
+    videos: Path | None = None,
+) -> int:
     """Convert weights that another code base trained; nothing that could run code is read.
 
     Args:
@@ -34,8 +36,13 @@ def import_weights(
         out: run folder for a whole detector, or a file ending in .safetensors for the backbone alone
         classes: text file with the detector's classes, one per line, in the order of its training
         as_plain: forget that a backbone was trained rewired, so that any wiring, or none, may start from its numbers
+        videos: folder of video files in which to detect at once, as `re2tal detect --run OUT --videos FOLDER` does
     """
     if out.suffix == ".safetensors":
+        if videos is not None:
+            raise ValueError(
+                f"--videos {videos} needs a whole detector, and --out {out} is for its backbone; name a folder"
+            )
         if out.exists():
             raise ValueError(f"{out} is there already; give --out another name, or remove it")
         backbone, report = import_backbone(weights, name=run.backbone.name)
@@ -47,7 +54,7 @@ def import_weights(
         if wiring is not None:
             print(f"trained rewired with {wiring}, which {out} says: another wiring is refused (--as-plain forgets it)")
         print(f"{out}: for re2tal train --backbone.name {run.backbone.name} --backbone.weights {out}")
-        return
+        return 0
     if as_plain:
         raise ValueError("--as-plain is for a backbone alone, --out FILE.safetensors; leave it out")
     if not isinstance(run, RunConfig):
@@ -56,6 +63,8 @@ def import_weights(
         )
     if (out / "config.json").exists():
         raise ValueError(f"{out} is the folder of another run; give --out another one")
+    if videos is not None:
+        list_videos(videos)  # refuses a folder without any before anything is written
     config = replace(run, name=out.resolve().name, backbone=replace(run.backbone, weights=None))
     detector, report = import_detector(weights, config, classes=_classes(classes, config))
     out.mkdir(parents=True, exist_ok=True)
@@ -64,6 +73,7 @@ def import_weights(
     # Last, because it is what makes the folder a run.
     save_config(out / "config.json", config)
     print(f"{report}\n{out}: for re2tal detect --run {out} --videos FOLDER")
+    return 0 if videos is None else detect(run=out, videos=videos)
 
 
 def _classes(path: Path | None, config: RunConfig) -> tuple[str, ...]:

@@ -145,6 +145,13 @@ def test_videos_are_detected_in_after_one_command(tmp_path: Path) -> None:
         assert run_command("detect", "--run", tmp_path / run, "--videos", tmp_path / "videos", "--device", "cpu") == 0
     own, imported = (read_results(tmp_path / run / "detections.json").predictions["one"] for run in ("own", "run"))
     assert len(own) == 5
+    (tmp_path / "empty").mkdir()
+    assert import_detector(tmp_path, tmp_path / "epoch_7.pth", "--videos", tmp_path / "empty", out="none") == 2
+    assert not (tmp_path / "none").exists()
+    assert import_detector(tmp_path, tmp_path / "epoch_7.pth", "--videos", tmp_path / "videos", out="at once") == 0
+    at_once = read_results(tmp_path / "at once" / "detections.json").predictions["one"]
+    assert torch.equal(at_once.segments, own.segments)
+    assert torch.equal(at_once.scores, own.scores)
     assert torch.equal(own.scores, imported.scores)
     assert torch.equal(own.segments, imported.segments)
 
