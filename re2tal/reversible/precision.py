@@ -1,7 +1,7 @@
 """In what numbers a run computes: its states and branches, and the grid that makes rebuilding exact.
 
 A state rebuilt by x[i-1] = x[i+1] - F_i(x[i]) is off by a rounding of float32. Smooth branches in float32 hardly
-notice. Two kinds do, whatever the size of the error: those that compute in bfloat16 or float16, where it flips
+notice. Two kinds do, whatever the size of the error: those that compute in bfloat16, float16 or TF32, where it flips
 roundings inside, and that compounds (the first branch's gradient is 5 % off after 24 transformer blocks); and those
 with kinks, as ReLU has one, where it turns units on or off (1 to 10 % in SlowFast-101, by luck). On a grid the sums
 are exact, and nothing is ever off:
@@ -48,8 +48,9 @@ FIXED_STEP = 2.0**-16
 NARROW = (torch.bfloat16, torch.float16)
 
 Grid = float | Literal["auto"] | None
-"""The step of the grid, or None for no grid. "auto" is 2**-14 where branches compute in bfloat16 or float16, 2**-18
-where they compute in float32 and have kinks, and else none. Of int32 states it is 2**-16, and there is always one."""
+"""The step of the grid, or None for no grid. "auto" is 2**-14 where branches compute in bfloat16, float16 or TF32,
+2**-18 where they compute in float32 and have kinks, and else none. Of int32 states it is 2**-16, and there is always
+one."""
 
 States = Literal["float32", "int32", "bfloat16"]
 """What states are made of; float64 stays what it is as "float32"."""
@@ -88,7 +89,8 @@ class Precision:
         wide = torch.float32 if x.dtype in NARROW else x.dtype
         inside = torch.get_autocast_dtype(x.device.type) if autocast and wide == torch.float32 else x.dtype
         branches = wide if autocast else x.dtype
-        jumps = inside in NARROW or (kinks and inside == torch.float32)
+        narrow = inside in NARROW or (inside == torch.float32 and _short_factors(x.device))
+        jumps = narrow or (kinks and inside == torch.float32)
         match states:
             case "int32" if coupling.is_sum:
                 step = FIXED_STEP if grid == "auto" else grid
@@ -96,7 +98,7 @@ class Precision:
             case "bfloat16":
                 return cls(torch.bfloat16, branches, branches, None, inside, torch.bfloat16, jumps)
         if grid == "auto":
-            grid = GRID_STEP if inside in NARROW else KINKS_STEP if jumps else None
+            grid = GRID_STEP if narrow else KINKS_STEP if jumps else None
         return cls(wide, branches, branches, grid if coupling.is_sum else None, inside, wide, jumps)
 
     @property
@@ -144,6 +146,13 @@ class Precision:
     def _count(self, values: Tensor) -> Tensor:
         assert self.grid is not None
         return (values.detach().to(self.gradients) / self.grid).round_().to(self.states)
+
+
+def _short_factors(device: torch.device) -> bool:
+    """Whether products in float32 round their factors: to TF32 on CUDA, or bfloat16 on a CPU, if somebody asked for it
+    (`torch.set_float32_matmul_precision`)."""
+    products = {"cuda": torch.backends.cuda.matmul, "cpu": torch.backends.mkldnn.matmul}.get(device.type)  # type: ignore[attr-defined]
+    return products is not None and products.fp32_precision in ("tf32", "bf16")
 
 
 def check_numbers(states: States, grid: Grid) -> None:

@@ -255,3 +255,15 @@ def test_kernels_are_not_chosen_by_whether_a_gradient_is_wanted() -> None:
     assert torch.equal(rebuilt["output"], kept["output"])  # forward: without gradients, and with them
     assert torch.backends.mha.get_fastpath_enabled()
     assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+@pytest.mark.parametrize(("products", "grid"), [("highest", None), ("high", GRID_STEP), ("medium", GRID_STEP)])
+def test_float32_whose_products_round_their_factors_has_the_grid_of_narrow_numbers(products, grid) -> None:
+    """TF32 has ten bits, as float16 has."""
+    usual = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(products)
+    try:
+        assert Precision.of(states(), "auto").grid == grid
+        assert Precision.of(states(dtype=torch.float64), "auto").grid is None
+    finally:
+        torch.set_float32_matmul_precision(usual)
