@@ -7,7 +7,16 @@ import socket
 import pytest
 
 from re2tal import distributed
-from re2tal.distributed import World, any_rank, expand_nodelist, gather_objects, main_process_first, resolve_world
+from re2tal.distributed import (
+    World,
+    any_rank,
+    expand_nodelist,
+    gather_objects,
+    made_by_main,
+    main_process_first,
+    resolve_world,
+    together,
+)
 
 TORCHRUN = {"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "MASTER_ADDR": "node7", "MASTER_PORT": "4242"}
 SRUN = {
@@ -127,3 +136,10 @@ def test_one_process_needs_no_group():
     with main_process_first():
         ran = True
     assert ran
+
+
+def test_one_process_makes_alone_what_all_would_and_keeps_its_own_error():
+    assert together(lambda: 3) == [3]
+    assert made_by_main(lambda: "plan") == "plan"
+    with pytest.raises(ZeroDivisionError):
+        made_by_main(lambda: 1 / 0)

@@ -78,7 +78,7 @@ FREE_TO_CHANGE = (
     "training.keep_checkpoints",
     "training.max_non_finite",
 )
-"""Keys that may differ when a run is resumed, because no weight depends on them."""
+"""Keys that may differ when a run is resumed, because no weight depends on them, but for the rounding of a new plan."""
 
 
 def train(
