@@ -10,7 +10,7 @@ from torch import Tensor
 
 from re2tal.backbones.base import VideoBackbone
 from re2tal.backbones.stored import NAME
-from re2tal.config import load_config
+from re2tal.config import RecognitionConfig, load_run
 from re2tal.conversion import export_backbone, export_detector, import_backbone, save_for_the_library
 from re2tal.training.export import write_tensors
 
@@ -31,9 +31,9 @@ def export(
 
     Args:
         out: .safetensors file to write; a folder for transformers
-        to: whose names; OpenTAD's of a run are the whole detector (a plain backbone's are then mmaction2's), all others
-            its backbone alone
-        run: run folder to take the weights from
+        to: whose names; OpenTAD's of a detector's run are all of it (a plain backbone's are then mmaction2's), all
+            others its backbone alone
+        run: run folder to take the weights from; of a recognizer's run the backbone alone is written
         weights: or a backbone's weights file; for a model of the transformers library a folder or hub name too
         backbone: its name, such as swin3d_tiny; needed with --weights
         prefix: put before every name, such as "module." for OpenTAD's loader or "backbone." for mmaction2's
@@ -45,9 +45,14 @@ def export(
     if out.exists():
         raise ValueError(f"{out} is there already; give --out another name, or remove it")
     if run is not None and weights is None and backbone is None:
+        from re2tal.cli.classify import load_recognizer
         from re2tal.cli.detect import load_detector
 
-        config = load_config(run / "config.json")
+        config = load_run(run / "config.json")
+        if isinstance(config, RecognitionConfig):
+            recognizer = load_recognizer(run, config)
+            _write_backbone(recognizer.backbone, out, name=config.backbone.name, to=to, prefix=prefix)
+            return
         if config.backbone.name == NAME:
             raise ValueError(
                 f"{run} was trained on stored features: it has a localizer and no backbone, and whole detectors and "

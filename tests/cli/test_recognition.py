@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 import torch
 from distributed.ranks import launch_ranks
+from safetensors.torch import load_file
 
-from re2tal.backbones import build_backbone
+from re2tal.backbones import BackboneConfig, build_backbone
 from re2tal.cli import main
 from re2tal.cli.evaluate import evaluate
 from re2tal.cli.import_weights import import_weights
@@ -185,6 +186,17 @@ def test_its_backbone_starts_a_detector_and_the_run_is_no_detectors(trained, cap
             main([*command, "--run", str(out)])
         assert end.value.code == 2
         assert "is of a recognizer, which does not say when something happens" in capsys.readouterr().err
+
+
+def test_its_backbone_goes_to_other_code_bases(trained, tmp_path):
+    out, _ = trained
+    assert run_command("export", "--run", out, "--to", "opentad", "--out", tmp_path / "re2.safetensors") == 0
+    theirs = load_file(tmp_path / "re2.safetensors")
+    ours = read_model(out / "model.safetensors").weights
+    name = "layers.0.blocks.1.{}attn.qkv.weight"
+    assert torch.equal(theirs[name.format("inv_block.Fm.")], ours["backbone." + name.format("")])
+    back = build_backbone(BackboneConfig(name="swin3d_nano", weights=str(tmp_path / "re2.safetensors")))
+    assert all(torch.equal(value, ours[f"backbone.{key}"]) for key, value in back.state_dict().items())
 
 
 def test_commands_for_detectors_say_so(tmp_path):
