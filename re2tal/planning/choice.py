@@ -7,6 +7,7 @@ believed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import ceil, floor, log2
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from re2tal.planning.calibration import link_bytes_per_second, measured_seconds
 from re2tal.planning.free_memory import free_memory
 from re2tal.planning.options import ON_THE_HOST, REBUILT, STORED, Link, options_of
 from re2tal.planning.rehearsal import Rehearsal, Trace
-from re2tal.planning.settings import Setting, can_be_cut, configure
+from re2tal.planning.settings import Setting, can_be_cut, configure, worth_knowing
 from re2tal.planning.step_memory import StepMemory, step_memory
 from re2tal.planning.step_plan import GIGABYTE, StageSeconds, StepPlan
 from re2tal.planning.zero_memory import Weights, ZeroMemory, zero_memory
@@ -210,13 +211,15 @@ class _Planner:
     def _traces(self) -> dict[Setting, Trace]:
         """Steps with all stages set alike; pieces are a quarter and a 32nd of the largest branch."""
         traces = {setting: self._rehearsed([setting] * len(self.stages)) for setting in (REBUILT, STORED)}
+        rebuilt = [REBUILT]
         if can_be_cut(self.stages):
             inside = max(phase.peak - phase.live for phase in traces[REBUILT].of("backward"))
             for part in (4, 32):
                 mebibytes = 2.0 ** floor(log2(inside / part / 2**20))
-                setting = Setting(0, mebibytes)
-                traces[setting] = self._rehearsed([setting] * len(self.stages))
-        return traces
+                rebuilt.append(Setting(0, mebibytes))
+        known = worth_knowing(self.stages)
+        settings = [replace(setting, known=number) for setting in rebuilt for number in sorted({0, known})]
+        return traces | {setting: self._rehearsed([setting] * len(self.stages)) for setting in settings}
 
     def _link(self) -> Link | None:
         bandwidth = link_bytes_per_second(self.rehearsal.device)

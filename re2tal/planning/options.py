@@ -1,15 +1,17 @@
 """What each stage of a step may do, with the bytes and seconds it comes to, for the search.
 
 Bytes come from steps on fake tensors, with all stages set alike: everything stored, everything rebuilt, and rebuilt in
-pieces of a few sizes. Seconds come from the same steps on the device. In between, with the last k units of a run
-stored, both are taken in proportion. States that wait on the host are kept by nobody, but cost what of their way there
-and back the stage behind them is too short to hide.
+pieces of a few sizes, without and with branches that know what they added. Seconds come from the same steps on the
+device. In between, with some branches known, or the last k units of a run stored, both are taken in proportion. States
+that wait on the host are kept by nobody, but cost what of their way there and back the stage behind them is too short
+to hide.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
+from math import ceil
 from typing import Any
 
 from re2tal.planning.rehearsal import Trace
@@ -67,14 +69,31 @@ def _in_memory(
     length = longest_run(stage)
     # With many stages a few steps each are choice enough.
     steps = length if len(traces[STORED].of("forward")) <= 2 else min(length, 4)
-    for setting, trace in traces.items():
-        if setting == STORED:
-            continue
-        rebuilt = _measured(trace, seconds[setting], s)
+    for setting, rebuilt in _with_some_known(
+        {setting: _measured(trace, seconds[setting], s) for setting, trace in traces.items() if setting != STORED}
+    ):
         for step in range(steps):
             units = length * step // steps
-            found.append((Setting(units, setting.chunk_mebibytes), _between(rebuilt, stored, units / length)))
+            found.append((replace(setting, stored=units), _between(rebuilt, stored, units / length)))
     return found
+
+
+def _with_some_known(measured: Mapping[Setting, Option]) -> Choices:
+    """What was measured, with no branch known and with as many as are worth it, and a quarter, half, three quarters."""
+    found = list(measured.items())
+    for setting, option in measured.items():
+        none = measured[replace(setting, known=0)]
+        for quarters in range(1, 4):
+            known = setting.known * quarters // 4
+            if known > 0:
+                found.append((replace(setting, known=known), _mixed(none, option, known / setting.known)))
+    return found
+
+
+def _mixed(none: Option, most: Option, share: float) -> Option:
+    pairs = zip(astuple(none), astuple(most), strict=True)
+    seconds, *sizes = (one + share * (other - one) for one, other in pairs)
+    return Option(seconds, *(ceil(size) for size in sizes))
 
 
 def _measured(trace: Trace, seconds: Sequence[float], s: int) -> Option:

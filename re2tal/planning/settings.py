@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from re2tal.rewire import RewiredStage
@@ -18,6 +19,8 @@ class Setting:
     """How many units at the end of each run keep their activations; None for all."""
     chunk_mebibytes: float | None
     """About so much memory inside a branch; None runs branches whole."""
+    known: int = 0
+    """How many branches of each run keep what they added."""
     offload: bool = False
     """Whether the states that runs keep wait for backward in host memory; only where no unit is stored."""
 
@@ -25,8 +28,9 @@ class Setting:
         if self.stored is None:
             return "stored"
         how = "whole branches" if self.chunk_mebibytes is None else f"pieces of {self.chunk_mebibytes:g} MiB"
+        known = f", {self.known} known" if self.known else ""
         besides = f", last {self.stored} stored" if self.stored else ", states on the host" if self.offload else ""
-        return f"rebuilt, {how}{besides}"
+        return f"rebuilt, {how}{known}{besides}"
 
 
 def configure(stages: Mapping[str, RewiredStage], settings: Sequence[Setting]) -> None:
@@ -37,6 +41,7 @@ def configure(stages: Mapping[str, RewiredStage], settings: Sequence[Setting]) -
             recompute=setting.stored is not None,
             stored=setting.stored or 0,
             chunk_mebibytes=setting.chunk_mebibytes,
+            known=setting.known,
             offload=setting.offload,
         )
 
@@ -44,6 +49,25 @@ def configure(stages: Mapping[str, RewiredStage], settings: Sequence[Setting]) -
 def longest_run(stage: RewiredStage) -> int:
     """Units of the longest run of a stage."""
     return max(length for _, lengths in stage.runs() for length in lengths)
+
+
+def worth_knowing(stages: Mapping[str, RewiredStage]) -> int:
+    """How many branches of a run end in a linear layer that is as large as any at the end of its stage's branches: in
+    transformers the MLPs. The most of any stage."""
+    return max(_ends(stage) for stage in stages.values())
+
+
+def _ends(stage: RewiredStage) -> int:
+    if stage.config.unit == "block":
+        return 0
+    lasts = [
+        stage.get_submodule(f"{name}.{branch.last}")
+        for name, residual in stage.residual.items()
+        for branch in residual.branches
+        if branch.last is not None
+    ]
+    sizes = [last.in_features * last.out_features for last in lasts if isinstance(last, nn.Linear)]
+    return min(sizes.count(max(sizes, default=0)), longest_run(stage))
 
 
 def can_be_cut(stages: Mapping[str, RewiredStage]) -> bool:

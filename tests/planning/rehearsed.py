@@ -12,8 +12,8 @@ STATE, INSIDE, STORED_UNIT = 10 * MEGABYTE, 64 * MEGABYTE, 30 * MEGABYTE
 
 
 class Rehearsed:
-    """Every stage keeps two states, if not on the host, and STORED_UNIT per stored unit; inside it needs INSIDE, or a
-    piece of it."""
+    """Every stage keeps two states, if not on the host, STORED_UNIT per stored unit, and a state per branch that is
+    known; inside it needs INSIDE, or a piece of it."""
 
     def __init__(self, run, *, num_classes: int, device: torch.device, **_) -> None:
         self.device = device
@@ -30,9 +30,12 @@ class Rehearsed:
             stored = units if not config.recompute else min(config.stored, units)
             inside = INSIDE if config.chunk_mebibytes is None else min(INSIDE, int(config.chunk_mebibytes * 2**20))
             states = 2 * STATE if stored < units else 0
-            kept.append(stored * STORED_UNIT + (0 if config.offload else states))
+            known = min(config.known, units - stored) * STATE
+            kept.append(stored * STORED_UNIT + known + (0 if config.offload else states))
             host += states if config.offload else 0
-            phases.append(Phase(Event("forward", s), live, live + max(inside // 2, stored * STORED_UNIT + states), 0))
+            phases.append(
+                Phase(Event("forward", s), live, live + max(inside // 2, stored * STORED_UNIT + known + states), 0)
+            )
             live += kept[-1]
         phases.append(Phase(Event("between", 0), live, live + MEGABYTE, 0))
         for s, stage in reversed(list(enumerate(self.stages().values()))):

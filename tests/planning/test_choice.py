@@ -35,10 +35,13 @@ def ds(tmp_path) -> Path:
 
 @pytest.fixture
 def _by_hand(monkeypatch) -> None:
-    """Bytes by rule; storing takes a second, rebuilding 1.3, and pieces take the longer the smaller they are."""
+    """Bytes by rule; storing takes a second, rebuilding 1.3, 1.2 with all known, and small pieces take longer."""
 
     def seconds(run, settings, *, order, **_):
-        costs = [1.0 if one.stored is None else 1.3 + 0.1 / (one.chunk_mebibytes or 100) for one in settings]
+        costs = [
+            1.0 if one.stored is None else 1.3 - 0.1 * bool(one.known) + 0.1 / (one.chunk_mebibytes or 100)
+            for one in settings
+        ]
         return [[cost] * len(order) for cost in costs]
 
     monkeypatch.setattr(choice, "measured_seconds", seconds)
@@ -64,6 +67,25 @@ def test_the_budget_decides(ds) -> None:
     assert last > 3.0
     assert "planned for" in str(tight)
     assert str(tight).startswith("swin3d_nano, 2 clips of 16 frames of 48 x 48 in fp32, ZeRO 2 on 1 rank, cpu\n")
+
+
+@pytest.mark.usefixtures("_by_hand")
+def test_branches_know_what_they_added_where_nothing_can_be_stored(ds) -> None:
+    """What one added takes a state and saves 0.05 s; a stored unit takes three."""
+    least = smallest_budget(ds)
+    assert all(setting.known == 0 for setting in planned(ds, least).settings.values())
+    more = planned(ds, least + 1.5 * STATE / 1e9)
+    assert any(setting.known == 1 and setting.stored == 0 for setting in more.settings.values())
+    assert sum(one.planned for one in more.seconds.values()) < sum(
+        one.planned for one in planned(ds, least).seconds.values()
+    )
+    assert "1 known" in str(more)
+
+
+def smallest_budget(ds: Path) -> float:
+    with pytest.raises(ValueError, match="no plan of this step needs less than") as error:
+        planned(ds, 0.001)
+    return float(str(error.value).split("less than ")[1].split(" ")[0])
 
 
 @pytest.mark.usefixtures("_by_hand")
