@@ -2,8 +2,8 @@
 
 python benchmarks/planner.py [--quick] [--device cuda] [--model NAME ...] [--json FILE]
 
-budget   half of the peak of a whole step (batch, backbone, localizer, parameters, gradients, optimizer) in which the
-         backbone's stages store everything
+budget   parameters, gradients and optimizer, and half of what the peak of a step in which the backbone's stages store
+         everything has besides: the batch and all activations
 peak     of a forward and backward of the detector under the plan: predicted on fake tensors, and measured
 time     median over rounds of the planned step over the plain one (not rewired), taken in turn in each round
 """
@@ -35,7 +35,7 @@ from re2tal.reversible.live_bytes import LiveBytes
 from re2tal.strict_json import write_json
 
 # Frames and size of one clip.
-CASES = {"swin3d_tiny": (64, 112), "videomae_base": (32, 112)}
+CASES = {"swin3d_tiny": (64, 112), "videomae_base": (64, 112)}
 QUICK = {"swin3d_nano": (64, 64), "videomae_nano": (256, 32)}
 
 
@@ -97,7 +97,7 @@ def measure(name: str, num_frames: int, size: int, ds: Path, device: torch.devic
         return plan_step(run, ds, world_size=1, num_classes=4, device=device)
 
     everything = planned(run_of(name, num_frames, size, budget_gb=None, recompute=False)).memory
-    standing = sum(everything.parts.get(part, 0) for part in ("parameters", "optimizer", "moving average"))
+    standing = sum(everything.parts.get(part, 0) for part in ("parameters", "gradients", "optimizer", "moving average"))
     run = run_of(name, num_frames, size, budget_gb=(standing + (everything.peak - standing) / 2) / GIGABYTE)
     plan = planned(run)
     print(f"\n{name}, 1 clip of {num_frames} frames of {size} x {size}\n{plan}")
