@@ -7,7 +7,7 @@
     family's own          the gradient checkpointing of transformers' models; Swin and SlowFast are ours and have none
     reversible            rewired, one branch at a time
     in pieces             rewired, one piece of a branch at a time, as many branches known as suits the video
-    pieces, known         the same, all branches known: none is run to its last linear layer again
+    pieces, known         the same, all MLPs known: none is run to its last linear layer again
 
 Networks that are not rewired compute another function at the same cost. SlowFast's normalisation stays in evaluation
 mode in all forms, as its recipes have it and pieces need it.
@@ -31,6 +31,8 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from re2tal.backbones import BackboneConfig, build_backbone
+from re2tal.planning.rehearsal import stages_of
+from re2tal.planning.settings import Setting, configure, worth_knowing
 from re2tal.reversible.fake import on_fake_tensors
 from re2tal.reversible.live_bytes import LiveBytes
 from re2tal.reversible.precision import Grid
@@ -48,7 +50,6 @@ FORMS = (
 )
 
 CUT = ("in pieces", "pieces, known")
-ALL = 1_000_000
 
 ATTENTION_KERNELS = {
     getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}").default
@@ -143,8 +144,11 @@ class Network:
             _double(backbone.get_submodule(doubled))
         if rewired:
             chunk = case.chunk_mebibytes if form in CUT else None
-            known = {"in pieces": case.known, "pieces, known": ALL}.get(form, 0)
+            known = case.known if form == "in pieces" else 0
             rewire(backbone, config=RewiringConfig(chunk_mebibytes=chunk, recompute=recompute, grid=grid, known=known))
+            if form == "pieces, known":
+                stages = stages_of(backbone)
+                configure(stages, [Setting(0, chunk, known=worth_knowing(stages))] * len(stages))
         elif form == "family's own":
             return backbone if _checkpoint_by_library(backbone) else None
         elif form == "keep attention":
