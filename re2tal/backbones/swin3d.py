@@ -10,42 +10,20 @@ H and W are halved by them twice and by every merging once. Parameter names are 
 
 from __future__ import annotations
 
-import math
 from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from re2tal.backbones.base import BackboneConfig, VideoBackbone, steps_mask
-from re2tal.backbones.shifted_windows import (
-    Size3,
-    WindowRows,
-    WindowTables,
-    clip_window,
-    pad_rows,
-    pad_to_windows,
-    partition,
-    reorder,
-    restore,
-    row_spans,
-    shift_of_rows,
-    unpad_rows,
-    windows_per_axis,
-)
+from re2tal.backbones.shifted_windows import Size3, WindowRows, WindowTables, clip_window, row_spans, windows_per_axis
 from re2tal.backbones.swin3d_layouts import KEY_LAYOUTS
 from re2tal.backbones.weights import load_weights
+from re2tal.backbones.window_attention import WindowAttention
 from re2tal.reversible.chunking import even_spans
 from re2tal.rewire import Between, Branch, Cut, Part, by_tokens, forgetful, residual_branches, why_not_residual
 from re2tal.structures import Features
-
-# Added to the logits of token pairs that are not neighbours; in float32, exp(-100) vanishes beside any other weight.
-MASKED_LOGIT = -100
-
-# Those that take a bias that wants a gradient. Left to itself torch may choose another one where no gradient is wanted,
-# and a rebuilt activation would not be the same bits as the forgotten one.
-ATTENTION_KERNELS = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class VideoSwin(VideoBackbone):
@@ -227,86 +205,12 @@ def _rows_of_windows(block: nn.Module, shape: torch.Size, num: int) -> list[Part
 
 
 def _inside_attention(block: nn.Module, shape: torch.Size) -> float:
-    """A kernel that writes out the attention matrix holds three of its size at once, beside queries, keys, values."""
+    """A window's weights do not count on a CPU, where those of few windows are there at once. CUDA's kernel writes the
+    gradient of the bias for every window before it is summed."""
     assert isinstance(block, SwinBlock)
     window, _ = clip_window((shape[1], shape[2], shape[3]), block.attn.window, block.attn.shift)
-    matrix = block.attn.num_heads * window[0] * window[1] * window[2] / block.channels
-    return 5 + 3 * matrix
-
-
-class WindowAttention(nn.Module):
-    """Multi-head attention inside (shifted) windows with a learned bias per relative position and head."""
-
-    def __init__(self, channels: int, *, num_heads: int, window: Size3, shift: Size3, tables: WindowTables) -> None:
-        super().__init__()
-        if channels % num_heads:
-            raise ValueError(f"{channels} channels do not divide into {num_heads} heads; choose embed_dim accordingly")
-        self.num_heads = num_heads
-        self.window = window
-        self.shift = shift
-        self.tables = tables
-        num_offsets = (2 * window[0] - 1) * (2 * window[1] - 1) * (2 * window[2] - 1)
-        self.relative_position_bias_table = nn.Parameter(torch.empty(num_offsets, num_heads))
-        nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
-        self.qkv = nn.Linear(channels, 3 * channels)
-        self.proj = nn.Linear(channels, channels)
-
-    def forward(self, x: Tensor, rows: WindowRows | None = None) -> Tensor:
-        """(B, D, H, W, C) -> the same shape; with `rows`, x holds their tokens alone, in the order of `row_spans`."""
-        if rows is None:
-            window, shift = clip_window((x.shape[1], x.shape[2], x.shape[3]), self.window, self.shift)
-            return self.proj(self._mix(x, window=window, shift=shift, wrapped=shift))
-        window, shift = clip_window(rows.grid, self.window, self.shift)
-        rolled, wrapped = shift_of_rows(rows, window=window, shift=shift)
-        padded = pad_rows(x, rows, window=window, shift=shift)
-        mixed = self._mix(padded, window=window, shift=rolled, wrapped=wrapped)
-        return self.proj(unpad_rows(mixed, x, rows, window=window, shift=shift))
-
-    def _mix(self, x: Tensor, *, window: Size3, shift: Size3, wrapped: Size3) -> Tensor:
-        """Attention in windows of x rolled by `shift`, where the last one along an axis may be `wrapped` around."""
-        grid = (x.shape[1], x.shape[2], x.shape[3])
-        if not any(shift) and not any(wrapped):
-            windows = partition(x, window=window, shift=shift)
-            attended = self._attend(self._heads(windows), self._bias(windows.shape[2]))
-            return restore(attended, grid=grid, window=window)
-        padded = pad_to_windows(x, window)
-        shape = (x.shape[0], padded.shape[1], padded.shape[2], padded.shape[3])
-        order, inverse = self.tables.tokens(shape, window=window, shift=shift, wrapped=wrapped, device=x.device)
-        windows = reorder(padded.flatten(0, 3), order, inverse).view(-1, len(x), math.prod(window), x.shape[-1])
-        counts = windows_per_axis(grid, window)
-        attended = self._attend_shifted(windows, counts=counts, window=window, shift=wrapped)
-        restored = reorder(attended.flatten(0, 2), inverse, order).view(padded.shape)
-        return restored[:, : grid[0], : grid[1], : grid[2]]
-
-    def _attend_shifted(self, windows: Tensor, *, counts: Size3, window: Size3, shift: Size3) -> Tensor:
-        """(windows, B, tokens, C), sorted by kind -> the same, one attention call per kind of window."""
-        qkv, bias = self._heads(windows), self._bias(windows.shape[2])
-        if not any(shift):
-            return self._attend(qkv, bias)
-        kinds = self.tables.kinds(counts, window=window, shift=shift, device=windows.device)
-        return torch.cat(
-            [
-                self._attend(part, torch.add(bias, mask, alpha=MASKED_LOGIT))
-                for part, mask in zip(qkv.split(kinds.sizes, dim=1), kinds.masks, strict=True)
-            ]
-        )
-
-    def _heads(self, windows: Tensor) -> Tensor:
-        """(windows, B, tokens, C) -> queries, keys and values (3, windows, B, heads, tokens, C / heads)."""
-        return self.qkv(windows).unflatten(-1, (3, self.num_heads, -1)).permute(3, 0, 1, 4, 2, 5)
-
-    def _bias(self, num_tokens: int) -> Tensor:
-        """(heads, tokens, tokens) learned logits by relative position."""
-        table = self.relative_position_bias_table
-        index = self.tables.position_index(self.window, num_tokens, device=table.device)
-        return table.index_select(0, index).unflatten(0, (num_tokens, num_tokens)).permute(2, 0, 1)
-
-    def _attend(self, qkv: Tensor, bias: Tensor) -> Tensor:
-        """(3, windows, B, heads, tokens, c) and (heads, tokens, tokens) -> (windows, B, tokens, heads * c)."""
-        q, k, v = qkv.flatten(1, 2)
-        with sdpa_kernel(ATTENTION_KERNELS):
-            attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-        return attended.transpose(1, 2).flatten(2).unflatten(0, qkv.shape[1:3])
+    weights = block.attn.num_heads * window[0] * window[1] * window[2] / block.channels
+    return 9 if block.attn.proj.weight.device.type == "cpu" else 9 + weights
 
 
 class Mlp(nn.Module):

@@ -125,10 +125,11 @@ def test_under_autocast_pieces_are_near_whole_branches() -> None:
 
 @pytest.mark.parametrize("name", ["swin3d_tiny", "slowfast_r50_8x8"])
 def test_branches_need_inside_what_they_say(name: str) -> None:
-    """The number of pieces follows from it. Shifted attention needs less: one kind of windows at a time."""
+    """The number of pieces follows from it. Attention's bias and the weights of few windows come on top: they are as
+    large for a piece."""
     backbone = build_backbone(BackboneConfig(name=name, rewired=False, norm_eval=True))
     block = backbone.get_submodule("layers.1.blocks.0" if name.startswith("swin") else "slow_path.layer2.1")
-    x = torch.randn(1, 16, 14, 14, 192) if name.startswith("swin") else torch.randn(1, 512, 4, 14, 14)
+    x = torch.randn(1, 32, 14, 28, 192) if name.startswith("swin") else torch.randn(1, 512, 4, 14, 14)
     for branch in residual_branches(block):
         for parameter in block.parameters():
             parameter.grad = torch.zeros_like(parameter)
