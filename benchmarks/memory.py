@@ -44,7 +44,7 @@ class Model:
 
 VIDEOMAE = "encoder.model.videomae.encoder.layer"
 MODELS = {
-    "swin3d_tiny": Model("layers.2.blocks", Case(128, 112, 8), quick=Case(32, 64, 4), real=Case(768, 224, 512)),
+    "swin3d_tiny": Model("layers.2.blocks", Case(128, 112, 8), quick=Case(32, 64, 16), real=Case(768, 224, 512)),
     "videomae_base": Model(
         VIDEOMAE, Case(128, 112, 32, known=2), quick=Case(32, 64, 16, known=4), real=Case(768, 224, 256, known=8)
     ),
