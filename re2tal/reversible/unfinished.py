@@ -21,8 +21,8 @@ from torch import Tensor, nn
 def unfinished(linear: nn.Linear | None) -> Iterator[None]:
     """Inside, `linear` returns NaN of the shape and with the graph of its output; None changes nothing.
 
-    Not a number, so that an operation behind it which does need its values cannot give a wrong gradient unseen. It is
-    called as a module all the same: its hooks run, and ZeRO-3 gathers its parameters.
+    Not a number, so that most operations behind it which do need its values show it in the gradient; ReLU and clamp,
+    which only compare, do not. It is called as a module all the same: its hooks run, and ZeRO-3 gathers its parameters.
     """
     if linear is None or "forward" in vars(linear):  # somebody else's forward may do more than the linear map
         yield
@@ -49,7 +49,8 @@ class _Unfinished(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return x.new_full((), torch.nan).expand(*x.shape[:-1], len(weight))
+        # Laid out as the layer's output is: for an expanded number, CUDA's dropout draws differently from one seed.
+        return x.new_full((*x.shape[:-1], len(weight)), torch.nan)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

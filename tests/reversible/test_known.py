@@ -68,6 +68,19 @@ def test_a_frozen_layer_gets_no_gradient(frozen) -> None:
     assert_same_bits(results(branches, grid=2**-14, known=99), wanted)
 
 
+def test_what_is_behind_it_finds_a_tensor_like_the_layers_output() -> None:
+    """Dropout may write it in place, and CUDA's draws other units where strides are not those of forward."""
+    branches = chain("mlp", LENGTH)
+    for branch in branches:
+        branch.drop = nn.Dropout(0.2, inplace=True)
+    wanted = results(branches, grid=2**-14, recompute=False)
+    assert_close(results(branches, grid=2**-14, known=99), wanted, relative=1e-6)
+    linear, x = nn.Linear(CHANNELS, 3), states()
+    with unfinished(linear):
+        output = linear(x)
+    assert (output.shape, output.stride(), output.dtype) == (linear(x).shape, linear(x).stride(), linear(x).dtype)
+
+
 def flops(known: int, **options) -> int:
     branches = chain("transformer", LENGTH)
     x = torch.ones(64, 64, CHANNELS)
