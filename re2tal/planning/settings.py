@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from re2tal.rewire import RewiredStage
@@ -61,12 +60,11 @@ def _ends(stage: RewiredStage) -> int:
     if stage.config.unit == "block":
         return 0
     lasts = [
-        stage.get_submodule(f"{name}.{branch.last}")
+        branch.last_in(stage.get_submodule(name))
         for name, residual in stage.residual.items()
         for branch in residual.branches
-        if branch.last is not None
     ]
-    sizes = [last.in_features * last.out_features for last in lasts if isinstance(last, nn.Linear)]
+    sizes = [last.in_features * last.out_features for last in lasts if last is not None]
     return min(sizes.count(max(sizes, default=0)), longest_run(stage))
 
 

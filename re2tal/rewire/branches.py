@@ -48,6 +48,11 @@ class Branch:
     """Path in the block of the nn.Linear whose output it returns, after dropout and drop-path at most. That output is
     in no gradient, and need not be computed again where it is known."""
 
+    def last_in(self, block: nn.Module) -> nn.Linear | None:
+        """That layer; None where another type took its place, or something was put around it: either may do more."""
+        found = dict(block.named_modules(remove_duplicate=False)).get(self.last) if self.last else None
+        return found if type(found) is nn.Linear else None
+
 
 @singledispatch
 def residual_branches(block: nn.Module) -> tuple[Branch, ...]:

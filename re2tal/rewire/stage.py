@@ -206,7 +206,7 @@ class RewiredStage(nn.Module):
 
     def _unit(self, block: nn.Module, branch: Branch, args: tuple, kwargs: dict) -> WholeBranch | ChunkedBranch:
         name, function = f"{type(block).__name__} {branch.name}", partial(_part, block, branch, args, kwargs)
-        last = _last(block, branch)
+        last = branch.last_in(block)
         if self.config.chunk_mebibytes is None or branch.cut is None:
             return WholeBranch(name, function, last)
         _refuse_batch_statistics(block, name)
@@ -242,12 +242,6 @@ class RewiredStage(nn.Module):
 
 def _whole(block: nn.Module, args: tuple, kwargs: dict, x: Tensor) -> Tensor:
     return _hidden(block(x, *args, **kwargs)) - x
-
-
-def _last(block: nn.Module, branch: Branch) -> nn.Linear | None:
-    """None where the layer was replaced by one of another type, which may do more."""
-    last = None if branch.last is None else block.get_submodule(branch.last)
-    return last if type(last) is nn.Linear else None
 
 
 def _part(block: nn.Module, branch: Branch, args: tuple, kwargs: dict, x: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from rewire.networks import CHANNELS, Block, Caller, PostNorm, ScaledBlock, frames, seeded, walker
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from re2tal.reversible.offload import offloaded
 from re2tal.rewire import Branch, RewiringConfig, residual_branches, rewire, unrewire
@@ -93,6 +94,27 @@ class Stages(nn.Module):
 
     def forward(self, x):
         return self.second(self.first(x))
+
+
+class LinearEnd(Block):
+    """A block whose MLP is known to end in a linear layer."""
+
+
+@residual_branches.register
+def _(block: LinearEnd) -> tuple[Branch, ...]:
+    return Branch("mix", Block.mix, last="mixer"), Branch("mlp", Block.transform, last="mlp.2")
+
+
+@pytest.mark.parametrize("around", [checkpoint_wrapper, lambda mlp: nn.Sequential(mlp, nn.ReLU())])
+def test_what_is_put_around_a_branchs_last_layer_is_run(around) -> None:
+    """A layer in there is not taken for the last one."""
+    nets = [walker(LinearEnd, LinearEnd, LinearEnd) for _ in range(2)]
+    for net, config in zip(nets, (RewiringConfig(known=9), RewiringConfig(recompute=False)), strict=True):
+        rewire(net, config=config)
+        for block in net.layers.children():
+            block.mlp = around(block.mlp)
+    known, kept = (gradients(net, frames()) for net in nets)
+    torch.testing.assert_close(known, kept, **CLOSE)
 
 
 class PostNormList(PostNorm):
