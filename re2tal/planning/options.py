@@ -70,7 +70,8 @@ def _in_memory(
     # With many stages a few steps each are choice enough.
     steps = length if len(traces[STORED].of("forward")) <= 2 else min(length, 4)
     for setting, rebuilt in _with_some_known(
-        {setting: _measured(trace, seconds[setting], s) for setting, trace in traces.items() if setting != STORED}
+        {setting: _measured(trace, seconds[setting], s) for setting, trace in traces.items() if setting != STORED},
+        most=length - 1,  # what the first one added is of no use
     ):
         for step in range(steps):
             units = length * step // steps
@@ -78,15 +79,17 @@ def _in_memory(
     return found
 
 
-def _with_some_known(measured: Mapping[Setting, Option]) -> Choices:
-    """What was measured, with no branch known and with as many as are worth it, and a quarter, half, three quarters."""
+def _with_some_known(measured: Mapping[Setting, Option], *, most: int) -> Choices:
+    """What was measured, with no branch known and with as many as are worth it, and a quarter, half, three quarters.
+
+    All stages are measured with one number; of it a run has `most` at the most.
+    """
     found = list(measured.items())
     for setting, option in measured.items():
         none = measured[replace(setting, known=0)]
-        for quarters in range(1, 4):
-            known = setting.known * quarters // 4
-            if known > 0:
-                found.append((replace(setting, known=known), _mixed(none, option, known / setting.known)))
+        measured_with = min(setting.known, most)
+        for known in sorted({measured_with * quarters // 4 for quarters in range(1, 4)} - {0}):
+            found.append((replace(setting, known=known), _mixed(none, option, known / measured_with)))
     return found
 
 
