@@ -49,7 +49,7 @@ MODELS = {
         VIDEOMAE, Case(128, 112, 32, known=2), quick=Case(32, 64, 16, known=4), real=Case(768, 224, 256, known=8)
     ),
     "videomae_large": Model(
-        VIDEOMAE, Case(128, 112, 64, known=8), quick=Case(16, 64, 16, known=8), real=Case(768, 224, 256, known=8)
+        VIDEOMAE, Case(128, 112, 64, known=8), quick=Case(16, 32, 16, known=8), real=Case(768, 224, 256, known=8)
     ),
     "slowfast_r101_8x8": Model("slow_path.layer3", Case(64, 112, 64), quick=Case(32, 64, 16), real=Case(768, 224, 256)),
 }

@@ -9,10 +9,9 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
-import torch
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, PreTrainedConfig, PreTrainedModel
 
-from re2tal.backbones.pretrained import check_complete, check_folder, readable
+from re2tal.backbones.pretrained import SAFELY, check_complete, check_folder, readable
 
 
 def load_any_model(name: str) -> PreTrainedModel:
@@ -29,12 +28,7 @@ def load_any_model(name: str) -> PreTrainedModel:
         model, report = model_class.from_pretrained(
             name,
             config=CONFIG_MAPPING[kind].from_pretrained(name),
-            dtype=torch.float32,
-            use_safetensors=True,
-            weights_only=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
+            **SAFELY,
         )
     check_complete(report, name, network=model_class.__name__, optional=("pooler",))
     return model.train()

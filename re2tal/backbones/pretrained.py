@@ -24,6 +24,16 @@ from re2tal.strict_json import read_json
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
+# How `from_pretrained` is called: nothing is unpickled or run, and what does not fit is left to `check_complete`.
+SAFELY: dict[str, Any] = {
+    "dtype": torch.float32,
+    "use_safetensors": True,
+    "weights_only": True,
+    "trust_remote_code": False,
+    "ignore_mismatched_sizes": True,
+    "output_loading_info": True,
+}
+
 # A size that a CPU trains in seconds, for tests and first tries; every family adds its own patches and clips to it.
 NANO = {"hidden_size": 48, "num_attention_heads": 2, "num_hidden_layers": 4}
 
@@ -65,12 +75,7 @@ def load_model(
         model, report = cast(Any, model_class).from_pretrained(
             weights,
             config=found,
-            dtype=torch.float32,
-            use_safetensors=True,
-            weights_only=True,
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
+            **SAFELY,
         )
     check_complete(report, weights, network=model_class.__name__, optional=optional)
     return model
