@@ -6,7 +6,8 @@
     checkpoint, on host   as `checkpoint`, with the inputs of blocks in host memory: save_on_cpu
     family's own          the gradient checkpointing of transformers' models; Swin and SlowFast are ours and have none
     reversible            rewired, one branch at a time
-    in pieces             rewired, one piece of a branch at a time, as many branches known as suits the video
+    in pieces             rewired, one piece of a branch at a time; by stage as many branches known, and blocks that are
+                          not residual kept, as suits the video
     pieces, known         the same, all MLPs known: none is run to its last linear layer again
 
 Networks that are not rewired compute another function at the same cost. SlowFast's normalisation stays in evaluation
@@ -21,7 +22,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -68,12 +69,29 @@ class Case:
     """Rows, and columns, of pixels."""
     chunk_mebibytes: float
     """The budget of a piece."""
-    known: int = 0
-    """How many branches of each run keep what they added, in pieces."""
+    known: int | tuple[int, ...] = 0
+    """How many branches of each run keep what they added, in pieces; or of each run of a stage, for all stages in the
+    order in which the network holds them."""
+    keep_nonresidual: bool | tuple[bool, ...] = False
+    """Whether blocks that are not residual keep their activations, in pieces; or by stage, in the same order."""
+
+    def settings(self, num_stages: int, *, recompute: bool = True) -> list[Setting]:
+        """Of the stages, in pieces."""
+        of_known, of_kept = (
+            value if isinstance(value, tuple) else (value,) * num_stages
+            for value in (self.known, self.keep_nonresidual)
+        )
+        return [
+            Setting(0 if recompute else None, self.chunk_mebibytes, known=known, keep_nonresidual=kept)
+            for known, kept in zip(of_known, of_kept, strict=True)
+        ]
 
     def __str__(self) -> str:
         pieces = f"pieces of {self.chunk_mebibytes:g} MiB, {self.known} known"
-        return f"{self.frames} frames of {self.size} x {self.size}, {pieces}"
+        kept = self.keep_nonresidual
+        stages = [str(number) for number, one in enumerate(kept) if one] if isinstance(kept, tuple) else ["all"] * kept
+        others = f", non-residual blocks of stages {', '.join(stages)} kept" if stages else ""
+        return f"{self.frames} frames of {self.size} x {self.size}, {pieces}{others}"
 
 
 class Network:
@@ -143,12 +161,12 @@ class Network:
         if doubled is not None:
             _double(backbone.get_submodule(doubled))
         if rewired:
-            chunk = case.chunk_mebibytes if form in CUT else None
-            known = case.known if form == "in pieces" else 0
-            rewire(backbone, config=RewiringConfig(chunk_mebibytes=chunk, recompute=recompute, grid=grid, known=known))
-            if form == "pieces, known":
-                stages = stages_of(backbone)
-                configure(stages, [Setting(0, chunk, known=worth_knowing(stages))] * len(stages))
+            rewire(backbone, config=RewiringConfig(recompute=recompute, grid=grid))
+            stages = stages_of(backbone)
+            if form == "in pieces":
+                configure(stages, case.settings(len(stages), recompute=recompute))
+            elif form == "pieces, known":
+                configure(stages, replace(case, known=worth_knowing(stages)).settings(len(stages), recompute=recompute))
         elif form == "family's own":
             return backbone if _checkpoint_by_library(backbone) else None
         elif form == "keep attention":

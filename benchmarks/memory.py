@@ -43,6 +43,9 @@ class Model:
 
 
 VIDEOMAE = "encoder.model.videomae.encoder.layer"
+# Of four stages of the slow pathway, then of the fast one. Their first blocks take 18 % of all multiplications, those
+# of the last two 12 %, and least of the memory.
+LAST_TWO = (False, False, True, True) * 2
 MODELS = {
     "swin3d_tiny": Model("layers.2.blocks", Case(128, 112, 12), quick=Case(32, 64, 16), real=Case(768, 224, 512)),
     "videomae_base": Model(
@@ -51,7 +54,12 @@ MODELS = {
     "videomae_large": Model(
         VIDEOMAE, Case(128, 112, 64, known=8), quick=Case(16, 32, 16, known=8), real=Case(768, 224, 256, known=8)
     ),
-    "slowfast_r101_8x8": Model("slow_path.layer3", Case(64, 112, 64), quick=Case(32, 64, 16), real=Case(768, 224, 256)),
+    "slowfast_r101_8x8": Model(
+        "slow_path.layer3",
+        Case(64, 112, 64, keep_nonresidual=LAST_TWO),
+        quick=Case(32, 64, 16, keep_nonresidual=LAST_TWO),
+        real=Case(768, 224, 256, keep_nonresidual=LAST_TWO),
+    ),
 }
 BASES = ("plain", "checkpoint")
 TIMED = ("plain", "checkpoint", "reversible", "in pieces", "pieces, known")

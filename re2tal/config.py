@@ -86,7 +86,7 @@ class Run:
 
 def _refuse_settings_of_rewired(backbone: BackboneConfig) -> None:
     """ValueError for what a backbone that is not rewired would silently leave out."""
-    for name in ("beta", "segment", "chunk_mebibytes", "known", "offload", "states"):
+    for name in ("beta", "segment", "chunk_mebibytes", "known", "keep_nonresidual", "offload", "states"):
         value = getattr(backbone, name)
         if value != getattr(BackboneConfig(), name):
             raise ValueError(

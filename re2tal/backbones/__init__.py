@@ -128,6 +128,7 @@ def build_backbone(config: BackboneConfig) -> VideoBackbone:
                 monitor_every=config.monitor_every,
                 chunk_mebibytes=config.chunk_mebibytes,
                 known=config.known,
+                keep_nonresidual=config.keep_nonresidual,
                 offload=config.offload,
             ),
         )

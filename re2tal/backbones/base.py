@@ -52,6 +52,9 @@ class BackboneConfig:
     """How many branches of each rewired run keep what they added: of those that end in a linear layer the most
     expensive, so MLPs first. That layer, a third of a transformer's block in its MLP, is then not computed again. Each
     takes the memory of a state, in bf16 and fp16 of half a state. Needs `rewired` and `recompute`."""
+    keep_nonresidual: bool = False
+    """Keep the activations of those blocks of a stage that are not residual, in SlowFast the first of each: more
+    memory, and they are not computed again. Needs `rewired`."""
     offload: bool = False
     """Keep what rewired runs keep, two states each, in host memory between forward and backward. Needs `rewired` and
     `recompute`; on a CPU it saves nothing."""

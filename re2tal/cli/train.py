@@ -66,6 +66,7 @@ FREE_TO_CHANGE = (
     "name",
     "backbone.monitor_every",
     "backbone.offload",
+    "backbone.keep_nonresidual",
     "data.shards",
     "data.clips.workers",
     "data.clips.prefetch",

@@ -18,7 +18,7 @@ from re2tal.backbones import stored
 from re2tal.config import RecognitionConfig, RunConfig, flatten, to_json
 from re2tal.planning.calibration import link_bytes_per_second, measured_seconds
 from re2tal.planning.free_memory import free_memory
-from re2tal.planning.options import ON_THE_HOST, REBUILT, STORED, Link, options_of
+from re2tal.planning.options import KEEPING, ON_THE_HOST, REBUILT, STORED, Link, options_of
 from re2tal.planning.rehearsal import Rehearsal, Trace
 from re2tal.planning.settings import Setting, can_be_cut, configure, worth_knowing
 from re2tal.planning.step_memory import StepMemory, step_memory
@@ -35,6 +35,7 @@ WEIGHED = ("task", "num_steps", "data.clips", "backbone", "localizer", "recogniz
 NOT_WEIGHED = (
     "backbone.monitor_every",
     "backbone.offload",
+    "backbone.keep_nonresidual",
     "backbone.weights",
     "data.clips.workers",
     "data.clips.prefetch",
@@ -209,7 +210,10 @@ class _Planner:
         return step_memory(self._rehearsed(chosen), self.zero)
 
     def _traces(self) -> dict[Setting, Trace]:
-        """Steps with all stages set alike; pieces are a quarter and a 32nd of the largest branch."""
+        """Steps with all stages set alike; pieces are a quarter and a 32nd of the largest branch.
+
+        Blocks that are not residual are kept in one, if there are any: see `options` for the settings in between.
+        """
         traces = {setting: self._rehearsed([setting] * len(self.stages)) for setting in (REBUILT, STORED)}
         rebuilt = [REBUILT]
         if can_be_cut(self.stages):
@@ -219,6 +223,8 @@ class _Planner:
                 rebuilt.append(Setting(0, mebibytes))
         known = worth_knowing(self.stages)
         settings = [replace(setting, known=number) for setting in rebuilt for number in sorted({0, known})]
+        if any(stage.can_forget_nonresidual() for stage in self.stages.values()):
+            settings.append(KEEPING)
         return traces | {setting: self._rehearsed([setting] * len(self.stages)) for setting in settings}
 
     def _link(self) -> Link | None:

@@ -1,10 +1,11 @@
 """What each stage of a step may do, with the bytes and seconds it comes to, for the search.
 
 Bytes come from steps on fake tensors, with all stages set alike: everything stored, everything rebuilt, and rebuilt in
-pieces of a few sizes, without and with branches that know what they added. Seconds come from the same steps on the
-device. In between, with some branches known, or the last k units of a run stored, both are taken in proportion. States
-that wait on the host are kept by nobody, but cost what of their way there and back the stage behind them is too short
-to hide.
+pieces of a few sizes, without and with branches that know what they added, and once with the blocks kept that are not
+residual. Seconds come from the same steps on the device. In between, with some branches known, or the last k units of a
+run stored, both are taken in proportion; what keeping blocks changes with everything rebuilt, it is taken to change
+with every other setting. States that wait on the host are kept by nobody, but cost what of their way there and back the
+stage behind them is too short to hide.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from re2tal.reversible.planner import Option
 
 STORED = Setting(stored=None, chunk_mebibytes=None)
 REBUILT = Setting(stored=0, chunk_mebibytes=None)
+KEEPING = Setting(stored=0, chunk_mebibytes=None, keep_nonresidual=True)
 ON_THE_HOST = Setting(stored=0, chunk_mebibytes=None, offload=True)
 
 Choices = list[tuple[Setting, Option]]
@@ -64,19 +66,25 @@ def options_of(
 def _in_memory(
     traces: Mapping[Setting, Trace], seconds: Mapping[Setting, Sequence[float]], s: int, *, stage: Any
 ) -> Choices:
-    stored = _measured(traces[STORED], seconds[STORED], s)
-    found = [(STORED, stored)]
+    measured = {setting: _measured(trace, seconds[setting], s) for setting, trace in traces.items()}
+    stored, keeping = measured.pop(STORED), measured.pop(KEEPING, None)
     length = longest_run(stage)
     # With many stages a few steps each are choice enough.
     steps = length if len(traces[STORED].of("forward")) <= 2 else min(length, 4)
-    for setting, rebuilt in _with_some_known(
-        {setting: _measured(trace, seconds[setting], s) for setting, trace in traces.items() if setting != STORED},
-        most=length - 1,  # what the first one added is of no use
-    ):
-        for step in range(steps):
-            units = length * step // steps
-            found.append((replace(setting, stored=units), _between(rebuilt, stored, units / length)))
-    return found
+    rebuilt = _with_some_known(measured, most=length - 1)  # what the first one added is of no use
+    ways = [(rebuilt, stored)]
+    if keeping is not None and stage.can_forget_nonresidual():
+        none = measured[REBUILT]
+        also_kept = [
+            (replace(setting, keep_nonresidual=True), _changed(option, none, keeping)) for setting, option in rebuilt
+        ]
+        ways = [(rebuilt, _changed(stored, keeping, none)), (also_kept, stored)]
+    return [(STORED, stored)] + [
+        (replace(setting, stored=units), _between(option, all_stored, units / length))
+        for choices, all_stored in ways
+        for setting, option in choices
+        for units in (length * step // steps for step in range(steps))
+    ]
 
 
 def _with_some_known(measured: Mapping[Setting, Option], *, most: int) -> Choices:
@@ -97,6 +105,12 @@ def _mixed(none: Option, most: Option, share: float) -> Option:
     pairs = zip(astuple(none), astuple(most), strict=True)
     seconds, *sizes = (one + share * (other - one) for one, other in pairs)
     return Option(seconds, *(ceil(size) for size in sizes))
+
+
+def _changed(option: Option, before: Option, after: Option) -> Option:
+    """`option` with the difference that `after` makes to `before`."""
+    seconds, *sizes = (a + c - b for a, b, c in zip(astuple(option), astuple(before), astuple(after), strict=True))
+    return Option(max(0.0, seconds), *(max(0, size) for size in sizes))
 
 
 def _measured(trace: Trace, seconds: Sequence[float], s: int) -> Option:

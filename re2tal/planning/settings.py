@@ -22,6 +22,8 @@ class Setting:
     """How many branches of each run keep what they added."""
     offload: bool = False
     """Whether the states that runs keep wait for backward in host memory; only where no unit is stored."""
+    keep_nonresidual: bool = False
+    """Whether blocks that are not residual keep their activations."""
 
     def __str__(self) -> str:
         if self.stored is None:
@@ -29,7 +31,8 @@ class Setting:
         how = "whole branches" if self.chunk_mebibytes is None else f"pieces of {self.chunk_mebibytes:g} MiB"
         known = f", {self.known} known" if self.known else ""
         besides = f", last {self.stored} stored" if self.stored else ", states on the host" if self.offload else ""
-        return f"rebuilt, {how}{known}{besides}"
+        kept = ", non-residual blocks kept" if self.keep_nonresidual else ""
+        return f"rebuilt, {how}{known}{besides}{kept}"
 
 
 def configure(stages: Mapping[str, RewiredStage], settings: Sequence[Setting]) -> None:
@@ -42,6 +45,7 @@ def configure(stages: Mapping[str, RewiredStage], settings: Sequence[Setting]) -
             chunk_mebibytes=setting.chunk_mebibytes,
             known=setting.known,
             offload=setting.offload,
+            keep_nonresidual=setting.keep_nonresidual,
         )
 
 

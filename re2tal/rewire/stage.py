@@ -57,6 +57,9 @@ class RewiringConfig:
     known: int = 0
     """How many branches of each run keep what they added: of those that end in a linear layer, which then need not be
     computed again, the most expensive. Each takes the memory of a state, half of it under bfloat16 and float16."""
+    keep_nonresidual: bool = False
+    """Keep the activations of those blocks of a stage that are not residual, such as those that change resolution:
+    more memory, and none of them is computed twice. Runs are rebuilt all the same."""
     states: States = "float32"
     """What the states of a run are made of; "float32" is exact on its grid, "int32" on any, "bfloat16" is not."""
     grid: Grid = "auto"
@@ -153,6 +156,10 @@ class RewiredStage(nn.Module):
         rebuilt = length - self.config.stored
         return self.coupling.kept(rebuilt, room=precision.room) if self.config.recompute and rebuilt > 0 else []
 
+    def can_forget_nonresidual(self) -> bool:
+        """Whether there are blocks that `keep_nonresidual` is about."""
+        return any(_can_forget(block) for name, block in self.named_children() if name not in self.residual)
+
     def _groups(self) -> Iterator[tuple[dict[str, nn.Module], bool]]:
         """Blocks in a row, and whether they are residual."""
         for residual, group in groupby(self.named_children(), key=lambda child: child[0] in self.residual):
@@ -171,10 +178,9 @@ class RewiredStage(nn.Module):
                 name, block = blocks.popitem()
                 output = self.residual[name].wrap(block, x)
             else:
+                forgets = self.config.recompute and not self.config.keep_nonresidual
                 for block in blocks.values():
-                    # Of others nobody has said that they do the same twice.
-                    forgets = self.config.recompute and not is_unregistered(block)
-                    call = partial(recomputed, block, owner=block) if forgets else block
+                    call = partial(recomputed, block, owner=block) if forgets and _can_forget(block) else block
                     output = call(_hidden(output), *args, **kwargs)
         return output
 
@@ -272,6 +278,11 @@ def _pieces(
         Piece(part.axis, part.spans, partial(_part, block, branch, args, kwargs))
         for part, branch in zip(parts, branches, strict=True)
     ]
+
+
+def _can_forget(block: nn.Module) -> bool:
+    # Of blocks that are not registered nobody has said that they do the same twice.
+    return not is_unregistered(block)
 
 
 def _hidden(output: Any) -> Tensor:

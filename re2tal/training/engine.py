@@ -77,9 +77,10 @@ class EngineConfig:
     """Type of the weights in forward and backward; the optimizer keeps float32 masters."""
     memory_budget_gb: float | Literal["auto"] | None = None
     """Gigabytes (10^9 bytes) that a step may need on a rank's device: each rewired stage is then stored, or rebuilt,
-    whole or in pieces, with some branches stored or known or with states on the host, whatever is fastest within them,
-    in the place of backbone.recompute, chunk_mebibytes, known and offload. "auto" takes most of what the device has
-    free at the start, on a CPU of what the system has available, shared by a machine's ranks; None plans nothing."""
+    whole or in pieces, with some branches stored or known, with blocks that are not residual kept or with states on the
+    host, whatever is fastest within them, in the place of backbone.recompute, chunk_mebibytes, known, keep_nonresidual
+    and offload. "auto" takes most of what the device has free at the start, on a CPU of what the system has available,
+    shared by a machine's ranks; None plans nothing."""
     timeout_minutes: float = 10.0
     """How long a rank waits for the others before it gives up."""
 

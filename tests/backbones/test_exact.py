@@ -49,6 +49,14 @@ def test_last_layers_that_are_left_out_change_no_bit(name: str) -> None:
     assert [key for key, value in kept.items() if not torch.equal(known[key], value)] == []
 
 
+@pytest.mark.parametrize("chunk_mebibytes", [None, 1e-2])
+def test_blocks_between_that_keep_their_activations_change_no_bit(chunk_mebibytes: float | None) -> None:
+    kept, rebuilt = (
+        gradients("slowfast_nano", chunk_mebibytes=chunk_mebibytes, keep_nonresidual=keep) for keep in (True, False)
+    )
+    assert [key for key, value in rebuilt.items() if not torch.equal(kept[key], value)] == []
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_in_pieces_they_differ_by_the_order_of_sums_in_float32(name: str) -> None:
     """A single bit of a state that is not rebuilt flips bfloat16 roundings, and shows a thousand times as large."""

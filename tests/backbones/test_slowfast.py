@@ -12,6 +12,7 @@ from re2tal.backbones import BackboneConfig, build_backbone
 from re2tal.backbones.slowfast import SIZES, Bottleneck, InnerReluBottleneck, SlowFast
 from re2tal.backbones.slowfast_layouts import KEY_LAYOUTS
 from re2tal.backbones.weights import export_state, load_weights
+from re2tal.reversible.live_bytes import LiveBytes
 from re2tal.rewire import RewiringConfig, rewire
 
 
@@ -99,6 +100,43 @@ def test_recomputation_in_training_updates_statistics_once_and_keeps_every_gradi
     assert {int(b) for name, b in rebuilt.named_buffers() if name.endswith("num_batches_tracked")} == {1}
     for (name, one), (_, other) in zip(rebuilt.named_parameters(), kept.named_parameters(), strict=True):
         torch.testing.assert_close(one.grad, other.grad, rtol=1e-9, atol=1e-12, msg=name)
+
+
+class Deep(nn.Module):
+    """A stage: a block that halves the picture and doubles the channels, and `depth` residual ones."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        residual = (InnerReluBottleneck(64, 16, kernel=1, stride=1, downsample=False) for _ in range(depth))
+        self.stage = nn.Sequential(InnerReluBottleneck(32, 16, kernel=1, stride=2, downsample=True), *residual)
+        self.eval()
+
+
+def bytes_of(depth: int, **fields: bool | float) -> tuple[int, int]:
+    """What a deep stage keeps between forward and backward, and its peak; gradients of parameters are there before."""
+    net = Deep(depth)
+    rewire(net, config=RewiringConfig(**fields))
+    for parameter in net.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    x = torch.zeros(2, 32, 4, 16, 16, requires_grad=True)
+    with LiveBytes() as live:
+        loss = net.stage(x).sum()
+        kept = live.live
+        loss.backward()
+    return kept, live.peak
+
+
+@pytest.mark.parametrize("chunk_mebibytes", [None, 0.25])
+def test_a_first_block_that_is_kept_takes_its_insides_alone(chunk_mebibytes: float | None) -> None:
+    """What convolutions give and what norms give, but not the downsampling norm, which is only added."""
+    (kept, peak), (forgot, least) = (
+        bytes_of(6, keep_nonresidual=keep, chunk_mebibytes=chunk_mebibytes) for keep in (True, False)
+    )
+    whole, half = 2 * 4 * 16 * 16 * 4, 2 * 4 * 8 * 8 * 4  # bytes of a channel
+    insides = 2 * 16 * whole + 2 * 16 * half + 2 * 64 * half + 64 * half
+    assert kept - forgot == insides
+    assert 0 < peak - least <= insides
+    assert bytes_of(12, keep_nonresidual=True, chunk_mebibytes=chunk_mebibytes) == (kept, peak)
 
 
 def test_first_blocks_stay_plain_and_the_report_says_why() -> None:

@@ -8,12 +8,12 @@ from re2tal.config import build_detector
 from re2tal.planning.rehearsal import Event, Phase, Trace, stages_of
 
 MEGABYTE = 10**6
-STATE, INSIDE, STORED_UNIT = 10 * MEGABYTE, 64 * MEGABYTE, 30 * MEGABYTE
+STATE, INSIDE, STORED_UNIT, OTHER_BLOCKS = 10 * MEGABYTE, 64 * MEGABYTE, 30 * MEGABYTE, 25 * MEGABYTE
 
 
 class Rehearsed:
-    """Every stage keeps two states, if not on the host, STORED_UNIT per stored unit, and a state per branch that is
-    known; inside it needs INSIDE, or a piece of it."""
+    """Every stage keeps two states, if not on the host, STORED_UNIT per stored unit, a state per branch that is known,
+    and OTHER_BLOCKS if it has blocks that are not residual and keeps them; inside it needs INSIDE, or a piece of it."""
 
     def __init__(self, run, *, num_classes: int, device: torch.device, **_) -> None:
         self.device = device
@@ -31,6 +31,8 @@ class Rehearsed:
             inside = INSIDE if config.chunk_mebibytes is None else min(INSIDE, int(config.chunk_mebibytes * 2**20))
             states = 2 * STATE if stored < units else 0
             known = min(config.known, units - stored) * STATE
+            keeps = stage.can_forget_nonresidual() and (config.keep_nonresidual or not config.recompute)
+            known += OTHER_BLOCKS * keeps
             kept.append(stored * STORED_UNIT + known + (0 if config.offload else states))
             host += states if config.offload else 0
             phases.append(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from planning.rehearsed import INSIDE, MEGABYTE, STATE, STORED_UNIT, Rehearsed
+from planning.rehearsed import INSIDE, MEGABYTE, OTHER_BLOCKS, STATE, STORED_UNIT, Rehearsed
 from planning.small import small_run
 
 from re2tal.backbones import BackboneConfig
@@ -35,11 +35,15 @@ def ds(tmp_path) -> Path:
 
 @pytest.fixture
 def _by_hand(monkeypatch) -> None:
-    """Bytes by rule; storing takes a second, rebuilding 1.3, 1.2 with all known, and small pieces take longer."""
+    """Bytes by rule; storing takes a second, rebuilding 1.3, 1.2 with all known or the other blocks kept, and small
+    pieces take longer."""
 
     def seconds(run, settings, *, order, **_):
+        assert any(one.keep_nonresidual for one in settings) == run.backbone.name.startswith("slowfast")
         costs = [
-            1.0 if one.stored is None else 1.3 - 0.1 * bool(one.known) + 0.1 / (one.chunk_mebibytes or 100)
+            1.0
+            if one.stored is None
+            else 1.3 - 0.1 * bool(one.known) - 0.1 * one.keep_nonresidual + 0.1 / (one.chunk_mebibytes or 100)
             for one in settings
         ]
         return [[cost] * len(order) for cost in costs]
@@ -48,8 +52,9 @@ def _by_hand(monkeypatch) -> None:
     monkeypatch.setattr(choice, "Rehearsal", Rehearsed)
 
 
-def planned(ds: Path, budget_gb: float | None) -> StepPlan:
-    return plan_step(small_run(memory_budget_gb=budget_gb), ds, world_size=1, num_classes=4, device=CPU)
+def planned(ds: Path, budget_gb: float | None, name: str = "swin3d_nano") -> StepPlan:
+    run = replace(small_run(memory_budget_gb=budget_gb), backbone=BackboneConfig(name=name))
+    return plan_step(run, ds, world_size=1, num_classes=4, device=CPU)
 
 
 @pytest.mark.usefixtures("_by_hand")
@@ -82,9 +87,29 @@ def test_branches_know_what_they_added_where_nothing_can_be_stored(ds) -> None:
     assert "1 known" in str(more)
 
 
-def smallest_budget(ds: Path) -> float:
+@pytest.mark.usefixtures("_by_hand")
+def test_blocks_that_are_not_residual_are_kept_where_that_is_the_best_use_of_the_room(ds) -> None:
+    """Keeping them takes 25 MB and saves 0.1 s; to store the one unit of their stage as well takes another 10 MB."""
+    name = "slowfast_nano"
+    least = smallest_budget(ds, name)
+    assert not any(setting.keep_nonresidual for setting in planned(ds, least, name).settings.values())
+    more = planned(ds, least + (OTHER_BLOCKS + MEGABYTE) / 1e9, name)
+    assert sum(setting.keep_nonresidual for setting in more.settings.values()) == 1
+    assert "non-residual blocks kept" in str(more)
+    assert more.memory.peak <= more.budget
+    assert sum(one.planned for one in more.seconds.values()) < sum(
+        one.planned for one in planned(ds, least, name).seconds.values()
+    )
+    network = build_detector(replace(small_run(), backbone=BackboneConfig(name=name)), ["a", "b"])
+    more.apply(network)
+    assert {path for path, stage in stages_of(network.backbone).items() if stage.config.keep_nonresidual} == {
+        path for path, setting in more.settings.items() if setting.keep_nonresidual
+    }
+
+
+def smallest_budget(ds: Path, name: str = "swin3d_nano") -> float:
     with pytest.raises(ValueError, match="no plan of this step needs less than") as error:
-        planned(ds, 0.001)
+        planned(ds, 0.001, name)
     return float(str(error.value).split("less than ")[1].split(" ")[0])
 
 
@@ -138,6 +163,10 @@ def test_a_plan_is_the_same_after_its_json(ds) -> None:
     half = planned(ds, 0.5 * planned(ds, 10.0).memory.peak / 1e9)
     assert StepPlan.from_json(json.loads(json.dumps(half.to_json()))) == half
     assert half.to_json()["peak"] == half.memory.peak
+    older = json.loads(json.dumps(half.to_json()))
+    for setting in older["settings"].values():
+        del setting["keep_nonresidual"]
+    assert StepPlan.from_json(older) == half
     with pytest.raises(ValueError, match=r"memory.host is 'much': Input should be a valid integer"):
         StepPlan.from_json({**half.to_json(), "memory": {**half.to_json()["memory"], "host": "much"}})
     with pytest.raises(ValueError, match=r"the plan is for stages .* but this backbone has"):

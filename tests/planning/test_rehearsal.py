@@ -91,7 +91,7 @@ def test_states_on_the_host_are_not_on_the_device() -> None:
     rehearsal = Rehearsal(run, device=torch.device("cuda"), num_classes=4, free_gradients=False)
     traces = {}
     for offload in (False, True):
-        configure(rehearsal.stages(), [Setting(0, None, offload)] * 3)
+        configure(rehearsal.stages(), [Setting(0, None, offload=offload)] * 3)
         traces[offload] = rehearsal.trace()
     saved = sum(traces[False].kept()) - sum(traces[True].kept())
     assert saved > 0

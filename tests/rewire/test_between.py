@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import prod
+
 import pytest
 import torch
 from rewire.networks import CHANNELS, Block
@@ -18,10 +20,10 @@ def frames(size: int = 40) -> Tensor:
     return torch.randn(2, 3, 16, size, size, generator=torch.Generator().manual_seed(1))
 
 
-def trained(name: str, *, recompute: bool) -> dict[str, Tensor]:
+def trained(name: str, **fields: bool) -> dict[str, Tensor]:
     """Gradients and buffers after two steps with norms in training mode."""
     torch.manual_seed(0)
-    backbone = build_backbone(BackboneConfig(name=name, recompute=recompute)).double().train()
+    backbone = build_backbone(BackboneConfig(name=name, **fields)).double().train()
     torch.manual_seed(1)
     for _ in range(2):
         backbone(frames().double(), MASK).values.square().mean().backward()
@@ -36,6 +38,12 @@ def test_forgetting_changes_neither_gradients_nor_buffers(name) -> None:
     for key, want in wanted.items():
         torch.testing.assert_close(found[key], want, rtol=1e-9, atol=1e-9 * float(want.abs().max()), msg=key)
     assert {int(found[key]) for key in found if key.endswith("num_batches_tracked")} <= {2}
+
+
+def test_what_is_kept_of_other_blocks_changes_no_bit_and_writes_buffers_once() -> None:
+    found, wanted = (trained("slowfast_nano", keep_nonresidual=keep) for keep in (True, False))
+    assert [key for key, want in wanted.items() if not torch.equal(found[key], want)] == []
+    assert {int(found[key]) for key in found if key.endswith("num_batches_tracked")} == {2}
 
 
 def kept_outside_runs(net: nn.Module, x: Tensor) -> list[tuple[int, ...]]:
@@ -105,6 +113,29 @@ def test_what_lies_between_runs_keeps_its_input_alone() -> None:
     net = Net(Narrow)
     rewire(net)
     assert kept_outside_runs(net, torch.ones(X)) == [X, *[STATE] * 5]  # two runs' states, and what Narrow was given
+
+
+def test_blocks_that_are_not_residual_may_keep_their_activations_alone() -> None:
+    """Runs are rebuilt, and the stem forgets, as it did."""
+    net, calls = Net(Narrow), []
+    net.blocks[1].register_forward_hook(lambda *_: calls.append("narrow"))
+    net.blocks[0].mlp.register_forward_hook(lambda *_: calls.append("run"))
+    net.stem.f.register_forward_hook(lambda *_: calls.append("stem"))
+    rewire(net, config=RewiringConfig(keep_nonresidual=True))
+    assert net.blocks.can_forget_nonresidual()
+    first, *others = kept_outside_runs(net, torch.ones(X))
+    assert first == X
+    # Besides what is kept anyway, tanh's output, GELU's, and what GELU was given.
+    assert sorted(map(prod, others)) == [prod(STATE)] * (5 + 1) + [4 * prod(STATE)] * 2
+    calls.clear()
+    net(torch.ones(X)).sum().backward()
+    assert [calls.count(name) for name in ("narrow", "run", "stem")] == [1, 2, 2]
+
+
+def test_there_may_be_no_block_to_keep() -> None:
+    net = Net(Unknown)  # nobody has said that it does the same twice, so it is kept anyway
+    rewire(net)
+    assert not net.blocks.can_forget_nonresidual()
 
 
 @pytest.mark.parametrize(("between", "recompute"), [(Unknown, True), (Narrow, False)])

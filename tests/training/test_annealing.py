@@ -56,7 +56,15 @@ def test_a_plain_backbone_has_nothing_to_anneal():
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("beta", 0.5), ("segment", 2), ("chunk_mebibytes", 8.0), ("offload", True), ("states", "int32")],
+    [
+        ("beta", 0.5),
+        ("segment", 2),
+        ("chunk_mebibytes", 8.0),
+        ("known", 1),
+        ("keep_nonresidual", True),
+        ("offload", True),
+        ("states", "int32"),
+    ],
 )
 def test_settings_of_a_rewired_backbone_are_refused_where_it_is_plain(name, value):
     config = RunConfig()
