@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from re2tal.reversible.fake import is_counted
+
 Run = tuple[int, Tensor | None]
 """How many windows, one behind the other, and their mask: (tokens, tokens) bool, True where attention is not allowed;
 None allows all of it."""
@@ -95,27 +97,44 @@ def _gradients(
     d_out = gradient.unflatten(-1, (num_heads, -1))
     buffers = qkv.new_empty(2, size, num_tokens, num_tokens, dtype=dtype)
     narrow = qkv.new_empty(size, num_tokens, qkv_heads.shape[-1], dtype=dtype)
-    scale = qkv_heads.shape[-1] ** -0.5
-    for head in range(num_heads):
-        for span, mask in _groups(runs, size):
-            q, k, v = qkv_heads[span, :, :, head].to(dtype).unbind(2)
-            logits = _masked(bias[head].to(dtype), mask)
-            o = d_out[span, :, head].to(dtype)
-            scores, weights = buffers[:, : len(q)]
-            torch.baddbmm(logits.expand_as(scores), q, k.mT, alpha=scale, out=scores)
-            torch.softmax(scores, -1, out=weights)
-            torch.bmm(o, v.mT, out=scores)
-            # In place: of a row it writes nothing before it has read all of it.
-            torch.ops.aten._softmax_backward_data.out(scores, weights, -1, dtype, grad_input=scores)
+    heads, groups = range(num_heads), list(_groups(runs, size))
+    if is_counted(qkv):
+        heads, groups = heads[:1], _largest(groups)
+    for head in heads:
+        for span, mask in groups:
+            d_logits = _gradients_of_group(
+                qkv_heads[span, :, :, head],
+                d_out[span, :, head],
+                _masked(bias[head].to(dtype), mask),
+                None if d_heads is None else d_heads[span, :, :, head],
+                buffers=buffers,
+                narrow=narrow,
+            )
             if d_bias is not None:
-                d_bias[head] += scores.sum(0)
-            if d_heads is not None:
-                found = narrow[: len(q)]
-                dq, dk, dv = d_heads[span, :, :, head].unbind(2)
-                dq.copy_(torch.baddbmm(found, scores, k, beta=0, alpha=scale, out=found))
-                dk.copy_(torch.baddbmm(found, scores.mT, q, beta=0, alpha=scale, out=found))
-                dv.copy_(torch.bmm(weights.mT, o, out=found))
+                d_bias[head] += d_logits.sum(0)
     return d_qkv, None if d_bias is None else d_bias.to(bias.dtype)
+
+
+def _gradients_of_group(
+    qkv: Tensor, d_out: Tensor, logits: Tensor, d_qkv: Tensor | None, *, buffers: Tensor, narrow: Tensor
+) -> Tensor:
+    """Of one head: `qkv` (windows, tokens, 3, C), whose gradient goes to `d_qkv`; returned is that of the logits."""
+    dtype, scale = logits.dtype, qkv.shape[-1] ** -0.5
+    q, k, v = qkv.to(dtype).unbind(2)
+    o = d_out.to(dtype)
+    scores, weights = buffers[:, : len(q)]
+    torch.baddbmm(logits.expand_as(scores), q, k.mT, alpha=scale, out=scores)
+    torch.softmax(scores, -1, out=weights)
+    torch.bmm(o, v.mT, out=scores)
+    # In place: of a row it writes nothing before it has read all of it.
+    torch.ops.aten._softmax_backward_data.out(scores, weights, -1, dtype, grad_input=scores)
+    if d_qkv is not None:
+        found = narrow[: len(q)]
+        dq, dk, dv = d_qkv.unbind(2)
+        dq.copy_(torch.baddbmm(found, scores, k, beta=0, alpha=scale, out=found))
+        dk.copy_(torch.baddbmm(found, scores.mT, q, beta=0, alpha=scale, out=found))
+        dv.copy_(torch.bmm(weights.mT, o, out=found))
+    return scores
 
 
 def _groups(runs: Sequence[Run], size: int) -> Iterator[tuple[slice, Tensor | None]]:
@@ -125,3 +144,9 @@ def _groups(runs: Sequence[Run], size: int) -> Iterator[tuple[slice, Tensor | No
         for first in range(start, start + num, size):
             yield slice(first, min(first + size, start + num)), mask
         start += num
+
+
+def _largest(groups: Sequence[tuple[slice, Tensor | None]]) -> list[tuple[slice, Tensor | None]]:
+    """One with a mask and one without, as far as there are: no other takes more memory."""
+    by_size = sorted(groups, key=lambda group: group[0].stop - group[0].start)
+    return list({group[1] is None: group for group in by_size}.values())

@@ -37,6 +37,11 @@ class Piece:
     function: Callable[[Tensor], Tensor]
     """The branch on the spans, put one behind the other along the axis."""
 
+    @property
+    def size(self) -> int:
+        """How much of the axis it is."""
+        return sum(stop - start for start, stop in self.spans)
+
     def take(self, state: Tensor) -> Tensor:
         """The piece of `state`: a view where it is one span."""
         views = self._views(state)
@@ -105,6 +110,16 @@ def pieces_of(branch: Callable[[Tensor], Tensor], state: Tensor) -> Sequence[Pie
     """The pieces in which `branch` is to be run on `state`; () for whole."""
     pieces = branch.cut(state) if isinstance(branch, ChunkedBranch) else ()
     return pieces if len(pieces) > 1 else ()
+
+
+def decisive(pieces: Sequence[Piece]) -> Sequence[Piece]:
+    """Those that make the peak of all, if none leaves anything: the first and the last, which may differ from the
+    others, the largest between them, and of these two the one before, of which something is there still."""
+    between = range(1, len(pieces) - 1)
+    largest = max(between, key=lambda index: (pieces[index].size, pieces[index - 1].size), default=0)
+    last = len(pieces) - 1
+    chosen = {0, largest - 1, largest, last - 1, last}
+    return [piece for index, piece in enumerate(pieces) if index in chosen]
 
 
 def even_spans(length: int, num: int) -> list[Span]:

@@ -22,7 +22,6 @@ from typing import Any, get_args
 import torch
 from torch import Tensor, nn
 
-from re2tal.reversible.chunking import pieces_of
 from re2tal.reversible.coupling import SUM, Coupling, Merge
 from re2tal.reversible.differentiation import Graph, differentiate, differentiate_pieces, watched
 from re2tal.reversible.monitor import Monitor, Observation
@@ -170,7 +169,7 @@ def _backward(ctx: Any, gradient: Tensor) -> Tensor | None:
         owned = not (to_previous is to_current or to_previous is gradient)
         before = kept.pop(index - 1, None) if index < run.rebuilt else None
         following = current if before is None and index < run.rebuilt else None
-        pieces = pieces_of(run.branches[index], previous)
+        pieces = run.pieces(index, previous)
         if pieces:
             to_previous = coupling.carried(to_previous, to_current, owned=owned)
             differentiate_pieces(ctx, index, pieces, previous, following, to_current, to_previous)
@@ -184,7 +183,7 @@ def _backward(ctx: Any, gradient: Tensor) -> Tensor | None:
             previous, current = current if before is None else before, previous
     if ctx.observation is not None:
         ctx.observation.rebuilt(previous)
-    pieces = pieces_of(run.branches[0], previous)
+    pieces = run.pieces(0, previous)
     if pieces:
         to_x = coupling.gradient_of_start(to_previous, to_current, gradient, merge=run.merge)
         del to_previous

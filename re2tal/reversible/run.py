@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from re2tal.reversible.chunking import ChunkedBranch, last_of, pieces_of
+from re2tal.reversible.chunking import ChunkedBranch, Piece, decisive, last_of, pieces_of
 from re2tal.reversible.coupling import Coupling, Merge
+from re2tal.reversible.fake import is_counted
 from re2tal.reversible.monitor import Observation
 from re2tal.reversible.precision import Precision
 from re2tal.reversible.rng import GeneratorState
@@ -78,7 +79,7 @@ class Run:
     def following(self, index: int, previous: Tensor, current: Tensor, update: Update, *, owned: bool) -> Tensor:
         """x[i-1], x[i] -> x[i+1]; in the buffer of x[i-1] where it is owned."""
         branch = self.branches[index]
-        pieces = pieces_of(branch, current)
+        pieces = self.pieces(index, current)
         # Updates get no name here: with one they would live on while the next one is computed.
         if not pieces:
             increment = self.precision.increment
@@ -88,6 +89,12 @@ class Run:
             with draws:
                 piece.add_to(following, self.precision.increment(update(index, piece.function, piece.take(current))))
         return following
+
+    def pieces(self, index: int, state: Tensor) -> Sequence[Piece]:
+        """In which F_i is run on `state`; () for whole. Where only bytes count, those of which none is kept are few."""
+        pieces = pieces_of(self.branches[index], state)
+        forgotten = is_counted(state) and index < self.rebuilt and index not in self.known_branches()
+        return decisive(pieces) if forgotten else pieces
 
     def update(self, index: int, function: BranchFunction, state: Tensor) -> Tensor:
         """F_i(x[i]), or of a piece of x[i], on the grid."""

@@ -6,12 +6,13 @@ import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
 from re2tal.backbones import biased_attention
 from re2tal.backbones.biased_attention import Run, attend
+from re2tal.reversible.fake import on_fake_tensors
 from re2tal.reversible.live_bytes import LiveBytes
 
 HEADS, TOKENS, WIDTH = 3, 10, 4
@@ -99,6 +100,30 @@ def test_a_second_derivative_is_refused() -> None:
     qkv, bias, gradient = draw(7)
     with pytest.raises(RuntimeError, match="differentiated only once on a CPU; leave out create_graph=True"):
         torch.autograd.grad(attend(qkv, bias, RUNS["one run"]), qkv, gradient, create_graph=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_where_only_bytes_count_two_groups_tell_the_peak_of_all(dtype, monkeypatch) -> None:
+    """Three windows at a time: of four without a mask, and one and five with one, 2 + 1 + 2 groups for each head."""
+    monkeypatch.setattr(biased_attention, "GROUP_BYTES", 3 * TOKENS**2 * 4)
+    ran, of_group = [], biased_attention._gradients_of_group
+    monkeypatch.setattr(
+        biased_attention, "_gradients_of_group", lambda *args, **options: ran.append(1) or of_group(*args, **options)
+    )
+
+    def measured(qkv: Tensor, bias: Tensor, gradient: Tensor) -> tuple[int, int]:
+        ran.clear()
+        found = attend(qkv, bias, [(4, None), (1, mask()), (5, mask().roll(3))])
+        with LiveBytes() as live:
+            found.backward(gradient)
+        return live.peak, len(ran)
+
+    peak, groups = measured(*draw(10, dtype=dtype))
+    assert groups == HEADS * 5
+    _, mode = on_fake_tensors(nn.Identity, dtype=dtype, device=torch.device("cpu"))
+    with mode:
+        qkv, bias, gradient = (torch.empty(one.shape, dtype=dtype) for one in draw(10))
+        assert measured(qkv.requires_grad_(), bias.requires_grad_(), gradient) == (peak, 2)
 
 
 @pytest.mark.parametrize("fake", [False, True], ids=["real", "fake"])

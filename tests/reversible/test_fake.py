@@ -10,7 +10,7 @@ from reversible.networks import CHANNELS, chain
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from re2tal.reversible import run_reversibly
+from re2tal.reversible import run, run_reversibly
 from re2tal.reversible.chunking import ChunkedBranch, Piece, even_spans
 from re2tal.reversible.fake import on_fake_tensors
 from re2tal.reversible.live_bytes import LiveBytes
@@ -21,14 +21,17 @@ CPU = torch.device("cpu")
 class Run(nn.Module):
     """A reversible run of branches, whole or cut by samples."""
 
-    def __init__(self, kind: str, *, pieces: int = 1, dropout: float = 0.1) -> None:
+    def __init__(self, kind: str, *, pieces: int = 1, dropout: float = 0.1, **options) -> None:
         super().__init__()
         self.branches = chain(kind, 6, dropout=dropout)
-        self.pieces = pieces
+        self.pieces, self.options = pieces, options
 
     def forward(self, x: Tensor) -> Tensor:
-        branches = [ChunkedBranch("branch", one, self._cut(one), same_draws=False) for one in self.branches]
-        return run_reversibly(branches, x, owner=self)
+        branches = [
+            ChunkedBranch("branch", one, self._cut(one), same_draws=False, last=getattr(one, "down", None))
+            for one in self.branches
+        ]
+        return run_reversibly(branches, x, owner=self, **self.options)
 
     def _cut(self, branch: nn.Module):
         return lambda state: [Piece(0, (span,), branch) for span in even_spans(len(state), self.pieces)]
@@ -49,6 +52,39 @@ def test_the_peak_on_fake_tensors_is_the_measured_one(kind, pieces, autocast) ->
     with mode:
         predicted = peak(fake, autocast=autocast)
     assert predicted == pytest.approx(measured, rel=0.02)
+
+
+@pytest.mark.parametrize("options", [{}, {"stored": 2, "known": 1}, {"recompute": False}], ids=str)
+def test_pieces_that_are_left_out_change_no_byte(options, monkeypatch) -> None:
+    """32 samples in 7 pieces: four or five in each. What is kept of pieces is counted of every one."""
+    fake, mode = on_fake_tensors(lambda: Run("transformer", pieces=7, **options), dtype=torch.float32, device=CPU)
+
+    def counted() -> tuple[int, int]:
+        fake.zero_grad()
+        gc.collect()
+        with mode, LiveBytes() as live:
+            loss = fake(torch.zeros(32, CHANNELS, CHANNELS)).square().sum()
+            kept = live.live
+            loss.backward()
+        return kept, live.peak
+
+    ran: list[int] = []
+    for branch in fake.branches:
+        branch.register_forward_hook(lambda *_: ran.append(1))
+    few = counted(), len(ran)
+    ran.clear()
+    monkeypatch.setattr(run, "decisive", lambda pieces: pieces)
+    every = counted(), len(ran)
+    assert few[0] == every[0]
+    assert (few[1] < every[1]) == options.get("recompute", True)
+
+
+def test_a_mode_of_a_compiler_runs_every_piece() -> None:
+    whole, ran = Run("transformer", pieces=7), []
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        whole.branches[0].register_forward_hook(lambda *_: ran.append(1))
+        whole(torch.zeros(32, CHANNELS, CHANNELS))
+    assert len(ran) == 7
 
 
 def test_generators_are_left_alone() -> None:
