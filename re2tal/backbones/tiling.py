@@ -10,6 +10,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import Literal
 
 import torch
@@ -17,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from re2tal.backbones.base import VideoBackbone, steps_mask
+from re2tal.rewire import Between, kept_as_sources
 from re2tal.structures import Features
 
 
@@ -39,8 +42,11 @@ class ClipEncoder(nn.Module, ABC):
         """
 
 
-class ClipwiseBackbone(VideoBackbone):
-    """Video of any length: cut into clips, all clips of a batch encoded together, steps put back in order."""
+class ClipwiseBackbone(VideoBackbone, Between):
+    """Video of any length: cut into clips, all clips of a batch encoded together, steps put back in order.
+
+    Clips are a copy of the frames. Rewired to recompute, it keeps only the frames, and cuts them once more in backward.
+    """
 
     def __init__(self, encoder: ClipEncoder) -> None:
         super().__init__()
@@ -60,10 +66,16 @@ class ClipwiseBackbone(VideoBackbone):
         no multiple of the patch.
         """
         check_size(frames.shape, patch=self.encoder.patch, network=type(self.encoder).__name__)
-        clips = cut(frames, mask, clip_frames=self.encoder.clip_frames)
-        steps = self.encoder(clips.flatten(0, 1)).unflatten(0, clips.shape[:2]).flatten(1, 2)
+        with self._clips(frames, mask) as clips:
+            steps = self.encoder(clips.flatten(0, 1)).unflatten(0, clips.shape[:2]).flatten(1, 2)
         valid = steps_mask(mask, frames_per_step=self.frames_per_step)
         return Features(steps[:, : valid.shape[1]].transpose(1, 2), valid)
+
+    def _clips(self, frames: Tensor, mask: Tensor) -> AbstractContextManager[Tensor]:
+        gather = partial(cut, clip_frames=self.encoder.clip_frames)
+        if self.forgets and torch.is_grad_enabled():
+            return kept_as_sources(self.encoder, gather, frames, mask)
+        return nullcontext(gather(frames, mask))
 
 
 def check_size(shape: torch.Size, *, patch: tuple[int, int, int], network: str) -> None:

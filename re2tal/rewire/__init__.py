@@ -7,6 +7,7 @@ from re2tal.rewire.cuts import Cut, Part, by_samples, by_tokens
 from re2tal.rewire.readings import worst_reading
 from re2tal.rewire.report import RewireReport
 from re2tal.rewire.rewire import rewire, unrewire
+from re2tal.rewire.sources import kept_as_sources
 from re2tal.rewire.stage import RewiredStage, RewiringConfig
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "by_tokens",
     "count_states",
     "forgetful",
+    "kept_as_sources",
     "residual_branches",
     "rewire",
     "set_beta",

@@ -1,0 +1,89 @@
+"""A layer's input that is made of tensors which are kept anyway: it is made again in backward, not kept beside them.
+
+    frames -> gather -> clips -> patch embedding        its convolution needs clips for the gradient of its weights;
+                                                        frames and the gather, which costs a copy, are as good
+
+Nothing is run twice but that: the layer's own operations are not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.modules.conv import _ConvNd
+
+
+@contextmanager
+def kept_as_sources(model: nn.Module, make: Callable[..., Tensor], *sources: Tensor) -> Iterator[Tensor]:
+    """Gives `make(*sources)`: convolutions of `model` that are called inside with it, or a view of it, keep `sources`.
+
+    `make` returns the same bits, laid out in the same way, each time. Writing to `sources` before backward is an error,
+    as writing to anything is that autograd keeps.
+    """
+    made = make(*sources)
+    # As autograd keeps tensors: writing to one is noticed, and hooks on saved tensors that are set around this see it.
+    node: Any = _Keep.apply(torch.empty(0, requires_grad=True), *(source.detach() for source in sources)).grad_fn
+    with ExitStack() as handles, ExitStack() as inside:
+
+        def before(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            if not args or _storage(args[0]) != _storage(made):
+                return None
+            x, *others = args
+            view, dtype = (x.size(), x.stride(), x.storage_offset()), _dtype_inside(x)
+
+            def again() -> Tensor:
+                return make(*node.saved_tensors).as_strided(*view).to(dtype)
+
+            # What autocast would convert in the convolution, where nobody could tell what it was made of.
+            x = x.to(dtype)
+            inside.enter_context(_remade(x, again))
+            return x, *others
+
+        for layer in model.modules():
+            if isinstance(layer, _ConvNd):
+                handles.callback(layer.register_forward_pre_hook(before).remove)
+                handles.callback(layer.register_forward_hook(lambda *_: inside.close()).remove)
+        yield made
+
+
+def _remade(x: Tensor, again: Callable[[], Tensor]) -> saved_tensors_hooks:
+    """Inside, autograd keeps `again` in the place of `x` and of its views."""
+    storage = _storage(x)
+
+    def pack(tensor: Tensor) -> Any:
+        return (tensor.size(), tensor.stride(), tensor.storage_offset()) if _storage(tensor) == storage else tensor
+
+    def unpack(packed: Any) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        with torch.no_grad():
+            return again().as_strided(*packed)
+
+    return saved_tensors_hooks(pack, unpack)
+
+
+def _dtype_inside(x: Tensor) -> torch.dtype:
+    """In which a convolution computes with `x`."""
+    kind = x.device.type
+    narrowed = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(kind) if narrowed else x.dtype
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+class _Keep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return anchor.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        raise AssertionError("nothing follows from what is only kept")
