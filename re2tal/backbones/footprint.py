@@ -13,10 +13,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.autograd.graph import saved_tensors_hooks
 from torch.func import functional_call
 
 from re2tal.backbones.base import VideoBackbone
+from re2tal.reversible.origin import saved_tensors_seen_by
 
 
 def kept_bytes(backbone: VideoBackbone, *, num_frames: int, size: tuple[int, int]) -> int:
@@ -35,12 +35,11 @@ def kept_bytes_of(model: nn.Module, inputs: Callable[[], tuple[Tensor, ...]]) ->
     constant = {_storage(fake) for fake in fakes.values()}
     saved: dict[int, Tensor] = {}  # kept, so that no storage gets the address of one that is gone
 
-    def save(tensor: Tensor) -> Tensor:
+    def see(tensor: Tensor) -> None:
         if _storage(tensor) not in constant:
             saved[_storage(tensor)] = tensor
-        return tensor
 
-    with mode, saved_tensors_hooks(save, lambda tensor: tensor):
+    with mode, saved_tensors_seen_by(see):
         functional_call(model, fakes, inputs())
     return sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from re2tal.backbones.base import BackboneConfig, VideoBackbone, steps_mask
 from re2tal.backbones.slowfast_layouts import KEY_LAYOUTS
 from re2tal.backbones.weights import load_weights
+from re2tal.reversible.origin import joined
 from re2tal.rewire import Between, Branch, by_samples, forgetful, residual_branches, why_not_residual
 from re2tal.structures import Features
 
@@ -104,7 +105,7 @@ class SlowFast(VideoBackbone):
         fast = self.fast_path.stem(frames[:, :, :: self.fast_stride])
         stages = zip(self.slow_path.laterals(), self.slow_path.layers(), self.fast_path.layers(), strict=True)
         for lateral, slow_layer, fast_layer in stages:
-            slow = slow_layer(torch.cat([slow, lateral(fast)], dim=1))
+            slow = slow_layer(joined([slow, lateral(fast)], dim=1))
             fast = fast_layer(fast)
         return slow, fast
 
@@ -178,6 +179,7 @@ class Lateral(Between):
             bias=False,
         )
 
+    @forgetful
     def forward(self, x: Tensor) -> Tensor:
         """(B, c, T, H, W) -> (B, C, T / stride, H, W)."""
         return self.conv(x)

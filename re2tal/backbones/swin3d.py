@@ -74,7 +74,8 @@ class VideoSwin(VideoBackbone):
         """(B, 3, T, H, W) normalised float frames and their (B, T) bool mask -> Features (B, C, T')."""
         x = self.patch_embed(frames)
         for layer in self.layers:
-            x = layer(x)
+            for part in layer.children():  # its blocks, then its merging
+                x = part(x)
         values = self.norm(x).mean(dim=(2, 3)).transpose(1, 2)
         return Features(values, steps_mask(mask, frames_per_step=self.frames_per_step))
 
@@ -105,17 +106,15 @@ class PatchEmbed(Between):
 
 
 class SwinStage(nn.Module):
-    """Blocks of one resolution, the residual run that rewiring takes over, then patch merging (not in the last)."""
+    """Blocks of one resolution, the residual run that rewiring takes over, then patch merging (not in the last).
+
+    `VideoSwin` calls the two one after the other: a call of the stage would hold its input until both are through.
+    """
 
     def __init__(self, blocks: list[SwinBlock], *, merging: bool) -> None:
         super().__init__()
         self.blocks: nn.Module = nn.Sequential(*blocks)
         self.downsample = PatchMerging(blocks[0].channels) if merging else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, D, H, W, C) -> (B, D, H/2, W/2, 2C), or the same shape in the last stage."""
-        x = self.blocks(x)
-        return x if self.downsample is None else self.downsample(x)
 
 
 class PatchMerging(Between):

@@ -99,13 +99,13 @@ class Coupling:
         """The gradient of what the run returns -> dx[n], which is dx[n+1] too."""
         return gradient if merge == "extrapolate" or self.beta == 0 else gradient * (1 / (1 + self.beta))
 
-    def gradient_of_start(self, second: Tensor, first: Tensor, gradient: Tensor, *, merge: Merge) -> Tensor:
+    def gradient_of_start(self, second: Tensor, first: Tensor, gradient: Tensor | None, *, merge: Merge) -> Tensor:
         """dx[2], dx[1] and the gradient of what the run returns -> that of x, to which F_0's part is to be added.
 
-        x is x[0], x[-1], and what "extrapolate" starts from.
+        x is x[0], x[-1], and what "extrapolate" starts from; "mean" does not ask for `gradient`.
         """
         # In the order in which plain autograd adds, to agree with it to the last bit.
-        back = second - gradient if merge == "extrapolate" else second
+        back = second - gradient if merge == "extrapolate" and gradient is not None else second
         if self.is_sum:
             return back + first
         return (back * self.beta).add_(first, alpha=self.alpha + self.beta)

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from re2tal.reversible.coupling import SUM, Coupling, Merge
 from re2tal.reversible.differentiation import Graph, differentiate, differentiate_pieces, watched
 from re2tal.reversible.monitor import Monitor, Observation
+from re2tal.reversible.origin import with_origin
 from re2tal.reversible.precision import Grid, Precision, States
 from re2tal.reversible.rng import GeneratorState
 from re2tal.reversible.run import BranchFunction, Run
@@ -70,7 +71,8 @@ def run_reversibly(
         monitor: compares what is rebuilt with what was forgotten, in the steps that it chooses.
 
     Returns:
-        The merged state, in the dtype of `x`; in float32 under autocast.
+        The merged state, in the dtype of `x`; in float32 under autocast. Where the run keeps the two states that it was
+        made of, they are its `Origin`.
 
     Raises:
         ValueError: a branch changes shape or dtype, an option is none of the above, or "int32" states are to be trained
@@ -102,7 +104,10 @@ def run_reversibly(
     # Parameters are no inputs of the Function, and x may want no gradient: without an input that does, autograd would
     # leave the Function out, and the parameters would silently get nothing.
     anchor = torch.empty(0, device=x.device, requires_grad=True)
-    return _Reversible.apply(x, anchor, run, owner, monitor.observe(x, precision) if monitor else None)
+    output = _Reversible.apply(x, anchor, run, owner, monitor.observe(x, precision) if monitor else None)
+    node: Any = output.grad_fn
+    ends, node.ends = node.ends, None
+    return with_origin(output, ends, run.mean) if run.keeps_its_ends() else output
 
 
 def _is_trained(owner: nn.Module | None) -> bool:
@@ -139,10 +144,13 @@ class _Reversible(torch.autograd.Function):
         ctx.buffers = buffers.written()
         # Saved, not kept as attributes: an edit of x is noticed, and hooks on saved tensors see them.
         ctx.save_for_backward(*kept)
+        ctx.ends = previous, current
         return run.merged(start, previous, current)
 
+    boxed_grads_call = True  # known since torch 2.12, and lets go of the gradient before backward ends
+
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None, None, None, None]:
+    def backward(ctx: Any, gradients: list[Tensor] | Tensor) -> tuple[Tensor | None, None, None, None, None]:
         if torch.is_grad_enabled():
             raise RuntimeError(
                 "a reversible run forgets its activations, so it has no second derivatives: backward was called with "
@@ -155,16 +163,22 @@ class _Reversible(torch.autograd.Function):
             )
         ctx.spent = True
         with held(ctx.buffers), same_kernels():
-            return _backward(ctx, gradient.to(ctx.run.precision.gradients)), None, None, None, None
+            return _backward(ctx, gradients if isinstance(gradients, list) else [gradients]), None, None, None, None
 
 
-def _backward(ctx: Any, gradient: Tensor) -> Tensor | None:
-    """Walks the states backwards: the parameters get their gradients on the way, x gets the one returned."""
+def _backward(ctx: Any, gradients: list[Tensor]) -> Tensor | None:
+    """Walks the states backwards: the parameters get their gradients on the way, x gets the one returned.
+
+    `gradients` has that of what the run returned, and has it no more at the end.
+    """
     run: Run = ctx.run
     length, coupling = len(run.branches), run.coupling
     kept = dict(zip(run.kept(), ctx.saved_tensors, strict=True))
     previous, current = kept.pop(run.rebuilt - 1), kept.pop(run.rebuilt, None)
-    to_previous = to_current = coupling.gradient_of_end(gradient, merge=run.merge)
+    to_output = gradients.pop().to(run.precision.gradients)
+    to_previous = to_current = coupling.gradient_of_end(to_output, merge=run.merge)
+    gradient = to_output if to_current is to_output else None  # a mean's is not needed any more
+    del to_output
     for index in reversed(range(1, length)):
         owned = not (to_previous is to_current or to_previous is gradient)
         before = kept.pop(index - 1, None) if index < run.rebuilt else None

@@ -116,10 +116,19 @@ class Run:
             )
         return output
 
+    def keeps_its_ends(self) -> bool:
+        """Whether what the run returns can be made of the states that it keeps."""
+        length = len(self.branches)
+        return self.merge == "mean" and self.rebuilt == length and {length - 1, length} <= set(self.kept())
+
     def merged(self, start: Tensor, previous: Tensor, current: Tensor) -> Tensor:
         """What the run returns."""
         start, previous, current = (self.precision.real(state) for state in (start, previous, current))
         return self.coupling.merged(start, previous, current, merge=self.merge).to(self.precision.output)
+
+    def mean(self, previous: Tensor, current: Tensor) -> Tensor:
+        """What a run whose merge is "mean" returns: x is not in it."""
+        return self.merged(previous, previous, current)
 
     def _name(self, index: int) -> str:
         branch = self.branches[index]

@@ -3,7 +3,8 @@
     a run                            keeps two states, whatever its depth
     a convolution, its norm, ReLU    keep three tensors, each as large as a state
 
-In a network that was rewired to recompute, such layers keep their inputs alone, and run once more in backward. This is
+In a network that was rewired to recompute, such layers keep their inputs alone, and run once more in backward. Of an
+input that a run returned they keep nothing more: it is made again of the states that the run keeps. This is
 checkpointing, non-reentrant, so that DeepSpeed and DDP see one backward of each; what they write to buffers is written
 once.
 """
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from re2tal.reversible.origin import Origin
 from re2tal.reversible.surroundings import BufferWatch, held
 
 
@@ -45,17 +47,65 @@ def forgetful(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def recomputed(function: Callable[..., Any], *args: Any, owner: nn.Module, **kwargs: Any) -> Any:
-    """`function(*args, **kwargs)`, which keeps nothing but these; `owner` holds the buffers that it may write."""
-    written: list[Tensor] | None = None
+    """`function(*args, **kwargs)`, which keeps nothing but these, and of an argument with an `Origin` only that.
 
-    def run(*args: Any, **kwargs: Any) -> Any:
+    `owner` holds the buffers that it may write.
+    """
+    written: list[Tensor] | None = None
+    found = {number: _Kept.of(arg) for number, arg in enumerate(args) if isinstance(arg, Tensor)}
+    kept = {number: one for number, one in found.items() if one is not None}
+    # In the place of those stands something small, which tells the checkpoint their device.
+    given = [arg.new_empty(0) if number in kept else arg for number, arg in enumerate(args)]
+    fresh = {number: args[number] for number in kept}
+
+    def run(*given: Any, **kwargs: Any) -> Any:
         nonlocal written
         if written is not None:
+            again = [kept[number].again() if number in kept else arg for number, arg in enumerate(given)]
             with held(written):
-                return function(*args, **kwargs)
+                return function(*again, **kwargs)
         watch = BufferWatch(owner)
-        output = function(*args, **kwargs)
+        output = function(*(fresh.pop(number, arg) for number, arg in enumerate(given)), **kwargs)
         written = watch.written()
         return output
 
-    return checkpoint(run, *args, use_reentrant=False, **kwargs)
+    return checkpoint(run, *given, use_reentrant=False, **kwargs)
+
+
+class _Kept:
+    """What is kept of a tensor that has an origin."""
+
+    def __init__(self, origin: Origin, *, wants_gradient: bool) -> None:
+        self._make, self._wants_gradient = origin.make, wants_gradient
+        # As autograd keeps tensors: writing to one is noticed, and hooks on saved tensors see it.
+        self._node: Any = _Keep.apply(torch.empty(0, requires_grad=True), *origin.tensors).grad_fn
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Kept | None:
+        """None for a tensor without an origin, which is kept itself."""
+        origin = Origin.of(tensor) if torch.is_grad_enabled() else None
+        return None if origin is None else cls(origin, wants_gradient=tensor.requires_grad)
+
+    def again(self) -> Tensor:
+        """The tensor, outside of the graph that it was in."""
+        try:
+            tensors = self._node.saved_tensors
+        except RuntimeError as error:
+            raise RuntimeError(
+                "a layer behind a reversible run is to run again, but the run's states are not what they were: either "
+                "backward went through it twice, and the first time consumed them (add the losses and call backward "
+                "once, or run with recompute=False), or somebody has written to them"
+            ) from error
+        with torch.no_grad():
+            return self._make(*tensors).detach().requires_grad_(self._wants_gradient)
+
+
+class _Keep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return anchor.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        raise AssertionError("nothing follows from what is only kept")

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd.graph import saved_tensors_hooks
 
 from re2tal.backbones import BackboneConfig, build_backbone
 from re2tal.backbones.footprint import kept_bytes
+from re2tal.reversible.origin import saved_tensors_seen_by
 
 FORMS: dict[str, dict[str, Any]] = {
     "plain": {"rewired": False},
@@ -33,12 +33,11 @@ def test_counted_bytes_are_saved_bytes(name: str, form: str) -> None:
     constant = {tensor.untyped_storage()._cdata for tensor in (*backbone.parameters(), *backbone.buffers())}
     saved: dict[int, Tensor] = {}
 
-    def save(tensor: Tensor) -> Tensor:
+    def see(tensor: Tensor) -> None:
         if tensor.untyped_storage()._cdata not in constant:
             saved[tensor.untyped_storage()._cdata] = tensor
-        return tensor
 
-    with saved_tensors_hooks(save, lambda tensor: tensor):
+    with saved_tensors_seen_by(see):
         features = backbone(torch.randn(1, 3, 8, 32, 32), torch.ones(1, 8, dtype=torch.bool))
     wanted = sum(tensor.untyped_storage().nbytes() for tensor in saved.values())
     assert features.values.requires_grad

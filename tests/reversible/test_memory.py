@@ -91,3 +91,34 @@ def test_no_state_is_kept_where_no_gradient_is_wanted() -> None:
     with LiveBytes() as bytes_, torch.no_grad():
         run_reversibly([lambda x: x * 0.5] * 32, torch.ones(STATE))
     assert bytes_.peak <= 5 * STATE_BYTES
+
+
+def test_the_gradient_of_a_runs_output_is_gone_while_its_branches_are_differentiated() -> None:
+    """Where torch lets it go: since 2.12."""
+    gradients: list[weakref.ref] = []
+    alive: list[bool] = []
+
+    class Look(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            alive.append(gradients[0]() is not None)
+            return gradient
+
+    class Remember(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            given = gradient * 2
+            gradients.append(weakref.ref(given.untyped_storage()))
+            return given
+
+    x = torch.ones(3, CHANNELS, requires_grad=True)
+    Remember.apply(run_reversibly([Look.apply] * 3, x)).sum().backward()
+    assert alive == [not hasattr(torch.autograd.Function, "boxed_grads_call")] * 3

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from math import prod
 
 import pytest
 import torch
 from rewire.networks import CHANNELS, Block
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
 
 from re2tal.backbones import BackboneConfig, build_backbone
+from re2tal.reversible.live_bytes import LiveBytes
+from re2tal.reversible.origin import saved_tensors_seen_by
 from re2tal.rewire import Between, RewiringConfig, forgetful, residual_branches, rewire, unrewire, why_not_residual
 
 MASK = torch.ones(2, 16, dtype=torch.bool)
@@ -51,13 +57,9 @@ def kept_outside_runs(net: nn.Module, x: Tensor) -> list[tuple[int, ...]]:
     saved: dict[int, Tensor] = {parameter.untyped_storage()._cdata: parameter for parameter in net.parameters()}
     num_parameters = len(saved)
 
-    def save(tensor: Tensor) -> Tensor:
-        saved.setdefault(tensor.untyped_storage()._cdata, tensor)
-        return tensor
-
-    with saved_tensors_hooks(save, lambda tensor: tensor):
+    with saved_tensors_seen_by(lambda tensor: saved.setdefault(tensor.untyped_storage()._cdata, tensor)):
         net(x)
-    return [tuple(tensor.shape) for tensor in list(saved.values())[num_parameters:]]
+    return [tuple(tensor.shape) for tensor in list(saved.values())[num_parameters:] if tensor.numel()]
 
 
 class Narrow(nn.Module):
@@ -109,10 +111,73 @@ class Net(nn.Module):
 X, STATE = (2, 5, 3), (2, 5, CHANNELS)
 
 
-def test_what_lies_between_runs_keeps_its_input_alone() -> None:
+def test_what_lies_between_runs_keeps_its_input_alone_and_not_even_that_behind_a_run() -> None:
     net = Net(Narrow)
     rewire(net)
-    assert kept_outside_runs(net, torch.ones(X)) == [X, *[STATE] * 5]  # two runs' states, and what Narrow was given
+    assert kept_outside_runs(net, torch.ones(X)) == [X, *[STATE] * 4]  # the stem's input, and two runs' states
+    net.blocks.config = replace(net.blocks.config, merge="extrapolate")
+    assert kept_outside_runs(net, torch.ones(X)) == [X, *[STATE] * 5]  # made of the run's input too, which is forgotten
+
+
+class Dropping(Narrow):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.drop(x))
+
+
+def plainly(net: nn.Module, x: Tensor) -> Tensor:
+    return net(x)
+
+
+def saved_elsewhere(net: nn.Module, x: Tensor) -> Tensor:
+    with save_on_cpu():
+        return net(x)
+
+
+def gradients(net: nn.Module, around: Callable[[nn.Module, Tensor], Tensor]) -> list[Tensor]:
+    torch.manual_seed(0)
+    around(net, torch.linspace(-1, 1, 30).view(X)).square().sum().backward()
+    return [parameter.grad for parameter in net.parameters()]
+
+
+@pytest.mark.parametrize(
+    "around",
+    [plainly, saved_elsewhere, partial(checkpoint, use_reentrant=False)],
+    ids=["nothing", "copies", "checkpoint"],
+)
+@pytest.mark.parametrize("merge", ["mean", "extrapolate"])
+def test_a_layer_behind_a_run_gets_the_same_bits_again(around, merge) -> None:
+    """Its random draws too."""
+    found = []
+    for recompute in (True, False):
+        torch.manual_seed(1)
+        net = Net(Dropping)
+        rewire(net, config=RewiringConfig(recompute=recompute, merge=merge, grid=2**-14))
+        found.append(gradients(net, around if recompute else plainly))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+def test_a_checkpoint_around_the_network_holds_no_states() -> None:
+    net = Net(Narrow)
+    rewire(net)
+    with LiveBytes() as live:
+        x = torch.ones(X)
+        output = checkpoint(net, x, use_reentrant=False)
+        assert live.live == x.nbytes + output.nbytes
+    output.sum().backward()
+    assert all(parameter.grad is not None for parameter in net.parameters())
+
+
+def test_a_second_backward_is_told_from_a_first() -> None:
+    net = Net(Narrow)
+    rewire(net)
+    loss = net(torch.ones(X)).sum()
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="backward went through a reversible run twice"):
+        loss.backward()
 
 
 def test_blocks_that_are_not_residual_may_keep_their_activations_alone() -> None:

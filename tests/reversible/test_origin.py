@@ -1,0 +1,69 @@
+"""Of what a tensor says that it can be made again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from reversible.networks import CHANNELS, chain
+from torch import Tensor
+
+from re2tal.reversible import run_reversibly
+from re2tal.reversible.origin import Origin, joined
+
+
+def output(**options) -> Tensor:
+    branches = chain("mlp", 4)
+    x = torch.linspace(-1, 1, 3 * CHANNELS).view(3, CHANNELS)
+    return run_reversibly(branches, x, owner=branches, **options)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"grid": 2**-10}, {"states": "int32"}, {"states": "bfloat16", "grid": None}, {"known": 2}], ids=str
+)
+def test_what_a_run_returns_is_made_again_of_the_states_that_it_keeps(options) -> None:
+    y = output(**options)
+    origin = Origin.of(y)
+    assert torch.equal(origin.make(*origin.tensors), y)
+    kept = {state.untyped_storage()._cdata for state in y.grad_fn.saved_tensors}
+    assert {state.untyped_storage()._cdata for state in origin.tensors} == kept
+
+
+@pytest.mark.parametrize("options", [{"merge": "extrapolate"}, {"stored": 1}, {"recompute": False}])
+def test_where_a_run_keeps_something_else_its_output_has_no_origin(options) -> None:
+    assert Origin.of(output(**options)) is None
+
+
+def test_where_states_are_kept_elsewhere_nothing_holds_them_here() -> None:
+    with torch.autograd.graph.saved_tensors_hooks(torch.Tensor.clone, lambda tensor: tensor):
+        y = output()
+    assert Origin.of(y) is None
+
+
+def test_a_tensor_that_was_written_to_has_no_origin_any_more() -> None:
+    y = output()
+    y.mul_(2)
+    assert Origin.of(y) is None
+
+
+def test_an_alias_has_it_too_and_a_part_has_not() -> None:
+    y = output()
+    assert Origin.of(y.view_as(y)) is not None
+    assert Origin.of(y[1:]) is None
+    assert Origin.of(y.t()) is None
+    assert Origin.of(y.detach()) is None
+
+
+def test_of_a_concatenation_the_parts_origins_are_kept() -> None:
+    y, other = output(), torch.ones(3, 2)
+    both = joined([y, other, y], dim=1)
+    origin = Origin.of(both)
+    assert torch.equal(both, torch.cat([y, other, y], dim=1))
+    assert torch.equal(origin.make(*origin.tensors), both)
+    assert [tensor is other for tensor in origin.tensors] == [False, False, True, False, False]
+
+
+def test_gradients_flow_through_a_concatenation() -> None:
+    one, other = (torch.ones(2, 2, requires_grad=True) for _ in range(2))
+    joined([one, other], dim=0).mul(torch.arange(8.0).view(4, 2)).sum().backward()
+    assert torch.equal(one.grad, torch.tensor([[0.0, 1.0], [2.0, 3.0]]))
+    assert torch.equal(other.grad, torch.tensor([[4.0, 5.0], [6.0, 7.0]]))
