@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,6 +66,24 @@ def joined(tensors: Sequence[Tensor], *, dim: int) -> Tensor:
         return torch.cat([make_one(*islice(following, number)) for make_one, number in makers], dim)
 
     return _with_references(torch.cat(list(tensors), dim), references, make)
+
+
+def kept(*tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    """Keeps tensors as autograd does, and gives them back: hooks on saved tensors see them, and a RuntimeError tells if
+    they were written to in between."""
+    node: Any = _Keep.apply(torch.empty(0, requires_grad=True), *(tensor.detach() for tensor in tensors)).grad_fn
+    return lambda: node.saved_tensors
+
+
+class _Keep(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> Tensor:
+        ctx.save_for_backward(*tensors)
+        return anchor.new_empty(0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        raise AssertionError("nothing follows from what is only kept")
 
 
 def _with_references(tensor: Tensor, references: Sequence[_Reference], make: Callable[..., Tensor]) -> Tensor:

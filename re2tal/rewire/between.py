@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from re2tal.reversible.origin import Origin
+from re2tal.reversible.origin import Origin, kept
 from re2tal.reversible.surroundings import BufferWatch, held
 
 
@@ -53,15 +53,15 @@ def recomputed(function: Callable[..., Any], *args: Any, owner: nn.Module, **kwa
     """
     written: list[Tensor] | None = None
     found = {number: _Kept.of(arg) for number, arg in enumerate(args) if isinstance(arg, Tensor)}
-    kept = {number: one for number, one in found.items() if one is not None}
+    remade = {number: one for number, one in found.items() if one is not None}
     # In the place of those stands something small, which tells the checkpoint their device.
-    given = [arg.new_empty(0) if number in kept else arg for number, arg in enumerate(args)]
-    fresh = {number: args[number] for number in kept}
+    given = [arg.new_empty(0) if number in remade else arg for number, arg in enumerate(args)]
+    fresh = {number: args[number] for number in remade}
 
     def run(*given: Any, **kwargs: Any) -> Any:
         nonlocal written
         if written is not None:
-            again = [kept[number].again() if number in kept else arg for number, arg in enumerate(given)]
+            again = [remade[number].again() if number in remade else arg for number, arg in enumerate(given)]
             with held(written):
                 return function(*again, **kwargs)
         watch = BufferWatch(owner)
@@ -76,9 +76,7 @@ class _Kept:
     """What is kept of a tensor that has an origin."""
 
     def __init__(self, origin: Origin, *, wants_gradient: bool) -> None:
-        self._make, self._wants_gradient = origin.make, wants_gradient
-        # As autograd keeps tensors: writing to one is noticed, and hooks on saved tensors see it.
-        self._node: Any = _Keep.apply(torch.empty(0, requires_grad=True), *origin.tensors).grad_fn
+        self._make, self._tensors, self._wants_gradient = origin.make, kept(*origin.tensors), wants_gradient
 
     @classmethod
     def of(cls, tensor: Tensor) -> _Kept | None:
@@ -89,7 +87,7 @@ class _Kept:
     def again(self) -> Tensor:
         """The tensor, outside of the graph that it was in."""
         try:
-            tensors = self._node.saved_tensors
+            tensors = self._tensors()
         except RuntimeError as error:
             raise RuntimeError(
                 "a layer behind a reversible run is to run again, but the run's states are not what they were: either "
@@ -98,14 +96,3 @@ class _Kept:
             ) from error
         with torch.no_grad():
             return self._make(*tensors).detach().requires_grad_(self._wants_gradient)
-
-
-class _Keep(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*tensors)
-        return anchor.new_empty(0)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        raise AssertionError("nothing follows from what is only kept")

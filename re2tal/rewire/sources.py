@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.conv import _ConvNd
 
+from re2tal.reversible.origin import kept
+
 
 @contextmanager
 def kept_as_sources(model: nn.Module, make: Callable[..., Tensor], *sources: Tensor) -> Iterator[Tensor]:
@@ -26,8 +28,7 @@ def kept_as_sources(model: nn.Module, make: Callable[..., Tensor], *sources: Ten
     as writing to anything is that autograd keeps.
     """
     made = make(*sources)
-    # As autograd keeps tensors: writing to one is noticed, and hooks on saved tensors that are set around this see it.
-    node: Any = _Keep.apply(torch.empty(0, requires_grad=True), *(source.detach() for source in sources)).grad_fn
+    kept_sources = kept(*sources)
     with ExitStack() as handles, ExitStack() as inside:
 
         def before(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -37,7 +38,7 @@ def kept_as_sources(model: nn.Module, make: Callable[..., Tensor], *sources: Ten
             view, dtype = (x.size(), x.stride(), x.storage_offset()), _dtype_inside(x)
 
             def again() -> Tensor:
-                return make(*node.saved_tensors).as_strided(*view).to(dtype)
+                return make(*kept_sources()).as_strided(*view).to(dtype)
 
             # What autocast would convert in the convolution, where nobody could tell what it was made of.
             x = x.to(dtype)
@@ -76,14 +77,3 @@ def _dtype_inside(x: Tensor) -> torch.dtype:
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
-
-
-class _Keep(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, anchor: Tensor, *tensors: Tensor) -> Tensor:
-        ctx.save_for_backward(*tensors)
-        return anchor.new_empty(0)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        raise AssertionError("nothing follows from what is only kept")
