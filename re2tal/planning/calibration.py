@@ -39,33 +39,43 @@ def measured_seconds(
     *,
     device: torch.device,
     plain_bytes: int,
+    inside_bytes: int,
     order: Sequence[str],
 ) -> list[list[float]]:
     """Seconds of forward and backward, by setting and by stage, for the clips of `run`.
 
     The device is left empty, and its count of the most that was allocated begins anew.
 
-    `plain_bytes`: what a step on these clips needs when everything is kept; `order`: names of the stages as they run.
-    The caller's random generators stay as they are.
+    `plain_bytes`: what a step on these clips needs when everything is kept; `inside_bytes`: what one branch needs at
+    the most, run whole; `order`: names of the stages as they run. The caller's random generators stay as they are.
     """
     devices = [] if device.type == "cpu" else [device]
     with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
         backbone = build_backbone(replace(run.backbone, weights=None)).to(device, DTYPES[run.engine.precision])
         frames, share = _clip(run, backbone, device, plain_bytes)
-        for setting in settings if device.type != "cpu" else settings[:1]:
+        alike = [_as_it_runs(setting, inside_bytes * share) for setting in settings]
+        different = list(dict.fromkeys(alike))
+        for setting in different if device.type != "cpu" else ():
             _seconds(backbone, setting, frames, order)  # libraries find their kernels
-        rounds: list[list[list[float]]] = []
+        rounds: list[dict[Setting, list[float]]] = []
         enough = time.perf_counter() + MOST_SECONDS
         while not rounds or (len(rounds) < ROUNDS and time.perf_counter() < enough):
-            rounds.append([_seconds(backbone, setting, frames, order) for setting in settings])
+            rounds.append({setting: _seconds(backbone, setting, frames, order) for setting in different})
         del backbone, frames
     if devices:
         torch.get_device_module(device).empty_cache()
         torch.get_device_module(device).reset_peak_memory_stats(device)
     return [
-        [statistics.median(times) / share for times in zip(*(one[number] for one in rounds), strict=True)]
-        for number in range(len(settings))
+        [statistics.median(times) / share for times in zip(*(one[setting] for one in rounds), strict=True)]
+        for setting in alike
     ]
+
+
+def _as_it_runs(setting: Setting, inside_bytes: float) -> Setting:
+    """Without pieces that are larger than what a branch needs, by a margin, since blocks say only about how much."""
+    if setting.chunk_mebibytes is not None and setting.chunk_mebibytes * 2**20 > 2 * inside_bytes:
+        return replace(setting, chunk_mebibytes=None)
+    return setting
 
 
 def link_bytes_per_second(device: torch.device) -> float | None:

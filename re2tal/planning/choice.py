@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from math import ceil, floor, log2
+from math import ceil, floor, inf, log2
 from pathlib import Path
 from typing import Any
 
@@ -18,13 +18,13 @@ from re2tal.backbones import stored
 from re2tal.config import RecognitionConfig, RunConfig, flatten, to_json
 from re2tal.planning.calibration import link_bytes_per_second, measured_seconds
 from re2tal.planning.free_memory import free_memory
-from re2tal.planning.options import KEEPING, ON_THE_HOST, REBUILT, STORED, Link, options_of
+from re2tal.planning.options import KEEPING, ON_THE_HOST, REBUILT, STORED, Choices, Link, options_of, undominated
 from re2tal.planning.rehearsal import Rehearsal, Trace
 from re2tal.planning.settings import Setting, can_be_cut, configure, worth_knowing
 from re2tal.planning.step_memory import StepMemory, step_memory
 from re2tal.planning.step_plan import GIGABYTE, StageSeconds, StepPlan
 from re2tal.planning.zero_memory import Weights, ZeroMemory, zero_memory
-from re2tal.reversible.planner import Option, fastest, smallest
+from re2tal.reversible.planner import Choice, Ground, Option, fastest, smallest
 from re2tal.training.engine import DTYPES
 from re2tal.training.zero_file import resolve_deepspeed_config
 
@@ -157,57 +157,63 @@ class _Planner:
     def plan(self) -> tuple[dict[str, Setting], StepMemory, dict[str, StageSeconds]]:
         """By stage how it runs and what that takes, and the memory of the step.
 
-        ValueError with the smallest budget there is, where this one is too small.
+        ValueError with the smallest budget there is, where this one is too small; nothing is timed then.
         """
-        traces, link = self._traces(), self._link()
+        traces, on_the_host = self._traces(), self._on_the_host()
+        least = self._least(traces, on_the_host)
         measured = measured_seconds(
             self.run,
             list(traces),
             device=self.rehearsal.device,
             plain_bytes=traces[STORED].peak,
+            inside_bytes=_inside(traces[REBUILT]),
             order=list(self.stages),
         )
         seconds = dict(zip(traces, measured, strict=True))
+        bandwidth = link_bytes_per_second(self.rehearsal.device)
+        link = None if on_the_host is None or bandwidth is None else Link(bandwidth, on_the_host)
         choices = options_of(self.stages, traces, seconds, link)
-        options = [[option for _, option in choice] for choice in choices]
-        numbers, memory = self._search(traces[REBUILT], options, [[setting for setting, _ in one] for one in choices])
-        chosen = {name: choice[n] for name, choice, n in zip(self.stages, choices, numbers, strict=True)}
-        least = dict(zip(self.stages, seconds[STORED], strict=True))
+        chosen = self._search(traces[REBUILT].ground(), choices) or least
+        stored = dict(zip(self.stages, seconds[STORED], strict=True))
+        found = dict(zip(self.stages, chosen, strict=True))
+        planned = (dict(of_stage)[setting].seconds for of_stage, setting in zip(choices, chosen, strict=True))
         return (
-            {name: setting for name, (setting, _) in chosen.items()},
-            memory,
-            {name: StageSeconds(option.seconds, least[name]) for name, (_, option) in chosen.items()},
+            found,
+            self._memory(chosen),
+            {name: StageSeconds(one, stored[name]) for name, one in zip(self.stages, planned, strict=True)},
         )
 
-    def _search(
-        self, rebuilt: Trace, options: Sequence[Sequence[Option]], settings: Sequence[Sequence[Setting]]
-    ) -> tuple[tuple[int, ...], StepMemory]:
-        """The option of each stage, by number, and the memory of the step with them."""
-        ground, room = rebuilt.ground(), self.budget - self.zero.during_backward
+    def _least(self, traces: Mapping[Setting, Trace], on_the_host: Trace | None) -> list[Setting]:
+        """Settings that keep within the budget, whatever time they take: alike, or else those of the smallest plan."""
+        alike = [min(traces, key=lambda setting: traces[setting].peak)] * len(self.stages)
+        if self._memory(alike).peak <= self.budget:
+            return alike
+        no_time = dict.fromkeys(traces, [0.0] * len(self.stages))
+        link = None if on_the_host is None else Link(inf, on_the_host)
+        choices = [undominated(of_stage) for of_stage in options_of(self.stages, traces, no_time, link)]
+        settings = _settings(choices, smallest(traces[REBUILT].ground(), _options(choices)))
+        memory = self._memory(settings)
+        if memory.peak > self.budget:
+            raise ValueError(_too_little(self.budget, memory))
+        return settings
+
+    def _search(self, ground: Ground, every: Sequence[Choices]) -> list[Setting] | None:
+        """The settings of the fastest plan that keeps within the budget when rehearsed; None where there is none."""
+        choices, room = [undominated(of_stage) for of_stage in every], self.budget - self.zero.during_backward
         for _ in range(MOST_REHEARSALS):
-            found = fastest(ground, options, budget=room)
+            found = fastest(ground, _options(choices), budget=room)
             if found is None:
                 break
-            memory = self._memory(settings, found.options)
-            if memory.peak <= self.budget:
-                return found.options, memory
-            room -= max(1, memory.peak - self.budget)
-        found = smallest(ground, options)
-        memory = self._memory(settings, found.options)
-        if memory.peak > self.budget:
-            needed = ceil(1000 * memory.peak / GIGABYTE) / 1000  # rounded up, so that it is a budget to give
-            largest = sorted(memory.parts.items(), key=lambda part: -part[1])[:3]
-            raise ValueError(
-                f"engine.memory_budget_gb allows {self.budget / GIGABYTE:.3f} GB, but no plan of this step needs less "
-                f"than {needed:.3f} GB, most of them "
-                f"{', '.join(f'{name} {size / GIGABYTE:.3f}' for name, size in largest)}; raise the budget, shard "
-                "further (ZeRO stage, more ranks, offload, smaller buckets), or give it smaller or fewer clips"
-            )
-        return found.options, memory
+            settings = _settings(choices, found)
+            excess = self._memory(settings).peak - self.budget
+            if excess <= 0:
+                return settings
+            room -= excess
+        settings = _settings(choices, smallest(ground, _options(choices)))
+        return settings if self._memory(settings).peak <= self.budget else None
 
-    def _memory(self, settings: Sequence[Sequence[Setting]], numbers: Sequence[int]) -> StepMemory:
-        chosen = [of_stage[number] for of_stage, number in zip(settings, numbers, strict=True)]
-        return step_memory(self._rehearsed(chosen), self.zero)
+    def _memory(self, settings: Sequence[Setting]) -> StepMemory:
+        return step_memory(self._rehearsed(settings), self.zero)
 
     def _traces(self) -> dict[Setting, Trace]:
         """Steps with all stages set alike; pieces are a quarter and a 32nd of the largest branch.
@@ -217,7 +223,7 @@ class _Planner:
         traces = {setting: self._rehearsed([setting] * len(self.stages)) for setting in (REBUILT, STORED)}
         rebuilt = [REBUILT]
         if can_be_cut(self.stages):
-            inside = max(phase.peak - phase.live for phase in traces[REBUILT].of("backward"))
+            inside = _inside(traces[REBUILT])
             for part in (4, 32):
                 mebibytes = 2.0 ** floor(log2(inside / part / 2**20))
                 rebuilt.append(Setting(0, mebibytes))
@@ -227,9 +233,9 @@ class _Planner:
             settings.append(KEEPING)
         return traces | {setting: self._rehearsed([setting] * len(self.stages)) for setting in settings}
 
-    def _link(self) -> Link | None:
-        bandwidth = link_bytes_per_second(self.rehearsal.device)
-        return None if bandwidth is None else Link(bandwidth, self._rehearsed([ON_THE_HOST] * len(self.stages)))
+    def _on_the_host(self) -> Trace | None:
+        """A step whose states wait on the host; None on a CPU, where they are there."""
+        return None if self.rehearsal.device.type == "cpu" else self._rehearsed([ON_THE_HOST] * len(self.stages))
 
     def _rehearsed(self, settings: Sequence[Setting]) -> Trace:
         key = tuple(settings)
@@ -237,3 +243,27 @@ class _Planner:
             configure(self.stages, settings)
             self._known[key] = self.rehearsal.trace()
         return self._known[key]
+
+
+def _too_little(budget: int, smallest: StepMemory) -> str:
+    needed = ceil(1000 * smallest.peak / GIGABYTE) / 1000  # rounded up, so that it is a budget to give
+    largest = sorted(smallest.parts.items(), key=lambda part: -part[1])[:3]
+    return (
+        f"engine.memory_budget_gb allows {budget / GIGABYTE:.3f} GB, but no plan of this step needs less than "
+        f"{needed:.3f} GB, most of them {', '.join(f'{name} {size / GIGABYTE:.3f}' for name, size in largest)}; "
+        "raise the budget, shard further (ZeRO stage, more ranks, offload, smaller buckets), or give it smaller or "
+        "fewer clips"
+    )
+
+
+def _inside(rebuilt: Trace) -> int:
+    """Most bytes inside of a branch that runs whole."""
+    return max(phase.peak - phase.live for phase in rebuilt.of("backward"))
+
+
+def _options(choices: Sequence[Choices]) -> list[list[Option]]:
+    return [[option for _, option in of_stage] for of_stage in choices]
+
+
+def _settings(choices: Sequence[Choices], found: Choice) -> list[Setting]:
+    return [of_stage[number][0] for of_stage, number in zip(choices, found.options, strict=True)]

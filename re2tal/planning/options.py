@@ -43,7 +43,7 @@ def options_of(
     seconds: Mapping[Setting, Sequence[float]],
     link: Link | None,
 ) -> list[Choices]:
-    """By stage, those options of which no other has less of everything.
+    """By stage, every option there is.
 
     `traces` and `seconds`: by setting of all stages; `link`: None where states cannot leave the device.
     """
@@ -60,7 +60,12 @@ def options_of(
                 for setting, option in choices
                 if setting.stored == 0 and states[s] > 0
             ]
-    return [[one for one in choices if not any(_beats(other, one[1]) for _, other in choices)] for choices in found]
+    return found
+
+
+def undominated(choices: Choices) -> Choices:
+    """Those of which no other has less of everything."""
+    return [one for one in choices if not any(_beats(other, one[1]) for _, other in choices)]
 
 
 def _in_memory(

@@ -14,10 +14,10 @@ from planning.small import small_run
 
 from re2tal.backbones import BackboneConfig
 from re2tal.config import build_detector
-from re2tal.planning import choice
+from re2tal.planning import calibration, choice
 from re2tal.planning.calibration import link_bytes_per_second, measured_seconds
 from re2tal.planning.choice import plan_step
-from re2tal.planning.rehearsal import stages_of
+from re2tal.planning.rehearsal import Trace, stages_of
 from re2tal.planning.settings import Setting
 from re2tal.planning.step_memory import CHUNK, STATES
 from re2tal.planning.step_plan import StepPlan
@@ -136,6 +136,43 @@ def test_a_budget_below_the_smallest_plan_is_refused_with_what_that_needs(ds) ->
 
 
 @pytest.mark.usefixtures("_by_hand")
+def test_nothing_is_timed_for_a_budget_that_is_refused(ds, monkeypatch) -> None:
+    least, timed = smallest_budget(ds), []
+
+    def seconds(run, settings, *, order, **_):
+        timed.append(settings)
+        return [[1.0] * len(order) for _ in settings]
+
+    monkeypatch.setattr(choice, "measured_seconds", seconds)
+    monkeypatch.setattr(choice, "link_bytes_per_second", lambda device: timed.append(device))
+    with pytest.raises(ValueError, match=rf"no plan of this step needs less than {least} GB, most of them states"):
+        planned(ds, least - 0.001)
+    assert timed == []
+    assert planned(ds, least).memory.peak <= least * 1e9
+    assert timed != []
+
+
+@pytest.mark.usefixtures("_by_hand")
+@pytest.mark.parametrize("excess", [0, 10**9])
+def test_what_is_possible_is_not_refused_for_an_estimate(ds, monkeypatch, excess) -> None:
+    """Stages set differently may need more than their options say: the plan is then one in which they are alike."""
+    enough = smallest_budget(ds) + 1.5 * STATE / 1e9
+
+    class Mixed(Rehearsed):
+        def trace(self) -> Trace:
+            trace = super().trace()
+            alike = len({stage.config for stage in self.stages().values()}) == 1
+            more = 0 if alike else excess
+            return replace(trace, phases=tuple(replace(phase, peak=phase.peak + more) for phase in trace.phases))
+
+    monkeypatch.setattr(choice, "Rehearsal", Mixed)
+    plan = planned(ds, enough)
+    assert plan.memory.peak <= enough * 1e9
+    assert (len(set(plan.settings.values())) == 1) == (excess > 0)
+    assert sum(one.planned for one in plan.seconds.values()) > 3.0
+
+
+@pytest.mark.usefixtures("_by_hand")
 def test_a_budget_that_only_the_optimizer_exceeds_is_refused_too(ds, monkeypatch) -> None:
     enough = planned(ds, 10.0)
     monkeypatch.setattr(
@@ -214,10 +251,36 @@ def test_seconds_are_measured_for_every_stage_and_leave_the_generators_alone() -
     order = list(stages_of(build_detector(run, ["a", "b"]).backbone))
     torch.set_rng_state(before)
     settings = [Setting(None, None), Setting(0, None)]
-    found = measured_seconds(run, settings, device=CPU, plain_bytes=10**6, order=order)
+    found = measured_seconds(run, settings, device=CPU, plain_bytes=10**6, inside_bytes=10**6, order=order)
     assert [len(seconds) for seconds in found] == [3, 3]
     assert all(second > 0 for seconds in found for second in seconds)
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_pieces_larger_than_a_shortened_clip_are_not_timed_again(monkeypatch) -> None:
+    """What is inside of a branch is 4 MB on the clips of the run, and 1 MB on a quarter of one of them."""
+    timed: list[Setting] = []
+
+    def seconds(backbone, setting, frames, order):
+        timed.append(setting)
+        return [float(setting.chunk_mebibytes or 0)] * len(order)
+
+    monkeypatch.setattr(calibration, "_seconds", seconds)
+    monkeypatch.setattr(calibration, "MOST_BYTES_ON_A_CPU", 10**6)
+    run = small_run()
+    clips = replace(run.data.clips, windowing=replace(run.data.clips.windowing, num_frames=32))
+    settings = [Setting(0, pieces, known) for pieces in (None, 2.0, 1.0) for known in (0, 1)]
+    found = measured_seconds(
+        replace(run, data=replace(run.data, clips=clips)),
+        settings,
+        device=CPU,
+        plain_bytes=4 * 10**6,
+        inside_bytes=4 * 10**6,
+        order=["only"],
+    )
+    whole = [Setting(0, None, 0), Setting(0, None, 1)]
+    assert timed == 3 * [*whole, Setting(0, 1.0, 0), Setting(0, 1.0, 1)]
+    assert found == [[0.0]] * 4 + [[4.0]] * 2  # scaled to all frames
 
 
 @pytest.mark.parametrize(
