@@ -16,7 +16,7 @@ the gradients. Buckets for communication come on top. Followed through DeepSpeed
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -66,20 +66,20 @@ class ZeroMemory:
     """Bytes on the device of one rank; those on the host in `host`."""
 
     parameters: int
-    gathered: int
-    """ZeRO-3: parameters that are whole, small ones always, others while they are needed, at most."""
-    gradients: int
-    """Kept until the optimizer's step, besides those that backward leaves on the parameters."""
     optimizer: int
     average: int
     """The moving average of the weights."""
-    buckets: int
-    """For communication during backward."""
     step_gradients: int
     """There when the optimizer steps, when no activations are left."""
     step_scratch: int
     """Needed by that step besides."""
-    host: int
+    gathered: int = 0
+    """ZeRO-3: parameters that are whole, small ones always, others while they are needed, at most."""
+    gradients: int = 0
+    """Kept until the optimizer's step, besides those that backward leaves on the parameters."""
+    buckets: int = 0
+    """For communication during backward."""
+    host: int = 0
 
     @property
     def standing(self) -> int:
@@ -111,57 +111,72 @@ def zero_memory(
     `bytes_each`: of a parameter in forward and backward; `averaged`: whether the run keeps a moving average.
     """
     zero = _zero(settings)
-    stage, trained = zero.get("stage", 0), weights.trained
-    every = trained + weights.frozen
-    shard = -(-trained // world_size) if stage else trained
+    stage = zero.get("stage", 0)
     if stage == 0:
-        # AdamW goes through tensors one by one on a CPU, through all of a group at once elsewhere.
-        at_once = weights.largest if on_cpu else weights.largest_group
-        flat = 4 * min(trained, DEFAULT_BUCKET) if world_size > 1 else 0  # whatever the file says
-        return ZeroMemory(
-            parameters=bytes_each * every,
-            gathered=0,
-            gradients=0,
-            optimizer=MOMENTS * trained,
-            average=4 * trained * averaged,
-            buckets=0,
-            step_gradients=bytes_each * trained,
-            step_scratch=max(flat, STEP * at_once),
-            host=0,
-        )
-    offloaded = _is_on_host(zero, "offload_optimizer")
-    bucket = bytes_each * zero.get("reduce_bucket_size", DEFAULT_BUCKET)
-    twice = stage < 3 and zero.get("overlap_comm", False)
-    optimizer, average = MASTERS_AND_MOMENTS * shard, 4 * shard * averaged
-    group = weights.largest_group if stage < 3 else min(weights.largest_group, _sub_group(zero))
-    step = STEP * -(-group // world_size)
-    gradients = bytes_each * shard
-    parameters, gathered, host, buckets = bytes_each * every, 0, 0, bucket * (2 if twice else 1)
-    if stage == 3:
-        step += bucket  # which stage 3 keeps
-        parameters = bytes_each * -(-every // world_size)
-        if _is_on_host(zero, "offload_param"):
-            parameters, host = 0, parameters
-        if world_size > 1:
-            # Whole between steps, and sharded while the optimizer works.
-            gathered = bytes_each * weights.persistent
-            live = min(every - weights.persistent, zero.get("stage3_max_live_parameters", DEFAULT_MAX_LIVE))
-            gathered += bytes_each * live
-    if offloaded:
-        # With the gradients in float32, the shard in the parameters' type, and a tensor to put them through.
-        host += optimizer + average + (4 + bytes_each) * shard + (4 * weights.largest if stage < 3 else 0)
-        optimizer = average = gradients = 0
-        step = bucket if stage == 3 else 0
+        return _whole(weights, bytes_each=bytes_each, world_size=world_size, averaged=averaged, on_cpu=on_cpu)
+    sharded = _with_sharded_parameters if stage == 3 else _with_sharded_optimizer
+    memory = sharded(weights, zero, bytes_each=bytes_each, world_size=world_size, averaged=averaged)
+    if not _is_on_host(zero, "offload_optimizer"):
+        return memory
+    # With the gradients in float32, the shard in the parameters' type, and before ZeRO 3 a tensor to put them through.
+    shard, through = -(-weights.trained // world_size), 0 if stage == 3 else 4 * weights.largest
+    return replace(
+        memory,
+        gradients=0,
+        optimizer=0,
+        average=0,
+        step_gradients=0,
+        step_scratch=_bucket(zero, bytes_each) if stage == 3 else 0,
+        host=memory.host + memory.optimizer + memory.average + (4 + bytes_each) * shard + through,
+    )
+
+
+def _whole(weights: Weights, *, bytes_each: int, world_size: int, averaged: bool, on_cpu: bool) -> ZeroMemory:
+    """ZeRO 0."""
+    # AdamW goes through tensors one by one on a CPU, through all of a group at once elsewhere.
+    at_once = weights.largest if on_cpu else weights.largest_group
+    flat = 4 * min(weights.trained, DEFAULT_BUCKET) if world_size > 1 else 0  # whatever the file says
     return ZeroMemory(
-        parameters=parameters,
-        gathered=gathered,
-        gradients=gradients,
-        optimizer=optimizer,
-        average=average,
-        buckets=buckets,
-        step_gradients=gradients,
-        step_scratch=step,
-        host=host,
+        parameters=bytes_each * (weights.trained + weights.frozen),
+        optimizer=MOMENTS * weights.trained,
+        average=4 * weights.trained * averaged,
+        step_gradients=bytes_each * weights.trained,
+        step_scratch=max(flat, STEP * at_once),
+    )
+
+
+def _with_sharded_optimizer(
+    weights: Weights, zero: Mapping[str, Any], *, bytes_each: int, world_size: int, averaged: bool
+) -> ZeroMemory:
+    """ZeRO 1 and 2, nothing offloaded."""
+    shard = -(-weights.trained // world_size)
+    return ZeroMemory(
+        parameters=bytes_each * (weights.trained + weights.frozen),
+        gradients=bytes_each * shard,
+        optimizer=MASTERS_AND_MOMENTS * shard,
+        average=4 * shard * averaged,
+        buckets=_bucket(zero, bytes_each) * (2 if zero.get("overlap_comm", False) else 1),
+        step_gradients=bytes_each * shard,
+        step_scratch=STEP * -(-weights.largest_group // world_size),
+    )
+
+
+def _with_sharded_parameters(
+    weights: Weights, zero: Mapping[str, Any], *, bytes_each: int, world_size: int, averaged: bool
+) -> ZeroMemory:
+    """ZeRO 3, its parameters offloaded or not, its optimizer not."""
+    bucket, every = _bucket(zero, bytes_each), weights.trained + weights.frozen
+    parameters, on_host = bytes_each * -(-every // world_size), _is_on_host(zero, "offload_param")
+    # Whole between steps, and sharded while the optimizer works.
+    live = min(every - weights.persistent, zero.get("stage3_max_live_parameters", DEFAULT_MAX_LIVE))
+    group = min(weights.largest_group, zero.get("sub_group_size", DEFAULT_SUB_GROUP))
+    return replace(
+        _with_sharded_optimizer(weights, zero, bytes_each=bytes_each, world_size=world_size, averaged=averaged),
+        parameters=0 if on_host else parameters,
+        gathered=bytes_each * (weights.persistent + live) if world_size > 1 else 0,
+        buckets=bucket,
+        step_scratch=STEP * -(-group // world_size) + bucket,  # which stage 3 keeps
+        host=parameters if on_host else 0,
     )
 
 
@@ -169,8 +184,8 @@ def _zero(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     return settings.get("zero_optimization", {})
 
 
-def _sub_group(zero: Mapping[str, Any]) -> int:
-    return int(zero.get("sub_group_size", DEFAULT_SUB_GROUP))
+def _bucket(zero: Mapping[str, Any], bytes_each: int) -> int:
+    return bytes_each * int(zero.get("reduce_bucket_size", DEFAULT_BUCKET))
 
 
 def _is_on_host(zero: Mapping[str, Any], name: str) -> bool:
