@@ -35,9 +35,9 @@ class Origin(NamedTuple):
         """That of a tensor which was given one, if it is still there and nobody has written to the tensor since.
 
         An alias of that tensor has it too, as ZeRO-3 makes one of what a module returns; one that autograd does not
-        follow has none, because whoever needs it may do so when the other tensors are gone.
+        follow back to it, a leaf, has none, because whoever needs it may do so when the other tensors are gone.
         """
-        if _hooked() or not tensor.requires_grad:
+        if _hooked() or tensor.is_leaf:
             return None
         found = getattr(tensor.untyped_storage(), _NAME, None)
         if found is None:

@@ -51,6 +51,7 @@ def test_an_alias_has_it_too_and_a_part_has_not() -> None:
     assert Origin.of(y[1:]) is None
     assert Origin.of(y.t()) is None
     assert Origin.of(y.detach()) is None
+    assert Origin.of(y.detach().requires_grad_()) is None
 
 
 def test_of_a_concatenation_the_parts_origins_are_kept() -> None:
