@@ -20,7 +20,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.weak import TensorWeakRef
 
 _NAME = "_re2tal_origin"
-_Reference = Callable[[], Tensor | None]
+_Reference = Callable[[Tensor], Tensor | None]
+"""From the tensor that has the origin to one of its tensors, if that is still there."""
 
 
 class Origin(NamedTuple):
@@ -43,29 +44,33 @@ class Origin(NamedTuple):
         if found is None:
             return None
         references, make, values = found
-        tensors = tuple(one for reference in references if (one := reference()) is not None)
+        tensors = tuple(one for reference in references if (one := reference(tensor)) is not None)
         return cls(tensors, make) if values == _values(tensor) and len(tensors) == len(references) else None
 
 
 def with_origin(tensor: Tensor, tensors: Sequence[Tensor], make: Callable[..., Tensor]) -> Tensor:
     """`tensor`, which `make` makes of `tensors`."""
-    return _with_references(tensor, [TensorWeakRef(one) for one in tensors], make)
+    return _with_references(tensor, [_weakly(one) for one in tensors], make)
 
 
 def joined(tensors: Sequence[Tensor], *, dim: int) -> Tensor:
-    """`torch.cat`, whose origin is those of its parts, and parts themselves that have none."""
+    """`torch.cat`, whose origin, if any part has one, is those of its parts, and copies of the parts that have none."""
+    output = torch.cat(list(tensors), dim)
     references: list[_Reference] = []
     makers: list[tuple[Callable[..., Tensor], int]] = []
-    for tensor in tensors:
-        origin = Origin.of(tensor)
-        references += [partial(_itself, tensor)] if origin is None else map(TensorWeakRef, origin.tensors)
+    origins, start = [Origin.of(tensor) for tensor in tensors], 0
+    for tensor, origin in zip(tensors, origins, strict=True):
+        size = tensor.shape[dim]
+        # Copied when somebody asks: held here, the part would live as long as the whole, whoever keeps that.
+        references += [partial(_part, dim, start, size)] if origin is None else map(_weakly, origin.tensors)
         makers.append((_itself, 1) if origin is None else (origin.make, len(origin.tensors)))
+        start += size
 
     def make(*parts: Tensor) -> Tensor:
         following = iter(parts)
         return torch.cat([make_one(*islice(following, number)) for make_one, number in makers], dim)
 
-    return _with_references(torch.cat(list(tensors), dim), references, make)
+    return _with_references(output, references, make) if any(origins) else output
 
 
 def kept(*tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
@@ -119,6 +124,15 @@ def saved_tensors_seen_by(look: Callable[[Tensor], object]) -> Iterator[None]:
             yield
     finally:
         _only_looking.reset(token)
+
+
+def _weakly(tensor: Tensor) -> _Reference:
+    reference = TensorWeakRef(tensor)
+    return lambda _: reference()
+
+
+def _part(dim: int, start: int, size: int, whole: Tensor) -> Tensor:
+    return whole.detach().narrow(dim, start, size).clone()
 
 
 def _itself(tensor: Tensor) -> Tensor:
