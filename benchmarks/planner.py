@@ -26,13 +26,13 @@ from torch.utils._pytree import tree_leaves
 
 from re2tal.backbones import BackboneConfig
 from re2tal.config import RunConfig, build_detector
-from re2tal.data.transforms import jitter_and_normalise
 from re2tal.data.windows import Slide
 from re2tal.planning.choice import plan_step
 from re2tal.planning.step_plan import GIGABYTE
 from re2tal.recipes import demo
 from re2tal.reversible.live_bytes import LiveBytes
 from re2tal.strict_json import write_json
+from re2tal.training.frames import prepare_frames
 
 # Frames and size of one clip.
 CASES = {"swin3d_tiny": (64, 112), "videomae_base": (64, 112)}
@@ -61,7 +61,8 @@ def step_of(detector: nn.Module, run: RunConfig, device: torch.device) -> Callab
 
     def step() -> None:
         detector.zero_grad()
-        outputs = detector(jitter_and_normalise(frames, strength=strength, generator=torch.Generator()), mask)
+        colours = torch.Generator()
+        outputs = detector(prepare_frames(frames, strength=strength, generator=colours, dtype=torch.float32), mask)
         torch.stack([leaf.square().sum() for leaf in tree_leaves(outputs) if leaf.requires_grad]).sum().backward()
 
     return step

@@ -32,7 +32,6 @@ from re2tal.data.clips import true_classes
 from re2tal.data.manifest import MANIFEST_NAME
 from re2tal.data.shards import FeatureSet, ShardSet, open_any
 from re2tal.data.stream import ClipStream, stream_clips
-from re2tal.data.transforms import jitter_and_normalise
 from re2tal.distributed import World, is_main, main_process_first, resolve_world
 from re2tal.inference import detector_input
 from re2tal.planning.shared import PLAN_NAME, save_plan, shared_plan
@@ -52,6 +51,7 @@ from re2tal.training.engine import (
     zero_stage,
 )
 from re2tal.training.export import write_model
+from re2tal.training.frames import prepare_frames
 from re2tal.training.generators import seed_generators
 from re2tal.training.metrics import MetricsLog, peak_memory_gib
 from re2tal.training.optimizer import build_optimizer
@@ -287,7 +287,7 @@ def _prepare(batch: Batch, position: int, *, strength: float, seed: int, rank: i
         return detector_input(batch, dtype=dtype)
     mixed = np.random.SeedSequence([seed, rank, position]).generate_state(1, np.uint64)
     generator = torch.Generator().manual_seed(int(mixed[0]))
-    return jitter_and_normalise(batch.frames, strength=strength, generator=generator, dtype=dtype)
+    return prepare_frames(batch.frames, strength=strength, generator=generator, dtype=dtype)
 
 
 def _finish(

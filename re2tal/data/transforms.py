@@ -82,22 +82,26 @@ def normalise(frames: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
     return pixels.sub_(mean).div_(std).to(dtype)
 
 
-def jitter_and_normalise(
-    frames: Tensor, *, strength: float, generator: torch.Generator, dtype: torch.dtype = torch.float32
-) -> Tensor:
-    """As `normalise`, after a change of colours that is drawn once per clip from `generator` (a CPU one).
+def draw_colours(frames: Tensor, *, strength: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A change of colours, drawn once per clip from `generator` (a CPU one), and `normalise`, as one affine map of RGB.
 
-    Brightness, contrast (about the clip's mean grey) and saturation are scaled by factors from 1 - strength to
-    1 + strength; hue turns by up to a quarter of `strength` full turns.
+    (B, 3, T, H, W) uint8 -> (B, 3, 3) matrices and (B, 3) biases. Brightness, contrast (about the clip's mean grey) and
+    saturation are scaled by factors from 1 - strength to 1 + strength; hue turns by up to a quarter of `strength` full
+    turns.
     """
     if not 0 <= strength <= 1:
         raise ValueError(f"colour jitter is {strength}; give a strength from 0 to 1")
     changes = (torch.rand(len(frames), 4, generator=generator) * 2 - 1) * strength
-    pixels = frames.flatten(2).float()  # (B, 3, THW)
-    mean_grey = (pixels.mean(dim=2) * pixels.new_tensor(GREY)).sum(1)
-    matrix, bias = colour_map(changes.to(pixels), mean_grey)
-    mean, std = pixels.new_tensor(MEAN), pixels.new_tensor(STD)
-    mapped = torch.baddbmm(((bias - mean) / std)[:, :, None], matrix / std[:, None], pixels)
+    mean_rgb = frames.flatten(2).float().mean(dim=2)
+    matrix, bias = colour_map(changes.to(mean_rgb), (mean_rgb * mean_rgb.new_tensor(GREY)).sum(1))
+    mean, std = mean_rgb.new_tensor(MEAN), mean_rgb.new_tensor(STD)
+    return matrix / std[:, None], (bias - mean) / std
+
+
+def recolour(frames: Tensor, matrix: Tensor, bias: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
+    """(B, 3, T, H, W) uint8 -> matrix @ RGB + bias, the same shape in `dtype`, and the same bits under autocast too."""
+    with torch.autocast(frames.device.type, enabled=False):
+        mapped = torch.baddbmm(bias[:, :, None], matrix, frames.flatten(2).float())
     return mapped.view(frames.shape).to(dtype)
 
 

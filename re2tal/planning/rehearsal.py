@@ -9,6 +9,7 @@ The loss stands for the localizer's own, which looks at annotations: a sum over 
 from __future__ import annotations
 
 import gc
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -21,7 +22,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from re2tal.config import RecognitionConfig, RunConfig, build_detector, build_recognizer
-from re2tal.data.transforms import jitter_and_normalise
 from re2tal.detector import TemporalActionDetector
 from re2tal.recognizer import Recognizer
 from re2tal.reversible.fake import on_fake_tensors
@@ -29,6 +29,7 @@ from re2tal.reversible.live_bytes import LiveBytes
 from re2tal.reversible.planner import Ground
 from re2tal.rewire import RewiredStage
 from re2tal.training.engine import DTYPES
+from re2tal.training.frames import prepare_frames
 
 
 class Event(NamedTuple):
@@ -61,6 +62,8 @@ class Trace:
     phases: tuple[Phase, ...]
     gradients: int = 0
     """Bytes of the parameters' gradients when backward has ended."""
+    prepared_again: int = 0
+    """Bytes of the clips that are not there in backward, until they are prepared again."""
     host: int = 0
     """Most bytes in the memory of the host at once, if that is not the device's."""
 
@@ -136,12 +139,13 @@ class Rehearsal:
         with self._mode, host if self.device.type != "cpu" else nullcontext(), live:
             with watched(self.network.backbone, stages, mark):
                 outputs = self.network(*self._clips())
+                again = self._pixels_bytes if self._pixels() is None else 0
                 wide = [leaf.float() for leaf in tree_leaves(outputs) if leaf.requires_grad]
                 torch.stack([leaf.square().sum() for leaf in wide]).sum().backward()
                 del outputs, wide
         phases.append(replace(begun, peak=live.peak))
-        batch = self._frames.numel() * (1 + self.dtype.itemsize)
-        return Trace(batch, tuple(phases), self._gradients(), host.peak)
+        batch = self._frames.nbytes + self._pixels_bytes
+        return Trace(batch, tuple(phases), self._gradients(), again, host.peak)
 
     def _gradients(self) -> int:
         return sum(one.grad.untyped_storage().nbytes() for one in self.parameters if one.grad is not None)
@@ -152,7 +156,8 @@ class Rehearsal:
         shape = (self.run.engine.batch_size, 3, clips.windowing.num_frames, size, size)
         self._frames = torch.zeros(shape, dtype=torch.uint8, device=self.device)
         colours = torch.Generator()
-        pixels = jitter_and_normalise(self._frames, strength=clips.colour_jitter, generator=colours, dtype=self.dtype)
+        pixels = prepare_frames(self._frames, strength=clips.colour_jitter, generator=colours, dtype=self.dtype)
+        self._pixels, self._pixels_bytes = weakref.ref(pixels.untyped_storage()), pixels.nbytes
         return pixels, torch.ones(shape[0], shape[2], dtype=torch.bool, device=self.device)
 
 

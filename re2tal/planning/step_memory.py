@@ -79,7 +79,8 @@ def _at_the_peak(trace: Trace, zero: ZeroMemory) -> dict[str, int]:
     """What is there besides the optimizer at the highest moment of a step."""
     worst = max(trace.phases, key=lambda phase: phase.peak)
     kept, s, rise = trace.kept(), worst.event.stage, worst.peak - worst.live
-    batch = min(trace.batch, worst.peak)
+    batch = trace.batch - (trace.prepared_again if worst.event.kind == "backward" else 0)
+    batch = min(batch, worst.peak)
     match worst.event.kind:
         case "start":
             inside = {"augmentation": worst.peak - batch}

@@ -4,9 +4,9 @@
     a convolution, its norm, ReLU    keep three tensors, each as large as a state
 
 In a network that was rewired to recompute, such layers keep their inputs alone, and run once more in backward. Of an
-input that a run returned they keep nothing more: it is made again of the states that the run keeps. This is
-checkpointing, non-reentrant, so that DeepSpeed and DDP see one backward of each; what they write to buffers is written
-once.
+input that a run returned they keep nothing more: it is made again of the states that the run keeps. So are prepared
+frames, of the uint8 ones. This is checkpointing, non-reentrant, so that DeepSpeed and DDP see one backward of each;
+what they write to buffers is written once.
 """
 
 from __future__ import annotations
@@ -52,8 +52,12 @@ def recomputed(function: Callable[..., Any], *args: Any, owner: nn.Module, **kwa
     `owner` holds the buffers that it may write.
     """
     written: list[Tensor] | None = None
-    found = {number: _Kept.of(arg) for number, arg in enumerate(args) if isinstance(arg, Tensor)}
-    remade = {number: one for number, one in found.items() if one is not None}
+    tensors = {number: arg for number, arg in enumerate(args) if torch.is_grad_enabled() and isinstance(arg, Tensor)}
+    remade = {
+        number: _remade(origin, wants_gradient=tensor.requires_grad)
+        for number, tensor in tensors.items()
+        if (origin := Origin.of(tensor)) is not None
+    }
     # In the place of those stands something small, which tells the checkpoint their device.
     given = [arg.new_empty(0) if number in remade else arg for number, arg in enumerate(args)]
     fresh = {number: args[number] for number in remade}
@@ -61,7 +65,7 @@ def recomputed(function: Callable[..., Any], *args: Any, owner: nn.Module, **kwa
     def run(*given: Any, **kwargs: Any) -> Any:
         nonlocal written
         if written is not None:
-            again = [remade[number].again() if number in remade else arg for number, arg in enumerate(given)]
+            again = [remade[number]() if number in remade else arg for number, arg in enumerate(given)]
             with held(written):
                 return function(*again, **kwargs)
         watch = BufferWatch(owner)
@@ -72,27 +76,12 @@ def recomputed(function: Callable[..., Any], *args: Any, owner: nn.Module, **kwa
     return checkpoint(run, *given, use_reentrant=False, **kwargs)
 
 
-class _Kept:
-    """What is kept of a tensor that has an origin."""
+def _remade(origin: Origin, *, wants_gradient: bool) -> Callable[[], Tensor]:
+    """Keeps an origin, and gives back what is made of it, outside of the graph that it was in."""
+    sources, make = kept(*origin.tensors), origin.make
 
-    def __init__(self, origin: Origin, *, wants_gradient: bool) -> None:
-        self._make, self._tensors, self._wants_gradient = origin.make, kept(*origin.tensors), wants_gradient
-
-    @classmethod
-    def of(cls, tensor: Tensor) -> _Kept | None:
-        """None for a tensor without an origin, which is kept itself."""
-        origin = Origin.of(tensor) if torch.is_grad_enabled() else None
-        return None if origin is None else cls(origin, wants_gradient=tensor.requires_grad)
-
-    def again(self) -> Tensor:
-        """The tensor, outside of the graph that it was in."""
-        try:
-            tensors = self._tensors()
-        except RuntimeError as error:
-            raise RuntimeError(
-                "a layer behind a reversible run is to run again, but the run's states are not what they were: either "
-                "backward went through it twice, and the first time consumed them (add the losses and call backward "
-                "once, or run with recompute=False), or somebody has written to them"
-            ) from error
+    def again() -> Tensor:
         with torch.no_grad():
-            return self._make(*tensors).detach().requires_grad_(self._wants_gradient)
+            return make(*sources()).detach().requires_grad_(wants_gradient)
+
+    return again

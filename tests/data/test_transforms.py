@@ -11,14 +11,19 @@ from re2tal.data.transforms import (
     colour_map,
     crop_and_resize,
     draw_box,
-    jitter_and_normalise,
+    draw_colours,
     normalise,
+    recolour,
     square_box,
 )
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(0, 256, shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+
+
+def jittered(frames: torch.Tensor, *, strength: float, generator: torch.Generator) -> torch.Tensor:
+    return recolour(frames, *draw_colours(frames, strength=strength, generator=generator))
 
 
 def test_a_box_of_the_final_size_is_cut_out_unchanged():
@@ -89,8 +94,8 @@ def test_normalising_subtracts_the_mean_and_divides_by_the_deviation():
 
 def test_no_jitter_is_normalising():
     frames = noise(2, 3, 4, 5, 6)
-    jittered = jitter_and_normalise(frames, strength=0.0, generator=torch.Generator())
-    torch.testing.assert_close(jittered, normalise(frames), atol=2e-5, rtol=1e-5)
+    found = jittered(frames, strength=0.0, generator=torch.Generator())
+    torch.testing.assert_close(found, normalise(frames), atol=2e-5, rtol=1e-5)
 
 
 def test_the_colour_map_is_brightness_then_contrast_then_saturation():
@@ -117,15 +122,15 @@ def test_turning_the_hue_keeps_greyness_and_turns_colours():
 
 def test_all_frames_of_a_clip_change_alike_and_clips_differ():
     frames = noise(1, 3, 1, 8, 8).expand(2, 3, 5, 8, 8).contiguous()
-    jittered = jitter_and_normalise(frames, strength=0.4, generator=torch.Generator().manual_seed(3))
-    assert torch.equal(jittered[:, :, 0], jittered[:, :, 4])
-    assert not torch.allclose(jittered[0], jittered[1], atol=0.05)
+    found = jittered(frames, strength=0.4, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(found[:, :, 0], found[:, :, 4])
+    assert not torch.allclose(found[0], found[1], atol=0.05)
 
 
 def test_the_generator_decides_the_colours():
     frames = noise(2, 3, 2, 4, 4)
     once, again, other = (
-        jitter_and_normalise(frames, strength=0.4, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
+        jittered(frames, strength=0.4, generator=torch.Generator().manual_seed(seed)) for seed in (1, 1, 2)
     )
     assert torch.equal(once, again)
     assert not torch.equal(once, other)
@@ -133,4 +138,4 @@ def test_the_generator_decides_the_colours():
 
 def test_a_strength_out_of_range_is_refused():
     with pytest.raises(ValueError, match=r"colour jitter is 1\.5"):
-        jitter_and_normalise(noise(1, 3, 1, 2, 2), strength=1.5, generator=torch.Generator())
+        jittered(noise(1, 3, 1, 2, 2), strength=1.5, generator=torch.Generator())

@@ -11,6 +11,7 @@ from distributed.ranks import run_ranks
 from torch import Tensor, nn
 
 from re2tal.backbones import BACKBONES, BackboneConfig, build_backbone
+from re2tal.training.frames import prepare_frames
 
 # Rows of a builder share every line of code, so its first row, the smallest, stands for it.
 FAMILIES = sorted({build: name for name, build in reversed(BACKBONES.items())}.values())
@@ -30,8 +31,10 @@ def build(name: str, *, recompute: bool = True) -> nn.Module:
 
 
 def loss(backbone: nn.Module, rank: int, step: int) -> Tensor:
-    """Of one clip of 6 frames, of which 5 are valid."""
-    frames = torch.randn(1, 3, 6, 32, 32, generator=torch.Generator().manual_seed(10 * step + rank))
+    """Of one clip of 6 frames, of which 5 are valid, and which backward prepares again."""
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    clip = torch.randint(0, 256, (1, 3, 6, 32, 32), dtype=torch.uint8, generator=generator)
+    frames = prepare_frames(clip, strength=0.4, generator=generator, dtype=torch.float32)
     values = backbone(frames, torch.arange(6)[None] < 5).values
     return (values * torch.linspace(-1, 1, values.numel()).view_as(values)).mean()
 

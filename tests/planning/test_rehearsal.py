@@ -13,11 +13,11 @@ from torch.utils._pytree import tree_leaves
 
 from re2tal.backbones import BackboneConfig
 from re2tal.config import build_detector
-from re2tal.data.transforms import jitter_and_normalise
 from re2tal.planning.rehearsal import Rehearsal, stages_of
 from re2tal.planning.settings import Setting, configure
 from re2tal.reversible.live_bytes import LiveBytes
 from re2tal.reversible.planner import Option, peak_of
+from re2tal.training.frames import prepare_frames
 
 CPU = torch.device("cpu")
 SETTINGS = {
@@ -45,7 +45,7 @@ def measured_peak(setting: Setting) -> int:
         with LiveBytes() as live:
             frames = torch.zeros(2, 3, 16, 48, 48, dtype=torch.uint8)
             strength = run.data.clips.colour_jitter
-            pixels = jitter_and_normalise(frames, strength=strength, generator=torch.Generator())
+            pixels = prepare_frames(frames, strength=strength, generator=torch.Generator(), dtype=torch.float32)
             outputs = detector(pixels, mask)
             del pixels
             torch.stack([leaf.square().sum() for leaf in tree_leaves(outputs) if leaf.requires_grad]).sum().backward()
@@ -58,7 +58,9 @@ def measured_peak(setting: Setting) -> int:
 )
 def test_the_peak_is_the_measured_one(name, rehearsal) -> None:
     configure(rehearsal.stages(), [SETTINGS[name]] * 3)
-    assert rehearsal.trace().peak == pytest.approx(measured_peak(SETTINGS[name]), rel=0.02)
+    trace = rehearsal.trace()
+    assert trace.peak == pytest.approx(measured_peak(SETTINGS[name]), rel=0.02)
+    assert trace.prepared_again == 4 * 2 * 3 * 16 * 48 * 48
 
 
 def test_phases_add_up_to_the_peaks_of_mixed_settings(rehearsal) -> None:

@@ -10,7 +10,7 @@ from reversible.networks import CHANNELS, chain
 from torch import Tensor
 
 from re2tal.reversible import run_reversibly
-from re2tal.reversible.origin import Origin, joined
+from re2tal.reversible.origin import Origin, joined, with_origin
 
 
 def output(**options) -> Tensor:
@@ -47,13 +47,45 @@ def test_a_tensor_that_was_written_to_has_no_origin_any_more() -> None:
     assert Origin.of(y) is None
 
 
-def test_an_alias_has_it_too_and_a_part_has_not() -> None:
-    y = output()
-    assert Origin.of(y.view_as(y)) is not None
-    assert Origin.of(y[1:]) is None
-    assert Origin.of(y.t()) is None
-    assert Origin.of(y.detach()) is None
-    assert Origin.of(y.detach().requires_grad_()) is None
+@pytest.mark.parametrize(
+    "view", [lambda y: y.view_as(y), lambda y: y[1:, ::2], Tensor.t], ids=["alias", "part", "turned"]
+)
+def test_a_view_has_it_too(view) -> None:
+    y = view(output())
+    origin = Origin.of(y)
+    again = origin.make(*origin.tensors)
+    assert torch.equal(again, y)
+    assert again.stride() == y.stride()
+
+
+def test_a_tensor_that_autograd_follows_no_more_has_none() -> None:
+    assert Origin.of(output().detach()) is None
+    assert Origin.of(output().detach().requires_grad_()) is None
+
+
+def doubled() -> tuple[Tensor, Tensor]:
+    x = torch.arange(6.0)
+    return x, with_origin(x * 2, [x], lambda x: x * 2)
+
+
+def test_a_constant_may_have_one_as_long_as_it_wants_no_gradient() -> None:
+    x, y = doubled()
+    assert Origin.of(y).tensors == (x,)
+    assert Origin.of(y.requires_grad_()) is None
+
+
+def test_a_tensor_whose_origin_was_written_to_or_is_gone_has_none() -> None:
+    x, y = doubled()
+    x.add_(1)
+    assert Origin.of(y) is None
+    assert Origin.of(doubled()[1]) is None
+
+
+def test_where_nothing_is_kept_for_backward_nothing_has_an_origin() -> None:
+    x = torch.ones(2)
+    with torch.no_grad():
+        y = with_origin(x * 2, [x], lambda x: x * 2)
+    assert Origin.of(y) is None
 
 
 def test_of_a_concatenation_the_parts_origins_are_kept() -> None:
@@ -64,6 +96,14 @@ def test_of_a_concatenation_the_parts_origins_are_kept() -> None:
     assert torch.equal(origin.make(*origin.tensors), both)
     assert [torch.equal(tensor, other) for tensor in origin.tensors if tensor.shape == other.shape] == [True]
     assert len(origin.tensors) == 5
+
+
+def test_a_part_of_a_concatenation_is_made_again_of_the_whole() -> None:
+    y, other = output(), torch.arange(6.0).view(3, 2)
+    both = joined([other, y], dim=1)
+    part = both[1:, 1:]
+    origin = Origin.of(part)
+    assert torch.equal(origin.make(*origin.tensors), part)
 
 
 def test_a_concatenation_holds_no_part_that_nobody_asks_for() -> None:
