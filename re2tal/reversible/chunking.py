@@ -138,6 +138,7 @@ class GradientSums:
     """Gradients of the leaves that the pieces of one branch have in common, delivered to each leaf at once."""
 
     sums: dict[Tensor, Tensor] = field(default_factory=dict)
+    delivers: bool = False
 
     def collect(self, output: GradientEdge, gradient: Tensor, point: Tensor) -> None:
         """Differentiates a piece beside the leaves: adds to the sums, and sets `point.grad`, the piece's input's."""
@@ -147,9 +148,11 @@ class GradientSums:
             found = torch.autograd.grad((output,), tuple(edges.values()), (gradient,), allow_unused=True)
         point.grad = dict(zip(edges, found, strict=True)).get(point)
 
-    def _add(self, leaf: Tensor, part: Tensor) -> Tensor:
+    def _add(self, leaf: Tensor, part: Tensor | None) -> Tensor | None:
         """Adds as soon as there is something to add. What is returned in its place, which is kept until the end, is
         small: at the end of a network a branch's parameters outweigh its states."""
+        if part is None:  # a product that was added already
+            return None
         if leaf in self.sums:
             self.sums[leaf].add_(part)
         else:
@@ -157,6 +160,15 @@ class GradientSums:
             # same tensor to several leaves, or the gradient of a state itself, where a branch only adds a parameter.
             self.sums[leaf] = part.to(torch.promote_types(part.dtype, torch.float32), copy=True)
         return part.new_zeros(()).expand_as(part)
+
+    def add_product(self, leaf: Tensor, left: Tensor, right: Tensor) -> Tensor | None:
+        """Adds a product to a leaf's sum without writing it first; returns the sum once it is complete."""
+        total = self.sums.pop(leaf, None)
+        total = left @ right if total is None else total.addmm_(left, right)
+        if self.delivers:
+            return total
+        self.sums[leaf] = total
+        return None
 
     def deliver(self, output: GradientEdge, gradient: Tensor) -> None:
         """A real backward of the last piece, in which every leaf's gradient, seen by its hooks, is that of all pieces.
@@ -168,11 +180,12 @@ class GradientSums:
                 f"the last piece of a branch does not use {lost} of the parameters that other pieces use; "
                 "every piece of a cut must use the same parameters"
             )
+        self.delivers = True
         with _hooked({leaf: partial(self._complete, leaf) for leaf in self.sums}):
             torch.autograd.backward((output,), (gradient,))
 
     def _complete(self, leaf: Tensor, part: Tensor) -> Tensor:
-        return self.sums.pop(leaf).add_(part).to(part.dtype)
+        return self.sums.pop(leaf).add_(part).to(part.dtype) if leaf in self.sums else part
 
 
 def _leaves(output: GradientEdge) -> dict[Tensor, GradientEdge]:
@@ -204,7 +217,7 @@ def _silenced(leaves: Sequence[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def _hooked(hooks: Mapping[Tensor, Callable[[Tensor], Tensor]]) -> Iterator[None]:
+def _hooked(hooks: Mapping[Tensor, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
     """Inside, what flows into a leaf goes through its hook before any other hook sees it."""
     with _silenced(list(hooks)):  # hooks fire in the order in which they were put in
         handles = [leaf.register_hook(hook) for leaf, hook in hooks.items()]

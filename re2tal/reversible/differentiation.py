@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from re2tal.reversible.chunking import GradientSums, Piece, last_of
+from re2tal.reversible.linear import AddingProducts, AddProduct
 from re2tal.reversible.rng import GeneratorState
 from re2tal.reversible.run import BranchFunction, Run
 from re2tal.reversible.unfinished import unfinished
@@ -62,7 +63,8 @@ def differentiate_pieces(
     to_state: Tensor,
 ) -> None:
     """The same piece by piece; what F_i gives to the gradient of x[i] is added to `to_state`."""
-    sums, graphs = GradientSums(), _graphs_of_pieces(ctx, index, pieces, state, following)
+    sums = GradientSums()
+    graphs = _graphs_of_pieces(ctx, index, pieces, state, following, sums.add_product)
     for piece in pieces:
         graph = next(graphs)  # not by zip, which would hold it while the next one is made
         if graph.edge is not None:
@@ -79,7 +81,12 @@ def differentiate_pieces(
 
 
 def _graphs_of_pieces(
-    ctx: Any, index: int, pieces: Sequence[Piece], state: Tensor, following: Tensor | None
+    ctx: Any,
+    index: int,
+    pieces: Sequence[Piece],
+    state: Tensor,
+    following: Tensor | None,
+    add_product: AddProduct,
 ) -> Iterator[Graph]:
     """Of each piece in turn; what was forgotten is rebuilt when its turn comes, and taken from `following`."""
     if index in ctx.stored:
@@ -90,7 +97,8 @@ def _graphs_of_pieces(
     draws = ctx.draws[-len(pieces) :]
     del ctx.draws[-len(pieces) :]
     for piece, before in zip(pieces, draws, strict=True):
-        graph, update = _rebuilt(ctx, index, piece.function, piece.take(state), before, following)
+        with AddingProducts(add_product):
+            graph, update = _rebuilt(ctx, index, piece.function, piece.take(state), before, following, add_product)
         if following is not None and update is not None:
             piece.subtract_from(following, update)
         del update
@@ -105,6 +113,7 @@ def _rebuilt(
     state: Tensor,
     draws: GeneratorState | None,
     following: Tensor | None,
+    add_product: AddProduct | None = None,
 ) -> tuple[Graph, Tensor | None]:
     """The graph of a branch, or of a piece of it, and what it added to the states, where x[i-1] is to be rebuilt.
 
@@ -115,7 +124,7 @@ def _rebuilt(
     if following is not None and not outputs:
         point, update = watched(ctx, index, run.update, function, state, draws)
         return Graph.of(point, update), run.precision.increment(update.detach())
-    with unfinished(last_of(run.branches[index])):
+    with unfinished(last_of(run.branches[index]), add_product=add_product):
         graph = Graph.of(*watched(ctx, index, run.output, function, state, draws))
     return graph, run.precision.increment(run.precision.round(outputs.pop(0))) if outputs else None
 

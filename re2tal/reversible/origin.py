@@ -77,7 +77,7 @@ def joined(tensors: Sequence[Tensor], *, dim: int) -> Tensor:
     return _with_references(output, references, make) if any(origins) else output
 
 
-def kept(*tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+def keeping(*tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
     """Keeps tensors as autograd does, of one with an origin only that, and gives them back: hooks on saved tensors see
     what is kept, and a RuntimeError tells if it was written to in between."""
     origins = [Origin.of(tensor) or Origin((tensor,), _itself) for tensor in tensors]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from re2tal.reversible.origin import Origin, kept
+from re2tal.reversible.origin import Origin, keeping
 from re2tal.reversible.surroundings import BufferWatch, held
 
 
@@ -78,7 +78,7 @@ def recomputed(function: Callable[..., Any], *args: Any, owner: nn.Module, **kwa
 
 def _remade(origin: Origin, *, wants_gradient: bool) -> Callable[[], Tensor]:
     """Keeps an origin, and gives back what is made of it, outside of the graph that it was in."""
-    sources, make = kept(*origin.tensors), origin.make
+    sources, make = keeping(*origin.tensors), origin.make
 
     def again() -> Tensor:
         with torch.no_grad():

@@ -267,3 +267,20 @@ def test_float32_whose_products_round_their_factors_has_the_grid_of_narrow_numbe
         assert Precision.of(states(dtype=torch.float64), "auto").grid is None
     finally:
         torch.set_float32_matmul_precision(usual)
+
+
+@pytest.mark.parametrize(
+    ("x", "dense"),
+    [
+        (torch.ones(2, 3, 4), True),
+        (torch.ones(2, 4, 3).transpose(1, 2), False),
+        (torch.ones(2, 3, 4, 5, 6).to(memory_format=torch.channels_last_3d), True),
+        (torch.ones(2, 3, 4, 5).to(memory_format=torch.channels_last), True),
+        (torch.ones(2, 3, 4, 5, 6)[:, :, 1:], False),
+    ],
+)
+def test_a_state_is_dense_where_a_runs_input_is_not(x, dense) -> None:
+    state = Precision.of(x, None).state(x)
+    assert (state is x) == dense
+    assert torch.equal(state, x)
+    assert dense or state.is_contiguous()
