@@ -90,7 +90,8 @@ class Coupling:
         if self.beta == 0:
             return current
         if self.is_sum:
-            return (previous + current) * 0.5 if merge == "mean" else previous + current - start
+            total = previous + current
+            return total.mul_(0.5) if merge == "mean" else total.sub_(start)
         if merge == "mean":
             return (current + self.beta * previous) / (1 + self.beta)
         return current + self.beta * (previous - start)
