@@ -37,7 +37,7 @@ class Model:
     case: Case
     """What a machine of 16 GiB holds plain: frames, rows and columns, MiB of a piece."""
     quick: Case
-    """What a step takes about a second for."""
+    """What a step takes a few seconds for, in pieces that are as many states as in `case`, or whole."""
     real: Case
     """The paper's frames, or as many of its clips of 16 as make the same video."""
 
@@ -47,24 +47,24 @@ VIDEOMAE = "encoder.model.videomae.encoder.layer"
 # of the last two 12 %, and least of the memory.
 LAST_TWO = (False, False, True, True) * 2
 # Video Swin's states are halved from stage to stage, its multiplications are not: what late stages keep costs little.
-LATE = (0, 0, 6, 1)
+LATE = (0, 1, 6, 2)
 MODELS = {
     "swin3d_tiny": Model(
         "layers.2.blocks",
-        Case(256, 224, 256, known=LATE),
-        quick=Case(64, 112, 16, known=LATE),
+        Case(256, 224, 384, known=LATE),
+        quick=Case(64, 112, 24, known=LATE),
         real=Case(768, 224, 512, known=LATE),
     ),
     "videomae_base": Model(
-        VIDEOMAE, Case(128, 112, 16, known=8), quick=Case(32, 112, 16, known=8), real=Case(768, 224, 256, known=9)
+        VIDEOMAE, Case(256, 112, 64, known=8), quick=Case(32, 112, 64, known=8), real=Case(768, 224, 256, known=9)
     ),
     "videomae_large": Model(
-        VIDEOMAE, Case(128, 112, 32, known=13), quick=Case(16, 64, 16, known=13), real=Case(768, 224, 256, known=16)
+        VIDEOMAE, Case(128, 112, 64, known=12), quick=Case(16, 64, 16, known=12), real=Case(768, 224, 256, known=16)
     ),
     "slowfast_r101_8x8": Model(
         "slow_path.layer3",
         Case(64, 112, 64, keep_nonresidual=LAST_TWO),
-        quick=Case(32, 64, 16, keep_nonresidual=LAST_TWO),
+        quick=Case(64, 112, 64, keep_nonresidual=LAST_TWO),
         real=Case(768, 224, 256, keep_nonresidual=LAST_TWO),
     ),
 }
