@@ -59,7 +59,7 @@ def capture(swin: VideoSwin) -> dict[str, Tensor]:
     swin.patch_embed.register_forward_hook(keep("patch_embed"))
     for index, layer in enumerate(swin.layers):
         layer.blocks.register_forward_hook(keep(f"stage{index}"))
-        layer.register_forward_hook(keep(f"layer{index}"))
+        list(layer.children())[-1].register_forward_hook(keep(f"layer{index}"))
     swin.norm.register_forward_hook(keep("norm"))
     return captured
 
