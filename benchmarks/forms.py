@@ -183,7 +183,7 @@ def _calibrate(backbone: nn.Module, device: torch.device) -> None:
     for norm in norms:
         norm.momentum, norm.training = 1.0, True
     with torch.no_grad():
-        backbone(torch.randn(1, 3, 32, 64, 64, device=device), torch.ones(1, 32, dtype=torch.bool, device=device))
+        backbone(torch.randn(1, 3, 64, 112, 112, device=device), torch.ones(1, 64, dtype=torch.bool, device=device))
     for norm in norms:
         norm.momentum, norm.training = 0.1, False
 

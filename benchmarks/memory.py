@@ -64,7 +64,7 @@ MODELS = {
     "slowfast_r101_8x8": Model(
         "slow_path.layer3",
         Case(64, 112, 64, keep_nonresidual=LAST_TWO),
-        quick=Case(64, 112, 64, keep_nonresidual=LAST_TWO),
+        quick=Case(32, 112, 64, keep_nonresidual=LAST_TWO),
         real=Case(768, 224, 256, keep_nonresidual=LAST_TWO),
     ),
 }
