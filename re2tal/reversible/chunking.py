@@ -139,6 +139,7 @@ class GradientSums:
 
     sums: dict[Tensor, Tensor] = field(default_factory=dict)
     delivers: bool = False
+    """Whether the last piece is being differentiated."""
 
     def collect(self, output: GradientEdge, gradient: Tensor, point: Tensor) -> None:
         """Differentiates a piece beside the leaves: adds to the sums, and sets `point.grad`, the piece's input's."""
