@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from coupling import peak_bytes, seconds
 from torch import Tensor
 
-from re2tal.backbones.biased_attention import attend
+from re2tal.backbones.swin3d.biased_attention import attend
 from re2tal.strict_json import write_json
 
 # Windows of 8 x 7 x 7 tokens, and heads of 32 channels: stages of Video Swin-T.

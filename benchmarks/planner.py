@@ -25,11 +25,11 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from re2tal.backbones import BackboneConfig
-from re2tal.config import RunConfig, build_detector
-from re2tal.data.windows import Slide
+from re2tal.config.schema import RunConfig, build_detector
+from re2tal.data.streaming.windows import Slide
 from re2tal.planning.choice import plan_step
 from re2tal.planning.step_plan import GIGABYTE
-from re2tal.recipes import demo
+from re2tal.recipes.presets import demo
 from re2tal.reversible.live_bytes import LiveBytes
 from re2tal.strict_json import write_json
 from re2tal.training.frames import prepare_frames

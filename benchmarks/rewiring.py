@@ -27,16 +27,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from re2tal.backbones.swin3d import SIZES, VideoSwin
-from re2tal.config import RunConfig
-from re2tal.data.shards import ShardSet, open_shards
-from re2tal.data.stream import ClipStream, stream_clips
-from re2tal.data.transforms import normalise
+from re2tal.backbones.swin3d.network import SIZES, VideoSwin
+from re2tal.config.schema import RunConfig
+from re2tal.data.contract.shards import ShardSet, open_shards
+from re2tal.data.streaming.stream import ClipStream, stream_clips
+from re2tal.data.streaming.transforms import normalise
 from re2tal.detector import TemporalActionDetector
 from re2tal.evaluation.average_precision import mean_average_precision
 from re2tal.inference import predict
 from re2tal.localizers import build_localizer
-from re2tal.recipes import demo
+from re2tal.recipes.presets import demo
 from re2tal.reversible.live_bytes import LiveBytes
 from re2tal.rewire import RewiringConfig, rewire
 from re2tal.rewire.beta import set_beta

@@ -19,16 +19,16 @@ from pathlib import Path
 
 import torch
 
-from re2tal.data.annotations import read_annotations
-from re2tal.data.build import BuildConfig, build_shards
-from re2tal.data.decode import decode_frames
-from re2tal.data.demo import DemoConfig, write_demo
-from re2tal.data.manifest import Encoding, FramesPerSecond
-from re2tal.data.shards import ShardSet, open_shards
-from re2tal.data.sources import read_mp4
-from re2tal.data.stream import ClipConfig, stream_clips
-from re2tal.data.transforms import Box, crop_and_resize
-from re2tal.data.windows import Slide, plan_windows
+from re2tal.data.building.annotations import read_annotations
+from re2tal.data.building.build import BuildConfig, build_shards
+from re2tal.data.streaming.decode import decode_frames
+from re2tal.data.building.demo import DemoConfig, write_demo
+from re2tal.data.contract.manifest import Encoding, FramesPerSecond
+from re2tal.data.contract.shards import ShardSet, open_shards
+from re2tal.data.streaming.sources import read_mp4
+from re2tal.data.streaming.stream import ClipConfig, stream_clips
+from re2tal.data.streaming.transforms import Box, crop_and_resize
+from re2tal.data.streaming.windows import Slide, plan_windows
 from re2tal.strict_json import write_json
 
 

@@ -19,13 +19,13 @@ from torch import Tensor, nn
 
 from re2tal.backbones import BACKBONES, build_backbone, slowfast, slowfast_layouts, swin3d, swin3d_layouts
 from re2tal.backbones.base import BackboneConfig, VideoBackbone
-from re2tal.backbones.shifted_windows import relative_position_index
-from re2tal.backbones.tiling import ClipwiseBackbone
+from re2tal.backbones.swin3d.shifted_windows import relative_position_index
+from re2tal.backbones.hub.tiling import ClipwiseBackbone
 from re2tal.backbones.weights import KeyLayout, export_state, load_state, read_checkpoint
-from re2tal.config import RunConfig, build_detector
+from re2tal.config.schema import RunConfig, build_detector
 from re2tal.detector import TemporalActionDetector
-from re2tal.localizers.actionformer import ActionFormer
-from re2tal.localizers.vsgn import VSGN
+from re2tal.localizers.pyramid.actionformer import ActionFormer
+from re2tal.localizers.vsgn.localizer import VSGN
 from re2tal.localizers.weights import export_weights, import_weights, public_name, public_prefixes
 from re2tal.rewire import unrewire, wiring_of
 
@@ -65,8 +65,8 @@ def key_layouts(name: str) -> tuple[KeyLayout, ...]:
         return swin3d_layouts.KEY_LAYOUTS
     if name in slowfast.SIZES:
         return slowfast_layouts.KEY_LAYOUTS
-    from re2tal.backbones.pretrained import OURS  # imports transformers, which takes seconds
-    from re2tal.backbones.videomae_layouts import ORIGINAL
+    from re2tal.backbones.hub.pretrained import OURS  # imports transformers, which takes seconds
+    from re2tal.backbones.hub.videomae_layouts import ORIGINAL
 
     return (OURS, ORIGINAL) if name.startswith("videomae_") else (OURS,)
 
@@ -93,7 +93,7 @@ def is_of_the_library(name: str, path: Path) -> bool:
     """Whether `path` can only be a folder or a hub name of the transformers library, for the backbone of that name."""
     if name not in BACKBONES or name in (*swin3d.SIZES, *slowfast.SIZES):
         return False
-    from re2tal.backbones.pretrained import weights_file
+    from re2tal.backbones.hub.pretrained import weights_file
 
     return weights_file(str(path)) is None
 

@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from re2tal.backbones import VideoBackbone
-from re2tal.data.build_features import Computed
-from re2tal.data.shards import ShardSet
-from re2tal.data.stream import ClipConfig, ClipStream, stream_clips
-from re2tal.data.transforms import normalise
-from re2tal.data.windows import cover_windows
+from re2tal.data.building.build_features import Computed
+from re2tal.data.contract.shards import ShardSet
+from re2tal.data.streaming.stream import ClipConfig, ClipStream, stream_clips
+from re2tal.data.streaming.transforms import normalise
+from re2tal.data.streaming.windows import cover_windows
 from re2tal.structures import ClipBatch, VideoRecord
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from re2tal.data.transforms import normalise
+from re2tal.data.streaming.transforms import normalise
 from re2tal.distributed import gather_objects
 from re2tal.evaluation.suppression import SuppressionConfig, suppress
 from re2tal.structures import Batch, ClipBatch, Detections, FeatureBatch

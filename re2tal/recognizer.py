@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from re2tal.backbones.base import VideoBackbone
-from re2tal.backbones.slowfast import SlowFast
+from re2tal.backbones.slowfast.network import SlowFast
 from re2tal.backbones.weights import read_checkpoint
 from re2tal.structures import Action, Timeline
 

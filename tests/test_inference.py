@@ -10,7 +10,7 @@ import torch.distributed as dist
 from distributed.ranks import run_ranks
 from torch import Tensor, nn
 
-from re2tal.data.transforms import MEAN, STD
+from re2tal.data.streaming.transforms import MEAN, STD
 from re2tal.evaluation.suppression import SuppressionConfig
 from re2tal.inference import classify, concatenate, detect_windows, merge_windows, predict
 from re2tal.recognizer import Recognition

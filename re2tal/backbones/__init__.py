@@ -7,7 +7,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from re2tal.backbones import slowfast, slowfast_layouts, stored, swin3d, swin3d_layouts
+from re2tal.backbones.slowfast.network import network as slowfast
+
+from re2tal.backbones.slowfast.network import layouts as slowfast_layouts
+
+from re2tal.backbones.swin3d.network import network as swin3d
+
+from re2tal.backbones.swin3d.network import layouts as swin3d_layouts
+
+from re2tal.backbones import stored
 from re2tal.backbones.base import BackboneConfig, VideoBackbone, freeze, freeze_norms
 from re2tal.backbones.weights import read_wiring
 from re2tal.rewire import RewiringConfig, rewire

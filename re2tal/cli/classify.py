@@ -13,11 +13,11 @@ from tqdm import tqdm
 
 from re2tal.cli.detect import default_device, pack_videos, started
 from re2tal.cli.feature_run import check_kind
-from re2tal.config import RecognitionConfig, build_recognizer, load_run
-from re2tal.data.clips import true_classes
-from re2tal.data.manifest import Rejection
-from re2tal.data.shards import FeatureSet, ShardSet, open_any
-from re2tal.data.stream import stream_clips
+from re2tal.config.schema import RecognitionConfig, build_recognizer, load_run
+from re2tal.data.building.clips import true_classes
+from re2tal.data.contract.manifest import Rejection
+from re2tal.data.contract.shards import FeatureSet, ShardSet, open_any
+from re2tal.data.streaming.stream import stream_clips
 from re2tal.evaluation.accuracy import accuracy
 from re2tal.evaluation.video_classes import write_video_classes
 from re2tal.inference import classify as classify_batches

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from re2tal.data.demo import DemoConfig, write_demo, write_demo_clips
+from re2tal.data.building.demo import DemoConfig, write_demo, write_demo_clips
 
 NUM_CLIPS = (480, 60)
 """Trimmed clips in the two subsets."""

@@ -20,15 +20,15 @@ from tqdm import tqdm
 
 from re2tal.backbones.stored import NAME
 from re2tal.cli.feature_run import check_features, check_kind
-from re2tal.config import RecognitionConfig, RunConfig, build_detector, load_config
-from re2tal.data.annotations import Annotations
-from re2tal.data.build import BuildConfig, build_shards
-from re2tal.data.isolated import Isolated
-from re2tal.data.manifest import Encoding, FramesPerSecond, FramesPerVideo, Rejection
-from re2tal.data.probe import VIDEO_SUFFIXES, probe_video
-from re2tal.data.shards import FeatureSet, ShardSet, open_any, open_shards
-from re2tal.data.stream import ClipConfig, stream_clips
-from re2tal.data.windows import ResizeWhole, Slide, Trimmed
+from re2tal.config.schema import RecognitionConfig, RunConfig, build_detector, load_config
+from re2tal.data.building.annotations import Annotations
+from re2tal.data.building.build import BuildConfig, build_shards
+from re2tal.data.building.isolated import Isolated
+from re2tal.data.contract.manifest import Encoding, FramesPerSecond, FramesPerVideo, Rejection
+from re2tal.data.building.probe import VIDEO_SUFFIXES, probe_video
+from re2tal.data.contract.shards import FeatureSet, ShardSet, open_any, open_shards
+from re2tal.data.streaming.stream import ClipConfig, stream_clips
+from re2tal.data.streaming.windows import ResizeWhole, Slide, Trimmed
 from re2tal.detector import TemporalActionDetector
 from re2tal.evaluation.results import write_results
 from re2tal.evaluation.video_classes import VideoClasses, read_video_classes
@@ -138,7 +138,7 @@ def started(config: AnyRun) -> AnyRun:
     """
     weights = config.backbone.weights
     if weights is not None:
-        from re2tal.backbones.pretrained import weights_file  # imports transformers, which takes seconds
+        from re2tal.backbones.hub.pretrained import weights_file  # imports transformers, which takes seconds
 
         weights = None if weights_file(weights) else weights
     return replace(config, backbone=replace(config.backbone, weights=weights))

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from re2tal.data.annotations import read_video_ids
-from re2tal.data.clips import true_classes
-from re2tal.data.shards import open_shards
+from re2tal.data.building.annotations import read_video_ids
+from re2tal.data.building.clips import true_classes
+from re2tal.data.contract.shards import open_shards
 from re2tal.evaluation.accuracy import accuracy
 from re2tal.evaluation.average_precision import mean_average_precision
 from re2tal.evaluation.ground_truth import as_one_class, read_ground_truth

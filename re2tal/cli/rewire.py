@@ -12,8 +12,8 @@ from torch import nn
 
 from re2tal.backbones import BACKBONES, BackboneConfig, build_backbone
 from re2tal.backbones.base import VideoBackbone
-from re2tal.backbones.footprint import kept_bytes, kept_bytes_of
-from re2tal.backbones.tiling import ClipwiseBackbone
+from re2tal.planning.footprint import kept_bytes, kept_bytes_of
+from re2tal.backbones.hub.tiling import ClipwiseBackbone
 from re2tal.rewire import RewiringConfig, unrewire
 from re2tal.rewire import rewire as rewire_in_place
 
@@ -69,7 +69,7 @@ def rewire(
 
 
 def _rewire_any(name: str, wiring: RewiringConfig, *, num_frames: int | None, size: tuple[int, int] | None) -> None:
-    from re2tal.backbones.any_model import example_shape, load_any_model  # the library takes seconds to import
+    from re2tal.backbones.hub.any_model import example_shape, load_any_model  # the library takes seconds to import
 
     model = load_any_model(name)
     shape = example_shape(model, num_frames=num_frames, size=size)

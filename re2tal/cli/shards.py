@@ -12,11 +12,11 @@ from typing import Annotated, Literal
 import tyro
 from tqdm import tqdm
 
-from re2tal.data.annotations import Annotations, read_annotations, read_class_list, read_video_ids
-from re2tal.data.build import BuildConfig, BuiltSubset, build_shards, find_videos
-from re2tal.data.catalog import DatasetSpec, find_dataset
-from re2tal.data.clips import ClipList, read_clips
-from re2tal.data.feature_manifest import (
+from re2tal.data.building.annotations import Annotations, read_annotations, read_class_list, read_video_ids
+from re2tal.data.building.build import BuildConfig, BuiltSubset, build_shards, find_videos
+from re2tal.data.building.catalog import DatasetSpec, find_dataset
+from re2tal.data.building.clips import ClipList, read_clips
+from re2tal.data.contract.feature_manifest import (
     Extracted,
     FeatureManifest,
     FramesPerStep,
@@ -24,11 +24,11 @@ from re2tal.data.feature_manifest import (
     SecondsPerStep,
     StepsPerVideo,
 )
-from re2tal.data.manifest import Encoding, FramesPerSecond, FramesPerVideo, Manifest, Rejection
-from re2tal.data.probe import probe_video
-from re2tal.data.shard_builder import Listed
-from re2tal.data.shards import open_any
-from re2tal.data.verify import damage
+from re2tal.data.contract.manifest import Encoding, FramesPerSecond, FramesPerVideo, Manifest, Rejection
+from re2tal.data.building.probe import probe_video
+from re2tal.data.building.shard_builder import Listed
+from re2tal.data.contract.shards import open_any
+from re2tal.data.contract.verify import damage
 
 TOO_MANY_REJECTED, DAMAGED = 3, 4
 """Exit statuses."""

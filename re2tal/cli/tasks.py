@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from re2tal.config import RecognitionConfig, RunConfig, build_detector, build_recognizer
-from re2tal.data.clips import true_classes
-from re2tal.data.shards import FeatureSet, ShardSet
-from re2tal.data.stream import ClipStream
+from re2tal.config.schema import RecognitionConfig, RunConfig, build_detector, build_recognizer
+from re2tal.data.building.clips import true_classes
+from re2tal.data.contract.shards import FeatureSet, ShardSet
+from re2tal.data.streaming.stream import ClipStream
 from re2tal.distributed import is_main
 from re2tal.evaluation.accuracy import AccuracyReport, accuracy
 from re2tal.evaluation.average_precision import MapReport, mean_average_precision

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from re2tal.localizers.actionformer import ActionFormer, Variant
+from re2tal.localizers.pyramid.actionformer import ActionFormer, Variant
 from re2tal.localizers.losses import RunningCount
-from re2tal.localizers.vsgn import VSGN
+from re2tal.localizers.vsgn.localizer import VSGN
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from re2tal.data.transforms import draw_colours, recolour
+from re2tal.data.streaming.transforms import draw_colours, recolour
 from re2tal.reversible.origin import with_origin
 
 

@@ -65,7 +65,7 @@ class TrainingConfig:
 
 
 class Clips(Protocol):
-    """What the trainer needs of a stream of clips; `re2tal.data.stream` has the real one."""
+    """What the trainer needs of a stream of clips; `re2tal.data.streaming.stream` has the real one."""
 
     steps_per_epoch: int
 

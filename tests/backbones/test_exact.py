@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from re2tal.backbones import BACKBONES, BackboneConfig, build_backbone
-from re2tal.backbones.tiling import ClipwiseBackbone
+from re2tal.backbones.hub.tiling import ClipwiseBackbone
 
 FAMILIES = sorted({build: name for name, build in reversed(BACKBONES.items())}.values())
 

@@ -25,8 +25,8 @@ from transformers import (
 from transformers.models.videomae import modeling_videomae
 
 from re2tal.backbones import BACKBONES, BackboneConfig, build_backbone
-from re2tal.backbones.tiling import ClipwiseBackbone
-from re2tal.backbones.vjepa2 import grid_positions
+from re2tal.backbones.hub.tiling import ClipwiseBackbone
+from re2tal.backbones.hub.vjepa2 import grid_positions
 from re2tal.rewire import RewiringConfig, residual_branches, rewire, unrewire
 
 # The stock class of each family, and its features of one clip (1, 4, 3, 32, 32), written down from its documentation.
@@ -234,7 +234,7 @@ def test_timesformer_resamples_positions_also_where_the_number_of_patches_stays(
 def test_timesformer_with_joint_attention_has_two_branches_that_add_up(tmp_path) -> None:
     from transformers import TimesformerConfig
 
-    from re2tal.backbones.timesformer import SIZES, TimesformerEncoder
+    from re2tal.backbones.hub.timesformer import SIZES, TimesformerEncoder
 
     config = TimesformerConfig(**SIZES["timesformer_nano"], attention_type="joint_space_time")
     backbone = ClipwiseBackbone(TimesformerEncoder(TimesformerModel(config))).eval()
@@ -247,7 +247,7 @@ def test_timesformer_with_joint_attention_has_two_branches_that_add_up(tmp_path)
 def test_timesformer_over_single_frames_is_refused() -> None:
     from transformers import TimesformerConfig
 
-    from re2tal.backbones.timesformer import SIZES, TimesformerEncoder
+    from re2tal.backbones.hub.timesformer import SIZES, TimesformerEncoder
 
     config = TimesformerConfig(**SIZES["timesformer_nano"], attention_type="space_only")
     with pytest.raises(ValueError, match="'space_only' is an image network; use vit_base"):
@@ -295,6 +295,6 @@ def test_vjepa2_on_its_side_is_the_network_whose_rows_and_columns_change_places(
 
 def test_the_documented_example_of_a_family_is_its_file_and_short() -> None:
     root = Path(__file__).resolve().parents[2]
-    source = (root / "re2tal/backbones/videoprism.py").read_text()
+    source = (root / "re2tal/backbones/hub/videoprism.py").read_text()
     assert f"```python\n{source}```" in (root / "docs/backbones.md").read_text()
     assert len(source.splitlines()) <= 60

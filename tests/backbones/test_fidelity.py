@@ -15,7 +15,7 @@ from torch import Tensor
 
 from re2tal.backbones import BACKBONES, BackboneConfig, build_backbone
 from re2tal.backbones.base import VideoBackbone
-from re2tal.backbones.tiling import ClipwiseBackbone
+from re2tal.backbones.hub.tiling import ClipwiseBackbone
 from re2tal.rewire import set_beta
 
 FAMILIES = sorted({build: name for name, build in reversed(BACKBONES.items())}.values())

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from re2tal.backbones import BackboneConfig, build_backbone
-from re2tal.backbones.footprint import kept_bytes
+from re2tal.planning.footprint import kept_bytes
 from re2tal.reversible.origin import saved_tensors_seen_by
 
 FORMS: dict[str, dict[str, Any]] = {

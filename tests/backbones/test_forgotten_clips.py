@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from re2tal.backbones import BACKBONES, BackboneConfig, build_backbone
-from re2tal.backbones.tiling import ClipwiseBackbone
+from re2tal.backbones.hub.tiling import ClipwiseBackbone
 from re2tal.reversible.live_bytes import LiveBytes
 from re2tal.rewire import unrewire
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from re2tal.backbones import BackboneConfig, build_backbone
-from re2tal.backbones.swin3d import DropPath
+from re2tal.backbones.swin3d.network import DropPath
 
 
 def build(weights: Path | str, *, name: str = "vivit_nano") -> Any:

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from re2tal.backbones.tiling import ClipEncoder, ClipwiseBackbone, cut, resize_positions
+from re2tal.backbones.hub.tiling import ClipEncoder, ClipwiseBackbone, cut, resize_positions
 
 
 class Averages(ClipEncoder):

@@ -13,8 +13,8 @@ from torch import Tensor
 from transformers import VideoMAEConfig, VideoMAEForPreTraining
 
 from re2tal.backbones import BackboneConfig, build_backbone
-from re2tal.backbones.videomae import SIZES
-from re2tal.backbones.videomae_layouts import ORIGINAL
+from re2tal.backbones.hub.videomae import SIZES
+from re2tal.backbones.hub.videomae_layouts import ORIGINAL
 from re2tal.backbones.weights import export_state
 
 CHANNELS, BLOCKS, HEADS = 48, 4, 2

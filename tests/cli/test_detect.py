@@ -15,13 +15,13 @@ from re2tal.backbones import BackboneConfig
 from re2tal.cli.detect import detect, encoding_for, load_detector
 from re2tal.cli.evaluate import evaluate
 from re2tal.cli.report import report
-from re2tal.config import DataConfig, RunConfig, build_detector, save_config
-from re2tal.data.manifest import FramesPerSecond, FramesPerVideo
-from re2tal.data.stream import ClipConfig
-from re2tal.data.windows import ResizeWhole, Slide
+from re2tal.config.schema import DataConfig, RunConfig, build_detector, save_config
+from re2tal.data.contract.manifest import FramesPerSecond, FramesPerVideo
+from re2tal.data.streaming.stream import ClipConfig
+from re2tal.data.streaming.windows import ResizeWhole, Slide
 from re2tal.evaluation.results import read_results
 from re2tal.evaluation.suppression import SuppressionConfig
-from re2tal.localizers.actionformer import ActionFormerConfig
+from re2tal.localizers.pyramid.actionformer import ActionFormerConfig
 from re2tal.structures import Action
 from re2tal.training.export import write_model
 

@@ -15,10 +15,10 @@ from re2tal.backbones import BackboneConfig
 from re2tal.cli import main
 from re2tal.cli.extract_features import Extract, extract
 from re2tal.cli.pack_features import Pack, pack
-from re2tal.data.feature_manifest import Extracted, FramesPerStep, Packed, SecondsPerStep, StepsPerVideo
-from re2tal.data.features import read_features
-from re2tal.data.manifest import MANIFEST_NAME
-from re2tal.data.shards import FeatureSet, open_any, open_shards
+from re2tal.data.contract.feature_manifest import Extracted, FramesPerStep, Packed, SecondsPerStep, StepsPerVideo
+from re2tal.data.contract.features import read_features
+from re2tal.data.contract.manifest import MANIFEST_NAME
+from re2tal.data.contract.shards import FeatureSet, open_any, open_shards
 from re2tal.structures import Action
 
 NANO = BackboneConfig(name="swin3d_nano")

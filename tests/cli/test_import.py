@@ -15,18 +15,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from re2tal.backbones import BACKBONES, BackboneConfig, build_backbone, slowfast, swin3d
-from re2tal.backbones.slowfast_layouts import KEY_LAYOUTS as SLOWFAST_LAYOUTS
-from re2tal.backbones.swin3d_layouts import KEY_LAYOUTS as SWIN_LAYOUTS
+from re2tal.backbones.slowfast.layouts import KEY_LAYOUTS as SLOWFAST_LAYOUTS
+from re2tal.backbones.swin3d.layouts import KEY_LAYOUTS as SWIN_LAYOUTS
 from re2tal.cli import main
 from re2tal.cli.detect import load_detector
-from re2tal.config import DataConfig, RunConfig, build_detector, load_config, save_config
+from re2tal.config.schema import DataConfig, RunConfig, build_detector, load_config, save_config
 from re2tal.conversion import export_detector
-from re2tal.data.stream import ClipConfig
-from re2tal.data.transforms import normalise
-from re2tal.data.windows import ResizeWhole, Slide
+from re2tal.data.streaming.stream import ClipConfig
+from re2tal.data.streaming.transforms import normalise
+from re2tal.data.streaming.windows import ResizeWhole, Slide
 from re2tal.evaluation.results import read_results
 from re2tal.evaluation.suppression import SuppressionConfig
-from re2tal.localizers.actionformer import ActionFormerConfig
+from re2tal.localizers.pyramid.actionformer import ActionFormerConfig
 from re2tal.rewire import wiring_of
 from re2tal.training.export import read_model, write_model
 

@@ -7,8 +7,8 @@ import pytest
 from data.files import write_video
 
 from re2tal.cli import main
-from re2tal.data.manifest import FramesPerSecond, FramesPerVideo, to_json
-from re2tal.data.shards import open_shards
+from re2tal.data.contract.manifest import FramesPerSecond, FramesPerVideo, to_json
+from re2tal.data.contract.shards import open_shards
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "shards.slurm"
 

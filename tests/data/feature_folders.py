@@ -7,9 +7,9 @@ from pathlib import Path
 
 from torch import Tensor
 
-from re2tal.data.build_features import Computed, FeatureBuild, FeatureShard
-from re2tal.data.feature_manifest import FeatureSpec, Grid, Packed, SecondsPerStep, StoredType
-from re2tal.data.shards import FeatureSet, open_any
+from re2tal.data.building.build_features import Computed, FeatureBuild, FeatureShard
+from re2tal.data.contract.feature_manifest import FeatureSpec, Grid, Packed, SecondsPerStep, StoredType
+from re2tal.data.contract.shards import FeatureSet, open_any
 from re2tal.structures import Action, VideoRecord
 
 STEP = 0.25

@@ -10,7 +10,7 @@ import av
 import numpy as np
 from data.numbered import HEIGHT, WIDTH, numbered_frame
 
-from re2tal.data.manifest import Encoding, FramesPerSecond, FramesPerVideo
+from re2tal.data.contract.manifest import Encoding, FramesPerSecond, FramesPerVideo
 
 
 def encoding(*, fps: float | None = None, num_frames: int | None = None, short_side: int = 96) -> Encoding:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from data.numbered import HEIGHT, WIDTH
 
-from re2tal.data.manifest import (
+from re2tal.data.contract.manifest import (
     INDEX_NAME,
     MANIFEST_NAME,
     Encoding,
@@ -21,7 +21,7 @@ from re2tal.data.manifest import (
     Totals,
     to_json,
 )
-from re2tal.data.shards import Pair, ShardSet, open_shards, write_tar
+from re2tal.data.contract.shards import Pair, ShardSet, open_shards, write_tar
 from re2tal.structures import Action, VideoRecord
 
 

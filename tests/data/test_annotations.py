@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from re2tal.data.annotations import read_annotations
+from re2tal.data.building.annotations import read_annotations
 from re2tal.structures import Action, VideoRecord
 
 

@@ -9,12 +9,12 @@ import pytest
 from data.files import cut_short, encoding, write_sound, write_video
 from data.numbered import read_numbers
 
-from re2tal.data.annotations import Annotations, read_annotations
-from re2tal.data.build import BuildConfig, build_shards, find_videos, plan_shards
-from re2tal.data.decode import decode_frames
-from re2tal.data.manifest import INDEX_NAME, MANIFEST_NAME
-from re2tal.data.shards import open_shards
-from re2tal.data.verify import damage, read_pair
+from re2tal.data.building.annotations import Annotations, read_annotations
+from re2tal.data.building.build import BuildConfig, build_shards, find_videos, plan_shards
+from re2tal.data.streaming.decode import decode_frames
+from re2tal.data.contract.manifest import INDEX_NAME, MANIFEST_NAME
+from re2tal.data.contract.shards import open_shards
+from re2tal.data.contract.verify import damage, read_pair
 from re2tal.structures import Action, VideoRecord
 
 CONFIG = BuildConfig(dataset="own", encoding=encoding(fps=15), videos_per_shard=3)
@@ -230,7 +230,7 @@ def test_a_disk_that_is_full_stops_the_build_and_rejects_nobody(videos, annotati
     def full(path, pairs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("re2tal.data.shard_builder.write_tar", full)
+    monkeypatch.setattr("re2tal.data.building.shard_builder.write_tar", full)
     with pytest.raises(OSError, match="No space left"):
         build_shards(annotations, videos=videos, out=tmp_path, subset="training", config=replace(CONFIG, workers=2))
     assert contents(tmp_path) == {}

@@ -1,6 +1,6 @@
 import pytest
 
-from re2tal.data.catalog import DATASETS, find_dataset
+from re2tal.data.building.catalog import DATASETS, find_dataset
 from re2tal.evaluation.protocols import TIOU_THRESHOLDS
 
 

@@ -10,10 +10,10 @@ from data.files import cut_short, encoding, write_video
 from data.folders import indexed, write_shards
 from data.numbered import encode_numbered
 
-from re2tal.data.build import BuildConfig, build_shards
-from re2tal.data.clips import ClipList, TrimmedClip, read_clips, true_classes
-from re2tal.data.shards import open_shards
-from re2tal.data.verify import damage
+from re2tal.data.building.build import BuildConfig, build_shards
+from re2tal.data.building.clips import ClipList, TrimmedClip, read_clips, true_classes
+from re2tal.data.contract.shards import open_shards
+from re2tal.data.contract.verify import damage
 from re2tal.structures import Action
 
 

@@ -1,7 +1,7 @@
 import pytest
 from data.numbered import HEIGHT, WIDTH, encode_numbered, read_numbers
 
-from re2tal.data.decode import DecodeError, count_frames, decode_frames
+from re2tal.data.streaming.decode import DecodeError, count_frames, decode_frames
 
 
 @pytest.fixture(scope="module")

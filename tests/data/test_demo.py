@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from re2tal.cli.demo import demo
-from re2tal.data.annotations import read_annotations
-from re2tal.data.demo import (
+from re2tal.data.building.annotations import read_annotations
+from re2tal.data.building.demo import (
     CLASSES,
     CLIP_SECONDS,
     NUM_DOTS,

@@ -3,7 +3,7 @@ import time
 
 import pytest
 
-from re2tal.data.isolated import Isolated, IsolationError
+from re2tal.data.building.isolated import Isolated, IsolationError
 
 # Functions must be importable by name in the other process, so these are the standard library's.
 

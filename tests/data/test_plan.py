@@ -2,7 +2,7 @@ import itertools
 
 import pytest
 
-from re2tal.data.plan import Unit, batch_units, count_steps, evaluation_order, training_order
+from re2tal.data.streaming.epoch_order import Unit, batch_units, count_steps, evaluation_order, training_order
 
 WORLDS = (1, 2, 3, 4, 5, 8)
 BATCHES = (1, 2, 3)

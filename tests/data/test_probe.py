@@ -5,7 +5,7 @@ import av
 import pytest
 from data.files import cut_short, cut_without_decoding, write_sound, write_video
 
-from re2tal.data.probe import open_video, probe_video
+from re2tal.data.building.probe import open_video, probe_video
 
 
 def test_a_plain_video_is_described(tmp_path):

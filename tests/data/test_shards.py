@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from data.files import encoding
 
-from re2tal.data.manifest import (
+from re2tal.data.contract.manifest import (
     INDEX_NAME,
     MANIFEST_NAME,
     IndexedVideo,
@@ -24,8 +24,8 @@ from re2tal.data.manifest import (
     Totals,
     to_json,
 )
-from re2tal.data.shards import Pair, open_shards, write_tar
-from re2tal.data.verify import damage
+from re2tal.data.contract.shards import Pair, open_shards, write_tar
+from re2tal.data.contract.verify import damage
 from re2tal.structures import Action, VideoRecord
 
 BLOCK = 512

@@ -13,18 +13,18 @@ from data.folders import indexed, write_shards
 from data.numbered import encode_numbered, read_numbers
 from data.workers import ready_worker
 
-from re2tal.data.decode import DecodeError, decode_frames
-from re2tal.data.shards import ShardSet
-from re2tal.data.sources import read_mp4
-from re2tal.data.stream import (
+from re2tal.data.streaming.decode import DecodeError, decode_frames
+from re2tal.data.contract.shards import ShardSet
+from re2tal.data.streaming.sources import read_mp4
+from re2tal.data.streaming.stream import (
     STOP_SIGNALS,
     ClipConfig,
     ClipStream,
     stop_signals_blocked,
     stream_clips,
 )
-from re2tal.data.transforms import Box, crop_and_resize
-from re2tal.data.windows import ResizeWhole, Slide, Trimmed, plan_windows
+from re2tal.data.streaming.transforms import Box, crop_and_resize
+from re2tal.data.streaming.windows import ResizeWhole, Slide, Trimmed, plan_windows
 from re2tal.structures import Action, ClipBatch
 
 LENGTHS = (40, 61, 100, 150, 33, 90, 75)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from re2tal.data.transforms import (
+from re2tal.data.streaming.transforms import (
     MEAN,
     STD,
     Box,

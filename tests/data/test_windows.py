@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from data.folders import indexed
 
-from re2tal.data.windows import ResizeWhole, Slide, Trimmed, draw_window, plan_windows
+from re2tal.data.streaming.windows import ResizeWhole, Slide, Trimmed, draw_window, plan_windows
 from re2tal.structures import Action
 
 

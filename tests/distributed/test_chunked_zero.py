@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from distributed.ranks import run_ranks
 from torch import Tensor, nn
 
-from re2tal.backbones.swin3d import VideoSwin
+from re2tal.backbones.swin3d.network import VideoSwin
 from re2tal.rewire import Branch, RewiringConfig, by_samples, by_tokens, residual_branches, rewire
 
 WORLD_SIZE, NUM_STEPS, ACCUMULATION, CHANNELS = 2, 3, 2, 16

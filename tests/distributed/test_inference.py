@@ -12,7 +12,7 @@ import torch
 from distributed.ranks import run_ranks
 from training.tiny import Scores, TinyClips, TinyDetector
 
-from re2tal.data.transforms import normalise
+from re2tal.data.streaming.transforms import normalise
 from re2tal.distributed import resolve_world
 from re2tal.evaluation.suppression import SuppressionConfig
 from re2tal.inference import predict

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from distributed.ranks import run_ranks
 
-from re2tal.backbones.swin3d import VideoSwin
+from re2tal.backbones.swin3d.network import VideoSwin
 from re2tal.detector import TemporalActionDetector
 from re2tal.distributed import resolve_world
 from re2tal.localizers import ActionFormerConfig, build_localizer

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from re2tal.localizers.anchors import balanced_bce, decode, evaluation_targets, giou_loss, match, pyramid_anchors
+from re2tal.localizers.vsgn.anchors import balanced_bce, decode, evaluation_targets, giou_loss, match, pyramid_anchors
 
 
 def test_anchors_of_scale_one_cover_exactly_the_steps_of_their_stride() -> None:

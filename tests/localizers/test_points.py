@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from re2tal.localizers.points import assign_targets, decode, pyramid_points
+from re2tal.localizers.pyramid.points import assign_targets, decode, pyramid_points
 
 RANGES = ((0, 4), (4, 8), (8, 10_000))
 POINTS = pyramid_points(16, RANGES)

@@ -3,8 +3,8 @@ import math
 import pytest
 import torch
 
-from re2tal.localizers.actionformer import ActionFormer, ActionFormerConfig
-from re2tal.localizers.step_supervision import step_loss, step_targets
+from re2tal.localizers.pyramid.actionformer import ActionFormer, ActionFormerConfig
+from re2tal.localizers.pyramid.step_supervision import step_loss, step_targets
 from re2tal.structures import Action, Features, Timeline
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from re2tal.localizers.transformer import TransformerBlock, attend_globally, attend_locally, sinusoids, stretch
+from re2tal.localizers.pyramid.transformer import TransformerBlock, attend_globally, attend_locally, sinusoids, stretch
 
 
 def attention_by_definition(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from re2tal.localizers.actionformer import ActionFormer, ActionFormerConfig, Variant
+from re2tal.localizers.pyramid.actionformer import ActionFormer, ActionFormerConfig, Variant
 from re2tal.localizers.weights import export_weights, import_weights
 
 TINY = ActionFormerConfig(channels=8, num_heads=2, max_num_steps=8, regression_ranges=((0, 4), (4, 100)))

@@ -11,7 +11,7 @@ from parity.vectors import Case
 
 from re2tal.evaluation.suppression import SuppressionConfig
 from re2tal.localizers import ActionFormerConfig, build_localizer
-from re2tal.localizers.actionformer import ActionFormer
+from re2tal.localizers.pyramid.actionformer import ActionFormer
 from re2tal.localizers.weights import import_weights
 from re2tal.structures import Action, Timeline
 

@@ -17,8 +17,8 @@ from parity.vectors import Case, cases, load, read_json
 
 from re2tal.evaluation.suppression import suppress
 from re2tal.evaluation.video_classes import fuse_video_classes
-from re2tal.localizers.actionformer import ActionFormer, ActionFormerOutputs
-from re2tal.localizers.points import assign_targets, pyramid_points
+from re2tal.localizers.pyramid.actionformer import ActionFormer, ActionFormerOutputs
+from re2tal.localizers.pyramid.points import assign_targets, pyramid_points
 from re2tal.localizers.weights import export_weights, public_name
 from re2tal.structures import Action, Detections, Features, Timeline
 

@@ -15,12 +15,14 @@ from parity.sizes import frames_per_step, slowfast_size, swin_size
 from parity.vectors import Case, cases, load
 from torch import Tensor
 
-from re2tal.backbones import slowfast_layouts, swin3d_layouts
+from re2tal.backbones.slowfast.network import layouts as slowfast_layouts
+
+from re2tal.backbones.swin3d.network import layouts as swin3d_layouts
 from re2tal.backbones.base import VideoBackbone, freeze_norms
-from re2tal.backbones.slowfast import InnerReluBottleneck, SlowFast
-from re2tal.backbones.swin3d import VideoSwin
+from re2tal.backbones.slowfast.network import InnerReluBottleneck, SlowFast
+from re2tal.backbones.swin3d.network import VideoSwin
 from re2tal.backbones.weights import KeyLayout
-from re2tal.data.transforms import normalise
+from re2tal.data.streaming.transforms import normalise
 from re2tal.detector import TemporalActionDetector, resample
 from re2tal.evaluation.suppression import suppress
 from re2tal.localizers.weights import public_name

@@ -12,8 +12,8 @@ from parity.vectors import Case, cases, load, read_json
 
 from re2tal.evaluation.suppression import suppress
 from re2tal.localizers import VSGNConfig, build_localizer
-from re2tal.localizers.anchors import pyramid_anchors
-from re2tal.localizers.vsgn import VSGN
+from re2tal.localizers.vsgn.anchors import pyramid_anchors
+from re2tal.localizers.vsgn.localizer import VSGN
 from re2tal.localizers.weights import export_weights, import_weights, public_name
 from re2tal.structures import Detections, Features, Timeline
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 from re2tal.backbones import BackboneConfig
-from re2tal.config import RunConfig
-from re2tal.data.windows import Slide
-from re2tal.localizers.actionformer import ActionFormerConfig
-from re2tal.recipes import demo
+from re2tal.config.schema import RunConfig
+from re2tal.data.streaming.windows import Slide
+from re2tal.localizers.pyramid.actionformer import ActionFormerConfig
+from re2tal.recipes.presets import demo
 
 
 def small_run(**engine) -> RunConfig:

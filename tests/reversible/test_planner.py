@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 
-from re2tal.reversible.planner import Ground, Option, fastest, peak_of, smallest
+from re2tal.planning.search import Ground, Option, fastest, peak_of, smallest
 
 
 def problem(seed: int) -> tuple[Ground, list[list[Option]]]:

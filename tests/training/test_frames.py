@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 
 from re2tal.backbones import BackboneConfig, build_backbone
-from re2tal.data.transforms import draw_colours, recolour
+from re2tal.data.streaming.transforms import draw_colours, recolour
 from re2tal.distributed import resolve_world
 from re2tal.reversible.live_bytes import LiveBytes
 from re2tal.training.engine import DTYPES, EngineConfig, build_engine, gather_weights, join

@@ -1,0 +1,192 @@
+"""Models of the transformers library: random, from the hub, or from a local folder; never with code of their own.
+
+name or folder -> config.json: the right kind and size? -> safetensors only -> every parameter found? -> model
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar, cast
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from re2tal.backbones.base import BackboneConfig
+from re2tal.backbones.swin3d.network import DropPath
+from re2tal.backbones.hub.tiling import ClipEncoder, ClipwiseBackbone
+from re2tal.backbones.weights import WEIGHTS_SUFFIXES, KeyLayout, load_weights
+from re2tal.strict_json import read_json
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+# How `from_pretrained` is called: nothing is unpickled or run, and what does not fit is left to `check_complete`.
+SAFELY: dict[str, Any] = {
+    "dtype": torch.float32,
+    "use_safetensors": True,
+    "weights_only": True,
+    "trust_remote_code": False,
+    "ignore_mismatched_sizes": True,
+    "output_loading_info": True,
+}
+
+# A size that a CPU trains in seconds, for tests and first tries; every family adds its own patches and clips to it.
+NANO = {"hidden_size": 48, "num_attention_heads": 2, "num_hidden_layers": 4}
+
+# What tells one size of a family from another; a family has some of them.
+SIZE_FIELDS = ("hidden_size", "num_hidden_layers", "num_spatial_layers", "num_temporal_layers", "num_attention_heads")
+
+
+# Files that hold the state of one of our backbones.
+OURS = KeyLayout(
+    "re2tal",
+    anchor=r"encoder\.model\..+",
+    to_ours=lambda keys: {key: key for key in keys},
+    from_ours=lambda keys: {key: key for key in keys},
+)
+
+
+def load_model(
+    model_class: type[Model],
+    config: PreTrainedConfig,
+    *,
+    weights: str | None,
+    kinds: tuple[str, ...],
+    optional: tuple[str, ...] = (),
+) -> Model:
+    """`model_class` as `config` says with random weights, or with those of a hub name or a local folder.
+
+    Number of frames, picture size and the like come with the weights; width and depth must be those of `config`.
+    `kinds` are the model types that may stand in the weights' config.json; entries of the model whose names begin with
+    one of `optional` may be missing from the weights. Raises ValueError, which says what to do, for anything else.
+    A single file is left to `clipwise`.
+    """
+    if weights is None or weights_file(weights) is not None:
+        return model_class(config)
+    check_folder(weights)
+    with readable(weights):
+        _check_kind(type(config).get_config_dict(weights)[0], weights, kinds=kinds)
+        found = type(config).from_pretrained(weights)
+        _check_size(found, config, weights)
+        model, report = cast(Any, model_class).from_pretrained(
+            weights,
+            config=found,
+            **SAFELY,
+        )
+    check_complete(report, weights, network=model_class.__name__, optional=optional)
+    return model
+
+
+@contextmanager
+def readable(weights: str) -> Iterator[None]:
+    """Turns what the library raises for weights that are out of reach or damaged into a ValueError with a remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(
+            f"cannot read {weights!r} from the model hub or its cache: {_first_line(error)} Without a network, fetch "
+            f"it where there is one (`hf download {weights} --local-dir FOLDER`) and give that folder instead"
+        ) from error
+    except SafetensorError as error:
+        raise ValueError(f"the weights in {weights!r} are damaged ({error}); fetch them again") from error
+
+
+def check_folder(weights: str) -> None:
+    """ValueError for a folder without a config or complete safetensors, and for what can be no hub name."""
+    folder = Path(weights)
+    if folder.is_file():
+        raise ValueError(f"{weights!r} is a file of no kind that is read; give one of {', '.join(WEIGHTS_SUFFIXES)}")
+    if not folder.is_dir():
+        if folder.is_absolute() or weights.count("/") > 1 or weights.startswith((".", "~")):
+            raise ValueError(
+                f"{weights!r} is neither a file, a folder nor a hub name; give OWNER/NAME or an existing path"
+            )
+        return
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"{folder} has no config.json; give a folder written by save_pretrained")
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(
+            f"{folder} holds no weights in safetensors files (pickled ones, *.bin and *.pth, are never read); fetch "
+            "the safetensors version, or where you trust the file, load it with transformers and call save_pretrained"
+        )
+    for index in folder.glob("*.safetensors.index.json"):
+        shards = set(json.loads(index.read_text())["weight_map"].values())
+        if absent := sorted(shard for shard in shards if not (folder / shard).is_file()):
+            raise ValueError(f"{index} lists {', '.join(absent)}, which the folder lacks; fetch the weights again")
+
+
+def _check_kind(found: dict, weights: str, *, kinds: tuple[str, ...]) -> None:
+    kind = found.get("model_type")
+    if kind not in kinds:
+        remote = "; it also asks to run code that it brings, which is never done" if "auto_map" in found else ""
+        raise ValueError(
+            f"{weights!r} holds a model of type {kind!r}, this backbone is {' or '.join(map(repr, kinds))}{remote}; "
+            "choose another backbone.name or other weights"
+        )
+
+
+def _check_size(found: PreTrainedConfig, wanted: PreTrainedConfig, weights: str) -> None:
+    pairs = {name: (getattr(found, name), getattr(wanted, name)) for name in SIZE_FIELDS if hasattr(wanted, name)}
+    wrong = [f"{name} {theirs}, not {ours}" for name, (theirs, ours) in pairs.items() if theirs != ours]
+    if wrong:
+        raise ValueError(f"{weights!r} is another size of this family ({', '.join(wrong)}); choose its backbone.name")
+
+
+def check_complete(report: dict, weights: str, *, network: str, optional: tuple[str, ...]) -> None:
+    """ValueError where the library's loading `report` says that entries are missing or of another shape.
+
+    Entries that begin with one of `optional` may be.
+    """
+    missing = sorted(key for key in report["missing_keys"] if not key.startswith(optional))
+    misshapen = sorted(str(entry[0]) for entry in report["mismatched_keys"] if not entry[0].startswith(optional))
+    if missing or misshapen:
+        raise ValueError(
+            f"{weights!r} does not fill {network}: {len(missing)} missing {missing[:6]}, {len(misshapen)} of another "
+            f"shape {misshapen[:6]}, {len(report['unexpected_keys'])} unexpected "
+            f"{sorted(report['unexpected_keys'])[:6]}; give weights of this architecture"
+        )
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]
+
+
+def clipwise(encoder: ClipEncoder, config: BackboneConfig, *, layouts: tuple[KeyLayout, ...] = ()) -> ClipwiseBackbone:
+    """The backbone around `encoder`; where `config.weights` is a file, ours or in one of `layouts`, it is loaded."""
+    backbone = ClipwiseBackbone(encoder)
+    if (file := weights_file(config.weights)) is not None:
+        try:
+            load_weights(backbone, file, layouts=(OURS, *layouts))
+        except ValueError as error:
+            if not _is_of_the_library(file.parent):
+                raise
+            raise ValueError(f"{error}. Or give {file.parent}, the whole folder of this model") from error
+    return backbone
+
+
+def _is_of_the_library(folder: Path) -> bool:
+    """Whether save_pretrained wrote it."""
+    config = folder / "config.json"
+    return config.is_file() and "model_type" in read_json(config)
+
+
+def weights_file(weights: str | None) -> Path | None:
+    """The path, where `weights` is a single file and not a folder or a hub name. It need not exist."""
+    return Path(weights) if weights is not None and weights.endswith(WEIGHTS_SUFFIXES) else None
+
+
+def add_drop_path(blocks: Iterable[nn.Module], rate: float, *, after: tuple[str, ...]) -> None:
+    """Drop-path after the named last submodules of every block's branches, growing linearly from 0 to `rate`.
+
+    The libraries' own blocks have either none or one fixed when they were configured. No parameter is renamed.
+    """
+    if rate == 0:
+        return
+    blocks = list(blocks)
+    for block, block_rate in zip(blocks, torch.linspace(0, rate, len(blocks), device="cpu").tolist(), strict=True):
+        for path in after:
+            block.set_submodule(path, nn.Sequential(block.get_submodule(path), DropPath(block_rate)))

@@ -1,0 +1,300 @@
+"""Annotation files: the ActivityNet layout and its THUMOS variants, read strictly.
+
+    {"database": {id: {"subset": str, "duration": seconds, "annotations": [{"segment": [start, end], "label": str}]}}}
+
+Variants that are recognised entry by entry: no `duration` but `frame` and `fps` (or a caller who measures the video),
+times written as strings, subset names in capitals, the label "Ambiguous" (skipped and counted: evaluation does not
+know it). All other keys are left alone. Sources: ActivityNet 1.3; the THUMOS14 files of OpenTAD, ActionFormer, VSGN.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeGuard
+
+from re2tal.data.contract.manifest import VIDEO_ID
+from re2tal.strict_json import read_json
+from re2tal.structures import AMBIGUOUS, Action, VideoRecord
+
+MAX_SHOWN = 20
+SUBSET_NAME = re.compile(r"[a-z0-9_-]{1,40}")
+
+
+@dataclass(frozen=True, slots=True)
+class Annotations:
+    """What an annotation file says."""
+
+    subsets: Mapping[str, tuple[VideoRecord, ...]]
+    """Lower-case subset name -> its videos in the file's order."""
+    classes: tuple[str, ...]
+    """Class names; sorted, unless the caller gave them."""
+    num_ambiguous: int
+    """Segments labelled "Ambiguous", left out."""
+    num_clipped: int
+    """Segments that ended a little after their video and now end with it."""
+    num_dropped: int
+    """Invalid segments left out because the caller said so."""
+
+    def subset(self, name: str) -> tuple[VideoRecord, ...]:
+        """The videos of a subset, whatever the case of its name; ValueError where there are none."""
+        try:
+            return self.subsets[name.lower()]
+        except KeyError:
+            raise ValueError(
+                f"no video belongs to subset {name!r}; the annotation file has {sorted(self.subsets)}"
+            ) from None
+
+
+def read_video_ids(path: Path) -> frozenset[str]:
+    """Video ids from a file: a JSON list, or, under any other suffix than .json, one per line.
+
+    Raises FileNotFoundError, and ValueError naming the file for JSON that is no list of strings.
+    """
+    if path.suffix != ".json":
+        return frozenset(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+    ids = read_json(path)
+    if not isinstance(ids, list) or not all(isinstance(video_id, str) for video_id in ids):
+        raise ValueError(f"{path} is not a JSON list of video ids; give one, or a text file with one id per line")
+    return frozenset(ids)
+
+
+def read_class_list(path: Path) -> tuple[str, ...]:
+    """Class names from a text file, one per line in their order, blank lines left out.
+
+    Raises FileNotFoundError, and ValueError naming the file for one that names no class, or one of them twice.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"--classes {path} is not a file")
+    try:
+        names = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--classes {path} is not a text file in UTF-8: {error}") from None
+    if not names:
+        raise ValueError(f"--classes {path} names no class; write one per line")
+    if odd := [name for name in names if not is_label(name)]:
+        raise ValueError(f"--classes {path} names {odd[0][:100]!r}; a name has 1 to 200 printable characters")
+    if repeated := sorted({name for name in names if names.count(name) > 1}):
+        raise ValueError(f"--classes {path} names {', '.join(repeated)} more than once; keep one line for each class")
+    return names
+
+
+def read_frame_rates(path: Path) -> dict[str, float]:
+    """Frames per second of the videos of an annotation file whose entries say them: "fps", or "frame" / "duration".
+
+    For a file that `read_annotations` has accepted. Raises ValueError for a rate that is no number.
+    """
+    rates = {}
+    for video_id, entry in read_json(path)["database"].items():
+        try:
+            fps = entry.get("fps")
+            if fps is None and "frame" in entry and "duration" in entry:
+                fps = float(entry["frame"]) / float(entry["duration"])
+            if fps is not None and 0 < float(fps) < math.inf:
+                rates[video_id] = float(fps)
+        except (TypeError, ValueError, ZeroDivisionError):
+            given = {key: entry.get(key) for key in ("fps", "frame", "duration")}
+            raise ValueError(f"{path}: {video_id}: {given} give no frame rate; correct them, or give --fps") from None
+    return rates
+
+
+def duration_tolerance(duration_seconds: float) -> float:
+    """How many seconds two statements about one video's length may differ: one second, or 2 % of a long video.
+
+    Published files need it: they were made from other copies of the videos, and round.
+    """
+    return max(1.0, 0.02 * duration_seconds)
+
+
+def read_annotations(
+    path: Path,
+    *,
+    classes: Sequence[str] | None = None,
+    invalid_segments: Literal["refuse", "drop"] = "refuse",
+    duration_of: Callable[[str], float] | None = None,
+) -> Annotations:
+    """Read an annotation file; all that is wrong in it is reported together.
+
+    A segment that ends after the video by no more than `duration_tolerance` is clipped; one that is reversed, empty,
+    negative or longer than that is refused, or dropped and counted if `invalid_segments` says so. `classes` fixes the
+    class list and refuses other labels. `duration_of(video_id)` gives the seconds of a video whose entry has none.
+    Raises ValueError naming the file, and for each problem the key, the value and the remedy.
+    """
+    content = read_json(path)
+    database = content.get("database") if isinstance(content, dict) else None
+    if not isinstance(database, dict) or not database:
+        raise ValueError(
+            f'{path} has no "database" object with a video in it; wanted {{"database": {{id: {{"subset": ..., '
+            '"duration": seconds, "annotations": [{"segment": [start, end], "label": ...}]}}}'
+        )
+    reader = _Reader(
+        classes=check_class_list(classes), drop_invalid=invalid_segments == "drop", duration_of=duration_of
+    )
+    records = list(reader.videos(database))
+    labels = {action.label for record in records for action in record.actions}
+    if not labels and not reader.problems:
+        reader.problems.append("database: no video has an annotation; give the file that lists the actions")
+    raise_together(path, reader.problems, hint=reader.hint())
+    subsets: dict[str, list[VideoRecord]] = {}
+    for record in records:
+        subsets.setdefault(record.subset, []).append(record)
+    return Annotations(
+        subsets={name: tuple(videos) for name, videos in subsets.items()},
+        classes=tuple(sorted(labels)) if classes is None else tuple(classes),
+        num_ambiguous=reader.num_ambiguous,
+        num_clipped=reader.num_clipped,
+        num_dropped=reader.num_dropped,
+    )
+
+
+def check_class_list(classes: Sequence[str] | None) -> frozenset[str] | None:
+    """The class names as a set; ValueError for none, or for one that is there twice."""
+    if classes is None:
+        return None
+    if len(set(classes)) < len(classes) or not classes:
+        raise ValueError(f"the class list names {len(classes)} classes, {len(set(classes))} different; list each once")
+    return frozenset(classes)
+
+
+def is_label(label: object) -> TypeGuard[str]:
+    """Whether this can be the name of a class: 1 to 200 printable characters."""
+    return isinstance(label, str) and bool(label.strip()) and label.isprintable() and len(label) <= 200
+
+
+def raise_together(path: Path | str, problems: Sequence[str], *, hint: str = "") -> None:
+    """One ValueError for all that is wrong with `path`, if anything is; `hint` is said once, at its end."""
+    if len(problems) == 1:
+        raise ValueError(f"{path}: {problems[0]}" + (f"; {hint}" if hint else ""))
+    if problems:
+        more = f"\n  and {len(problems) - MAX_SHOWN} more" if len(problems) > MAX_SHOWN else ""
+        shown = "".join(f"\n  {problem}" for problem in problems[:MAX_SHOWN])
+        raise ValueError(f"{path} has {len(problems)} problems:{shown}{more}" + (f"\n{hint}" if hint else ""))
+
+
+@dataclass(slots=True)
+class _Reader:
+    """Turns entries into records and keeps account of what is wrong with them."""
+
+    classes: frozenset[str] | None
+    drop_invalid: bool
+    duration_of: Callable[[str], float] | None
+    problems: list[str] = field(default_factory=list)
+    unknown_label: bool = False
+    num_ambiguous: int = 0
+    num_clipped: int = 0
+    num_dropped: int = 0
+
+    def hint(self) -> str:
+        """The classes there are, where a label was not among them."""
+        if not self.unknown_label:
+            return ""
+        names = sorted(self.classes or ())
+        more = f" and {len(names) - 30} more" if len(names) > 30 else ""
+        return f"the classes are {', '.join(names[:30])}{more}"
+
+    def videos(self, database: dict[str, Any]) -> Iterator[VideoRecord]:
+        for video_id, entry in database.items():
+            try:
+                yield self._video(video_id, entry)
+            except _Problem as problem:
+                self.problems.append(f"database.{video_id[:100]}: {problem}")
+
+    def _video(self, video_id: str, entry: Any) -> VideoRecord:
+        if not VIDEO_ID.fullmatch(video_id):
+            raise _Problem("id", video_id, "use 1 to 80 of A-Z a-z 0-9 _ - (no dot, no slash): rename it")
+        if not isinstance(entry, dict):
+            raise _Problem("entry", entry, "give an object with subset, duration and annotations")
+        subset, annotations = entry.get("subset"), entry.get("annotations")
+        if not isinstance(subset, str) or not SUBSET_NAME.fullmatch(subset.lower()):
+            raise _Problem("subset", subset, 'give a name such as "training" or "validation"')
+        if not isinstance(annotations, list):
+            raise _Problem("annotations", annotations, "give a list, empty where nothing happens")
+        duration = self._duration(video_id, entry)
+        return VideoRecord(
+            video_id=video_id,
+            subset=subset.lower(),
+            duration_seconds=duration,
+            actions=tuple(self._actions(f"database.{video_id}", annotations, duration)),
+        )
+
+    def _duration(self, video_id: str, entry: dict[str, Any]) -> float:
+        if "duration" in entry:
+            duration = _number(entry["duration"])
+            if duration is None or duration <= 0:
+                raise _Problem("duration", entry["duration"], "give the video's length in seconds")
+            return duration
+        frames, fps = _number(entry.get("frame")), _number(entry.get("fps"))
+        if frames is not None and fps is not None and frames > 0 and fps > 0:
+            return frames / fps
+        if self.duration_of is None:
+            raise _Problem("duration", None, "give the video's length in seconds")
+        try:
+            return self.duration_of(video_id)
+        except ValueError as error:
+            raise _Problem("duration", None, f"it is not given, and cannot be measured either: {error}") from None
+
+    def _actions(self, where: str, annotations: list[Any], duration: float) -> Iterator[Action]:
+        for number, item in enumerate(annotations):
+            try:
+                label = self._label(item)
+                if label == AMBIGUOUS and AMBIGUOUS not in (self.classes or ()):
+                    self.num_ambiguous += 1
+                elif (segment := self._segment(item.get("segment"), duration)) is not None:
+                    yield Action(*segment, label)
+            except _Problem as problem:
+                self.problems.append(f"{where}.annotations[{number}]: {problem}")
+
+    def _label(self, item: Any) -> str:
+        if not isinstance(item, dict):
+            raise _Problem("annotation", item, "give an object with segment and label")
+        label = item.get("label")
+        if not is_label(label):
+            raise _Problem("label", label, "give a class name of 1 to 200 printable characters")
+        if self.classes is not None and label not in self.classes and label != AMBIGUOUS:
+            self.unknown_label = True
+            raise _Problem("label", label, "it is not among the classes; correct it, or choose another --dataset")
+        return label
+
+    def _segment(self, segment: Any, duration: float) -> tuple[float, float] | None:
+        times = [_number(value) for value in segment] if isinstance(segment, list) else []
+        if len(times) != 2 or times[0] is None or times[1] is None:
+            raise _Problem("segment", segment, "give [start, end] in seconds")
+        start, end = times[0], times[1]
+        if fault := _fault(start, end, duration):
+            if not self.drop_invalid:
+                raise _Problem("segment", segment, f"{fault}; correct it, or use --invalid-segments drop")
+            self.num_dropped += 1
+            return None
+        self.num_clipped += end > duration
+        return start, min(end, duration)
+
+
+class _Problem(ValueError):
+    """One key whose value does not fit."""
+
+    def __init__(self, key: str, value: Any, remedy: str) -> None:
+        super().__init__(f"{key} is {repr(value)[:120]}: {remedy}")
+
+
+def _fault(start: float, end: float, duration: float) -> str:
+    if start < 0:
+        return "it starts before the video"
+    if end <= start:
+        return "it is reversed" if end < start else "it lasts no time"
+    if start >= duration or end > duration + duration_tolerance(duration):
+        return f"the video lasts {duration:g} s"
+    return ""
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, also one written as a string; None for anything else."""
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None

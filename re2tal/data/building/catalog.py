@@ -1,0 +1,98 @@
+"""Data sets that are known by name: a new one is a row in DATASETS.
+
+A row says how a data set is laid out and usually stored; the thresholds that its mAP is averaged over stand under the
+same name in `re2tal.evaluation.protocols`. Nothing is downloaded: the public sets ask people to fetch the videos
+themselves, and links die.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from re2tal.data.contract.manifest import Encoding, FramesPerSecond
+
+
+@dataclass(frozen=True, slots=True)
+class DatasetSpec:
+    """Facts about a data set."""
+
+    title: str
+    training_subset: str
+    evaluation_subset: str
+    encoding: Encoding
+    """How its videos are stored unless the user says otherwise."""
+    file_names: tuple[str, ...] = ("{id}", "v_{id}")
+    """Names of video files, without suffix."""
+    classes: tuple[str, ...] | None = None
+    """None: the labels of the annotation file, sorted."""
+    blocked: frozenset[str] = frozenset()
+    """Videos whose annotations are known to be wrong or empty."""
+
+
+def find_dataset(name: str) -> DatasetSpec:
+    """The row called `name`; ValueError shows the names there are."""
+    try:
+        return DATASETS[name]
+    except KeyError:
+        raise ValueError(f"unknown data set {name!r}; known: {sorted(DATASETS)}") from None
+
+
+_THUMOS_CLASSES = (
+    "BaseballPitch",
+    "BasketballDunk",
+    "Billiards",
+    "CleanAndJerk",
+    "CliffDiving",
+    "CricketBowling",
+    "CricketShot",
+    "Diving",
+    "FrisbeeCatch",
+    "GolfSwing",
+    "HammerThrow",
+    "HighJump",
+    "JavelinThrow",
+    "LongJump",
+    "PoleVault",
+    "Shotput",
+    "SoccerPenalty",
+    "TennisSwing",
+    "ThrowDiscus",
+    "VolleyballSpiking",
+)
+
+DATASETS: dict[str, DatasetSpec] = {
+    "own": DatasetSpec(
+        title="your own videos",
+        training_subset="training",
+        evaluation_subset="validation",
+        encoding=Encoding(FramesPerSecond(15.0)),
+    ),
+    "demo": DatasetSpec(
+        title="what `re2tal demo` writes",
+        training_subset="training",
+        evaluation_subset="validation",
+        encoding=Encoding(FramesPerSecond(16.0), short_side=96),
+    ),
+    "activitynet": DatasetSpec(
+        title="ActivityNet 1.3: 10,024 training and 4,926 validation videos, 200 classes",
+        training_subset="training",
+        evaluation_subset="validation",
+        # 15 per second and a short side of 256 is what published end-to-end work trains on.
+        encoding=Encoding(FramesPerSecond(15.0)),
+        # Ids have 11 characters and the common packages put v_ before them.
+        file_names=("v_{id}", "{id}"),
+        # Which 198 validation videos the 4,728-video protocol leaves out is in a file that comes with that protocol's
+        # features: give it to `re2tal shards build --blocked`.
+    ),
+    "thumos14": DatasetSpec(
+        title="THUMOS14: 200 training (official validation) and 211 evaluation (official test) videos, 20 classes",
+        # The names that OpenTAD's annotation file gives them; ActionFormer's says "validation" and "test" instead.
+        training_subset="training",
+        evaluation_subset="validation",
+        encoding=Encoding(FramesPerSecond(30.0)),
+        file_names=("{id}",),
+        classes=_THUMOS_CLASSES,
+        # Wrong annotations, and none at all: OpenTAD leaves out both, and evaluates 211 of the 213.
+        blocked=frozenset({"video_test_0000270", "video_test_0001292"}),
+    ),
+}

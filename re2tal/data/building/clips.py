@@ -1,0 +1,253 @@
+"""Trimmed clips and their classes, listed by a folder or by text files: what recognition trains on.
+
+    ROOT/SUBSET/CLASS/ID.mp4                        a folder
+    label,youtube_id,time_start,time_end,split      Kinetics' CSV; files are called ID_000012_000022.mp4
+    path label    or    path,label                  a line of the lists of mmaction2, pytorchvideo and SlowFast
+
+Every clip becomes a video with one action that lasts from its first frame to its last. How long that is, is measured
+when the clip is packed. Subsets called train or val become "training" and "validation", which recipes look for.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from re2tal.data.building.annotations import SUBSET_NAME, check_class_list, is_label, raise_together
+from re2tal.data.contract.manifest import VIDEO_ID
+from re2tal.data.building.probe import VIDEO_SUFFIXES
+from re2tal.data.contract.shards import FeatureSet, ShardSet
+from re2tal.structures import Action, VideoRecord
+
+SUBSETS = {
+    **dict.fromkeys(("train", "training"), "training"),
+    **dict.fromkeys(("val", "valid", "validate", "validation"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+"""What subsets are called in the field -> here."""
+
+KINETICS_COLUMNS = ("label", "youtube_id", "time_start", "time_end")
+_LISTED = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, VIDEO_SUFFIXES))}))(?:\s*,\s*|\s+)(.+)", re.IGNORECASE)
+_IN_A_NAME = re.compile(rf"(?<![a-z])({'|'.join(sorted(SUBSETS, key=len, reverse=True))})(?![a-z])")
+
+
+@dataclass(frozen=True, slots=True)
+class TrimmedClip:
+    """A video of unknown length that shows one action from end to end."""
+
+    video_id: str
+    subset: str
+    label: str
+
+    def lasting(self, seconds: float) -> VideoRecord:
+        """The record of the clip, now that its length is known."""
+        return VideoRecord(self.video_id, self.subset, seconds, (Action(0.0, seconds, self.label),))
+
+
+@dataclass(frozen=True, slots=True)
+class ClipList:
+    """What a folder or text files say."""
+
+    subsets: Mapping[str, tuple[TrimmedClip, ...]]
+    """Subset name -> its clips in the order they were found."""
+    classes: tuple[str, ...]
+    """Class names; sorted, unless the caller gave them."""
+    paths: Mapping[str, Path]
+    """Video id -> where its file is, or should be."""
+
+    def subset(self, name: str) -> tuple[TrimmedClip, ...]:
+        """The clips of a subset, whatever the case of its name; ValueError where there are none."""
+        wanted = SUBSETS.get(name.lower(), name.lower())
+        try:
+            return self.subsets[wanted]
+        except KeyError:
+            raise ValueError(f"no clip belongs to subset {name!r}; there are {sorted(self.subsets)}") from None
+
+
+class _Entry(NamedTuple):
+    """One clip as it was found; `where` tells a person."""
+
+    where: str
+    subset: str
+    label: str
+    path: Path
+
+
+def read_clips(places: Sequence[Path], *, videos: Path | None = None, classes: Sequence[str] | None = None) -> ClipList:
+    """Read one folder of clips, or text files of any of the layouts, most often one per subset.
+
+    `videos` is the folder that holds the files of a CSV, however deep, or that paths in lists start from (by default
+    the list's own). `classes` fixes the class list; labels that are numbers count in it, from 0. All that is wrong is
+    reported together: raises ValueError naming the file and line, the value and the remedy.
+    """
+    if len(places) != 1 and any(place.is_dir() for place in places):
+        raise ValueError(f"--clips names {len(places)} places and a folder among them; give one folder, or text files")
+    problems: list[str] = []
+    entries = [entry for place in places for entry in _entries(place, videos, problems)]
+    names = _Classes(entries, classes)
+    clips: list[TrimmedClip] = []
+    paths: dict[str, Path] = {}
+    for entry in entries:
+        video_id = entry.path.stem
+        try:
+            clip = TrimmedClip(_checked_id(video_id, entry.path), _subset(entry.subset), names.name(entry.label))
+        except ValueError as problem:
+            problems.append(f"{entry.where}: {problem}")
+            continue
+        if video_id in paths:
+            problems.append(f"{entry.where}: {entry.path} has the id of {paths[video_id]}: rename one, or list it once")
+            continue
+        paths[video_id] = entry.path
+        clips.append(clip)
+    title = ", ".join(map(str, places))
+    raise_together(title, problems, hint=names.hint)
+    if not clips:
+        raise ValueError(f"{title}: there is no clip in it; wanted SUBSET/CLASS/ID.mp4, or a line for each clip")
+    subsets: dict[str, list[TrimmedClip]] = {}
+    for clip in clips:
+        subsets.setdefault(clip.subset, []).append(clip)
+    return ClipList(
+        subsets={name: tuple(found) for name, found in subsets.items()},
+        classes=tuple(sorted({clip.label for clip in clips})) if classes is None else tuple(classes),
+        paths=paths,
+    )
+
+
+def true_classes(shards: ShardSet | FeatureSet) -> dict[str, str]:
+    """Video id -> what the clip shows; ValueError where videos do not show one action each."""
+    shown = {video.record.video_id: [action.label for action in video.record.actions] for video in shards.videos}
+    if odd := {video_id: labels for video_id, labels in shown.items() if len(labels) != 1}:
+        video_id, labels = next(iter(odd.items()))
+        raise ValueError(
+            f"{shards.root}: video {video_id!r}, like {len(odd)} in all, shows {len(labels)} actions; recognition "
+            "takes trimmed clips that show one: build shards with --clips"
+        )
+    return {video_id: label for video_id, (label,) in shown.items()}
+
+
+def _entries(place: Path, videos: Path | None, problems: list[str]) -> list[_Entry]:
+    if place.is_dir():
+        if videos is not None:
+            raise ValueError(f"--clips {place} is a folder that holds the clips itself; leave --videos {videos} out")
+        return list(_in_folder(place, problems))
+    try:
+        lines = place.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--clips {place} is not a text file in UTF-8: {error}") from None
+    header = [column.strip() for column in next(csv.reader(lines[:1]), [])]
+    if "youtube_id" in header:
+        return list(_in_kinetics(place, lines, header, videos, problems))
+    return list(_in_list(place, lines, videos or place.parent, problems))
+
+
+def _in_folder(root: Path, problems: list[str]) -> Iterator[_Entry]:
+    for path in _video_files(root):
+        parts = path.relative_to(root).parts
+        if len(parts) == 3:
+            yield _Entry(str(path), parts[0], parts[1], path)
+        else:
+            problems.append(f"{path}: it lies {len(parts)} levels down; wanted {root}/SUBSET/CLASS/{path.name}")
+
+
+def _in_kinetics(
+    place: Path, lines: Sequence[str], header: Sequence[str], videos: Path | None, problems: list[str]
+) -> Iterator[_Entry]:
+    if missing := [column for column in KINETICS_COLUMNS if column not in header]:
+        raise ValueError(f"{place} has no column {missing[0]!r}; wanted {','.join(KINETICS_COLUMNS)} and perhaps split")
+    if videos is None or not videos.is_dir():
+        raise ValueError(f"{place} names no files, and --videos is {videos}; give the folder that holds the clips")
+    files: dict[str, list[Path]] = {}
+    for path in _video_files(videos):
+        files.setdefault(path.stem, []).append(path)
+    subset = None if "split" in header else _subset_in_name(place)
+    rows = csv.DictReader(lines[1:], fieldnames=header)
+    for row in rows:
+        where = f"{place} line {rows.line_num + 1}"
+        start, end = (row["time_start"] or "").strip(), (row["time_end"] or "").strip()
+        if not (_is_whole(start) and _is_whole(end)):
+            problems.append(f"{where}: time_start and time_end are {start!r} and {end!r}: give whole seconds")
+            continue
+        stem = f"{(row['youtube_id'] or '').strip()}_{int(float(start)):06d}_{int(float(end)):06d}"
+        if not VIDEO_ID.fullmatch(stem):
+            problems.append(f"{where}: youtube_id is {row['youtube_id']!r:.100}: use A-Z a-z 0-9 _ - only")
+            continue
+        found = files.get(stem, [])
+        if len(found) > 1:
+            problems.append(f"{where}: {stem} is there as {', '.join(map(str, found))}: keep one of them")
+            continue
+        path = found[0] if found else videos / f"{stem}.mp4"
+        yield _Entry(where, subset or (row["split"] or "").strip(), (row["label"] or "").strip(), path)
+
+
+def _in_list(place: Path, lines: Sequence[str], videos: Path, problems: list[str]) -> Iterator[_Entry]:
+    subset = _subset_in_name(place)
+    for number, line in enumerate(lines, start=1):
+        found = _LISTED.fullmatch(line.strip())
+        if found:
+            yield _Entry(f"{place} line {number}", subset, found[2].strip(), videos / found[1])
+        elif line.strip() and not (number == 1 and line.split(",")[0].strip() == "path"):
+            problems.append(f"{place} line {number} is {line[:120]!r}: give the path of a video file, then its class")
+
+
+def _is_whole(text: str) -> bool:
+    return re.fullmatch(r"\d{1,6}(\.0*)?", text) is not None
+
+
+def _video_files(root: Path) -> Iterator[Path]:
+    """Every video file below `root`, sorted; links to folders are followed, as packages of videos are often made."""
+    for folder, folders, names in os.walk(root, followlinks=True):
+        folders.sort()
+        yield from (Path(folder, name) for name in sorted(names) if Path(name).suffix.lower() in VIDEO_SUFFIXES)
+
+
+def _subset_in_name(place: Path) -> str:
+    found = {SUBSETS[word] for word in _IN_A_NAME.findall(place.stem.lower())}
+    if len(found) != 1:
+        raise ValueError(f"{place}: its name does not tell the subset; call it train.csv or val.csv, say")
+    return found.pop()
+
+
+def _subset(name: str) -> str:
+    subset = SUBSETS.get(name.lower(), name.lower())
+    if not SUBSET_NAME.fullmatch(subset):
+        raise ValueError(f"the subset is {name[:100]!r}: give a name such as train or val")
+    return subset
+
+
+def _checked_id(video_id: str, path: Path) -> str:
+    if not VIDEO_ID.fullmatch(video_id):
+        raise ValueError(f"{path.name!r} gives an id that is not 1 to 80 of A-Z a-z 0-9 _ - (no dot): rename the file")
+    return video_id
+
+
+class _Classes:
+    """From labels as they are written to class names."""
+
+    def __init__(self, entries: Iterable[_Entry], classes: Sequence[str] | None) -> None:
+        self.known = check_class_list(classes)
+        self.order = tuple(classes or ())
+        self.hint = ""
+        labels = {entry.label for entry in entries}
+        if classes is None and labels and all(label.isdecimal() for label in labels):
+            raise ValueError(
+                f"the labels are numbers ({', '.join(sorted(labels)[:3])}, ...), which name no class; give --classes "
+                "FILE, with the name of class 0 in its first line, that of class 1 in the next, ..."
+            )
+
+    def name(self, label: str) -> str:
+        """The class that `label` stands for; ValueError for one that is not among those given."""
+        if not is_label(label):
+            raise ValueError(f"the class is {label[:100]!r}: give a name of 1 to 200 printable characters")
+        if self.known is None or label in self.known:
+            return label
+        if label.isdecimal():
+            if int(label) < len(self.order):
+                return self.order[int(label)]
+            raise ValueError(f"the class is number {label[:20]}, and {len(self.order)} were given, counted from 0")
+        self.hint = f"the {len(self.order)} classes are {', '.join(self.order[:30])}"
+        raise ValueError(f"class {label!r} is not among those given: correct it, or add it")

@@ -1,0 +1,199 @@
+"""What the JSON files of a feature folder hold: what a backbone saw in each video, computed once and stored.
+
+    index.jsonl      one IndexedFeatures per line, in shard order
+    manifest.json    one FeatureManifest
+
+Step j of a video stands for the stretch of time [start_seconds + j * seconds_per_step, ... + (j + 1) * ...], whose
+middle is the middle of the frames it was computed from. shards/README.md explains every key for people and other
+programs; how these files are read and checked is that of the video shards.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import Field
+
+from re2tal.data.contract.manifest import Count, Positive, Rejection, Sha256, ShardFile, ShardName, SubsetName, from_json
+from re2tal.strict_json import read_json
+from re2tal.structures import VideoRecord
+
+FORMAT: Final = "re2tal-features"
+VERSION: Final = 1
+
+Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+StoredType = Literal["float16", "float32"]
+
+
+@dataclass(frozen=True, slots=True)
+class IndexedFeatures:
+    """One video of a feature folder: what it shows, where its steps lie in time, and where its bytes are."""
+
+    record: VideoRecord
+    shard: ShardName
+    """File name of the tar in the folder."""
+    offset: Count
+    """Where in the tar the header of the first of its two members starts."""
+    num_bytes: Positive
+    """From `offset` to the end of the padding of the second member: this stretch alone is a readable tar."""
+    num_steps: Positive
+    seconds_per_step: Seconds
+    start_seconds: Annotated[float, Field(allow_inf_nan=False)]
+    """Where step 0 begins."""
+    crc32: Annotated[int, Field(ge=0, lt=2**32)]
+    """zlib.crc32 of the safetensors member."""
+
+    @property
+    def num_frames(self) -> int:
+        """Number of steps, to the code that cuts frames and steps alike."""
+        return self.num_steps
+
+    @property
+    def fps(self) -> float:
+        """Steps per second, to the same code."""
+        return 1 / self.seconds_per_step
+
+
+@dataclass(frozen=True, slots=True)
+class SecondsPerStep:
+    """Every step of every video lasts so long."""
+
+    seconds_per_step: Seconds
+
+
+@dataclass(frozen=True, slots=True)
+class StepsPerVideo:
+    """Every video is so many steps, however long it lasts."""
+
+    num_steps: Positive
+
+
+@dataclass(frozen=True, slots=True)
+class FramesPerStep:
+    """A step every so many frames of videos whose rates differ."""
+
+    stride_frames: Positive
+
+
+Grid = SecondsPerStep | StepsPerVideo | FramesPerStep
+
+
+@dataclass(frozen=True, slots=True)
+class Extracted:
+    """Features that `re2tal features extract` computed from video shards."""
+
+    backbone: str
+    """Its name, a row of re2tal.backbones.BACKBONES."""
+    weights: str
+    """Where its weights came from, in words."""
+    weights_sha256: Sha256
+    """Of the weights and buffers themselves, by name."""
+    settings: dict[str, Any]
+    """The backbone's whole configuration."""
+    clips: dict[str, Any]
+    """What the backbone was shown: length and rate of its windows, their overlap, size and fit of the pictures."""
+    precision: str
+    """What it computed in."""
+    shards_sha256: Sha256
+    """Of the manifest of the video shards."""
+
+
+@dataclass(frozen=True, slots=True)
+class Packed:
+    """Features of another program that `re2tal features pack` took over."""
+
+    window_frames: Positive | None
+    """Frames that one step was computed from, the first from frame 0; None where whole videos were resized."""
+    fps: Seconds | None
+    """The rate that was given for all videos; None where the annotation file says each video's."""
+    annotations_sha256: Sha256
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureSpec:
+    """What the features of a folder are: the same for all its videos."""
+
+    channels: Positive
+    dtype: StoredType
+    grid: Grid
+    origin: Extracted | Packed
+
+
+@dataclass(frozen=True, slots=True)
+class SourceFile:
+    """The file that features were taken from."""
+
+    file: str
+    """Its name, without folder."""
+    sha256: Sha256
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFeatures:
+    """The json member beside each safetensors."""
+
+    record: VideoRecord
+    num_steps: Positive
+    seconds_per_step: Seconds
+    start_seconds: Annotated[float, Field(allow_inf_nan=False)]
+    source: SourceFile | None
+    """None where the features were computed from the video of the same id in the shards that the manifest names."""
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureReport:
+    """What became of one shard; kept beside the shards so that a stopped run can go on."""
+
+    fingerprint: Sha256
+    """Of all that the shard was made from."""
+    file: ShardFile | None
+    """None where every video was rejected."""
+    videos: tuple[IndexedFeatures, ...]
+    rejected: tuple[Rejection, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureTotals:
+    """Sums over a folder, to be compared with its index."""
+
+    videos: Positive
+    steps: Positive
+    num_bytes: Positive
+
+    @property
+    def frames(self) -> int:
+        """Number of steps, to the code that counts frames and steps alike."""
+        return self.steps
+
+
+@dataclass(frozen=True, slots=True)
+class FeatureManifest:
+    """What a folder holds, and from what it was made."""
+
+    format: Literal["re2tal-features"]
+    version: Literal[1]
+    dataset: str
+    subset: SubsetName
+    classes: tuple[str, ...]
+    features: FeatureSpec
+    totals: FeatureTotals
+    rejected: tuple[Rejection, ...]
+    index_sha256: Sha256
+    shards: tuple[ShardFile, ...]
+
+
+def read_feature_manifest(path: Path) -> FeatureManifest:
+    """The manifest in a file; ValueError names the file, the key and the value that does not fit."""
+    content = read_json(path)
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ValueError(
+            f"{path} is not a manifest of {FORMAT}; give a folder that `re2tal features extract` or `pack` wrote"
+        )
+    if content.get("version") != VERSION:
+        raise ValueError(
+            f"{path} has version {content.get('version')!r}, this program reads {VERSION}; "
+            "extract the features again with this program, or install the program that wrote them"
+        )
+    return from_json(FeatureManifest, path.read_bytes(), source=str(path))

@@ -1,0 +1,224 @@
+"""Shard folders: opening one, with the checks that its parts belong together, and writing one tar.
+
+    <out>/<subset>/shard-000000.tar ...    {id}.json, {id}.mp4, {id}.json, ...   one whole normalised video per pair
+    <out>/<subset>/index.jsonl             one IndexedVideo per line, in shard order: all that planning needs
+    <out>/<subset>/manifest.json           written last; its presence says that the folder is complete
+
+`re2tal.data.building.build` writes such folders, `re2tal.data.contract.verify` reads every byte of one. A folder of features looks the
+same, with {id}.safetensors beside {id}.json; `re2tal.data.building.build_features` writes those.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Generic, Self, TypeVar
+
+from webdataset.writer import TarWriter
+
+from re2tal.data.contract import feature_manifest
+from re2tal.data.contract.feature_manifest import FeatureManifest, IndexedFeatures, read_feature_manifest
+from re2tal.data.contract.manifest import INDEX_NAME, MANIFEST_NAME, VIDEO_ID, IndexedVideo, Manifest, from_json, read_manifest
+from re2tal.strict_json import read_json, sha256_of
+
+AnyManifest = TypeVar("AnyManifest", Manifest, FeatureManifest)
+Entry = TypeVar("Entry", IndexedVideo, IndexedFeatures)
+
+
+@dataclass(frozen=True)
+class Folder(Generic[AnyManifest, Entry]):
+    """A complete, checked folder of shards of videos or of features."""
+
+    root: Path
+    manifest: AnyManifest
+    manifest_sha256: str
+    """Names this data set in the state that a resumed run compares."""
+    videos: tuple[Entry, ...]
+    """In shard order, within a shard in tar order."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names; a label's position is its index. The same in all subsets of one annotation file."""
+        return self.manifest.classes
+
+    @property
+    def subset(self) -> str:
+        """Lower-case subset name."""
+        return self.manifest.subset
+
+    @cached_property
+    def by_id(self) -> dict[str, Entry]:
+        """Videos by id."""
+        return {video.record.video_id: video for video in self.videos}
+
+    def only(self, video_ids: Iterable[str]) -> Self:
+        """The same folder, of which only these videos are seen, in this order."""
+        return replace(self, videos=tuple(self.by_id[video_id] for video_id in video_ids))
+
+    def path(self, shard: str) -> Path:
+        """Where the tar called `shard` is."""
+        return self.root / shard
+
+
+class ShardSet(Folder[Manifest, IndexedVideo]):
+    """A complete, checked folder of videos."""
+
+
+class FeatureSet(Folder[FeatureManifest, IndexedFeatures]):
+    """A complete, checked folder of features."""
+
+
+def open_shards(folder: Path | str) -> ShardSet:
+    """Open a shard folder and check that its parts belong together; reads no video.
+
+    Raises ValueError where a file is missing, has another size than the manifest says, or contradicts another file,
+    and where the folder holds features.
+    """
+    opened = open_any(folder)
+    if isinstance(opened, FeatureSet):
+        raise ValueError(f"{folder} holds features, and videos are wanted here; give a folder of `re2tal shards build`")
+    return opened
+
+
+def open_any(folder: Path | str) -> ShardSet | FeatureSet:
+    """Open a folder of videos or of features, as its manifest says; the same checks as `open_shards`."""
+    root = Path(folder)
+    _check_is_shard_folder(root)
+    content = read_json(root / MANIFEST_NAME)
+    if isinstance(content, dict) and content.get("format") == feature_manifest.FORMAT:
+        return FeatureSet(**_read(root, read_feature_manifest(root / MANIFEST_NAME), IndexedFeatures))
+    return ShardSet(**_read(root, read_manifest(root / MANIFEST_NAME), IndexedVideo))
+
+
+def _read(root: Path, manifest: AnyManifest, kind: type[Entry]) -> dict[str, Any]:
+    """The fields of a Folder, checked."""
+    index_path = root / INDEX_NAME
+    index_bytes = index_path.read_bytes()
+    index_sha256 = hashlib.sha256(index_bytes).hexdigest()
+    if index_sha256 != manifest.index_sha256:
+        raise ValueError(
+            f"{index_path} is not the one that {MANIFEST_NAME} was written for (sha256 {index_sha256[:12]}..., "
+            f"manifest says {manifest.index_sha256[:12]}...); {_rebuild(root, manifest)}"
+        )
+    videos = tuple(
+        from_json(kind, line, source=f"{index_path} line {number}")
+        for number, line in enumerate(index_bytes.splitlines(), start=1)
+    )
+    _check_files(root, manifest)
+    _check_index(root, manifest, videos)
+    return {"root": root, "manifest": manifest, "manifest_sha256": sha256_of(root / MANIFEST_NAME), "videos": videos}
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """The two members of one video."""
+
+    video_id: str
+    json: bytes
+    content: bytes
+
+
+def write_tar(path: Path, pairs: Iterable[Pair], *, suffix: str = "mp4") -> list[tuple[int, int]]:
+    """Write pairs into a tar that appears whole or not at all; gives each pair's (offset, num_bytes).
+
+    The same pairs give the same bytes: members carry no time, and no owner but webdataset's constant one.
+    """
+    places = []
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            # The integer 0: any other time, a float among them, adds a header of 1 KiB to every member.
+            with TarWriter(file, encoder=False, mtime=0) as writer:
+                for pair in pairs:
+                    start = writer.tarstream.offset
+                    writer.write({"__key__": pair.video_id, "json": pair.json, suffix: pair.content})
+                    places.append((start, writer.tarstream.offset - start))
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return places
+
+
+def _check_is_shard_folder(root: Path) -> None:
+    if not root.is_dir():
+        raise ValueError(f"{root} is not a folder; {_rebuild(root)}")
+    if (root / MANIFEST_NAME).is_file() and (root / INDEX_NAME).is_file():
+        return
+    inside = sorted(child.name for child in root.iterdir() if (child / MANIFEST_NAME).is_file())
+    if inside:
+        raise ValueError(f"{root} holds one shard folder per subset; give one of: {[str(root / n) for n in inside]}")
+    missing = [name for name in (MANIFEST_NAME, INDEX_NAME) if not (root / name).is_file()]
+    raise ValueError(f"{root} has no {' and no '.join(missing)}: it is no complete shard folder; {_rebuild(root)}")
+
+
+def _rebuild(root: Path, manifest: Manifest | FeatureManifest | None = None) -> str:
+    if isinstance(manifest, FeatureManifest):
+        return "run the re2tal features command that made it again; what is sound is kept"
+    return (
+        "build it (a stopped build goes on where it was) with: "
+        f"re2tal shards build --videos DIR --annotations FILE --out {root.parent} --subsets {root.name}"
+    )
+
+
+def _check_files(root: Path, manifest: Manifest | FeatureManifest) -> None:
+    for shard in manifest.shards:
+        path = root / shard.name
+        if not path.is_file():
+            raise ValueError(f"{path} is missing, though {MANIFEST_NAME} lists it; {_rebuild(root, manifest)}")
+        size = path.stat().st_size
+        if size != shard.num_bytes:
+            raise ValueError(
+                f"{path} has {size} bytes, {MANIFEST_NAME} says {shard.num_bytes}: it was cut or changed; "
+                f"delete it, then {_rebuild(root, manifest)}"
+            )
+
+
+def _check_index(
+    root: Path, manifest: Manifest | FeatureManifest, videos: Sequence[IndexedVideo | IndexedFeatures]
+) -> None:
+    index_path = root / INDEX_NAME
+    sizes = {shard.name: shard.num_bytes for shard in manifest.shards}
+    counts = Counter(video.shard for video in videos)
+    if counts != Counter({shard.name: shard.videos for shard in manifest.shards}) or not videos:
+        raise ValueError(
+            f"{index_path} lists {len(videos)} videos in {len(counts)} shards, {MANIFEST_NAME} "
+            f"{manifest.totals.videos} in {len(manifest.shards)}; {_rebuild(root, manifest)}"
+        )
+    frames, totals = sum(video.num_frames for video in videos), manifest.totals
+    if (len(videos), frames) != (totals.videos, totals.frames):
+        raise ValueError(
+            f"{index_path} holds {len(videos)} videos of {frames} frames, {MANIFEST_NAME} says {totals.videos} of "
+            f"{totals.frames}; {_rebuild(root, manifest)}"
+        )
+    seen: set[str] = set()
+    for video in videos:
+        problem = _problem(video, manifest, shard_bytes=sizes[video.shard])
+        if video.record.video_id in seen:
+            problem = "is listed twice"
+        if problem:
+            raise ValueError(f"{index_path}: {video.record.video_id[:80]!r} {problem}; {_rebuild(root, manifest)}")
+        seen.add(video.record.video_id)
+
+
+def _problem(video: IndexedVideo | IndexedFeatures, manifest: Manifest | FeatureManifest, *, shard_bytes: int) -> str:
+    """What is wrong with an index entry; nothing where it is sound."""
+    record = video.record
+    if not VIDEO_ID.fullmatch(record.video_id):
+        return f"is not an id of the form {VIDEO_ID.pattern}"
+    if record.subset != manifest.subset:
+        return f"belongs to subset {record.subset!r}, not to {manifest.subset!r}"
+    if video.offset + video.num_bytes > shard_bytes:
+        return f"lies past the end of {video.shard}"
+    seconds = [t for action in record.actions for t in (action.start_seconds, action.end_seconds)]
+    if not all(map(math.isfinite, (video.fps, record.duration_seconds, *seconds))):
+        return "has a time that is not finite"
+    unknown = {action.label for action in record.actions} - set(manifest.classes)
+    return f"has labels {sorted(unknown)} that are not among the classes of {MANIFEST_NAME}" if unknown else ""

@@ -1,0 +1,62 @@
+"""Read every byte of a shard folder and say what is damaged.
+
+Opening a folder compares names, sizes and counts; this compares contents: each tar's sha256 with the manifest, each
+video's crc32 and description with the index, and the members with what a shard may hold. No picture is decoded.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+
+from re2tal.data.contract.feature_manifest import FeatureSpec, IndexedFeatures, StoredFeatures
+from re2tal.data.contract.features import SUFFIX, unpack_features
+from re2tal.data.contract.manifest import IndexedVideo, StoredVideo, from_json
+from re2tal.data.contract.members import read_pair
+from re2tal.data.contract.shards import FeatureSet, ShardSet
+from re2tal.strict_json import sha256_of
+
+
+def damage(shards: ShardSet | FeatureSet) -> Iterator[str]:
+    """Problems of a folder, one line each; none where every byte is as it was built."""
+    for shard in shards.manifest.shards:
+        path = shards.path(shard.name)
+        sha256 = sha256_of(path)
+        if sha256 == shard.sha256:
+            continue
+        yield f"{path}: sha256 is {sha256[:12]}..., the manifest says {shard.sha256[:12]}...; delete it and build again"
+    for video in shards.videos:
+        try:
+            match video:
+                case IndexedVideo():
+                    check_video(shards.path(video.shard), video)
+                case IndexedFeatures() if isinstance(shards, FeatureSet):
+                    check_features(shards.path(video.shard), video, shards.manifest.features)
+        except ValueError as error:
+            yield f"{video.shard} {video.record.video_id}: {error}"
+
+
+def check_video(path: Path, video: IndexedVideo) -> None:
+    """Compare one video's two members with its index entry; ValueError says how they differ."""
+    description, mp4 = read_pair(path, video)
+    if (crc32 := zlib.crc32(mp4)) != video.crc32:
+        raise ValueError(f"crc32 of the mp4 is {crc32}, the index says {video.crc32}")
+    stored = from_json(StoredVideo, description, source=f"{video.record.video_id}.json")
+    _compare(stored, video, "record", "num_frames", "fps", "width", "height")
+
+
+def check_features(path: Path, video: IndexedFeatures, spec: FeatureSpec) -> None:
+    """Compare one video's features and their description with its index entry; ValueError says how they differ."""
+    description, content = read_pair(path, video, suffix=SUFFIX)
+    if (crc32 := zlib.crc32(content)) != video.crc32:
+        raise ValueError(f"crc32 of the features is {crc32}, the index says {video.crc32}")
+    stored = from_json(StoredFeatures, description, source=f"{video.record.video_id}.json")
+    _compare(stored, video, "record", "num_steps", "seconds_per_step", "start_seconds")
+    unpack_features(content, channels=spec.channels, num_steps=video.num_steps, dtype=spec.dtype)
+
+
+def _compare(stored: object, video: object, *names: str) -> None:
+    for name in names:
+        if getattr(stored, name) != getattr(video, name):
+            raise ValueError(f"{name} is {getattr(stored, name)} in its json and {getattr(video, name)} in the index")

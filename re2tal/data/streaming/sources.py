@@ -1,0 +1,146 @@
+"""What a clip is read from: a stored video, decoded and cut, or stored features.
+
+Both are asked for one window of a video. Random cuts are drawn from the generator that comes with the question, so a
+clip is the same whoever reads it.
+"""
+
+from __future__ import annotations
+
+import tarfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from webdataset.tariterators import tar_file_iterator
+
+from re2tal.data.streaming.collate import Clip, collate, collate_features
+from re2tal.data.streaming.decode import DecodeError, decode_frames
+from re2tal.data.contract.features import interpolate, read_features
+from re2tal.data.contract.manifest import IndexedVideo
+from re2tal.data.contract.shards import FeatureSet, ShardSet
+from re2tal.data.streaming.transforms import Box, crop_and_resize, draw_box, square_box
+from re2tal.data.streaming.windows import Slide, Window, Windowing
+from re2tal.structures import Batch
+
+
+class Source(Protocol):
+    """What a stream of clips needs of its videos."""
+
+    @property
+    def folder(self) -> ShardSet | FeatureSet:
+        """Where the videos are."""
+
+    def blank(self, window: Window) -> Tensor:
+        """The content of a clip that cannot be read, or only fills a batch."""
+
+    def read(self, number: int, window: Window, generator: np.random.Generator) -> Tensor:
+        """The content of a window of the video at place `number` of the index; DecodeError where it is damaged."""
+
+    def collate(self, clips: Sequence[Clip]) -> Batch:
+        """Clips to a batch."""
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Windows of videos as (3, T, size, size) uint8 frames; padding repeats the last frame."""
+
+    folder: ShardSet
+    size: int
+    fit: Literal["crop", "stretch"]
+    crop_area: tuple[float, float]
+    """(1, 1): whole pictures"""
+    crop_aspect: tuple[float, float]
+    flip: bool
+
+    def blank(self, window: Window) -> Tensor:
+        """Black frames."""
+        return torch.zeros(3, len(window.positions), self.size, self.size, dtype=torch.uint8)
+
+    def read(self, number: int, window: Window, generator: np.random.Generator) -> Tensor:
+        """Decoded, and cut by one box and one mirror bit for all frames."""
+        mp4 = read_mp4(self.folder, self.folder.videos[number])
+        content = self.blank(window)
+        frames = decode_frames(mp4, window.indices[: window.num_valid])
+        content[:, : window.num_valid] = self._shape(frames, generator, place=window.crop)
+        content[:, window.num_valid :] = content[:, window.num_valid - 1 : window.num_valid]
+        return content
+
+    def collate(self, clips: Sequence[Clip]) -> Batch:
+        """A ClipBatch."""
+        return collate(clips)
+
+    def _shape(self, frames: Tensor, generator: np.random.Generator, *, place: float) -> Tensor:
+        """(T, H, W, 3) -> (3, T, size, size)."""
+        height, width = frames.shape[1:3]
+        box = square_box(height, width, place=place) if self.fit == "crop" else Box(0, 0, height, width)
+        if self.crop_area != (1, 1):
+            box = draw_box(height, width, area=self.crop_area, aspect=self.crop_aspect, generator=generator)
+        flip = self.flip and generator.random() < 0.5
+        return crop_and_resize(frames, box, size=self.size, flip=flip)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Windows of features as (C, T) float32; padding is zero."""
+
+    folder: FeatureSet
+    windowing: Windowing
+
+    def __post_init__(self) -> None:
+        """Features are means over stretches of time: taken at another rate, they would lie between two stretches."""
+        match self.windowing:
+            case Slide(frames_per_second=rate) if rate is not None:
+                self._check_rate(rate)
+
+    def _check_rate(self, rate: float) -> None:
+        for video in self.folder.videos:
+            if abs(video.fps - rate) > 1e-3 * rate:
+                raise ValueError(
+                    f"data.clips.windowing.frames_per_second is {rate:g}, but the features of {video.record.video_id} "
+                    f"in {self.folder.root} come at {video.fps:g} steps per second; give that, or null (None on the "
+                    "command line) for the rate of each video"
+                )
+
+    def blank(self, window: Window) -> Tensor:
+        """Zeros."""
+        return torch.zeros(self.folder.manifest.features.channels, len(window.positions))
+
+    def read(self, number: int, window: Window, generator: np.random.Generator) -> Tensor:
+        """Interpolated in time where the window asks for places between two steps."""
+        values = read_features(self.folder, self.folder.videos[number])
+        content = self.blank(window)
+        content[:, : window.num_valid] = interpolate(values, window.positions[: window.num_valid])
+        return content
+
+    def collate(self, clips: Sequence[Clip]) -> Batch:
+        """A FeatureBatch."""
+        return collate_features(clips)
+
+
+def read_mp4(shards: ShardSet, video: IndexedVideo) -> bytes:
+    """A video's file out of its shard: two members read at its offset, checked against the index.
+
+    Raises:
+        DecodeError: if they are not the two members that the index describes.
+    """
+    video_id = video.record.video_id
+    path = shards.path(video.shard)
+    with path.open("rb") as file:
+        file.seek(video.offset)
+        stretch = file.read(video.num_bytes)
+    try:
+        members = {member["fname"]: member["data"] for member in tar_file_iterator(BytesIO(stretch))}
+    except tarfile.TarError as error:
+        raise DecodeError(f"{path} is damaged at byte {video.offset}: {error}") from None
+    wanted = [f"{video_id}.json", f"{video_id}.mp4"]
+    if sorted(members) != wanted:
+        raise DecodeError(f"{path} holds {sorted(members)[:4]} at byte {video.offset}, not {' and '.join(wanted)}")
+    mp4 = members[f"{video_id}.mp4"]
+    if zlib.crc32(mp4) != video.crc32:
+        raise DecodeError(f"{path}: the checksum of {video_id}.mp4 is not the one in the index; the file was changed")
+    return mp4

@@ -1,0 +1,335 @@
+"""Batches of clips from a shard folder, in the order that the plan gives.
+
+    plan (step -> units) -> worker: read the pair -> check -> decode -> crop, resize -> ClipBatch of uint8 -> rank
+                                                             -> interpolate -> FeatureBatch
+
+A worker process makes whole steps, and step b is the same batch whoever makes it: everything random is drawn from
+(seed, epoch, video). So the number of workers changes nothing, and an epoch is entered at any step without reading
+what came before. A video that cannot be read is replaced by a blank clip that is not `valid`, and reported; the
+number of steps stands.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import signal
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing.resource_tracker import ensure_running
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from re2tal.data.streaming.collate import Clip
+from re2tal.data.streaming.decode import DecodeError
+from re2tal.data.streaming.epoch_order import Unit, batch_units, count_steps, evaluation_order, training_order
+from re2tal.data.contract.shards import FeatureSet, ShardSet
+from re2tal.data.streaming.sources import Pictures, Source, Steps
+from re2tal.data.streaming.windows import Slide, Stored, Trimmed, Window, Windowing, draw_window, plan_windows
+from re2tal.structures import Batch
+
+logger = logging.getLogger(__name__)
+
+MAX_FAILED_CLIPS, MAX_FAILED_SHARE = 5, 0.001
+"""An epoch of training ends when more clips than both have failed: a few bad videos are life, many are a fault."""
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+"""What schedulers send to every process of a job that has to end. The trainer needs its workers a little longer then,
+to reach the step after which all ranks save."""
+
+
+@dataclass(frozen=True)
+class ClipConfig:
+    """How videos become clips. Stored features have no pictures: what is said of pictures does not touch them."""
+
+    windowing: Windowing = field(default_factory=Slide)
+    """which frames make a clip"""
+    size: int = 224
+    """height and width of a clip, pixels"""
+    fit: Literal["crop", "stretch"] = "crop"
+    """how a whole picture becomes square: its middle is cut out, or it is squeezed"""
+    crop_area: tuple[float, float] = (0.08, 1.0)
+    """in training, least and largest share of the picture that a random crop shows; 1 1 for the whole picture"""
+    crop_aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    """in training, narrowest and widest random crop, width over height"""
+    flip: bool = True
+    """in training, mirror every second clip; switch it off where left and right are different actions"""
+    colour_jitter: float = 0.0
+    """in training, strength of the random change of colours, 0 to 1; applied on the device"""
+    shuffle_span: int = 1024
+    """in training, how many videos are shuffled together; more than there are: a plain shuffle"""
+    workers: int = 2
+    """processes per rank that read and decode; 0: the training process itself"""
+    prefetch: int = 2
+    """batches that each worker keeps ready"""
+    timeout_seconds: int = 300
+    """a worker that is silent for so long ends the run, lest the other ranks wait for ever; 0: wait"""
+    allow_missing: bool = False
+    """in evaluation, go on without videos that cannot be read; they then count as without detections"""
+
+    def __post_init__(self) -> None:
+        for name, least in (("size", 1), ("workers", 0), ("prefetch", 1), ("timeout_seconds", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"data.clips.{name} is {getattr(self, name)}; give {least} or more")
+        for name in ("crop_area", "crop_aspect"):
+            least_share, most = getattr(self, name)
+            if not 0 < least_share <= most or (name == "crop_area" and most > 1):
+                raise ValueError(f"data.clips.{name} is {getattr(self, name)}; give two positive numbers, least first")
+        if self.fit == "stretch" and isinstance(self.windowing, Trimmed) and self.windowing.num_crops > 1:
+            raise ValueError(
+                f"data.clips.windowing.num_crops is {self.windowing.num_crops}, but data.clips.fit stretch shows the "
+                "whole picture; give 1 crop, or fit crop"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A clip that could not be read."""
+
+    video_id: str
+    shard: str
+    reason: str
+
+
+Plan = Callable[[Stored], list[Window]]
+"""A video -> the windows of it to look at."""
+
+
+def stream_clips(
+    shards: ShardSet | FeatureSet,
+    config: ClipConfig,
+    *,
+    batch_size: int,
+    training: bool,
+    rank: int = 0,
+    world_size: int = 1,
+    seed: int = 0,
+    plan: Plan | None = None,
+) -> ClipStream:
+    """One rank's batches: ClipBatch from shards of videos, FeatureBatch from those of features.
+
+    `plan` says which windows of a video an evaluation looks at; by default those of `plan_windows`.
+
+    Raises:
+        ValueError: if the split is too small for the ranks, or shared memory for the workers, or if features come at
+            another rate than the windows ask for.
+    """
+    plan = plan or partial(plan_windows, windowing=config.windowing)
+    source = _source(shards, config, training=training)
+    return ClipStream(_Batches(source, config, plan, batch_size, training, rank, world_size, seed))
+
+
+def _source(shards: ShardSet | FeatureSet, config: ClipConfig, *, training: bool) -> Source:
+    if isinstance(shards, FeatureSet):
+        return Steps(shards, config.windowing)
+    return Pictures(
+        shards,
+        size=config.size,
+        fit=config.fit,
+        crop_area=config.crop_area if training else (1, 1),
+        crop_aspect=config.crop_aspect,
+        flip=training and config.flip,
+    )
+
+
+class ClipStream:
+    """An endless supply of epochs, each with the same number of steps on every rank."""
+
+    def __init__(self, batches: _Batches) -> None:
+        self.steps_per_epoch: int = batches.num_steps
+        self.failures: dict[str, Failure] = {}
+        """video id -> what was wrong with it, over all epochs"""
+        self._batches = batches
+        self._keys = _Keys()
+        config = batches.config
+        workers = config.workers
+        if workers:
+            _check_shared_memory(batches)
+        self._loader = DataLoader(
+            batches,
+            sampler=self._keys,
+            batch_size=None,
+            num_workers=workers,
+            pin_memory=torch.cuda.is_available(),
+            timeout=config.timeout_seconds if workers else 0,
+            prefetch_factor=config.prefetch if workers else None,
+            persistent_workers=workers > 0,
+            # A forked child must not touch CUDA, and one that exists already could be touched by mistake.
+            multiprocessing_context=("spawn" if torch.cuda.is_initialized() else "fork") if workers else None,
+            # Its own, or each epoch would draw a number from the global one.
+            generator=torch.Generator(),
+            worker_init_fn=heed_only_the_parent if workers else None,
+        )
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """The batches of steps `start_step` to `steps_per_epoch` - 1 of an epoch, the same ones each time.
+
+        Raises:
+            ValueError: if too many clips cannot be read: in evaluation one, unless `allow_missing`.
+        """
+        if not 0 <= start_step <= self.steps_per_epoch:
+            raise ValueError(f"start_step is {start_step}; an epoch has steps 0 to {self.steps_per_epoch - 1}")
+        self._keys.steps = [(epoch, step) for step in range(start_step, self.steps_per_epoch)]
+        failed = 0
+        for batch, failures in self._start():
+            failed += len(failures)
+            self._report(failures)
+            if failed > self._batches.max_failed:
+                raise ValueError(self._too_many(failed, epoch))
+            yield batch
+
+    def _start(self) -> Iterator[tuple[Batch, list[Failure]]]:
+        if not self._batches.config.workers:
+            return iter(self._loader)
+        with stop_signals_blocked():  # workers that start here inherit it
+            return iter(self._loader)
+
+    def _report(self, failures: list[Failure]) -> None:
+        for failure in failures:
+            if failure.video_id not in self.failures:
+                logger.warning("%s in %s is left out: %s", failure.video_id, failure.shard, failure.reason)
+            self.failures[failure.video_id] = failure
+
+    def _too_many(self, failed: int, epoch: int) -> str:
+        shown = "; ".join(f"{f.video_id} in {f.shard}: {f.reason}" for f in list(self.failures.values())[:5])
+        return (
+            f"{failed} clips of epoch {epoch} cannot be read from {self._batches.source.folder.root}, more than "
+            f"{self._batches.max_failed}: {shown}; run re2tal shards verify, then replace or rebuild the shards"
+        )
+
+
+def heed_only_the_parent(worker: int) -> None:
+    """What a worker process does first: from then on SIGTERM and SIGUSR1 end it only where its parent sent them."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
+
+
+def _end_when_told(parent: int) -> None:
+    # Not simply ignored: multiprocessing ends a worker that hangs by SIGTERM, and then waits for its end.
+    while signal.sigwaitinfo(STOP_SIGNALS).si_pid != parent:
+        pass
+    os._exit(0)
+
+
+@contextmanager
+def stop_signals_blocked() -> Iterator[None]:
+    """Inside, they wait. A process started here has them blocked in all threads, also those that libraries start when
+    they are imported, before `heed_only_the_parent` is called."""
+    ensure_running()  # multiprocessing's resource tracker: to start it inside would unblock SIGTERM
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+class _Keys(Sampler[tuple[int, int]]):
+    """(epoch, step) of the batches to make; set in the training process, so workers live on from epoch to epoch."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[int, int]] = []
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        return iter(self.steps)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+
+@dataclass
+class _Batches(Dataset[tuple[Batch, list[Failure]]]):
+    """(epoch, step) -> the batch of this rank; runs in the workers."""
+
+    source: Source
+    config: ClipConfig
+    plan: Plan
+    batch_size: int
+    training: bool
+    rank: int
+    world_size: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        videos = self.source.folder.videos
+        windows = [len(self.plan(video)) for video in videos]
+        self._evaluation_order = evaluation_order(windows)
+        num_units = len(videos) if self.training else len(self._evaluation_order)
+        try:
+            self.num_steps = count_steps(
+                num_units, batch_size=self.batch_size, world_size=self.world_size, training=self.training
+            )
+        except ValueError as error:
+            raise ValueError(f"{self.source.folder.root}: {error}") from None
+        self.max_failed = max(MAX_FAILED_CLIPS, int(MAX_FAILED_SHARE * num_units))
+        if not self.training:
+            self.max_failed = num_units if self.config.allow_missing else 0
+        self._order: tuple[int, list[Unit]] | None = None
+
+    def __getitem__(self, key: tuple[int, int]) -> tuple[Batch, list[Failure]]:
+        epoch, step = key
+        units = batch_units(
+            self._epoch_order(epoch), step, batch_size=self.batch_size, rank=self.rank, world_size=self.world_size
+        )
+        failures: list[Failure] = []
+        return self.source.collate([self._clip(unit, epoch, failures) for unit in units]), failures
+
+    def _epoch_order(self, epoch: int) -> list[Unit]:
+        if not self.training:
+            return self._evaluation_order
+        if self._order is None or self._order[0] != epoch:
+            names = [video.shard for video in self.source.folder.videos]
+            order = training_order(names, shuffle_span=self.config.shuffle_span, seed=self.seed, epoch=epoch)
+            self._order = (epoch, order)
+        return self._order[1]
+
+    def _clip(self, unit: Unit, epoch: int, failures: list[Failure]) -> Clip:
+        video = self.source.folder.videos[unit.video]
+        video_id = video.record.video_id
+        generator = np.random.default_rng([self.seed, epoch, zlib.crc32(video_id.encode())])
+        if self.training:
+            window = draw_window(video, self.config.windowing, generator=generator)
+        else:
+            window = self.plan(video)[unit.window]
+        blank = Clip(
+            content=self.source.blank(window),
+            mask=torch.from_numpy(window.mask),
+            actions=(),
+            timeline=window.timeline,
+            video_id=video_id,
+            window_id=window.window_id,
+            valid=False,
+        )
+        if not unit.valid:
+            return blank
+        try:
+            content = self.source.read(unit.video, window, generator)
+        except DecodeError as error:
+            failures.append(Failure(video_id, video.shard, str(error)))
+            return blank
+        return blank._replace(content=content, actions=window.actions, valid=True)
+
+
+def _check_shared_memory(batches: _Batches) -> None:
+    """Workers hand batches over in /dev/shm; where it is too small, as in many containers, they die of bus errors."""
+    config, folder = batches.config, Path("/dev/shm")
+    if not folder.is_dir():
+        return
+    window = batches.plan(batches.source.folder.videos[0])[0]
+    clip_bytes = batches.source.blank(window).nbytes
+    needed = config.workers * (config.prefetch + 1) * batches.batch_size * clip_bytes
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise ValueError(
+            f"{folder} has {free >> 20} MiB free, {config.workers} workers with {config.prefetch} batches of "
+            f"{batches.batch_size} clips each need {needed >> 20} MiB; enlarge it (docker run --shm-size=...), or "
+            "lower data.clips.workers or data.clips.prefetch"
+        )

@@ -1,0 +1,180 @@
+"""ActionFormer's encoder (Zhang et al., ECCV 2022, section 3.2): a pyramid of transformer blocks.
+
+    x = pool(x) + scale * attention(norm(x));  x = x + scale * mlp(norm(x))        padding is zero in and out
+
+Convolutions make the queries, keys and values. A block of stride 2 halves the sequence: its convolutions have stride
+2, and its skip is a max pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from re2tal.localizers.pyramid.masked import AffineDropPath, ChannelNorm, MaskedConv, blank
+from re2tal.structures import Pyramid
+
+
+class Encoder(nn.Module):
+    """Convolutions, then blocks of stride 1, then one block of stride 2 per further level.
+
+    `embedding` and `block` build their layers; `windows` holds each level's attention window, None for all steps;
+    a position encoding of `position_steps` steps is added unless that is None.
+    """
+
+    position: Tensor | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        *,
+        channels: int,
+        embedding: Sequence[Callable[[int, int], MaskedConv]],
+        block: Callable[..., TransformerBlock],
+        num_stem_blocks: int,
+        windows: Sequence[int | None],
+        position_steps: int | None,
+    ) -> None:
+        super().__init__()
+        widths = [in_channels] + [channels] * len(embedding)
+        self.embedding = nn.ModuleList(conv(*width) for conv, width in zip(embedding, pairwise(widths), strict=True))
+        self.stem = nn.ModuleList(block(channels, stride=1, window=windows[0]) for _ in range(num_stem_blocks))
+        self.branch = nn.ModuleList(block(channels, stride=2, window=window) for window in windows[1:])
+        encoding = None if position_steps is None else sinusoids(position_steps, channels)
+        self.register_buffer("position", encoding, persistent=False)
+        for module in self.modules():
+            if isinstance(module, nn.Conv1d) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Pyramid:
+        """(B, in_channels, T), (B, T) -> levels (B, channels, T / 2**l) and their masks, finest first."""
+        for conv in self.embedding:
+            x = conv(x, mask)
+        if self.position is not None:
+            x = x + blank(stretch(self.position, x.shape[-1]), mask)
+        for block in self.stem:
+            x, mask = block(x, mask)
+        levels, masks = [x], [mask]
+        for block in self.branch:
+            x, mask = block(x, mask)
+            levels.append(x)
+            masks.append(mask)
+        return Pyramid(tuple(levels), tuple(masks))
+
+
+def sinusoids(num_steps: int, channels: int) -> Tensor:
+    """Sine and cosine of the position (Vaswani et al., 2017), divided by sqrt(channels): (1, channels, num_steps)."""
+    channel = torch.arange(channels, dtype=torch.float64)
+    angle = torch.arange(num_steps, dtype=torch.float64) / 10_000 ** (2 * (channel[:, None] // 2) / channels)
+    encoding = torch.where(channel[:, None] % 2 == 0, angle.sin(), angle.cos())
+    return (encoding.float() / channels**0.5)[None]
+
+
+def stretch(position: Tensor, num_steps: int) -> Tensor:
+    """The encoding's first steps, or, for a clip longer than it, the encoding stretched over the clip."""
+    if num_steps > position.shape[-1]:
+        position = F.interpolate(position, size=num_steps, mode="linear", align_corners=False)
+    return position[..., :num_steps]
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm attention and MLP over (B, C, T), optionally halving T."""
+
+    def __init__(
+        self, channels: int, *, num_heads: int, stride: int, window: int | None, dropout: float, path_drop: float
+    ) -> None:
+        super().__init__()
+        self.stride = stride
+        self.attention_norm = ChannelNorm(channels)
+        self.attention = ConvAttention(channels, num_heads=num_heads, stride=stride, window=window, dropout=dropout)
+        self.attention_path = AffineDropPath(channels, drop=path_drop)
+        self.pool = nn.MaxPool1d(3, stride=stride, padding=1) if stride > 1 else nn.Identity()
+        self.mlp_norm = ChannelNorm(channels)
+        self.mlp = nn.Sequential(
+            nn.Conv1d(channels, 4 * channels, 1),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            nn.Conv1d(4 * channels, channels, 1),
+            nn.Dropout(dropout),
+        )
+        self.mlp_path = AffineDropPath(channels, drop=path_drop)
+
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, T), (B, T) -> the same with T / stride steps."""
+        attended = self.attention_path(self.attention(self.attention_norm(x), mask))
+        mask = mask[:, :: self.stride]
+        x = blank(self.pool(x), mask) + attended
+        return x + self.mlp_path(blank(self.mlp(self.mlp_norm(x)), mask)), mask
+
+
+class ConvProjection(nn.Module):
+    """Depthwise convolution, norm, linear map: what makes the queries, the keys or the values."""
+
+    def __init__(self, channels: int, *, stride: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv1d(channels, channels, 3, stride=stride, padding=1, groups=channels, bias=False)
+        self.norm = ChannelNorm(channels)
+        self.linear = nn.Conv1d(channels, channels, 1)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """(B, C, T) and the mask of its output, (B, T / stride) -> (B, C, T / stride)."""
+        return self.linear(self.norm(blank(self.conv(x), mask)))
+
+
+class ConvAttention(nn.Module):
+    """Multi-head attention among the real steps, to all of them or within a window centred on the query."""
+
+    def __init__(self, channels: int, *, num_heads: int, stride: int, window: int | None, dropout: float) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.stride = stride
+        self.window = window
+        self.query = ConvProjection(channels, stride=stride)
+        self.key = ConvProjection(channels, stride=stride)
+        self.value = ConvProjection(channels, stride=stride)
+        self.output = nn.Conv1d(channels, channels, 1)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        """(B, C, T), (B, T) -> (B, C, T / stride), zero in the padding."""
+        mask = mask[:, :: self.stride]
+        query, key, value = (
+            project(x, mask).unflatten(1, (self.num_heads, -1)).transpose(2, 3)
+            for project in (self.query, self.key, self.value)
+        )
+        if self.window is None:
+            attended = attend_globally(query, key, value, mask)
+        else:
+            attended = attend_locally(query, key, value, mask, reach=self.window // 2)
+        return blank(self.dropout(self.output(attended.transpose(2, 3).flatten(1, 2))), mask)
+
+
+def attend_globally(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """Attention to all real steps: three of (B, heads, T, channels) and (B, T) -> (B, heads, T, channels)."""
+    # A clip without any real step attends to its padding, because a softmax over nothing is NaN; it is blanked later.
+    keys = mask | ~mask.any(dim=1, keepdim=True)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=keys[:, None, None])
+
+
+def attend_locally(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, reach: int) -> Tensor:
+    """Attention to the real steps at most `reach` away; shapes as `attend_globally`; memory is linear in T.
+
+    Queries are cut into N blocks of 2 * reach; the keys of a block are those of its span, `reach` wider on each side.
+    """
+    num_heads, num_steps, block = query.shape[1], query.shape[2], 2 * reach
+    tail, span = -num_steps % block, block + 2 * reach
+    query = F.pad(query, (0, 0, 0, tail)).unflatten(2, (-1, block)).flatten(1, 2)
+    key, value = (
+        F.pad(x, (0, 0, reach, reach + tail)).unfold(2, span, block).transpose(-1, -2).flatten(1, 2)
+        for x in (key, value)
+    )
+    real = F.pad(mask, (reach, reach + tail)).unfold(1, span, block)
+    distance = torch.arange(span, device=mask.device) - reach - torch.arange(block, device=mask.device)[:, None]
+    # A step may attend to itself even in the padding, where it may have no real key: a softmax over nothing is NaN.
+    allowed = (distance.abs() <= reach) & (real[:, :, None] | (distance == 0))
+    attended = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed.repeat(1, num_heads, 1, 1))
+    return attended.unflatten(1, (num_heads, -1)).flatten(2, 3)[:, :, :num_steps]

@@ -1,0 +1,266 @@
+"""VSGN (Zhao et al., ICCV 2021), as OpenTAD builds it: anchors on a pyramid, refined at their boundaries.
+
+    features (B, C, T) -> encoder -> decoder -> every anchor: class and segment -> boundaries moved
+                                             -> every step: does an action start, end, go on here?
+
+A detection's score is its class's, times how much a start its start is, times how much an end its end is. The cutting
+and magnifying of short actions (video self-stitching) belongs to the data, not to this network, and is not done.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from re2tal.localizers.vsgn.anchors import (
+    Matches,
+    balanced_bce,
+    decode,
+    evaluation_targets,
+    giou_loss,
+    match,
+    pyramid_anchors,
+)
+from re2tal.localizers.base import Localizer
+from re2tal.localizers.candidates import Candidates, best_of_clip
+from re2tal.localizers.class_map import ClassMap
+from re2tal.localizers.losses import RunningCount, sigmoid_focal_loss
+from re2tal.localizers.vsgn.network import AnchorHead, BoundaryHead, EvaluationHead, PyramidDecoder, PyramidEncoder
+from re2tal.structures import Action, Detections, Features, Timeline
+
+
+@dataclass(frozen=True)
+class VSGNConfig:
+    """What a VSGN looks like, learns and puts out; the defaults are OpenTAD's on THUMOS-14."""
+
+    name: Literal["vsgn"] = "vsgn"
+    """Which localizer this configures."""
+    channels: int = 256
+    """Channels of every level; a multiple of `num_groups`."""
+    num_groups: int = 32
+    """Groups of the heads' group normalisation."""
+    num_levels: int = 5
+    """Levels of the pyramid, each half as long as the one before."""
+    first_stride: int = 4
+    """Steps of the features per step of the finest level; even."""
+    num_neighbours: int | None = 10
+    """Nearest steps in the encoder's graph convolutions; None encodes by plain convolutions."""
+    num_head_convs: int = 4
+    """Convolutions in each anchor head before the one that predicts."""
+    anchor_scales: tuple[float, ...] = (1.0, 1.5)
+    """Lengths of the anchors at each position, in strides of their level."""
+    anchor_iou: float = 0.5
+    """From this IoU with an action on, an anchor, or what it decodes to, must predict it."""
+    boundary_iou: float = 0.7
+    """From this IoU with an action on, a decoded segment learns to move its boundaries."""
+    focal_alpha: float = 0.35
+    """Weight of positives in the focal loss, which is used when there is a single class."""
+    initial_positives: int = 100
+    """Losses are divided by running means of the numbers of positives per batch; this is their first value."""
+    positives_momentum: float = 0.9
+    """Share of the running means that each training step keeps."""
+    class_agnostic: bool = False
+    """Find actions of the given classes without telling the classes apart; a video classifier may name them later."""
+    candidate_min_score: float = 0.001
+    """Predictions below go no further; not applied to a single class."""
+    candidate_top_k: int = 2000
+    """Predictions per clip that go further; all of them with a single class."""
+
+    def __post_init__(self) -> None:
+        if self.channels % self.num_groups:
+            raise ValueError(f"channels={self.channels} must be a multiple of num_groups={self.num_groups}")
+        if self.first_stride < 2 or self.first_stride % 2:
+            raise ValueError(f"first_stride={self.first_stride} must be even: the first level halves the stem's output")
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Steps of the features per step of each level, finest first."""
+        return tuple(self.first_stride * 2**level for level in range(self.num_levels))
+
+
+class VSGNOutputs(NamedTuple):
+    """Predictions for the A anchors of all levels, finest level first, and for the T steps of the padded clip."""
+
+    logits: Tensor
+    """(B, A, 1 + K), background first; (B, A, 1) with a single class"""
+    proposals: Tensor
+    """(B, A, 2) starts and ends in steps that the anchors decode to"""
+    adjusted: Tensor
+    """(B, A, 2) the same with their boundaries moved"""
+    evaluation: Tensor
+    """(B, 3, T) logits: an action starts, ends, goes on here"""
+    anchors: Tensor
+    """(A, 2) float32, in steps"""
+    clip_mask: Tensor
+    """(B,) bool, True where a clip has any real step"""
+
+
+class VSGN(Localizer[VSGNOutputs]):
+    """Encoder, decoder, two anchor heads, boundary head and evaluation head."""
+
+    def __init__(self, config: VSGNConfig, *, in_channels: int, classes: Sequence[str]) -> None:
+        super().__init__()
+        self.config = config
+        self.in_channels = in_channels
+        self.class_map = ClassMap(classes, agnostic=config.class_agnostic)
+        self.classes = self.class_map.classes
+        channels, num_levels = config.channels, config.num_levels
+        self.encoder = PyramidEncoder(
+            in_channels,
+            channels=channels,
+            num_levels=num_levels,
+            first_stride=config.first_stride,
+            num_neighbours=config.num_neighbours,
+        )
+        self.decoder = PyramidDecoder(channels, num_levels=num_levels)
+        num_logits = 1 if len(self.classes) == 1 else 1 + len(self.classes)
+        self.classifier, self.regressor = (
+            AnchorHead(
+                channels,
+                num_convs=config.num_head_convs,
+                num_groups=config.num_groups,
+                num_scales=len(config.anchor_scales),
+                out_channels=out_channels,
+            )
+            for out_channels in (num_logits, 2)
+        )
+        self.boundaries = BoundaryHead(channels, stride=config.first_stride)
+        self.evaluation = EvaluationHead(channels)
+        self.positives = nn.ModuleDict(
+            {
+                loss: RunningCount(config.initial_positives, momentum=config.positives_momentum)
+                for loss in ("regression", "classification", "adjustment")
+            }
+        )
+        for module in self.modules():
+            if isinstance(module, (nn.Conv1d, nn.Linear)):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def forward(self, features: Features) -> VSGNOutputs:
+        """Features (B, C, T) of any T -> predictions for all anchors of the padded clip."""
+        padding = -features.values.shape[-1] % self.config.strides[-1]
+        values, mask = F.pad(features.values, (0, padding)), F.pad(features.mask, (0, padding))
+        num_steps = values.shape[-1]
+        levels = self.decoder(self.encoder(values, mask)).levels
+        anchors = pyramid_anchors(num_steps, self.config.strides, self.config.anchor_scales).to(values.device)
+        proposals = decode(anchors, self.regressor(levels))
+        return VSGNOutputs(
+            logits=self.classifier(levels),
+            proposals=proposals,
+            adjusted=proposals + self.boundaries(levels[0], proposals, num_steps=num_steps),
+            evaluation=self.evaluation(levels[0], num_steps=num_steps),
+            anchors=anchors,
+            clip_mask=mask.any(dim=1),
+        )
+
+    def loss(
+        self, outputs: VSGNOutputs, actions: Sequence[Sequence[Action]], timelines: Sequence[Timeline]
+    ) -> dict[str, Tensor]:
+        """ "evaluation", "regression", "classification", "adjustment" and their sum "total".
+
+        In training it also updates `positives`. Clips without any real step count for nothing. Raises ValueError for a
+        label that is not among the classes.
+        """
+        device = outputs.anchors.device
+        truth = [
+            self.class_map.encode(of_clip, timeline, device=device)
+            for of_clip, timeline, real in zip(actions, timelines, outputs.clip_mask.tolist(), strict=True)
+            if real
+        ]
+        logits, proposals, adjusted, evaluation = (
+            x[outputs.clip_mask].float()
+            for x in (outputs.logits, outputs.proposals, outputs.adjusted, outputs.evaluation)
+        )
+        anchors = outputs.anchors.expand(len(truth), -1, -1)
+        losses = {
+            "evaluation": self._evaluation_loss(evaluation, truth),
+            "regression": self._segment_loss("regression", proposals, anchors, truth, self.config.anchor_iou),
+            "classification": self._classification_loss(logits, proposals, truth),
+            "adjustment": self._segment_loss("adjustment", adjusted, proposals, truth, self.config.boundary_iou),
+        }
+        return losses | {"total": torch.stack(list(losses.values())).sum()}
+
+    @torch.no_grad()
+    def detect(self, outputs: VSGNOutputs, timelines: Sequence[Timeline]) -> list[Detections]:
+        """One Detections per clip, in seconds, not yet suppressed."""
+        return [
+            Detections(timeline.to_seconds(segments), scores, labels)
+            for (segments, scores, labels), timeline in zip(self.candidates(outputs), timelines, strict=True)
+        ]
+
+    @torch.no_grad()
+    def candidates(self, outputs: VSGNOutputs) -> list[Candidates]:
+        """What `detect` converts to seconds: one Candidates per clip, in steps."""
+        logits, adjusted = outputs.logits.float(), outputs.adjusted.float()
+        scores = logits.sigmoid() if len(self.classes) == 1 else logits.softmax(dim=-1)[..., 1:]
+        starts, ends, _ = outputs.evaluation.float().sigmoid().unbind(dim=1)
+        segments = adjusted.clamp(0, starts.shape[1] - 1)
+        weights = _between(starts, segments[..., 0]) * _between(ends, segments[..., 1])
+        scores = scores * weights[..., None]
+        return [
+            best_of_clip(
+                clip_segments[real],
+                clip_scores[real],
+                min_score=self.config.candidate_min_score,
+                top_k=self.config.candidate_top_k,
+            )
+            for clip_segments, clip_scores, real in zip(
+                segments, scores, outputs.clip_mask[:, None].expand(-1, segments.shape[1]), strict=True
+            )
+        ]
+
+    def _matches(self, segments: Tensor, truth: Truth, min_iou: float) -> Matches:
+        """Of all clips, one after the other: labels (B * A,), segments (B * A, 2)."""
+        matches = [match(of_clip, *known, min_iou=min_iou) for of_clip, known in zip(segments, truth, strict=True)]
+        if not matches:
+            return match(segments.reshape(-1, 2), segments.new_zeros(0, 2), segments.new_zeros(0).long(), min_iou=1.0)
+        return Matches(*(torch.cat(column) for column in zip(*matches, strict=True)))
+
+    def _segment_loss(self, name: str, predicted: Tensor, matched: Tensor, truth: Truth, min_iou: float) -> Tensor:
+        """GIoU loss of the predictions whose `matched` segments, (B, A, 2), overlap an action."""
+        matches = self._matches(matched, truth, min_iou)
+        positive = matches.labels > 0
+        loss = giou_loss(predicted.flatten(0, 1)[positive], matches.segments[positive]).sum()
+        return loss / self._divisor(name, positive)
+
+    def _classification_loss(self, logits: Tensor, proposals: Tensor, truth: Truth) -> Tensor:
+        labels = self._matches(proposals, truth, self.config.anchor_iou).labels
+        positive = labels > 0
+        divisor = self._divisor("classification", positive)
+        logits = logits.flatten(0, 1)
+        if len(self.classes) == 1:
+            focal = sigmoid_focal_loss(logits[:, 0], positive.float(), alpha=self.config.focal_alpha)
+            return focal.sum() / divisor
+        loss = F.cross_entropy(logits, labels, reduction="none")
+        # Positives and negatives, however many, weigh the same.
+        balanced = [loss[some].sum() / some.sum().clamp(min=1) for some in (positive, ~positive)]
+        return torch.stack(balanced).sum()
+
+    def _evaluation_loss(self, logits: Tensor, truth: Truth) -> Tensor:
+        if not truth:
+            return logits.sum()
+        targets = torch.stack([evaluation_targets(segments, logits.shape[2]) for segments, _ in truth])
+        return torch.stack([balanced_bce(logits[:, kind], targets[:, kind]) for kind in range(3)]).sum()
+
+    def _divisor(self, loss: str, positive: Tensor) -> Tensor:
+        count = positive.sum().clamp(min=1)
+        running = self.positives[loss]
+        assert isinstance(running, RunningCount)
+        return running.update(count) if self.training else count
+
+
+Truth = Sequence[tuple[Tensor, Tensor]]
+"""Per clip: segments (N, 2) in steps and classes (N,)."""
+
+
+def _between(values: Tensor, steps: Tensor) -> Tensor:
+    """The mean of the values at the steps before and after: (B, T), (B, A) fractional steps -> (B, A)."""
+    before, after = (values.gather(1, where.long()) for where in (steps.floor(), steps.ceil()))
+    return (before + after) / 2
