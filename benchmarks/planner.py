@@ -25,7 +25,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from re2tal.backbones import BackboneConfig
-from re2tal.config.schema import RunConfig, build_detector
+from re2tal.config import RunConfig, build_detector
 from re2tal.data.streaming.windows import Slide
 from re2tal.planning.choice import plan_step
 from re2tal.planning.step_plan import GIGABYTE

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from re2tal.cli.detect import default_device
-from re2tal.config.schema import RecognitionConfig, build_recognizer, load_run
+from re2tal.config import RecognitionConfig, build_recognizer, load_run
 from re2tal.data.building.clips import true_classes
 from re2tal.data.contract.shards import open_shards
 from re2tal.data.streaming.stream import stream_clips

@@ -28,7 +28,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from re2tal.backbones.swin3d.network import SIZES, VideoSwin
-from re2tal.config.schema import RunConfig
+from re2tal.config import RunConfig
 from re2tal.data.contract.shards import ShardSet, open_shards
 from re2tal.data.streaming.stream import ClipStream, stream_clips
 from re2tal.data.streaming.transforms import normalise

@@ -21,10 +21,10 @@ import torch
 
 from re2tal.data.building.annotations import read_annotations
 from re2tal.data.building.build import BuildConfig, build_shards
-from re2tal.data.streaming.decode import decode_frames
 from re2tal.data.building.demo import DemoConfig, write_demo
 from re2tal.data.contract.manifest import Encoding, FramesPerSecond
 from re2tal.data.contract.shards import ShardSet, open_shards
+from re2tal.data.streaming.decode import decode_frames
 from re2tal.data.streaming.sources import read_mp4
 from re2tal.data.streaming.stream import ClipConfig, stream_clips
 from re2tal.data.streaming.transforms import Box, crop_and_resize

@@ -17,12 +17,16 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from re2tal.backbones import BACKBONES, build_backbone, slowfast, slowfast_layouts, swin3d, swin3d_layouts
+from re2tal.backbones import BACKBONES, build_backbone
 from re2tal.backbones.base import BackboneConfig, VideoBackbone
-from re2tal.backbones.swin3d.shifted_windows import relative_position_index
 from re2tal.backbones.hub.tiling import ClipwiseBackbone
+from re2tal.backbones.slowfast import layouts as slowfast_layouts
+from re2tal.backbones.slowfast import network as slowfast
+from re2tal.backbones.swin3d import layouts as swin3d_layouts
+from re2tal.backbones.swin3d import network as swin3d
+from re2tal.backbones.swin3d.shifted_windows import relative_position_index
 from re2tal.backbones.weights import KeyLayout, export_state, load_state, read_checkpoint
-from re2tal.config.schema import RunConfig, build_detector
+from re2tal.config import RunConfig, build_detector
 from re2tal.detector import TemporalActionDetector
 from re2tal.localizers.pyramid.actionformer import ActionFormer
 from re2tal.localizers.vsgn.localizer import VSGN

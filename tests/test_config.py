@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from re2tal.config.schema import (
+from re2tal.config import (
     DataConfig,
     RecognitionConfig,
     RunConfig,
@@ -20,7 +20,7 @@ from re2tal.config.schema import (
 )
 from re2tal.data.streaming.stream import ClipConfig
 from re2tal.data.streaming.windows import ResizeWhole, Slide
-from re2tal.recipes.presets import RECIPES, find_recipe
+from re2tal.recipes import RECIPES, find_recipe
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))

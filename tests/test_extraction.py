@@ -13,8 +13,8 @@ from data.numbered import encode_numbered
 from re2tal.backbones import BackboneConfig, VideoBackbone, build_backbone
 from re2tal.backbones.base import steps_mask
 from re2tal.data.building.build_features import Computed
-from re2tal.data.streaming.decode import decode_frames
 from re2tal.data.contract.shards import ShardSet
+from re2tal.data.streaming.decode import decode_frames
 from re2tal.data.streaming.sources import read_mp4
 from re2tal.data.streaming.stream import ClipConfig
 from re2tal.data.streaming.transforms import Box, crop_and_resize, normalise

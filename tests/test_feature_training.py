@@ -20,7 +20,7 @@ from re2tal.cli.export import export
 from re2tal.cli.extract_features import Extract, extract
 from re2tal.cli.feature_run import check_kind, check_pair, describe, on_features
 from re2tal.cli.report import report
-from re2tal.config.schema import DataConfig, RunConfig, build_detector, load_config, save_config
+from re2tal.config import DataConfig, RunConfig, build_detector, load_config, save_config
 from re2tal.data.contract.feature_manifest import FramesPerStep, StepsPerVideo
 from re2tal.data.contract.shards import FeatureSet, ShardSet, open_any
 from re2tal.data.streaming.stream import ClipConfig, stream_clips
@@ -29,7 +29,7 @@ from re2tal.inference import detector_input, predict
 from re2tal.localizers import LocalizerConfig
 from re2tal.localizers.pyramid.actionformer import ActionFormerConfig
 from re2tal.localizers.vsgn.localizer import VSGNConfig
-from re2tal.recipes.presets import find_recipe
+from re2tal.recipes import find_recipe
 from re2tal.structures import Action
 from re2tal.training.annealing import AnnealingConfig
 from re2tal.training.export import read_model, write_model

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from re2tal.backbones import BACKBONES, BackboneConfig, build_backbone
 from re2tal.backbones.base import VideoBackbone
 from re2tal.cli.import_weights import import_weights
-from re2tal.config.schema import RecognitionConfig, build_detector, build_recognizer
+from re2tal.config import RecognitionConfig, build_detector, build_recognizer
 from re2tal.conversion import export_backbone
-from re2tal.recipes.presets import find_recipe
+from re2tal.recipes import find_recipe
 from re2tal.recognizer import Recognition, Recognizer, RecognizerConfig, load_classifier
 from re2tal.rewire import wiring_of
 from re2tal.structures import Action, Features, Timeline
@@ -264,7 +264,7 @@ def same(one: nn.Module, other: nn.Module) -> bool:
 
 
 def test_a_folder_of_weights_is_not_searched_for_a_classifier_and_one_may_be_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("re2tal.config.schema.build_backbone", lambda config: Means())
+    monkeypatch.setattr("re2tal.config.build.build_backbone", lambda config: Means())
     backbone = BackboneConfig(weights=str(tmp_path))
     _, said = build_recognizer(RecognitionConfig(backbone=backbone), CLASSES)
     assert said == f"the classifier starts anew: only files are searched for one, not {tmp_path}"

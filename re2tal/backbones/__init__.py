@@ -7,16 +7,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from re2tal.backbones.slowfast.network import network as slowfast
-
-from re2tal.backbones.slowfast.network import layouts as slowfast_layouts
-
-from re2tal.backbones.swin3d.network import network as swin3d
-
-from re2tal.backbones.swin3d.network import layouts as swin3d_layouts
-
 from re2tal.backbones import stored
 from re2tal.backbones.base import BackboneConfig, VideoBackbone, freeze, freeze_norms
+from re2tal.backbones.slowfast import layouts as slowfast_layouts
+from re2tal.backbones.slowfast import network as slowfast
+from re2tal.backbones.swin3d import layouts as swin3d_layouts
+from re2tal.backbones.swin3d import network as swin3d
 from re2tal.backbones.weights import read_wiring
 from re2tal.rewire import RewiringConfig, rewire
 
@@ -29,7 +25,7 @@ def _rows(family: str, *sizes: str, module: str) -> dict[str, Builder]:
     """`family_size` for each size, built by `module`, which is imported then: transformers takes seconds to import."""
 
     def build(config: BackboneConfig) -> VideoBackbone:
-        return import_module(f"re2tal.backbones.{module}").build(config)
+        return import_module(f"re2tal.backbones.hub.{module}").build(config)
 
     return {f"{family}_{size}": build for size in sizes}
 

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from re2tal.cli.detect import default_device, pack_videos, started
 from re2tal.cli.feature_run import check_kind
-from re2tal.config.schema import RecognitionConfig, build_recognizer, load_run
+from re2tal.config import RecognitionConfig, build_recognizer, load_run
 from re2tal.data.building.clips import true_classes
 from re2tal.data.contract.manifest import Rejection
 from re2tal.data.contract.shards import FeatureSet, ShardSet, open_any

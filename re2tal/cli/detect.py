@@ -20,12 +20,12 @@ from tqdm import tqdm
 
 from re2tal.backbones.stored import NAME
 from re2tal.cli.feature_run import check_features, check_kind
-from re2tal.config.schema import RecognitionConfig, RunConfig, build_detector, load_config
+from re2tal.config import RecognitionConfig, RunConfig, build_detector, load_config
 from re2tal.data.building.annotations import Annotations
 from re2tal.data.building.build import BuildConfig, build_shards
 from re2tal.data.building.isolated import Isolated
-from re2tal.data.contract.manifest import Encoding, FramesPerSecond, FramesPerVideo, Rejection
 from re2tal.data.building.probe import VIDEO_SUFFIXES, probe_video
+from re2tal.data.contract.manifest import Encoding, FramesPerSecond, FramesPerVideo, Rejection
 from re2tal.data.contract.shards import FeatureSet, ShardSet, open_any, open_shards
 from re2tal.data.streaming.stream import ClipConfig, stream_clips
 from re2tal.data.streaming.windows import ResizeWhole, Slide, Trimmed

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from re2tal.backbones.base import VideoBackbone
 from re2tal.backbones.stored import NAME
-from re2tal.config.schema import RecognitionConfig, load_run
+from re2tal.config import RecognitionConfig, load_run
 from re2tal.conversion import export_backbone, export_detector, import_backbone, save_for_the_library
 from re2tal.training.export import write_tensors
 

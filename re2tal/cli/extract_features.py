@@ -20,9 +20,16 @@ from re2tal.backbones import BackboneConfig, VideoBackbone, build_backbone, chec
 from re2tal.backbones.stored import NAME
 from re2tal.cli.detect import default_device, load_detector
 from re2tal.cli.shards import parse_part, report_built
-from re2tal.config.schema import RunConfig, load_config
+from re2tal.config import RunConfig, load_config
 from re2tal.data.building.build_features import Computed, FeatureBuild, FeatureShard
-from re2tal.data.contract.feature_manifest import Extracted, FeatureSpec, Grid, SecondsPerStep, StepsPerVideo, StoredType
+from re2tal.data.contract.feature_manifest import (
+    Extracted,
+    FeatureSpec,
+    Grid,
+    SecondsPerStep,
+    StepsPerVideo,
+    StoredType,
+)
 from re2tal.data.contract.manifest import FramesPerSecond, FramesPerVideo
 from re2tal.data.contract.shards import ShardSet, open_shards
 from re2tal.data.streaming.stream import ClipConfig

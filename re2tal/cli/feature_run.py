@@ -14,7 +14,7 @@ from typing import Any
 
 from re2tal.backbones import BackboneConfig
 from re2tal.backbones.stored import NAME
-from re2tal.config.schema import RecognitionConfig, RunConfig
+from re2tal.config import RecognitionConfig, RunConfig
 from re2tal.data.contract.feature_manifest import Extracted, FeatureSpec, Grid, Packed, SecondsPerStep, StepsPerVideo
 from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.data.streaming.windows import ResizeWhole, Slide, Windowing

@@ -11,7 +11,7 @@ import tyro
 
 from re2tal.backbones import BackboneConfig, trained_wiring
 from re2tal.cli.detect import detect, list_videos
-from re2tal.config.schema import RecognitionConfig, RunConfig, save_config
+from re2tal.config import RecognitionConfig, RunConfig, save_config
 from re2tal.conversion import import_backbone, import_detector
 from re2tal.data.building.annotations import read_class_list
 from re2tal.localizers.class_map import AGNOSTIC_CLASS

@@ -10,6 +10,14 @@ from re2tal.cli.shards import report_built, subsets_to_build
 from re2tal.data.building.annotations import read_annotations, read_frame_rates
 from re2tal.data.building.build_features import FeatureBuild
 from re2tal.data.building.catalog import find_dataset
+from re2tal.data.building.pack_features import (
+    Packer,
+    Resized,
+    Strided,
+    count_channels,
+    find_features,
+    plan_feature_shards,
+)
 from re2tal.data.contract.feature_manifest import (
     FeatureSpec,
     FramesPerStep,
@@ -19,7 +27,6 @@ from re2tal.data.contract.feature_manifest import (
     StepsPerVideo,
     StoredType,
 )
-from re2tal.data.building.pack_features import Packer, Resized, Strided, count_channels, find_features, plan_feature_shards
 from re2tal.strict_json import sha256_of
 
 

@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from re2tal.config.schema import RunConfig, load_config
+from re2tal.config import RunConfig, load_config
 from re2tal.data.contract.shards import open_any
 from re2tal.evaluation.average_precision import mean_average_precision
 from re2tal.evaluation.ground_truth import as_one_class, read_ground_truth

@@ -12,8 +12,8 @@ from torch import nn
 
 from re2tal.backbones import BACKBONES, BackboneConfig, build_backbone
 from re2tal.backbones.base import VideoBackbone
-from re2tal.planning.footprint import kept_bytes, kept_bytes_of
 from re2tal.backbones.hub.tiling import ClipwiseBackbone
+from re2tal.planning.footprint import kept_bytes, kept_bytes_of
 from re2tal.rewire import RewiringConfig, unrewire
 from re2tal.rewire import rewire as rewire_in_place
 

@@ -16,6 +16,8 @@ from re2tal.data.building.annotations import Annotations, read_annotations, read
 from re2tal.data.building.build import BuildConfig, BuiltSubset, build_shards, find_videos
 from re2tal.data.building.catalog import DatasetSpec, find_dataset
 from re2tal.data.building.clips import ClipList, read_clips
+from re2tal.data.building.probe import probe_video
+from re2tal.data.building.shard_builder import Listed
 from re2tal.data.contract.feature_manifest import (
     Extracted,
     FeatureManifest,
@@ -25,8 +27,6 @@ from re2tal.data.contract.feature_manifest import (
     StepsPerVideo,
 )
 from re2tal.data.contract.manifest import Encoding, FramesPerSecond, FramesPerVideo, Manifest, Rejection
-from re2tal.data.building.probe import probe_video
-from re2tal.data.building.shard_builder import Listed
 from re2tal.data.contract.shards import open_any
 from re2tal.data.contract.verify import damage
 

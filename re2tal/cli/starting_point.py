@@ -6,8 +6,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from re2tal.config.schema import RecognitionConfig, RunConfig, load_run
-from re2tal.recipes.presets import RECIPES, find_recipe
+from re2tal.config import RecognitionConfig, RunConfig, load_run
+from re2tal.recipes import RECIPES, find_recipe
 
 
 def starting_point(arguments: Sequence[str], *, default: str) -> tuple[RunConfig | RecognitionConfig, list[str]]:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from re2tal.config.schema import RecognitionConfig, RunConfig, build_detector, build_recognizer
+from re2tal.config import RecognitionConfig, RunConfig, build_detector, build_recognizer
 from re2tal.data.building.clips import true_classes
 from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.data.streaming.stream import ClipStream

@@ -27,7 +27,7 @@ import tyro
 
 from re2tal.cli.feature_run import check_kind, check_pair, describe, on_features
 from re2tal.cli.tasks import AnyRun, Outcome, build_model, judge
-from re2tal.config.schema import RecognitionConfig, RunConfig, flatten, save_config, to_json
+from re2tal.config import RecognitionConfig, RunConfig, flatten, save_config, to_json
 from re2tal.data.building.clips import true_classes
 from re2tal.data.contract.manifest import MANIFEST_NAME
 from re2tal.data.contract.shards import FeatureSet, ShardSet, open_any
@@ -36,7 +36,7 @@ from re2tal.distributed import World, is_main, main_process_first, resolve_world
 from re2tal.inference import detector_input
 from re2tal.planning.shared import PLAN_NAME, save_plan, shared_plan
 from re2tal.planning.step_plan import StepPlan
-from re2tal.recipes.presets import find_recipe
+from re2tal.recipes import find_recipe
 from re2tal.rewire import wiring_of
 from re2tal.strict_json import write_json
 from re2tal.structures import Batch, FeatureBatch

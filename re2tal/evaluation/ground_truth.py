@@ -2,9 +2,9 @@
 
     {"database": {video: {"subset": ..., "duration": ..., "annotations": [{"segment": [start, end], "label": ...}]}}}
 
-`re2tal.data.building.annotations` reads the same files for training, and there refuses empty segments and clips those that end
-after the video. A score must do neither: whether such truths count is the protocol's decision, and their seconds are
-part of every published number. Segments labelled "Ambiguous" (THUMOS-14) are no truths, and are left out.
+`re2tal.data.building.annotations` reads the same files for training, and there refuses empty segments and clips those
+that end after the video. A score must do neither: whether such truths count is the protocol's decision, and their
+seconds are part of every published number. Segments labelled "Ambiguous" (THUMOS-14) are no truths, and are left out.
 """
 
 from __future__ import annotations

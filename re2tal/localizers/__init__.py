@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from re2tal.localizers.pyramid.actionformer import ActionFormer, ActionFormerConfig
 from re2tal.localizers.base import Localizer
+from re2tal.localizers.pyramid.actionformer import ActionFormer, ActionFormerConfig
 from re2tal.localizers.vsgn.localizer import VSGN, VSGNConfig
 
 LocalizerConfig = ActionFormerConfig | VSGNConfig

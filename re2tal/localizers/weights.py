@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from re2tal.localizers.pyramid.actionformer import ActionFormer, Variant
 from re2tal.localizers.losses import RunningCount
+from re2tal.localizers.pyramid.actionformer import ActionFormer, Variant
 from re2tal.localizers.vsgn.localizer import VSGN
 
 

@@ -15,16 +15,16 @@ from typing import Any
 import torch
 
 from re2tal.backbones import stored
-from re2tal.config.schema import RecognitionConfig, RunConfig, flatten, to_json
+from re2tal.config import RecognitionConfig, RunConfig, flatten, to_json
 from re2tal.planning.calibration import link_bytes_per_second, measured_seconds
 from re2tal.planning.free_memory import free_memory
 from re2tal.planning.options import KEEPING, ON_THE_HOST, REBUILT, STORED, Choices, Link, options_of, undominated
 from re2tal.planning.rehearsal import Rehearsal, Trace
+from re2tal.planning.search import Choice, Ground, Option, fastest, smallest
 from re2tal.planning.settings import Setting, can_be_cut, configure, worth_knowing
 from re2tal.planning.step_memory import StepMemory, step_memory
 from re2tal.planning.step_plan import GIGABYTE, StageSeconds, StepPlan
 from re2tal.planning.zero_memory import Weights, ZeroMemory, zero_memory
-from re2tal.planning.search import Choice, Ground, Option, fastest, smallest
 from re2tal.training.engine import DTYPES
 from re2tal.training.zero_file import resolve_deepspeed_config
 

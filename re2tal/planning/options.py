@@ -16,8 +16,8 @@ from math import ceil
 from typing import Any
 
 from re2tal.planning.rehearsal import Trace
-from re2tal.planning.settings import Setting, longest_run
 from re2tal.planning.search import Option
+from re2tal.planning.settings import Setting, longest_run
 
 STORED = Setting(stored=None, chunk_mebibytes=None)
 REBUILT = Setting(stored=0, chunk_mebibytes=None)

@@ -21,12 +21,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from re2tal.config.schema import RecognitionConfig, RunConfig, build_detector, build_recognizer
+from re2tal.config import RecognitionConfig, RunConfig, build_detector, build_recognizer
 from re2tal.detector import TemporalActionDetector
+from re2tal.planning.search import Ground
 from re2tal.recognizer import Recognizer
 from re2tal.reversible.fake import on_fake_tensors
 from re2tal.reversible.live_bytes import LiveBytes
-from re2tal.planning.search import Ground
 from re2tal.rewire import RewiredStage
 from re2tal.training.engine import DTYPES
 from re2tal.training.frames import prepare_frames

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from re2tal.backbones import BackboneConfig
-from re2tal.config.schema import DataConfig, RecognitionConfig, RunConfig
+from re2tal.config import DataConfig, RecognitionConfig, RunConfig
 from re2tal.data.streaming.stream import ClipConfig
 from re2tal.data.streaming.windows import ResizeWhole, Slide, Trimmed
 from re2tal.evaluation.protocols import TIOU_THRESHOLDS, EvaluationConfig

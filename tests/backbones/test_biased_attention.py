@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from re2tal.backbones.swin3d.network import biased_attention
+from re2tal.backbones.swin3d import biased_attention
 from re2tal.backbones.swin3d.biased_attention import Run, attend
 from re2tal.reversible.fake import on_fake_tensors
 from re2tal.reversible.live_bytes import LiveBytes

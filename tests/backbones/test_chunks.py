@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from re2tal.backbones import BACKBONES, BackboneConfig, build_backbone
-from re2tal.backbones.swin3d.shifted_windows import clip_window, row_spans
-from re2tal.backbones.swin3d.network import SIZES, SwinBlock, VideoSwin
 from re2tal.backbones.hub.tiling import ClipwiseBackbone
+from re2tal.backbones.swin3d.network import SIZES, SwinBlock, VideoSwin
+from re2tal.backbones.swin3d.shifted_windows import clip_window, row_spans
 from re2tal.reversible import chunking
 from re2tal.rewire import RewiringConfig, residual_branches, rewire
 

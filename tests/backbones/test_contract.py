@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from re2tal.backbones import BACKBONES, BackboneConfig, build_backbone
 from re2tal.backbones.base import VideoBackbone, freeze_norms, norm_layers
-from re2tal.backbones.slowfast.network import InnerReluBottleneck, SlowFast
 from re2tal.backbones.hub.tiling import ClipwiseBackbone
+from re2tal.backbones.slowfast.network import InnerReluBottleneck, SlowFast
 from re2tal.rewire import RewiringConfig, rewire
 
 # Odd in every axis, so that a family that pads must do so; families bound to whole patches get what they were made for.

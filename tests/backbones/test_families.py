@@ -190,7 +190,7 @@ def test_every_size_is_a_row_and_has_the_published_number_of_parameters(monkeypa
     # The library fills VideoMAE's position table number by number, which takes seconds and holds no parameter.
     monkeypatch.setattr(modeling_videomae, "get_sinusoid_encoding_table", lambda *shape: torch.zeros(1, *shape))
     modules = ("videomae", "vivit", "vjepa2", "timesformer", "videoprism", "image_towers")
-    sizes = [name for module in modules for name in importlib.import_module(f"re2tal.backbones.{module}").SIZES]
+    sizes = [name for module in modules for name in importlib.import_module(f"re2tal.backbones.hub.{module}").SIZES]
     assert {*sizes} == {*PUBLISHED_MILLIONS, *STOCK}
     assert {*sizes} <= {*BACKBONES}
     for name, millions in PUBLISHED_MILLIONS.items():

@@ -9,8 +9,8 @@ from safetensors.torch import save_file
 from torch import nn
 
 from re2tal.backbones import BackboneConfig, build_backbone
-from re2tal.backbones.slowfast.network import SIZES, Bottleneck, InnerReluBottleneck, SlowFast
 from re2tal.backbones.slowfast.layouts import KEY_LAYOUTS
+from re2tal.backbones.slowfast.network import SIZES, Bottleneck, InnerReluBottleneck, SlowFast
 from re2tal.backbones.weights import export_state, load_weights
 from re2tal.reversible.live_bytes import LiveBytes
 from re2tal.rewire import RewiringConfig, rewire

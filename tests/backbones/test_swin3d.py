@@ -9,8 +9,15 @@ import pytest
 import torch
 
 from re2tal.backbones.base import steps_mask
-from re2tal.backbones.swin3d.shifted_windows import WindowTables, partition, reorder, restore, window_kinds, window_regions
 from re2tal.backbones.swin3d.network import SIZES, DropPath, VideoSwin
+from re2tal.backbones.swin3d.shifted_windows import (
+    WindowTables,
+    partition,
+    reorder,
+    restore,
+    window_kinds,
+    window_regions,
+)
 from re2tal.rewire import RewiringConfig, rewire
 
 

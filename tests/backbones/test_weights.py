@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from re2tal.backbones.swin3d.network import VideoSwin
 from re2tal.backbones.swin3d.layouts import KEY_LAYOUTS
+from re2tal.backbones.swin3d.network import VideoSwin
 from re2tal.backbones.weights import LoadReport, export_state, load_weights, read_checkpoint, read_state
 
 every_layout = pytest.mark.parametrize("layout", KEY_LAYOUTS, ids=lambda layout: layout.name)

@@ -15,7 +15,7 @@ from re2tal.backbones import BackboneConfig
 from re2tal.cli.detect import detect, encoding_for, load_detector
 from re2tal.cli.evaluate import evaluate
 from re2tal.cli.report import report
-from re2tal.config.schema import DataConfig, RunConfig, build_detector, save_config
+from re2tal.config import DataConfig, RunConfig, build_detector, save_config
 from re2tal.data.contract.manifest import FramesPerSecond, FramesPerVideo
 from re2tal.data.streaming.stream import ClipConfig
 from re2tal.data.streaming.windows import ResizeWhole, Slide

@@ -14,12 +14,14 @@ from parity.vectors import Case, cases, load
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from re2tal.backbones import BACKBONES, BackboneConfig, build_backbone, slowfast, swin3d
+from re2tal.backbones import BACKBONES, BackboneConfig, build_backbone
+from re2tal.backbones.slowfast import network as slowfast
 from re2tal.backbones.slowfast.layouts import KEY_LAYOUTS as SLOWFAST_LAYOUTS
+from re2tal.backbones.swin3d import network as swin3d
 from re2tal.backbones.swin3d.layouts import KEY_LAYOUTS as SWIN_LAYOUTS
 from re2tal.cli import main
 from re2tal.cli.detect import load_detector
-from re2tal.config.schema import DataConfig, RunConfig, build_detector, load_config, save_config
+from re2tal.config import DataConfig, RunConfig, build_detector, load_config, save_config
 from re2tal.conversion import export_detector
 from re2tal.data.streaming.stream import ClipConfig
 from re2tal.data.streaming.transforms import normalise

@@ -19,7 +19,7 @@ from re2tal.backbones import BackboneConfig, build_backbone
 from re2tal.cli import main
 from re2tal.cli.evaluate import evaluate
 from re2tal.cli.import_weights import import_weights
-from re2tal.config.schema import RecognitionConfig, build_recognizer, load_run
+from re2tal.config import RecognitionConfig, build_recognizer, load_run
 from re2tal.data.contract.shards import open_shards
 from re2tal.data.streaming.stream import stream_clips
 from re2tal.evaluation.video_classes import read_video_classes

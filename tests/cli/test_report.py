@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from re2tal.cli.report import report
-from re2tal.config.schema import RunConfig, save_config
+from re2tal.config import RunConfig, save_config
 
 LABELS = ("jump", "run", "jump")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from distributed.ranks import launch_ranks
 
-from re2tal.config.schema import load_config
+from re2tal.config import load_config
 from re2tal.data.building.annotations import read_annotations
 from re2tal.evaluation.results import read_results
 from re2tal.training.export import read_model

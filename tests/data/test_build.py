@@ -11,10 +11,10 @@ from data.numbered import read_numbers
 
 from re2tal.data.building.annotations import Annotations, read_annotations
 from re2tal.data.building.build import BuildConfig, build_shards, find_videos, plan_shards
-from re2tal.data.streaming.decode import decode_frames
 from re2tal.data.contract.manifest import INDEX_NAME, MANIFEST_NAME
 from re2tal.data.contract.shards import open_shards
 from re2tal.data.contract.verify import damage, read_pair
+from re2tal.data.streaming.decode import decode_frames
 from re2tal.structures import Action, VideoRecord
 
 CONFIG = BuildConfig(dataset="own", encoding=encoding(fps=15), videos_per_shard=3)

@@ -7,7 +7,6 @@ import pytest
 from data.files import cut_without_decoding, encoding, flip_bytes, write_video
 from data.numbered import encode, read_numbers
 
-from re2tal.data.streaming.decode import decode_frames
 from re2tal.data.building.encode import (
     Normalised,
     check_normalised,
@@ -17,6 +16,7 @@ from re2tal.data.building.encode import (
     stored_size,
 )
 from re2tal.data.building.probe import probe_video
+from re2tal.data.streaming.decode import decode_frames
 
 CHANGING_RATE = [33 * i for i in range(30)] + [1000 + 100 * i for i in range(30)]
 SOURCES = {

@@ -12,12 +12,12 @@ import torch
 from data.feature_folders import STEP, record, spec, write_features
 
 from re2tal.data.building.build_features import Computed, FeatureBuild, FeatureShard
-from re2tal.data.streaming.decode import DecodeError
 from re2tal.data.contract.features import interpolate, pack_features, read_features, unpack_features
 from re2tal.data.contract.manifest import INDEX_NAME, MANIFEST_NAME, to_json
 from re2tal.data.contract.shards import FeatureSet, open_any, open_shards
-from re2tal.data.streaming.stream import ClipConfig, stream_clips
 from re2tal.data.contract.verify import damage
+from re2tal.data.streaming.decode import DecodeError
+from re2tal.data.streaming.stream import ClipConfig, stream_clips
 from re2tal.data.streaming.windows import ResizeWhole, Slide
 from re2tal.structures import Action, FeatureBatch
 

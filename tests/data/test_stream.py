@@ -13,8 +13,8 @@ from data.folders import indexed, write_shards
 from data.numbered import encode_numbered, read_numbers
 from data.workers import ready_worker
 
-from re2tal.data.streaming.decode import DecodeError, decode_frames
 from re2tal.data.contract.shards import ShardSet
+from re2tal.data.streaming.decode import DecodeError, decode_frames
 from re2tal.data.streaming.sources import read_mp4
 from re2tal.data.streaming.stream import (
     STOP_SIGNALS,

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from re2tal.localizers import ActionFormerConfig, build_localizer
-from re2tal.localizers.pyramid.actionformer import ActionFormer
 from re2tal.localizers.candidates import best_of_clip, best_of_each_level
+from re2tal.localizers.pyramid.actionformer import ActionFormer
 from re2tal.structures import Action, Features, Timeline
 
 TINY = ActionFormerConfig(

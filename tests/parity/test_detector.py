@@ -15,11 +15,10 @@ from parity.sizes import frames_per_step, slowfast_size, swin_size
 from parity.vectors import Case, cases, load
 from torch import Tensor
 
-from re2tal.backbones.slowfast.network import layouts as slowfast_layouts
-
-from re2tal.backbones.swin3d.network import layouts as swin3d_layouts
 from re2tal.backbones.base import VideoBackbone, freeze_norms
+from re2tal.backbones.slowfast import layouts as slowfast_layouts
 from re2tal.backbones.slowfast.network import InnerReluBottleneck, SlowFast
+from re2tal.backbones.swin3d import layouts as swin3d_layouts
 from re2tal.backbones.swin3d.network import VideoSwin
 from re2tal.backbones.weights import KeyLayout
 from re2tal.data.streaming.transforms import normalise

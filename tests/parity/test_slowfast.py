@@ -13,8 +13,8 @@ from parity.compare import Tolerances, check_gradients, check_loss, check_values
 from parity.vectors import Case, cases, load
 from torch import Tensor
 
-from re2tal.backbones.slowfast.network import Bottleneck, InnerReluBottleneck, SlowFast
 from re2tal.backbones.slowfast.layouts import KEY_LAYOUTS
+from re2tal.backbones.slowfast.network import Bottleneck, InnerReluBottleneck, SlowFast
 from re2tal.rewire import RewiringConfig, rewire
 
 TOLERANCES = Tolerances(

@@ -11,10 +11,10 @@ from parity.compare import Tolerances, check_gradients, check_loss, check_values
 from parity.vectors import Case, cases, load
 from torch import Tensor, nn
 
-from re2tal.backbones.swin3d.network import network as swin3d
-from re2tal.backbones.swin3d.shifted_windows import clip_window, window_regions, windows_per_axis
-from re2tal.backbones.swin3d.network import VideoSwin
+from re2tal.backbones.swin3d import network as swin3d
 from re2tal.backbones.swin3d.layouts import KEY_LAYOUTS
+from re2tal.backbones.swin3d.network import VideoSwin
+from re2tal.backbones.swin3d.shifted_windows import clip_window, window_regions, windows_per_axis
 from re2tal.conversion import export_backbone
 from re2tal.rewire import RewiringConfig, rewire
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from re2tal.config.schema import build_detector
+from re2tal.config import build_detector
 from re2tal.planning.rehearsal import Event, Phase, Trace, stages_of
 
 MEGABYTE = 10**6

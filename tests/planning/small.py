@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from re2tal.backbones import BackboneConfig
-from re2tal.config.schema import RunConfig
+from re2tal.config import RunConfig
 from re2tal.data.streaming.windows import Slide
 from re2tal.localizers.pyramid.actionformer import ActionFormerConfig
 from re2tal.recipes.presets import demo

@@ -13,7 +13,7 @@ from planning.rehearsed import INSIDE, MEGABYTE, OTHER_BLOCKS, STATE, STORED_UNI
 from planning.small import small_run
 
 from re2tal.backbones import BackboneConfig
-from re2tal.config.schema import build_detector
+from re2tal.config import build_detector
 from re2tal.planning import calibration, choice
 from re2tal.planning.calibration import link_bytes_per_second, measured_seconds
 from re2tal.planning.choice import plan_step

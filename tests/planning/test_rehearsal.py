@@ -12,11 +12,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from re2tal.backbones import BackboneConfig
-from re2tal.config.schema import build_detector
+from re2tal.config import build_detector
 from re2tal.planning.rehearsal import Rehearsal, stages_of
+from re2tal.planning.search import Option, peak_of
 from re2tal.planning.settings import Setting, configure
 from re2tal.reversible.live_bytes import LiveBytes
-from re2tal.planning.search import Option, peak_of
 from re2tal.training.frames import prepare_frames
 
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from planning.rehearsed import Rehearsed
 from planning.small import small_run
 from torch.utils._pytree import tree_leaves
 
-from re2tal.config.schema import build_detector
+from re2tal.config import build_detector
 from re2tal.distributed import resolve_world
 from re2tal.planning import choice, shared
 from re2tal.planning.shared import save_plan, shared_plan

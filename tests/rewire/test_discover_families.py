@@ -102,7 +102,7 @@ def test_segments_of_one_block_are_the_network(family) -> None:
 @pytest.mark.parametrize("family", REGISTERED_IN)
 def test_discovered_branches_are_the_registered_ones(family) -> None:
     """Of every family of the transformers library in BACKBONES."""
-    import_module(f"re2tal.backbones.{REGISTERED_IN[family]}")
+    import_module(f"re2tal.backbones.hub.{REGISTERED_IN[family]}")
     net, x = build(family)
     blocks = [module for module in net.modules() if isinstance(registered(module), Residual)]
     calls = record_calls(net, blocks, example=(x,))

@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from re2tal.config.schema import RunConfig
+from re2tal.config import RunConfig
 from re2tal.training.annealing import AnnealingConfig, beta_course
 
 

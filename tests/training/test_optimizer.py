@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from re2tal.config.schema import build_detector
-from re2tal.recipes.presets import find_recipe
+from re2tal.config import build_detector
+from re2tal.recipes import find_recipe
 from re2tal.training.optimizer import OptimizerConfig, build_optimizer, parameter_groups
 
 CONFIG = OptimizerConfig(learning_rate=1e-3, backbone_learning_rate=1e-5, weight_decay=0.05)

@@ -17,8 +17,8 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from re2tal.backbones.base import BackboneConfig
-from re2tal.backbones.swin3d.network import DropPath
 from re2tal.backbones.hub.tiling import ClipEncoder, ClipwiseBackbone
+from re2tal.backbones.swin3d.network import DropPath
 from re2tal.backbones.weights import WEIGHTS_SUFFIXES, KeyLayout, load_weights
 from re2tal.strict_json import read_json
 

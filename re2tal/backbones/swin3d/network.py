@@ -17,10 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from re2tal.backbones.base import BackboneConfig, VideoBackbone, steps_mask
-from re2tal.backbones.swin3d.shifted_windows import Size3, WindowRows, WindowTables, clip_window, row_spans, windows_per_axis
 from re2tal.backbones.swin3d.layouts import KEY_LAYOUTS
-from re2tal.backbones.weights import load_weights
+from re2tal.backbones.swin3d.shifted_windows import (
+    Size3,
+    WindowRows,
+    WindowTables,
+    clip_window,
+    row_spans,
+    windows_per_axis,
+)
 from re2tal.backbones.swin3d.window_attention import WindowAttention
+from re2tal.backbones.weights import load_weights
 from re2tal.reversible.chunking import even_spans
 from re2tal.rewire import Between, Branch, Cut, Part, by_tokens, forgetful, residual_branches, why_not_residual
 from re2tal.structures import Features

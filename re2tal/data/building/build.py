@@ -24,8 +24,10 @@ import av
 
 from re2tal.data.building.annotations import Annotations
 from re2tal.data.building.clips import ClipList
-from re2tal.data.contract.feature_manifest import FeatureReport
 from re2tal.data.building.isolated import Isolated
+from re2tal.data.building.probe import VIDEO_SUFFIXES
+from re2tal.data.building.shard_builder import Listed, OnVideo, ShardBuilder, ShardPlan, Stopped
+from re2tal.data.contract.feature_manifest import FeatureReport
 from re2tal.data.contract.manifest import (
     FORMAT,
     INDEX_NAME,
@@ -40,8 +42,6 @@ from re2tal.data.contract.manifest import (
     read_manifest,
     to_json,
 )
-from re2tal.data.building.probe import VIDEO_SUFFIXES
-from re2tal.data.building.shard_builder import Listed, OnVideo, ShardBuilder, ShardPlan, Stopped
 from re2tal.strict_json import write_atomically
 
 REPORTS = ".reports"

@@ -16,6 +16,7 @@ from pathlib import Path
 from torch import Tensor
 
 from re2tal.data.building.build import REPORTS, BuiltSubset, finished, remove_leftovers
+from re2tal.data.building.shard_builder import shard_file
 from re2tal.data.contract.feature_manifest import (
     FORMAT,
     VERSION,
@@ -30,7 +31,6 @@ from re2tal.data.contract.feature_manifest import (
 )
 from re2tal.data.contract.features import SUFFIX, pack_features
 from re2tal.data.contract.manifest import INDEX_NAME, MANIFEST_NAME, Rejection, to_json
-from re2tal.data.building.shard_builder import shard_file
 from re2tal.data.contract.shards import Pair, write_tar
 from re2tal.strict_json import write_atomically
 from re2tal.structures import VideoRecord

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from re2tal.data.building.annotations import SUBSET_NAME, check_class_list, is_label, raise_together
-from re2tal.data.contract.manifest import VIDEO_ID
 from re2tal.data.building.probe import VIDEO_SUFFIXES
+from re2tal.data.contract.manifest import VIDEO_ID
 from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.structures import Action, VideoRecord
 

@@ -21,9 +21,9 @@ import numpy as np
 from av.container import InputContainer, OutputContainer
 from av.video.stream import VideoStream
 
-from re2tal.data.streaming.decode import count_frames, decode_frames
-from re2tal.data.contract.manifest import Encoding, FramesPerSecond, FramesPerVideo
 from re2tal.data.building.probe import MAX_MISSING_SHARE, VideoProbe, displayed_size, open_video
+from re2tal.data.contract.manifest import Encoding, FramesPerSecond, FramesPerVideo
+from re2tal.data.streaming.decode import count_frames, decode_frames
 
 T = TypeVar("T")
 MAX_ASPECT = 8

@@ -15,8 +15,17 @@ from re2tal.data.building.annotations import duration_tolerance
 from re2tal.data.building.clips import TrimmedClip
 from re2tal.data.building.encode import Normalised, check_normalised, normalise_video
 from re2tal.data.building.isolated import Isolated
-from re2tal.data.contract.manifest import Encoding, IndexedVideo, Rejection, ShardFile, ShardReport, Source, StoredVideo, to_json
 from re2tal.data.building.probe import probe_video
+from re2tal.data.contract.manifest import (
+    Encoding,
+    IndexedVideo,
+    Rejection,
+    ShardFile,
+    ShardReport,
+    Source,
+    StoredVideo,
+    to_json,
+)
 from re2tal.data.contract.shards import Pair, write_tar
 from re2tal.strict_json import sha256_of
 from re2tal.structures import VideoRecord

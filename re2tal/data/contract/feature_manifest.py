@@ -16,7 +16,16 @@ from typing import Annotated, Any, Final, Literal
 
 from pydantic import Field
 
-from re2tal.data.contract.manifest import Count, Positive, Rejection, Sha256, ShardFile, ShardName, SubsetName, from_json
+from re2tal.data.contract.manifest import (
+    Count,
+    Positive,
+    Rejection,
+    Sha256,
+    ShardFile,
+    ShardName,
+    SubsetName,
+    from_json,
+)
 from re2tal.strict_json import read_json
 from re2tal.structures import VideoRecord
 

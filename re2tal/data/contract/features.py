@@ -13,10 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from re2tal.data.streaming.decode import DecodeError
 from re2tal.data.contract.feature_manifest import IndexedFeatures, StoredType
 from re2tal.data.contract.members import read_pair
 from re2tal.data.contract.shards import FeatureSet
+from re2tal.data.streaming.decode import DecodeError
 
 SUFFIX = "safetensors"
 DTYPES: dict[StoredType, torch.dtype] = {"float16": torch.float16, "float32": torch.float32}

@@ -4,8 +4,9 @@
     <out>/<subset>/index.jsonl             one IndexedVideo per line, in shard order: all that planning needs
     <out>/<subset>/manifest.json           written last; its presence says that the folder is complete
 
-`re2tal.data.building.build` writes such folders, `re2tal.data.contract.verify` reads every byte of one. A folder of features looks the
-same, with {id}.safetensors beside {id}.json; `re2tal.data.building.build_features` writes those.
+`re2tal.data.building.build` writes such folders, `re2tal.data.contract.verify` reads every byte of one.
+A folder of features looks the same, with {id}.safetensors beside {id}.json; `re2tal.data.building.build_features`
+writes those.
 """
 
 from __future__ import annotations
@@ -24,7 +25,15 @@ from webdataset.writer import TarWriter
 
 from re2tal.data.contract import feature_manifest
 from re2tal.data.contract.feature_manifest import FeatureManifest, IndexedFeatures, read_feature_manifest
-from re2tal.data.contract.manifest import INDEX_NAME, MANIFEST_NAME, VIDEO_ID, IndexedVideo, Manifest, from_json, read_manifest
+from re2tal.data.contract.manifest import (
+    INDEX_NAME,
+    MANIFEST_NAME,
+    VIDEO_ID,
+    IndexedVideo,
+    Manifest,
+    from_json,
+    read_manifest,
+)
 from re2tal.strict_json import read_json, sha256_of
 
 AnyManifest = TypeVar("AnyManifest", Manifest, FeatureManifest)

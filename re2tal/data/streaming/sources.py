@@ -18,11 +18,11 @@ import torch
 from torch import Tensor
 from webdataset.tariterators import tar_file_iterator
 
-from re2tal.data.streaming.collate import Clip, collate, collate_features
-from re2tal.data.streaming.decode import DecodeError, decode_frames
 from re2tal.data.contract.features import interpolate, read_features
 from re2tal.data.contract.manifest import IndexedVideo
 from re2tal.data.contract.shards import FeatureSet, ShardSet
+from re2tal.data.streaming.collate import Clip, collate, collate_features
+from re2tal.data.streaming.decode import DecodeError, decode_frames
 from re2tal.data.streaming.transforms import Box, crop_and_resize, draw_box, square_box
 from re2tal.data.streaming.windows import Slide, Window, Windowing
 from re2tal.structures import Batch

@@ -29,10 +29,10 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.data.streaming.collate import Clip
 from re2tal.data.streaming.decode import DecodeError
 from re2tal.data.streaming.epoch_order import Unit, batch_units, count_steps, evaluation_order, training_order
-from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.data.streaming.sources import Pictures, Source, Steps
 from re2tal.data.streaming.windows import Slide, Stored, Trimmed, Window, Windowing, draw_window, plan_windows
 from re2tal.structures import Batch

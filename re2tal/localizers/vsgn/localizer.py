@@ -17,6 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from re2tal.localizers.base import Localizer
+from re2tal.localizers.candidates import Candidates, best_of_clip
+from re2tal.localizers.class_map import ClassMap
+from re2tal.localizers.losses import RunningCount, sigmoid_focal_loss
 from re2tal.localizers.vsgn.anchors import (
     Matches,
     balanced_bce,
@@ -26,10 +30,6 @@ from re2tal.localizers.vsgn.anchors import (
     match,
     pyramid_anchors,
 )
-from re2tal.localizers.base import Localizer
-from re2tal.localizers.candidates import Candidates, best_of_clip
-from re2tal.localizers.class_map import ClassMap
-from re2tal.localizers.losses import RunningCount, sigmoid_focal_loss
 from re2tal.localizers.vsgn.network import AnchorHead, BoundaryHead, EvaluationHead, PyramidDecoder, PyramidEncoder
 from re2tal.structures import Action, Detections, Features, Timeline
 

@@ -1,0 +1,1 @@
+"""Families of the transformers library, run over long video."""

@@ -1,0 +1,20 @@
+"""Everything that makes a run, composed of the components' own configurations, and its JSON form."""
+
+from re2tal.config.build import build_detector, build_recognizer
+from re2tal.config.file import flatten, load_config, load_run, save_config, to_json
+from re2tal.config.schema import RUNS, DataConfig, RecognitionConfig, Run, RunConfig
+
+__all__ = [
+    "RUNS",
+    "DataConfig",
+    "RecognitionConfig",
+    "Run",
+    "RunConfig",
+    "build_detector",
+    "build_recognizer",
+    "flatten",
+    "load_config",
+    "load_run",
+    "save_config",
+    "to_json",
+]

@@ -1,0 +1,96 @@
+"""The JSON form of a configuration. A key that no component knows is an error: a misspelt override must not train
+something else."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
+
+from re2tal.config.schema import RUNS, RecognitionConfig, Run, RunConfig
+from re2tal.strict_json import read_json, write_atomically
+
+
+def save_config(path: Path, config: Run) -> None:
+    """Writes the JSON form of `config`, which `load_config` reads back as an equal one."""
+    write_atomically(path, json.dumps(to_json(config), indent=2, allow_nan=False) + "\n")
+
+
+def load_config(path: Path) -> RunConfig:
+    """Reads the configuration of a detector's run. What it does not mention keeps its default.
+
+    Raises FileNotFoundError, and ValueError that names the file, the key, its value and the nearest known key.
+    """
+    config = load_run(path)
+    if not isinstance(config, RunConfig):
+        raise ValueError(
+            f"{path} is of a recognizer, which does not say when something happens (re2tal classify says what); give "
+            f"the run of a detector (--backbone.weights {path.parent / 'model.safetensors'} starts one from it)"
+        )
+    return config
+
+
+def load_run(path: Path) -> RunConfig | RecognitionConfig:
+    """As `load_config`, of either kind of run; its `task` says which, and without one it is a detector's."""
+    document = read_json(path)
+    task = document.get("task", "localization") if isinstance(document, dict) else "localization"
+    if task not in tuple(RUNS):
+        raise ValueError(f"{path}: task is {task!r}; known: {sorted(RUNS)}")
+    try:
+        return _adapter(RUNS[task]).validate_python(document)
+    except ValidationError as error:
+        raise ValueError(f"{path}: {_explain(error, RUNS[task]())}") from None
+
+
+def to_json(config: Run) -> dict[str, Any]:
+    """`config` as JSON values."""
+    return _adapter(type(config)).dump_python(config, mode="json")
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested JSON values -> ("data.clips.size", 224), ... in their order."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def _adapter(run: type) -> TypeAdapter:
+    for kind in _dataclasses_in(run):
+        # Read by pydantic when it meets the class; on a class that already has it, this says the same again.
+        with_config(ConfigDict(extra="forbid"))(kind)
+    return TypeAdapter(run)
+
+
+def _dataclasses_in(kind: Any) -> Iterator[type]:
+    """`kind` and every dataclass among the types of its fields, unions included."""
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        for option in typing.get_args(kind):
+            yield from _dataclasses_in(option)
+    elif dataclasses.is_dataclass(kind) and isinstance(kind, type):
+        yield kind
+        for annotation in typing.get_type_hints(kind).values():
+            yield from _dataclasses_in(annotation)
+
+
+def _explain(error: ValidationError, default: Run) -> str:
+    lines = []
+    for fault in error.errors():
+        key = ".".join(str(part) for part in fault["loc"]) or "the document"
+        if fault["type"] == "unexpected_keyword_argument":
+            known = [name for name, _ in flatten(to_json(default))]
+            nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+            lines.append(f"unknown key {key}" + (f"; did you mean {nearest[0]}?" if nearest else ""))
+        elif fault["type"] == "value_error":  # raised by a component, which names key and value itself
+            lines.append(fault["msg"].removeprefix("Value error, "))
+        else:
+            lines.append(f"{key} is {fault['input']!r}: {fault['msg']}")
+    return "; ".join(lines)

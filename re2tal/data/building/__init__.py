@@ -1,0 +1,1 @@
+"""From videos, annotations and features of other programs to shards."""

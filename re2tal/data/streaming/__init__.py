@@ -1,0 +1,1 @@
+"""From shards to batches of clips: epoch order, windows, frames, pixels."""

@@ -1,0 +1,1 @@
+"""VSGN: graph network, anchors, loss and decoding."""
