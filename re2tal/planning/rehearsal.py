@@ -171,10 +171,11 @@ def stages_of(backbone: nn.Module) -> dict[str, RewiredStage]:
 
 
 @contextmanager
-def watched(backbone: nn.Module, stages: Sequence[RewiredStage], mark: Callable[[Event], None]) -> Iterator[None]:
+def watched(backbone: nn.Module, stages: Sequence[nn.Module], mark: Callable[[Event], None]) -> Iterator[None]:
     """Inside, `mark` is called when each stage begins its forward and its backward, and when the backbone is done.
 
-    Stages are numbered in the order in which they run. RuntimeError if one runs twice.
+    Stages are numbered in the order in which they run. A backbone without stages, a plain one, counts as one stage.
+    RuntimeError if one runs twice.
     """
     order: list[nn.Module] = []
 
@@ -193,7 +194,7 @@ def watched(backbone: nn.Module, stages: Sequence[RewiredStage], mark: Callable[
                 leaf.register_hook(lambda gradient: mark(event))
 
     with ExitStack() as stack:
-        for stage in stages:
+        for stage in stages or [backbone]:
             stack.callback(stage.register_forward_pre_hook(begin).remove)
             stack.callback(stage.register_forward_hook(end).remove)
         done = backbone.register_forward_hook(lambda *_: mark(Event("between", 0)))

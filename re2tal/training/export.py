@@ -77,10 +77,23 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mappin
     """Writes a safetensors file under another name, flushes it, and renames it."""
     partial = path.with_name(f".{path.name}.tmp")
     with partial.open("wb") as file:
-        file.write(save(dict(tensors), metadata=dict(metadata)))
+        file.write(_with_sorted_header(save(dict(tensors), metadata=dict(metadata))))
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
+
+
+def _with_sorted_header(content: bytes) -> bytes:
+    """The same file with its metadata in alphabetical order.
+
+    The library writes them in the order of a hash map, another one each time: equal models would differ in bytes.
+    """
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format wants tensors aligned to 8 bytes
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
 def read_model(path: Path) -> ModelFile:

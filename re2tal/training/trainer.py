@@ -28,6 +28,9 @@ from re2tal.training.ema import WeightAverage
 from re2tal.training.engine import Engine
 from re2tal.training.metrics import MetricsLog, peak_memory_gib
 
+LOSS_SCALE_SEARCH = 40
+"""Steps in a row that fp16 may skip while its loss scale is sought, beyond `max_non_finite`."""
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -173,8 +176,11 @@ class Trainer:
             self.non_finite_in_a_row = 0
             if self.average is not None:
                 self.average.update()
-        elif not self.engine.fp16_enabled():  # there DeepSpeed is looking for a loss scale, which takes a few overflows
-            self._skip(f"the gradients of step {self.progress.step} are not finite")
+        else:
+            # Under fp16 DeepSpeed starts by looking for a loss scale: 2^16 may have to be halved down to 1, each after
+            # two overflows.
+            tolerated = LOSS_SCALE_SEARCH if self.engine.fp16_enabled() else 0
+            self._skip(f"the gradients of step {self.progress.step} are not finite", tolerated=tolerated)
         return {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
 
     def _finite_losses(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
@@ -201,12 +207,15 @@ class Trainer:
             )
         return self.engine.module.loss(outputs, batch.actions, batch.timelines, num_frames=batch.mask.shape[1])
 
-    def _skip(self, reason: str) -> None:
-        """Every rank calls this: counts what is not applied, and gives up when it happens too often in a row."""
+    def _skip(self, reason: str, *, tolerated: int = 0) -> None:
+        """Every rank calls this: counts what is not applied, and gives up when it happens too often in a row.
+
+        `tolerated`: how many in a row are no sign of divergence.
+        """
         self.progress = replace(self.progress, skipped=self.progress.skipped + 1)
         self.non_finite_in_a_row += 1
         self.log.say(f"skipped: {reason}")
-        if self.non_finite_in_a_row >= self.config.max_non_finite:
+        if self.non_finite_in_a_row >= self.config.max_non_finite + tolerated:
             raise FloatingPointError(
                 f"{self.non_finite_in_a_row} batches or steps in a row were not finite, the last because {reason}; "
                 "the run has diverged: lower the learning rate, lengthen the warmup, or train in fp32. "

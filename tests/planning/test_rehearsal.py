@@ -11,8 +11,9 @@ from planning.small import small_run
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
-from re2tal.backbones import BackboneConfig
+from re2tal.backbones import BackboneConfig, build_backbone
 from re2tal.config import build_detector
+from re2tal.planning.footprint import kept_bytes_of
 from re2tal.planning.rehearsal import Rehearsal, stages_of
 from re2tal.planning.search import Option, peak_of
 from re2tal.planning.settings import Setting, configure
@@ -98,3 +99,18 @@ def test_states_on_the_host_are_not_on_the_device() -> None:
     saved = sum(traces[False].kept()) - sum(traces[True].kept())
     assert saved > 0
     assert traces[True].host - traces[False].host >= saved
+
+
+def test_a_plain_backbone_is_one_stage_that_keeps_what_autograd_saves() -> None:
+    run = replace(small_run(), backbone=BackboneConfig(name="swin3d_nano", rewired=False))
+    plain = Rehearsal(run, device=CPU, num_classes=4, free_gradients=False)
+    trace = plain.trace()
+    assert plain.stages() == {}
+    assert [phase.event.kind for phase in trace.phases] == ["start", "forward", "between", "backward"]
+    # Counted in another way: every storage that autograd saves; the clips themselves are in the batch already.
+    clips = 4 * 2 * 3 * 16 * 48 * 48
+    saved = kept_bytes_of(
+        build_backbone(run.backbone),
+        lambda: (torch.zeros(2, 3, 16, 48, 48), torch.ones(2, 16, dtype=torch.bool)),
+    )
+    assert trace.kept()[0] == pytest.approx(saved - clips, rel=0.01)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from training.tiny import RewiredTinyDetector, TinyDetector
 
 from re2tal.rewire import set_beta
@@ -21,6 +24,17 @@ def test_weights_and_classes_come_back(tmp_path):
     model.load_into(target, classes=["jump", "run"])
     for name, value in source.state_dict().items():
         assert torch.equal(target.state_dict()[name], value)
+
+
+def test_equal_models_are_equal_files_that_the_library_reads(tmp_path):
+    state = TinyDetector().state_dict()
+    for number in range(8):  # the library's own order changes from call to call
+        write_model(tmp_path / f"{number}.safetensors", state, classes=["jump \u00fc"], wiring=WIRING)
+    assert len({(tmp_path / f"{number}.safetensors").read_bytes() for number in range(8)}) == 1
+    with safe_open(tmp_path / "0.safetensors", framework="pt") as file:
+        assert file.metadata()["classes"] == json.dumps(["jump \u00fc"])
+    for name, value in load_file(tmp_path / "0.safetensors").items():
+        assert torch.equal(state[name], value)
 
 
 def test_another_class_list_is_refused(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from training.tiny import TinyClips, same, tiny_trainer, weights
 
-from re2tal.training.trainer import TrainingConfig, num_optimizer_steps
+from re2tal.training.trainer import LOSS_SCALE_SEARCH, TrainingConfig, num_optimizer_steps
 
 
 @pytest.fixture(autouse=True)
@@ -101,6 +101,23 @@ def test_a_run_that_diverged_ends_with_the_clips_it_saw(tmp_path):
     with pytest.raises(FloatingPointError, match=r"3 batches .* not finite, .*'video0_3_0', 'video0_3_1'.*lower the"):
         trainer.train()
     assert trainer.progress.step == 1
+
+
+def test_steps_that_the_engine_never_applies_are_counted_and_end_the_run(tmp_path, monkeypatch):
+    trainer = tiny_trainer(tmp_path, training=TrainingConfig(epochs=2, max_non_finite=3))
+    monkeypatch.setattr(trainer.engine, "was_step_applied", lambda: False)
+    with pytest.raises(FloatingPointError, match="3 batches or steps in a row were not finite"):
+        trainer.train()
+    assert trainer.progress.skipped == 3
+
+
+def test_fp16_may_skip_more_steps_while_its_loss_scale_is_sought_but_each_is_counted(tmp_path, monkeypatch):
+    trainer = tiny_trainer(tmp_path, training=TrainingConfig(epochs=20, max_non_finite=3))
+    monkeypatch.setattr(trainer.engine, "was_step_applied", lambda: False)
+    monkeypatch.setattr(trainer.engine, "fp16_enabled", lambda: True)
+    with pytest.raises(FloatingPointError, match=f"{LOSS_SCALE_SEARCH + 3} batches or steps in a row"):
+        trainer.train()
+    assert trainer.progress.skipped == LOSS_SCALE_SEARCH + 3
 
 
 def test_too_little_data_for_a_step_is_said():
