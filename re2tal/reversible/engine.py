@@ -23,13 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from re2tal.reversible.coupling import SUM, Coupling, Merge
-from re2tal.reversible.differentiation import Graph, differentiate, differentiate_pieces, watched
+from re2tal.reversible.differentiation import differentiate, differentiate_pieces, watched
 from re2tal.reversible.monitor import Monitor, Observation
 from re2tal.reversible.origin import with_origin
 from re2tal.reversible.precision import Grid, Precision, States
+from re2tal.reversible.record import Graph, Recording
 from re2tal.reversible.rng import GeneratorState
 from re2tal.reversible.run import BranchFunction, Run
-from re2tal.reversible.surroundings import AutocastState, BufferWatch, held, same_kernels
+from re2tal.reversible.surroundings import BufferWatch, held, same_kernels
 
 
 def run_reversibly(
@@ -120,21 +121,22 @@ class _Reversible(torch.autograd.Function):
         ctx: Any, x: Tensor, anchor: Tensor, run: Run, owner: nn.Module | None, observation: Observation | None
     ) -> Tensor:
         del anchor
-        ctx.observation = observation
-        ctx.run, ctx.autocast, ctx.draws, ctx.spent = run, AutocastState.now(x.device), [], False
-        ctx.stored = {index: [] for index in range(run.rebuilt, len(run.branches))}
-        ctx.outputs = {index: [] for index in run.known_branches()}
+        recording = Recording.begin(run, x.device)
+        ctx.recording, ctx.observation, ctx.spent = recording, observation, False
 
         def update(index: int, function: BranchFunction, state: Tensor) -> Tensor:
-            if index in ctx.stored:
-                point, output = watched(ctx, index, run.update, function, state, None)
-                ctx.stored[index].append(Graph.of(point, output))
+            record = recording.branches[index]
+            if record.keeps == "graph":
+                point, output = watched(recording, index, run.update, function, state, None)
+                record.graphs.append(Graph.of(point, output))
                 return output.detach()
             before = GeneratorState.now(state.device)
             output = run.output(index, function, state)
-            ctx.draws.append(None if before.same_as(GeneratorState.now(state.device)) else before)
-            if index in ctx.outputs:
-                ctx.outputs[index].append(output)  # as it came: in the narrower numbers, under autocast
+            # Most branches draw nothing: their generator states, some kilobytes each, need not be kept.
+            record.draws.append(None if before.same_as(GeneratorState.now(state.device)) else before)
+            if record.keeps == "output":
+                # Before rounding, which widens it: under autocast it takes half the memory.
+                record.outputs.append(output)
             return run.precision.round(output)
 
         buffers = BufferWatch(owner)
@@ -171,7 +173,9 @@ def _backward(ctx: Any, gradients: list[Tensor]) -> Tensor | None:
 
     `gradients` has that of what the run returned, and has it no more at the end.
     """
-    run: Run = ctx.run
+    recording: Recording = ctx.recording
+    recording.x_wants_gradient = ctx.needs_input_grad[0]
+    run = recording.run
     length, coupling = len(run.branches), run.coupling
     kept = dict(zip(run.kept(), ctx.saved_tensors, strict=True))
     previous, current = kept.pop(run.rebuilt - 1), kept.pop(run.rebuilt, None)
@@ -186,10 +190,10 @@ def _backward(ctx: Any, gradients: list[Tensor]) -> Tensor | None:
         pieces = run.pieces(index, previous)
         if pieces:
             to_previous = coupling.carried(to_previous, to_current, owned=owned)
-            differentiate_pieces(ctx, index, pieces, previous, following, to_current, to_previous)
+            differentiate_pieces(recording, index, pieces, previous, following, to_current, to_previous)
             to_previous, to_current = to_current, to_previous
         else:
-            to_input = differentiate(ctx, index, previous, following, to_current)
+            to_input = differentiate(recording, index, previous, following, to_current)
             advanced = coupling.advance(to_previous, to_current, to_input, owned=owned)
             to_previous, to_current = to_current, advanced
             del to_input, advanced
@@ -201,9 +205,9 @@ def _backward(ctx: Any, gradients: list[Tensor]) -> Tensor | None:
     if pieces:
         to_x = coupling.gradient_of_start(to_previous, to_current, gradient, merge=run.merge)
         del to_previous
-        differentiate_pieces(ctx, 0, pieces, previous, None, to_current, to_x)
-        return to_x if ctx.needs_input_grad[0] else None
-    to_input = differentiate(ctx, 0, previous, None, to_current)
-    if not ctx.needs_input_grad[0]:
+        differentiate_pieces(recording, 0, pieces, previous, None, to_current, to_x)
+        return to_x if recording.x_wants_gradient else None
+    to_input = differentiate(recording, 0, previous, None, to_current)
+    if not recording.x_wants_gradient:
         return None
     return coupling.gradient_of_start(to_previous, to_current, gradient, merge=run.merge).add_(to_input)
