@@ -16,7 +16,7 @@ from re2tal.reversible.linear import AddingProducts, AddProduct
 from re2tal.reversible.record import Graph, Recording
 from re2tal.reversible.rng import GeneratorState
 from re2tal.reversible.run import BranchFunction
-from re2tal.reversible.unfinished import unfinished
+from re2tal.reversible.skip_last_linear import unfinished
 
 
 def differentiate(

@@ -25,12 +25,12 @@ from torch import Tensor, nn
 from re2tal.reversible.coupling import SUM, Coupling, Merge
 from re2tal.reversible.differentiation import differentiate, differentiate_pieces, watched
 from re2tal.reversible.monitor import Monitor, Observation
-from re2tal.reversible.origin import with_origin
 from re2tal.reversible.precision import Grid, Precision, States
+from re2tal.reversible.recompute import with_origin
 from re2tal.reversible.record import Graph, Recording
+from re2tal.reversible.replay_context import BufferWatch, held, same_kernels
 from re2tal.reversible.rng import GeneratorState
 from re2tal.reversible.run import BranchFunction, Run
-from re2tal.reversible.surroundings import BufferWatch, held, same_kernels
 
 
 def run_reversibly(

@@ -30,8 +30,8 @@ from re2tal.reversible.coupling import Coupling, Merge
 from re2tal.reversible.monitor import Monitor
 from re2tal.reversible.offload import offloaded
 from re2tal.reversible.precision import Grid, Precision, States, check_numbers
-from re2tal.rewire.between import recomputed
 from re2tal.rewire.branches import Branch, Residual, is_unregistered
+from re2tal.rewire.nonresidual import recomputed
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from re2tal.data.streaming.transforms import draw_colours, recolour
-from re2tal.reversible.origin import with_origin
+from re2tal.reversible.recompute import with_origin
 
 
 def prepare_frames(frames: Tensor, *, strength: float, generator: torch.Generator, dtype: torch.dtype) -> Tensor:

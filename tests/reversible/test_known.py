@@ -15,7 +15,7 @@ from re2tal.reversible import run_reversibly
 from re2tal.reversible.chunking import ChunkedBranch, Piece, WholeBranch, even_spans
 from re2tal.reversible.coupling import Coupling
 from re2tal.reversible.live_bytes import LiveBytes
-from re2tal.reversible.unfinished import unfinished
+from re2tal.reversible.skip_last_linear import unfinished
 
 LENGTH = 6
 STATE = 64 * 64 * CHANNELS

@@ -10,7 +10,7 @@ from reversible.networks import CHANNELS, chain
 from torch import Tensor
 
 from re2tal.reversible import run_reversibly
-from re2tal.reversible.origin import Origin, joined, with_origin
+from re2tal.reversible.recompute import Origin, joined, with_origin
 
 
 def output(**options) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.conv import _ConvNd
 
-from re2tal.reversible.origin import keeping
+from re2tal.reversible.recompute import keeping
 
 
 @contextmanager

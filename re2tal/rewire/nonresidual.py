@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from re2tal.reversible.origin import Origin, keeping
-from re2tal.reversible.surroundings import BufferWatch, held
+from re2tal.reversible.recompute import Origin, keeping
+from re2tal.reversible.replay_context import BufferWatch, held
 
 
 class Between(nn.Module):
