@@ -16,7 +16,7 @@ from re2tal.reversible.linear import AddingProducts, AddProduct
 from re2tal.reversible.record import Graph, Recording
 from re2tal.reversible.rng import GeneratorState
 from re2tal.reversible.run import BranchFunction
-from re2tal.reversible.skip_last_linear import unfinished
+from re2tal.reversible.skip_last_linear import without_last_linear
 
 
 def differentiate(
@@ -109,7 +109,7 @@ def _rebuilt(
     if following is not None and not is_known:
         point, update = watched(recording, index, run.update, function, state, draws)
         return Graph.of(point, update), run.precision.increment(update.detach())
-    with unfinished(last_of(run.branches[index]), add_product=add_product):
+    with without_last_linear(last_of(run.branches[index]), add_product=add_product):
         graph = Graph.of(*watched(recording, index, run.output, function, state, draws))
     return graph, run.precision.increment(run.precision.round(record.outputs.popleft())) if is_known else None
 

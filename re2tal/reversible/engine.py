@@ -26,7 +26,7 @@ from re2tal.reversible.coupling import SUM, Coupling, Merge
 from re2tal.reversible.differentiation import differentiate, differentiate_pieces, watched
 from re2tal.reversible.monitor import Monitor, Observation
 from re2tal.reversible.precision import Grid, Precision, States
-from re2tal.reversible.recompute import with_origin
+from re2tal.reversible.recompute import recomputable_from
 from re2tal.reversible.record import Graph, Recording
 from re2tal.reversible.replay_context import BufferWatch, held, same_kernels
 from re2tal.reversible.rng import GeneratorState
@@ -73,7 +73,7 @@ def run_reversibly(
 
     Returns:
         The merged state, in the dtype of `x`; in float32 under autocast. Where the run keeps the two states that it was
-        made of, they are its `Origin`.
+        made of, they are its `Recipe`.
 
     Raises:
         ValueError: a branch changes shape or dtype, an option is none of the above, or "int32" states are to be trained
@@ -108,7 +108,7 @@ def run_reversibly(
     output = _Reversible.apply(x, anchor, run, owner, monitor.observe(x, precision) if monitor else None)
     node: Any = output.grad_fn
     ends, node.ends = node.ends, None
-    return with_origin(output, ends, run.mean) if run.keeps_its_ends() else output
+    return recomputable_from(output, ends, run.mean) if run.keeps_its_ends() else output
 
 
 def _is_trained(owner: nn.Module | None) -> bool:

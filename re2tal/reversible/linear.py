@@ -3,7 +3,7 @@
     y = x W^T + b        dx = dy W,   dW = dy^T x,   db = sum dy:   y itself is in none of them
 
 Where a branch runs in pieces, dW is added to the sum of the pieces before by the product itself, instead of being
-written, read again and added. Where what a branch adds is known, y is not computed (`unfinished`).
+written, read again and added. Where what a branch adds is known, y is not computed (`without_last_linear`).
 """
 
 from __future__ import annotations

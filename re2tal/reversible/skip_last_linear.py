@@ -17,7 +17,7 @@ from re2tal.reversible.linear import AddProduct, Linear, takes_products
 
 
 @contextmanager
-def unfinished(linear: nn.Linear | None, *, add_product: AddProduct | None = None) -> Iterator[None]:
+def without_last_linear(linear: nn.Linear | None, *, add_product: AddProduct | None = None) -> Iterator[None]:
     """Inside, `linear` returns NaN of the shape and with the graph of its output; None changes nothing.
 
     Not a number, so that most operations behind it which do need its values show it in the gradient; ReLU and clamp,

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from re2tal.reversible.recompute import Origin, keeping
+from re2tal.reversible.recompute import Recipe, save_recipes
 from re2tal.reversible.replay_context import BufferWatch, held
 
 
@@ -47,16 +47,16 @@ def forgetful(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def recomputed(function: Callable[..., Any], *args: Any, owner: nn.Module, **kwargs: Any) -> Any:
-    """`function(*args, **kwargs)`, which keeps nothing but these, and of an argument with an `Origin` only that.
+    """`function(*args, **kwargs)`, which keeps nothing but these, and of an argument with a `Recipe` only that.
 
     `owner` holds the buffers that it may write.
     """
     written: list[Tensor] | None = None
     tensors = {number: arg for number, arg in enumerate(args) if torch.is_grad_enabled() and isinstance(arg, Tensor)}
     remade = {
-        number: _remade(origin, wants_gradient=tensor.requires_grad)
+        number: _remade(recipe, wants_gradient=tensor.requires_grad)
         for number, tensor in tensors.items()
-        if (origin := Origin.of(tensor)) is not None
+        if (recipe := Recipe.of(tensor)) is not None
     }
     # In the place of those stands something small, which tells the checkpoint their device.
     given = [arg.new_empty(0) if number in remade else arg for number, arg in enumerate(args)]
@@ -76,9 +76,9 @@ def recomputed(function: Callable[..., Any], *args: Any, owner: nn.Module, **kwa
     return checkpoint(run, *given, use_reentrant=False, **kwargs)
 
 
-def _remade(origin: Origin, *, wants_gradient: bool) -> Callable[[], Tensor]:
-    """Keeps an origin, and gives back what is made of it, outside of the graph that it was in."""
-    sources, make = keeping(*origin.tensors), origin.make
+def _remade(recipe: Recipe, *, wants_gradient: bool) -> Callable[[], Tensor]:
+    """Keeps a recipe, and gives back what is made of it, outside of the graph that it was in."""
+    sources, make = save_recipes(*recipe.tensors), recipe.make
 
     def again() -> Tensor:
         with torch.no_grad():

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.conv import _ConvNd
 
-from re2tal.reversible.recompute import keeping
+from re2tal.reversible.recompute import save_recipes
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def kept_as_sources(model: nn.Module, make: Callable[..., Tensor], *sources: Ten
     as writing to anything is that autograd keeps.
     """
     made = make(*sources)
-    kept_sources = keeping(*sources)
+    kept_sources = save_recipes(*sources)
     with ExitStack() as handles, ExitStack() as inside:
 
         def before(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
