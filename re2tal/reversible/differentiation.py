@@ -1,4 +1,4 @@
-"""Backward of one branch, or of its pieces: runs it again under autograd, takes it from a state, differentiates it.
+"""Backward of one branch, whole or in pieces: run it again under autograd, rebuild a state, differentiate it.
 
 Everything here consumes the `Recording` that forward left: a branch's records are gone once it was differentiated.
 """
@@ -22,9 +22,12 @@ from re2tal.reversible.skip_last_linear import without_last_linear
 def differentiate(
     recording: Recording, index: int, state: Tensor, following: Tensor | None, gradient: Tensor
 ) -> Tensor:
-    """x[i], x[i+1] and the gradient of x[i+1] -> the gradient of x[i] through F_i; x[i+1] becomes x[i-1] in place.
+    """Returns the gradient of x[i] through F_i, and turns x[i+1] into x[i-1] in place.
 
-    `following` is None where x[i-1] is not to be rebuilt; of `state` only the shape matters where F_i is stored.
+    Args:
+        state: x[i]. Where F_i is stored, only its shape matters.
+        following: x[i+1]; None if x[i-1] must not be rebuilt, because it was saved or its branch is stored.
+        gradient: of x[i+1].
     """
     run, record = recording.run, recording.branches[index]
     if record.keeps == "graph":
@@ -50,13 +53,15 @@ def differentiate_pieces(
     gradient: Tensor,
     to_state: Tensor,
 ) -> None:
-    """The same piece by piece; what F_i gives to the gradient of x[i] is added to `to_state`."""
+    """Does the same piece by piece, and adds the gradient of x[i] through F_i to `to_state` instead of returning it."""
     sums = GradientSums()
     graphs = _graphs_of_pieces(recording, index, pieces, state, following, sums.add_product)
     for piece in pieces:
-        graph = next(graphs)  # not by zip, which would hold it while the next one is made
+        # zip() would hold this graph, with its activations, while the next one is made: two pieces at once.
+        graph = next(graphs)
         if graph.edge is not None:
             part = piece.take(gradient).to(graph.dtype)
+            # Hooks of leaves must fire once per branch: all pieces but the last only add to sums.
             if piece is not pieces[-1]:
                 sums.collect(graph.edge, part, graph.point)
             else:
@@ -64,6 +69,7 @@ def differentiate_pieces(
         if graph.point.grad is not None:
             piece.add_to(to_state, graph.point.grad)
         del graph
+    # All pieces of F_i(x[i]) were subtracted by now; what is left of the inverse concerns the whole state.
     if following is not None:
         recording.run.coupling.released(following, state)
 
@@ -76,7 +82,10 @@ def _graphs_of_pieces(
     following: Tensor | None,
     add_product: AddProduct,
 ) -> Iterator[Graph]:
-    """Of each piece in turn; what was forgotten is rebuilt when its turn comes, and taken from `following`."""
+    """Yields the graph of each piece: the stored one, or one made by running the piece again.
+
+    Running a piece again also subtracts its output from `following`, where that is given.
+    """
     record = recording.branches[index]
     if record.keeps == "graph":
         while record.graphs:
@@ -87,6 +96,7 @@ def _graphs_of_pieces(
             graph, update = _rebuilt(recording, index, piece.function, piece.take(state), following, add_product)
         if following is not None and update is not None:
             piece.subtract_from(following, update)
+        # While the generator waits at `yield` it must hold neither: the caller frees the graph before the next piece.
         del update
         yield graph
         del graph
@@ -100,9 +110,9 @@ def _rebuilt(
     following: Tensor | None,
     add_product: AddProduct | None = None,
 ) -> tuple[Graph, Tensor | None]:
-    """The graph of a branch, or of a piece of it, and what it added to the states, where x[i-1] is to be rebuilt.
+    """Runs a branch (or piece) again under autograd. Returns its graph and, if x[i-1] must be rebuilt, its output.
 
-    Where it is not, or where what was added was kept, the branch is not run to its end.
+    The last linear layer is skipped if nobody needs the output, or if forward saved it ("known").
     """
     run, record = recording.run, recording.branches[index]
     draws, is_known = record.draws.popleft(), record.keeps == "output"
@@ -122,8 +132,9 @@ def watched(
     state: Tensor,
     draws: GeneratorState | None,
 ) -> tuple[Tensor, Tensor]:
-    """A leaf with the values of `state`, and what is `returned` of the branch, or of a piece of it, with its graph."""
+    """Returns (leaf, output): a leaf copy of `state`, and `returned(index, function, leaf)` with its graph."""
     point = recording.run.precision.real(state).detach().requires_grad_(index > 0 or recording.x_wants_gradient)
-    # Autocast without its cache, also in forward: there it may hold weights that were cast where no gradient is wanted.
+    # `replayed` turns the cache of autocast off. Stored branches need that in forward too: the cache may hold weights
+    # that were cast under no_grad, through which no gradient would reach the parameters.
     with torch.enable_grad(), recording.autocast.replayed(), draws.replayed() if draws else nullcontext():
         return point, returned(index, function, point)
