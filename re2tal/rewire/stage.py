@@ -61,7 +61,7 @@ class RewiringConfig:
     """Keep the activations of those blocks of a stage that are not residual, such as those that change resolution:
     more memory, and none of them is computed twice. Runs are rebuilt all the same."""
     states: States = "float32"
-    """What the states of a run are made of; "float32" is exact on its grid, "int32" on any, "bfloat16" is not."""
+    """What the states of a run are made of: "float32" is rebuilt exactly on its grid, "int32" on any grid."""
     grid: Grid = "auto"
     """Grid of the states that makes rebuilding exact: a step, None for none, or "auto": 2**-14 under bfloat16 and
     float16; in float32 2**-18 where branches have kinks, as ReLU has one, and none where they are smooth; for "int32"
