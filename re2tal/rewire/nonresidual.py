@@ -1,12 +1,12 @@
-"""What lies between reversible runs, stems, mergings, blocks that change resolution, forgets what is inside it as well.
+"""Layers between reversible runs (stems, merging, blocks that change resolution) recompute their insides in backward.
 
-    a run                            keeps two states, whatever its depth
-    a convolution, its norm, ReLU    keep three tensors, each as large as a state
+    a run                            saves two states, whatever its depth
+    a convolution, its norm, ReLU    save three tensors, each as large as a state
 
-In a network that was rewired to recompute, such layers keep their inputs alone, and run once more in backward. Of an
-input that a run returned they keep nothing more: it is made again of the states that the run keeps. So are prepared
-frames, of the uint8 ones. This is checkpointing, non-reentrant, so that DeepSpeed and DDP see one backward of each;
-what they write to buffers is written once.
+In a network that is rewired to recompute, such layers save only their inputs, and run once more in backward. An input
+that a run returned is not saved either: it is recomputed from the states that the run saves. Prepared frames are
+recomputed from the uint8 ones. This is non-reentrant checkpointing, so that DeepSpeed and DDP see one backward of each
+layer. Buffers are written once.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from re2tal.reversible.replay_context import BufferWatch, held
 
 
 class Between(nn.Module):
-    """A module that has `forgetful` methods."""
+    """A module between reversible runs, with methods marked `forgetful`."""
 
     forgets: bool = False
-    """Set by `rewire`: whether those forget."""
+    """Whether these methods recompute their insides in backward. `rewire` sets it."""
 
 
 def forgetful(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Makes a method of a `Between` keep its inputs alone where the module forgets.
+    """Makes a method of a `Between` save only its inputs, if the module's `forgets` is set, and run again in backward.
 
-    It must not use parameters of the module itself, only of modules inside: ZeRO-3 gathers for the call of a module,
-    and the second run of a method is no such call.
+    The method must not use parameters of the module itself, only those of modules inside: ZeRO-3 gathers parameters
+    when a module is called, and backward runs the method again without such a call.
     """
 
     @wraps(method)
@@ -47,9 +47,9 @@ def forgetful(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def recomputed(function: Callable[..., Any], *args: Any, owner: nn.Module, **kwargs: Any) -> Any:
-    """`function(*args, **kwargs)`, which keeps nothing but these, and of an argument with a `Recipe` only that.
+    """Returns `function(*args, **kwargs)`; autograd saves only the arguments, or their `Recipe` where they have one.
 
-    `owner` holds the buffers that it may write.
+    `owner` holds the buffers that the function may write.
     """
     written: list[Tensor] | None = None
     tensors = {number: arg for number, arg in enumerate(args) if torch.is_grad_enabled() and isinstance(arg, Tensor)}
@@ -58,7 +58,7 @@ def recomputed(function: Callable[..., Any], *args: Any, owner: nn.Module, **kwa
         for number, tensor in tensors.items()
         if (recipe := Recipe.of(tensor)) is not None
     }
-    # In the place of those stands something small, which tells the checkpoint their device.
+    # An argument with a recipe is replaced by an empty tensor, from which the checkpoint can still read the device.
     given = [arg.new_empty(0) if number in remade else arg for number, arg in enumerate(args)]
     fresh = {number: args[number] for number in remade}
 
@@ -77,7 +77,7 @@ def recomputed(function: Callable[..., Any], *args: Any, owner: nn.Module, **kwa
 
 
 def _remade(recipe: Recipe, *, wants_gradient: bool) -> Callable[[], Tensor]:
-    """Keeps a recipe, and gives back what is made of it, outside of the graph that it was in."""
+    """Saves a recipe. The function returned recomputes its tensor as a leaf, outside of the original graph."""
     sources, make = save_recipes(*recipe.tensors), recipe.make
 
     def again() -> Tensor:
