@@ -33,7 +33,6 @@ KINDS: dict[str, dict[str, Any]] = {
     "float32, grid 2**-14": {},
     "int32, step 2**-16": {"states": "int32"},
     "float32": {"grid": None},
-    "bfloat16": {"states": "bfloat16"},
 }
 
 

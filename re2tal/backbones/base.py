@@ -58,9 +58,9 @@ class BackboneConfig:
     offload: bool = False
     """Keep what rewired runs keep, two states each, in host memory between forward and backward. Needs `rewired` and
     `recompute`; on a CPU it saves nothing."""
-    states: Literal["float32", "int32", "bfloat16"] = "float32"
-    """What the states of a rewired run are made of: "float32" and "int32" are rebuilt exactly on a grid (see `grid`),
-    "bfloat16" takes half the memory and is not."""
+    states: Literal["float32", "int32"] = "float32"
+    """What the states of a rewired run are made of: "float32" or "int32". Both are rebuilt exactly on a grid (see
+    `grid`)."""
     grid: float | Literal["auto"] | None = "auto"
     """The step to which states are rounded, so that they are rebuilt to the last bit. "auto" is 2**-14 in bf16 and
     fp16; in fp32 2**-18 for SlowFast, whose ReLUs an error of a rounding turns on or off, and none for the smooth

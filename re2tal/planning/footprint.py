@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.func import functional_call
 
 from re2tal.backbones.base import VideoBackbone
-from re2tal.reversible.origin import saved_tensors_seen_by
+from re2tal.reversible.recompute import saved_tensors_seen_by
 
 
 def kept_bytes(backbone: VideoBackbone, *, num_frames: int, size: tuple[int, int]) -> int:

@@ -1,13 +1,15 @@
-"""Branches run in pieces, so that what one needs inside is no larger than a piece of it.
+"""Runs branches in pieces, so that only the activations of one piece are alive at once.
 
     forward     for every piece:  x[i+1][piece]  = x[i-1][piece] + F(x[i][piece])
-    backward    for every piece:  runs F(x[i][piece]) again, takes it from x[i+1][piece] in place, differentiates it
+    backward    for every piece:  runs F(x[i][piece]) again, subtracts it from x[i+1][piece], differentiates it
 
-Cutting the whole step is what saves memory: a forward alone that is cut leaves the activations of all pieces alive.
+Both directions must be cut to save memory: if only the forward were, the activations of all pieces would be alive in
+backward.
 
 Every piece gives a part of each parameter's gradient, but a gradient hook must fire once: DDP and ZeRO-2 raise when it
-fires again, and ZeRO-3 silently trains something else. All pieces but the last are therefore differentiated beside the
-leaves, and what they gave is added to the gradient of the last one on its way into the leaf (`GradientSums`).
+fires again, and ZeRO-3 silently trains something else. Therefore all pieces but the last are differentiated by
+`autograd.grad` into sums, and hooks add these to the last piece's gradients on their way into the leaves
+(`GradientSums`).
 """
 
 from __future__ import annotations
@@ -28,18 +30,18 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A part of a state, which a branch maps to the same part of its output, whatever the rest holds."""
+    """A part of a state. The same part of the branch's output depends on nothing else."""
 
     axis: int
     """The axis of the state that is cut."""
     spans: tuple[Span, ...]
-    """What of it belongs to the piece; the spans of all pieces cover it once."""
+    """The stretches of the axis that belong to the piece; the spans of all pieces cover the axis once."""
     function: Callable[[Tensor], Tensor]
-    """The branch on the spans, put one behind the other along the axis."""
+    """The branch on the spans, concatenated along the axis."""
 
     @property
     def size(self) -> int:
-        """How much of the axis it is."""
+        """Length along the axis."""
         return sum(stop - start for start, stop in self.spans)
 
     def take(self, state: Tensor) -> Tensor:
@@ -48,7 +50,7 @@ class Piece:
         return views[0] if len(views) == 1 else torch.cat(views, self.axis)
 
     def add_to(self, state: Tensor, update: Tensor) -> None:
-        """Add `update`, which has the size of the piece, to it in place."""
+        """Adds `update`, which has the size of the piece, to this part of `state` in place."""
         for view, part in zip(self._views(state), self._parts(update), strict=True):
             view.add_(part)
 
@@ -66,13 +68,13 @@ class Piece:
 
 @dataclass(frozen=True, slots=True)
 class WholeBranch:
-    """A branch that is known to end in a linear layer, or that has a name for errors; call it to run it."""
+    """A branch with a name for errors and, if it ends in one, its last linear layer. Call it to run it."""
 
     name: str
     function: Callable[[Tensor], Tensor]
     last: nn.Linear | None = None
-    """The layer whose output, after dropout and drop-path at most, the branch returns; it is used nowhere else in it.
-    Its output need not be computed again where what the branch adds is known."""
+    """The layer whose output the branch returns, after dropout and drop-path at most, and uses for nothing else.
+    Backward skips it where the branch's output is known."""
 
     def __call__(self, state: Tensor) -> Tensor:
         """The branch on a state."""
@@ -88,7 +90,7 @@ class ChunkedBranch:
     function: Callable[[Tensor], Tensor]
     """The branch on a whole state."""
     cut: Callable[[Tensor], Sequence[Piece]]
-    """The pieces of a state; it looks at its shape, dtype and device alone. A single one, or none, leaves it whole."""
+    """The pieces of a state, chosen by shape, dtype and device alone. With one piece or none the branch runs whole."""
     same_draws: bool
     """Whether every piece starts from the same state of the random generators. So it must be where a piece holds a part
     of every sample, and a draw decides for a sample as a whole (drop-path); where pieces are samples, each draws anew.
@@ -113,8 +115,11 @@ def pieces_of(branch: Callable[[Tensor], Tensor], state: Tensor) -> Sequence[Pie
 
 
 def decisive(pieces: Sequence[Piece]) -> Sequence[Piece]:
-    """Those that make the peak of all, if none leaves anything: the first and the last, which may differ from the
-    others, the largest between them, and of these two the one before, of which something is there still."""
+    """The pieces that decide the peak memory of all of them, if no piece leaves anything behind.
+
+    These are the first and the last, which may differ from the others, and the largest in between. The ones just before
+    the largest and the last belong to it too, because their memory is partly still in use then.
+    """
     between = range(1, len(pieces) - 1)
     largest = max(between, key=lambda index: (pieces[index].size, pieces[index - 1].size), default=0)
     last = len(pieces) - 1
@@ -135,14 +140,14 @@ def even_spans(length: int, num: int) -> list[Span]:
 
 @dataclass(slots=True)
 class GradientSums:
-    """Gradients of the leaves that the pieces of one branch have in common, delivered to each leaf at once."""
+    """Sums the parameters' gradients over the pieces of one branch, and delivers each sum to its leaf once."""
 
     sums: dict[Tensor, Tensor] = field(default_factory=dict)
     delivers: bool = False
     """Whether the last piece is being differentiated."""
 
     def collect(self, output: GradientEdge, gradient: Tensor, point: Tensor) -> None:
-        """Differentiates a piece beside the leaves: adds to the sums, and sets `point.grad`, the piece's input's."""
+        """Differentiates a piece without touching the leaves: adds to the sums, and sets `point.grad`."""
         edges = _leaves(output)
         hooks = {leaf: partial(self._add, leaf) for leaf in edges if leaf is not point}
         with _silenced(list(edges)), _hooked(hooks):
@@ -150,9 +155,13 @@ class GradientSums:
         point.grad = dict(zip(edges, found, strict=True)).get(point)
 
     def _add(self, leaf: Tensor, part: Tensor | None) -> Tensor | None:
-        """Adds as soon as there is something to add. What is returned in its place, which is kept until the end, is
-        small: at the end of a network a branch's parameters outweigh its states."""
-        if part is None:  # a product that was added already
+        """A hook that adds `part` to the sum of `leaf` as soon as it exists, and replaces it by an expanded zero.
+
+        `autograd.grad` holds what hooks return until it ends. Late in a network a branch's parameters are larger than
+        its states, so it must not hold their gradients.
+        """
+        # `Linear` returns None for a weight's gradient that `add_product` has added already.
+        if part is None:
             return None
         if leaf in self.sums:
             self.sums[leaf].add_(part)
@@ -172,9 +181,9 @@ class GradientSums:
         return None
 
     def deliver(self, output: GradientEdge, gradient: Tensor) -> None:
-        """A real backward of the last piece, in which every leaf's gradient, seen by its hooks, is that of all pieces.
+        """Runs a real backward of the last piece, where each leaf, and each hook on it, gets the sum of all pieces.
 
-        RuntimeError if a leaf that other pieces use has no part in this one: its sum would be lost.
+        Raises RuntimeError if a leaf that other pieces use has no part in this one: its sum would be lost.
         """
         if lost := len(self.sums.keys() - _leaves(output).keys()):
             raise RuntimeError(
@@ -190,7 +199,10 @@ class GradientSums:
 
 
 def _leaves(output: GradientEdge) -> dict[Tensor, GradientEdge]:
-    """The leaves that `output` was made from, and their edges: of ZeRO-3's parameters these keep their full shape."""
+    """The leaves that `output` was computed from, with their edges.
+
+    Edges, because `autograd.grad` to an edge gives the full shape of a parameter that ZeRO-3 has partitioned since.
+    """
     found: dict[Tensor, GradientEdge] = {}
     seen, waiting = {output.node}, [output.node]
     while waiting:
@@ -206,7 +218,7 @@ def _leaves(output: GradientEdge) -> dict[Tensor, GradientEdge]:
 
 @contextmanager
 def _silenced(leaves: Sequence[Tensor]) -> Iterator[None]:
-    """Hooks on the tensors `leaves` do not fire inside: `autograd.grad` would call them with the part of a piece."""
+    """Inside, hooks on `leaves` do not fire: `autograd.grad` would call them with the gradient of a single piece."""
     hooks = [(leaf._backward_hooks, dict(leaf._backward_hooks)) for leaf in leaves if leaf._backward_hooks]
     for registered, _ in hooks:
         registered.clear()
@@ -219,8 +231,9 @@ def _silenced(leaves: Sequence[Tensor]) -> Iterator[None]:
 
 @contextmanager
 def _hooked(hooks: Mapping[Tensor, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
-    """Inside, what flows into a leaf goes through its hook before any other hook sees it."""
-    with _silenced(list(hooks)):  # hooks fire in the order in which they were put in
+    """Inside, the gradient of a leaf goes through the hook given here before any other hook sees it."""
+    # Hooks fire in the order of registration. Taking the others out and putting them back makes ours the first.
+    with _silenced(list(hooks)):
         handles = [leaf.register_hook(hook) for leaf, hook in hooks.items()]
     try:
         yield

@@ -38,7 +38,7 @@ Merge = Literal["mean", "extrapolate"]
 
 @dataclass(frozen=True, slots=True)
 class Coupling:
-    """How much of the last state, and of the one before it, goes into the next one besides the branch's output."""
+    """The weights with which the last two states enter the next one, besides the branch's output."""
 
     alpha: float = 0.0
     """Of x[i], in [0, 1]."""
@@ -52,22 +52,22 @@ class Coupling:
 
     @property
     def is_sum(self) -> bool:
-        """Whether it is Re2TAL's: a sum, which rounding to a grid makes exact and its inverse too."""
+        """Whether this is Re2TAL's coupling: a plain sum, which is exact on a grid, and so is its inverse."""
         return self.alpha == 0 and self.beta == 1
 
     # ------------------------------------------------------------------------------------------------- there and back
 
     def advance(self, previous: Tensor, current: Tensor, update: Tensor, *, owned: bool) -> Tensor:
-        """x[i-1], x[i], F_i(x[i]) -> x[i+1]; in the buffer of x[i-1] where the caller owns it.
+        """x[i-1], x[i], F_i(x[i]) -> x[i+1]; overwrites x[i-1] if `owned`.
 
-        `update` may have a narrower dtype than states; the sum is taken, without a copy, in theirs.
+        `update` may have a narrower dtype than the states; the sum is computed in theirs, without a copy of `update`.
         """
         if self.is_sum and not owned:
             return previous + update
         return self.carried(previous, current, owned=owned).add_(update)
 
     def carried(self, previous: Tensor, current: Tensor, *, owned: bool) -> Tensor:
-        """alpha x[i] + beta x[i-1], for a caller who adds F_i(x[i]) in place; in the buffer of x[i-1] if `owned`."""
+        """alpha x[i] + beta x[i-1], to which the caller adds F_i(x[i]) in place; overwrites x[i-1] if `owned`."""
         if self.is_sum:
             return previous if owned else previous.clone()
         if self.beta == 0:
@@ -76,17 +76,17 @@ class Coupling:
         return carried.add_(current, alpha=self.alpha)
 
     def rewind(self, following: Tensor, current: Tensor, update: Tensor) -> Tensor:
-        """x[i+1], x[i], F_i(x[i]) -> x[i-1], in the buffer of x[i+1]."""
+        """x[i+1], x[i], F_i(x[i]) -> x[i-1]; overwrites x[i+1]."""
         return self.released(following.sub_(update), current)
 
     def released(self, carried: Tensor, current: Tensor) -> Tensor:
-        """The inverse of `carried`, in place: x[i+1] less F_i(x[i]), and x[i] -> x[i-1]."""
+        """The inverse of `carried`, in place: x[i+1] - F_i(x[i]) and x[i] -> x[i-1]."""
         return carried if self.is_sum else carried.sub_(current, alpha=self.alpha).div_(self.beta)
 
     # ------------------------------------------------------------------------------------------------ the ends of a run
 
     def merged(self, start: Tensor, previous: Tensor, current: Tensor, *, merge: Merge) -> Tensor:
-        """x, x[n-1] and x[n] -> what the run returns."""
+        """x, x[n-1] and x[n] -> the output of the run."""
         if self.beta == 0:
             return current
         if self.is_sum:
@@ -97,13 +97,13 @@ class Coupling:
         return current + self.beta * (previous - start)
 
     def gradient_of_end(self, gradient: Tensor, *, merge: Merge) -> Tensor:
-        """The gradient of what the run returns -> dx[n], which is dx[n+1] too."""
+        """The gradient of the output -> dx[n], which equals dx[n+1]."""
         return gradient if merge == "extrapolate" or self.beta == 0 else gradient * (1 / (1 + self.beta))
 
     def gradient_of_start(self, second: Tensor, first: Tensor, gradient: Tensor | None, *, merge: Merge) -> Tensor:
-        """dx[2], dx[1] and the gradient of what the run returns -> that of x, to which F_0's part is to be added.
+        """Gradient of x from dx[2] (`second`), dx[1] (`first`) and the output's gradient; the caller adds F_0's part.
 
-        x is x[0], x[-1], and what "extrapolate" starts from; "mean" does not ask for `gradient`.
+        x enters the run as x[0], as x[-1], and in the "extrapolate" merge. A "mean" does not use `gradient`.
         """
         # In the order in which plain autograd adds, to agree with it to the last bit.
         back = second - gradient if merge == "extrapolate" and gradient is not None else second
@@ -115,25 +115,26 @@ class Coupling:
 
     @property
     def error_growth(self) -> float:
-        """mu: by how much one inverse multiplies an error at most; infinite for beta = 0."""
+        """mu: the largest factor by which one inverse multiplies an error; infinite for beta = 0."""
         if self.beta == 0:
             return inf
         return (self.alpha + sqrt(self.alpha**2 + 4 * self.beta)) / (2 * self.beta)
 
     def kept(self, length: int, *, room: float) -> list[int]:
-        """Which of the states 0 .. `length` a run keeps for its backward, in rising order.
+        """Indices of the states 0 .. `length` that a run saves for its backward, in rising order.
 
-        `room`: by how much the error of a state may grow. Re2TAL's coupling lets none grow, and keeps the last two.
+        `room`: the factor by which the error of a state may grow. Under Re2TAL's coupling no error grows, and only the
+        last two states are saved.
         """
         in_a_row = self._in_a_row(room)
         kept = [index for index in range(length + 1) if in_a_row is None or (length - index) % (in_a_row + 2) < 2]
         if in_a_row is None:
             kept = kept[-2:]
-        # x[n] is only good for finding x[n-2].
+        # Backward needs x[n] only to rebuild x[n-2].
         return kept[:-1] if length == 1 or length - 2 in kept else kept
 
     def _in_a_row(self, room: float) -> int | None:
-        """How many inverses in a row let an error grow no further than by `room`; None for any number."""
+        """How many inverses in a row keep the growth of an error within `room`; None for any number."""
         if self.is_sum:
             return None
         if room < 1 or self.beta == 0:

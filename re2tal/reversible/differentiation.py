@@ -1,52 +1,43 @@
-"""Backward of one branch, or of its pieces: runs it again under autograd, takes it from a state, differentiates it.
+"""Backward of one branch, whole or in pieces: run it again under autograd, rebuild a state, differentiate it.
 
-`ctx` is the autograd context of the engine's Function: the run, what forward recorded, and what it stored.
+Everything here consumes the `Recording` that forward left: a branch's records are gone once it was differentiated.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from re2tal.reversible.chunking import GradientSums, Piece, last_of
 from re2tal.reversible.linear import AddingProducts, AddProduct
+from re2tal.reversible.record import Graph, Recording
 from re2tal.reversible.rng import GeneratorState
-from re2tal.reversible.run import BranchFunction, Run
-from re2tal.reversible.unfinished import unfinished
+from re2tal.reversible.run import BranchFunction
+from re2tal.reversible.skip_last_linear import without_last_linear
 
 
-class Graph(NamedTuple):
-    """What remains of a branch, or of a piece of one, that autograd has watched."""
+def differentiate(
+    recording: Recording, index: int, state: Tensor, following: Tensor | None, gradient: Tensor
+) -> Tensor:
+    """Returns the gradient of x[i] through F_i, and turns x[i+1] into x[i-1] in place.
 
-    point: Tensor
-    """The leaf that stands for its input, where its gradient will be."""
-    edge: GradientEdge | None
-    """Its output's place in the graph; None where nothing wants a gradient. The output itself need not be kept."""
-    dtype: torch.dtype
-
-    @classmethod
-    def of(cls, point: Tensor, update: Tensor) -> Graph:
-        """The graph behind `update`, which was made from `point`."""
-        return cls(point, get_gradient_edge(update) if update.requires_grad else None, update.dtype)
-
-
-def differentiate(ctx: Any, index: int, state: Tensor, following: Tensor | None, gradient: Tensor) -> Tensor:
-    """x[i], x[i+1] and the gradient of x[i+1] -> the gradient of x[i] through F_i; x[i+1] becomes x[i-1] in place.
-
-    `following` is None where x[i-1] is not to be rebuilt; of `state` only the shape matters where F_i is stored.
+    Args:
+        state: x[i]. Where F_i is stored, only its shape matters.
+        following: x[i+1]; None if x[i-1] must not be rebuilt, because it was saved or its branch is stored.
+        gradient: of x[i+1].
     """
-    if index in ctx.stored:
-        (graph,) = ctx.stored.pop(index)
+    run, record = recording.run, recording.branches[index]
+    if record.keeps == "graph":
+        graph = record.graphs.popleft()
     else:
-        graph, update = _rebuilt(ctx, index, ctx.run.branches[index], state, ctx.draws.pop(), following)
+        graph, update = _rebuilt(recording, index, run.branches[index], state, following)
         if following is not None and update is not None:
-            ctx.run.coupling.rewind(following, state, update)
-        del update  # which is free by then, since only its graph is needed
+            run.coupling.rewind(following, state, update)
+        # Its memory is free for the backward below, which needs only the graph.
+        del update
     if graph.edge is not None:
         gradient = gradient.to(graph.dtype)
         torch.autograd.backward((graph.edge,), (gradient,))
@@ -54,7 +45,7 @@ def differentiate(ctx: Any, index: int, state: Tensor, following: Tensor | None,
 
 
 def differentiate_pieces(
-    ctx: Any,
+    recording: Recording,
     index: int,
     pieces: Sequence[Piece],
     state: Tensor,
@@ -62,13 +53,15 @@ def differentiate_pieces(
     gradient: Tensor,
     to_state: Tensor,
 ) -> None:
-    """The same piece by piece; what F_i gives to the gradient of x[i] is added to `to_state`."""
+    """Does the same piece by piece, and adds the gradient of x[i] through F_i to `to_state` instead of returning it."""
     sums = GradientSums()
-    graphs = _graphs_of_pieces(ctx, index, pieces, state, following, sums.add_product)
+    graphs = _graphs_of_pieces(recording, index, pieces, state, following, sums.add_product)
     for piece in pieces:
-        graph = next(graphs)  # not by zip, which would hold it while the next one is made
+        # zip() would hold this graph, with its activations, while the next one is made: two pieces at once.
+        graph = next(graphs)
         if graph.edge is not None:
             part = piece.take(gradient).to(graph.dtype)
+            # Hooks of leaves must fire once per branch: all pieces but the last only add to sums.
             if piece is not pieces[-1]:
                 sums.collect(graph.edge, part, graph.point)
             else:
@@ -76,69 +69,72 @@ def differentiate_pieces(
         if graph.point.grad is not None:
             piece.add_to(to_state, graph.point.grad)
         del graph
+    # All pieces of F_i(x[i]) were subtracted by now; what is left of the inverse concerns the whole state.
     if following is not None:
-        ctx.run.coupling.released(following, state)
+        recording.run.coupling.released(following, state)
 
 
 def _graphs_of_pieces(
-    ctx: Any,
+    recording: Recording,
     index: int,
     pieces: Sequence[Piece],
     state: Tensor,
     following: Tensor | None,
     add_product: AddProduct,
 ) -> Iterator[Graph]:
-    """Of each piece in turn; what was forgotten is rebuilt when its turn comes, and taken from `following`."""
-    if index in ctx.stored:
-        stored = ctx.stored.pop(index)
-        while stored:
-            yield stored.pop(0)
+    """Yields the graph of each piece: the stored one, or one made by running the piece again.
+
+    Running a piece again also subtracts its output from `following`, where that is given.
+    """
+    record = recording.branches[index]
+    if record.keeps == "graph":
+        while record.graphs:
+            yield record.graphs.popleft()
         return
-    draws = ctx.draws[-len(pieces) :]
-    del ctx.draws[-len(pieces) :]
-    for piece, before in zip(pieces, draws, strict=True):
+    for piece in pieces:
         with AddingProducts(add_product):
-            graph, update = _rebuilt(ctx, index, piece.function, piece.take(state), before, following, add_product)
+            graph, update = _rebuilt(recording, index, piece.function, piece.take(state), following, add_product)
         if following is not None and update is not None:
             piece.subtract_from(following, update)
+        # While the generator waits at `yield` it must hold neither: the caller frees the graph before the next piece.
         del update
         yield graph
         del graph
 
 
 def _rebuilt(
-    ctx: Any,
+    recording: Recording,
     index: int,
     function: BranchFunction,
     state: Tensor,
-    draws: GeneratorState | None,
     following: Tensor | None,
     add_product: AddProduct | None = None,
 ) -> tuple[Graph, Tensor | None]:
-    """The graph of a branch, or of a piece of it, and what it added to the states, where x[i-1] is to be rebuilt.
+    """Runs a branch (or piece) again under autograd. Returns its graph and, if x[i-1] must be rebuilt, its output.
 
-    Where it is not, or where what was added was kept, the branch is not run to its end.
+    The last linear layer is skipped if nobody needs the output, or if forward saved it ("known").
     """
-    run: Run = ctx.run
-    outputs = ctx.outputs.get(index, ())
-    if following is not None and not outputs:
-        point, update = watched(ctx, index, run.update, function, state, draws)
+    run, record = recording.run, recording.branches[index]
+    draws, is_known = record.draws.popleft(), record.keeps == "output"
+    if following is not None and not is_known:
+        point, update = watched(recording, index, run.update, function, state, draws)
         return Graph.of(point, update), run.precision.increment(update.detach())
-    with unfinished(last_of(run.branches[index]), add_product=add_product):
-        graph = Graph.of(*watched(ctx, index, run.output, function, state, draws))
-    return graph, run.precision.increment(run.precision.round(outputs.pop(0))) if outputs else None
+    with without_last_linear(last_of(run.branches[index]), add_product=add_product):
+        graph = Graph.of(*watched(recording, index, run.output, function, state, draws))
+    return graph, run.precision.increment(run.precision.round(record.outputs.popleft())) if is_known else None
 
 
 def watched(
-    ctx: Any,
+    recording: Recording,
     index: int,
     returned: Callable[[int, BranchFunction, Tensor], Tensor],
     function: BranchFunction,
     state: Tensor,
     draws: GeneratorState | None,
 ) -> tuple[Tensor, Tensor]:
-    """A leaf with the values of `state`, and what is `returned` of the branch, or of a piece of it, with its graph."""
-    point = ctx.run.precision.real(state).detach().requires_grad_(index > 0 or ctx.needs_input_grad[0])
-    # Autocast without its cache, also in forward: there it may hold weights that were cast where no gradient is wanted.
-    with torch.enable_grad(), ctx.autocast.replayed(), draws.replayed() if draws else nullcontext():
+    """Returns (leaf, output): a leaf copy of `state`, and `returned(index, function, leaf)` with its graph."""
+    point = recording.run.precision.real(state).detach().requires_grad_(index > 0 or recording.x_wants_gradient)
+    # `replayed` turns the cache of autocast off. Stored branches need that in forward too: the cache may hold weights
+    # that were cast under no_grad, through which no gradient would reach the parameters.
+    with torch.enable_grad(), recording.autocast.replayed(), draws.replayed() if draws else nullcontext():
         return point, returned(index, function, point)

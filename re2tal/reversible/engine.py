@@ -1,17 +1,17 @@
-"""Runs a sequence of residual branches and forgets what is in between; backward rebuilds it, state by state.
+"""Runs a sequence of residual branches without saving the states in between; backward rebuilds them one by one.
 
     x[i+1] = x[i-1] + F_i(x[i]),   x[-1] = x[0] = x,   i = 0 .. n-1        then merge(x[n-1], x[n])
 
-    forward     keeps x[n-1] and x[n], nothing else
-    backward    for i = n-1 .. 0: runs F_i(x[i]) again, takes it from x[i+1] in place to get x[i-1], differentiates it
+    forward     saves x[n-1] and x[n], nothing else
+    backward    for i = n-1 .. 0: runs F_i(x[i]) again, turns x[i+1] into x[i-1] by subtracting it, differentiates it
 
-A coupling other than this sum has x[i] in it too, and cannot be inverted as well: more states are then kept, as many as
-it takes, and backward inverts between them; see `coupling`.
+A coupling other than this sum also has a multiple of x[i] in it. Its inverse amplifies errors, so forward saves more
+states and backward inverts only between them; see `coupling`.
 
 One autograd Function spans the whole run. Inside its backward every branch gets a real, nested `backward()` that
 accumulates into the leaves, so that the hooks which DDP and DeepSpeed put on modules and parameters see an ordinary
-backward. Parameters are no inputs of the Function: ZeRO-3 keeps them partitioned, hence empty, outside their modules.
-A `ChunkedBranch` is run piece by piece in all of this; see `chunking`.
+backward. Parameters are no inputs of the Function, because ZeRO-3 keeps them partitioned, hence empty, outside their
+modules. A `ChunkedBranch` runs piece by piece in both directions; see `chunking`.
 """
 
 from __future__ import annotations
@@ -23,13 +23,14 @@ import torch
 from torch import Tensor, nn
 
 from re2tal.reversible.coupling import SUM, Coupling, Merge
-from re2tal.reversible.differentiation import Graph, differentiate, differentiate_pieces, watched
+from re2tal.reversible.differentiation import differentiate, differentiate_pieces, watched
 from re2tal.reversible.monitor import Monitor, Observation
-from re2tal.reversible.origin import with_origin
 from re2tal.reversible.precision import Grid, Precision, States
+from re2tal.reversible.recompute import recomputable_from
+from re2tal.reversible.record import Graph, Recording
+from re2tal.reversible.replay_context import BufferWatch, held, same_kernels
 from re2tal.reversible.rng import GeneratorState
 from re2tal.reversible.run import BranchFunction, Run
-from re2tal.reversible.surroundings import AutocastState, BufferWatch, held, same_kernels
 
 
 def run_reversibly(
@@ -47,32 +48,33 @@ def run_reversibly(
     owner: nn.Module | None = None,
     monitor: Monitor | None = None,
 ) -> Tensor:
-    """Residual branches, coupled so that activations can be forgotten; values do not depend on `recompute`.
+    """Runs residual branches so that activations need not be saved; the output does not depend on `recompute`.
 
     Args:
-        branches: F_0 .. F_{n-1}, each from a floating tensor to one of the same shape. Their input is lent: its buffer
-            is used again as soon as they return. With none, `x` itself is returned. A `ChunkedBranch` is run in pieces.
+        branches: F_0 .. F_{n-1}, each from a floating tensor to one of the same shape. A branch must not hold on to its
+            input: the buffer is used again once it returns. With no branches, `x` itself is returned. A
+            `ChunkedBranch` runs in pieces.
         x: the first state, any shape. It is never written.
-        recompute: forget activations and rebuild them in backward; otherwise keep them, as plain autograd does.
-        stored: how many branches, counted from the end, keep their activations all the same.
-        known: how many of the others keep what they added, so that the linear layer that they end in need not be
-            computed again: the most expensive of those that have one, `WholeBranch.last`, later ones first.
+        recompute: rebuild activations in backward; otherwise save them, as plain autograd does.
+        stored: how many branches, counted from the end, save their activations in spite of `recompute`.
+        known: how many of the other branches save their output, so that backward can skip the linear layer that they
+            end in (`WholeBranch.last`). Chosen are those with the largest such layer; of equal ones, the later.
         merge: "mean" is (x[n-1] + x[n]) / 2, the paper's; "extrapolate" is x[n-1] + x[n] - x, which is the plain
             residual network to first order, and exactly that network for n = 1, and for two whole blocks
             F(x) = block(x) - x.
         coupling: how states follow from the two before them; by default x[i+1] = x[i-1] + F_i(x[i]), as above. Others
-            have merges of their own, and keep more states than two where inverting would lose too much; see `coupling`.
+            have their own merges, and save more than two states where inverting would lose too much; see `coupling`.
         states: the numbers that states are made of; see `precision`.
         grid: rounds states so that they are rebuilt to the last bit; see `precision`.
         kinks: whether the slope of a branch jumps somewhere, as ReLU's does: "auto" is then a grid in float32 too.
-        owner: the module that holds every parameter and buffer that the branches use. Buffers that it writes in forward
-            are held still in the rebuild, and where none of its parameters, nor `x`, wants a gradient, nothing is kept.
-            Without it, a gradient is taken to be wanted and no buffer to be written.
-        monitor: compares what is rebuilt with what was forgotten, in the steps that it chooses.
+        owner: the module that holds every parameter and buffer that the branches use. Backward leaves buffers that
+            forward wrote unchanged. If neither its parameters nor `x` want a gradient, nothing is saved. Without an
+            owner, the run assumes that a gradient is wanted and that no buffer is written.
+        monitor: compares the rebuilt first state with the original, in the steps that it chooses.
 
     Returns:
-        The merged state, in the dtype of `x`; in float32 under autocast. Where the run keeps the two states that it was
-        made of, they are its `Origin`.
+        The merged state, in the dtype of `x`; in float32 under autocast. Where the run saves the two states that it is
+        merged from, it has a `Recipe` that uses them.
 
     Raises:
         ValueError: a branch changes shape or dtype, an option is none of the above, or "int32" states are to be trained
@@ -101,13 +103,14 @@ def run_reversibly(
     if not (run.rebuilt and is_trained):
         with same_kernels():
             return run.merged(*run.states(x, run.update)[:3])
-    # Parameters are no inputs of the Function, and x may want no gradient: without an input that does, autograd would
-    # leave the Function out, and the parameters would silently get nothing.
+    # Parameters are no inputs of the Function, and x may want no gradient. If no input wanted one, autograd would not
+    # record the Function, and the parameters would silently get no gradients. The anchor is an input that wants one.
     anchor = torch.empty(0, device=x.device, requires_grad=True)
     output = _Reversible.apply(x, anchor, run, owner, monitor.observe(x, precision) if monitor else None)
     node: Any = output.grad_fn
+    # Taken off the node, which would keep them on the device where hooks (offload) have moved the saved states away.
     ends, node.ends = node.ends, None
-    return with_origin(output, ends, run.mean) if run.keeps_its_ends() else output
+    return recomputable_from(output, ends, run.mean) if run.keeps_its_ends() else output
 
 
 def _is_trained(owner: nn.Module | None) -> bool:
@@ -120,34 +123,37 @@ class _Reversible(torch.autograd.Function):
         ctx: Any, x: Tensor, anchor: Tensor, run: Run, owner: nn.Module | None, observation: Observation | None
     ) -> Tensor:
         del anchor
-        ctx.observation = observation
-        ctx.run, ctx.autocast, ctx.draws, ctx.spent = run, AutocastState.now(x.device), [], False
-        ctx.stored = {index: [] for index in range(run.rebuilt, len(run.branches))}
-        ctx.outputs = {index: [] for index in run.known_branches()}
+        recording = Recording.begin(run, x.device)
+        ctx.recording, ctx.observation, ctx.spent = recording, observation, False
 
         def update(index: int, function: BranchFunction, state: Tensor) -> Tensor:
-            if index in ctx.stored:
-                point, output = watched(ctx, index, run.update, function, state, None)
-                ctx.stored[index].append(Graph.of(point, output))
+            record = recording.branches[index]
+            if record.keeps == "graph":
+                point, output = watched(recording, index, run.update, function, state, None)
+                record.graphs.append(Graph.of(point, output))
                 return output.detach()
             before = GeneratorState.now(state.device)
             output = run.output(index, function, state)
-            ctx.draws.append(None if before.same_as(GeneratorState.now(state.device)) else before)
-            if index in ctx.outputs:
-                ctx.outputs[index].append(output)  # as it came: in the narrower numbers, under autocast
+            # Most branches draw nothing: their generator states, some kilobytes each, need not be kept.
+            record.draws.append(None if before.same_as(GeneratorState.now(state.device)) else before)
+            if record.keeps == "output":
+                # Before rounding, which widens it: under autocast it takes half the memory.
+                record.outputs.append(output)
             return run.precision.round(output)
 
         buffers = BufferWatch(owner)
-        # Here x still says that it wants a gradient, which hooks of modules would believe.
+        # Detached, because inside a Function x still has requires_grad set, and hooks of modules act on that.
         with same_kernels():
             start, previous, current, kept = run.states(x.detach(), update, kept=run.kept(), observation=observation)
         ctx.buffers = buffers.written()
-        # Saved, not kept as attributes: an edit of x is noticed, and hooks on saved tensors see them.
+        # Saved, not kept as attributes: autograd then notices writes to x, and hooks on saved tensors see the states.
         ctx.save_for_backward(*kept)
         ctx.ends = previous, current
         return run.merged(start, previous, current)
 
-    boxed_grads_call = True  # known since torch 2.12, and lets go of the gradient before backward ends
+    # From torch 2.12 on, gradients then come in a list that backward can empty. Autograd would otherwise hold the
+    # output's gradient, as large as a state, until backward returns.
+    boxed_grads_call = True
 
     @staticmethod
     def backward(ctx: Any, gradients: list[Tensor] | Tensor) -> tuple[Tensor | None, None, None, None, None]:
@@ -167,32 +173,45 @@ class _Reversible(torch.autograd.Function):
 
 
 def _backward(ctx: Any, gradients: list[Tensor]) -> Tensor | None:
-    """Walks the states backwards: the parameters get their gradients on the way, x gets the one returned.
+    """Walks the states backwards and returns the gradient of x; parameters accumulate theirs on the way.
 
-    `gradients` has that of what the run returned, and has it no more at the end.
+    `gradients` holds the gradient of the run's output. It is removed from the list, so that it can be freed early.
+
+    In round i, `previous` is x[i], `current` is x[i+1], `to_previous` is dx[i+2] and `to_current` is dx[i+1]. Gradients
+    follow the same recurrence as states, so each step updates the older of two buffers in place.
     """
-    run: Run = ctx.run
+    recording: Recording = ctx.recording
+    recording.x_wants_gradient = ctx.needs_input_grad[0]
+    run = recording.run
     length, coupling = len(run.branches), run.coupling
     kept = dict(zip(run.kept(), ctx.saved_tensors, strict=True))
     previous, current = kept.pop(run.rebuilt - 1), kept.pop(run.rebuilt, None)
     to_output = gradients.pop().to(run.precision.gradients)
+    # dx[n+1] = dx[n], as x[-1] = x[0] in forward.
     to_previous = to_current = coupling.gradient_of_end(to_output, merge=run.merge)
-    gradient = to_output if to_current is to_output else None  # a mean's is not needed any more
+    # Only "extrapolate" needs the output's gradient again, at the start; there it is dx[n] itself. A mean frees it now.
+    gradient = to_output if to_current is to_output else None
     del to_output
     for index in reversed(range(1, length)):
+        # A gradient may be overwritten only if it has no other name, and is not the caller's.
         owned = not (to_previous is to_current or to_previous is gradient)
+        # x[i-1] is either among the saved states or rebuilt in the buffer of x[i+1]. Stored branches need neither: they
+        # have their graphs.
         before = kept.pop(index - 1, None) if index < run.rebuilt else None
         following = current if before is None and index < run.rebuilt else None
         pieces = run.pieces(index, previous)
         if pieces:
+            # Pieces add what they give to dx[i] straight into the buffer, so the rest of the sum must be there first.
             to_previous = coupling.carried(to_previous, to_current, owned=owned)
-            differentiate_pieces(ctx, index, pieces, previous, following, to_current, to_previous)
+            differentiate_pieces(recording, index, pieces, previous, following, to_current, to_previous)
             to_previous, to_current = to_current, to_previous
         else:
-            to_input = differentiate(ctx, index, previous, following, to_current)
+            to_input = differentiate(recording, index, previous, following, to_current)
             advanced = coupling.advance(to_previous, to_current, to_input, owned=owned)
             to_previous, to_current = to_current, advanced
+            # Both are in `to_current` now; the names would keep a gradient alive through the next round.
             del to_input, advanced
+        # Among stored branches nothing is rebuilt, so the pair stays where the first rebuilt branch will need it.
         if index < run.rebuilt:
             previous, current = current if before is None else before, previous
     if ctx.observation is not None:
@@ -201,9 +220,9 @@ def _backward(ctx: Any, gradients: list[Tensor]) -> Tensor | None:
     if pieces:
         to_x = coupling.gradient_of_start(to_previous, to_current, gradient, merge=run.merge)
         del to_previous
-        differentiate_pieces(ctx, 0, pieces, previous, None, to_current, to_x)
-        return to_x if ctx.needs_input_grad[0] else None
-    to_input = differentiate(ctx, 0, previous, None, to_current)
-    if not ctx.needs_input_grad[0]:
+        differentiate_pieces(recording, 0, pieces, previous, None, to_current, to_x)
+        return to_x if recording.x_wants_gradient else None
+    to_input = differentiate(recording, 0, previous, None, to_current)
+    if not recording.x_wants_gradient:
         return None
     return coupling.gradient_of_start(to_previous, to_current, gradient, merge=run.merge).add_(to_input)

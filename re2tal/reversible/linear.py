@@ -1,9 +1,9 @@
-"""Linear layers of branches that are run again, whose backward does less than autograd's.
+"""Linear layers of branches that are run again, with a backward that does less work than autograd's.
 
-    y = x W^T + b        dx = dy W,   dW = dy^T x,   db = sum dy:   y itself is in none of them
+    y = x W^T + b        dx = dy W,   dW = dy^T x,   db = sum dy:   none of them needs y
 
-Where a branch runs in pieces, dW is added to the sum of the pieces before by the product itself, instead of being
-written, read again and added. Where what a branch adds is known, y is not computed (`unfinished`).
+If a branch runs in pieces, the matrix product adds dW directly to the sum over earlier pieces (`addmm`), instead of
+writing it and adding it afterwards. If the branch's output is known, y is not computed (`without_last_linear`).
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ AddProduct = Callable[[Tensor, Tensor, Tensor], Tensor | None]
 
 
 class Linear(torch.autograd.Function):
-    """`F.linear`, or NaN in its place where it is not `finished`; gradients by the products that autograd takes for it,
-    in its order: the same bits."""
+    """`F.linear`, or NaN instead of its result if not `finished`.
+
+    Gradients come from the same products as autograd's, in the same order, so they are the same bits.
+    """
 
     @staticmethod
     def forward(
@@ -33,7 +35,7 @@ class Linear(torch.autograd.Function):
         ctx.leaf, ctx.add_product = weight if add_product else None, add_product
         if finished:
             return F.linear(x, weight, bias)
-        # Laid out as the layer's output is: for an expanded number, CUDA's dropout draws differently from one seed.
+        # In the real output's layout: for an expanded scalar, CUDA's dropout draws other numbers from the same seed.
         return x.new_full((*x.shape[:-1], len(weight)), torch.nan)
 
     @staticmethod
@@ -53,20 +55,20 @@ class Linear(torch.autograd.Function):
 
 
 class AddingProducts(TorchFunctionMode):
-    """Inside, linear layers give the products that are their weights' gradients to `add_product`."""
+    """Inside, linear layers pass the two factors of their weight's gradient to `add_product`."""
 
     def __init__(self, add_product: AddProduct) -> None:
         super().__init__()
         self._add_product = add_product
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Calls `func`, and `Linear` in the place of `F.linear`."""
+        """Calls `func`, but `Linear` instead of `F.linear`."""
         if func is F.linear and len(args) > 1 and not kwargs and takes_products(*args[:2]):
             return Linear.apply(*(*args, None)[:3], self._add_product, True)
         return func(*args, **(kwargs or {}))
 
 
 def takes_products(x: Tensor, weight: Tensor) -> bool:
-    """Whether the gradient of `weight` is a leaf's, and summed in the numbers that its products are in."""
+    """Whether `weight` is a leaf that wants a gradient, and sums of it have the dtype of its products."""
     same = x.dtype == weight.dtype == torch.promote_types(weight.dtype, torch.float32)
     return same and weight.is_leaf and weight.requires_grad and not torch.is_autocast_enabled(x.device.type)

@@ -1,11 +1,11 @@
-"""Watches, now and then, whether backward rebuilds what forward forgot, and whether states stay where that is exact.
+"""Checks, every N steps, that backward rebuilds the states of forward, and that states stay in the grid's exact range.
 
-    forward     of every N-th step keeps a few thousand elements of a run's first state, at fixed places
-    backward    looks at the same places of the first state that it has rebuilt:  drift = |rebuilt - kept| / |kept|
+    forward     samples a few thousand elements of a run's first state, at fixed places
+    backward    samples the rebuilt first state at the same places:  drift = |rebuilt - original| / |original|
 
-The first state is the last to be rebuilt, so it is off by all that the ones behind it are, and more. On a grid drift is
-0, unless a kernel does not repeat bit for bit, or a state is beyond the grid's exact range: of every state the same
-number of elements is looked at for that.
+The first state is rebuilt last, so it collects the errors of all others. On a grid the drift is 0, unless a kernel does
+not repeat bit for bit, or a state is beyond the grid's exact range. To detect the latter, a sample of every state is
+compared with that range.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from re2tal.reversible.precision import Precision
 
 NUM_SAMPLES = 4096
 DRIFT_LIMIT = 1e-4
-"""Float32 without a grid stays far below, however deep the network; narrow branches without one are above at once."""
+"""Float32 states without a grid stay far below this at any depth. With narrow branches and no grid they exceed it."""
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What was found in one step."""
+    """The figures of one step."""
 
     drift: float
     """Relative error of the rebuilt first state of a run; the largest of all runs."""
@@ -42,28 +42,28 @@ class Reading:
 
 
 class Monitor:
-    """Watches the runs of one stage in every `every`-th step, and warns once of each kind of trouble."""
+    """Checks the runs of one stage in every `every`-th step, and warns once of each kind of trouble."""
 
     def __init__(self, name: str, *, every: int) -> None:
         """`name` is for the warnings."""
         self.name = name
         self.every = every
         self.reading: Reading | None = None
-        """Of the last step that was watched."""
+        """Of the last step that was checked."""
         self._steps = self._noted = 0
         self._warned: set[str] = set()
 
     def step(self) -> None:
-        """A forward of the stage begins, of which there may be a backward."""
+        """Call it at the start of every forward of the stage that may have a backward."""
         self._steps += 1
 
     def observe(self, x: Tensor, precision: Precision) -> Observation | None:
-        """Of one run in this step, which starts with `x`; None where it is not its turn, or there are no numbers."""
+        """An observation of the run that starts with `x`; None if this step is not checked, or `x` has no values."""
         due = self._steps > 0 and self._steps % self.every == 0 and x.numel() > 0
         return Observation(self, self._steps, precision) if due and not isinstance(x, FakeTensor) else None
 
     def note(self, reading: Reading, *, step: int, precision: Precision) -> None:
-        """A run of a step that was watched has been through its backward."""
+        """Takes the figures of one run of a checked step, after its backward, and warns if they are bad."""
         self.reading = reading.or_worse(self.reading if self._noted == step else None)
         self._noted = step
         if reading.drift > DRIFT_LIMIT:
@@ -92,7 +92,7 @@ class Monitor:
 
 
 class Observation:
-    """Of one run, from its forward to its backward."""
+    """Collects the figures of one run, from its forward to its backward."""
 
     def __init__(self, monitor: Monitor, step: int, precision: Precision) -> None:
         self._monitor, self._step, self._precision = monitor, step, precision
@@ -100,16 +100,16 @@ class Observation:
         self._outside: list[Tensor] = []
 
     def see(self, index: int, state: Tensor) -> None:
-        """x[index], in forward."""
+        """Forward calls it with x[index]."""
         sample = self._precision.real(_sample(state))
         if index == 0:
             self._first = sample
         if (limit := self._precision.exact_range) is not None:
-            # Counted where the state is: nobody waits for it before backward.
+            # The count stays on the device, so that forward does not wait for it.
             self._outside.append((sample.abs() >= limit).float().mean())
 
     def rebuilt(self, state: Tensor) -> None:
-        """x[0], in backward."""
+        """Backward calls it with the rebuilt x[0]."""
         assert self._first is not None
         error = (self._precision.real(_sample(state)) - self._first).double().norm()
         drift = error / self._first.double().norm().clamp_min(1e-30)
@@ -119,7 +119,7 @@ class Observation:
 
 
 def _sample(state: Tensor) -> Tensor:
-    """A copy of the elements at places that depend on the number of elements alone."""
+    """A copy of some elements; their places depend only on the number of elements."""
     return state.take(_places(state.numel(), state.device))
 
 

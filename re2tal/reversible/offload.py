@@ -1,12 +1,11 @@
-"""The states that a run keeps, in host memory between its forward and its backward.
+"""Keeps the states that a run saves in host memory between its forward and its backward.
 
-    forward     run k ends               its states leave, while the layers behind it compute
-    backward    run k wants its states   those of run k - 1, which backward comes to next, set out, while run k computes
+    forward     when run k ends, copy its states to the host while the layers behind it compute
+    backward    when run k needs its states, prefetch those of run k - 1 while run k computes
 
-On CUDA they go through pinned memory on a stream of their own, and streams wait for each other, never the host: a
-state is late only where the link is slower than the layers in between. Torch keeps pinned blocks for the next step,
-rounded up to powers of two. Elsewhere, and on fake tensors, copies are plain ones; on a CPU, whose memory is the
-host's, they save nothing.
+On CUDA, copies go through pinned memory on a separate stream. Streams wait for each other; the host never waits. A
+state is late only if its transfer takes longer than the layers in between. Torch keeps pinned blocks for the next step,
+rounded up to powers of two. On other devices, and on fake tensors, copies are plain ones. On a CPU they save nothing.
 """
 
 from __future__ import annotations
@@ -25,10 +24,10 @@ from torch.autograd.graph import saved_tensors_hooks
 
 @contextmanager
 def offloaded(x: Tensor) -> Iterator[None]:
-    """Inside, what autograd saves goes to host memory: enter it around one reversible run, of which `x` is the input.
+    """Inside, autograd saves tensors in host memory. Enter it around one reversible run, whose input is `x`.
 
-    Values are the same to the last bit. Where backward meets runs in another order than forward's turned round, states
-    arrive later, or earlier, than they could.
+    Values are the same to the last bit. If backward does not visit runs in the reverse order of forward, states arrive
+    too late, or earlier than needed, but they are right.
     """
     run = _KeptRun(x)
     with saved_tensors_hooks(run.keep, lambda fetch: fetch()):
@@ -36,7 +35,7 @@ def offloaded(x: Tensor) -> Iterator[None]:
 
 
 class _KeptRun:
-    """The states of one run, and the run that was kept before it; it lives as long as autograd's graph holds them."""
+    """The states of one run, and a link to the run before it. Autograd's graph holds it, through the states' hooks."""
 
     def __init__(self, x: Tensor) -> None:
         self._lane = _lane(x.device)
@@ -46,16 +45,16 @@ class _KeptRun:
         self._earlier: Callable[[], _KeptRun | None] = lambda: None
 
     def keep(self, state: Tensor) -> Callable[[], Tensor]:
-        """Copies a state out; what it returns fetches it."""
+        """Copies a state to the host. The function returned fetches it."""
         if not self._hosts:
             self._earlier, self._lane.last_kept = self._lane.last_kept, weakref.ref(self)
-        # What the run does not own may be written to by others, who must then wait for the copy.
+        # The caller may write to the run's input right after forward, so its stream must wait for the copy.
         owned = state.untyped_storage()._cdata != self._input
         self._hosts.append(self._lane.send(state, wait=not owned))
         return partial(self._fetch, len(self._hosts) - 1)
 
     def _fetch(self, index: int) -> Tensor:
-        """The state on its device, in a buffer that is the caller's."""
+        """The state on its device, in a buffer that the caller may overwrite."""
         self._set_out()
         if (earlier := self._earlier()) is not None:
             earlier._set_out()
@@ -69,14 +68,14 @@ class _KeptRun:
 
 
 class _Arrival(NamedTuple):
-    """A tensor on the device, and when it is complete."""
+    """A tensor on the device, and the event after which its copy is complete."""
 
     state: Tensor
     complete: torch.cuda.Event | None
 
 
 class _Lane:
-    """The way between one device and the host: a stream on which copies go one after another."""
+    """Copies between one device and the host, one after another on a stream."""
 
     def __init__(self, device: torch.device) -> None:
         self.last_kept: Callable[[], _KeptRun | None] = lambda: None
@@ -84,7 +83,7 @@ class _Lane:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def send(self, state: Tensor, *, wait: bool) -> Tensor:
-        """A copy on the host, of which only the stream knows when it is complete; `wait` for it on the caller's."""
+        """Starts a copy to the host. With `wait`, work that the caller's stream gets later waits for it."""
         if self._stream is None or isinstance(state, FakeTensor):
             return state.to("cpu", copy=True)
         current = torch.cuda.current_stream(self._device)
@@ -92,7 +91,8 @@ class _Lane:
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             host.copy_(state, non_blocking=True)
-        state.record_stream(self._stream)  # its memory is not given to others before the copy is complete
+        # The allocator must not reuse the state's memory before the copy is complete.
+        state.record_stream(self._stream)
         if wait:
             current.wait_stream(self._stream)
         return host
@@ -101,7 +101,7 @@ class _Lane:
         """Starts a copy to the device."""
         if self._stream is None or isinstance(host, FakeTensor):
             return _Arrival(host.to(self._device, copy=True), None)
-        # From the memory of the caller's stream, which may still be at work on what was there before.
+        # The memory comes from the caller's stream, which may still use what was there before.
         state = torch.empty_like(host, device=self._device)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
@@ -111,7 +111,7 @@ class _Lane:
         return _Arrival(state, complete)
 
     def received(self, arrival: _Arrival) -> Tensor:
-        """The state, for use on the caller's stream from now on."""
+        """The state; the caller's stream waits until it is complete."""
         if arrival.complete is not None:
             torch.cuda.current_stream(self._device).wait_event(arrival.complete)
         return arrival.state
@@ -119,5 +119,5 @@ class _Lane:
 
 @cache
 def _lane(device: torch.device) -> _Lane:
-    """One for all runs of a process, so that each finds the one before it."""
+    """One per device and process, so that each run finds the one before it."""
     return _Lane(device)

@@ -1,16 +1,16 @@
-"""In what numbers a run computes: its states and branches, and the grid that makes rebuilding exact.
+"""The numbers that a run computes with: dtypes of states and branches, and the grid that makes rebuilding exact.
 
-A state rebuilt by x[i-1] = x[i+1] - F_i(x[i]) is off by a rounding of float32. Smooth branches in float32 hardly
-notice. Two kinds do, whatever the size of the error: those that compute in bfloat16, float16 or TF32, where it flips
-roundings inside, and that compounds (the first branch's gradient is 5 % off after 24 transformer blocks); and those
-with kinks, as ReLU has one, where it turns units on or off (1 to 10 % in SlowFast-101, by luck). On a grid the sums
-are exact, and nothing is ever off:
+A state rebuilt by x[i-1] = x[i+1] - F_i(x[i]) has an error of one float32 rounding. For smooth branches in float32
+this does not matter. For two kinds of branches it does, however small the error is. Branches that compute in bfloat16,
+float16 or TF32: the error flips roundings inside them, and that compounds (the first branch's gradient is 5 % off after
+24 transformer blocks). Branches with kinks, such as ReLU's: the error turns units on or off (the gradient is 1 to 10 %
+off in SlowFast-101, by chance). On a grid the sums are exact, so states are rebuilt to the last bit:
 
     update = (update + c) - c,  c = 1.5 * step / eps     rounds to multiples of `step` where |update| < 2**22 step
     x[i-1] + update                                      is exact where |x[i+1]| < 2**24 step
 
 (for float32; beyond 2**22 step, numbers that were bfloat16 or float16 are such multiples by themselves). An element
-beyond these bounds is rebuilt with the error of a rounding, as it would be without a grid. The gradient of
+beyond these bounds is rebuilt with a rounding error, as it would be without a grid. The gradient of
 `(update + c) - c` is the identity: a straight-through estimate, at no cost.
 
                step      bounds       because
@@ -18,14 +18,13 @@ beyond these bounds is rebuilt with the error of a rounding, as it would be with
     kinks      2**-18     16,   64    rounding itself turns units on or off, as many as the step is coarse: this is as
                                       fine as three times the largest state seen in SlowFast-101 (20) allows
 
-States may be other numbers than these:
+States are made of one of two types:
 
-    "float32"     on the grid above where one of the two reasons holds, and wherever a step is given
+    "float32"     on the grid above if one of the two reasons holds, or if a step is given
     "int32"       counts of the step, so multiples of it up to 2**31 steps: with 2**-16 to 32768. Sums of integers wrap
                   around and are exact whatever they are, so nothing is ever rebuilt with an error, and a step may be
                   any number; but every state is converted for its branch. NaN and infinity become some integer: a
                   network that diverges shows it in its gradients, and no longer in its loss
-    "bfloat16"    half the memory and no grid: what a rebuilt state is off by grows with every branch
 
 Only Re2TAL's coupling is a sum. Others multiply states by fractions, which leaves every grid, so they have none, and
 float32 in the place of int32; all of their states are kept where branches compute in narrow numbers, or in float32
@@ -52,7 +51,7 @@ Grid = float | Literal["auto"] | None
 2**-18 where they compute in float32 and have kinks, and else none. Of int32 states it is 2**-16, and there is always
 one."""
 
-States = Literal["float32", "int32", "bfloat16"]
+States = Literal["float32", "int32"]
 """What states are made of; float64 stays what it is as "float32"."""
 
 
@@ -61,7 +60,7 @@ class Precision:
     """Dtypes of one run, and the step of its grid."""
 
     states: torch.dtype
-    """x[i]: by default never narrower than float32, because a narrow state cannot be rebuilt."""
+    """x[i]: never narrower than float32, because a narrow state cannot be rebuilt."""
     branches: torch.dtype
     """What a branch is given, and the widest it may return."""
     output: torch.dtype
@@ -73,7 +72,7 @@ class Precision:
     gradients: torch.dtype
     """The gradients of states."""
     jumps: bool
-    """Whether an error in a state, however small, may change what a branch makes of it by much."""
+    """Whether an error in a state, however small, may change a branch's output by much."""
 
     @classmethod
     def of(
@@ -91,24 +90,21 @@ class Precision:
         branches = wide if autocast else x.dtype
         narrow = inside in NARROW or (inside == torch.float32 and _short_factors(x.device))
         jumps = narrow or (kinks and inside == torch.float32)
-        match states:
-            case "int32" if coupling.is_sum:
-                step = FIXED_STEP if grid == "auto" else grid
-                return cls(torch.int32, branches, branches, step, inside, wide, jumps)
-            case "bfloat16":
-                return cls(torch.bfloat16, branches, branches, None, inside, torch.bfloat16, jumps)
+        if states == "int32" and coupling.is_sum:
+            step = FIXED_STEP if grid == "auto" else grid
+            return cls(torch.int32, branches, branches, step, inside, wide, jumps)
         if grid == "auto":
             grid = GRID_STEP if narrow else KINKS_STEP if jumps else None
         return cls(wide, branches, branches, grid if coupling.is_sum else None, inside, wide, jumps)
 
     @property
     def room(self) -> float:
-        """By how much the error of a state may grow while states are rebuilt, if no grid makes it 0.
+        """The factor by which the error of a state may grow while states are rebuilt, if no grid makes it 0.
 
         Three bits may be lost: gradients then stay within 1e-5 in float32. But where an error of any size flips
-        roundings inside branches, or turns units on or off, there is no room at all. Nor is there in narrow states.
+        roundings inside branches, or turns units on or off, there is no room at all.
         """
-        return 0.0 if self.jumps or self.states in NARROW else 2.0**3
+        return 0.0 if self.jumps else 2.0**3
 
     @property
     def exact_range(self) -> float | None:
@@ -130,13 +126,11 @@ class Precision:
         return state.to(self.gradients).mul_(self.grid)
 
     def increment(self, update: Tensor) -> Tensor:
-        """What is to be added to a state for an update that was rounded: in integer states, its number of steps."""
-        if not self.states.is_floating_point:
-            return self._count(update)
-        return update.to(self.states) if self.states in NARROW else update
+        """A rounded update in the form that is added to a state: for integer states, its number of steps."""
+        return update if self.states.is_floating_point else self._count(update)
 
     def round(self, values: Tensor) -> Tensor:
-        """To the grid, in the dtype of the states; `values` itself where there is none, or `increment` will do it."""
+        """Rounds to the grid, in the states' dtype. Without a grid, and for integers, returns `values` itself."""
         if self.grid is None or not self.states.is_floating_point:
             return values
         offset = 1.5 * self.grid / torch.finfo(self.states).eps
@@ -156,13 +150,11 @@ def _short_factors(device: torch.device) -> bool:
 
 
 def check_numbers(states: States, grid: Grid) -> None:
-    """ValueError where the two make no sense."""
+    """Raises ValueError if either is unknown, or if the two exclude each other."""
     if states not in get_args(States):
         raise ValueError(f"unknown states {states!r}; known: {list(get_args(States))}")
     if grid not in ("auto", None) and not (isinstance(grid, float | int) and grid > 0):
         raise ValueError(f"grid is {grid}; give a positive step such as 2**-14, 'auto', or None for no grid")
-    if states == "bfloat16" and grid not in ("auto", None):
-        raise ValueError(f"grid is {grid}, but bfloat16 states have none; set grid to 'auto', or states to 'float32'")
     if states == "int32" and grid is None:
         raise ValueError("int32 states count steps of a grid, and grid is None; give a step such as 2**-16, or 'auto'")
 

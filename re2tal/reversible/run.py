@@ -1,4 +1,4 @@
-"""The branches of one run, and how its states follow: shared by plain autograd, forward and backward."""
+"""The branches of one run and how its states follow from each other: used by plain autograd, forward and backward."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from re2tal.reversible.rng import GeneratorState
 BranchFunction = Callable[[Tensor], Tensor]
 
 Update = Callable[[int, BranchFunction, Tensor], Tensor]
-"""i, F_i or a piece of it, x[i] or the same piece of it -> what that adds to x[i-1]."""
+"""(i, F_i or a piece of it, x[i] or the same piece of it) -> what is added to x[i-1] to get x[i+1]."""
 
 
 def _draws_of_pieces(branch: BranchFunction, device: torch.device) -> Iterator[AbstractContextManager[None]]:
-    """Around each piece in turn: the generators as they stand, or as they stood before the first one."""
+    """Yields a context for each piece. Pieces that share their draws all start from the generators' first state."""
     start = GeneratorState.now(device) if isinstance(branch, ChunkedBranch) and branch.same_draws else None
+    # The first piece runs without a replay, so that the generators move on as they would for a whole branch.
     yield nullcontext()
     while True:
         yield start.replayed() if start else nullcontext()
@@ -36,19 +37,22 @@ class Run:
 
     branches: tuple[BranchFunction, ...]
     rebuilt: int
-    """How many branches forget their activations; those behind them keep theirs."""
+    """How many branches, from the first, are run again in backward; those behind them save their activations."""
     known: int
-    """How many of those keep what they added."""
+    """How many of the rebuilt branches save their output."""
     merge: Merge
     coupling: Coupling
     precision: Precision
 
     def kept(self) -> list[int]:
-        """Which of the states before rebuilt branches backward gets, in rising order: the others it rebuilds."""
+        """Indices of the states that are saved for backward, in rising order. Backward rebuilds the others."""
         return self.coupling.kept(self.rebuilt, room=self.precision.room)
 
     def known_branches(self) -> list[int]:
-        """Which branches keep what they added: not those behind a kept state, before which nothing is rebuilt."""
+        """Indices of the branches that save their output.
+
+        A branch i whose x[i-1] is saved is left out: nothing is rebuilt there, so its output is not needed.
+        """
         kept = {-1, *self.kept()}
         lasts = {index: last_of(self.branches[index]) for index in range(self.rebuilt) if index - 1 not in kept}
         sizes = {index: last.in_features * last.out_features for index, last in lasts.items() if last is not None}
@@ -57,9 +61,9 @@ class Run:
     def states(
         self, x: Tensor, update: Update, *, kept: Collection[int] = (), observation: Observation | None = None
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        """x[0], x[n-1] and x[n], and those that are to be kept.
+        """Returns x[0], x[n-1], x[n], and the list of the states in `kept`.
 
-        Where autograd does not watch, x[i+1] takes the buffer of x[i-1], unless it is kept or a stored branch's input.
+        Without autograd, x[i+1] reuses the buffer of x[i-1], unless that state is saved or a stored branch's input.
         """
         start = previous = current = self.precision.state(x)
         needed = x if self.merge == "mean" else start
@@ -69,6 +73,8 @@ class Run:
                 found.append(current)
             if observation is not None:
                 observation.see(index, current)
+            # x[i-1] must survive if it is also x[i] (at the start), if the merge needs it, if it is saved, or if the
+            # graph of a stored branch i-1 holds it.
             lent = previous is current or previous is needed or index - 1 in kept or index > self.rebuilt
             owned = not (torch.is_grad_enabled() or lent)
             previous, current = current, self.following(index, previous, current, update, owned=owned)
@@ -77,10 +83,10 @@ class Run:
         return start, previous, current, found
 
     def following(self, index: int, previous: Tensor, current: Tensor, update: Update, *, owned: bool) -> Tensor:
-        """x[i-1], x[i] -> x[i+1]; in the buffer of x[i-1] where it is owned."""
+        """x[i-1], x[i] -> x[i+1]; overwrites x[i-1] if `owned`."""
         branch = self.branches[index]
         pieces = self.pieces(index, current)
-        # Updates get no name here: with one they would live on while the next one is computed.
+        # Updates get no name here: a name would keep one alive while the next one is computed.
         if not pieces:
             increment = self.precision.increment
             return self.coupling.advance(previous, current, increment(update(index, branch, current)), owned=owned)
@@ -91,17 +97,20 @@ class Run:
         return following
 
     def pieces(self, index: int, state: Tensor) -> Sequence[Piece]:
-        """In which F_i is run on `state`; () for whole. Where only bytes count, those of which none is kept are few."""
+        """The pieces in which F_i runs on `state`; () for whole.
+
+        Where only bytes are counted and pieces leave nothing behind, only those that decide the peak are returned.
+        """
         pieces = pieces_of(self.branches[index], state)
         forgotten = is_counted(state) and index < self.rebuilt and index not in self.known_branches()
         return decisive(pieces) if forgotten else pieces
 
     def update(self, index: int, function: BranchFunction, state: Tensor) -> Tensor:
-        """F_i(x[i]), or of a piece of x[i], on the grid."""
+        """F_i of x[i], or of a piece of it, rounded to the grid."""
         return self.precision.round(self.output(index, function, state))
 
     def output(self, index: int, function: BranchFunction, state: Tensor) -> Tensor:
-        """The same as the branch returns it, checked."""
+        """The same before rounding. Raises ValueError if the branch changes shape or widens the dtype."""
         output = function(self.precision.real(state).to(self.precision.branches))
         if not isinstance(output, Tensor) or output.shape != state.shape:
             given = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
@@ -117,17 +126,17 @@ class Run:
         return output
 
     def keeps_its_ends(self) -> bool:
-        """Whether what the run returns can be made of the states that it keeps."""
+        """Whether the output can be recomputed from the states that the run saves."""
         length = len(self.branches)
         return self.merge == "mean" and self.rebuilt == length and {length - 1, length} <= set(self.kept())
 
     def merged(self, start: Tensor, previous: Tensor, current: Tensor) -> Tensor:
-        """What the run returns."""
+        """The output of the run, from x, x[n-1] and x[n]."""
         start, previous, current = (self.precision.real(state) for state in (start, previous, current))
         return self.coupling.merged(start, previous, current, merge=self.merge).to(self.precision.output)
 
     def mean(self, previous: Tensor, current: Tensor) -> Tensor:
-        """What a run whose merge is "mean" returns: x is not in it."""
+        """The output of a run whose merge is "mean": that does not use x."""
         return self.merged(previous, previous, current)
 
     def _name(self, index: int) -> str:

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
+from re2tal.reversible.replay_context import held
 from re2tal.reversible.rng import GeneratorState
-from re2tal.reversible.surroundings import held
 from re2tal.rewire.branches import Branch, NotResidual, Residual
 from re2tal.rewire.kinks import WatchedForKinks
 from re2tal.rewire.sums import RefusedError, Step, may_be_entered, steps_of

@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from re2tal.rewire.between import Between
 from re2tal.rewire.branches import NotResidual, Residual, is_explained, is_unregistered, registered, why_not_residual
 from re2tal.rewire.cuts import Cut
 from re2tal.rewire.discover import record_calls, take_apart
+from re2tal.rewire.nonresidual import Between
 from re2tal.rewire.report import RewireReport, StageReport
 from re2tal.rewire.stage import RewiredStage, RewiringConfig
 

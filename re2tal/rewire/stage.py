@@ -30,8 +30,8 @@ from re2tal.reversible.coupling import Coupling, Merge
 from re2tal.reversible.monitor import Monitor
 from re2tal.reversible.offload import offloaded
 from re2tal.reversible.precision import Grid, Precision, States, check_numbers
-from re2tal.rewire.between import recomputed
 from re2tal.rewire.branches import Branch, Residual, is_unregistered
+from re2tal.rewire.nonresidual import recomputed
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,27 +51,28 @@ class RewiringConfig:
     network before rewiring, checkpointed (with a `unit` whose sum is that network's); in between, after Dr2Net, more
     states are kept the smaller it is. `set_beta` changes it while the network trains."""
     recompute: bool = True
-    """Forget activations and rebuild them in backward, or keep them: the values are the same."""
+    """Rebuild activations in backward instead of saving them. The values are the same."""
     stored: int = 0
-    """How many units at the end of each run keep their activations all the same: more memory, less to rebuild."""
+    """How many units at the end of each run save their activations: more memory, less to rebuild."""
     known: int = 0
-    """How many branches of each run keep what they added: of those that end in a linear layer, which then need not be
-    computed again, the most expensive. Each takes the memory of a state, half of it under bfloat16 and float16."""
+    """How many branches of each run save their output, so that backward skips the linear layer that they end in. The
+    most expensive such layers are chosen. Each output takes the memory of a state, or half of it under bfloat16 and
+    float16."""
     keep_nonresidual: bool = False
-    """Keep the activations of those blocks of a stage that are not residual, such as those that change resolution:
-    more memory, and none of them is computed twice. Runs are rebuilt all the same."""
+    """Save the activations of blocks that are not residual, such as those that change resolution: more memory, and
+    none of them is computed twice. Reversible runs are still rebuilt."""
     states: States = "float32"
-    """What the states of a run are made of; "float32" is exact on its grid, "int32" on any, "bfloat16" is not."""
+    """What the states of a run are made of: "float32" is rebuilt exactly on its grid, "int32" on any grid."""
     grid: Grid = "auto"
     """Grid of the states that makes rebuilding exact: a step, None for none, or "auto": 2**-14 under bfloat16 and
     float16; in float32 2**-18 where branches have kinks, as ReLU has one, and none where they are smooth; for "int32"
     always 2**-16."""
     chunk_mebibytes: float | None = None
-    """Run a branch in pieces that need about so much memory while they are differentiated, as far as the branch says
-    how it may be cut; None runs every branch whole."""
+    """Run a branch in pieces that each need about this much memory while they are differentiated. Only branches that
+    declare a `Cut` are cut. None runs every branch whole."""
     monitor_every: int | None = None
-    """After so many forwards of training, again and again, compare a sample of what is rebuilt with what was forgotten,
-    and warn where they differ; None for never."""
+    """Every N training forwards, compare a sample of the rebuilt states with the originals and warn if they differ.
+    None: never."""
     offload: bool = False
     """Keep the end states of runs in host memory, and fetch them back ahead of their backward."""
 
@@ -124,7 +125,7 @@ class RewiredStage(nn.Module):
     def __init__(
         self, plain: nn.Module, config: RewiringConfig, *, residual: Mapping[str, Residual], name: str = ""
     ) -> None:
-        """`residual` has the blocks that are, by name; the others run as they are. `name` is for warnings."""
+        """`residual` holds the residual blocks by name; other blocks run unchanged. `name` is for warnings."""
         super().__init__()
         self.config = config
         self.residual = dict(residual)
@@ -137,11 +138,11 @@ class RewiredStage(nn.Module):
 
     @property
     def coupling(self) -> Coupling:
-        """As `config.beta` has it; on the line where states neither grow nor shrink."""
+        """From `config.beta`, with alpha = 1 - beta, so that states neither grow nor shrink."""
         return Coupling(1 - self.config.beta, self.config.beta)
 
     def runs(self) -> Iterator[tuple[list[nn.Module], list[int]]]:
-        """The blocks of each unbroken residual sequence, and how many functions each of its reversible runs has."""
+        """The blocks of each unbroken residual sequence, and the number of units in each of its reversible runs."""
         for blocks, residual in self._groups():
             if residual:
                 by_block = self.config.unit == "block"
@@ -157,16 +158,16 @@ class RewiredStage(nn.Module):
         return self.coupling.kept(rebuilt, room=precision.room) if self.config.recompute and rebuilt > 0 else []
 
     def can_forget_nonresidual(self) -> bool:
-        """Whether there are blocks that `keep_nonresidual` is about."""
+        """Whether `keep_nonresidual` changes anything here."""
         return any(_can_forget(block) for name, block in self.named_children() if name not in self.residual)
 
     def _groups(self) -> Iterator[tuple[dict[str, nn.Module], bool]]:
-        """Blocks in a row, and whether they are residual."""
+        """Consecutive blocks that are all residual, or all not, and which of the two."""
         for residual, group in groupby(self.named_children(), key=lambda child: child[0] in self.residual):
             yield dict(group), residual
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """x through all blocks, returned in the form in which the last block returns it."""
+        """Runs all blocks on x. The result has the form in which the last block returns it."""
         if self.config.recompute and torch.is_grad_enabled():
             _refuse_gradients(args, kwargs)
             if self.monitor is not None:
@@ -175,6 +176,7 @@ class RewiredStage(nn.Module):
         for blocks, residual in self._groups():
             if residual:
                 x = self._run(blocks, _hidden(output), args, kwargs)
+                # A run returns a bare tensor; whoever calls the stage expects what its last block would return.
                 name, block = blocks.popitem()
                 output = self.residual[name].wrap(block, x)
             else:
@@ -188,6 +190,7 @@ class RewiredStage(nn.Module):
         units = [unit for name, block in blocks.items() for unit in self._units(name, block, args, kwargs)]
         length = self.config.segment or len(units)
         for first in range(0, len(units), length):
+            # One context per run: prefetching follows the order of runs.
             with offloaded(x) if self.config.offload else nullcontext():
                 x = run_reversibly(
                     units[first : first + length],
@@ -253,7 +256,8 @@ def _whole(block: nn.Module, args: tuple, kwargs: dict, x: Tensor) -> Tensor:
 def _part(block: nn.Module, branch: Branch, args: tuple, kwargs: dict, x: Tensor) -> Tensor:
     if not branch.through_block:
         return branch.function(block, x, *args, **kwargs)
-    # Calling the block is what makes hooks gather its own parameters; for this call its forward is the branch.
+    # The block must be called as a module, so that ZeRO-3's hooks gather its own parameters. For this one call its
+    # forward is the branch.
     usual = vars(block).get("forward")
     block.forward = partial(branch.function, block)
     try:
@@ -267,7 +271,7 @@ def _part(block: nn.Module, branch: Branch, args: tuple, kwargs: dict, x: Tensor
 def _pieces(
     block: nn.Module, branch: Branch, args: tuple, kwargs: dict, state: Tensor, *, chunk_bytes: float
 ) -> list[Piece]:
-    """As many pieces of `branch` as it takes for each to need about `chunk_bytes` inside."""
+    """Cuts `branch` into enough pieces for each to need about `chunk_bytes` while it is differentiated."""
     assert branch.cut is not None
     inner_bytes = branch.cut.inner_states(block, state.shape) * state.numel() * state.element_size()
     parts = branch.cut.parts(block, state.shape, ceil(inner_bytes / chunk_bytes))
@@ -281,7 +285,7 @@ def _pieces(
 
 
 def _can_forget(block: nn.Module) -> bool:
-    # Of blocks that are not registered nobody has said that they do the same twice.
+    # A block must compute the same when it runs twice. Only a registration says that it does.
     return not is_unregistered(block)
 
 

@@ -1,4 +1,4 @@
-"""Frames as a network takes them, which a rewired one need not keep: backward prepares the uint8 ones again.
+"""Prepares frames for a network. A rewired one saves only the uint8 frames and prepares them again in backward.
 
 uint8 -> colours, drawn once -> normalised, in the weights' type: two or four times the bytes
 """
@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 
 from re2tal.data.streaming.transforms import draw_colours, recolour
-from re2tal.reversible.origin import with_origin
+from re2tal.reversible.recompute import recomputable_from
 
 
 def prepare_frames(frames: Tensor, *, strength: float, generator: torch.Generator, dtype: torch.dtype) -> Tensor:
     """(B, 3, T, H, W) uint8 -> the same shape in `dtype`, colours changed (`draw_colours`) and normalised.
 
-    `frames` are the `Origin` of what is returned, if somebody holds them until the forward: nobody may write to them
-    until backward has ended.
+    The result has a `Recipe` that uses `frames`, as long as the caller holds them: nobody may write to them until
+    backward has ended.
     """
     matrix, bias = draw_colours(frames, strength=strength, generator=generator)
     prepare = partial(recolour, matrix=matrix, bias=bias, dtype=dtype)
-    return with_origin(prepare(frames), [frames], prepare)
+    return recomputable_from(prepare(frames), [frames], prepare)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from re2tal.backbones import BackboneConfig, build_backbone
 from re2tal.planning.footprint import kept_bytes
-from re2tal.reversible.origin import saved_tensors_seen_by
+from re2tal.reversible.recompute import saved_tensors_seen_by
 
 FORMS: dict[str, dict[str, Any]] = {
     "plain": {"rewired": False},

@@ -15,7 +15,7 @@ from re2tal.reversible import run_reversibly
 from re2tal.reversible.chunking import ChunkedBranch, Piece, WholeBranch, even_spans
 from re2tal.reversible.coupling import Coupling
 from re2tal.reversible.live_bytes import LiveBytes
-from re2tal.reversible.unfinished import unfinished
+from re2tal.reversible.skip_last_linear import without_last_linear
 
 LENGTH = 6
 STATE = 64 * 64 * CHANNELS
@@ -76,7 +76,7 @@ def test_what_is_behind_it_finds_a_tensor_like_the_layers_output() -> None:
     wanted = results(branches, grid=2**-14, recompute=False)
     assert_close(results(branches, grid=2**-14, known=99), wanted, relative=1e-6)
     linear, x = nn.Linear(CHANNELS, 3), states()
-    with unfinished(linear):
+    with without_last_linear(linear):
         output = linear(x)
     assert (output.shape, output.stride(), output.dtype) == (linear(x).shape, linear(x).stride(), linear(x).dtype)
 
@@ -128,10 +128,10 @@ def test_a_layer_whose_forward_somebody_changed_is_computed() -> None:
     linear = nn.Linear(2, 2)
     usual = linear.forward
     linear.forward = lambda x: usual(x) + 1
-    with unfinished(linear):
+    with without_last_linear(linear):
         assert linear(torch.ones(1, 2)).isfinite().all()
     del linear.forward
-    with unfinished(linear):
+    with without_last_linear(linear):
         assert linear(torch.ones(1, 2)).isnan().all()
     assert linear(torch.ones(1, 2)).isfinite().all()
 
@@ -144,7 +144,7 @@ def test_its_gradients_are_those_of_the_layer() -> None:
         found = []
         for layer in (None, linear):
             point = x.detach().clone().requires_grad_()
-            with unfinished(layer):
+            with without_last_linear(layer):
                 output = linear(point)
             found.append(torch.autograd.grad(output, (point, linear.weight, linear.bias), torch.ones_like(output)))
         return found

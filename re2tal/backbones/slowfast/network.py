@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from re2tal.backbones.base import BackboneConfig, VideoBackbone, steps_mask
 from re2tal.backbones.slowfast.layouts import KEY_LAYOUTS
 from re2tal.backbones.weights import load_weights
-from re2tal.reversible.origin import joined
+from re2tal.reversible.recompute import joined
 from re2tal.rewire import Between, Branch, by_samples, forgetful, residual_branches, why_not_residual
 from re2tal.structures import Features
 

@@ -1,9 +1,10 @@
-"""Of what a tensor can be made again, so that a layer that needs it in backward need not keep it.
+"""Recipes to recompute a tensor from others that are kept anyway, so that no layer has to save it.
 
-    y = merge(x[n-1], x[n])      the run that returned y keeps these two states, and y need not be kept beside them
-    pixels = prepare(frames)     frames are uint8, a quarter of the pixels' bytes, or half
+    y = merge(x[n-1], x[n])      the run that returned y keeps these two states, so nobody needs to save y too
+    pixels = prepare(frames)     frames are uint8: a quarter of the pixels' bytes, or half of them
 
-Inside hooks on saved tensors (checkpoints, `save_on_cpu`, `offload`) nothing has an origin: what they keep is not here.
+Inside hooks on saved tensors (checkpoints, `save_on_cpu`, `offload`) no recipe is attached: those hooks
+may move the saved tensors elsewhere.
 """
 
 from __future__ import annotations
@@ -20,24 +21,25 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.weak import TensorWeakRef
 
-_NAME = "_re2tal_origin"
+_NAME = "_re2tal_recipe"
 _Reference = Callable[[Tensor], Tensor | None]
-"""From the tensor that has the origin to one of its tensors, if that is still there, as it was."""
+"""Takes the tensor that has the recipe; returns one of the recipe's, or None if that is gone or was written to."""
 
 
-class Origin(NamedTuple):
-    """Tensors that are kept anyway, or are smaller, and what makes another one of them."""
+class Recipe(NamedTuple):
+    """Tensors that are kept anyway, or are smaller, and a function that computes another tensor from them."""
 
     tensors: tuple[Tensor, ...]
     make: Callable[..., Tensor]
-    """Returns the same bits as the first time, laid out in the same way."""
+    """Must return the same bits as the first time, in the same memory layout."""
 
     @classmethod
-    def of(cls, tensor: Tensor) -> Origin | None:
-        """That of a tensor which was given one, if it is still there and nobody has written to anything since.
+    def of(cls, tensor: Tensor) -> Recipe | None:
+        """The recipe of a tensor; None if it has none, or if the tensor or the recipe's tensors changed since.
 
-        Views of that tensor have it too, as ZeRO-3 makes one of what a module returns. One that autograd does not
-        follow back to it has none: whoever needs it may do so when a run's backward has consumed the states.
+        Views of the tensor share its recipe, because ZeRO-3 returns a view of what a module returns. A view that is
+        detached from the tensor's graph has none: its backward may run after that of the run, which consumes the
+        states.
         """
         found = None if _hooked() else getattr(tensor.untyped_storage(), _NAME, None)
         if found is None:
@@ -52,37 +54,40 @@ class Origin(NamedTuple):
         return cls(tensors, make if place == _place(tensor) else partial(_view, make, place, _place(tensor)))
 
 
-def with_origin(tensor: Tensor, tensors: Sequence[Tensor], make: Callable[..., Tensor]) -> Tensor:
-    """`tensor`, which is not a view, and which `make` makes of `tensors`."""
+def recomputable_from(tensor: Tensor, tensors: Sequence[Tensor], make: Callable[..., Tensor]) -> Tensor:
+    """Attaches a recipe to `tensor`, which is not a view: `make(*tensors)` must compute it. Returns `tensor`."""
     return _with_references(tensor, [_weakly(one) for one in tensors], make)
 
 
 def joined(tensors: Sequence[Tensor], *, dim: int) -> Tensor:
-    """`torch.cat`, whose origin, if any part has one, is those of its parts, and copies of the parts that have none."""
+    """`torch.cat`, with a recipe if any part has one: it uses the parts' recipes, and copies of other parts."""
     output = torch.cat(list(tensors), dim)
     references: list[_Reference] = []
     makers: list[tuple[Callable[..., Tensor], int]] = []
-    origins, start = [Origin.of(tensor) for tensor in tensors], 0
-    for tensor, origin in zip(tensors, origins, strict=True):
+    recipes, start = [Recipe.of(tensor) for tensor in tensors], 0
+    for tensor, recipe in zip(tensors, recipes, strict=True):
         size = tensor.shape[dim]
-        # Copied when somebody asks: held here, the part would live as long as the whole, whoever keeps that.
-        references += [partial(_part, dim, start, size)] if origin is None else map(_weakly, origin.tensors)
-        makers.append((_itself, 1) if origin is None else (origin.make, len(origin.tensors)))
+        # A part without a recipe is copied out of the whole when somebody asks for it. A reference to the part itself
+        # would keep it alive as long as the whole, even if nobody asks.
+        references += [partial(_part, dim, start, size)] if recipe is None else map(_weakly, recipe.tensors)
+        makers.append((_itself, 1) if recipe is None else (recipe.make, len(recipe.tensors)))
         start += size
 
     def make(*parts: Tensor) -> Tensor:
         following = iter(parts)
         return torch.cat([make_one(*islice(following, number)) for make_one, number in makers], dim)
 
-    return _with_references(output, references, make) if any(origins) else output
+    return _with_references(output, references, make) if any(recipes) else output
 
 
-def keeping(*tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
-    """Keeps tensors as autograd does, of one with an origin only that, and gives them back: hooks on saved tensors see
-    what is kept, and a RuntimeError tells if it was written to in between."""
-    origins = [Origin.of(tensor) or Origin((tensor,), _itself) for tensor in tensors]
-    makers = [(origin.make, len(origin.tensors)) for origin in origins]
-    sources = (source.detach() for origin in origins for source in origin.tensors)
+def save_recipes(*tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
+    """Saves tensors as autograd does, or only its recipe where a tensor has one. The function returned gives them back.
+
+    Hooks on saved tensors see what is saved. That function raises a RuntimeError if something saved was written to.
+    """
+    recipes = [Recipe.of(tensor) or Recipe((tensor,), _itself) for tensor in tensors]
+    makers = [(recipe.make, len(recipe.tensors)) for recipe in recipes]
+    sources = (source.detach() for recipe in recipes for source in recipe.tensors)
     node: Any = _Keep.apply(torch.empty(0, requires_grad=True), *sources).grad_fn
 
     def again() -> tuple[Tensor, ...]:
@@ -90,7 +95,7 @@ def keeping(*tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
             following = iter(node.saved_tensors)
         except RuntimeError as error:
             raise RuntimeError(
-                "a layer's input is to be made again in backward, but what it is made of is not what it was: either "
+                "a layer's input is to be recomputed in backward, but the tensors of its recipe have changed: either "
                 "backward went through a reversible run twice, and the first time consumed its states (add the losses "
                 "and call backward once, or run with recompute=False), or somebody has written to them, or to the "
                 "frames of the batch (leave those alone until backward has ended)"
@@ -109,7 +114,7 @@ class _Keep(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        raise AssertionError("nothing follows from what is only kept")
+        raise AssertionError("the output of _Keep is used by nothing, so no gradient reaches it")
 
 
 def _with_references(tensor: Tensor, references: Sequence[_Reference], make: Callable[..., Tensor]) -> Tensor:
@@ -119,12 +124,12 @@ def _with_references(tensor: Tensor, references: Sequence[_Reference], make: Cal
 
 
 def _values(tensor: Tensor) -> tuple:
-    """Equal for tensors of the same values at the same place of a storage that autograd follows alike."""
+    """What must not change while a recipe holds: writing to the tensor, or detaching it, changes it."""
     return tensor.dtype, tensor._version, tensor.requires_grad, tensor.is_leaf
 
 
 def _place(tensor: Tensor) -> tuple:
-    """In its storage."""
+    """Where the tensor lies in its storage."""
     return tensor.shape, tensor.stride(), tensor.storage_offset()
 
 
@@ -135,7 +140,7 @@ def _view(make: Callable[..., Tensor], place: tuple, part: tuple, *tensors: Tens
 
 
 def _hooked() -> bool:
-    """Whether what autograd saves now goes through hooks that may take it elsewhere."""
+    """Whether hooks are in force that may move saved tensors elsewhere."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None and not _only_looking.get()
 
 
@@ -144,7 +149,7 @@ _only_looking: ContextVar[bool] = ContextVar("only_looking", default=False)
 
 @contextmanager
 def saved_tensors_seen_by(look: Callable[[Tensor], object]) -> Iterator[None]:
-    """Inside, `look` is called with every tensor that autograd saves, and nothing is kept that otherwise were not."""
+    """Inside, `look` sees every tensor that autograd saves. Recipes work as they do outside."""
 
     def seen(tensor: Tensor) -> Tensor:
         look(tensor)

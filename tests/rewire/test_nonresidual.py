@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from re2tal.backbones import BackboneConfig, build_backbone
 from re2tal.reversible.live_bytes import LiveBytes
-from re2tal.reversible.origin import saved_tensors_seen_by
+from re2tal.reversible.recompute import saved_tensors_seen_by
 from re2tal.rewire import Between, RewiringConfig, forgetful, residual_branches, rewire, unrewire, why_not_residual
 
 MASK = torch.ones(2, 16, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""What the monitors of a rewired network found."""
+"""The worst drift that the monitors of a rewired network found."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from re2tal.rewire.stage import RewiredStage
 
 
 def worst_reading(model: nn.Module) -> Reading | None:
-    """The largest drift and the largest share outside of the grid, each of the step in which it was last looked for.
+    """The largest drift, and the largest share outside of the grid, over all stages, from each one's last checked step.
 
-    None where nothing is watched, or was not yet.
+    None if no stage is monitored, or none was checked yet.
     """
     worst: Reading | None = None
     for module in model.modules():

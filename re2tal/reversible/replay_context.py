@@ -1,7 +1,7 @@
-"""What surrounds a branch besides its input and its draws: autocast, which kernels it may run, buffers that it writes.
+"""The context that a replayed branch must see, besides its input and random draws: autocast, kernels and buffers.
 
-The rebuild must see the autocast state that the forward saw, wherever `backward` is called; and buffers that training
-writes, such as the running statistics of a normalisation, must not be written once more.
+Backward runs a branch under the autocast state of its forward, wherever `backward` is called. Buffers that training
+writes, such as the running statistics of a normalisation, must not be updated a second time.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class AutocastState:
 
     @contextmanager
     def replayed(self) -> Iterator[None]:
-        """Autocast as it was.
+        """Inside, autocast is as it was recorded.
 
-        Without its cache of weights: a branch uses each once, and a weight that two branches share would be found
-        there with the graph of the first one, which is gone.
+        Its cache of cast weights is off. A branch uses each weight once, and if two branches shared one, the second
+        would find it in the cache with the graph of the first, which is freed already.
         """
         with ExitStack() as stack:
             for kind, dtype, enabled in self.enabled:
@@ -42,9 +42,10 @@ class AutocastState:
 
 @contextmanager
 def same_kernels() -> Iterator[None]:
-    """Inside, no kernel is chosen by whether a gradient is wanted: forward wants none where the rebuild does.
+    """Inside, kernels are not chosen by whether a gradient is wanted: the replay wants one, the forward does not.
 
-    cuDNN's attention plans inference and training apart, and `nn.MultiheadAttention` and `nn.TransformerEncoderLayer`
+    cuDNN's attention has different plans for inference and training, and `nn.MultiheadAttention` and
+    `nn.TransformerEncoderLayer`
     have a fast path for inference. Other kernels are chosen by shapes, dtypes and flags, which are the same both times.
     """
     cudnn, fast_path = torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.mha.get_fastpath_enabled()
@@ -79,7 +80,7 @@ class BufferWatch:
 
 @contextmanager
 def held(buffers: Sequence[Tensor]) -> Iterator[None]:
-    """What is written to `buffers` inside is undone afterwards."""
+    """Restores `buffers` to their present values at the end."""
     before = [buffer.clone() for buffer in buffers]
     try:
         yield

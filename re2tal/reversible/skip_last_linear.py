@@ -1,7 +1,7 @@
-"""Runs a branch for its graph alone: where what it adds is known, its last linear layer is not computed again.
+"""Skips the last linear layer of a branch that is run again only for its graph, because its output is known.
 
-In a transformer block this layer is a third of the multiplications of an MLP's forward, and what keeps checkpointing,
-which stops before it, ahead of a run that must know every update to invert it.
+In a transformer block it is the MLP's second layer: half of the MLP's multiplications. Checkpointing skips it too, as
+it stops early; a reversible run cannot unless the output was saved, because it inverts each state with it.
 """
 
 from __future__ import annotations
@@ -17,13 +17,14 @@ from re2tal.reversible.linear import AddProduct, Linear, takes_products
 
 
 @contextmanager
-def unfinished(linear: nn.Linear | None, *, add_product: AddProduct | None = None) -> Iterator[None]:
+def without_last_linear(linear: nn.Linear | None, *, add_product: AddProduct | None = None) -> Iterator[None]:
     """Inside, `linear` returns NaN of the shape and with the graph of its output; None changes nothing.
 
-    Not a number, so that most operations behind it which do need its values show it in the gradient; ReLU and clamp,
-    which only compare, do not. It is called as a module all the same: its hooks run, and ZeRO-3 gathers its parameters.
+    NaN makes most operations that use the values after all show it in the gradient; ReLU and clamp, which only compare,
+    do not. The layer is still called as a module, so its hooks run, and ZeRO-3 gathers its parameters.
     """
-    if linear is None or "forward" in vars(linear):  # somebody else's forward may do more than the linear map
+    # A forward set on the instance by somebody else may do more than the linear map.
+    if linear is None or "forward" in vars(linear):
         yield
         return
     linear.forward = partial(_without_values, linear, add_product)  # type: ignore[method-assign]

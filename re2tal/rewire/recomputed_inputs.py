@@ -1,9 +1,9 @@
-"""A layer's input that is made of tensors which are kept anyway: it is made again in backward, not kept beside them.
+"""Recomputes a convolution's input in backward from tensors that are kept anyway, instead of saving it.
 
     frames -> gather -> clips -> patch embedding        its convolution needs clips for the gradient of its weights;
                                                         frames and the gather, which costs a copy, are as good
 
-Nothing is run twice but that: the layer's own operations are not.
+Only the input is computed twice; the layer's own operations are not.
 """
 
 from __future__ import annotations
@@ -17,18 +17,18 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.conv import _ConvNd
 
-from re2tal.reversible.origin import keeping
+from re2tal.reversible.recompute import save_recipes
 
 
 @contextmanager
 def kept_as_sources(model: nn.Module, make: Callable[..., Tensor], *sources: Tensor) -> Iterator[Tensor]:
-    """Gives `make(*sources)`: convolutions of `model` that are called inside with it, or a view of it, keep `sources`.
+    """Yields `make(*sources)`. Convolutions of `model` called with it, or with a view of it, save `sources` instead.
 
-    `make` returns the same bits, laid out in the same way, each time. Writing to `sources` before backward is an error,
-    as writing to anything is that autograd keeps.
+    `make` must return the same bits in the same memory layout each time. Writing to `sources` before backward raises,
+    as writing to any saved tensor does.
     """
     made = make(*sources)
-    kept_sources = keeping(*sources)
+    kept_sources = save_recipes(*sources)
     with ExitStack() as handles, ExitStack() as inside:
 
         def before(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -40,7 +40,7 @@ def kept_as_sources(model: nn.Module, make: Callable[..., Tensor], *sources: Ten
             def again() -> Tensor:
                 return make(*kept_sources()).as_strided(*view).to(dtype)
 
-            # What autocast would convert in the convolution, where nobody could tell what it was made of.
+            # Converted here, not by autocast inside the convolution, which would save a copy without a known source.
             x = x.to(dtype)
             inside.enter_context(_remade(x, again))
             return x, *others
@@ -53,7 +53,7 @@ def kept_as_sources(model: nn.Module, make: Callable[..., Tensor], *sources: Ten
 
 
 def _remade(x: Tensor, again: Callable[[], Tensor]) -> saved_tensors_hooks:
-    """Inside, autograd keeps `again` in the place of `x` and of its views."""
+    """Inside, autograd saves `again` instead of `x` and its views."""
     storage = _storage(x)
 
     def pack(tensor: Tensor) -> Any:
@@ -69,7 +69,7 @@ def _remade(x: Tensor, again: Callable[[], Tensor]) -> saved_tensors_hooks:
 
 
 def _dtype_inside(x: Tensor) -> torch.dtype:
-    """In which a convolution computes with `x`."""
+    """The dtype in which a convolution computes with `x`."""
     kind = x.device.type
     narrowed = torch.is_autocast_enabled(kind) and x.dtype != torch.float64
     return torch.get_autocast_dtype(kind) if narrowed else x.dtype

@@ -1,0 +1,77 @@
+"""What the forward of a run records for its backward, besides the states that autograd saves.
+
+    Recording       one per run: the run, the autocast state, and a record of every branch
+    BranchRecord    one per branch: generator states, outputs or graphs, one entry per call of its function
+
+A branch is called once, or once per piece. Backward takes the entries of a branch in the order in which forward added
+them. Taking an entry removes it, so that its memory is free as soon as it was used.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from re2tal.reversible.replay_context import AutocastState
+from re2tal.reversible.rng import GeneratorState
+from re2tal.reversible.run import Run
+
+
+class Graph(NamedTuple):
+    """What remains of a branch, or of a piece of one, that ran under autograd."""
+
+    point: Tensor
+    """The leaf that stands for its input. Its gradient appears here."""
+    edge: GradientEdge | None
+    """Its output's place in the graph; None where nothing wants a gradient. The output itself need not be kept."""
+    dtype: torch.dtype
+    """Of the output, so of the gradient that goes into `edge`."""
+
+    @classmethod
+    def of(cls, point: Tensor, update: Tensor) -> Graph:
+        """The graph behind `update`, which was made from `point`."""
+        return cls(point, get_gradient_edge(update) if update.requires_grad else None, update.dtype)
+
+
+@dataclass(slots=True)
+class BranchRecord:
+    """What forward recorded of one branch: one entry per call of its function."""
+
+    keeps: Literal["nothing", "output", "graph"]
+    """What forward keeps of a call: its graph ("stored"), its output ("known"), or neither: backward runs it again."""
+    draws: deque[GeneratorState | None] = field(default_factory=deque)
+    """The generators before a call, for calls that backward runs again; None where the call drew nothing."""
+    outputs: deque[Tensor] = field(default_factory=deque)
+    """What a call returned, before rounding. Only where `keeps` is "output"."""
+    graphs: deque[Graph] = field(default_factory=deque)
+    """Only where `keeps` is "graph"."""
+
+
+@dataclass(slots=True)
+class Recording:
+    """What forward recorded of one run."""
+
+    run: Run
+    autocast: AutocastState
+    """As forward saw it: backward may be called under another one."""
+    branches: tuple[BranchRecord, ...]
+    """One per branch of the run, in its order."""
+    x_wants_gradient: bool = False
+    """Whether the run's input wants a gradient. Backward sets it: `autograd.grad` may not ask for this one."""
+
+    @classmethod
+    def begin(cls, run: Run, device: torch.device) -> Recording:
+        """Empty, at the beginning of forward."""
+        known = set(run.known_branches())
+
+        def empty(index: int) -> BranchRecord:
+            if index >= run.rebuilt:
+                return BranchRecord("graph")
+            return BranchRecord("output" if index in known else "nothing")
+
+        return cls(run, AutocastState.now(device), tuple(map(empty, range(len(run.branches)))))
