@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 
+from re2tal.backbones import BackboneConfig
 from re2tal.config import (
     DataConfig,
     RecognitionConfig,
@@ -20,6 +21,7 @@ from re2tal.config import (
 )
 from re2tal.data.streaming.stream import ClipConfig
 from re2tal.data.streaming.windows import ResizeWhole, Slide
+from re2tal.options import names_with
 from re2tal.recipes import RECIPES, find_recipe
 
 
@@ -91,6 +93,56 @@ def test_a_faulty_file_names_key_value_and_remedy(text, message, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         load_config(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("run", [RunConfig(), RecognitionConfig()], ids=lambda run: run.task)
+def test_what_may_change_on_resume_is_what_no_weight_depends_on(run):
+    assert set(names_with(run, "resumable")) == {
+        "name",
+        "backbone.monitor_every",
+        "backbone.offload",
+        "backbone.keep_nonresidual",
+        "data.shards",
+        "data.clips.workers",
+        "data.clips.prefetch",
+        "data.clips.timeout_seconds",
+        "engine.memory_budget_gb",
+        "engine.timeout_minutes",
+        "training.log_every_steps",
+        "training.evaluate_every_epochs",
+        "training.checkpoint_every_steps",
+        "training.keep_checkpoints",
+        "training.max_non_finite",
+    }
+
+
+@pytest.mark.parametrize("run", [RunConfig(), RecognitionConfig()], ids=lambda run: run.task)
+def test_a_plan_depends_on_what_a_step_is_made_of_but_not_on_who_feeds_it_or_waits(run):
+    parts = ("task", "num_steps", "data.clips.", "backbone.", "localizer.", "recognizer.", "optimizer.", "engine.")
+    of_parts = {name for name, _ in flatten(to_json(run)) if name.startswith(parts)}
+    assert set(names_with(run, "planned")) == of_parts - {
+        "backbone.monitor_every",
+        "backbone.offload",
+        "backbone.keep_nonresidual",
+        "backbone.weights",
+        "data.clips.workers",
+        "data.clips.prefetch",
+        "data.clips.timeout_seconds",
+        "engine.timeout_minutes",
+    }
+
+
+def test_the_wiring_of_a_backbone_and_what_only_a_rewired_one_has():
+    assert set(names_with(BackboneConfig(), "wiring")) == {"unit", "merge", "segment", "beta"}
+    assert set(names_with(BackboneConfig(), "of_rewired")) == {
+        "beta",
+        "segment",
+        "chunk_mebibytes",
+        "known",
+        "keep_nonresidual",
+        "offload",
+        "states",
+    }
 
 
 def test_an_unknown_recipe_is_answered_with_the_known_ones():

@@ -14,9 +14,10 @@ from re2tal.backbones.slowfast import network as slowfast
 from re2tal.backbones.swin3d import layouts as swin3d_layouts
 from re2tal.backbones.swin3d import network as swin3d
 from re2tal.backbones.weights import read_wiring
+from re2tal.options import names_with
 from re2tal.rewire import RewiringConfig, rewire
 
-__all__ = ["BACKBONES", "BackboneConfig", "VideoBackbone", "build_backbone", "check_wiring", "trained_wiring"]
+__all__ = ["BACKBONES", "WIRING", "BackboneConfig", "VideoBackbone", "build_backbone", "check_wiring", "trained_wiring"]
 
 Builder = Callable[[BackboneConfig], VideoBackbone]
 
@@ -47,7 +48,7 @@ BACKBONES: dict[str, Builder] = {
 }
 
 
-WIRING = ("unit", "merge", "segment", "beta")
+WIRING = tuple(names_with(BackboneConfig(), "wiring"))
 """What a rewired network's function depends on beside its weights."""
 
 

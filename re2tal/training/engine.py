@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from re2tal.distributed import World
+from re2tal.options import option
 
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -75,13 +76,13 @@ class EngineConfig:
     """Largest L2 norm of all gradients together; 0 clips nothing."""
     precision: Precision = "fp32"
     """Type of the weights in forward and backward; the optimizer keeps float32 masters."""
-    memory_budget_gb: float | Literal["auto"] | None = None
+    memory_budget_gb: float | Literal["auto"] | None = option(None, resumable=True)
     """Gigabytes (10^9 bytes) that a step may need on a rank's device: each rewired stage is then stored, or rebuilt,
     whole or in pieces, with some branches stored or known, with blocks that are not residual kept or with states on the
     host, whatever is fastest within them, in the place of backbone.recompute, chunk_mebibytes, known, keep_nonresidual
     and offload. "auto" takes most of what the device has free at the start, on a CPU of what the system has available,
     shared by a machine's ranks; None plans nothing."""
-    timeout_minutes: float = 10.0
+    timeout_minutes: float = option(10.0, resumable=True, planned=False)
     """How long a rank waits for the others before it gives up."""
 
     def __post_init__(self) -> None:
