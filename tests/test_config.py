@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -23,6 +24,9 @@ from re2tal.data.streaming.stream import ClipConfig
 from re2tal.data.streaming.windows import ResizeWhole, Slide
 from re2tal.options import names_with
 from re2tal.recipes import RECIPES, find_recipe
+
+FILES = Path(__file__).parent / "config_files"
+"""Written by save_config before a file named the kinds that it holds."""
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
@@ -50,6 +54,33 @@ def test_what_a_union_held_is_what_comes_back(windowing, tmp_path):
     config = RunConfig(data=DataConfig(clips=ClipConfig(windowing=windowing)))
     save_config(tmp_path / "config.json", config)
     assert load_config(tmp_path / "config.json").data.clips.windowing == windowing
+
+
+@pytest.mark.parametrize("name", ["demo", "activitynet_re2swin_tiny", "demo_clips"])
+def test_a_file_written_before_kinds_were_named_loads_as_it_did(name):
+    assert load_run(FILES / f"{name}.json") == find_recipe(name)
+
+
+@pytest.mark.parametrize(
+    ("values", "meant"),
+    [
+        ({"kind": "resize_whole"}, ResizeWhole()),
+        ({"kind": "slide", "num_frames": 600}, Slide(num_frames=600)),
+        ({"overlap": 0.25, "num_frames": 600}, Slide(num_frames=600, overlap=0.25)),
+        ({"shortest_action": 0.0}, ResizeWhole(shortest_action=0.0)),
+    ],
+)
+def test_a_tag_or_keys_of_one_kind_alone_say_which_kind_is_meant(values, meant, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"data": {"clips": {"windowing": values}}}))
+    assert load_config(tmp_path / "config.json").data.clips.windowing == meant
+
+
+def test_a_file_names_the_kinds_and_what_identifies_a_run_does_not(tmp_path):
+    save_config(tmp_path / "config.json", RunConfig())
+    document = json.loads((tmp_path / "config.json").read_text())
+    assert document["data"]["clips"]["windowing"].pop("kind") == "slide"
+    assert document["localizer"]["name"] == "actionformer"
+    assert document == to_json(RunConfig())
 
 
 def test_what_a_file_does_not_mention_keeps_its_default(tmp_path):
@@ -86,6 +117,43 @@ def test_what_a_file_does_not_mention_keeps_its_default(tmp_path):
             '{"data": {"clips": {"windowing": {"num_views": 4}}}}',
             "is Trimmed, whose clips say what happens but not when",
         ),
+        (
+            '{"data": {"clips": {"windowing": {"num_frames": 64}}}}',
+            "the keys of data.clips.windowing, num_frames, could be those of resize_whole or slide or trimmed; give "
+            "data.clips.windowing.kind, one of resize_whole, slide, trimmed$",
+        ),
+        (
+            '{"data": {"clips": {"windowing": {"overlap": 0.5, "shortest_action": 0.1}}}}',
+            "overlap, shortest_action, are of no one kind of data.clips.windowing; give data.clips.windowing.kind",
+        ),
+        (
+            '{"data": {"clips": {"windowing": {"overlp": 0.5, "num_frames": 64}}}}',
+            "config.json: unknown key data.clips.windowing.overlp; did you mean data.clips.windowing.overlap.$",
+        ),
+        (
+            '{"data": {"clips": {"windowing": {"kind": "resize_whole", "num_frame": 64}}}}',
+            "config.json: unknown key data.clips.windowing.num_frame; did you mean data.clips.windowing.num_frames.$",
+        ),
+        (
+            '{"data": {"clips": {"windowing": {"kind": "slide", "num_views": 4}}}}',
+            "config.json: unknown key data.clips.windowing.num_views; ",
+        ),
+        (
+            '{"data": {"clips": {"windowing": {"kind": "slides"}}}}',
+            "data.clips.windowing.kind is 'slides'; known: resize_whole, slide, trimmed$",
+        ),
+        ('{"data": {"clips": {"windowing": "slide"}}}', "data.clips.windowing is 'slide'; give an object, its kind"),
+        (
+            '{"data": {"clips": {"windowing": {"kind": "slide", "num_frames": "few"}}}}',
+            "config.json: data.clips.windowing.num_frames is 'few': [^;]*$",
+        ),
+        ('{"localizer": {"name": "tridet"}}', "localizer.name is 'tridet'; known: actionformer, vsgn$"),
+        ('{"localizer": {"channels": 64}}', "could be those of actionformer or vsgn; give localizer.name, one of"),
+        (
+            '{"localizer": {"name": "vsgn", "anchor_scale": [1]}}',
+            "config.json: unknown key localizer.anchor_scale; did you mean localizer.anchor_scales.$",
+        ),
+        ('{"task": "recognition", "localizer": {"name": "vsgn"}}', "unknown key localizer"),
         ('{"name": 1', "not usable JSON"),
     ],
 )
