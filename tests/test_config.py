@@ -24,6 +24,7 @@ from re2tal.data.streaming.stream import ClipConfig
 from re2tal.data.streaming.windows import ResizeWhole, Slide
 from re2tal.options import names_with
 from re2tal.recipes import RECIPES, find_recipe
+from re2tal.rewire import RewiringConfig
 
 FILES = Path(__file__).parent / "config_files"
 """Written by save_config before a file named the kinds that it holds."""
@@ -99,6 +100,14 @@ def test_what_a_file_does_not_mention_keeps_its_default(tmp_path):
         ('{"engine": {"batch_size": "many"}}', "engine.batch_size is 'many': .*integer"),
         ('{"engine": {"precision": "fp8"}}', "engine.precision is 'fp8': .*'fp32', 'bf16' or 'fp16'"),
         ('{"engine": {"batch_size": 0}}', "engine.batch_size is 0; it must be at least 1"),
+        ('{"engine": {"gradient_clipping": -1}}', "engine.gradient_clipping is -1.0; give a norm, or 0 to"),
+        ('{"engine": {"timeout_minutes": 0}}', "engine.timeout_minutes is 0.0; give a positive number of minutes"),
+        ('{"backbone": {"beta": 2}}', r"config.json: backbone.beta is 2.0; it lies in \[0, 1\]"),
+        ('{"backbone": {"unit": "block", "known": 1}}', "config.json: backbone.known is 1, but whole blocks, unit"),
+        ('{"backbone": {"offload": true, "recompute": false}}', "backbone.offload is set with recompute False"),
+        ('{"backbone": {"grid": -1}}', "backbone.grid is -1.0; give a positive step"),
+        ('{"backbone": {"drop_path": 1}}', "backbone.drop_path is 1.0; give a rate of at least 0 and below 1"),
+        ('{"backbone": {"frames_per_step": 0}}', "backbone.frames_per_step is 0; give at least 1, or None"),
         ('{"training": {"epochs": 0}}', "training.epochs is 0"),
         ('{"training": {"average_decay": 1.0}}', r"training.average_decay is 1.0; it lies in \[0, 1\)"),
         ('{"optimizer": {"learning_rate": -1}}', "optimizer.learning_rate is -1.0"),
@@ -198,6 +207,12 @@ def test_a_plan_depends_on_what_a_step_is_made_of_but_not_on_who_feeds_it_or_wai
         "data.clips.timeout_seconds",
         "engine.timeout_minutes",
     }
+
+
+def test_a_backbone_is_rewired_as_rewiring_alone_would_do_it_but_watches_for_drift():
+    assert BackboneConfig().rewiring() == RewiringConfig(monitor_every=100)
+    with pytest.raises(ValueError, match=r"^backbone: unknown unit 'layer'; known: \['block', 'branch'\]"):
+        BackboneConfig(unit="layer")
 
 
 def test_the_wiring_of_a_backbone_and_what_only_a_rewired_one_has():

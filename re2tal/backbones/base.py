@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import torch.nn.functional as F
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from re2tal.options import option
+from re2tal.rewire import RewiringConfig
 from re2tal.structures import Features
 
 
@@ -81,6 +82,26 @@ class BackboneConfig:
     """Train nothing in the backbone and keep all of it in evaluation mode."""
     norm_eval: bool = False
     """Keep normalisation layers in evaluation mode and their scale and shift frozen, as Re2TAL's recipes do."""
+
+    def __post_init__(self) -> None:
+        for name in ("feature_channels", "frames_per_step"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"backbone.{name} is {value}; give at least 1, or None")
+        if not 0 <= self.drop_path < 1:
+            raise ValueError(f"backbone.drop_path is {self.drop_path}; give a rate of at least 0 and below 1")
+        if self.rewired:
+            self.rewiring()
+
+    def rewiring(self) -> RewiringConfig:
+        """How the backbone is rewired. Raises ValueError, with the key, where that cannot be."""
+        # Only a plan stores units: how many there are is not known here.
+        shared = [field.name for field in fields(RewiringConfig) if field.name != "stored"]
+        try:
+            return RewiringConfig(**{name: getattr(self, name) for name in shared})
+        except ValueError as error:
+            names_its_key = str(error).split()[0] in shared
+            raise ValueError(f"backbone{'.' if names_its_key else ': '}{error}") from None
 
 
 class VideoBackbone(nn.Module, ABC):

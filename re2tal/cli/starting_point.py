@@ -26,7 +26,7 @@ def starting_point(arguments: Sequence[str], *, default: str) -> tuple[RunConfig
     known, rest = parser.parse_known_args(list(arguments))
     run = find_recipe(known.recipe) if known.config is None else load_run(known.config)
     choices = CHOICES[run.task]
-    kinds = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    kinds = argparse.ArgumentParser(prog="re2tal", usage="re2tal COMMAND [options]", add_help=False, allow_abbrev=False)
     for choice in choices:
         kinds.add_argument(f"--{choice.key}", f"--{choice.key}.{choice.tag}", dest=choice.key)
     chosen, rest = kinds.parse_known_args(rest)

@@ -93,11 +93,10 @@ class EngineConfig:
             raise ValueError(
                 f"engine.memory_budget_gb is {self.memory_budget_gb}; give a positive number of gigabytes, auto or None"
             )
-        if self.gradient_clipping < 0 or self.timeout_minutes <= 0:
-            raise ValueError(
-                f"engine.gradient_clipping is {self.gradient_clipping} and engine.timeout_minutes "
-                f"{self.timeout_minutes}; the first must not be negative, the second must be positive"
-            )
+        if not self.gradient_clipping >= 0:
+            raise ValueError(f"engine.gradient_clipping is {self.gradient_clipping}; give a norm, or 0 to clip nothing")
+        if not 0 < self.timeout_minutes < math.inf:
+            raise ValueError(f"engine.timeout_minutes is {self.timeout_minutes}; give a positive number of minutes")
 
 
 def join(world: World, config: EngineConfig) -> torch.device:
