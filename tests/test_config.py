@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from re2tal.backbones import BackboneConfig
 from re2tal.config import (
     DataConfig,
     RecognitionConfig,
@@ -20,7 +22,12 @@ from re2tal.config import (
 )
 from re2tal.data.streaming.stream import ClipConfig
 from re2tal.data.streaming.windows import ResizeWhole, Slide
+from re2tal.options import names_with
 from re2tal.recipes import RECIPES, find_recipe
+from re2tal.rewire import RewiringConfig
+
+FILES = Path(__file__).parent / "config_files"
+"""Written by save_config before a file named the kinds that it holds."""
 
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
@@ -50,6 +57,33 @@ def test_what_a_union_held_is_what_comes_back(windowing, tmp_path):
     assert load_config(tmp_path / "config.json").data.clips.windowing == windowing
 
 
+@pytest.mark.parametrize("name", ["demo", "activitynet_re2swin_tiny", "demo_clips"])
+def test_a_file_written_before_kinds_were_named_loads_as_it_did(name):
+    assert load_run(FILES / f"{name}.json") == find_recipe(name)
+
+
+@pytest.mark.parametrize(
+    ("values", "meant"),
+    [
+        ({"kind": "resize_whole"}, ResizeWhole()),
+        ({"kind": "slide", "num_frames": 600}, Slide(num_frames=600)),
+        ({"overlap": 0.25, "num_frames": 600}, Slide(num_frames=600, overlap=0.25)),
+        ({"shortest_action": 0.0}, ResizeWhole(shortest_action=0.0)),
+    ],
+)
+def test_a_tag_or_keys_of_one_kind_alone_say_which_kind_is_meant(values, meant, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"data": {"clips": {"windowing": values}}}))
+    assert load_config(tmp_path / "config.json").data.clips.windowing == meant
+
+
+def test_a_file_names_the_kinds_and_what_identifies_a_run_does_not(tmp_path):
+    save_config(tmp_path / "config.json", RunConfig())
+    document = json.loads((tmp_path / "config.json").read_text())
+    assert document["data"]["clips"]["windowing"].pop("kind") == "slide"
+    assert document["localizer"]["name"] == "actionformer"
+    assert document == to_json(RunConfig())
+
+
 def test_what_a_file_does_not_mention_keeps_its_default(tmp_path):
     (tmp_path / "config.json").write_text('{"optimizer": {"weight_decay": 0.1}}')
     default = RunConfig()
@@ -66,6 +100,14 @@ def test_what_a_file_does_not_mention_keeps_its_default(tmp_path):
         ('{"engine": {"batch_size": "many"}}', "engine.batch_size is 'many': .*integer"),
         ('{"engine": {"precision": "fp8"}}', "engine.precision is 'fp8': .*'fp32', 'bf16' or 'fp16'"),
         ('{"engine": {"batch_size": 0}}', "engine.batch_size is 0; it must be at least 1"),
+        ('{"engine": {"gradient_clipping": -1}}', "engine.gradient_clipping is -1.0; give a norm, or 0 to"),
+        ('{"engine": {"timeout_minutes": 0}}', "engine.timeout_minutes is 0.0; give a positive number of minutes"),
+        ('{"backbone": {"beta": 2}}', r"config.json: backbone.beta is 2.0; it lies in \[0, 1\]"),
+        ('{"backbone": {"unit": "block", "known": 1}}', "config.json: backbone.known is 1, but whole blocks, unit"),
+        ('{"backbone": {"offload": true, "recompute": false}}', "backbone.offload is set with recompute False"),
+        ('{"backbone": {"grid": -1}}', "backbone.grid is -1.0; give a positive step"),
+        ('{"backbone": {"drop_path": 1}}', "backbone.drop_path is 1.0; give a rate of at least 0 and below 1"),
+        ('{"backbone": {"frames_per_step": 0}}', "backbone.frames_per_step is 0; give at least 1, or None"),
         ('{"training": {"epochs": 0}}', "training.epochs is 0"),
         ('{"training": {"average_decay": 1.0}}', r"training.average_decay is 1.0; it lies in \[0, 1\)"),
         ('{"optimizer": {"learning_rate": -1}}', "optimizer.learning_rate is -1.0"),
@@ -84,6 +126,43 @@ def test_what_a_file_does_not_mention_keeps_its_default(tmp_path):
             '{"data": {"clips": {"windowing": {"num_views": 4}}}}',
             "is Trimmed, whose clips say what happens but not when",
         ),
+        (
+            '{"data": {"clips": {"windowing": {"num_frames": 64}}}}',
+            "the keys of data.clips.windowing, num_frames, could be those of resize_whole or slide or trimmed; give "
+            "data.clips.windowing.kind, one of resize_whole, slide, trimmed$",
+        ),
+        (
+            '{"data": {"clips": {"windowing": {"overlap": 0.5, "shortest_action": 0.1}}}}',
+            "overlap, shortest_action, are of no one kind of data.clips.windowing; give data.clips.windowing.kind",
+        ),
+        (
+            '{"data": {"clips": {"windowing": {"overlp": 0.5, "num_frames": 64}}}}',
+            "config.json: unknown key data.clips.windowing.overlp; did you mean data.clips.windowing.overlap.$",
+        ),
+        (
+            '{"data": {"clips": {"windowing": {"kind": "resize_whole", "num_frame": 64}}}}',
+            "config.json: unknown key data.clips.windowing.num_frame; did you mean data.clips.windowing.num_frames.$",
+        ),
+        (
+            '{"data": {"clips": {"windowing": {"kind": "slide", "num_views": 4}}}}',
+            "config.json: unknown key data.clips.windowing.num_views; ",
+        ),
+        (
+            '{"data": {"clips": {"windowing": {"kind": "slides"}}}}',
+            "data.clips.windowing.kind is 'slides'; known: resize_whole, slide, trimmed$",
+        ),
+        ('{"data": {"clips": {"windowing": "slide"}}}', "data.clips.windowing is 'slide'; give an object, its kind"),
+        (
+            '{"data": {"clips": {"windowing": {"kind": "slide", "num_frames": "few"}}}}',
+            "config.json: data.clips.windowing.num_frames is 'few': [^;]*$",
+        ),
+        ('{"localizer": {"name": "tridet"}}', "localizer.name is 'tridet'; known: actionformer, vsgn$"),
+        ('{"localizer": {"channels": 64}}', "could be those of actionformer or vsgn; give localizer.name, one of"),
+        (
+            '{"localizer": {"name": "vsgn", "anchor_scale": [1]}}',
+            "config.json: unknown key localizer.anchor_scale; did you mean localizer.anchor_scales.$",
+        ),
+        ('{"task": "recognition", "localizer": {"name": "vsgn"}}', "unknown key localizer"),
         ('{"name": 1', "not usable JSON"),
     ],
 )
@@ -91,6 +170,62 @@ def test_a_faulty_file_names_key_value_and_remedy(text, message, tmp_path):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(ValueError, match=message):
         load_config(tmp_path / "config.json")
+
+
+@pytest.mark.parametrize("run", [RunConfig(), RecognitionConfig()], ids=lambda run: run.task)
+def test_what_may_change_on_resume_is_what_no_weight_depends_on(run):
+    assert set(names_with(run, "resumable")) == {
+        "name",
+        "backbone.monitor_every",
+        "backbone.offload",
+        "backbone.keep_nonresidual",
+        "data.shards",
+        "data.clips.workers",
+        "data.clips.prefetch",
+        "data.clips.timeout_seconds",
+        "engine.memory_budget_gb",
+        "engine.timeout_minutes",
+        "training.log_every_steps",
+        "training.evaluate_every_epochs",
+        "training.checkpoint_every_steps",
+        "training.keep_checkpoints",
+        "training.max_non_finite",
+    }
+
+
+@pytest.mark.parametrize("run", [RunConfig(), RecognitionConfig()], ids=lambda run: run.task)
+def test_a_plan_depends_on_what_a_step_is_made_of_but_not_on_who_feeds_it_or_waits(run):
+    parts = ("task", "num_steps", "data.clips.", "backbone.", "localizer.", "recognizer.", "optimizer.", "engine.")
+    of_parts = {name for name, _ in flatten(to_json(run)) if name.startswith(parts)}
+    assert set(names_with(run, "planned")) == of_parts - {
+        "backbone.monitor_every",
+        "backbone.offload",
+        "backbone.keep_nonresidual",
+        "backbone.weights",
+        "data.clips.workers",
+        "data.clips.prefetch",
+        "data.clips.timeout_seconds",
+        "engine.timeout_minutes",
+    }
+
+
+def test_a_backbone_is_rewired_as_rewiring_alone_would_do_it_but_watches_for_drift():
+    assert BackboneConfig().rewiring() == RewiringConfig(monitor_every=100)
+    with pytest.raises(ValueError, match=r"^backbone: unknown unit 'layer'; known: \['block', 'branch'\]"):
+        BackboneConfig(unit="layer")
+
+
+def test_the_wiring_of_a_backbone_and_what_only_a_rewired_one_has():
+    assert set(names_with(BackboneConfig(), "wiring")) == {"unit", "merge", "segment", "beta"}
+    assert set(names_with(BackboneConfig(), "of_rewired")) == {
+        "beta",
+        "segment",
+        "chunk_mebibytes",
+        "known",
+        "keep_nonresidual",
+        "offload",
+        "states",
+    }
 
 
 def test_an_unknown_recipe_is_answered_with_the_known_ones():

@@ -14,9 +14,10 @@ from re2tal.backbones.slowfast import network as slowfast
 from re2tal.backbones.swin3d import layouts as swin3d_layouts
 from re2tal.backbones.swin3d import network as swin3d
 from re2tal.backbones.weights import read_wiring
-from re2tal.rewire import RewiringConfig, rewire
+from re2tal.options import names_with
+from re2tal.rewire import rewire
 
-__all__ = ["BACKBONES", "BackboneConfig", "VideoBackbone", "build_backbone", "check_wiring", "trained_wiring"]
+__all__ = ["BACKBONES", "WIRING", "BackboneConfig", "VideoBackbone", "build_backbone", "check_wiring", "trained_wiring"]
 
 Builder = Callable[[BackboneConfig], VideoBackbone]
 
@@ -47,7 +48,7 @@ BACKBONES: dict[str, Builder] = {
 }
 
 
-WIRING = ("unit", "merge", "segment", "beta")
+WIRING = tuple(names_with(BackboneConfig(), "wiring"))
 """What a rewired network's function depends on beside its weights."""
 
 
@@ -119,21 +120,5 @@ def build_backbone(config: BackboneConfig) -> VideoBackbone:
     if config.norm_eval:
         freeze_norms(backbone)
     if config.rewired:
-        rewire(
-            backbone,
-            config=RewiringConfig(
-                unit=config.unit,
-                merge=config.merge,
-                segment=config.segment,
-                beta=config.beta,
-                recompute=config.recompute,
-                states=config.states,
-                grid=config.grid,
-                monitor_every=config.monitor_every,
-                chunk_mebibytes=config.chunk_mebibytes,
-                known=config.known,
-                keep_nonresidual=config.keep_nonresidual,
-                offload=config.offload,
-            ),
-        )
+        rewire(backbone, config=config.rewiring())
     return backbone

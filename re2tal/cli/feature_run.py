@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from re2tal.backbones import BackboneConfig
+from re2tal.backbones import WIRING, BackboneConfig
 from re2tal.backbones.stored import NAME
 from re2tal.config import RecognitionConfig, RunConfig
 from re2tal.data.contract.feature_manifest import Extracted, FeatureSpec, Grid, Packed, SecondsPerStep, StepsPerVideo
@@ -113,7 +113,7 @@ def _difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
 def _wiring(spec: FeatureSpec) -> dict[str, Any]:
     """What a backbone's function depends on beside its weights; nothing is known of other programs'."""
     settings = spec.origin.settings if isinstance(spec.origin, Extracted) else {}
-    return {name: settings.get(name) for name in ("rewired", "unit", "merge", "segment", "beta", "frames_per_step")}
+    return {name: settings.get(name) for name in ("rewired", *WIRING, "frames_per_step")}
 
 
 def _in_steps(run: RunConfig, grid: Grid) -> Windowing:

@@ -34,6 +34,7 @@ from re2tal.data.contract.shards import FeatureSet, ShardSet, open_any
 from re2tal.data.streaming.stream import ClipStream, stream_clips
 from re2tal.distributed import World, is_main, main_process_first, resolve_world
 from re2tal.inference import detector_input
+from re2tal.options import names_with
 from re2tal.planning.shared import PLAN_NAME, save_plan, shared_plan
 from re2tal.planning.step_plan import StepPlan
 from re2tal.recipes import find_recipe
@@ -61,25 +62,6 @@ from re2tal.training.zero_file import resolve_deepspeed_config
 
 INTERRUPTED = 75
 """Exit status of a run that was told to stop and has saved; a job script may start it again with --resume."""
-
-FREE_TO_CHANGE = (
-    "name",
-    "backbone.monitor_every",
-    "backbone.offload",
-    "backbone.keep_nonresidual",
-    "data.shards",
-    "data.clips.workers",
-    "data.clips.prefetch",
-    "data.clips.timeout_seconds",
-    "engine.memory_budget_gb",
-    "engine.timeout_minutes",
-    "training.log_every_steps",
-    "training.evaluate_every_epochs",
-    "training.checkpoint_every_steps",
-    "training.keep_checkpoints",
-    "training.max_non_finite",
-)
-"""Keys that may differ when a run is resumed, because no weight depends on them, but for the rounding of a new plan."""
 
 
 def train(
@@ -232,7 +214,8 @@ def _build(
     factor = learning_rate_factor(run.schedule, steps_per_epoch=steps_per_epoch, num_steps=num_steps)
     beta = beta_course(run.annealing, end=run.backbone.beta, steps_per_epoch=steps_per_epoch, num_steps=num_steps)
     engine = build_engine(model, build_optimizer(model, run.optimizer), factor=factor, settings=settings)
-    unchangeable = {name: value for name, value in flatten(to_json(run)) if name not in FREE_TO_CHANGE}
+    free = set(names_with(run, "resumable"))
+    unchangeable = {name: value for name, value in flatten(to_json(run)) if name not in free}
     identity = {
         **unchangeable,
         "number of ranks": world.world_size,

@@ -10,17 +10,24 @@ import types
 import typing
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
-from re2tal.config.schema import RUNS, RecognitionConfig, Run, RunConfig
+from re2tal.config.schema import RUNS, RecognitionConfig, RunConfig
+from re2tal.config.unions import CHOICES, Choice
 from re2tal.strict_json import read_json, write_atomically
 
+T = TypeVar("T")
 
-def save_config(path: Path, config: Run) -> None:
+
+def save_config(path: Path, config: RunConfig | RecognitionConfig) -> None:
     """Writes the JSON form of `config`, which `load_config` reads back as an equal one."""
-    write_atomically(path, json.dumps(to_json(config), indent=2, allow_nan=False) + "\n")
+    document = to_json(config)
+    for choice in CHOICES[config.task]:
+        holder, last = _holder(document, choice.key)
+        holder[last] = {choice.tag: choice.name(config)} | holder[last]
+    write_atomically(path, json.dumps(document, indent=2, allow_nan=False) + "\n")
 
 
 def load_config(path: Path) -> RunConfig:
@@ -44,13 +51,15 @@ def load_run(path: Path) -> RunConfig | RecognitionConfig:
     if task not in tuple(RUNS):
         raise ValueError(f"{path}: task is {task!r}; known: {sorted(RUNS)}")
     try:
-        return _adapter(RUNS[task]).validate_python(document)
-    except ValidationError as error:
-        raise ValueError(f"{path}: {_explain(error, RUNS[task]())}") from None
+        for choice in CHOICES[task]:
+            _read_choice(document, choice)
+        return _validated(RUNS[task], document)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
-def to_json(config: Run) -> dict[str, Any]:
-    """`config` as JSON values."""
+def to_json(config: RunConfig | RecognitionConfig) -> dict[str, Any]:
+    """`config` as JSON values, without the tags that only a file needs: keys tell kinds apart where all are given."""
     return _adapter(type(config)).dump_python(config, mode="json")
 
 
@@ -63,7 +72,38 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield prefix + key, value
 
 
-def _adapter(run: type) -> TypeAdapter:
+def _read_choice(document: Any, choice: Choice) -> None:
+    """Puts the configuration that JSON values mean in their place in `document`, if they are there."""
+    holder, last = _holder(document, choice.key)
+    if last not in holder:
+        return
+    values = holder[last]
+    if not isinstance(values, Mapping):
+        raise ValueError(
+            f"{choice.key} is {values!r}; give an object, its {choice.tag} one of {', '.join(choice.kinds)}"
+        )
+    kind = choice.kind(choice.meant_by(values))
+    named = {field.name for field in dataclasses.fields(kind)}
+    holder[last] = _validated(kind, {key: values[key] for key in values if key in named}, inside=choice.key)
+
+
+def _holder(document: Any, key: str) -> tuple[dict[str, Any], str]:
+    """The object in `document` that has the last part of the dotted `key`, or an empty one, and this part."""
+    *path, last = key.split(".")
+    for part in path:
+        document = document.get(part) if isinstance(document, dict) else None
+    return (document if isinstance(document, dict) else {}), last
+
+
+def _validated(kind: type[T], values: Any, *, inside: str | None = None) -> T:
+    """A `kind` of JSON values; `inside` is the dotted key where it stands. Raises ValueError with all that is wrong."""
+    try:
+        return _adapter(kind).validate_python(values)
+    except ValidationError as error:
+        raise ValueError(_explain(error, kind, inside=inside)) from None
+
+
+def _adapter(run: type[T]) -> TypeAdapter[T]:
     for kind in _dataclasses_in(run):
         # Read by pydantic when it meets the class; on a class that already has it, this says the same again.
         with_config(ConfigDict(extra="forbid"))(kind)
@@ -81,12 +121,13 @@ def _dataclasses_in(kind: Any) -> Iterator[type]:
             yield from _dataclasses_in(annotation)
 
 
-def _explain(error: ValidationError, default: Run) -> str:
+def _explain(error: ValidationError, kind: type, *, inside: str | None) -> str:
     lines = []
     for fault in error.errors():
-        key = ".".join(str(part) for part in fault["loc"]) or "the document"
+        parts = [str(part) for part in fault["loc"]]
+        key = ".".join(parts if inside is None else [inside, *parts]) or "the document"
         if fault["type"] == "unexpected_keyword_argument":
-            known = [name for name, _ in flatten(to_json(default))]
+            known = [name for name, _ in flatten(_adapter(kind).dump_python(kind(), mode="json"))]
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             lines.append(f"unknown key {key}" + (f"; did you mean {nearest[0]}?" if nearest else ""))
         elif fault["type"] == "value_error":  # raised by a component, which names key and value itself

@@ -18,6 +18,7 @@ from re2tal.evaluation.protocols import EvaluationConfig
 from re2tal.evaluation.suppression import SuppressionConfig
 from re2tal.localizers import LocalizerConfig
 from re2tal.localizers.pyramid.actionformer import ActionFormerConfig
+from re2tal.options import names_with, option
 from re2tal.recognizer import RecognizerConfig
 from re2tal.training.annealing import AnnealingConfig
 from re2tal.training.engine import EngineConfig
@@ -30,14 +31,14 @@ from re2tal.training.trainer import TrainingConfig
 class DataConfig:
     """Which shards to read, and how their videos become clips."""
 
-    shards: Path = Path("shards")
+    shards: Path = option(Path("shards"), resumable=True)
     """Folder that `re2tal shards build` wrote, or `re2tal features`: one folder per subset in it. On features the
     backbone is left out."""
     training_subset: str = "training"
     """Folder in `shards` to train on."""
     validation_subset: str = "validation"
     """Folder in `shards` to evaluate on."""
-    clips: ClipConfig = field(default_factory=ClipConfig)
+    clips: ClipConfig = option(default_factory=ClipConfig, planned=True)
     """From video to clip."""
 
 
@@ -45,19 +46,19 @@ class DataConfig:
 class Run:
     """What makes a run, whatever it trains."""
 
-    name: str = "run"
+    name: str = option("run", resumable=True)
     """Names the run folder, runs/NAME."""
     data: DataConfig = field(default_factory=DataConfig)
     """Shards and clips."""
-    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    backbone: BackboneConfig = option(default_factory=BackboneConfig, planned=True)
     """Frames to features."""
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    optimizer: OptimizerConfig = option(default_factory=OptimizerConfig, planned=True)
     """Learning rates and weight decay."""
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     """The course of the learning rates."""
     annealing: AnnealingConfig = field(default_factory=AnnealingConfig)
     """From the pretrained backbone to the rewired one."""
-    engine: EngineConfig = field(default_factory=EngineConfig)
+    engine: EngineConfig = option(default_factory=EngineConfig, planned=True)
     """Batch, clipping and precision."""
     training: TrainingConfig = field(default_factory=TrainingConfig)
     """Length of the run, averages, logs, checkpoints."""
@@ -76,7 +77,7 @@ class Run:
 
 def _refuse_settings_of_rewired(backbone: BackboneConfig) -> None:
     """ValueError for what a backbone that is not rewired would silently leave out."""
-    for name in ("beta", "segment", "chunk_mebibytes", "known", "keep_nonresidual", "offload", "states"):
+    for name in names_with(backbone, "of_rewired"):
         value = getattr(backbone, name)
         if value != getattr(BackboneConfig(), name):
             raise ValueError(
@@ -89,11 +90,11 @@ def _refuse_settings_of_rewired(backbone: BackboneConfig) -> None:
 class RunConfig(Run):
     """One training run of a detector and its evaluation."""
 
-    task: Literal["localization"] = "localization"
+    task: Literal["localization"] = option("localization", planned=True)
     """What the run trains: a network that says when something happens."""
-    num_steps: int = 512
+    num_steps: int = option(512, planned=True)
     """Length of the localizer's grid: a clip's features are resampled to so many steps."""
-    localizer: LocalizerConfig = field(default_factory=ActionFormerConfig)
+    localizer: LocalizerConfig = option(default_factory=ActionFormerConfig, planned=True)
     """Features to actions."""
     suppression: SuppressionConfig = field(default_factory=SuppressionConfig)
     """From many detections to few."""
@@ -126,9 +127,9 @@ class RecognitionConfig(Run):
 
     data: DataConfig = field(default_factory=lambda: DataConfig(clips=ClipConfig(windowing=Trimmed())))
     """Shards of trimmed clips, and views of them."""
-    task: Literal["recognition"] = "recognition"
+    task: Literal["recognition"] = option("recognition", planned=True)
     """What the run trains: a network that says which of its classes a trimmed clip shows."""
-    recognizer: RecognizerConfig = field(default_factory=RecognizerConfig)
+    recognizer: RecognizerConfig = option(default_factory=RecognizerConfig, planned=True)
     """Features to a class."""
 
     def __post_init__(self) -> None:

@@ -16,6 +16,7 @@ import torch
 
 from re2tal.backbones import stored
 from re2tal.config import RecognitionConfig, RunConfig, flatten, to_json
+from re2tal.options import names_with
 from re2tal.planning.calibration import link_bytes_per_second, measured_seconds
 from re2tal.planning.free_memory import free_memory
 from re2tal.planning.options import KEEPING, ON_THE_HOST, REBUILT, STORED, Choices, Link, options_of, undominated
@@ -30,20 +31,6 @@ from re2tal.training.zero_file import resolve_deepspeed_config
 
 MOST_REHEARSALS = 5
 
-WEIGHED = ("task", "num_steps", "data.clips", "backbone", "localizer", "recognizer", "optimizer", "engine")
-"""Parts of a configuration that a plan depends on."""
-NOT_WEIGHED = (
-    "backbone.monitor_every",
-    "backbone.offload",
-    "backbone.keep_nonresidual",
-    "backbone.weights",
-    "data.clips.workers",
-    "data.clips.prefetch",
-    "data.clips.timeout_seconds",
-    "engine.timeout_minutes",
-)
-"""Keys in them that it does not depend on."""
-
 
 def made_for(
     run: RunConfig | RecognitionConfig,
@@ -54,11 +41,8 @@ def made_for(
     device: torch.device,
 ) -> dict[str, Any]:
     """What a plan depends on, by name, as JSON values; `settings`: those of DeepSpeed, resolved."""
-    weighed = {
-        name: value
-        for name, value in flatten(to_json(run))
-        if name not in NOT_WEIGHED and any(name == part or name.startswith(f"{part}.") for part in WEIGHED)
-    }
+    names = set(names_with(run, "planned"))
+    weighed = {name: value for name, value in flatten(to_json(run)) if name in names}
     return {
         **weighed,
         "training.average_decay is set": run.training.average_decay is not None,

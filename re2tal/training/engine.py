@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from re2tal.distributed import World
+from re2tal.options import option
 
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -75,13 +76,13 @@ class EngineConfig:
     """Largest L2 norm of all gradients together; 0 clips nothing."""
     precision: Precision = "fp32"
     """Type of the weights in forward and backward; the optimizer keeps float32 masters."""
-    memory_budget_gb: float | Literal["auto"] | None = None
+    memory_budget_gb: float | Literal["auto"] | None = option(None, resumable=True)
     """Gigabytes (10^9 bytes) that a step may need on a rank's device: each rewired stage is then stored, or rebuilt,
     whole or in pieces, with some branches stored or known, with blocks that are not residual kept or with states on the
     host, whatever is fastest within them, in the place of backbone.recompute, chunk_mebibytes, known, keep_nonresidual
     and offload. "auto" takes most of what the device has free at the start, on a CPU of what the system has available,
     shared by a machine's ranks; None plans nothing."""
-    timeout_minutes: float = 10.0
+    timeout_minutes: float = option(10.0, resumable=True, planned=False)
     """How long a rank waits for the others before it gives up."""
 
     def __post_init__(self) -> None:
@@ -92,11 +93,10 @@ class EngineConfig:
             raise ValueError(
                 f"engine.memory_budget_gb is {self.memory_budget_gb}; give a positive number of gigabytes, auto or None"
             )
-        if self.gradient_clipping < 0 or self.timeout_minutes <= 0:
-            raise ValueError(
-                f"engine.gradient_clipping is {self.gradient_clipping} and engine.timeout_minutes "
-                f"{self.timeout_minutes}; the first must not be negative, the second must be positive"
-            )
+        if not self.gradient_clipping >= 0:
+            raise ValueError(f"engine.gradient_clipping is {self.gradient_clipping}; give a norm, or 0 to clip nothing")
+        if not 0 < self.timeout_minutes < math.inf:
+            raise ValueError(f"engine.timeout_minutes is {self.timeout_minutes}; give a positive number of minutes")
 
 
 def join(world: World, config: EngineConfig) -> torch.device:

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from re2tal.distributed import any_rank, mean_over_ranks
+from re2tal.options import option
 from re2tal.rewire import count_states, set_beta, worst_reading
 from re2tal.structures import Batch
 from re2tal.training.checkpoint import CheckpointStore, Progress
@@ -42,15 +43,15 @@ class TrainingConfig:
     """Seed of everything random: initial weights, data order, augmentation, drop path."""
     average_decay: float | None = 0.999
     """Decay of the moving average of the weights that evaluation and the exported model use; None averages nothing."""
-    log_every_steps: int = 10
+    log_every_steps: int = option(10, resumable=True)
     """Optimizer steps between two log lines."""
-    evaluate_every_epochs: int | None = None
+    evaluate_every_epochs: int | None = option(None, resumable=True)
     """Epochs between two evaluations; None evaluates once, at the end."""
-    checkpoint_every_steps: int = 500
+    checkpoint_every_steps: int = option(500, resumable=True)
     """Optimizer steps between two checkpoints; one more is written at the end, and when the run is told to stop."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = option(2, resumable=True)
     """How many of the newest checkpoints to keep."""
-    max_non_finite: int = 10
+    max_non_finite: int = option(10, resumable=True)
     """Give up after this many batches or steps in a row that were not finite."""
 
     def __post_init__(self) -> None:

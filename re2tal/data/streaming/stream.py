@@ -35,6 +35,7 @@ from re2tal.data.streaming.decode import DecodeError
 from re2tal.data.streaming.epoch_order import Unit, batch_units, count_steps, evaluation_order, training_order
 from re2tal.data.streaming.sources import Pictures, Source, Steps
 from re2tal.data.streaming.windows import Slide, Stored, Trimmed, Window, Windowing, draw_window, plan_windows
+from re2tal.options import option
 from re2tal.structures import Batch
 
 logger = logging.getLogger(__name__)
@@ -67,11 +68,11 @@ class ClipConfig:
     """in training, strength of the random change of colours, 0 to 1; applied on the device"""
     shuffle_span: int = 1024
     """in training, how many videos are shuffled together; more than there are: a plain shuffle"""
-    workers: int = 2
+    workers: int = option(2, resumable=True, planned=False)
     """processes per rank that read and decode; 0: the training process itself"""
-    prefetch: int = 2
+    prefetch: int = option(2, resumable=True, planned=False)
     """batches that each worker keeps ready"""
-    timeout_seconds: int = 300
+    timeout_seconds: int = option(300, resumable=True, planned=False)
     """a worker that is silent for so long ends the run, lest the other ranks wait for ever; 0: wait"""
     allow_missing: bool = False
     """in evaluation, go on without videos that cannot be read; they then count as without detections"""

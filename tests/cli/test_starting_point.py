@@ -1,0 +1,80 @@
+"""What a command begins with, and how options change it."""
+
+from functools import partial
+from typing import Annotated
+
+import pytest
+import tyro
+
+from re2tal.cli.starting_point import starting_point
+from re2tal.config import RecognitionConfig, RunConfig, save_config
+from re2tal.data.streaming.windows import ResizeWhole, Trimmed
+from re2tal.localizers import VSGNConfig
+from re2tal.recipes import find_recipe
+
+
+def configured(*arguments: str) -> RunConfig | RecognitionConfig:
+    """As commands do it: the run that `arguments` start from, with the others applied by tyro."""
+
+    start, rest = starting_point(arguments, default="demo")
+
+    def take(*, run: Annotated[RunConfig | RecognitionConfig, tyro.conf.arg(name="")]) -> object:
+        return run
+
+    return tyro.cli(partial(take, run=start), args=rest, config=(tyro.conf.AvoidSubcommands,))
+
+
+def test_another_localizer_has_its_defaults_which_further_options_change():
+    run = configured("--localizer.num-levels", "3", "--localizer", "vsgn")
+    assert run.localizer == VSGNConfig(num_levels=3)
+    assert run.data == find_recipe("demo").data
+
+
+@pytest.mark.parametrize("spelling", [["--localizer", "actionformer"], ["--localizer.name=actionformer"]])
+def test_the_kind_that_a_run_has_already_stays_as_it_is(spelling):
+    assert configured(*spelling) == find_recipe("demo")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("resize_whole", ResizeWhole(num_frames=96)), ("slide", find_recipe("demo").data.clips.windowing)],
+)
+def test_another_windowing(name, meant):
+    changed = () if name == "slide" else ("--data.clips.windowing.num-frames", "96")
+    assert configured("--data.clips.windowing", name, *changed).data.clips.windowing == meant
+
+
+def test_a_kind_is_checked_against_the_rest_once_all_options_are_applied():
+    recipe = ("--recipe", "thumos14_actionformer_features", "--data.clips.windowing", "resize_whole")
+    run = configured(*recipe, "--data.clips.windowing.num-frames", "2304")
+    assert run.data.clips.windowing == ResizeWhole(num_frames=2304)
+    with pytest.raises((ValueError, SystemExit)):
+        configured(*recipe)
+
+
+def test_a_recognizer_has_windows_to_choose_but_no_localizer(tmp_path):
+    save_config(tmp_path / "config.json", find_recipe("demo_clips"))
+    start = ("--config", str(tmp_path / "config.json"))
+    assert isinstance(configured(*start).data.clips.windowing, Trimmed | ResizeWhole)
+    assert configured(*start, "--data.clips.windowing", "trimmed", "--data.clips.windowing.num-views", "2")
+    _, rest = starting_point([*start, "--localizer", "vsgn"], default="demo")
+    assert rest == ["--localizer", "vsgn"]  # an option that tyro does not know
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--localizer", "tridet"], "localizer is 'tridet'; known: actionformer, vsgn$"),
+        (["--data.clips.windowing", "whole"], "data.clips.windowing is 'whole'; known: resize_whole, slide, trimmed$"),
+    ],
+)
+def test_an_unknown_kind_is_answered_with_the_known_ones(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        starting_point(arguments, default="demo")
+
+
+def test_help_lists_the_kinds(capsys):
+    starting_point(["--localizer", "vsgn", "--help"], default="demo")
+    printed = capsys.readouterr().out
+    assert "--localizer {actionformer,vsgn} chooses one with its defaults; here vsgn" in printed
+    assert "--data.clips.windowing {resize_whole,slide,trimmed} chooses one with its defaults; here slide" in printed
