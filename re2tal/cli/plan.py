@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from re2tal.cli.tasks import AnyRun
 from re2tal.planning.choice import plan_step
+from re2tal.runs.tasks import AnyRun
 from re2tal.strict_json import write_json
 
 
