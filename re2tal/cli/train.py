@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 
 from re2tal.runs import training_run
+from re2tal.runs.deepspeed_presets import DEFAULT_PRESET
 from re2tal.runs.tasks import AnyRun
 
 INTERRUPTED = 75
@@ -17,7 +18,7 @@ INTERRUPTED = 75
 def train(
     *,
     run: Annotated[AnyRun, tyro.conf.arg(name="")],
-    ds: Path = Path("ds_configs/zero2.json"),
+    ds: str = DEFAULT_PRESET,
     out: Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -26,7 +27,7 @@ def train(
 
     Args:
         run: the configuration, from --recipe NAME (demo by default) or --config FILE, with every field open to change
-        ds: the DeepSpeed file: ZeRO stage, offload, communication
+        ds: ZeRO stage, offload, communication: a preset, such as zero2, or the path of a DeepSpeed file
         out: run folder; runs/NAME by default
         resume: continue from the newest sound checkpoint in the run folder, or start if there is none
         overwrite: remove what an earlier run left in the run folder

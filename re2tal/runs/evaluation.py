@@ -48,14 +48,14 @@ class Evaluated:
 
 
 def evaluate(
-    predictions: Path,
-    annotations: Path,
+    predictions: Path | str,
+    annotations: Path | str,
     *,
     subset: str = "validation",
     protocol: Literal["opentad", "official"] = "opentad",
     dataset: Dataset = "thumos14",
     tiou_thresholds: tuple[float, ...] | None = None,
-    blocked_videos: Path | None = None,
+    blocked_videos: Path | str | None = None,
     class_agnostic: bool = False,
     proposals: int | None = None,
 ) -> Evaluated:
@@ -71,12 +71,17 @@ def evaluate(
         blocked_videos: video ids to leave out of both files: a JSON list, or a text file with one per line
         class_agnostic: score as if all labels, predicted and true, were one
         proposals: also count the average recall with up to so many detections per video, whatever their class
+
+    Example:
+        scored = re2tal.evaluate("runs/demo/results.json", "demo/annotations.json")
+        print(scored)
+        print(f"{100 * scored.average_map:.2f} %")
     """
-    results = read_results(predictions)
-    truths, classes = read_ground_truth(annotations, subset=subset), results.classes
+    results = read_results(Path(predictions))
+    truths, classes = read_ground_truth(Path(annotations), subset=subset), results.classes
     if class_agnostic:
         truths, classes = as_one_class(truths, label=AGNOSTIC_CLASS), (AGNOSTIC_CLASS,) * len(classes)
-    blocked = read_video_ids(blocked_videos) if blocked_videos else frozenset()
+    blocked = read_video_ids(Path(blocked_videos)) if blocked_videos else frozenset()
     precision = mean_average_precision(
         results.predictions,
         truths,

@@ -24,6 +24,7 @@ from re2tal.inference import detector_input
 from re2tal.planning.shared import PLAN_NAME, save_plan, shared_plan
 from re2tal.planning.step_plan import StepPlan
 from re2tal.rewire import wiring_of
+from re2tal.runs.deepspeed_presets import DEFAULT_PRESET, find_preset
 from re2tal.runs.demo_data import make_if_wanted
 from re2tal.runs.folder import CHECKPOINTS_NAME, CONFIG_NAME, MODEL_NAME, RESULTS_NAME, SUMMARY_NAME, claim
 from re2tal.runs.stored_features import check_kind, check_pair, describe, on_features
@@ -82,22 +83,33 @@ class TrainedRun:
 
 
 def train(
-    run: AnyRun, *, ds: Path, out: Path | None = None, resume: bool = False, overwrite: bool = False
+    run: AnyRun,
+    *,
+    ds: Path | str = DEFAULT_PRESET,
+    out: Path | str | None = None,
+    resume: bool = False,
+    overwrite: bool = False,
 ) -> TrainedRun:
     """Train a detector, or a recognizer, and evaluate it on the validation subset. Every rank calls this.
 
     Args:
         run: the whole configuration
-        ds: the DeepSpeed file: ZeRO stage, offload, communication
+        ds: ZeRO stage, offload, communication: a preset, such as zero2, or a DeepSpeed file
         out: run folder; runs/NAME by default
         resume: continue from the newest sound checkpoint in the run folder, or start if there is none
         overwrite: remove what an earlier run left in the run folder
+
+    Example:
+        config = re2tal.find_recipe("demo")
+        trained = re2tal.train(config, out="runs/demo")
+        print(trained.summary["average_map"])
     """
     started = time.perf_counter()
     _check(resume=resume, overwrite=overwrite)
     world = resolve_world(os.environ)
-    settings = resolve_deepspeed_config(ds, run.engine, world_size=world.world_size)
-    folder = out or Path("runs") / run.name
+    ds_file = find_preset(ds)
+    settings = resolve_deepspeed_config(ds_file, run.engine, world_size=world.world_size)
+    folder = Path("runs") / run.name if out is None else Path(out)
     device = join(world, run.engine)
     try:
         make_if_wanted(run, world)
@@ -110,7 +122,7 @@ def train(
         clips = _stream(run, validation, world, training=False)
         evaluate = partial(judge, run=run, shards=validation, clips=clips)
         earlier = folder / PLAN_NAME if resume else None
-        plan = _plan(run, ds, world, classes=training.classes, device=device, earlier=earlier)
+        plan = _plan(run, ds_file, world, classes=training.classes, device=device, earlier=earlier)
         trainer = _build(run, settings, folder, world, shards=training, evaluate=evaluate, device=device, plan=plan)
         resumed = resume and trainer.resume()
         if world.is_main:  # not before: a run that may not be resumed like this keeps the configuration it has
