@@ -6,6 +6,7 @@ from pathlib import Path
 
 from re2tal.cli.say import say_left_out
 from re2tal.runs import classification
+from re2tal.runs.exit_status import SOME_LEFT_OUT
 
 
 def classify(
@@ -37,4 +38,4 @@ def classify(
     )
     say_left_out(done.rejected)
     print(f"{done.about}{len(done.scores)} videos; {done.path}")
-    return 1 if done.rejected else 0
+    return SOME_LEFT_OUT if done.rejected else 0

@@ -7,13 +7,14 @@ from collections.abc import Iterable
 
 from re2tal.data.contract.manifest import Rejection
 from re2tal.runs.detection import Detected
+from re2tal.runs.exit_status import SOME_LEFT_OUT
 
 
 def say_detected(done: Detected) -> int:
-    """Print what was found where; gives the exit status, 1 if some videos could not be used."""
+    """Print what was found where; gives the exit status."""
     say_left_out(done.rejected)
     print(f"{sum(map(len, done.found.values()))} detections in {len(done.found)} videos; {done.path}")
-    return 1 if done.rejected else 0
+    return SOME_LEFT_OUT if done.rejected else 0
 
 
 def say_left_out(rejected: Iterable[Rejection]) -> None:

@@ -9,10 +9,8 @@ import tyro
 
 from re2tal.runs import training_run
 from re2tal.runs.deepspeed_presets import DEFAULT_PRESET
+from re2tal.runs.exit_status import INTERRUPTED
 from re2tal.runs.tasks import AnyRun
-
-INTERRUPTED = 75
-"""Exit status of a run that was told to stop and has saved; a job script may start it again with --resume."""
 
 
 def train(

@@ -28,9 +28,8 @@ from re2tal.data.contract.feature_manifest import (
 from re2tal.data.contract.manifest import Encoding, FramesPerSecond, FramesPerVideo, Manifest, Rejection
 from re2tal.data.contract.shards import open_any
 from re2tal.data.contract.verify import damage
+from re2tal.runs.exit_status import DAMAGED, TOO_MANY_REJECTED
 
-TOO_MANY_REJECTED, DAMAGED = 3, 4
-"""Exit statuses."""
 MAX_SHOWN = 20
 
 
