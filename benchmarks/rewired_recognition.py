@@ -13,13 +13,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from re2tal.cli.detect import default_device
 from re2tal.config import RecognitionConfig, build_recognizer, load_run
 from re2tal.data.building.clips import true_classes
 from re2tal.data.contract.shards import open_shards
 from re2tal.data.streaming.stream import stream_clips
 from re2tal.evaluation.accuracy import AccuracyReport, accuracy
 from re2tal.inference import classify
+from re2tal.runs.trained import default_device
 from re2tal.strict_json import write_json
 from re2tal.training.export import read_model
 

@@ -17,8 +17,6 @@ from distributed.ranks import launch_ranks
 from re2tal.backbones import BackboneConfig, build_backbone
 from re2tal.cli.detect import detect
 from re2tal.cli.export import export
-from re2tal.cli.extract_features import Extract, extract
-from re2tal.cli.feature_run import check_kind, check_pair, describe, on_features
 from re2tal.cli.report import report
 from re2tal.config import DataConfig, RunConfig, build_detector, load_config, save_config
 from re2tal.data.contract.feature_manifest import FramesPerStep, StepsPerVideo
@@ -30,6 +28,8 @@ from re2tal.localizers import LocalizerConfig
 from re2tal.localizers.pyramid.actionformer import ActionFormerConfig
 from re2tal.localizers.vsgn.localizer import VSGNConfig
 from re2tal.recipes import find_recipe
+from re2tal.runs.feature_extraction import Extract, extract
+from re2tal.runs.stored_features import check_kind, check_pair, describe, on_features
 from re2tal.structures import Action
 from re2tal.training.annealing import AnnealingConfig
 from re2tal.training.export import read_model, write_model

@@ -8,6 +8,9 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import re2tal
+from re2tal.runs.exit_status import DIVERGED, KEYBOARD, WRONG_INPUT
+
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("re2tal.cli.demo:demo", "write a small data set of real videos to try everything on"),
     "shards": ("re2tal.cli.shards:shards", "pack videos and annotations into training data"),
@@ -30,8 +33,6 @@ COMMANDS: dict[str, tuple[str, str]] = {
 STARTING_POINTS = {"train": "demo", "plan": "demo", "import": "thumos14_re2swin_tiny"}
 """Commands that take --recipe or --config and any change to it, and the recipe they begin with by default."""
 
-WRONG_INPUT, DIVERGED, INTERRUPTED = 2, 78, 130
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `re2tal` command; `arguments` without the program's name, from the command line by default.
@@ -43,6 +44,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if name in ("-h", "--help"):
         print(_usage())
         return
+    if name == "--version":
+        print(f"re2tal {re2tal.__version__}")
+        return
     if name not in COMMANDS:
         _exit(f"unknown command {name!r}; known: {', '.join(COMMANDS)}", WRONG_INPUT)
     try:
@@ -52,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except FloatingPointError as error:
         _exit(str(error), DIVERGED)
     except KeyboardInterrupt:
-        _exit("stopped by the keyboard; finished files are kept, a training run goes on with --resume", INTERRUPTED)
+        _exit("stopped by the keyboard; finished files are kept, a training run goes on with --resume", KEYBOARD)
     sys.exit(status)
 
 
@@ -76,7 +80,14 @@ def _load(place: str) -> Callable:
 
 def _usage() -> str:
     lines = [f"  {name:<10} {about}" for name, (_, about) in COMMANDS.items()]
-    return "\n".join(["usage: re2tal COMMAND [options]      (re2tal COMMAND --help tells them)", "", *lines])
+    return "\n".join(
+        [
+            "usage: re2tal COMMAND [options]      (re2tal COMMAND --help tells them)",
+            "       re2tal --version",
+            "",
+            *lines,
+        ]
+    )
 
 
 def _exit(message: str, status: int) -> None:

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from re2tal.data.building.demo import DemoConfig, write_demo, write_demo_clips
-
-NUM_CLIPS = (480, 60)
-"""Trimmed clips in the two subsets."""
+from re2tal.data.building.demo import DemoConfig
+from re2tal.runs.demo_data import write_videos
 
 
 def demo(
@@ -29,12 +27,4 @@ def demo(
         workers: processes that draw; by default one per core that this process may use
         clips: write trimmed clips instead, each of one action, as clips/SUBSET/CLASS/*.mp4
     """
-    training, validation = NUM_CLIPS if clips else (DemoConfig.num_training, DemoConfig.num_validation)
-    config = DemoConfig(
-        num_training=training if num_training is None else num_training,
-        num_validation=validation if num_validation is None else num_validation,
-        seed=seed,
-    )
-    place = (write_demo_clips if clips else write_demo)(out, config, workers=workers)
-    kind = "clips" if clips else "videos"
-    print(f"{config.num_training} training and {config.num_validation} validation {kind} in {out / kind}, {place}")
+    write_videos(out, seed=seed, num_training=num_training, num_validation=num_validation, workers=workers, clips=clips)

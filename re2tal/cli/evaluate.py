@@ -5,17 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from re2tal.data.building.annotations import read_video_ids
-from re2tal.data.building.clips import true_classes
-from re2tal.data.contract.shards import open_shards
-from re2tal.evaluation.accuracy import accuracy
-from re2tal.evaluation.average_precision import mean_average_precision
-from re2tal.evaluation.ground_truth import as_one_class, read_ground_truth
-from re2tal.evaluation.protocols import TIOU_THRESHOLDS, Dataset
-from re2tal.evaluation.recall import average_recall
-from re2tal.evaluation.results import read_results
-from re2tal.evaluation.video_classes import read_video_classes
-from re2tal.localizers.class_map import AGNOSTIC_CLASS
+from re2tal.evaluation.accuracy import AccuracyReport
+from re2tal.evaluation.protocols import Dataset
+from re2tal.runs.evaluation import Evaluated, evaluate_recognizer
+from re2tal.runs.evaluation import evaluate as evaluate_detections
 from re2tal.strict_json import write_json
 
 
@@ -50,45 +43,27 @@ def evaluate(
     """
     if (annotations is None) == (shards is None):
         raise ValueError("give --annotations FILE to score detections, or --shards FOLDER to score a recognizer")
-    if annotations is None:
-        assert shards is not None
-        given = (subset, protocol, tiou_thresholds, blocked_videos, class_agnostic, proposals)
-        if given != ("validation", "opentad", None, None, False, None):
-            raise ValueError(
-                f"--shards {shards} scores a recognizer, for which --subset, --protocol, --tiou-thresholds, "
-                "--blocked-videos, --class-agnostic and --proposals mean nothing; leave them out"
-            )
-        found, truth = read_video_classes(predictions), true_classes(open_shards(shards))
-        shares = accuracy(found.scores, truth, classes=found.classes)
-        print(shares)
-        if json is not None:
-            write_json(json, shares.to_json())
-        return
-    results = read_results(predictions)
-    truths, classes = read_ground_truth(annotations, subset=subset), results.classes
-    if class_agnostic:
-        truths, classes = as_one_class(truths, label=AGNOSTIC_CLASS), (AGNOSTIC_CLASS,) * len(classes)
-    blocked = read_video_ids(blocked_videos) if blocked_videos else frozenset()
-    report = mean_average_precision(
-        results.predictions,
-        truths,
-        classes=classes,
-        protocol=protocol,
-        tiou_thresholds=tiou_thresholds or TIOU_THRESHOLDS[dataset],
-        blocked_videos=blocked,
-    )
-    print(report)
-    figures = report.to_json()
-    if proposals is not None:
-        recall = average_recall(
-            results.predictions,
-            truths,
-            classes=classes,
-            protocol=protocol,
-            proposals_per_video=proposals,
-            blocked_videos=blocked,
+    about_detections = (subset, protocol, tiou_thresholds, blocked_videos, class_agnostic, proposals)
+    if shards is not None and about_detections != ("validation", "opentad", None, None, False, None):
+        raise ValueError(
+            f"--shards {shards} scores a recognizer, for which --subset, --protocol, --tiou-thresholds, "
+            "--blocked-videos, --class-agnostic and --proposals mean nothing; leave them out"
         )
-        print(f"AR@{proposals} {100 * recall.at(proposals):.2f}   AUC {100 * recall.auc:.2f}")
-        figures["recall"] = recall.to_json()
+    if shards is not None:
+        scored: AccuracyReport | Evaluated = evaluate_recognizer(predictions, shards)
+    else:
+        assert annotations is not None
+        scored = evaluate_detections(
+            predictions,
+            annotations,
+            subset=subset,
+            protocol=protocol,
+            dataset=dataset,
+            tiou_thresholds=tiou_thresholds,
+            blocked_videos=blocked_videos,
+            class_agnostic=class_agnostic,
+            proposals=proposals,
+        )
+    print(scored)
     if json is not None:
-        write_json(json, figures)
+        write_json(json, scored.to_json())

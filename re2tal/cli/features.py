@@ -6,8 +6,8 @@ from typing import Annotated
 
 import tyro
 
-from re2tal.cli.extract_features import Extract, extract
-from re2tal.cli.pack_features import Pack, pack
+from re2tal.runs.feature_extraction import Extract, extract
+from re2tal.runs.feature_packing import Pack, pack
 
 
 def features(command: Annotated[Extract | Pack, tyro.conf.arg(name="")]) -> int:

@@ -9,15 +9,16 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
-from re2tal.cli.tasks import AnyRun
 from re2tal.planning.choice import plan_step
+from re2tal.runs.deepspeed_presets import DEFAULT_PRESET, find_preset
+from re2tal.runs.tasks import AnyRun
 from re2tal.strict_json import write_json
 
 
 def plan(
     *,
     run: Annotated[AnyRun, tyro.conf.arg(name="")],
-    ds: Path = Path("ds_configs/zero2.json"),
+    ds: str = DEFAULT_PRESET,
     ranks: int = 1,
     memory_budget_gb: float | Literal["auto"] | None = None,
     classes: int = 20,
@@ -31,7 +32,7 @@ def plan(
 
     Args:
         run: the configuration, from --recipe NAME or --config FILE, with every field open to change
-        ds: the DeepSpeed file: ZeRO stage, offload, communication
+        ds: ZeRO stage, offload, communication: a preset, such as zero2, or the path of a DeepSpeed file
         ranks: how many processes share the optimizer
         memory_budget_gb: as --engine.memory-budget-gb, and in its place
         classes: how many classes the localizer tells apart
@@ -42,7 +43,7 @@ def plan(
         raise ValueError(f"--ranks is {ranks}; give the number of processes, at least 1")
     if memory_budget_gb is not None:
         run = replace(run, engine=replace(run.engine, memory_budget_gb=memory_budget_gb))
-    planned = plan_step(run, ds, world_size=ranks, num_classes=classes, device=_device(device))
+    planned = plan_step(run, find_preset(ds), world_size=ranks, num_classes=classes, device=_device(device))
     print(planned)
     if json is not None:
         write_json(json, planned.to_json())

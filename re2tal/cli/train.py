@@ -1,73 +1,22 @@
-"""`re2tal train`, or launch/train.py under a launcher: train a network, evaluate it, write what came out.
-
-runs/NAME/config.json        the whole configuration; `--config` starts from it again
-          plan.json          how its stages run within a memory budget; a resumed run goes on with it
-          metrics.jsonl      and tensorboard/: the course of the run
-          checkpoints/       to --resume from
-          model.safetensors  float32 weights (the moving average, if there is one) and class names
-          results.json       detections on the validation subset, or the probabilities of its classes
-          summary.json       mAP or accuracy, and times
-"""
+"""`re2tal train`, or launch/train.py under a launcher: train a network, evaluate it, write what came out."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import sys
-import time
-from collections.abc import Callable, Sequence
-from contextlib import closing
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-import numpy as np
-import torch
 import tyro
 
-from re2tal.cli.feature_run import check_kind, check_pair, describe, on_features
-from re2tal.cli.tasks import AnyRun, Outcome, build_model, judge
-from re2tal.config import RecognitionConfig, RunConfig, flatten, save_config, to_json
-from re2tal.data.building.clips import true_classes
-from re2tal.data.contract.manifest import MANIFEST_NAME
-from re2tal.data.contract.shards import FeatureSet, ShardSet, open_any
-from re2tal.data.streaming.stream import ClipStream, stream_clips
-from re2tal.distributed import World, is_main, main_process_first, resolve_world
-from re2tal.inference import detector_input
-from re2tal.options import names_with
-from re2tal.planning.shared import PLAN_NAME, save_plan, shared_plan
-from re2tal.planning.step_plan import StepPlan
-from re2tal.recipes import find_recipe
-from re2tal.rewire import wiring_of
-from re2tal.strict_json import write_json
-from re2tal.structures import Batch, FeatureBatch
-from re2tal.training.annealing import beta_course
-from re2tal.training.checkpoint import CheckpointStore
-from re2tal.training.engine import (
-    Engine,
-    build_engine,
-    gather_weights,
-    join,
-    leave,
-    zero_stage,
-)
-from re2tal.training.export import write_model
-from re2tal.training.frames import prepare_frames
-from re2tal.training.generators import seed_generators
-from re2tal.training.metrics import MetricsLog, peak_memory_gib
-from re2tal.training.optimizer import build_optimizer
-from re2tal.training.schedule import learning_rate_factor
-from re2tal.training.trainer import Trainer, num_optimizer_steps
-from re2tal.training.zero_file import resolve_deepspeed_config
-
-INTERRUPTED = 75
-"""Exit status of a run that was told to stop and has saved; a job script may start it again with --resume."""
+from re2tal.runs import training_run
+from re2tal.runs.deepspeed_presets import DEFAULT_PRESET
+from re2tal.runs.exit_status import INTERRUPTED
+from re2tal.runs.tasks import AnyRun
 
 
 def train(
     *,
     run: Annotated[AnyRun, tyro.conf.arg(name="")],
-    ds: Path = Path("ds_configs/zero2.json"),
+    ds: str = DEFAULT_PRESET,
     out: Path | None = None,
     resume: bool = False,
     overwrite: bool = False,
@@ -76,230 +25,10 @@ def train(
 
     Args:
         run: the configuration, from --recipe NAME (demo by default) or --config FILE, with every field open to change
-        ds: the DeepSpeed file: ZeRO stage, offload, communication
+        ds: ZeRO stage, offload, communication: a preset, such as zero2, or the path of a DeepSpeed file
         out: run folder; runs/NAME by default
         resume: continue from the newest sound checkpoint in the run folder, or start if there is none
         overwrite: remove what an earlier run left in the run folder
     """
-    started = time.perf_counter()
-    _check(resume=resume, overwrite=overwrite)
-    world = resolve_world(os.environ)
-    settings = resolve_deepspeed_config(ds, run.engine, world_size=world.world_size)
-    folder = out or Path("runs") / run.name
-    device = join(world, run.engine)
-    try:
-        _make_demo_data(run, world)
-        training, validation = _open_both(run)
-        if isinstance(run, RunConfig) and isinstance(training, FeatureSet):
-            run = on_features(run, training)
-        check_kind(run, training)
-        _check_norms(run)
-        _claim(folder, world, resume=resume, overwrite=overwrite)
-        clips = _stream(run, validation, world, training=False)
-        evaluate = partial(judge, run=run, shards=validation, clips=clips)
-        earlier = folder / PLAN_NAME if resume else None
-        plan = _plan(run, ds, world, classes=training.classes, device=device, earlier=earlier)
-        trainer = _build(run, settings, folder, world, shards=training, evaluate=evaluate, device=device, plan=plan)
-        resumed = resume and trainer.resume()
-        if world.is_main:  # not before: a run that may not be resumed like this keeps the configuration it has
-            save_config(folder / "config.json", run)
-            if plan is not None:
-                save_plan(folder / PLAN_NAME, plan)
-        if resumed:
-            trainer.log.say(f"resumed at step {trainer.progress.step} of {trainer.num_steps}")
-        with closing(trainer.log):
-            if trainer.train() == "interrupted":
-                return INTERRUPTED
-            features = describe(training) if isinstance(training, FeatureSet) else None
-            _finish(trainer, folder, evaluate, features=features, started=started)
-    finally:
-        leave()
-    return 0
-
-
-def _check(*, resume: bool, overwrite: bool) -> None:
-    """Refuses what cannot be meant, before anything is started."""
-    if resume and overwrite:
-        raise ValueError("--resume continues the earlier run, --overwrite removes it; give one of them")
-
-
-def _check_norms(run: AnyRun) -> None:
-    if run.backbone.norm_eval and run.backbone.weights is None:
-        raise ValueError(
-            "backbone.norm_eval freezes the norms of a pretrained backbone, but backbone.weights names no weights; "
-            "give --backbone.weights FILE, or train from random weights with --backbone.no-norm-eval"
-        )
-
-
-def _claim(folder: Path, world: World, *, resume: bool, overwrite: bool) -> None:
-    """Makes the run folder this run's own. Raises ValueError where that would lose an earlier one."""
-    with main_process_first():
-        if world.is_main and overwrite:
-            for left in ("checkpoints", "tensorboard", "report"):
-                shutil.rmtree(folder / left, ignore_errors=True)
-            for left in (PLAN_NAME, "metrics.jsonl", "summary.json", "results.json", "model.safetensors"):
-                (folder / left).unlink(missing_ok=True)
-        if not resume and (folder / "checkpoints").is_dir() and any((folder / "checkpoints").iterdir()):
-            raise ValueError(
-                f"{folder} holds the checkpoints of an earlier run; --resume continues it, --overwrite replaces it, "
-                "--out chooses another folder"
-            )
-        folder.mkdir(parents=True, exist_ok=True)
-
-
-def _make_demo_data(run: AnyRun, world: World) -> None:
-    """Every rank calls this: where the demo recipe would look for its shards in vain, rank 0 makes them first."""
-    shards = run.data.shards
-    subsets = (run.data.training_subset, run.data.validation_subset)
-    with main_process_first():
-        is_complete = all((shards / subset / MANIFEST_NAME).is_file() for subset in subsets)
-        recipe = "demo" if isinstance(run, RunConfig) else "demo_clips"
-        if world.is_main and shards == find_recipe(recipe).data.shards and not is_complete:
-            from re2tal.cli.demo import demo
-            from re2tal.cli.shards import Build, build
-
-            print(f"{shards} is not complete: making the demo videos and their shards first", file=sys.stderr)
-            folder = shards.parent
-            demo(out=folder, clips=recipe == "demo_clips")
-            if recipe == "demo_clips":
-                build(Build(out=shards, dataset="demo", clips=(folder / "clips",)))
-            else:
-                annotations = folder / "annotations.json"
-                build(Build(out=shards, dataset="demo", videos=folder / "videos", annotations=annotations))
-
-
-def _open_both(run: AnyRun) -> tuple[ShardSet, ShardSet] | tuple[FeatureSet, FeatureSet]:
-    """The training and the validation subset: both of videos, or, for a detector, both of the same features."""
-    data = run.data
-    training = open_any(data.shards / data.training_subset)
-    validation = open_any(data.shards / data.validation_subset)
-    if training.classes != validation.classes:
-        raise ValueError(
-            f"{training.root} has classes {list(training.classes)}, {validation.root} {list(validation.classes)}; "
-            "build both from one annotation file"
-        )
-    match training, validation:
-        case ShardSet(), ShardSet():
-            if isinstance(run, RecognitionConfig):
-                for shards in (training, validation):
-                    true_classes(shards)  # refuses those that are not trimmed clips
-            return training, validation
-        case FeatureSet(), FeatureSet():
-            check_pair(training, validation)
-            return training, validation
-    raise ValueError(f"one of {training.root} and {validation.root} holds videos, the other features; give two alike")
-
-
-def _build(
-    run: AnyRun,
-    settings: dict[str, Any],
-    folder: Path,
-    world: World,
-    *,
-    shards: ShardSet | FeatureSet,
-    evaluate: Callable[[Engine], Outcome],
-    device: torch.device,
-    plan: StepPlan | None,
-) -> Trainer:
-    seed = run.training.seed
-    seed_generators(seed, rank=0)  # the same weights on all ranks
-    model = build_model(run, shards.classes).to(device)
-    if plan is not None:
-        plan.apply(model)
-    seed_generators(seed, rank=world.rank)  # but different paths dropped
-    clips = _stream(run, shards, world, training=True)
-    accumulation = run.engine.gradient_accumulation
-    steps_per_epoch = clips.steps_per_epoch / accumulation
-    num_steps = num_optimizer_steps(run.training, clips.steps_per_epoch, accumulation=accumulation)
-    factor = learning_rate_factor(run.schedule, steps_per_epoch=steps_per_epoch, num_steps=num_steps)
-    beta = beta_course(run.annealing, end=run.backbone.beta, steps_per_epoch=steps_per_epoch, num_steps=num_steps)
-    engine = build_engine(model, build_optimizer(model, run.optimizer), factor=factor, settings=settings)
-    free = set(names_with(run, "resumable"))
-    unchangeable = {name: value for name, value in flatten(to_json(run)) if name not in free}
-    identity = {
-        **unchangeable,
-        "number of ranks": world.world_size,
-        "ZeRO stage": zero_stage(engine),
-        "number of classes": len(shards.classes),
-        "training shards": shards.manifest_sha256,
-    }
-    dtype = next(model.parameters()).dtype
-    return Trainer(
-        engine,
-        clips,
-        lambda engine: evaluate(engine).figures,
-        run.training,
-        prepare=partial(_prepare, strength=run.data.clips.colour_jitter, seed=seed, rank=world.rank, dtype=dtype),
-        checkpoints=CheckpointStore(folder / "checkpoints", identity=identity, keep=run.training.keep_checkpoints),
-        log=MetricsLog(folder, enabled=world.is_main),
-        beta=beta,
-        planned_bytes=None if plan is None else plan.memory.peak,
-    )
-
-
-def _plan(
-    run: AnyRun, ds: Path, world: World, *, classes: Sequence[str], device: torch.device, earlier: Path | None
-) -> StepPlan | None:
-    """Every rank calls this: how the backbone's stages run to keep within the budget, if there is one; rank 0 says it.
-
-    None without a budget. `earlier`: the file of the plan that a resumed run goes on with.
-    """
-    if run.engine.memory_budget_gb is None:
-        return None
-    plan = shared_plan(run, ds, world_size=world.world_size, num_classes=len(classes), device=device, earlier=earlier)
-    if world.is_main:
-        print(plan, file=sys.stderr, flush=True)
-    return plan
-
-
-def _stream(run: AnyRun, shards: ShardSet | FeatureSet, world: World, *, training: bool) -> ClipStream:
-    return stream_clips(
-        shards,
-        run.data.clips,
-        batch_size=run.engine.batch_size,
-        training=training,
-        rank=world.rank,
-        world_size=world.world_size,
-        seed=run.training.seed,
-    )
-
-
-def _prepare(batch: Batch, position: int, *, strength: float, seed: int, rank: int, dtype: torch.dtype) -> torch.Tensor:
-    """Colours and normalises on the device; draws by the place in the run alone, so a resumed run repeats it."""
-    if isinstance(batch, FeatureBatch):
-        return detector_input(batch, dtype=dtype)
-    mixed = np.random.SeedSequence([seed, rank, position]).generate_state(1, np.uint64)
-    generator = torch.Generator().manual_seed(int(mixed[0]))
-    return prepare_frames(batch.frames, strength=strength, generator=generator, dtype=dtype)
-
-
-def _finish(
-    trainer: Trainer,
-    folder: Path,
-    evaluate: Callable[[Engine], Outcome],
-    *,
-    features: dict[str, Any] | None,
-    started: float,
-) -> None:
-    """Every rank calls this: evaluates and exports the trained model; rank 0 writes."""
-    with trainer.averaged_weights():
-        outcome = evaluate(trainer.engine)
-        weights = gather_weights(trainer.engine)
-    trainer.log.write("evaluation", outcome.figures, step=trainer.progress.step)
-    if not is_main():
-        return
-    model = trainer.engine.module
-    wiring = wiring_of(model)
-    write_model(folder / "model.safetensors", weights, classes=model.classes, wiring=wiring, features=features)
-    outcome.write(folder / "results.json")
-    summary = {
-        **outcome.summary,
-        "steps": trainer.progress.step,
-        "skipped": trainer.progress.skipped,
-        "train_seconds": round(trainer.progress.seconds, 1),
-        "total_seconds": round(time.perf_counter() - started, 1),
-        "peak_memory_gib": round(peak_memory_gib(trainer.engine.device), 2),
-        "ranks": int(trainer.engine.world_size),
-    }
-    write_json(folder / "summary.json", summary)
-    print(outcome.report)
+    trained = training_run.train(run, ds=ds, out=out, resume=resume, overwrite=overwrite)
+    return INTERRUPTED if trained.interrupted else 0

@@ -1,5 +1,12 @@
 """From a stock residual network to a rewired one: in place, no parameter added, removed or renamed."""
 
+import sys
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+from torch import nn
+
 from re2tal.rewire.beta import beta_of, count_states, set_beta, wiring_of
 from re2tal.rewire.branches import Branch, residual_branches, why_not_residual, wrap_output
 from re2tal.rewire.cuts import Cut, Part, by_samples, by_tokens
@@ -33,3 +40,27 @@ __all__ = [
     "worst_reading",
     "wrap_output",
 ]
+
+
+class _CallablePackage(ModuleType):
+    """This package, which is called like the function of its name.
+
+    `re2tal.rewire` names both, and importing a module of this package puts the package itself there: so that
+    `re2tal.rewire(model)` means the same before and after, the package can be called.
+    """
+
+    def __call__(
+        self, model: nn.Module, *, config: RewiringConfig | None = None, example: Sequence[Any] | None = None
+    ) -> RewireReport:
+        """As `re2tal.rewire.rewire`.
+
+        Example:
+            model = VideoMAEModel.from_pretrained("MCG-NJU/videomae-base")
+            print(re2tal.rewire(model))  # what was rewired, what was left alone and why
+        """
+        from re2tal.rewire.rewire import rewire
+
+        return rewire(model, config=config, example=example)
+
+
+sys.modules[__name__].__class__ = _CallablePackage

@@ -12,7 +12,7 @@ from data.folders import indexed, write_shards
 from data.numbered import encode_numbered
 
 from re2tal.backbones import BackboneConfig
-from re2tal.cli.detect import detect, encoding_for, load_detector
+from re2tal.cli.detect import detect
 from re2tal.cli.evaluate import evaluate
 from re2tal.cli.report import report
 from re2tal.config import DataConfig, RunConfig, build_detector, save_config
@@ -22,6 +22,8 @@ from re2tal.data.streaming.windows import ResizeWhole, Slide
 from re2tal.evaluation.results import read_results
 from re2tal.evaluation.suppression import SuppressionConfig
 from re2tal.localizers.pyramid.actionformer import ActionFormerConfig
+from re2tal.runs.detection import encoding_for
+from re2tal.runs.trained import load_detector
 from re2tal.structures import Action
 from re2tal.training.export import write_model
 

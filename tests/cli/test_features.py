@@ -13,12 +13,12 @@ from data.numbered import encode_numbered
 
 from re2tal.backbones import BackboneConfig
 from re2tal.cli import main
-from re2tal.cli.extract_features import Extract, extract
-from re2tal.cli.pack_features import Pack, pack
 from re2tal.data.contract.feature_manifest import Extracted, FramesPerStep, Packed, SecondsPerStep, StepsPerVideo
 from re2tal.data.contract.features import read_features
 from re2tal.data.contract.manifest import MANIFEST_NAME
 from re2tal.data.contract.shards import FeatureSet, open_any, open_shards
+from re2tal.runs.feature_extraction import Extract, extract
+from re2tal.runs.feature_packing import Pack, pack
 from re2tal.structures import Action
 
 NANO = BackboneConfig(name="swin3d_nano")

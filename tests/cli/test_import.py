@@ -20,7 +20,6 @@ from re2tal.backbones.slowfast.layouts import KEY_LAYOUTS as SLOWFAST_LAYOUTS
 from re2tal.backbones.swin3d import network as swin3d
 from re2tal.backbones.swin3d.layouts import KEY_LAYOUTS as SWIN_LAYOUTS
 from re2tal.cli import main
-from re2tal.cli.detect import load_detector
 from re2tal.config import DataConfig, RunConfig, build_detector, load_config, save_config
 from re2tal.conversion import export_detector
 from re2tal.data.streaming.stream import ClipConfig
@@ -30,6 +29,7 @@ from re2tal.evaluation.results import read_results
 from re2tal.evaluation.suppression import SuppressionConfig
 from re2tal.localizers.pyramid.actionformer import ActionFormerConfig
 from re2tal.rewire import wiring_of
+from re2tal.runs.trained import load_detector
 from re2tal.training.export import read_model, write_model
 
 FAMILIES = {

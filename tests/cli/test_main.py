@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
 from re2tal import cli
 from re2tal.cli import COMMANDS, main
+from re2tal.runs import exit_status
 
 LAUNCHER = Path(__file__).parents[2] / "launch" / "train.py"
 
@@ -100,3 +102,26 @@ def test_the_launchers_own_option_is_passed_over():
     arguments = ["--local_rank=1", "--recipe", "thumos14_re2swin_tiny", "--num-steps", "256"]
     run, rest = starting_point(arguments, default="demo")
     assert (run.name, rest) == ("thumos14_re2swin_tiny", ["--num-steps", "256"])
+
+
+def test_the_version_is_told_without_importing_torch():
+    code = "import sys; from re2tal.cli import main; main(['--version']); sys.exit('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == f"re2tal {version('re2tal')}\n"
+
+
+def test_the_package_runs_as_a_module():
+    done = subprocess.run([sys.executable, "-m", "re2tal", "trian"], capture_output=True, text=True, check=False)
+    assert done.returncode == exit_status.WRONG_INPUT
+    assert "unknown command 'trian'" in done.stderr
+
+
+def test_every_exit_status_means_one_thing_and_job_scripts_know_theirs():
+    statuses = [value for name, value in vars(exit_status).items() if name.isupper()]
+    assert len(set(statuses)) == len(statuses)
+    assert str(exit_status.INTERRUPTED) in (LAUNCHER.parent / "train.slurm").read_text()
+
+
+def test_an_unknown_preset_is_answered_with_the_known_ones(capsys):
+    assert status_of(["train", "--ds", "zero4"]) == exit_status.WRONG_INPUT
+    assert "presets are zero1, zero2, zero2_offload, zero3, zero3_offload" in capsys.readouterr().err

@@ -99,4 +99,4 @@ def test_from_videos_to_a_score_and_the_same_weights_after_a_restart(shards, tmp
 
 
 def re2tal(*arguments: object) -> None:
-    subprocess.run([sys.executable, "-m", "re2tal.cli", *map(str, arguments)], check=True)
+    subprocess.run([sys.executable, "-m", "re2tal", *map(str, arguments)], check=True)

@@ -103,4 +103,4 @@ def settings_in(out: Path) -> list[Setting]:
 
 
 def re2tal(*arguments: object) -> None:
-    subprocess.run([sys.executable, "-m", "re2tal.cli", *map(str, arguments)], check=True)
+    subprocess.run([sys.executable, "-m", "re2tal", *map(str, arguments)], check=True)

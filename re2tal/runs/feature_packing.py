@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from re2tal.cli.shards import report_built, subsets_to_build
 from re2tal.data.building.annotations import read_annotations, read_frame_rates
 from re2tal.data.building.build_features import FeatureBuild
 from re2tal.data.building.catalog import find_dataset
@@ -27,6 +26,7 @@ from re2tal.data.contract.feature_manifest import (
     StepsPerVideo,
     StoredType,
 )
+from re2tal.runs.shard_building import report_built, subsets_to_build
 from re2tal.strict_json import sha256_of
 
 

@@ -18,8 +18,6 @@ from tqdm import tqdm
 
 from re2tal.backbones import BackboneConfig, VideoBackbone, build_backbone, check_wiring
 from re2tal.backbones.stored import NAME
-from re2tal.cli.detect import default_device, load_detector
-from re2tal.cli.shards import parse_part, report_built
 from re2tal.config import RunConfig, load_config
 from re2tal.data.building.build_features import Computed, FeatureBuild, FeatureShard
 from re2tal.data.contract.feature_manifest import (
@@ -35,6 +33,8 @@ from re2tal.data.contract.shards import ShardSet, open_shards
 from re2tal.data.streaming.stream import ClipConfig
 from re2tal.data.streaming.windows import ResizeWhole, Slide, Trimmed, Windowing
 from re2tal.extraction import Extractor, weights_sha256
+from re2tal.runs.shard_building import parse_part, report_built
+from re2tal.runs.trained import default_device, load_detector
 from re2tal.structures import VideoRecord
 from re2tal.training.engine import DTYPES
 from re2tal.training.generators import seed_generators

@@ -1,5 +1,0 @@
-"""`python -m re2tal.cli`: the `re2tal` command where it is not on the path."""
-
-from re2tal.cli import main
-
-main()

@@ -1,0 +1,109 @@
+"""What detections are worth against annotations, and class scores against shards of trimmed clips."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from re2tal.data.building.annotations import read_video_ids
+from re2tal.data.building.clips import true_classes
+from re2tal.data.contract.shards import open_shards
+from re2tal.evaluation.accuracy import AccuracyReport, accuracy
+from re2tal.evaluation.average_precision import MapReport, mean_average_precision
+from re2tal.evaluation.ground_truth import as_one_class, read_ground_truth
+from re2tal.evaluation.protocols import TIOU_THRESHOLDS, Dataset
+from re2tal.evaluation.recall import RecallReport, average_recall
+from re2tal.evaluation.results import read_results
+from re2tal.evaluation.video_classes import read_video_classes
+from re2tal.localizers.class_map import AGNOSTIC_CLASS
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """What detections are worth."""
+
+    precision: MapReport
+    """Mean average precision, by class and by temporal IoU."""
+    recall: RecallReport | None
+    """Average recall of proposals, where it was asked for."""
+    proposals: int | None = None
+    """How many detections of a video `recall` counts, at most."""
+
+    @property
+    def average_map(self) -> float:
+        """The mean of the mAP over all thresholds, from 0 to 1."""
+        return self.precision.average_map
+
+    def __str__(self) -> str:
+        if self.recall is None or self.proposals is None:
+            return str(self.precision)
+        at_most = f"AR@{self.proposals} {100 * self.recall.at(self.proposals):.2f}"
+        return f"{self.precision}\n{at_most}   AUC {100 * self.recall.auc:.2f}"
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures as JSON values."""
+        figures = self.precision.to_json()
+        return figures if self.recall is None else {**figures, "recall": self.recall.to_json()}
+
+
+def evaluate(
+    predictions: Path | str,
+    annotations: Path | str,
+    *,
+    subset: str = "validation",
+    protocol: Literal["opentad", "official"] = "opentad",
+    dataset: Dataset = "thumos14",
+    tiou_thresholds: tuple[float, ...] | None = None,
+    blocked_videos: Path | str | None = None,
+    class_agnostic: bool = False,
+    proposals: int | None = None,
+) -> Evaluated:
+    """Score a results JSON against an annotation JSON, both in ActivityNet's layout.
+
+    Args:
+        predictions: results JSON, from this program or another
+        annotations: annotation JSON
+        subset: which of its subsets to score
+        protocol: whose rules count where the public evaluators differ: OpenTAD's or ActivityNet's
+        dataset: the data set whose customary thresholds to use
+        tiou_thresholds: other thresholds than those
+        blocked_videos: video ids to leave out of both files: a JSON list, or a text file with one per line
+        class_agnostic: score as if all labels, predicted and true, were one
+        proposals: also count the average recall with up to so many detections per video, whatever their class
+
+    Example:
+        scored = re2tal.evaluate("runs/demo/results.json", "demo/annotations.json")
+        print(scored)
+        print(f"{100 * scored.average_map:.2f} %")
+    """
+    results = read_results(Path(predictions))
+    truths, classes = read_ground_truth(Path(annotations), subset=subset), results.classes
+    if class_agnostic:
+        truths, classes = as_one_class(truths, label=AGNOSTIC_CLASS), (AGNOSTIC_CLASS,) * len(classes)
+    blocked = read_video_ids(Path(blocked_videos)) if blocked_videos else frozenset()
+    precision = mean_average_precision(
+        results.predictions,
+        truths,
+        classes=classes,
+        protocol=protocol,
+        tiou_thresholds=tiou_thresholds or TIOU_THRESHOLDS[dataset],
+        blocked_videos=blocked,
+    )
+    if proposals is None:
+        return Evaluated(precision, recall=None)
+    recall = average_recall(
+        results.predictions,
+        truths,
+        classes=classes,
+        protocol=protocol,
+        proposals_per_video=proposals,
+        blocked_videos=blocked,
+    )
+    return Evaluated(precision, recall, proposals)
+
+
+def evaluate_recognizer(predictions: Path, shards: Path) -> AccuracyReport:
+    """Score a recognizer's results JSON against shards of trimmed clips."""
+    found, truth = read_video_classes(predictions), true_classes(open_shards(shards))
+    return accuracy(found.scores, truth, classes=found.classes)

@@ -1,0 +1,18 @@
+"""How the `re2tal` command ends, in one number; 0 is done."""
+
+from __future__ import annotations
+
+SOME_LEFT_OUT = 1
+"""The files are written, but some videos could not be used."""
+WRONG_INPUT = 2
+"""A fault in what the user gave, said in one line."""
+TOO_MANY_REJECTED = 3
+"""More videos than --max-rejected allows cannot be used; the shards are complete without them."""
+DAMAGED = 4
+"""A shard differs from what was built."""
+INTERRUPTED = 75
+"""A run that was told to stop has saved; a job script may start it again with --resume."""
+DIVERGED = 78
+"""The numbers of a run stopped being finite; starting it again would not help."""
+KEYBOARD = 130
+"""Stopped by the keyboard; finished files are kept."""

@@ -1,0 +1,273 @@
+"""Videos and annotations, or trimmed clips, in; training data out. What was packed can be verified and described."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from tqdm import tqdm
+
+from re2tal.data.building.annotations import Annotations, read_annotations, read_class_list, read_video_ids
+from re2tal.data.building.build import BuildConfig, BuiltSubset, build_shards, find_videos
+from re2tal.data.building.catalog import DatasetSpec, find_dataset
+from re2tal.data.building.clips import ClipList, read_clips
+from re2tal.data.building.probe import probe_video
+from re2tal.data.building.shard_builder import Listed
+from re2tal.data.contract.feature_manifest import (
+    Extracted,
+    FeatureManifest,
+    FramesPerStep,
+    Packed,
+    SecondsPerStep,
+    StepsPerVideo,
+)
+from re2tal.data.contract.manifest import Encoding, FramesPerSecond, FramesPerVideo, Manifest, Rejection
+from re2tal.data.contract.shards import open_any
+from re2tal.data.contract.verify import damage
+from re2tal.runs.exit_status import DAMAGED, TOO_MANY_REJECTED
+
+MAX_SHOWN = 20
+
+
+@dataclass(frozen=True, slots=True)
+class Build:
+    """Normalise videos and pack them into shards, one folder per subset: with --annotations videos in which actions
+    begin and end, with --clips trimmed ones that show a single action.
+
+    Safe to stop and to run again: finished shards are kept. Exit status 3 if more than --max-rejected of a subset's
+    videos cannot be used (the shards are complete without them), 2 for wrong input.
+    """
+
+    out: Path
+    """Folder to write to; each subset gets a folder in it."""
+    annotations: Path | None = None
+    """JSON in the layout of ActivityNet or of one of the common THUMOS14 files."""
+    clips: tuple[Path, ...] = ()
+    """In place of annotations: a folder SUBSET/CLASS/ID.mp4, or text files, such as train.csv val.csv: Kinetics' own,
+    or with a path and a class in each line."""
+    videos: Path | None = None
+    """Folder of video files called ID.mp4 or v_ID.mp4 (or .mkv, .webm, .avi, ...); of clips in a CSV, the folder that
+    holds them, however deep, or that paths start from."""
+    classes: Path | None = None
+    """With --clips: text file with one class per line. It fixes their order; labels that are numbers count in it."""
+    dataset: str = "own"
+    """Row of the catalog that gives the defaults: own, demo, activitynet, thumos14."""
+    subsets: tuple[str, ...] = ()
+    """Subsets to build; all that have annotated actions if none is named."""
+    fps: float | None = None
+    """Store so many frames per second instead of what the catalog says."""
+    frames: int | None = None
+    """Store every video as so many frames instead."""
+    short_side: int | None = None
+    """Pixels of the shorter side instead of what the catalog says; smaller videos keep their size."""
+    blocked: Path | None = None
+    """Ids to leave out, beside those that the catalog names: a JSON list, or a text file with one per line."""
+    invalid_segments: Literal["refuse", "drop"] = "refuse"
+    """What to do with segments that are reversed, empty, negative, or longer than the video."""
+    videos_per_shard: int | None = None
+    """By default so that there are 32 shards or more, of 4 to 64 videos."""
+    seed: int = 0
+    """Of the order of the videos in the shards."""
+    workers: int | None = None
+    """Processes that encode; by default one per core that this process may use."""
+    part: str = "0/1"
+    """i/n builds the i-th (from 0) of n parts, for machines that share a disk; the last to end writes the manifest."""
+    max_rejected: float = 0.05
+    """Share of a subset's videos that may be unusable without the exit status saying so."""
+
+
+def build(options: Build) -> int:
+    """Build the subsets; gives the exit status."""
+    spec = find_dataset(options.dataset)
+    if not 0 <= options.max_rejected <= 1:
+        raise ValueError(f"--max-rejected is {options.max_rejected}; give a share from 0 to 1")
+    config = _config(options, spec)
+    listed, videos = _listed(options, spec)
+    status = 0
+    for subset in options.subsets or subsets_to_build(listed):
+        built = _build_with_bar(listed, videos, options.out, subset, config)
+        status = max(status, report_built(built, subset=subset, max_rejected=options.max_rejected))
+    return status
+
+
+def verify(folders: Sequence[Path]) -> int:
+    """Print what is damaged; gives the exit status."""
+    status = 0
+    for folder in folders:
+        opened = open_any(folder)
+        problems = list(damage(opened))
+        for problem in problems:
+            print(problem, file=sys.stderr)
+        state = f"{len(problems)} problems" if problems else "every byte as it was built"
+        print(f"{folder}: {len(opened.videos)} videos in {len(opened.manifest.shards)} shards, {state}")
+        status = DAMAGED if problems else status
+    return status
+
+
+def describe(folders: Sequence[Path]) -> int:
+    """Print a line or two per folder; gives the exit status."""
+    for folder in folders:
+        manifest = open_any(folder).manifest
+        totals = manifest.totals
+        match manifest:
+            case Manifest():
+                seconds = manifest.totals.seconds
+                what = f"{seconds / 3600:.2f} h, {_sampling(manifest)}, short side {manifest.encoding.short_side}"
+            case FeatureManifest():
+                what = f"{totals.frames} steps, {_features(manifest)}"
+        print(
+            f"{folder}: {manifest.dataset} {manifest.subset}, {totals.videos} videos, {what}, "
+            f"{len(manifest.classes)} classes, {len(manifest.shards)} shards, {totals.num_bytes / 1e6:.1f} MB, "
+            f"{len(manifest.rejected)} rejected"
+        )
+    return 0
+
+
+def _sampling(manifest: Manifest) -> str:
+    match manifest.encoding.sampling:
+        case FramesPerSecond(fps):
+            return f"{fps:g} frames per second"
+        case FramesPerVideo(num_frames):
+            return f"{num_frames} frames per video"
+
+
+def _features(manifest: FeatureManifest) -> str:
+    spec = manifest.features
+    match spec.grid:
+        case SecondsPerStep(seconds):
+            grid = f"a step per {seconds:g} s"
+        case StepsPerVideo(num_steps):
+            grid = f"{num_steps} steps per video"
+        case FramesPerStep(stride):
+            grid = f"a step per {stride} frames"
+    match spec.origin:
+        case Extracted(backbone=name, weights=weights):
+            origin = f"{name} ({weights})"
+        case Packed():
+            origin = "another program"
+    return f"{grid}, {spec.channels} channels in {spec.dtype} from {origin}"
+
+
+def _config(options: Build, spec: DatasetSpec) -> BuildConfig:
+    part_index, num_parts = parse_part(options.part)
+    for name, value in (("--videos-per-shard", options.videos_per_shard), ("--workers", options.workers)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} is {value}; give 1 or more")
+    return BuildConfig(
+        dataset=options.dataset,
+        encoding=_encoding(options, spec.encoding),
+        file_names=spec.file_names,
+        blocked=spec.blocked | (read_video_ids(options.blocked) if options.blocked else frozenset()),
+        videos_per_shard=options.videos_per_shard,
+        seed=options.seed,
+        workers=options.workers or len(os.sched_getaffinity(0)),
+        part_index=part_index,
+        num_parts=num_parts,
+    )
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """--part i/n as (i, n)."""
+    index, slash, count = text.partition("/")
+    if not (slash and index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise ValueError(f"--part is {text!r}; give i/n with i from 0 to n - 1, such as 0/4")
+    return int(index), int(count)
+
+
+def _encoding(options: Build, encoding: Encoding) -> Encoding:
+    if options.fps is not None and options.frames is not None:
+        raise ValueError(f"--fps {options.fps} and --frames {options.frames} exclude each other; give one of them")
+    if options.fps is not None:
+        if not 0 < options.fps <= 240:
+            raise ValueError(f"--fps is {options.fps}; give a rate above 0, at most 240")
+        encoding = replace(encoding, sampling=FramesPerSecond(options.fps))
+    if options.frames is not None:
+        if options.frames < 1:
+            raise ValueError(f"--frames is {options.frames}; give 1 or more")
+        encoding = replace(encoding, sampling=FramesPerVideo(options.frames))
+    if options.short_side is not None:
+        if not 16 <= options.short_side <= 2160 or options.short_side % 2:
+            raise ValueError(f"--short-side is {options.short_side}; give an even number from 16 to 2160")
+        encoding = replace(encoding, short_side=options.short_side)
+    return encoding
+
+
+def _listed(options: Build, spec: DatasetSpec) -> tuple[Annotations | ClipList, Path | Mapping[str, Path]]:
+    """What is to be packed, and where its files are."""
+    if bool(options.clips) == bool(options.annotations):
+        raise ValueError("give either --annotations FILE with --videos FOLDER, or --clips FOLDER_OR_FILES")
+    if options.clips:
+        classes = read_class_list(options.classes) if options.classes else spec.classes
+        clips = read_clips(options.clips, videos=options.videos, classes=classes)
+        return clips, clips.paths
+    assert options.annotations is not None
+    if options.videos is None:
+        raise ValueError(f"--annotations {options.annotations} needs --videos; give the folder that holds the videos")
+    if options.classes is not None:
+        raise ValueError(f"--classes {options.classes} is for --clips; the annotation file names its classes itself")
+    return _annotations(options.annotations, options.videos, options, spec), options.videos
+
+
+def _annotations(path: Path, videos: Path, options: Build, spec: DatasetSpec) -> Annotations:
+    def measured(video_id: str) -> float:
+        found = find_videos(videos, [video_id], file_names=spec.file_names)
+        if not found:
+            raise ValueError(f"there is no file of this name in {videos}")
+        return float(probe_video(found[video_id]).duration_seconds)
+
+    annotations = read_annotations(
+        path, classes=spec.classes, invalid_segments=options.invalid_segments, duration_of=measured
+    )
+    for count, what in (
+        (annotations.num_ambiguous, 'segments labelled "Ambiguous" skipped'),
+        (annotations.num_clipped, "segments that end a little after their video cut to its end"),
+        (annotations.num_dropped, "invalid segments dropped"),
+    ):
+        if count:
+            print(f"{path}: {count} {what}")
+    return annotations
+
+
+def subsets_to_build(listed: Annotations | ClipList) -> list[str]:
+    """All, but of an annotation file only those that have annotated actions."""
+    if isinstance(listed, ClipList):
+        return list(listed.subsets)
+    return [name for name, records in listed.subsets.items() if any(record.actions for record in records)]
+
+
+def _build_with_bar(
+    listed: Annotations | ClipList, videos: Path | Mapping[str, Path], out: Path, subset: str, config: BuildConfig
+) -> BuiltSubset:
+    with tqdm(unit="video", desc=subset, disable=not sys.stderr.isatty()) as bar:
+
+        def on_video(one: Listed, rejection: Rejection | None) -> None:
+            bar.update()
+
+        return build_shards(listed, videos=videos, out=out, subset=subset, config=config, on_video=on_video)
+
+
+def report_built(built: BuiltSubset, *, subset: str, max_rejected: float) -> int:
+    """Print what became of a subset, of videos or of features; gives the exit status."""
+    for rejection in built.rejected[:MAX_SHOWN]:
+        print(f"rejected {rejection.video_id}: {rejection.reason}", file=sys.stderr)
+    if len(built.rejected) > MAX_SHOWN:
+        print(f"and {len(built.rejected) - MAX_SHOWN} more; all in {built.folder}/manifest.json", file=sys.stderr)
+    if not built.is_complete:
+        print(
+            f"{subset}: {built.num_missing_shards} of {built.num_shards} shards are still to be built; run the other "
+            "parts, or this command without --part"
+        )
+        return 0
+    describe([built.folder])
+    if built.rejected_share > max_rejected:
+        print(
+            f"{subset}: {len(built.rejected)} of {built.num_videos} videos cannot be used, more than the share of "
+            f"{max_rejected:g} that --max-rejected allows",
+            file=sys.stderr,
+        )
+        return TOO_MANY_REJECTED
+    return 0

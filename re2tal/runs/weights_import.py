@@ -1,0 +1,63 @@
+"""A run folder from a detector that OpenTAD trained, or a weights file from anyone's backbone."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from re2tal.backbones import BackboneConfig, trained_wiring
+from re2tal.config import RecognitionConfig, RunConfig, save_config
+from re2tal.conversion import import_backbone, import_detector
+from re2tal.data.building.annotations import read_class_list
+from re2tal.localizers.class_map import AGNOSTIC_CLASS
+from re2tal.rewire import wiring_of
+from re2tal.runs.folder import CONFIG_NAME, MODEL_NAME
+from re2tal.training.export import write_model, write_tensors
+
+
+def import_into_file(weights: Path, run: RunConfig | RecognitionConfig, out: Path, *, as_plain: bool = False) -> None:
+    """Convert the backbone alone into one .safetensors file that `--backbone.weights` takes."""
+    if out.exists():
+        raise ValueError(f"{out} is there already; give --out another name, or remove it")
+    backbone, report = import_backbone(weights, name=run.backbone.name)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    wiring = None if as_plain else trained_wiring(BackboneConfig(name=run.backbone.name, weights=str(weights)))
+    header = {"backbone": run.backbone.name, "wiring": json.dumps(wiring)}
+    write_tensors(out, backbone.state_dict(), metadata=header)
+    print(report)
+    if wiring is not None:
+        print(f"trained rewired with {wiring}, which {out} says: another wiring is refused (--as-plain forgets it)")
+    print(f"{out}: for re2tal train --backbone.name {run.backbone.name} --backbone.weights {out}")
+
+
+def import_into_run(
+    weights: Path, run: RunConfig | RecognitionConfig, out: Path, *, classes: Path | None = None
+) -> None:
+    """Convert a whole detector into a run folder, as if it had been trained here."""
+    if not isinstance(run, RunConfig):
+        raise ValueError(
+            f"{run.name} is of a recognizer; give a detector's, or --out FILE.safetensors for its backbone"
+        )
+    if (out / CONFIG_NAME).exists():
+        raise ValueError(f"{out} is the folder of another run; give --out another one")
+    config = replace(run, name=out.resolve().name, backbone=replace(run.backbone, weights=None))
+    detector, report = import_detector(weights, config, classes=_classes(classes, config))
+    out.mkdir(parents=True, exist_ok=True)
+    names = detector.localizer.classes
+    write_model(out / MODEL_NAME, detector.state_dict(), classes=names, wiring=wiring_of(detector))
+    # Last, because it is what makes the folder a run.
+    save_config(out / CONFIG_NAME, config)
+    print(f"{report}\n{out}: for re2tal detect --run {out} --videos FOLDER")
+
+
+def _classes(path: Path | None, config: RunConfig) -> tuple[str, ...]:
+    """The lines of the file that are not blank; one class that stands for all where the localizer tells none apart."""
+    if config.localizer.class_agnostic:
+        return (AGNOSTIC_CLASS,)
+    if path is None:
+        raise ValueError(
+            "--classes is missing: a checkpoint does not name its classes; give a text file with one per line, in the "
+            "order of training (OpenTAD keeps it as category_idx.txt beside the annotations)"
+        )
+    return read_class_list(path)
