@@ -12,7 +12,7 @@ def text_table(rows: Sequence[Sequence[str]], *, align: str, rules: Sequence[int
     hyphens, as wide as the widest line, stands before each row whose index is in `rules` (negative: from the end).
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    sides = align.ljust(len(widths), align[-1])
+    sides = align.ljust(len(widths), align[-1])[: len(widths)]
     lines = [
         "  ".join(f"{cell:{side}{width}}" for cell, side, width in zip(row, sides, widths, strict=True)).rstrip()
         for row in rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,3 +56,9 @@ def test_the_checks_catch_a_wide_line_and_know_code_and_tables() -> None:
         "from-plain-kinetics-weights",
         "indexjsonl",
     }
+
+
+def test_the_drawing_of_packages_is_what_the_code_imports() -> None:
+    script = runpy.run_path(str(ROOT / "docs/draw_packages.py"))
+    drawn = script["draw"](script["packages"](ROOT / "re2tal"))
+    assert (ROOT / "docs/packages.svg").read_text() == drawn, "imports changed: run `python docs/draw_packages.py`"

@@ -30,6 +30,7 @@ def test_columns_are_aligned_and_lines_end_without_spaces() -> None:
 
 def test_the_last_alignment_holds_for_the_columns_that_follow_and_empty_columns_take_no_width() -> None:
     assert text_table([("a", "", "b", "c"), ("aa", "", "bb", "cc")], align="<>") == "a      b   c\naa    bb  cc"
+    assert text_table([("a",), ("bb",)], align="<>") == "a\nbb"
 
 
 def test_rows_of_different_lengths_are_refused() -> None:
