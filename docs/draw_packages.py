@@ -1,6 +1,6 @@
 """Draws the packages of re2tal and their imports: `python docs/draw_packages.py` writes docs/packages.svg.
 
-Imports are read from the source with `ast`. A package stands one row above the highest one that it imports, and an
+Imports are read from the source with `ast`. A package stands one row below the lowest one that imports it, and an
 arrow leads down to each that it imports and that none of the others it imports leads to already.
 """
 
@@ -43,9 +43,9 @@ def below(imports: dict[str, set[str]], package: str) -> set[str]:
     return imports[package].union(*(below(imports, one) for one in imports[package]))
 
 
-def height(imports: dict[str, set[str]], package: str) -> int:
-    """The row of a package, counted from the foot."""
-    return 1 + max((height(imports, one) for one in imports[package]), default=-1)
+def depth(imports: dict[str, set[str]], package: str) -> int:
+    """The row of a package, counted from the top."""
+    return 1 + max((depth(imports, one) for one in imports if package in imports[one]), default=-1)
 
 
 def draw(imports: dict[str, set[str]]) -> str:
@@ -53,7 +53,7 @@ def draw(imports: dict[str, set[str]]) -> str:
     shown = {name: found - {*COMMON} for name, found in imports.items() if name not in COMMON}
     rows: dict[int, list[str]] = defaultdict(list)
     for name in sorted(shown):
-        rows[height(shown, name)].append(name)
+        rows[depth(shown, name)].append(name)
     widest = max(len(names) for names in rows.values())
     total = 2 * MARGIN + widest * WIDTH + (widest - 1) * BETWEEN
     foot = MARGIN + (max(rows) + 1) * ROW
@@ -61,9 +61,9 @@ def draw(imports: dict[str, set[str]]) -> str:
     place: dict[str, tuple[float, float]] = {}
     for row, names in sorted(rows.items()):
         start = (total - len(names) * WIDTH - (len(names) - 1) * BETWEEN) / 2
-        centre = {name: _mean([place[one][0] for one in shown[name]], total / 2) for name in names}
+        centre = {name: _mean([place[one][0] for one in place if name in shown[one]], total / 2) for name in names}
         for column, name in enumerate(sorted(names, key=lambda name: (centre[name], name))):
-            place[name] = (start + column * (WIDTH + BETWEEN) + WIDTH / 2, MARGIN + (max(rows) - row) * ROW)
+            place[name] = (start + column * (WIDTH + BETWEEN) + WIDTH / 2, MARGIN + row * ROW)
 
     lines = []
     for name in sorted(shown):
