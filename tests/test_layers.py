@@ -19,12 +19,13 @@ from re2tal.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1] / "re2tal"
 
-LEAVES = ("structures", "strict_json")
+LEAVES = ("structures", "strict_json", "tables")
 """What every package may import, and which import nothing of ours."""
 
 BELOW: dict[str, tuple[str, ...]] = {
     "structures": (),
     "strict_json": (),
+    "tables": (),
     "distributed": (),
     "reversible": (),
     "rewire": ("reversible",),

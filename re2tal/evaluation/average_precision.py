@@ -19,6 +19,7 @@ import numpy as np
 from re2tal.evaluation.instances import flatten_predictions, flatten_truths
 from re2tal.evaluation.protocols import Protocol, check_thresholds, find_protocol
 from re2tal.structures import Detections, VideoRecord
+from re2tal.tables import text_table
 
 MAX_PAIRS = 1 << 22
 """(prediction, truth) pairs compared at once: bounds the memory to a few hundred megabytes"""
@@ -87,16 +88,8 @@ class MapReport:
         return [header, *body, (*mean, *_percent(self.map), *_percent([self.average_map]))]
 
     def __str__(self) -> str:
-        rows = self.rows()
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        lines = [
-            "  ".join(
-                [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-            )
-            for row in rows
-        ]
-        rule = "-" * len(lines[0])
-        return "\n".join([f"AP in %, by tIoU; protocol {self.protocol}", lines[0], rule, *lines[1:-1], rule, lines[-1]])
+        table = text_table(self.rows(), align="<>", rules=(1, -1))
+        return f"AP in %, by tIoU; protocol {self.protocol}\n{table}"
 
     def _columns(self) -> tuple[str, ...]:
         return tuple(f"{threshold:.4g}" for threshold in self.tiou_thresholds)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from re2tal.planning.rehearsal import Trace
 from re2tal.planning.zero_memory import ZeroMemory
+from re2tal.tables import text_table
 
 STATES, CHUNK, SCRATCH = "states, stored activations", "chunk in a branch", "optimizer's scratch"
 STEPPING = "the optimizer steps"
@@ -49,7 +50,7 @@ class StepMemory:
         if self.host:
             rows.append(("on the host", size(self.host), ""))
         phases = [("most while", ""), *((name, size(most)) for name, most in self.phases.items())]
-        return f"{_table(rows)}\n\n{_table(phases)}"
+        return f"{text_table(rows, align='<>')}\n\n{text_table(phases, align='<>')}"
 
 
 def step_memory(trace: Trace, zero: ZeroMemory) -> StepMemory:
@@ -118,13 +119,3 @@ def _in_gigabytes(size: int) -> str:
 
 def _in_megabytes(size: int) -> str:
     return f"{size / 10**6:,.2f} MB" if size else "-"
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        ).rstrip()
-        for row in rows
-    )

@@ -13,6 +13,7 @@ from re2tal.planning.rehearsal import stages_of
 from re2tal.planning.settings import Setting, configure
 from re2tal.planning.step_memory import StepMemory
 from re2tal.strict_json import brief
+from re2tal.tables import text_table
 
 GIGABYTE = 10**9
 
@@ -91,9 +92,7 @@ class StepPlan:
         every = self.seconds.values()
         planned, stored = sum(one.planned for one in every), sum(one.stored for one in every)
         rows.append(("all", "", f"{planned:.3f}", f"{stored:.3f}"))
-        widths = [max(len(row[column]) for row in rows) for column in range(4)]
-        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
         budget = (
             f"planned for {self.budget / GIGABYTE:.3f} GB, of which the step needs {self.memory.peak / GIGABYTE:.3f}"
         )
-        return "\n".join([self.headline, "", *lines, "", str(self.memory), "", budget])
+        return "\n".join([self.headline, "", text_table(rows, align="<"), "", str(self.memory), "", budget])

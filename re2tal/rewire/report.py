@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from re2tal.tables import text_table
+
 
 @dataclass(frozen=True, slots=True)
 class StageReport:
@@ -38,11 +40,7 @@ class RewireReport:
             )
             for stage in self.stages
         ]
-        widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in (head, *rows)
-        ]
+        lines = [text_table([head, *rows], align="<")]
         if self.outside:
             lines += ["", "outside of stages, left alone:", *(f"  {group}" for group in self.outside)]
         return "\n".join(lines)
