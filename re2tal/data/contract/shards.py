@@ -23,8 +23,7 @@ from typing import Any, Generic, Self, TypeVar
 
 from webdataset.writer import TarWriter
 
-from re2tal.data.contract import feature_manifest
-from re2tal.data.contract.feature_manifest import FeatureManifest, IndexedFeatures, read_feature_manifest
+from re2tal.data.contract.feature_manifest import FeatureManifest, IndexedFeatures
 from re2tal.data.contract.manifest import (
     INDEX_NAME,
     MANIFEST_NAME,
@@ -100,9 +99,9 @@ def open_any(folder: Path | str) -> ShardSet | FeatureSet:
     root = Path(folder)
     _check_is_shard_folder(root)
     content = read_json(root / MANIFEST_NAME)
-    if isinstance(content, dict) and content.get("format") == feature_manifest.FORMAT:
-        return FeatureSet(**_read(root, read_feature_manifest(root / MANIFEST_NAME), IndexedFeatures))
-    return ShardSet(**_read(root, read_manifest(root / MANIFEST_NAME), IndexedVideo))
+    if isinstance(content, dict) and content.get("format") == FeatureManifest.FORMAT:
+        return FeatureSet(**_read(root, read_manifest(root / MANIFEST_NAME, FeatureManifest), IndexedFeatures))
+    return ShardSet(**_read(root, read_manifest(root / MANIFEST_NAME, Manifest), IndexedVideo))
 
 
 def _read(root: Path, manifest: AnyManifest, kind: type[Entry]) -> dict[str, Any]:
