@@ -52,13 +52,13 @@ class IndexedFeatures:
     """zlib.crc32 of the safetensors member."""
 
     @property
-    def num_frames(self) -> int:
-        """Number of steps, to the code that cuts frames and steps alike."""
+    def num_samples(self) -> int:
+        """Number of steps."""
         return self.num_steps
 
     @property
-    def fps(self) -> float:
-        """Steps per second, to the same code."""
+    def samples_per_second(self) -> float:
+        """Steps per second."""
         return 1 / self.seconds_per_step
 
 
@@ -169,8 +169,8 @@ class FeatureTotals:
     num_bytes: Positive
 
     @property
-    def frames(self) -> int:
-        """Number of steps, to the code that counts frames and steps alike."""
+    def num_samples(self) -> int:
+        """Number of steps."""
         return self.steps
 
 

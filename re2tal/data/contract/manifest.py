@@ -60,6 +60,16 @@ class IndexedVideo:
     """zlib.crc32 of the mp4 member."""
 
     @property
+    def num_samples(self) -> int:
+        """Number of frames."""
+        return self.num_frames
+
+    @property
+    def samples_per_second(self) -> float:
+        """Frames per second."""
+        return self.fps
+
+    @property
     def start_seconds(self) -> float:
         """Where frame 0 begins."""
         return 0.0
@@ -162,6 +172,11 @@ class Totals:
     frames: Positive
     seconds: Annotated[float, Field(gt=0)]
     num_bytes: Positive
+
+    @property
+    def num_samples(self) -> int:
+        """Number of frames."""
+        return self.frames
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,11 +95,11 @@ class Steps:
 
     def _check_rate(self, rate: float) -> None:
         for video in self.folder.videos:
-            if abs(video.fps - rate) > 1e-3 * rate:
+            if abs(video.samples_per_second - rate) > 1e-3 * rate:
                 raise ValueError(
                     f"data.clips.windowing.frames_per_second is {rate:g}, but the features of {video.record.video_id} "
-                    f"in {self.folder.root} come at {video.fps:g} steps per second; give that, or null (None on the "
-                    "command line) for the rate of each video"
+                    f"in {self.folder.root} come at {video.samples_per_second:g} steps per second; give that, or null "
+                    "(None on the command line) for the rate of each video"
                 )
 
     def blank(self, window: Window) -> Tensor:
