@@ -23,9 +23,9 @@ from re2tal.data.building.annotations import read_annotations
 from re2tal.data.building.build import BuildConfig, build_shards
 from re2tal.data.building.demo import DemoConfig, write_demo
 from re2tal.data.contract.manifest import Encoding, FramesPerSecond
+from re2tal.data.contract.members import read_content
 from re2tal.data.contract.shards import ShardSet, open_shards
 from re2tal.data.streaming.decode import decode_frames
-from re2tal.data.streaming.sources import read_mp4
 from re2tal.data.streaming.stream import ClipConfig, stream_clips
 from re2tal.data.streaming.transforms import Box, crop_and_resize
 from re2tal.data.streaming.windows import Slide, plan_windows
@@ -84,7 +84,7 @@ def stages(shards: ShardSet, config: ClipConfig) -> dict[str, float]:
     for video in videos:
         window = plan_windows(video, config.windowing)[0]
         start = time.process_time()
-        mp4 = read_mp4(shards, video)
+        mp4 = read_content(shards, video)
         read = time.process_time()
         frames = decode_frames(mp4, window.indices[: window.num_valid])
         decoded = time.process_time()

@@ -41,7 +41,8 @@ class TemporalActionDetector(nn.Module):
 
         Without a network in the place of the backbone, (B, C, T) features take that of the frames.
         """
-        return self.localizer(resample(self.backbone(frames, frame_mask), num_steps=self.num_steps))
+        values = resample(self.backbone(frames, frame_mask).values, num_steps=self.num_steps)
+        return self.localizer(Features(values, grid_mask(frame_mask, num_steps=self.num_steps)))
 
     def loss(
         self, outputs: tuple, actions: Sequence[Sequence[Action]], timelines: Sequence[Timeline], *, num_frames: int
@@ -57,10 +58,19 @@ class TemporalActionDetector(nn.Module):
         return [timeline.coarsen(num_frames / self.num_steps) for timeline in timelines]
 
 
-def resample(features: Features, *, num_steps: int) -> Features:
-    """Linear interpolation in time to `num_steps` (as Re2TAL: sample centres, no aligned corners); mask by nearest."""
-    if features.values.shape[-1] == num_steps:
-        return features
-    values = F.interpolate(features.values, size=num_steps, mode="linear", align_corners=False)
-    mask = F.interpolate(features.mask[:, None].to(values.dtype), size=num_steps, mode="nearest")[:, 0] > 0.5
-    return Features(values, mask)
+def resample(values: Tensor, *, num_steps: int) -> Tensor:
+    """(B, C, T') -> (B, C, num_steps): linear in time, as Re2TAL has it (sample centres, no aligned corners)."""
+    if values.shape[-1] == num_steps:
+        return values
+    return F.interpolate(values, size=num_steps, mode="linear", align_corners=False)
+
+
+def grid_mask(frame_mask: Tensor, *, num_steps: int) -> Tensor:
+    """(B, T) bool over frames -> (B, num_steps): a step of the grid is valid where its first frame is, as in OpenTAD.
+
+    Taken from the frames themselves. The backbone's steps may be coarser than the grid: through them, 77 valid frames
+    of 96 would become 78 valid steps of 96.
+    """
+    if frame_mask.shape[-1] == num_steps:
+        return frame_mask
+    return F.interpolate(frame_mask[:, None].float(), size=num_steps, mode="nearest")[:, 0] > 0.5

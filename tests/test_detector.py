@@ -58,12 +58,24 @@ def test_seconds_survive_backbone_stride_and_resampling():
     assert detector.loss(outputs, [[Action(11.5, 12.0, "peak")]], timelines, num_frames=16)["total"] == 0
 
 
-def test_resampling_to_fewer_steps_is_linear_and_takes_the_mask_along():
-    values = torch.arange(8.0).view(1, 1, 8)
-    mask = torch.tensor([[True] * 4 + [False] * 4])
-    halved = resample(Features(values, mask), num_steps=4)
-    assert halved.values.flatten().tolist() == [0.5, 2.5, 4.5, 6.5]
-    assert halved.mask.tolist() == [[True, True, False, False]]
+def test_resampling_to_fewer_steps_is_linear():
+    halved = resample(torch.arange(8.0).view(1, 1, 8), num_steps=4)
+    assert halved.flatten().tolist() == [0.5, 2.5, 4.5, 6.5]
+
+
+@pytest.mark.parametrize(("num_steps", "valid_steps"), [(96, 77), (48, 39), (24, 20), (16, 13)])
+def test_the_grid_is_as_long_as_its_frames_whatever_the_backbone_s_steps_are(num_steps, valid_steps):
+    """77 of 96 frames: a step is valid where its first frame is, so as many as 77 frames begin."""
+
+    class Masks(PeakLocalizer):
+        def forward(self, features):
+            assert features.values.shape[-1] == features.mask.shape[-1]
+            return features.mask
+
+    frame_mask = torch.arange(96)[None] < 77
+    detector = TemporalActionDetector(MeanColour(), Masks(), num_steps=num_steps)
+    mask = detector(torch.zeros(1, 3, 96, 2, 2), frame_mask)
+    assert mask.tolist() == [[step < valid_steps for step in range(num_steps)]]
 
 
 def test_a_localizer_built_for_another_backbone_is_refused():

@@ -13,9 +13,9 @@ from data.numbered import encode_numbered
 from re2tal.backbones import BackboneConfig, VideoBackbone, build_backbone
 from re2tal.backbones.base import steps_mask
 from re2tal.data.building.build_features import Computed
+from re2tal.data.contract.members import read_content
 from re2tal.data.contract.shards import ShardSet
 from re2tal.data.streaming.decode import decode_frames
-from re2tal.data.streaming.sources import read_mp4
 from re2tal.data.streaming.stream import ClipConfig
 from re2tal.data.streaming.transforms import Box, crop_and_resize, normalise
 from re2tal.data.streaming.windows import ResizeWhole, Slide
@@ -48,7 +48,7 @@ def extracted(extractor: Extractor, shards: ShardSet) -> dict[str, Computed]:
 
 def by_hand(backbone: VideoBackbone, shards: ShardSet, video_id: str, samples: list[int]) -> torch.Tensor:
     """(C, T') of the stored frames 2 * sample, all valid."""
-    frames = decode_frames(read_mp4(shards, shards.by_id[video_id]), [2 * sample for sample in samples])
+    frames = decode_frames(read_content(shards, shards.by_id[video_id]), [2 * sample for sample in samples])
     pixels = crop_and_resize(frames, Box(0, 0, *frames.shape[1:3]), size=32)
     with torch.no_grad():
         return backbone(normalise(pixels[None]), torch.ones(1, len(samples), dtype=torch.bool)).values[0]

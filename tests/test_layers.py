@@ -52,7 +52,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "deepspeed": ("re2tal.training.engine",),
     "accelerate": ("re2tal.distributed",),
     "decord": ("re2tal.data.streaming.decode",),
-    "webdataset": ("re2tal.data.contract.shards", "re2tal.data.streaming.sources"),
+    "webdataset": ("re2tal.data.contract.shards",),
     "transformers": ("re2tal.backbones.*",),
     "av": ("re2tal.data.*",),
     "matplotlib": ("re2tal.reporting.*",),

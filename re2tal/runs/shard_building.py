@@ -118,7 +118,7 @@ def describe(folders: Sequence[Path]) -> int:
                 seconds = manifest.totals.seconds
                 what = f"{seconds / 3600:.2f} h, {_sampling(manifest)}, short side {manifest.encoding.short_side}"
             case FeatureManifest():
-                what = f"{totals.frames} steps, {_features(manifest)}"
+                what = f"{manifest.totals.steps} steps, {_features(manifest)}"
         print(
             f"{folder}: {manifest.dataset} {manifest.subset}, {totals.videos} videos, {what}, "
             f"{len(manifest.classes)} classes, {len(manifest.shards)} shards, {totals.num_bytes / 1e6:.1f} MB, "

@@ -72,7 +72,7 @@ def test_two_parts_make_what_one_makes_and_other_weights_make_another_folder(vid
         assert extract(options(videos, tmp_path / "parts", part=part)) == 0
     assert extract(options(videos, tmp_path / "whole")) == 0
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
-    with pytest.raises(ValueError, match=r"was written with features .*; give another --out, or delete that folder"):
+    with pytest.raises(ValueError, match=r"was built with features .*; give another --out, or delete that folder"):
         extract(options(videos, tmp_path / "whole", seed=1))
 
 
@@ -216,7 +216,7 @@ def test_a_video_with_two_files_and_a_rate_that_is_no_number_are_refused(tmp_pat
         ({"resized": 20, "layout": "ct"}, r"with --layout ct, 3 files have 3 different numbers of channels.*layout tc"),
         ({"resized": 20, "features": Path("nowhere")}, "nowhere is not a folder"),
         ({"resized": 20, "subsets": ("test",)}, "no video belongs to subset 'test'"),
-        ({"resized": 7}, "none of the 3 videos has usable features"),
+        ({"resized": 7}, "none of the 3 videos can be used"),
     ],
 )
 def test_what_cannot_be_packed_is_refused(tmp_path, changes, message):

@@ -12,8 +12,9 @@ from data.numbered import read_numbers
 from re2tal.data.building.annotations import Annotations, read_annotations
 from re2tal.data.building.build import BuildConfig, build_shards, find_videos, plan_shards
 from re2tal.data.contract.manifest import INDEX_NAME, MANIFEST_NAME
+from re2tal.data.contract.members import read_content
 from re2tal.data.contract.shards import open_shards
-from re2tal.data.contract.verify import damage, read_pair
+from re2tal.data.contract.verify import damage
 from re2tal.data.streaming.decode import decode_frames
 from re2tal.structures import Action, VideoRecord
 
@@ -89,7 +90,7 @@ def test_every_good_video_is_stored_frame_by_frame(built):
         video = shards.by_id[video_id]
         assert video.record == VideoRecord(video_id, "training", 2.0, (Action(0.5, 1.5, "run"),))
         assert (video.num_frames, video.fps, video.width, video.height) == (30, 15.0, 64, 48)
-        _, mp4 = read_pair(shards.path(video.shard), video)
+        mp4 = read_content(shards, video)
         shown = read_numbers(decode_frames(mp4, range(30)).numpy())
         assert max(abs(number / rate - i / 15) for i, number in enumerate(shown)) <= 0.5 / rate + 1e-6
 
@@ -205,7 +206,7 @@ def test_a_video_with_two_files_is_an_error_that_names_both(tmp_path):
 
 def test_a_subset_of_unusable_videos_only_is_an_error_with_a_reason(videos, annotations, tmp_path):
     config = replace(CONFIG, blocked=frozenset(GOOD) | {"cut", "long"})
-    with pytest.raises(ValueError, match="none of the 3 videos can be used; the first: "):
+    with pytest.raises(ValueError, match=r"none of the 3 videos can be used; the first, \w+: [^()]* "):
         build_shards(annotations, videos=videos, out=tmp_path, subset="training", config=config)
 
 
@@ -227,10 +228,10 @@ def test_the_plan_depends_on_the_seed_and_has_enough_shards():
 
 
 def test_a_disk_that_is_full_stops_the_build_and_rejects_nobody(videos, annotations, tmp_path, monkeypatch):
-    def full(path, pairs):
+    def full(path, pairs, *, suffix):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("re2tal.data.building.shard_builder.write_tar", full)
+    monkeypatch.setattr("re2tal.data.building.shard_folder.write_tar", full)
     with pytest.raises(OSError, match="No space left"):
         build_shards(annotations, videos=videos, out=tmp_path, subset="training", config=replace(CONFIG, workers=2))
     assert contents(tmp_path) == {}

@@ -13,9 +13,9 @@ from data.folders import indexed, write_shards
 from data.numbered import encode_numbered, read_numbers
 from data.workers import ready_worker
 
+from re2tal.data.contract.members import read_content
 from re2tal.data.contract.shards import ShardSet
 from re2tal.data.streaming.decode import DecodeError, decode_frames
-from re2tal.data.streaming.sources import read_mp4
 from re2tal.data.streaming.stream import (
     STOP_SIGNALS,
     ClipConfig,
@@ -251,8 +251,8 @@ def flip_bit(content: bytes, place: int) -> bytes:
     [
         (lambda tar: flip_bit(tar, 2000), r"the checksum of a\.mp4 is not the one in the index"),
         (lambda tar: flip_bit(tar, 0), r"damaged at byte 0"),
-        (lambda tar: flip_bit(tar, 1030), r"holds \['a\.json'\] at byte 0"),
-        (lambda tar: bytes(len(tar)), r"holds \[\] at byte 0"),
+        (lambda tar: flip_bit(tar, 1030), r"damaged at byte 0: no readable tar header for a\.mp4"),
+        (lambda tar: bytes(len(tar)), r"damaged at byte 0: no readable tar header for a\.json"),
         (lambda tar: tar[:2000], r"damaged at byte 0"),
     ],
     ids=["video", "first header", "second header", "zeros", "cut"],
@@ -260,16 +260,16 @@ def flip_bit(content: bytes, place: int) -> bytes:
 def test_a_change_inside_a_shard_is_noticed(tmp_path, damage, message):
     folder = write_shards(tmp_path / "training", {"a": (encode_numbered(40), indexed(40))}, per_shard=1)
     path = folder.path("shard-000000.tar")
-    assert read_mp4(folder, folder.videos[0])[4:8] == b"ftyp"
+    assert read_content(folder, folder.videos[0])[4:8] == b"ftyp"
     path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(DecodeError, match=message):
-        read_mp4(folder, folder.videos[0])
+        read_content(folder, folder.videos[0])
 
 
 def test_another_video_at_the_offset_is_noticed(shards):
     video = replace(shards.videos[1], offset=0, num_bytes=shards.videos[0].num_bytes)
-    with pytest.raises(DecodeError, match=r"holds \['v0\.json', 'v0\.mp4'\] at byte 0, not v1\.json and v1\.mp4"):
-        read_mp4(shards, video)
+    with pytest.raises(DecodeError, match=r"at byte 0: member 'v0\.json' .* where the plain file v1\.json should be"):
+        read_content(shards, video)
 
 
 def test_more_clips_in_a_step_than_videos_is_refused(shards):
@@ -329,4 +329,4 @@ def test_three_crops_show_three_squares_of_the_same_frames(shards):
 
 
 def decode_numbered(shards: ShardSet, indices: np.ndarray) -> torch.Tensor:
-    return decode_frames(read_mp4(shards, shards.videos[0]), indices)
+    return decode_frames(read_content(shards, shards.videos[0]), indices)

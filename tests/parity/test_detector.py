@@ -22,7 +22,7 @@ from re2tal.backbones.swin3d import layouts as swin3d_layouts
 from re2tal.backbones.swin3d.network import VideoSwin
 from re2tal.backbones.weights import KeyLayout
 from re2tal.data.streaming.transforms import normalise
-from re2tal.detector import TemporalActionDetector, resample
+from re2tal.detector import TemporalActionDetector, grid_mask, resample
 from re2tal.evaluation.suppression import suppress
 from re2tal.localizers.weights import public_name
 from re2tal.rewire import RewiringConfig, rewire
@@ -107,11 +107,12 @@ def test_features_and_predictions(name: str, dtype: torch.dtype) -> None:
     case = load(name)
     detector = build_detector(case, recompute=False, dtype=dtype).eval()
     with torch.no_grad():
-        features = resample(detector.backbone(*inputs(case, dtype)), num_steps=detector.num_steps)
+        values = resample(detector.backbone(*inputs(case, dtype)).values, num_steps=detector.num_steps)
         outputs = detector(*inputs(case, dtype))
-    tolerance = family(case).output if dtype == torch.float32 else 1e-6
-    assert torch.equal(features.mask, case.tensor("masks"))
-    assert largest_error(features.values, case.arrays["feat_backbone"]) <= max(tolerance, 1e-6)
+    # In float64 the peer's features are stored as float32, and predictions follow from those: 1.04e-6 was seen.
+    tolerance = family(case).output if dtype == torch.float32 else 2e-6
+    assert torch.equal(grid_mask(inputs(case, dtype)[1], num_steps=detector.num_steps), case.tensor("masks"))
+    assert largest_error(values, case.arrays["feat_backbone"]) <= tolerance
     suffix = "" if dtype == torch.float32 else "_f64"
     for ours, key in ((outputs.logits, "cls_logits"), (outputs.offsets, "reg_offsets")):
         valid = case.tensor("point_masks")

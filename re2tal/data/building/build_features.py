@@ -7,19 +7,15 @@ A stopped build goes on with the missing shards. A video without usable features
 
 from __future__ import annotations
 
-import hashlib
-import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from re2tal.data.building.build import REPORTS, BuiltSubset, finished, remove_leftovers
-from re2tal.data.building.shard_builder import shard_file
+from re2tal.data.building.shard_folder import BuiltSubset, PackedVideo, ShardFolder, ShardPlan, fingerprint
 from re2tal.data.contract.feature_manifest import (
-    FORMAT,
-    VERSION,
     FeatureManifest,
     FeatureReport,
     FeatureSpec,
@@ -27,12 +23,9 @@ from re2tal.data.contract.feature_manifest import (
     IndexedFeatures,
     SourceFile,
     StoredFeatures,
-    read_feature_manifest,
 )
-from re2tal.data.contract.features import SUFFIX, pack_features
-from re2tal.data.contract.manifest import INDEX_NAME, MANIFEST_NAME, Rejection, to_json
-from re2tal.data.contract.shards import Pair, write_tar
-from re2tal.strict_json import write_atomically
+from re2tal.data.contract.features import pack_features
+from re2tal.data.contract.manifest import Rejection, to_json
 from re2tal.structures import VideoRecord
 
 
@@ -79,85 +72,38 @@ class FeatureBuild:
 
         Raises ValueError where the folder holds features of other settings, and where no video can be used.
         """
-        (self.folder / REPORTS).mkdir(parents=True, exist_ok=True)
-        self._refuse_other_settings()
-        todo = [shard for shard in shards[self.part_index :: self.num_parts] if self._finished(shard) is None]
-        if todo:
-            (self.folder / MANIFEST_NAME).unlink(missing_ok=True)  # what it says no longer holds
-            results = compute([record for shard in todo for record in shard.records])
-            for shard in todo:
-                report = self._write(shard, results)
-                write_atomically(self.folder / REPORTS / f"{shard.name}.json", to_json(report))
-        reports = [self._finished(shard) for shard in shards]
-        done = [report for report in reports if report is not None]
-        if len(done) == len(shards):
-            self._finish(done)
-            remove_leftovers(self.folder, {shard.name for shard in shards})
-        return BuiltSubset(
-            folder=self.folder,
-            num_videos=sum(len(shard.records) for shard in shards),
-            num_shards=len(shards),
-            num_missing_shards=len(shards) - len(done),
-            rejected=tuple(rejection for report in done for rejection in report.rejected),
+        written = ShardFolder(
+            self.folder,
+            FeatureManifest,
+            FeatureReport,
+            IndexedFeatures,
+            settings={"dataset": self.dataset, "classes": self.classes, "features": self.spec},
+            describe=self._describe,
         )
 
-    def _refuse_other_settings(self) -> None:
-        path = self.folder / MANIFEST_NAME
-        if not path.is_file():
-            return
-        manifest = read_feature_manifest(path)
-        for name, theirs, ours in (
-            ("dataset", manifest.dataset, self.dataset),
-            ("classes", manifest.classes, self.classes),
-            ("features", to_json(manifest.features), to_json(self.spec)),
-        ):
-            if theirs != ours:
-                raise ValueError(
-                    f"{self.folder} was written with {name} {str(theirs)[:600]}, now it is {str(ours)[:600]}; "
-                    "give another --out, or delete that folder"
-                )
+        def write_shards(plans: Sequence[ShardPlan[VideoRecord]]) -> None:
+            results = compute([record for plan in plans for record in plan.records])
+            for plan in plans:
+                written.write(plan, (self._packed(record, next(results)) for record in plan.records))
 
-    def _finished(self, shard: FeatureShard) -> FeatureReport | None:
-        return finished(self.folder, shard.name, self._fingerprint(shard), kind=FeatureReport)
+        plans = [ShardPlan(shard.name, shard.records, self._fingerprint(shard)) for shard in shards]
+        return written.build(plans, write_shards, part_index=self.part_index, num_parts=self.num_parts)
 
     def _fingerprint(self, shard: FeatureShard) -> str:
-        parts = [str(VERSION), to_json(self.spec), *map(to_json, shard.records), *shard.sources]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+        version = str(FeatureManifest.VERSION)
+        return fingerprint(version, to_json(self.spec), *map(to_json, shard.records), *shard.sources)
 
-    def _write(self, shard: FeatureShard, results: Iterator[Computed | str]) -> FeatureReport:
-        stored: list[tuple[StoredFeatures, int]] = []
-        rejected: list[Rejection] = []
-
-        def pairs() -> Iterator[Pair]:
-            for record in shard.records:
-                computed = next(results)
-                try:
-                    if isinstance(computed, str):
-                        raise ValueError(computed)
-                    description, content = self._stored(record, computed)
-                except ValueError as error:
-                    rejected.append(Rejection(video_id=record.video_id, reason=str(error)))
-                else:
-                    stored.append((description, zlib.crc32(content)))
-                    yield Pair(record.video_id, to_json(description).encode(), content)
-
-        path = self.folder / shard.name
-        places = write_tar(path, pairs(), suffix=SUFFIX)
-        if not places:
-            path.unlink()
-        return FeatureReport(
-            fingerprint=self._fingerprint(shard),
-            file=shard_file(path, num_videos=len(places)) if places else None,
-            videos=tuple(
-                _indexed(one, crc32, shard.name, place) for (one, crc32), place in zip(stored, places, strict=True)
-            ),
-            rejected=tuple(rejected),
-        )
-
-    def _stored(self, record: VideoRecord, computed: Computed) -> tuple[StoredFeatures, bytes]:
+    def _packed(self, record: VideoRecord, computed: Computed | str) -> PackedVideo | Rejection:
+        if isinstance(computed, str):
+            return Rejection(record.video_id, computed)
         channels, num_steps = computed.values.shape
         if channels != self.spec.channels or num_steps == 0:
-            raise ValueError(f"has {channels} channels and {num_steps} steps; wanted {self.spec.channels} channels")
+            reason = f"has {channels} channels and {num_steps} steps; wanted {self.spec.channels} channels"
+            return Rejection(record.video_id, reason)
+        try:
+            content = pack_features(computed.values, dtype=self.spec.dtype)
+        except ValueError as error:
+            return Rejection(record.video_id, str(error))
         description = StoredFeatures(
             record=record,
             num_steps=num_steps,
@@ -165,44 +111,8 @@ class FeatureBuild:
             start_seconds=computed.start_seconds,
             source=computed.source,
         )
-        return description, pack_features(computed.values, dtype=self.spec.dtype)
+        return PackedVideo(description, content)
 
-    def _finish(self, reports: Sequence[FeatureReport]) -> None:
-        """Write the index, then the manifest; whoever finds all shards there may do it, and writes the same bytes."""
-        videos = [video for report in reports for video in report.videos]
-        files = tuple(report.file for report in reports if report.file is not None)
-        rejected = tuple(rejection for report in reports for rejection in report.rejected)
-        if not videos:
-            raise ValueError(f"none of the {len(rejected)} videos has usable features; the first: {rejected[0]}")
-        index = "".join(to_json(video) + "\n" for video in videos)
-        manifest = FeatureManifest(
-            format=FORMAT,
-            version=VERSION,
-            dataset=self.dataset,
-            subset=self.subset,
-            classes=self.classes,
-            features=self.spec,
-            totals=FeatureTotals(
-                videos=len(videos),
-                steps=sum(video.num_steps for video in videos),
-                num_bytes=sum(file.num_bytes for file in files),
-            ),
-            rejected=rejected,
-            index_sha256=hashlib.sha256(index.encode()).hexdigest(),
-            shards=files,
-        )
-        write_atomically(self.folder / INDEX_NAME, index)
-        write_atomically(self.folder / MANIFEST_NAME, to_json(manifest))
-
-
-def _indexed(stored: StoredFeatures, crc32: int, shard: str, place: tuple[int, int]) -> IndexedFeatures:
-    return IndexedFeatures(
-        record=stored.record,
-        shard=shard,
-        offset=place[0],
-        num_bytes=place[1],
-        num_steps=stored.num_steps,
-        seconds_per_step=stored.seconds_per_step,
-        start_seconds=stored.start_seconds,
-        crc32=crc32,
-    )
+    def _describe(self, videos: Sequence[IndexedFeatures], num_bytes: int) -> dict[str, Any]:
+        steps = sum(video.num_steps for video in videos)
+        return {"subset": self.subset, "totals": FeatureTotals(videos=len(videos), steps=steps, num_bytes=num_bytes)}

@@ -17,8 +17,6 @@ class DatasetSpec:
     """Facts about a data set."""
 
     title: str
-    training_subset: str
-    evaluation_subset: str
     encoding: Encoding
     """How its videos are stored unless the user says otherwise."""
     file_names: tuple[str, ...] = ("{id}", "v_{id}")
@@ -63,20 +61,14 @@ _THUMOS_CLASSES = (
 DATASETS: dict[str, DatasetSpec] = {
     "own": DatasetSpec(
         title="your own videos",
-        training_subset="training",
-        evaluation_subset="validation",
         encoding=Encoding(FramesPerSecond(15.0)),
     ),
     "demo": DatasetSpec(
         title="what `re2tal demo` writes",
-        training_subset="training",
-        evaluation_subset="validation",
         encoding=Encoding(FramesPerSecond(16.0), short_side=96),
     ),
     "activitynet": DatasetSpec(
         title="ActivityNet 1.3: 10,024 training and 4,926 validation videos, 200 classes",
-        training_subset="training",
-        evaluation_subset="validation",
         # 15 per second and a short side of 256 is what published end-to-end work trains on.
         encoding=Encoding(FramesPerSecond(15.0)),
         # Ids have 11 characters and the common packages put v_ before them.
@@ -86,9 +78,7 @@ DATASETS: dict[str, DatasetSpec] = {
     ),
     "thumos14": DatasetSpec(
         title="THUMOS14: 200 training (official validation) and 211 evaluation (official test) videos, 20 classes",
-        # The names that OpenTAD's annotation file gives them; ActionFormer's says "validation" and "test" instead.
-        training_subset="training",
-        evaluation_subset="validation",
+        # The subsets are "training" and "validation" in OpenTAD's file, "validation" and "test" in ActionFormer's.
         encoding=Encoding(FramesPerSecond(30.0)),
         file_names=("{id}",),
         classes=_THUMOS_CLASSES,

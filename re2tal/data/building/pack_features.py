@@ -7,7 +7,6 @@ resized           T steps are T equal stretches of the whole video
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ import torch
 
 from re2tal.data.building.annotations import duration_tolerance
 from re2tal.data.building.build_features import Computed, FeatureShard
+from re2tal.data.building.shard_folder import share_out
 from re2tal.data.contract.feature_manifest import SourceFile
 from re2tal.strict_json import sha256_of
 from re2tal.structures import VideoRecord
@@ -147,13 +147,9 @@ def plan_feature_shards(
     records: Sequence[VideoRecord], files: Mapping[str, Path], *, seed: int, videos_per_shard: int | None
 ) -> list[FeatureShard]:
     """Put records into shards in an order that depends on the seed alone; videos without a file keep their place."""
-    order = list(records)
-    random.Random(seed).shuffle(order)
-    size = videos_per_shard or min(256, max(4, -(-len(order) // 32)))
     shards = []
-    for number, start in enumerate(range(0, len(order), size)):
-        chosen = tuple(order[start : start + size])
+    for name, chosen in share_out(records, seed=seed, per_shard=videos_per_shard, most=256):
         found = (files.get(record.video_id) for record in chosen)
         sources = tuple(f"{path.name} {path.stat().st_size}" if path else "missing" for path in found)
-        shards.append(FeatureShard(f"shard-{number:06d}.tar", chosen, sources))
+        shards.append(FeatureShard(name, chosen, sources))
     return shards

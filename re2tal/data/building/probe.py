@@ -34,7 +34,6 @@ class VideoProbe:
     """Packets that are shown; decoding may give a few less."""
     duration_seconds: Fraction
     """From the first frame's appearance to the last one's end."""
-    mean_fps: float
     width: int
     """As shown: after rotation, with square pixels."""
     height: int
@@ -59,7 +58,6 @@ def probe_video(path: Path) -> VideoProbe:
         codec=codec,
         num_frames=num_frames,
         duration_seconds=duration,
-        mean_fps=float(num_frames / duration),
         width=width,
         height=height,
         rotation_degrees=frame.rotation % 360,

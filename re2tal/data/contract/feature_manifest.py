@@ -11,8 +11,7 @@ programs; how these files are read and checked is that of the video shards.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -24,13 +23,8 @@ from re2tal.data.contract.manifest import (
     ShardFile,
     ShardName,
     SubsetName,
-    from_json,
 )
-from re2tal.strict_json import read_json
 from re2tal.structures import VideoRecord
-
-FORMAT: Final = "re2tal-features"
-VERSION: Final = 1
 
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 StoredType = Literal["float16", "float32"]
@@ -39,6 +33,9 @@ StoredType = Literal["float16", "float32"]
 @dataclass(frozen=True, slots=True)
 class IndexedFeatures:
     """One video of a feature folder: what it shows, where its steps lie in time, and where its bytes are."""
+
+    SUFFIX: ClassVar = "safetensors"
+    """Of its content in the tar."""
 
     record: VideoRecord
     shard: ShardName
@@ -55,13 +52,13 @@ class IndexedFeatures:
     """zlib.crc32 of the safetensors member."""
 
     @property
-    def num_frames(self) -> int:
-        """Number of steps, to the code that cuts frames and steps alike."""
+    def num_samples(self) -> int:
+        """Number of steps."""
         return self.num_steps
 
     @property
-    def fps(self) -> float:
-        """Steps per second, to the same code."""
+    def samples_per_second(self) -> float:
+        """Steps per second."""
         return 1 / self.seconds_per_step
 
 
@@ -172,14 +169,18 @@ class FeatureTotals:
     num_bytes: Positive
 
     @property
-    def frames(self) -> int:
-        """Number of steps, to the code that counts frames and steps alike."""
+    def num_samples(self) -> int:
+        """Number of steps."""
         return self.steps
 
 
 @dataclass(frozen=True, slots=True)
 class FeatureManifest:
     """What a folder holds, and from what it was made."""
+
+    FORMAT: ClassVar = "re2tal-features"
+    VERSION: ClassVar = 1
+    MADE_BY: ClassVar = "re2tal features extract (or pack)"
 
     format: Literal["re2tal-features"]
     version: Literal[1]
@@ -191,18 +192,3 @@ class FeatureManifest:
     rejected: tuple[Rejection, ...]
     index_sha256: Sha256
     shards: tuple[ShardFile, ...]
-
-
-def read_feature_manifest(path: Path) -> FeatureManifest:
-    """The manifest in a file; ValueError names the file, the key and the value that does not fit."""
-    content = read_json(path)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(
-            f"{path} is not a manifest of {FORMAT}; give a folder that `re2tal features extract` or `pack` wrote"
-        )
-    if content.get("version") != VERSION:
-        raise ValueError(
-            f"{path} has version {content.get('version')!r}, this program reads {VERSION}; "
-            "extract the features again with this program, or install the program that wrote them"
-        )
-    return from_json(FeatureManifest, path.read_bytes(), source=str(path))

@@ -5,8 +5,6 @@
 
 from __future__ import annotations
 
-import zlib
-
 import numpy as np
 import torch
 from safetensors import SafetensorError
@@ -14,11 +12,10 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from re2tal.data.contract.feature_manifest import IndexedFeatures, StoredType
-from re2tal.data.contract.members import read_pair
+from re2tal.data.contract.members import read_content
 from re2tal.data.contract.shards import FeatureSet
 from re2tal.data.streaming.decode import DecodeError
 
-SUFFIX = "safetensors"
 DTYPES: dict[StoredType, torch.dtype] = {"float16": torch.float16, "float32": torch.float32}
 
 
@@ -58,18 +55,12 @@ def read_features(features: FeatureSet, video: IndexedFeatures) -> Tensor:
     Raises:
         DecodeError: if they are not what the index and the manifest describe.
     """
-    path, name = features.path(video.shard), f"{video.record.video_id}.{SUFFIX}"
     spec = features.manifest.features
-    try:
-        _, content = read_pair(path, video, suffix=SUFFIX)
-    except ValueError as error:
-        raise DecodeError(f"{path} is damaged at byte {video.offset}: {error}") from None
-    if zlib.crc32(content) != video.crc32:
-        raise DecodeError(f"{path}: the checksum of {name} is not the one in the index; the file was changed")
+    content = read_content(features, video)
     try:
         values = unpack_features(content, channels=spec.channels, num_steps=video.num_steps, dtype=spec.dtype)
     except ValueError as error:
-        raise DecodeError(f"{path}: {name} {error}") from None
+        raise DecodeError(f"{features.path(video.shard)}: {video.record.video_id}.{video.SUFFIX} {error}") from None
     return values.float()
 
 

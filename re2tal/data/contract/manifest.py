@@ -11,15 +11,13 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from re2tal.strict_json import read_json
 from re2tal.structures import VideoRecord
 
-FORMAT: Final = "re2tal-shards"
-VERSION: Final = 1
 INDEX_NAME = "index.jsonl"
 MANIFEST_NAME = "manifest.json"
 VIDEO_ID = re.compile(r"[A-Za-z0-9_-]{1,80}")
@@ -44,6 +42,9 @@ class IndexedVideo:
     shards/README.md gives, and its actions may end that much after the last frame.
     """
 
+    SUFFIX: ClassVar = "mp4"
+    """Of its content in the tar."""
+
     record: VideoRecord
     shard: ShardName
     """File name of the tar in the folder."""
@@ -57,6 +58,16 @@ class IndexedVideo:
     height: Positive
     crc32: Annotated[int, Field(ge=0, lt=2**32)]
     """zlib.crc32 of the mp4 member."""
+
+    @property
+    def num_samples(self) -> int:
+        """Number of frames."""
+        return self.num_frames
+
+    @property
+    def samples_per_second(self) -> float:
+        """Frames per second."""
+        return self.fps
 
     @property
     def start_seconds(self) -> float:
@@ -162,10 +173,19 @@ class Totals:
     seconds: Annotated[float, Field(gt=0)]
     num_bytes: Positive
 
+    @property
+    def num_samples(self) -> int:
+        """Number of frames."""
+        return self.frames
+
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
     """What a folder holds, and from what it was made."""
+
+    FORMAT: ClassVar = "re2tal-shards"
+    VERSION: ClassVar = 1
+    MADE_BY: ClassVar = "re2tal shards build"
 
     format: Literal["re2tal-shards"]
     version: Literal[1]
@@ -199,17 +219,28 @@ def from_json(kind: type[T], text: bytes, *, source: str) -> T:
         ) from None
 
 
-def read_manifest(path: Path) -> Manifest:
+class AnyManifest(Protocol):
+    """What a manifest of either kind says of itself."""
+
+    FORMAT: ClassVar[str]
+    VERSION: ClassVar[int]
+    MADE_BY: ClassVar[str]
+
+
+M = TypeVar("M", bound=AnyManifest)
+
+
+def read_manifest(path: Path, kind: type[M]) -> M:
     """The manifest in a file; ValueError names the file, the key and the value that does not fit."""
     content = read_json(path)
-    if not isinstance(content, dict) or content.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a manifest of {FORMAT}; give a folder that `re2tal shards build` wrote")
-    if content.get("version") != VERSION:
+    if not isinstance(content, dict) or content.get("format") != kind.FORMAT:
+        raise ValueError(f"{path} is not a manifest of {kind.FORMAT}; give a folder that `{kind.MADE_BY}` wrote")
+    if content.get("version") != kind.VERSION:
         raise ValueError(
-            f"{path} has version {content.get('version')!r}, this program reads {VERSION}; "
-            "build the shards again with this program, or install the program that wrote them"
+            f"{path} has version {content.get('version')!r}, this program reads {kind.VERSION}; make the folder "
+            f"again with `{kind.MADE_BY}`, or install the program that wrote it"
         )
-    return from_json(Manifest, path.read_bytes(), source=str(path))
+    return from_json(kind, path.read_bytes(), source=str(path))
 
 
 _ADAPTERS: dict[type, TypeAdapter[Any]] = {}

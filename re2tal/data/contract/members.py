@@ -3,24 +3,44 @@
 from __future__ import annotations
 
 import tarfile
+import zlib
 from pathlib import Path
 
 from re2tal.data.contract.feature_manifest import IndexedFeatures
 from re2tal.data.contract.manifest import IndexedVideo
+from re2tal.data.contract.shards import FeatureSet, ShardSet
+from re2tal.data.streaming.decode import DecodeError
 
 _BLOCK = 512
 
 
-def read_pair(path: Path, video: IndexedVideo | IndexedFeatures, *, suffix: str = "mp4") -> tuple[bytes, bytes]:
+def read_pair(path: Path, video: IndexedVideo | IndexedFeatures) -> tuple[bytes, bytes]:
     """The json and the other member of a video; ValueError where other members are there."""
     with path.open("rb") as file:
         file.seek(video.offset)
         stretch = file.read(video.num_bytes)
     description, rest = _member(stretch, f"{video.record.video_id}.json")
-    content, rest = _member(rest, f"{video.record.video_id}.{suffix}")
+    content, rest = _member(rest, f"{video.record.video_id}.{video.SUFFIX}")
     if rest:
         raise ValueError(f"{len(rest)} bytes lie between this video and the next")
     return description, content
+
+
+def read_content(shards: ShardSet | FeatureSet, video: IndexedVideo | IndexedFeatures) -> bytes:
+    """A video's content out of its shard, checked against the index.
+
+    Raises:
+        DecodeError: if it is not what the index describes.
+    """
+    path = shards.path(video.shard)
+    try:
+        _, content = read_pair(path, video)
+    except ValueError as error:
+        raise DecodeError(f"{path} is damaged at byte {video.offset}: {error}") from None
+    if zlib.crc32(content) != video.crc32:
+        name = f"{video.record.video_id}.{video.SUFFIX}"
+        raise DecodeError(f"{path}: the checksum of {name} is not the one in the index; the file was changed")
+    return content
 
 
 def _member(stretch: bytes, name: str) -> tuple[bytes, bytes]:

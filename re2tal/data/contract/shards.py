@@ -23,8 +23,7 @@ from typing import Any, Generic, Self, TypeVar
 
 from webdataset.writer import TarWriter
 
-from re2tal.data.contract import feature_manifest
-from re2tal.data.contract.feature_manifest import FeatureManifest, IndexedFeatures, read_feature_manifest
+from re2tal.data.contract.feature_manifest import FeatureManifest, IndexedFeatures
 from re2tal.data.contract.manifest import (
     INDEX_NAME,
     MANIFEST_NAME,
@@ -100,9 +99,9 @@ def open_any(folder: Path | str) -> ShardSet | FeatureSet:
     root = Path(folder)
     _check_is_shard_folder(root)
     content = read_json(root / MANIFEST_NAME)
-    if isinstance(content, dict) and content.get("format") == feature_manifest.FORMAT:
-        return FeatureSet(**_read(root, read_feature_manifest(root / MANIFEST_NAME), IndexedFeatures))
-    return ShardSet(**_read(root, read_manifest(root / MANIFEST_NAME), IndexedVideo))
+    if isinstance(content, dict) and content.get("format") == FeatureManifest.FORMAT:
+        return FeatureSet(**_read(root, read_manifest(root / MANIFEST_NAME, FeatureManifest), IndexedFeatures))
+    return ShardSet(**_read(root, read_manifest(root / MANIFEST_NAME, Manifest), IndexedVideo))
 
 
 def _read(root: Path, manifest: AnyManifest, kind: type[Entry]) -> dict[str, Any]:
@@ -201,11 +200,11 @@ def _check_index(
             f"{index_path} lists {len(videos)} videos in {len(counts)} shards, {MANIFEST_NAME} "
             f"{manifest.totals.videos} in {len(manifest.shards)}; {_rebuild(root, manifest)}"
         )
-    frames, totals = sum(video.num_frames for video in videos), manifest.totals
-    if (len(videos), frames) != (totals.videos, totals.frames):
+    samples, totals = sum(video.num_samples for video in videos), manifest.totals
+    if (len(videos), samples) != (totals.videos, totals.num_samples):
         raise ValueError(
-            f"{index_path} holds {len(videos)} videos of {frames} frames, {MANIFEST_NAME} says {totals.videos} of "
-            f"{totals.frames}; {_rebuild(root, manifest)}"
+            f"{index_path} holds {len(videos)} videos of {samples} samples, {MANIFEST_NAME} says {totals.videos} of "
+            f"{totals.num_samples}; {_rebuild(root, manifest)}"
         )
     seen: set[str] = set()
     for video in videos:
@@ -227,7 +226,7 @@ def _problem(video: IndexedVideo | IndexedFeatures, manifest: Manifest | Feature
     if video.offset + video.num_bytes > shard_bytes:
         return f"lies past the end of {video.shard}"
     seconds = [t for action in record.actions for t in (action.start_seconds, action.end_seconds)]
-    if not all(map(math.isfinite, (video.fps, record.duration_seconds, *seconds))):
+    if not all(map(math.isfinite, (video.samples_per_second, record.duration_seconds, *seconds))):
         return "has a time that is not finite"
     unknown = {action.label for action in record.actions} - set(manifest.classes)
     return f"has labels {sorted(unknown)} that are not among the classes of {MANIFEST_NAME}" if unknown else ""

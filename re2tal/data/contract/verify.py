@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from re2tal.data.contract.feature_manifest import FeatureSpec, IndexedFeatures, StoredFeatures
-from re2tal.data.contract.features import SUFFIX, unpack_features
+from re2tal.data.contract.features import unpack_features
 from re2tal.data.contract.manifest import IndexedVideo, StoredVideo, from_json
 from re2tal.data.contract.members import read_pair
 from re2tal.data.contract.shards import FeatureSet, ShardSet
@@ -48,7 +48,7 @@ def check_video(path: Path, video: IndexedVideo) -> None:
 
 def check_features(path: Path, video: IndexedFeatures, spec: FeatureSpec) -> None:
     """Compare one video's features and their description with its index entry; ValueError says how they differ."""
-    description, content = read_pair(path, video, suffix=SUFFIX)
+    description, content = read_pair(path, video)
     if (crc32 := zlib.crc32(content)) != video.crc32:
         raise ValueError(f"crc32 of the features is {crc32}, the index says {video.crc32}")
     stored = from_json(StoredFeatures, description, source=f"{video.record.video_id}.json")

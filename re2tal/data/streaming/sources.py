@@ -6,23 +6,19 @@ clip is the same whoever reads it.
 
 from __future__ import annotations
 
-import tarfile
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from io import BytesIO
 from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from webdataset.tariterators import tar_file_iterator
 
 from re2tal.data.contract.features import interpolate, read_features
-from re2tal.data.contract.manifest import IndexedVideo
+from re2tal.data.contract.members import read_content
 from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.data.streaming.collate import Clip, collate, collate_features
-from re2tal.data.streaming.decode import DecodeError, decode_frames
+from re2tal.data.streaming.decode import decode_frames
 from re2tal.data.streaming.transforms import Box, crop_and_resize, draw_box, square_box
 from re2tal.data.streaming.windows import Slide, Window, Windowing
 from re2tal.structures import Batch
@@ -63,7 +59,7 @@ class Pictures:
 
     def read(self, number: int, window: Window, generator: np.random.Generator) -> Tensor:
         """Decoded, and cut by one box and one mirror bit for all frames."""
-        mp4 = read_mp4(self.folder, self.folder.videos[number])
+        mp4 = read_content(self.folder, self.folder.videos[number])
         content = self.blank(window)
         frames = decode_frames(mp4, window.indices[: window.num_valid])
         content[:, : window.num_valid] = self._shape(frames, generator, place=window.crop)
@@ -99,11 +95,11 @@ class Steps:
 
     def _check_rate(self, rate: float) -> None:
         for video in self.folder.videos:
-            if abs(video.fps - rate) > 1e-3 * rate:
+            if abs(video.samples_per_second - rate) > 1e-3 * rate:
                 raise ValueError(
                     f"data.clips.windowing.frames_per_second is {rate:g}, but the features of {video.record.video_id} "
-                    f"in {self.folder.root} come at {video.fps:g} steps per second; give that, or null (None on the "
-                    "command line) for the rate of each video"
+                    f"in {self.folder.root} come at {video.samples_per_second:g} steps per second; give that, or null "
+                    "(None on the command line) for the rate of each video"
                 )
 
     def blank(self, window: Window) -> Tensor:
@@ -120,27 +116,3 @@ class Steps:
     def collate(self, clips: Sequence[Clip]) -> Batch:
         """A FeatureBatch."""
         return collate_features(clips)
-
-
-def read_mp4(shards: ShardSet, video: IndexedVideo) -> bytes:
-    """A video's file out of its shard: two members read at its offset, checked against the index.
-
-    Raises:
-        DecodeError: if they are not the two members that the index describes.
-    """
-    video_id = video.record.video_id
-    path = shards.path(video.shard)
-    with path.open("rb") as file:
-        file.seek(video.offset)
-        stretch = file.read(video.num_bytes)
-    try:
-        members = {member["fname"]: member["data"] for member in tar_file_iterator(BytesIO(stretch))}
-    except tarfile.TarError as error:
-        raise DecodeError(f"{path} is damaged at byte {video.offset}: {error}") from None
-    wanted = [f"{video_id}.json", f"{video_id}.mp4"]
-    if sorted(members) != wanted:
-        raise DecodeError(f"{path} holds {sorted(members)[:4]} at byte {video.offset}, not {' and '.join(wanted)}")
-    mp4 = members[f"{video_id}.mp4"]
-    if zlib.crc32(mp4) != video.crc32:
-        raise DecodeError(f"{path}: the checksum of {video_id}.mp4 is not the one in the index; the file was changed")
-    return mp4

@@ -89,23 +89,26 @@ Windowing = ResizeWhole | Slide | Trimmed
 
 
 class Stored(Protocol):
-    """A video as it is stored: frame i is the stretch of time from start_seconds + i / fps on, 1 / fps long."""
+    """A video as it is stored: frames, or steps of features, at equal distances.
+
+    Sample i is the stretch of time from start_seconds + i / samples_per_second on, 1 / samples_per_second long.
+    """
 
     @property
     def record(self) -> VideoRecord:
         """What its annotations say."""
 
     @property
-    def num_frames(self) -> int:
-        """How many frames are stored."""
+    def num_samples(self) -> int:
+        """How many samples are stored."""
 
     @property
-    def fps(self) -> float:
+    def samples_per_second(self) -> float:
         """How many of them make a second."""
 
     @property
     def start_seconds(self) -> float:
-        """Where frame 0 begins."""
+        """Where sample 0 begins."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -203,25 +206,25 @@ def _truncate(video: Stored, windowing: Slide, *, generator: np.random.Generator
 
 
 def _whole(video: Stored, num_frames: int, actions: Sequence[Action]) -> Window:
-    stride = video.num_frames / num_frames
+    stride = video.num_samples / num_frames
     return Window(
         window_id=0,
         # Centres of equal stretches. A range with a fractional step would give one too many for some lengths.
         positions=_inside(video, (np.arange(num_frames) + 0.5) * stride - 0.5),
         num_valid=num_frames,
-        timeline=Timeline(video.start_seconds, stride / video.fps, video.record.duration_seconds),
+        timeline=Timeline(video.start_seconds, stride / video.samples_per_second, video.record.duration_seconds),
         actions=tuple(actions),
     )
 
 
 def _cut(video: Stored, windowing: Slide, *, window_id: int, start: int, count: int) -> Window:
     """`count` samples from number `start` on, padded to the window's length."""
-    rate = windowing.frames_per_second or video.fps
+    rate = windowing.frames_per_second or video.samples_per_second
     samples = start + np.minimum(np.arange(windowing.num_frames), count - 1)
     start_seconds, end_seconds = (video.start_seconds + sample / rate for sample in (start, start + count))
     return Window(
         window_id=window_id,
-        positions=_inside(video, samples * (video.fps / rate)),
+        positions=_inside(video, samples * (video.samples_per_second / rate)),
         num_valid=count,
         timeline=Timeline(start_seconds, 1 / rate, video.record.duration_seconds),
         actions=_actions_inside(video.record.actions, start_seconds, end_seconds, kept_share=windowing.kept_share),
@@ -234,7 +237,7 @@ def _loop(video: Stored, windowing: Trimmed, *, window_id: int, start: int, crop
     samples = (start + np.arange(windowing.num_frames)) % _num_samples(video, windowing)
     return Window(
         window_id=window_id,
-        positions=_inside(video, samples * (video.fps / windowing.frames_per_second)),
+        positions=_inside(video, samples * (video.samples_per_second / windowing.frames_per_second)),
         num_valid=windowing.num_frames,
         timeline=Timeline(start * seconds_per_frame, seconds_per_frame, video.record.duration_seconds),
         actions=video.record.actions,
@@ -275,18 +278,19 @@ def _starts(total: int, windowing: Slide, *, multiple: int = 1) -> list[int]:
 
 def _num_samples(video: Stored, windowing: Slide | Trimmed) -> int:
     """How many frames a video has at the window's rate."""
-    rate = windowing.frames_per_second or video.fps
+    rate = windowing.frames_per_second or video.samples_per_second
     # Rates written with three digits, 29.97 for 30000/1001, are the same rate.
-    if rate > video.fps * 1.001:
+    if rate > video.samples_per_second * 1.001:
         raise ValueError(
             f"data.clips.windowing.frames_per_second is {rate}, but {video.record.video_id} "
-            f"is stored at {video.fps:g} frames per second; lower it, or build the shards at a higher rate"
+            f"is stored at {video.samples_per_second:g} frames per second; lower it, or build the shards at a higher "
+            "rate"
         )
-    return int((video.num_frames - 1) / video.fps * rate + 1e-6) + 1
+    return int((video.num_samples - 1) / video.samples_per_second * rate + 1e-6) + 1
 
 
 def _inside(video: Stored, positions: np.ndarray) -> np.ndarray:
-    return np.clip(positions, 0, video.num_frames - 1)
+    return np.clip(positions, 0, video.num_samples - 1)
 
 
 def _check_count(name: str, value: int) -> None:

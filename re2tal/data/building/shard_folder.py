@@ -1,0 +1,245 @@
+"""A shard folder, written shard by shard: the same for videos and for features.
+
+    plans -> shards that are missing -> tar, report of each -> when the last is there: index.jsonl, then manifest.json
+
+Parts of one folder may be built by several machines. A stopped build goes on with the shards that are missing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+from re2tal.data.building.clips import TrimmedClip
+from re2tal.data.contract.feature_manifest import FeatureManifest, FeatureReport, IndexedFeatures, StoredFeatures
+from re2tal.data.contract.manifest import (
+    INDEX_NAME,
+    MANIFEST_NAME,
+    IndexedVideo,
+    Manifest,
+    Rejection,
+    ShardFile,
+    ShardReport,
+    StoredVideo,
+    from_json,
+    read_manifest,
+    to_json,
+)
+from re2tal.data.contract.shards import Pair, write_tar
+from re2tal.strict_json import sha256_of, write_atomically
+from re2tal.structures import VideoRecord
+
+REPORTS = ".reports"
+"""Folder of the shard reports inside a shard folder."""
+
+Listed = VideoRecord | TrimmedClip
+"""A video that is to be packed: with actions in it, or one that is a single action, whose length is not known yet."""
+
+Record = TypeVar("Record", bound=Listed)
+AnyManifest = TypeVar("AnyManifest", Manifest, FeatureManifest)
+Report = TypeVar("Report", ShardReport, FeatureReport)
+Entry = TypeVar("Entry", IndexedVideo, IndexedFeatures)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardPlan(Generic[Record]):
+    """The videos that go into one shard."""
+
+    name: str
+    records: tuple[Record, ...]
+    fingerprint: str
+    """Of all that the shard is made from."""
+    sources: Mapping[str, Path] = field(default_factory=dict)
+    """Files of those records that have one."""
+
+
+@dataclass(frozen=True, slots=True)
+class PackedVideo:
+    """One video as it goes into its tar."""
+
+    description: StoredVideo | StoredFeatures
+    content: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltSubset:
+    """What a run left behind."""
+
+    folder: Path
+    num_videos: int
+    """Videos that the annotation file lists and that are not blocked."""
+    num_shards: int
+    num_missing_shards: int
+    """Shards that other parts have still to build."""
+    rejected: tuple[Rejection, ...]
+    """Known so far."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the folder has its manifest and can be opened."""
+        return self.num_missing_shards == 0
+
+    @property
+    def rejected_share(self) -> float:
+        """Share of the videos that could not be used."""
+        return len(self.rejected) / self.num_videos
+
+
+@dataclass(frozen=True, slots=True)
+class ShardFolder(Generic[AnyManifest, Report, Entry]):
+    """Where shards of one kind are written: what the kind's JSON files are, and what all shards have in common."""
+
+    root: Path
+    manifest: type[AnyManifest]
+    report: type[Report]
+    entry: type[Entry]
+    settings: Mapping[str, Any]
+    """Fields of the manifest that a folder may not change; the others are counted, or added by `finish`."""
+    describe: Callable[[Sequence[Entry], int], Mapping[str, Any]]
+    """Videos, bytes of all tars -> the other fields of the manifest that differ from kind to kind."""
+
+    def build(
+        self,
+        plans: Sequence[ShardPlan[Record]],
+        write_shards: Callable[[Sequence[ShardPlan[Record]]], None],
+        *,
+        part_index: int = 0,
+        num_parts: int = 1,
+    ) -> BuiltSubset:
+        """Have the missing shards of a part written; the run that finds all of them there writes the manifest.
+
+        `write_shards` calls `write` for each plan it is given. Raises ValueError where the folder holds shards of other
+        settings, and where no video can be used.
+        """
+        (self.root / REPORTS).mkdir(parents=True, exist_ok=True)
+        self._refuse_other_settings()
+        todo = [plan for plan in plans[part_index::num_parts] if self._finished(plan) is None]
+        if todo:
+            (self.root / MANIFEST_NAME).unlink(missing_ok=True)  # what it says no longer holds
+            write_shards(todo)
+        done = [report for plan in plans if (report := self._finished(plan)) is not None]
+        if len(done) == len(plans):
+            self._finish(done)
+            self._remove_leftovers({plan.name for plan in plans})
+        return BuiltSubset(
+            folder=self.root,
+            num_videos=sum(len(plan.records) for plan in plans),
+            num_shards=len(plans),
+            num_missing_shards=len(plans) - len(done),
+            rejected=tuple(rejection for report in done for rejection in report.rejected),
+        )
+
+    def write(self, plan: ShardPlan[Record], results: Iterable[PackedVideo | Rejection]) -> None:
+        """Write a shard's tar, unless no video of it can be used, and its report."""
+        stored: list[dict[str, Any]] = []
+        rejected: list[Rejection] = []
+
+        def pairs() -> Iterator[Pair]:
+            for result in results:
+                if isinstance(result, Rejection):
+                    rejected.append(result)
+                    continue
+                description = result.description
+                kept = {one.name: getattr(description, one.name) for one in fields(description) if one.name != "source"}
+                stored.append({**kept, "shard": plan.name, "crc32": zlib.crc32(result.content)})
+                yield Pair(description.record.video_id, to_json(description).encode(), result.content)
+
+        path = self.root / plan.name
+        places = write_tar(path, pairs(), suffix=self.entry.SUFFIX)
+        if not places:
+            path.unlink()
+        videos: Any = tuple(  # of the entries that this report holds
+            self.entry(**one, offset=offset, num_bytes=num_bytes)
+            for one, (offset, num_bytes) in zip(stored, places, strict=True)
+        )
+        report = self.report(
+            fingerprint=plan.fingerprint,
+            file=ShardFile(path.name, path.stat().st_size, sha256_of(path), len(places)) if places else None,
+            videos=videos,
+            rejected=tuple(rejected),
+        )
+        write_atomically(self.root / REPORTS / f"{plan.name}.json", to_json(report))
+
+    def _refuse_other_settings(self) -> None:
+        path = self.root / MANIFEST_NAME
+        if not path.is_file():
+            return
+        manifest = read_manifest(path, self.manifest)
+        for name, value in self.settings.items():
+            theirs, ours = _shown(getattr(manifest, name)), _shown(value)
+            if theirs != ours:
+                raise ValueError(
+                    f"{self.root} was built with {name} {theirs[:600]}, now it is {ours[:600]}; "
+                    "give another --out, or delete that folder"
+                )
+
+    def _finished(self, plan: ShardPlan[Record]) -> Report | None:
+        """The report of a shard that is there and was made from what its plan says."""
+        path = self.root / REPORTS / f"{plan.name}.json"
+        if not path.is_file():
+            return None
+        report = from_json(self.report, path.read_bytes(), source=str(path))
+        if report.fingerprint != plan.fingerprint:
+            return None
+        tar = self.root / plan.name
+        if report.file is not None and not (tar.is_file() and tar.stat().st_size == report.file.num_bytes):
+            return None
+        return report
+
+    def _finish(self, reports: Sequence[Report]) -> None:
+        """Write the index, then the manifest; whoever finds all shards there may do it, and writes the same bytes."""
+        videos: list[Any] = [video for report in reports for video in report.videos]
+        files = tuple(report.file for report in reports if report.file is not None)
+        rejected = tuple(rejection for report in reports for rejection in report.rejected)
+        if not videos:
+            first = rejected[0]
+            raise ValueError(
+                f"none of the {len(rejected)} videos can be used; the first, {first.video_id}: {first.reason}"
+            )
+        index = "".join(to_json(video) + "\n" for video in videos)
+        head: dict[str, Any] = {"format": self.manifest.FORMAT, "version": self.manifest.VERSION}
+        manifest = self.manifest(
+            **head,
+            rejected=rejected,
+            index_sha256=hashlib.sha256(index.encode()).hexdigest(),
+            shards=files,
+            **self.settings,
+            **self.describe(videos, sum(file.num_bytes for file in files)),
+        )
+        write_atomically(self.root / INDEX_NAME, index)
+        write_atomically(self.root / MANIFEST_NAME, to_json(manifest))
+
+    def _remove_leftovers(self, names: set[str]) -> None:
+        """Remove what killed builds and builds of other file sets left in a folder that is complete."""
+        for path in [*self.root.glob("shard-*.tar"), *self.root.glob(".shard-*.tmp")]:
+            if path.name not in names:
+                path.unlink(missing_ok=True)
+        for path in (self.root / REPORTS).glob("*.json"):
+            if path.name.removesuffix(".json") not in names:
+                path.unlink(missing_ok=True)
+
+
+def share_out(
+    records: Sequence[Record], *, seed: int, per_shard: int | None, most: int
+) -> list[tuple[str, tuple[Record, ...]]]:
+    """(name, videos) of shards, in an order that depends on the seed alone: `per_shard` to a shard, or as many as give
+    32 shards or more, from 4 to `most`."""
+    order = list(records)
+    random.Random(seed).shuffle(order)
+    size = per_shard or min(most, max(4, -(-len(order) // 32)))
+    starts = range(0, len(order), size)
+    return [(f"shard-{number:06d}.tar", tuple(order[start : start + size])) for number, start in enumerate(starts)]
+
+
+def fingerprint(*parts: str) -> str:
+    """One name for all that a shard is made from."""
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def _shown(value: object) -> str:
+    return to_json(value) if is_dataclass(value) else str(value)
