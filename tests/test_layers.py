@@ -19,13 +19,14 @@ from re2tal.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1] / "re2tal"
 
-LEAVES = ("structures", "strict_json", "tables")
+LEAVES = ("structures", "strict_json", "tables", "options")
 """What every package may import, and which import nothing of ours."""
 
 BELOW: dict[str, tuple[str, ...]] = {
     "structures": (),
     "strict_json": (),
     "tables": (),
+    "options": (),
     "distributed": (),
     "reversible": (),
     "rewire": ("reversible",),
