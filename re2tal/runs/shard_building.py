@@ -12,11 +12,11 @@ from typing import Literal
 from tqdm import tqdm
 
 from re2tal.data.building.annotations import Annotations, read_annotations, read_class_list, read_video_ids
-from re2tal.data.building.build import BuildConfig, BuiltSubset, build_shards, find_videos
+from re2tal.data.building.build import BuildConfig, build_shards, find_videos
 from re2tal.data.building.catalog import DatasetSpec, find_dataset
 from re2tal.data.building.clips import ClipList, read_clips
 from re2tal.data.building.probe import probe_video
-from re2tal.data.building.shard_builder import Listed
+from re2tal.data.building.shard_folder import BuiltSubset, Listed
 from re2tal.data.contract.feature_manifest import (
     Extracted,
     FeatureManifest,
