@@ -22,8 +22,8 @@ from re2tal.localizers.base import Localizer
 from re2tal.localizers.candidates import Candidates, best_of_clip, best_of_each_level
 from re2tal.localizers.class_map import ClassMap
 from re2tal.localizers.losses import RunningCount, diou_loss, sigmoid_focal_loss
+from re2tal.localizers.masked import ChannelNorm, MaskedConv
 from re2tal.localizers.pyramid.heads import Head, RegressionHead
-from re2tal.localizers.pyramid.masked import ChannelNorm, MaskedConv
 from re2tal.localizers.pyramid.points import assign_targets, decode, pyramid_points
 from re2tal.localizers.pyramid.step_supervision import step_loss, step_targets
 from re2tal.localizers.pyramid.transformer import Encoder, TransformerBlock

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from re2tal.localizers.pyramid.masked import MaskedConv
+from re2tal.localizers.masked import MaskedConv
 from re2tal.structures import Pyramid
 
 

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from re2tal.localizers.pyramid.masked import AffineDropPath, ChannelNorm, MaskedConv, blank
+from re2tal.localizers.masked import AffineDropPath, ChannelNorm, MaskedConv, blank
 from re2tal.structures import Pyramid
 
 

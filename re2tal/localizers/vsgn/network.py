@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from re2tal.localizers.pyramid.masked import blank
+from re2tal.localizers.masked import blank
 from re2tal.structures import Pyramid
 
 
