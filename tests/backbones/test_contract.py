@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from re2tal.backbones import BACKBONES, BackboneConfig, build_backbone
@@ -199,13 +201,51 @@ def test_unknown_backbone_is_refused_with_the_known_ones() -> None:
         build_backbone(dataclasses.replace(BackboneConfig(), name="swin4d"))
 
 
-def test_backbone_file_with_weights_is_loaded_before_it_is_rewired(tmp_path) -> None:
-    from safetensors.torch import save_file
-
-    source = build("swin3d_nano", rewired=False)
+def assert_weights_are_loaded(name: str, folder: Path, *, rewired: bool) -> None:
+    """A file of the network's own names, with values that no initialisation gives."""
+    source = build(name, rewired=False)
     with torch.no_grad():
         for parameter in source.parameters():
             parameter.add_(0.5)
-    save_file(source.state_dict(), tmp_path / "weights.safetensors")
-    rewired = build("swin3d_nano", weights=str(tmp_path / "weights.safetensors"))
-    assert all(torch.equal(value, source.state_dict()[key]) for key, value in rewired.state_dict().items())
+    save_file(source.state_dict(), folder / "weights.safetensors")
+    loaded = build(name, rewired=rewired, weights=str(folder / "weights.safetensors"))
+    for key, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, source.get_parameter(key)), key
+
+
+def drop_path_is_heeded(name: str) -> bool:
+    """Whether training gives other features with it than without, from the same weights and the same draws."""
+    found = []
+    for rate in (0.0, 0.9):
+        backbone = build(name, drop_path=rate, rewired=False)
+        frames, mask = clip(backbone)
+        freeze_norms(backbone.train())  # statistics of batches are not what is asked for
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(2)
+            found.append(backbone(frames, mask).values)
+    return not torch.equal(*found)
+
+
+@every_backbone
+@both_forms
+def test_weights_are_loaded_and_before_the_network_is_rewired(name: str, rewired: bool, tmp_path: Path) -> None:
+    assert_weights_are_loaded(name, tmp_path, rewired=rewired)
+
+
+@every_backbone
+def test_drop_path_is_heeded_or_refused(name: str) -> None:
+    try:
+        heeded = drop_path_is_heeded(name)
+    except ValueError as error:
+        heeded = "drop_path" in str(error)
+    assert heeded
+
+
+def test_the_contract_catches_a_row_that_ignores_weights_or_drop_path(monkeypatch, tmp_path) -> None:
+    nano = BACKBONES["swin3d_nano"]
+    monkeypatch.setitem(
+        BACKBONES, "swin3d_nano", lambda config: nano(dataclasses.replace(config, weights=None, drop_path=0.0))
+    )
+    assert not drop_path_is_heeded("swin3d_nano")
+    with pytest.raises(AssertionError, match="patch_embed"):
+        assert_weights_are_loaded("swin3d_nano", tmp_path, rewired=False)

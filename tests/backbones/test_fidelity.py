@@ -16,6 +16,7 @@ from torch import Tensor
 from re2tal.backbones import BACKBONES, BackboneConfig, build_backbone
 from re2tal.backbones.base import VideoBackbone
 from re2tal.backbones.hub.tiling import ClipwiseBackbone
+from re2tal.backbones.swin3d.network import SwinBlock
 from re2tal.rewire import set_beta
 
 FAMILIES = sorted({build: name for name, build in reversed(BACKBONES.items())}.values())
@@ -64,6 +65,15 @@ def test_beta_0_is_the_network_before_rewiring(name: str, merge: str) -> None:
     for unit in {"block", unit_of(name)}:
         start = features(build(name, unit=unit, merge=merge, beta=0.0))
         assert relative_difference(start, plain) < 1e-6
+
+
+@torch.no_grad()
+def test_beta_0_shows_a_registered_branch_that_is_the_whole_block(monkeypatch) -> None:
+    """x + F(x) registered in the place of F(x): the shapes fit, and nothing else would tell."""
+    plain = features(build("swin3d_nano", rewired=False))
+    mlp_branch = SwinBlock.mlp_branch
+    monkeypatch.setattr(SwinBlock, "mlp_branch", lambda block, x: x + mlp_branch(block, x))
+    assert relative_difference(features(build("swin3d_nano", beta=0.0)), plain) > 1e-3
 
 
 @every_family
