@@ -117,7 +117,7 @@ class Trainer:
         decay = config.average_decay
         self.average = None if decay is None else WeightAverage(engine, decay=decay)
         self.progress = Progress()
-        self.non_finite_in_a_row = 0
+        self.non_finite_in_a_row = self.overflows_in_a_row = 0
 
     def resume(self) -> bool:
         """Every rank calls this: continues from the newest sound checkpoint; False where there is none."""
@@ -174,14 +174,17 @@ class Trainer:
             self.engine.step()
             parts.append({name: loss.detach().float() for name, loss in losses.items()})
         if self.engine.was_step_applied():
-            self.non_finite_in_a_row = 0
+            self.non_finite_in_a_row = self.overflows_in_a_row = 0
             if self.average is not None:
                 self.average.update()
+        elif self.engine.fp16_enabled():
+            # Counted apart: DeepSpeed starts by looking for a loss scale, and 2^16 may have to be halved down to 1, once
+            # per overflow and one more to begin with. Losses are checked before they are scaled.
+            self.overflows_in_a_row += 1
+            in_a_row, limit = self.overflows_in_a_row, self.config.max_non_finite + LOSS_SCALE_SEARCH
+            self._skip(f"the gradients of step {self.progress.step} overflow", in_a_row=in_a_row, limit=limit)
         else:
-            # Under fp16 DeepSpeed starts by looking for a loss scale: 2^16 may have to be halved down to 1, each after
-            # two overflows.
-            tolerated = LOSS_SCALE_SEARCH if self.engine.fp16_enabled() else 0
-            self._skip(f"the gradients of step {self.progress.step} are not finite", tolerated=tolerated)
+            self._skip_non_finite(f"the gradients of step {self.progress.step} are not finite")
         return {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
 
     def _finite_losses(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
@@ -193,7 +196,7 @@ class Trainer:
             self.progress = replace(self.progress, micro_batches=self.progress.micro_batches + 1)
             if not any_rank(not bool(torch.isfinite(losses["total"])), device=self.engine.device):
                 return losses
-            self._skip(
+            self._skip_non_finite(
                 f"the loss is not finite on some rank; here it is {losses['total'].item()} for {batch.video_ids}"
             )
 
@@ -208,17 +211,17 @@ class Trainer:
             )
         return self.engine.module.loss(outputs, batch.actions, batch.timelines, num_frames=batch.mask.shape[1])
 
-    def _skip(self, reason: str, *, tolerated: int = 0) -> None:
-        """Every rank calls this: counts what is not applied, and gives up when it happens too often in a row.
-
-        `tolerated`: how many in a row are no sign of divergence.
-        """
-        self.progress = replace(self.progress, skipped=self.progress.skipped + 1)
+    def _skip_non_finite(self, reason: str) -> None:
         self.non_finite_in_a_row += 1
+        self._skip(reason, in_a_row=self.non_finite_in_a_row, limit=self.config.max_non_finite)
+
+    def _skip(self, reason: str, *, in_a_row: int, limit: int) -> None:
+        """Every rank calls this: counts what is not applied, and gives up when it happens too often in a row."""
+        self.progress = replace(self.progress, skipped=self.progress.skipped + 1)
         self.log.say(f"skipped: {reason}")
-        if self.non_finite_in_a_row >= self.config.max_non_finite + tolerated:
+        if in_a_row >= limit:
             raise FloatingPointError(
-                f"{self.non_finite_in_a_row} batches or steps in a row were not finite, the last because {reason}; "
+                f"{in_a_row} batches or steps in a row were not finite, the last because {reason}; "
                 "the run has diverged: lower the learning rate, lengthen the warmup, or train in fp32. "
                 "Checkpoints are intact"
             )

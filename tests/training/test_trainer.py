@@ -120,6 +120,17 @@ def test_fp16_may_skip_more_steps_while_its_loss_scale_is_sought_but_each_is_cou
     assert trainer.progress.skipped == LOSS_SCALE_SEARCH + 3
 
 
+def test_a_search_for_a_loss_scale_is_not_counted_with_losses_that_are_not_finite(tmp_path, monkeypatch):
+    """Ten skipped steps, one poisoned batch, then all is well: the run must end by itself."""
+    poison = [(2, 2, 0)]
+    trainer = tiny_trainer(tmp_path, training=TrainingConfig(epochs=5, max_non_finite=3), poison=poison)
+    applied, steps = trainer.engine.was_step_applied, iter(range(1000))
+    monkeypatch.setattr(trainer.engine, "was_step_applied", lambda: next(steps) >= 10 and applied())
+    monkeypatch.setattr(trainer.engine, "fp16_enabled", lambda: True)
+    assert trainer.train() == "finished"
+    assert trainer.progress.skipped == 11
+
+
 def test_too_little_data_for_a_step_is_said():
     with pytest.raises(ValueError, match="1 epochs of 3 batches give no step with gradient accumulation 4; add videos"):
         num_optimizer_steps(TrainingConfig(epochs=1), 3, accumulation=4)
