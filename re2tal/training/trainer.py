@@ -178,8 +178,8 @@ class Trainer:
             if self.average is not None:
                 self.average.update()
         elif self.engine.fp16_enabled():
-            # Counted apart: DeepSpeed starts by looking for a loss scale, and 2^16 may have to be halved down to 1, once
-            # per overflow and one more to begin with. Losses are checked before they are scaled.
+            # Counted apart: DeepSpeed starts by looking for a loss scale. It may have to halve 2^16 down to 1, once per
+            # overflow, after one that it lets pass. Losses are checked before they are scaled.
             self.overflows_in_a_row += 1
             in_a_row, limit = self.overflows_in_a_row, self.config.max_non_finite + LOSS_SCALE_SEARCH
             self._skip(f"the gradients of step {self.progress.step} overflow", in_a_row=in_a_row, limit=limit)
