@@ -103,7 +103,8 @@ def measure(depth: int, *, repeats: int, device: torch.device) -> dict[str, dict
     noise = relative(run(recompute=False, grid=None)[0], run(recompute=False, narrow=False)[0])
     results: dict[str, dict[str, float]] = {}
     for name, options in KINDS.items():
-        wanted, _ = run(stored=len(branches) - 1, **options)  # the first branch keeps its input, so nothing is inverted
+        # The first branch keeps its input, so nothing is inverted.
+        wanted, _ = run(saved_branches=len(branches) - 1, **options)
         found, (forward, backward) = run(**options)
         results[name] = {"state": relative(backward, forward), "gradient": relative(found, wanted), "noise": noise}
     times: dict[str, list[float]] = {name: [] for name in KINDS}

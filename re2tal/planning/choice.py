@@ -213,7 +213,7 @@ class _Planner:
                 rebuilt.append(Setting(0, mebibytes))
         known = worth_knowing(self.stages)
         settings = [replace(setting, known=number) for setting in rebuilt for number in sorted({0, known})]
-        if any(stage.can_forget_nonresidual() for stage in self.stages.values()):
+        if any(stage.can_checkpoint_nonresidual() for stage in self.stages.values()):
             settings.append(KEEPING)
         return traces | {setting: self._rehearsed([setting] * len(self.stages)) for setting in settings}
 

@@ -78,7 +78,7 @@ def _in_memory(
     steps = length if len(traces[STORED].of("forward")) <= 2 else min(length, 4)
     rebuilt = _with_some_known(measured, most=length - 1)  # what the first one added is of no use
     ways = [(rebuilt, stored)]
-    if keeping is not None and stage.can_forget_nonresidual():
+    if keeping is not None and stage.can_checkpoint_nonresidual():
         none = measured[REBUILT]
         also_kept = [
             (replace(setting, keep_nonresidual=True), _changed(option, none, keeping)) for setting, option in rebuilt

@@ -74,7 +74,7 @@ class WholeBranch:
     function: Callable[[Tensor], Tensor]
     last: nn.Linear | None = None
     """The layer whose output the branch returns, after dropout and drop-path at most, and uses for nothing else.
-    Backward skips it where the branch's output is known."""
+    Backward skips it where forward saved the output."""
 
     def __call__(self, state: Tensor) -> Tensor:
         """The branch on a state."""

@@ -120,18 +120,18 @@ class Coupling:
             return inf
         return (self.alpha + sqrt(self.alpha**2 + 4 * self.beta)) / (2 * self.beta)
 
-    def kept(self, length: int, *, room: float) -> list[int]:
+    def saved_states(self, length: int, *, room: float) -> list[int]:
         """Indices of the states 0 .. `length` that a run saves for its backward, in rising order.
 
         `room`: the factor by which the error of a state may grow. Under Re2TAL's coupling no error grows, and only the
         last two states are saved.
         """
         in_a_row = self._in_a_row(room)
-        kept = [index for index in range(length + 1) if in_a_row is None or (length - index) % (in_a_row + 2) < 2]
+        saved = [index for index in range(length + 1) if in_a_row is None or (length - index) % (in_a_row + 2) < 2]
         if in_a_row is None:
-            kept = kept[-2:]
+            saved = saved[-2:]
         # Backward needs x[n] only to rebuild x[n-2].
-        return kept[:-1] if length == 1 or length - 2 in kept else kept
+        return saved[:-1] if length == 1 or length - 2 in saved else saved
 
     def _in_a_row(self, room: float) -> int | None:
         """How many inverses in a row keep the growth of an error within `room`; None for any number."""

@@ -25,12 +25,12 @@ def differentiate(
     """Returns the gradient of x[i] through F_i, and turns x[i+1] into x[i-1] in place.
 
     Args:
-        state: x[i]. Where F_i is stored, only its shape matters.
-        following: x[i+1]; None if x[i-1] must not be rebuilt, because it was saved or its branch is stored.
+        state: x[i]. Where F_i saved its graph, only its shape matters.
+        following: x[i+1]; None if x[i-1] must not be rebuilt, because it was saved or F_{i-1} saved its graph.
         gradient: of x[i+1].
     """
     run, record = recording.run, recording.branches[index]
-    if record.keeps == "graph":
+    if record.saves == "graph":
         graph = record.graphs.popleft()
     else:
         graph, update = _rebuilt(recording, index, run.branches[index], state, following)
@@ -82,12 +82,12 @@ def _graphs_of_pieces(
     following: Tensor | None,
     add_product: AddProduct,
 ) -> Iterator[Graph]:
-    """Yields the graph of each piece: the stored one, or one made by running the piece again.
+    """Yields the graph of each piece: the saved one, or one made by running the piece again.
 
     Running a piece again also subtracts its output from `following`, where that is given.
     """
     record = recording.branches[index]
-    if record.keeps == "graph":
+    if record.saves == "graph":
         while record.graphs:
             yield record.graphs.popleft()
         return
@@ -112,16 +112,16 @@ def _rebuilt(
 ) -> tuple[Graph, Tensor | None]:
     """Runs a branch (or piece) again under autograd. Returns its graph and, if x[i-1] must be rebuilt, its output.
 
-    The last linear layer is skipped if nobody needs the output, or if forward saved it ("known").
+    The last linear layer is skipped if nobody needs the output, or if forward saved it.
     """
     run, record = recording.run, recording.branches[index]
-    draws, is_known = record.draws.popleft(), record.keeps == "output"
-    if following is not None and not is_known:
+    draws, is_saved = record.draws.popleft(), record.saves == "output"
+    if following is not None and not is_saved:
         point, update = watched(recording, index, run.update, function, state, draws)
         return Graph.of(point, update), run.precision.increment(update.detach())
     with without_last_linear(last_of(run.branches[index]), add_product=add_product):
         graph = Graph.of(*watched(recording, index, run.output, function, state, draws))
-    return graph, run.precision.increment(run.precision.round(record.outputs.popleft())) if is_known else None
+    return graph, run.precision.increment(run.precision.round(record.outputs.popleft())) if is_saved else None
 
 
 def watched(
@@ -134,7 +134,7 @@ def watched(
 ) -> tuple[Tensor, Tensor]:
     """Returns (leaf, output): a leaf copy of `state`, and `returned(index, function, leaf)` with its graph."""
     point = recording.run.precision.real(state).detach().requires_grad_(index > 0 or recording.x_wants_gradient)
-    # `replayed` turns the cache of autocast off. Stored branches need that in forward too: the cache may hold weights
-    # that were cast under no_grad, through which no gradient would reach the parameters.
+    # `replayed` turns the cache of autocast off. Branches that save their graph need that in forward
+    # too: the cache may hold weights that were cast under no_grad, through which parameters would get no gradient.
     with torch.enable_grad(), recording.autocast.replayed(), draws.replayed() if draws else nullcontext():
         return point, returned(index, function, point)

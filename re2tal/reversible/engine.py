@@ -38,8 +38,8 @@ def run_reversibly(
     x: Tensor,
     *,
     recompute: bool = True,
-    stored: int = 0,
-    known: int = 0,
+    saved_branches: int = 0,
+    saved_outputs: int = 0,
     merge: Merge = "mean",
     coupling: Coupling = SUM,
     states: States = "float32",
@@ -56,9 +56,9 @@ def run_reversibly(
             `ChunkedBranch` runs in pieces.
         x: the first state, any shape. It is never written.
         recompute: rebuild activations in backward; otherwise save them, as plain autograd does.
-        stored: how many branches, counted from the end, save their activations in spite of `recompute`.
-        known: how many of the other branches save their output, so that backward can skip the linear layer that they
-            end in (`WholeBranch.last`). Chosen are those with the largest such layer; of equal ones, the later.
+        saved_branches: how many branches, counted from the end, save their activations in spite of `recompute`.
+        saved_outputs: how many of the other branches save their output, so that backward can skip the linear layer that
+            they end in (`WholeBranch.last`). Chosen are those with the largest such layer; of equal ones, the later.
         merge: "mean" is (x[n-1] + x[n]) / 2, the paper's; "extrapolate" is x[n-1] + x[n] - x, which is the plain
             residual network to first order, and exactly that network for n = 1, and for two whole blocks
             F(x) = block(x) - x.
@@ -84,33 +84,42 @@ def run_reversibly(
     Tensors that branches reach other than through their input must be leaves: parameters, or constants that want no
     gradient. A parameter used by two branches gets its gradient in two parts, which ZeRO-2 and ZeRO-3 refuse.
     """
+    _check(x, merge, saved_branches, saved_outputs)
+    if not branches:
+        return x
+    rebuilt = max(0, len(branches) - saved_branches) if recompute else 0
+    precision = Precision.of(x, grid, coupling, states=states, kinks=kinks)
+    run = Run(tuple(branches), rebuilt, saved_outputs, merge, coupling, precision)
+    is_trained = torch.is_grad_enabled() and (x.requires_grad or _is_trained(owner))
+    if is_trained and not rebuilt and not precision.states.is_floating_point:
+        raise ValueError("autograd keeps no gradient of int32 states; set recompute, or states to 'float32'")
+    if not (rebuilt and is_trained):
+        with same_kernels():
+            return run.merged(*run.states(x, run.update)[:3])
+    return _recomputed(run, x, owner, monitor)
+
+
+def _check(x: Tensor, merge: str, saved_branches: int, saved_outputs: int) -> None:
     if merge not in get_args(Merge):
         raise ValueError(f"unknown merge {merge!r}; known: {list(get_args(Merge))}")
     if not x.is_floating_point():
         raise ValueError(f"a reversible run needs floating point states, got {x.dtype}; convert x first")
-    if not branches:
-        return x
-    if stored < 0:
-        raise ValueError(f"stored is {stored}; give the number of branches that keep their activations")
-    if known < 0:
-        raise ValueError(f"known is {known}; give the number of branches that keep what they added")
-    rebuilt = len(branches) - stored if recompute else 0
-    precision = Precision.of(x, grid, coupling, states=states, kinks=kinks)
-    run = Run(tuple(branches), max(0, rebuilt), known, merge, coupling, precision)
-    is_trained = torch.is_grad_enabled() and (x.requires_grad or _is_trained(owner))
-    if is_trained and not run.rebuilt and not precision.states.is_floating_point:
-        raise ValueError("autograd keeps no gradient of int32 states; set recompute, or states to 'float32'")
-    if not (run.rebuilt and is_trained):
-        with same_kernels():
-            return run.merged(*run.states(x, run.update)[:3])
+    if saved_branches < 0:
+        raise ValueError(f"saved_branches is {saved_branches}; give how many branches save their graph, 0 for none")
+    if saved_outputs < 0:
+        raise ValueError(f"saved_outputs is {saved_outputs}; give how many branches save their output, 0 for none")
+
+
+def _recomputed(run: Run, x: Tensor, owner: nn.Module | None, monitor: Monitor | None) -> Tensor:
+    """Returns the output of a run whose backward rebuilds the states."""
     # Parameters are no inputs of the Function, and x may want no gradient. If no input wanted one, autograd would not
     # record the Function, and the parameters would silently get no gradients. The anchor is an input that wants one.
     anchor = torch.empty(0, device=x.device, requires_grad=True)
-    output = _Reversible.apply(x, anchor, run, owner, monitor.observe(x, precision) if monitor else None)
+    output = _Reversible.apply(x, anchor, run, owner, monitor.observe(x, run.precision) if monitor else None)
     node: Any = output.grad_fn
     # Taken off the node, which would keep them on the device where hooks (offload) have moved the saved states away.
     ends, node.ends = node.ends, None
-    return recomputable_from(output, ends, run.mean) if run.keeps_its_ends() else output
+    return recomputable_from(output, ends, run.mean) if run.saves_its_ends() else output
 
 
 def _is_trained(owner: nn.Module | None) -> bool:
@@ -128,7 +137,7 @@ class _Reversible(torch.autograd.Function):
 
         def update(index: int, function: BranchFunction, state: Tensor) -> Tensor:
             record = recording.branches[index]
-            if record.keeps == "graph":
+            if record.saves == "graph":
                 point, output = watched(recording, index, run.update, function, state, None)
                 record.graphs.append(Graph.of(point, output))
                 return output.detach()
@@ -136,7 +145,7 @@ class _Reversible(torch.autograd.Function):
             output = run.output(index, function, state)
             # Most branches draw nothing: their generator states, some kilobytes each, need not be kept.
             record.draws.append(None if before.same_as(GeneratorState.now(state.device)) else before)
-            if record.keeps == "output":
+            if record.saves == "output":
                 # Before rounding, which widens it: under autocast it takes half the memory.
                 record.outputs.append(output)
             return run.precision.round(output)
@@ -144,10 +153,12 @@ class _Reversible(torch.autograd.Function):
         buffers = BufferWatch(owner)
         # Detached, because inside a Function x still has requires_grad set, and hooks of modules act on that.
         with same_kernels():
-            start, previous, current, kept = run.states(x.detach(), update, kept=run.kept(), observation=observation)
+            start, previous, current, saved = run.states(
+                x.detach(), update, saved=run.saved_states(), observation=observation
+            )
         ctx.buffers = buffers.written()
         # Saved, not kept as attributes: autograd then notices writes to x, and hooks on saved tensors see the states.
-        ctx.save_for_backward(*kept)
+        ctx.save_for_backward(*saved)
         ctx.ends = previous, current
         return run.merged(start, previous, current)
 
@@ -184,8 +195,8 @@ def _backward(ctx: Any, gradients: list[Tensor]) -> Tensor | None:
     recording.x_wants_gradient = ctx.needs_input_grad[0]
     run = recording.run
     length, coupling = len(run.branches), run.coupling
-    kept = dict(zip(run.kept(), ctx.saved_tensors, strict=True))
-    previous, current = kept.pop(run.rebuilt - 1), kept.pop(run.rebuilt, None)
+    saved = dict(zip(run.saved_states(), ctx.saved_tensors, strict=True))
+    previous, current = saved.pop(run.rebuilt - 1), saved.pop(run.rebuilt, None)
     to_output = gradients.pop().to(run.precision.gradients)
     # dx[n+1] = dx[n], as x[-1] = x[0] in forward.
     to_previous = to_current = coupling.gradient_of_end(to_output, merge=run.merge)
@@ -195,9 +206,9 @@ def _backward(ctx: Any, gradients: list[Tensor]) -> Tensor | None:
     for index in reversed(range(1, length)):
         # A gradient may be overwritten only if it has no other name, and is not the caller's.
         owned = not (to_previous is to_current or to_previous is gradient)
-        # x[i-1] is either among the saved states or rebuilt in the buffer of x[i+1]. Stored branches need neither: they
-        # have their graphs.
-        before = kept.pop(index - 1, None) if index < run.rebuilt else None
+        # x[i-1] is either among the saved states or rebuilt in the buffer of x[i+1]. Branches that saved their graph
+        # need neither.
+        before = saved.pop(index - 1, None) if index < run.rebuilt else None
         following = current if before is None and index < run.rebuilt else None
         pieces = run.pieces(index, previous)
         if pieces:
@@ -211,7 +222,7 @@ def _backward(ctx: Any, gradients: list[Tensor]) -> Tensor | None:
             to_previous, to_current = to_current, advanced
             # Both are in `to_current` now; the names would keep a gradient alive through the next round.
             del to_input, advanced
-        # Among stored branches nothing is rebuilt, so the pair stays where the first rebuilt branch will need it.
+        # Behind the rebuilt branches nothing is rebuilt, so the pair stays where the last of them will need it.
         if index < run.rebuilt:
             previous, current = current if before is None else before, previous
     if ctx.observation is not None:

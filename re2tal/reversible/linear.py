@@ -3,7 +3,7 @@
     y = x W^T + b        dx = dy W,   dW = dy^T x,   db = sum dy:   none of them needs y
 
 If a branch runs in pieces, the matrix product adds dW directly to the sum over earlier pieces (`addmm`), instead of
-writing it and adding it afterwards. If the branch's output is known, y is not computed (`without_last_linear`).
+writing it and adding it afterwards. If the branch's output was saved, y is not computed (`without_last_linear`).
 """
 
 from __future__ import annotations

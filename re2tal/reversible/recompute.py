@@ -59,7 +59,7 @@ def recomputable_from(tensor: Tensor, tensors: Sequence[Tensor], make: Callable[
     return _with_references(tensor, [_weakly(one) for one in tensors], make)
 
 
-def joined(tensors: Sequence[Tensor], *, dim: int) -> Tensor:
+def cat_with_recipe(tensors: Sequence[Tensor], *, dim: int) -> Tensor:
     """`torch.cat`, with a recipe if any part has one: it uses the parts' recipes, and copies of other parts."""
     output = torch.cat(list(tensors), dim)
     references: list[_Reference] = []

@@ -42,14 +42,14 @@ class Graph(NamedTuple):
 class BranchRecord:
     """What forward recorded of one branch: one entry per call of its function."""
 
-    keeps: Literal["nothing", "output", "graph"]
-    """What forward keeps of a call: its graph ("stored"), its output ("known"), or neither: backward runs it again."""
+    saves: Literal["nothing", "output", "graph"]
+    """What forward saves of a call: its graph, its output, or neither: backward then runs it again."""
     draws: deque[GeneratorState | None] = field(default_factory=deque)
     """The generators before a call, for calls that backward runs again; None where the call drew nothing."""
     outputs: deque[Tensor] = field(default_factory=deque)
-    """What a call returned, before rounding. Only where `keeps` is "output"."""
+    """What a call returned, before rounding. Only where `saves` is "output"."""
     graphs: deque[Graph] = field(default_factory=deque)
-    """Only where `keeps` is "graph"."""
+    """Only where `saves` is "graph"."""
 
 
 @dataclass(slots=True)
@@ -67,11 +67,11 @@ class Recording:
     @classmethod
     def begin(cls, run: Run, device: torch.device) -> Recording:
         """Empty, at the beginning of forward."""
-        known = set(run.known_branches())
+        saving_output = set(run.branches_saving_output())
 
         def empty(index: int) -> BranchRecord:
             if index >= run.rebuilt:
                 return BranchRecord("graph")
-            return BranchRecord("output" if index in known else "nothing")
+            return BranchRecord("output" if index in saving_output else "nothing")
 
         return cls(run, AutocastState.now(device), tuple(map(empty, range(len(run.branches)))))

@@ -37,48 +37,49 @@ class Run:
 
     branches: tuple[BranchFunction, ...]
     rebuilt: int
-    """How many branches, from the first, are run again in backward; those behind them save their activations."""
-    known: int
+    """How many branches, from the first, are run again in backward; those behind them save their graphs."""
+    saved_outputs: int
     """How many of the rebuilt branches save their output."""
     merge: Merge
     coupling: Coupling
     precision: Precision
 
-    def kept(self) -> list[int]:
+    def saved_states(self) -> list[int]:
         """Indices of the states that are saved for backward, in rising order. Backward rebuilds the others."""
-        return self.coupling.kept(self.rebuilt, room=self.precision.room)
+        return self.coupling.saved_states(self.rebuilt, room=self.precision.room)
 
-    def known_branches(self) -> list[int]:
+    def branches_saving_output(self) -> list[int]:
         """Indices of the branches that save their output.
 
         A branch i whose x[i-1] is saved is left out: nothing is rebuilt there, so its output is not needed.
         """
-        kept = {-1, *self.kept()}
-        lasts = {index: last_of(self.branches[index]) for index in range(self.rebuilt) if index - 1 not in kept}
+        saved = {-1, *self.saved_states()}
+        lasts = {index: last_of(self.branches[index]) for index in range(self.rebuilt) if index - 1 not in saved}
         sizes = {index: last.in_features * last.out_features for index, last in lasts.items() if last is not None}
-        return sorted(sizes, key=lambda index: (sizes[index], index), reverse=True)[: self.known]
+        return sorted(sizes, key=lambda index: (sizes[index], index), reverse=True)[: self.saved_outputs]
 
     def states(
-        self, x: Tensor, update: Update, *, kept: Collection[int] = (), observation: Observation | None = None
+        self, x: Tensor, update: Update, *, saved: Collection[int] = (), observation: Observation | None = None
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        """Returns x[0], x[n-1], x[n], and the list of the states in `kept`.
+        """Returns x[0], x[n-1], x[n], and the list of the states in `saved`.
 
-        Without autograd, x[i+1] reuses the buffer of x[i-1], unless that state is saved or a stored branch's input.
+        Without autograd, x[i+1] reuses the buffer of x[i-1], unless that state is saved, or is the input of a branch
+        that saves its graph.
         """
         start = previous = current = self.precision.state(x)
         needed = x if self.merge == "mean" else start
         found = []
         for index in range(len(self.branches)):
-            if index in kept:
+            if index in saved:
                 found.append(current)
             if observation is not None:
                 observation.see(index, current)
             # x[i-1] must survive if it is also x[i] (at the start), if the merge needs it, if it is saved, or if the
-            # graph of a stored branch i-1 holds it.
-            lent = previous is current or previous is needed or index - 1 in kept or index > self.rebuilt
+            # saved graph of branch i-1 holds it.
+            lent = previous is current or previous is needed or index - 1 in saved or index > self.rebuilt
             owned = not (torch.is_grad_enabled() or lent)
             previous, current = current, self.following(index, previous, current, update, owned=owned)
-        if len(self.branches) in kept:
+        if len(self.branches) in saved:
             found.append(current)
         return start, previous, current, found
 
@@ -102,8 +103,8 @@ class Run:
         Where only bytes are counted and pieces leave nothing behind, only those that decide the peak are returned.
         """
         pieces = pieces_of(self.branches[index], state)
-        forgotten = is_counted(state) and index < self.rebuilt and index not in self.known_branches()
-        return decisive(pieces) if forgotten else pieces
+        nothing_saved = is_counted(state) and index < self.rebuilt and index not in self.branches_saving_output()
+        return decisive(pieces) if nothing_saved else pieces
 
     def update(self, index: int, function: BranchFunction, state: Tensor) -> Tensor:
         """F_i of x[i], or of a piece of it, rounded to the grid."""
@@ -125,10 +126,10 @@ class Run:
             )
         return output
 
-    def keeps_its_ends(self) -> bool:
+    def saves_its_ends(self) -> bool:
         """Whether the output can be recomputed from the states that the run saves."""
         length = len(self.branches)
-        return self.merge == "mean" and self.rebuilt == length and {length - 1, length} <= set(self.kept())
+        return self.merge == "mean" and self.rebuilt == length and {length - 1, length} <= set(self.saved_states())
 
     def merged(self, start: Tensor, previous: Tensor, current: Tensor) -> Tensor:
         """The output of the run, from x, x[n-1] and x[n]."""

@@ -1,4 +1,4 @@
-"""Skips the last linear layer of a branch that is run again only for its graph, because its output is known.
+"""Skips the last linear layer of a branch that is run again only for its graph, because its output was saved.
 
 In a transformer block it is the MLP's second layer: half of the MLP's multiplications. Checkpointing skips it too, as
 it stops early; a reversible run cannot unless the output was saved, because it inverts each state with it.

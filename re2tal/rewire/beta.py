@@ -59,7 +59,7 @@ def count_states(model: nn.Module) -> StateCount:
     for stage in _stages(model):
         dtype = next(stage.parameters()).dtype
         for _, lengths in stage.runs():
-            kept += sum(len(stage.kept(length, dtype=dtype)) for length in lengths)
+            kept += sum(len(stage.saved_states(length, dtype=dtype)) for length in lengths)
             needed += sum(lengths)
     return StateCount(kept, needed)
 

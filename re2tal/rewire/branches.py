@@ -46,7 +46,7 @@ class Branch:
     the like, this need not be said."""
     last: str | None = None
     """Path in the block of the nn.Linear whose output it returns, after dropout and drop-path at most. That output is
-    in no gradient, and need not be computed again where it is known."""
+    in no gradient, and need not be computed again where it was saved."""
 
     def last_in(self, block: nn.Module) -> nn.Linear | None:
         """That layer; None where another type took its place, or something was put around it: either may do more."""

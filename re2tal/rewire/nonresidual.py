@@ -23,23 +23,23 @@ from re2tal.reversible.recompute import Recipe, save_recipes
 from re2tal.reversible.replay_context import BufferWatch, held
 
 
-class Between(nn.Module):
-    """A module between reversible runs, with methods marked `forgetful`."""
+class CheckpointedModule(nn.Module):
+    """A module between reversible runs, with methods marked `checkpointed`."""
 
-    forgets: bool = False
+    checkpointing: bool = False
     """Whether these methods recompute their insides in backward. `rewire` sets it."""
 
 
-def forgetful(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Makes a method of a `Between` save only its inputs, if the module's `forgets` is set, and run again in backward.
+def checkpointed(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Makes a method of a `CheckpointedModule` save only its inputs and run again in backward, if `checkpointing`.
 
     The method must not use parameters of the module itself, only those of modules inside: ZeRO-3 gathers parameters
     when a module is called, and backward runs the method again without such a call.
     """
 
     @wraps(method)
-    def call(self: Between, *args: Any) -> Tensor:
-        if self.forgets and torch.is_grad_enabled():
+    def call(self: CheckpointedModule, *args: Any) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
             return recomputed(partial(method, self), *args, owner=self)
         return method(self, *args)
 

@@ -21,7 +21,7 @@ from re2tal.reversible.recompute import save_recipes
 
 
 @contextmanager
-def kept_as_sources(model: nn.Module, make: Callable[..., Tensor], *sources: Tensor) -> Iterator[Tensor]:
+def recompute_conv_inputs(model: nn.Module, make: Callable[..., Tensor], *sources: Tensor) -> Iterator[Tensor]:
     """Yields `make(*sources)`. Convolutions of `model` called with it, or with a view of it, save `sources` instead.
 
     `make` must return the same bits in the same memory layout each time. Writing to `sources` before backward raises,

@@ -20,7 +20,7 @@ from torch import nn
 from re2tal.rewire.branches import NotResidual, Residual, is_explained, is_unregistered, registered, why_not_residual
 from re2tal.rewire.cuts import Cut
 from re2tal.rewire.discover import record_calls, take_apart
-from re2tal.rewire.nonresidual import Between
+from re2tal.rewire.nonresidual import CheckpointedModule
 from re2tal.rewire.report import RewireReport, StageReport
 from re2tal.rewire.stage import RewiredStage, RewiringConfig
 
@@ -69,7 +69,7 @@ def rewire(
                     place.container, config or RewiringConfig(), residual=residual, name=stage.name
                 )
             setattr(place.parent, place.name, stages[place.container])
-    _set_forgets(model, config is None or config.recompute)
+    _set_checkpointing(model, config is None or config.recompute)
     return replace(report, outside=tuple(_left_outside(model, report)))
 
 
@@ -93,10 +93,10 @@ def _without_stages(parent: nn.Module, prefix: str = "") -> Iterator[tuple[str, 
             yield f"{prefix}{name}", child
 
 
-def _set_forgets(model: nn.Module, forgets: bool) -> None:
+def _set_checkpointing(model: nn.Module, checkpointing: bool) -> None:
     for module in model.modules():
-        if isinstance(module, Between):
-            module.forgets = forgets
+        if isinstance(module, CheckpointedModule):
+            module.checkpointing = checkpointing
 
 
 def _cuts(places: Sequence[_Place], analyse: Analyst) -> Iterator[Cut | None]:
@@ -116,7 +116,7 @@ def unrewire(model: nn.Module) -> None:
     for path, stage in stages:
         parent, _, name = path.rpartition(".")
         setattr(model.get_submodule(parent), name, stage.plain())
-    _set_forgets(model, False)
+    _set_checkpointing(model, False)
 
 
 Analyst = Callable[[nn.Module], Residual | NotResidual]

@@ -111,7 +111,7 @@ class RewiringConfig:
             )
         if self.offload and not (self.recompute and self.stored == 0):
             raise ValueError(
-                f"offload is set with recompute {self.recompute} and stored {self.stored}: what is kept then are "
+                f"offload is set with recompute {self.recompute} and stored {self.stored}: what is saved then are "
                 "activations, not states; set recompute and no stored units, or leave offload out"
             )
 
@@ -150,16 +150,16 @@ class RewiredStage(nn.Module):
                 length = self.config.segment or total
                 yield list(blocks.values()), [min(length, total - first) for first in range(0, total, length)]
 
-    def kept(self, length: int, *, dtype: torch.dtype) -> list[int]:
+    def saved_states(self, length: int, *, dtype: torch.dtype) -> list[int]:
         """Which of its states 0 .. `length` a run of that many functions keeps, if it starts with one of `dtype`."""
         x, config = torch.empty(0, dtype=dtype), self.config
         precision = Precision.of(x, config.grid, states=config.states, kinks=self.kinks)
         rebuilt = length - self.config.stored
-        return self.coupling.kept(rebuilt, room=precision.room) if self.config.recompute and rebuilt > 0 else []
+        return self.coupling.saved_states(rebuilt, room=precision.room) if self.config.recompute and rebuilt > 0 else []
 
-    def can_forget_nonresidual(self) -> bool:
+    def can_checkpoint_nonresidual(self) -> bool:
         """Whether `keep_nonresidual` changes anything here."""
-        return any(_can_forget(block) for name, block in self.named_children() if name not in self.residual)
+        return any(_can_checkpoint(block) for name, block in self.named_children() if name not in self.residual)
 
     def _groups(self) -> Iterator[tuple[dict[str, nn.Module], bool]]:
         """Consecutive blocks that are all residual, or all not, and which of the two."""
@@ -180,9 +180,9 @@ class RewiredStage(nn.Module):
                 name, block = blocks.popitem()
                 output = self.residual[name].wrap(block, x)
             else:
-                forgets = self.config.recompute and not self.config.keep_nonresidual
+                again = self.config.recompute and not self.config.keep_nonresidual
                 for block in blocks.values():
-                    call = partial(recomputed, block, owner=block) if forgets and _can_forget(block) else block
+                    call = partial(recomputed, block, owner=block) if again and _can_checkpoint(block) else block
                     output = call(_hidden(output), *args, **kwargs)
         return output
 
@@ -196,8 +196,8 @@ class RewiredStage(nn.Module):
                     units[first : first + length],
                     x,
                     recompute=self.config.recompute,
-                    stored=self.config.stored,
-                    known=self.config.known,
+                    saved_branches=self.config.stored,
+                    saved_outputs=self.config.known,
                     merge=self.config.merge,
                     coupling=self.coupling,
                     states=self.config.states,
@@ -284,7 +284,7 @@ def _pieces(
     ]
 
 
-def _can_forget(block: nn.Module) -> bool:
+def _can_checkpoint(block: nn.Module) -> bool:
     # A block must compute the same when it runs twice. Only a registration says that it does.
     return not is_unregistered(block)
 

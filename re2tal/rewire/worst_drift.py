@@ -8,7 +8,7 @@ from re2tal.reversible.monitor import Reading
 from re2tal.rewire.stage import RewiredStage
 
 
-def worst_reading(model: nn.Module) -> Reading | None:
+def largest_drift(model: nn.Module) -> Reading | None:
     """The largest drift, and the largest share outside of the grid, over all stages, from each one's last checked step.
 
     None if no stage is monitored, or none was checked yet.

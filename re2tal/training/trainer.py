@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map
 
 from re2tal.distributed import any_rank, mean_over_ranks
 from re2tal.options import option
-from re2tal.rewire import count_states, set_beta, worst_reading
+from re2tal.rewire import count_states, largest_drift, set_beta
 from re2tal.structures import Batch
 from re2tal.training.checkpoint import CheckpointStore, Progress
 from re2tal.training.ema import WeightAverage
@@ -274,7 +274,7 @@ class Trainer:
 
     def _drift(self) -> dict[str, float]:
         """How well this rank's rewired stages rebuilt what they forgot when they were last watched, if they were."""
-        reading = worst_reading(self.engine.module)
+        reading = largest_drift(self.engine.module)
         return {} if reading is None else {"drift": reading.drift, "outside_grid": reading.outside}
 
     def _compare_with_plan(self) -> None:

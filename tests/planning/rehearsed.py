@@ -31,7 +31,7 @@ class Rehearsed:
             inside = INSIDE if config.chunk_mebibytes is None else min(INSIDE, int(config.chunk_mebibytes * 2**20))
             states = 2 * STATE if stored < units else 0
             known = min(config.known, units - stored) * STATE
-            keeps = stage.can_forget_nonresidual() and (config.keep_nonresidual or not config.recompute)
+            keeps = stage.can_checkpoint_nonresidual() and (config.keep_nonresidual or not config.recompute)
             known += OTHER_BLOCKS * keeps
             kept.append(stored * STORED_UNIT + known + (0 if config.offload else states))
             host += states if config.offload else 0

@@ -39,7 +39,7 @@ def test_a_short_stage_knows_all_it_can_long_before_the_longest_does() -> None:
 def test_what_keeping_other_blocks_changes_it_changes_with_every_other_setting() -> None:
     """They take 12 states and save 0.2 s, of the 40 states and 0.8 s of a stage that is stored as a whole."""
     stages = {
-        str(has): SimpleNamespace(runs=lambda: [([], [4])], can_forget_nonresidual=lambda has=has: has)
+        str(has): SimpleNamespace(runs=lambda: [([], [4])], can_checkpoint_nonresidual=lambda has=has: has)
         for has in (True, False)
     }
     pieces = replace(REBUILT, chunk_mebibytes=8.0)

@@ -59,7 +59,7 @@ def test_pieces_give_what_whole_branches_give(alpha, beta, kind, num, axis, merg
 def test_behind_rebuilt_branches_others_may_keep_their_activations(alpha, beta, stored) -> None:
     branches, x = chain("transformer", 9).double(), states(dtype=torch.float64)
     wanted = gradients(partial(coupled, branches, alpha=alpha, beta=beta), x, branches)
-    run = partial(run_reversibly, branches, coupling=Coupling(alpha, beta), stored=stored, owner=branches)
+    run = partial(run_reversibly, branches, coupling=Coupling(alpha, beta), saved_branches=stored, owner=branches)
     assert_close(gradients(run, x, branches), wanted, relative=1e-11)
 
 
@@ -146,7 +146,7 @@ def test_extrapolating_has_every_branch_in_full_measure_and_the_mean_one_part_in
 def test_states_are_kept_at_the_distance_at_which_errors_have_grown_by_the_limit(beta, wanted) -> None:
     coupling = Coupling(1 - beta, beta)
     room = 2**3
-    assert coupling.kept(12, room=room) == wanted
+    assert coupling.saved_states(12, room=room) == wanted
     branches, x = chain("mlp", 12), states()
     assert saved_states(partial(run_reversibly, branches, coupling=coupling), x) == len(wanted)
     in_a_row, longest = 0, 0
@@ -159,7 +159,7 @@ def test_states_are_kept_at_the_distance_at_which_errors_have_grown_by_the_limit
 @pytest.mark.parametrize("length", [1, 2, 3, 4])
 @pytest.mark.parametrize("beta", [0.0, 0.2, 0.9, 1.0])
 def test_short_runs_keep_no_more_than_a_state_per_branch(beta, length) -> None:
-    kept = Coupling(1 - beta, beta).kept(length, room=8)
+    kept = Coupling(1 - beta, beta).saved_states(length, room=8)
     assert length - 1 in kept
     assert len(kept) <= length
 

@@ -43,7 +43,7 @@ class Made(nn.Module):
 def test_gradients_of_pieces_are_those_of_whole_branches(kind, known) -> None:
     branches = (chain(kind, 4) if isinstance(kind, str) else nn.ModuleList(kind() for _ in range(4))).double()
     x = states(dtype=torch.float64)
-    run = partial(run_reversibly, chunked(branches, 3), known=known, owner=branches)
+    run = partial(run_reversibly, chunked(branches, 3), saved_outputs=known, owner=branches)
     wanted = gradients(partial(coupled, branches), x, branches)
     assert_close(gradients(run, x, branches), wanted, relative=1e-12)
 

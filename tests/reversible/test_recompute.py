@@ -10,7 +10,7 @@ from reversible.networks import CHANNELS, chain
 from torch import Tensor
 
 from re2tal.reversible import run_reversibly
-from re2tal.reversible.recompute import Recipe, joined, recomputable_from
+from re2tal.reversible.recompute import Recipe, cat_with_recipe, recomputable_from
 
 
 def output(**options) -> Tensor:
@@ -19,7 +19,7 @@ def output(**options) -> Tensor:
     return run_reversibly(branches, x, owner=branches, **options)
 
 
-@pytest.mark.parametrize("options", [{}, {"grid": 2**-10}, {"states": "int32"}, {"known": 2}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"grid": 2**-10}, {"states": "int32"}, {"saved_outputs": 2}], ids=str)
 def test_what_a_run_returns_is_recomputed_from_the_states_that_it_keeps(options) -> None:
     y = output(**options)
     recipe = Recipe.of(y)
@@ -28,7 +28,7 @@ def test_what_a_run_returns_is_recomputed_from_the_states_that_it_keeps(options)
     assert {state.untyped_storage()._cdata for state in recipe.tensors} == kept
 
 
-@pytest.mark.parametrize("options", [{"merge": "extrapolate"}, {"stored": 1}, {"recompute": False}])
+@pytest.mark.parametrize("options", [{"merge": "extrapolate"}, {"saved_branches": 1}, {"recompute": False}])
 def test_where_a_run_keeps_something_else_its_output_has_no_recipe(options) -> None:
     assert Recipe.of(output(**options)) is None
 
@@ -88,7 +88,7 @@ def test_where_nothing_is_kept_for_backward_nothing_has_a_recipe() -> None:
 
 def test_of_a_concatenation_the_parts_recipes_are_kept() -> None:
     y, other = output(), torch.ones(3, 2)
-    both = joined([y, other, y], dim=1)
+    both = cat_with_recipe([y, other, y], dim=1)
     recipe = Recipe.of(both)
     assert torch.equal(both, torch.cat([y, other, y], dim=1))
     assert torch.equal(recipe.make(*recipe.tensors), both)
@@ -98,7 +98,7 @@ def test_of_a_concatenation_the_parts_recipes_are_kept() -> None:
 
 def test_a_part_of_a_concatenation_is_recomputed_from_the_whole() -> None:
     y, other = output(), torch.arange(6.0).view(3, 2)
-    both = joined([other, y], dim=1)
+    both = cat_with_recipe([other, y], dim=1)
     part = both[1:, 1:]
     recipe = Recipe.of(part)
     assert torch.equal(recipe.make(*recipe.tensors), part)
@@ -107,7 +107,7 @@ def test_a_part_of_a_concatenation_is_recomputed_from_the_whole() -> None:
 def test_a_concatenation_holds_no_part_that_nobody_asks_for() -> None:
     y, other = output(), torch.ones(3, 2)
     storage = weakref.ref(other.untyped_storage())
-    both = joined([y, other], dim=1)
+    both = cat_with_recipe([y, other], dim=1)
     del other
     assert storage() is None
     assert Recipe.of(both) is not None
@@ -115,11 +115,11 @@ def test_a_concatenation_holds_no_part_that_nobody_asks_for() -> None:
 
 def test_a_concatenation_of_parts_without_recipe_has_none_either() -> None:
     parts = [torch.ones(2, 2, requires_grad=True).exp() for _ in range(2)]
-    assert Recipe.of(joined(parts, dim=0)) is None
+    assert Recipe.of(cat_with_recipe(parts, dim=0)) is None
 
 
 def test_gradients_flow_through_a_concatenation() -> None:
     one, other = (torch.ones(2, 2, requires_grad=True) for _ in range(2))
-    joined([one, other], dim=0).mul(torch.arange(8.0).view(4, 2)).sum().backward()
+    cat_with_recipe([one, other], dim=0).mul(torch.arange(8.0).view(4, 2)).sum().backward()
     assert torch.equal(one.grad, torch.tensor([[0.0, 1.0], [2.0, 3.0]]))
     assert torch.equal(other.grad, torch.tensor([[4.0, 5.0], [6.0, 7.0]]))

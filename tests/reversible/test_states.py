@@ -83,7 +83,9 @@ def test_integers_in_pieces_and_with_stored_branches(kind, axis, stored) -> None
     run = partial(run_reversibly, states="int32", owner=branches)
     whole = gradients(partial(run, branches), x, branches)
     assert_close(
-        gradients(partial(run, chunked(branches, 3, axis=axis), stored=stored), x, branches), whole, relative=1e-5
+        gradients(partial(run, chunked(branches, 3, axis=axis), saved_branches=stored), x, branches),
+        whole,
+        relative=1e-5,
     )
 
 

@@ -17,7 +17,15 @@ from torch.utils.checkpoint import checkpoint
 from re2tal.backbones import BackboneConfig, build_backbone
 from re2tal.reversible.live_bytes import LiveBytes
 from re2tal.reversible.recompute import saved_tensors_seen_by
-from re2tal.rewire import Between, RewiringConfig, forgetful, residual_branches, rewire, unrewire, why_not_residual
+from re2tal.rewire import (
+    CheckpointedModule,
+    RewiringConfig,
+    checkpointed,
+    residual_branches,
+    rewire,
+    unrewire,
+    why_not_residual,
+)
 
 MASK = torch.ones(2, 16, dtype=torch.bool)
 
@@ -88,12 +96,12 @@ class Unknown(Narrow):
         return super().forward(x)
 
 
-class Stem(Between):
+class Stem(CheckpointedModule):
     def __init__(self) -> None:
         super().__init__()
         self.f = nn.Linear(3, CHANNELS)
 
-    @forgetful
+    @checkpointed
     def forward(self, x: Tensor) -> Tensor:
         return torch.tanh(torch.sin(self.f(x)))
 
@@ -181,13 +189,13 @@ def test_a_second_backward_is_told_from_a_first() -> None:
 
 
 def test_blocks_that_are_not_residual_may_keep_their_activations_alone() -> None:
-    """Runs are rebuilt, and the stem forgets, as it did."""
+    """Runs are rebuilt, and the stem checkpoints, as it did."""
     net, calls = Net(Narrow), []
     net.blocks[1].register_forward_hook(lambda *_: calls.append("narrow"))
     net.blocks[0].mlp.register_forward_hook(lambda *_: calls.append("run"))
     net.stem.f.register_forward_hook(lambda *_: calls.append("stem"))
     rewire(net, config=RewiringConfig(keep_nonresidual=True))
-    assert net.blocks.can_forget_nonresidual()
+    assert net.blocks.can_checkpoint_nonresidual()
     first, *others = kept_outside_runs(net, torch.ones(X))
     assert first == X
     # Besides what is kept anyway, tanh's output, GELU's, and what GELU was given.
@@ -200,7 +208,7 @@ def test_blocks_that_are_not_residual_may_keep_their_activations_alone() -> None
 def test_there_may_be_no_block_to_keep() -> None:
     net = Net(Unknown)  # nobody has said that it does the same twice, so it is kept anyway
     rewire(net)
-    assert not net.blocks.can_forget_nonresidual()
+    assert not net.blocks.can_checkpoint_nonresidual()
 
 
 @pytest.mark.parametrize(("between", "recompute"), [(Unknown, True), (Narrow, False)])
@@ -208,7 +216,7 @@ def test_a_block_that_nobody_knows_and_one_that_is_told_to_keep_its_activations_
     net = Net(between)
     rewire(net, config=RewiringConfig(recompute=recompute))
     assert (2, 5, 4 * CHANNELS) in kept_outside_runs(net, torch.ones(X))
-    assert net.stem.forgets == recompute
+    assert net.stem.checkpointing == recompute
 
 
 def test_a_network_put_back_keeps_its_activations() -> None:

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from re2tal.reversible.live_bytes import LiveBytes
-from re2tal.rewire import kept_as_sources
+from re2tal.rewire import recompute_conv_inputs
 
 
 class Embedding(nn.Module):
@@ -48,7 +48,7 @@ def embedding() -> Embedding:
 
 
 def embedded(net: nn.Module, frames: Tensor, index: Tensor, *, keeps_sources: bool = True) -> Tensor:
-    given = kept_as_sources(net, gather, frames, index) if keeps_sources else nullcontext(gather(frames, index))
+    given = recompute_conv_inputs(net, gather, frames, index) if keeps_sources else nullcontext(gather(frames, index))
     with given as x:
         return net(x)
 
@@ -150,7 +150,7 @@ def test_it_may_stand_inside_what_keeps_tensors_in_its_own_way(around: str) -> N
 
 def test_layers_that_are_called_with_something_else_keep_it() -> None:
     net, (frames, index) = embedding(), inputs()
-    with kept_as_sources(net, gather, frames, index) as x, LiveBytes() as live:
+    with recompute_conv_inputs(net, gather, frames, index) as x, LiveBytes() as live:
         net(x + 1).sum().backward()
         output = net(x * 2)
     assert output.requires_grad

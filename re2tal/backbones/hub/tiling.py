@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from re2tal.backbones.base import VideoBackbone, steps_mask
-from re2tal.rewire import Between, kept_as_sources
+from re2tal.rewire import CheckpointedModule, recompute_conv_inputs
 from re2tal.structures import Features
 
 
@@ -42,7 +42,7 @@ class ClipEncoder(nn.Module, ABC):
         """
 
 
-class ClipwiseBackbone(VideoBackbone, Between):
+class ClipwiseBackbone(VideoBackbone, CheckpointedModule):
     """Video of any length: cut into clips, all clips of a batch encoded together, steps put back in order.
 
     Clips are a copy of the frames. Rewired to recompute, it keeps only the frames, and cuts them once more in backward.
@@ -73,8 +73,8 @@ class ClipwiseBackbone(VideoBackbone, Between):
 
     def _clips(self, frames: Tensor, mask: Tensor) -> AbstractContextManager[Tensor]:
         gather = partial(cut, clip_frames=self.encoder.clip_frames)
-        if self.forgets and torch.is_grad_enabled():
-            return kept_as_sources(self.encoder, gather, frames, mask)
+        if self.checkpointing and torch.is_grad_enabled():
+            return recompute_conv_inputs(self.encoder, gather, frames, mask)
         return nullcontext(gather(frames, mask))
 
 

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from re2tal.backbones.base import BackboneConfig, VideoBackbone, steps_mask
 from re2tal.backbones.slowfast.layouts import KEY_LAYOUTS
 from re2tal.backbones.weights import load_weights
-from re2tal.reversible.recompute import joined
-from re2tal.rewire import Between, Branch, by_samples, forgetful, residual_branches, why_not_residual
+from re2tal.reversible.recompute import cat_with_recipe
+from re2tal.rewire import Branch, CheckpointedModule, by_samples, checkpointed, residual_branches, why_not_residual
 from re2tal.structures import Features
 
 EXPANSION = 4  # output channels of a bottleneck, by its inner ones
@@ -105,7 +105,7 @@ class SlowFast(VideoBackbone):
         fast = self.fast_path.stem(frames[:, :, :: self.fast_stride])
         stages = zip(self.slow_path.laterals(), self.slow_path.layers(), self.fast_path.layers(), strict=True)
         for lateral, slow_layer, fast_layer in stages:
-            slow = slow_layer(joined([slow, lateral(fast)], dim=1))
+            slow = slow_layer(cat_with_recipe([slow, lateral(fast)], dim=1))
             fast = fast_layer(fast)
         return slow, fast
 
@@ -117,7 +117,7 @@ def _initialise(module: nn.Module) -> None:
         nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
 
-class Pathway(Between):
+class Pathway(CheckpointedModule):
     """A 3-D ResNet: conv1, maxpool, layer1 to layer4, and the laterals in front of them; `SlowFast` calls them."""
 
     def __init__(
@@ -151,7 +151,7 @@ class Pathway(Between):
             blocks += [block(width, inner, kernel=kernel, stride=1, downsample=False) for _ in range(depth - 1)]
             self.add_module(f"layer{index + 1}", nn.Sequential(*blocks))
 
-    @forgetful
+    @checkpointed
     def stem(self, frames: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> (B, C, T, H / 4, W / 4)."""
         return self.maxpool(self.conv1(frames))
@@ -165,7 +165,7 @@ class Pathway(Between):
         return [child for name, child in self.named_children() if name.endswith("_lateral")]
 
 
-class Lateral(Between):
+class Lateral(CheckpointedModule):
     """Fast features at the slow pathway's rate: a convolution in time alone."""
 
     def __init__(self, in_channels: int, out_channels: int, *, kernel: int, stride: int) -> None:
@@ -179,7 +179,7 @@ class Lateral(Between):
             bias=False,
         )
 
-    @forgetful
+    @checkpointed
     def forward(self, x: Tensor) -> Tensor:
         """(B, c, T, H, W) -> (B, C, T / stride, H, W)."""
         return self.conv(x)
@@ -192,7 +192,7 @@ class NormedLateral(Lateral):
         super().__init__(in_channels, out_channels, kernel=kernel, stride=stride)
         self.bn = nn.BatchNorm3d(out_channels)
 
-    @forgetful
+    @checkpointed
     def forward(self, x: Tensor) -> Tensor:
         """(B, c, T, H, W) -> (B, C, T / stride, H, W)."""
         return F.relu_(self.bn(self.conv(x)))

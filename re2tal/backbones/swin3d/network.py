@@ -29,7 +29,16 @@ from re2tal.backbones.swin3d.shifted_windows import (
 from re2tal.backbones.swin3d.window_attention import WindowAttention
 from re2tal.backbones.weights import load_weights
 from re2tal.reversible.chunking import even_spans
-from re2tal.rewire import Between, Branch, Cut, Part, by_tokens, forgetful, residual_branches, why_not_residual
+from re2tal.rewire import (
+    Branch,
+    CheckpointedModule,
+    Cut,
+    Part,
+    by_tokens,
+    checkpointed,
+    residual_branches,
+    why_not_residual,
+)
 from re2tal.structures import Features
 
 
@@ -95,7 +104,7 @@ def _initialise(module: nn.Module) -> None:
             nn.init.zeros_(module.bias)
 
 
-class PatchEmbed(Between):
+class PatchEmbed(CheckpointedModule):
     """Non-overlapping patches: (B, 3, T, H, W) -> (B, D, H', W', C), normalised."""
 
     def __init__(self, channels: int, *, patch: Size3) -> None:
@@ -104,7 +113,7 @@ class PatchEmbed(Between):
         self.proj = nn.Conv3d(3, channels, kernel_size=patch, stride=patch)
         self.norm = nn.LayerNorm(channels)
 
-    @forgetful
+    @checkpointed
     def forward(self, frames: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> (B, D, H', W', C)."""
         t, h, w = (-size % full for size, full in zip(frames.shape[2:], self.patch, strict=True))
@@ -124,7 +133,7 @@ class SwinStage(nn.Module):
         self.downsample = PatchMerging(blocks[0].channels) if merging else None
 
 
-class PatchMerging(Between):
+class PatchMerging(CheckpointedModule):
     """2 x 2 neighbouring pixels become one: (B, D, H, W, C) -> (B, D, ceil(H/2), ceil(W/2), 2C)."""
 
     def __init__(self, channels: int) -> None:
@@ -132,7 +141,7 @@ class PatchMerging(Between):
         self.norm = nn.LayerNorm(4 * channels)
         self.reduction = nn.Linear(4 * channels, 2 * channels, bias=False)
 
-    @forgetful
+    @checkpointed
     def forward(self, x: Tensor) -> Tensor:
         """(B, D, H, W, C) -> (B, D, ceil(H/2), ceil(W/2), 2C)."""
         if x.shape[2] % 2 or x.shape[3] % 2:

@@ -29,7 +29,7 @@ def test_values_gradients_and_draws_are_the_same_bits(kind, stored, merge) -> No
     found, wanted = (
         gradients(
             lambda x, stored=stored, branches=branches: run_reversibly(
-                branches, x, stored=stored, merge=merge, grid=2**-14, owner=branches
+                branches, x, saved_branches=stored, merge=merge, grid=2**-14, owner=branches
             ),
             states(),
             branches,
@@ -51,7 +51,7 @@ def test_so_it_is_in_pieces_and_with_other_couplings(stored, coupling) -> None:
             states(dtype=torch.float64),
             branches.double(),
         )
-        for options in ({"stored": stored}, {"recompute": False})
+        for options in ({"saved_branches": stored}, {"recompute": False})
     )
     for name, value in wanted.items():
         torch.testing.assert_close(found[name], value, rtol=0, atol=1e-12, msg=name)
@@ -64,7 +64,7 @@ def test_so_it_is_under_autocast() -> None:
     def run(stored):
         def shared(x):
             with torch.autocast("cpu", dtype=torch.bfloat16):
-                return run_reversibly([*branches, *branches], x, stored=stored, owner=branches)
+                return run_reversibly([*branches, *branches], x, saved_branches=stored, owner=branches)
 
         return gradients(shared, states(), branches)
 
@@ -79,7 +79,7 @@ def test_every_branch_that_is_stored_costs_memory_and_saves_its_second_run() -> 
         calls.clear()
         gc.collect()
         with LiveBytes() as live:
-            output = run_reversibly(counted, torch.ones(64, 64, CHANNELS), stored=stored)
+            output = run_reversibly(counted, torch.ones(64, 64, CHANNELS), saved_branches=stored)
             peaks.append(live.live)
             output.sum().backward()
         assert len(calls) == 2 * LENGTH - stored
@@ -88,5 +88,5 @@ def test_every_branch_that_is_stored_costs_memory_and_saves_its_second_run() -> 
 
 
 def test_a_negative_number_is_refused() -> None:
-    with pytest.raises(ValueError, match="stored is -1; give the number of branches"):
-        run_reversibly(chain("mlp", 2), torch.ones(1, 1, CHANNELS), stored=-1)
+    with pytest.raises(ValueError, match="saved_branches is -1; give how many"):
+        run_reversibly(chain("mlp", 2), torch.ones(1, 1, CHANNELS), saved_branches=-1)

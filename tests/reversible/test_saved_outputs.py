@@ -45,14 +45,14 @@ def results(branches: nn.ModuleList, *, units=whole, dtype: torch.dtype = torch.
 def test_values_gradients_and_draws_are_the_same_bits(known, units, numbers) -> None:
     branches = chain("transformer", LENGTH, dropout=0.2)
     wanted = results(branches, units=units, **numbers)
-    assert_same_bits(results(branches, units=units, known=known, **numbers), wanted)
+    assert_same_bits(results(branches, units=units, saved_outputs=known, **numbers), wanted)
 
 
-@pytest.mark.parametrize("options", [{"merge": "extrapolate"}, {"stored": 2}, {"coupling": Coupling(0.5, 0.5)}])
+@pytest.mark.parametrize("options", [{"merge": "extrapolate"}, {"saved_branches": 2}, {"coupling": Coupling(0.5, 0.5)}])
 def test_so_it_is_with_every_other_option(options) -> None:
     branches = chain("transformer", LENGTH, dropout=0.2).double()
     wanted = results(branches, dtype=torch.float64, recompute=False, **options)
-    assert_close(results(branches, dtype=torch.float64, known=3, **options), wanted, relative=1e-12)
+    assert_close(results(branches, dtype=torch.float64, saved_outputs=3, **options), wanted, relative=1e-12)
 
 
 @pytest.mark.parametrize("frozen", ["weight", "bias", "no bias"])
@@ -65,7 +65,7 @@ def test_a_frozen_layer_gets_no_gradient(frozen) -> None:
             getattr(branch.down, frozen).requires_grad_(False)
     wanted = results(branches, grid=2**-14)
     assert not any(name.endswith(f"down.{frozen}") for name in wanted)
-    assert_same_bits(results(branches, grid=2**-14, known=99), wanted)
+    assert_same_bits(results(branches, grid=2**-14, saved_outputs=99), wanted)
 
 
 def test_what_is_behind_it_finds_a_tensor_like_the_layers_output() -> None:
@@ -74,7 +74,7 @@ def test_what_is_behind_it_finds_a_tensor_like_the_layers_output() -> None:
     for branch in branches:
         branch.drop = nn.Dropout(0.2, inplace=True)
     wanted = results(branches, grid=2**-14, recompute=False)
-    assert_close(results(branches, grid=2**-14, known=99), wanted, relative=1e-6)
+    assert_close(results(branches, grid=2**-14, saved_outputs=99), wanted, relative=1e-6)
     linear, x = nn.Linear(CHANNELS, 3), states()
     with without_last_linear(linear):
         output = linear(x)
@@ -85,7 +85,7 @@ def flops(known: int, **options) -> int:
     branches = chain("transformer", LENGTH)
     x = torch.ones(64, 64, CHANNELS)
     with FlopCounterMode(display=False) as counter:
-        run_reversibly([whole(branch) for branch in branches], x, known=known, **options).sum().backward()
+        run_reversibly([whole(branch) for branch in branches], x, saved_outputs=known, **options).sum().backward()
     return counter.get_total_flops()
 
 
@@ -108,7 +108,7 @@ def test_each_costs_what_it_added_in_the_numbers_of_the_branch(autocast, bytes_p
     kept = []
     for known in range(4):
         with LiveBytes() as live, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            output = run_reversibly([whole(one) for one in branches], torch.ones(64, 64, CHANNELS), known=known)
+            output = run_reversibly([whole(one) for one in branches], torch.ones(64, 64, CHANNELS), saved_outputs=known)
             kept.append(live.live)
         del output
     assert [more - less for less, more in pairwise(kept)] == 3 * [bytes_per_number * STATE]
@@ -119,7 +119,7 @@ def test_a_layer_that_is_not_the_last_shows_itself(behind) -> None:
     """A gradient that is no number, rather than a wrong one."""
     linear = nn.Linear(CHANNELS, CHANNELS)
     branches = [WholeBranch("wrong", lambda x: behind(linear(x)), linear)] * 3
-    run_reversibly(branches, states(), known=99, owner=linear).sum().backward()
+    run_reversibly(branches, states(), saved_outputs=99, owner=linear).sum().backward()
     assert linear.weight.grad is not None
     assert linear.weight.grad.isnan().any()
 
@@ -156,5 +156,5 @@ def test_its_gradients_are_those_of_the_layer() -> None:
 
 
 def test_a_negative_number_is_refused() -> None:
-    with pytest.raises(ValueError, match="known is -1; give the number of branches"):
-        run_reversibly(chain("mlp", 2), torch.ones(1, 1, CHANNELS), known=-1)
+    with pytest.raises(ValueError, match="saved_outputs is -1; give how many"):
+        run_reversibly(chain("mlp", 2), torch.ones(1, 1, CHANNELS), saved_outputs=-1)

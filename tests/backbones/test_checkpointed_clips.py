@@ -20,13 +20,13 @@ CLIPS_BYTES = 4 * 2 * 3 * 32 * 32
 every_family = pytest.mark.parametrize("name", FAMILIES)
 
 
-def build(name: str, *, forgets: bool = True, drop_path: float = 0.0) -> ClipwiseBackbone:
-    """Rebuilds its runs in any case; `forgets` is whether it does so with clips."""
+def build(name: str, *, checkpointing: bool = True, drop_path: float = 0.0) -> ClipwiseBackbone:
+    """Rebuilds its runs in any case; `checkpointing` is whether it does so with clips."""
     torch.manual_seed(0)
     backbone = build_backbone(BackboneConfig(name=name, drop_path=drop_path))
     assert isinstance(backbone, ClipwiseBackbone)
-    assert backbone.forgets
-    backbone.forgets = forgets
+    assert backbone.checkpointing
+    backbone.checkpointing = checkpointing
     return backbone
 
 
@@ -54,8 +54,8 @@ def assert_same_bits(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> Non
 @pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
 def test_features_and_gradients_are_the_same_bits_and_the_copy_is_gone(name: str, autocast: bool) -> None:
     alive, results = [], []
-    for forgets in (False, True):
-        backbone, (frames, mask) = build(name, forgets=forgets), videos()
+    for checkpointing in (False, True):
+        backbone, (frames, mask) = build(name, checkpointing=checkpointing), videos()
         with torch.no_grad():
             backbone(frames, mask)  # DINOv3 makes a table on its first call, and keeps it
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast), LiveBytes() as live:
@@ -71,8 +71,8 @@ def test_features_and_gradients_are_the_same_bits_and_the_copy_is_gone(name: str
 
 def test_random_draws_are_the_same_and_the_global_generator_is_left_alike() -> None:
     results = []
-    for forgets in (False, True):
-        backbone = build("videomae_nano", forgets=forgets, drop_path=0.5).train()
+    for checkpointing in (False, True):
+        backbone = build("videomae_nano", checkpointing=checkpointing, drop_path=0.5).train()
         torch.manual_seed(3)
         loss(backbone, *videos()).backward()
         results.append(gradients(backbone) | {"generator": torch.get_rng_state()})
@@ -81,8 +81,8 @@ def test_random_draws_are_the_same_and_the_global_generator_is_left_alike() -> N
 
 def test_gradients_of_several_batches_add_up_in_any_order() -> None:
     results = []
-    for forgets in (False, True):
-        backbone = build("videomae_nano", forgets=forgets)
+    for checkpointing in (False, True):
+        backbone = build("videomae_nano", checkpointing=checkpointing)
         losses = [loss(backbone, *videos(seed)) for seed in (1, 2, 3)]
         for each in losses:
             each.backward()
@@ -92,8 +92,8 @@ def test_gradients_of_several_batches_add_up_in_any_order() -> None:
 
 def test_a_frozen_stem_keeps_neither_clips_nor_frames() -> None:
     results = []
-    for forgets in (False, True):
-        backbone, (frames, mask) = build("videomae_nano", forgets=forgets), videos()
+    for checkpointing in (False, True):
+        backbone, (frames, mask) = build("videomae_nano", checkpointing=checkpointing), videos()
         backbone.encoder.model.videomae.embeddings.requires_grad_(False)
         value = loss(backbone, frames, mask)
         frames.fill_(torch.nan)  # nobody looks at them again, and nobody minds
@@ -105,8 +105,8 @@ def test_a_frozen_stem_keeps_neither_clips_nor_frames() -> None:
 
 def test_frames_get_the_same_gradient_of_their_own() -> None:
     results = []
-    for forgets in (False, True):
-        backbone, (frames, mask) = build("videomae_nano", forgets=forgets), videos()
+    for checkpointing in (False, True):
+        backbone, (frames, mask) = build("videomae_nano", checkpointing=checkpointing), videos()
         loss(backbone, frames.requires_grad_(), mask).backward()
         results.append({"frames": frames.grad})
     assert_same_bits(*results)
