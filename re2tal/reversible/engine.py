@@ -59,17 +59,13 @@ def run_reversibly(
         saved_branches: how many branches, counted from the end, save their activations in spite of `recompute`.
         saved_outputs: how many of the other branches save their output, so that backward can skip the linear layer that
             they end in (`WholeBranch.last`). Chosen are those with the largest such layer; of equal ones, the later.
-        merge: "mean" is (x[n-1] + x[n]) / 2, the paper's; "extrapolate" is x[n-1] + x[n] - x, which is the plain
-            residual network to first order, and exactly that network for n = 1, and for two whole blocks
-            F(x) = block(x) - x.
-        coupling: how states follow from the two before them; by default x[i+1] = x[i-1] + F_i(x[i]), as above. Others
-            have their own merges, and save more than two states where inverting would lose too much; see `coupling`.
+        merge: "mean" is (x[n-1] + x[n]) / 2, the paper's; "extrapolate" is x[n-1] + x[n] - x; see `coupling`.
+        coupling: how states follow from the two before them; by default x[i+1] = x[i-1] + F_i(x[i]), as above.
         states: the numbers that states are made of; see `precision`.
         grid: rounds states so that they are rebuilt to the last bit; see `precision`.
         kinks: whether the slope of a branch jumps somewhere, as ReLU's does: "auto" is then a grid in float32 too.
-        owner: the module that holds every parameter and buffer that the branches use. Backward leaves buffers that
-            forward wrote unchanged. If neither its parameters nor `x` want a gradient, nothing is saved. Without an
-            owner, the run assumes that a gradient is wanted and that no buffer is written.
+        owner: the module that holds every parameter and buffer that the branches use. If neither its parameters nor `x`
+            want a gradient, nothing is saved. Without one, a gradient is wanted and no buffer is written.
         monitor: compares the rebuilt first state with the original, in the steps that it chooses.
 
     Returns:
