@@ -179,6 +179,7 @@ def test_what_may_change_on_resume_is_what_no_weight_depends_on(run):
         "backbone.monitor_every",
         "backbone.offload",
         "backbone.keep_nonresidual",
+        "backbone.stored",
         "data.shards",
         "data.clips.workers",
         "data.clips.prefetch",
@@ -201,6 +202,7 @@ def test_a_plan_depends_on_what_a_step_is_made_of_but_not_on_who_feeds_it_or_wai
         "backbone.monitor_every",
         "backbone.offload",
         "backbone.keep_nonresidual",
+        "backbone.stored",
         "backbone.weights",
         "data.clips.workers",
         "data.clips.prefetch",
@@ -209,10 +211,14 @@ def test_a_plan_depends_on_what_a_step_is_made_of_but_not_on_who_feeds_it_or_wai
     }
 
 
-def test_a_backbone_is_rewired_as_rewiring_alone_would_do_it_but_watches_for_drift():
-    assert BackboneConfig().rewiring() == RewiringConfig(monitor_every=100)
-    with pytest.raises(ValueError, match=r"^backbone: unknown unit 'layer'; known: \['block', 'branch'\]"):
+def test_a_backbone_is_rewired_as_rewiring_alone_would_do_it():
+    assert BackboneConfig().rewiring() == RewiringConfig()
+    changed = RewiringConfig(merge="extrapolate", segment=2, stored=1, monitor_every=None)
+    assert BackboneConfig(merge="extrapolate", segment=2, stored=1, monitor_every=None).rewiring() == changed
+    with pytest.raises(ValueError, match=r"^backbone.unit is 'layer'; known: \['block', 'branch'\]"):
         BackboneConfig(unit="layer")
+    with pytest.raises(ValueError, match=r"^backbone: int32 states count steps of a grid"):
+        BackboneConfig(states="int32", grid=None)
 
 
 def test_the_wiring_of_a_backbone_and_what_only_a_rewired_one_has():
@@ -225,6 +231,7 @@ def test_the_wiring_of_a_backbone_and_what_only_a_rewired_one_has():
         "keep_nonresidual",
         "offload",
         "states",
+        "stored",
     }
 
 
