@@ -156,6 +156,13 @@ def test_what_a_file_does_not_mention_keeps_its_default(tmp_path):
             '{"data": {"clips": {"windowing": {"kind": "slide", "num_frames": "few"}}}}',
             "config.json: data.clips.windowing.num_frames is 'few': [^;]*$",
         ),
+        (
+            '{"localizer": {"name": "actionformer", "channels": 15}}',
+            "config.json: localizer.channels=15 must be a multiple of num_heads=4",
+        ),
+        ('{"localizer": {"name": "vsgn", "first_stride": 3}}', "config.json: localizer.first_stride=3 must be even"),
+        ('{"evaluation": {"tiou_thresholds": []}}', r"evaluation.tiou_thresholds is \(\); give at least one"),
+        ('{"evaluation": {"tiou_thresholds": [30]}}', r"evaluation.tiou_thresholds is \(30.0,\); give .* in \(0, 1\]"),
         ('{"localizer": {"name": "tridet"}}', "localizer.name is 'tridet'; known: actionformer, vsgn$"),
         ('{"localizer": {"channels": 64}}', "could be those of actionformer or vsgn; give localizer.name, one of"),
         (

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -121,7 +122,7 @@ def _dataclasses_in(kind: Any) -> Iterator[type]:
             yield from _dataclasses_in(annotation)
 
 
-def _explain(error: ValidationError, kind: type, *, inside: str | None) -> str:
+def _explain(error: ValidationError, kind: Any, *, inside: str | None) -> str:
     lines = []
     for fault in error.errors():
         parts = [str(part) for part in fault["loc"]]
@@ -130,8 +131,11 @@ def _explain(error: ValidationError, kind: type, *, inside: str | None) -> str:
             known = [name for name, _ in flatten(_adapter(kind).dump_python(kind(), mode="json"))]
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             lines.append(f"unknown key {key}" + (f"; did you mean {nearest[0]}?" if nearest else ""))
-        elif fault["type"] == "value_error":  # raised by a component, which names key and value itself
-            lines.append(fault["msg"].removeprefix("Value error, "))
+        elif fault["type"] == "value_error":  # raised by a component, which names its field, or the whole key
+            message = fault["msg"].removeprefix("Value error, ")
+            named = re.split("[ =]", message)[0]
+            is_field = inside is not None and named in {field.name for field in dataclasses.fields(kind)}
+            lines.append(f"{inside}.{message}" if is_field else message)
         else:
             lines.append(f"{key} is {fault['input']!r}: {fault['msg']}")
     return "; ".join(lines)
