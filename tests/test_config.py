@@ -32,9 +32,28 @@ FILES = Path(__file__).parent / "config_files"
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_every_recipe_survives_its_json(name, tmp_path):
-    recipe = find_recipe(name)
+    recipe = with_shards(find_recipe(name), tmp_path)
     save_config(tmp_path / "config.json", recipe)
     assert load_run(tmp_path / "config.json") == recipe
+
+
+def with_shards(run, shards):
+    return replace(run, data=replace(run.data, shards=shards))
+
+
+def test_a_file_has_absolute_paths_and_names_from_a_hub_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    for weights, written in (
+        ("w.safetensors", tmp_path / "w.safetensors"),
+        ("folder", tmp_path / "folder"),
+        ("facebook/vjepa2-vitl-fpc64-256", "facebook/vjepa2-vitl-fpc64-256"),
+        (None, None),
+    ):
+        save_config(tmp_path / "config.json", RunConfig(backbone=BackboneConfig(weights=weights)))
+        run = load_config(tmp_path / "config.json")
+        assert run.data.shards == tmp_path / "shards"
+        assert run.backbone.weights == (None if written is None else str(written))
 
 
 def test_a_recognizers_run_is_told_from_a_detectors(tmp_path):
@@ -44,8 +63,9 @@ def test_a_recognizers_run_is_told_from_a_detectors(tmp_path):
     assert load_run(path) == replace(default, recognizer=replace(default.recognizer, dropout=0.1))
     with pytest.raises(ValueError, match=r"config.json is of a recognizer, .*--backbone.weights .*model.safetensors"):
         load_config(path)
-    save_config(path, RunConfig())
-    assert load_run(path) == load_config(path) == RunConfig()
+    run = with_shards(RunConfig(), tmp_path)
+    save_config(path, run)
+    assert load_run(path) == load_config(path) == run
 
 
 @pytest.mark.parametrize(

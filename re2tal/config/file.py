@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
+from re2tal.backbones.weights import WEIGHTS_SUFFIXES
 from re2tal.config.schema import RUNS, RecognitionConfig, RunConfig
 from re2tal.config.unions import CHOICES, Choice
 from re2tal.strict_json import read_json, write_atomically
@@ -23,7 +24,7 @@ T = TypeVar("T")
 
 
 def save_config(path: Path, config: RunConfig | RecognitionConfig) -> None:
-    """Writes the JSON form of `config`, which `load_config` reads back as an equal one."""
+    """Writes the JSON form of `config`, which `load_config` reads back as an equal one, with its paths absolute."""
     document = to_json(config)
     for choice in CHOICES[config.task]:
         holder, last = _holder(document, choice.key)
@@ -60,8 +61,16 @@ def load_run(path: Path) -> RunConfig | RecognitionConfig:
 
 
 def to_json(config: RunConfig | RecognitionConfig) -> dict[str, Any]:
-    """`config` as JSON values, without the tags that only a file needs: keys tell kinds apart where all are given."""
-    return _adapter(type(config)).dump_python(config, mode="json")
+    """`config` as JSON values, without the tags that only a file needs: keys tell kinds apart where all are given.
+
+    Paths are absolute, so that a run may go on from another working directory.
+    """
+    document = _adapter(type(config)).dump_python(config, mode="json")
+    document["data"]["shards"] = str(config.data.shards.absolute())
+    weights = config.backbone.weights
+    if weights is not None and (weights.endswith(WEIGHTS_SUFFIXES) or Path(weights).exists()):  # not a hub's name
+        document["backbone"]["weights"] = str(Path(weights).absolute())
+    return document
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
