@@ -18,9 +18,9 @@ from re2tal.backbones import stored
 from re2tal.config import RecognitionConfig, RunConfig, flatten, to_json
 from re2tal.options import names_with
 from re2tal.planning.calibration import link_bytes_per_second, measured_seconds
+from re2tal.planning.dry_run import Rehearsal, Trace
 from re2tal.planning.free_memory import free_memory
 from re2tal.planning.options import KEEPING, ON_THE_HOST, REBUILT, STORED, Choices, Link, options_of, undominated
-from re2tal.planning.rehearsal import Rehearsal, Trace
 from re2tal.planning.search import Choice, Ground, Option, fastest, smallest
 from re2tal.planning.settings import Setting, can_be_cut, configure, worth_knowing
 from re2tal.planning.step_memory import StepMemory, step_memory

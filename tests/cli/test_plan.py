@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from planning.rehearsed import Rehearsed
+from planning.scripted_run import Rehearsed
 
 from re2tal.cli import main
 from re2tal.planning import choice

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from planning.rehearsed import INSIDE, MEGABYTE, OTHER_BLOCKS, STATE, STORED_UNIT, Rehearsed
+from planning.scripted_run import INSIDE, MEGABYTE, OTHER_BLOCKS, STATE, STORED_UNIT, Rehearsed
 from planning.small import small_run
 
 from re2tal.backbones import BackboneConfig
@@ -17,7 +17,7 @@ from re2tal.config import build_detector
 from re2tal.planning import calibration, choice
 from re2tal.planning.calibration import link_bytes_per_second, measured_seconds
 from re2tal.planning.choice import plan_step
-from re2tal.planning.rehearsal import Trace, stages_of
+from re2tal.planning.dry_run import Trace, stages_of
 from re2tal.planning.settings import Setting
 from re2tal.planning.step_memory import CHUNK, STATES
 from re2tal.planning.step_plan import StepPlan

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from planning.rehearsed import Rehearsed
+from planning.scripted_run import Rehearsed
 from planning.small import small_run
 
 from re2tal.planning import choice, free_memory

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from distributed.ranks import run_ranks
-from planning.rehearsed import Rehearsed
+from planning.scripted_run import Rehearsed
 from planning.small import small_run
 from torch.utils._pytree import tree_leaves
 
