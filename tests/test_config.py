@@ -32,9 +32,28 @@ FILES = Path(__file__).parent / "config_files"
 
 @pytest.mark.parametrize("name", sorted(RECIPES))
 def test_every_recipe_survives_its_json(name, tmp_path):
-    recipe = find_recipe(name)
+    recipe = with_shards(find_recipe(name), tmp_path)
     save_config(tmp_path / "config.json", recipe)
     assert load_run(tmp_path / "config.json") == recipe
+
+
+def with_shards(run, shards):
+    return replace(run, data=replace(run.data, shards=shards))
+
+
+def test_a_file_has_absolute_paths_and_names_from_a_hub_as_they_are(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    for weights, written in (
+        ("w.safetensors", tmp_path / "w.safetensors"),
+        ("folder", tmp_path / "folder"),
+        ("facebook/vjepa2-vitl-fpc64-256", "facebook/vjepa2-vitl-fpc64-256"),
+        (None, None),
+    ):
+        save_config(tmp_path / "config.json", RunConfig(backbone=BackboneConfig(weights=weights)))
+        run = load_config(tmp_path / "config.json")
+        assert run.data.shards == tmp_path / "shards"
+        assert run.backbone.weights == (None if written is None else str(written))
 
 
 def test_a_recognizers_run_is_told_from_a_detectors(tmp_path):
@@ -44,8 +63,9 @@ def test_a_recognizers_run_is_told_from_a_detectors(tmp_path):
     assert load_run(path) == replace(default, recognizer=replace(default.recognizer, dropout=0.1))
     with pytest.raises(ValueError, match=r"config.json is of a recognizer, .*--backbone.weights .*model.safetensors"):
         load_config(path)
-    save_config(path, RunConfig())
-    assert load_run(path) == load_config(path) == RunConfig()
+    run = with_shards(RunConfig(), tmp_path)
+    save_config(path, run)
+    assert load_run(path) == load_config(path) == run
 
 
 @pytest.mark.parametrize(
@@ -156,6 +176,13 @@ def test_what_a_file_does_not_mention_keeps_its_default(tmp_path):
             '{"data": {"clips": {"windowing": {"kind": "slide", "num_frames": "few"}}}}',
             "config.json: data.clips.windowing.num_frames is 'few': [^;]*$",
         ),
+        (
+            '{"localizer": {"name": "actionformer", "channels": 15}}',
+            "config.json: localizer.channels=15 must be a multiple of num_heads=4",
+        ),
+        ('{"localizer": {"name": "vsgn", "first_stride": 3}}', "config.json: localizer.first_stride=3 must be even"),
+        ('{"evaluation": {"tiou_thresholds": []}}', r"evaluation.tiou_thresholds is \(\); give at least one"),
+        ('{"evaluation": {"tiou_thresholds": [30]}}', r"evaluation.tiou_thresholds is \(30.0,\); give .* in \(0, 1\]"),
         ('{"localizer": {"name": "tridet"}}', "localizer.name is 'tridet'; known: actionformer, vsgn$"),
         ('{"localizer": {"channels": 64}}', "could be those of actionformer or vsgn; give localizer.name, one of"),
         (
@@ -179,6 +206,7 @@ def test_what_may_change_on_resume_is_what_no_weight_depends_on(run):
         "backbone.monitor_every",
         "backbone.offload",
         "backbone.keep_nonresidual",
+        "backbone.stored",
         "data.shards",
         "data.clips.workers",
         "data.clips.prefetch",
@@ -201,6 +229,7 @@ def test_a_plan_depends_on_what_a_step_is_made_of_but_not_on_who_feeds_it_or_wai
         "backbone.monitor_every",
         "backbone.offload",
         "backbone.keep_nonresidual",
+        "backbone.stored",
         "backbone.weights",
         "data.clips.workers",
         "data.clips.prefetch",
@@ -209,10 +238,14 @@ def test_a_plan_depends_on_what_a_step_is_made_of_but_not_on_who_feeds_it_or_wai
     }
 
 
-def test_a_backbone_is_rewired_as_rewiring_alone_would_do_it_but_watches_for_drift():
-    assert BackboneConfig().rewiring() == RewiringConfig(monitor_every=100)
-    with pytest.raises(ValueError, match=r"^backbone: unknown unit 'layer'; known: \['block', 'branch'\]"):
+def test_a_backbone_is_rewired_as_rewiring_alone_would_do_it():
+    assert BackboneConfig().rewiring() == RewiringConfig()
+    changed = RewiringConfig(merge="extrapolate", segment=2, stored=1, monitor_every=None)
+    assert BackboneConfig(merge="extrapolate", segment=2, stored=1, monitor_every=None).rewiring() == changed
+    with pytest.raises(ValueError, match=r"^backbone.unit is 'layer'; known: \['block', 'branch'\]"):
         BackboneConfig(unit="layer")
+    with pytest.raises(ValueError, match=r"^backbone: int32 states count steps of a grid"):
+        BackboneConfig(states="int32", grid=None)
 
 
 def test_the_wiring_of_a_backbone_and_what_only_a_rewired_one_has():
@@ -225,6 +258,7 @@ def test_the_wiring_of_a_backbone_and_what_only_a_rewired_one_has():
         "keep_nonresidual",
         "offload",
         "states",
+        "stored",
     }
 
 

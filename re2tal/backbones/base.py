@@ -13,7 +13,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, fields
-from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,8 +24,8 @@ from re2tal.structures import Features
 
 
 @dataclass(frozen=True)
-class BackboneConfig:
-    """Which backbone to build, from which weights, and how it trains."""
+class BackboneConfig(RewiringConfig):
+    """Which backbone to build, from which weights, how it trains, and how it is rewired if it is."""
 
     name: str = "swin3d_tiny"
     """A row of re2tal.backbones.BACKBONES, or "features" for no network at all, on stored features."""
@@ -34,42 +33,6 @@ class BackboneConfig:
     """Of "features" only: how many channels they have."""
     rewired: bool = True
     """Give every residual run its two streams (reversible); parameter names do not change."""
-    recompute: bool = True
-    """Forget activations inside rewired runs, and in the layers between them, and compute them again in backward;
-    needs `rewired`."""
-    unit: Literal["branch", "block"] = option("branch", wiring=True)
-    """What a rewired run couples: the branches of its blocks (the paper), or whole blocks, F(x) = block(x) - x."""
-    merge: Literal["mean", "extrapolate"] = option("mean", wiring=True)
-    """How a rewired run joins its two end states: their mean (the paper), or y1 + y2 - x, nearer to a plain one."""
-    beta: float = option(1.0, wiring=True, of_rewired=True)
-    """How far the skips of a rewired run reach back: x[i+1] = F(x[i]) + (1 - beta) x[i] + beta x[i-1]. 1 is the paper's
-    coupling, 0 the network before rewiring (SlowFast's with `unit` "block"). It is where training ends, and what the
-    trained network is used with; `annealing` says how it gets there."""
-    segment: int | None = option(None, wiring=True, of_rewired=True)
-    """Merge and start again after this many units; None for one run per stage (the paper)."""
-    chunk_mebibytes: float | None = option(None, of_rewired=True)
-    """Run branches in pieces that need about so much memory each while they are differentiated: less memory, more and
-    smaller kernels. None runs them whole. Needs `rewired`, `unit` "branch" and, in SlowFast, `norm_eval`."""
-    known: int = option(0, of_rewired=True)
-    """How many branches of each rewired run keep what they added: of those that end in a linear layer the most
-    expensive, so MLPs first. That layer, a third of a transformer's block in its MLP, is then not computed again. Each
-    takes the memory of a state, in bf16 and fp16 of half a state. Needs `rewired` and `recompute`."""
-    keep_nonresidual: bool = option(False, of_rewired=True, resumable=True, planned=False)
-    """Keep the activations of those blocks of a stage that are not residual, in SlowFast the first of each: more
-    memory, and they are not computed again. Needs `rewired`."""
-    offload: bool = option(False, of_rewired=True, resumable=True, planned=False)
-    """Keep what rewired runs keep, two states each, in host memory between forward and backward. Needs `rewired` and
-    `recompute`; on a CPU it saves nothing."""
-    states: Literal["float32", "int32"] = option("float32", of_rewired=True)
-    """What the states of a rewired run are made of: "float32" or "int32". Both are rebuilt exactly on a grid (see
-    `grid`)."""
-    grid: float | Literal["auto"] | None = "auto"
-    """The step to which states are rounded, so that they are rebuilt to the last bit. "auto" is 2**-14 in bf16 and
-    fp16; in fp32 2**-18 for SlowFast, whose ReLUs an error of a rounding turns on or off, and none for the smooth
-    families; for "int32" states 2**-16. None is none, and rebuilds with an error."""
-    monitor_every: int | None = option(100, resumable=True, planned=False)
-    """After so many forwards of training, again and again, compare a sample of what rewired runs rebuild with what they
-    forgot, and warn where they differ; `metrics.jsonl` has the figures. None for never."""
     weights: str | None = option(None, planned=False)
     """Pretrained weights: a .safetensors or .pth file in any layout the family reads, or, for a family of the
     transformers library, a hub name or a folder. None starts from random weights."""
@@ -90,18 +53,15 @@ class BackboneConfig:
                 raise ValueError(f"backbone.{name} is {value}; give at least 1, or None")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"backbone.drop_path is {self.drop_path}; give a rate of at least 0 and below 1")
-        if self.rewired:
-            self.rewiring()
+        try:
+            super().__post_init__()
+        except ValueError as error:
+            names_its_key = str(error).split()[0] in (field.name for field in fields(self))
+            raise ValueError(f"backbone{'.' if names_its_key else ': '}{error}") from None
 
     def rewiring(self) -> RewiringConfig:
-        """How the backbone is rewired. Raises ValueError, with the key, where that cannot be."""
-        # Only a plan stores units: how many there are is not known here.
-        shared = [field.name for field in fields(RewiringConfig) if field.name != "stored"]
-        try:
-            return RewiringConfig(**{name: getattr(self, name) for name in shared})
-        except ValueError as error:
-            names_its_key = str(error).split()[0] in shared
-            raise ValueError(f"backbone{'.' if names_its_key else ': '}{error}") from None
+        """The part of it that `rewire` takes."""
+        return RewiringConfig(**{field.name: getattr(self, field.name) for field in fields(RewiringConfig)})
 
 
 class VideoBackbone(nn.Module, ABC):

@@ -46,6 +46,15 @@ class Checkpoint:
     """What the header of a safetensors file says."""
 
 
+def each(rename: Callable[[str], str | None] = str, *, without: str = r"(?!)") -> RENAMING:
+    """Renames entries one by one, without those whose name matches or is renamed to None."""
+    unused = re.compile(without)
+    return lambda keys: {key: name for key in keys if not unused.match(key) and (name := rename(key)) is not None}
+
+
+UNCHANGED = each()
+
+
 @dataclass(frozen=True)
 class KeyLayout:
     """How one code base names the entries of a network that we call by other names."""
@@ -53,9 +62,9 @@ class KeyLayout:
     name: str
     anchor: str
     """Regular expression for an entry that only this layout has, below any prefix such as `module.backbone.`."""
-    to_ours: RENAMING
+    to_ours: RENAMING = UNCHANGED
     """Their names, prefix removed -> {theirs: ours}, without what we have no use for: heads, constant tables."""
-    from_ours: RENAMING
+    from_ours: RENAMING = UNCHANGED
     """Our names -> {ours: theirs}."""
     unpack: REPACKING = dict
     """Their entries, prefix removed -> the same with fused ones in parts, which `to_ours` then renames."""

@@ -7,9 +7,13 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import TYPE_CHECKING
 
 import re2tal
 from re2tal.runs.exit_status import DIVERGED, KEYBOARD, WRONG_INPUT
+
+if TYPE_CHECKING:
+    from tyro.constructors import ConstructorRegistry
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("re2tal.cli.demo:demo", "write a small data set of real videos to try everything on"),
@@ -69,8 +73,38 @@ def _run(name: str, arguments: Sequence[str]) -> int:
 
         run, arguments = starting_point(arguments, default=STARTING_POINTS[name])
         function = partial(function, run=run)
-    status = tyro.cli(function, args=arguments, prog=f"re2tal {name}", config=(tyro.conf.AvoidSubcommands,))
+    status = tyro.cli(
+        function,
+        args=arguments,
+        prog=f"re2tal {name}",
+        config=(tyro.conf.AvoidSubcommands,),
+        registry=short_floats(),
+    )
     return 0 if status is None else status
+
+
+def short_floats() -> ConstructorRegistry:
+    """Lets --help show 0.39999999999999997, the published threshold to the last bit, as 0.4.
+
+    The value stays what it is.
+    """
+    from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
+
+    registry = ConstructorRegistry()
+
+    @registry.primitive_rule
+    def short(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[float] | None:
+        if info.type is not float:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="FLOAT",
+            instance_from_str=lambda given: float(given[0]),
+            is_instance=lambda value: isinstance(value, float | int),
+            str_from_instance=lambda value: [f"{value:.6g}"],
+        )
+
+    return registry
 
 
 def _load(place: str) -> Callable:

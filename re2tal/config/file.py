@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import json
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping
@@ -14,6 +15,7 @@ from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
+from re2tal.backbones.weights import WEIGHTS_SUFFIXES
 from re2tal.config.schema import RUNS, RecognitionConfig, RunConfig
 from re2tal.config.unions import CHOICES, Choice
 from re2tal.strict_json import read_json, write_atomically
@@ -22,7 +24,7 @@ T = TypeVar("T")
 
 
 def save_config(path: Path, config: RunConfig | RecognitionConfig) -> None:
-    """Writes the JSON form of `config`, which `load_config` reads back as an equal one."""
+    """Writes the JSON form of `config`, which `load_config` reads back as an equal one, with its paths absolute."""
     document = to_json(config)
     for choice in CHOICES[config.task]:
         holder, last = _holder(document, choice.key)
@@ -59,8 +61,16 @@ def load_run(path: Path) -> RunConfig | RecognitionConfig:
 
 
 def to_json(config: RunConfig | RecognitionConfig) -> dict[str, Any]:
-    """`config` as JSON values, without the tags that only a file needs: keys tell kinds apart where all are given."""
-    return _adapter(type(config)).dump_python(config, mode="json")
+    """`config` as JSON values, without the tags that only a file needs: keys tell kinds apart where all are given.
+
+    Paths are absolute, so that a run may go on from another working directory.
+    """
+    document = _adapter(type(config)).dump_python(config, mode="json")
+    document["data"]["shards"] = str(config.data.shards.absolute())
+    weights = config.backbone.weights
+    if weights is not None and (weights.endswith(WEIGHTS_SUFFIXES) or Path(weights).exists()):  # not a hub's name
+        document["backbone"]["weights"] = str(Path(weights).absolute())
+    return document
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -121,7 +131,7 @@ def _dataclasses_in(kind: Any) -> Iterator[type]:
             yield from _dataclasses_in(annotation)
 
 
-def _explain(error: ValidationError, kind: type, *, inside: str | None) -> str:
+def _explain(error: ValidationError, kind: Any, *, inside: str | None) -> str:
     lines = []
     for fault in error.errors():
         parts = [str(part) for part in fault["loc"]]
@@ -130,8 +140,11 @@ def _explain(error: ValidationError, kind: type, *, inside: str | None) -> str:
             known = [name for name, _ in flatten(_adapter(kind).dump_python(kind(), mode="json"))]
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             lines.append(f"unknown key {key}" + (f"; did you mean {nearest[0]}?" if nearest else ""))
-        elif fault["type"] == "value_error":  # raised by a component, which names key and value itself
-            lines.append(fault["msg"].removeprefix("Value error, "))
+        elif fault["type"] == "value_error":  # raised by a component, which names its field, or the whole key
+            message = fault["msg"].removeprefix("Value error, ")
+            named = re.split("[ =]", message)[0]
+            is_field = inside is not None and named in {field.name for field in dataclasses.fields(kind)}
+            lines.append(f"{inside}.{message}" if is_field else message)
         else:
             lines.append(f"{key} is {fault['input']!r}: {fault['msg']}")
     return "; ".join(lines)

@@ -124,6 +124,12 @@ class EvaluationConfig:
     tiou_thresholds: tuple[float, ...] = TIOU_THRESHOLDS["thumos14"]
     """a detection is right if its temporal IoU with a free true action is at least this; mAP is averaged over them"""
 
+    def __post_init__(self) -> None:
+        try:
+            check_thresholds(self.tiou_thresholds)
+        except ValueError as error:
+            raise ValueError(f"evaluation.{error}") from None
+
 
 def check_thresholds(tiou_thresholds: Sequence[float]) -> np.ndarray:
     """(T,) float64; ValueError unless there is at least one and all are in (0, 1]."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from re2tal.backbones import build_backbone
 from re2tal.backbones.hub.tiling import ClipwiseBackbone
 from re2tal.config import RecognitionConfig, RunConfig
-from re2tal.planning.rehearsal import Event, stages_of, watched
+from re2tal.planning.dry_run import Event, stages_of, watched
 from re2tal.planning.settings import Setting, configure
 from re2tal.training.engine import DTYPES
 

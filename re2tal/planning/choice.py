@@ -1,6 +1,6 @@
 """A setting for every rewired stage, the fastest that keeps the whole step within a number of bytes.
 
-`options` says what there is to choose from. What the search finds is rehearsed once more as a whole before it is
+`options` says what there is to choose from. A plan that the search finds is run on fake tensors as a whole before it is
 believed.
 """
 
@@ -18,9 +18,9 @@ from re2tal.backbones import stored
 from re2tal.config import RecognitionConfig, RunConfig, flatten, to_json
 from re2tal.options import names_with
 from re2tal.planning.calibration import link_bytes_per_second, measured_seconds
+from re2tal.planning.dry_run import DryRun, Trace
 from re2tal.planning.free_memory import free_memory
 from re2tal.planning.options import KEEPING, ON_THE_HOST, REBUILT, STORED, Choices, Link, options_of, undominated
-from re2tal.planning.rehearsal import Rehearsal, Trace
 from re2tal.planning.search import Choice, Ground, Option, fastest, smallest
 from re2tal.planning.settings import Setting, can_be_cut, configure, worth_knowing
 from re2tal.planning.step_memory import StepMemory, step_memory
@@ -29,7 +29,7 @@ from re2tal.planning.zero_memory import Weights, ZeroMemory, zero_memory
 from re2tal.training.engine import DTYPES
 from re2tal.training.zero_file import resolve_deepspeed_config
 
-MOST_REHEARSALS = 5
+MOST_DRY_RUNS = 5
 
 
 def made_for(
@@ -75,12 +75,12 @@ def plan_step(
     """
     settings = resolve_deepspeed_config(ds, run.engine, world_size=world_size)
     stage, budget = settings["zero_optimization"].get("stage", 0), _budget(run, device, free_bytes, world_size)
-    _refuse_what_cannot_be_rehearsed(run)
+    _refuse_stored_features(run)
     if budget is not None:
         _refuse_what_cannot_be_planned(run)
-    rehearsal = Rehearsal(run, device=device, num_classes=num_classes, free_gradients=stage >= 2)
+    dry_run = DryRun(run, device=device, num_classes=num_classes, free_gradients=stage >= 2)
     zero = zero_memory(
-        Weights.of(rehearsal.network, run.optimizer, settings),
+        Weights.of(dry_run.network, run.optimizer, settings),
         settings,
         bytes_each=DTYPES[run.engine.precision].itemsize,
         world_size=world_size,
@@ -89,8 +89,8 @@ def plan_step(
     )
     purpose = made_for(run, settings, world_size=world_size, num_classes=num_classes, device=device)
     if budget is None:
-        return StepPlan(step_memory(rehearsal.trace(), zero), None, {}, {}, purpose)
-    planner = _Planner(run, rehearsal, zero, budget)
+        return StepPlan(step_memory(dry_run.trace(), zero), None, {}, {}, purpose)
+    planner = _Planner(run, dry_run, zero, budget)
     found, memory, seconds = planner.plan()
     return StepPlan(memory, budget, found, seconds, purpose)
 
@@ -107,7 +107,7 @@ def _budget(
             return floor(gigabytes * GIGABYTE)
 
 
-def _refuse_what_cannot_be_rehearsed(run: RunConfig | RecognitionConfig) -> None:
+def _refuse_stored_features(run: RunConfig | RecognitionConfig) -> None:
     if run.backbone.name == stored.NAME:
         raise ValueError(
             f"backbone.name is {stored.NAME!r}: a run on stored features has no network whose memory could be planned; "
@@ -131,11 +131,11 @@ def _refuse_what_cannot_be_planned(run: RunConfig | RecognitionConfig) -> None:
 
 
 class _Planner:
-    """Rehearses and measures what the stages may do, and searches."""
+    """Counts the bytes and measures the time of every option, then searches."""
 
-    def __init__(self, run: RunConfig | RecognitionConfig, rehearsal: Rehearsal, zero: ZeroMemory, budget: int) -> None:
-        self.run, self.rehearsal, self.zero, self.budget = run, rehearsal, zero, budget
-        self.stages = rehearsal.stages()
+    def __init__(self, run: RunConfig | RecognitionConfig, dry_run: DryRun, zero: ZeroMemory, budget: int) -> None:
+        self.run, self.dry_run, self.zero, self.budget = run, dry_run, zero, budget
+        self.stages = dry_run.stages()
         self._known: dict[tuple[Setting, ...], Trace] = {}
 
     def plan(self) -> tuple[dict[str, Setting], StepMemory, dict[str, StageSeconds]]:
@@ -148,13 +148,13 @@ class _Planner:
         measured = measured_seconds(
             self.run,
             list(traces),
-            device=self.rehearsal.device,
+            device=self.dry_run.device,
             plain_bytes=traces[STORED].peak,
             inside_bytes=_inside(traces[REBUILT]),
             order=list(self.stages),
         )
         seconds = dict(zip(traces, measured, strict=True))
-        bandwidth = link_bytes_per_second(self.rehearsal.device)
+        bandwidth = link_bytes_per_second(self.dry_run.device)
         link = None if on_the_host is None or bandwidth is None else Link(bandwidth, on_the_host)
         choices = options_of(self.stages, traces, seconds, link)
         chosen = self._search(traces[REBUILT].ground(), choices) or least
@@ -182,9 +182,9 @@ class _Planner:
         return settings
 
     def _search(self, ground: Ground, every: Sequence[Choices]) -> list[Setting] | None:
-        """The settings of the fastest plan that keeps within the budget when rehearsed; None where there is none."""
+        """The settings of the fastest plan that a dry run keeps within the budget; None where there is none."""
         choices, room = [undominated(of_stage) for of_stage in every], self.budget - self.zero.during_backward
-        for _ in range(MOST_REHEARSALS):
+        for _ in range(MOST_DRY_RUNS):
             found = fastest(ground, _options(choices), budget=room)
             if found is None:
                 break
@@ -197,14 +197,14 @@ class _Planner:
         return settings if self._memory(settings).peak <= self.budget else None
 
     def _memory(self, settings: Sequence[Setting]) -> StepMemory:
-        return step_memory(self._rehearsed(settings), self.zero)
+        return step_memory(self._traced(settings), self.zero)
 
     def _traces(self) -> dict[Setting, Trace]:
         """Steps with all stages set alike; pieces are a quarter and a 32nd of the largest branch.
 
         Blocks that are not residual are kept in one, if there are any: see `options` for the settings in between.
         """
-        traces = {setting: self._rehearsed([setting] * len(self.stages)) for setting in (REBUILT, STORED)}
+        traces = {setting: self._traced([setting] * len(self.stages)) for setting in (REBUILT, STORED)}
         rebuilt = [REBUILT]
         if can_be_cut(self.stages):
             inside = _inside(traces[REBUILT])
@@ -215,17 +215,17 @@ class _Planner:
         settings = [replace(setting, known=number) for setting in rebuilt for number in sorted({0, known})]
         if any(stage.can_checkpoint_nonresidual() for stage in self.stages.values()):
             settings.append(KEEPING)
-        return traces | {setting: self._rehearsed([setting] * len(self.stages)) for setting in settings}
+        return traces | {setting: self._traced([setting] * len(self.stages)) for setting in settings}
 
     def _on_the_host(self) -> Trace | None:
         """A step whose states wait on the host; None on a CPU, where they are there."""
-        return None if self.rehearsal.device.type == "cpu" else self._rehearsed([ON_THE_HOST] * len(self.stages))
+        return None if self.dry_run.device.type == "cpu" else self._traced([ON_THE_HOST] * len(self.stages))
 
-    def _rehearsed(self, settings: Sequence[Setting]) -> Trace:
+    def _traced(self, settings: Sequence[Setting]) -> Trace:
         key = tuple(settings)
         if key not in self._known:
             configure(self.stages, settings)
-            self._known[key] = self.rehearsal.trace()
+            self._known[key] = self.dry_run.trace()
         return self._known[key]
 
 

@@ -15,7 +15,7 @@ from dataclasses import astuple, dataclass, replace
 from math import ceil
 from typing import Any
 
-from re2tal.planning.rehearsal import Trace
+from re2tal.planning.dry_run import Trace
 from re2tal.planning.search import Option
 from re2tal.planning.settings import Setting, longest_run
 

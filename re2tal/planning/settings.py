@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -38,15 +38,8 @@ class Setting:
 def configure(stages: Mapping[str, RewiredStage], settings: Sequence[Setting]) -> None:
     """Gives each stage its setting."""
     for stage, setting in zip(stages.values(), settings, strict=True):
-        stage.config = replace(
-            stage.config,
-            recompute=setting.stored is not None,
-            stored=setting.stored or 0,
-            chunk_mebibytes=setting.chunk_mebibytes,
-            known=setting.known,
-            offload=setting.offload,
-            keep_nonresidual=setting.keep_nonresidual,
-        )
+        rebuilt = setting.stored is not None
+        stage.config = replace(stage.config, **{**asdict(setting), "recompute": rebuilt, "stored": setting.stored or 0})
 
 
 def longest_run(stage: RewiredStage) -> int:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from re2tal.planning.rehearsal import Trace
+from re2tal.planning.dry_run import Trace
 from re2tal.planning.zero_memory import ZeroMemory
 from re2tal.tables import text_table
 

@@ -9,7 +9,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from re2tal.planning.rehearsal import stages_of
+from re2tal.planning.dry_run import stages_of
 from re2tal.planning.settings import Setting, configure
 from re2tal.planning.step_memory import StepMemory
 from re2tal.strict_json import brief

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from re2tal.backbones import BackboneConfig
@@ -170,74 +171,51 @@ def thumos14_actionformer_features() -> RunConfig:
 
 def activitynet_actionformer_features() -> RunConfig:
     """ActionFormer on ActivityNet-1.3 features, such as TSP's every 16 frames of 16 (512 channels), resized to 192."""
-    return RunConfig(
+    videos = activitynet_re2swin_tiny()
+    assert isinstance(videos.localizer, ActionFormerConfig)
+    return replace(
+        videos,
         name="activitynet_actionformer_features",
-        num_steps=192,
         data=DataConfig(
             shards=Path("features/activitynet"),
             clips=ClipConfig(windowing=ResizeWhole(num_frames=192, shortest_action=0.0), workers=2),
         ),
         backbone=BackboneConfig(name="features", feature_channels=512, rewired=False),
-        localizer=ActionFormerConfig(
+        localizer=replace(
+            videos.localizer,
             variant="original",
-            channels=256,
             attention_window=(7, 7, 7, 7, 7, None),
-            position_encoding=True,
-            max_num_steps=192,
-            label_smoothing=0.1,
-            regression_weight=2.0,
-            initial_positives=200,
-            class_agnostic=True,
             candidate_min_steps=0.001,
         ),
         optimizer=OptimizerConfig(learning_rate=1e-3, weight_decay=0.05),
-        schedule=ScheduleConfig(shape="cosine", warmup_epochs=5.0),
         engine=EngineConfig(batch_size=16, gradient_clipping=1.0),
         training=TrainingConfig(epochs=15, average_decay=0.999, log_every_steps=100),
-        suppression=SuppressionConfig(
-            method="gaussian",
-            sigma=0.75,
-            min_score=0.001,
-            max_per_video=100,
-            per_class=False,
-            voting_threshold=0.9,
-            weigh_votes_by_overlap=True,
-        ),
-        evaluation=EvaluationConfig(tiou_thresholds=TIOU_THRESHOLDS["activitynet"]),
+        suppression=replace(videos.suppression, sigma=0.75, weigh_votes_by_overlap=True),
     )
 
 
 def demo_clips() -> RecognitionConfig:
     """The demo's backbone from random weights on trimmed clips of the same motions: 20 minutes on two busy cores.
     It learns along which axis things move, and hardly in which sense (docs/experiments.md)."""
+    detector, one_second = demo(), Trimmed(num_frames=8, frames_per_second=8.0, num_views=4)
     return RecognitionConfig(
         name="demo_clips",
-        data=DataConfig(
-            shards=Path("demo_clips/shards"),
-            clips=ClipConfig(
-                # One second.
-                windowing=Trimmed(num_frames=8, frames_per_second=8.0, num_views=4),
-                size=48,
-                fit="stretch",
-                crop_area=(1.0, 1.0),
-                flip=False,
-                workers=1,
-            ),
-        ),
-        backbone=BackboneConfig(name="swin3d_nano"),
+        data=DataConfig(shards=Path("demo_clips/shards"), clips=replace(detector.data.clips, windowing=one_second)),
+        backbone=detector.backbone,
         recognizer=RecognizerConfig(dropout=0.0),
-        optimizer=OptimizerConfig(learning_rate=2e-3, backbone_learning_rate=2e-3),
+        optimizer=detector.optimizer,
         schedule=ScheduleConfig(warmup_epochs=1.0),
         # Total batch 32: two ranks of 16 clips.
         engine=EngineConfig(batch_size=16),
-        training=TrainingConfig(epochs=40, average_decay=0.98, log_every_steps=10, checkpoint_every_steps=100),
+        training=replace(detector.training, epochs=40),
     )
 
 
-def kinetics400_re2swin_tiny_30() -> RecognitionConfig:
-    """From plain Kinetics weights to a rewired Video Swin-T: 30 epochs more, as OpenTAD's were named ("ft_e30")."""
+def kinetics400_re2swin_tiny(epochs: int) -> RecognitionConfig:
+    """From plain Kinetics weights to a rewired Video Swin-T: 30 epochs more, as OpenTAD's were named ("ft_e30"), or
+    10."""
     return RecognitionConfig(
-        name="kinetics400_re2swin_tiny_30",
+        name=f"kinetics400_re2swin_tiny_{epochs}",
         data=DataConfig(
             shards=Path("shards/kinetics400"),
             # The source takes every second frame of about 30 a second. 4 views x 3 crops are what it reports.
@@ -246,43 +224,26 @@ def kinetics400_re2swin_tiny_30() -> RecognitionConfig:
         backbone=BackboneConfig(name="swin3d_tiny", drop_path=0.1),
         recognizer=RecognizerConfig(dropout=0.5),
         optimizer=OptimizerConfig(learning_rate=1e-3, backbone_learning_rate=1e-4, weight_decay=0.02),
-        schedule=ScheduleConfig(shape="cosine", warmup_epochs=2.5),
+        schedule=ScheduleConfig(shape="cosine", warmup_epochs=2.5 if epochs == 30 else 1.0),
         # Total batch 64: eight ranks of eight clips. The source clips no gradients, and trains in fp16.
         engine=EngineConfig(batch_size=8, gradient_clipping=0.0, precision="bf16"),
-        training=TrainingConfig(epochs=30, average_decay=None, log_every_steps=100, evaluate_every_epochs=5),
+        training=TrainingConfig(epochs=epochs, average_decay=None, log_every_steps=100, evaluate_every_epochs=5),
     )
 
 
-def kinetics400_re2swin_tiny_10() -> RecognitionConfig:
-    """The same in 10 epochs."""
-    long = kinetics400_re2swin_tiny_30()
-    return replace(
-        long,
-        name="kinetics400_re2swin_tiny_10",
-        schedule=replace(long.schedule, warmup_epochs=1.0),
-        training=replace(long.training, epochs=10),
-    )
-
-
-def kinetics400_re2slowfast_r101_30() -> RecognitionConfig:
-    """From plain Kinetics weights to a rewired SlowFast-101 8x8, 30 epochs more; with which settings OpenTAD's were
-    trained is not published, so optimizer and schedule are those of Video Swin here."""
-    swin = kinetics400_re2swin_tiny_30()
+def kinetics400_re2slowfast_r101(epochs: int) -> RecognitionConfig:
+    """From plain Kinetics weights to a rewired SlowFast-101 8x8, 30 or 10 epochs more. OpenTAD's settings for it are
+    not published, so optimizer and schedule are those of Video Swin."""
+    swin = kinetics400_re2swin_tiny(epochs)
     windowing = Trimmed(num_frames=32, frames_per_second=15.0, num_views=10, num_crops=3)
     return replace(
         swin,
-        name="kinetics400_re2slowfast_r101_30",
+        name=f"kinetics400_re2slowfast_r101_{epochs}",
         # Every second frame of about 30 a second, and 10 views x 3 crops, as mmaction2 tests the plain network.
         data=replace(swin.data, clips=replace(swin.data.clips, windowing=windowing)),
         # Batch norms learn, their statistics over the eight clips of a rank.
         backbone=BackboneConfig(name="slowfast_r101_8x8"),
     )
-
-
-def kinetics400_re2slowfast_r101_10() -> RecognitionConfig:
-    """The same in 10 epochs."""
-    long, swin = kinetics400_re2slowfast_r101_30(), kinetics400_re2swin_tiny_10()
-    return replace(long, name="kinetics400_re2slowfast_r101_10", schedule=swin.schedule, training=swin.training)
 
 
 RECIPES: dict[str, Callable[[], RunConfig] | Callable[[], RecognitionConfig]] = {
@@ -294,10 +255,10 @@ RECIPES: dict[str, Callable[[], RunConfig] | Callable[[], RecognitionConfig]] = 
     "activitynet_re2slowfast_r101": activitynet_re2slowfast_r101,
     "thumos14_actionformer_features": thumos14_actionformer_features,
     "activitynet_actionformer_features": activitynet_actionformer_features,
-    "kinetics400_re2swin_tiny_30": kinetics400_re2swin_tiny_30,
-    "kinetics400_re2swin_tiny_10": kinetics400_re2swin_tiny_10,
-    "kinetics400_re2slowfast_r101_30": kinetics400_re2slowfast_r101_30,
-    "kinetics400_re2slowfast_r101_10": kinetics400_re2slowfast_r101_10,
+    "kinetics400_re2swin_tiny_30": partial(kinetics400_re2swin_tiny, 30),
+    "kinetics400_re2swin_tiny_10": partial(kinetics400_re2swin_tiny, 10),
+    "kinetics400_re2slowfast_r101_30": partial(kinetics400_re2slowfast_r101, 30),
+    "kinetics400_re2slowfast_r101_10": partial(kinetics400_re2slowfast_r101, 10),
 }
 
 

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from re2tal.options import names_with
 from re2tal.rewire.stage import RewiredStage
 
 
@@ -41,7 +42,7 @@ def wiring_of(model: nn.Module) -> dict[str, Any] | None:
     if not stages:
         return None
     config = stages[0].config
-    return {"unit": config.unit, "merge": config.merge, "segment": config.segment, "beta": beta_of(model)}
+    return {name: getattr(config, name) for name in names_with(config, "wiring")} | {"beta": beta_of(model)}
 
 
 class StateCount(NamedTuple):

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
+from re2tal.options import option
 from re2tal.reversible import run_reversibly
 from re2tal.reversible.chunking import ChunkedBranch, Piece, WholeBranch
 from re2tal.reversible.coupling import Coupling, Merge
@@ -38,49 +39,52 @@ from re2tal.rewire.nonresidual import recomputed
 class RewiringConfig:
     """How the residual blocks of a network are coupled."""
 
-    unit: Literal["branch", "block"] = "branch"
+    unit: Literal["branch", "block"] = option("branch", wiring=True)
     """What one F is: a branch of a block (the paper), or a whole block, F(x) = block(x) - x."""
-    merge: Merge = "mean"
+    merge: Merge = option("mean", wiring=True)
     """What becomes of a run's two end states: their "mean" (the paper), or "extrapolate", y1 + y2 - x, which is nearer
     to the network before rewiring, and equal to it for a run of one block, or of two with `unit` "block"."""
-    segment: int | None = None
+    segment: int | None = option(None, wiring=True, of_rewired=True)
     """Merge and start again after this many units; None for one run per unbroken sequence of residual blocks. Fewer
     units are nearer to the network before rewiring, and need the memory of two states for each segment."""
-    beta: float = 1.0
+    beta: float = option(1.0, wiring=True, of_rewired=True)
     """How far skips reach back: x[i+1] = F(x[i]) + (1 - beta) x[i] + beta x[i-1]. 1 is the paper's coupling; 0 is the
-    network before rewiring, checkpointed (with a `unit` whose sum is that network's); in between, after Dr2Net, more
-    states are kept the smaller it is. `set_beta` changes it while the network trains."""
+    network before rewiring, checkpointed (SlowFast's only with `unit` "block"); in between, after Dr2Net, a smaller
+    beta keeps more states. The trained network is used with this value; `annealing` says how training gets there."""
     recompute: bool = True
-    """Rebuild activations in backward instead of saving them. The values are the same."""
-    stored: int = 0
+    """Rebuild activations in backward instead of saving them, in rewired runs and in the layers between them. The
+    values are the same."""
+    stored: int = option(0, of_rewired=True, resumable=True, planned=False)
     """How many units at the end of each run save their activations: more memory, less to rebuild."""
-    known: int = 0
+    known: int = option(0, of_rewired=True)
     """How many branches of each run save their output, so that backward skips the linear layer that they end in. The
-    most expensive such layers are chosen. Each output takes the memory of a state, or half of it under bfloat16 and
-    float16."""
-    keep_nonresidual: bool = False
+    most expensive such layers are chosen, in transformers those of MLPs. Each output takes the memory of a state, or
+    half of it under bfloat16 and float16."""
+    keep_nonresidual: bool = option(False, of_rewired=True, resumable=True, planned=False)
     """Save the activations of blocks that are not residual, such as those that change resolution: more memory, and
     none of them is computed twice. Reversible runs are still rebuilt."""
-    states: States = "float32"
+    states: States = option("float32", of_rewired=True)
     """What the states of a run are made of: "float32" is rebuilt exactly on its grid, "int32" on any grid."""
     grid: Grid = "auto"
     """Grid of the states that makes rebuilding exact: a step, None for none, or "auto": 2**-14 under bfloat16 and
     float16; in float32 2**-18 where branches have kinks, as ReLU has one, and none where they are smooth; for "int32"
     always 2**-16."""
-    chunk_mebibytes: float | None = None
-    """Run a branch in pieces that each need about this much memory while they are differentiated. Only branches that
-    declare a `Cut` are cut. None runs every branch whole."""
-    monitor_every: int | None = None
+    chunk_mebibytes: float | None = option(None, of_rewired=True)
+    """Run a branch in pieces that each need about this much memory while they are differentiated: less memory, more and
+    smaller kernels. Only branches that declare a `Cut` are cut, and SlowFast's only with `norm_eval`. None runs every
+    branch whole."""
+    monitor_every: int | None = option(100, resumable=True, planned=False)
     """Every N training forwards, compare a sample of the rebuilt states with the originals and warn if they differ.
-    None: never."""
-    offload: bool = False
+    Every hundredth costs nothing that can be measured, and a network that drifts would train on wrong gradients
+    silently. None: never."""
+    offload: bool = option(False, of_rewired=True, resumable=True, planned=False)
     """Keep the end states of runs in host memory, and fetch them back ahead of their backward."""
 
     def __post_init__(self) -> None:
         if self.unit not in ("branch", "block"):
-            raise ValueError(f"unknown unit {self.unit!r}; known: ['block', 'branch']")
+            raise ValueError(f"unit is {self.unit!r}; known: ['block', 'branch']")
         if self.merge not in get_args(Merge):
-            raise ValueError(f"unknown merge {self.merge!r}; known: {list(get_args(Merge))}")
+            raise ValueError(f"merge is {self.merge!r}; known: {list(get_args(Merge))}")
         if self.segment is not None and self.segment < 1:
             raise ValueError(f"segment is {self.segment}; give at least 1 unit, or None for no cut")
         if not 0 <= self.beta <= 1:

@@ -165,13 +165,19 @@ class CheckpointStore:
         changes = [
             f"{name} is {self.identity.get(name)!r}, the checkpoint has {saved.get(name)!r}"
             for name in sorted(self.identity.keys() | saved.keys())
-            if self.identity.get(name) != saved.get(name)
+            if not _alike(self.identity.get(name), saved.get(name))
         ]
         if changes:
             raise ValueError(
                 f"{checkpoint} is of another run: {'; '.join(changes)}. Resume with the config.json of its run folder "
                 "and as many ranks, or choose another --out"
             )
+
+
+def _alike(ours: Any, saved: Any) -> bool:
+    # Checkpoints from before paths were written absolute have them as they were given.
+    paths = isinstance(ours, str) and isinstance(saved, str) and Path(ours).is_absolute()
+    return ours == saved or (paths and Path(ours) == Path(saved).absolute())
 
 
 def find_fault(checkpoint: Path) -> str | None:

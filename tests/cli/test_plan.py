@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 
 import pytest
-from planning.rehearsed import Rehearsed
+from planning.scripted_run import ScriptedRun
 
 from re2tal.cli import main
 from re2tal.planning import choice
 
 
 def test_parts_are_printed_and_written(capsys, monkeypatch, tmp_path) -> None:
-    monkeypatch.setattr(choice, "Rehearsal", Rehearsed)
+    monkeypatch.setattr(choice, "DryRun", ScriptedRun)
     with pytest.raises(SystemExit) as end:
         main(["plan", "--recipe", "demo", "--ranks", "2", "--device", "cpu", "--json", str(tmp_path / "plan.json")])
     assert end.value.code == 0
@@ -43,7 +43,7 @@ def test_parts_are_printed_and_written(capsys, monkeypatch, tmp_path) -> None:
     ],
 )
 def test_wrong_input_is_one_line_and_exit_status_2(capsys, monkeypatch, arguments, message) -> None:
-    monkeypatch.setattr(choice, "Rehearsal", Rehearsed)
+    monkeypatch.setattr(choice, "DryRun", ScriptedRun)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(SystemExit) as end:
         main(["plan", *arguments])

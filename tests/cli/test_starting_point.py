@@ -6,11 +6,12 @@ from typing import Annotated
 import pytest
 import tyro
 
+from re2tal.cli import main, short_floats
 from re2tal.cli.starting_point import starting_point
 from re2tal.config import RecognitionConfig, RunConfig, save_config
 from re2tal.data.streaming.windows import ResizeWhole, Trimmed
 from re2tal.localizers import VSGNConfig
-from re2tal.recipes import find_recipe
+from re2tal.recipes import RECIPES, find_recipe
 
 
 def configured(*arguments: str) -> RunConfig | RecognitionConfig:
@@ -21,7 +22,7 @@ def configured(*arguments: str) -> RunConfig | RecognitionConfig:
     def take(*, run: Annotated[RunConfig | RecognitionConfig, tyro.conf.arg(name="")]) -> object:
         return run
 
-    return tyro.cli(partial(take, run=start), args=rest, config=(tyro.conf.AvoidSubcommands,))
+    return tyro.cli(partial(take, run=start), args=rest, config=(tyro.conf.AvoidSubcommands,), registry=short_floats())
 
 
 def test_another_localizer_has_its_defaults_which_further_options_change():
@@ -78,3 +79,14 @@ def test_help_lists_the_kinds(capsys):
     printed = capsys.readouterr().out
     assert "--localizer {actionformer,vsgn} chooses one with its defaults; here vsgn" in printed
     assert "--data.clips.windowing {resize_whole,slide,trimmed} chooses one with its defaults; here slide" in printed
+
+
+def test_help_rounds_the_numbers_that_it_shows(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--help"])
+    assert "(default: 0.3 0.4 0.5 0.6 0.7)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_without_options_a_recipe_stays_what_it_is_to_the_last_bit(name):
+    assert configured("--recipe", name) == find_recipe(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -10,7 +11,9 @@ from pathlib import Path
 
 import pytest
 from distributed.ranks import launch_ranks
+from safetensors.torch import save_file
 
+from re2tal.backbones import BackboneConfig, build_backbone
 from re2tal.config import load_config
 from re2tal.data.building.annotations import read_annotations
 from re2tal.evaluation.results import read_results
@@ -98,5 +101,41 @@ def test_from_videos_to_a_score_and_the_same_weights_after_a_restart(shards, tmp
     assert (out / "model.safetensors").is_file(), "what was refused removed the earlier run"
 
 
-def re2tal(*arguments: object) -> None:
-    subprocess.run([sys.executable, "-m", "re2tal", *map(str, arguments)], check=True)
+def test_a_run_that_names_relative_paths_goes_on_from_another_folder(shards, tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    there.mkdir()
+    (here / "shards").symlink_to(shards)
+    weights = build_backbone(BackboneConfig(name="swin3d_nano")).state_dict()
+    save_file(weights, here / "swin.safetensors")
+    paths = ["--data.shards", "shards", "--backbone.weights", "swin.safetensors", "--out", "run"]
+    re2tal("train", *SMALL, *paths, cwd=here)
+    out = here / "run"
+    whole = read_model(out / "model.safetensors")
+
+    shutil.rmtree(out / "checkpoints" / "step-00000012")
+    again = ["train", "--config", "../here/run/config.json", "--out", "../here/run", "--resume"]
+    re2tal(*again, cwd=there)
+    resumed = read_model(out / "model.safetensors")
+    assert all(value.equal(resumed.weights[name]) for name, value in whole.weights.items())
+    re2tal("detect", "--run", "../here/run", "--out", "found.json", cwd=there)
+    found, expected = (json.loads(path.read_text()) for path in (there / "found.json", out / "results.json"))
+    assert found["results"] == expected["results"]
+    annotations = ["--annotations", shards.parent / "annotations.json", "--dataset", "demo", "--json", "scores.json"]
+    re2tal("evaluate", "--predictions", "found.json", *annotations, cwd=there)
+    summary = json.loads((out / "summary.json").read_text())
+    assert json.loads((there / "scores.json").read_text())["average_map"] == pytest.approx(summary["average_map"])
+
+    # A checkpoint from before paths were written absolute: resumed where it was begun.
+    path = out / "checkpoints" / "step-00000012" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["run"]["backbone.weights"] = "swin.safetensors"
+    path.write_text(json.dumps(manifest))
+    re2tal("train", "--config", "run/config.json", "--out", "run", "--resume", cwd=here)
+    with pytest.raises(subprocess.CalledProcessError):
+        re2tal(*again, "--backbone.weights", "other.safetensors", cwd=there)
+
+
+def re2tal(*arguments: object, cwd: Path | None = None) -> None:
+    command = [sys.executable, "-m", "re2tal", *map(str, arguments)]
+    subprocess.run(command, check=True, cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT)})

@@ -1,4 +1,4 @@
-"""A run small enough to rehearse in seconds."""
+"""A run small enough for a dry run in seconds."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from planning.rehearsed import INSIDE, MEGABYTE, OTHER_BLOCKS, STATE, STORED_UNIT, Rehearsed
+from planning.scripted_run import INSIDE, MEGABYTE, OTHER_BLOCKS, STATE, STORED_UNIT, ScriptedRun
 from planning.small import small_run
 
 from re2tal.backbones import BackboneConfig
@@ -17,7 +17,7 @@ from re2tal.config import build_detector
 from re2tal.planning import calibration, choice
 from re2tal.planning.calibration import link_bytes_per_second, measured_seconds
 from re2tal.planning.choice import plan_step
-from re2tal.planning.rehearsal import Trace, stages_of
+from re2tal.planning.dry_run import Trace, stages_of
 from re2tal.planning.settings import Setting
 from re2tal.planning.step_memory import CHUNK, STATES
 from re2tal.planning.step_plan import StepPlan
@@ -49,7 +49,7 @@ def _by_hand(monkeypatch) -> None:
         return [[cost] * len(order) for cost in costs]
 
     monkeypatch.setattr(choice, "measured_seconds", seconds)
-    monkeypatch.setattr(choice, "Rehearsal", Rehearsed)
+    monkeypatch.setattr(choice, "DryRun", ScriptedRun)
 
 
 def planned(ds: Path, budget_gb: float | None, name: str = "swin3d_nano") -> StepPlan:
@@ -158,14 +158,14 @@ def test_what_is_possible_is_not_refused_for_an_estimate(ds, monkeypatch, excess
     """Stages set differently may need more than their options say: the plan is then one in which they are alike."""
     enough = smallest_budget(ds) + 1.5 * STATE / 1e9
 
-    class Mixed(Rehearsed):
+    class Mixed(ScriptedRun):
         def trace(self) -> Trace:
             trace = super().trace()
             alike = len({stage.config for stage in self.stages().values()}) == 1
             more = 0 if alike else excess
             return replace(trace, phases=tuple(replace(phase, peak=phase.peak + more) for phase in trace.phases))
 
-    monkeypatch.setattr(choice, "Rehearsal", Mixed)
+    monkeypatch.setattr(choice, "DryRun", Mixed)
     plan = planned(ds, enough)
     assert plan.memory.peak <= enough * 1e9
     assert (len(set(plan.settings.values())) == 1) == (excess > 0)
@@ -298,7 +298,7 @@ def test_what_no_plan_can_hold_is_refused(change, message, ds) -> None:
         plan_step(run, ds, world_size=1, num_classes=4, device=CPU)
 
 
-def test_what_no_rehearsal_can_count_is_refused(ds) -> None:
+def test_a_run_on_stored_features_is_refused(ds) -> None:
     run = small_run()
     features = replace(run, backbone=BackboneConfig(name="features", feature_channels=8, rewired=False))
     with pytest.raises(ValueError, match="a run on stored features has no network whose memory could be planned"):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from planning.rehearsed import Rehearsed
+from planning.scripted_run import ScriptedRun
 from planning.small import small_run
 
 from re2tal.planning import choice, free_memory
@@ -62,7 +62,7 @@ def test_a_card_gives_what_it_has_free(monkeypatch) -> None:
 
 
 def test_auto_is_refused_with_what_is_free_where_that_is_too_little(system, tmp_path, monkeypatch) -> None:
-    monkeypatch.setattr(choice, "Rehearsal", Rehearsed)
+    monkeypatch.setattr(choice, "DryRun", ScriptedRun)
     monkeypatch.setattr(choice, "measured_seconds", lambda run, settings, **_: [[1.0] * 3] * len(settings))
     (system / "meminfo").write_text("MemAvailable: 100 kB\n")
     (tmp_path / "ds.json").write_text("{}")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from types import SimpleNamespace
 
+from re2tal.planning.dry_run import Event, Phase, Trace
 from re2tal.planning.options import KEEPING, REBUILT, STORED, options_of
-from re2tal.planning.rehearsal import Event, Phase, Trace
 
 STATE = 100
 

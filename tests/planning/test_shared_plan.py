@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from distributed.ranks import run_ranks
-from planning.rehearsed import Rehearsed
+from planning.scripted_run import ScriptedRun
 from planning.small import small_run
 from torch.utils._pytree import tree_leaves
 
@@ -54,7 +54,7 @@ def fail_while_planning(ds: str) -> dict[str, Any]:
     """How each rank ends, and after how long, when rank 0 fails while it times what stages may do."""
     world, run = resolve_world(os.environ), small_run(memory_budget_gb=1.0)
     device = join(world, run.engine)
-    choice.Rehearsal = Rehearsed  # type: ignore[misc, assignment]
+    choice.DryRun = ScriptedRun  # type: ignore[misc, assignment]
     begin, ended = time.monotonic(), []
     for error in (torch.OutOfMemoryError("too much"), ValueError("too little")):
 
@@ -80,7 +80,7 @@ def test_an_error_of_rank_0_while_it_plans_ends_all_ranks(tmp_path) -> None:
 
 
 def test_what_a_plan_was_not_made_for_is_planned_anew_and_said(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(choice, "Rehearsal", Rehearsed)
+    monkeypatch.setattr(choice, "DryRun", ScriptedRun)
     monkeypatch.setattr(choice, "measured_seconds", lambda run, settings, **_: [[1.0] * 3] * len(settings))
     ds, path = tmp_path / "ds.json", tmp_path / "plan.json"
     ds.write_text('{"zero_optimization": {"stage": 2, "reduce_bucket_size": 1000}}')
@@ -109,7 +109,7 @@ def test_what_a_plan_was_not_made_for_is_planned_anew_and_said(tmp_path, monkeyp
 
 
 def test_a_plan_for_what_was_free_is_used_again_where_as_much_is_free(tmp_path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(choice, "Rehearsal", Rehearsed)
+    monkeypatch.setattr(choice, "DryRun", ScriptedRun)
     seconds = {"stored": 1.0}
     monkeypatch.setattr(
         choice, "measured_seconds", lambda run, settings, **_: [[seconds.get(str(one), 2.0)] * 3 for one in settings]

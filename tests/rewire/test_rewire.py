@@ -156,9 +156,9 @@ def test_a_block_type_is_residual_where_its_registration_says_so() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"unit": "layer"}, r"unknown unit 'layer'; known: \['block', 'branch'\]"),
+        ({"unit": "layer"}, r"unit is 'layer'; known: \['block', 'branch'\]"),
         ({"segment": 0}, "segment is 0; give at least 1 unit, or None"),
-        ({"merge": "sum"}, r"unknown merge 'sum'; known: \['mean', 'extrapolate'\]"),
+        ({"merge": "sum"}, r"merge is 'sum'; known: \['mean', 'extrapolate'\]"),
     ],
 )
 def test_unknown_options_are_refused_before_anything_is_changed(options, message) -> None:

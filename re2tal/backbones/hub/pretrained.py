@@ -42,12 +42,7 @@ SIZE_FIELDS = ("hidden_size", "num_hidden_layers", "num_spatial_layers", "num_te
 
 
 # Files that hold the state of one of our backbones.
-OURS = KeyLayout(
-    "re2tal",
-    anchor=r"encoder\.model\..+",
-    to_ours=lambda keys: {key: key for key in keys},
-    from_ours=lambda keys: {key: key for key in keys},
-)
+OURS = KeyLayout("re2tal", anchor=r"encoder\.model\..+")
 
 
 def load_model(

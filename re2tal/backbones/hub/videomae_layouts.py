@@ -6,18 +6,18 @@
     blocks.i.{norm2,mlp.fc1,mlp.fc2}            ...layernorm_after, intermediate.dense, output.dense
     norm (pre-trained) or fc_norm (fine-tuned)  videomae.layernorm or fc_norm
 
-Pre-training checkpoints hold all of this under `encoder.`, beside a decoder that is not ours, nor is a `head`.
+Pre-training checkpoints hold all of this under `encoder.`, next to a decoder and a `head`, which we ignore.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor
 
-from re2tal.backbones.weights import KeyLayout
+from re2tal.backbones.weights import KeyLayout, each
 
 # Module names, theirs to ours; # stands for the number of the block.
 MODULES = {
@@ -33,8 +33,8 @@ MODULES = {
     "norm": "videomae.layernorm",
     "fc_norm": "fc_norm",
 }
+THEIRS = {ours: theirs for theirs, ours in MODULES.items()}
 PREFIX = "encoder.model."
-NOT_OURS = re.compile(r"head\.|pos_embed$")
 
 
 def ends_in_token_norm(keys: Iterable[str]) -> bool:
@@ -48,15 +48,6 @@ def _renamed(key: str, modules: Mapping[str, str]) -> str:
     index = number[1] if number else "#"
     general = module.replace(f".{index}.", ".#.")
     return f"{modules[general].replace('#', index)}.{entry}" if general in modules else key
-
-
-def _to_ours(keys: Collection[str]) -> dict[str, str]:
-    return {key: PREFIX + _renamed(key, MODULES) for key in keys if not NOT_OURS.match(key)}
-
-
-def _from_ours(keys: Collection[str]) -> dict[str, str]:
-    modules = {ours: theirs for theirs, ours in MODULES.items()}
-    return {key: _renamed(key.removeprefix(PREFIX), modules) for key in keys}
 
 
 def _unpack(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -84,8 +75,8 @@ def _pack(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 ORIGINAL = KeyLayout(
     "original VideoMAE",
     anchor=r"(?<!decoder\.)blocks\.0\.attn\.qkv\.weight",
-    to_ours=_to_ours,
-    from_ours=_from_ours,
+    to_ours=each(lambda key: PREFIX + _renamed(key, MODULES), without=r"head\.|pos_embed$"),
+    from_ours=each(lambda key: _renamed(key.removeprefix(PREFIX), THEIRS)),
     unpack=_unpack,
     pack=_pack,
 )

@@ -11,26 +11,18 @@ Classification heads (`cls_head`, `blocks.6`) are not ours.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
 
-from re2tal.backbones.weights import PAPERS_WIRING, KeyLayout
+from re2tal.backbones.weights import PAPERS_WIRING, KeyLayout, each
 
-
-def _from_mmaction(keys: Collection[str]) -> dict[str, str]:
-    return {key: key for key in keys if not key.startswith("cls_head.")}
+HEAD = r"cls_head\."
 
 
-def _to_mmaction(keys: Collection[str]) -> dict[str, str]:
-    return {key: key for key in keys}
+def _from_opentad(key: str) -> str:
+    return re.sub(r"(layer\d+)\.blocks\.(\d+)\.(inv_block\.)?(Fm\.)?", r"\1.\2.", key)
 
 
-def _from_opentad(keys: Collection[str]) -> dict[str, str]:
-    renamed = {key: re.sub(r"(layer\d+)\.blocks\.(\d+)\.(inv_block\.)?(Fm\.)?", r"\1.\2.", key) for key in keys}
-    return {key: name for key, name in renamed.items() if not key.startswith("cls_head.")}
-
-
-def _to_opentad(keys: Collection[str]) -> dict[str, str]:
-    return {key: re.sub(r"(layer\d+)\.(\d+)\.(.+)", _wrapped, key) for key in keys}
+def _to_opentad(key: str) -> str:
+    return re.sub(r"(layer\d+)\.(\d+)\.(.+)", _wrapped, key)
 
 
 def _wrapped(found: re.Match[str]) -> str:
@@ -39,17 +31,15 @@ def _wrapped(found: re.Match[str]) -> str:
     return f"{layer}.blocks.{index}.{inner}"
 
 
-def _from_pytorchvideo(keys: Collection[str]) -> dict[str, str]:
-    return {key: _to_our_name(found) for key in keys if (found := PYTORCHVIDEO.fullmatch(key))}
-
-
 PYTORCHVIDEO = re.compile(
     r"blocks\.(?P<stage>\d)\.multipathway_(?:blocks\.(?P<pathway>[01])|fusion)\."
     r"(?:res_blocks\.(?P<block>\d+)\.branch[12][._])?(?P<kind>conv|norm)(?:_(?P<letter>[abc])|_fast_to_slow)?\.(?P<entry>\w+)"
 )
 
 
-def _to_our_name(found: re.Match[str]) -> str:
+def _from_pytorchvideo(key: str) -> str | None:
+    if (found := PYTORCHVIDEO.fullmatch(key)) is None:
+        return None
     stage, pathway, block, letter = found.group("stage", "pathway", "block", "letter")
     place = "conv1" if stage == "0" else f"layer{stage}"
     if pathway is None:
@@ -60,17 +50,15 @@ def _to_our_name(found: re.Match[str]) -> str:
     return f"{'fast' if pathway == '1' else 'slow'}_path.{place}.{kind}.{found['entry']}"
 
 
-def _to_pytorchvideo(keys: Collection[str]) -> dict[str, str]:
-    return {key: _to_their_name(found) for key in keys if (found := OURS.fullmatch(key))}
-
-
 OURS = re.compile(
     r"(?P<speed>slow|fast)_path\.(?:conv1|layer(?P<stage>\d))(?P<lateral>_lateral)?"
     r"(?:\.(?P<block>\d+)\.(?:downsample|conv(?P<number>\d)))?\.(?P<kind>conv|bn)\.(?P<entry>\w+)"
 )
 
 
-def _to_their_name(found: re.Match[str]) -> str:
+def _to_pytorchvideo(key: str) -> str | None:
+    if (found := OURS.fullmatch(key)) is None:
+        return None
     stage, block, number = found.group("stage", "block", "number")
     kind = {"conv": "conv", "bn": "norm"}[found["kind"]]
     if found["lateral"]:
@@ -87,20 +75,19 @@ KEY_LAYOUTS = (
     KeyLayout(
         "OpenTAD Re2SlowFast",
         anchor=r"slow_path\.layer1\.blocks\.0\.Fm\.conv1\.conv\.weight",
-        to_ours=_from_opentad,
-        from_ours=_to_opentad,
+        to_ours=each(_from_opentad, without=HEAD),
+        from_ours=each(_to_opentad),
         wiring=PAPERS_WIRING,
     ),
     KeyLayout(
         "mmaction2",
         anchor=r"slow_path\.layer1\.0\.conv1\.conv\.weight",
-        to_ours=_from_mmaction,
-        from_ours=_to_mmaction,
+        to_ours=each(without=HEAD),
     ),
     KeyLayout(
         "pytorchvideo",
         anchor=r"blocks\.1\.multipathway_blocks\.0\.res_blocks\.0\.branch2\.conv_a\.weight",
-        to_ours=_from_pytorchvideo,
-        from_ours=_to_pytorchvideo,
+        to_ours=each(_from_pytorchvideo),
+        from_ours=each(_to_pytorchvideo),
     ),
 )

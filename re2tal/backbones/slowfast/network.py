@@ -16,6 +16,7 @@ the function: such a network must be fine-tuned from recognition weights before 
 from __future__ import annotations
 
 import re
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -170,14 +171,8 @@ class Lateral(CheckpointedModule):
 
     def __init__(self, in_channels: int, out_channels: int, *, kernel: int, stride: int) -> None:
         super().__init__()
-        self.conv = nn.Conv3d(
-            in_channels,
-            out_channels,
-            kernel_size=(kernel, 1, 1),
-            stride=(stride, 1, 1),
-            padding=((kernel - 1) // 2, 0, 0),
-            bias=False,
-        )
+        padding = ((kernel - 1) // 2, 0, 0)
+        self.conv = nn.Conv3d(in_channels, out_channels, (kernel, 1, 1), (stride, 1, 1), padding, bias=False)
 
     @checkpointed
     def forward(self, x: Tensor) -> Tensor:
@@ -206,9 +201,7 @@ class ConvNorm(nn.Module):
     ) -> None:
         super().__init__()
         padding = (kernel[0] // 2, kernel[1] // 2, kernel[2] // 2)
-        self.conv = nn.Conv3d(
-            in_channels, out_channels, kernel, stride=(1, stride, stride), padding=padding, bias=False
-        )
+        self.conv = nn.Conv3d(in_channels, out_channels, kernel, (1, stride, stride), padding, bias=False)
         self.bn = nn.BatchNorm3d(out_channels)
         self.relu = relu
 
@@ -227,9 +220,8 @@ class Bottleneck(nn.Module):
         self.conv1 = ConvNorm(in_channels, inner, kernel=(kernel, 1, 1), relu=True)
         self.conv2 = ConvNorm(inner, inner, kernel=(1, 3, 3), stride=stride, relu=True)
         self.conv3 = ConvNorm(inner, out_channels, kernel=(1, 1, 1), relu=False)
-        self.downsample = (
-            ConvNorm(in_channels, out_channels, kernel=(1, 1, 1), stride=stride, relu=False) if downsample else None
-        )
+        shortcut = partial(ConvNorm, in_channels, out_channels, kernel=(1, 1, 1), stride=stride, relu=False)
+        self.downsample = shortcut() if downsample else None
 
     def body(self, x: Tensor) -> Tensor:
         """F: (B, C, T, H, W) -> (B, C', T, H', W')."""
@@ -262,18 +254,14 @@ class InnerReluBottleneck(Bottleneck):
 
 @residual_branches.register
 def _(block: Bottleneck) -> tuple[Branch, ...]:
-    return (
-        ()
-        if block.downsample is not None
-        else (Branch("bottleneck and its ReLU, less x", Bottleneck.change, cut=CUT, kinks=True),)
-    )
+    branch = Branch("bottleneck and its ReLU, less x", Bottleneck.change, cut=CUT, kinks=True)
+    return (branch,) if block.downsample is None else ()
 
 
 @residual_branches.register
 def _(block: InnerReluBottleneck) -> tuple[Branch, ...]:
-    if block.downsample is not None:
-        return ()
-    return (Branch("bottleneck", InnerReluBottleneck.branch, cut=CUT, kinks=True),)
+    branch = Branch("bottleneck", InnerReluBottleneck.branch, cut=CUT, kinks=True)
+    return (branch,) if block.downsample is None else ()
 
 
 @why_not_residual.register
@@ -303,12 +291,8 @@ def build_slowfast(config: BackboneConfig) -> SlowFast:
     """The size that `config.name` names, random or from `config.weights`; ReLU inside if its branches are rewired."""
     if config.drop_path:
         raise ValueError(f"{config.name} has no drop-path, but backbone.drop_path is {config.drop_path}; set it to 0")
-    inner = config.rewired and config.unit == "branch"
-    slowfast = SlowFast(
-        **SIZES[config.name],
-        frames_per_step=config.frames_per_step or 2,
-        block=InnerReluBottleneck if inner else Bottleneck,
-    )
+    block = InnerReluBottleneck if config.rewired and config.unit == "branch" else Bottleneck
+    slowfast = SlowFast(**SIZES[config.name], frames_per_step=config.frames_per_step or 2, block=block)
     if config.weights is not None:
         load_weights(slowfast, config.weights, layouts=KEY_LAYOUTS)
     return slowfast

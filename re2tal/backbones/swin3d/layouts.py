@@ -12,15 +12,11 @@ No tensor changes its shape on the way. Classification heads (`head`, `cls_head`
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 
-from re2tal.backbones.weights import PAPERS_WIRING, RENAMING, KeyLayout
+from re2tal.backbones.weights import PAPERS_WIRING, KeyLayout, each
 
-NOT_OURS = re.compile(r"(cls_)?head\.|.*\.relative_position_index$")
-
-
-def _each(rename: Callable[[str], str]) -> RENAMING:
-    return lambda keys: {key: rename(key) for key in keys if not NOT_OURS.match(key)}
+NOT_OURS = r"(cls_)?head\.|.*\.relative_position_index$"
 
 
 def _numbered_norm(keys: Iterable[str]) -> str:
@@ -32,7 +28,7 @@ def _numbered_norm(keys: Iterable[str]) -> str:
 def _from_mmaction(keys: Collection[str]) -> dict[str, str]:
     own = _numbered_norm(keys)
     earlier = [key for key in keys if re.match(r"norm\d+\.", key) and not key.startswith(own)]
-    kept = [key for key in keys if key not in earlier and not NOT_OURS.match(key)]
+    kept = [key for key in keys if key not in earlier and not re.match(NOT_OURS, key)]
     return {key: "norm." + key.removeprefix(own) if key.startswith(own) else key for key in kept}
 
 
@@ -71,14 +67,14 @@ KEY_LAYOUTS = (
         "OpenTAD Re2Swin",
         anchor=r"layers\.0\.blocks\.0\.inv_block\.Fm\.attn\.qkv\.weight",
         to_ours=_from_opentad,
-        from_ours=_each(_to_opentad),
+        from_ours=each(_to_opentad),
         wiring=PAPERS_WIRING,
     ),
     KeyLayout(
         "torchvision",
         anchor=r"features\.0\.0\.attn\.qkv\.weight",
-        to_ours=_each(_from_torchvision),
-        from_ours=_each(_to_torchvision),
+        to_ours=each(_from_torchvision, without=NOT_OURS),
+        from_ours=each(_to_torchvision),
     ),
     # Its own norm is numbered; those of blocks follow the number of a block.
     KeyLayout(
@@ -90,7 +86,6 @@ KEY_LAYOUTS = (
     KeyLayout(
         "original",
         anchor=r"layers\.0\.blocks\.0\.attn\.qkv\.weight",
-        to_ours=_each(lambda key: key),
-        from_ours=_each(lambda key: key),
+        to_ours=each(without=NOT_OURS),
     ),
 )

@@ -93,7 +93,7 @@ class Trace:
         )
 
 
-class Rehearsal:
+class DryRun:
     """The network of a run, its weights left out, and steps of it on fake tensors."""
 
     def __init__(

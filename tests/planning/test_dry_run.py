@@ -13,8 +13,8 @@ from torch.utils._pytree import tree_leaves
 
 from re2tal.backbones import BackboneConfig, build_backbone
 from re2tal.config import build_detector
+from re2tal.planning.dry_run import DryRun, stages_of
 from re2tal.planning.footprint import kept_bytes_of
-from re2tal.planning.rehearsal import Rehearsal, stages_of
 from re2tal.planning.search import Option, peak_of
 from re2tal.planning.settings import Setting, configure
 from re2tal.reversible.live_bytes import LiveBytes
@@ -30,8 +30,8 @@ SETTINGS = {
 
 
 @pytest.fixture(scope="module")
-def rehearsal() -> Rehearsal:
-    return Rehearsal(small_run(), device=CPU, num_classes=4, free_gradients=False)
+def dry_run() -> DryRun:
+    return DryRun(small_run(), device=CPU, num_classes=4, free_gradients=False)
 
 
 def measured_peak(setting: Setting) -> int:
@@ -57,45 +57,45 @@ def measured_peak(setting: Setting) -> int:
     "name",
     ["rebuilt", "half stored", *(pytest.param(name, marks=pytest.mark.slow) for name in ("stored", "in pieces"))],
 )
-def test_the_peak_is_the_measured_one(name, rehearsal) -> None:
-    configure(rehearsal.stages(), [SETTINGS[name]] * 3)
-    trace = rehearsal.trace()
+def test_the_peak_is_the_measured_one(name, dry_run) -> None:
+    configure(dry_run.stages(), [SETTINGS[name]] * 3)
+    trace = dry_run.trace()
     assert trace.peak == pytest.approx(measured_peak(SETTINGS[name]), rel=0.02)
     assert trace.prepared_again == 4 * 2 * 3 * 16 * 48 * 48
 
 
-def test_phases_add_up_to_the_peaks_of_mixed_settings(rehearsal) -> None:
+def test_phases_add_up_to_the_peaks_of_mixed_settings(dry_run) -> None:
     """What each stage does with all set alike says what they do together."""
     traces = {}
     for name in ("stored", "rebuilt", "in pieces"):
-        configure(rehearsal.stages(), [SETTINGS[name]] * 3)
-        traces[name] = rehearsal.trace()
+        configure(dry_run.stages(), [SETTINGS[name]] * 3)
+        traces[name] = dry_run.trace()
     for mixed in (["in pieces", "rebuilt", "stored"], ["stored", "stored", "in pieces"]):
         options = []
         for s, name in enumerate(mixed):
             forward, backward = (traces[name].of(kind)[s] for kind in ("forward", "backward"))
             kept = traces[name].kept()[s]
             options.append(Option(0, kept, forward.peak - forward.live, backward.peak - backward.live))
-        configure(rehearsal.stages(), [SETTINGS[name] for name in mixed])
-        assert peak_of(traces["rebuilt"].ground(), options) == pytest.approx(rehearsal.trace().peak, rel=0.02)
+        configure(dry_run.stages(), [SETTINGS[name] for name in mixed])
+        assert peak_of(traces["rebuilt"].ground(), options) == pytest.approx(dry_run.trace().peak, rel=0.02)
 
 
 def test_a_network_of_the_transformers_library_with_drop_path_is_built_without_numbers() -> None:
     run = replace(small_run(), backbone=BackboneConfig(name="videomae_nano", drop_path=0.1))
-    rehearsal = Rehearsal(run, device=CPU, num_classes=4, free_gradients=False)
-    assert len(rehearsal.stages()) == 1
-    assert all(isinstance(parameter, FakeTensor) for parameter in rehearsal.network.parameters())
+    dry_run = DryRun(run, device=CPU, num_classes=4, free_gradients=False)
+    assert len(dry_run.stages()) == 1
+    assert all(isinstance(parameter, FakeTensor) for parameter in dry_run.network.parameters())
 
 
 @pytest.mark.gpu
 def test_states_on_the_host_are_not_on_the_device() -> None:
     """Nothing of a rewired stage's run stays on the card between its forward and its backward."""
     run = small_run()
-    rehearsal = Rehearsal(run, device=torch.device("cuda"), num_classes=4, free_gradients=False)
+    dry_run = DryRun(run, device=torch.device("cuda"), num_classes=4, free_gradients=False)
     traces = {}
     for offload in (False, True):
-        configure(rehearsal.stages(), [Setting(0, None, offload=offload)] * 3)
-        traces[offload] = rehearsal.trace()
+        configure(dry_run.stages(), [Setting(0, None, offload=offload)] * 3)
+        traces[offload] = dry_run.trace()
     saved = sum(traces[False].kept()) - sum(traces[True].kept())
     assert saved > 0
     assert traces[True].host - traces[False].host >= saved
@@ -103,7 +103,7 @@ def test_states_on_the_host_are_not_on_the_device() -> None:
 
 def test_a_plain_backbone_is_one_stage_that_keeps_what_autograd_saves() -> None:
     run = replace(small_run(), backbone=BackboneConfig(name="swin3d_nano", rewired=False))
-    plain = Rehearsal(run, device=CPU, num_classes=4, free_gradients=False)
+    plain = DryRun(run, device=CPU, num_classes=4, free_gradients=False)
     trace = plain.trace()
     assert plain.stages() == {}
     assert [phase.event.kind for phase in trace.phases] == ["start", "forward", "between", "backward"]

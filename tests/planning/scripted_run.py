@@ -1,17 +1,17 @@
-"""A rehearsal by rule instead of by running: stages whose memory can be worked out by hand."""
+"""A dry run by rule instead of by running: stages whose memory can be worked out by hand."""
 
 from __future__ import annotations
 
 import torch
 
 from re2tal.config import build_detector
-from re2tal.planning.rehearsal import Event, Phase, Trace, stages_of
+from re2tal.planning.dry_run import Event, Phase, Trace, stages_of
 
 MEGABYTE = 10**6
 STATE, INSIDE, STORED_UNIT, OTHER_BLOCKS = 10 * MEGABYTE, 64 * MEGABYTE, 30 * MEGABYTE, 25 * MEGABYTE
 
 
-class Rehearsed:
+class ScriptedRun:
     """Every stage keeps two states, if not on the host, STORED_UNIT per stored unit, a state per branch that is known,
     and OTHER_BLOCKS if it has blocks that are not residual and keeps them; inside it needs INSIDE, or a piece of it."""
 
