@@ -116,6 +116,9 @@ def _rebuilt(
     """
     run, record = recording.run, recording.branches[index]
     draws, is_saved = record.draws.popleft(), record.saves == "output"
+    for saved in [*recording.rewound, *record.buffers[0]]:
+        saved.put_back()
+    recording.rewound = record.buffers.popleft()
     if following is not None and not is_saved:
         point, update = watched(recording, index, run.update, function, state, draws)
         return Graph.of(point, update), run.precision.increment(update.detach())

@@ -128,33 +128,19 @@ class _Reversible(torch.autograd.Function):
         ctx: Any, x: Tensor, anchor: Tensor, run: Run, owner: nn.Module | None, observation: Observation | None
     ) -> Tensor:
         del anchor
-        recording = Recording.begin(run, x.device)
-        ctx.recording, ctx.observation, ctx.spent = recording, observation, False
-
-        def update(index: int, function: BranchFunction, state: Tensor) -> Tensor:
-            record = recording.branches[index]
-            if record.saves == "graph":
-                point, output = watched(recording, index, run.update, function, state, None)
-                record.graphs.append(Graph.of(point, output))
-                return output.detach()
-            before = GeneratorState.now(state.device)
-            output = run.output(index, function, state)
-            # Most branches draw nothing: their generator states, some kilobytes each, need not be kept.
-            record.draws.append(None if before.same_as(GeneratorState.now(state.device)) else before)
-            if record.saves == "output":
-                # Before rounding, which widens it: under autocast it takes half the memory.
-                record.outputs.append(output)
-            return run.precision.round(output)
-
-        buffers = BufferWatch(owner)
-        # Detached, because inside a Function x still has requires_grad set, and hooks of modules act on that.
-        with same_kernels():
-            start, previous, current, saved = run.states(
-                x.detach(), update, saved=run.saved_states(), observation=observation
-            )
-        ctx.buffers = buffers.written()
+        before = GeneratorState.now(x.device)
+        watch = BufferWatch(owner)
+        found = _run_forward(ctx, x, run, watch, observation)
+        if watch.is_first and (writers := watch.found_writers()):
+            # Branches that read what they write must be replayed from what they read, which was not saved, as nobody
+            # knew. Known now, it is saved in a second forward, and in all that follow.
+            for saved in writers:
+                saved.put_back()
+            before.restore()
+            found = _run_forward(ctx, x, run, BufferWatch(owner), observation)
+        start, previous, current, states = found
         # Saved, not kept as attributes: autograd then notices writes to x, and hooks on saved tensors see the states.
-        ctx.save_for_backward(*saved)
+        ctx.save_for_backward(*states)
         ctx.ends = previous, current
         return run.merged(start, previous, current)
 
@@ -175,8 +161,38 @@ class _Reversible(torch.autograd.Function):
                 "and call backward once, or run with recompute=False"
             )
         ctx.spent = True
-        with held(ctx.buffers), same_kernels():
+        with held(ctx.written), same_kernels():
             return _backward(ctx, gradients if isinstance(gradients, list) else [gradients]), None, None, None, None
+
+
+def _run_forward(
+    ctx: Any, x: Tensor, run: Run, watch: BufferWatch, observation: Observation | None
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Runs all branches and records what backward needs to run them again. Returns x, x[n-1], x[n] and saved states."""
+    recording = Recording.begin(run, x.device)
+    ctx.recording, ctx.observation, ctx.spent = recording, observation, False
+
+    def update(index: int, function: BranchFunction, state: Tensor) -> Tensor:
+        record = recording.branches[index]
+        if record.saves == "graph":
+            point, output = watched(recording, index, run.update, function, state, None)
+            record.graphs.append(Graph.of(point, output))
+            return output.detach()
+        before, buffers = GeneratorState.now(state.device), watch.save()
+        output = run.output(index, function, state)
+        # Most branches draw nothing: their generator states, some kilobytes each, need not be kept.
+        record.draws.append(None if before.same_as(GeneratorState.now(state.device)) else before)
+        record.buffers.append(watch.written_of(buffers))
+        if record.saves == "output":
+            # Before rounding, which widens it: under autocast it takes half the memory.
+            record.outputs.append(output)
+        return run.precision.round(output)
+
+    # Detached, because inside a Function x still has requires_grad set, and hooks of modules act on that.
+    with same_kernels():
+        found = run.states(x.detach(), update, saved=run.saved_states(), observation=observation)
+    ctx.written = watch.written()
+    return found
 
 
 def _backward(ctx: Any, gradients: list[Tensor]) -> Tensor | None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from re2tal.reversible.replay_context import AutocastState
+from re2tal.reversible.replay_context import AutocastState, SavedBuffer
 from re2tal.reversible.rng import GeneratorState
 from re2tal.reversible.run import Run
 
@@ -46,6 +46,8 @@ class BranchRecord:
     """What forward saves of a call: its graph, its output, or neither: backward then runs it again."""
     draws: deque[GeneratorState | None] = field(default_factory=deque)
     """The generators before a call, for calls that backward runs again; None where the call drew nothing."""
+    buffers: deque[list[SavedBuffer]] = field(default_factory=deque)
+    """Before a call that backward runs again: the buffers that it wrote and may have read."""
     outputs: deque[Tensor] = field(default_factory=deque)
     """What a call returned, before rounding. Only where `saves` is "output"."""
     graphs: deque[Graph] = field(default_factory=deque)
@@ -61,6 +63,8 @@ class Recording:
     """As forward saw it: backward may be called under another one."""
     branches: tuple[BranchRecord, ...]
     """One per branch of the run, in its order."""
+    rewound: list[SavedBuffer] = field(default_factory=list)
+    """What backward has put back last. It is put back again before the next branch, which ran earlier, runs again."""
     x_wants_gradient: bool = False
     """Whether the run's input wants a gradient. Backward sets it: `autograd.grad` may not ask for this one."""
 

@@ -47,13 +47,14 @@ class GeneratorState:
     def replayed(self) -> Iterator[None]:
         """Generators start from this state inside, and go on afterwards as if nothing had been drawn."""
         outside = GeneratorState.now(self.device)
-        self._set()
+        self.restore()
         try:
             yield
         finally:
-            outside._set()
+            outside.restore()
 
-    def _set(self) -> None:
+    def restore(self) -> None:
+        """Sets the generators to this state."""
         for index, state in enumerate(self.states):
             if index:
                 _generators(self.device).set_rng_state(state, self.device)

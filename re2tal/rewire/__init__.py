@@ -1,20 +1,21 @@
 """From a stock residual network to a rewired one: in place, no parameter added, removed or renamed."""
 
 import sys
-from collections.abc import Sequence
 from types import ModuleType
-from typing import Any
 
 from torch import nn
 
 from re2tal.rewire.beta import beta_of, count_states, set_beta, wiring_of
 from re2tal.rewire.branches import Branch, residual_branches, why_not_residual, wrap_output
+from re2tal.rewire.config import RewiringConfig
 from re2tal.rewire.cuts import Cut, Part, by_samples, by_tokens
+from re2tal.rewire.discover import Example
 from re2tal.rewire.nonresidual import CheckpointedModule, checkpointed
+from re2tal.rewire.pending import RewireError
 from re2tal.rewire.recomputed_inputs import recompute_conv_inputs
 from re2tal.rewire.report import RewireReport
 from re2tal.rewire.rewire import rewire, unrewire
-from re2tal.rewire.stage import RewiredStage, RewiringConfig
+from re2tal.rewire.stage import RewiredStage
 from re2tal.rewire.worst_drift import largest_drift
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "CheckpointedModule",
     "Cut",
     "Part",
+    "RewireError",
     "RewireReport",
     "RewiredStage",
     "RewiringConfig",
@@ -50,7 +52,7 @@ class _CallablePackage(ModuleType):
     """
 
     def __call__(
-        self, model: nn.Module, *, config: RewiringConfig | None = None, example: Sequence[Any] | None = None
+        self, model: nn.Module, *, config: RewiringConfig | None = None, example: Example | None = None
     ) -> RewireReport:
         """As `re2tal.rewire.rewire`.
 

@@ -10,7 +10,7 @@ one is entered too. What was found is run against the block itself before anybod
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -24,6 +24,7 @@ from re2tal.reversible.replay_context import held
 from re2tal.reversible.rng import GeneratorState
 from re2tal.rewire.branches import Branch, NotResidual, Residual
 from re2tal.rewire.kinks import WatchedForKinks
+from re2tal.rewire.pending import RewireError
 from re2tal.rewire.sums import RefusedError, Step, may_be_entered, steps_of
 
 
@@ -36,8 +37,23 @@ class Call:
     kwargs: dict[str, Any]
 
 
-def record_calls(model: nn.Module, blocks: Iterable[nn.Module], *, example: Sequence[Any]) -> dict[nn.Module, Call]:
-    """How each of `blocks` is called when `model(*example)` runs; those not called with a tensor first are left out."""
+Example = Sequence[Any] | Mapping[str, Any]
+"""Positional arguments of a model, or its arguments by name."""
+
+
+def call_model(model: nn.Module, example: Example) -> Any:
+    """`model` on an example. Raises ValueError where that fails."""
+    try:
+        return model(**example) if isinstance(example, Mapping) else model(*example)
+    except RewireError:
+        raise
+    except Exception as error:
+        kind = f"{type(error).__name__}: {error}"
+        raise ValueError(f"the example does not run through this {type(model).__name__}: {kind}") from error
+
+
+def record_calls(model: nn.Module, blocks: Iterable[nn.Module], *, example: Example) -> dict[nn.Module, Call]:
+    """How each of `blocks` is called on `example`; those that are not called with a tensor first are left out."""
     calls: dict[nn.Module, Call] = {}
 
     def record(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -46,8 +62,8 @@ def record_calls(model: nn.Module, blocks: Iterable[nn.Module], *, example: Sequ
 
     handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
     try:
-        with _mode(model, training=False), torch.no_grad():
-            model(*example)
+        with in_mode(model, training=False), torch.no_grad():
+            call_model(model, example)
     finally:
         for handle in handles:
             handle.remove()
@@ -79,7 +95,7 @@ def _take_apart(block: nn.Module, call: Call, entered: Sequence[nn.Module]) -> R
     leaves, spec = tree_flatten((call.args, call.kwargs))
     steps = {}
     for training in (True, False):
-        with _mode(block, training=training):
+        with in_mode(block, training=training):
             steps[training] = steps_of(block, leaves, spec, entered=entered)
     if [step.name for step in steps[True]] != [step.name for step in steps[False]]:
         raise RefusedError("it adds other branches in training than in evaluation")
@@ -164,12 +180,13 @@ def _run_branches(block: nn.Module, branches: Sequence[Branch], call: Call) -> T
 def _undisturbed(block: nn.Module, call: Call, *, training: bool) -> Iterator[None]:
     """Runs in a mode, without gradients, and leaves generators, buffers and modes as they were."""
     generators = GeneratorState.now(call.x.device)
-    with torch.no_grad(), generators.replayed(), _mode(block, training=training), held(list(block.buffers())):
+    with torch.no_grad(), generators.replayed(), in_mode(block, training=training), held(block.modules()):
         yield
 
 
 @contextmanager
-def _mode(module: nn.Module, *, training: bool) -> Iterator[None]:
+def in_mode(module: nn.Module, *, training: bool) -> Iterator[None]:
+    """Inside, `module` and all modules in it are in training mode, or in evaluation mode."""
     before = [(child, child.training) for child in module.modules()]
     module.train(training)
     try:

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from re2tal.reversible.recompute import Recipe, save_recipes
-from re2tal.reversible.replay_context import BufferWatch, held
+from re2tal.reversible.replay_context import BufferWatch, SavedBuffer, held
 
 
 class CheckpointedModule(nn.Module):
@@ -51,7 +51,8 @@ def recomputed(function: Callable[..., Any], *args: Any, owner: nn.Module, **kwa
 
     `owner` holds the buffers that the function may write.
     """
-    written: list[Tensor] | None = None
+    written: list[nn.Module] | None = None
+    read: list[SavedBuffer] = []
     tensors = {number: arg for number, arg in enumerate(args) if torch.is_grad_enabled() and isinstance(arg, Tensor)}
     remade = {
         number: _remade(recipe, wants_gradient=tensor.requires_grad)
@@ -63,14 +64,18 @@ def recomputed(function: Callable[..., Any], *args: Any, owner: nn.Module, **kwa
     fresh = {number: args[number] for number in remade}
 
     def run(*given: Any, **kwargs: Any) -> Any:
-        nonlocal written
+        nonlocal written, read
         if written is not None:
             again = [remade[number]() if number in remade else arg for number, arg in enumerate(given)]
             with held(written):
+                for one in read:
+                    one.put_back()
                 return function(*again, **kwargs)
         watch = BufferWatch(owner)
+        saved = watch.save()
         output = function(*(fresh.pop(number, arg) for number, arg in enumerate(given)), **kwargs)
-        written = watch.written()
+        read = [*watch.written_of(saved), *watch.found_writers()]
+        written = list(dict.fromkeys([*watch.written(), *(one.module for one in read)]))
         return output
 
     return checkpoint(run, *given, use_reentrant=False, **kwargs)

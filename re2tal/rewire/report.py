@@ -25,6 +25,8 @@ class RewireReport:
     """What `rewire` did to each container of blocks; prints as a table."""
 
     stages: tuple[StageReport, ...]
+    ends: tuple[str, ...] = ()
+    """Blocks behind which a run ends because the example uses the state there: more states are saved."""
     outside: tuple[str, ...] = ()
     """One reason for each group of modules outside of any stage, such as stems, that stay as they are."""
 
@@ -41,6 +43,8 @@ class RewireReport:
             for stage in self.stages
         ]
         lines = [text_table([head, *rows], align="<")]
+        if self.ends:
+            lines += ["", "states are used in between, so runs also end behind:", f"  {', '.join(self.ends)}"]
         if self.outside:
             lines += ["", "outside of stages, left alone:", *(f"  {group}" for group in self.outside)]
         return "\n".join(lines)

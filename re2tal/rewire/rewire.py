@@ -13,34 +13,35 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import nn
 
 from re2tal.rewire.branches import NotResidual, Residual, is_explained, is_unregistered, registered, why_not_residual
+from re2tal.rewire.config import RewiringConfig
 from re2tal.rewire.cuts import Cut
-from re2tal.rewire.discover import record_calls, take_apart
+from re2tal.rewire.discover import Example, record_calls, take_apart
 from re2tal.rewire.nonresidual import CheckpointedModule
 from re2tal.rewire.report import RewireReport, StageReport
-from re2tal.rewire.stage import RewiredStage, RewiringConfig
+from re2tal.rewire.same_network import check_same_network
+from re2tal.rewire.stage import RewiredStage
 
 
-def rewire(
-    model: nn.Module, *, config: RewiringConfig | None = None, example: Sequence[Any] | None = None
-) -> RewireReport:
+def rewire(model: nn.Module, *, config: RewiringConfig | None = None, example: Example | None = None) -> RewireReport:
     """Rewires every `nn.Sequential` and `nn.ModuleList` inside `model` that holds residual blocks.
-
-    A parent that walks along an `nn.ModuleList` must only hand the hidden state on from block to block: one that takes
-    states out on the way meets the stage as a single block.
 
     Args:
         model: changed in place.
         config: how blocks are coupled; by default as in the paper.
-        example: small inputs for `model`. With them it is run once, and blocks of a type that `residual_branches` does
-            not know are taken apart by what they do (see `discover`); without them such blocks are left alone.
+        example: small inputs for `model`, as a sequence or by name. With them blocks of a type that `residual_branches`
+            does not know are taken apart by what they do (see `discover`), runs end where states are used in between,
+            and the rewired model must return at beta 0 what the plain one does (see `same_network`). Without them such
+            blocks are left alone, and a state that is used in between is an error in the first forward.
 
     Raises:
-        ValueError: nothing in `model` could be rewired, it is rewired already, or it is itself a container of blocks.
+        RewireError: the rewired model would be another network. It is left as it was.
+        ValueError: nothing in `model` could be rewired, it is rewired already, it is itself a container of blocks, or
+            the example does not run.
     """
     if any(isinstance(module, RewiredStage) for module in model.modules()):
         raise ValueError(f"this {type(model).__name__} is rewired already; call unrewire(model) first")
@@ -62,15 +63,27 @@ def rewire(
     stages: dict[nn.Module, RewiredStage] = {}  # a container may hang in several places
     for place, stage in zip(places, report.stages, strict=True):
         if stage.rewired_blocks:
-            blocks = place.container.named_children()
-            residual = {name: found for name, block in blocks if isinstance(found := analyse(block), Residual)}
+            blocks = _blocks(place.container)
+            residual = {name: found for name, block in blocks.items() if isinstance(found := analyse(block), Residual)}
             if place.container not in stages:
                 stages[place.container] = RewiredStage(
-                    place.container, config or RewiringConfig(), residual=residual, name=stage.name
+                    place.container, config or RewiringConfig(), residual=residual, path=stage.name
                 )
             setattr(place.parent, place.name, stages[place.container])
+    if example is not None:
+        try:
+            check_same_network(model, example)
+        except ValueError:
+            unrewire(model)
+            raise
     _set_checkpointing(model, config is None or config.recompute)
-    return replace(report, outside=tuple(_left_outside(model, report)))
+    ends = tuple(stage.name_of(name) for stage in stages.values() for name in stage.names() if name in stage.ends)
+    return replace(report, outside=tuple(_left_outside(model, report)), ends=ends)
+
+
+def _blocks(container: nn.Module) -> dict[str, nn.Module]:
+    """By name; a block that hangs there twice has two."""
+    return {name: block for name, block in container._modules.items() if block is not None}
 
 
 def _left_outside(model: nn.Module, report: RewireReport) -> Iterator[str]:
@@ -122,7 +135,7 @@ def unrewire(model: nn.Module) -> None:
 Analyst = Callable[[nn.Module], Residual | NotResidual]
 
 
-def _analyst(model: nn.Module, example: Sequence[Any] | None) -> Analyst:
+def _analyst(model: nn.Module, example: Example | None) -> Analyst:
     """Says what a block is: by its registration, or by taking it apart where there is none and an example."""
     containers = [module for module in model.modules() if isinstance(module, nn.Sequential | nn.ModuleList)]
     blocks = {block for container in containers for block in container.children() if _has_children(block)}
@@ -131,6 +144,8 @@ def _analyst(model: nn.Module, example: Sequence[Any] | None) -> Analyst:
 
     @cache
     def analyse(block: nn.Module) -> Residual | NotResidual:
+        if "forward" in vars(block):
+            return NotResidual("its forward was replaced on the instance, which no registration describes")
         if block in calls:
             return take_apart(block, calls[block])
         if block in unknown:
@@ -174,7 +189,7 @@ def _has_children(module: nn.Module) -> bool:
 
 
 def _report(place: _Place, analyse: Analyst) -> StageReport:
-    blocks = dict(place.container.named_children())
+    blocks = _blocks(place.container)
     reason = _why_not_replaceable(place.container)
     if reason:
         return StageReport(place.path, len(blocks), 0, (), (reason,))

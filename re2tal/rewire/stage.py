@@ -3,141 +3,67 @@
     plain        x -> block 0 -> block 1 -> ... -> block n-1
     rewired      x -> downsampling block -> [reversible run over the branches of blocks 1 .. n-1] -> merge
 
-It takes the place of an `nn.Sequential`, which is called, or of an `nn.ModuleList`, which a parent walks along:
+It takes the place of an `nn.Sequential`, which is called, or of an `nn.ModuleList`, whose blocks a parent calls:
 
-    for layer in self.layers:            # iterating over a rewired stage gives the stage itself, once,
-        x = layer(x, mask)               # so this line runs all of it
+    for layer, mask in zip(self.layers, masks):     # handles; each block keeps the arguments that it is called with,
+        x = layer(x, mask)                          # and the last one of a run computes all of it (see `pending`)
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
-from itertools import groupby
+from itertools import pairwise
 from math import ceil
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
-from re2tal.options import option
 from re2tal.reversible import run_reversibly
 from re2tal.reversible.chunking import ChunkedBranch, Piece, WholeBranch
-from re2tal.reversible.coupling import Coupling, Merge
+from re2tal.reversible.coupling import Coupling
 from re2tal.reversible.monitor import Monitor
 from re2tal.reversible.offload import offloaded
-from re2tal.reversible.precision import Grid, Precision, States, check_numbers
+from re2tal.reversible.precision import Precision
 from re2tal.rewire.branches import Branch, Residual, is_unregistered
+from re2tal.rewire.config import RewiringConfig
+from re2tal.rewire.hooks import called_with, check_hooks, has_hooks, without_hooks
 from re2tal.rewire.nonresidual import recomputed
+from re2tal.rewire.pending import BlockCall, BlockHandle, PendingState, RewireError, values_of
 
-
-@dataclass(frozen=True, slots=True)
-class RewiringConfig:
-    """How the residual blocks of a network are coupled."""
-
-    unit: Literal["branch", "block"] = option("branch", wiring=True)
-    """What one F is: a branch of a block (the paper), or a whole block, F(x) = block(x) - x."""
-    merge: Merge = option("mean", wiring=True)
-    """What becomes of a run's two end states: their "mean" (the paper), or "extrapolate", y1 + y2 - x, which is nearer
-    to the network before rewiring, and equal to it for a run of one block, or of two with `unit` "block"."""
-    segment: int | None = option(None, wiring=True, of_rewired=True)
-    """Merge and start again after this many units; None for one run per unbroken sequence of residual blocks. Fewer
-    units are nearer to the network before rewiring, and need the memory of two states for each segment."""
-    beta: float = option(1.0, wiring=True, of_rewired=True)
-    """How far skips reach back: x[i+1] = F(x[i]) + (1 - beta) x[i] + beta x[i-1]. 1 is the paper's coupling; 0 is the
-    network before rewiring, checkpointed (SlowFast's only with `unit` "block"); in between, after Dr2Net, a smaller
-    beta keeps more states. The trained network is used with this value; `annealing` says how training gets there."""
-    recompute: bool = True
-    """Rebuild activations in backward instead of saving them, in rewired runs and in the layers between them. The
-    values are the same."""
-    stored: int = option(0, of_rewired=True, resumable=True, planned=False)
-    """How many units at the end of each run save their activations: more memory, less to rebuild."""
-    known: int = option(0, of_rewired=True)
-    """How many branches of each run save their output, so that backward skips the linear layer that they end in. The
-    most expensive such layers are chosen, in transformers those of MLPs. Each output takes the memory of a state, or
-    half of it under bfloat16 and float16."""
-    keep_nonresidual: bool = option(False, of_rewired=True, resumable=True, planned=False)
-    """Save the activations of blocks that are not residual, such as those that change resolution: more memory, and
-    none of them is computed twice. Reversible runs are still rebuilt."""
-    states: States = option("float32", of_rewired=True)
-    """What the states of a run are made of: "float32" is rebuilt exactly on its grid, "int32" on any grid."""
-    grid: Grid = "auto"
-    """Grid of the states that makes rebuilding exact: a step, None for none, or "auto": 2**-14 under bfloat16 and
-    float16; in float32 2**-18 where branches have kinks, as ReLU has one, and none where they are smooth; for "int32"
-    always 2**-16."""
-    chunk_mebibytes: float | None = option(None, of_rewired=True)
-    """Run a branch in pieces that each need about this much memory while they are differentiated: less memory, more and
-    smaller kernels. Only branches that declare a `Cut` are cut, and SlowFast's only with `norm_eval`. None runs every
-    branch whole."""
-    monitor_every: int | None = option(100, resumable=True, planned=False)
-    """Every N training forwards, compare a sample of the rebuilt states with the originals and warn if they differ.
-    Every hundredth costs nothing that can be measured, and a network that drifts would train on wrong gradients
-    silently. None: never."""
-    offload: bool = option(False, of_rewired=True, resumable=True, planned=False)
-    """Keep the end states of runs in host memory, and fetch them back ahead of their backward."""
-
-    def __post_init__(self) -> None:
-        if self.unit not in ("branch", "block"):
-            raise ValueError(f"unit is {self.unit!r}; known: ['block', 'branch']")
-        if self.merge not in get_args(Merge):
-            raise ValueError(f"merge is {self.merge!r}; known: {list(get_args(Merge))}")
-        if self.segment is not None and self.segment < 1:
-            raise ValueError(f"segment is {self.segment}; give at least 1 unit, or None for no cut")
-        if not 0 <= self.beta <= 1:
-            raise ValueError(f"beta is {self.beta}; it lies in [0, 1]: 1 is the paper's coupling, 0 the plain network")
-        check_numbers(self.states, self.grid)
-        if self.monitor_every is not None and self.monitor_every < 1:
-            raise ValueError(f"monitor_every is {self.monitor_every}; give a number of steps, or None for never")
-        if self.states == "int32" and not self.recompute:
-            raise ValueError(
-                "states is 'int32', but recompute is not set: autograd keeps no gradient of integers; set recompute, "
-                "or states to 'float32'"
-            )
-        if self.chunk_mebibytes is not None and not self.chunk_mebibytes > 0:
-            raise ValueError(f"chunk_mebibytes is {self.chunk_mebibytes}; give more than 0, or None for whole branches")
-        if self.chunk_mebibytes is not None and self.unit == "block":
-            raise ValueError(
-                f"chunk_mebibytes is {self.chunk_mebibytes}, but the whole blocks of unit 'block' cannot be cut; set "
-                "unit to 'branch', or chunk_mebibytes to None"
-            )
-        if self.stored < 0:
-            raise ValueError(f"stored is {self.stored}; give a number of units, 0 for none")
-        if self.known < 0:
-            raise ValueError(f"known is {self.known}; give a number of branches, 0 for none")
-        if self.known and self.unit == "block":
-            raise ValueError(
-                f"known is {self.known}, but whole blocks, unit 'block', save nothing by it; set unit to "
-                "'branch', or leave known out"
-            )
-        if self.offload and not (self.recompute and self.stored == 0):
-            raise ValueError(
-                f"offload is set with recompute {self.recompute} and stored {self.stored}: what is saved then are "
-                "activations, not states; set recompute and no stored units, or leave offload out"
-            )
+if TYPE_CHECKING:
+    from re2tal.rewire.same_network import Learned
 
 
 class RewiredStage(nn.Module):
     """The blocks of one stage under their old names; each unbroken sequence of residual ones is run reversibly.
 
-    Called as one block is: `stage(x, *args, **kwargs)`; every block, and every branch, gets the same further arguments.
+    Called like the `nn.Sequential` that it replaces, or walked along like the `nn.ModuleList`.
     """
 
     def __init__(
-        self, plain: nn.Module, config: RewiringConfig, *, residual: Mapping[str, Residual], name: str = ""
+        self, plain: nn.Module, config: RewiringConfig, *, residual: Mapping[str, Residual], path: str = ""
     ) -> None:
-        """`residual` holds the residual blocks by name; other blocks run unchanged. `name` is for warnings."""
+        """`residual` holds the residual blocks by name; other blocks run unchanged. `path` is for messages."""
         super().__init__()
         self.config = config
+        self.path = path
         self.residual = dict(residual)
         self.kinks = any(found.kinks for found in residual.values())
-        self.monitor = None if config.monitor_every is None else Monitor(name, every=config.monitor_every)
+        self.monitor = None if config.monitor_every is None else Monitor(path, every=config.monitor_every)
+        self.ends: Collection[str] = frozenset()
+        """Residual blocks behind which a run ends although the next one is residual: somebody uses the state there."""
+        self.learned: Learned | None = None
+        """Set while an example shows how blocks are called."""
         self._plain = (plain,)  # in a tuple, so that it is not a submodule: its children are ours
+        self._first = 0  # where in the stage the last run started
         self.training = plain.training
-        for name, block in plain.named_children():
+        for name, block in plain._modules.items():  # a block that hangs there twice has two names
             self.add_module(name, block)
 
     @property
@@ -147,12 +73,17 @@ class RewiredStage(nn.Module):
 
     def runs(self) -> Iterator[tuple[list[nn.Module], list[int]]]:
         """The blocks of each unbroken residual sequence, and the number of units in each of its reversible runs."""
-        for blocks, residual in self._groups():
-            if residual:
+        names: list[str] = []
+        ends = self._run_ends()
+        for name in self._modules:
+            names += [name] if name in self.residual else []
+            if name in ends:
                 by_block = self.config.unit == "block"
-                total = len(blocks) if by_block else sum(len(self.residual[name].branches) for name in blocks)
+                total = len(names) if by_block else sum(len(self.residual[one].branches) for one in names)
                 length = self.config.segment or total
-                yield list(blocks.values()), [min(length, total - first) for first in range(0, total, length)]
+                blocks = [self.get_submodule(one) for one in names]
+                yield blocks, [min(length, total - first) for first in range(0, total, length)]
+                names = []
 
     def saved_states(self, length: int, *, dtype: torch.dtype) -> list[int]:
         """Which of its states 0 .. `length` a run of that many functions keeps, if it starts with one of `dtype`."""
@@ -165,33 +96,88 @@ class RewiredStage(nn.Module):
         """Whether `keep_nonresidual` changes anything here."""
         return any(_can_checkpoint(block) for name, block in self.named_children() if name not in self.residual)
 
-    def _groups(self) -> Iterator[tuple[dict[str, nn.Module], bool]]:
-        """Consecutive blocks that are all residual, or all not, and which of the two."""
-        for residual, group in groupby(self.named_children(), key=lambda child: child[0] in self.residual):
-            yield dict(group), residual
+    def names(self) -> list[str]:
+        """Of the blocks, in order."""
+        return list(self._modules)
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Runs all blocks on x. The result has the form in which the last block returns it."""
-        if self.config.recompute and torch.is_grad_enabled():
-            _refuse_gradients(args, kwargs)
-            if self.monitor is not None:
-                self.monitor.step()
+    def name_of(self, block: str) -> str:
+        """The whole name of a block, for messages."""
+        return f"{self.path}.{block}" if self.path else block
+
+    def _run_ends(self) -> set[str]:
+        """The residual blocks that end a run."""
+        names = self.names()
+        following = dict(pairwise(names))
+        return {name for name in self.residual if name in self.ends or following.get(name) not in self.residual}
+
+    def forward(self, x: Tensor, *args: Any, _calls: tuple[BlockCall, ...] | None = None, **kwargs: Any) -> Any:
+        """Runs all blocks on x, with the same further arguments; or computes the `_calls` that a run is made of.
+
+        The result has the form in which the last block returns it, but the hidden state alone for `_calls`.
+        """
+        if _calls is not None:
+            return self._compute(x, _calls)
         output: Any = x
-        for blocks, residual in self._groups():
-            if residual:
-                x = self._run(blocks, _hidden(output), args, kwargs)
-                # A run returns a bare tensor; whoever calls the stage expects what its last block would return.
-                name, block = blocks.popitem()
-                output = self.residual[name].wrap(block, x)
-            else:
-                again = self.config.recompute and not self.config.keep_nonresidual
-                for block in blocks.values():
-                    call = partial(recomputed, block, owner=block) if again and _can_checkpoint(block) else block
-                    output = call(_hidden(output), *args, **kwargs)
+        for name in self._modules:
+            output = self.call_block(name, _hidden(output), args, kwargs, compute=self._compute)
         return output
 
-    def _run(self, blocks: Mapping[str, nn.Module], x: Tensor, args: tuple, kwargs: dict) -> Tensor:
-        units = [unit for name, block in blocks.items() for unit in self._units(name, block, args, kwargs)]
+    def call_block(
+        self, name: str, x: Tensor, args: tuple, kwargs: dict[str, Any], *, compute: Callable[..., Any] | None = None
+    ) -> Any:
+        """What the block called `name` returns for x: computed where it ends a run, and else pending.
+
+        `compute` is how to run what ends here: by a call of this module, for its hooks, unless it is being called.
+        """
+        block, call = self.get_submodule(name), partial(self._call_block, name, compute or self._call)
+        if name not in self.residual or not has_hooks(block):
+            return call(x, *args, **kwargs)
+        check_hooks(block, self.name_of(name))
+        return called_with(block, call, x, args, kwargs)
+
+    def _call(self, x: Tensor, calls: tuple[BlockCall, ...]) -> Any:
+        return self(x, _calls=calls)
+
+    def _call_block(self, name: str, compute: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(leaf, PendingState) for leaf in tree_leaves((args, kwargs))):
+            args, kwargs = tree_map(values_of, (args, kwargs))
+        calls: tuple[BlockCall, ...] = (BlockCall.of(name, args, kwargs),)
+        if name not in self.residual:
+            return compute(values_of(x), calls)
+        if isinstance(x, PendingState) and x.run.goes_on(self):
+            x.run.taken = True
+            start, calls = (x.run.start, (*x.run.calls, *calls)) if x.run.computed is None else (x.run.computed, calls)
+        else:
+            start = values_of(x)
+        ends = name in self._run_ends()
+        computed = compute(start, calls) if ends or self.learned is not None else None
+        output: Any = computed if ends else PendingState.behind(self, start, calls, computed)
+        return self.residual[name].wrap(self.get_submodule(name), output)
+
+    def _compute(self, x: Tensor, calls: tuple[BlockCall, ...]) -> Any:
+        first = calls[0]
+        if any(not call.unchanged() for call in calls):
+            raise RewireError(
+                f"an argument of a block in the run from {self.name_of(first.name)} to {self.name_of(calls[-1].name)} "
+                "was written to before the run ended; give every block a tensor of its own"
+            )
+        if self.monitor is not None and self.config.recompute and torch.is_grad_enabled():
+            place = self.names().index(first.name)
+            if place <= self._first:  # not the second run of one forward
+                self.monitor.step()
+            self._first = place
+        if first.name in self.residual:
+            return self.run(calls, x) if self.learned is None else self.learned.run(self, calls, x)
+        block = self.get_submodule(first.name)
+        again = self.config.recompute and not self.config.keep_nonresidual and _can_checkpoint(block)
+        return (partial(recomputed, block, owner=block) if again else block)(x, *first.args, **first.kwargs)
+
+    def run(self, calls: tuple[BlockCall, ...], x: Tensor) -> Tensor:
+        """Computes a reversible run over the branches of some blocks; its segments, where the configuration has any."""
+        if self.config.recompute and torch.is_grad_enabled():
+            for call in calls:
+                _refuse_gradients(call.args, call.kwargs)
+        units = [unit for call in calls for unit in self._units(call)]
         length = self.config.segment or len(units)
         for first in range(0, len(units), length):
             # One context per run: prefetching follows the order of runs.
@@ -212,10 +198,11 @@ class RewiredStage(nn.Module):
                 )
         return x
 
-    def _units(self, name: str, block: nn.Module, args: tuple, kwargs: dict) -> list[WholeBranch | ChunkedBranch]:
+    def _units(self, call: BlockCall) -> list[WholeBranch | ChunkedBranch]:
+        block = self.get_submodule(call.name)
         if self.config.unit == "block":
-            return [WholeBranch(type(block).__name__, partial(_whole, block, args, kwargs))]
-        return [self._unit(block, branch, args, kwargs) for branch in self.residual[name].branches]
+            return [WholeBranch(type(block).__name__, partial(_whole, block, call.args, call.kwargs))]
+        return [self._unit(block, branch, call.args, call.kwargs) for branch in self.residual[call.name].branches]
 
     def _unit(self, block: nn.Module, branch: Branch, args: tuple, kwargs: dict) -> WholeBranch | ChunkedBranch:
         name, function = f"{type(block).__name__} {branch.name}", partial(_part, block, branch, args, kwargs)
@@ -230,23 +217,27 @@ class RewiredStage(nn.Module):
         """The container that this stage stands for, with this stage's blocks in it."""
         (plain,) = self._plain
         plain.training = self.training
-        for name, block in self.named_children():
+        for name, block in self._modules.items():
             plain.add_module(name, block)
         return plain
 
-    def __iter__(self) -> Iterator[RewiredStage]:
-        yield self
+    def __iter__(self) -> Iterator[BlockHandle]:
+        return (BlockHandle(self, name, self.get_submodule(name)) for name in self._modules)
 
     def __len__(self) -> int:
         return len(self._modules)
 
-    def __getitem__(self, index: int | slice) -> RewiredStage:
-        if isinstance(index, slice) and range(len(self))[index] == range(len(self)):
+    def __getitem__(self, index: int | slice) -> BlockHandle | list[BlockHandle] | RewiredStage:
+        handles = list(self)
+        if isinstance(index, int):
+            return handles[index]
+        if range(len(self))[index] == range(len(self)):
             return self
-        raise TypeError(
-            f"a rewired stage runs as a whole, so {index} of its {len(self)} blocks cannot be taken out to be called; "
-            "iterate over the stage, or look at a block with stage.get_submodule(name)"
-        )
+        if isinstance(self._plain[0], nn.Sequential):
+            raise RewireError(
+                f"{index} of the rewired nn.Sequential {self.path} cannot be run; iterate over the blocks"
+            )
+        return handles[index]
 
     def extra_repr(self) -> str:
         """The configuration, for `print(model)`."""
@@ -254,7 +245,8 @@ class RewiredStage(nn.Module):
 
 
 def _whole(block: nn.Module, args: tuple, kwargs: dict, x: Tensor) -> Tensor:
-    return _hidden(block(x, *args, **kwargs)) - x
+    with without_hooks(block):
+        return _hidden(block(x, *args, **kwargs)) - x
 
 
 def _part(block: nn.Module, branch: Branch, args: tuple, kwargs: dict, x: Tensor) -> Tensor:
@@ -262,14 +254,8 @@ def _part(block: nn.Module, branch: Branch, args: tuple, kwargs: dict, x: Tensor
         return branch.function(block, x, *args, **kwargs)
     # The block must be called as a module, so that ZeRO-3's hooks gather its own parameters. For this one call its
     # forward is the branch.
-    usual = vars(block).get("forward")
-    block.forward = partial(branch.function, block)
-    try:
-        return block(x, *args, **kwargs)
-    finally:
-        del block.forward
-        if usual is not None:
-            block.forward = usual
+    with without_hooks(block):
+        return called_with(block, partial(branch.function, block), x, args, kwargs)
 
 
 def _pieces(

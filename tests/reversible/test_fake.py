@@ -54,7 +54,7 @@ def test_the_peak_on_fake_tensors_is_the_measured_one(kind, pieces, autocast) ->
     assert predicted == pytest.approx(measured, rel=0.02)
 
 
-@pytest.mark.parametrize("options", [{}, {"stored": 2, "known": 1}, {"recompute": False}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"saved_branches": 2, "saved_outputs": 1}, {"recompute": False}], ids=str)
 def test_pieces_that_are_left_out_change_no_byte(options, monkeypatch) -> None:
     """32 samples in 7 pieces: four or five in each. What is kept of pieces is counted of every one."""
     fake, mode = on_fake_tensors(lambda: Run("transformer", pieces=7, **options), dtype=torch.float32, device=CPU)

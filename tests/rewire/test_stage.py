@@ -12,7 +12,7 @@ from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from re2tal.reversible.offload import offloaded
-from re2tal.rewire import Branch, RewiringConfig, residual_branches, rewire, unrewire
+from re2tal.rewire import Branch, RewireError, RewiringConfig, residual_branches, rewire, unrewire
 from re2tal.rewire import stage as stage_module
 
 CLOSE = {"rtol": 1e-12, "atol": 1e-12}
@@ -160,21 +160,39 @@ def test_the_output_has_the_form_of_the_last_block(unit) -> None:
 def test_a_branch_with_parameters_of_the_block_runs_inside_a_call_of_the_block() -> None:
     net, called = walker(ScaledBlock), []
     block = net.layers[0]
-    block.register_forward_pre_hook(lambda module, args: called.append(True))
+
+    def gather(module, args):
+        called.append("parameters")
+
+    gather.__module__ = "deepspeed.runtime.zero.parameter_offload"
+    block.register_forward_pre_hook(gather)
+    block.register_forward_pre_hook(lambda module, args: called.append("user"))
     rewire(net)
     net(frames()).sum().backward()
-    assert len(called) == 2  # once in forward, once in the rebuild
+    # When its handle is called; in the branch, in forward, and in the rebuild.
+    assert called == ["parameters", "user", "parameters", "parameters"]
     assert "forward" not in vars(block)
     assert block.scale.grad is not None
 
 
-def test_a_forward_that_somebody_put_on_the_block_is_put_back() -> None:
-    net = walker(ScaledBlock)
-    block = net.layers[0]
-    own = block.forward = lambda x, mask=None: (x, None)
+def test_a_block_with_a_forward_of_its_own_is_left_alone() -> None:
+    net, x = walker(Block, Block), frames()
+    own = net.layers[1].forward = lambda x, mask=None: 2 * x
+    assert rewire(net).stages[0].left_alone == (
+        "1: its forward was replaced on the instance, which no registration describes",
+    )
+    torch.testing.assert_close(net(x), 2 * coupled([net.layers[0].mix, net.layers[0].transform], net.stem(x)), **CLOSE)
+    assert net.layers.get_submodule("1").forward is own
+
+
+def test_a_forward_that_is_replaced_after_rewiring_is_an_error() -> None:
+    net = walker(Block, Block)
     rewire(net)
-    net(frames())
-    assert block.forward is own
+    with pytest.raises(RewireError, match=r"the forward of block 1 of layers cannot be replaced: unrewire first"):
+        net.layers[1].forward = lambda x: x
+    net.layers.get_submodule("1").forward = lambda x, mask=None: x
+    with pytest.raises(RewireError, match=r"the forward of block layers\.1 was replaced on the instance"):
+        net(frames())
 
 
 def test_the_forward_is_put_back_when_the_branch_fails() -> None:
@@ -220,17 +238,20 @@ def test_further_arguments_that_want_a_gradient_are_refused() -> None:
     assert mask.grad is not None
 
 
-def test_blocks_of_a_stage_cannot_be_run_one_by_one() -> None:
+def test_handles_have_the_attributes_of_their_blocks() -> None:
     net = walker(Block, Block)
     rewire(net)
     stage = net.layers
-    assert len(stage) == 2
-    assert list(stage) == [stage]
-    assert stage[:2] is stage
-    assert stage[:] is stage
-    for index in (0, slice(1), slice(None, None, -1)):
-        with pytest.raises(TypeError, match=r"runs as a whole, so .* of its 2 blocks cannot be taken out"):
-            stage[index]
+    assert len(stage) == len(list(stage)) == 2
+    assert stage[:2] is stage[:] is stage
+    assert stage[-1].norm1 is stage.get_submodule("1").norm1
+    stage[0].flag = 1
+    assert stage.get_submodule("0").flag == 1
+    assert repr(stage[:1][0]).startswith("block layers.0: Block(")
+    halves = nn.ModuleDict({"blocks": nn.Sequential(Block(), Block())})
+    rewire(halves)
+    with pytest.raises(RewireError, match=r"of the rewired nn\.Sequential blocks cannot be run; iterate over"):
+        halves["blocks"][:1]
 
 
 class Crooked(nn.Module):

@@ -1,0 +1,77 @@
+"""Hooks on the blocks of a rewired stage: users' fire once a forward, those of DeepSpeed and FSDP with every branch.
+
+A stage runs the branches of a block, and not the block. Hooks that a user, or a library that collects hidden states,
+has put on a block therefore fire when the parent calls its handle. Hooks that gather and release parameters belong to
+the calls in which these are used.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from re2tal.rewire.pending import RewireError
+
+_GATHERING = ("deepspeed.", "torch.distributed.")
+
+
+def has_hooks(block: nn.Module) -> bool:
+    """Whether a user has put hooks on `block`, or a forward of its own on the instance."""
+    hooks = (block._forward_hooks, block._forward_pre_hooks, block._backward_hooks, block._backward_pre_hooks)
+    return "forward" in vars(block) or any(map(_of_users, hooks))
+
+
+def check_hooks(block: nn.Module, name: str) -> None:
+    """Raises RewireError for what cannot fire."""
+    if "forward" in vars(block):
+        raise RewireError(
+            f"the forward of block {name} was replaced on the instance, and a rewired stage would not call it; put the "
+            "change into a class of its own, or replace it before rewiring, which then leaves the block alone"
+        )
+    if _of_users(block._backward_hooks) or _of_users(block._backward_pre_hooks):
+        raise RewireError(
+            f"block {name} has a backward hook, but is differentiated branch by branch; put the hook on a module "
+            "inside it, or on a parameter"
+        )
+
+
+def called_with(
+    block: nn.Module, forward: Callable[..., Any], x: Tensor, args: tuple, kwargs: Mapping[str, Any]
+) -> Any:
+    """Calls `block` as a module, for its hooks, with another forward for this one call."""
+    usual = vars(block).get("forward")
+    block.forward = forward
+    try:
+        return block(x, *args, **kwargs)
+    finally:
+        del block.forward
+        if usual is not None:
+            block.forward = usual
+
+
+@contextmanager
+def without_hooks(block: nn.Module) -> Iterator[None]:
+    """Inside, only hooks that gather parameters fire."""
+    before = block._forward_hooks, block._forward_pre_hooks
+    if not any(map(_of_users, before)):
+        yield
+        return
+    block._forward_hooks, block._forward_pre_hooks = (
+        OrderedDict((key, hook) for key, hook in hooks.items() if _gathers(hook)) for hooks in before
+    )
+    try:
+        yield
+    finally:
+        block._forward_hooks, block._forward_pre_hooks = before
+
+
+def _of_users(hooks: Mapping[int, Callable]) -> bool:
+    return any(not _gathers(hook) for hook in hooks.values())
+
+
+def _gathers(hook: Any) -> bool:
+    return str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith(_GATHERING)
