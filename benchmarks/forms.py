@@ -123,23 +123,13 @@ class Network:
         self.parameters = [parameter for parameter in self._plain.parameters() if parameter.requires_grad]
         _give_gradients(self._plain)
 
-    def step(
-        self,
-        form: str,
-        case: Case,
-        *,
-        doubled: str | None = None,
-        recompute: bool = True,
-        grid: Grid = "auto",
-        autocast: bool = False,
-    ) -> Step | None:
-        """A forward and a backward, into gradients that are there already; None where a family has no such form.
+    def step(self, form: str, case: Case, *, autocast: bool = False, **options: Any) -> Step | None:
+        """A step of `form`, which takes `options`; None where a family has no such form."""
+        backbone = self.form(form, case, **options)
+        return None if backbone is None else self.step_of(backbone, form, case, autocast=autocast)
 
-        `doubled` is a stage that gets twice as many blocks; `autocast` is to bfloat16.
-        """
-        backbone = self._form(form, case, doubled=doubled, recompute=recompute, grid=grid)
-        if backbone is None:
-            return None
+    def step_of(self, backbone: nn.Module, form: str, case: Case, *, autocast: bool = False) -> Step:
+        """A forward and a backward, into gradients that are there already; `autocast` is to bfloat16."""
         generator = torch.Generator().manual_seed(1)
         with self.mode:
             frames = torch.randn(1, 3, case.frames, case.size, case.size, generator=generator).to(self._device)
@@ -154,7 +144,20 @@ class Network:
 
         return step
 
-    def _form(self, form: str, case: Case, *, doubled: str | None, recompute: bool, grid: Grid) -> nn.Module | None:
+    def form(
+        self,
+        form: str,
+        case: Case,
+        *,
+        doubled: str | None = None,
+        recompute: bool = True,
+        grid: Grid = "auto",
+        offload: bool = False,
+    ) -> nn.Module | None:
+        """The backbone in one of FORMS, with the parameters of all others; None where a family has no such form.
+
+        `doubled` is a stage that gets twice as many blocks; `offload` keeps states of rewired runs in host memory.
+        """
         rewired = form in ("reversible", *CUT)
         source = self._prepared if rewired else self._plain
         backbone = copy.deepcopy(source, {id(value): value for value in (*source.parameters(), *source.buffers())})
@@ -167,6 +170,8 @@ class Network:
                 configure(stages, case.settings(len(stages), recompute=recompute))
             elif form == "pieces, known":
                 configure(stages, replace(case, known=worth_knowing(stages)).settings(len(stages), recompute=recompute))
+            for stage in stages.values() if offload else ():
+                stage.config = replace(stage.config, offload=True)
         elif form == "family's own":
             return backbone if _checkpoint_by_library(backbone) else None
         elif form == "keep attention":
