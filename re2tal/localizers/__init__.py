@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from re2tal.localizers.base import Localizer
-from re2tal.localizers.pyramid.actionformer import ActionFormer, ActionFormerConfig
+from re2tal.localizers.pyramid.actionformer import ActionFormerConfig, actionformer
 from re2tal.localizers.vsgn.localizer import VSGN, VSGNConfig
 
 LocalizerConfig = ActionFormerConfig | VSGNConfig
 """What a localizer is built from; `name` tells them apart."""
 
 LOCALIZERS: dict[str, Callable[..., Localizer]] = {
-    "actionformer": ActionFormer,
+    "actionformer": actionformer,
     "vsgn": VSGN,
 }
 
