@@ -43,22 +43,24 @@ _BLOCK = (
     (r"\.mlp_path\.", ".drop_path_mlp."),
     (r"^level_norms\.", "neck.fpn_norms."),
 )
-_MAPS: dict[tuple[str, str], NameMap] = {
-    ("actionformer", "opentad"): NameMap(
-        renames=(
-            (r"^encoder\.embedding\.", "projection.embed."),
-            (r"^encoder\.(stem|branch)\.", r"projection.\1."),
-            (r"^classifier\.convs\.", "rpn_head.cls_convs."),
-            (r"^classifier\.output\.", "rpn_head.cls_head."),
-            (r"^regressor\.convs\.", "rpn_head.reg_convs."),
-            (r"^regressor\.output\.", "rpn_head.reg_head."),
-            (r"^regressor\.scales\.", "rpn_head.scale."),
-            (r"^positives\.units$", "rpn_head.loss_normalizer"),
-            *_BLOCK,
-        ),
-        prefixes=("projection.", "neck.", "rpn_head."),
-        columns=r"_path\.scale$",
+_OPENTAD_PYRAMID = NameMap(
+    renames=(
+        (r"^encoder\.embedding\.", "projection.embed."),
+        (r"^encoder\.(stem|branch)\.", r"projection.\1."),
+        (r"^classifier\.convs\.", "rpn_head.cls_convs."),
+        (r"^classifier\.output\.", "rpn_head.cls_head."),
+        (r"^regressor\.convs\.", "rpn_head.reg_convs."),
+        (r"^regressor\.output\.", "rpn_head.reg_head."),
+        (r"^regressor\.scales\.", "rpn_head.scale."),
+        (r"^positives\.units$", "rpn_head.loss_normalizer"),
+        *_BLOCK,
     ),
+    prefixes=("projection.", "neck.", "rpn_head."),
+    columns=r"_path\.scale$",
+)
+_MAPS: dict[tuple[str, str], NameMap] = {
+    ("actionformer", "opentad"): _OPENTAD_PYRAMID,
+    ("temporalmaxer", "opentad"): _OPENTAD_PYRAMID,
     ("actionformer", "original"): NameMap(
         renames=(
             (r"^encoder\.embedding\.(\d+)\.conv\.", r"backbone.embd.\1.conv."),

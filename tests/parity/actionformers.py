@@ -121,6 +121,15 @@ def actions(segments: torch.Tensor, labels: torch.Tensor) -> list[Action]:
     ]
 
 
+def timeline(meta: dict) -> Timeline:
+    """OpenTAD's conversion to seconds for one clip: of a whole video, resized, or of a window at its own frame rate."""
+    duration = meta["duration"]
+    if "resize_length" in meta:
+        return Timeline(0.0, duration / meta["resize_length"], duration)
+    start_frame = meta.get("window_start_frame", 0) + meta["offset_frames"]
+    return Timeline(start_frame / meta["fps"], meta["snippet_stride"] / meta["fps"], duration)
+
+
 def _window(window: int | Sequence[int]) -> int | tuple[int | None, ...] | None:
     if isinstance(window, int):
         return window if window > 1 else None

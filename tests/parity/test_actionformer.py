@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from parity.actionformers import STEPS, actions, build, original_suppression, suppression
+from parity.actionformers import STEPS, actions, build, original_suppression, suppression, timeline
 from parity.compare import Tolerances, check_gradients
 from parity.detections import check_same, from_results, rounded, stored
 from parity.vectors import Case, cases, load, read_json
@@ -223,15 +223,6 @@ def test_candidates_and_seconds_of_opentad(name: str) -> None:
         check_same(Detections(*candidates), stored(case.arrays, "pre_nms", clip), score=1e-6, segment=1e-4)
         seconds = timeline(metas[clip]).to_seconds(case.tensor(f"nms_segments_{clip}"))
         torch.testing.assert_close(seconds, case.tensor(f"seconds_segments_{clip}"), rtol=0, atol=1e-4)
-
-
-def timeline(meta: dict) -> Timeline:
-    """OpenTAD's conversion to seconds for one clip: of a whole video, resized, or of a window at its own frame rate."""
-    duration = meta["duration"]
-    if "resize_length" in meta:
-        return Timeline(0.0, duration / meta["resize_length"], duration)
-    start_frame = meta.get("window_start_frame", 0) + meta["offset_frames"]
-    return Timeline(start_frame / meta["fps"], meta["snippet_stride"] / meta["fps"], duration)
 
 
 def whole_video_results() -> list[tuple[str, str]]:

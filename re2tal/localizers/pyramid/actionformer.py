@@ -17,7 +17,7 @@ from re2tal.localizers.pyramid.assignment import CentreSampling
 from re2tal.localizers.pyramid.config import PaddedPyramidConfig
 from re2tal.localizers.pyramid.encoder import Encoder
 from re2tal.localizers.pyramid.heads import Head, RegressionHead
-from re2tal.localizers.pyramid.localizer import PyramidLocalizer, embedding_convs, logit
+from re2tal.localizers.pyramid.localizer import PyramidLocalizer, embedding_convs, head_convs, logit
 from re2tal.localizers.pyramid.loss import PointLoss
 from re2tal.localizers.pyramid.transformer import TransformerBlock
 
@@ -99,16 +99,12 @@ def actionformer(config: ActionFormerConfig, *, in_channels: int, classes: Seque
         ),
         level_norms=[ChannelNorm(channels, eps=norm_eps) for _ in config.regression_ranges],
         classifier=Head(
-            channels,
-            convs=[conv(channels, channels, kernel_size=3) for _ in range(config.num_head_convs)],
+            config.head_width,
+            convs=head_convs(config, conv),
             out_channels=len(class_map.classes),
             bias=logit(config.prior_probability),
         ),
-        regressor=RegressionHead(
-            channels,
-            convs=[conv(channels, channels, kernel_size=3) for _ in range(config.num_head_convs)],
-            num_levels=config.num_levels,
-        ),
+        regressor=RegressionHead(config.head_width, convs=head_convs(config, conv), num_levels=config.num_levels),
         assign=CentreSampling(config.centre_radius),
         point_loss=PointLoss(config.label_smoothing, config.regression_weight),
         choose=partial(choose, min_score=config.candidate_min_score, top_k=config.candidate_top_k),

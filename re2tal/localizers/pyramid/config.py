@@ -18,6 +18,8 @@ class PyramidConfig:
     """Convolutions before the first block of the encoder."""
     num_head_convs: int = 2
     """Convolutions in each head before the one that predicts."""
+    head_channels: int | None = None
+    """Channels inside the heads; None is as many as `channels`."""
     kernel_size: int = 3
     """Of the embedding convolutions; odd."""
     regression_ranges: tuple[tuple[float, float], ...] = ((0, 4), (4, 8), (8, 16), (16, 32), (32, 64), (64, 10_000))
@@ -47,6 +49,11 @@ class PyramidConfig:
     def __post_init__(self) -> None:
         if self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size={self.kernel_size} must be odd, or sequences change their length")
+        if self.num_head_convs == 0 and self.head_width != self.channels:
+            raise ValueError(
+                f"head_channels={self.head_channels} needs num_head_convs of 1 or more; without, heads read the "
+                f"{self.channels} channels of the levels"
+            )
         if any(low >= high for low, high in self.regression_ranges):
             raise ValueError(f"regression_ranges={self.regression_ranges} must each be (low, high) with low < high")
 
@@ -54,6 +61,11 @@ class PyramidConfig:
     def num_levels(self) -> int:
         """Levels of the pyramid."""
         return len(self.regression_ranges)
+
+    @property
+    def head_width(self) -> int:
+        """Channels inside the heads."""
+        return self.head_channels or self.channels
 
     def padded_steps(self, num_steps: int) -> int:
         """To which length a clip of `num_steps` is padded."""

@@ -15,8 +15,8 @@ from re2tal.structures import Pyramid
 class Encoder(nn.Module):
     """Runs the convolutions `embedding`, the blocks `stem` and the blocks `branch`, each of which gives one level.
 
-    A block maps (B, C, T) and (B, T) to the same with T / stride steps. A sinusoid of `position_steps` steps is added
-    after the embedding unless that is None.
+    A block maps (B, C, T) and (B, T) to the same with T / stride steps. `disturb` changes the features first, in
+    training. A sinusoid of `position_steps` steps is added after the embedding unless that is None.
     """
 
     position: Tensor | None
@@ -26,11 +26,13 @@ class Encoder(nn.Module):
         channels: int,
         *,
         embedding: Sequence[MaskedConv],
-        stem: Sequence[nn.Module],
         branch: Sequence[nn.Module],
+        stem: Sequence[nn.Module] = (),
+        disturb: nn.Module | None = None,
         position_steps: int | None = None,
     ) -> None:
         super().__init__()
+        self.disturb = disturb
         self.embedding = nn.ModuleList(embedding)
         self.stem = nn.ModuleList(stem)
         self.branch = nn.ModuleList(branch)
@@ -39,6 +41,8 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Pyramid:
         """(B, in_channels, T), (B, T) -> levels (B, channels, T / 2**l) and their masks, finest first."""
+        if self.disturb is not None:
+            x = self.disturb(x)
         for conv in self.embedding:
             x = conv(x, mask)
         if self.position is not None:

@@ -138,6 +138,12 @@ def embedding_convs(config: PyramidConfig, in_channels: int, conv: Callable[...,
     return [conv(*pair, kernel_size=config.kernel_size) for pair in pairwise(widths)]
 
 
+def head_convs(config: PyramidConfig, conv: Callable[..., MaskedConv], *, kernel_size: int = 3) -> list[MaskedConv]:
+    """A head's hidden convolutions."""
+    widths = [config.channels] + [config.head_width] * config.num_head_convs
+    return [conv(*pair, kernel_size=kernel_size) for pair in pairwise(widths)]
+
+
 def logit(probability: float) -> float:
     """What the sigmoid makes `probability` of."""
     return math.log(probability / (1 - probability))
