@@ -130,6 +130,32 @@ def test_detections_lie_inside_the_video_and_know_their_class(name: str) -> None
         assert not found.scores.requires_grad
 
 
+def check_decoding_honours_the_mask(localizer: Localizer) -> None:
+    """Of a clip with 20 real steps of 32 no detection may lie in the padding, which begins 20 s into the video and ends
+    at 26 s; a step of a coarse level that pools a real one may stand up to 2 s behind it."""
+    with torch.no_grad():
+        whole, padded = localizer.eval().detect(localizer(features(32, 20)), [SECONDS, SECONDS])
+    assert len(padded) > 0
+    assert whole.segments[:, 0].max() >= 22.0, "no detection of the whole clip lies there either"
+    beyond = padded.segments[:, 0] >= 22.0
+    assert not beyond.any(), f"{int(beyond.sum())} of {len(padded)} detections lie in the padding"
+
+
+@every_localizer
+def test_no_detection_comes_from_steps_that_are_not_real(name: str) -> None:
+    check_decoding_honours_the_mask(build(name))
+
+
+def test_a_localizer_whose_decoding_ignores_the_mask_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    blind = build("actionformer")
+    detect = blind.detect
+    monkeypatch.setattr(
+        blind, "detect", lambda outputs, times: detect(outputs._replace(mask=torch.ones_like(outputs.mask)), times)
+    )
+    with pytest.raises(AssertionError, match="lie in the padding"):
+        check_decoding_honours_the_mask(blind)
+
+
 @every_localizer
 def test_a_label_outside_the_classes_is_an_error_that_names_both(name: str) -> None:
     localizer = build(name)
