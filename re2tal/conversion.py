@@ -28,7 +28,7 @@ from re2tal.backbones.swin3d.shifted_windows import relative_position_index
 from re2tal.backbones.weights import KeyLayout, export_state, load_state, read_checkpoint
 from re2tal.config import RunConfig, build_detector
 from re2tal.detector import TemporalActionDetector
-from re2tal.localizers.pyramid.actionformer import ActionFormer
+from re2tal.localizers.pyramid.localizer import PyramidLocalizer
 from re2tal.localizers.vsgn.localizer import VSGN
 from re2tal.localizers.weights import export_weights, import_weights, public_name, public_prefixes
 from re2tal.rewire import unrewire, wiring_of
@@ -166,12 +166,11 @@ def export_detector(detector: TemporalActionDetector, *, config: BackboneConfig,
     return {prefix + key: value for key, value in state.items()}
 
 
-def _localizer_of(detector: TemporalActionDetector) -> ActionFormer | VSGN:
-    localizer = cast(ActionFormer | VSGN, detector.localizer)
-    if isinstance(localizer, ActionFormer) and localizer.config.variant != "opentad":
-        raise ValueError(
-            f"localizer.variant is {localizer.config.variant!r}, and whole detectors are OpenTAD's; set it to 'opentad'"
-        )
+def _localizer_of(detector: TemporalActionDetector) -> PyramidLocalizer | VSGN:
+    localizer = cast(PyramidLocalizer | VSGN, detector.localizer)
+    variant = getattr(localizer.config, "variant", "opentad")
+    if variant != "opentad":
+        raise ValueError(f"localizer.variant is {variant!r}, and whole detectors are OpenTAD's; set it to 'opentad'")
     return localizer
 
 
@@ -180,7 +179,9 @@ def _wrapper_of(state: Mapping[str, Tensor]) -> str:
     return "module." if all(key.startswith("module.") for key in state) else ""
 
 
-def _check_detector(state: Mapping[str, Tensor], found: set[str], localizer: ActionFormer | VSGN, path: Path) -> None:
+def _check_detector(
+    state: Mapping[str, Tensor], found: set[str], localizer: PyramidLocalizer | VSGN, path: Path
+) -> None:
     if not found:
         prefixes = ", ".join(public_prefixes(localizer, "opentad"))
         raise ValueError(
@@ -188,7 +189,7 @@ def _check_detector(state: Mapping[str, Tensor], found: set[str], localizer: Act
             "give --out a name that ends in .safetensors"
         )
     last = state.get(public_name("classifier.output.bias", localizer=localizer, layout="opentad"))
-    if isinstance(localizer, ActionFormer) and last is not None and last.numel() != len(localizer.classes):
+    if isinstance(localizer, PyramidLocalizer) and last is not None and last.numel() != len(localizer.classes):
         raise ValueError(
             f"{path} tells {last.numel()} classes apart, and {len(localizer.classes)} were given; name all classes of "
             "its training, one per line and in their order, or set localizer.class_agnostic as it was trained"

@@ -183,8 +183,8 @@ def test_what_a_file_does_not_mention_keeps_its_default(tmp_path):
         ('{"localizer": {"name": "vsgn", "first_stride": 3}}', "config.json: localizer.first_stride=3 must be even"),
         ('{"evaluation": {"tiou_thresholds": []}}', r"evaluation.tiou_thresholds is \(\); give at least one"),
         ('{"evaluation": {"tiou_thresholds": [30]}}', r"evaluation.tiou_thresholds is \(30.0,\); give .* in \(0, 1\]"),
-        ('{"localizer": {"name": "tridet"}}', "localizer.name is 'tridet'; known: actionformer, vsgn$"),
-        ('{"localizer": {"channels": 64}}', "could be those of actionformer or vsgn; give localizer.name, one of"),
+        ('{"localizer": {"name": "afsd"}}', "localizer.name is 'afsd'; known: actionformer, .*vsgn$"),
+        ('{"localizer": {"channels": 64}}', "could be those of actionformer or .*vsgn; give localizer.name, one of"),
         (
             '{"localizer": {"name": "vsgn", "anchor_scale": [1]}}',
             "config.json: unknown key localizer.anchor_scale; did you mean localizer.anchor_scales.$",

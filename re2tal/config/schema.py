@@ -18,6 +18,7 @@ from re2tal.evaluation.protocols import EvaluationConfig
 from re2tal.evaluation.suppression import SuppressionConfig
 from re2tal.localizers import LocalizerConfig
 from re2tal.localizers.pyramid.actionformer import ActionFormerConfig
+from re2tal.localizers.pyramid.config import PaddedPyramidConfig
 from re2tal.options import names_with, option
 from re2tal.recognizer import RecognizerConfig
 from re2tal.training.annealing import AnnealingConfig
@@ -114,7 +115,7 @@ class RunConfig(Run):
                 "has at least one step, and no more than there are frames"
             )
         match self.localizer:
-            case ActionFormerConfig(position_encoding=True, max_num_steps=limit) if self.num_steps > limit:
+            case PaddedPyramidConfig(position_encoding=True, max_num_steps=limit) if self.num_steps > limit:
                 raise ValueError(
                     f"num_steps is {self.num_steps}, but localizer.position_encoding is defined on "
                     f"localizer.max_num_steps = {limit}; raise the latter"

@@ -12,10 +12,10 @@ from copy import copy
 from dataclasses import dataclass, fields
 from difflib import get_close_matches
 from operator import attrgetter
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args
 
 from re2tal.data.streaming.windows import ResizeWhole, Slide, Trimmed
-from re2tal.localizers import ActionFormerConfig, VSGNConfig
+from re2tal.localizers import LocalizerConfig
 
 R = TypeVar("R")
 
@@ -93,7 +93,7 @@ def _unchecked(config: R, path: Sequence[str], value: object) -> R:
 
 
 WINDOWING = Choice("data.clips.windowing", "kind", {"resize_whole": ResizeWhole, "slide": Slide, "trimmed": Trimmed})
-LOCALIZER = Choice("localizer", "name", {"actionformer": ActionFormerConfig, "vsgn": VSGNConfig})
+LOCALIZER = Choice("localizer", "name", {kind.name: kind for kind in get_args(LocalizerConfig)})
 
 CHOICES: dict[str, tuple[Choice, ...]] = {"localization": (WINDOWING, LOCALIZER), "recognition": (WINDOWING,)}
 """Task -> all places of its configuration that hold one of several kinds."""

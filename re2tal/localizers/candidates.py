@@ -23,13 +23,18 @@ class Candidates(NamedTuple):
     """(N,) int64"""
 
 
-def best_of_clip(segments: Tensor, scores: Tensor, *, min_score: float, top_k: int) -> Candidates:
+def best_of_clip(
+    segments: Tensor, scores: Tensor, levels: Tensor | None = None, *, min_score: float, top_k: int
+) -> Candidates:
     """The `top_k` scores above `min_score`, best first; with a single class simply everything.
 
-    `segments` (P, 2) and `scores` (P, K) of the clip's real points.
+    `segments` (P, 2), or one per class (P, K, 2), and `scores` (P, K) of the clip's real points. `levels` does not
+    count; it is there for `best_of_each_level`, which this is exchanged with.
     """
     if scores.shape[1] == 1:
-        return Candidates(segments, scores[:, 0], torch.zeros(len(scores), dtype=torch.int64, device=scores.device))
+        return Candidates(
+            segments.reshape(-1, 2), scores[:, 0], torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
+        )
     return _best(segments, scores, min_score=min_score, top_k=top_k)
 
 
@@ -54,4 +59,6 @@ def _best(segments: Tensor, scores: Tensor, *, min_score: float, top_k: int) -> 
     above = (flat > min_score).nonzero()[:, 0]
     best, order = flat[above].sort(descending=True)
     chosen = above[order[:top_k]]
-    return Candidates(segments[chosen // scores.shape[1]], best[:top_k], chosen % scores.shape[1])
+    num_classes = scores.shape[1]
+    found = segments[chosen // num_classes] if segments.ndim == 2 else segments.flatten(0, 1)[chosen]
+    return Candidates(found, best[:top_k], chosen % num_classes)

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from re2tal.localizers.losses import RunningCount
-from re2tal.localizers.pyramid.actionformer import ActionFormer, Variant
+from re2tal.localizers.pyramid.actionformer import Variant
+from re2tal.localizers.pyramid.localizer import PyramidLocalizer
 from re2tal.localizers.vsgn.localizer import VSGN
 
 
@@ -42,23 +43,25 @@ _BLOCK = (
     (r"\.mlp_path\.", ".drop_path_mlp."),
     (r"^level_norms\.", "neck.fpn_norms."),
 )
-_MAPS: dict[tuple[type, str], NameMap] = {
-    (ActionFormer, "opentad"): NameMap(
-        renames=(
-            (r"^encoder\.embedding\.", "projection.embed."),
-            (r"^encoder\.(stem|branch)\.", r"projection.\1."),
-            (r"^classifier\.convs\.", "rpn_head.cls_convs."),
-            (r"^classifier\.output\.", "rpn_head.cls_head."),
-            (r"^regressor\.convs\.", "rpn_head.reg_convs."),
-            (r"^regressor\.output\.", "rpn_head.reg_head."),
-            (r"^regressor\.scales\.", "rpn_head.scale."),
-            (r"^positives\.units$", "rpn_head.loss_normalizer"),
-            *_BLOCK,
-        ),
-        prefixes=("projection.", "neck.", "rpn_head."),
-        columns=r"_path\.scale$",
+_OPENTAD_PYRAMID = NameMap(
+    renames=(
+        (r"^encoder\.embedding\.", "projection.embed."),
+        (r"^encoder\.(stem|branch)\.", r"projection.\1."),
+        (r"^classifier\.convs\.", "rpn_head.cls_convs."),
+        (r"^classifier\.output\.", "rpn_head.cls_head."),
+        (r"^regressor\.convs\.", "rpn_head.reg_convs."),
+        (r"^regressor\.output\.", "rpn_head.reg_head."),
+        (r"^regressor\.scales\.", "rpn_head.scale."),
+        (r"^positives\.units$", "rpn_head.loss_normalizer"),
+        *_BLOCK,
     ),
-    (ActionFormer, "original"): NameMap(
+    prefixes=("projection.", "neck.", "rpn_head."),
+    columns=r"_path\.scale$",
+)
+_MAPS: dict[tuple[str, str], NameMap] = {
+    ("actionformer", "opentad"): _OPENTAD_PYRAMID,
+    ("temporalmaxer", "opentad"): _OPENTAD_PYRAMID,
+    ("actionformer", "original"): NameMap(
         renames=(
             (r"^encoder\.embedding\.(\d+)\.conv\.", r"backbone.embd.\1.conv."),
             (r"^encoder\.embedding\.(\d+)\.norm\.", r"backbone.embd_norm.\1."),
@@ -76,7 +79,7 @@ _MAPS: dict[tuple[type, str], NameMap] = {
         columns=r"_path\.scale$|norms?\.(\d+\.)?(weight|bias)$",
         absent=r"^positives\.units$",
     ),
-    (VSGN, "opentad"): NameMap(
+    ("vsgn", "opentad"): NameMap(
         renames=(
             (r"^encoder\.stem\.", "projection.stem_convs."),
             (r"^encoder\.levels\.(\d+)\.graph\.linear\.", r"projection.pyramid_convs.\1.nconv1.mlp."),
@@ -100,20 +103,20 @@ _MAPS: dict[tuple[type, str], NameMap] = {
 }
 
 
-def public_name(name: str, *, localizer: ActionFormer | VSGN, layout: Variant) -> str:
+def public_name(name: str, *, localizer: PyramidLocalizer | VSGN, layout: Variant) -> str:
     """The name that `layout` has for the parameter or buffer that the localizer's `state_dict()` calls `name`."""
     for pattern, replacement in _name_map(localizer, layout).renames:
         name = re.sub(pattern, replacement, name)
     return name
 
 
-def public_prefixes(localizer: ActionFormer | VSGN, layout: Variant) -> tuple[str, ...]:
+def public_prefixes(localizer: PyramidLocalizer | VSGN, layout: Variant) -> tuple[str, ...]:
     """What the names of the localizer's entries begin with in `layout`."""
     return _name_map(localizer, layout).prefixes
 
 
 def import_weights(
-    state: Mapping[str, Tensor], *, localizer: ActionFormer | VSGN, layout: Variant
+    state: Mapping[str, Tensor], *, localizer: PyramidLocalizer | VSGN, layout: Variant
 ) -> dict[str, Tensor]:
     """A public checkpoint as a state dict for `localizer.load_state_dict`.
 
@@ -129,7 +132,7 @@ def import_weights(
     missing, left_over = sorted(names.keys() - found), sorted(found - names.keys())
     if missing or left_over:
         raise ValueError(
-            f"these are not the {layout} weights of this {type(localizer).__name__}: missing {_some(missing)}, left "
+            f"these are not the {layout} weights of this {localizer.config.name}: missing {_some(missing)}, left "
             f"over {_some(left_over)}; check `layout`, and the config's levels, blocks and convolutions"
         )
     for public, name in names.items():
@@ -143,7 +146,7 @@ def import_weights(
     return own
 
 
-def export_weights(localizer: ActionFormer | VSGN, *, layout: Variant) -> dict[str, Tensor]:
+def export_weights(localizer: PyramidLocalizer | VSGN, *, layout: Variant) -> dict[str, Tensor]:
     """The localizer's weights under the names and shapes of `layout`: the inverse of `import_weights`."""
     name_map, public = _name_map(localizer, layout), {}
     for name, tensor in localizer.state_dict().items():
@@ -164,12 +167,12 @@ _COUNT = "positives.units"
 _SCALAR = r"^regressor\.scales\."
 
 
-def _name_map(localizer: ActionFormer | VSGN, layout: Variant) -> NameMap:
+def _name_map(localizer: PyramidLocalizer | VSGN, layout: Variant) -> NameMap:
     try:
-        return _MAPS[type(localizer), layout]
+        return _MAPS[localizer.config.name, layout]
     except KeyError:
-        known = [layout for kind, layout in _MAPS if kind is type(localizer)]
-        raise ValueError(f"unknown layout {layout!r} for {type(localizer).__name__}; known: {known}") from None
+        known = [layout for name, layout in _MAPS if name == localizer.config.name]
+        raise ValueError(f"unknown layout {layout!r} for {localizer.config.name}; known: {known}") from None
 
 
 def _some(names: list[str]) -> str:

@@ -199,7 +199,7 @@ def test_a_detector_that_does_not_fit_is_refused_and_leaves_no_folder(
 
     refused("video.safetensors holds no localizer (nothing under projection., neck., rpn_head.)", "video.safetensors")
     refused("rest.safetensors is not a checkpoint of", "rest.safetensors")
-    torn = f"torn.safetensors: these are not the opentad weights of this ActionFormer: missing 1 ({first})"
+    torn = f"torn.safetensors: these are not the opentad weights of this actionformer: missing 1 ({first})"
     refused(torn, "torn.safetensors")
     another = ("--backbone.name", "swin3d_nano", "--backbone.frames-per-step", "None")
     refused("VideoSwin", "weights.safetensors", *another)

@@ -9,7 +9,7 @@ import torch
 
 from re2tal.localizers import ActionFormerConfig, build_localizer
 from re2tal.localizers.candidates import best_of_clip, best_of_each_level
-from re2tal.localizers.pyramid.actionformer import ActionFormer
+from re2tal.localizers.pyramid.localizer import PyramidLocalizer
 from re2tal.structures import Action, Features, Timeline
 
 TINY = ActionFormerConfig(
@@ -23,11 +23,11 @@ CLASSES = ("dive", "jump", "run")
 SECONDS = Timeline(start_seconds=10.0, seconds_per_step=0.5, duration_seconds=60.0)
 
 
-def build(config: ActionFormerConfig = TINY, *, classes: tuple[str, ...] = CLASSES) -> ActionFormer:
+def build(config: ActionFormerConfig = TINY, *, classes: tuple[str, ...] = CLASSES) -> PyramidLocalizer:
     """A localizer with weights of ordinary size: as built, the residual branches hardly count."""
     torch.manual_seed(0)
     localizer = build_localizer(config, in_channels=6, classes=classes)
-    assert isinstance(localizer, ActionFormer)
+    assert isinstance(localizer, PyramidLocalizer)
     for parameter in localizer.parameters():
         parameter.data.add_(0.3 * torch.randn_like(parameter))
     return localizer
@@ -109,7 +109,7 @@ def test_detections_are_in_seconds_of_the_video_and_inside_it() -> None:
 
 def test_an_untrained_localizer_scores_every_class_with_the_prior() -> None:
     localizer = build_localizer(replace(TINY, prior_probability=0.02), in_channels=6, classes=CLASSES).eval()
-    assert isinstance(localizer, ActionFormer)
+    assert isinstance(localizer, PyramidLocalizer)
     localizer.classifier.output.weight.data.zero_()
     scores = localizer(features(32)).logits.sigmoid()
     torch.testing.assert_close(scores, torch.full_like(scores, 0.02))

@@ -2,36 +2,57 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields
+from typing import get_args
 
 import pytest
 import torch
 
-from re2tal.localizers import LOCALIZERS, ActionFormerConfig, LocalizerConfig, VSGNConfig, build_localizer
+from re2tal.localizers import LOCALIZERS, LocalizerConfig, build_localizer
 from re2tal.localizers.base import Localizer
 from re2tal.structures import Action, Features, Timeline
 
 CLASSES = ("dive", "jump", "run")
 SECONDS = Timeline(start_seconds=10.0, seconds_per_step=0.5, duration_seconds=60.0)
 ACTIONS = [Action(12.0, 16.0, "jump"), Action(18.0, 24.0, "run"), Action(11.0, 12.5, "dive")]
-TINY: dict[str, LocalizerConfig] = {
-    "actionformer": ActionFormerConfig(
-        channels=16, num_heads=2, max_num_steps=32, regression_ranges=((0, 4), (4, 8), (8, 10_000)), path_drop=0.0
-    ),
-    "vsgn": VSGNConfig(channels=16, num_groups=4, num_levels=3, first_stride=2, num_neighbours=4, num_head_convs=1),
+SMALL = {
+    "channels": 16,
+    "num_heads": 2,
+    "num_groups": 4,
+    "num_levels": 3,
+    "first_stride": 2,
+    "max_num_steps": 32,
+    "num_neighbours": 4,
+    "num_head_convs": 1,
+    "regression_ranges": ((0, 4), (4, 8), (8, 10_000)),
 }
+"""Small sizes under the names that localizers give them; what a localizer calls otherwise keeps its default."""
+QUIET = ("dropout", "path_drop", "input_dropout", "input_noise")
+"""What makes two passes differ."""
+KINDS: dict[str, type] = {kind.name: kind for kind in get_args(LocalizerConfig)}
 every_localizer = pytest.mark.parametrize("name", sorted(LOCALIZERS))
 
 
 def build(name: str, **changes: bool) -> Localizer:
     torch.manual_seed(0)
-    return build_localizer(replace(TINY[name], **changes), in_channels=6, classes=CLASSES)
+    return build_localizer(tiny(name, **changes), in_channels=6, classes=CLASSES)
+
+
+def tiny(name: str, **changes: bool) -> LocalizerConfig:
+    """The row's own configuration, small and without randomness."""
+    values = SMALL | dict.fromkeys(QUIET, 0.0)
+    known = {field.name for field in fields(KINDS[name])}
+    return KINDS[name](**{key: value for key, value in values.items() if key in known}, **changes)
 
 
 def features(*lengths: int, dtype: torch.dtype = torch.float32) -> Features:
     values = torch.randn(len(lengths), 6, max(lengths), generator=torch.Generator().manual_seed(0))
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     return Features((values * mask[:, None]).to(dtype), mask)
+
+
+def test_every_configuration_names_a_builder_and_every_builder_has_a_configuration() -> None:
+    assert list(KINDS) == list(LOCALIZERS)
 
 
 @every_localizer
@@ -107,6 +128,32 @@ def test_detections_lie_inside_the_video_and_know_their_class(name: str) -> None
         assert found.labels.min() >= 0
         assert found.labels.max() < len(CLASSES)
         assert not found.scores.requires_grad
+
+
+def check_decoding_honours_the_mask(localizer: Localizer) -> None:
+    """Of a clip with 20 real steps of 32 no detection may lie in the padding, which begins 20 s into the video and ends
+    at 26 s; a step of a coarse level that pools a real one may stand up to 2 s behind it."""
+    with torch.no_grad():
+        whole, padded = localizer.eval().detect(localizer(features(32, 20)), [SECONDS, SECONDS])
+    assert len(padded) > 0
+    assert whole.segments[:, 0].max() >= 22.0, "no detection of the whole clip lies there either"
+    beyond = padded.segments[:, 0] >= 22.0
+    assert not beyond.any(), f"{int(beyond.sum())} of {len(padded)} detections lie in the padding"
+
+
+@every_localizer
+def test_no_detection_comes_from_steps_that_are_not_real(name: str) -> None:
+    check_decoding_honours_the_mask(build(name))
+
+
+def test_a_localizer_whose_decoding_ignores_the_mask_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    blind = build("actionformer")
+    detect = blind.detect
+    monkeypatch.setattr(
+        blind, "detect", lambda outputs, times: detect(outputs._replace(mask=torch.ones_like(outputs.mask)), times)
+    )
+    with pytest.raises(AssertionError, match="lie in the padding"):
+        check_decoding_honours_the_mask(blind)
 
 
 @every_localizer

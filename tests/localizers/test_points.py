@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import torch
 
-from re2tal.localizers.pyramid.points import assign_targets, decode, pyramid_points
+from re2tal.localizers.pyramid.assignment import CentreSampling
+from re2tal.localizers.pyramid.points import decode, pyramid_points
 
 RANGES = ((0, 4), (4, 8), (8, 10_000))
 POINTS = pyramid_points(16, RANGES)
 
 
 def assign(segments: list[list[float]], labels: list[int], *, points: torch.Tensor = POINTS) -> tuple:
-    return assign_targets(
+    classes, offsets, weights = CentreSampling(1.5)(
         points,
         torch.tensor(segments).reshape(-1, 2),
         torch.tensor(labels, dtype=torch.int64),
-        num_classes=3,
-        centre_radius=1.5,
+        logits=torch.zeros(len(points), 3),
+        offsets=torch.zeros(len(points), 2),
+        mask=torch.ones(len(points), dtype=torch.bool),
     )
+    assert torch.equal(weights, torch.ones(len(points)))
+    return classes, offsets
 
 
 def positive_points(classes: torch.Tensor, *, label: int) -> list[tuple[float, float]]:

@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from re2tal.localizers.pyramid.actionformer import ActionFormer, ActionFormerConfig
+from re2tal.localizers.pyramid.actionformer import ActionFormerConfig, actionformer
 from re2tal.localizers.pyramid.step_supervision import step_loss, step_targets
 from re2tal.structures import Action, Features, Timeline
 
@@ -36,7 +36,7 @@ def test_actionformer_adds_it_weighted_and_without_it_has_neither_loss_nor_param
     for weight in (0.0, 1.0, 3.0):
         torch.manual_seed(0)
         config = ActionFormerConfig(step_supervision=weight, **options)
-        localizer = ActionFormer(config, in_channels=6, classes=("a", "b")).eval()
+        localizer = actionformer(config, in_channels=6, classes=("a", "b")).eval()
         with torch.no_grad():
             by_weight[weight] = localizer.loss(localizer(features), actions, timelines)
         names = [name for name, _ in localizer.named_parameters() if name.startswith("step_classifier")]

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from re2tal.localizers.pyramid.transformer import TransformerBlock, attend_globally, attend_locally, sinusoids, stretch
+from re2tal.localizers.pyramid.encoder import sinusoids, stretch
+from re2tal.localizers.pyramid.transformer import TransformerBlock, attend_globally, attend_locally
 
 
 def attention_by_definition(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor) -> Tensor:

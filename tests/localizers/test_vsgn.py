@@ -69,7 +69,7 @@ def test_weights_survive_the_way_to_opentads_names_and_back() -> None:
 
 
 def test_a_layout_that_is_not_known_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"unknown layout 'original' for VSGN; known: \['opentad'\]"):
+    with pytest.raises(ValueError, match=r"unknown layout 'original' for vsgn; known: \['opentad'\]"):
         export_weights(build(), layout="original")
 
 

@@ -5,16 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from re2tal.localizers.pyramid.actionformer import ActionFormer, ActionFormerConfig, Variant
+from re2tal.localizers.pyramid.actionformer import ActionFormerConfig, Variant, actionformer
+from re2tal.localizers.pyramid.localizer import PyramidLocalizer
 from re2tal.localizers.weights import export_weights, import_weights
 
 TINY = ActionFormerConfig(channels=8, num_heads=2, max_num_steps=8, regression_ranges=((0, 4), (4, 100)))
 both_layouts = pytest.mark.parametrize("layout", ["opentad", "original"])
 
 
-def build(seed: int) -> ActionFormer:
+def build(seed: int) -> PyramidLocalizer:
     torch.manual_seed(seed)
-    return ActionFormer(TINY, in_channels=4, classes=("dive", "jump"))
+    return actionformer(TINY, in_channels=4, classes=("dive", "jump"))
 
 
 @both_layouts

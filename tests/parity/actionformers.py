@@ -11,7 +11,7 @@ from parity.vectors import Case
 
 from re2tal.evaluation.suppression import SuppressionConfig
 from re2tal.localizers import ActionFormerConfig, build_localizer
-from re2tal.localizers.pyramid.actionformer import ActionFormer
+from re2tal.localizers.pyramid.localizer import PyramidLocalizer
 from re2tal.localizers.weights import import_weights
 from re2tal.structures import Action, Timeline
 
@@ -100,7 +100,7 @@ def original_suppression(config: dict[str, Any]) -> SuppressionConfig:
     return replace(suppression(nms), weigh_votes_by_overlap=True)
 
 
-def build(case: Case, *, layout: str) -> ActionFormer:
+def build(case: Case, *, layout: str) -> PyramidLocalizer:
     """The case's localizer with its weights, float32, in training mode; its classes are called "0", "1", ..."""
     if layout == "opentad":
         config, in_channels = opentad_config(case.config), case.config["projection"]["in_channels"]
@@ -109,7 +109,7 @@ def build(case: Case, *, layout: str) -> ActionFormer:
         config, in_channels = original_config(case.config), case.config["arguments"]["input_dim"]
         num_classes = case.config["arguments"]["num_classes"]
     localizer = build_localizer(config, in_channels=in_channels, classes=[str(i) for i in range(num_classes)])
-    assert isinstance(localizer, ActionFormer)
+    assert isinstance(localizer, PyramidLocalizer)
     localizer.load_state_dict(import_weights(case.state, localizer=localizer, layout=layout))
     return localizer
 
@@ -119,6 +119,15 @@ def actions(segments: torch.Tensor, labels: torch.Tensor) -> list[Action]:
     return [
         Action(start, end, str(label)) for (start, end), label in zip(segments.tolist(), labels.tolist(), strict=True)
     ]
+
+
+def timeline(meta: dict) -> Timeline:
+    """OpenTAD's conversion to seconds for one clip: of a whole video, resized, or of a window at its own frame rate."""
+    duration = meta["duration"]
+    if "resize_length" in meta:
+        return Timeline(0.0, duration / meta["resize_length"], duration)
+    start_frame = meta.get("window_start_frame", 0) + meta["offset_frames"]
+    return Timeline(start_frame / meta["fps"], meta["snippet_stride"] / meta["fps"], duration)
 
 
 def _window(window: int | Sequence[int]) -> int | tuple[int | None, ...] | None:

@@ -10,15 +10,15 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from parity.actionformers import STEPS, actions, build, original_suppression, suppression
+from parity.actionformers import STEPS, actions, build, original_suppression, suppression, timeline
 from parity.compare import Tolerances, check_gradients
 from parity.detections import check_same, from_results, rounded, stored
 from parity.vectors import Case, cases, load, read_json
 
 from re2tal.evaluation.suppression import suppress
 from re2tal.evaluation.video_classes import fuse_video_classes
-from re2tal.localizers.pyramid.actionformer import ActionFormer, ActionFormerOutputs
-from re2tal.localizers.pyramid.points import assign_targets, pyramid_points
+from re2tal.localizers.pyramid.localizer import PyramidLocalizer
+from re2tal.localizers.pyramid.points import PyramidOutputs, pyramid_points
 from re2tal.localizers.weights import export_weights, public_name
 from re2tal.structures import Action, Detections, Features, Timeline
 
@@ -66,10 +66,10 @@ def check_outputs(ours: torch.Tensor, reference: np.ndarray, mask: torch.Tensor,
     assert off <= OUTPUT_TOLERANCE[dtype] * np.abs(reference).max()
 
 
-def stored_outputs(case: Case) -> ActionFormerOutputs:
+def stored_outputs(case: Case) -> PyramidOutputs:
     """OpenTAD's own predictions, so that what follows them is compared exactly."""
     stored = (case.tensor(key) for key in ("cls_logits", "reg_offsets", "points", "point_masks"))
-    return ActionFormerOutputs(*stored, step_logits=torch.empty(0))
+    return PyramidOutputs(*stored, step_logits=torch.empty(0))
 
 
 @opentad_cases
@@ -115,7 +115,7 @@ def test_detections_of_the_original_on_clips_of_any_length(name: str, clip: int)
     points = case.arrays.get(f"eval_points_{clip}", outputs.points.numpy())
     assert np.array_equal(outputs.points, points)
 
-    reference_outputs = ActionFormerOutputs(
+    reference_outputs = PyramidOutputs(
         case.tensor(f"eval_cls_logits_{clip}")[None],
         case.tensor(f"eval_offsets_{clip}")[None],
         outputs.points,
@@ -140,14 +140,15 @@ def test_detections_of_the_original_on_clips_of_any_length(name: str, clip: int)
 @both_layouts
 def test_targets_exactly(name: str, layout: str) -> None:
     case = load(name)
-    config = build(case, layout=layout).config
-    points = pyramid_points(config.max_num_steps, config.regression_ranges)
+    localizer = build(case, layout=layout)
+    points = pyramid_points(localizer.config.max_num_steps, localizer.config.regression_ranges)
     for clip in range(2):
-        classes, offsets = assign_targets(
+        classes, offsets, _ = localizer.assign(
             points,
             *ground_truth(case, clip),
-            num_classes=case.arrays["target_cls"].shape[-1],
-            centre_radius=config.centre_radius,
+            logits=torch.zeros(case.arrays["target_cls"].shape[1:]),
+            offsets=torch.zeros(len(points), 2),
+            mask=torch.ones(len(points), dtype=torch.bool),
         )
         assert np.array_equal(classes, case.arrays["target_cls"][clip])
         positive = classes.any(dim=1)
@@ -155,7 +156,7 @@ def test_targets_exactly(name: str, layout: str) -> None:
         torch.testing.assert_close(offsets[positive], reference[positive], rtol=1e-6, atol=1e-6)
 
 
-def check_losses(case: Case, localizer: ActionFormer, losses: dict, reference: np.ndarray, layout: str) -> None:
+def check_losses(case: Case, localizer: PyramidLocalizer, losses: dict, reference: np.ndarray, layout: str) -> None:
     """`reference` holds classification, regression, total and the divisor after the call."""
     weight = localizer.config.regression_weight if layout == "original" else 1.0
     ours = [losses["classification"].item(), losses["regression"].item() / weight, losses["total"].item()]
@@ -222,15 +223,6 @@ def test_candidates_and_seconds_of_opentad(name: str) -> None:
         check_same(Detections(*candidates), stored(case.arrays, "pre_nms", clip), score=1e-6, segment=1e-4)
         seconds = timeline(metas[clip]).to_seconds(case.tensor(f"nms_segments_{clip}"))
         torch.testing.assert_close(seconds, case.tensor(f"seconds_segments_{clip}"), rtol=0, atol=1e-4)
-
-
-def timeline(meta: dict) -> Timeline:
-    """OpenTAD's conversion to seconds for one clip: of a whole video, resized, or of a window at its own frame rate."""
-    duration = meta["duration"]
-    if "resize_length" in meta:
-        return Timeline(0.0, duration / meta["resize_length"], duration)
-    start_frame = meta.get("window_start_frame", 0) + meta["offset_frames"]
-    return Timeline(start_frame / meta["fps"], meta["snippet_stride"] / meta["fps"], duration)
 
 
 def whole_video_results() -> list[tuple[str, str]]:

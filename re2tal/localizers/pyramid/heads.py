@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,24 +12,32 @@ from re2tal.structures import Pyramid
 
 
 class Head(nn.Module):
-    """Hidden convolutions and one that predicts; `bias` is what it predicts before training, but for noise."""
+    """Hidden convolutions and one that predicts; `bias` is what it predicts before training, but for noise.
+
+    `channels` come out of the hidden convolutions.
+    """
 
     def __init__(
         self,
         channels: int,
         *,
-        convs: Sequence[Callable[[int, int], MaskedConv]],
+        convs: Sequence[MaskedConv],
         out_channels: int,
+        kernel_size: int = 3,
         bias: float = 0.0,
     ) -> None:
         super().__init__()
-        self.convs = nn.ModuleList(conv(channels, channels) for conv in convs)
-        self.output = nn.Conv1d(channels, out_channels, 3, padding=1)
+        self.convs = nn.ModuleList(convs)
+        self.output = nn.Conv1d(channels, out_channels, kernel_size, padding=kernel_size // 2)
         assert self.output.bias is not None
         nn.init.constant_(self.output.bias, bias)
 
-    def forward(self, pyramid: Pyramid) -> list[Tensor]:
-        """L levels (B, C, T_l) -> L predictions (B, out_channels, T_l)."""
+    def forward(self, pyramid: Pyramid) -> Tensor:
+        """L levels (B, C, T_l) -> predictions at the P points of all levels, (B, P, out_channels)."""
+        return torch.cat(self.levels(pyramid), dim=2).transpose(1, 2)
+
+    def levels(self, pyramid: Pyramid) -> list[Tensor]:
+        """As `forward`, level by level: (B, out_channels, T_l)."""
         return [self._predict(x, mask) for x, mask in zip(pyramid.levels, pyramid.masks, strict=True)]
 
     def _predict(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -39,15 +47,24 @@ class Head(nn.Module):
 
 
 class RegressionHead(Head):
-    """Distances to the start and the end, in strides: not negative, each level with a learned scale."""
+    """Numbers that are not negative, such as distances to the start and the end in strides; each level has a learned
+    scale."""
 
-    def __init__(self, channels: int, *, convs: Sequence[Callable[[int, int], MaskedConv]], num_levels: int) -> None:
-        super().__init__(channels, convs=convs, out_channels=2)
+    def __init__(
+        self,
+        channels: int,
+        *,
+        convs: Sequence[MaskedConv],
+        num_levels: int,
+        out_channels: int = 2,
+        kernel_size: int = 3,
+    ) -> None:
+        super().__init__(channels, convs=convs, out_channels=out_channels, kernel_size=kernel_size)
         self.scales = nn.ModuleList(Scale() for _ in range(num_levels))
 
-    def forward(self, pyramid: Pyramid) -> list[Tensor]:
-        """L levels (B, C, T_l) -> L predictions (B, 2, T_l)."""
-        return [torch.relu(scale(x)) for scale, x in zip(self.scales, super().forward(pyramid), strict=True)]
+    def levels(self, pyramid: Pyramid) -> list[Tensor]:
+        """Level by level: (B, out_channels, T_l)."""
+        return [torch.relu(scale(x)) for scale, x in zip(self.scales, super().levels(pyramid), strict=True)]
 
 
 class Scale(nn.Module):

@@ -1,4 +1,4 @@
-"""ActionFormer's encoder (Zhang et al., ECCV 2022, section 3.2): a pyramid of transformer blocks.
+"""ActionFormer's transformer block (Zhang et al., ECCV 2022, section 3.2).
 
     x = pool(x) + scale * attention(norm(x));  x = x + scale * mlp(norm(x))        padding is zero in and out
 
@@ -8,77 +8,11 @@ Convolutions make the queries, keys and values. A block of stride 2 halves the s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import pairwise
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from re2tal.localizers.masked import AffineDropPath, ChannelNorm, MaskedConv, blank
-from re2tal.structures import Pyramid
-
-
-class Encoder(nn.Module):
-    """Convolutions, then blocks of stride 1, then one block of stride 2 per further level.
-
-    `embedding` and `block` build their layers; `windows` holds each level's attention window, None for all steps;
-    a position encoding of `position_steps` steps is added unless that is None.
-    """
-
-    position: Tensor | None
-
-    def __init__(
-        self,
-        in_channels: int,
-        *,
-        channels: int,
-        embedding: Sequence[Callable[[int, int], MaskedConv]],
-        block: Callable[..., TransformerBlock],
-        num_stem_blocks: int,
-        windows: Sequence[int | None],
-        position_steps: int | None,
-    ) -> None:
-        super().__init__()
-        widths = [in_channels] + [channels] * len(embedding)
-        self.embedding = nn.ModuleList(conv(*width) for conv, width in zip(embedding, pairwise(widths), strict=True))
-        self.stem = nn.ModuleList(block(channels, stride=1, window=windows[0]) for _ in range(num_stem_blocks))
-        self.branch = nn.ModuleList(block(channels, stride=2, window=window) for window in windows[1:])
-        encoding = None if position_steps is None else sinusoids(position_steps, channels)
-        self.register_buffer("position", encoding, persistent=False)
-        for module in self.modules():
-            if isinstance(module, nn.Conv1d) and module.bias is not None:
-                nn.init.zeros_(module.bias)
-
-    def forward(self, x: Tensor, mask: Tensor) -> Pyramid:
-        """(B, in_channels, T), (B, T) -> levels (B, channels, T / 2**l) and their masks, finest first."""
-        for conv in self.embedding:
-            x = conv(x, mask)
-        if self.position is not None:
-            x = x + blank(stretch(self.position, x.shape[-1]), mask)
-        for block in self.stem:
-            x, mask = block(x, mask)
-        levels, masks = [x], [mask]
-        for block in self.branch:
-            x, mask = block(x, mask)
-            levels.append(x)
-            masks.append(mask)
-        return Pyramid(tuple(levels), tuple(masks))
-
-
-def sinusoids(num_steps: int, channels: int) -> Tensor:
-    """Sine and cosine of the position (Vaswani et al., 2017), divided by sqrt(channels): (1, channels, num_steps)."""
-    channel = torch.arange(channels, dtype=torch.float64)
-    angle = torch.arange(num_steps, dtype=torch.float64) / 10_000 ** (2 * (channel[:, None] // 2) / channels)
-    encoding = torch.where(channel[:, None] % 2 == 0, angle.sin(), angle.cos())
-    return (encoding.float() / channels**0.5)[None]
-
-
-def stretch(position: Tensor, num_steps: int) -> Tensor:
-    """The encoding's first steps, or, for a clip longer than it, the encoding stretched over the clip."""
-    if num_steps > position.shape[-1]:
-        position = F.interpolate(position, size=num_steps, mode="linear", align_corners=False)
-    return position[..., :num_steps]
+from re2tal.localizers.masked import AffineDropPath, ChannelNorm, blank
 
 
 class TransformerBlock(nn.Module):
@@ -102,6 +36,9 @@ class TransformerBlock(nn.Module):
             nn.Dropout(dropout),
         )
         self.mlp_path = AffineDropPath(channels, drop=path_drop)
+        for module in self.modules():
+            if isinstance(module, nn.Conv1d) and module.bias is not None:
+                nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, T), (B, T) -> the same with T / stride steps."""

@@ -96,8 +96,8 @@ class VSGNOutputs(NamedTuple):
     """(B, 3, T) logits: an action starts, ends, goes on here"""
     anchors: Tensor
     """(A, 2) float32, in steps"""
-    clip_mask: Tensor
-    """(B,) bool, True where a clip has any real step"""
+    mask: Tensor
+    """(B, T) bool, True where a step of the padded clip is real; real steps come first"""
 
 
 class VSGN(Localizer[VSGNOutputs]):
@@ -157,7 +157,7 @@ class VSGN(Localizer[VSGNOutputs]):
             adjusted=proposals + self.boundaries(levels[0], proposals, num_steps=num_steps),
             evaluation=self.evaluation(levels[0], num_steps=num_steps),
             anchors=anchors,
-            clip_mask=mask.any(dim=1),
+            mask=mask,
         )
 
     def loss(
@@ -168,15 +168,14 @@ class VSGN(Localizer[VSGNOutputs]):
         In training it also updates `positives`. Clips without any real step count for nothing. Raises ValueError for a
         label that is not among the classes.
         """
-        device = outputs.anchors.device
+        device, any_real = outputs.anchors.device, outputs.mask.any(dim=1)
         truth = [
             self.class_map.encode(of_clip, timeline, device=device)
-            for of_clip, timeline, real in zip(actions, timelines, outputs.clip_mask.tolist(), strict=True)
+            for of_clip, timeline, real in zip(actions, timelines, any_real.tolist(), strict=True)
             if real
         ]
         logits, proposals, adjusted, evaluation = (
-            x[outputs.clip_mask].float()
-            for x in (outputs.logits, outputs.proposals, outputs.adjusted, outputs.evaluation)
+            x[any_real].float() for x in (outputs.logits, outputs.proposals, outputs.adjusted, outputs.evaluation)
         )
         anchors = outputs.anchors.expand(len(truth), -1, -1)
         losses = {
@@ -197,23 +196,27 @@ class VSGN(Localizer[VSGNOutputs]):
 
     @torch.no_grad()
     def candidates(self, outputs: VSGNOutputs) -> list[Candidates]:
-        """What `detect` converts to seconds: one Candidates per clip, in steps."""
+        """What `detect` converts to seconds: one Candidates per clip, in steps, of anchors whose centre is a real step.
+
+        OpenTAD decodes the padding as well.
+        """
         logits, adjusted = outputs.logits.float(), outputs.adjusted.float()
         scores = logits.sigmoid() if len(self.classes) == 1 else logits.softmax(dim=-1)[..., 1:]
         starts, ends, _ = outputs.evaluation.float().sigmoid().unbind(dim=1)
-        segments = adjusted.clamp(0, starts.shape[1] - 1)
+        num_real = outputs.mask.sum(dim=1)
+        last = (num_real - 1).clamp(min=0).to(adjusted.dtype)[:, None, None]
+        segments = adjusted.clamp(min=0).minimum(last)
         weights = _between(starts, segments[..., 0]) * _between(ends, segments[..., 1])
         scores = scores * weights[..., None]
+        real = outputs.anchors.mean(dim=1) < num_real[:, None]
         return [
             best_of_clip(
-                clip_segments[real],
-                clip_scores[real],
+                of_clip[kept],
+                score[kept],
                 min_score=self.config.candidate_min_score,
                 top_k=self.config.candidate_top_k,
             )
-            for clip_segments, clip_scores, real in zip(
-                segments, scores, outputs.clip_mask[:, None].expand(-1, segments.shape[1]), strict=True
-            )
+            for of_clip, score, kept in zip(segments, scores, real, strict=True)
         ]
 
     def _matches(self, segments: Tensor, truth: Truth, min_iou: float) -> Matches:

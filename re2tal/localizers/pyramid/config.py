@@ -1,0 +1,102 @@
+"""What the configurations of all localizers on a pyramid have in common."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PyramidConfig:
+    """A pyramid of levels, each half as long as the one before, and heads that all levels share."""
+
+    name: str = ""
+    """Which localizer this configures."""
+    channels: int = 512
+    """Channels of every level."""
+    num_embedding_convs: int = 2
+    """Convolutions before the first block of the encoder."""
+    num_head_convs: int = 2
+    """Convolutions in each head before the one that predicts."""
+    head_channels: int | None = None
+    """Channels inside the heads; None is as many as `channels`."""
+    kernel_size: int = 3
+    """Of the embedding convolutions; odd."""
+    regression_ranges: tuple[tuple[float, float], ...] = ((0, 4), (4, 8), (8, 16), (16, 32), (32, 64), (64, 10_000))
+    """Per level, finest first: which distances to an action's farther end its points predict, in steps."""
+    centre_radius: float = 1.5
+    """Only points this close to an action's centre learn it, in strides of their level."""
+    label_smoothing: float = 0.0
+    """Share of each class target that is spread evenly over the classes and background."""
+    regression_weight: float = 1.0
+    """Weight of the regression loss in the total."""
+    initial_positives: int = 100
+    """Both losses are divided by a running mean of the number of positive points per batch; this is its first value."""
+    positives_momentum: float = 0.9
+    """Share of the running mean that each training step keeps."""
+    prior_probability: float = 0.01
+    """Score of every class before training."""
+    step_supervision: float = 0.0
+    """Weight of an auxiliary loss in which a linear layer names the actions at every step of the input features. For
+    backbones that start from random weights; a pretrained one does without."""
+    class_agnostic: bool = False
+    """Find actions of the given classes without telling the classes apart; a video classifier may name them later."""
+    candidate_min_score: float = 0.001
+    """Predictions below go no further; OpenTAD does not apply it to a single class."""
+    candidate_top_k: int = 2000
+    """Predictions that go further, per clip; all of them with a single class."""
+
+    def __post_init__(self) -> None:
+        if self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size={self.kernel_size} must be odd, or sequences change their length")
+        if self.num_head_convs == 0 and self.head_width != self.channels:
+            raise ValueError(
+                f"head_channels={self.head_channels} needs num_head_convs of 1 or more; without, heads read the "
+                f"{self.channels} channels of the levels"
+            )
+        if any(low >= high for low, high in self.regression_ranges):
+            raise ValueError(f"regression_ranges={self.regression_ranges} must each be (low, high) with low < high")
+
+    @property
+    def num_levels(self) -> int:
+        """Levels of the pyramid."""
+        return len(self.regression_ranges)
+
+    @property
+    def head_width(self) -> int:
+        """Channels inside the heads."""
+        return self.head_channels or self.channels
+
+    def padded_steps(self, num_steps: int) -> int:
+        """To which length a clip of `num_steps` is padded."""
+        return num_steps
+
+
+@dataclass(frozen=True)
+class PaddedPyramidConfig(PyramidConfig):
+    """A pyramid over clips that are padded first, so that a clip's numbers do not depend on its batch."""
+
+    position_encoding: bool = False
+    """Add a sinusoid of the position after the embedding."""
+    max_num_steps: int = 512
+    """Shorter clips are padded to this length; longer ones to a multiple of what the coarsest windows cover. The
+    position encoding is defined on it."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.max_num_steps % 2 ** (self.num_levels - 1):
+            raise ValueError(
+                f"max_num_steps={self.max_num_steps} must be a multiple of {2 ** (self.num_levels - 1)}, the stride of "
+                f"the coarsest of {self.num_levels} levels"
+            )
+
+    @property
+    def step_multiple(self) -> int:
+        """Clips longer than `max_num_steps` are padded to a multiple of this."""
+        return 2 ** (self.num_levels - 1)
+
+    def padded_steps(self, num_steps: int) -> int:
+        """To which length a clip of `num_steps` is padded."""
+        if num_steps <= self.max_num_steps:
+            return self.max_num_steps
+        return math.ceil(num_steps / self.step_multiple) * self.step_multiple

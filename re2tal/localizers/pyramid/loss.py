@@ -1,0 +1,47 @@
+"""How wrong the predictions of a pyramid's points are."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from re2tal.localizers.losses import RunningCount, diou_loss, sigmoid_focal_loss
+from re2tal.localizers.pyramid.assignment import Targets
+from re2tal.localizers.pyramid.points import PyramidOutputs
+
+
+@dataclass(frozen=True)
+class PointLoss:
+    """Focal loss of all real points and DIoU loss of the positive ones, each divided by a count of positive points.
+
+    In training that count is a running mean, in evaluation the batch's own.
+    """
+
+    label_smoothing: float
+    """Share of each class target that is spread evenly over the classes and background"""
+    regression_weight: float
+    """Of the DIoU loss"""
+    stored_count: bool = False
+    """Divide the focal loss by the running mean in evaluation too, as OpenTAD's TemporalMaxer does"""
+
+    def __call__(
+        self, outputs: PyramidOutputs, targets: Targets, *, positives: RunningCount, training: bool
+    ) -> dict[str, Tensor]:
+        """ "classification" and "regression", weighted. `targets` are of the batch, (B, P, ...). In training it updates
+        `positives`."""
+        positive = (targets.classes.sum(dim=-1) > 0) & outputs.mask
+        num_positive = positive.sum().clamp(min=1)
+        divisor = positives.update(num_positive) if training else num_positive
+        weights = torch.where(positive, targets.weights, 1.0)
+
+        smoothing, num_classes = self.label_smoothing, targets.classes.shape[-1]
+        classes = targets.classes * (1 - smoothing) + smoothing / (num_classes + 1)
+        focal = sigmoid_focal_loss(outputs.logits[outputs.mask], classes[outputs.mask])
+        classification = (focal * weights[outputs.mask][:, None]).sum()
+        diou = diou_loss(outputs.offsets[positive], targets.offsets[positive]) * weights[positive]
+        return {
+            "classification": classification / (positives.value() if self.stored_count else divisor),
+            "regression": self.regression_weight * diou.sum() / divisor,
+        }
