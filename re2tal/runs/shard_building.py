@@ -55,7 +55,7 @@ class Build:
     classes: Path | None = None
     """With --clips: text file with one class per line. It fixes their order; labels that are numbers count in it."""
     dataset: str = "own"
-    """Row of the catalog that gives the defaults: own, demo, activitynet, thumos14."""
+    """Row of the catalog that gives the defaults, such as thumos14; a name that is not there shows all."""
     subsets: tuple[str, ...] = ()
     """Subsets to build; all that have annotated actions if none is named."""
     fps: float | None = None

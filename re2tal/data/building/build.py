@@ -27,7 +27,7 @@ from re2tal.data.building.isolated import Isolated
 from re2tal.data.building.pack_videos import OnVideo, Stopped, VideoPacker, VideoPlan
 from re2tal.data.building.probe import VIDEO_SUFFIXES
 from re2tal.data.building.shard_folder import BuiltSubset, Listed, ShardFolder, ShardPlan, fingerprint, share_out
-from re2tal.data.contract.manifest import Encoding, IndexedVideo, Manifest, ShardReport, Totals, to_json
+from re2tal.data.contract.manifest import Encoding, IndexedVideo, Manifest, Totals, to_json
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +74,6 @@ def build_shards(
     written = ShardFolder(
         folder,
         Manifest,
-        ShardReport,
         IndexedVideo,
         settings={
             "dataset": config.dataset,

@@ -15,7 +15,7 @@ from re2tal.data.building.encode import Normalised, check_normalised, normalise_
 from re2tal.data.building.isolated import Isolated
 from re2tal.data.building.probe import probe_video
 from re2tal.data.building.shard_folder import Listed, PackedVideo, ShardPlan
-from re2tal.data.contract.manifest import Encoding, Rejection, Source, StoredVideo
+from re2tal.data.contract.manifest import Encoding, Rejection, SourceVideo, StoredVideo
 from re2tal.strict_json import sha256_of
 from re2tal.structures import VideoRecord
 
@@ -83,14 +83,14 @@ class VideoPacker:
 
 def prepare_video(
     source: Path, target: Path, *, encoding: Encoding, expected_seconds: float | None
-) -> tuple[Source, Normalised]:
+) -> tuple[SourceVideo, Normalised]:
     """Probe and normalise one file; ValueError where it is no sound video or lasts another time than is expected."""
     probe = probe_video(source)
     seconds = float(probe.duration_seconds)
     if expected_seconds is not None and abs(seconds - expected_seconds) > duration_tolerance(expected_seconds):
         raise ValueError(f"{source} lasts {seconds:.2f} s, the annotation file says {expected_seconds:.2f} s")
     normalised = normalise_video(source, target, probe=probe, encoding=encoding)
-    made_from = Source(
+    made_from = SourceVideo(
         file=source.name,
         sha256=sha256_of(source),
         codec=probe.codec,

@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from re2tal.data.building.clips import TrimmedClip
-from re2tal.data.contract.feature_manifest import FeatureManifest, FeatureReport, IndexedFeatures, StoredFeatures
+from re2tal.data.contract.feature_manifest import FeatureManifest, IndexedFeatures, StoredFeatures
 from re2tal.data.contract.manifest import (
     INDEX_NAME,
     MANIFEST_NAME,
     IndexedVideo,
     Manifest,
     Rejection,
+    Sha256,
     ShardFile,
-    ShardReport,
     StoredVideo,
     from_json,
     read_manifest,
@@ -42,7 +42,6 @@ Listed = VideoRecord | TrimmedClip
 
 Record = TypeVar("Record", bound=Listed)
 AnyManifest = TypeVar("AnyManifest", Manifest, FeatureManifest)
-Report = TypeVar("Report", ShardReport, FeatureReport)
 Entry = TypeVar("Entry", IndexedVideo, IndexedFeatures)
 
 
@@ -64,6 +63,18 @@ class PackedVideo:
 
     description: StoredVideo | StoredFeatures
     content: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class ShardReport:
+    """What became of one shard; kept beside the shards so that a stopped build can go on."""
+
+    fingerprint: Sha256
+    """Of all that the shard was made from."""
+    file: ShardFile | None
+    """None where every video was rejected."""
+    videos: tuple[IndexedVideo, ...] | tuple[IndexedFeatures, ...]
+    rejected: tuple[Rejection, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +102,11 @@ class BuiltSubset:
 
 
 @dataclass(frozen=True, slots=True)
-class ShardFolder(Generic[AnyManifest, Report, Entry]):
+class ShardFolder(Generic[AnyManifest, Entry]):
     """Where shards of one kind are written: what the kind's JSON files are, and what all shards have in common."""
 
     root: Path
     manifest: type[AnyManifest]
-    report: type[Report]
     entry: type[Entry]
     settings: Mapping[str, Any]
     """Fields of the manifest that a folder may not change; the others are counted, or added by `finish`."""
@@ -157,7 +167,7 @@ class ShardFolder(Generic[AnyManifest, Report, Entry]):
             self.entry(**one, offset=offset, num_bytes=num_bytes)
             for one, (offset, num_bytes) in zip(stored, places, strict=True)
         )
-        report = self.report(
+        report = ShardReport(
             fingerprint=plan.fingerprint,
             file=ShardFile(path.name, path.stat().st_size, sha256_of(path), len(places)) if places else None,
             videos=videos,
@@ -178,12 +188,12 @@ class ShardFolder(Generic[AnyManifest, Report, Entry]):
                     "give another --out, or delete that folder"
                 )
 
-    def _finished(self, plan: ShardPlan[Record]) -> Report | None:
+    def _finished(self, plan: ShardPlan[Record]) -> ShardReport | None:
         """The report of a shard that is there and was made from what its plan says."""
         path = self.root / REPORTS / f"{plan.name}.json"
         if not path.is_file():
             return None
-        report = from_json(self.report, path.read_bytes(), source=str(path))
+        report = from_json(ShardReport, path.read_bytes(), source=str(path))
         if report.fingerprint != plan.fingerprint:
             return None
         tar = self.root / plan.name
@@ -191,7 +201,7 @@ class ShardFolder(Generic[AnyManifest, Report, Entry]):
             return None
         return report
 
-    def _finish(self, reports: Sequence[Report]) -> None:
+    def _finish(self, reports: Sequence[ShardReport]) -> None:
         """Write the index, then the manifest; whoever finds all shards there may do it, and writes the same bytes."""
         videos: list[Any] = [video for report in reports for video in report.videos]
         files = tuple(report.file for report in reports if report.file is not None)

@@ -111,7 +111,7 @@ class Encoding:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class SourceVideo:
     """The file that a stored video was made from."""
 
     file: str
@@ -131,7 +131,7 @@ class StoredVideo:
     fps: Annotated[float, Field(gt=0)]
     width: Positive
     height: Positive
-    source: Source
+    source: SourceVideo
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,18 +150,6 @@ class Rejection:
 
     video_id: str
     reason: str
-
-
-@dataclass(frozen=True, slots=True)
-class ShardReport:
-    """What became of one shard of a build; kept beside the shards so that a stopped build can go on."""
-
-    fingerprint: Sha256
-    """Of all that the shard was made from."""
-    file: ShardFile | None
-    """None where every video was rejected."""
-    videos: tuple[IndexedVideo, ...]
-    rejected: tuple[Rejection, ...]
 
 
 @dataclass(frozen=True, slots=True)
