@@ -20,6 +20,7 @@ from re2tal.data.contract.feature_manifest import FeatureManifest, IndexedFeatur
 from re2tal.data.contract.manifest import (
     INDEX_NAME,
     MANIFEST_NAME,
+    DamagedVideo,
     IndexedVideo,
     Manifest,
     Rejection,
@@ -63,6 +64,8 @@ class PackedVideo:
 
     description: StoredVideo | StoredFeatures
     content: bytes
+    damage: str = ""
+    """What is wrong with its source, in words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +78,7 @@ class ShardReport:
     """None where every video was rejected."""
     videos: tuple[IndexedVideo, ...] | tuple[IndexedFeatures, ...]
     rejected: tuple[Rejection, ...]
+    damaged: tuple[DamagedVideo, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +93,8 @@ class BuiltSubset:
     """Shards that other parts have still to build."""
     rejected: tuple[Rejection, ...]
     """Known so far."""
+    damaged: tuple[DamagedVideo, ...] = ()
+    """Stored in spite of it; known so far."""
 
     @property
     def is_complete(self) -> bool:
@@ -142,12 +148,14 @@ class ShardFolder(Generic[AnyManifest, Entry]):
             num_shards=len(plans),
             num_missing_shards=len(plans) - len(done),
             rejected=tuple(rejection for report in done for rejection in report.rejected),
+            damaged=tuple(damaged for report in done for damaged in report.damaged),
         )
 
     def write(self, plan: ShardPlan[Record], results: Iterable[PackedVideo | Rejection]) -> None:
         """Write a shard's tar, unless no video of it can be used, and its report."""
         stored: list[dict[str, Any]] = []
         rejected: list[Rejection] = []
+        damaged: list[DamagedVideo] = []
 
         def pairs() -> Iterator[Pair]:
             for result in results:
@@ -157,6 +165,8 @@ class ShardFolder(Generic[AnyManifest, Entry]):
                 description = result.description
                 kept = {one.name: getattr(description, one.name) for one in fields(description) if one.name != "source"}
                 stored.append({**kept, "shard": plan.name, "crc32": zlib.crc32(result.content)})
+                if result.damage:
+                    damaged.append(DamagedVideo(description.record.video_id, result.damage))
                 yield Pair(description.record.video_id, to_json(description).encode(), result.content)
 
         path = self.root / plan.name
@@ -172,6 +182,7 @@ class ShardFolder(Generic[AnyManifest, Entry]):
             file=ShardFile(path.name, path.stat().st_size, sha256_of(path), len(places)) if places else None,
             videos=videos,
             rejected=tuple(rejected),
+            damaged=tuple(damaged),
         )
         write_atomically(self.root / REPORTS / f"{plan.name}.json", to_json(report))
 
@@ -206,13 +217,15 @@ class ShardFolder(Generic[AnyManifest, Entry]):
         videos: list[Any] = [video for report in reports for video in report.videos]
         files = tuple(report.file for report in reports if report.file is not None)
         rejected = tuple(rejection for report in reports for rejection in report.rejected)
+        head: dict[str, Any] = {"format": self.manifest.FORMAT, "version": self.manifest.VERSION}
+        if damaged := tuple(one for report in reports for one in report.damaged):
+            head["damaged"] = damaged
         if not videos:
             first = rejected[0]
             raise ValueError(
                 f"none of the {len(rejected)} videos can be used; the first, {first.video_id}: {first.reason}"
             )
         index = "".join(to_json(video) + "\n" for video in videos)
-        head: dict[str, Any] = {"format": self.manifest.FORMAT, "version": self.manifest.VERSION}
         manifest = self.manifest(
             **head,
             rejected=rejected,
