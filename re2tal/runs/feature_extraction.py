@@ -22,8 +22,8 @@ from re2tal.config import RunConfig, load_config
 from re2tal.data.building.build_features import Computed, FeatureBuild, FeatureShard
 from re2tal.data.contract.feature_manifest import (
     Extracted,
+    FeatureGrid,
     FeatureSpec,
-    Grid,
     SecondsPerStep,
     StepsPerVideo,
     StoredType,
@@ -181,7 +181,7 @@ def _backbone(options: Extract, run: RunConfig | None) -> tuple[VideoBackbone, B
     return build_backbone(settings), settings, settings.weights or f"random, seed {options.seed}"
 
 
-def grid_of(clips: ClipConfig, frames_per_step: int) -> Grid:
+def grid_of(clips: ClipConfig, frames_per_step: int) -> FeatureGrid:
     """How the steps of such clips lie in time."""
     match clips.windowing:
         case ResizeWhole(num_frames=num_frames):

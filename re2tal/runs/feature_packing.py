@@ -18,9 +18,9 @@ from re2tal.data.building.pack_features import (
     plan_feature_shards,
 )
 from re2tal.data.contract.feature_manifest import (
+    FeatureGrid,
     FeatureSpec,
     FramesPerStep,
-    Grid,
     Packed,
     SecondsPerStep,
     StepsPerVideo,
@@ -54,7 +54,7 @@ class Pack:
     resized: int | None = None
     """Instead of a stride: every file is its whole video as so many steps."""
     dataset: str = "own"
-    """Row of the catalog that gives classes and file names: own, demo, activitynet, thumos14."""
+    """Row of the catalog that gives classes and file names, such as thumos14; a name that is not there shows all."""
     subsets: tuple[str, ...] = ()
     """Subsets to pack; all that have annotated actions if none is named."""
     dtype: StoredType = "float16"
@@ -116,7 +116,7 @@ def _timing(options: Pack) -> Strided | Resized:
     return Strided(options.stride_frames, options.window_frames, fps)
 
 
-def _grid(timing: Strided | Resized) -> Grid:
+def _grid(timing: Strided | Resized) -> FeatureGrid:
     match timing:
         case Resized(num_steps):
             return StepsPerVideo(num_steps)

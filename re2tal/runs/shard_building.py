@@ -15,7 +15,7 @@ from re2tal.data.building.annotations import Annotations, read_annotations, read
 from re2tal.data.building.build import BuildConfig, build_shards, find_videos
 from re2tal.data.building.catalog import DatasetSpec, find_dataset
 from re2tal.data.building.clips import ClipList, read_clips
-from re2tal.data.building.probe import probe_video
+from re2tal.data.building.probe import MAX_DAMAGED, probe_video
 from re2tal.data.building.shard_folder import BuiltSubset, Listed
 from re2tal.data.contract.feature_manifest import (
     Extracted,
@@ -55,7 +55,7 @@ class Build:
     classes: Path | None = None
     """With --clips: text file with one class per line. It fixes their order; labels that are numbers count in it."""
     dataset: str = "own"
-    """Row of the catalog that gives the defaults: own, demo, activitynet, thumos14."""
+    """Row of the catalog that gives the defaults, such as thumos14; a name that is not there shows all."""
     subsets: tuple[str, ...] = ()
     """Subsets to build; all that have annotated actions if none is named."""
     fps: float | None = None
@@ -76,6 +76,8 @@ class Build:
     """Processes that encode; by default one per core that this process may use."""
     part: str = "0/1"
     """i/n builds the i-th (from 0) of n parts, for machines that share a disk; the last to end writes the manifest."""
+    max_damaged: float = MAX_DAMAGED
+    """Share of a video's frames that may be damaged or missing; a video with more is left out."""
     max_rejected: float = 0.05
     """Share of a subset's videos that may be unusable without the exit status saying so."""
 
@@ -83,8 +85,9 @@ class Build:
 def build(options: Build) -> int:
     """Build the subsets; gives the exit status."""
     spec = find_dataset(options.dataset)
-    if not 0 <= options.max_rejected <= 1:
-        raise ValueError(f"--max-rejected is {options.max_rejected}; give a share from 0 to 1")
+    for name, share in (("--max-rejected", options.max_rejected), ("--max-damaged", options.max_damaged)):
+        if not 0 <= share <= 1:
+            raise ValueError(f"{name} is {share}; give a share from 0 to 1")
     config = _config(options, spec)
     listed, videos = _listed(options, spec)
     status = 0
@@ -162,6 +165,7 @@ def _config(options: Build, spec: DatasetSpec) -> BuildConfig:
         encoding=_encoding(options, spec.encoding),
         file_names=spec.file_names,
         blocked=spec.blocked | (read_video_ids(options.blocked) if options.blocked else frozenset()),
+        max_damaged=options.max_damaged,
         videos_per_shard=options.videos_per_shard,
         seed=options.seed,
         workers=options.workers or len(os.sched_getaffinity(0)),
@@ -252,10 +256,13 @@ def _build_with_bar(
 
 def report_built(built: BuiltSubset, *, subset: str, max_rejected: float) -> int:
     """Print what became of a subset, of videos or of features; gives the exit status."""
-    for rejection in built.rejected[:MAX_SHOWN]:
-        print(f"rejected {rejection.video_id}: {rejection.reason}", file=sys.stderr)
-    if len(built.rejected) > MAX_SHOWN:
-        print(f"and {len(built.rejected) - MAX_SHOWN} more; all in {built.folder}/manifest.json", file=sys.stderr)
+    rejected = [f"rejected {one.video_id}: {one.reason}" for one in built.rejected]
+    damaged = [f"damaged {one.video_id}: {one.damage}" for one in built.damaged]
+    for lines in (rejected, damaged):
+        for line in lines[:MAX_SHOWN]:
+            print(line, file=sys.stderr)
+        if len(lines) > MAX_SHOWN:
+            print(f"and {len(lines) - MAX_SHOWN} more; all in {built.folder}/manifest.json", file=sys.stderr)
     if not built.is_complete:
         print(
             f"{subset}: {built.num_missing_shards} of {built.num_shards} shards are still to be built; run the other "

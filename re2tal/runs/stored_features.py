@@ -15,7 +15,14 @@ from typing import Any
 from re2tal.backbones import WIRING, BackboneConfig
 from re2tal.backbones.stored import NAME
 from re2tal.config import RecognitionConfig, RunConfig
-from re2tal.data.contract.feature_manifest import Extracted, FeatureSpec, Grid, Packed, SecondsPerStep, StepsPerVideo
+from re2tal.data.contract.feature_manifest import (
+    Extracted,
+    FeatureGrid,
+    FeatureSpec,
+    Packed,
+    SecondsPerStep,
+    StepsPerVideo,
+)
 from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.data.streaming.windows import ResizeWhole, Slide, Windowing
 from re2tal.training.annealing import AnnealingConfig
@@ -116,7 +123,7 @@ def _wiring(spec: FeatureSpec) -> dict[str, Any]:
     return {name: settings.get(name) for name in ("rewired", *WIRING, "frames_per_step")}
 
 
-def _in_steps(run: RunConfig, grid: Grid) -> Windowing:
+def _in_steps(run: RunConfig, grid: FeatureGrid) -> Windowing:
     match run.data.clips.windowing, grid:
         case Slide(num_frames=num_frames, frames_per_second=float(rate)) as slide, SecondsPerStep(seconds):
             num_steps = max(1, round(num_frames / rate / seconds))

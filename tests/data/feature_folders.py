@@ -8,14 +8,14 @@ from pathlib import Path
 from torch import Tensor
 
 from re2tal.data.building.build_features import Computed, FeatureBuild, FeatureShard
-from re2tal.data.contract.feature_manifest import FeatureSpec, Grid, Packed, SecondsPerStep, StoredType
+from re2tal.data.contract.feature_manifest import FeatureGrid, FeatureSpec, Packed, SecondsPerStep, StoredType
 from re2tal.data.contract.shards import FeatureSet, open_any
 from re2tal.structures import Action, VideoRecord
 
 STEP = 0.25
 
 
-def spec(channels: int, *, grid: Grid | None = None, dtype: StoredType = "float32") -> FeatureSpec:
+def spec(channels: int, *, grid: FeatureGrid | None = None, dtype: StoredType = "float32") -> FeatureSpec:
     return FeatureSpec(channels, dtype, grid or SecondsPerStep(STEP), Packed(16, 30.0, "0" * 64))
 
 

@@ -9,18 +9,16 @@ import pytest
 
 from re2tal.cli.demo import demo
 from re2tal.data.building.annotations import read_annotations
-from re2tal.data.building.demo import (
+from re2tal.data.building.demo import DemoConfig, write_demo, write_demo_clips
+from re2tal.data.building.demo_scenes import (
     CLASSES,
     CLIP_SECONDS,
     NUM_DOTS,
     RATES,
     SIZES,
-    DemoConfig,
     Scene,
     draw_clip,
     draw_scene,
-    write_demo,
-    write_demo_clips,
 )
 
 SMALL = DemoConfig(num_training=2, num_validation=2, seed=5)

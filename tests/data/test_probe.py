@@ -16,9 +16,9 @@ def test_a_plain_video_is_described(tmp_path):
 
 def test_width_and_height_are_those_that_a_player_shows(tmp_path):
     turned = probe_video(write_video(tmp_path / "turned.mp4", rotation=90))
-    assert (turned.width, turned.height, turned.rotation_degrees) == (48, 64, 90)
+    assert (turned.width, turned.height, turned.orientation.swapped) == (48, 64, True)
     wide = probe_video(write_video(tmp_path / "wide.mp4", sample_aspect=Fraction(2)))
-    assert (wide.width, wide.height, wide.rotation_degrees) == (128, 48, 0)
+    assert (wide.width, wide.height, wide.orientation.swapped) == (128, 48, False)
 
 
 def test_a_variable_rate_lasts_as_long_as_its_last_frame_says(tmp_path):

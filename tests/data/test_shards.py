@@ -19,7 +19,7 @@ from re2tal.data.contract.manifest import (
     IndexedVideo,
     Manifest,
     ShardFile,
-    Source,
+    SourceVideo,
     StoredVideo,
     Totals,
     to_json,
@@ -32,7 +32,7 @@ BLOCK = 512
 
 
 def stored(video_id: str) -> StoredVideo:
-    source = Source(f"{video_id}.mp4", "0" * 64, "h264", 60, 2.0)
+    source = SourceVideo(f"{video_id}.mp4", "0" * 64, "h264", 60, 2.0)
     record = VideoRecord(video_id, "training", 2.0, (Action(0.5, 1.5, "run"),))
     return StoredVideo(record, num_frames=30, fps=15.0, width=64, height=48, source=source)
 

@@ -16,15 +16,10 @@ from data.workers import ready_worker
 from re2tal.data.contract.members import read_content
 from re2tal.data.contract.shards import ShardSet
 from re2tal.data.streaming.decode import DecodeError, decode_frames
-from re2tal.data.streaming.stream import (
-    STOP_SIGNALS,
-    ClipConfig,
-    ClipStream,
-    stop_signals_blocked,
-    stream_clips,
-)
+from re2tal.data.streaming.stream import ClipConfig, ClipStream, stream_clips
 from re2tal.data.streaming.transforms import Box, crop_and_resize
 from re2tal.data.streaming.windows import ResizeWhole, Slide, Trimmed, plan_windows
+from re2tal.data.streaming.workers import STOP_SIGNALS, stop_signals_blocked
 from re2tal.structures import Action, ClipBatch
 
 LENGTHS = (40, 61, 100, 150, 33, 90, 75)

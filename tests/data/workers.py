@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from multiprocessing.connection import Connection
 
-from re2tal.data.streaming.stream import heed_only_the_parent
+from re2tal.data.streaming.workers import heed_only_the_parent
 
 
 def ready_worker(connection: Connection) -> None:

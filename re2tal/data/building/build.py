@@ -25,9 +25,12 @@ from re2tal.data.building.annotations import Annotations
 from re2tal.data.building.clips import ClipList
 from re2tal.data.building.isolated import Isolated
 from re2tal.data.building.pack_videos import OnVideo, Stopped, VideoPacker, VideoPlan
-from re2tal.data.building.probe import VIDEO_SUFFIXES
+from re2tal.data.building.probe import MAX_DAMAGED, VIDEO_SUFFIXES
 from re2tal.data.building.shard_folder import BuiltSubset, Listed, ShardFolder, ShardPlan, fingerprint, share_out
-from re2tal.data.contract.manifest import Encoding, IndexedVideo, Manifest, ShardReport, Totals, to_json
+from re2tal.data.contract.manifest import Encoding, IndexedVideo, Manifest, Totals, to_json
+
+PICTURES = "pictures 2"
+"""Another number whenever other pictures are stored of the same files: shards of before are then built again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +43,8 @@ class BuildConfig:
     """Names that a video's file may have, without its suffix."""
     blocked: frozenset[str] = frozenset()
     """Ids to leave out without a word: their annotations are known to be wrong."""
+    max_damaged: float = MAX_DAMAGED
+    """Share of a video's frames that may be damaged or missing; above it the video is left out."""
     videos_per_shard: int | None = None
     """None: 32 shards or more, of 4 to 64 videos each."""
     seed: int = 0
@@ -74,7 +79,6 @@ def build_shards(
     written = ShardFolder(
         folder,
         Manifest,
-        ShardReport,
         IndexedVideo,
         settings={
             "dataset": config.dataset,
@@ -114,7 +118,7 @@ def find_videos(folder: Path, video_ids: Sequence[str], *, file_names: Sequence[
         raise ValueError(f"{folder} is not a folder; give the folder that holds the videos")
     files: dict[str, list[Path]] = {}
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in VIDEO_SUFFIXES:
+        if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file():  # a link may lead nowhere
             files.setdefault(path.stem, []).append(path)
     found = {}
     for video_id in video_ids:
@@ -131,7 +135,7 @@ def plan_shards(records: Sequence[Listed], sources: dict[str, Path], *, config: 
     plans = []
     for name, chosen in share_out(records, seed=config.seed, per_shard=config.videos_per_shard, most=64):
         own = {r.video_id: sources[r.video_id] for r in chosen if r.video_id in sources}
-        parts = [str(Manifest.VERSION), to_json(config.encoding)]
+        parts = [str(Manifest.VERSION), PICTURES, to_json(config.encoding), f"{config.max_damaged:g}"]
         for record in chosen:
             source = own.get(record.video_id)
             parts += [to_json(record), f"{source.name} {source.stat().st_size}" if source else "missing"]
@@ -149,7 +153,7 @@ def _build_in_parallel(
 
     def work() -> None:
         with Isolated() as isolated, tempfile.TemporaryDirectory(prefix="re2tal-shards-") as scratch:
-            packer = VideoPacker(Path(scratch), config.encoding, isolated, on_video, stop)
+            packer = VideoPacker(Path(scratch), config.encoding, config.max_damaged, isolated, on_video, stop)
             while not (stop.is_set() or waiting.empty()):
                 try:
                     plan = waiting.get_nowait()

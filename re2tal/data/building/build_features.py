@@ -17,7 +17,6 @@ from torch import Tensor
 from re2tal.data.building.shard_folder import BuiltSubset, PackedVideo, ShardFolder, ShardPlan, fingerprint
 from re2tal.data.contract.feature_manifest import (
     FeatureManifest,
-    FeatureReport,
     FeatureSpec,
     FeatureTotals,
     IndexedFeatures,
@@ -75,7 +74,6 @@ class FeatureBuild:
         written = ShardFolder(
             self.folder,
             FeatureManifest,
-            FeatureReport,
             IndexedFeatures,
             settings={"dataset": self.dataset, "classes": self.classes, "features": self.spec},
             describe=self._describe,

@@ -1,8 +1,8 @@
 """Data sets that are known by name: a new one is a row in DATASETS.
 
-A row says how a data set is laid out and usually stored; the thresholds that its mAP is averaged over stand under the
-same name in `re2tal.evaluation.protocols`. Nothing is downloaded: the public sets ask people to fetch the videos
-themselves, and links die.
+A row says how a data set is laid out and usually stored. Where papers average its mAP over thresholds of its own,
+these stand under the same name in `re2tal.evaluation.protocols`. Nothing is downloaded: the public sets ask people to
+fetch the videos themselves, and links die.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from re2tal.data.contract.manifest import Encoding, FramesPerSecond
 class DatasetSpec:
     """Facts about a data set."""
 
-    title: str
     encoding: Encoding
     """How its videos are stored unless the user says otherwise."""
     file_names: tuple[str, ...] = ("{id}", "v_{id}")
@@ -60,15 +59,14 @@ _THUMOS_CLASSES = (
 
 DATASETS: dict[str, DatasetSpec] = {
     "own": DatasetSpec(
-        title="your own videos",
         encoding=Encoding(FramesPerSecond(15.0)),
     ),
+    # What `re2tal demo` writes.
     "demo": DatasetSpec(
-        title="what `re2tal demo` writes",
         encoding=Encoding(FramesPerSecond(16.0), short_side=96),
     ),
+    # ActivityNet 1.3: 10,024 training and 4,926 validation videos, 200 classes.
     "activitynet": DatasetSpec(
-        title="ActivityNet 1.3: 10,024 training and 4,926 validation videos, 200 classes",
         # 15 per second and a short side of 256 is what published end-to-end work trains on.
         encoding=Encoding(FramesPerSecond(15.0)),
         # Ids have 11 characters and the common packages put v_ before them.
@@ -76,8 +74,8 @@ DATASETS: dict[str, DatasetSpec] = {
         # Which 198 validation videos the 4,728-video protocol leaves out is in a file that comes with that protocol's
         # features: give it to `re2tal shards build --blocked`.
     ),
+    # THUMOS14: 200 training (official validation) and 211 evaluation (official test) videos, 20 classes.
     "thumos14": DatasetSpec(
-        title="THUMOS14: 200 training (official validation) and 211 evaluation (official test) videos, 20 classes",
         # The subsets are "training" and "validation" in OpenTAD's file, "validation" and "test" in ActionFormer's.
         encoding=Encoding(FramesPerSecond(30.0)),
         file_names=("{id}",),

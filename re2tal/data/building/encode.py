@@ -1,6 +1,6 @@
 """Normalise a video: any sound file in, one that decord decodes exactly out.
 
-    output frame i  =  the source frame nearest to i / fps seconds after the first one
+    output frame i  =  the source frame nearest to i / fps seconds on a player's clock
 
 H.264 with closed groups of pictures, constant rate, square upright pixels, no sound, no edit of the source left in the
 timing. On other files decord 0.6 returns wrong frames without a word, or never returns (open groups, edit lists,
@@ -10,65 +10,49 @@ transport streams, mpeg-4 with B-frames), so this is what makes training data tr
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import TypeVar
 
 import av
 import av.filter
-import numpy as np
-from av.container import InputContainer, OutputContainer
+from av.container import OutputContainer
+from av.video.reformatter import ColorRange
 from av.video.stream import VideoStream
 
-from re2tal.data.building.probe import MAX_MISSING_SHARE, VideoProbe, displayed_size, open_video
+from re2tal.data.building.check import Normalised, Samples
+from re2tal.data.building.probe import MAX_DAMAGED, VideoProbe, displayed_size, open_video
+from re2tal.data.building.shown import Damage, Orientation, colours_of, orientation_of, shown_frames
 from re2tal.data.contract.manifest import Encoding, FramesPerSecond, FramesPerVideo
-from re2tal.data.streaming.decode import count_frames, decode_frames
 
 T = TypeVar("T")
 MAX_ASPECT = 8
 """Longest side over shortest; past it a picture is no scene, and its scaled width would be without bound."""
-MAX_COMPARED = 16
-MAX_DIFFERENCE = 1.0
-"""Mean levels (of 255) between two decodings of one frame: they differ in how chroma is brought to full size only."""
+_SMPTE_170M = 6
+"""The matrix of BT.601 in the numbers of the H.264 standard."""
 # FFmpeg pads a row of RGB to 96, 192 or 288 bytes; where that is a multiple of the width, decord takes it for wider
 # pixels and gives an error. Found by trying all widths to 130; none above 72 can be concerned.
 _REFUSED_WIDTHS = frozenset({2, 4, 6, 8, 12, 16, 24, 48, 72})
-# Turns a frame by its rotation, degrees anticlockwise.
-_TURNS = {90: ("transpose", "cclock"), 180: ("rotate", "PI"), 270: ("transpose", "clock")}
 
 
-@dataclass(frozen=True, slots=True)
-class Normalised:
-    """What a normalised file holds."""
-
-    num_frames: int
-    fps: float
-    width: int
-    height: int
-
-
-def normalise_video(source: Path, target: Path, *, probe: VideoProbe, encoding: Encoding) -> Normalised:
+def normalise_video(
+    source: Path, target: Path, *, probe: VideoProbe, encoding: Encoding, max_damaged: float = MAX_DAMAGED
+) -> Normalised:
     """Write `source` to `target` as an mp4 in the given encoding; the same bytes for the same input and libraries.
 
-    Raises ValueError where the source is damaged: frames that do not decode, or time stamps that run backwards.
+    Raises ValueError where more than the share `max_damaged` of the source's frames is damaged or missing.
     """
     rate, num_frames = sampling_grid(probe.duration_seconds, encoding)
-    decoded = 0
-
-    def counted(frames: Iterator[T]) -> Iterator[T]:
-        nonlocal decoded
-        for frame in frames:
-            decoded += 1
-            yield frame
-
+    damage = Damage(num_frames=probe.num_missing, missing=probe.num_missing)
+    samples = Samples(rate, num_frames, probe.orientation)
     with open_video(source) as (container, stream):
-        frames = nearest_in_time(counted(_timed_frames(container, stream)), rate=rate, num_frames=num_frames)
-        pictures = _scaled(frames, stream, short_side=encoding.short_side)
-        width, height = _write(target, _naming(source, pictures), rate=rate, encoding=encoding)
-    if decoded < probe.num_frames * (1 - MAX_MISSING_SHARE):
-        raise ValueError(f"{source} is damaged: {decoded} of its {probe.num_frames} frames decode; replace the file")
-    return Normalised(num_frames=num_frames, fps=float(rate), width=width, height=height)
+        shown = samples.taken_from(shown_frames(container, stream, damage))
+        frames = nearest_in_time(shown, rate=rate, num_frames=num_frames)
+        pictures = _scaled(frames, stream, orientation=probe.orientation, short_side=encoding.short_side)
+        size = _write(target, _naming(source, pictures), rate=rate, encoding=encoding)
+    if damage.share > max_damaged or size is None:
+        raise ValueError(f"{source} is damaged: {damage}; replace the file, or allow more with --max-damaged")
+    return Normalised(num_frames, float(rate), *size, damage, samples.pictures)
 
 
 def sampling_grid(duration_seconds: Fraction, encoding: Encoding) -> tuple[Fraction, int]:
@@ -101,20 +85,6 @@ def nearest_in_time(timed: Iterator[tuple[Fraction, T]], *, rate: Fraction, num_
             yield previous[1]
 
 
-def _timed_frames(container: InputContainer, stream: VideoStream) -> Iterator[tuple[Fraction, av.VideoFrame]]:
-    """All frames with their seconds after the first one."""
-    first = previous = None
-    for number, frame in enumerate(container.decode(stream)):
-        time = frame.dts if frame.pts is None else frame.pts
-        if time is None or frame.time_base is None:
-            raise ValueError(f"frame {number} has no time stamp; convert the file to mp4")
-        if previous is not None and time < previous:
-            raise ValueError(f"time runs backwards at frame {number}; convert the file to mp4 at a constant rate")
-        first = time if first is None else first
-        previous = time
-        yield (time - first) * frame.time_base, frame
-
-
 def _naming(path: Path, pictures: Iterator[T]) -> Iterator[T]:
     """The same pictures; what goes wrong on the way to them becomes a ValueError that names the file."""
     try:
@@ -125,8 +95,10 @@ def _naming(path: Path, pictures: Iterator[T]) -> Iterator[T]:
         raise ValueError(f"{path}: {error}") from None
 
 
-def _write(target: Path, pictures: Iterator[av.VideoFrame], *, rate: Fraction, encoding: Encoding) -> tuple[int, int]:
-    """Encode pictures of one size at a constant rate; gives their (width, height)."""
+def _write(
+    target: Path, pictures: Iterator[av.VideoFrame], *, rate: Fraction, encoding: Encoding
+) -> tuple[int, int] | None:
+    """Encode pictures of one size at a constant rate; gives their (width, height), None where there is no picture."""
     # Without "bitexact" the file would name the library's version.
     options = {"movflags": "+faststart", "fflags": "+bitexact"}
     try:
@@ -138,7 +110,7 @@ def _write(target: Path, pictures: Iterator[av.VideoFrame], *, rate: Fraction, e
                 picture.pict_type = 0  # the source's key frames are not ours
                 container.mux(stream.encode(picture))
             if stream is None:
-                raise ValueError(f"{target}: there is no picture to write")
+                return None
             container.mux(stream.encode(None))
             return stream.width, stream.height
     except av.FFmpegError as error:
@@ -155,31 +127,39 @@ def _add_stream(
     stream = container.add_stream("libx264", rate=rate, options=options)
     stream.width, stream.height, stream.pix_fmt = picture.width, picture.height, "yuv420p"
     stream.codec_context.time_base = 1 / rate
+    # Readers that look at tags and those that don't both take this for what it is: untagged video is BT.601 to FFmpeg.
+    stream.codec_context.color_range, stream.codec_context.colorspace = ColorRange.MPEG, _SMPTE_170M
     return stream
 
 
-def _scaled(frames: Iterator[av.VideoFrame], source: VideoStream, *, short_side: int) -> Iterator[av.VideoFrame]:
-    """Frames as upright yuv420p pictures of one size, also where the source changes its size on the way."""
+def _scaled(
+    frames: Iterator[av.VideoFrame], source: VideoStream, *, orientation: Orientation, short_side: int
+) -> Iterator[av.VideoFrame]:
+    """Frames as upright yuv420p pictures of one size and range, also where the source changes its own on the way."""
     size = None
     graphs: dict[tuple, av.filter.Graph] = {}
     for frame in frames:
         size = size or stored_size(displayed_size(frame, source), short_side=short_side)
-        kind = (frame.width, frame.height, frame.format.name, frame.rotation)
+        turned = orientation_of(frame) or orientation
+        kind = (frame.width, frame.height, frame.format.name, turned, colours_of(frame))
         if kind not in graphs:
-            graphs[kind] = _scaling_graph(frame, size)
+            graphs[kind] = _scaling_graph(frame, size, turned)
         graphs[kind].vpush(frame)
-        yield graphs[kind].vpull()
+        picture = graphs[kind].vpull()
+        picture.color_range, picture.colorspace = ColorRange.MPEG, _SMPTE_170M
+        yield picture
 
 
-def _scaling_graph(frame: av.VideoFrame, size: tuple[int, int]) -> av.filter.Graph:
+def _scaling_graph(frame: av.VideoFrame, size: tuple[int, int], orientation: Orientation) -> av.filter.Graph:
     graph = av.filter.Graph()
     graph.threads = 1
-    source = graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=frame.time_base)
-    turn = _TURNS.get(frame.rotation % 360)
+    full_range, matrix = colours_of(frame)
+    colours = f"in_range={'full' if full_range else 'limited'}:in_color_matrix={matrix}"
+    target = "out_range=limited:out_color_matrix=bt601"
     graph.link_nodes(
-        source,
-        *([graph.add(*turn)] if turn else []),
-        graph.add("scale", f"{size[0]}:{size[1]}:flags=bicubic+accurate_rnd+bitexact"),
+        graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 1000)),
+        *(graph.add(*step) for step in orientation.filters()),
+        graph.add("scale", f"{size[0]}:{size[1]}:flags=bicubic+accurate_rnd+bitexact:{colours}:{target}"),
         graph.add("setsar", "1"),
         graph.add("format", "yuv420p"),
         graph.add("buffersink"),
@@ -197,42 +177,3 @@ def stored_size(displayed: tuple[int, int], *, short_side: int) -> tuple[int, in
     while width in _REFUSED_WIDTHS:
         width += 2
     return width, height
-
-
-def check_normalised(path: Path, expected: Normalised) -> None:
-    """Prove that decord gives the right frames of a normalised file; may hang on one that is not, so call it isolated.
-
-    Compared are the number of frames, the time of each, and the pictures of a sparse batch with what FFmpeg gives when
-    it decodes the file from the start.
-    """
-    _check_times(path, expected)
-    video = path.read_bytes()
-    if (seen := count_frames(video)) != expected.num_frames:
-        raise ValueError(f"{path}: decord sees {seen} frames of {expected.num_frames} that were encoded")
-    asked = np.unique(np.linspace(0, expected.num_frames - 1, num=MAX_COMPARED).round().astype(int))
-    by_number = decode_frames(video, asked).numpy()
-    in_order = _decode_in_order(path, set(asked.tolist()))
-    for index, picture in zip(asked.tolist(), by_number, strict=True):
-        difference = np.abs(picture.astype(np.int16) - in_order[index]).mean()
-        if difference > MAX_DIFFERENCE:
-            raise ValueError(f"{path}: decord gives another frame {index} (mean difference {difference:.1f} levels)")
-
-
-def _check_times(path: Path, expected: Normalised) -> None:
-    with open_video(path) as (container, stream):
-        shown = [(p.pts, p.time_base, p.is_discard) for p in container.demux(stream) if p.size]
-    times = sorted(float(pts * base) for pts, base, _ in shown if pts is not None)
-    if any(hidden for _, _, hidden in shown) or len(times) != expected.num_frames:
-        raise ValueError(f"{path}: {len(times)} frames stored, {expected.num_frames} encoded")
-    off = np.abs(np.array(times) - np.arange(len(times)) / expected.fps).max()
-    if off > 0.001:
-        raise ValueError(f"{path}: a stored frame is {off:.4f} s away from its time")
-
-
-def _decode_in_order(path: Path, wanted: set[int]) -> dict[int, np.ndarray]:
-    with open_video(path) as (container, stream):
-        return {
-            number: frame.to_ndarray(format="rgb24")
-            for number, frame in enumerate(container.decode(stream))
-            if number in wanted
-        }

@@ -1,12 +1,15 @@
 """Run functions in a process that can be killed: for native code that may crash or never return.
 
 A hang inside decord or FFmpeg cannot be interrupted from within: signal handlers wait for the native call to end.
+A function that may take long calls `still_working` as it goes on, and is stopped only when it falls silent.
 """
 
 from __future__ import annotations
 
 import multiprocessing
+import pickle
 import signal
+import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from types import TracebackType
@@ -16,6 +19,20 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _SPAWN = multiprocessing.get_context("spawn")  # a fork would copy whatever locks other threads hold at that moment
+
+
+_SIGN_SECONDS = 1.0
+_to_parent: Connection | None = None
+"""In the other process: the end of the line to the one that waits for the result."""
+_last_sign = 0.0
+
+
+def still_working() -> None:
+    """Tell whoever called this function in another process that it goes on; nothing where nobody did."""
+    global _last_sign
+    if _to_parent is not None and time.monotonic() - _last_sign > _SIGN_SECONDS:
+        _last_sign = time.monotonic()
+        _to_parent.send(None)
 
 
 class IsolationError(ValueError):
@@ -41,17 +58,28 @@ class Isolated:
         self._kill()
 
     def call(self, timeout_seconds: float, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """The function's result or its exception; IsolationError where it crashed or took longer than allowed."""
+        """The function's result or its exception.
+
+        Raises IsolationError where the process died, or gave no sign of life for so many seconds.
+        """
         connection = self._start()
-        connection.send((function, args, kwargs))
-        if not connection.poll(timeout_seconds):
-            self._kill()
-            raise IsolationError(f"took longer than {timeout_seconds:.0f} s and was stopped")
         try:
-            succeeded, result = connection.recv()
-        except EOFError:
-            exit_code = self._kill()
-            raise IsolationError(f"its process died (exit code {exit_code})") from None
+            connection.send((function, args, kwargs))
+        except OSError:  # it died while nobody asked for anything: the new one is not to blame
+            self._kill()
+            connection = self._start()
+            connection.send((function, args, kwargs))
+        reply = None
+        while reply is None:
+            try:
+                if not connection.poll(timeout_seconds):
+                    self._kill()
+                    raise IsolationError(f"gave no sign of life for {timeout_seconds:.0f} s and was stopped")
+                reply = connection.recv()
+            except (EOFError, OSError, pickle.UnpicklingError):
+                exit_code = self._kill()
+                raise IsolationError(f"its process died (exit code {exit_code})") from None
+        succeeded, result = reply
         if succeeded:
             return result
         raise result
@@ -77,6 +105,8 @@ class Isolated:
 
 
 def _serve(connection: Connection) -> None:
+    global _to_parent
+    _to_parent = connection
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
     while True:
         try:

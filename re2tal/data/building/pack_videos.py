@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from re2tal.data.building.annotations import duration_tolerance
-from re2tal.data.building.encode import Normalised, check_normalised, normalise_video
+from re2tal.data.building.check import Normalised, check_normalised
+from re2tal.data.building.encode import normalise_video
 from re2tal.data.building.isolated import Isolated
 from re2tal.data.building.probe import probe_video
 from re2tal.data.building.shard_folder import Listed, PackedVideo, ShardPlan
-from re2tal.data.contract.manifest import Encoding, Rejection, Source, StoredVideo
+from re2tal.data.contract.manifest import Encoding, Rejection, SourceVideo, StoredVideo
 from re2tal.strict_json import sha256_of
 from re2tal.structures import VideoRecord
 
@@ -24,8 +25,8 @@ VideoPlan = ShardPlan[Listed]
 OnVideo = Callable[[Listed, Rejection | None], None]
 """Called from worker threads after each video."""
 
-LONG_CLIP_SECONDS = 1800.0
-"""What a trimmed clip may last at most for the time that it is given, which ends those that hang."""
+SILENT_SECONDS = 300.0
+"""The process that encodes is stopped when it has got through no frame for so long, however long the video is."""
 
 
 class Stopped(Exception):
@@ -38,6 +39,7 @@ class VideoPacker:
 
     scratch: Path
     encoding: Encoding
+    max_damaged: float
     isolated: Isolated
     on_video: OnVideo
     stop: threading.Event
@@ -61,14 +63,22 @@ class VideoPacker:
             raise ValueError("there is no file of this name")
         target = self.scratch / "video.mp4"
         expected = listed.duration_seconds if isinstance(listed, VideoRecord) else None
-        seconds = expected or LONG_CLIP_SECONDS
         try:
             made_from, normalised = self.isolated.call(
-                300 + 30 * seconds, prepare_video, source, target, encoding=self.encoding, expected_seconds=expected
+                SILENT_SECONDS,
+                prepare_video,
+                source,
+                target,
+                encoding=self.encoding,
+                expected_seconds=expected,
+                max_damaged=self.max_damaged,
             )
-            self.isolated.call(120 + 2 * seconds, check_normalised, target, normalised)
-        except ValueError as error:
-            raise ValueError(str(error).replace(str(source), source.name).replace(str(target), "as stored")) from None
+            self.isolated.call(SILENT_SECONDS, check_normalised, target, normalised)
+        except OSError:  # a disk that is full is no fault of the video
+            raise
+        except Exception as error:  # one video, whatever it does to us, never ends a build
+            what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            raise ValueError(what.replace(str(source), source.name).replace(str(target), "as stored")) from None
         record = listed if isinstance(listed, VideoRecord) else listed.lasting(made_from.duration_seconds)
         video = StoredVideo(
             record=record,
@@ -77,24 +87,32 @@ class VideoPacker:
             width=normalised.width,
             height=normalised.height,
             source=made_from,
+            damaged_share=normalised.damage.share,
         )
-        return PackedVideo(video, target.read_bytes())
+        return PackedVideo(video, target.read_bytes(), str(normalised.damage) if normalised.damage.num_damaged else "")
 
 
 def prepare_video(
-    source: Path, target: Path, *, encoding: Encoding, expected_seconds: float | None
-) -> tuple[Source, Normalised]:
+    source: Path, target: Path, *, encoding: Encoding, expected_seconds: float | None, max_damaged: float
+) -> tuple[SourceVideo, Normalised]:
     """Probe and normalise one file; ValueError where it is no sound video or lasts another time than is expected."""
-    probe = probe_video(source)
+    probe = probe_video(source, max_missing=max_damaged)
     seconds = float(probe.duration_seconds)
     if expected_seconds is not None and abs(seconds - expected_seconds) > duration_tolerance(expected_seconds):
         raise ValueError(f"{source} lasts {seconds:.2f} s, the annotation file says {expected_seconds:.2f} s")
-    normalised = normalise_video(source, target, probe=probe, encoding=encoding)
-    made_from = Source(
+    normalised = normalise_video(source, target, probe=probe, encoding=encoding, max_damaged=max_damaged)
+    made_from = SourceVideo(
         file=source.name,
-        sha256=sha256_of(source),
+        sha256=_sha256_of(source),
         codec=probe.codec,
         num_frames=probe.num_frames,
         duration_seconds=seconds,
     )
     return made_from, normalised
+
+
+def _sha256_of(source: Path) -> str:
+    try:
+        return sha256_of(source)
+    except OSError as error:
+        raise ValueError(f"{source} cannot be read to its end: {error.strerror}; copy it again") from None

@@ -13,16 +13,23 @@ from fractions import Fraction
 from pathlib import Path
 
 import av
+import numpy as np
 from av.container import InputContainer
 from av.video.stream import VideoStream
+
+from re2tal.data.building.isolated import still_working
+from re2tal.data.building.shown import Orientation, orientation_of, origin_seconds
 
 VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp")
 _OPEN_OPTIONS = {
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,flv,asf",
     "protocol_whitelist": "file",
 }
-MAX_MISSING_SHARE = 0.02
-"""Share of the promised frames that may be absent; streams cut at both ends lose a few, a damaged file loses many."""
+MAX_DAMAGED = 0.02
+"""Share of the frames that may be absent or damaged unless the user says otherwise."""
+MAX_AVI_SHIFT_SECONDS = 0.5
+"""An AVI says no times: what is gone from it moves all that follows."""
+_PICTURE_CODECS = frozenset({"png", "mjpeg", "bmp", "gif", "tiff", "webp", "jpeg2000", "jpegls"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,23 +39,32 @@ class VideoProbe:
     codec: str
     num_frames: int
     """Packets that are shown; decoding may give a few less."""
+    num_missing: int
+    """Frames that should be there besides, as gaps in time or the header say."""
     duration_seconds: Fraction
-    """From the first frame's appearance to the last one's end."""
+    """From where a player's clock starts, which may be before the first frame, to the last frame's end."""
     width: int
     """As shown: after rotation, with square pixels."""
     height: int
-    rotation_degrees: int
-    """0, 90, 180 or 270, anticlockwise, which the player applies."""
+    orientation: Orientation
+    """How the first frame is turned."""
 
 
-def probe_video(path: Path) -> VideoProbe:
+def probe_video(path: Path, *, max_missing: float = MAX_DAMAGED) -> VideoProbe:
     """Read a video's header, all its packets (not decoded) and its first frame.
 
-    Raises ValueError naming the file and the reason where it is not a sound video.
+    Raises ValueError naming the file and the reason where it is not a sound video, or where more than the share
+    `max_missing` of its frames is not there.
     """
     with open_video(path) as (container, stream):
         codec = stream.codec_context.name
-        num_frames, duration = _scan(path, container, stream)
+        num_frames, num_missing, duration = _scan(path, container, stream)
+    if num_missing > max_missing * (num_frames + num_missing):
+        raise ValueError(
+            f"{path} is cut short{'' if stream.frames else ' or has holes'}: its header promises "
+            f"{num_frames + num_missing} frames, {num_frames} are there; download or copy it again, or allow more with "
+            "--max-damaged"
+        )
     with open_video(path) as (container, stream):
         frame = next(container.decode(stream), None)
         if frame is None:
@@ -57,10 +73,11 @@ def probe_video(path: Path) -> VideoProbe:
     return VideoProbe(
         codec=codec,
         num_frames=num_frames,
+        num_missing=num_missing,
         duration_seconds=duration,
         width=width,
         height=height,
-        rotation_degrees=frame.rotation % 360,
+        orientation=orientation_of(frame) or Orientation(),
     )
 
 
@@ -79,56 +96,130 @@ def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
 
 
 def displayed_size(frame: av.VideoFrame, stream: VideoStream) -> tuple[int, int]:
-    """(width, height) of a frame as a player shows it: square pixels, rotated."""
+    """(width, height) of a frame as a player shows it: square pixels, turned."""
     width, height = round(frame.width * (stream.sample_aspect_ratio or 1)), frame.height
-    return (height, width) if frame.rotation % 180 else (width, height)
+    orientation = orientation_of(frame)
+    return (height, width) if orientation and orientation.swapped else (width, height)
 
 
 def _video_stream(path: Path, container: InputContainer) -> VideoStream:
-    # A cover picture is a video stream too, but of one frame and marked as attached.
+    """The stream that players choose; a cover is a stream of pictures too, but not the video."""
     streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
     if not streams:
         kinds = ", ".join(sorted({s.type for s in container.streams})) or "nothing"
         raise ValueError(f"{path} has no video stream, only {kinds}; replace the file")
-    stream = streams[0]
-    if stream.codec_context is None:
+    if any(s.codec_context is None for s in streams):
         raise ValueError(f"{path}: no decoder for its video stream; convert it to H.264")
+    # A cover that lost its mark: one picture in a codec of pictures, beside a real video.
+    moving = [s for s in streams if s.codec_context.name not in _PICTURE_CODECS] or streams
+    best = container.streams.best("video")
+    stream = best if best in moving else max(moving, key=_preference)
+    assert isinstance(stream, VideoStream)
     stream.codec_context.thread_count = 1  # work is spread over processes
     return stream
 
 
-def _scan(path: Path, container: InputContainer, stream: VideoStream) -> tuple[int, Fraction]:
-    """Count the packets that are shown, and measure how long they last; refuse a file that holds too few."""
-    total, shown = 0, []
-    for packet in container.demux(stream):
-        time = packet.dts if packet.pts is None else packet.pts
+def _preference(stream: VideoStream) -> tuple[bool, int]:
+    """As FFmpeg chooses: what is marked as the default, then the largest picture."""
+    is_default = bool(stream.disposition & av.stream.Disposition.default)
+    return is_default, stream.codec_context.width * stream.codec_context.height
+
+
+def _scan(path: Path, container: InputContainer, stream: VideoStream) -> tuple[int, int, Fraction]:
+    """(packets that are shown, frames that should be there besides, seconds that all last)."""
+    is_avi, is_mkv = container.format.name == "avi", container.format.name.startswith("matroska")
+    total, shown, end_seconds = 0, [], 0.0
+    for packet in container.demux() if is_mkv else container.demux(stream):
+        still_working()
+        # What FFmpeg guesses for the pictures of an AVI that reorders is wrong; the places of its chunks are right.
+        time = packet.dts if packet.pts is None or is_avi else packet.pts
         if packet.size == 0:  # the end marker
+            continue
+        if time is not None and packet.time_base:
+            end_seconds = max(end_seconds, float((time + (packet.duration or 0)) * packet.time_base))
+        if packet.stream is not stream:
             continue
         if time is None:
             raise ValueError(f"{path}: packet {total} has no time stamp; convert it to mp4")
         total += 1
         if not packet.is_discard:  # an edit list hides such packets
             shown.append((time, packet.duration or 0))
-    if total < stream.frames * (1 - MAX_MISSING_SHARE):
-        raise ValueError(
-            f"{path} is cut short: its header promises {stream.frames} frames, {total} are there; "
-            "download or copy it again"
-        )
     if not shown:
         raise ValueError(f"{path} has a video stream without frames; replace the file")
-    return len(shown), _span_seconds(path, shown, stream)
+    seconds = _span_seconds(path, shown, container, stream)
+    if is_avi:
+        missing = _missing_of_avi(path, shown, stream)
+    elif container.format.name.startswith("mov"):  # says how long each frame is shown, so it has no gaps
+        missing = stream.frames - total
+    else:
+        absent_seconds = (container.duration or 0) / av.time_base - end_seconds if is_mkv else 0
+        missing = stream.frames - total if stream.frames else _missing_in_gaps(shown, stream)
+        missing += round(absent_seconds * len(shown) / float(seconds)) if absent_seconds > 1 else 0
+    return len(shown), max(0, missing), seconds
 
 
-def _span_seconds(path: Path, shown: list[tuple[int, int]], stream: VideoStream) -> Fraction:
-    """From the start of the first (time, duration) to the end of the last, in seconds."""
+def _missing_of_avi(path: Path, shown: list[tuple[int, int]], stream: VideoStream) -> int:
+    """Frames that an AVI lacks, by its size or its header.
+
+    A place without a packet is a frame that was dropped on purpose, and some headers count fields. Raises ValueError
+    where so many packets are gone that the times of the others are not known.
+    """
+    with path.open("rb") as file:
+        head = file.read(8)
+    promised = 8 + int.from_bytes(head[4:], "little") if head[:4] == b"RIFF" else 0
+    if promised > path.stat().st_size:
+        return round(len(shown) * (promised / path.stat().st_size - 1))
+    places = max(shown)[0] + 1
+    missing = stream.frames - places
+    if missing <= 0 or abs(stream.frames - 2 * places) <= 2:
+        return 0
+    if missing * (stream.time_base or 0) > MAX_AVI_SHIFT_SECONDS:
+        raise ValueError(
+            f"{path} is damaged: its header promises {stream.frames} frames, {places} are there, and nothing tells "
+            "when they are shown; replace the file"
+        )
+    return missing
+
+
+def _missing_in_gaps(shown: list[tuple[int, int]], stream: VideoStream) -> int:
+    """Frames that a stream of constant rate lacks; of streams whose rate varies nothing can be said.
+
+    Cameras drop a frame now and then: where the container is not made for broadcast, a short gap is no damage.
+    """
+    times = np.sort(np.array([time for time, _ in shown]))
+    steps = np.diff(times)
+    if len(steps) < 20 or stream.time_base is None:
+        return 0
+    usual = float(np.median(steps))
+    if usual <= 0 or np.mean(np.abs(steps - usual) <= 0.5 * usual) < 0.95:
+        return 0
+    least = 1.5 * usual
+    if stream.container.format.name not in ("mpegts", "mpeg"):
+        least = max(4.5 * usual, 0.2 / float(stream.time_base))
+    return int(np.rint(steps[steps > least] / usual - 1).sum())
+
+
+def _span_seconds(path: Path, shown: list[tuple[int, int]], container: InputContainer, stream: VideoStream) -> Fraction:
+    """From where a player's clock starts to the end of the last (time, duration), in seconds."""
     (first, _), (last, last_duration) = min(shown), max(shown)
     ticks = Fraction(last - first + last_duration)
     if last_duration == 0 and len(shown) > 1:
         # Some containers leave durations out: the last frame lasts as long as those before it on average.
         ticks += Fraction(last - first, len(shown) - 1)
-    seconds = ticks * (stream.time_base or 0)
+    base = stream.time_base or Fraction(0)
+    seconds = ticks * base
     if seconds <= 0 and stream.average_rate:
         seconds = len(shown) / stream.average_rate
     if seconds <= 0:
         raise ValueError(f"{path}: its {len(shown)} frames last no time; convert it to mp4 at a constant rate")
-    return seconds
+    origin = origin_seconds(container)
+    late = max(Fraction(0), first * base - origin) if origin is not None else Fraction(0)
+    times = np.sort(np.array([time for time, _ in shown]))
+    longest = max(float(late), float(np.diff(times).max(initial=0)) * float(base), last_duration * float(base))
+    usual = float(np.median(np.diff(times))) * float(base) if len(times) > 1 else 0.0
+    if longest > max(60.0, 0.5 * float(seconds + late), 100 * usual) and len(shown) > 2:
+        raise ValueError(
+            f"{path}: one frame would be shown for {longest:.0f} s of {float(seconds + late):.0f} s: a time stamp is "
+            "wrong; convert it to mp4 at a constant rate"
+        )
+    return seconds + late

@@ -16,15 +16,16 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from re2tal.data.building.clips import TrimmedClip
-from re2tal.data.contract.feature_manifest import FeatureManifest, FeatureReport, IndexedFeatures, StoredFeatures
+from re2tal.data.contract.feature_manifest import FeatureManifest, IndexedFeatures, StoredFeatures
 from re2tal.data.contract.manifest import (
     INDEX_NAME,
     MANIFEST_NAME,
+    DamagedVideo,
     IndexedVideo,
     Manifest,
     Rejection,
+    Sha256,
     ShardFile,
-    ShardReport,
     StoredVideo,
     from_json,
     read_manifest,
@@ -42,7 +43,6 @@ Listed = VideoRecord | TrimmedClip
 
 Record = TypeVar("Record", bound=Listed)
 AnyManifest = TypeVar("AnyManifest", Manifest, FeatureManifest)
-Report = TypeVar("Report", ShardReport, FeatureReport)
 Entry = TypeVar("Entry", IndexedVideo, IndexedFeatures)
 
 
@@ -64,6 +64,21 @@ class PackedVideo:
 
     description: StoredVideo | StoredFeatures
     content: bytes
+    damage: str = ""
+    """What is wrong with its source, in words."""
+
+
+@dataclass(frozen=True, slots=True)
+class ShardReport:
+    """What became of one shard; kept beside the shards so that a stopped build can go on."""
+
+    fingerprint: Sha256
+    """Of all that the shard was made from."""
+    file: ShardFile | None
+    """None where every video was rejected."""
+    videos: tuple[IndexedVideo, ...] | tuple[IndexedFeatures, ...]
+    rejected: tuple[Rejection, ...]
+    damaged: tuple[DamagedVideo, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +93,8 @@ class BuiltSubset:
     """Shards that other parts have still to build."""
     rejected: tuple[Rejection, ...]
     """Known so far."""
+    damaged: tuple[DamagedVideo, ...] = ()
+    """Stored in spite of it; known so far."""
 
     @property
     def is_complete(self) -> bool:
@@ -91,12 +108,11 @@ class BuiltSubset:
 
 
 @dataclass(frozen=True, slots=True)
-class ShardFolder(Generic[AnyManifest, Report, Entry]):
+class ShardFolder(Generic[AnyManifest, Entry]):
     """Where shards of one kind are written: what the kind's JSON files are, and what all shards have in common."""
 
     root: Path
     manifest: type[AnyManifest]
-    report: type[Report]
     entry: type[Entry]
     settings: Mapping[str, Any]
     """Fields of the manifest that a folder may not change; the others are counted, or added by `finish`."""
@@ -132,12 +148,14 @@ class ShardFolder(Generic[AnyManifest, Report, Entry]):
             num_shards=len(plans),
             num_missing_shards=len(plans) - len(done),
             rejected=tuple(rejection for report in done for rejection in report.rejected),
+            damaged=tuple(damaged for report in done for damaged in report.damaged),
         )
 
     def write(self, plan: ShardPlan[Record], results: Iterable[PackedVideo | Rejection]) -> None:
         """Write a shard's tar, unless no video of it can be used, and its report."""
         stored: list[dict[str, Any]] = []
         rejected: list[Rejection] = []
+        damaged: list[DamagedVideo] = []
 
         def pairs() -> Iterator[Pair]:
             for result in results:
@@ -147,6 +165,8 @@ class ShardFolder(Generic[AnyManifest, Report, Entry]):
                 description = result.description
                 kept = {one.name: getattr(description, one.name) for one in fields(description) if one.name != "source"}
                 stored.append({**kept, "shard": plan.name, "crc32": zlib.crc32(result.content)})
+                if result.damage:
+                    damaged.append(DamagedVideo(description.record.video_id, result.damage))
                 yield Pair(description.record.video_id, to_json(description).encode(), result.content)
 
         path = self.root / plan.name
@@ -157,11 +177,12 @@ class ShardFolder(Generic[AnyManifest, Report, Entry]):
             self.entry(**one, offset=offset, num_bytes=num_bytes)
             for one, (offset, num_bytes) in zip(stored, places, strict=True)
         )
-        report = self.report(
+        report = ShardReport(
             fingerprint=plan.fingerprint,
             file=ShardFile(path.name, path.stat().st_size, sha256_of(path), len(places)) if places else None,
             videos=videos,
             rejected=tuple(rejected),
+            damaged=tuple(damaged),
         )
         write_atomically(self.root / REPORTS / f"{plan.name}.json", to_json(report))
 
@@ -178,12 +199,12 @@ class ShardFolder(Generic[AnyManifest, Report, Entry]):
                     "give another --out, or delete that folder"
                 )
 
-    def _finished(self, plan: ShardPlan[Record]) -> Report | None:
+    def _finished(self, plan: ShardPlan[Record]) -> ShardReport | None:
         """The report of a shard that is there and was made from what its plan says."""
         path = self.root / REPORTS / f"{plan.name}.json"
         if not path.is_file():
             return None
-        report = from_json(self.report, path.read_bytes(), source=str(path))
+        report = from_json(ShardReport, path.read_bytes(), source=str(path))
         if report.fingerprint != plan.fingerprint:
             return None
         tar = self.root / plan.name
@@ -191,18 +212,20 @@ class ShardFolder(Generic[AnyManifest, Report, Entry]):
             return None
         return report
 
-    def _finish(self, reports: Sequence[Report]) -> None:
+    def _finish(self, reports: Sequence[ShardReport]) -> None:
         """Write the index, then the manifest; whoever finds all shards there may do it, and writes the same bytes."""
         videos: list[Any] = [video for report in reports for video in report.videos]
         files = tuple(report.file for report in reports if report.file is not None)
         rejected = tuple(rejection for report in reports for rejection in report.rejected)
+        head: dict[str, Any] = {"format": self.manifest.FORMAT, "version": self.manifest.VERSION}
+        if damaged := tuple(one for report in reports for one in report.damaged):
+            head["damaged"] = damaged
         if not videos:
             first = rejected[0]
             raise ValueError(
                 f"none of the {len(rejected)} videos can be used; the first, {first.video_id}: {first.reason}"
             )
         index = "".join(to_json(video) + "\n" for video in videos)
-        head: dict[str, Any] = {"format": self.manifest.FORMAT, "version": self.manifest.VERSION}
         manifest = self.manifest(
             **head,
             rejected=rejected,

@@ -83,7 +83,7 @@ class FramesPerStep:
     stride_frames: Positive
 
 
-Grid = SecondsPerStep | StepsPerVideo | FramesPerStep
+FeatureGrid = SecondsPerStep | StepsPerVideo | FramesPerStep
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +123,7 @@ class FeatureSpec:
 
     channels: Positive
     dtype: StoredType
-    grid: Grid
+    grid: FeatureGrid
     origin: Extracted | Packed
 
 
@@ -146,18 +146,6 @@ class StoredFeatures:
     start_seconds: Annotated[float, Field(allow_inf_nan=False)]
     source: SourceFile | None
     """None where the features were computed from the video of the same id in the shards that the manifest names."""
-
-
-@dataclass(frozen=True, slots=True)
-class FeatureReport:
-    """What became of one shard; kept beside the shards so that a stopped run can go on."""
-
-    fingerprint: Sha256
-    """Of all that the shard was made from."""
-    file: ShardFile | None
-    """None where every video was rejected."""
-    videos: tuple[IndexedFeatures, ...]
-    rejected: tuple[Rejection, ...]
 
 
 @dataclass(frozen=True, slots=True)

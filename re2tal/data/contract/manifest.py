@@ -28,6 +28,7 @@ ShardName = Annotated[str, Field(pattern=r"^shard-[0-9]{6}\.tar$")]
 SubsetName = Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,40}$")]
 """It names a folder."""
 Count = Annotated[int, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(gt=0)]
 
 T = TypeVar("T")
@@ -58,6 +59,8 @@ class IndexedVideo:
     height: Positive
     crc32: Annotated[int, Field(ge=0, lt=2**32)]
     """zlib.crc32 of the mp4 member."""
+    damaged_share: Share = 0.0
+    """Of the source's frames: damaged or missing, so that what is stored in their place is held or wrong."""
 
     @property
     def num_samples(self) -> int:
@@ -111,7 +114,7 @@ class Encoding:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class SourceVideo:
     """The file that a stored video was made from."""
 
     file: str
@@ -131,7 +134,8 @@ class StoredVideo:
     fps: Annotated[float, Field(gt=0)]
     width: Positive
     height: Positive
-    source: Source
+    source: SourceVideo
+    damaged_share: Share = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,15 +157,12 @@ class Rejection:
 
 
 @dataclass(frozen=True, slots=True)
-class ShardReport:
-    """What became of one shard of a build; kept beside the shards so that a stopped build can go on."""
+class DamagedVideo:
+    """A video that is stored although some of its source's frames are damaged or missing."""
 
-    fingerprint: Sha256
-    """Of all that the shard was made from."""
-    file: ShardFile | None
-    """None where every video was rejected."""
-    videos: tuple[IndexedVideo, ...]
-    rejected: tuple[Rejection, ...]
+    video_id: str
+    damage: str
+    """How many frames, and how."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -200,6 +201,7 @@ class Manifest:
     rejected: tuple[Rejection, ...]
     index_sha256: Sha256
     shards: tuple[ShardFile, ...]
+    damaged: tuple[DamagedVideo, ...] = ()
 
 
 def to_json(value: object) -> str:

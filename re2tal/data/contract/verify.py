@@ -43,7 +43,7 @@ def check_video(path: Path, video: IndexedVideo) -> None:
     if (crc32 := zlib.crc32(mp4)) != video.crc32:
         raise ValueError(f"crc32 of the mp4 is {crc32}, the index says {video.crc32}")
     stored = from_json(StoredVideo, description, source=f"{video.record.video_id}.json")
-    _compare(stored, video, "record", "num_frames", "fps", "width", "height")
+    _compare(stored, video, "record", "num_frames", "fps", "width", "height", "damaged_share")
 
 
 def check_features(path: Path, video: IndexedFeatures, spec: FeatureSpec) -> None:

@@ -12,17 +12,10 @@ number of steps stands.
 from __future__ import annotations
 
 import logging
-import os
-import shutil
-import signal
-import threading
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing.resource_tracker import ensure_running
-from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -33,8 +26,9 @@ from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.data.streaming.collate import Clip
 from re2tal.data.streaming.decode import DecodeError
 from re2tal.data.streaming.epoch_order import Unit, batch_units, count_steps, evaluation_order, training_order
-from re2tal.data.streaming.sources import Pictures, Source, Steps
+from re2tal.data.streaming.readers import ClipReader, FeatureReader, FrameReader
 from re2tal.data.streaming.windows import Slide, Stored, Trimmed, Window, Windowing, draw_window, plan_windows
+from re2tal.data.streaming.workers import check_shared_memory, heed_only_the_parent, stop_signals_blocked
 from re2tal.options import option
 from re2tal.structures import Batch
 
@@ -42,10 +36,6 @@ logger = logging.getLogger(__name__)
 
 MAX_FAILED_CLIPS, MAX_FAILED_SHARE = 5, 0.001
 """An epoch of training ends when more clips than both have failed: a few bad videos are life, many are a fault."""
-
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What schedulers send to every process of a job that has to end. The trainer needs its workers a little longer then,
-to reach the step after which all ranks save."""
 
 
 @dataclass(frozen=True)
@@ -125,14 +115,14 @@ def stream_clips(
             another rate than the windows ask for.
     """
     plan = plan or partial(plan_windows, windowing=config.windowing)
-    source = _source(shards, config, training=training)
-    return ClipStream(_Batches(source, config, plan, batch_size, training, rank, world_size, seed))
+    reader = _reader(shards, config, training=training)
+    return ClipStream(_Batches(reader, config, plan, batch_size, training, rank, world_size, seed))
 
 
-def _source(shards: ShardSet | FeatureSet, config: ClipConfig, *, training: bool) -> Source:
+def _reader(shards: ShardSet | FeatureSet, config: ClipConfig, *, training: bool) -> ClipReader:
     if isinstance(shards, FeatureSet):
-        return Steps(shards, config.windowing)
-    return Pictures(
+        return FeatureReader(shards, config.windowing)
+    return FrameReader(
         shards,
         size=config.size,
         fit=config.fit,
@@ -154,7 +144,10 @@ class ClipStream:
         config = batches.config
         workers = config.workers
         if workers:
-            _check_shared_memory(batches)
+            window = batches.plan(batches.reader.folder.videos[0])[0]
+            check_shared_memory(
+                batches.batch_size * batches.reader.blank(window).nbytes, workers=workers, prefetch=config.prefetch
+            )
         self._loader = DataLoader(
             batches,
             sampler=self._keys,
@@ -203,34 +196,9 @@ class ClipStream:
     def _too_many(self, failed: int, epoch: int) -> str:
         shown = "; ".join(f"{f.video_id} in {f.shard}: {f.reason}" for f in list(self.failures.values())[:5])
         return (
-            f"{failed} clips of epoch {epoch} cannot be read from {self._batches.source.folder.root}, more than "
+            f"{failed} clips of epoch {epoch} cannot be read from {self._batches.reader.folder.root}, more than "
             f"{self._batches.max_failed}: {shown}; run re2tal shards verify, then replace or rebuild the shards"
         )
-
-
-def heed_only_the_parent(worker: int) -> None:
-    """What a worker process does first: from then on SIGTERM and SIGUSR1 end it only where its parent sent them."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
-
-
-def _end_when_told(parent: int) -> None:
-    # Not simply ignored: multiprocessing ends a worker that hangs by SIGTERM, and then waits for its end.
-    while signal.sigwaitinfo(STOP_SIGNALS).si_pid != parent:
-        pass
-    os._exit(0)
-
-
-@contextmanager
-def stop_signals_blocked() -> Iterator[None]:
-    """Inside, they wait. A process started here has them blocked in all threads, also those that libraries start when
-    they are imported, before `heed_only_the_parent` is called."""
-    ensure_running()  # multiprocessing's resource tracker: to start it inside would unblock SIGTERM
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 class _Keys(Sampler[tuple[int, int]]):
@@ -250,7 +218,7 @@ class _Keys(Sampler[tuple[int, int]]):
 class _Batches(Dataset[tuple[Batch, list[Failure]]]):
     """(epoch, step) -> the batch of this rank; runs in the workers."""
 
-    source: Source
+    reader: ClipReader
     config: ClipConfig
     plan: Plan
     batch_size: int
@@ -260,7 +228,7 @@ class _Batches(Dataset[tuple[Batch, list[Failure]]]):
     seed: int
 
     def __post_init__(self) -> None:
-        videos = self.source.folder.videos
+        videos = self.reader.folder.videos
         windows = [len(self.plan(video)) for video in videos]
         self._evaluation_order = evaluation_order(windows)
         num_units = len(videos) if self.training else len(self._evaluation_order)
@@ -269,7 +237,7 @@ class _Batches(Dataset[tuple[Batch, list[Failure]]]):
                 num_units, batch_size=self.batch_size, world_size=self.world_size, training=self.training
             )
         except ValueError as error:
-            raise ValueError(f"{self.source.folder.root}: {error}") from None
+            raise ValueError(f"{self.reader.folder.root}: {error}") from None
         self.max_failed = max(MAX_FAILED_CLIPS, int(MAX_FAILED_SHARE * num_units))
         if not self.training:
             self.max_failed = num_units if self.config.allow_missing else 0
@@ -281,19 +249,19 @@ class _Batches(Dataset[tuple[Batch, list[Failure]]]):
             self._epoch_order(epoch), step, batch_size=self.batch_size, rank=self.rank, world_size=self.world_size
         )
         failures: list[Failure] = []
-        return self.source.collate([self._clip(unit, epoch, failures) for unit in units]), failures
+        return self.reader.collate([self._clip(unit, epoch, failures) for unit in units]), failures
 
     def _epoch_order(self, epoch: int) -> list[Unit]:
         if not self.training:
             return self._evaluation_order
         if self._order is None or self._order[0] != epoch:
-            names = [video.shard for video in self.source.folder.videos]
+            names = [video.shard for video in self.reader.folder.videos]
             order = training_order(names, shuffle_span=self.config.shuffle_span, seed=self.seed, epoch=epoch)
             self._order = (epoch, order)
         return self._order[1]
 
     def _clip(self, unit: Unit, epoch: int, failures: list[Failure]) -> Clip:
-        video = self.source.folder.videos[unit.video]
+        video = self.reader.folder.videos[unit.video]
         video_id = video.record.video_id
         generator = np.random.default_rng([self.seed, epoch, zlib.crc32(video_id.encode())])
         if self.training:
@@ -301,7 +269,7 @@ class _Batches(Dataset[tuple[Batch, list[Failure]]]):
         else:
             window = self.plan(video)[unit.window]
         blank = Clip(
-            content=self.source.blank(window),
+            content=self.reader.blank(window),
             mask=torch.from_numpy(window.mask),
             actions=(),
             timeline=window.timeline,
@@ -312,25 +280,8 @@ class _Batches(Dataset[tuple[Batch, list[Failure]]]):
         if not unit.valid:
             return blank
         try:
-            content = self.source.read(unit.video, window, generator)
+            content = self.reader.read(unit.video, window, generator)
         except DecodeError as error:
             failures.append(Failure(video_id, video.shard, str(error)))
             return blank
         return blank._replace(content=content, actions=window.actions, valid=True)
-
-
-def _check_shared_memory(batches: _Batches) -> None:
-    """Workers hand batches over in /dev/shm; where it is too small, as in many containers, they die of bus errors."""
-    config, folder = batches.config, Path("/dev/shm")
-    if not folder.is_dir():
-        return
-    window = batches.plan(batches.source.folder.videos[0])[0]
-    clip_bytes = batches.source.blank(window).nbytes
-    needed = config.workers * (config.prefetch + 1) * batches.batch_size * clip_bytes
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise ValueError(
-            f"{folder} has {free >> 20} MiB free, {config.workers} workers with {config.prefetch} batches of "
-            f"{batches.batch_size} clips each need {needed >> 20} MiB; enlarge it (docker run --shm-size=...), or "
-            "lower data.clips.workers or data.clips.prefetch"
-        )

@@ -146,10 +146,7 @@ def plan_windows(video: Stored, windowing: Windowing) -> list[Window]:
         case ResizeWhole():
             return [_whole(video, windowing.num_frames, video.record.actions)]
         case Slide():
-            total = _num_samples(video, windowing)
-            count = min(windowing.num_frames, total)
-            starts = _starts(total, windowing)
-            return [_cut(video, windowing, window_id=n, start=s, count=count) for n, s in enumerate(starts)]
+            return _slides(video, windowing)
         case Trimmed(num_crops=num_crops):
             crops = (0.5,) if num_crops == 1 else (0.0, 0.5, 1.0)
             places = [(s, crop) for s in _views(_num_samples(video, windowing), windowing) for crop in crops]
@@ -167,15 +164,9 @@ def cover_windows(video: Stored, windowing: Windowing, *, frames_per_step: int) 
             f"windows of {windowing.num_frames} frames do not hold whole steps of {frames_per_step} frames; "
             f"give {windowing.num_frames // frames_per_step * frames_per_step or frames_per_step}"
         )
-    match windowing:
-        case ResizeWhole() | Trimmed():
-            return plan_windows(video, windowing)
-        case Slide():
-            total = _num_samples(video, windowing)
-            return [
-                _cut(video, windowing, window_id=n, start=start, count=min(windowing.num_frames, total - start))
-                for n, start in enumerate(_starts(total, windowing, multiple=frames_per_step))
-            ]
+    if isinstance(windowing, Slide):
+        return _slides(video, windowing, multiple=frames_per_step)
+    return plan_windows(video, windowing)
 
 
 def draw_window(video: Stored, windowing: Windowing, *, generator: np.random.Generator) -> Window:
@@ -267,13 +258,15 @@ def _actions_inside(
     return tuple(inside)
 
 
-def _starts(total: int, windowing: Slide, *, multiple: int = 1) -> list[int]:
-    """First samples, multiples of `multiple`, of the windows that cover `total` samples."""
-    if total <= windowing.num_frames:
-        return [0]
-    step = max(1, round(windowing.num_frames * (1 - windowing.overlap) / multiple)) * multiple
-    last = -(-(total - windowing.num_frames) // multiple) * multiple
-    return [*range(0, last, step), last]
+def _slides(video: Stored, windowing: Slide, *, multiple: int = 1) -> list[Window]:
+    """The windows that cover a video; their first samples are multiples of `multiple`."""
+    total, length = _num_samples(video, windowing), windowing.num_frames
+    step = max(1, round(length * (1 - windowing.overlap) / multiple)) * multiple
+    last = max(0, -(-(total - length) // multiple) * multiple)
+    return [
+        _cut(video, windowing, window_id=n, start=start, count=min(length, total - start))
+        for n, start in enumerate([*range(0, last, step), last])
+    ]
 
 
 def _num_samples(video: Stored, windowing: Slide | Trimmed) -> int:

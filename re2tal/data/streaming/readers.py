@@ -24,7 +24,7 @@ from re2tal.data.streaming.windows import Slide, Window, Windowing
 from re2tal.structures import Batch
 
 
-class Source(Protocol):
+class ClipReader(Protocol):
     """What a stream of clips needs of its videos."""
 
     @property
@@ -42,7 +42,7 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class Pictures:
+class FrameReader:
     """Windows of videos as (3, T, size, size) uint8 frames; padding repeats the last frame."""
 
     folder: ShardSet
@@ -81,7 +81,7 @@ class Pictures:
 
 
 @dataclass(frozen=True)
-class Steps:
+class FeatureReader:
     """Windows of features as (C, T) float32; padding is zero."""
 
     folder: FeatureSet

@@ -1,0 +1,126 @@
+"""Prove that a stored file shows what its source shows, and that decord reads it right.
+
+While a file is encoded, some frames of the source are kept small, as a player shows them: by FFmpeg's own conversion to
+RGB instead of the filters that the encoder's pictures go through, and by the nearest time found for each by itself.
+decord's frames of the stored file are then compared with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from av.video.reformatter import ColorRange, Colorspace
+
+from re2tal.data.building.probe import open_video
+from re2tal.data.building.shown import Damage, Orientation, colours_of, orientation_of
+from re2tal.data.streaming.decode import count_frames, decode_frames
+
+NUM_SAMPLES = 16
+SIDE = 16
+"""Pixels of a sample: so few that what compression loses is averaged out."""
+MAX_DIFFERENCE = 6.0
+"""Mean levels (of 255) between a sample and the same frame as stored."""
+_COLORSPACES = {
+    "bt601": Colorspace.ITU601,
+    "bt709": Colorspace.ITU709,
+    "fcc": Colorspace.FCC,
+    "smpte240m": Colorspace.SMPTE240M,
+    "bt2020": Colorspace.BT2020,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Normalised:
+    """What a normalised file holds."""
+
+    num_frames: int
+    fps: float
+    width: int
+    height: int
+    damage: Damage = field(default_factory=Damage)
+    """Of the source."""
+    samples: Mapping[int, np.ndarray] = field(default_factory=dict)
+    """Frame number -> what a player shows of the source at its time, (SIDE, SIDE, 3) RGB levels."""
+
+
+class Samples:
+    """Watches the frames of a source go by, and keeps the one nearest to each of a few stored frames' times."""
+
+    def __init__(self, rate: Fraction, num_frames: int, orientation: Orientation) -> None:
+        self.pictures: dict[int, np.ndarray] = {}
+        self._rate = rate
+        self._orientation = orientation
+        self._wanted = spread(num_frames)
+
+    def taken_from(self, shown: Iterator[tuple[Fraction, av.VideoFrame]]) -> Iterator[tuple[Fraction, av.VideoFrame]]:
+        """The same frames."""
+        nearest: dict[int, tuple[Fraction, av.VideoFrame]] = {}
+        for seconds, frame in shown:
+            for number in self._wanted:
+                distance = abs(seconds - number / self._rate)
+                if number not in nearest or distance < nearest[number][0]:
+                    nearest[number] = distance, frame
+                elif number not in self.pictures:  # from here on they are only farther away
+                    self.pictures[number] = self._picture(nearest[number][1])
+            yield seconds, frame
+        for number, (_, frame) in nearest.items():
+            if number not in self.pictures:
+                self.pictures[number] = self._picture(frame)
+
+    def _picture(self, frame: av.VideoFrame) -> np.ndarray:
+        full_range, matrix = colours_of(frame)
+        rgb = frame.reformat(
+            format="rgb24",
+            src_colorspace=_COLORSPACES[matrix],
+            src_color_range=ColorRange.JPEG if full_range else ColorRange.MPEG,
+            dst_color_range=ColorRange.JPEG,
+        )
+        turned = (orientation_of(frame) or self._orientation).turned(rgb.to_ndarray())
+        return small(np.ascontiguousarray(turned))
+
+
+def spread(num_frames: int) -> list[int]:
+    """Numbers of the frames that are compared, the first and the last among them."""
+    return np.unique(np.linspace(0, num_frames - 1, num=NUM_SAMPLES).round().astype(int)).tolist()
+
+
+def small(picture: np.ndarray) -> np.ndarray:
+    """(H, W, 3) -> (SIDE, SIDE, 3), means of the pixels."""
+    channels = torch.from_numpy(picture).permute(2, 0, 1).float()
+    return torch.nn.functional.adaptive_avg_pool2d(channels, SIDE).permute(1, 2, 0).numpy()
+
+
+def check_normalised(path: Path, expected: Normalised) -> None:
+    """Prove that decord gives the right frames of a normalised file; may hang on one that is not, so call it isolated.
+
+    Compared are the number of frames, the time of each, and some pictures with what a player shows of the source.
+    """
+    _check_times(path, expected)
+    video = path.read_bytes()
+    if (seen := count_frames(video)) != expected.num_frames:
+        raise ValueError(f"{path}: decord sees {seen} frames of {expected.num_frames} that were encoded")
+    numbers = spread(expected.num_frames)
+    for number, picture in zip(numbers, decode_frames(video, numbers).numpy(), strict=True):
+        difference = np.abs(small(picture) - expected.samples[number]).mean()
+        if difference > MAX_DIFFERENCE:
+            raise ValueError(
+                f"{path}: frame {number} is another one than the source shows, or looks different (mean difference "
+                f"{difference:.1f} levels)"
+            )
+
+
+def _check_times(path: Path, expected: Normalised) -> None:
+    with open_video(path) as (container, stream):
+        shown = [(p.pts, p.time_base, p.is_discard) for p in container.demux(stream) if p.size]
+    times = sorted(float(pts * base) for pts, base, _ in shown if pts is not None)
+    if any(hidden for _, _, hidden in shown) or len(times) != expected.num_frames:
+        raise ValueError(f"{path}: {len(times)} frames stored, {expected.num_frames} encoded")
+    off = np.abs(np.array(times) - np.arange(len(times)) / expected.fps).max()
+    if off > 0.001:
+        raise ValueError(f"{path}: a stored frame is {off:.4f} s away from its time")
