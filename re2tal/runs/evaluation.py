@@ -1,4 +1,4 @@
-"""What detections are worth against annotations, and class scores against shards of trimmed clips."""
+"""Score detections against annotations, and class scores against shards of trimmed clips."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from re2tal.localizers.class_map import AGNOSTIC_CLASS
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """What detections are worth."""
+    """The scores of a results file."""
 
     precision: MapReport
     """Mean average precision, by class and by temporal IoU."""

@@ -1,4 +1,4 @@
-"""What a run learned and found, on one page: the mAP table, the curves and a timeline per video.
+"""One page about a run: the mAP table, the curves and a timeline per video.
 
 RUN/report/index.html     everything in one file
            curves.png

@@ -134,7 +134,7 @@ class CheckpointStore:
             raise OSError(
                 f"checkpoint {partial.name.removeprefix('tmp-')} was not written to {self.folder}: "
                 f"{'; '.join(reports)}. Earlier checkpoints are intact; free space or make the folder writable, then "
-                "start again with --resume"
+                "resume the run"
             )
 
     def _remove_leftovers(self) -> None:
@@ -170,7 +170,7 @@ class CheckpointStore:
         if changes:
             raise ValueError(
                 f"{checkpoint} is of another run: {'; '.join(changes)}. Resume with the config.json of its run folder "
-                "and as many ranks, or choose another --out"
+                "and as many ranks, or choose another folder"
             )
 
 

@@ -42,11 +42,13 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 deepspeed_logger.setLevel(logging.WARNING)
 
+TORCH_LINEAR = torch.nn.functional.linear
+
 Engine: TypeAlias = deepspeed.DeepSpeedEngine
 
-Precision = Literal["fp32", "bf16", "fp16"]
+WeightType = Literal["fp32", "bf16", "fp16"]
 
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES: dict[WeightType, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 GLOO_THREAD = "pt_gloo_runloop"
 """The name torch gives the threads that do gloo's collectives."""
@@ -74,7 +76,7 @@ class EngineConfig:
     """Forwards and backwards per optimizer step."""
     gradient_clipping: float = 1.0
     """Largest L2 norm of all gradients together; 0 clips nothing."""
-    precision: Precision = "fp32"
+    precision: WeightType = "fp32"
     """Type of the weights in forward and backward; the optimizer keeps float32 masters."""
     memory_budget_gb: float | Literal["auto"] | None = option(None, resumable=True)
     """Gigabytes (10^9 bytes) that a step may need on a rank's device: each rewired stage is then stored, or rebuilt,
@@ -128,6 +130,9 @@ def join(world: World, config: EngineConfig) -> torch.device:
 
 def leave() -> None:
     """Every rank calls this at the end: leaves the process group, if there is one. The interpreter may end after it."""
+    # ZeRO-3 replaces `F.linear` in the whole process, and never takes it back. The engine of reversible runs knows only
+    # torch's: networks that this process rewires later would be slower, and keep more.
+    torch.nn.functional.linear = TORCH_LINEAR
     if dist.is_initialized():
         deepspeed.comm.destroy_process_group()
         _let_workers_rest()

@@ -146,10 +146,10 @@ def test_a_classifier_of_whole_videos_names_what_a_class_agnostic_detector_finds
 def test_a_classifier_that_does_not_fit_is_refused_before_anything_is_detected(run: Path, tmp_path: Path) -> None:
     path = tmp_path / "cuhk.json"
     path.write_text(json.dumps({"results": {"first": [1.0, 0.0]}, "class": list(CLASSES)}))
-    with pytest.raises(ValueError, match=r"--video-classes .*cuhk\.json was given, but .*class_agnostic is false"):
+    with pytest.raises(ValueError, match=r"video classes, .*cuhk\.json, were given, but .*class_agnostic is false"):
         detect(run=run, device="cpu", video_classes=path)
     agnostic(run, tmp_path)
-    with pytest.raises(ValueError, match=r"--top-k is 3; .*cuhk\.json has 2 classes"):
+    with pytest.raises(ValueError, match=r"top_k is 3; .*cuhk\.json has 2 classes"):
         detect(run=run, device="cpu", video_classes=path, top_k=3)
     with pytest.raises(ValueError, match=r"cuhk\.json: results\['second'\] is missing, like 1 of the videos"):
         detect(run=run, device="cpu", video_classes=path)
@@ -203,7 +203,7 @@ def test_what_cannot_be_done_is_said(run: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "x.mp4").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"--videos .* and --shards .* were both given"):
+    with pytest.raises(ValueError, match=r"videos .* and shards .* were both given"):
         detect(run=run, videos=tmp_path, shards=tmp_path)
     with pytest.raises(ValueError, match=r"empty holds no video file; wanted one of \.mp4"):
         detect(run=run, videos=tmp_path / "empty", device="cpu")
