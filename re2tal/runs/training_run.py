@@ -42,8 +42,8 @@ from re2tal.training.frames import prepare_frames
 from re2tal.training.generators import seed_generators
 from re2tal.training.metrics import MetricsLog, peak_memory_gib
 from re2tal.training.optimizer import build_optimizer
-from re2tal.training.schedule import learning_rate_factor
-from re2tal.training.trainer import Trainer, num_optimizer_steps
+from re2tal.training.schedule import learning_rate_factor, num_optimizer_steps
+from re2tal.training.trainer import Trainer
 from re2tal.training.zero_file import resolve_deepspeed_config
 
 
@@ -170,7 +170,7 @@ def _build(
     clips = _stream(config, shards, world, training=True)
     accumulation = config.engine.gradient_accumulation
     steps_per_epoch = clips.steps_per_epoch / accumulation
-    num_steps = num_optimizer_steps(config.training, clips.steps_per_epoch, accumulation=accumulation)
+    num_steps = num_optimizer_steps(config.training.epochs, clips.steps_per_epoch, accumulation=accumulation)
     factor = learning_rate_factor(config.schedule, steps_per_epoch=steps_per_epoch, num_steps=num_steps)
     beta = beta_course(config.annealing, end=config.backbone.beta, steps_per_epoch=steps_per_epoch, num_steps=num_steps)
     engine = build_engine(model, build_optimizer(model, config.optimizer), factor=factor, settings=settings)
