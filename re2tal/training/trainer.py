@@ -55,17 +55,12 @@ class TrainingConfig:
     """Give up after this many batches or steps in a row that were not finite."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "max_non_finite"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
-        if self.evaluate_every_epochs is not None and self.evaluate_every_epochs < 1:
-            raise ValueError(
-                f"training.evaluate_every_epochs is {self.evaluate_every_epochs}; it must be at least 1, or None"
-            )
+        counts = ("epochs", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "max_non_finite")
+        for name in (*counts, "evaluate_every_epochs"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"training.{name} is {value}; it must be at least 1")
         if self.average_decay is not None and not 0 <= self.average_decay < 1:
-            raise ValueError(
-                f"training.average_decay is {self.average_decay}; it lies in [0, 1), usually 0.999, or is None"
-            )
+            raise ValueError(f"training.average_decay is {self.average_decay}; it lies in [0, 1), usually 0.999")
 
 
 class Clips(Protocol):
@@ -154,12 +149,11 @@ class Trainer:
             batches.close()  # ends the stream's worker processes
         return "finished" if self._last() else "interrupted"
 
-    def evaluate(self) -> Mapping[str, float]:
+    def evaluate(self) -> None:
         """Every rank calls this: validates with the averaged weights, if there are any, and logs the figures."""
         with self.averaged_weights():
             figures = self.validate(self.engine)
         self.log.write("evaluation", figures, step=self.progress.step)
-        return figures
 
     def averaged_weights(self) -> AbstractContextManager[None]:
         """A context in which the model computes with the weights to evaluate and to export."""
@@ -209,13 +203,15 @@ class Trainer:
     def _losses(self, batch: Batch) -> dict[str, Tensor]:
         batch = batch.to(self.engine.device)
         outputs = self.engine(self.prepare(batch, self.progress.micro_batches), batch.mask)
-        # Losses sum over thousands of steps, which loses digits in half precision.
-        outputs = tree_map(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor, outputs)
-        if not bool(batch.valid.all()):
-            # Clips that could not be decoded give no loss, but this rank still runs backward: the others wait for it.
-            outputs = tree_map(
-                lambda tensor: _only(batch.valid, tensor) if tensor.dtype == torch.bool else tensor, outputs
-            )
+
+        def readable(tensor: Tensor) -> Tensor:
+            if tensor.dtype == torch.bool:
+                # Clips that could not be decoded give no loss, but this rank still runs backward: the others wait.
+                return tensor & batch.valid.view(-1, *[1] * (tensor.ndim - 1))
+            # Losses sum over thousands of steps, which loses digits in half precision.
+            return tensor.float() if tensor.is_floating_point() else tensor
+
+        outputs = tree_map(readable, outputs)
         return self.engine.module.loss(outputs, batch.actions, batch.timelines, num_frames=batch.mask.shape[1])
 
     def _skip_non_finite(self, reason: str) -> None:
@@ -264,8 +260,7 @@ class Trainer:
                 **{f"loss/{name}": loss for name, loss in losses.items()},
                 "lr": max(group["lr"] for group in self.engine.optimizer.param_groups),
                 **{f"lr/{group['name']}": group["lr"] for group in self.engine.optimizer.param_groups},
-                **self._coupling(),
-                **self._drift(),
+                **self._rewiring(),
                 "clips_per_second": clips_per_second,
                 "peak_memory_gib": peak_memory_gib(self.engine.device),
                 "skipped": self.progress.skipped,
@@ -273,16 +268,14 @@ class Trainer:
             step=self.progress.step,
         )
 
-    def _coupling(self) -> dict[str, float]:
-        """Beta of the next step, where it has a course, and how many states the network then keeps for backward."""
-        if self.beta is None:
-            return {}
-        return {"beta": self.beta(self.progress.step), "kept_states": count_states(self.engine.module).kept}
-
-    def _drift(self) -> dict[str, float]:
-        """The largest error of a rebuilt state on this rank, from the monitor's last sample, if there is one."""
-        reading = worst_reading(self.engine.module)
-        return {} if reading is None else {"drift": reading.drift, "outside_grid": reading.outside}
+    def _rewiring(self) -> dict[str, float]:
+        """Beta and the number of kept states, where beta changes; the monitor's last error of rebuilt states."""
+        figures: dict[str, float] = {}
+        if self.beta is not None:
+            figures |= {"beta": self.beta(self.progress.step), "kept_states": count_states(self.engine.module).kept}
+        if (reading := worst_reading(self.engine.module)) is not None:
+            figures |= {"drift": reading.drift, "outside_grid": reading.outside}
+        return figures
 
     def _compare_with_plan(self) -> None:
         """Once, after the first steps."""
@@ -303,8 +296,3 @@ class Trainer:
 
     def _last(self) -> bool:
         return self.progress.step >= self.num_steps
-
-
-def _only(valid: Tensor, mask: Tensor) -> Tensor:
-    """A mask (B, ...) with the clips blanked that are not valid, (B,)."""
-    return mask & valid.view(-1, *[1] * (mask.ndim - 1))
