@@ -17,7 +17,6 @@ from re2tal.data.streaming.stream import ClipStream
 from re2tal.distributed import is_main
 from re2tal.evaluation.accuracy import AccuracyReport, accuracy
 from re2tal.evaluation.average_precision import MapReport, mean_average_precision
-from re2tal.evaluation.ground_truth import as_one_class
 from re2tal.evaluation.results import write_results
 from re2tal.evaluation.video_classes import write_video_classes
 from re2tal.inference import classify, predict
@@ -59,15 +58,14 @@ def judge(engine: Engine, *, config: AnyRun, shards: ShardSet | FeatureSet, clip
 def _judge_detector(engine: Engine, config: RunConfig, shards: ShardSet | FeatureSet, clips: ClipStream) -> Outcome:
     predictions = predict(engine, clips.epoch(0), suppression=config.suppression, device=engine.device)
     classes = engine.module.localizer.classes
-    truth = [video.record for video in shards.videos]
-    if config.localizer.class_agnostic:
-        truth = as_one_class(truth, label=classes[0])
     report = mean_average_precision(
         predictions,
-        truth,
+        [video.record for video in shards.videos],
         classes=classes,
         protocol=config.evaluation.protocol,
         tiou_thresholds=config.evaluation.tiou_thresholds,
+        class_agnostic=config.localizer.class_agnostic,
+        max_per_video=config.suppression.max_per_video,
     )
     return Outcome(
         report,
@@ -76,7 +74,10 @@ def _judge_detector(engine: Engine, config: RunConfig, shards: ShardSet | Featur
             "average_map": report.average_map,
             "map": report.map_by_tiou,
             "protocol": config.evaluation.protocol,
+            "subset": report.coverage.subset,
+            "class_agnostic": config.localizer.class_agnostic,
             "videos": len(predictions),
+            "notes": report.coverage.notes(),
         },
         partial(write_results, predictions=predictions, classes=classes),
     )

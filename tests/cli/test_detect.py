@@ -220,6 +220,13 @@ def test_what_cannot_be_done_is_said(run: Path, tmp_path: Path) -> None:
 def test_annotations_may_come_from_a_file(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     detect(run=run, device="cpu")
     annotation = {"subset": "validation", "duration": 3, "annotations": [{"segment": [0, 1], "label": "jump"}]}
-    (tmp_path / "truth.json").write_text(json.dumps({"database": {"../first": annotation}}))
+    (tmp_path / "truth.json").write_text(json.dumps({"database": {"../first": annotation, "second": annotation}}))
     report(run=run, annotations=tmp_path / "truth.json")
-    assert [path.name for path in (run / "report" / "timelines").iterdir()] == ["0000____first.png"]
+    drawn = sorted(path.name for path in (run / "report" / "timelines").iterdir())
+    assert drawn == ["0000____first.png", "0001_second.png"]
+    page = (run / "report" / "index.html").read_text("utf-8")
+    assert "predicted videos are not in the subset" in page
+    assert "subset validation: 2 videos; no blocked list; by class" in page
+    (tmp_path / "truth.json").write_text(json.dumps({"database": {"third": annotation}}))
+    with pytest.raises(ValueError, match="no predicted video is among the 1 of subset 'validation'"):
+        report(run=run, annotations=tmp_path / "truth.json")
