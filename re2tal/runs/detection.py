@@ -54,6 +54,10 @@ class Detected:
     """By video."""
     rejected: Sequence[Rejection]
     """Video files that could not be used."""
+    max_per_video: int
+    """The limit of suppression."""
+    videos_at_max: Sequence[str]
+    """Videos with so many detections: any more were cut."""
 
 
 def detect(
@@ -102,11 +106,12 @@ def detect(
                 namer.check((names[video_id] for video_id in data.by_id), top_k=top_k)
             found = look(data)
         found = {names[video_id]: detections for video_id, detections in found.items()}
-    classes = detector.localizer.classes
+    classes, limit = detector.localizer.classes, config.suppression.max_per_video
+    at_max = [video_id for video_id, detections in found.items() if len(detections) >= limit]
     if namer is not None:
         found, classes = namer.name(found, top_k=top_k), namer.classes
     write_results(target, found, classes)
-    return Detected(target, found, rejected)
+    return Detected(target, found, rejected, limit, at_max)
 
 
 def check_looks_at_videos(run: Path, config: RunConfig, *, asked: str) -> None:
