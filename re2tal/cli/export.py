@@ -32,8 +32,12 @@ def export(
         prefix: put before every name, such as "module." for OpenTAD's loader or "backbone." for mmaction2's
     """
     if run is not None and weights is None and backbone is None:
-        export_run(out, run=run, to=to, prefix=prefix)
+        num_tensors = export_run(out, run=run, to=to, prefix=prefix)
     elif run is None and weights is not None and backbone is not None:
-        export_weights(out, weights=weights, backbone=backbone, to=to, prefix=prefix)
+        num_tensors = export_weights(out, weights=weights, backbone=backbone, to=to, prefix=prefix)
     else:
         raise ValueError("give either --run FOLDER, or --weights FILE and --backbone NAME")
+    if to == "transformers":
+        print(f"{out}: for from_pretrained of the transformers library, and --backbone.weights {out}")
+    else:
+        print(f"{out}: {num_tensors} tensors as {to} names them")

@@ -8,12 +8,14 @@ import tyro
 
 from re2tal.runs.feature_extraction import Extract, extract
 from re2tal.runs.feature_packing import Pack, pack
+from re2tal.runs.shard_building import report_built
 
 
 def features(command: Annotated[Extract | Pack, tyro.conf.arg(name="")]) -> int:
     """Extract features with a backbone, or pack those of another program."""
     match command:
         case Extract():
-            return extract(command)
+            written, allowed = extract(command), command.max_rejected
+            return max(report_built(one, subset=one.folder.name, max_rejected=allowed) for one in written)
         case Pack():
             return pack(command)

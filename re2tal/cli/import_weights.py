@@ -37,11 +37,16 @@ def import_weights(
             raise ValueError(
                 f"--videos {videos} needs a whole detector, and --out {out} is for its backbone; name a folder"
             )
-        import_into_file(weights, run, out, as_plain=as_plain)
+        done = import_into_file(weights, run, out, as_plain=as_plain)
+        print(done.report)
+        if done.wiring is not None:
+            print(f"trained rewired with {done.wiring}; {out} refuses another wiring (--as-plain forgets it)")
+        print(f"{out}: for re2tal train --backbone.name {run.backbone.name} --backbone.weights {out}")
         return 0
     if as_plain:
         raise ValueError("--as-plain is for a backbone alone, --out FILE.safetensors; leave it out")
     if videos is not None:
         list_videos(videos)  # refuses a folder without any before anything is written
-    import_into_run(weights, run, out, classes=classes)
+    done = import_into_run(weights, run, out, classes=classes)
+    print(f"{done.report}\n{out}: for re2tal detect --run {out} --videos FOLDER")
     return 0 if videos is None else say_detected(detect(out, videos=videos))

@@ -20,3 +20,6 @@ def report(
     """
     page, scores = write_report(run, predictions=predictions, annotations=annotations, max_videos=max_videos)
     print(f"average mAP {100 * scores.average_map:.2f} %; {page}")
+    print(f"{scores.coverage.facts()}; protocol {scores.protocol}")
+    for note in scores.coverage.notes():
+        print(f"note: {note}")

@@ -14,6 +14,11 @@ def say_detected(done: Detected) -> int:
     """Print what was found where; gives the exit status."""
     say_left_out(done.rejected)
     print(f"{sum(map(len, done.found.values()))} detections in {len(done.found)} videos; {done.path}")
+    if done.videos_at_max:
+        print(
+            f"{len(done.videos_at_max)} videos reach the limit of {done.max_per_video} detections; any more were cut "
+            "(suppression.max_per_video in the run's config.json)"
+        )
     return SOME_LEFT_OUT if done.rejected else 0
 
 

@@ -31,4 +31,6 @@ def train(
         overwrite: remove what an earlier run left in the run folder
     """
     trained = training_run.train(run, ds=ds, out=out, resume=resume, overwrite=overwrite)
+    if trained.report is not None:
+        print(trained.report)
     return INTERRUPTED if trained.interrupted else 0

@@ -42,7 +42,7 @@ def accuracy(scores: Mapping[str, Tensor], truth: Mapping[str, str], *, classes:
     ValueError for a class that is not among `classes`, and for videos or scores that cannot be compared.
     """
     if not truth:
-        raise ValueError("there is no video with a class to compare with; build shards with --clips")
+        raise ValueError("there is no video with a class to compare with; build shards of trimmed clips")
     if odd := sorted(scores.keys() - truth.keys()):
         raise ValueError(f"scores of {odd[0]!r}, like {len(odd)} in all, belong to no video; give the right subset")
     index = {label: number for number, label in enumerate(classes)}

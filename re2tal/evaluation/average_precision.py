@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from re2tal.evaluation.coverage import Coverage
+from re2tal.evaluation.ground_truth import ANY_CLASS, as_one_class
 from re2tal.evaluation.instances import flatten_predictions, flatten_truths
 from re2tal.evaluation.protocols import Protocol, check_thresholds, find_protocol
 from re2tal.structures import Detections, VideoRecord
@@ -39,6 +41,8 @@ class MapReport:
     """by class"""
     num_predictions: tuple[int, ...]
     """by class"""
+    coverage: Coverage
+    """what was scored, and what did not meet"""
 
     @property
     def map(self) -> np.ndarray:
@@ -73,6 +77,7 @@ class MapReport:
             "average_map": self.average_map,
             "map": self.map_by_tiou,
             "classes": per_class,
+            "coverage": self.coverage.to_json(),
         }
 
     def rows(self) -> list[tuple[str, ...]]:
@@ -89,7 +94,8 @@ class MapReport:
 
     def __str__(self) -> str:
         table = text_table(self.rows(), align="<>", rules=(1, -1))
-        return f"AP in %, by tIoU; protocol {self.protocol}\n{table}"
+        heading = [f"AP in %, by tIoU; protocol {self.protocol}", self.coverage.facts()]
+        return "\n".join([*heading, *(f"note: {note}" for note in self.coverage.notes()), table])
 
     def _columns(self) -> tuple[str, ...]:
         return tuple(f"{threshold:.4g}" for threshold in self.tiou_thresholds)
@@ -103,11 +109,15 @@ def mean_average_precision(
     protocol: Protocol | str,
     tiou_thresholds: Sequence[float],
     blocked_videos: Collection[str] = (),
+    class_agnostic: bool = False,
+    max_per_video: int | None = None,
 ) -> MapReport:
     """Score `predictions` (seconds, suppressed) against `ground_truth`, which holds one subset.
 
     `classes` are the names that the predictions' labels index; the classes of the result are those that have a truth.
     Predictions on videos that are not in `ground_truth` are false positives; `blocked_videos` are left out of both.
+    `class_agnostic` takes all labels, predicted and true, for one. `max_per_video`: the limit that the predictions were
+    suppressed with; the report says where it cut.
 
     Raises ValueError for an unknown protocol, thresholds outside (0, 1], ground truth without actions or with a
     repeated video, NaN predictions, and, under "official", a predicted class that has no truth.
@@ -116,8 +126,17 @@ def mean_average_precision(
     """
     rules = find_protocol(protocol) if isinstance(protocol, str) else protocol
     thresholds = check_thresholds(tiou_thresholds)
+    if class_agnostic:
+        ground_truth, classes = as_one_class(ground_truth), (ANY_CLASS,) * len(classes)
     truths = flatten_truths(ground_truth, protocol=rules, blocked_videos=blocked_videos)
-    flat = flatten_predictions(predictions, truths, classes=classes, blocked_videos=blocked_videos)
+    flat = flatten_predictions(
+        predictions,
+        truths,
+        classes=classes,
+        blocked_videos=blocked_videos,
+        class_agnostic=class_agnostic,
+        max_per_video=max_per_video,
+    )
     if rules.refuses_unknown_labels and (flat.labels < 0).any():
         _refuse_unknown(predictions, classes, truths.classes, blocked_videos, rules.name)
 
@@ -145,6 +164,7 @@ def mean_average_precision(
         average_precision=average_precision,
         num_truths=tuple(np.bincount(truths.labels, minlength=num_classes).tolist()),
         num_predictions=tuple(np.diff(bounds).tolist()),
+        coverage=flat.coverage,
     )
 
 

@@ -18,6 +18,9 @@ from typing import Any
 from re2tal.strict_json import brief, read_json
 from re2tal.structures import AMBIGUOUS, Action, VideoRecord
 
+ANY_CLASS = "action"
+"""The one label of class-agnostic scores, as class-agnostic detectors write it."""
+
 
 def read_ground_truth(path: Path | str, *, subset: str) -> list[VideoRecord]:
     """The videos of `subset` (in any case), with all their segments, in the file's order.
@@ -45,10 +48,11 @@ def read_ground_truth(path: Path | str, *, subset: str) -> list[VideoRecord]:
     return records
 
 
-def as_one_class(records: Sequence[VideoRecord], *, label: str) -> list[VideoRecord]:
-    """The same records with every action called `label`: the truth for a detector that doesn't tell classes apart."""
+def as_one_class(records: Sequence[VideoRecord]) -> list[VideoRecord]:
+    """The same records with every action called `ANY_CLASS`: the truth for a class-agnostic detector."""
     return [
-        replace(record, actions=tuple(replace(action, label=label) for action in record.actions)) for record in records
+        replace(record, actions=tuple(replace(action, label=ANY_CLASS) for action in record.actions))
+        for record in records
     ]
 
 

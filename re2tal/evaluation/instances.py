@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from re2tal.evaluation.coverage import Coverage, match_ids
 from re2tal.evaluation.protocols import Protocol
 from re2tal.structures import Detections, VideoRecord
 
@@ -30,6 +31,11 @@ class Truths:
     """the videos that have a truth"""
     classes: tuple[str, ...]
     """in order of first appearance"""
+    subset: str
+    scored: tuple[str, ...]
+    """all videos that are not blocked, also those without a truth"""
+    blocked: tuple[str, ...]
+    """the others"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +50,8 @@ class Predictions:
     """(N, 2) seconds"""
     scores: np.ndarray
     """(N,)"""
+    coverage: Coverage
+    """what of them meets the truths"""
 
 
 def flatten_truths(
@@ -54,11 +62,13 @@ def flatten_truths(
     video_ids: dict[str, int] = {}
     classes: dict[str, int] = {}
     seen: set[str] = set()
+    as_here = match_ids(blocked_videos, [record.video_id for record in ground_truth])
+    blocked_ids = {*blocked_videos, *as_here.values()}
     for record in ground_truth:
         if record.video_id in seen:
             raise ValueError(f"the ground truth lists video {record.video_id!r} twice; keep one entry")
         seen.add(record.video_id)
-        if record.video_id in blocked_videos:
+        if record.video_id in blocked_ids:
             continue
         for action in protocol.select(record.actions):
             videos.append(video_ids.setdefault(record.video_id, len(video_ids)))
@@ -70,21 +80,39 @@ def flatten_truths(
             f"{protocol.name!r}; check the annotations, the subset's name and the blocked videos"
         )
     return Truths(
-        np.array(videos), np.array(labels), np.array(segments, dtype=np.float64), tuple(video_ids), tuple(classes)
+        np.array(videos),
+        np.array(labels),
+        np.array(segments, dtype=np.float64),
+        tuple(video_ids),
+        tuple(classes),
+        ground_truth[0].subset,
+        tuple(one.video_id for one in ground_truth if one.video_id not in blocked_ids),
+        tuple(one.video_id for one in ground_truth if one.video_id in blocked_ids),
     )
 
 
 def flatten_predictions(
-    predictions: Mapping[str, Detections], truths: Truths, *, classes: Sequence[str], blocked_videos: Collection[str]
+    predictions: Mapping[str, Detections],
+    truths: Truths,
+    *,
+    classes: Sequence[str],
+    blocked_videos: Collection[str],
+    class_agnostic: bool = False,
+    max_per_video: int | None = None,
 ) -> Predictions:
     """Every prediction outside `blocked_videos`; `classes` are the names that its labels index.
+
+    `class_agnostic` and `max_per_video` are facts for the coverage, and change nothing.
 
     Raises ValueError for a label that is no index into `classes` and for NaN or infinite numbers, naming the video.
     """
     video_index = {video_id: index for index, video_id in enumerate(truths.video_ids)}
     class_index = {label: index for index, label in enumerate(truths.classes)}
     to_truth_class = np.array([class_index.get(name, -1) for name in classes], dtype=np.int64)
-    kept = {video_id: one for video_id, one in predictions.items() if video_id not in blocked_videos}
+    renamed = match_ids(predictions, [*truths.scored, *truths.blocked])
+    left_out = {*blocked_videos, *truths.blocked}
+    kept = {renamed.get(video_id, video_id): one for video_id, one in predictions.items()}
+    kept = {video_id: one for video_id, one in kept.items() if video_id not in left_out}
     ids = list(kept)
     counts = np.array([len(one) for one in kept.values()], dtype=np.int64)
     videos = np.repeat(np.array([video_index.get(video_id, -1) for video_id in ids], dtype=np.int64), counts)
@@ -103,7 +131,35 @@ def flatten_predictions(
             f"predictions for video {_owner(wrong, ids, counts)!r} hold label {labels[wrong][0]}, which does not index "
             f"{len(classes)} classes; pass the classes of the localizer that predicted them"
         )
-    return Predictions(videos, to_truth_class[labels] if labels.size else labels, segments, scores)
+    scored = set(truths.scored)
+    per_video = dict(zip(ids, counts.tolist(), strict=True))
+    in_subset = np.repeat(np.array([video_id in scored for video_id in ids], dtype=bool), counts)
+    known = to_truth_class[labels] >= 0 if labels.size else np.zeros(0, dtype=bool)
+    unknown_labels: dict[str, int] = {}
+    for label in labels[~known].tolist():
+        unknown_labels[classes[label]] = unknown_labels.get(classes[label], 0) + 1
+    backwards = np.repeat(np.arange(len(ids)), counts)[segments[:, 1] < segments[:, 0]]
+    coverage = Coverage(
+        subset=truths.subset,
+        num_videos=len(truths.scored),
+        num_videos_without_actions=len(truths.scored) - len(truths.video_ids),
+        class_agnostic=class_agnostic,
+        num_blocked_ids=len(blocked_videos),
+        blocked_videos=truths.blocked,
+        num_predictions=len(labels),
+        num_in_subset=int(in_subset.sum()),
+        num_met=int((in_subset & known).sum()),
+        num_predicted_videos=len(scored & per_video.keys()),
+        renamed_videos={ours: theirs for ours, theirs in renamed.items() if theirs in scored},
+        videos_without_predictions=tuple(video_id for video_id in truths.video_ids if not per_video.get(video_id)),
+        unknown_videos={video_id: number for video_id, number in per_video.items() if video_id not in scored},
+        unknown_labels=unknown_labels,
+        reversed_segments={ids[index]: int(number) for index, number in enumerate(np.bincount(backwards)) if number},
+        known_labels=truths.classes,
+        max_per_video=max_per_video,
+        videos_at_max=tuple(video_id for video_id, number in per_video.items() if number == max_per_video),
+    )
+    return Predictions(videos, to_truth_class[labels] if labels.size else labels, segments, scores, coverage)
 
 
 def _stack(tensors: list[torch.Tensor], dtype: torch.dtype) -> np.ndarray:

@@ -34,7 +34,7 @@ class VideoClasses:
         Raises ValueError for a `top_k` that the classes do not allow, and for videos that the file does not know.
         """
         if not 1 <= top_k <= len(self.classes):
-            raise ValueError(f"--top-k is {top_k}; {self.path} has {len(self.classes)} classes, so give 1 to that many")
+            raise ValueError(f"top_k is {top_k}; {self.path} has {len(self.classes)} classes, so give 1 to that many")
         missing = sorted(set(video_ids) - self.scores.keys())
         if missing:
             raise ValueError(

@@ -1,5 +1,5 @@
-"""What a run is, callable from Python: training, what a trained run finds, what it is worth, its weights and features.
+"""Training, detecting, evaluating, extracting and converting as functions, for Python callers and the command line.
 
-A run folder is what `training_run.train` writes and everything else here reads; `folder` names the files in it.
-The command line parses and calls these; nothing here parses arguments.
+`training_run.train` writes a run folder, everything else here reads one; `folder` names the files in it. Here `run` is
+always the path of a run folder, and `config` a whole configuration. Functions return results; `cli` prints them.
 """

@@ -1,4 +1,4 @@
-"""What trimmed videos show, by a trained recognizer, and how often it is right."""
+"""Classify trimmed videos with a trained recognizer, and score it where the truth is known."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ from re2tal.training.engine import DTYPES
 
 @dataclass(frozen=True, slots=True)
 class Classified:
-    """What a trained recognizer made of videos."""
+    """The classes of videos, by a trained recognizer."""
 
     path: Path
     """The JSON that was written."""
     scores: Mapping[str, Tensor]
     """The probabilities of all classes, by video."""
     about: str
-    """The accuracy, where the truth is known, or each video's best classes: lines to be printed."""
+    """The accuracy, where the truth is known, or each video's best classes: lines of text."""
     rejected: Sequence[Rejection]
     """Video files that could not be used."""
 
@@ -57,9 +57,9 @@ def classify(
     The arguments are those of `re2tal classify`.
     """
     if videos is not None and shards is not None:
-        raise ValueError(f"--videos {videos} and --shards {shards} were both given; give one of them")
+        raise ValueError(f"videos {videos} and shards {shards} were both given; give one of them")
     if top < 1:
-        raise ValueError(f"--top is {top}; give 1 or more")
+        raise ValueError(f"top is {top}; give 1 or more")
     config = load_run(run / CONFIG_NAME)
     if not isinstance(config, RecognitionConfig):
         raise ValueError(f"{run} is the run of a detector, which says when something happens too; use re2tal detect")

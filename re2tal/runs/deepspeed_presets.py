@@ -23,6 +23,6 @@ def find_preset(name_or_path: Path | str) -> Path:
     if path.suffix or path.name != text or path.is_file():
         return path
     raise ValueError(
-        f"--ds {text} is neither a preset nor a file; presets are {', '.join(presets())}; a DeepSpeed file of your own "
-        "is given by its path"
+        f"{text} is neither a preset nor a DeepSpeed file; presets are {', '.join(presets())}; give a file of your own "
+        "by its path"
     )

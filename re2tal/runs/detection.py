@@ -1,4 +1,4 @@
-"""What a trained detector finds, in a folder of video files or in shards.
+"""Detect actions with a trained detector, in a folder of video files or in shards.
 
     videos -> shards in a temporary folder, normalised as the detector's clips ask -> windows -> results JSON
 
@@ -54,6 +54,10 @@ class Detected:
     """By video."""
     rejected: Sequence[Rejection]
     """Video files that could not be used."""
+    max_per_video: int
+    """The limit of suppression."""
+    videos_at_max: Sequence[str]
+    """Videos with so many detections: any more were cut."""
 
 
 def detect(
@@ -72,10 +76,10 @@ def detect(
     The arguments are those of `re2tal detect`.
     """
     if videos is not None and shards is not None:
-        raise ValueError(f"--videos {videos} and --shards {shards} were both given; give one of them")
+        raise ValueError(f"videos {videos} and shards {shards} were both given; give one of them")
     config = load_config(run / CONFIG_NAME)
     if videos is not None:
-        check_looks_at_videos(run, config, asked=f"--videos {videos}")
+        check_looks_at_videos(run, config, asked=f"a folder of videos, {videos},")
     namer = _read_namer(video_classes, config, top_k=top_k)
     target = out or run / (RESULTS_NAME if videos is None and shards is None else "detections.json")
     chosen = torch.device(device) if device else default_device()
@@ -102,20 +106,21 @@ def detect(
                 namer.check((names[video_id] for video_id in data.by_id), top_k=top_k)
             found = look(data)
         found = {names[video_id]: detections for video_id, detections in found.items()}
-    classes = detector.localizer.classes
+    classes, limit = detector.localizer.classes, config.suppression.max_per_video
+    at_max = [video_id for video_id, detections in found.items() if len(detections) >= limit]
     if namer is not None:
         found, classes = namer.name(found, top_k=top_k), namer.classes
     write_results(target, found, classes)
-    return Detected(target, found, rejected)
+    return Detected(target, found, rejected, limit, at_max)
 
 
 def check_looks_at_videos(run: Path, config: RunConfig, *, asked: str) -> None:
     """ValueError where the detector of `run` takes stored features, and `asked` names videos."""
     if config.backbone.name == NAME:
         raise ValueError(
-            f"{asked} was given, but {run} has no network that looks at videos: it was trained on stored "
-            "features; pack these videos (re2tal shards build), extract their features as those of its training were "
-            "(re2tal features extract) and give --shards"
+            f"{asked} was asked for, but {run} was trained on stored features and has no network that looks at videos; "
+            "pack these videos (re2tal shards build), extract their features as those of its training were (re2tal "
+            "features extract), and detect in that folder (shards)"
         )
 
 
@@ -124,8 +129,8 @@ def _read_namer(path: Path | None, config: RunConfig, *, top_k: int) -> VideoCla
         return None
     if not config.localizer.class_agnostic:
         raise ValueError(
-            f"--video-classes {path} was given, but this run's localizer.class_agnostic is false: its detections have "
-            "classes of their own; leave the option out, or give the run folder of a class-agnostic detector"
+            f"video classes, {path}, were given, but this run's localizer.class_agnostic is false: its detections have "
+            "classes of their own; leave the file out, or give the run folder of a class-agnostic detector"
         )
     namer = read_video_classes(path)
     namer.check((), top_k=top_k)
@@ -186,7 +191,7 @@ def pack_videos(
 def list_videos(folder: Path) -> list[Path]:
     """The video files of a folder, by name; ValueError if there are none."""
     if not folder.is_dir():
-        raise ValueError(f"--videos {folder} is not a folder; give one that holds video files")
+        raise ValueError(f"{folder} is not a folder; give one that holds video files")
     files = sorted(path for path in folder.iterdir() if path.suffix.lower() in VIDEO_SUFFIXES)
     if not files:
         raise ValueError(f"{folder} holds no video file; wanted one of {', '.join(VIDEO_SUFFIXES)}")
@@ -203,6 +208,6 @@ def encoding_for(clips: ClipConfig) -> Encoding:
             if rate is None:
                 raise ValueError(
                     "data.clips.windowing.frames_per_second of this run is null, the rate of its shards, so at which "
-                    "rate to take other videos is not known; build shards of them and give --shards"
+                    "rate to take other videos is not known; build shards of them and detect in those"
                 )
             return Encoding(FramesPerSecond(rate), short_side=short_side)

@@ -1,4 +1,4 @@
-"""What detections are worth against annotations, and class scores against shards of trimmed clips."""
+"""Score detections against annotations, and class scores against shards of trimmed clips."""
 
 from __future__ import annotations
 
@@ -16,12 +16,11 @@ from re2tal.evaluation.protocols import TIOU_THRESHOLDS, Dataset
 from re2tal.evaluation.recall import RecallReport, average_recall
 from re2tal.evaluation.results import read_results
 from re2tal.evaluation.video_classes import read_video_classes
-from re2tal.localizers.class_map import AGNOSTIC_CLASS
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """What detections are worth."""
+    """The scores of a results file."""
 
     precision: MapReport
     """Mean average precision, by class and by temporal IoU."""
@@ -61,6 +60,10 @@ def evaluate(
 ) -> Evaluated:
     """Score a results JSON against an annotation JSON, both in ActivityNet's layout.
 
+    The printed table and the JSON count and name videos and labels that only one of the two files has. Ids that differ
+    only by a video file's suffix or a `v_` in front are matched where that is unambiguous. ValueError if nothing
+    matches.
+
     Args:
         predictions: results JSON, from this program or another
         annotations: annotation JSON
@@ -78,24 +81,27 @@ def evaluate(
         print(f"{100 * scored.average_map:.2f} %")
     """
     results = read_results(Path(predictions))
-    truths, classes = read_ground_truth(Path(annotations), subset=subset), results.classes
-    if class_agnostic:
-        truths, classes = as_one_class(truths, label=AGNOSTIC_CLASS), (AGNOSTIC_CLASS,) * len(classes)
+    truths = read_ground_truth(Path(annotations), subset=subset)
     blocked = read_video_ids(Path(blocked_videos)) if blocked_videos else frozenset()
     precision = mean_average_precision(
         results.predictions,
         truths,
-        classes=classes,
+        classes=results.classes,
         protocol=protocol,
         tiou_thresholds=tiou_thresholds or TIOU_THRESHOLDS[dataset],
         blocked_videos=blocked,
+        class_agnostic=class_agnostic,
     )
+    try:
+        precision.coverage.check()
+    except ValueError as error:
+        raise ValueError(f"{predictions} and {annotations} do not match: {error}") from None
     if proposals is None:
         return Evaluated(precision, recall=None)
     recall = average_recall(
         results.predictions,
-        truths,
-        classes=classes,
+        as_one_class(truths) if class_agnostic else truths,
+        classes=results.classes,
         protocol=protocol,
         proposals_per_video=proposals,
         blocked_videos=blocked,

@@ -7,7 +7,7 @@ SOME_LEFT_OUT = 1
 WRONG_INPUT = 2
 """A fault in what the user gave, said in one line."""
 TOO_MANY_REJECTED = 3
-"""More videos than --max-rejected allows cannot be used; the shards are complete without them."""
+"""More videos than the user allowed cannot be used; the shards are complete without them."""
 DAMAGED = 4
 """A shard differs from what was built."""
 INTERRUPTED = 75

@@ -1,7 +1,7 @@
-"""`re2tal features extract`: run a backbone over whole videos and store what it gives.
+"""Run a backbone over whole videos and store its features.
 
---run RUN             the backbone of a trained detector, and the windows and pictures it was trained on
---backbone.name ...   any backbone, any weights
+`run` takes the backbone of a trained detector, with the windows and pictures it was trained on; `backbone` names any
+other backbone and weights.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from re2tal.backbones import BackboneConfig, VideoBackbone, build_backbone, chec
 from re2tal.backbones.stored import NAME
 from re2tal.config import RunConfig, load_config
 from re2tal.data.building.build_features import Computed, FeatureBuild, FeatureShard
+from re2tal.data.building.shard_folder import BuiltSubset
 from re2tal.data.contract.feature_manifest import (
     Extracted,
     FeatureGrid,
@@ -33,21 +34,22 @@ from re2tal.data.contract.shards import ShardSet, open_shards
 from re2tal.data.streaming.stream import ClipConfig
 from re2tal.data.streaming.windows import ResizeWhole, Slide, Trimmed, Windowing
 from re2tal.extraction import Extractor, weights_sha256
-from re2tal.runs.shard_building import parse_part, report_built
+from re2tal.runs.folder import CONFIG_NAME
+from re2tal.runs.shard_building import parse_part
 from re2tal.runs.trained import default_device, load_detector
 from re2tal.structures import VideoRecord
-from re2tal.training.engine import DTYPES
+from re2tal.training.engine import DTYPES, WeightType
 from re2tal.training.generators import seed_generators
 
 WINDOW_FRAMES, SIZE = 64, 224
-"""Without --run."""
+"""Without a run."""
 
 
 @dataclass(frozen=True, slots=True)
 class Extract:
-    """Run a backbone over whole videos, window by window, and store what it gives.
+    """Run a backbone over whole videos, window by window, and store its features.
 
-    Either --run, for the backbone of a trained detector shown what it was trained on, or --backbone. Safe to stop and
+    Either --run, for the backbone of a trained detector and its windows, or --backbone. Safe to stop and
     to run again: finished shards are kept. Exit status 3 if more than --max-rejected of a subset's videos cannot be
     used, 2 for wrong input.
     """
@@ -59,23 +61,23 @@ class Extract:
     run: Path | None = None
     """Run folder whose backbone, windows and pictures to take."""
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
-    """Without --run: the network and its weights."""
+    """Without a run: the network and its weights."""
     window_frames: int | None = None
-    """Frames in one window; those of --run, or 64."""
+    """Frames in one window; by default those of the run, or 64."""
     overlap: float = 0.5
     """Share of a window that the next one sees again; each step is taken from where it lies most inside. 0: windows
     that abut."""
     fps: float | None = None
-    """Rate at which frames are taken; that of --run, or of the shards."""
+    """Rate at which frames are taken; by default that of the run, or of the shards."""
     whole: int | None = None
     """Take every video as so many frames, in one window, instead."""
     size: int | None = None
-    """Height and width of the pictures; those of --run, or 224."""
+    """Height and width of the pictures; by default those of the run, or 224."""
     fit: Literal["crop", "stretch"] | None = None
-    """How a picture becomes square: its middle is cut out, or it is squeezed; as --run does, or "crop"."""
+    """How a picture becomes square: its middle is cut out, or it is squeezed; by default as in the run, or "crop"."""
     dtype: StoredType = "float16"
     """How features are stored."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: WeightType = "fp32"
     """What the backbone computes in."""
     batch_size: int = 4
     """Windows in one forward."""
@@ -91,18 +93,18 @@ class Extract:
     """Share of a subset's videos that may be unusable without the exit status saying so."""
 
 
-def extract(options: Extract) -> int:
-    """Extract the features of each folder; gives the exit status."""
+def extract(options: Extract) -> list[BuiltSubset]:
+    """Extract the features of each folder of shards; what was written, in their order."""
     _check(options)
     part_index, num_parts = parse_part(options.part)
-    run = None if options.run is None else load_config(options.run / "config.json")
-    if NAME in (options.backbone.name, run and run.backbone.name):
+    config = None if options.run is None else load_config(options.run / CONFIG_NAME)
+    if NAME in (options.backbone.name, config and config.backbone.name):
         raise ValueError(f"the backbone is {NAME!r}, which is no network; name one, or the run of one")
-    folders = [(shards, clip_config(options, run, shards)) for shards in map(open_shards, options.shards)]
-    backbone, settings, weights = _backbone(options, run)
+    folders = [(shards, clip_config(options, config, shards)) for shards in map(open_shards, options.shards)]
+    backbone, settings, weights = _backbone(options, config)
     sha256 = weights_sha256(backbone)
     backbone = backbone.to(torch.device(options.device or default_device()), DTYPES[options.precision])
-    status = 0
+    written = []
     for shards, clips in folders:
         origin = Extracted(
             backbone=settings.name,
@@ -123,17 +125,16 @@ def extract(options: Extract) -> int:
             num_parts=num_parts,
         )
         bar = _Bar(Extractor(backbone, clips, options.batch_size), shards)
-        built = build.run(shards_like(shards), bar.run)
-        status = max(status, report_built(built, subset=shards.subset, max_rejected=options.max_rejected))
-    return status
+        written.append(build.run(shards_like(shards), bar.run))
+    return written
 
 
-def clip_config(options: Extract, run: RunConfig | None, shards: ShardSet) -> ClipConfig:
-    """What the backbone is shown of `shards`: what the run says, unless an option says otherwise."""
-    base = ClipConfig(size=SIZE) if run is None else run.data.clips
+def clip_config(options: Extract, config: RunConfig | None, shards: ShardSet) -> ClipConfig:
+    """The clips that the backbone sees of `shards`: those of the run, unless an option says otherwise."""
+    base = ClipConfig(size=SIZE) if config is None else config.data.clips
     return replace(
         base,
-        windowing=_windowing(options, None if run is None else base.windowing, shards),
+        windowing=_windowing(options, None if config is None else base.windowing, shards),
         size=options.size or base.size,
         fit=options.fit or base.fit,
         workers=options.workers,
@@ -144,7 +145,7 @@ def _windowing(options: Extract, trained: Windowing | None, shards: ShardSet) ->
     slides = options.window_frames is not None or options.fps is not None
     if options.whole is not None:
         if slides:
-            raise ValueError(f"--whole {options.whole} excludes --window-frames and --fps; give one or the other")
+            raise ValueError(f"whole = {options.whole} excludes window_frames and fps; give one or the other")
         return ResizeWhole(num_frames=options.whole)
     match trained, shards.manifest.encoding.sampling:
         case ResizeWhole(), _ if not slides:
@@ -157,24 +158,24 @@ def _windowing(options: Extract, trained: Windowing | None, shards: ShardSet) ->
             num_frames, rate = WINDOW_FRAMES, None
     rate = options.fps or rate or (sampling.fps if isinstance(sampling, FramesPerSecond) else None)
     if rate is None:
-        raise ValueError(f"{shards.root} stores whole videos as so many frames; give --fps too, or --whole")
+        raise ValueError(f"{shards.root} stores whole videos as so many frames; give fps too, or whole")
     return Slide(options.window_frames or num_frames, frames_per_second=rate, overlap=options.overlap)
 
 
 def _check(options: Extract) -> None:
     if not options.shards:
-        raise ValueError("--shards names no folder; give those that `re2tal shards build` wrote")
+        raise ValueError("no folder of shards was named; give those that `re2tal shards build` wrote")
     for name in ("window_frames", "whole", "size", "batch_size"):
         if (value := getattr(options, name)) is not None and value < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; give 1 or more")
+            raise ValueError(f"{name} is {value}; give 1 or more")
     if options.run is not None and options.backbone != BackboneConfig():
-        raise ValueError(f"--run {options.run} brings its own backbone; leave out --backbone")
+        raise ValueError(f"the run {options.run} brings its own backbone; give either a run or a backbone")
 
 
-def _backbone(options: Extract, run: RunConfig | None) -> tuple[VideoBackbone, BackboneConfig, str]:
+def _backbone(options: Extract, config: RunConfig | None) -> tuple[VideoBackbone, BackboneConfig, str]:
     """The backbone, its configuration, and where its weights come from."""
-    if run is not None and options.run is not None:
-        return load_detector(options.run, run).backbone, run.backbone, f"trained by run {run.name}"
+    if config is not None and options.run is not None:
+        return load_detector(options.run, config).backbone, config.backbone, f"trained by run {config.name}"
     seed_generators(options.seed, rank=0)
     settings = options.backbone
     check_wiring(settings)

@@ -39,7 +39,7 @@ def claim(folder: Path, world: World, *, resume: bool, overwrite: bool) -> None:
                 (folder / left).unlink(missing_ok=True)
         if not resume and checkpoints.is_dir() and any(checkpoints.iterdir()):
             raise ValueError(
-                f"{folder} holds the checkpoints of an earlier run; --resume continues it, --overwrite replaces it, "
-                "--out chooses another folder"
+                f"{folder} holds the checkpoints of an earlier run; continue it (resume), replace it (overwrite), or "
+                "choose another folder"
             )
         folder.mkdir(parents=True, exist_ok=True)

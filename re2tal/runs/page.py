@@ -1,4 +1,4 @@
-"""What a run learned and found, on one page: the mAP table, the curves and a timeline per video.
+"""One page about a run: the mAP table, the curves and a timeline per video.
 
 RUN/report/index.html     everything in one file
            curves.png
@@ -36,23 +36,25 @@ def write_report(
     results = read_results(predictions or run / RESULTS_NAME)
     truths = _truths(config, annotations)
     # A class-agnostic detector's results have their one class, unless a classifier of whole videos named them.
-    if config.localizer.class_agnostic and set(results.classes) <= {AGNOSTIC_CLASS}:
-        truths = as_one_class(truths, label=AGNOSTIC_CLASS)
+    class_agnostic = config.localizer.class_agnostic and set(results.classes) <= {AGNOSTIC_CLASS}
     scores = mean_average_precision(
         results.predictions,
         truths,
         classes=results.classes,
         protocol=config.evaluation.protocol,
         tiou_thresholds=config.evaluation.tiou_thresholds,
+        class_agnostic=class_agnostic,
+        max_per_video=None if predictions else config.suppression.max_per_video,
     )
+    scores.coverage.check()
     folder = run / REPORT_NAME
     curves = Picture("Loss, validation mAP and learning rates", to_png(draw_curves(read_metrics(run / METRICS_NAME))))
-    timelines = _timelines(results, truths[:max_videos])
+    timelines = _timelines(results, (as_one_class(truths) if class_agnostic else truths)[:max_videos])
     _write_pictures(folder, curves, timelines)
     write_page(
         folder / "index.html",
         title=f"re2tal: {run.resolve().name}",
-        facts=_facts(config, num_videos=len(truths), num_drawn=len(timelines)),
+        facts=_facts(config, scores, num_drawn=len(timelines)),
         table=scores.rows(),
         curves=curves,
         timelines=list(timelines.values()),
@@ -86,13 +88,16 @@ def _write_pictures(folder: Path, curves: Picture, timelines: Mapping[str, Pictu
         (folder / "timelines" / name).write_bytes(picture.png)
 
 
-def _facts(config: RunConfig, *, num_videos: int, num_drawn: int) -> dict[str, str]:
+def _facts(config: RunConfig, scores: MapReport, *, num_drawn: int) -> dict[str, str]:
+    num_videos = scores.coverage.num_videos
     windowing = config.data.clips.windowing
     return {
         "Backbone": f"{config.backbone.name}, {'rewired' if config.backbone.rewired else 'plain'}",
         "Localizer": type(config.localizer).__name__.removesuffix("Config"),
         "Clips": f"{windowing.num_frames} frames of {config.data.clips.size} x {config.data.clips.size} pixels",
         "Training": f"{config.training.epochs} epochs, {config.engine.precision}, seed {config.training.seed}",
-        "Protocol": config.evaluation.protocol,
+        "Protocol": scores.protocol,
+        "Scored": scores.coverage.facts(),
+        **{f"Note {number}": note for number, note in enumerate(scores.coverage.notes(), start=1)},
         "Videos": f"{num_videos}, of which {num_drawn} are drawn below" if num_drawn < num_videos else str(num_videos),
     }

@@ -28,41 +28,41 @@ from re2tal.data.streaming.windows import ResizeWhole, Slide, Windowing
 from re2tal.training.annealing import AnnealingConfig
 
 
-def on_features(run: RunConfig, features: FeatureSet) -> RunConfig:
-    """`run` without its backbone, on `features`; a run that is on features already stays as it is.
+def on_features(config: RunConfig, features: FeatureSet) -> RunConfig:
+    """`config` without its backbone, on `features`; a run that is on features already stays as it is.
 
     A window keeps its length in seconds. Raises ValueError where the recipe's windows do not fit the features' grid.
     """
-    if run.backbone.name == NAME:
-        return run
+    if config.backbone.name == NAME:
+        return config
     spec = features.manifest.features
-    windowing = _in_steps(run, spec.grid)
+    windowing = _in_steps(config, spec.grid)
     return replace(
-        run,
+        config,
         backbone=BackboneConfig(name=NAME, feature_channels=spec.channels, rewired=False),
         annealing=AnnealingConfig(),
-        data=replace(run.data, clips=replace(run.data.clips, windowing=windowing)),
+        data=replace(config.data, clips=replace(config.data.clips, windowing=windowing)),
     )
 
 
-def check_kind(run: RunConfig | RecognitionConfig, shards: ShardSet | FeatureSet) -> None:
-    """ValueError unless `run` takes what `shards` hold: videos, or features of its number of channels."""
+def check_kind(config: RunConfig | RecognitionConfig, shards: ShardSet | FeatureSet) -> None:
+    """ValueError unless `config` takes what `shards` hold: videos, or features of its number of channels."""
     match shards:
-        case ShardSet() if run.backbone.name == NAME:
+        case ShardSet() if config.backbone.name == NAME:
             raise ValueError(
                 f"{shards.root} holds videos, but this run's backbone is {NAME!r}: it takes stored features; extract "
                 "them (re2tal features extract) with what its training features were extracted with, and give their "
                 "folder"
             )
-        case FeatureSet() if isinstance(run, RecognitionConfig) or run.backbone.name != NAME:
+        case FeatureSet() if isinstance(config, RecognitionConfig) or config.backbone.name != NAME:
             raise ValueError(
-                f"{shards.root} holds features, but this run has a backbone, {run.backbone.name}, which takes videos; "
+                f"{shards.root} holds features, but this run's backbone, {config.backbone.name}, takes videos; "
                 "give a folder that `re2tal shards build` wrote"
             )
-        case FeatureSet() if shards.manifest.features.channels != run.backbone.feature_channels:
+        case FeatureSet() if shards.manifest.features.channels != config.backbone.feature_channels:
             raise ValueError(
                 f"{shards.root} holds features of {shards.manifest.features.channels} channels, this run takes "
-                f"{run.backbone.feature_channels} (backbone.feature_channels); give the features that it was made for"
+                f"{config.backbone.feature_channels} (backbone.feature_channels); give the features it was made for"
             )
 
 
@@ -123,17 +123,17 @@ def _wiring(spec: FeatureSpec) -> dict[str, Any]:
     return {name: settings.get(name) for name in ("rewired", *WIRING, "frames_per_step")}
 
 
-def _in_steps(run: RunConfig, grid: FeatureGrid) -> Windowing:
-    match run.data.clips.windowing, grid:
+def _in_steps(config: RunConfig, grid: FeatureGrid) -> Windowing:
+    match config.data.clips.windowing, grid:
         case Slide(num_frames=num_frames, frames_per_second=float(rate)) as slide, SecondsPerStep(seconds):
             num_steps = max(1, round(num_frames / rate / seconds))
             return replace(slide, num_frames=num_steps, frames_per_second=1 / seconds)
         case ResizeWhole() as whole, StepsPerVideo(num_steps):
-            return replace(whole, num_frames=max(num_steps, run.num_steps))
+            return replace(whole, num_frames=max(num_steps, config.num_steps))
         case ResizeWhole() as whole, _:
-            return replace(whole, num_frames=run.num_steps)
+            return replace(whole, num_frames=config.num_steps)
         case windowing, _:
             raise ValueError(
                 f"the recipe's windows, {windowing}, cannot be counted in steps of these features, whose grid is "
-                f"{grid}; take a recipe of features (--recipe thumos14_actionformer_features), or of whole videos"
+                f"{grid}; take a recipe for features (thumos14_actionformer_features), or one of whole videos"
             )

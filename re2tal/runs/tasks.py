@@ -1,7 +1,8 @@
-"""The two kinds of run behind one face: what network is built, and what it is worth once it is trained."""
+"""The two kinds of run behind one interface: builds the network, and scores it once it is trained."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,6 @@ from re2tal.data.streaming.stream import ClipStream
 from re2tal.distributed import is_main
 from re2tal.evaluation.accuracy import AccuracyReport, accuracy
 from re2tal.evaluation.average_precision import MapReport, mean_average_precision
-from re2tal.evaluation.ground_truth import as_one_class
 from re2tal.evaluation.results import write_results
 from re2tal.evaluation.video_classes import write_video_classes
 from re2tal.inference import classify, predict
@@ -26,10 +26,10 @@ AnyRun = RunConfig | RecognitionConfig
 
 
 class Outcome(NamedTuple):
-    """What a network made of the validation videos."""
+    """Predictions of a network for the validation videos, and their scores."""
 
     report: MapReport | AccuracyReport
-    """To be printed."""
+    """The scores; `str()` is a table."""
     figures: dict[str, float]
     """For metrics.jsonl."""
     summary: dict[str, Any]
@@ -38,35 +38,34 @@ class Outcome(NamedTuple):
     """Writes results.json: detections, or the probabilities of all classes."""
 
 
-def build_model(run: AnyRun, classes: Sequence[str]) -> nn.Module:
+def build_model(config: AnyRun, classes: Sequence[str]) -> nn.Module:
     """The detector or recognizer for actions of `classes`, with the weights that the configuration names."""
-    if isinstance(run, RunConfig):
-        return build_detector(run, classes)
-    recognizer, about_the_classifier = build_recognizer(run, classes)
+    if isinstance(config, RunConfig):
+        return build_detector(config, classes)
+    recognizer, about_the_classifier = build_recognizer(config, classes)
     if is_main():
-        print(about_the_classifier)
+        print(about_the_classifier, file=sys.stderr, flush=True)
     return recognizer
 
 
-def judge(engine: Engine, *, run: AnyRun, shards: ShardSet | FeatureSet, clips: ClipStream) -> Outcome:
-    """Every rank calls this: what the network finds in all videos of `shards`, and how right it is."""
-    if isinstance(run, RunConfig):
-        return _judge_detector(engine, run, shards, clips)
+def judge(engine: Engine, *, config: AnyRun, shards: ShardSet | FeatureSet, clips: ClipStream) -> Outcome:
+    """Every rank calls this: predicts all videos of `shards` and scores the predictions."""
+    if isinstance(config, RunConfig):
+        return _judge_detector(engine, config, shards, clips)
     return _judge_recognizer(engine, shards, clips)
 
 
-def _judge_detector(engine: Engine, run: RunConfig, shards: ShardSet | FeatureSet, clips: ClipStream) -> Outcome:
-    predictions = predict(engine, clips.epoch(0), suppression=run.suppression, device=engine.device)
+def _judge_detector(engine: Engine, config: RunConfig, shards: ShardSet | FeatureSet, clips: ClipStream) -> Outcome:
+    predictions = predict(engine, clips.epoch(0), suppression=config.suppression, device=engine.device)
     classes = engine.module.localizer.classes
-    truth = [video.record for video in shards.videos]
-    if run.localizer.class_agnostic:
-        truth = as_one_class(truth, label=classes[0])
     report = mean_average_precision(
         predictions,
-        truth,
+        [video.record for video in shards.videos],
         classes=classes,
-        protocol=run.evaluation.protocol,
-        tiou_thresholds=run.evaluation.tiou_thresholds,
+        protocol=config.evaluation.protocol,
+        tiou_thresholds=config.evaluation.tiou_thresholds,
+        class_agnostic=config.localizer.class_agnostic,
+        max_per_video=config.suppression.max_per_video,
     )
     return Outcome(
         report,
@@ -74,8 +73,11 @@ def _judge_detector(engine: Engine, run: RunConfig, shards: ShardSet | FeatureSe
         {
             "average_map": report.average_map,
             "map": report.map_by_tiou,
-            "protocol": run.evaluation.protocol,
+            "protocol": config.evaluation.protocol,
+            "subset": report.coverage.subset,
+            "class_agnostic": config.localizer.class_agnostic,
             "videos": len(predictions),
+            "notes": report.coverage.notes(),
         },
         partial(write_results, predictions=predictions, classes=classes),
     )

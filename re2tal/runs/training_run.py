@@ -20,6 +20,8 @@ from re2tal.data.building.clips import true_classes
 from re2tal.data.contract.shards import FeatureSet, ShardSet, open_any
 from re2tal.data.streaming.stream import ClipStream, stream_clips
 from re2tal.distributed import World, is_main, resolve_world
+from re2tal.evaluation.accuracy import AccuracyReport
+from re2tal.evaluation.average_precision import MapReport
 from re2tal.inference import detector_input
 from re2tal.options import names_with
 from re2tal.planning.shared import PLAN_NAME, save_plan, shared_plan
@@ -34,38 +36,33 @@ from re2tal.strict_json import write_json
 from re2tal.structures import Batch, FeatureBatch
 from re2tal.training.annealing import beta_course
 from re2tal.training.checkpoint import CheckpointStore
-from re2tal.training.engine import (
-    Engine,
-    build_engine,
-    gather_weights,
-    join,
-    leave,
-    zero_stage,
-)
+from re2tal.training.engine import Engine, build_engine, gather_weights, join, leave, zero_stage
 from re2tal.training.export import write_model
 from re2tal.training.frames import prepare_frames
 from re2tal.training.generators import seed_generators
 from re2tal.training.metrics import MetricsLog, peak_memory_gib
 from re2tal.training.optimizer import build_optimizer
-from re2tal.training.schedule import learning_rate_factor
-from re2tal.training.trainer import Trainer, num_optimizer_steps
+from re2tal.training.schedule import learning_rate_factor, num_optimizer_steps
+from re2tal.training.trainer import Trainer
 from re2tal.training.zero_file import resolve_deepspeed_config
 
 
 @dataclass(frozen=True, slots=True)
 class TrainedRun:
-    """What became of a run that `train` was called for."""
+    """The outcome of `train`."""
 
     folder: Path
-    """Where it wrote; `re2tal.runs.folder` names the files."""
+    """The run folder; `re2tal.runs.folder` names its files."""
     interrupted: bool
-    """The run was told to stop and has saved: `train` with resume goes on."""
+    """The run was told to stop, and saved a checkpoint: `train` with resume continues it."""
     summary: Mapping[str, Any]
-    """What summary.json holds, on rank 0; empty on the others, and of an interrupted run."""
+    """The content of summary.json, on rank 0; empty on the others, and of an interrupted run."""
+    report: MapReport | AccuracyReport | None = None
+    """The scores of the trained network, by class, on rank 0; None on the others, and of an interrupted run."""
 
 
 def train(
-    run: AnyRun,
+    config: AnyRun,
     *,
     ds: Path | str = DEFAULT_PRESET,
     out: Path | str | None = None,
@@ -75,7 +72,7 @@ def train(
     """Train a detector, or a recognizer, and evaluate it on the validation subset. Every rank calls this.
 
     Args:
-        run: the whole configuration
+        config: the whole configuration
         ds: ZeRO stage, offload, communication: a preset, such as zero2, or a DeepSpeed file
         out: run folder; runs/NAME by default
         resume: continue from the newest sound checkpoint in the run folder, or start if there is none
@@ -87,28 +84,29 @@ def train(
         print(trained.summary["average_map"])
     """
     started = time.perf_counter()
-    _check(resume=resume, overwrite=overwrite)
+    if resume and overwrite:
+        raise ValueError("resume continues the earlier run, overwrite removes it; choose one of them")
     world = resolve_world(os.environ)
     ds_file = find_preset(ds)
-    settings = resolve_deepspeed_config(ds_file, run.engine, world_size=world.world_size)
-    folder = Path("runs") / run.name if out is None else Path(out)
-    device = join(world, run.engine)
+    settings = resolve_deepspeed_config(ds_file, config.engine, world_size=world.world_size)
+    folder = Path("runs") / config.name if out is None else Path(out)
+    device = join(world, config.engine)
     try:
-        make_if_wanted(run, world)
-        training, validation = _open_both(run)
-        if isinstance(run, RunConfig) and isinstance(training, FeatureSet):
-            run = on_features(run, training)
-        check_kind(run, training)
-        _check_norms(run)
+        make_if_wanted(config, world)
+        training, validation = _open_both(config)
+        if isinstance(config, RunConfig) and isinstance(training, FeatureSet):
+            config = on_features(config, training)
+        check_kind(config, training)
+        _check_norms(config)
         claim(folder, world, resume=resume, overwrite=overwrite)
-        clips = _stream(run, validation, world, training=False)
-        evaluate = partial(judge, run=run, shards=validation, clips=clips)
+        clips = _stream(config, validation, world, training=False)
+        evaluate = partial(judge, config=config, shards=validation, clips=clips)
         earlier = folder / PLAN_NAME if resume else None
-        plan = _plan(run, ds_file, world, classes=training.classes, device=device, earlier=earlier)
-        trainer = _build(run, settings, folder, world, shards=training, evaluate=evaluate, device=device, plan=plan)
+        plan = _plan(config, ds_file, world, classes=training.classes, device=device, earlier=earlier)
+        trainer = _build(config, settings, folder, world, shards=training, evaluate=evaluate, device=device, plan=plan)
         resumed = resume and trainer.resume()
         if world.is_main:  # not before: a run that may not be resumed like this keeps the configuration it has
-            save_config(folder / CONFIG_NAME, run)
+            save_config(folder / CONFIG_NAME, config)
             if plan is not None:
                 save_plan(folder / PLAN_NAME, plan)
         if resumed:
@@ -117,29 +115,22 @@ def train(
             if trainer.train() == "interrupted":
                 return TrainedRun(folder, interrupted=True, summary={})
             features = describe(training) if isinstance(training, FeatureSet) else None
-            summary = _finish(trainer, folder, evaluate, features=features, started=started)
+            return _finish(trainer, folder, evaluate, features=features, started=started)
     finally:
         leave()
-    return TrainedRun(folder, interrupted=False, summary=summary)
 
 
-def _check(*, resume: bool, overwrite: bool) -> None:
-    """Refuses what cannot be meant, before anything is started."""
-    if resume and overwrite:
-        raise ValueError("--resume continues the earlier run, --overwrite removes it; give one of them")
-
-
-def _check_norms(run: AnyRun) -> None:
-    if run.backbone.norm_eval and run.backbone.weights is None:
+def _check_norms(config: AnyRun) -> None:
+    if config.backbone.norm_eval and config.backbone.weights is None:
         raise ValueError(
             "backbone.norm_eval freezes the norms of a pretrained backbone, but backbone.weights names no weights; "
-            "give --backbone.weights FILE, or train from random weights with --backbone.no-norm-eval"
+            "set it to a weights file, or set backbone.norm_eval to false to train from random weights"
         )
 
 
-def _open_both(run: AnyRun) -> tuple[ShardSet, ShardSet] | tuple[FeatureSet, FeatureSet]:
+def _open_both(config: AnyRun) -> tuple[ShardSet, ShardSet] | tuple[FeatureSet, FeatureSet]:
     """The training and the validation subset: both of videos, or, for a detector, both of the same features."""
-    data = run.data
+    data = config.data
     training = open_any(data.shards / data.training_subset)
     validation = open_any(data.shards / data.validation_subset)
     if training.classes != validation.classes:
@@ -149,7 +140,7 @@ def _open_both(run: AnyRun) -> tuple[ShardSet, ShardSet] | tuple[FeatureSet, Fea
         )
     match training, validation:
         case ShardSet(), ShardSet():
-            if isinstance(run, RecognitionConfig):
+            if isinstance(config, RecognitionConfig):
                 for shards in (training, validation):
                     true_classes(shards)  # refuses those that are not trimmed clips
             return training, validation
@@ -160,7 +151,7 @@ def _open_both(run: AnyRun) -> tuple[ShardSet, ShardSet] | tuple[FeatureSet, Fea
 
 
 def _build(
-    run: AnyRun,
+    config: AnyRun,
     settings: dict[str, Any],
     folder: Path,
     world: World,
@@ -170,21 +161,21 @@ def _build(
     device: torch.device,
     plan: StepPlan | None,
 ) -> Trainer:
-    seed = run.training.seed
+    seed = config.training.seed
     seed_generators(seed, rank=0)  # the same weights on all ranks
-    model = build_model(run, shards.classes).to(device)
+    model = build_model(config, shards.classes).to(device)
     if plan is not None:
         plan.apply(model)
     seed_generators(seed, rank=world.rank)  # but different paths dropped
-    clips = _stream(run, shards, world, training=True)
-    accumulation = run.engine.gradient_accumulation
+    clips = _stream(config, shards, world, training=True)
+    accumulation = config.engine.gradient_accumulation
     steps_per_epoch = clips.steps_per_epoch / accumulation
-    num_steps = num_optimizer_steps(run.training, clips.steps_per_epoch, accumulation=accumulation)
-    factor = learning_rate_factor(run.schedule, steps_per_epoch=steps_per_epoch, num_steps=num_steps)
-    beta = beta_course(run.annealing, end=run.backbone.beta, steps_per_epoch=steps_per_epoch, num_steps=num_steps)
-    engine = build_engine(model, build_optimizer(model, run.optimizer), factor=factor, settings=settings)
-    free = set(names_with(run, "resumable"))
-    unchangeable = {name: value for name, value in flatten(to_json(run)) if name not in free}
+    num_steps = num_optimizer_steps(config.training.epochs, clips.steps_per_epoch, accumulation=accumulation)
+    factor = learning_rate_factor(config.schedule, steps_per_epoch=steps_per_epoch, num_steps=num_steps)
+    beta = beta_course(config.annealing, end=config.backbone.beta, steps_per_epoch=steps_per_epoch, num_steps=num_steps)
+    engine = build_engine(model, build_optimizer(model, config.optimizer), factor=factor, settings=settings)
+    free = set(names_with(config, "resumable"))
+    unchangeable = {name: value for name, value in flatten(to_json(config)) if name not in free}
     identity = {
         **unchangeable,
         "number of ranks": world.world_size,
@@ -197,9 +188,11 @@ def _build(
         engine,
         clips,
         lambda engine: evaluate(engine).figures,
-        run.training,
-        prepare=partial(_prepare, strength=run.data.clips.colour_jitter, seed=seed, rank=world.rank, dtype=dtype),
-        checkpoints=CheckpointStore(folder / CHECKPOINTS_NAME, identity=identity, keep=run.training.keep_checkpoints),
+        config.training,
+        prepare=partial(_prepare, strength=config.data.clips.colour_jitter, seed=seed, rank=world.rank, dtype=dtype),
+        checkpoints=CheckpointStore(
+            folder / CHECKPOINTS_NAME, identity=identity, keep=config.training.keep_checkpoints
+        ),
         log=MetricsLog(folder, enabled=world.is_main),
         beta=beta,
         planned_bytes=None if plan is None else plan.memory.peak,
@@ -207,29 +200,31 @@ def _build(
 
 
 def _plan(
-    run: AnyRun, ds: Path, world: World, *, classes: Sequence[str], device: torch.device, earlier: Path | None
+    config: AnyRun, ds: Path, world: World, *, classes: Sequence[str], device: torch.device, earlier: Path | None
 ) -> StepPlan | None:
     """Every rank calls this: how the backbone's stages run to keep within the budget, if there is one; rank 0 says it.
 
     None without a budget. `earlier`: the file of the plan that a resumed run goes on with.
     """
-    if run.engine.memory_budget_gb is None:
+    if config.engine.memory_budget_gb is None:
         return None
-    plan = shared_plan(run, ds, world_size=world.world_size, num_classes=len(classes), device=device, earlier=earlier)
+    plan = shared_plan(
+        config, ds, world_size=world.world_size, num_classes=len(classes), device=device, earlier=earlier
+    )
     if world.is_main:
         print(plan, file=sys.stderr, flush=True)
     return plan
 
 
-def _stream(run: AnyRun, shards: ShardSet | FeatureSet, world: World, *, training: bool) -> ClipStream:
+def _stream(config: AnyRun, shards: ShardSet | FeatureSet, world: World, *, training: bool) -> ClipStream:
     return stream_clips(
         shards,
-        run.data.clips,
-        batch_size=run.engine.batch_size,
+        config.data.clips,
+        batch_size=config.engine.batch_size,
         training=training,
         rank=world.rank,
         world_size=world.world_size,
-        seed=run.training.seed,
+        seed=config.training.seed,
     )
 
 
@@ -249,17 +244,16 @@ def _finish(
     *,
     features: dict[str, Any] | None,
     started: float,
-) -> dict[str, Any]:
-    """Every rank calls this: evaluates and exports the trained model; rank 0 writes, and has the summary."""
+) -> TrainedRun:
+    """Every rank calls this: evaluates and exports the trained model; rank 0 writes."""
     with trainer.averaged_weights():
         outcome = evaluate(trainer.engine)
         weights = gather_weights(trainer.engine)
     trainer.log.write("evaluation", outcome.figures, step=trainer.progress.step)
     if not is_main():
-        return {}
+        return TrainedRun(folder, interrupted=False, summary={})
     model = trainer.engine.module
-    wiring = wiring_of(model)
-    write_model(folder / MODEL_NAME, weights, classes=model.classes, wiring=wiring, features=features)
+    write_model(folder / MODEL_NAME, weights, classes=model.classes, wiring=wiring_of(model), features=features)
     outcome.write(folder / RESULTS_NAME)
     summary = {
         **outcome.summary,
@@ -271,5 +265,4 @@ def _finish(
         "ranks": int(trainer.engine.world_size),
     }
     write_json(folder / SUMMARY_NAME, summary)
-    print(outcome.report)
-    return summary
+    return TrainedRun(folder, interrupted=False, summary=summary, report=outcome.report)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from re2tal.backbones import BackboneConfig, trained_wiring
 from re2tal.config import RecognitionConfig, RunConfig, save_config
-from re2tal.conversion import import_backbone, import_detector
+from re2tal.conversion import ImportReport, import_backbone, import_detector
 from re2tal.data.building.annotations import read_class_list
 from re2tal.localizers.class_map import AGNOSTIC_CLASS
 from re2tal.rewire import wiring_of
@@ -16,39 +18,50 @@ from re2tal.runs.folder import CONFIG_NAME, MODEL_NAME
 from re2tal.training.export import write_model, write_tensors
 
 
-def import_into_file(weights: Path, run: RunConfig | RecognitionConfig, out: Path, *, as_plain: bool = False) -> None:
-    """Convert the backbone alone into one .safetensors file that `--backbone.weights` takes."""
+@dataclass(frozen=True, slots=True)
+class Imported:
+    """Weights that were converted and written."""
+
+    path: Path
+    """The file or run folder."""
+    report: ImportReport
+    """Which names were read, and in which layout."""
+    wiring: Mapping[str, Any] | None = None
+    """Of a backbone's file: how the backbone was trained rewired. The file says so, and another wiring is refused."""
+
+
+def import_into_file(
+    weights: Path, config: RunConfig | RecognitionConfig, out: Path, *, as_plain: bool = False
+) -> Imported:
+    """Convert the backbone alone into one .safetensors file that `backbone.weights` takes."""
     if out.exists():
-        raise ValueError(f"{out} is there already; give --out another name, or remove it")
-    backbone, report = import_backbone(weights, name=run.backbone.name)
+        raise ValueError(f"{out} is there already; choose another file, or remove it")
+    backbone, report = import_backbone(weights, name=config.backbone.name)
     out.parent.mkdir(parents=True, exist_ok=True)
-    wiring = None if as_plain else trained_wiring(BackboneConfig(name=run.backbone.name, weights=str(weights)))
-    header = {"backbone": run.backbone.name, "wiring": json.dumps(wiring)}
+    wiring = None if as_plain else trained_wiring(BackboneConfig(name=config.backbone.name, weights=str(weights)))
+    header = {"backbone": config.backbone.name, "wiring": json.dumps(wiring)}
     write_tensors(out, backbone.state_dict(), metadata=header)
-    print(report)
-    if wiring is not None:
-        print(f"trained rewired with {wiring}, which {out} says: another wiring is refused (--as-plain forgets it)")
-    print(f"{out}: for re2tal train --backbone.name {run.backbone.name} --backbone.weights {out}")
+    return Imported(out, report, wiring)
 
 
 def import_into_run(
-    weights: Path, run: RunConfig | RecognitionConfig, out: Path, *, classes: Path | None = None
-) -> None:
+    weights: Path, config: RunConfig | RecognitionConfig, out: Path, *, classes: Path | None = None
+) -> Imported:
     """Convert a whole detector into a run folder, as if it had been trained here."""
-    if not isinstance(run, RunConfig):
+    if not isinstance(config, RunConfig):
         raise ValueError(
-            f"{run.name} is of a recognizer; give a detector's, or --out FILE.safetensors for its backbone"
+            f"{config.name} is of a recognizer; give a detector's, or name a .safetensors file for its backbone"
         )
     if (out / CONFIG_NAME).exists():
-        raise ValueError(f"{out} is the folder of another run; give --out another one")
-    config = replace(run, name=out.resolve().name, backbone=replace(run.backbone, weights=None))
+        raise ValueError(f"{out} is the folder of another run; choose another one")
+    config = replace(config, name=out.resolve().name, backbone=replace(config.backbone, weights=None))
     detector, report = import_detector(weights, config, classes=_classes(classes, config))
     out.mkdir(parents=True, exist_ok=True)
     names = detector.localizer.classes
     write_model(out / MODEL_NAME, detector.state_dict(), classes=names, wiring=wiring_of(detector))
     # Last, because it is what makes the folder a run.
     save_config(out / CONFIG_NAME, config)
-    print(f"{report}\n{out}: for re2tal detect --run {out} --videos FOLDER")
+    return Imported(out, report)
 
 
 def _classes(path: Path | None, config: RunConfig) -> tuple[str, ...]:
@@ -57,7 +70,7 @@ def _classes(path: Path | None, config: RunConfig) -> tuple[str, ...]:
         return (AGNOSTIC_CLASS,)
     if path is None:
         raise ValueError(
-            "--classes is missing: a checkpoint does not name its classes; give a text file with one per line, in the "
-            "order of training (OpenTAD keeps it as category_idx.txt beside the annotations)"
+            "a checkpoint does not name its classes; give a text file (classes) with one per line, in the order "
+            "of training (OpenTAD keeps it as category_idx.txt beside the annotations)"
         )
     return read_class_list(path)

@@ -70,10 +70,12 @@ class CheckpointStore:
                 partial.mkdir()
             except OSError as error:
                 failures.append(error)
+        # Also a barrier: no rank writes before the folder is there.
         self._raise_together(failures, partial)
         engine.save_checkpoint(str(self.folder), tag=partial.name, save_latest=False)
         engine.checkpoint_engine.save(_rank_state(engine, average), str(partial / _rank_file()))
         self._raise_together(engine.checkpoint_engine.take_failures(), partial)
+        # The files are read back: a digest of what was meant to be written would not see a disk that lied.
         sums = self._digests(partial)
         if is_main():
             try:
@@ -88,6 +90,7 @@ class CheckpointStore:
 
         Raises ValueError when all are damaged, naming the files, or when it is of another run, naming what changed.
         """
+        # Rank 0 decides for all: a shared disk may show a folder to one rank before the others.
         [(name, faults), *_] = gather_objects(self._newest_sound() if is_main() else (None, {}))
         if name is None and faults:
             raise ValueError(f"no checkpoint in {self.folder} is sound: {faults}; remove the folder to start afresh")
@@ -113,7 +116,7 @@ class CheckpointStore:
     def _commit(self, partial: Path, final: Path, content: dict[str, Any]) -> None:
         manifest = {"format": FORMAT, "run": self.identity, "torch": torch.__version__, **content}
         write_json(partial / "manifest.json", manifest)
-        _flush_folder(partial)
+        _flush_folder(partial)  # names are on the disk only when their folder is
         if final.exists():
             # A damaged checkpoint of this very step, passed over when the run resumed.
             os.replace(final, self.folder / f"tmp-replaced-{final.name}")
@@ -134,7 +137,7 @@ class CheckpointStore:
             raise OSError(
                 f"checkpoint {partial.name.removeprefix('tmp-')} was not written to {self.folder}: "
                 f"{'; '.join(reports)}. Earlier checkpoints are intact; free space or make the folder writable, then "
-                "start again with --resume"
+                "resume the run"
             )
 
     def _remove_leftovers(self) -> None:
@@ -170,7 +173,7 @@ class CheckpointStore:
         if changes:
             raise ValueError(
                 f"{checkpoint} is of another run: {'; '.join(changes)}. Resume with the config.json of its run folder "
-                "and as many ranks, or choose another --out"
+                "and as many ranks, or choose another folder"
             )
 
 
@@ -181,7 +184,7 @@ def _alike(ours: Any, saved: Any) -> bool:
 
 
 def find_fault(checkpoint: Path) -> str | None:
-    """Why the checkpoint in this folder cannot be trusted, or None: compares every file with the manifest."""
+    """The first difference between the files of a checkpoint and its manifest, in words; None if there is none."""
     try:
         manifest = read_json(checkpoint / "manifest.json")
         files = manifest["files"]
@@ -191,6 +194,7 @@ def find_fault(checkpoint: Path) -> str | None:
         return f"manifest.json is unreadable ({type(error).__name__}: {error})"
     for name, expected in files.items():
         path = checkpoint / name
+        # A manifest from elsewhere must not name files outside its folder.
         if Path(name).name != name or not path.is_file():
             return f"{name} is missing"
         if path.stat().st_size != expected["bytes"]:
@@ -201,7 +205,7 @@ def find_fault(checkpoint: Path) -> str | None:
 
 
 def _rank_state(engine: Engine, average: WeightAverage | None) -> dict[str, Any]:
-    """What each rank has of its own and DeepSpeed does not keep: generators, buffers, its share of the average."""
+    """State of this rank that DeepSpeed does not save: generators, buffers, its shards of the average."""
     return {
         "generators": generator_states(engine.device),
         "buffers": {name: buffer.cpu() for name, buffer in engine.module.named_buffers()},

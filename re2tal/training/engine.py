@@ -42,11 +42,13 @@ from deepspeed.utils.tensor_fragment import fragment_address
 
 deepspeed_logger.setLevel(logging.WARNING)
 
+TORCH_LINEAR = torch.nn.functional.linear
+
 Engine: TypeAlias = deepspeed.DeepSpeedEngine
 
-Precision = Literal["fp32", "bf16", "fp16"]
+WeightType = Literal["fp32", "bf16", "fp16"]
 
-DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES: dict[WeightType, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 GLOO_THREAD = "pt_gloo_runloop"
 """The name torch gives the threads that do gloo's collectives."""
@@ -74,14 +76,13 @@ class EngineConfig:
     """Forwards and backwards per optimizer step."""
     gradient_clipping: float = 1.0
     """Largest L2 norm of all gradients together; 0 clips nothing."""
-    precision: Precision = "fp32"
+    precision: WeightType = "fp32"
     """Type of the weights in forward and backward; the optimizer keeps float32 masters."""
     memory_budget_gb: float | Literal["auto"] | None = option(None, resumable=True)
-    """Gigabytes (10^9 bytes) that a step may need on a rank's device: each rewired stage is then stored, or rebuilt,
-    whole or in pieces, with some branches stored or known, with blocks that are not residual kept or with states on the
-    host, whatever is fastest within them, in the place of backbone.recompute, chunk_mebibytes, known, keep_nonresidual
-    and offload. "auto" takes most of what the device has free at the start, on a CPU of what the system has available,
-    shared by a machine's ranks; None plans nothing."""
+    """Gigabytes (10^9 bytes) of a rank's device that a step may need. The planner picks, per stage, the fastest way to
+    stay under this: store, recompute, or recompute in chunks. It overrides backbone.recompute, chunk_mebibytes, known,
+    keep_nonresidual and offload. "auto" takes most of the device's free memory at the start; on a CPU, of the system's,
+    shared by the ranks of a machine. None: no plan."""
     timeout_minutes: float = option(10.0, resumable=True, planned=False)
     """How long a rank waits for the others before it gives up."""
 
@@ -128,6 +129,9 @@ def join(world: World, config: EngineConfig) -> torch.device:
 
 def leave() -> None:
     """Every rank calls this at the end: leaves the process group, if there is one. The interpreter may end after it."""
+    # ZeRO-3 replaces `F.linear` in the whole process for good. Networks that this process rewires later would be slower
+    # and keep more: the reversible engine recognizes only torch's.
+    torch.nn.functional.linear = TORCH_LINEAR
     if dist.is_initialized():
         deepspeed.comm.destroy_process_group()
         _let_workers_rest()
@@ -136,15 +140,13 @@ def leave() -> None:
 def _let_workers_rest(*, timeout_seconds: float = 10.0) -> None:
     """Returns when no thread of gloo has anything left to do.
 
-    A collective is over for its caller a moment before its thread lets go of the tensors, for which it needs the
-    interpreter. Where that moment is long, on a busy machine, it reaches into the interpreter's end, and torch aborts
-    the process with all its work done (pytorch#190489). Destroying the groups ends their threads only when nothing
-    refers to a group any more, and DeepSpeed's engines refer to theirs for ever.
+    A gloo thread releases the tensors of a collective a moment after the caller has its result, and needs the
+    interpreter for it. On a busy machine the interpreter may have ended by then, and torch aborts the process
+    (pytorch#190489). Destroying the groups does not end the threads: DeepSpeed's engines keep references to them.
     """
     deadline = time.monotonic() + timeout_seconds
     before = None
-    # Asleep at both ends of a pause without having run in between: nor was it waiting for the interpreter, which was
-    # free during the pause.
+    # Idle: asleep before and after a pause, and not switched out in between, though the interpreter was free.
     while (now := _gloo_threads()) != before or any(state != "S" for state, *_ in now.values()):
         if time.monotonic() > deadline:
             deepspeed_logger.warning(f"gloo is still busy {timeout_seconds:g} s after the last collective")
@@ -204,6 +206,7 @@ def master_weights(engine: Engine) -> list[Tensor]:
         return [shard.data for shard in optimizer.fp32_partitioned_groups_flat]
     if zero_stage(engine) == 0:
         return [weight.data for weight in engine.module.parameters() if weight.requires_grad]
+    # DeepSpeed may give stage 1 under bf16 an optimizer class of its own, whose shards have another name.
     if hasattr(optimizer, "single_partition_of_fp32_groups"):
         return [shard.data for shard in optimizer.single_partition_of_fp32_groups]
     return [shard.data for shard in optimizer.fp32_groups_flat_partition]
@@ -229,9 +232,9 @@ def gather_weights(engine: Engine) -> dict[str, Tensor]:
     """Every rank calls this; rank 0 gets all float32 weights and buffers by name, on the CPU, the others nothing."""
     is_main = dist.get_rank() == 0
     weights: dict[str, Tensor] = {}
-    saved = set(engine.module.state_dict(keep_vars=True))
+    saved = set(engine.module.state_dict(keep_vars=True))  # leaves out buffers that are not persistent
     for name, parameter in engine.module.named_parameters():
-        with whole(parameter):
+        with whole(parameter):  # one at a time: the whole model need not fit on a device
             master = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
             value = parameter if master is None else master
             if is_main:

@@ -107,7 +107,7 @@ def read_model(path: Path) -> ModelFile:
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file ({error}); copy it again, or train again") from None
     if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} is not a trained re2tal model; backbone weights go to --backbone.weights")
+        raise ValueError(f"{path} is not a trained re2tal model; a file of backbone weights goes to backbone.weights")
     wiring, features = (json.loads(metadata.get(name, "null")) for name in ("wiring", "features"))
     return ModelFile(path, weights, tuple(json.loads(metadata["classes"])), wiring, features)
 

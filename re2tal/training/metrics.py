@@ -1,4 +1,4 @@
-"""What a run reports, on rank 0: a progress bar or plain lines, metrics.jsonl, and TensorBoard events.
+"""The log of a run, on rank 0: a progress bar or plain lines, metrics.jsonl, and TensorBoard events.
 
 {"step": 40, "kind": "train", "loss": 0.82, "loss/classification": 0.51, "lr": 1e-4, "lr/backbone": 1e-5, ...}
 """
@@ -13,8 +13,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+
+from re2tal.distributed import mean_over_ranks
 
 
 class MetricsLog:
@@ -84,6 +87,29 @@ class MetricsLog:
         replacement = path.with_suffix(".tmp")
         replacement.write_text("".join(kept), encoding="utf-8")
         os.replace(replacement, path)
+
+
+class Meter:
+    """Losses and speed since the last report."""
+
+    def __init__(self, *, clips_per_step: int) -> None:
+        self.clips_per_step = clips_per_step
+        self._losses: list[dict[str, Tensor]] = []
+        self._seconds = 0.0
+
+    def add(self, losses: dict[str, Tensor], *, seconds: float) -> None:
+        """One optimizer step of all ranks."""
+        self._losses.append(losses)
+        self._seconds += seconds
+
+    def take(self, *, device: torch.device) -> tuple[dict[str, float], float]:
+        """Every rank calls this: mean losses over steps and ranks, clips per second of all ranks; starts over."""
+        names = list(self._losses[0])
+        sums = torch.stack([torch.stack([losses[name] for losses in self._losses]).mean() for name in names])
+        means = mean_over_ranks(sums.to(device)).tolist()
+        clips_per_second = self.clips_per_step * len(self._losses) / self._seconds
+        self._losses, self._seconds = [], 0.0
+        return dict(zip(names, means, strict=True)), clips_per_second
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -47,3 +47,14 @@ def learning_rate_factor(config: ScheduleConfig, *, steps_per_epoch: float, num_
         return config.final_factor + (1.0 - config.final_factor) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
     return factor
+
+
+def num_optimizer_steps(epochs: int, steps_per_epoch: int, *, accumulation: int) -> int:
+    """Optimizer steps of the whole run. Raises ValueError when the data is too short for a single one."""
+    steps = epochs * steps_per_epoch // accumulation
+    if steps == 0:
+        raise ValueError(
+            f"{epochs} epochs of {steps_per_epoch} batches give no step with gradient accumulation "
+            f"{accumulation}; add videos, train for more epochs, or use a smaller batch or fewer ranks"
+        )
+    return steps

@@ -8,26 +8,26 @@ decided by all ranks together.
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from types import FrameType
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from re2tal.distributed import any_rank, mean_over_ranks
+from re2tal.distributed import any_rank
 from re2tal.options import option
 from re2tal.rewire import count_states, largest_drift, set_beta
 from re2tal.structures import Batch
 from re2tal.training.checkpoint import CheckpointStore, Progress
 from re2tal.training.ema import WeightAverage
 from re2tal.training.engine import Engine
-from re2tal.training.metrics import MetricsLog, peak_memory_gib
+from re2tal.training.metrics import Meter, MetricsLog, peak_memory_gib
+from re2tal.training.schedule import num_optimizer_steps
+from re2tal.training.signals import stop_requests
 
 LOSS_SCALE_SEARCH = 40
 """Steps in a row that fp16 may skip while its loss scale is sought, beyond `max_non_finite`."""
@@ -55,21 +55,16 @@ class TrainingConfig:
     """Give up after this many batches or steps in a row that were not finite."""
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "max_non_finite"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"training.{name} is {getattr(self, name)}; it must be at least 1")
-        if self.evaluate_every_epochs is not None and self.evaluate_every_epochs < 1:
-            raise ValueError(
-                f"training.evaluate_every_epochs is {self.evaluate_every_epochs}; it must be at least 1, or None"
-            )
+        counts = ("epochs", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "max_non_finite")
+        for name in (*counts, "evaluate_every_epochs"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"training.{name} is {value}; it must be at least 1")
         if self.average_decay is not None and not 0 <= self.average_decay < 1:
-            raise ValueError(
-                f"training.average_decay is {self.average_decay}; it lies in [0, 1), usually 0.999, or is None"
-            )
+            raise ValueError(f"training.average_decay is {self.average_decay}; it lies in [0, 1), usually 0.999")
 
 
 class Clips(Protocol):
-    """What the trainer needs of a stream of clips; `re2tal.data.streaming.stream` has the real one."""
+    """A stream of batches; `re2tal.data.streaming.stream` has the real one."""
 
     steps_per_epoch: int
 
@@ -113,7 +108,7 @@ class Trainer:
         self.beta = beta
         self.planned_bytes = planned_bytes
         self.accumulation = int(engine.gradient_accumulation_steps())
-        self.num_steps = num_optimizer_steps(config, clips.steps_per_epoch, accumulation=self.accumulation)
+        self.num_steps = num_optimizer_steps(config.epochs, clips.steps_per_epoch, accumulation=self.accumulation)
         decay = config.average_decay
         self.average = None if decay is None else WeightAverage(engine, decay=decay)
         self.progress = Progress()
@@ -143,23 +138,24 @@ class Trainer:
                 meter.add(losses, seconds=time.perf_counter() - started)
                 self._advance(seconds=time.perf_counter() - started)
                 self._report(meter)
+                # Signals reach ranks at different times: all ranks agree here, or some would save while others train.
                 stop = any_rank(bool(requests), device=self.engine.device)
                 if self._due_every_epochs(self.config.evaluate_every_epochs) and not stop:
                     self.evaluate()
+                    # An evaluation takes minutes, and a job that was told to stop has few.
                     stop = any_rank(bool(requests), device=self.engine.device)
                 if stop or self._last() or self.progress.step % self.config.checkpoint_every_steps == 0:
                     self.checkpoints.save(self.engine, self.average, self.progress)
-            batches.close()
+            batches.close()  # ends the stream's worker processes
         return "finished" if self._last() else "interrupted"
 
-    def evaluate(self) -> Mapping[str, float]:
+    def evaluate(self) -> None:
         """Every rank calls this: validates with the averaged weights, if there are any, and logs the figures."""
         with self.averaged_weights():
             figures = self.validate(self.engine)
         self.log.write("evaluation", figures, step=self.progress.step)
-        return figures
 
-    def averaged_weights(self):
+    def averaged_weights(self) -> AbstractContextManager[None]:
         """A context in which the model computes with the weights to evaluate and to export."""
         return nullcontext() if self.average is None else self.average.in_place_of_weights()
 
@@ -174,12 +170,13 @@ class Trainer:
             self.engine.step()
             parts.append({name: loss.detach().float() for name, loss in losses.items()})
         if self.engine.was_step_applied():
+            # Only now: after a skipped step the weights are the old ones, and would count twice.
             self.non_finite_in_a_row = self.overflows_in_a_row = 0
             if self.average is not None:
                 self.average.update()
         elif self.engine.fp16_enabled():
-            # Counted apart: DeepSpeed starts by looking for a loss scale. It may have to halve 2^16 down to 1, once per
-            # overflow, after one that it lets pass. Losses are checked before they are scaled.
+            # Counted apart: DeepSpeed begins with a loss scale of 2^16 and halves it at every overflow, so a sound run
+            # may skip a dozen steps in a row. Losses were checked before they were scaled.
             self.overflows_in_a_row += 1
             in_a_row, limit = self.overflows_in_a_row, self.config.max_non_finite + LOSS_SCALE_SEARCH
             self._skip(f"the gradients of step {self.progress.step} overflow", in_a_row=in_a_row, limit=limit)
@@ -188,8 +185,11 @@ class Trainer:
         return {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
 
     def _finite_losses(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
-        """Losses of the next batch whose loss is finite on every rank. All ranks pass over the others together, before
-        backward: without ZeRO, DeepSpeed would apply a NaN that one rank saw to the weights of all."""
+        """Losses of the next batch whose loss is finite on every rank.
+
+        All ranks skip a bad batch together, before backward: without ZeRO, DeepSpeed would apply one rank's NaN to the
+        weights of all.
+        """
         while True:
             batch = next(batches)
             losses = self._losses(batch)
@@ -203,12 +203,15 @@ class Trainer:
     def _losses(self, batch: Batch) -> dict[str, Tensor]:
         batch = batch.to(self.engine.device)
         outputs = self.engine(self.prepare(batch, self.progress.micro_batches), batch.mask)
-        outputs = tree_map(lambda tensor: tensor.float() if tensor.is_floating_point() else tensor, outputs)
-        if not bool(batch.valid.all()):
-            # What could not be decoded teaches nothing, but this rank still walks through backward with the others.
-            outputs = tree_map(
-                lambda tensor: _only(batch.valid, tensor) if tensor.dtype == torch.bool else tensor, outputs
-            )
+
+        def readable(tensor: Tensor) -> Tensor:
+            if tensor.dtype == torch.bool:
+                # Clips that could not be decoded give no loss, but this rank still runs backward: the others wait.
+                return tensor & batch.valid.view(-1, *[1] * (tensor.ndim - 1))
+            # Losses sum over thousands of steps, which loses digits in half precision.
+            return tensor.float() if tensor.is_floating_point() else tensor
+
+        outputs = tree_map(readable, outputs)
         return self.engine.module.loss(outputs, batch.actions, batch.timelines, num_frames=batch.mask.shape[1])
 
     def _skip_non_finite(self, reason: str) -> None:
@@ -257,8 +260,7 @@ class Trainer:
                 **{f"loss/{name}": loss for name, loss in losses.items()},
                 "lr": max(group["lr"] for group in self.engine.optimizer.param_groups),
                 **{f"lr/{group['name']}": group["lr"] for group in self.engine.optimizer.param_groups},
-                **self._coupling(),
-                **self._drift(),
+                **self._rewiring(),
                 "clips_per_second": clips_per_second,
                 "peak_memory_gib": peak_memory_gib(self.engine.device),
                 "skipped": self.progress.skipped,
@@ -266,16 +268,14 @@ class Trainer:
             step=self.progress.step,
         )
 
-    def _coupling(self) -> dict[str, float]:
-        """Beta of the next step, where it has a course, and how many states the network then keeps for backward."""
-        if self.beta is None:
-            return {}
-        return {"beta": self.beta(self.progress.step), "kept_states": count_states(self.engine.module).kept}
-
-    def _drift(self) -> dict[str, float]:
-        """How well this rank's rewired stages rebuilt what they forgot when they were last watched, if they were."""
-        reading = largest_drift(self.engine.module)
-        return {} if reading is None else {"drift": reading.drift, "outside_grid": reading.outside}
+    def _rewiring(self) -> dict[str, float]:
+        """Beta and the number of kept states, where beta changes; the monitor's last error of rebuilt states."""
+        figures: dict[str, float] = {}
+        if self.beta is not None:
+            figures |= {"beta": self.beta(self.progress.step), "kept_states": count_states(self.engine.module).kept}
+        if (reading := largest_drift(self.engine.module)) is not None:
+            figures |= {"drift": reading.drift, "outside_grid": reading.outside}
+        return figures
 
     def _compare_with_plan(self) -> None:
         """Once, after the first steps."""
@@ -296,61 +296,3 @@ class Trainer:
 
     def _last(self) -> bool:
         return self.progress.step >= self.num_steps
-
-
-def _only(valid: Tensor, mask: Tensor) -> Tensor:
-    """A mask (B, ...) with the clips blanked that are not valid, (B,)."""
-    return mask & valid.view(-1, *[1] * (mask.ndim - 1))
-
-
-class Meter:
-    """Losses and speed since the last report."""
-
-    def __init__(self, *, clips_per_step: int) -> None:
-        self.clips_per_step = clips_per_step
-        self._losses: list[dict[str, Tensor]] = []
-        self._seconds = 0.0
-
-    def add(self, losses: dict[str, Tensor], *, seconds: float) -> None:
-        """One optimizer step of all ranks."""
-        self._losses.append(losses)
-        self._seconds += seconds
-
-    def take(self, *, device: torch.device) -> tuple[dict[str, float], float]:
-        """Every rank calls this: mean losses over steps and ranks, clips per second of all ranks; starts over."""
-        names = list(self._losses[0])
-        sums = torch.stack([torch.stack([losses[name] for losses in self._losses]).mean() for name in names])
-        means = mean_over_ranks(sums.to(device)).tolist()
-        clips_per_second = self.clips_per_step * len(self._losses) / self._seconds
-        self._losses, self._seconds = [], 0.0
-        return dict(zip(names, means, strict=True)), clips_per_second
-
-
-def num_optimizer_steps(config: TrainingConfig, steps_per_epoch: int, *, accumulation: int) -> int:
-    """Optimizer steps of the whole run. Raises ValueError when the data is too short for a single one."""
-    steps = config.epochs * steps_per_epoch // accumulation
-    if steps == 0:
-        raise ValueError(
-            f"{config.epochs} epochs of {steps_per_epoch} batches give no step with gradient accumulation "
-            f"{accumulation}; add videos, train for more epochs, or use a smaller batch or fewer ranks"
-        )
-    return steps
-
-
-@contextmanager
-def stop_requests() -> Iterator[list[int]]:
-    """Inside, SIGTERM and SIGUSR1 leave their number in the list and do nothing else.
-
-    The loop looks at it between two steps, where all ranks can save together; inside a handler nothing would be safe.
-    """
-    requests: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        requests.append(number)
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1)}
-    try:
-        yield requests
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)

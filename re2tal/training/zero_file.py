@@ -51,6 +51,7 @@ def resolve_deepspeed_config(path: Path, config: EngineConfig, *, world_size: in
     """
     settings = _read(path)
     _refuse_unknown_keys(path, settings)
+    # Unknown keys come first: DeepSpeed ignores those at the top, and a misspelt "auto" would never be filled.
     zero = settings.setdefault("zero_optimization", {})
     for key, (value, origin) in _values_of_the_run(config, world_size).items():
         _fill(path, settings, key, value=value, origin=origin)
@@ -123,6 +124,7 @@ def _fill(path: Path, settings: dict[str, Any], key: str, *, value: Any, origin:
         section = section.setdefault(parent, {})
     if section.setdefault(last, "auto") == "auto":
         section[last] = value
+    # 1 == True in Python, and "enabled": 1 is not what DeepSpeed expects.
     elif section[last] != value or isinstance(section[last], bool) != isinstance(value, bool):
         raise ValueError(
             f"{path}: {key} is {json.dumps(section[last])}, but the run has {origin}; make them agree, or write "
@@ -152,7 +154,7 @@ def _refuse_wrong_values(path: Path, settings: dict[str, Any]) -> None:
 
 
 def _refuse_contradictions(path: Path, settings: dict[str, Any], zero: dict[str, Any], config: EngineConfig) -> None:
-    stage = zero.get("stage", 0)
+    stage = zero.get("stage", 0)  # DeepSpeed's default
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise ValueError(f"{path}: zero_optimization.stage is {stage!r}; it must be 0, 1, 2 or 3")
     if stage == 0 and config.precision != "fp32":

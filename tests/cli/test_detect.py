@@ -92,7 +92,11 @@ def test_the_runs_own_validation_videos_are_detected_and_shown(run: Path, capsys
         "0001_second.png",
     ]
     assert (run / "report" / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert "average mAP" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "2 videos reach the limit of 5 detections; any more were cut" in said
+    assert "note: 2 videos reach the limit of 5 detections (suppression.max_per_video); any more were cut" in said
+    assert ": 2 videos; no blocked list; by class; protocol opentad" in said
+    assert "average mAP" in said
 
 
 def agnostic(run: Path, tmp_path: Path) -> RunConfig:
@@ -146,10 +150,10 @@ def test_a_classifier_of_whole_videos_names_what_a_class_agnostic_detector_finds
 def test_a_classifier_that_does_not_fit_is_refused_before_anything_is_detected(run: Path, tmp_path: Path) -> None:
     path = tmp_path / "cuhk.json"
     path.write_text(json.dumps({"results": {"first": [1.0, 0.0]}, "class": list(CLASSES)}))
-    with pytest.raises(ValueError, match=r"--video-classes .*cuhk\.json was given, but .*class_agnostic is false"):
+    with pytest.raises(ValueError, match=r"video classes, .*cuhk\.json, were given, but .*class_agnostic is false"):
         detect(run=run, device="cpu", video_classes=path)
     agnostic(run, tmp_path)
-    with pytest.raises(ValueError, match=r"--top-k is 3; .*cuhk\.json has 2 classes"):
+    with pytest.raises(ValueError, match=r"top_k is 3; .*cuhk\.json has 2 classes"):
         detect(run=run, device="cpu", video_classes=path, top_k=3)
     with pytest.raises(ValueError, match=r"cuhk\.json: results\['second'\] is missing, like 1 of the videos"):
         detect(run=run, device="cpu", video_classes=path)
@@ -203,7 +207,7 @@ def test_what_cannot_be_done_is_said(run: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "x.mp4").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"--videos .* and --shards .* were both given"):
+    with pytest.raises(ValueError, match=r"videos .* and shards .* were both given"):
         detect(run=run, videos=tmp_path, shards=tmp_path)
     with pytest.raises(ValueError, match=r"empty holds no video file; wanted one of \.mp4"):
         detect(run=run, videos=tmp_path / "empty", device="cpu")
@@ -220,6 +224,13 @@ def test_what_cannot_be_done_is_said(run: Path, tmp_path: Path) -> None:
 def test_annotations_may_come_from_a_file(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     detect(run=run, device="cpu")
     annotation = {"subset": "validation", "duration": 3, "annotations": [{"segment": [0, 1], "label": "jump"}]}
-    (tmp_path / "truth.json").write_text(json.dumps({"database": {"../first": annotation}}))
+    (tmp_path / "truth.json").write_text(json.dumps({"database": {"../first": annotation, "second": annotation}}))
     report(run=run, annotations=tmp_path / "truth.json")
-    assert [path.name for path in (run / "report" / "timelines").iterdir()] == ["0000____first.png"]
+    drawn = sorted(path.name for path in (run / "report" / "timelines").iterdir())
+    assert drawn == ["0000____first.png", "0001_second.png"]
+    page = (run / "report" / "index.html").read_text("utf-8")
+    assert "predicted videos are not in the subset" in page
+    assert "subset validation: 2 videos; no blocked list; by class" in page
+    (tmp_path / "truth.json").write_text(json.dumps({"database": {"third": annotation}}))
+    with pytest.raises(ValueError, match="no predicted video is among the 1 of subset 'validation'"):
+        report(run=run, annotations=tmp_path / "truth.json")

@@ -13,6 +13,7 @@ from data.numbered import encode_numbered
 
 from re2tal.backbones import BackboneConfig
 from re2tal.cli import main
+from re2tal.cli.features import features as store
 from re2tal.data.contract.feature_manifest import Extracted, FramesPerStep, Packed, SecondsPerStep, StepsPerVideo
 from re2tal.data.contract.features import read_features
 from re2tal.data.contract.manifest import MANIFEST_NAME
@@ -50,7 +51,7 @@ def contents(root: Path) -> dict[str, bytes]:
 
 
 def test_extraction_writes_a_folder_that_says_what_made_it(videos, tmp_path, capsys):
-    assert extract(options(videos, tmp_path, dtype="float32")) == 0
+    assert store(options(videos, tmp_path, dtype="float32")) == 0
     found = features(tmp_path / "training")
     spec = found.manifest.features
     assert (spec.channels, spec.dtype, spec.grid) == (96, "float32", SecondsPerStep(2 / 15))
@@ -69,8 +70,8 @@ def test_extraction_writes_a_folder_that_says_what_made_it(videos, tmp_path, cap
 
 def test_two_parts_make_what_one_makes_and_other_weights_make_another_folder(videos, tmp_path):
     for part in ("1/2", "0/2"):
-        assert extract(options(videos, tmp_path / "parts", part=part)) == 0
-    assert extract(options(videos, tmp_path / "whole")) == 0
+        extract(options(videos, tmp_path / "parts", part=part))
+    extract(options(videos, tmp_path / "whole"))
     assert contents(tmp_path / "parts") == contents(tmp_path / "whole")
     with pytest.raises(ValueError, match=r"was built with features .*; give another --out, or delete that folder"):
         extract(options(videos, tmp_path / "whole", seed=1))
@@ -85,7 +86,7 @@ def test_videos_that_cannot_be_read_are_reported_and_counted(videos, tmp_path, c
     tar = bytearray((damaged / video.shard).read_bytes())
     tar[video.offset + video.num_bytes - 1000] ^= 1
     (damaged / video.shard).write_bytes(tar)
-    assert extract(options(damaged, tmp_path / "out")) == 3
+    assert store(options(damaged, tmp_path / "out")) == 3
     assert "rejected b: " in capsys.readouterr().err
     assert sorted(features(tmp_path / "out" / "training").by_id) == ["a", "c"]
 
@@ -93,13 +94,13 @@ def test_videos_that_cannot_be_read_are_reported_and_counted(videos, tmp_path, c
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"whole": 16}, "--whole 16 excludes --window-frames and --fps"),
-        ({"window_frames": 0}, "--window-frames is 0; give 1 or more"),
+        ({"whole": 16}, "whole = 16 excludes window_frames and fps"),
+        ({"window_frames": 0}, "window_frames is 0; give 1 or more"),
         ({"window_frames": 15}, "windows of 15 frames do not hold whole steps of 2 frames"),
         ({"fps": 60.0}, "frames_per_second is 60.0, but a is stored at 30"),
         ({"part": "2/2"}, "--part is '2/2'; give i/n"),
         ({"run": Path("nowhere")}, "nowhere/config.json is not a file"),
-        ({"shards": ()}, "--shards names no folder"),
+        ({"shards": ()}, "no folder of shards was named"),
     ],
 )
 def test_options_without_a_meaning_are_refused(videos, tmp_path, changes, message):

@@ -255,10 +255,10 @@ def test_a_run_is_not_written_over_and_classes_are_asked_for(
     case = write_case(TELLS_CLASSES_APART)
     save_file(case.state, tmp_path / "weights.safetensors")
     assert import_detector(tmp_path, tmp_path / "weights.safetensors", out=".") == 2
-    assert "is the folder of another run; give --out another one" in capsys.readouterr().err
+    assert "is the folder of another run; choose another one" in capsys.readouterr().err
     options = ("--config", tmp_path / "config.json", "--out", tmp_path / "run")
     assert run_command("import", tmp_path / "weights.safetensors", *options) == 2
-    assert "--classes is missing: a checkpoint does not name its classes" in capsys.readouterr().err
+    assert "a checkpoint does not name its classes; give a text file (classes)" in capsys.readouterr().err
 
 
 class Payload:
@@ -351,7 +351,10 @@ def test_what_cannot_be_exported_is_said(tmp_path: Path, capsys: pytest.CaptureF
     for arguments, message in (
         ((*source, *out, "--to", "torchvision"), "give either --run FOLDER, or --weights FILE and --backbone NAME"),
         ((*source, "--backbone", "swin3d_nano", *out, "--to", "pytorchvideo"), "swin3d_nano has no layout 'pytorchvi"),
-        ((*source, "--backbone", "swin3d_nano", "--out", tmp_path / "out.pth", "--to", "opentad"), "one format that"),
+        (
+            (*source, "--backbone", "swin3d_nano", "--out", tmp_path / "out.pth", "--to", "opentad"),
+            "only format of weights files",
+        ),
         ((*source, "--backbone", "slowfast_nano", *out, "--to", "mmaction2"), "is not a checkpoint of SlowFast"),
     ):
         assert run_command("export", *arguments) == 2

@@ -78,7 +78,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
         (["--config", "/no/such.json"], "/no/such.json is not a file"),
         (["--ds", "/no/ds.json"], "/no/ds.json is not a file"),
         (["--data.shards", "/no/shards", "--out", "OUT"], "/no/shards/training is not a folder"),
-        (["--resume", "--overwrite"], "--resume continues the earlier run, --overwrite removes it; give one of them"),
+        (["--resume", "--overwrite"], "resume continues the earlier run, overwrite removes it; choose one of them"),
         (["--recipe", "thumos14_re2swin_tiny"], "shards/thumos14/training is not a folder; build it"),
     ],
 )

@@ -155,7 +155,7 @@ def test_what_cannot_be_classified_is_said(trained, shards, tmp_path, capsys):
     (tmp_path / "detector" / "config.json").write_text(json.dumps({"name": "detector"}))
     for options, message in (
         (("--run", out, "--videos", tmp_path, "--shards", shards), "were both given; give one of them"),
-        (("--run", out, "--top", 0), "--top is 0; give 1 or more"),
+        (("--run", out, "--top", 0), "top is 0; give 1 or more"),
         (("--run", out, "--videos", tmp_path), "holds no video file"),
         (("--run", tmp_path / "detector"), "is the run of a detector, which says when something happens too"),
     ):

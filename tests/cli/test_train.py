@@ -84,7 +84,7 @@ def test_from_videos_to_a_score_and_the_same_weights_after_a_restart(shards, tmp
     # As if it had been killed after step 3. Its own config.json starts it again.
     shutil.rmtree(out / "checkpoints" / "step-00000006")
     again = [*command[:4], "--config", str(out / "config.json"), "--out", str(out)]
-    with pytest.raises(RuntimeError, match="holds the checkpoints of an earlier run; --resume continues it"):
+    with pytest.raises(RuntimeError, match="holds the checkpoints of an earlier run; continue it"):
         launch_ranks(again, world_size=2, timeout_seconds=280)
     launch_ranks([*again, "--resume"], world_size=2, timeout_seconds=280)
     resumed = read_model(out / "model.safetensors")

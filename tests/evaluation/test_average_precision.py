@@ -236,9 +236,10 @@ def test_the_table_shows_percent_by_class_and_threshold() -> None:
     report = score({"a": detected((0, 5, 0.9, 0))}, record("a", (0, 10, "jump"), (2, 3, "run")), thresholds=(0.5, 0.75))
     lines = str(report).splitlines()
     assert lines[0] == "AP in %, by tIoU; protocol opentad"
-    assert lines[1].split() == ["class", "truths", "predictions", "0.5", "0.75", "average"]
-    assert lines[3].split() == ["jump", "1", "1", "100.00", "0.00", "50.00"]
-    assert lines[4].split() == ["run", "1", "0", "0.00", "0.00", "0.00"]
+    assert lines[1] == "subset validation: 1 videos; no blocked list; by class"
+    assert lines[2].split() == ["class", "truths", "predictions", "0.5", "0.75", "average"]
+    assert lines[4].split() == ["jump", "1", "1", "100.00", "0.00", "50.00"]
+    assert lines[5].split() == ["run", "1", "0", "0.00", "0.00", "0.00"]
     assert lines[-1].split() == ["mAP", "2", "1", "50.00", "0.00", "25.00"]
 
 

@@ -77,5 +77,5 @@ def test_videos_and_numbers_the_file_does_not_allow_are_named_beforehand(tmp_pat
     with pytest.raises(ValueError, match=r"cuhk\.json: results\['c'\] is missing, like 2 of the videos .* add"):
         read.check(["d", "a", "c"], top_k=2)
     for top_k in (0, 4):
-        with pytest.raises(ValueError, match=rf"--top-k is {top_k}; .*cuhk\.json has 3 classes, so give 1"):
+        with pytest.raises(ValueError, match=rf"top_k is {top_k}; .*cuhk\.json has 3 classes, so give 1"):
             read.check([], top_k=top_k)

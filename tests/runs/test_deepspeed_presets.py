@@ -24,5 +24,5 @@ def test_a_name_a_path_or_a_list_of_the_names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "own").write_text("{}")
     assert find_preset("own") == Path("own")
-    with pytest.raises(ValueError, match=r"zero4 is neither a preset nor a file; presets are zero1, zero2, zero2_"):
+    with pytest.raises(ValueError, match=r"zero4 is neither a preset nor a DeepSpeed file; presets are zero1, zero2"):
         find_preset("zero4")

@@ -1,4 +1,4 @@
-"""The end of a run: threads of gloo have done all their work before the interpreter ends."""
+"""The end of a run: gloo's threads are idle before the interpreter ends, and the process is as it was before."""
 
 from __future__ import annotations
 
@@ -6,7 +6,13 @@ import os
 import subprocess
 import sys
 
+import torch
+import torch.nn.functional as F
+from deepspeed.runtime.zero.linear import zero3_linear_wrap
+
 from re2tal.distributed import World, free_port
+from re2tal.reversible.linear import AddingProducts
+from re2tal.training.engine import leave
 
 # The group outlives `leave`, as those do that an engine refers to. The callback runs on gloo's own thread, and keeps it
 # at work in Python while the rank leaves.
@@ -44,3 +50,13 @@ def test_a_process_ends_well_though_a_thread_of_gloo_was_still_at_work_when_it_l
         check=False,
     )
     assert (ended.returncode, ended.stdout) == (0, "let go\nleft\n"), ended.stderr
+
+
+def test_networks_that_are_rewired_after_a_run_under_zero_3_save_as_much_as_before(monkeypatch):
+    monkeypatch.setattr(F, "linear", zero3_linear_wrap)
+    leave()
+    layer, products = torch.nn.Linear(3, 2), []
+    with AddingProducts(lambda leaf, rows, columns: products.append(leaf)):
+        loss = layer(torch.ones(4, 3)).sum()
+    loss.backward()
+    assert products == [layer.weight]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from re2tal.training.schedule import ScheduleConfig, learning_rate_factor
+from re2tal.training.schedule import ScheduleConfig, learning_rate_factor, num_optimizer_steps
 
 
 def factors(config: ScheduleConfig, *, num_steps: int, steps_per_epoch: float = 4) -> list[float]:
@@ -28,3 +28,8 @@ def test_a_constant_holds_the_peak():
 def test_a_warmup_longer_than_the_run_is_refused():
     with pytest.raises(ValueError, match=r"schedule.warmup_epochs = 2 is 8 steps, but the run has only 6; shorten"):
         factors(ScheduleConfig(warmup_epochs=2), num_steps=6)
+
+
+def test_too_little_data_for_a_step_is_said():
+    with pytest.raises(ValueError, match="1 epochs of 3 batches give no step with gradient accumulation 4; add videos"):
+        num_optimizer_steps(1, 3, accumulation=4)

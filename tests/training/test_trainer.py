@@ -9,7 +9,7 @@ import pytest
 import torch
 from training.tiny import TinyClips, same, tiny_trainer, weights
 
-from re2tal.training.trainer import LOSS_SCALE_SEARCH, TrainingConfig, num_optimizer_steps
+from re2tal.training.trainer import LOSS_SCALE_SEARCH, TrainingConfig
 
 
 @pytest.fixture(autouse=True)
@@ -129,8 +129,3 @@ def test_a_search_for_a_loss_scale_is_not_counted_with_losses_that_are_not_finit
     monkeypatch.setattr(trainer.engine, "fp16_enabled", lambda: True)
     assert trainer.train() == "finished"
     assert trainer.progress.skipped == 11
-
-
-def test_too_little_data_for_a_step_is_said():
-    with pytest.raises(ValueError, match="1 epochs of 3 batches give no step with gradient accumulation 4; add videos"):
-        num_optimizer_steps(TrainingConfig(epochs=1), 3, accumulation=4)

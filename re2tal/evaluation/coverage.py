@@ -1,0 +1,167 @@
+"""Which videos and labels of the predictions meet the ground truth. Without these facts a score cannot be read.
+
+Ids that differ only in a video file's suffix, or in the `v_` that ActivityNet's packages put before them, are taken for
+one video, if that is unambiguous.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+MAX_NAMED = 5
+"""Names in one line of text; JSON holds all."""
+
+_SUFFIX = re.compile(r"\.(mp4|mkv|webm|avi|mov|m4v|mpg|mpeg|ts|flv|wmv|npy|npz)$", re.IGNORECASE)
+
+
+@dataclass(frozen=True, slots=True)
+class Coverage:
+    """What was scored, and what of it did not meet."""
+
+    subset: str
+    """Of the ground truth."""
+    num_videos: int
+    """Videos that were scored."""
+    num_videos_without_actions: int
+    """Those of them that have no true action that counts."""
+    class_agnostic: bool
+    """All labels counted as one."""
+    num_blocked_ids: int
+    """Ids on the list of blocked videos."""
+    blocked_videos: tuple[str, ...]
+    """Videos of the subset that are on it, and were left out."""
+    num_predictions: int
+    """Predictions outside blocked videos."""
+    num_in_subset: int
+    """Those of them for videos of the subset."""
+    num_met: int
+    """Those of them for videos of the subset, with a label that has a true action there."""
+    num_predicted_videos: int
+    """Videos of the subset that the predictions name, be it without any."""
+    renamed_videos: Mapping[str, str]
+    """Id in the predictions -> id in the ground truth, where they differ by suffix or prefix."""
+    videos_without_predictions: tuple[str, ...]
+    """Videos that have true actions and no prediction."""
+    unknown_videos: Mapping[str, int]
+    """Videos that are not in the subset -> their predictions, which are false positives."""
+    unknown_labels: Mapping[str, int]
+    """Labels without a true action in the subset -> their predictions, which no AP counts."""
+    reversed_segments: Mapping[str, int]
+    """Video -> predictions that end before they start, which are false positives."""
+    known_labels: tuple[str, ...]
+    """Labels that have a true action."""
+    max_per_video: int | None = None
+    """The limit of suppression that the predictions were made under, where it is known."""
+    videos_at_max: tuple[str, ...] = ()
+    """Videos with so many predictions: any more were cut."""
+
+    def check(self) -> None:
+        """ValueError if no prediction meets the ground truth, so that a score would only say that names differ.
+
+        Videos of the subset that are listed without any prediction are no fault: the score is 0.
+        """
+        if not self.num_predicted_videos or (self.num_predictions and not self.num_in_subset):
+            raise ValueError(
+                f"no predicted video is among the {self.num_videos} of subset {self.subset!r}: predicted are "
+                f"{_named(self.unknown_videos)}; give the annotations and the subset of these videos"
+            )
+        if self.num_met or not self.num_predictions:
+            return
+        raise ValueError(
+            f"no predicted label has a true action in subset {self.subset!r}: predicted are "
+            f"{_named(self.unknown_labels)}, and there {_named(self.known_labels)}; rename the labels, or score "
+            "class-agnostic"
+        )
+
+    def facts(self) -> str:
+        """One line: what was scored."""
+        blocked = "no blocked list"
+        if self.num_blocked_ids:
+            blocked = f"{len(self.blocked_videos)} of the {self.num_blocked_ids} videos on the blocked list left out"
+        empty = f", {self.num_videos_without_actions} without true actions" if self.num_videos_without_actions else ""
+        agnostic = "class-agnostic" if self.class_agnostic else "by class"
+        return f"subset {self.subset}: {self.num_videos} videos{empty}; {blocked}; {agnostic}"
+
+    def notes(self) -> list[str]:
+        """One line for each thing that did not meet; empty where all is as it should be."""
+        num_with_actions = self.num_videos - self.num_videos_without_actions
+        notes = []
+        if self.num_blocked_ids and not self.blocked_videos:
+            notes.append(f"none of the {self.num_blocked_ids} blocked ids is in the subset")
+        if self.renamed_videos:
+            pairs = [f"{ours!r} is {theirs!r}" for ours, theirs in self.renamed_videos.items()]
+            notes.append(f"{len(pairs)} videos matched without suffix or prefix: {_listed(pairs)}")
+        if missing := self.videos_without_predictions:
+            notes.append(
+                f"{len(missing)} of {num_with_actions} videos with true actions have no predictions: {_named(missing)}"
+            )
+        if self.unknown_videos:
+            number = sum(self.unknown_videos.values())
+            notes.append(
+                f"{len(self.unknown_videos)} predicted videos are not in the subset (their {number} predictions count "
+                f"as false): {_named(self.unknown_videos)}"
+            )
+        if self.unknown_labels:
+            number = sum(self.unknown_labels.values())
+            notes.append(
+                f"{len(self.unknown_labels)} predicted labels have no true action in the subset (their {number} "
+                f"predictions count nowhere): {_listed([self._hinted(label) for label in self.unknown_labels])}"
+            )
+        if self.reversed_segments:
+            number = sum(self.reversed_segments.values())
+            notes.append(
+                f"{number} predictions end before they start, and count as false: {_named(self.reversed_segments)}"
+            )
+        if self.videos_at_max:
+            notes.append(
+                f"{len(self.videos_at_max)} videos reach the limit of {self.max_per_video} detections "
+                "(suppression.max_per_video); any more were cut"
+            )
+        return notes
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, in types that `json` writes."""
+        return {**asdict(self), "notes": self.notes()}
+
+    def _hinted(self, label: str) -> str:
+        near = [known for known in self.known_labels if _folded(known) == _folded(label)]
+        return f"{label!r}, which is nearly {near[0]!r}" if near else repr(label)
+
+
+def match_ids(given: Collection[str], known: Iterable[str]) -> dict[str, str]:
+    """Ids of `given` that are not known as they stand -> the known id that differs only in suffix or prefix.
+
+    Left out where two known ids, or two given ones, come into question.
+    """
+    known = set(known)
+    strangers = [one for one in given if one not in known]
+    if not strangers:
+        return {}
+    by_plain: dict[str, list[str]] = {}
+    for one in known:
+        by_plain.setdefault(_plain(one), []).append(one)
+    takers = Counter(map(_plain, given))
+    found = {one: by_plain.get(_plain(one), []) for one in strangers if takers[_plain(one)] == 1}
+    return {one: candidates[0] for one, candidates in found.items() if len(candidates) == 1}
+
+
+def _plain(video_id: str) -> str:
+    return _SUFFIX.sub("", video_id).removeprefix("v_")
+
+
+def _folded(label: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", label).casefold().replace("_", " ").split())
+
+
+def _named(names: Iterable[str]) -> str:
+    return _listed([repr(name) for name in names])
+
+
+def _listed(texts: list[str]) -> str:
+    shown = ", ".join(texts[:MAX_NAMED])
+    return f"{shown} and {len(texts) - MAX_NAMED} more" if len(texts) > MAX_NAMED else shown or "none"

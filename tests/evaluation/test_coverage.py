@@ -1,0 +1,112 @@
+"""What a score says about videos and labels that only the predictions, or only the ground truth, have."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import re2tal
+from re2tal.evaluation.coverage import match_ids
+
+
+def write(folder: Path, found: dict[str, list], truth: dict[str, list]) -> tuple[Path, Path]:
+    """Predictions and annotations; a segment is (start, end, label)."""
+    results = {
+        name: [{"segment": [start, end], "label": label, "score": 0.5} for start, end, label in rows]
+        for name, rows in found.items()
+    }
+    database = {
+        name: {
+            "subset": "validation",
+            "duration": 9.0,
+            "annotations": [{"segment": [start, end], "label": label} for start, end, label in rows],
+        }
+        for name, rows in truth.items()
+    }
+    predictions, annotations = folder / "found.json", folder / "truth.json"
+    predictions.write_text(json.dumps({"results": results}))
+    annotations.write_text(json.dumps({"database": database}))
+    return predictions, annotations
+
+
+JUMP = [(1.0, 4.0, "jump")]
+
+
+def test_what_does_not_meet_is_counted_and_named_beside_the_number(tmp_path: Path) -> None:
+    found = {"a": [*JUMP, (5.0, 6.0, "Jump "), (6.0, 5.0, "jump")], "b": [], "stranger": JUMP}
+    scored = re2tal.evaluate(*write(tmp_path, found, {"a": JUMP, "b": JUMP, "c": JUMP, "empty": []}))
+    assert scored.average_map == pytest.approx(1 / 3)
+    coverage = scored.to_json()["coverage"]
+    assert coverage["videos_without_predictions"] == ("b", "c")
+    assert coverage["unknown_videos"] == {"stranger": 1}
+    assert coverage["unknown_labels"] == {"Jump ": 1}
+    assert coverage["reversed_segments"] == {"a": 1}
+    lines = str(scored).splitlines()
+    assert lines[1] == "subset validation: 4 videos, 1 without true actions; no blocked list; by class"
+    assert lines[2:6] == [
+        "note: 2 of 3 videos with true actions have no predictions: 'b', 'c'",
+        "note: 1 predicted videos are not in the subset (their 1 predictions count as false): 'stranger'",
+        "note: 1 predicted labels have no true action in the subset (their 1 predictions count nowhere): 'Jump ', "
+        "which is nearly 'jump'",
+        "note: 1 predictions end before they start, and count as false: 'a'",
+    ]
+
+
+def test_a_sound_file_has_no_notes(tmp_path: Path) -> None:
+    scored = re2tal.evaluate(*write(tmp_path, {"a": JUMP}, {"a": JUMP}))
+    assert scored.to_json()["coverage"]["notes"] == []
+
+
+@pytest.mark.parametrize("ids", [("a", "a.mp4"), ("a.MKV", "a"), ("v_a", "a"), ("a", "v_a.mp4")])
+def test_ids_match_without_suffix_and_prefix(tmp_path: Path, ids: tuple[str, str]) -> None:
+    ours, theirs = ids
+    scored = re2tal.evaluate(*write(tmp_path, {ours: JUMP}, {theirs: JUMP, "other": JUMP}))
+    assert scored.average_map == 0.5
+    assert scored.to_json()["coverage"]["renamed_videos"] == {ours: theirs}
+    assert f"note: 1 videos matched without suffix or prefix: {ours!r} is {theirs!r}" in str(scored)
+
+
+def test_ids_that_are_ambiguous_or_known_as_they_stand_are_left_alone() -> None:
+    assert match_ids(["a.mp4"], ["a", "v_a"]) == {}
+    assert match_ids(["a.mp4", "a.mkv"], ["a"]) == {}
+    assert match_ids(["a", "a.mp4"], ["a"]) == {}
+    assert match_ids(["v_a"], ["v_a", "a"]) == {}
+    assert match_ids(["v2"], ["v_2"]) == {}
+
+
+@pytest.mark.parametrize(
+    ("found", "message"),
+    [
+        (
+            {"x": JUMP},
+            r"found.json and .*truth.json do not match: no predicted video is among the 1 .*predicted are 'x'",
+        ),
+        ({}, "no predicted video is among the 1 of subset 'validation': predicted are none"),
+        ({"x": JUMP, "a": []}, "no predicted video is among the 1"),
+        ({"a": [(1.0, 4.0, "hop")]}, "no predicted label has a true action .*predicted are 'hop', and there 'jump'"),
+    ],
+)
+def test_where_nothing_meets_there_is_no_number(tmp_path: Path, found: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        re2tal.evaluate(*write(tmp_path, found, {"a": JUMP}))
+
+
+def test_a_detector_that_finds_nothing_scores_zero(tmp_path: Path) -> None:
+    scored = re2tal.evaluate(*write(tmp_path, {"a": []}, {"a": JUMP}))
+    assert scored.average_map == 0
+    assert "note: 1 of 1 videos with true actions have no predictions: 'a'" in str(scored)
+
+
+def test_the_blocked_list_is_named_and_matched_like_other_ids(tmp_path: Path) -> None:
+    files = write(tmp_path, {"v_a": JUMP, "b": []}, {"a": JUMP, "b": JUMP})
+    blocked = tmp_path / "blocked.json"
+    blocked.write_text(json.dumps(["v_b.mp4", "elsewhere"]))
+    scored = re2tal.evaluate(*files, blocked_videos=blocked, class_agnostic=True)
+    assert scored.average_map == 1
+    assert str(scored).splitlines()[1] == (
+        "subset validation: 1 videos; 1 of the 2 videos on the blocked list left out; class-agnostic"
+    )
+    blocked.write_text(json.dumps(["elsewhere"]))
+    assert "note: none of the 1 blocked ids is in the subset" in str(re2tal.evaluate(*files, blocked_videos=blocked))
