@@ -20,7 +20,17 @@ from re2tal.options import names_with
 from re2tal.planning.calibration import link_bytes_per_second, measured_seconds
 from re2tal.planning.dry_run import DryRun, Trace
 from re2tal.planning.free_memory import free_memory
-from re2tal.planning.options import KEEPING, ON_THE_HOST, REBUILT, STORED, Choices, Link, options_of, undominated
+from re2tal.planning.options import (
+    KEEPING,
+    ON_THE_HOST,
+    REBUILT,
+    SAVING_ATTENTION,
+    STORED,
+    Choices,
+    Link,
+    options_of,
+    undominated,
+)
 from re2tal.planning.search import Choice, Ground, Option, fastest, smallest
 from re2tal.planning.settings import Setting, can_be_cut, configure, worth_knowing
 from re2tal.planning.step_memory import StepMemory, step_memory
@@ -202,7 +212,8 @@ class _Planner:
     def _traces(self) -> dict[Setting, Trace]:
         """Steps with all stages set alike; pieces are a quarter and a 32nd of the largest branch.
 
-        Blocks that are not residual are kept in one, if there are any: see `options` for the settings in between.
+        Blocks that are not residual are kept in one, and attention is saved in one, if there are any: see `options` for
+        the settings in between.
         """
         traces = {setting: self._traced([setting] * len(self.stages)) for setting in (REBUILT, STORED)}
         rebuilt = [REBUILT]
@@ -215,7 +226,10 @@ class _Planner:
         settings = [replace(setting, known=number) for setting in rebuilt for number in sorted({0, known})]
         if any(stage.can_checkpoint_nonresidual() for stage in self.stages.values()):
             settings.append(KEEPING)
-        return traces | {setting: self._traced([setting] * len(self.stages)) for setting in settings}
+        traces |= {setting: self._traced([setting] * len(self.stages)) for setting in settings}
+        saving = self._traced([SAVING_ATTENTION] * len(self.stages))
+        # Networks without attention, or with one that is no fused kernel, save nothing by it.
+        return traces | ({SAVING_ATTENTION: saving} if saving.kept() != traces[REBUILT].kept() else {})
 
     def _on_the_host(self) -> Trace | None:
         """A step whose states wait on the host; None on a CPU, where they are there."""

@@ -1,11 +1,11 @@
 """What each stage of a step may do, with the bytes and seconds it comes to, for the search.
 
 Bytes come from steps on fake tensors, with all stages set alike: everything stored, everything rebuilt, and rebuilt in
-pieces of a few sizes, without and with branches that know what they added, and once with the blocks kept that are not
-residual. Seconds come from the same steps on the device. In between, with some branches known, or the last k units of a
-run stored, both are taken in proportion; what keeping blocks changes with everything rebuilt, it is taken to change
-with every other setting. States that wait on the host are kept by nobody, but cost what of their way there and back the
-stage behind them is too short to hide.
+pieces of a few sizes, without and with branches that know what they added; once with the blocks kept that are not
+residual, and once with attention saved. Seconds come from the same steps on the device. In between, with some branches
+known, or the last k units of a run stored, both are taken in proportion. The difference that keeping blocks or saving
+attention makes with everything rebuilt is taken to be the same with every other setting. States that wait on the host
+are kept by nobody, but cost what of their way there and back the stage behind them is too short to hide.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from re2tal.planning.settings import Setting, longest_run
 STORED = Setting(stored=None, chunk_mebibytes=None)
 REBUILT = Setting(stored=0, chunk_mebibytes=None)
 KEEPING = Setting(stored=0, chunk_mebibytes=None, keep_nonresidual=True)
+SAVING_ATTENTION = Setting(stored=0, chunk_mebibytes=None, saved_attention=2**16)
+"""In every branch that has one."""
 ON_THE_HOST = Setting(stored=0, chunk_mebibytes=None, offload=True)
 
 Choices = list[tuple[Setting, Option]]
@@ -72,14 +74,19 @@ def _in_memory(
     traces: Mapping[Setting, Trace], seconds: Mapping[Setting, Sequence[float]], s: int, *, stage: Any
 ) -> Choices:
     measured = {setting: _measured(trace, seconds[setting], s) for setting, trace in traces.items()}
-    stored, keeping = measured.pop(STORED), measured.pop(KEEPING, None)
+    stored, keeping, saving = measured.pop(STORED), measured.pop(KEEPING, None), measured.pop(SAVING_ATTENTION, None)
     length = longest_run(stage)
     # With many stages a few steps each are choice enough.
     steps = length if len(traces[STORED].of("forward")) <= 2 else min(length, 4)
     rebuilt = _with_some_known(measured, most=length - 1)  # what the first one added is of no use
+    none = measured[REBUILT]
+    if saving is not None and saving.kept > none.kept:
+        attention = SAVING_ATTENTION.saved_attention
+        rebuilt += [
+            (replace(setting, saved_attention=attention), _changed(option, none, saving)) for setting, option in rebuilt
+        ]
     ways = [(rebuilt, stored)]
     if keeping is not None and stage.can_checkpoint_nonresidual():
-        none = measured[REBUILT]
         also_kept = [
             (replace(setting, keep_nonresidual=True), _changed(option, none, keeping)) for setting, option in rebuilt
         ]

@@ -20,6 +20,8 @@ class Setting:
     """About so much memory inside a branch; None runs branches whole."""
     known: int = 0
     """How many branches of each run keep what they added."""
+    saved_attention: int = 0
+    """How many branches of each run keep what their attention kernels returned."""
     offload: bool = False
     """Whether the states that runs keep wait for backward in host memory; only where no unit is stored."""
     keep_nonresidual: bool = False
@@ -30,6 +32,7 @@ class Setting:
             return "stored"
         how = "whole branches" if self.chunk_mebibytes is None else f"pieces of {self.chunk_mebibytes:g} MiB"
         known = f", {self.known} known" if self.known else ""
+        known += ", attention saved" if self.saved_attention else ""
         besides = f", last {self.stored} stored" if self.stored else ", states on the host" if self.offload else ""
         kept = ", non-residual blocks kept" if self.keep_nonresidual else ""
         return f"rebuilt, {how}{known}{besides}{kept}"

@@ -16,6 +16,7 @@ from re2tal.reversible.linear import AddingProducts, AddProduct
 from re2tal.reversible.record import Graph, Recording
 from re2tal.reversible.rng import GeneratorState
 from re2tal.reversible.run import BranchFunction
+from re2tal.reversible.saved_attention import replaying_attention
 from re2tal.reversible.skip_last_linear import without_last_linear
 
 
@@ -137,7 +138,10 @@ def watched(
 ) -> tuple[Tensor, Tensor]:
     """Returns (leaf, output): a leaf copy of `state`, and `returned(index, function, leaf)` with its graph."""
     point = recording.run.precision.real(state).detach().requires_grad_(index > 0 or recording.x_wants_gradient)
+    calls = recording.branches[index].attention
+    attention = replaying_attention(calls) if calls else nullcontext()
     # `replayed` turns the cache of autocast off. Branches that save their graph need that in forward
     # too: the cache may hold weights that were cast under no_grad, through which parameters would get no gradient.
-    with torch.enable_grad(), recording.autocast.replayed(), draws.replayed() if draws else nullcontext():
+    random = draws.replayed() if draws else nullcontext()
+    with torch.enable_grad(), recording.autocast.replayed(), random, attention:
         return point, returned(index, function, point)

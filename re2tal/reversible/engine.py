@@ -40,6 +40,7 @@ def run_reversibly(
     recompute: bool = True,
     saved_branches: int = 0,
     saved_outputs: int = 0,
+    saved_attention: int = 0,
     merge: Merge = "mean",
     coupling: Coupling = SUM,
     states: States = "float32",
@@ -59,6 +60,8 @@ def run_reversibly(
         saved_branches: how many branches, counted from the end, save their activations in spite of `recompute`.
         saved_outputs: how many of the other branches save their output, so that backward can skip the linear layer that
             they end in (`WholeBranch.last`). Chosen are those with the largest such layer; of equal ones, the later.
+        saved_attention: how many of the rebuilt branches, from the first that has one, save what their attention
+            kernels return, so that backward need not run them again; see `saved_attention`.
         merge: "mean" is (x[n-1] + x[n]) / 2, the paper's; "extrapolate" is x[n-1] + x[n] - x; see `coupling`.
         coupling: how states follow from the two before them; by default x[i+1] = x[i-1] + F_i(x[i]), as above.
         states: the numbers that states are made of; see `precision`.
@@ -80,12 +83,12 @@ def run_reversibly(
     Tensors that branches reach other than through their input must be leaves: parameters, or constants that want no
     gradient. A parameter used by two branches gets its gradient in two parts, which ZeRO-2 and ZeRO-3 refuse.
     """
-    _check(x, merge, saved_branches, saved_outputs)
+    _check(x, merge, saved_branches=saved_branches, saved_outputs=saved_outputs, saved_attention=saved_attention)
     if not branches:
         return x
     rebuilt = max(0, len(branches) - saved_branches) if recompute else 0
     precision = Precision.of(x, grid, coupling, states=states, kinks=kinks)
-    run = Run(tuple(branches), rebuilt, saved_outputs, merge, coupling, precision)
+    run = Run(tuple(branches), rebuilt, saved_outputs, saved_attention, merge, coupling, precision)
     is_trained = torch.is_grad_enabled() and (x.requires_grad or _is_trained(owner))
     if is_trained and not rebuilt and not precision.states.is_floating_point:
         raise ValueError("autograd keeps no gradient of int32 states; set recompute, or states to 'float32'")
@@ -95,15 +98,14 @@ def run_reversibly(
     return _recomputed(run, x, owner, monitor)
 
 
-def _check(x: Tensor, merge: str, saved_branches: int, saved_outputs: int) -> None:
+def _check(x: Tensor, merge: str, **numbers: int) -> None:
     if merge not in get_args(Merge):
         raise ValueError(f"unknown merge {merge!r}; known: {list(get_args(Merge))}")
     if not x.is_floating_point():
         raise ValueError(f"a reversible run needs floating point states, got {x.dtype}; convert x first")
-    if saved_branches < 0:
-        raise ValueError(f"saved_branches is {saved_branches}; give how many branches save their graph, 0 for none")
-    if saved_outputs < 0:
-        raise ValueError(f"saved_outputs is {saved_outputs}; give how many branches save their output, 0 for none")
+    for name, number in numbers.items():
+        if number < 0:
+            raise ValueError(f"{name} is {number}; give a number of branches, 0 for none")
 
 
 def _recomputed(run: Run, x: Tensor, owner: nn.Module | None, monitor: Monitor | None) -> Tensor:
@@ -179,7 +181,8 @@ def _run_forward(
             record.graphs.append(Graph.of(point, output))
             return output.detach()
         before, buffers = GeneratorState.now(state.device), watch.save()
-        output = run.output(index, function, state)
+        with recording.saving_attention(record):
+            output = run.output(index, function, state)
         # Most branches draw nothing: their generator states, some kilobytes each, need not be kept.
         record.draws.append(None if before.same_as(GeneratorState.now(state.device)) else before)
         record.buffers.append(watch.written_of(buffers))

@@ -10,6 +10,8 @@ them. Taking an entry removes it, so that its memory is free as soon as it was u
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
@@ -20,6 +22,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from re2tal.reversible.replay_context import AutocastState, SavedBuffer
 from re2tal.reversible.rng import GeneratorState
 from re2tal.reversible.run import Run
+from re2tal.reversible.saved_attention import Calls, saving_attention
 
 
 class Graph(NamedTuple):
@@ -52,6 +55,8 @@ class BranchRecord:
     """What a call returned, before rounding. Only where `saves` is "output"."""
     graphs: deque[Graph] = field(default_factory=deque)
     """Only where `saves` is "graph"."""
+    attention: Calls = field(default_factory=deque)
+    """What attention kernels returned in all calls, where forward saved that."""
 
 
 @dataclass(slots=True)
@@ -63,6 +68,8 @@ class Recording:
     """As forward saw it: backward may be called under another one."""
     branches: tuple[BranchRecord, ...]
     """One per branch of the run, in its order."""
+    attention_left: int
+    """How many more branches may save what their attention kernels return."""
     rewound: list[SavedBuffer] = field(default_factory=list)
     """What backward has put back last. It is put back again before the next branch, which ran earlier, runs again."""
     x_wants_gradient: bool = False
@@ -78,4 +85,20 @@ class Recording:
                 return BranchRecord("graph")
             return BranchRecord("output" if index in saving_output else "nothing")
 
-        return cls(run, AutocastState.now(device), tuple(map(empty, range(len(run.branches)))))
+        branches = tuple(map(empty, range(len(run.branches))))
+        return cls(run, AutocastState.now(device), branches, run.saved_attention)
+
+    @contextmanager
+    def saving_attention(self, record: BranchRecord) -> Iterator[None]:
+        """Inside, a call of the branch of `record` saves what its attention kernels return, if it is to do so.
+
+        Which branches attend shows when they run: the first ones that do are those that save it.
+        """
+        if not (record.attention or self.attention_left):
+            yield
+            return
+        is_first = not record.attention
+        with saving_attention(record.attention):
+            yield
+        if is_first and record.attention:
+            self.attention_left -= 1

@@ -40,6 +40,8 @@ class Run:
     """How many branches, from the first, are run again in backward; those behind them save their graphs."""
     saved_outputs: int
     """How many of the rebuilt branches save their output."""
+    saved_attention: int
+    """How many of the rebuilt branches, from the first that has one, save what their attention kernels return."""
     merge: Merge
     coupling: Coupling
     precision: Precision
@@ -103,8 +105,8 @@ class Run:
         Where only bytes are counted and pieces leave nothing behind, only those that decide the peak are returned.
         """
         pieces = pieces_of(self.branches[index], state)
-        nothing_saved = is_counted(state) and index < self.rebuilt and index not in self.branches_saving_output()
-        return decisive(pieces) if nothing_saved else pieces
+        may_save = self.saved_attention > 0 or index >= self.rebuilt or index in self.branches_saving_output()
+        return decisive(pieces) if is_counted(state) and not may_save else pieces
 
     def update(self, index: int, function: BranchFunction, state: Tensor) -> Tensor:
         """F_i of x[i], or of a piece of it, rounded to the grid."""

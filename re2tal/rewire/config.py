@@ -35,6 +35,9 @@ class RewiringConfig:
     """How many branches of each run save their output, so that backward skips the linear layer that they end in. The
     most expensive such layers are chosen, in transformers those of MLPs. Each output takes the memory of a state, or
     half of it under bfloat16 and float16."""
+    saved_attention: int = option(0, of_rewired=True)
+    """How many branches of each run, from the first that has attention, save what their attention kernels return, so
+    that backward does not run them again: one state each, or half of one under bfloat16 and float16."""
     keep_nonresidual: bool = option(False, of_rewired=True, resumable=True, planned=False)
     """Save the activations of blocks that are not residual, such as those that change resolution: more memory, and
     none of them is computed twice. Reversible runs are still rebuilt."""
@@ -83,6 +86,8 @@ class RewiringConfig:
             raise ValueError(f"stored is {self.stored}; give a number of units, 0 for none")
         if self.known < 0:
             raise ValueError(f"known is {self.known}; give a number of branches, 0 for none")
+        if self.saved_attention < 0:
+            raise ValueError(f"saved_attention is {self.saved_attention}; give a number of branches, 0 for none")
         if self.known and self.unit == "block":
             raise ValueError(
                 f"known is {self.known}, but whole blocks, unit 'block', save nothing by it; set unit to "

@@ -188,6 +188,7 @@ class RewiredStage(nn.Module):
                     recompute=self.config.recompute,
                     saved_branches=self.config.stored,
                     saved_outputs=self.config.known,
+                    saved_attention=self.config.saved_attention,
                     merge=self.config.merge,
                     coupling=self.coupling,
                     states=self.config.states,

@@ -88,5 +88,5 @@ def test_every_branch_that_is_stored_costs_memory_and_saves_its_second_run() -> 
 
 
 def test_a_negative_number_is_refused() -> None:
-    with pytest.raises(ValueError, match="saved_branches is -1; give how many"):
+    with pytest.raises(ValueError, match="saved_branches is -1; give a number of branches"):
         run_reversibly(chain("mlp", 2), torch.ones(1, 1, CHANNELS), saved_branches=-1)

@@ -156,5 +156,5 @@ def test_its_gradients_are_those_of_the_layer() -> None:
 
 
 def test_a_negative_number_is_refused() -> None:
-    with pytest.raises(ValueError, match="saved_outputs is -1; give how many"):
+    with pytest.raises(ValueError, match="saved_outputs is -1; give a number of branches"):
         run_reversibly(chain("mlp", 2), torch.ones(1, 1, CHANNELS), saved_outputs=-1)

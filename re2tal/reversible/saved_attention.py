@@ -1,0 +1,111 @@
+"""Saves what attention kernels return in forward, so that a branch that runs again need not run them again.
+
+The products of an attention's weights take a quarter of a ViT-B on 1568 tokens and give one state. Saved are the
+output, and the row sums that the kernel's own backward takes. Queries, keys and values are computed again: the backward
+needs them, and they would be three states.
+
+A branch cannot write to what is saved: autograd refuses writes to what a kernel returned.
+
+Only fused kernels without dropout are saved. One with dropout draws, and the draws behind it in the branch would be
+others if it did not run again. Attention that is written as matrix products is run again like everything else.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload
+from torch.utils._python_dispatch import TorchDispatchMode
+
+_aten = torch.ops.aten
+_EFFICIENT = _aten._scaled_dot_product_efficient_attention.default
+_DROPOUT = {
+    _aten._scaled_dot_product_flash_attention.default: 3,
+    _aten._scaled_dot_product_flash_attention_for_cpu.default: 3,
+    _EFFICIENT: 5,
+}
+"""The kernels, and the place of the dropout rate among their arguments."""
+_WITH_SUMS = 4
+"""The place of `compute_log_sumexp` among the arguments of the efficient kernel."""
+
+
+class KernelCall(NamedTuple):
+    """One call of an attention kernel."""
+
+    kernel: OpOverload
+    outputs: tuple[Any, ...]
+    """As the kernel returned them: tensors, and a few numbers."""
+
+
+Calls = deque[KernelCall]
+"""In the order in which forward made them."""
+
+
+@contextmanager
+def saving_attention(calls: Calls) -> Iterator[None]:
+    """Inside, calls of attention kernels are added to `calls`."""
+    with _Saving(calls):
+        yield
+
+
+@contextmanager
+def replaying_attention(calls: Calls) -> Iterator[None]:
+    """Inside, attention kernels return what they returned when `calls` was filled, and are not run."""
+    with _Replaying(calls):
+        yield
+
+
+class _Saving(TorchDispatchMode):
+    def __init__(self, calls: Calls) -> None:
+        super().__init__()
+        self._calls = calls
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if not _is_saved(func, args, kwargs):
+            return func(*args, **(kwargs or {}))
+        if func is _EFFICIENT:
+            # Without a gradient the kernel is asked to leave its row sums out. They do not change its output.
+            args = (*args[:_WITH_SUMS], True, *args[_WITH_SUMS + 1 :])
+        outputs = func(*args, **(kwargs or {}))
+        self._calls.append(KernelCall(func, _aliases(outputs)))
+        return outputs
+
+
+class _Replaying(TorchDispatchMode):
+    def __init__(self, calls: Calls) -> None:
+        super().__init__()
+        self._calls = calls
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if not _is_saved(func, args, kwargs):
+            return func(*args, **(kwargs or {}))
+        if not self._calls:
+            raise RuntimeError(f"a branch that runs again calls {func} once more than in forward; {_REMEDY}")
+        call = self._calls.popleft()
+        if call.kernel is not func or call.outputs[0].shape[:-1] != args[0].shape[:-1]:
+            raise RuntimeError(
+                f"a branch that runs again calls {func} on queries of shape {tuple(args[0].shape)}, where forward "
+                f"called {call.kernel} with an output of shape {tuple(call.outputs[0].shape)}; {_REMEDY}"
+            )
+        return _aliases(call.outputs)
+
+
+_REMEDY = "it is no function of its input alone: leave it outside of the run, or set saved_attention to 0"
+
+
+def _is_saved(func: Any, args: tuple, kwargs: dict | None) -> bool:
+    place = _DROPOUT.get(func)
+    if place is None:
+        return False
+    rate = args[place] if len(args) > place else (kwargs or {}).get("dropout_p", 0.0)
+    return rate == 0.0
+
+
+def _aliases(outputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The same memory in tensors of their own, as autograd gives the ones that it gets a history."""
+    return tuple(output.detach() if isinstance(output, Tensor) else output for output in outputs)
