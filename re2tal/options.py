@@ -1,9 +1,9 @@
-"""What a configuration's field says about itself beside its type and default; whoever needs such fields asks for them.
+"""Flags of a configuration's fields, in addition to type and default, and the names of the fields that have a flag.
 
     workers: int = option(2, resumable=True)
     names_with(run, "resumable")                    -> name, data.shards, data.clips.workers, ...
 
-A field that says nothing of a flag takes it from the field that its configuration stands in.
+A field without a value for a flag inherits it from the field that holds its configuration.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ def option(
     wiring: bool | None = None,
     of_rewired: bool | None = None,
 ) -> Any:
-    """As `dataclasses.field`, with what is to be known of the field; None leaves it to the field around it.
+    """As `dataclasses.field`, with flags; None inherits a flag from the field that holds the configuration.
 
     Args:
-        default: the field's value where none is given
-        default_factory: makes it, where it is a configuration itself
-        resumable: it may differ when a run is resumed: no weight depends on it, but for the rounding of a new plan
-        planned: a plan of a step's memory depends on it
-        wiring: the function of a rewired network depends on it beside its weights
-        of_rewired: a backbone that is not rewired would silently leave it out
+        default: the default value
+        default_factory: makes the default, where the field is itself a configuration
+        resumable: it may change when a run is resumed, as no weight depends on it (but for the rounding of a new plan)
+        planned: the plan of a step's memory depends on it
+        wiring: it changes the function that a rewired network computes with the same weights
+        of_rewired: it would be ignored, without a word, where the backbone is not rewired
     """
     flags = {"resumable": resumable, "planned": planned, "wiring": wiring, "of_rewired": of_rewired}
     metadata = {name: value for name, value in flags.items() if value is not None}
@@ -64,8 +64,8 @@ def option(
 
 
 def names_with(config: Any, flag: Flag, *, inherited: bool = False) -> Iterator[str]:
-    """Dotted names of the plain values in `config` that have `flag`, in their order; `inherited`: what it takes from
-    around it."""
+    """Dotted names of the plain values in `config` that have `flag`, in their order; `inherited` is the flag of the
+    field that holds `config`."""
     for one in fields(config):
         value, flagged = getattr(config, one.name), one.metadata.get(flag, inherited)
         if is_dataclass(value):

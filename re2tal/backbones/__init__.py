@@ -49,23 +49,24 @@ BACKBONES: dict[str, Builder] = {
 
 
 WIRING = tuple(names_with(BackboneConfig(), "wiring"))
-"""What a rewired network's function depends on beside its weights."""
+"""The options that change the function of a rewired network with the same weights."""
 
 
 def trained_wiring(config: BackboneConfig) -> dict[str, Any] | None:
-    """How the network was rewired that the file `config.weights` comes from; None for a plain one, and for no file."""
+    """The wiring of the network that wrote the file `config.weights`; None for a plain one, and for no file."""
     if config.weights is None or not Path(config.weights).is_file():
         return None
-    # Where other code bases train rewired networks; those of the transformers library are plain.
+    # Other code bases train rewired networks of these families only; those of the transformers library are plain.
     families = ((swin3d.SIZES, swin3d_layouts.KEY_LAYOUTS), (slowfast.SIZES, slowfast_layouts.KEY_LAYOUTS))
-    return read_wiring(config.weights, layouts=next((known for sizes, known in families if config.name in sizes), ()))
+    layouts = next((layouts for sizes, layouts in families if config.name in sizes), ())
+    return read_wiring(config.weights, layouts=layouts)
 
 
 def check_wiring(config: BackboneConfig, *, first_beta: float | None = None) -> None:
-    """ValueError where `weights` is a file of a network that training left rewired, and `config` wires another.
+    """Raises ValueError where `weights` was trained with another wiring than that of `config`.
 
-    `first_beta` is that of the first step where training changes beta. The same weights compute one thing in one wiring
-    and another in the other, and nothing else would tell.
+    Nothing else would show it: with another wiring, the same weights compute another function. `first_beta` is beta in
+    the first step, where training changes it.
     """
     if first_beta == 0 and config.weights is not None and config.name in slowfast.SIZES and config.unit == "branch":
         raise ValueError(
@@ -94,7 +95,7 @@ def check_wiring(config: BackboneConfig, *, first_beta: float | None = None) -> 
 
 
 def build_backbone(config: BackboneConfig) -> VideoBackbone:
-    """Build with its weights, freeze what is to stay as it is, and rewire, in this order.
+    """Builds the network with its weights, freezes what `config` says, and rewires it, in this order.
 
     Raises ValueError for an unknown name and for weights that do not fit, FileNotFoundError where there are none.
     """

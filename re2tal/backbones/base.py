@@ -32,7 +32,7 @@ class BackboneConfig(RewiringConfig):
     feature_channels: int | None = None
     """Of "features" only: how many channels they have."""
     rewired: bool = True
-    """Give every residual run its two streams (reversible); parameter names do not change."""
+    """Make every run of residual blocks reversible. Parameter names do not change."""
     weights: str | None = option(None, planned=False)
     """Pretrained weights: a .safetensors or .pth file in any layout the family reads, or, for a family of the
     transformers library, a hub name or a folder. None starts from random weights."""
@@ -44,7 +44,7 @@ class BackboneConfig(RewiringConfig):
     frozen: bool = False
     """Train nothing in the backbone and keep all of it in evaluation mode."""
     norm_eval: bool = False
-    """Keep normalisation layers in evaluation mode and their scale and shift frozen, as Re2TAL's recipes do."""
+    """Keep normalisation layers in evaluation mode, with frozen scale and shift, as Re2TAL's recipes do."""
 
     def __post_init__(self) -> None:
         for name in ("feature_channels", "frames_per_step"):
@@ -80,7 +80,7 @@ class VideoBackbone(nn.Module, ABC):
         """(B, 3, T, H, W) normalised float frames and their (B, T) bool mask -> Features (B, C, T')."""
 
     def train(self, mode: bool = True) -> VideoBackbone:
-        """As `nn.Module.train`, except that what was frozen stays in evaluation mode."""
+        """As `nn.Module.train`; frozen parts stay in evaluation mode."""
         super().train(mode and not self.frozen)
         if self.norms_frozen:
             for norm in norm_layers(self):
@@ -95,7 +95,7 @@ def steps_mask(mask: Tensor, *, frames_per_step: int) -> Tensor:
 
 
 def freeze(backbone: VideoBackbone) -> None:
-    """No gradients and evaluation mode for the whole backbone, for good. Call it before the optimizer is made."""
+    """Freezes the whole backbone: no gradients, evaluation mode for good. Call it before the optimizer is made."""
     backbone.frozen = True
     backbone.requires_grad_(False)
     backbone.train(backbone.training)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 import tyro
 
@@ -14,10 +14,7 @@ def rewire(
     model: Annotated[str, tyro.conf.Positional],
     *,
     weights: str | None = None,
-    unit: Literal["branch", "block"] = "branch",
-    merge: Literal["mean", "extrapolate"] = "mean",
-    segment: int | None = None,
-    beta: float = 1.0,
+    wiring: Annotated[RewiringConfig, tyro.conf.arg(name="")],
     frames: int | None = None,
     size: tuple[int, int] | None = None,
 ) -> None:
@@ -27,10 +24,7 @@ def rewire(
         model: name of a backbone, such as videomae_base; or any picture or video model of the transformers library, by
             its folder or as OWNER/NAME
         weights: a hub name, folder or file, checked and loaded first; a model of the library brings its own
-        unit: couple branches of blocks, or whole blocks
-        merge: how the two end states of a run are joined
-        segment: merge and start again after this many units
-        beta: how far skips reach back, from 0 (the network before rewiring) to 1 (the paper)
+        wiring: how it is rewired
         frames: frames of the clip to count memory for; what the network was trained on by default
         size: rows and columns of these frames; what the network was trained on by default
     """
@@ -38,5 +32,4 @@ def rewire(
         raise ValueError(f"--frames is {frames}; give 1 or more, or leave it out")
     if size is not None and min(size) < 1:
         raise ValueError(f"--size is {size[0]} {size[1]}; give rows and columns of 1 or more, or leave it out")
-    wiring = RewiringConfig(unit=unit, merge=merge, segment=segment, beta=beta)
     print(rewire_and_count(model, wiring, weights=weights, frames=frames, size=size))

@@ -1,8 +1,8 @@
-"""How long each rewired stage takes with each of its settings: measured once, on the device that will train.
+"""Measures the seconds of each rewired stage with each setting, on the device that will train.
 
-The backbone runs alone, with random weights, on the clips of the run where they fit, and on shorter ones where not;
-then the times are scaled by the frames. Settings take turns, and the median counts, so that a machine that is busy for
-a while slows all of them alike.
+The backbone runs alone, with random weights, on the clips of the run, or on shorter ones where those do not fit; times
+are then scaled by the number of frames. Settings take turns, and the median counts: a machine that is busy for a while
+slows all of them alike.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from re2tal.training.engine import DTYPES
 
 ROUNDS = 3
 LINK_BYTES = 64 * 2**20
-"""Sent to the host and back to time the way."""
+"""Copied to the host and back to time the link."""
 MOST_SECONDS = 15.0
-"""No further round begins after these."""
+"""No round starts later."""
 MOST_BYTES_ON_A_CPU = 512 * 2**20
-"""A clip that keeps more is shortened on a CPU, where memory is not what runs out first, but patience."""
+"""A clip that keeps more is shortened on a CPU, where time, not memory, is the limit."""
 FEWEST_FRAMES = 16
 
 
@@ -72,16 +72,16 @@ def measured_seconds(
 
 
 def _as_it_runs(setting: Setting, inside_bytes: float) -> Setting:
-    """Without pieces that are larger than what a branch needs, by a margin, since blocks say only about how much."""
+    """`setting` with whole branches where a piece would exceed a branch by a margin: sizes of blocks are estimates."""
     if setting.chunk_mebibytes is not None and setting.chunk_mebibytes * 2**20 > 2 * inside_bytes:
         return replace(setting, chunk_mebibytes=None)
     return setting
 
 
 def link_bytes_per_second(device: torch.device) -> float | None:
-    """How fast states get to pinned host memory and back, the slower of the two; None on a CPU, where they are there.
+    """Bytes per second to pinned host memory and back, the slower of the two; None on a CPU.
 
-    The best of a few copies counts: what else the link carries then, it carries while a network trains too.
+    The best of a few copies counts, so that a short disturbance does not.
     """
     if device.type == "cpu":
         return None
@@ -102,7 +102,7 @@ def link_bytes_per_second(device: torch.device) -> float | None:
 def _clip(
     run: RunConfig | RecognitionConfig, backbone: nn.Module, device: torch.device, plain_bytes: int
 ) -> tuple[Tensor, float]:
-    """Frames that fit when everything is kept, and which share they are of those of the run."""
+    """Frames that fit when everything is kept, and their share of the run's."""
     if device.type == "cpu":
         room = MOST_BYTES_ON_A_CPU
     else:
@@ -118,7 +118,7 @@ def _clip(
 
 
 def _seconds(backbone: nn.Module, setting: Setting, frames: Tensor, order: Sequence[str]) -> list[float]:
-    """Of one step, by stage."""
+    """Seconds of one step, by stage."""
     found = stages_of(backbone)
     stages = {name: found[name] for name in order}
     configure(stages, [setting] * len(stages))

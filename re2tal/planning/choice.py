@@ -1,7 +1,6 @@
-"""A setting for every rewired stage, the fastest that keeps the whole step within a number of bytes.
+"""Picks a setting for every rewired stage: the fastest combination that keeps the step within a number of bytes.
 
-`options` says what there is to choose from. A plan that the search finds is run on fake tensors as a whole before it is
-believed.
+`options` lists the settings. Every plan that the search finds is checked by a dry run of the whole step.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ def made_for(
     num_classes: int,
     device: torch.device,
 ) -> dict[str, Any]:
-    """What a plan depends on, by name, as JSON values; `settings`: those of DeepSpeed, resolved."""
+    """The values that a plan depends on, by name, as JSON; `settings` are DeepSpeed's, resolved."""
     names = set(names_with(run, "planned"))
     weighed = {name: value for name, value in flatten(to_json(run)) if name in names}
     return {
@@ -77,11 +76,12 @@ def plan_step(
     device: torch.device,
     free_bytes: int | None = None,
 ) -> StepPlan:
-    """The memory of a step of `run`; with `engine.memory_budget_gb`, after choosing how the backbone's stages run.
+    """The memory of a training step; with `engine.memory_budget_gb`, also a setting for each stage of the backbone.
 
-    `free_bytes`: what "auto" may take; by default what `device` has free now, a CPU shared by all ranks.
+    `free_bytes`: the budget that "auto" stands for; by default the free memory of `device`, a CPU's divided by the
+    ranks.
 
-    Raises ValueError where no choice keeps within the budget, and says what the smallest one needs.
+    Raises ValueError, with the smallest possible budget, where no plan fits.
     """
     settings = resolve_deepspeed_config(ds, run.engine, world_size=world_size)
     stage, budget = settings["zero_optimization"].get("stage", 0), _budget(run, device, free_bytes, world_size)
@@ -132,7 +132,7 @@ def _refuse_what_cannot_be_planned(run: RunConfig | RecognitionConfig) -> None:
     if backbone.frozen:
         raise ValueError(f"{key}, but a frozen backbone keeps nothing; leave the budget out")
     if run.annealing.epochs > 0:
-        raise ValueError(f"{key}, but what is kept changes with annealing; leave annealing.epochs or the budget out")
+        raise ValueError(f"{key}, but annealing changes what is kept; leave annealing.epochs or the budget out")
     if backbone.states == "int32":
         raise ValueError(
             f"{key}, but stages with backbone.states 'int32' cannot keep their activations, which a plan may want; set "
@@ -146,12 +146,12 @@ class _Planner:
     def __init__(self, run: RunConfig | RecognitionConfig, dry_run: DryRun, zero: ZeroMemory, budget: int) -> None:
         self.run, self.dry_run, self.zero, self.budget = run, dry_run, zero, budget
         self.stages = dry_run.stages()
-        self._known: dict[tuple[Setting, ...], Trace] = {}
+        self._traces_by_settings: dict[tuple[Setting, ...], Trace] = {}
 
     def plan(self) -> tuple[dict[str, Setting], StepMemory, dict[str, StageSeconds]]:
-        """By stage how it runs and what that takes, and the memory of the step.
+        """The setting of each stage, the memory of the step, and the seconds of each stage.
 
-        ValueError with the smallest budget there is, where this one is too small; nothing is timed then.
+        Raises ValueError, with the smallest possible budget, before anything is timed, where this one is too small.
         """
         traces, on_the_host = self._traces(), self._on_the_host()
         least = self._least(traces, on_the_host)
@@ -178,7 +178,7 @@ class _Planner:
         )
 
     def _least(self, traces: Mapping[Setting, Trace], on_the_host: Trace | None) -> list[Setting]:
-        """Settings that keep within the budget, whatever time they take: alike, or else those of the smallest plan."""
+        """Settings that fit, however slow: one for all stages, or else those of the smallest plan."""
         alike = [min(traces, key=lambda setting: traces[setting].peak)] * len(self.stages)
         if self._memory(alike).peak <= self.budget:
             return alike
@@ -192,7 +192,7 @@ class _Planner:
         return settings
 
     def _search(self, ground: Ground, every: Sequence[Choices]) -> list[Setting] | None:
-        """The settings of the fastest plan that a dry run keeps within the budget; None where there is none."""
+        """The settings of the fastest plan that fits in a dry run; None where none does."""
         choices, room = [undominated(of_stage) for of_stage in every], self.budget - self.zero.during_backward
         for _ in range(MOST_DRY_RUNS):
             found = fastest(ground, _options(choices), budget=room)
@@ -210,10 +210,10 @@ class _Planner:
         return step_memory(self._traced(settings), self.zero)
 
     def _traces(self) -> dict[Setting, Trace]:
-        """Steps with all stages set alike; pieces are a quarter and a 32nd of the largest branch.
+        """Dry runs with one setting for all stages; pieces are a quarter and a 32nd of the largest branch.
 
-        Blocks that are not residual are kept in one, and attention is saved in one, if there are any: see `options` for
-        the settings in between.
+        One of them keeps the blocks that are not residual, and one saves attention, if there are any. `options`
+        interpolates between them.
         """
         traces = {setting: self._traced([setting] * len(self.stages)) for setting in (REBUILT, STORED)}
         rebuilt = [REBUILT]
@@ -232,15 +232,15 @@ class _Planner:
         return traces | ({SAVING_ATTENTION: saving} if saving.kept() != traces[REBUILT].kept() else {})
 
     def _on_the_host(self) -> Trace | None:
-        """A step whose states wait on the host; None on a CPU, where they are there."""
+        """A dry run with offloaded states; None on a CPU, whose memory is the host's."""
         return None if self.dry_run.device.type == "cpu" else self._traced([ON_THE_HOST] * len(self.stages))
 
     def _traced(self, settings: Sequence[Setting]) -> Trace:
         key = tuple(settings)
-        if key not in self._known:
+        if key not in self._traces_by_settings:
             configure(self.stages, settings)
-            self._known[key] = self.dry_run.trace()
-        return self._known[key]
+            self._traces_by_settings[key] = self.dry_run.trace()
+        return self._traces_by_settings[key]
 
 
 def _too_little(budget: int, smallest: StepMemory) -> str:
@@ -255,7 +255,7 @@ def _too_little(budget: int, smallest: StepMemory) -> str:
 
 
 def _inside(rebuilt: Trace) -> int:
-    """Most bytes inside of a branch that runs whole."""
+    """Most bytes inside a branch that runs whole."""
     return max(phase.peak - phase.live for phase in rebuilt.of("backward"))
 
 

@@ -1,9 +1,9 @@
-"""A training step on fake tensors: what is alive when, stage by stage, counted in seconds for any size.
+"""A training step on fake tensors: the bytes alive in each phase of each stage, counted in seconds for any size.
 
     batch -> | stage 0 | stage 1 | .. | between: resampling, localizer, loss | .. | stage 1 | stage 0 |
              forward                                                          backward
 
-The loss stands for the localizer's own, which looks at annotations: a sum over its outputs, of the same size.
+The loss is a sum over the localizer's outputs, in the place of its own, which needs annotations. Sizes are the same.
 """
 
 from __future__ import annotations
@@ -63,9 +63,9 @@ class Trace:
     gradients: int = 0
     """Bytes of the parameters' gradients when backward has ended."""
     prepared_again: int = 0
-    """Bytes of the clips that are not there in backward, until they are prepared again."""
+    """Bytes of the clips that are freed after forward, and prepared again in backward."""
     host: int = 0
-    """Most bytes in the memory of the host at once, if that is not the device's."""
+    """Most bytes in host memory at once; 0 on a CPU."""
 
     @property
     def peak(self) -> int:
@@ -82,7 +82,7 @@ class Trace:
         return [after.live - before.live for before, after in pairwise(begins)]
 
     def ground(self) -> Ground:
-        """What is alive whatever the stages do."""
+        """Bytes alive whatever the settings of the stages."""
         kept = self.kept()
         between = max(phase.peak for phase in self.of("between"))
         return Ground(
@@ -94,12 +94,12 @@ class Trace:
 
 
 class DryRun:
-    """The network of a run, its weights left out, and steps of it on fake tensors."""
+    """The network of a run, with its parameters on fake tensors, and training steps of it."""
 
     def __init__(
         self, run: RunConfig | RecognitionConfig, *, device: torch.device, num_classes: int, free_gradients: bool
     ) -> None:
-        """`free_gradients`: whether each gradient goes as soon as it is there, into a shard, as ZeRO 2 and 3 do."""
+        """`free_gradients`: whether each gradient is freed as soon as it is computed, as under ZeRO 2 and 3."""
         self.run, self.device = run, device
         self.dtype = DTYPES[run.engine.precision]
         bare = replace(run, backbone=replace(run.backbone, weights=None))
@@ -108,7 +108,7 @@ class DryRun:
         self.parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         if free_gradients:
             for parameter in self.parameters:
-                parameter.register_post_accumulate_grad_hook(_forget)
+                parameter.register_post_accumulate_grad_hook(_free)
         self._stages = stages_of(self.network.backbone)
         begun: list[RewiredStage] = []
         with self._mode, torch.no_grad(), ExitStack() as stack:
@@ -122,7 +122,7 @@ class DryRun:
         return self._stages
 
     def trace(self) -> Trace:
-        """One step as the stages are configured now."""
+        """One step with the stages as they are configured now."""
         for parameter in self.parameters:
             parameter.grad = None
         gc.collect()
@@ -151,7 +151,7 @@ class DryRun:
         return sum(one.grad.untyped_storage().nbytes() for one in self.parameters if one.grad is not None)
 
     def _clips(self) -> tuple[Tensor, Tensor]:
-        """A batch as the backbone gets it; as in training, what it was made from stays until the next one."""
+        """A batch as the backbone gets it; as in training, the uint8 frames stay alive until the next one."""
         clips, size = self.run.data.clips, self.run.data.clips.size
         shape = (self.run.engine.batch_size, 3, clips.windowing.num_frames, size, size)
         self._frames = torch.zeros(shape, dtype=torch.uint8, device=self.device)
@@ -202,5 +202,5 @@ def watched(backbone: nn.Module, stages: Sequence[nn.Module], mark: Callable[[Ev
         yield
 
 
-def _forget(parameter: Tensor) -> None:
+def _free(parameter: Tensor) -> None:
     parameter.grad = None

@@ -1,9 +1,9 @@
-"""What a backbone keeps from forward to backward: counted, not run.
+"""Counts the bytes that a backbone keeps from forward to backward, without running it.
 
-The forward runs on fake tensors, which have shapes and no numbers, so that any size of network is counted in seconds.
-Counted is what autograd saves, each storage once, that stays on the device: of a reversible run two states (of a run of
-one, its input) unless they are offloaded. Parameters and buffers are not counted, nor what a branch needs while it is
-differentiated.
+The forward runs on fake tensors, which have shapes and no numbers, so that a network of any size is counted in seconds.
+The count is of what autograd saves on the device, each storage once: two states of a reversible run (of a run of one
+branch, its input) unless they are offloaded. Parameters, buffers, and what a branch needs while it is differentiated
+are left out.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def kept_bytes(backbone: VideoBackbone, *, num_frames: int, size: tuple[int, int
 
 
 def kept_bytes_of(model: nn.Module, inputs: Callable[[], tuple[Tensor, ...]]) -> int:
-    """The same for any model; `inputs` makes what it is called with."""
+    """The same for any model; `inputs` makes its arguments."""
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     fakes: dict[str, Tensor] = {name: mode.from_tensor(value) for name, value in state.items()}

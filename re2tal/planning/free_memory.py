@@ -1,7 +1,7 @@
-"""What a budget of "auto" comes to: most of what a device has free when it is asked, before anything is on it.
+"""The budget that "auto" stands for: most of the free memory of a device, read before anything is on it.
 
-A card is its rank's own. On a CPU the ranks of a machine share its memory, or what their control group leaves them of
-it, with the decoders that feed them.
+Each rank has its own card. On a CPU the ranks of a machine share its memory, or the limit of their control group, with
+the decoders that feed them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ GROUPS = Path("/sys/fs/cgroup")
 
 
 def free_memory(device: torch.device, *, sharers: int = 1) -> int:
-    """Bytes that a rank's step may take of `device` now, if `sharers` ranks on this machine take as much of a CPU's.
+    """Bytes of `device` that a rank's step may take now; a CPU's are divided by `sharers`, the ranks on this machine.
 
     Raises ValueError for a CPU whose system does not say what is free.
     """
@@ -37,7 +37,7 @@ def free_memory(device: torch.device, *, sharers: int = 1) -> int:
 
 
 def free_on_all_ranks(device: torch.device) -> int:
-    """Every rank calls this: what each may take, so that those with the least can take it too."""
+    """Every rank calls this: the least that any of them may take."""
     ranks = Counter(together(socket.gethostname))
     return min(together(partial(free_memory, device, sharers=ranks[socket.gethostname()])))
 
@@ -56,7 +56,7 @@ def _free_on_host() -> int:
 
 
 def _left_in_groups() -> Iterator[int]:
-    """Below the limit of each control group that has one, its files in the page cache counted as free."""
+    """Bytes left below the limit of each control group that has one; its page cache counts as free."""
     own = [line.removeprefix("0::/") for line in OWN_GROUP.read_text().splitlines() if line.startswith("0::/")]
     for group in [GROUPS / name for name in own] + [parent for name in own for parent in (GROUPS / name).parents]:
         limit = group / "memory.max"

@@ -1,11 +1,11 @@
-"""What each stage of a step may do, with the bytes and seconds it comes to, for the search.
+"""The settings that each stage may run with, and the bytes and seconds of each, for the search.
 
-Bytes come from steps on fake tensors, with all stages set alike: everything stored, everything rebuilt, and rebuilt in
-pieces of a few sizes, without and with branches that know what they added; once with the blocks kept that are not
-residual, and once with attention saved. Seconds come from the same steps on the device. In between, with some branches
-known, or the last k units of a run stored, both are taken in proportion. The difference that keeping blocks or saving
-attention makes with everything rebuilt is taken to be the same with every other setting. States that wait on the host
-are kept by nobody, but cost what of their way there and back the stage behind them is too short to hide.
+Bytes are counted on fake tensors, with one setting for all stages: everything stored, everything rebuilt, and rebuilt
+in pieces of a few sizes, each without and with known branches. Seconds are measured on the device with the same
+settings. For fewer known branches, or the last k units of a run stored, both are interpolated. The effects of keeping
+the blocks that are not residual, and of saving attention, are measured once, with everything rebuilt, and assumed to be
+the same for every other setting. States in host memory take no device memory; they cost the part of the transfer that
+the next stage's compute does not hide.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ SAVING_ATTENTION = Setting(stored=0, chunk_mebibytes=None, saved_attention=2**16
 ON_THE_HOST = Setting(stored=0, chunk_mebibytes=None, offload=True)
 
 Choices = list[tuple[Setting, Option]]
-"""Of one stage."""
+"""The options of one stage."""
 
 
 @dataclass(frozen=True, slots=True)
 class Link:
-    """What is known of the way to the host and back."""
+    """The link to host memory and back, as measured."""
 
     bytes_per_second: float
     trace: Trace
@@ -45,7 +45,7 @@ def options_of(
     seconds: Mapping[Setting, Sequence[float]],
     link: Link | None,
 ) -> list[Choices]:
-    """By stage, every option there is.
+    """Every option, by stage.
 
     `traces` and `seconds`: by setting of all stages; `link`: None where states cannot leave the device.
     """
@@ -66,7 +66,7 @@ def options_of(
 
 
 def undominated(choices: Choices) -> Choices:
-    """Those of which no other has less of everything."""
+    """The choices that no other one beats in seconds and in all bytes."""
     return [one for one in choices if not any(_beats(other, one[1]) for _, other in choices)]
 
 
@@ -78,7 +78,7 @@ def _in_memory(
     length = longest_run(stage)
     # With many stages a few steps each are choice enough.
     steps = length if len(traces[STORED].of("forward")) <= 2 else min(length, 4)
-    rebuilt = _with_some_known(measured, most=length - 1)  # what the first one added is of no use
+    rebuilt = _with_some_known(measured, most=length - 1)  # the first branch's output is never read
     none = measured[REBUILT]
     if saving is not None and saving.kept > none.kept:
         attention = SAVING_ATTENTION.saved_attention
@@ -100,9 +100,10 @@ def _in_memory(
 
 
 def _with_some_known(measured: Mapping[Setting, Option], *, most: int) -> Choices:
-    """What was measured, with no branch known and with as many as are worth it, and a quarter, half, three quarters.
+    """The measured options, with no known branch and with as many as are worth it, and a quarter, half and three
+    quarters of these.
 
-    All stages are measured with one number; of it a run has `most` at the most.
+    All stages are measured with the same number of known branches; a run has at most `most` of them.
     """
     found = list(measured.items())
     for setting, option in measured.items():
@@ -131,7 +132,7 @@ def _measured(trace: Trace, seconds: Sequence[float], s: int) -> Option:
 
 
 def _between(rebuilt: Option, stored: Option, share: float) -> Option:
-    """With the last `share` of the units stored. They are free again when the others' backward comes."""
+    """The option with the last `share` of the units stored. Their memory is free again in the others' backward."""
     kept = round(share * (stored.kept - rebuilt.kept))
     return Option(
         rebuilt.seconds + share * (stored.seconds - rebuilt.seconds),
@@ -142,7 +143,7 @@ def _between(rebuilt: Option, stored: Option, share: float) -> Option:
 
 
 def _states(rebuilt: Trace, on_the_host: Trace) -> list[int]:
-    """Bytes by stage that only lie on the device while it computes, if its states wait on the host."""
+    """By stage: bytes of states that leave the device between its forward and its backward, if offloaded."""
     return [here - there for here, there in zip(rebuilt.kept(), on_the_host.kept(), strict=True)]
 
 

@@ -1,13 +1,13 @@
-"""Which of its options each stage of a step should take, to be fastest within a number of bytes.
+"""Picks one option for every stage of a step: the fastest combination within a number of bytes.
 
-A step walks through its stages forwards, then backwards; what a stage keeps lives from the one to the other:
+A step runs its stages forwards, then backwards; what a stage keeps lives from its forward to its backward:
 
     forward of s     ground.forward[s]  + kept[0] + .. + kept[s-1] + rise of s in forward
     between          ground.between     + kept[0] + .. + kept[S-1]
     backward of s    ground.backward[s] + kept[0] + .. + kept[s]   + rise of s in backward
 
-No phase depends on stages behind it, so the search goes stage by stage and carries along only what no other choice
-beats in both what it keeps and what it costs: the result is exact, and the same every time.
+No phase depends on later stages, so the search goes stage by stage and keeps only the partial choices that no other
+one beats in both bytes kept and cost. The result is exact and deterministic.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a plan may decide about a rewired stage."""
+"""The settings of a rewired stage that a plan decides."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from re2tal.rewire import RewiredStage
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """How one stage runs; values are the same with all of them."""
+    """How one stage runs; fields are called as in `RewiringConfig`. Results are the same with every setting."""
 
     stored: int | None
     """How many units at the end of each run keep their activations; None for all."""
     chunk_mebibytes: float | None
-    """About so much memory inside a branch; None runs branches whole."""
+    """Memory of a piece of a branch, about; None runs branches whole."""
     known: int = 0
-    """How many branches of each run keep what they added."""
+    """How many branches of each run save their output."""
     saved_attention: int = 0
     """How many branches of each run keep what their attention kernels returned."""
     offload: bool = False
-    """Whether the states that runs keep wait for backward in host memory; only where no unit is stored."""
+    """Whether the end states of runs are kept in host memory; only where no unit is stored."""
     keep_nonresidual: bool = False
     """Whether blocks that are not residual keep their activations."""
 

@@ -1,7 +1,7 @@
 """One plan for all ranks, and for all starts of a run.
 
-Which plan is fastest is timed, and other pieces add gradients in another order: a run that is resumed goes on with the
-plan in its folder, to the last bit, as long as that was made for the same thing.
+Timings differ from start to start, and another plan may sum gradients in another order. So a resumed run goes on with
+the plan in its folder, to the last bit, as long as what the plan depends on is the same.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def shared_plan(
 ) -> StepPlan:
     """Every rank calls this, before anything is on its device: all get the plan that rank 0 makes, or its error.
 
-    `earlier`: the file of a plan to go on with, if it is there and was made for this run; rank 0 says on stderr whether
-    it is, and why not. "auto" is what the rank with the least has free.
+    `earlier`: the file of a plan to reuse, if it exists and was made for this run; rank 0 says on stderr whether it is
+    reused, or why not. "auto" is the free memory of the rank that has the least.
     """
     free = free_on_all_ranks(device) if run.engine.memory_budget_gb == "auto" else None
 

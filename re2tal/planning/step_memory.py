@@ -13,7 +13,7 @@ from re2tal.tables import text_table
 STATES, CHUNK, SCRATCH = "states, stored activations", "chunk in a branch", "optimizer's scratch"
 STEPPING = "the optimizer steps"
 WHILE = {
-    "start": "the batch is made ready",
+    "start": "the batch is prepared",
     "forward": "the backbone goes forward",
     "between": "the localizer works",
     "backward": "the backbone goes backward",
@@ -22,16 +22,16 @@ WHILE = {
 
 @dataclass(frozen=True, slots=True)
 class StepMemory:
-    """Bytes on the device of one rank, part by part, over a step and at the moment when most are in use."""
+    """Bytes on the device of one rank by part: over a step, and at its peak."""
 
     parts: dict[str, int]
-    """What is there at the peak; they add up to it."""
+    """Bytes of each part at the peak; they add up to it."""
     most: dict[str, int]
-    """The most of every part, each at its own moment."""
+    """The most bytes of each part, each at its own time."""
     phases: dict[str, int]
-    """The most of every phase of a step."""
+    """The most bytes in each phase of a step."""
     host: int
-    """Bytes on the host, of what is offloaded."""
+    """Bytes in host memory, of what is offloaded."""
 
     @property
     def peak(self) -> int:
@@ -54,7 +54,7 @@ class StepMemory:
 
 
 def step_memory(trace: Trace, zero: ZeroMemory) -> StepMemory:
-    """From the activations of a step and what the optimizer and DeepSpeed hold."""
+    """Adds the activations of a step to what the optimizer and DeepSpeed hold."""
     phases = {
         name: zero.during_backward + max(phase.peak for phase in trace.of(kind))
         for kind, name in WHILE.items()
@@ -77,7 +77,7 @@ def step_memory(trace: Trace, zero: ZeroMemory) -> StepMemory:
 
 
 def _at_the_peak(trace: Trace, zero: ZeroMemory) -> dict[str, int]:
-    """What is there besides the optimizer at the highest moment of a step."""
+    """Bytes by part at the peak of a step, without the optimizer's."""
     worst = max(trace.phases, key=lambda phase: phase.peak)
     kept, s, rise = trace.kept(), worst.event.stage, worst.peak - worst.live
     batch = trace.batch - (trace.prepared_again if worst.event.kind == "backward" else 0)

@@ -34,13 +34,13 @@ class StepPlan:
 
     memory: StepMemory
     budget: int | None
-    """Bytes it was made for; None where everything runs as the configuration says."""
+    """The budget in bytes; None where all stages run as configured."""
     settings: dict[str, Setting]
-    """By name of the stage in the backbone; empty without a budget."""
+    """Setting by name of the stage in the backbone; empty without a budget."""
     seconds: dict[str, StageSeconds]
-    """By stage, as measured."""
+    """Measured seconds by name of the stage."""
     made_for: dict[str, Any]
-    """JSON values that the plan depends on, by name."""
+    """The JSON values that the plan depends on, by name."""
 
     def apply(self, network: nn.Module) -> None:
         """Sets the stages of the detector's, or recognizer's, backbone.
@@ -60,7 +60,7 @@ class StepPlan:
 
     @classmethod
     def from_json(cls, document: Any) -> StepPlan:
-        """What `to_json` returned. Raises ValueError, naming the key, for anything else."""
+        """Reads what `to_json` returned. Raises ValueError, with the key, for anything else."""
         if not isinstance(document, Mapping):
             raise ValueError(f"a plan is one JSON object, not {brief(document)}")
         try:
@@ -72,7 +72,7 @@ class StepPlan:
 
     @property
     def headline(self) -> str:
-        """What the step is, in a line."""
+        """The step in one line."""
         clips, size = self.made_for["engine.batch_size"], self.made_for["data.clips.size"]
         ranks = self.made_for["number of ranks"]
         return (

@@ -70,30 +70,30 @@ class ZeroMemory:
     average: int
     """The moving average of the weights."""
     step_gradients: int
-    """There when the optimizer steps, when no activations are left."""
+    """Gradients alive when the optimizer steps, after all activations are freed."""
     step_scratch: int
-    """Needed by that step besides."""
+    """Temporary memory of that step."""
     gathered: int = 0
-    """ZeRO-3: parameters that are whole, small ones always, others while they are needed, at most."""
+    """ZeRO-3: the most that gathered parameters take; small ones stay gathered, others while they are needed."""
     gradients: int = 0
-    """Kept until the optimizer's step, besides those that backward leaves on the parameters."""
+    """Kept until the optimizer's step, in addition to those that backward leaves on the parameters."""
     buckets: int = 0
     """For communication during backward."""
     host: int = 0
 
     @property
     def standing(self) -> int:
-        """There all the time."""
+        """Alive all the time."""
         return self.parameters + self.optimizer + self.average
 
     @property
     def step(self) -> int:
-        """Needed by the optimizer's step besides what is there all the time."""
+        """Needed by the optimizer's step, in addition to `standing`."""
         return self.step_gradients + self.step_scratch
 
     @property
     def during_backward(self) -> int:
-        """There while a step goes forwards and backwards."""
+        """Alive during forward and backward."""
         return self.standing + self.gathered + self.gradients + self.buckets
 
 
