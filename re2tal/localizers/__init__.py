@@ -7,14 +7,16 @@ from collections.abc import Callable, Sequence
 from re2tal.localizers.base import Localizer
 from re2tal.localizers.pyramid.actionformer import ActionFormerConfig, actionformer
 from re2tal.localizers.pyramid.temporalmaxer import TemporalMaxerConfig, temporalmaxer
+from re2tal.localizers.pyramid.tridet import TriDetConfig, tridet
 from re2tal.localizers.vsgn.localizer import VSGN, VSGNConfig
 
-LocalizerConfig = ActionFormerConfig | TemporalMaxerConfig | VSGNConfig
+LocalizerConfig = ActionFormerConfig | TemporalMaxerConfig | TriDetConfig | VSGNConfig
 """What a localizer is built from; `name` tells them apart."""
 
 LOCALIZERS: dict[str, Callable[..., Localizer]] = {
     "actionformer": actionformer,
     "temporalmaxer": temporalmaxer,
+    "tridet": tridet,
     "vsgn": VSGN,
 }
 

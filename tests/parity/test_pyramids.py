@@ -17,6 +17,7 @@ from torch import Tensor
 from re2tal.evaluation.suppression import suppress
 from re2tal.localizers.pyramid.localizer import PyramidLocalizer
 from re2tal.localizers.pyramid.points import PyramidOutputs
+from re2tal.localizers.pyramid.tridet import TridentHead
 from re2tal.localizers.weights import export_weights, public_name
 from re2tal.structures import Action, Detections, Features
 
@@ -30,7 +31,7 @@ TOLERANCES = Tolerances(
     norm_floor={torch.float32: 1e-4, torch.float64: 1e-5},
     probe={torch.float32: 1e-4, torch.float64: 1e-5},
 )
-NAMES = cases("temporalmaxer_")
+NAMES = cases("temporalmaxer_") + cases("tridet_")
 every_case = pytest.mark.parametrize("name", NAMES)
 both_precisions = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 
@@ -53,13 +54,20 @@ def outputs_of(localizer: PyramidLocalizer, features: Features) -> dict[str, tup
     named |= {f"neck_level{level}": (x.transpose(1, 2), m) for level, (x, m) in enumerate(zip(*normed, strict=True))}
     mask = torch.cat(pyramid.masks, dim=1)
     named["cls_logits"] = (localizer.classifier(normed), mask)
-    named["reg_offsets"] = (localizer.regressor(normed), mask)
+    head, offsets = localizer.regressor, localizer.regressor(normed)
+    if isinstance(head, TridentHead):
+        apart = normed._replace(levels=tuple(level.detach() for level in normed.levels))
+        named["reg_bins"] = (torch.cat(head.levels(normed), dim=2).transpose(1, 2), mask)
+        named["start_logits"], named["end_logits"] = (head.starts(apart), mask), (head.ends(apart), mask)
+        named["decoded_offsets"] = (offsets, mask)
+    else:
+        named["reg_offsets"] = (offsets, mask)
     return named
 
 
 def reference_of(case: Case, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
     array = case.tensor(name if dtype == torch.float32 else f"{name}_f64")
-    return array.transpose(1, 2) if "_level" in name else array
+    return array.transpose(1, 2) if "_level" in name or name == "decoded_offsets" else array
 
 
 def check_close(ours: Tensor, reference: Tensor, mask: Tensor, dtype: torch.dtype, what: str) -> None:
@@ -85,10 +93,10 @@ def test_levels_and_predictions_at_real_points(name: str, dtype: torch.dtype) ->
     assert compared >= 2
 
 
-def stored_outputs(case: Case, prefix: str = "", suffix: str = "") -> PyramidOutputs:
+def stored_outputs(case: Case) -> PyramidOutputs:
     """OpenTAD's own predictions, so that what follows them is compared exactly."""
-    keys = ("cls_logits", "reg_offsets")
-    logits, offsets = (case.tensor(f"{prefix}{key}{suffix}") for key in keys)
+    logits = case.tensor("cls_logits")
+    offsets = reference_of(case, "reg_offsets" if "reg_offsets" in case.arrays else "decoded_offsets")
     return PyramidOutputs(logits, offsets, case.tensor("points"), case.tensor("point_masks"), torch.empty(0))
 
 
