@@ -161,6 +161,17 @@ def test_a_class_that_is_right_weighs_its_iou_and_each_class_regresses_its_own_s
     torch.testing.assert_close(losses["regression"], 1.5 * pairs)
 
 
+def test_classes_that_share_a_segment_share_its_iou() -> None:
+    points, mask = pyramid_points(2, ((0, 10_000),)), torch.ones(1, 2, dtype=torch.bool)
+    outputs = PyramidOutputs(torch.zeros(1, 2, 3), torch.ones(1, 2, 2), points, mask, torch.empty(0))
+    targets = Targets(torch.tensor([[[1.0, 0, 1], [0, 1, 0]]]), torch.tensor([[[1.0, 3], [4, 4]]]), torch.ones(1, 2))
+    losses = PointLoss(0.0, 1.0, iou_power=1.0)(outputs, targets, positives=RunningCount(1, momentum=0), training=False)
+    focal = sigmoid_focal_loss(outputs.logits, targets.classes)
+    # The IoU of [-1, 1] is 1/2 with [-1, 3] and 1/4 with [-4, 4]; two points are positive.
+    expected = (focal * torch.tensor([[[0.5, 1, 0.5], [1, 0.25, 1]]])).sum() / 2
+    torch.testing.assert_close(losses["classification"], expected)
+
+
 def test_the_loss_of_a_segment_without_any_length_has_finite_gradients() -> None:
     offsets = torch.zeros(1, 1, 1, 2, requires_grad=True)
     assert iou_of_offsets(offsets, torch.ones(1, 1, 1, 2)).item() == 0

@@ -42,19 +42,27 @@ class PointLoss:
         smoothing, num_classes = self.label_smoothing, targets.classes.shape[-1]
         classes = targets.classes * (1 - smoothing) + smoothing / (num_classes + 1)
         focal = sigmoid_focal_loss(outputs.logits[outputs.mask], classes[outputs.mask])
-        hot = (targets.classes > 0) & outputs.mask[..., None]
-        if outputs.offsets.ndim == 4:
-            predicted, chosen = outputs.offsets[hot], hot.nonzero(as_tuple=True)[:2]
-        else:
-            predicted, chosen = outputs.offsets[positive], positive.nonzero(as_tuple=True)
-        wanted = targets.offsets[chosen]
         if self.iou_power:
+            hot = (targets.classes > 0) & outputs.mask[..., None]
+            predicted, where = _chosen(outputs.offsets, hot)
             # The power's slope is infinite at 0.
-            iou = iou_of_offsets(predicted, wanted).clamp(min=SMALLEST_LENGTH) ** self.iou_power
+            iou = iou_of_offsets(predicted, targets.offsets[where]).clamp(min=SMALLEST_LENGTH) ** self.iou_power
             focal = focal * torch.ones_like(focal).masked_scatter(hot[outputs.mask], iou.to(focal.dtype))
+        if outputs.offsets.ndim == 4:
+            positive = (targets.classes > 0) & outputs.mask[..., None]
+        predicted, where = _chosen(outputs.offsets, positive)
         classification = (focal * weights[outputs.mask][:, None]).sum()
-        diou = diou_loss(predicted, wanted) * weights[chosen]
+        diou = diou_loss(predicted, targets.offsets[where]) * weights[where]
         return {
             "classification": classification / (positives.value() if self.stored_count else divisor),
             "regression": self.regression_weight * diou.sum() / divisor,
         }
+
+
+def _chosen(offsets: Tensor, chosen: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The N offsets (N, 2) that the mask (B, P) or (B, P, K) chooses, and the clip and point of each, N numbers each.
+
+    Offsets that all classes share are chosen once for each of a point's classes.
+    """
+    indices = chosen.nonzero(as_tuple=True)
+    return offsets[indices[: offsets.ndim - 1]], indices[:2]
