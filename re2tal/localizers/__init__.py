@@ -1,4 +1,8 @@
-"""One file per localizer; LOCALIZERS lists them."""
+"""One file per localizer; LOCALIZERS lists them.
+
+A new one gets a file with its configuration and what builds it, and its row here: both names, in the union and in the
+table. Options, help, config.json and the contract's tests follow from that.
+"""
 
 from __future__ import annotations
 
