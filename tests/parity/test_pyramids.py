@@ -235,3 +235,22 @@ def test_export_is_the_inverse_of_import(name: str) -> None:
     assert exported.keys() == case.state.keys()
     for key, tensor in exported.items():
         torch.testing.assert_close(tensor, case.state[key], rtol=1e-6, atol=0, check_dtype=False)
+
+
+@every_case
+@pytest.mark.parametrize(
+    ("part", "name_of", "value"),
+    [
+        ("projection", "frobnicate", 3),
+        ("projection", "norm_cfg", {"type": "BN"}),
+        ("neck", "type", "FPN"),
+        ("rpn_head", "loss_weight", -1.0),
+        ("rpn_head", "centre", "inside"),
+    ],
+)
+def test_what_no_option_says_is_refused_by_name(name: str, part: str, name_of: str, value: object) -> None:
+    case = load(name)
+    detector = case.config["detector"]
+    changed = detector | {part: detector[part] | {name_of: value}}
+    with pytest.raises(ValueError, match=name_of):
+        build(replace(case, config=case.config | {"detector": changed}))
