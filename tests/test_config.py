@@ -133,7 +133,10 @@ def test_what_a_file_does_not_mention_keeps_its_default(tmp_path):
         ('{"optimizer": {"learning_rate": -1}}', "optimizer.learning_rate is -1.0"),
         ('{"schedule": {"warmup_epochs": -1}}', "schedule.warmup_epochs is -1.0"),
         ('{"num_steps": 2000}', "num_steps is 2000 and data.clips.windowing.num_frames 1024"),
-        ('{"localizer": {"position_encoding": true, "max_num_steps": 256}}', "max_num_steps = 256; raise the latter"),
+        (
+            '{"localizer": {"name": "actionformer", "position_encoding": true, "max_num_steps": 256}}',
+            "max_num_steps = 256; raise the latter",
+        ),
         ('{"name": "../elsewhere"}', "give one plain name"),
         (
             '{"task": "recognition", "annealing": {"epochs": 2}, "backbone": {"rewired": false}}',

@@ -1,4 +1,8 @@
-"""One file per localizer; LOCALIZERS lists them."""
+"""One file per localizer; LOCALIZERS lists them.
+
+A new one gets a file with its configuration and what builds it, and its row here: both names, in the union and in the
+table. Options, help, config.json and the contract's tests follow from that.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +11,16 @@ from collections.abc import Callable, Sequence
 from re2tal.localizers.base import Localizer
 from re2tal.localizers.pyramid.actionformer import ActionFormerConfig, actionformer
 from re2tal.localizers.pyramid.temporalmaxer import TemporalMaxerConfig, temporalmaxer
+from re2tal.localizers.pyramid.tridet import TriDetConfig, tridet
 from re2tal.localizers.vsgn.localizer import VSGN, VSGNConfig
 
-LocalizerConfig = ActionFormerConfig | TemporalMaxerConfig | VSGNConfig
+LocalizerConfig = ActionFormerConfig | TemporalMaxerConfig | TriDetConfig | VSGNConfig
 """What a localizer is built from; `name` tells them apart."""
 
 LOCALIZERS: dict[str, Callable[..., Localizer]] = {
     "actionformer": actionformer,
     "temporalmaxer": temporalmaxer,
+    "tridet": tridet,
     "vsgn": VSGN,
 }
 

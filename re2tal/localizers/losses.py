@@ -22,18 +22,27 @@ def sigmoid_focal_loss(logits: Tensor, targets: Tensor, *, alpha: float = 0.25, 
     return weight * mistake**gamma * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
 
 
+def iou_of_offsets(offsets: Tensor, targets: Tensor) -> Tensor:
+    """IoU of pairs of segments that share a point; shapes as `diou_loss`."""
+    return _iou(*_at_least_float32(offsets).unbind(-1), *_at_least_float32(targets).unbind(-1))
+
+
 def diou_loss(offsets: Tensor, targets: Tensor) -> Tensor:
     """DIoU loss of N pairs of segments that share a point: (N, 2) distances to start and end, twice -> (N,).
 
     Distances are not negative, so both segments contain the point and overlap at least there.
     """
     (left, right), (true_left, true_right) = (_at_least_float32(x).unbind(-1) for x in (offsets, targets))
-    intersection = torch.minimum(left, true_left) + torch.minimum(right, true_right)
-    union = left + right + true_left + true_right - intersection
+    iou = _iou(left, right, true_left, true_right)
     enclosing = torch.maximum(left, true_left) + torch.maximum(right, true_right)
     centre_distance = 0.5 * (right - left - true_right + true_left)
-    iou = intersection / union.clamp(min=SMALLEST_LENGTH)
     return 1 - iou + (centre_distance / enclosing.clamp(min=SMALLEST_LENGTH)) ** 2
+
+
+def _iou(left: Tensor, right: Tensor, true_left: Tensor, true_right: Tensor) -> Tensor:
+    intersection = torch.minimum(left, true_left) + torch.minimum(right, true_right)
+    union = left + right + true_left + true_right - intersection
+    return intersection / union.clamp(min=SMALLEST_LENGTH)
 
 
 class RunningCount(nn.Module):

@@ -47,9 +47,9 @@ class MaskedConv(nn.Module):
 class AffineDropPath(nn.Module):
     """A residual branch's learned scale per channel, and stochastic depth: whole clips skip the branch in training."""
 
-    def __init__(self, channels: int, *, drop: float, initial_scale: float = 1e-4) -> None:
+    def __init__(self, channels: int, *, drop: float) -> None:
         super().__init__()
-        self.scale = nn.Parameter(torch.full((channels,), initial_scale))
+        self.scale = nn.Parameter(torch.full((channels,), 1e-4))
         self.drop = drop
 
     def forward(self, x: Tensor) -> Tensor:

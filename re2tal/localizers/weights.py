@@ -61,6 +61,24 @@ _OPENTAD_PYRAMID = NameMap(
 _MAPS: dict[tuple[str, str], NameMap] = {
     ("actionformer", "opentad"): _OPENTAD_PYRAMID,
     ("temporalmaxer", "opentad"): _OPENTAD_PYRAMID,
+    ("tridet", "opentad"): NameMap(
+        renames=(
+            (r"^regressor\.(start|end)s\.convs\.", r"rpn_head.cls_\1_convs."),
+            (r"^regressor\.(start|end)s\.output\.", r"rpn_head.cls_\1_head."),
+            (r"\.pool\.", ".downsample."),
+            (r"(stem|branch)\.(\d+)\.norm\.", r"\1.\2.ln."),
+            (r"\.mlp_norm\.", ".gn."),
+            (r"\.instant\.", ".fc."),
+            (r"\.overall\.", ".global_fc."),
+            (r"\.near\.", ".convw."),
+            (r"\.wide\.", ".convkw."),
+            (r"\.gate\.", ".psi."),
+            (r"\.path\.", ".drop_path_out."),
+            *_OPENTAD_PYRAMID.renames,
+        ),
+        prefixes=_OPENTAD_PYRAMID.prefixes,
+        columns=r"path\.scale$",
+    ),
     ("actionformer", "original"): NameMap(
         renames=(
             (r"^encoder\.embedding\.(\d+)\.conv\.", r"backbone.embd.\1.conv."),

@@ -45,7 +45,7 @@ VARIANTS = [
     TINY,
     replace(TINY, variant="original"),
     replace(TINY, attention_window=5, position_encoding=True),
-    replace(TINY, attention_window=(3, 5, None)),
+    replace(TINY, attention_window=(3, 5, None), head_channels=24),
 ]
 all_variants = pytest.mark.parametrize("config", VARIANTS, ids=["opentad", "original", "local", "per level"])
 

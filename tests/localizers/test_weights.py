@@ -7,6 +7,7 @@ import torch
 
 from re2tal.localizers.pyramid.actionformer import ActionFormerConfig, Variant, actionformer
 from re2tal.localizers.pyramid.localizer import PyramidLocalizer
+from re2tal.localizers.pyramid.tridet import TriDetConfig, tridet
 from re2tal.localizers.weights import export_weights, import_weights
 
 TINY = ActionFormerConfig(channels=8, num_heads=2, max_num_steps=8, regression_ranges=((0, 4), (4, 100)))
@@ -60,3 +61,41 @@ def test_weights_trained_by_two_public_implementations_have_their_own_names() ->
     assert opentad["projection.stem.0.drop_path_attn.scale"].shape == (1, 8, 1)
     assert opentad["rpn_head.loss_normalizer"].item() == pytest.approx(100)
     assert not any("normalizer" in name for name in original)
+
+
+def test_tridets_parts_have_opentads_names_and_shapes() -> None:
+    config = TriDetConfig(
+        channels=16,
+        head_channels=24,
+        mlp_channels=20,
+        num_head_convs=1,
+        num_stem_blocks=1,
+        window=(1, 3),
+        wide_ratio=1.2,
+        downsampling="average",
+        head_kernel_size=5,
+        boundary_kernel_size=1,
+        num_bins=6,
+        max_num_steps=8,
+        regression_ranges=((0, 4), (4, 100)),
+    )
+    public = export_weights(tridet(config, in_channels=4, classes=("dive", "jump")), layout="opentad")
+    shapes = {key: tuple(tensor.shape) for key, tensor in public.items()}
+    expected = {
+        "projection.stem.0.convkw.weight": (16, 1, 3),
+        "projection.branch.0.convkw.weight": (16, 1, 5),
+        "projection.branch.0.psi.weight": (16, 1, 3),
+        "projection.branch.0.downsample.1.weight": (16, 16, 1),
+        "projection.branch.0.drop_path_out.scale": (1, 16, 1),
+        "projection.branch.0.drop_path_mlp.scale": (1, 16, 1),
+        "projection.branch.0.mlp.0.weight": (20, 16, 1),
+        "neck.fpn_norms.1.weight": (16,),
+        "rpn_head.cls_convs.0.conv.weight": (24, 16, 5),
+        "rpn_head.cls_start_convs.0.conv.weight": (24, 16, 1),
+        "rpn_head.cls_end_head.weight": (2, 24, 1),
+        "rpn_head.reg_head.weight": (14, 24, 5),
+        "rpn_head.scale.1.scale": (),
+        "rpn_head.loss_normalizer": (),
+    }
+    assert expected.items() <= shapes.items()
+    assert not any(key.startswith("projection.stem.0.drop_path") for key in shapes)

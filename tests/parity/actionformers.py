@@ -26,6 +26,7 @@ def opentad_config(config: dict[str, Any]) -> ActionFormerConfig:
         num_heads=projection["attn_cfg"]["n_head"],
         num_embedding_convs=projection["arch"][0],
         num_stem_blocks=projection["arch"][1],
+        head_channels=head["feat_channels"],
         num_head_convs=head["num_convs"],
         kernel_size=projection["conv_cfg"]["kernel_size"],
         attention_window=_window(projection["attn_cfg"]["n_mha_win_size"]),

@@ -1,4 +1,4 @@
-"""Builds our TemporalMaxer as a reference case describes it; what no option of ours can say is refused by name."""
+"""Builds our TemporalMaxer and TriDet as a case describes them; what no option of ours can say is refused by name."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from parity.vectors import Case
 
-from re2tal.localizers import TemporalMaxerConfig, build_localizer
+from re2tal.localizers import TemporalMaxerConfig, TriDetConfig, build_localizer
 from re2tal.localizers.pyramid.localizer import PyramidLocalizer
 from re2tal.localizers.weights import import_weights
 
@@ -90,7 +90,43 @@ def temporalmaxer_config(case: Case) -> TemporalMaxerConfig:
     return config
 
 
-CONFIGS: dict[str, Callable[[Case], Any]] = {"TemporalMaxer": temporalmaxer_config}
+def tridet_config(case: Case) -> TriDetConfig:
+    projection, head, neck = (Arguments(case, part) for part in ("projection", "rpn_head", "neck"))
+    channels = projection.take("out_channels")
+    num_convs, num_stem, num_branch = projection.take("arch", (2, 2, 5))
+    projection.only("type", "TriDetProj")
+    projection.take("in_channels")
+    projection.only("norm_cfg", {"type": "LN"})
+    projection.take("input_noise")  # of training only; the case is without
+    projection.take("init_conv_vars")  # the case's weights are its own
+    if projection.take("path_pdrop", 0.0) <= 0:
+        raise ValueError(f"{case.name}: path_pdrop is 0; our strided blocks always have a learned scale")
+    neck.only("norm_cfg", {"type": "LN"})
+    head.only("center_sample", "radius")
+    config = TriDetConfig(
+        **_shared(case, head, neck, channels, num_branch),
+        num_embedding_convs=num_convs,
+        num_stem_blocks=num_stem,
+        kernel_size=projection.take("conv_cfg")["kernel_size"],
+        position_encoding=projection.take("use_abs_pe", False),
+        max_num_steps=projection.take("max_seq_len", 2304),
+        window=tuple(max(window, 1) for window in projection.take("sgp_win_size", (1,) * (num_branch + 1))),
+        wide_ratio=projection.take("k", 1.5),
+        mlp_channels=projection.take("sgp_mlp_dim"),
+        downsampling={"max": "max", "avg": "average"}[projection.take("downsample_type", "max")],
+        centre_radius=head.take("center_sample_radius", 1.5),
+        head_kernel_size=head.take("kernel_size", 3),
+        boundary_kernel_size=head.take("boundary_kernel_size", 3),
+        num_bins=head.take("num_bins", 16),
+        iou_power=head.take("iou_weight_power", 0.2),
+        path_drop=0.0,
+    )
+    for arguments in (projection, head, neck):
+        arguments.done()
+    return config
+
+
+CONFIGS: dict[str, Callable[[Case], Any]] = {"TemporalMaxer": temporalmaxer_config, "TriDet": tridet_config}
 
 
 def _shared(case: Case, head: Arguments, neck: Arguments, channels: int, num_branch: int) -> Mapping[str, Any]:

@@ -1,7 +1,8 @@
 """Which action each point of a pyramid must predict.
 
 An assigner is called for one clip with its points (P, 4), its actions as segments (N, 2) in steps and labels (N,)
-int64, and what the localizer predicts: logits (P, K), offsets (P, 2) in strides, and the mask (P,) of real points.
+int64, and what the localizer predicts: logits (P, K), offsets (P, 2) or (P, K, 2) in strides, and the mask (P,) of real
+points.
 """
 
 from __future__ import annotations
@@ -110,7 +111,7 @@ class SimOTA:
         missed = sigmoid_focal_loss(logits, torch.ones_like(logits))
         absent = sigmoid_focal_loss(logits, torch.zeros_like(logits))
         classification = absent.sum(dim=1, keepdim=True) + (missed - absent)[:, labels]
-        regression = diou_loss(offsets[:, None], distances)
+        regression = diou_loss(offsets[:, labels] if offsets.ndim == 3 else offsets[:, None], distances)
         cost = self.class_weight * classification + self.iou_weight * regression
         return torch.where((distances >= 0).all(dim=-1), cost, torch.inf)
 

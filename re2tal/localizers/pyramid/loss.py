@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from re2tal.localizers.losses import RunningCount, diou_loss, sigmoid_focal_loss
+from re2tal.localizers.losses import SMALLEST_LENGTH, RunningCount, diou_loss, iou_of_offsets, sigmoid_focal_loss
 from re2tal.localizers.pyramid.assignment import Targets
 from re2tal.localizers.pyramid.points import PyramidOutputs
 
@@ -16,7 +16,8 @@ from re2tal.localizers.pyramid.points import PyramidOutputs
 class PointLoss:
     """Focal loss of all real points and DIoU loss of the positive ones, each divided by a count of positive points.
 
-    In training that count is a running mean, in evaluation the batch's own.
+    Where each class has offsets of its own, the DIoU loss is summed over the classes that a point must predict. In
+    training that count is a running mean, in evaluation the batch's own.
     """
 
     label_smoothing: float
@@ -24,7 +25,9 @@ class PointLoss:
     regression_weight: float
     """Of the DIoU loss"""
     stored_count: bool = False
-    """Divide the focal loss by the running mean in evaluation too, as OpenTAD's TemporalMaxer does"""
+    """Divide the focal loss by the running mean in evaluation too, as OpenTAD's TemporalMaxer and TriDet do"""
+    iou_power: float = 0.0
+    """The focal loss of a class that a point must predict is multiplied by this power of its segment's IoU"""
 
     def __call__(
         self, outputs: PyramidOutputs, targets: Targets, *, positives: RunningCount, training: bool
@@ -39,9 +42,27 @@ class PointLoss:
         smoothing, num_classes = self.label_smoothing, targets.classes.shape[-1]
         classes = targets.classes * (1 - smoothing) + smoothing / (num_classes + 1)
         focal = sigmoid_focal_loss(outputs.logits[outputs.mask], classes[outputs.mask])
+        if self.iou_power:
+            hot = (targets.classes > 0) & outputs.mask[..., None]
+            predicted, where = _chosen(outputs.offsets, hot)
+            # The power's slope is infinite at 0.
+            iou = iou_of_offsets(predicted, targets.offsets[where]).clamp(min=SMALLEST_LENGTH) ** self.iou_power
+            focal = focal * torch.ones_like(focal).masked_scatter(hot[outputs.mask], iou.to(focal.dtype))
+        if outputs.offsets.ndim == 4:
+            positive = (targets.classes > 0) & outputs.mask[..., None]
+        predicted, where = _chosen(outputs.offsets, positive)
         classification = (focal * weights[outputs.mask][:, None]).sum()
-        diou = diou_loss(outputs.offsets[positive], targets.offsets[positive]) * weights[positive]
+        diou = diou_loss(predicted, targets.offsets[where]) * weights[where]
         return {
             "classification": classification / (positives.value() if self.stored_count else divisor),
             "regression": self.regression_weight * diou.sum() / divisor,
         }
+
+
+def _chosen(offsets: Tensor, chosen: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The N offsets (N, 2) that the mask (B, P) or (B, P, K) chooses, and the clip and point of each, N numbers each.
+
+    Offsets that all classes share are chosen once for each of a point's classes.
+    """
+    indices = chosen.nonzero(as_tuple=True)
+    return offsets[indices[: offsets.ndim - 1]], indices[:2]

@@ -59,7 +59,7 @@ class TemporalMaxerConfig(PyramidConfig):
             raise ValueError(
                 f"channels={self.channels} must be a multiple of level_norm_groups={self.level_norm_groups}"
             )
-        for name in ("match_keep_share", "match_confused_weight"):
+        for name in ("input_dropout", "match_keep_share", "match_confused_weight"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1]")
 
