@@ -25,6 +25,8 @@ from re2tal.rewire.discover import Example, call_model, in_mode
 from re2tal.rewire.pending import BlockCall, RewireError, values_of
 from re2tal.rewire.stage import RewiredStage
 
+FLOAT64_PARAMETERS = 500_000_000
+"""Larger models are compared in their own dtype: in float64 they would need gigabytes more."""
 FLOAT64_TOLERANCE = 1e-9
 """Of the largest element: both forms compute the same sums. Where a model computes in float32 inside, the effect of one
 rounding is measured."""
@@ -37,7 +39,8 @@ def check_same_network(model: nn.Module, example: Example) -> None:
     ValueError for an example that fails, or whose output is not a number.
     """
     failed, stages = None, stages_of(model)
-    for dtype in (torch.float64, None):
+    own = sum(parameter.numel() for parameter in model.parameters()) > FLOAT64_PARAMETERS
+    for dtype in (None,) if own else (torch.float64, None):
         with _undisturbed(model, dtype):
             given = _cast(example, dtype)
             try:
