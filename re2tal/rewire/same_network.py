@@ -155,6 +155,7 @@ def plainly(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for parent, name, stage in places:
+            stage.guard()
             setattr(parent, name, stage)
 
 

@@ -11,7 +11,7 @@ from rewire.networks import CHANNELS, Block, Walker, frames, seeded
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from re2tal.rewire import Branch, RewireError, RewiringConfig, residual_branches, rewire
+from re2tal.rewire import Branch, RewireError, RewiringConfig, residual_branches, rewire, unrewire
 from re2tal.rewire.stage import RewiredStage
 
 Run = Callable[..., Tensor]
@@ -297,7 +297,7 @@ class Learnable(Walker):
 REFUSED: dict[str, tuple[Callable[[], nn.Module], str]] = {
     "blocks through children()": (
         lambda: Backdoor(Block(), Block()),
-        "the plain network calls 2 residual blocks on this example, the rewired one 0 through its stages",
+        r"block layers\.0 was called past its rewired stage",
     ),
     "branches that do not add up": (
         lambda: Walker(Block(), Lying(), Block()),
@@ -332,6 +332,17 @@ def test_another_network_is_refused_and_the_model_stays_plain(name) -> None:
         rewire(net, example=(frames(),))
     assert not any(isinstance(module, RewiredStage) for module in net.modules())
     assert all(torch.equal(one, other) for one, other in zip(tree_leaves(net(frames())), wanted, strict=True))
+
+
+def test_blocks_that_are_called_past_their_stage_are_an_error_without_an_example() -> None:
+    net = seeded(lambda: Backdoor(Block(), Block()))
+    wanted = net(frames())
+    rewire(net)
+    with pytest.raises(RewireError, match=r"block layers\.0 was called past its rewired stage"):
+        net(frames())
+    unrewire(net)
+    assert torch.equal(net(frames()), wanted)
+    assert not any(module._forward_pre_hooks for module in net.modules())
 
 
 def test_an_example_that_fails_or_gives_no_numbers_is_refused() -> None:
@@ -384,6 +395,31 @@ def test_a_model_that_runs_in_its_own_dtype_only_is_compared_there() -> None:
     rewire(seeded(lambda: OnlyFloat32(Block(), Block())).float(), example=(x,))
     with pytest.raises(RewireError, match="output differs"):
         rewire(seeded(lambda: OnlyFloat32(Block(), Lying())).float(), example=(x,))
+
+
+class Drawing(Block):
+    """Draws from a generator of its own, which no replay sets back."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.generator = torch.Generator()
+
+    def mix(self, x, mask=None):
+        return super().mix(x, mask) * torch.rand(1, generator=self.generator).to(x.dtype)
+
+
+@residual_branches.register
+def _(block: Drawing) -> tuple[Branch, ...]:
+    return Branch("mix", Drawing.mix), Branch("mlp", Block.transform)
+
+
+@pytest.mark.parametrize("kind", [Drawing, Counting])
+def test_a_branch_that_does_not_repeat_is_an_error_in_the_first_backward_without_an_example(kind) -> None:
+    net = seeded(lambda: Walker(kind(), kind(), Block()))
+    rewire(net)
+    loss = net(frames()).square().sum()
+    with pytest.raises(RuntimeError, match=r"rewired stage layers: .* gives something else when it runs again"):
+        loss.backward()
 
 
 # --------------------------------------------------------------------------------------------------------------- hooks
