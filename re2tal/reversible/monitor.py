@@ -23,6 +23,8 @@ from re2tal.reversible.precision import Precision
 NUM_SAMPLES = 4096
 DRIFT_LIMIT = 1e-4
 """Float32 states without a grid stay far below this at any depth. With narrow branches and no grid they exceed it."""
+REPEAT_LIMIT = 1e-2
+"""Roundings stay below this with any numbers. Above it, something else was computed."""
 
 logger = logging.getLogger(__name__)
 
@@ -89,6 +91,24 @@ class Monitor:
         if kind not in self._warned:
             self._warned.add(kind)
             logger.warning("rewired stage %s %s", self.name or "without a name", message)
+
+
+class FirstCheck(Monitor):
+    """Checks the first step of a stage, and stops a network whose branches give something else when they run again."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name, every=1)
+        self.done = False
+
+    def note(self, reading: Reading, *, step: int, precision: Precision) -> None:
+        """Raises RuntimeError where the first state was not rebuilt at all."""
+        self.done = True
+        if not reading.drift <= REPEAT_LIMIT:
+            raise RuntimeError(
+                f"rewired stage {self.name or 'without a name'}: backward rebuilt a state that is {reading.drift:.0%} "
+                "off, so a branch gives something else when it runs again: it reads an attribute or a cache that it "
+                "writes, draws from a generator of its own, or its states overflow; correct it, or set recompute=False"
+            )
 
 
 class Observation:

@@ -15,6 +15,7 @@ from re2tal.rewire.pending import RewireError
 from re2tal.rewire.recomputed_inputs import recompute_conv_inputs
 from re2tal.rewire.report import RewireReport
 from re2tal.rewire.rewire import rewire, unrewire
+from re2tal.rewire.same_network import check_same_network
 from re2tal.rewire.stage import RewiredStage
 from re2tal.rewire.worst_drift import largest_drift
 
@@ -30,6 +31,7 @@ __all__ = [
     "beta_of",
     "by_samples",
     "by_tokens",
+    "check_same_network",
     "checkpointed",
     "count_states",
     "largest_drift",

@@ -19,6 +19,34 @@ from re2tal.rewire.pending import RewireError
 _GATHERING = ("deepspeed.", "torch.distributed.")
 
 
+class CalledPast:
+    """A hook that finds calls of a block that do not come from its stage."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, block: nn.Module, args: tuple) -> None:
+        """Raises RewireError unless a stage is calling."""
+        if "forward" not in vars(block):
+            raise RewireError(
+                f"block {self.name} was called past its rewired stage, by which it would not be coupled to the others: "
+                "iterate over the container of the blocks or index it, instead of children() or attributes, or unrewire"
+            )
+
+
+def guard(block: nn.Module, name: str) -> None:
+    """Makes calls of `block` past its stage an error."""
+    if not any(isinstance(hook, CalledPast) for hook in block._forward_pre_hooks.values()):
+        block.register_forward_pre_hook(CalledPast(name))
+
+
+def unguard(block: nn.Module) -> None:
+    """Undoes `guard`."""
+    for key, hook in list(block._forward_pre_hooks.items()):
+        if isinstance(hook, CalledPast):
+            del block._forward_pre_hooks[key]
+
+
 def has_hooks(block: nn.Module) -> bool:
     """Whether a user has put hooks on `block`, or a forward of its own on the instance."""
     hooks = (block._forward_hooks, block._forward_pre_hooks, block._backward_hooks, block._backward_pre_hooks)
@@ -70,7 +98,7 @@ def without_hooks(block: nn.Module) -> Iterator[None]:
 
 
 def _of_users(hooks: Mapping[int, Callable]) -> bool:
-    return any(not _gathers(hook) for hook in hooks.values())
+    return any(not (_gathers(hook) or isinstance(hook, CalledPast)) for hook in hooks.values())
 
 
 def _gathers(hook: Any) -> bool:

@@ -25,6 +25,8 @@ from re2tal.rewire.discover import Example, call_model, in_mode
 from re2tal.rewire.pending import BlockCall, RewireError, values_of
 from re2tal.rewire.stage import RewiredStage
 
+FLOAT64_PARAMETERS = 500_000_000
+"""Larger models are compared in their own dtype: in float64 they would need gigabytes more."""
 FLOAT64_TOLERANCE = 1e-9
 """Of the largest element: both forms compute the same sums. Where a model computes in float32 inside, the effect of one
 rounding is measured."""
@@ -37,7 +39,8 @@ def check_same_network(model: nn.Module, example: Example) -> None:
     ValueError for an example that fails, or whose output is not a number.
     """
     failed, stages = None, stages_of(model)
-    for dtype in (torch.float64, None):
+    own = sum(parameter.numel() for parameter in model.parameters()) > FLOAT64_PARAMETERS
+    for dtype in (None,) if own else (torch.float64, None):
         with _undisturbed(model, dtype):
             given = _cast(example, dtype)
             try:
@@ -55,7 +58,7 @@ def _check(
     model: nn.Module, example: Example, wanted: list[Output], blocks: list[nn.Module], dtype: torch.dtype
 ) -> None:
     stages = stages_of(model)
-    with _at_beta_0(stages), torch.no_grad():
+    with _at_beta_0(stages):
         with _learning(stages, Learned()) as learned:
             found = _rewired(model, example)
         if (place := _first_other_call(blocks, learned)) is not None:
@@ -63,7 +66,7 @@ def _check(
         if difference := _difference(model, example, wanted, found, dtype):
             raise RewireError(f"{difference}: {_explained(model, example, dtype)}")
         # Apart, because hooks inside of blocks fire twice.
-        with _learning(stages, Learned(twice=True)):
+        with _learning(stages, Learned(twice=True)), torch.no_grad():
             _rewired(model, example)
     for stage in stages:
         stage.ends = frozenset(learned.ends.get(stage, ()))
@@ -115,7 +118,7 @@ class Learned:
         output = stage.run(calls, x)
         if self.twice and stage.config.recompute:
             _check_again(stage, call, x)
-        kept = (x.clone(), output.clone()) if self.keep else (None, None)
+        kept = (x.detach().clone(), output.detach().clone()) if self.keep else (None, None)
         self.calls.append(Called(stage.get_submodule(call.name), stage.name_of(call.name), *kept))
         return output
 
@@ -152,6 +155,7 @@ def plainly(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for parent, name, stage in places:
+            stage.guard()
             setattr(parent, name, stage)
 
 
@@ -325,7 +329,11 @@ def _watched(stages: Sequence[RewiredStage], *, keep: bool) -> Iterator[list[Cal
 
     def note(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
-        calls.append(Called(block, names[block], *((args[0].clone(), hidden.clone()) if keep else (None, None))))
+        calls.append(
+            Called(
+                block, names[block], *((args[0].detach().clone(), hidden.detach().clone()) if keep else (None, None))
+            )
+        )
 
     with ExitStack() as stack:
         for block in names:

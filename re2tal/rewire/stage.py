@@ -27,12 +27,12 @@ from torch.utils._pytree import tree_leaves, tree_map
 from re2tal.reversible import run_reversibly
 from re2tal.reversible.chunking import ChunkedBranch, Piece, WholeBranch
 from re2tal.reversible.coupling import Coupling
-from re2tal.reversible.monitor import Monitor
+from re2tal.reversible.monitor import FirstCheck, Monitor
 from re2tal.reversible.offload import offloaded
 from re2tal.reversible.precision import Precision
 from re2tal.rewire.branches import Branch, Residual, is_unregistered
 from re2tal.rewire.config import RewiringConfig
-from re2tal.rewire.hooks import called_with, check_hooks, has_hooks, without_hooks
+from re2tal.rewire.hooks import called_with, check_hooks, guard, has_hooks, unguard, without_hooks
 from re2tal.rewire.nonresidual import recomputed
 from re2tal.rewire.pending import BlockCall, BlockHandle, PendingState, RewireError, values_of
 
@@ -56,6 +56,7 @@ class RewiredStage(nn.Module):
         self.residual = dict(residual)
         self.kinks = any(found.kinks for found in residual.values())
         self.monitor = None if config.monitor_every is None else Monitor(path, every=config.monitor_every)
+        self._first_check = FirstCheck(path)
         self.ends: Collection[str] = frozenset()
         """Residual blocks behind which a run ends although the next one is residual: somebody uses the state there."""
         self.learned: Learned | None = None
@@ -65,6 +66,12 @@ class RewiredStage(nn.Module):
         self.training = plain.training
         for name, block in plain._modules.items():  # a block that hangs there twice has two names
             self.add_module(name, block)
+        self.guard()
+
+    def guard(self) -> None:
+        """Makes calls of residual blocks that do not come from here an error."""
+        for name in self.residual:
+            guard(self.get_submodule(name), self.name_of(name))
 
     @property
     def coupling(self) -> Coupling:
@@ -161,16 +168,21 @@ class RewiredStage(nn.Module):
                 f"an argument of a block in the run from {self.name_of(first.name)} to {self.name_of(calls[-1].name)} "
                 "was written to before the run ended; give every block a tensor of its own"
             )
-        if self.monitor is not None and self.config.recompute and torch.is_grad_enabled():
+        monitor = self._monitor()
+        if monitor is not None and self.config.recompute and torch.is_grad_enabled():
             place = self.names().index(first.name)
             if place <= self._first:  # not the second run of one forward
-                self.monitor.step()
+                monitor.step()
             self._first = place
         if first.name in self.residual:
             return self.run(calls, x) if self.learned is None else self.learned.run(self, calls, x)
         block = self.get_submodule(first.name)
         again = self.config.recompute and not self.config.keep_nonresidual and _can_checkpoint(block)
         return (partial(recomputed, block, owner=block) if again else block)(x, *first.args, **first.kwargs)
+
+    def _monitor(self) -> Monitor | None:
+        """Without one that was asked for, the first step is checked."""
+        return self.monitor or (None if self._first_check.done else self._first_check)
 
     def run(self, calls: tuple[BlockCall, ...], x: Tensor) -> Tensor:
         """Computes a reversible run over the branches of some blocks; its segments, where the configuration has any."""
@@ -195,7 +207,7 @@ class RewiredStage(nn.Module):
                     grid=self.config.grid,
                     kinks=self.kinks,
                     owner=self,
-                    monitor=self.monitor,
+                    monitor=self._monitor(),
                 )
         return x
 
@@ -220,6 +232,8 @@ class RewiredStage(nn.Module):
         plain.training = self.training
         for name, block in self._modules.items():
             plain.add_module(name, block)
+        for name in self.residual:
+            unguard(self.get_submodule(name))
         return plain
 
     def __iter__(self) -> Iterator[BlockHandle]:
@@ -247,7 +261,7 @@ class RewiredStage(nn.Module):
 
 def _whole(block: nn.Module, args: tuple, kwargs: dict, x: Tensor) -> Tensor:
     with without_hooks(block):
-        return _hidden(block(x, *args, **kwargs)) - x
+        return _hidden(called_with(block, block.forward, x, args, kwargs)) - x
 
 
 def _part(block: nn.Module, branch: Branch, args: tuple, kwargs: dict, x: Tensor) -> Tensor:

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from re2tal.backbones import BACKBONES, BackboneConfig, build_backbone
 from re2tal.backbones.base import VideoBackbone
 from re2tal.backbones.hub.tiling import ClipwiseBackbone
 from re2tal.planning.footprint import kept_bytes, kept_bytes_of
-from re2tal.rewire import RewireReport, RewiringConfig, rewire, unrewire
+from re2tal.rewire import RewireReport, RewiringConfig, check_same_network, rewire, unrewire
 
 
 class Rewired(NamedTuple):
@@ -45,7 +45,10 @@ def rewire_and_count(
     frames: int | None = None,
     size: tuple[int, int] | None = None,
 ) -> Rewired:
-    """Rewire a backbone, or any model of the transformers library, and count the memory of both."""
+    """Rewire a backbone, or any model of the transformers library, and count the memory of both.
+
+    Raises RewireError where the rewired network, at beta 0, is not the plain one.
+    """
     if model not in BACKBONES and ("/" in model or Path(model).is_dir()):
         if weights is not None:
             raise ValueError(f"weights is {weights!r}, but {model!r} brings its own; leave it out")
@@ -66,6 +69,7 @@ def rewire_and_count(
     backbone = build_backbone(config)
     unrewire(backbone)
     report = rewire(backbone, config=wiring)
+    check_same_network(backbone, example_of(backbone))
     rewired = kept_bytes(backbone, num_frames=num_frames, size=rows_columns)
     step = "every frame" if backbone.frames_per_step == 1 else f"every {backbone.frames_per_step} frames"
     about = f"{model}: {_millions(backbone):.1f} million parameters; {backbone.out_channels} channels {step}"
@@ -85,6 +89,16 @@ def _rewire_any(name: str, wiring: RewiringConfig, *, num_frames: int | None, si
     about = f"{name}: {type(model).__name__}, {_millions(model):.1f} million parameters"
     what = f"{shape[1]} frames" if len(shape) == 5 else "one picture"
     return Rewired(about, report, plain, rewired, f"{what} of {shape[-2]} x {shape[-1]}")
+
+
+def example_of(backbone: VideoBackbone) -> tuple[Tensor, Tensor]:
+    """A clip on which to compare both forms: of few pixels, because that costs seconds and shows as much."""
+    num_frames, (rows, columns) = 16, (64, 64)
+    if isinstance(backbone, ClipwiseBackbone):
+        encoder = backbone.encoder
+        num_frames, (rows, columns) = encoder.clip_frames, (4 * encoder.patch[1], 4 * encoder.patch[2])
+    frames = torch.randn(1, 3, num_frames, rows, columns, generator=torch.Generator().manual_seed(0))
+    return frames, torch.ones(1, num_frames, dtype=torch.bool)
 
 
 def _millions(model: nn.Module) -> float:
