@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import av
 import numpy as np
@@ -88,7 +89,8 @@ def orientation_of(frame: av.VideoFrame) -> Orientation | None:
 
     The matrix a b u, c d v, x y w takes pixel (x, y) to (a x + c y, b x + d y).
     """
-    found = frame.side_data.get(Type.DISPLAYMATRIX)
+    all_data: Any = frame.side_data  # whose declared type is wrong
+    found = all_data.get(Type.DISPLAYMATRIX)
     if found is None:
         return None
     a, b, _, c, d, *_ = (int(value) for value in np.frombuffer(bytes(found), np.int32))
