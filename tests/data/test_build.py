@@ -285,7 +285,7 @@ def test_odd_items_in_a_folder_of_videos_do_not_end_a_build(tmp_path):
     built = build_shards(listed, videos=videos, out=tmp_path / "out", subset="training", config=CONFIG)
     assert sorted(open_shards(built.folder).by_id) == ["a"]
     reasons = {one.video_id: one.reason for one in built.rejected}
-    assert reasons == dict.fromkeys("bcd", "there is no file of this name, or its link leads nowhere")
+    assert reasons == dict.fromkeys("bcd", "there is no file of this name, or a link that leads nowhere")
 
 
 def test_an_encoder_that_dies_costs_its_video_and_not_the_build(videos, annotations, tmp_path, monkeypatch):
