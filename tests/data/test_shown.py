@@ -263,6 +263,20 @@ def test_a_part_that_is_gone_leaves_a_gap_in_time_that_counts(tmp_path):
     assert probe.num_frames + probe.num_missing == pytest.approx(90, abs=3)
 
 
+def test_a_recording_that_begins_between_key_frames_is_not_damaged(tmp_path):
+    source = write_video(tmp_path / "whole.ts", num_frames=90, options={"g": "30", "bf": "0"})
+    with av.open(str(source)) as container, av.open(str(tmp_path / "v.ts"), "w") as target:
+        stream = container.streams.video[0]
+        copy = target.add_stream_from_template(stream)
+        for packet in list(container.demux(stream))[12:]:
+            if packet.dts is not None:
+                packet.stream = copy
+                target.mux(packet)
+    frames, result = stored(tmp_path / "v.ts")
+    assert result.damage.num_damaged == 0
+    assert read_numbers(frames) == [*[30] * 18, *range(30, 90)], "the first picture is held before its time"
+
+
 def test_a_wrong_time_stamp_does_not_make_a_video_of_days(tmp_path):
     source = write_video(tmp_path / "v.mp4", milliseconds=[*(33 * i for i in range(59)), 86_400_000])
     with pytest.raises(ValueError, match=r"one frame would be shown for 8639\d s .* a time stamp is wrong"):

@@ -60,18 +60,16 @@ class Samples:
 
     def taken_from(self, shown: Iterator[tuple[Fraction, av.VideoFrame]]) -> Iterator[tuple[Fraction, av.VideoFrame]]:
         """The same frames."""
-        nearest: dict[int, tuple[Fraction, av.VideoFrame]] = {}
+        previous: tuple[Fraction, av.VideoFrame] | None = None
+        wanted = list(self._wanted)
         for seconds, frame in shown:
-            for number in self._wanted:
-                distance = abs(seconds - number / self._rate)
-                if number not in nearest or distance < nearest[number][0]:
-                    nearest[number] = distance, frame
-                elif number not in self.pictures:  # from here on they are only farther away
-                    self.pictures[number] = self._picture(nearest[number][1])
+            while wanted and (time := wanted[0] / self._rate) <= seconds:
+                is_nearer = previous is not None and time - previous[0] <= seconds - time
+                self.pictures[wanted.pop(0)] = self._picture(previous[1] if previous and is_nearer else frame)
             yield seconds, frame
-        for number, (_, frame) in nearest.items():
-            if number not in self.pictures:
-                self.pictures[number] = self._picture(frame)
+            previous = seconds, frame
+        if previous is not None:
+            self.pictures.update({number: self._picture(previous[1]) for number in wanted})
 
     def _picture(self, frame: av.VideoFrame) -> np.ndarray:
         full_range, matrix = colours_of(frame)
