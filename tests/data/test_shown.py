@@ -121,6 +121,26 @@ def test_colours_are_those_that_a_player_shows(tmp_path, rgb, name, codec, pix_f
     assert np.abs(frames.astype(int) - np.array(rgb)).max() <= 3
 
 
+@pytest.mark.parametrize(
+    ("codec", "pix_fmt", "rgb"),
+    [("ffv1", "gray", (100, 100, 100)), ("ffv1", "bgr0", (200, 120, 80)), ("libx264rgb", "rgb24", (12, 240, 200))],
+)
+def test_pictures_without_chroma_or_in_rgb_keep_their_levels(tmp_path, codec, pix_fmt, rgb):
+    with av.open(str(tmp_path / "v.mkv"), "w") as container:
+        stream = container.add_stream(codec, rate=30)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, pix_fmt
+        for _ in range(3):
+            picture = np.full((64, 64, 3), rgb, np.uint8)
+            source = picture[:, :, 0] if pix_fmt == "gray" else picture
+            frame = av.VideoFrame.from_ndarray(
+                np.ascontiguousarray(source), format="gray" if pix_fmt == "gray" else "rgb24"
+            )
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    frames, _ = stored(tmp_path / "v.mkv")
+    assert np.abs(frames.astype(int) - np.array(rgb)).max() <= 3
+
+
 def test_the_stored_file_says_what_its_levels_mean(tmp_path):
     stored(write_video(tmp_path / "v.mp4"))
     with av.open(str(tmp_path / "out.mp4")) as container:

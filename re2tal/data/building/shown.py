@@ -103,7 +103,8 @@ def orientation_of(frame: av.VideoFrame) -> Orientation | None:
 
 def colours_of(frame: av.VideoFrame) -> tuple[bool, str]:
     """(whether black is 0 and white 255 instead of 16 and 235, name of the matrix from RGB)."""
-    full = frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
+    name = frame.format.name
+    full = frame.color_range == ColorRange.JPEG or frame.format.is_rgb or name.startswith(("yuvj", "gray", "ya", "pal"))
     return full, _MATRICES.get(int(frame.colorspace), "bt601")
 
 
