@@ -20,6 +20,7 @@ from re2tal.data.contract.members import read_content
 from re2tal.data.contract.shards import open_shards
 from re2tal.data.contract.verify import damage
 from re2tal.data.streaming.decode import decode_frames
+from re2tal.runs.shard_building import report_built
 from re2tal.structures import Action, VideoRecord
 
 CONFIG = BuildConfig(dataset="own", encoding=encoding(fps=15), videos_per_shard=3)
@@ -241,7 +242,7 @@ def test_a_disk_that_is_full_stops_the_build_and_rejects_nobody(videos, annotati
     assert contents(tmp_path) == {}
 
 
-def test_a_video_with_little_damage_is_kept_and_named_and_one_with_much_is_left_out(tmp_path):
+def test_a_video_with_little_damage_is_kept_and_named_and_one_with_much_is_left_out(tmp_path, capsys):
     videos = tmp_path / "videos"
     videos.mkdir()
     for name, num_packets in (("little", 1), ("much", 9), ("sound", 0)):
@@ -265,6 +266,9 @@ def test_a_video_with_little_damage_is_kept_and_named_and_one_with_much_is_left_
     assert "much.mp4 is damaged: 9 of 120 frames (7.5%)" in much.reason
     assert "--max-damaged" in much.reason
     assert list(damage(shards)) == []
+    assert report_built(built, subset="training", max_rejected=0.5) == 0
+    assert "rejected much: much.mp4 is damaged" in (said := capsys.readouterr().err)
+    assert "damaged little: 1 of 120 frames" in said
     more = replace(CONFIG, max_damaged=0.1)
     built = build_shards(listed, videos=videos, out=tmp_path / "out", subset="training", config=more)
     assert (len(built.rejected), len(built.damaged)) == (0, 2)
