@@ -207,6 +207,7 @@ def _listed(options: Build, spec: DatasetSpec) -> tuple[Annotations | ClipList, 
     if options.clips:
         classes = read_class_list(options.classes) if options.classes else spec.classes
         clips = read_clips(options.clips, videos=options.videos, classes=classes)
+        print_some([f"left out {line}" for line in clips.left_out], more="files")
         return clips, clips.paths
     assert options.annotations is not None
     if options.videos is None:
@@ -254,15 +255,20 @@ def _build_with_bar(
         return build_shards(listed, videos=videos, out=out, subset=subset, config=config, on_video=on_video)
 
 
+def print_some(lines: Sequence[str], *, more: str) -> None:
+    """Print the first lines to stderr, and how many there are besides."""
+    for line in lines[:MAX_SHOWN]:
+        print(line, file=sys.stderr)
+    if len(lines) > MAX_SHOWN:
+        print(f"and {len(lines) - MAX_SHOWN} more {more}", file=sys.stderr)
+
+
 def report_built(built: BuiltSubset, *, subset: str, max_rejected: float) -> int:
     """Print what became of a subset, of videos or of features; gives the exit status."""
     rejected = [f"rejected {one.video_id}: {one.reason}" for one in built.rejected]
     damaged = [f"damaged {one.video_id}: {one.damage}" for one in built.damaged]
     for lines in (rejected, damaged):
-        for line in lines[:MAX_SHOWN]:
-            print(line, file=sys.stderr)
-        if len(lines) > MAX_SHOWN:
-            print(f"and {len(lines) - MAX_SHOWN} more; all in {built.folder}/manifest.json", file=sys.stderr)
+        print_some(lines, more=f"in {built.folder}/manifest.json")
     if not built.is_complete:
         print(
             f"{subset}: {built.num_missing_shards} of {built.num_shards} shards are still to be built; run the other "

@@ -1,21 +1,26 @@
 """Build real shard folders from real files; the processes that encode are started, so there are few builds."""
 
+import itertools
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import av
 import pytest
 from data.files import cut_short, encoding, write_sound, write_video
 from data.numbered import read_numbers
 
 from re2tal.data.building.annotations import Annotations, read_annotations
 from re2tal.data.building.build import BuildConfig, build_shards, find_videos, plan_shards
+from re2tal.data.building.isolated import Isolated
 from re2tal.data.contract.manifest import INDEX_NAME, MANIFEST_NAME
 from re2tal.data.contract.members import read_content
 from re2tal.data.contract.shards import open_shards
 from re2tal.data.contract.verify import damage
 from re2tal.data.streaming.decode import decode_frames
+from re2tal.runs.shard_building import report_built
 from re2tal.structures import Action, VideoRecord
 
 CONFIG = BuildConfig(dataset="own", encoding=encoding(fps=15), videos_per_shard=3)
@@ -235,3 +240,70 @@ def test_a_disk_that_is_full_stops_the_build_and_rejects_nobody(videos, annotati
     with pytest.raises(OSError, match="No space left"):
         build_shards(annotations, videos=videos, out=tmp_path, subset="training", config=replace(CONFIG, workers=2))
     assert contents(tmp_path) == {}
+
+
+def test_a_video_with_little_damage_is_kept_and_named_and_one_with_much_is_left_out(tmp_path, capsys):
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    for name, num_packets in (("little", 1), ("much", 9), ("sound", 0)):
+        path = write_video(videos / f"{name}.mp4", num_frames=120, options={"g": "1", "bf": "0"})
+        with av.open(str(path)) as container:
+            places = [(p.pos, p.size) for p in container.demux(video=0) if p.size][60 : 60 + num_packets]
+        content = bytearray(path.read_bytes())
+        for place, size in places:
+            content[place : place + size] = bytes(size)
+        path.write_bytes(content)
+    entry = {"subset": "training", "duration": 4.0, "annotations": [{"segment": [0.5, 1.5], "label": "run"}]}
+    (tmp_path / "a.json").write_text(json.dumps({"database": dict.fromkeys(("little", "much", "sound"), entry)}))
+    listed = read_annotations(tmp_path / "a.json")
+    built = build_shards(listed, videos=videos, out=tmp_path / "out", subset="training", config=CONFIG)
+    shards = open_shards(built.folder)
+    assert {name: video.damaged_share for name, video in shards.by_id.items()} == {"little": 1 / 120, "sound": 0}
+    (little,) = shards.manifest.damaged
+    assert little.video_id == "little"
+    assert "1 of 120 frames (0.8%) are damaged: 1 " in little.damage
+    (much,) = built.rejected
+    assert "much.mp4 is damaged: 9 of 120 frames (7.5%)" in much.reason
+    assert "--max-damaged" in much.reason
+    assert list(damage(shards)) == []
+    assert report_built(built, subset="training", max_rejected=0.5) == 0
+    assert "rejected much: much.mp4 is damaged" in (said := capsys.readouterr().err)
+    assert "damaged little: 1 of 120 frames" in said
+    more = replace(CONFIG, max_damaged=0.1)
+    built = build_shards(listed, videos=videos, out=tmp_path / "out", subset="training", config=more)
+    assert (len(built.rejected), len(built.damaged)) == (0, 2)
+
+
+def test_odd_items_in_a_folder_of_videos_do_not_end_a_build(tmp_path):
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    write_video(videos / "a.mp4")
+    (videos / "b.mp4").symlink_to(tmp_path / "nowhere.mp4")
+    (videos / "c.mp4").symlink_to(videos / "c.mp4")
+    (videos / "d.mp4").mkdir()
+    (videos / "._a.mp4").write_bytes(b"\x00\x05\x16\x07 of macOS")
+    (videos / "two words ü.mp4").write_bytes(b"")
+    entry = {"subset": "training", "duration": 2.0, "annotations": [{"segment": [0.5, 1.5], "label": "run"}]}
+    (tmp_path / "a.json").write_text(json.dumps({"database": dict.fromkeys("abcd", entry)}))
+    listed = read_annotations(tmp_path / "a.json")
+    built = build_shards(listed, videos=videos, out=tmp_path / "out", subset="training", config=CONFIG)
+    assert sorted(open_shards(built.folder).by_id) == ["a"]
+    reasons = {one.video_id: one.reason for one in built.rejected}
+    assert reasons == dict.fromkeys("bcd", "there is no file of this name, or a link that leads nowhere")
+
+
+def test_an_encoder_that_dies_costs_its_video_and_not_the_build(videos, annotations, tmp_path, monkeypatch):
+    calls = itertools.count()
+    call = Isolated.call
+
+    def dying(isolated, timeout_seconds, function, *args, **kwargs):
+        if next(calls) == 0:
+            return call(isolated, timeout_seconds, os.abort)
+        return call(isolated, timeout_seconds, function, *args, **kwargs)
+
+    monkeypatch.setattr(Isolated, "call", dying)
+    config = replace(CONFIG, blocked=frozenset(BAD))
+    built = build_shards(annotations, videos=videos, out=tmp_path, subset="training", config=config)
+    (lost,) = built.rejected
+    assert lost.reason == "its process died (exit code -6)"
+    assert len(open_shards(built.folder).videos) == len(GOOD) - 1

@@ -164,7 +164,7 @@ def test_clips_are_measured_packed_and_what_is_unsound_or_missing_is_left_out(tm
     built = build_shards(clips, videos=clips.paths, out=tmp_path / "out", subset="training", config=config)
     assert sorted((one.video_id, one.reason[:34]) for one in built.rejected) == [
         ("cut", "cut.mp4 is cut short: its header p"),
-        ("gone", "there is no file of this name"),
+        ("gone", "there is no file of this name, or "),
     ]
     shards = open_shards(built.folder)
     assert list(damage(shards)) == []
@@ -193,3 +193,21 @@ def test_shards_of_videos_with_several_actions_are_no_trimmed_clips(tmp_path):
     with pytest.raises(ValueError, match="video 'b', like 2 in all, shows 2 actions; recognition takes trimmed clips"):
         true_classes(shards)
     assert true_classes(replace(shards, videos=shards.videos[:1])) == {"a": "x"}
+
+
+def test_odd_items_in_a_folder_are_left_out_and_named(tmp_path):
+    folder = tmp_path / "train" / "run"
+    touch(folder / "a.mp4", folder / "._a.mp4", folder / "two words.mp4", folder / "v1.2.mp4", tmp_path / "stray.mp4")
+    (folder / "gone.mp4").symlink_to(tmp_path / "nowhere.mp4")
+    (folder / "back").symlink_to(tmp_path)
+    clips = read_clips([tmp_path])
+    assert triples(clips) == [("training", "run", "a")]
+    assert sorted(clips.left_out) == sorted(
+        [
+            f"{folder}/._a.mp4: a file of macOS beside another, not a video",
+            f"{folder}/gone.mp4: its link leads nowhere",
+            f"{folder}/two words.mp4: its name is not 1 to 80 of A-Z a-z 0-9 _ - (no dot, no space); rename it",
+            f"{folder}/v1.2.mp4: its name is not 1 to 80 of A-Z a-z 0-9 _ - (no dot, no space); rename it",
+            f"{tmp_path}/stray.mp4: it lies 1 levels down; wanted {tmp_path}/SUBSET/CLASS/stray.mp4",
+        ]
+    )

@@ -56,6 +56,7 @@ def test_every_stored_frame_is_the_source_frame_nearest_to_its_time(tmp_path, ki
     source = SOURCES[kind](tmp_path)
     video, result = normalised(source, tmp_path / "out.mp4", **options)
     check_normalised(tmp_path / "out.mp4", result)
+    assert result.damage.num_damaged == 0
     shown = np.array(read_numbers(decode_frames(video, range(result.num_frames)).numpy()))
     times = np.array(source_seconds(source))
     distance = np.abs(times[None] - np.arange(result.num_frames)[:, None] / result.fps)
@@ -67,6 +68,7 @@ def test_a_cut_that_was_not_decoded_starts_at_its_first_visible_frame(tmp_path):
     source = write_video(tmp_path / "whole.mp4", num_frames=300, options={"g": "250"})
     cut = cut_without_decoding(source, tmp_path / "cut.mp4", start_seconds=4)
     video, result = normalised(cut, tmp_path / "out.mp4", fps=30)
+    assert result.damage.num_damaged == 0
     assert read_numbers(decode_frames(video, range(result.num_frames)).numpy()) == list(range(120, 300))
 
 

@@ -1,7 +1,9 @@
 import os
+import signal
 import time
 
 import pytest
+from data.workers import slow_but_working
 
 from re2tal.data.building.isolated import Isolated, IsolationError
 
@@ -30,3 +32,25 @@ def test_a_call_that_does_not_return_is_stopped_in_time():
         assert time.monotonic() - start < 60
     with pytest.raises(ProcessLookupError):
         os.kill(other, 0)
+
+
+def test_a_call_that_goes_on_is_not_stopped_however_long_it_takes():
+    with Isolated() as isolated:
+        isolated.call(60, os.getpid)
+        assert isolated.call(3, slow_but_working, 6.0) == "done"
+
+
+def test_a_process_that_died_between_two_calls_costs_neither():
+    with Isolated() as isolated:
+        first = isolated.call(60, os.getpid)
+        os.kill(first, signal.SIGKILL)
+        time.sleep(0.5)
+        assert isolated.call(60, os.getpid) != first
+
+
+def test_a_process_that_is_killed_during_a_call_costs_that_call():
+    with Isolated() as isolated:
+        isolated.call(60, os.getpid)
+        with pytest.raises(IsolationError, match=r"its process died \(exit code -9\)"):
+            isolated.call(60, os.kill, isolated.call(60, os.getpid), signal.SIGKILL)
+        assert isolated.call(60, divmod, 17, 5) == (3, 2)

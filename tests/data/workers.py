@@ -1,9 +1,11 @@
-"""A worker process as the stream starts them, that answers; in a module of its own, so that spawned ones find it."""
+"""What other processes run; in a module of its own, so that spawned ones find it."""
 
 from __future__ import annotations
 
+import time
 from multiprocessing.connection import Connection
 
+from re2tal.data.building.isolated import still_working
 from re2tal.data.streaming.workers import heed_only_the_parent
 
 
@@ -13,3 +15,12 @@ def ready_worker(connection: Connection) -> None:
     connection.send("ready")
     while True:
         connection.send(connection.recv())
+
+
+def slow_but_working(seconds: float) -> str:
+    """Takes its time, and says so."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        still_working()
+        time.sleep(0.05)
+    return "done"

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import av
 import numpy as np
-import torch
 from av.video.reformatter import ColorRange, Colorspace
 
 from re2tal.data.building.probe import open_video
@@ -60,18 +59,16 @@ class Samples:
 
     def taken_from(self, shown: Iterator[tuple[Fraction, av.VideoFrame]]) -> Iterator[tuple[Fraction, av.VideoFrame]]:
         """The same frames."""
-        nearest: dict[int, tuple[Fraction, av.VideoFrame]] = {}
+        previous: tuple[Fraction, av.VideoFrame] | None = None
+        wanted = list(self._wanted)
         for seconds, frame in shown:
-            for number in self._wanted:
-                distance = abs(seconds - number / self._rate)
-                if number not in nearest or distance < nearest[number][0]:
-                    nearest[number] = distance, frame
-                elif number not in self.pictures:  # from here on they are only farther away
-                    self.pictures[number] = self._picture(nearest[number][1])
+            while wanted and (time := wanted[0] / self._rate) <= seconds:
+                is_nearer = previous is not None and time - previous[0] <= seconds - time
+                self.pictures[wanted.pop(0)] = self._picture(previous[1] if previous and is_nearer else frame)
             yield seconds, frame
-        for number, (_, frame) in nearest.items():
-            if number not in self.pictures:
-                self.pictures[number] = self._picture(frame)
+            previous = seconds, frame
+        if previous is not None:
+            self.pictures.update({number: self._picture(previous[1]) for number in wanted})
 
     def _picture(self, frame: av.VideoFrame) -> np.ndarray:
         full_range, matrix = colours_of(frame)
@@ -82,7 +79,7 @@ class Samples:
             dst_color_range=ColorRange.JPEG,
         )
         turned = (orientation_of(frame) or self._orientation).turned(rgb.to_ndarray())
-        return small(np.ascontiguousarray(turned))
+        return small(turned)
 
 
 def spread(num_frames: int) -> list[int]:
@@ -91,9 +88,14 @@ def spread(num_frames: int) -> list[int]:
 
 
 def small(picture: np.ndarray) -> np.ndarray:
-    """(H, W, 3) -> (SIDE, SIDE, 3), means of the pixels."""
-    channels = torch.from_numpy(picture).permute(2, 0, 1).float()
-    return torch.nn.functional.adaptive_avg_pool2d(channels, SIDE).permute(1, 2, 0).numpy()
+    """(H, W, 3) -> (SIDE, SIDE, 3), means of as many stretches of rows and columns."""
+    means = picture
+    for axis in (0, 1):
+        starts = np.arange(SIDE) * picture.shape[axis] // SIDE
+        sizes = np.maximum(np.diff(starts, append=picture.shape[axis]), 1)
+        sums = np.add.reduceat(means, starts, axis=axis, dtype=np.float32)
+        means = sums / sizes.reshape((SIDE, 1, 1) if axis == 0 else (1, SIDE, 1))
+    return means
 
 
 def check_normalised(path: Path, expected: Normalised) -> None:

@@ -59,6 +59,8 @@ class ClipList:
     """Class names; sorted, unless the caller gave them."""
     paths: Mapping[str, Path]
     """Video id -> where its file is, or should be."""
+    left_out: tuple[str, ...] = ()
+    """Files of a folder that are no clips, with the reason: a folder may hold anything."""
 
     def subset(self, name: str) -> tuple[TrimmedClip, ...]:
         """The clips of a subset, whatever the case of its name; ValueError where there are none."""
@@ -88,7 +90,8 @@ def read_clips(places: Sequence[Path], *, videos: Path | None = None, classes: S
     if len(places) != 1 and any(place.is_dir() for place in places):
         raise ValueError(f"--clips names {len(places)} places and a folder among them; give one folder, or text files")
     problems: list[str] = []
-    entries = [entry for place in places for entry in _entries(place, videos, problems)]
+    left_out: list[str] = []
+    entries = [entry for place in places for entry in _entries(place, videos, problems, left_out)]
     names = _Classes(entries, classes)
     clips: list[TrimmedClip] = []
     paths: dict[str, Path] = {}
@@ -107,6 +110,7 @@ def read_clips(places: Sequence[Path], *, videos: Path | None = None, classes: S
     title = ", ".join(map(str, places))
     raise_together(title, problems, hint=names.hint)
     if not clips:
+        raise_together(title, left_out)
         raise ValueError(f"{title}: there is no clip in it; wanted SUBSET/CLASS/ID.mp4, or a line for each clip")
     subsets: dict[str, list[TrimmedClip]] = {}
     for clip in clips:
@@ -115,6 +119,7 @@ def read_clips(places: Sequence[Path], *, videos: Path | None = None, classes: S
         subsets={name: tuple(found) for name, found in subsets.items()},
         classes=tuple(sorted({clip.label for clip in clips})) if classes is None else tuple(classes),
         paths=paths,
+        left_out=tuple(left_out),
     )
 
 
@@ -130,11 +135,11 @@ def true_classes(shards: ShardSet | FeatureSet) -> dict[str, str]:
     return {video_id: label for video_id, (label,) in shown.items()}
 
 
-def _entries(place: Path, videos: Path | None, problems: list[str]) -> list[_Entry]:
+def _entries(place: Path, videos: Path | None, problems: list[str], left_out: list[str]) -> list[_Entry]:
     if place.is_dir():
         if videos is not None:
             raise ValueError(f"--clips {place} is a folder that holds the clips itself; leave --videos {videos} out")
-        return list(_in_folder(place, problems))
+        return list(_in_folder(place, left_out))
     try:
         lines = place.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
@@ -145,13 +150,19 @@ def _entries(place: Path, videos: Path | None, problems: list[str]) -> list[_Ent
     return list(_in_list(place, lines, videos or place.parent, problems))
 
 
-def _in_folder(root: Path, problems: list[str]) -> Iterator[_Entry]:
+def _in_folder(root: Path, left_out: list[str]) -> Iterator[_Entry]:
     for path in _video_files(root):
         parts = path.relative_to(root).parts
-        if len(parts) == 3:
-            yield _Entry(str(path), parts[0], parts[1], path)
+        if path.name.startswith("._"):
+            left_out.append(f"{path}: a file of macOS beside another, not a video")
+        elif not path.is_file():
+            left_out.append(f"{path}: its link leads nowhere")
+        elif len(parts) != 3:
+            left_out.append(f"{path}: it lies {len(parts)} levels down; wanted {root}/SUBSET/CLASS/{path.name}")
+        elif not VIDEO_ID.fullmatch(path.stem):
+            left_out.append(f"{path}: its name is not 1 to 80 of A-Z a-z 0-9 _ - (no dot, no space); rename it")
         else:
-            problems.append(f"{path}: it lies {len(parts)} levels down; wanted {root}/SUBSET/CLASS/{path.name}")
+            yield _Entry(str(path), parts[0], parts[1], path)
 
 
 def _in_kinetics(
@@ -200,7 +211,13 @@ def _is_whole(text: str) -> bool:
 
 def _video_files(root: Path) -> Iterator[Path]:
     """Every video file below `root`, sorted; links to folders are followed, as packages of videos are often made."""
+    seen = set()
     for folder, folders, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link that leads back
+            folders.clear()
+            continue
+        seen.add(real)
         folders.sort()
         yield from (Path(folder, name) for name in sorted(names) if Path(name).suffix.lower() in VIDEO_SUFFIXES)
 

@@ -159,7 +159,9 @@ def _scaling_graph(frame: av.VideoFrame, size: tuple[int, int], orientation: Ori
     graph.link_nodes(
         graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 1000)),
         *(graph.add(*step) for step in orientation.filters()),
-        graph.add("scale", f"{size[0]}:{size[1]}:flags=bicubic+accurate_rnd+bitexact:{colours}:{target}"),
+        graph.add(
+            "scale", f"{size[0]}:{size[1]}:flags=bicubic+accurate_rnd+full_chroma_int+bitexact:{colours}:{target}"
+        ),
         graph.add("setsar", "1"),
         graph.add("format", "yuv420p"),
         graph.add("buffersink"),

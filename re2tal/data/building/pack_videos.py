@@ -60,7 +60,7 @@ class VideoPacker:
     def _packed(self, listed: Listed, source: Path | None) -> PackedVideo:
         """Normalise and check one video in the other process; ValueError says why it cannot be used."""
         if source is None:
-            raise ValueError("there is no file of this name")
+            raise ValueError("there is no file of this name, or a link that leads nowhere")
         target = self.scratch / "video.mp4"
         expected = listed.duration_seconds if isinstance(listed, VideoRecord) else None
         try:

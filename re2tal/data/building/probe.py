@@ -7,7 +7,7 @@ files (HLS, DASH, concat scripts) are not on the list of formats, so a text file
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -66,7 +66,7 @@ def probe_video(path: Path, *, max_missing: float = MAX_DAMAGED) -> VideoProbe:
             "--max-damaged"
         )
     with open_video(path) as (container, stream):
-        frame = next(container.decode(stream), None)
+        frame = _first_frame(container, stream)
         if frame is None:
             raise ValueError(f"{path}: none of its {num_frames} frames can be decoded; replace the file")
         width, height = displayed_size(frame, stream)
@@ -93,6 +93,17 @@ def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
             yield container, _video_stream(path, container)
     except av.FFmpegError as error:
         raise ValueError(f"{path} cannot be read as a video: {error.strerror}; replace the file") from None
+
+
+def _first_frame(container: InputContainer, stream: VideoStream) -> av.VideoFrame | None:
+    """The first that can be decoded; a recording of a broadcast begins with some that can't."""
+    for packet in container.demux(stream):
+        with suppress(av.InvalidDataError):
+            if frames := packet.decode():
+                frame = frames[0]
+                assert isinstance(frame, av.VideoFrame)
+                return frame
+    return None
 
 
 def displayed_size(frame: av.VideoFrame, stream: VideoStream) -> tuple[int, int]:

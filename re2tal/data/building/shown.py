@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import av
 import numpy as np
@@ -24,6 +25,8 @@ from re2tal.data.building.isolated import still_working
 # FFmpeg's own decoders of these show garbage without a word; libvpx, which browsers use, refuses damaged data.
 _STRICT_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 _BENIGN = re.compile(r"mmco|number of reference frames|co located|SEI|VUI|vui")
+_HEAD_PACKETS = 60
+"""A recording of a broadcast begins between two key frames; what comes before the first one is not shown."""
 # A stream that was cut begins with frames whose references are gone: normal until its second key frame.
 _MISSING_REFERENCE = re.compile(r"[Mm]issing reference|reference picture missing|find ref with POC|non-existing")
 # Arithmetic coding and the escapes of H.264 and HEVC make long runs of zeros impossible: such a stretch was lost.
@@ -88,7 +91,8 @@ def orientation_of(frame: av.VideoFrame) -> Orientation | None:
 
     The matrix a b u, c d v, x y w takes pixel (x, y) to (a x + c y, b x + d y).
     """
-    found = frame.side_data.get(Type.DISPLAYMATRIX)
+    all_data: Any = frame.side_data  # whose declared type is wrong
+    found = all_data.get(Type.DISPLAYMATRIX)
     if found is None:
         return None
     a, b, _, c, d, *_ = (int(value) for value in np.frombuffer(bytes(found), np.int32))
@@ -99,7 +103,8 @@ def orientation_of(frame: av.VideoFrame) -> Orientation | None:
 
 def colours_of(frame: av.VideoFrame) -> tuple[bool, str]:
     """(whether black is 0 and white 255 instead of 16 and 235, name of the matrix from RGB)."""
-    full = frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
+    name = frame.format.name
+    full = frame.color_range == ColorRange.JPEG or frame.format.is_rgb or name.startswith(("yuvj", "gray", "ya", "pal"))
     return full, _MATRICES.get(int(frame.colorspace), "bt601")
 
 
@@ -140,7 +145,7 @@ def _decoded(
         decoder = av.CodecContext.create(_STRICT_DECODERS[decoder.name], "r")  # type: ignore[assignment]
         decoder.thread_count = 1
     by_place = _Places() if container.format.name == "avi" else None
-    broken, num_keys, num_sent, num_shown = False, 0, 0, 0
+    broken, in_head, num_keys, num_head, num_sent, num_shown = False, False, 0, 0, 0, 0
     level, skips = av.logging.get_level(), av.logging.get_skip_repeated()
     av.logging.set_level(av.logging.WARNING)
     av.logging.set_skip_repeated(False)
@@ -149,8 +154,10 @@ def _decoded(
             for packet in container.demux(stream):
                 still_working()
                 if packet.size:
-                    num_sent += not packet.is_discard
                     num_keys += packet.is_keyframe
+                    in_head = not num_keys and num_sent + num_head < _HEAD_PACKETS
+                    num_head += in_head
+                    num_sent += not (packet.is_discard or in_head)
                     broken = broken and not packet.is_keyframe
                 elif packet.dts is not None:  # an empty chunk of an AVI: the picture before stays
                     continue
@@ -159,12 +166,12 @@ def _decoded(
                 try:
                     frames = decoder.decode(packet if packet.size else None)
                 except av.FFmpegError:
-                    damage.undecodable += bool(packet.size)
+                    damage.undecodable += bool(packet.size) and not in_head
                     broken, frames = True, []
                 else:
                     lost = decoder.name in _NEVER_ZERO and _LOST in bytes(packet)
                     broken = broken or lost or packet.is_corrupt or _complains(complaints, decoder.name, num_keys < 2)
-                    damage.corrupt += broken and bool(packet.size) and not packet.is_discard
+                    damage.corrupt += broken and bool(packet.size) and not (packet.is_discard or in_head)
                 complaints.clear()
                 for frame in frames:
                     if frame.is_corrupt and not broken:

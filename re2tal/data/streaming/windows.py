@@ -275,9 +275,8 @@ def _num_samples(video: Stored, windowing: Slide | Trimmed) -> int:
     # Rates written with three digits, 29.97 for 30000/1001, are the same rate.
     if rate > video.samples_per_second * 1.001:
         raise ValueError(
-            f"data.clips.windowing.frames_per_second is {rate}, but {video.record.video_id} "
-            f"is stored at {video.samples_per_second:g} frames per second; lower it, or build the shards at a higher "
-            "rate"
+            f"data.clips.windowing.frames_per_second is {rate}, but {video.record.video_id} is stored at "
+            f"{video.samples_per_second:g} frames per second; lower it, or build the shards at a higher rate"
         )
     return int((video.num_samples - 1) / video.samples_per_second * rate + 1e-6) + 1
 

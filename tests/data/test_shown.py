@@ -1,0 +1,313 @@
+"""Sources whose frames a player shows turned, late, reordered or in other colours; and damaged ones.
+
+What is right is computed here from pixels, levels and times; frames carry their number.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from data.files import encoding, write_video
+from data.numbered import numbered_frame, read_numbers
+
+from re2tal.data.building.check import Normalised, check_normalised
+from re2tal.data.building.encode import normalise_video
+from re2tal.data.building.probe import probe_video
+from re2tal.data.streaming.decode import decode_frames
+
+
+def stored(source: Path, *, fps: float = 30, max_damaged: float = 0.02) -> tuple[np.ndarray, Normalised]:
+    """(T, H, W, 3) as decord reads what is stored of `source`."""
+    target = source.with_name("out.mp4")
+    probe = probe_video(source, max_missing=max_damaged)
+    result = normalise_video(source, target, probe=probe, encoding=encoding(fps=fps), max_damaged=max_damaged)
+    check_normalised(target, result)
+    return decode_frames(target.read_bytes(), range(result.num_frames)).numpy(), result
+
+
+def set_display_matrix(path: Path, a: int, b: int, c: int, d: int) -> Path:
+    """Write the matrix into the header of an mp4's only track: pixel (x, y) is shown at (a x + c y, b x + d y)."""
+    content = bytearray(path.read_bytes())
+    place = content.index(b"tkhd") + 4 + 4 + 20 + 16  # version, times and numbers, layer and volume
+    one = 1 << 16
+    content[place : place + 36] = struct.pack(">9i", a * one, b * one, 0, c * one, d * one, 0, 0, 0, 1 << 30)
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    "matrix",
+    [
+        (1, 0, 0, 1),
+        (-1, 0, 0, 1),
+        (1, 0, 0, -1),
+        (-1, 0, 0, -1),
+        (0, 1, 1, 0),
+        (0, 1, -1, 0),
+        (0, -1, 1, 0),
+        (0, -1, -1, 0),
+    ],
+)
+def test_each_of_the_eight_orientations_is_stored_as_a_player_shows_it(tmp_path, matrix):
+    number = 0b100101001110  # no symmetry
+    with av.open(str(tmp_path / "v.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=30)
+        stream.height, stream.width = numbered_frame(number).shape[:2]
+        stream.pix_fmt = "yuv420p"
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(numbered_frame(number), format="rgb24")))
+        container.mux(stream.encode(None))
+    frames, result = stored(set_display_matrix(tmp_path / "v.mp4", *matrix))
+    a, b, c, d = matrix
+    picture = numbered_frame(number)
+    height, width = picture.shape[:2]
+    rows, columns = np.mgrid[:height, :width]
+    across, down = a * columns + c * rows, b * columns + d * rows
+    wanted = np.zeros((height, width, 3) if a else (width, height, 3))
+    wanted[down - down.min(), across - across.min()] = picture
+    places = [np.linspace(8, side - 9, 7).round().astype(int) for side in wanted.shape[:2]]
+    assert result.height == wanted.shape[0]
+    scale = result.width / wanted.shape[1]  # a width of 48, which decord refuses, is stored as 50
+    shown = frames[1][places[0]][:, (places[1] * scale).round().astype(int)]
+    assert np.mean(abs(shown.astype(int) - wanted[places[0]][:, places[1]]) < 40) > 0.9
+
+
+LUMA = {"bt601": (0.299, 0.114), "bt709": (0.2126, 0.0722)}
+"""Weights of red and blue in the two matrices (ITU-R BT.601 and BT.709)."""
+
+
+def write_colour(path: Path, rgb: tuple[int, int, int], *, codec: str, pix_fmt: str, matrix: str, full: bool) -> Path:
+    """One flat colour, by the formulas of the standards."""
+    red_weight, blue_weight = LUMA[matrix]
+    red, green, blue = (level / 255 for level in rgb)
+    luma = red_weight * red + blue_weight * blue + (1 - red_weight - blue_weight) * green
+    chroma = (blue - luma) / (2 - 2 * blue_weight), (red - luma) / (2 - 2 * red_weight)
+    scale, offset, chroma_scale = (255, 0, 255) if full else (219, 16, 224)
+    levels = [round(offset + scale * luma), *(round(128 + chroma_scale * part) for part in chroma)]
+    planes = np.concatenate([np.full(64 * 64, levels[0]), np.full(32 * 32, levels[1]), np.full(32 * 32, levels[2])])
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=30)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, pix_fmt
+        stream.codec_context.color_range = 2 if full else 1
+        if matrix == "bt709":
+            stream.codec_context.colorspace = 1
+        for _ in range(3):
+            frame = av.VideoFrame.from_ndarray(planes.astype(np.uint8).reshape(96, 64), format=pix_fmt)
+            frame.color_range, frame.colorspace = (2 if full else 1), (1 if matrix == "bt709" else 5)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+@pytest.mark.parametrize("rgb", [(200, 120, 80), (12, 240, 200), (250, 250, 5)])
+@pytest.mark.parametrize(
+    ("name", "codec", "pix_fmt", "matrix", "full"),
+    [
+        ("v.mp4", "libx264", "yuv420p", "bt601", False),
+        ("v.mp4", "libx264", "yuv420p", "bt709", False),
+        ("v.mp4", "libx264", "yuvj420p", "bt601", True),
+        ("v.mkv", "libx264", "yuvj420p", "bt709", True),
+        ("v.avi", "mjpeg", "yuvj420p", "bt601", True),
+    ],
+)
+def test_colours_are_those_that_a_player_shows(tmp_path, rgb, name, codec, pix_fmt, matrix, full):
+    frames, _ = stored(write_colour(tmp_path / name, rgb, codec=codec, pix_fmt=pix_fmt, matrix=matrix, full=full))
+    assert np.abs(frames.astype(int) - np.array(rgb)).max() <= 3
+
+
+@pytest.mark.parametrize(
+    ("codec", "pix_fmt", "rgb"),
+    [("ffv1", "gray", (100, 100, 100)), ("ffv1", "bgr0", (200, 120, 80)), ("libx264rgb", "rgb24", (12, 240, 200))],
+)
+def test_pictures_without_chroma_or_in_rgb_keep_their_levels(tmp_path, codec, pix_fmt, rgb):
+    with av.open(str(tmp_path / "v.mkv"), "w") as container:
+        stream = container.add_stream(codec, rate=30)
+        stream.width, stream.height, stream.pix_fmt = 64, 64, pix_fmt
+        for _ in range(3):
+            picture = np.full((64, 64, 3), rgb, np.uint8)
+            source = picture[:, :, 0] if pix_fmt == "gray" else picture
+            frame = av.VideoFrame.from_ndarray(
+                np.ascontiguousarray(source), format="gray" if pix_fmt == "gray" else "rgb24"
+            )
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    frames, _ = stored(tmp_path / "v.mkv")
+    assert np.abs(frames.astype(int) - np.array(rgb)).max() <= 3
+
+
+def test_the_stored_file_says_what_its_levels_mean(tmp_path):
+    stored(write_video(tmp_path / "v.mp4"))
+    with av.open(str(tmp_path / "out.mp4")) as container:
+        frame = next(container.decode(video=0))
+    assert (int(frame.color_range), int(frame.colorspace)) == (1, 6)  # limited, SMPTE 170M: BT.601
+
+
+def test_pictures_that_begin_after_the_sound_are_at_their_time_on_a_players_clock(tmp_path):
+    source = write_video(tmp_path / "v.mp4", num_frames=30, start=24, sound=True)
+    assert float(probe_video(source).duration_seconds) == pytest.approx(1.8, abs=0.03)
+    frames, _ = stored(source)
+    assert read_numbers(frames) == [*[0] * 24, *range(30)], "the first picture is held until the second"
+
+
+@pytest.mark.parametrize(("codec", "bframes"), [("mpeg4", {"bf": "2"}), ("libx264", {"bf": "3", "g": "30"})])
+def test_an_avi_that_reorders_its_frames_is_stored_in_the_order_of_display(tmp_path, codec, bframes):
+    frames, result = stored(write_video(tmp_path / "v.avi", num_frames=90, codec=codec, options=bframes))
+    assert result.damage.num_damaged == 0
+    assert read_numbers(frames) == list(range(90))
+
+
+def test_an_avi_holds_pictures_where_it_dropped_frames(tmp_path):
+    kept = [*range(10), *range(13, 30), *range(34, 60)]
+    with av.open(str(tmp_path / "v.avi"), "w") as container:
+        stream = container.add_stream("mpeg4", rate=30, options={"bf": "0"})
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for number in kept:
+            frame = av.VideoFrame.from_ndarray(numbered_frame(number), format="rgb24")
+            frame.pts, frame.time_base = number, Fraction(1, 30)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    frames, _ = stored(tmp_path / "v.avi")
+    wanted = [min(kept, key=lambda number, i=i: (abs(number - i), number)) for i in range(60)]
+    assert read_numbers(frames) == wanted
+
+
+def test_an_avi_whose_header_counts_fields_is_timed_by_its_rate(tmp_path):
+    source = write_video(tmp_path / "v.avi", num_frames=60, codec="mpeg4", options={"bf": "0"})
+    content = bytearray(source.read_bytes())
+    for place in (content.index(b"avih") + 8 + 16, content.index(b"strh") + 8 + 32):
+        assert struct.unpack_from("<I", content, place) == (60,)
+        struct.pack_into("<I", content, place, 120)
+    source.write_bytes(content)
+    frames, _ = stored(source)
+    assert read_numbers(frames) == list(range(60))
+
+
+@pytest.mark.parametrize("marked", [True, False])
+def test_a_cover_before_the_video_is_not_the_video(tmp_path, marked):
+    with av.open(str(tmp_path / "v.mkv"), "w") as container:
+        cover = container.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt = 320, 240, "yuvj420p"
+        if marked:
+            cover.disposition = av.stream.Disposition.attached_pic
+        stream = container.add_stream("libx264", rate=30)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        container.mux(cover.encode(av.VideoFrame.from_ndarray(np.zeros((240, 320, 3), np.uint8), format="rgb24")))
+        for number in range(30):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(numbered_frame(number), format="rgb24")))
+        container.mux(stream.encode(None))
+        container.mux(cover.encode(None))
+    assert read_numbers(stored(tmp_path / "v.mkv")[0]) == list(range(30))
+
+
+def test_the_stream_that_is_marked_as_the_default_is_taken(tmp_path):
+    with av.open(str(tmp_path / "v.mkv"), "w") as container:
+        streams = []
+        for default in (False, True):
+            stream = container.add_stream("libx264", rate=30)
+            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+            stream.disposition = av.stream.Disposition.default if default else av.stream.Disposition.dub
+            streams.append(stream)
+        for number in range(30):
+            for stream, shown in zip(streams, (number + 1000, number), strict=True):
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(numbered_frame(shown), format="rgb24")))
+        for stream in streams:
+            container.mux(stream.encode(None))
+    assert read_numbers(stored(tmp_path / "v.mkv")[0]) == list(range(30))
+
+
+def write_moving(path: Path, codec: str, *, num_frames: int = 90, **options: str) -> Path:
+    """A pattern that moves, so that a lost packet shows."""
+    noise = np.random.default_rng(0).integers(0, 255, (40, 60, 3)).astype(np.uint8)
+    texture = np.kron(noise, np.ones((8, 8, 1), np.uint8))
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=30, options=options)
+        stream.width, stream.height, stream.pix_fmt = 160, 120, "yuv420p"
+        for number in range(num_frames):
+            picture = np.ascontiguousarray(texture[number : number + 120, 2 * number : 2 * number + 160])
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+    return path
+
+
+def zero(path: Path, *, start: float, num_bytes: int) -> Path:
+    """A hole, as a download that was never finished leaves it."""
+    content = bytearray(path.read_bytes())
+    place = int(len(content) * start)
+    content[place : place + num_bytes] = bytes(num_bytes)
+    path.write_bytes(content)
+    return path
+
+
+FAST = {"deadline": "realtime", "cpu-used": "8"}
+HOLES = {
+    "h264.mp4": ("libx264", {"g": "30"}),
+    "h264.mkv": ("libx264", {"g": "30"}),
+    "h264.ts": ("libx264", {"g": "30"}),
+    "hevc.mp4": ("libx265", {"x265-params": "log-level=none:keyint=30"}),
+    "vp8.webm": ("libvpx", {"g": "30", **FAST}),
+    "vp9.webm": ("libvpx-vp9", {"g": "30", **FAST}),
+    "mpeg4.avi": ("mpeg4", {"g": "30"}),
+    "mpeg2.mpg": ("mpeg2video", {"g": "15"}),
+}
+
+
+@pytest.mark.parametrize("name", HOLES)
+def test_a_hole_is_seen_counted_and_named_and_a_sound_file_has_none(tmp_path, name):
+    codec, options = HOLES[name]
+    source = write_moving(tmp_path / name, codec, **options)
+    assert stored(source)[1].damage.num_damaged == 0
+    zero(source, start=0.45, num_bytes=2000)
+    with pytest.raises(ValueError, match=rf"{name} is (damaged: \d+ of \d+ frames|cut short)"):
+        stored(source)
+    assert stored(source, max_damaged=1)[1].damage.share > 0.02
+
+
+def test_a_part_that_is_gone_leaves_a_gap_in_time_that_counts(tmp_path):
+    source = write_moving(tmp_path / "v.mkv", "libx264", num_frames=90, g="10")
+    with av.open(str(source)) as container, av.open(str(tmp_path / "gap.mkv"), "w") as target:
+        stream = container.streams.video[0]
+        copy = target.add_stream_from_template(stream)
+        for packet in container.demux(stream):
+            if packet.dts is not None and not 1.0 <= packet.pts * packet.time_base < 1.5:
+                packet.stream = copy
+                target.mux(packet)
+    with pytest.raises(ValueError, match=r"cut short or has holes: its header promises \d+ frames, 7\d are there"):
+        stored(tmp_path / "gap.mkv")
+    probe = probe_video(tmp_path / "gap.mkv", max_missing=1)
+    assert probe.num_frames + probe.num_missing == pytest.approx(90, abs=3)
+
+
+def test_a_recording_that_begins_between_key_frames_is_not_damaged(tmp_path):
+    source = write_video(tmp_path / "whole.ts", num_frames=90, options={"g": "30", "bf": "0"})
+    with av.open(str(source)) as container, av.open(str(tmp_path / "v.ts"), "w") as target:
+        stream = container.streams.video[0]
+        copy = target.add_stream_from_template(stream)
+        for packet in list(container.demux(stream))[12:]:
+            if packet.dts is not None:
+                packet.stream = copy
+                target.mux(packet)
+    frames, result = stored(tmp_path / "v.ts")
+    assert result.damage.num_damaged == 0
+    assert read_numbers(frames) == [*[30] * 18, *range(30, 90)], "the first picture is held before its time"
+
+
+def test_a_wrong_time_stamp_does_not_make_a_video_of_days(tmp_path):
+    source = write_video(tmp_path / "v.mp4", milliseconds=[*(33 * i for i in range(59)), 86_400_000])
+    with pytest.raises(ValueError, match=r"one frame would be shown for 8639\d s .* a time stamp is wrong"):
+        probe_video(source)
+
+
+def test_the_check_finds_a_file_that_shows_something_else(tmp_path):
+    _, result = stored(write_video(tmp_path / "v.mp4"))
+    moved = replace(result, samples={number: picture[::-1] for number, picture in result.samples.items()})
+    with pytest.raises(ValueError, match=r"frame \d+ is another one than the source shows"):
+        check_normalised(tmp_path / "out.mp4", moved)
+    brighter = replace(result, samples={number: picture + 10 for number, picture in result.samples.items()})
+    with pytest.raises(ValueError, match=r"looks different \(mean difference 10\.\d levels\)"):
+        check_normalised(tmp_path / "out.mp4", brighter)
