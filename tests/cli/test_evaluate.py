@@ -43,7 +43,9 @@ def test_the_figures_are_those_of_the_published_evaluators(
 
 def test_recall_is_printed_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "figures.json"
-    evaluate(**files(DATASETS[0]), dataset="activitynet", proposals=10, json=out)
+    evaluate(**files(DATASETS[0]), dataset="activitynet", proposals=10, top_kx=(1, 5), json=out)
+    at_kx = json.loads(out.read_text())["recall_at_kx"]
+    assert 0 < at_kx["1"]["0.5"] <= at_kx["5"]["0.5"] < 1
     figures = json.loads(out.read_text())["recall"]
     assert len(figures["average_recall"]) == 10
     assert capsys.readouterr().out.splitlines()[-1] == (
