@@ -12,6 +12,7 @@ from re2tal.data.building.clips import true_classes
 from re2tal.data.contract.shards import open_shards
 from re2tal.evaluation.accuracy import AccuracyReport, accuracy
 from re2tal.evaluation.average_precision import MapReport, mean_average_precision
+from re2tal.evaluation.error_analysis import ErrorReport, analyse_errors
 from re2tal.evaluation.ground_truth import ANY_CLASS, as_one_class, read_ground_truth
 from re2tal.evaluation.protocols import TIOU_THRESHOLDS, Dataset
 from re2tal.evaluation.recall import RecallReport, average_recall, top_kx_recall
@@ -32,6 +33,9 @@ class Evaluated:
     top_kx: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
     """k -> tIoU -> recall of the best k x detections of a class in a video that shows it x times, if asked for."""
 
+    errors: ErrorReport | None = None
+    """Where mAP is lost, if asked for."""
+
     @property
     def average_map(self) -> float:
         """The mean of the mAP over all thresholds, from 0 to 1."""
@@ -44,13 +48,16 @@ class Evaluated:
         if self.recall is not None and self.proposals is not None:
             at_most = f"AR@{self.proposals} {100 * self.recall.at(self.proposals):.2f}"
             lines.append(f"{at_most}   AUC {100 * self.recall.auc:.2f}")
+        if self.errors is not None:
+            lines = [f"{self.errors}\n", *lines]
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
         """The figures as JSON values."""
         recall = {} if self.recall is None else {"recall": self.recall.to_json()}
         top_kx = {"recall_at_kx": self.top_kx} if self.top_kx else {}
-        return {**self.precision.to_json(), **top_kx, **recall}
+        errors = {} if self.errors is None else {"errors": self.errors.to_json()}
+        return {**self.precision.to_json(), **top_kx, **recall, **errors}
 
 
 def evaluate(
@@ -65,6 +72,7 @@ def evaluate(
     class_agnostic: bool = False,
     proposals: int | None = None,
     top_kx: tuple[int, ...] = (),
+    errors: bool = False,
 ) -> Evaluated:
     """Score a results JSON against an annotation JSON, both in ActivityNet's layout.
 
@@ -84,6 +92,8 @@ def evaluate(
         proposals: also count the average recall with up to so many detections per video, whatever their class
         top_kx: also count the recall of the best k x detections of each class in a video that shows it x times, for
             each k; Ego4D reports k = 1
+        errors: also diagnose where mAP is lost, as DETAD does: types of wrong predictions, mAP and missed actions by
+            length, coverage and number of actions in the video
 
     Example:
         scored = re2tal.evaluate("runs/demo/results.json", "demo/annotations.json")
@@ -116,9 +126,22 @@ def evaluate(
     if top_kx:
         thresholds = precision.tiou_thresholds
         at_kx = top_kx_recall(results.predictions, truths, tiou_thresholds=thresholds, top_k=top_kx, **settings)
+    diagnosis = None
+    if errors:
+        sizes_of: Literal["activitynet", "thumos14"] = (
+            "activitynet" if dataset in ("activitynet", "hacs", "fineaction") else "thumos14"
+        )
+        diagnosis = analyse_errors(
+            results.predictions,
+            truths,
+            classes=classes,
+            tiou_thresholds=precision.tiou_thresholds,
+            sizes_of=sizes_of,
+            blocked_videos=blocked,
+        )
     names = list(precision.map_by_tiou)
     columns = [] if at_kx is None else [dict(zip(names, column, strict=True)) for column in at_kx.T.tolist()]
-    return Evaluated(precision, recall, proposals, dict(zip(top_kx, columns, strict=True)))
+    return Evaluated(precision, recall, proposals, dict(zip(top_kx, columns, strict=True)), diagnosis)
 
 
 def evaluate_recognizer(predictions: Path, shards: Path) -> AccuracyReport:

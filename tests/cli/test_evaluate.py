@@ -53,6 +53,16 @@ def test_recall_is_printed_on_request(tmp_path: Path, capsys: pytest.CaptureFixt
     )
 
 
+def test_errors_are_diagnosed_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "figures.json"
+    evaluate(**files(DATASETS[0]), errors=True, json=out)
+    errors = json.loads(out.read_text())["errors"]
+    printed = capsys.readouterr().out
+    assert f"normalised mAP {100 * errors['average_map_normalized']:.2f}" in printed
+    assert "double detection" in printed
+    assert set(errors["gain"]) < set(errors["counts"][0])
+
+
 def test_class_agnostic_scores_segments_alone(tmp_path: Path) -> None:
     truth = {"subset": "validation", "duration": 9, "annotations": [{"segment": [0, 4], "label": "jump"}]}
     (tmp_path / "truth.json").write_text(json.dumps({"database": {"a": truth}}))
