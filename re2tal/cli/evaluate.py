@@ -24,6 +24,8 @@ def evaluate(
     blocked_videos: Path | None = None,
     class_agnostic: bool = False,
     proposals: int | None = None,
+    top_kx: tuple[int, ...] = (),
+    errors: bool = False,
     json: Path | None = None,
 ) -> None:
     """Print the mean average precision of detections, by class and by temporal IoU, or a recognizer's accuracy.
@@ -39,15 +41,19 @@ def evaluate(
         blocked_videos: video ids to leave out of both files: a JSON list, or a text file with one per line
         class_agnostic: score as if all labels, predicted and true, were one
         proposals: also print the average recall with up to so many detections per video, whatever their class
+        top_kx: also print the recall of the best k x detections of each class in a video that shows it x times, for
+            each k; Ego4D reports k = 1
+        errors: also print where mAP is lost, as DETAD does: types of wrong predictions, mAP and missed actions by
+            length, coverage and number of actions in the video
         json: also write the figures to this file
     """
     if (annotations is None) == (shards is None):
         raise ValueError("give --annotations FILE to score detections, or --shards FOLDER to score a recognizer")
-    about_detections = (subset, protocol, tiou_thresholds, blocked_videos, class_agnostic, proposals)
-    if shards is not None and about_detections != ("validation", "opentad", None, None, False, None):
+    about_detections = (subset, protocol, tiou_thresholds, blocked_videos, class_agnostic, proposals, top_kx, errors)
+    if shards is not None and about_detections != ("validation", "opentad", None, None, False, None, (), False):
         raise ValueError(
             f"--shards {shards} scores a recognizer, for which --subset, --protocol, --tiou-thresholds, "
-            "--blocked-videos, --class-agnostic and --proposals mean nothing; leave them out"
+            "--blocked-videos, --class-agnostic, --proposals, --top-kx and --errors mean nothing; leave them out"
         )
     if shards is not None:
         scored: AccuracyReport | Evaluated = evaluate_recognizer(predictions, shards)
@@ -63,6 +69,8 @@ def evaluate(
             blocked_videos=blocked_videos,
             class_agnostic=class_agnostic,
             proposals=proposals,
+            top_kx=top_kx,
+            errors=errors,
         )
     print(scored)
     if json is not None:

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from re2tal.evaluation.coverage import match_ids, name_some
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,14 +26,19 @@ class AccuracyReport:
     mean_class_accuracy: float
     """Mean over classes of the top-1 share of their videos; classes without a video do not count."""
     num_videos: int
+    videos_without_scores: tuple[str, ...] = ()
+    """Those of them that count as wrong for this reason."""
 
     def __str__(self) -> str:
-        return (
+        figures = (
             f"top-1 {100 * self.top1:.2f} %   top-5 {100 * self.top5:.2f} %   mean class accuracy "
             f"{100 * self.mean_class_accuracy:.2f} %   of {self.num_videos} videos"
         )
+        if missing := self.videos_without_scores:
+            return f"{figures}\nnote: {len(missing)} videos have no scores, and count as wrong: {name_some(missing)}"
+        return figures
 
-    def to_json(self) -> dict[str, float]:
+    def to_json(self) -> dict[str, Any]:
         """The figures by name."""
         return asdict(self)
 
@@ -38,13 +46,19 @@ class AccuracyReport:
 def accuracy(scores: Mapping[str, Tensor], truth: Mapping[str, str], *, classes: Sequence[str]) -> AccuracyReport:
     """`scores[video]` (K,) in the order of `classes` against `truth[video]`, the name of its class.
 
-    Among equal scores the class that stands first is the better one. A video without scores counts as wrong. Raises
-    ValueError for a class that is not among `classes`, and for videos or scores that cannot be compared.
+    Among equal scores the class that stands first is the better one. A video without scores counts as wrong, and is
+    named. Ids match as in `match_ids`. Raises ValueError for a class that is not among `classes`, and for videos or
+    scores that cannot be compared, or if no video has scores.
     """
     if not truth:
         raise ValueError("there is no video with a class to compare with; build shards of trimmed clips")
+    renamed = match_ids(scores, truth)
+    scores = {renamed.get(video_id, video_id): row for video_id, row in scores.items()}
     if odd := sorted(scores.keys() - truth.keys()):
         raise ValueError(f"scores of {odd[0]!r}, like {len(odd)} in all, belong to no video; give the right subset")
+    missing = tuple(video_id for video_id in truth if video_id not in scores)
+    if len(missing) == len(truth):
+        raise ValueError(f"none of the {len(truth)} videos has scores; give the results of these videos")
     index = {label: number for number, label in enumerate(classes)}
     right: dict[str, list[int]] = {}
     for video_id, label in truth.items():
@@ -60,6 +74,7 @@ def accuracy(scores: Mapping[str, Tensor], truth: Mapping[str, str], *, classes:
         top5=(places < min(5, len(classes))).double().mean().item(),
         mean_class_accuracy=sum(per_class) / len(per_class),
         num_videos=len(truth),
+        videos_without_scores=missing,
     )
 
 

@@ -177,12 +177,25 @@ def match(
     protocol: Protocol,
     thresholds: np.ndarray,
 ) -> np.ndarray:
-    """Which of N predictions of one class, given by falling score, are true positives: (T, N) bool.
+    """Which of N predictions of one class, given by falling score, are true positives: (T, N) bool."""
+    return find_matches(videos, segments, truth_videos, truth_segments, protocol=protocol, thresholds=thresholds) >= 0
+
+
+def find_matches(
+    videos: np.ndarray,
+    segments: np.ndarray,
+    truth_videos: np.ndarray,
+    truth_segments: np.ndarray,
+    *,
+    protocol: Protocol,
+    thresholds: np.ndarray,
+) -> np.ndarray:
+    """The truth that each of N predictions of one class, given by falling score, takes: (T, N) index, or -1.
 
     `truth_videos` (M,) must not decrease. Only pairs of one video are ever compared, and the greedy loop only sees
     pairs that reach the threshold: in the order (rank of prediction, falling tIoU), a pair matches if both are free.
     """
-    found = np.zeros((len(thresholds), len(videos)), dtype=bool)
+    found = np.full((len(thresholds), len(videos)), -1)
     ranks, partners, overlaps = _close_pairs(
         videos, segments, truth_videos, truth_segments, protocol=protocol, least=float(thresholds.min())
     )
@@ -193,7 +206,7 @@ def match(
         for rank, partner in zip(ranks[reached].tolist(), partners[reached].tolist(), strict=True):
             if rank != last_matched and free[partner]:
                 free[partner] = 0
-                row[rank] = True
+                row[rank] = partner
                 last_matched = rank
     return found
 

@@ -68,13 +68,13 @@ class Coverage:
         if not self.num_predicted_videos or (self.num_predictions and not self.num_in_subset):
             raise ValueError(
                 f"no predicted video is among the {self.num_videos} of subset {self.subset!r}: predicted are "
-                f"{_named(self.unknown_videos)}; give the annotations and the subset of these videos"
+                f"{name_some(self.unknown_videos)}; give the annotations and the subset of these videos"
             )
         if self.num_met or not self.num_predictions:
             return
         raise ValueError(
             f"no predicted label has a true action in subset {self.subset!r}: predicted are "
-            f"{_named(self.unknown_labels)}, and there {_named(self.known_labels)}; rename the labels, or score "
+            f"{name_some(self.unknown_labels)}, and there {name_some(self.known_labels)}; rename the labels, or score "
             "class-agnostic"
         )
 
@@ -98,13 +98,14 @@ class Coverage:
             notes.append(f"{len(pairs)} videos matched without suffix or prefix: {_listed(pairs)}")
         if missing := self.videos_without_predictions:
             notes.append(
-                f"{len(missing)} of {num_with_actions} videos with true actions have no predictions: {_named(missing)}"
+                f"{len(missing)} of {num_with_actions} videos with true actions have no predictions: "
+                f"{name_some(missing)}"
             )
         if self.unknown_videos:
             number = sum(self.unknown_videos.values())
             notes.append(
                 f"{len(self.unknown_videos)} predicted videos are not in the subset (their {number} predictions count "
-                f"as false): {_named(self.unknown_videos)}"
+                f"as false): {name_some(self.unknown_videos)}"
             )
         if self.unknown_labels:
             number = sum(self.unknown_labels.values())
@@ -115,7 +116,7 @@ class Coverage:
         if self.reversed_segments:
             number = sum(self.reversed_segments.values())
             notes.append(
-                f"{number} predictions end before they start, and count as false: {_named(self.reversed_segments)}"
+                f"{number} predictions end before they start, and count as false: {name_some(self.reversed_segments)}"
             )
         if self.videos_at_max:
             notes.append(
@@ -158,7 +159,8 @@ def _folded(label: str) -> str:
     return " ".join(unicodedata.normalize("NFKC", label).casefold().replace("_", " ").split())
 
 
-def _named(names: Iterable[str]) -> str:
+def name_some(names: Iterable[str]) -> str:
+    """The first names, and how many more there are."""
     return _listed([repr(name) for name in names])
 
 

@@ -4,6 +4,8 @@ A truth is found at a threshold if any kept proposal reaches it: no one-to-one m
 and AN_max proposals wanted per video, every video keeps the same share of its proposals, best first:
 
     share = AN_max * V / (all proposals, those of other videos too),   kept = int(n * share)
+
+Beside it the recall of the best k x (`top_kx_recall`), where classes count.
 """
 
 from __future__ import annotations
@@ -98,6 +100,48 @@ def average_recall(
         )
         found += _found(overlaps, thresholds, np.minimum((len(ranks) * shares).astype(np.int64), len(ranks)))
     return _report(rules, thresholds, found / len(truths.videos), shares * (num_kept / len(truths.video_ids)))
+
+
+def top_kx_recall(
+    predictions: Mapping[str, Detections],
+    ground_truth: Sequence[VideoRecord],
+    *,
+    classes: Sequence[str],
+    protocol: Protocol | str,
+    tiou_thresholds: Sequence[float],
+    top_k: Sequence[int] = (1, 5),
+    blocked_videos: Collection[str] = (),
+) -> np.ndarray:
+    """Recall@kx (T, K): the share of the truths of a class that its best predictions overlap by more than the tIoU.
+
+    Counted are, in each video, the k x best predictions of the class, where x is its number of truths there; the mean
+    over classes is returned. Arguments and errors as `mean_average_precision`. Source: Ego4D's moment queries (top 1x
+    at tIoU 0.5) as in VSGN and OpenTAD; their comparison is strict, unlike that of AP.
+    """
+    rules = find_protocol(protocol) if isinstance(protocol, str) else protocol
+    thresholds = check_thresholds(tiou_thresholds)
+    if not top_k or min(top_k) < 1:
+        raise ValueError(f"top_k is {tuple(top_k)}; give numbers of at least 1")
+    truths = flatten_truths(ground_truth, protocol=rules, blocked_videos=blocked_videos)
+    flat = flatten_predictions(predictions, truths, classes=classes, blocked_videos=blocked_videos)
+    # One number for each pair of video and class, so that a pair's rows are found by bisection.
+    num_classes, num_videos = len(truths.classes), len(truths.video_ids)
+    scored = np.flatnonzero((flat.videos >= 0) & (flat.labels >= 0))
+    scored = scored[np.argsort(-flat.scores[scored], kind="stable")]
+    scored = scored[np.argsort(flat.videos[scored] * num_classes + flat.labels[scored], kind="stable")]
+    bounds = np.searchsorted(
+        flat.videos[scored] * num_classes + flat.labels[scored], np.arange(num_videos * num_classes + 1)
+    )
+    pairs = truths.videos * num_classes + truths.labels
+    found = np.zeros((len(thresholds), len(top_k), num_classes))
+    for pair in np.unique(pairs):
+        true = truths.segments[pairs == pair]
+        ranked = scored[bounds[pair] : bounds[pair + 1]][: max(top_k) * len(true)]
+        overlaps = rules.tiou(flat.segments[ranked][:, None], true[None])
+        for column, k in enumerate(top_k):
+            best = overlaps[: k * len(true)].max(axis=0, initial=0.0)
+            found[:, column, pair % num_classes] += (best > thresholds[:, None]).sum(axis=1)
+    return (found / np.bincount(truths.labels, minlength=num_classes)).mean(axis=2)
 
 
 def _rank_within_videos(proposals: Predictions, *, num_videos: int) -> list[np.ndarray]:

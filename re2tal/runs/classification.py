@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,20 +9,15 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from re2tal.config import RecognitionConfig, load_run
 from re2tal.data.building.clips import true_classes
 from re2tal.data.contract.manifest import Rejection
-from re2tal.data.contract.shards import FeatureSet, ShardSet, open_any
-from re2tal.data.streaming.stream import stream_clips
 from re2tal.evaluation.accuracy import accuracy
 from re2tal.evaluation.video_classes import write_video_classes
 from re2tal.inference import classify as classify_batches
-from re2tal.recognizer import Recognizer
-from re2tal.runs.detection import list_videos, pack_videos
+from re2tal.runs.detection import batches_with_bar, list_videos, open_source, pack_videos
 from re2tal.runs.folder import CONFIG_NAME, RESULTS_NAME
-from re2tal.runs.stored_features import check_kind
 from re2tal.runs.trained import default_device, load_recognizer
 from re2tal.training.engine import DTYPES
 
@@ -56,51 +50,38 @@ def classify(
 
     The arguments are those of `re2tal classify`.
     """
-    if videos is not None and shards is not None:
-        raise ValueError(f"videos {videos} and shards {shards} were both given; give one of them")
     if top < 1:
         raise ValueError(f"top is {top}; give 1 or more")
     config = load_run(run / CONFIG_NAME)
     if not isinstance(config, RecognitionConfig):
         raise ValueError(f"{run} is the run of a detector, which says when something happens too; use re2tal detect")
+    data = open_source(config, videos=videos, shards=shards)
     target = out or run / (RESULTS_NAME if videos is None and shards is None else "classes.json")
     chosen = torch.device(device) if device else default_device()
     recognizer = load_recognizer(run, config).to(chosen, DTYPES[config.engine.precision])
     classes = recognizer.classes
     batch_size = batch_size or config.engine.batch_size
     rejected: list[Rejection] = []
-    if videos is None:
-        data = open_any(shards or config.data.shards / config.data.validation_subset)
-        check_kind(config, data)
+    if data is not None:
         truth = true_classes(data) if any(video.record.actions for video in data.videos) else {}
         if unknown := sorted(set(truth.values()) - set(classes)):
             raise ValueError(
                 f"{data.root} shows {unknown[0]!r}, like {len(unknown)} classes in all, which {run} does not know; "
                 "give shards of the classes that it was trained for"
             )
-        found = _look(recognizer, data, config, batch_size=batch_size, device=chosen)
+        batches = batches_with_bar(data, config.data.clips, batch_size=batch_size)
+        found = classify_batches(recognizer, batches, device=chosen)
         about = f"{accuracy(found, truth, classes=classes)}\n" if truth else ""
     else:
+        assert videos is not None
         with tempfile.TemporaryDirectory(prefix="re2tal-classify-") as scratch:
             data, names, rejected = pack_videos(list_videos(videos), Path(scratch), config.data.clips, classes=classes)
-            found = _look(recognizer, data, config, batch_size=batch_size, device=chosen)
+            batches = batches_with_bar(data, config.data.clips, batch_size=batch_size)
+            found = classify_batches(recognizer, batches, device=chosen)
         found = {names[video_id]: scores for video_id, scores in found.items()}
         about = "".join(f"{name}: {_best(scores, classes, top)}\n" for name, scores in found.items())
     write_video_classes(target, found, classes)
     return Classified(target, found, about, rejected)
-
-
-def _look(
-    recognizer: Recognizer,
-    shards: ShardSet | FeatureSet,
-    config: RecognitionConfig,
-    *,
-    batch_size: int,
-    device: torch.device,
-) -> Mapping[str, Tensor]:
-    clips = stream_clips(shards, config.data.clips, batch_size=batch_size, training=False)
-    batches = tqdm(clips.epoch(0), total=clips.steps_per_epoch, unit="batch", disable=not sys.stderr.isatty())
-    return classify_batches(recognizer, batches, device=device)
 
 
 def _best(scores: Tensor, classes: tuple[str, ...], top: int) -> str:

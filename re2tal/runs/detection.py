@@ -19,7 +19,7 @@ import torch
 from tqdm import tqdm
 
 from re2tal.backbones.stored import NAME
-from re2tal.config import RunConfig, load_config
+from re2tal.config import RecognitionConfig, RunConfig, load_config
 from re2tal.data.building.annotations import Annotations
 from re2tal.data.building.build import BuildConfig, build_shards
 from re2tal.data.building.isolated import Isolated
@@ -35,7 +35,7 @@ from re2tal.inference import predict
 from re2tal.runs.folder import CONFIG_NAME, MODEL_NAME, RESULTS_NAME
 from re2tal.runs.stored_features import check_features, check_kind
 from re2tal.runs.trained import default_device, load_detector
-from re2tal.structures import Detections, VideoRecord
+from re2tal.structures import Batch, Detections, VideoRecord
 from re2tal.training.engine import DTYPES
 from re2tal.training.export import read_model
 
@@ -75,9 +75,8 @@ def detect(
 
     The arguments are those of `re2tal detect`.
     """
-    if videos is not None and shards is not None:
-        raise ValueError(f"videos {videos} and shards {shards} were both given; give one of them")
     config = load_config(run / CONFIG_NAME)
+    data = open_source(config, videos=videos, shards=shards)
     if videos is not None:
         check_looks_at_videos(run, config, asked=f"a folder of videos, {videos},")
     namer = _read_namer(video_classes, config, top_k=top_k)
@@ -87,16 +86,15 @@ def detect(
     look = partial(
         detect_in_shards, detector, config=config, batch_size=batch_size or config.engine.batch_size, device=chosen
     )
-    if videos is None:
-        data = open_any(shards or config.data.shards / config.data.validation_subset)
-        check_kind(config, data)
+    rejected: list[Rejection] = []
+    if data is not None:
         if isinstance(data, FeatureSet):
             check_features(data, read_model(run / MODEL_NAME).features, run=run)
         if namer is not None:
             namer.check(data.by_id, top_k=top_k)
         found = look(data)
-        rejected: list[Rejection] = []
     else:
+        assert videos is not None
         files = list_videos(videos)
         with tempfile.TemporaryDirectory(prefix="re2tal-detect-") as scratch:
             data, names, rejected = pack_videos(
@@ -145,10 +143,31 @@ def detect_in_shards(
     batch_size: int,
     device: torch.device,
 ) -> dict[str, Detections]:
-    """Detections of every video in `shards`, with a progress bar on a terminal."""
-    clips = stream_clips(shards, config.data.clips, batch_size=batch_size, training=False)
-    batches = tqdm(clips.epoch(0), total=clips.steps_per_epoch, unit="batch", disable=not sys.stderr.isatty())
+    """Detections of every video in `shards`."""
+    batches = batches_with_bar(shards, config.data.clips, batch_size=batch_size)
     return predict(detector, batches, suppression=config.suppression, device=device)
+
+
+def batches_with_bar(shards: ShardSet | FeatureSet, clips: ClipConfig, *, batch_size: int) -> Iterable[Batch]:
+    """All clips of `shards`, once, with a progress bar on a terminal."""
+    stream = stream_clips(shards, clips, batch_size=batch_size, training=False)
+    return tqdm(stream.epoch(0), total=stream.steps_per_epoch, unit="batch", disable=not sys.stderr.isatty())
+
+
+def open_source(
+    config: RunConfig | RecognitionConfig, *, videos: Path | None, shards: Path | None
+) -> ShardSet | FeatureSet | None:
+    """The shards to look at, the validation subset by default; None where a folder of video files was given instead.
+
+    ValueError where both were given, or where the network cannot take what the shards hold.
+    """
+    if videos is not None and shards is not None:
+        raise ValueError(f"videos {videos} and shards {shards} were both given; give one of them")
+    if videos is not None:
+        return None
+    opened = open_any(shards or config.data.shards / config.data.validation_subset)
+    check_kind(config, opened)
+    return opened
 
 
 def pack_videos(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,9 +12,10 @@ from re2tal.data.building.clips import true_classes
 from re2tal.data.contract.shards import open_shards
 from re2tal.evaluation.accuracy import AccuracyReport, accuracy
 from re2tal.evaluation.average_precision import MapReport, mean_average_precision
-from re2tal.evaluation.ground_truth import as_one_class, read_ground_truth
+from re2tal.evaluation.error_analysis import ErrorReport, analyse_errors
+from re2tal.evaluation.ground_truth import ANY_CLASS, as_one_class, read_ground_truth
 from re2tal.evaluation.protocols import TIOU_THRESHOLDS, Dataset
-from re2tal.evaluation.recall import RecallReport, average_recall
+from re2tal.evaluation.recall import RecallReport, average_recall, top_kx_recall
 from re2tal.evaluation.results import read_results
 from re2tal.evaluation.video_classes import read_video_classes
 
@@ -28,6 +30,11 @@ class Evaluated:
     """Average recall of proposals, where it was asked for."""
     proposals: int | None = None
     """How many detections of a video `recall` counts, at most."""
+    top_kx: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
+    """k -> tIoU -> recall of the best k x detections of a class in a video that shows it x times, if asked for."""
+
+    errors: ErrorReport | None = None
+    """Where mAP is lost, if asked for."""
 
     @property
     def average_map(self) -> float:
@@ -35,15 +42,22 @@ class Evaluated:
         return self.precision.average_map
 
     def __str__(self) -> str:
-        if self.recall is None or self.proposals is None:
-            return str(self.precision)
-        at_most = f"AR@{self.proposals} {100 * self.recall.at(self.proposals):.2f}"
-        return f"{self.precision}\n{at_most}   AUC {100 * self.recall.auc:.2f}"
+        lines = [str(self.precision)]
+        for k, recalls in self.top_kx.items():
+            lines.append(f"Recall@{k}x " + "   ".join(f"{tiou}: {100 * value:.2f}" for tiou, value in recalls.items()))
+        if self.recall is not None and self.proposals is not None:
+            at_most = f"AR@{self.proposals} {100 * self.recall.at(self.proposals):.2f}"
+            lines.append(f"{at_most}   AUC {100 * self.recall.auc:.2f}")
+        if self.errors is not None:
+            lines = [f"{self.errors}\n", *lines]
+        return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
         """The figures as JSON values."""
-        figures = self.precision.to_json()
-        return figures if self.recall is None else {**figures, "recall": self.recall.to_json()}
+        recall = {} if self.recall is None else {"recall": self.recall.to_json()}
+        top_kx = {"recall_at_kx": self.top_kx} if self.top_kx else {}
+        errors = {} if self.errors is None else {"errors": self.errors.to_json()}
+        return {**self.precision.to_json(), **top_kx, **recall, **errors}
 
 
 def evaluate(
@@ -57,6 +71,8 @@ def evaluate(
     blocked_videos: Path | str | None = None,
     class_agnostic: bool = False,
     proposals: int | None = None,
+    top_kx: tuple[int, ...] = (),
+    errors: bool = False,
 ) -> Evaluated:
     """Score a results JSON against an annotation JSON, both in ActivityNet's layout.
 
@@ -74,6 +90,10 @@ def evaluate(
         blocked_videos: video ids to leave out of both files: a JSON list, or a text file with one per line
         class_agnostic: score as if all labels, predicted and true, were one
         proposals: also count the average recall with up to so many detections per video, whatever their class
+        top_kx: also count the recall of the best k x detections of each class in a video that shows it x times, for
+            each k; Ego4D reports k = 1
+        errors: also diagnose where mAP is lost, as DETAD does: types of wrong predictions, mAP and missed actions by
+            length, coverage and number of actions in the video
 
     Example:
         scored = re2tal.evaluate("runs/demo/results.json", "demo/annotations.json")
@@ -96,17 +116,32 @@ def evaluate(
         precision.coverage.check()
     except ValueError as error:
         raise ValueError(f"{predictions} and {annotations} do not match: {error}") from None
-    if proposals is None:
-        return Evaluated(precision, recall=None)
-    recall = average_recall(
-        results.predictions,
-        as_one_class(truths) if class_agnostic else truths,
-        classes=results.classes,
-        protocol=protocol,
-        proposals_per_video=proposals,
-        blocked_videos=blocked,
-    )
-    return Evaluated(precision, recall, proposals)
+    classes = results.classes
+    if class_agnostic:
+        truths, classes = as_one_class(truths), (ANY_CLASS,) * len(classes)
+    settings: dict[str, Any] = {"classes": classes, "protocol": protocol, "blocked_videos": blocked}
+    recall = at_kx = None
+    if proposals is not None:
+        recall = average_recall(results.predictions, truths, proposals_per_video=proposals, **settings)
+    if top_kx:
+        thresholds = precision.tiou_thresholds
+        at_kx = top_kx_recall(results.predictions, truths, tiou_thresholds=thresholds, top_k=top_kx, **settings)
+    diagnosis = None
+    if errors:
+        sizes_of: Literal["activitynet", "thumos14"] = (
+            "activitynet" if dataset in ("activitynet", "hacs", "fineaction") else "thumos14"
+        )
+        diagnosis = analyse_errors(
+            results.predictions,
+            truths,
+            classes=classes,
+            tiou_thresholds=precision.tiou_thresholds,
+            sizes_of=sizes_of,
+            blocked_videos=blocked,
+        )
+    names = list(precision.map_by_tiou)
+    columns = [] if at_kx is None else [dict(zip(names, column, strict=True)) for column in at_kx.T.tolist()]
+    return Evaluated(precision, recall, proposals, dict(zip(top_kx, columns, strict=True)), diagnosis)
 
 
 def evaluate_recognizer(predictions: Path, shards: Path) -> AccuracyReport:

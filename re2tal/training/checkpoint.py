@@ -75,7 +75,7 @@ class CheckpointStore:
         engine.save_checkpoint(str(self.folder), tag=partial.name, save_latest=False)
         engine.checkpoint_engine.save(_rank_state(engine, average), str(partial / _rank_file()))
         self._raise_together(engine.checkpoint_engine.take_failures(), partial)
-        # The files are read back: a digest of what was meant to be written would not see a disk that lied.
+        # Of the files as they lie there: DeepSpeed wrote most of them, and nobody else knows their bytes.
         sums = self._digests(partial)
         if is_main():
             try:

@@ -50,8 +50,8 @@ def resolve_deepspeed_config(path: Path, config: EngineConfig, *, world_size: in
     disagrees with the run, an "auto" nobody fills, or keys that contradict each other.
     """
     settings = _read(path)
+    # First of all: DeepSpeed ignores unknown keys at the top, and a misspelt one that says "auto" is never filled.
     _refuse_unknown_keys(path, settings)
-    # Unknown keys come first: DeepSpeed ignores those at the top, and a misspelt "auto" would never be filled.
     zero = settings.setdefault("zero_optimization", {})
     for key, (value, origin) in _values_of_the_run(config, world_size).items():
         _fill(path, settings, key, value=value, origin=origin)

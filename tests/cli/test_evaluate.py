@@ -43,12 +43,24 @@ def test_the_figures_are_those_of_the_published_evaluators(
 
 def test_recall_is_printed_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "figures.json"
-    evaluate(**files(DATASETS[0]), dataset="activitynet", proposals=10, json=out)
+    evaluate(**files(DATASETS[0]), dataset="activitynet", proposals=10, top_kx=(1, 5), json=out)
+    at_kx = json.loads(out.read_text())["recall_at_kx"]
+    assert 0 < at_kx["1"]["0.5"] <= at_kx["5"]["0.5"] < 1
     figures = json.loads(out.read_text())["recall"]
     assert len(figures["average_recall"]) == 10
     assert capsys.readouterr().out.splitlines()[-1] == (
         f"AR@10 {100 * figures['average_recall'][-1]:.2f}   AUC {100 * figures['auc']:.2f}"
     )
+
+
+def test_errors_are_diagnosed_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "figures.json"
+    evaluate(**files(DATASETS[0]), errors=True, json=out)
+    errors = json.loads(out.read_text())["errors"]
+    printed = capsys.readouterr().out
+    assert f"normalised mAP {100 * errors['average_map_normalized']:.2f}" in printed
+    assert "double detection" in printed
+    assert set(errors["gain"]) < set(errors["counts"][0])
 
 
 def test_class_agnostic_scores_segments_alone(tmp_path: Path) -> None:

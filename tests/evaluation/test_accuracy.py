@@ -42,6 +42,15 @@ def test_among_equals_the_first_class_is_the_better_one():
 def test_a_video_without_scores_is_wrong_however_few_classes_there_are():
     report = accuracy(scores(v=[1.0, 0.0]), {"v": "a", "w": "b"}, classes=("a", "b"))
     assert (report.top1, report.top5, report.mean_class_accuracy) == (0.5, 0.5, 0.5)
+    assert str(report).endswith("of 2 videos\nnote: 1 videos have no scores, and count as wrong: 'w'")
+    assert report.to_json()["videos_without_scores"] == ("w",)
+
+
+def test_ids_match_without_suffix_and_no_scores_at_all_are_an_error():
+    found = scores(**{"v.mp4": [1.0, 0.0]})
+    assert accuracy(found, {"v": "a"}, classes=("a", "b")).top1 == 1
+    with pytest.raises(ValueError, match="none of the 2 videos has scores"):
+        accuracy({}, {"v": "a", "w": "b"}, classes=("a", "b"))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,297 @@
+"""Where a detector's mAP is lost: DETAD's three analyses (Alwassel et al., ECCV 2018), with its numbers.
+
+    false positives   the type of each wrong prediction, and how much AP grows without each type
+    sensitivity       AP on actions of one length, coverage or crowd alone
+    false negatives   the share of these actions that no prediction finds
+
+AP is normalised: precision = R N / (R N + FP) with recall R, and N the mean number of true actions of a class, so that
+rare and frequent classes compare. Empty truths and those longer than their video are dropped.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from re2tal.evaluation.average_precision import find_matches
+from re2tal.evaluation.instances import Predictions, Truths, flatten_predictions, flatten_truths
+from re2tal.evaluation.protocols import PROTOCOLS, check_thresholds
+from re2tal.structures import Detections, VideoRecord
+from re2tal.tables import text_table
+
+ERRORS = ("double detection", "wrong label", "localization", "confusion", "background")
+TRUE_POSITIVE = "true positive"
+BACKGROUND_TIOU = 0.1
+MIN_PRECISION_OF_FOUND = 0.05
+"""Of the analysis of false negatives: an action that is found only at a lower precision counts as missed."""
+
+_SIZES = ("XS", "S", "M", "L", "XL")
+_THUMOS14 = ((0, 0.02, 0.04, 0.06, 0.08, 1), (0, 3, 6, 12, 18, np.inf), (-1, 1, 40, 80, np.inf))
+_ACTIVITYNET = ((0, 0.2, 0.4, 0.6, 0.8, 1), (0, 30, 60, 120, 180, np.inf), (-1, 1, 4, 8, np.inf))
+CHARACTERISTICS = ("coverage", "length", "num-instances")
+"""The share of its video that an action takes, its seconds, and the number of actions in its video."""
+
+
+@dataclass(frozen=True, slots=True)
+class ErrorReport:
+    """The three analyses; `str()` is tables in percent."""
+
+    tiou_thresholds: tuple[float, ...]
+    classes: tuple[str, ...]
+    average_precision: np.ndarray
+    """(T, K), normalised, of the predictions that the analysis of false positives keeps"""
+    types: np.ndarray
+    """(T, P) of these P predictions, class by class and best first: 0 is right, 1 to 5 are ERRORS"""
+    profile: tuple[np.ndarray, ...]
+    """One for each G predictions of a class with G true actions, best first: (T, 6) how many are of each type"""
+    gains: Mapping[str, np.ndarray]
+    """Error -> (T, K) normalised AP without the predictions that make it"""
+    all_average_precision: np.ndarray
+    """(T, K), normalised, of all predictions"""
+    sensitivity: Mapping[str, Mapping[str, float]]
+    """Characteristic -> size -> normalised mAP on the actions of that size"""
+    missed: Mapping[str, Mapping[str, tuple[float, np.ndarray]]]
+    """Characteristic, or two joined by "|" -> size -> (share of all actions, (T,) share of them that is missed)"""
+
+    @property
+    def gain(self) -> dict[str, float]:
+        """Error -> how much the normalised mAP grows without it."""
+        base = self.average_precision.mean()
+        return {error: float(values.mean() - base) for error, values in self.gains.items()}
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures, in types that `json` writes."""
+        return {
+            "tiou_thresholds": list(self.tiou_thresholds),
+            "average_map_normalized": float(self.average_precision.mean()),
+            "counts": [dict(zip((TRUE_POSITIVE, *ERRORS), row, strict=True)) for row in self._counts().tolist()],
+            "gain": self.gain,
+            "sensitivity": {"average_map_normalized": float(self.all_average_precision.mean()), **self.sensitivity},
+            "missed": {
+                name: {size: {"share": share, "missed": float(of.mean())} for size, (share, of) in sizes.items()}
+                for name, sizes in self.missed.items()
+            },
+        }
+
+    def __str__(self) -> str:
+        shares = (self._counts() / max(self.types.shape[1], 1)).mean(axis=0)
+        errors = [("prediction", "share", "mAP without it")] + [
+            (name, f"{100 * share:.2f}", f"{100 * self.gain[name]:+.2f}" if name in self.gain else "")
+            for name, share in zip((TRUE_POSITIVE, *ERRORS), shares, strict=True)
+        ]
+        sizes = [("true actions", "size", "share", "mAP", "missed")] + [
+            (name, size, *(f"{100 * value:.2f}" for value in (share, self.sensitivity[name][size], of.mean())))
+            for name in CHARACTERISTICS
+            for size, (share, of) in self.missed[name].items()
+        ]
+        mean = f"normalised mAP {100 * self.average_precision.mean():.2f}, in %, means over tIoU"
+        return f"{mean}\n{text_table(errors, align='<>', rules=(1,))}\n\n{text_table(sizes, align='<<>', rules=(1,))}"
+
+    def _counts(self) -> np.ndarray:
+        """(T, 6) how many predictions are of each type."""
+        return _count(self.types)
+
+
+def analyse_errors(
+    predictions: Mapping[str, Detections],
+    ground_truth: Sequence[VideoRecord],
+    *,
+    classes: Sequence[str],
+    tiou_thresholds: Sequence[float],
+    sizes_of: Literal["activitynet", "thumos14"],
+    per_action: int = 10,
+    blocked_videos: Collection[str] = (),
+) -> ErrorReport:
+    """Diagnose `predictions` as DETAD does; arguments and errors as `mean_average_precision`.
+
+    `sizes_of`: the data set whose limits between short and long, and so on, are taken. The analysis of false positives
+    keeps, of each class, the best `per_action` times as many predictions as it has true actions.
+    """
+    thresholds = check_thresholds(tiou_thresholds)
+    kept = [
+        VideoRecord(
+            one.video_id,
+            one.subset,
+            one.duration_seconds,
+            tuple(
+                action
+                for action in one.actions
+                if 0 < action.end_seconds - action.start_seconds <= one.duration_seconds
+            ),
+        )
+        for one in ground_truth
+    ]
+    truths = flatten_truths(kept, protocol=PROTOCOLS["official"], blocked_videos=blocked_videos)
+    flat = flatten_predictions(predictions, truths, classes=classes, blocked_videos=blocked_videos)
+    ranked = [_ranked(flat, label) for label in range(len(truths.classes))]
+    counts = np.bincount(truths.labels)
+    best = [rows[: count * per_action] for rows, count in zip(ranked, counts, strict=True)]
+    everything = _Scores.of(flat, truths, ranked, thresholds)
+    limited = _Scores.of(flat, truths, best, thresholds)
+    types = [
+        _types(flat, truths, rows, partners, thresholds) for rows, partners in zip(best, limited.partners, strict=True)
+    ]
+    gains = {
+        error: np.stack(
+            [
+                [
+                    _average_precision(partners[t, of[t] != number][None] >= 0, count, counts.mean())[0]
+                    for partners, of, count in zip(limited.partners, types, counts, strict=True)
+                ]
+                for t in range(len(thresholds))
+            ]
+        )
+        for number, error in enumerate(ERRORS, start=1)
+    }
+    sizes = _sizes(truths, kept, _THUMOS14 if sizes_of == "thumos14" else _ACTIVITYNET)
+    return ErrorReport(
+        tiou_thresholds=tuple(thresholds.tolist()),
+        classes=truths.classes,
+        average_precision=limited.average_precision,
+        types=np.concatenate(types, axis=1),
+        profile=tuple(
+            np.sum(
+                [_count(of[:, group * count : (group + 1) * count]) for of, count in zip(types, counts, strict=True)],
+                axis=0,
+            )
+            for group in range(per_action)
+        ),
+        gains=gains,
+        all_average_precision=everything.average_precision,
+        sensitivity={
+            name: {size: everything.sensitivity(of == size) for size in _SIZES if (of == size).any()}
+            for name, of in sizes.items()
+        },
+        missed=_missed(everything, sizes),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Scores:
+    """Predictions of each class, best first, against the truths of that class."""
+
+    truths: Truths
+    partners: list[np.ndarray]
+    """(T, n) by class: the truth that a prediction takes, or -1"""
+    average_precision: np.ndarray
+    """(T, K)"""
+
+    @classmethod
+    def of(cls, flat: Predictions, truths: Truths, rows: list[np.ndarray], thresholds: np.ndarray) -> _Scores:
+        """`rows` of `flat`, by class and best first."""
+        counts = np.bincount(truths.labels)
+        partners, columns = [], []
+        for label, (of_class, count) in enumerate(zip(rows, counts, strict=True)):
+            own = np.flatnonzero(truths.labels == label)
+            found = find_matches(
+                flat.videos[of_class],
+                flat.segments[of_class],
+                truths.videos[own],
+                truths.segments[own],
+                protocol=PROTOCOLS["official"],
+                thresholds=thresholds,
+            )
+            partners.append(np.where(found >= 0, own[found], -1))
+            columns.append(_average_precision(found >= 0, count, counts.mean()))
+        return cls(truths, partners, np.stack(columns, axis=1))
+
+    def sensitivity(self, chosen: np.ndarray) -> float:
+        """Normalised mAP on the (M,) chosen truths alone, and the predictions that take one of them, or none at all.
+
+        A prediction that takes another truth at one threshold is left out at all of them, as DETAD does.
+        """
+        counts = np.bincount(self.truths.labels)
+        counts_chosen = np.bincount(self.truths.labels[chosen], minlength=len(counts))
+        values = [
+            _average_precision(partners[:, ((partners < 0) | chosen[partners]).all(axis=0)] >= 0, count, counts.mean())
+            for partners, count in zip(self.partners, counts_chosen, strict=True)
+            if count
+        ]
+        return float(np.mean(values))
+
+    def missed(self) -> np.ndarray:
+        """(T, M) bool: truths that no prediction finds at a precision worth having."""
+        counts = np.bincount(self.truths.labels)
+        missed = np.ones((len(self.partners[0]), len(self.truths.labels)), dtype=bool)
+        for partners, count in zip(self.partners, counts, strict=True):
+            useful = _precision(partners >= 0, count, counts.mean()) > MIN_PRECISION_OF_FOUND
+            for of, found, stays in zip(missed, partners, useful, strict=True):
+                of[found[stays & (found >= 0)]] = False
+        return missed
+
+
+def _ranked(flat: Predictions, label: int) -> np.ndarray:
+    rows = np.flatnonzero(flat.labels == label)
+    return rows[np.argsort(-flat.scores[rows], kind="stable")]
+
+
+def _precision(true_positive: np.ndarray, num_truths: int, mean_truths: float) -> np.ndarray:
+    """(T, n) by falling score -> (T, n) normalised precision."""
+    weighted = np.cumsum(true_positive, axis=1) / num_truths * mean_truths
+    false = np.cumsum(~true_positive, axis=1)
+    return weighted / np.maximum(weighted + false, np.finfo(np.float64).tiny)
+
+
+def _average_precision(true_positive: np.ndarray, num_truths: int, mean_truths: float) -> np.ndarray:
+    """(T, n) by falling score -> (T,) area under the envelope of the normalised precision."""
+    precision = _precision(true_positive, num_truths, mean_truths)
+    envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+    return (envelope * true_positive).sum(axis=1) / num_truths
+
+
+def _types(
+    flat: Predictions, truths: Truths, rows: np.ndarray, partners: np.ndarray, thresholds: np.ndarray
+) -> np.ndarray:
+    """(T, n) 0 where a prediction is right, else 1 + the index of its error."""
+    types = np.full(partners.shape, 1 + ERRORS.index("background"))
+    first = np.searchsorted(truths.videos, flat.videos[rows], side="left")
+    last = np.searchsorted(truths.videos, flat.videos[rows], side="right")
+    for place, row in enumerate(rows):
+        if first[place] == last[place]:
+            continue
+        overlaps = PROTOCOLS["official"].tiou(flat.segments[row], truths.segments[first[place] : last[place]])
+        nearest = int(overlaps.argmax())
+        same = truths.labels[first[place] + nearest] == flat.labels[row]
+        if overlaps[nearest] >= BACKGROUND_TIOU:
+            types[:, place] = 3 if same else 4
+        types[overlaps[nearest] >= thresholds, place] = 1 if same else 2
+    types[partners >= 0] = 0
+    return types
+
+
+def _count(types: np.ndarray) -> np.ndarray:
+    """(T, n) -> (T, 6) how many predictions are of each type."""
+    return np.stack([np.bincount(row, minlength=1 + len(ERRORS)) for row in types])
+
+
+def _sizes(truths: Truths, records: Sequence[VideoRecord], edges: Sequence[Sequence[float]]) -> dict[str, np.ndarray]:
+    """Characteristic -> (M,) size of each truth; intervals are closed on the right, the first one on both sides."""
+    duration = {record.video_id: record.duration_seconds for record in records}
+    length = truths.segments[:, 1] - truths.segments[:, 0]
+    of_video = np.array([duration[truths.video_ids[video]] for video in truths.videos])
+    crowd = Counter(truths.videos.tolist())
+    values = (length / of_video, length, np.array([crowd[video] for video in truths.videos.tolist()]))
+    return {
+        name: np.array(_SIZES)[np.searchsorted(bounds[1:-1], value, side="left")]
+        for name, value, bounds in zip(CHARACTERISTICS, values, edges, strict=True)
+    }
+
+
+def _missed(scores: _Scores, sizes: Mapping[str, np.ndarray]) -> dict[str, dict[str, tuple[float, np.ndarray]]]:
+    missed = scores.missed()
+    pairs = itertools.pairwise(CHARACTERISTICS)
+    groups = dict(sizes) | {f"{a}|{b}": np.char.add(np.char.add(sizes[a], "|"), sizes[b]) for a, b in pairs}
+    names = [*_SIZES, *("|".join(pair) for pair in itertools.product(_SIZES, repeat=2))]
+    return {
+        name: {
+            size: (float((of == size).mean()), missed[:, of == size].mean(axis=1))
+            for size in names
+            if (of == size).any()
+        }
+        for name, of in groups.items()
+    }
