@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from re2tal.evaluation.average_precision import MapReport
+from re2tal.evaluation.coverage import Coverage
 from re2tal.rewire.report import RewireReport, StageReport
 from re2tal.tables import text_table
 
@@ -46,9 +47,11 @@ def test_average_precision_prints_as_before() -> None:
         average_precision=np.array([[1.0, 0.25], [0.5, 0.125]]),
         num_truths=(3, 12),
         num_predictions=(40, 1000),
+        coverage=Coverage("validation", 20, 5, False, 0, (), 1040, 1040, 1040, 20, {}, (), {}, {}, {}, ()),
     )
     assert str(report).split("\n") == [
         "AP in %, by tIoU; protocol official",
+        report.coverage.facts(),
         "class          truths  predictions     0.5   0.75  average",
         "----------------------------------------------------------",
         "dive                3           40  100.00  50.00    75.00",
