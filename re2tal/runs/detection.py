@@ -7,6 +7,7 @@ The detour is not wasted: arbitrary files decode exactly only after they have be
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import tempfile
@@ -38,6 +39,8 @@ from re2tal.runs.trained import default_device, load_detector
 from re2tal.structures import Batch, Detections, VideoRecord
 from re2tal.training.engine import DTYPES
 from re2tal.training.export import read_model
+
+logger = logging.getLogger(__name__)
 
 SUBSET = "detect"
 PROBE_SECONDS = 120.0
@@ -204,6 +207,8 @@ def pack_videos(
         config=BuildConfig(dataset=SUBSET, encoding=encoding_for(clips), workers=len(os.sched_getaffinity(0))),
     )
     rejected += [Rejection(names[one.video_id], one.reason) for one in built.rejected]
+    for one in built.damaged:
+        logger.warning("%s: %s", names[one.video_id], one.damage)
     return open_shards(built.folder), names, rejected
 
 

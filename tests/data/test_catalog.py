@@ -1,6 +1,7 @@
 """The contract of a row of DATASETS. A new row is picked up here; no test needs to be edited for it."""
 
 import ast
+import re
 from dataclasses import fields
 from pathlib import Path
 
@@ -54,5 +55,5 @@ def test_a_row_is_complete(name):
 
 
 def test_an_unknown_name_shows_those_there_are():
-    with pytest.raises(ValueError, match=r"unknown data set 'thumos'; known: \['activitynet', 'demo', 'own'"):
+    with pytest.raises(ValueError, match=re.escape(f"unknown data set 'thumos'; known: {sorted(DATASETS)}")):
         find_dataset("thumos")

@@ -27,6 +27,8 @@ _OPEN_OPTIONS = {
 }
 MAX_DAMAGED = 0.02
 """Share of the frames that may be absent or damaged unless the user says otherwise."""
+LEAST_GAP_SECONDS = 0.2
+"""A camera may be silent for so long, and the header of a Matroska file be off by as much."""
 MAX_AVI_SHIFT_SECONDS = 0.5
 """An AVI says no times: what is gone from it moves all that follows."""
 _PICTURE_CODECS = frozenset({"png", "mjpeg", "bmp", "gif", "tiff", "webp", "jpeg2000", "jpegls"})
@@ -165,7 +167,7 @@ def _scan(path: Path, container: InputContainer, stream: VideoStream) -> tuple[i
     else:
         absent_seconds = (container.duration or 0) / av.time_base - end_seconds if is_mkv else 0
         missing = stream.frames - total if stream.frames else _missing_in_gaps(shown, stream)
-        missing += round(absent_seconds * len(shown) / float(seconds)) if absent_seconds > 1 else 0
+        missing += round(absent_seconds * len(shown) / float(seconds)) if absent_seconds > LEAST_GAP_SECONDS else 0
     return len(shown), max(0, missing), seconds
 
 
@@ -206,7 +208,7 @@ def _missing_in_gaps(shown: list[tuple[int, int]], stream: VideoStream) -> int:
         return 0
     least = 1.5 * usual
     if stream.container.format.name not in ("mpegts", "mpeg"):
-        least = max(4.5 * usual, 0.2 / float(stream.time_base))
+        least = max(4.5 * usual, LEAST_GAP_SECONDS / float(stream.time_base))
     return int(np.rint(steps[steps > least] / usual - 1).sum())
 
 
