@@ -39,7 +39,7 @@ VIDEO_PREFIX = "backbone.model.backbone."
 
 @dataclass(frozen=True)
 class ImportReport:
-    """What a file was found to be, and what of it was used."""
+    """Layout of an imported file, and its used and unused entries."""
 
     path: Path
     taken_from: str
@@ -94,7 +94,7 @@ def import_backbone(path: Path, *, name: str) -> tuple[VideoBackbone, ImportRepo
 
 
 def is_of_the_library(name: str, path: Path) -> bool:
-    """Whether `path` can only be a folder or a hub name of the transformers library, for the backbone of that name."""
+    """True if `path` can only be a folder or hub name of the transformers library, for the backbone of that name."""
     if name not in BACKBONES or name in (*swin3d.SIZES, *slowfast.SIZES):
         return False
     from re2tal.backbones.hub.pretrained import weights_file
@@ -175,7 +175,7 @@ def _localizer_of(detector: TemporalActionDetector) -> PyramidLocalizer | VSGN:
 
 
 def _wrapper_of(state: Mapping[str, Tensor]) -> str:
-    """What torch's data-parallel wrapper puts before every name, if it did."""
+    """The prefix of torch's data-parallel wrapper, if every name has it."""
     return "module." if all(key.startswith("module.") for key in state) else ""
 
 
@@ -186,7 +186,7 @@ def _check_detector(
         prefixes = ", ".join(public_prefixes(localizer, "opentad"))
         raise ValueError(
             f"{path} holds no localizer (nothing under {prefixes}), so it is no whole detector; for a backbone alone "
-            "give --out a name that ends in .safetensors"
+            "name an output file that ends in .safetensors"
         )
     last = state.get(public_name("classifier.output.bias", localizer=localizer, layout="opentad"))
     if isinstance(localizer, PyramidLocalizer) and last is not None and last.numel() != len(localizer.classes):
@@ -205,8 +205,11 @@ def _check_rewiring(layout: str, config: BackboneConfig, path: Path) -> None:
             f"{config.unit}, {config.merge}, {config.segment} and {config.beta}; set them to branch, mean, None and 1"
         )
     if trained_rewired != config.rewired:
-        kind, option = ("rewired", "--backbone.rewired") if trained_rewired else ("plain", "--backbone.no-rewired")
-        raise ValueError(f"{path} was trained with a {kind} backbone ({layout} layout); add {option}")
+        kind = "rewired" if trained_rewired else "plain"
+        raise ValueError(
+            f"{path} was trained with a {kind} backbone ({layout} layout); set backbone.rewired to "
+            f"{str(trained_rewired).lower()}"
+        )
 
 
 def _find_layout(name: str, to: str) -> KeyLayout:

@@ -1,4 +1,4 @@
-"""Who am I among the processes of this run, and the few things all of them do together.
+"""The place of this process among those of a run, and their collectives.
 
     deepspeed | torchrun | srun | plain python  --resolve_world-->  World  --export-->  RANK, WORLD_SIZE, LOCAL_RANK,
                                                                                         MASTER_ADDR, MASTER_PORT
@@ -44,7 +44,7 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes and logs."""
+        """True on the process that writes and logs."""
         return self.rank == 0
 
     def variables(self) -> dict[str, str]:
@@ -199,7 +199,7 @@ def free_port() -> int:
 
 
 def is_main() -> bool:
-    """Whether this process writes and logs: rank 0, or the only process."""
+    """True on the process that writes and logs: rank 0, or the only one."""
     return not dist.is_initialized() or dist.get_rank() == 0
 
 

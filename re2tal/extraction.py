@@ -32,7 +32,7 @@ from re2tal.structures import ClipBatch, VideoRecord
 
 
 class WindowFeatures(NamedTuple):
-    """What a backbone made of one window of a video."""
+    """Features of one window of a video."""
 
     start_step: int
     """On the video's grid."""

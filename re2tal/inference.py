@@ -85,7 +85,7 @@ def look_at_windows(
     *,
     device: torch.device | str,
 ) -> dict[tuple[str, int], Found]:
-    """What `read(network, its outputs in float32, batch)` makes of each valid clip, by (video id, window id)."""
+    """The result of `read(network, its outputs in float32, batch)` for each valid clip, by (video id, window id)."""
     inner: Any = getattr(model, "module", model)
     weights = next(inner.parameters())
     windows: dict[tuple[str, int], Found] = {}
@@ -107,7 +107,7 @@ def look_at_windows(
 
 
 def detector_input(batch: Batch, *, dtype: torch.dtype) -> Tensor:
-    """What a detector takes, in its weights' type: normalised frames (B, 3, T, H, W), or features (B, C, T)."""
+    """Input of a detector in its weights' type: normalised frames (B, 3, T, H, W), or features (B, C, T)."""
     match batch:
         case ClipBatch():
             return normalise(batch.frames, dtype=dtype)

@@ -32,7 +32,7 @@ _HEAD = re.compile(r"(?:module\.|model\.)*(classifier|cls_head\.fc_cls|head|head
 
 
 class Recognition(NamedTuple):
-    """What a recognizer says of B clips."""
+    """Output of a recognizer for B clips."""
 
     logits: Tensor
     """(B, K) float"""
@@ -103,7 +103,7 @@ class Recognizer(nn.Module):
         if len(shown) != 1 or shown[0].label not in self._index:
             raise ValueError(
                 f"a clip shows {[action.label for action in shown]}; recognition trains on clips that show one of its "
-                f"{len(self.classes)} classes: build the shards with --clips"
+                f"{len(self.classes)} classes: build shards of trimmed clips"
             )
         return self._index[shown[0].label]
 

@@ -43,7 +43,7 @@ class VideoRecord:
 
 @dataclass(frozen=True, slots=True)
 class Timeline:
-    """Where a grid of time steps lies in a video: step 0 is at `start_seconds`.
+    """A grid of time steps in a video: step 0 is at `start_seconds`.
 
     Seconds are clamped to [0, duration_seconds]; steps may be fractional.
     """
@@ -165,11 +165,11 @@ class FeatureBatch:
 
 
 Batch = ClipBatch | FeatureBatch
-"""What a detector learns from and looks at."""
+"""A batch of clips, as frames or as stored features."""
 
 
 class Features(NamedTuple):
-    """What a backbone gives a localizer."""
+    """Output of a backbone, input of a localizer."""
 
     values: Tensor
     """(B, C, T') float"""

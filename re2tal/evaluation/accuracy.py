@@ -1,4 +1,4 @@
-"""How often a classifier of whole videos is right: the share of videos whose class is the best, or among the five best.
+"""Accuracy of a classifier of whole videos: the share whose class is the best one, or among the five best.
 
 Mean class accuracy averages over classes instead, so that a frequent one does not outweigh the others.
 """
@@ -79,7 +79,7 @@ def accuracy(scores: Mapping[str, Tensor], truth: Mapping[str, str], *, classes:
 
 
 def _place(scores: Tensor, true: int, video_id: str) -> int:
-    """How many classes are better than the true one."""
+    """The number of classes with better scores than the true one."""
     if not bool(scores.isfinite().all()):
         raise ValueError(f"the scores of video {video_id!r} are not all finite: {scores.tolist()[:5]}")
     better = scores > scores[true]

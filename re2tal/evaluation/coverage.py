@@ -21,7 +21,7 @@ _SUFFIX = re.compile(r"\.(mp4|mkv|webm|avi|mov|m4v|mpg|mpeg|ts|flv|wmv|npy|npz)$
 
 @dataclass(frozen=True, slots=True)
 class Coverage:
-    """What was scored, and what of it did not meet."""
+    """The scored videos and predictions, and those that do not match."""
 
     subset: str
     """Of the ground truth."""

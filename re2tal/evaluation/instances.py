@@ -57,7 +57,7 @@ class Predictions:
 def flatten_truths(
     ground_truth: Sequence[VideoRecord], *, protocol: Protocol, blocked_videos: Collection[str]
 ) -> Truths:
-    """What counts of `ground_truth` under `protocol`; ValueError if nothing does, or if a video comes twice."""
+    """The actions that count under `protocol`; ValueError if there is none, or if a video comes twice."""
     videos, labels, segments = [], [], []
     video_ids: dict[str, int] = {}
     classes: dict[str, int] = {}

@@ -1,4 +1,4 @@
-"""What the two public evaluators disagree on, one row each.
+"""The points on which the two public evaluators disagree, one row each.
 
     official   ActivityNet's eval_detection and eval_proposal
     opentad    OpenTAD's mAP and Recall; the numbers that most papers since 2023 print
@@ -117,7 +117,7 @@ TIOU_THRESHOLDS: dict[Dataset, tuple[float, ...]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvaluationConfig:
-    """How detections are scored."""
+    """Rules and thresholds of the score."""
 
     protocol: Literal["opentad", "official"] = "opentad"
     """whose rules count, where the public evaluators differ"""

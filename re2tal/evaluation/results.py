@@ -25,13 +25,13 @@ VERSION = "VERSION 1.3"
 
 @dataclass(frozen=True, slots=True)
 class Results:
-    """What a results file says: `predictions[video].labels` index `classes`, which are in order of first appearance."""
+    """A results file: `predictions[video].labels` index `classes`, which are in order of first appearance."""
 
     predictions: dict[str, Detections]
     classes: tuple[str, ...]
 
     def of(self, video_id: str) -> Detections:
-        """What was predicted for a video; nothing where the file does not name it."""
+        """The predictions for a video; none if the file does not name it."""
         return self.predictions.get(video_id) or _detections(video_id, [], {})
 
 

@@ -16,7 +16,7 @@ from re2tal.structures import Detections
 
 @dataclass(frozen=True)
 class SuppressionConfig:
-    """How the detections of one video are thinned out; the defaults are those of Re2TAL on THUMOS-14."""
+    """Suppression of repeated detections in one video; the defaults are those of Re2TAL on THUMOS-14."""
 
     method: Literal["gaussian", "linear", "gaussian_above", "hard", "none"] = "gaussian"
     """How a better segment lowers the score of one it overlaps with. "gaussian": exp(-IoU^2 / sigma). "linear": 1 - IoU

@@ -1,4 +1,4 @@
-"""Classes of whole videos, from a classifier: they name what a class-agnostic detector finds beside it.
+"""Classes of whole videos, from a classifier: they name the detections of a class-agnostic detector.
 
     {"results": {video: [K scores]}, "class": [K names]}
 
@@ -22,14 +22,14 @@ from re2tal.structures import Detections
 
 @dataclass(frozen=True, slots=True)
 class VideoClasses:
-    """What a classifier says about each video; `scores[video_id]` (K,) are in the order of `classes`."""
+    """A classifier's scores by video: `scores[video_id]` (K,) are in the order of `classes`."""
 
     path: Path
     scores: dict[str, Tensor]
     classes: tuple[str, ...]
 
     def check(self, video_ids: Iterable[str], *, top_k: int) -> None:
-        """Whether `name` will work for these videos, before hours are spent on finding something in them.
+        """Check that `name` will work for these videos, before hours are spent on detection.
 
         Raises ValueError for a `top_k` that the classes do not allow, and for videos that the file does not know.
         """

@@ -1,4 +1,4 @@
-"""What was predicted and what is true, on the time axis of one video: a picture per video.
+"""Predicted and true actions on the time axis of one video: a picture per video.
 
     jump      ████████            ███████        true
               ▓▓▓▓▓▓▓▓▓  ░░░░                    predicted; the fainter, the lower its score
@@ -38,7 +38,7 @@ NAME_WIDTH = 28
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What one class has to show: true segments, and predictions by falling score."""
+    """One class: true segments, and predictions by falling score."""
 
     label: str
     true: np.ndarray
@@ -59,7 +59,7 @@ class Row:
 
     @property
     def first_lane(self) -> int:
-        """Where predictions start."""
+        """The first lane of predictions."""
         return min(len(self.true), 1)
 
 

@@ -49,7 +49,7 @@ PROBE_SECONDS = 120.0
 
 @dataclass(frozen=True, slots=True)
 class Detected:
-    """What a trained detector found."""
+    """Detections of a trained detector, as they were written."""
 
     path: Path
     """The results JSON that was written."""
@@ -74,7 +74,7 @@ def detect(
     batch_size: int | None = None,
     device: str | None = None,
 ) -> Detected:
-    """Write what the detector of a run folder finds in a folder of videos, or in shards, to a results JSON.
+    """Detect actions in a folder of videos, or in shards, with the detector of a run folder; write a results JSON.
 
     The arguments are those of `re2tal detect`.
     """
@@ -223,7 +223,7 @@ def list_videos(folder: Path) -> list[Path]:
 
 
 def encoding_for(clips: ClipConfig) -> Encoding:
-    """How to store a video of which only `clips` will be cut, whole pictures at the clips' own size and rate."""
+    """The encoding for videos that only serve these clips: their size and rate, whole pictures."""
     short_side = max(16, clips.size + clips.size % 2)
     match clips.windowing:
         case ResizeWhole(num_frames=num_frames):

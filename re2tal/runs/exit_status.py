@@ -1,4 +1,4 @@
-"""How the `re2tal` command ends, in one number; 0 is done."""
+"""Exit statuses of the `re2tal` command; 0 is done."""
 
 from __future__ import annotations
 

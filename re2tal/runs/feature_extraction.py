@@ -76,9 +76,9 @@ class Extract:
     fit: Literal["crop", "stretch"] | None = None
     """How a picture becomes square: its middle is cut out, or it is squeezed; by default as in the run, or "crop"."""
     dtype: StoredType = "float16"
-    """How features are stored."""
+    """Number type of the stored features."""
     precision: WeightType = "fp32"
-    """What the backbone computes in."""
+    """Number type of the backbone."""
     batch_size: int = 4
     """Windows in one forward."""
     workers: int = 2
@@ -183,7 +183,7 @@ def _backbone(options: Extract, config: RunConfig | None) -> tuple[VideoBackbone
 
 
 def grid_of(clips: ClipConfig, frames_per_step: int) -> FeatureGrid:
-    """How the steps of such clips lie in time."""
+    """The grid of feature steps for such clips."""
     match clips.windowing:
         case ResizeWhole(num_frames=num_frames):
             return StepsPerVideo(num_frames // frames_per_step)

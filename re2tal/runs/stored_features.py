@@ -46,7 +46,7 @@ def on_features(config: RunConfig, features: FeatureSet) -> RunConfig:
 
 
 def check_kind(config: RunConfig | RecognitionConfig, shards: ShardSet | FeatureSet) -> None:
-    """ValueError unless `config` takes what `shards` hold: videos, or features of its number of channels."""
+    """ValueError unless `config` takes the content of `shards`: videos, or features of its number of channels."""
     match shards:
         case ShardSet() if config.backbone.name == NAME:
             raise ValueError(
@@ -78,7 +78,7 @@ def check_pair(training: FeatureSet, validation: FeatureSet) -> None:
 def check_features(shards: FeatureSet, trained_on: Mapping[str, Any] | None, *, run: Path) -> None:
     """ValueError unless `shards` hold what the model of `run` was trained on, as `describe` told it then.
 
-    None of a model that does not know is nothing to compare with.
+    `trained_on` is None for a model whose file does not say: then nothing is compared.
     """
     found = describe(shards)
     if trained_on is not None and (difference := _difference(found, trained_on)) is not None:
@@ -90,7 +90,7 @@ def check_features(shards: FeatureSet, trained_on: Mapping[str, Any] | None, *, 
 
 
 def describe(features: FeatureSet) -> dict[str, Any]:
-    """What makes features of one folder comparable with those of another, as JSON values; "of" is in words."""
+    """Everything in which features of two folders must agree, as JSON values; "of" says it in words."""
     spec = features.manifest.features
     match spec.origin:
         case Extracted(backbone=name, weights=weights):
@@ -118,7 +118,7 @@ def _difference(one: Mapping[str, Any], other: Mapping[str, Any]) -> str | None:
 
 
 def _wiring(spec: FeatureSpec) -> dict[str, Any]:
-    """What a backbone's function depends on beside its weights; nothing is known of other programs'."""
+    """The options on which a backbone's function depends, beside its weights; None for features of other programs."""
     settings = spec.origin.settings if isinstance(spec.origin, Extracted) else {}
     return {name: settings.get(name) for name in ("rewired", *WIRING, "frames_per_step")}
 

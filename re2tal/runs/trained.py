@@ -34,9 +34,9 @@ def load_recognizer(run: Path, config: RecognitionConfig) -> Recognizer:
 
 
 def started(config: AnyRun) -> AnyRun:
-    """What builds a run's network for weights that it trained: without the file that its backbone started from.
+    """The configuration without the weights file that the backbone started from, to build the trained network.
 
-    That held weights only, and may not be on this machine. A folder or a hub name also says how large the network is.
+    The file may not be on this machine, and is not needed. A folder or hub name stays: it gives the network's size.
     """
     weights = config.backbone.weights
     if weights is not None:

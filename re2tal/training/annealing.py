@@ -1,4 +1,4 @@
-"""From the network before it was rewired to the coupling that training ends with: beta, step by step.
+"""Beta at each step: from the network before rewiring to the coupling that training ends with.
 
     beta(s) = start + (end - start) min(s / annealing steps, 1)          s optimizer steps done
 
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class AnnealingConfig:
-    """How a rewired backbone comes from its pretrained function to backbone.beta."""
+    """The way of a rewired backbone from its pretrained function to backbone.beta."""
 
     epochs: float = 0.0
     """Over how many epochs beta goes from `start` to backbone.beta, evenly; 0 trains with backbone.beta all along."""

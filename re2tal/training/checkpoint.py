@@ -32,7 +32,7 @@ FORMAT = 1
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far a run is. The data position is a count, because every epoch's order is a pure function of its number."""
+    """Progress of a run. A count is enough for the data: every epoch's order is a pure function of its number."""
 
     step: int = 0
     """Optimizer steps done."""

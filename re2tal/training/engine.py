@@ -54,7 +54,7 @@ GLOO_THREAD = "pt_gloo_runloop"
 """The name torch gives the threads that do gloo's collectives."""
 
 SWITCHES = ("voluntary_ctxt_switches", "nonvoluntary_ctxt_switches")
-"""What Linux calls the numbers of times a thread was switched out; some sandboxes leave them out."""
+"""Linux's names for the number of times that a thread was switched out; some sandboxes do not report them."""
 
 SECTIONS = {
     "zero_optimization": DeepSpeedZeroConfig,
@@ -68,7 +68,7 @@ SECTIONS = {
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """What the run decides about a step; fills the "auto" entries of the ZeRO file."""
+    """Batch, precision and limits of a step; they fill the "auto" entries of the ZeRO file."""
 
     batch_size: int = 1
     """Clips per rank in one forward."""
@@ -283,7 +283,7 @@ class DurableCheckpointEngine(TorchCheckpointEngine):
             self._failures.append(OSError(f"{path}: {error}"))
 
     def take_failures(self) -> list[OSError]:
-        """What went wrong in `save` since the last call."""
+        """The errors of `save` since the last call."""
         failures, self._failures = self._failures, []
         return failures
 

@@ -1,7 +1,7 @@
-"""model.safetensors: what training leaves for inference.
+"""model.safetensors: the trained model, for inference.
 
-Float32 weights and buffers by name; in the header class names, how a rewired network was wired when training ended, and
-what stored features were trained on.
+Float32 weights and buffers by name. The header has the class names, the wiring of a rewired network at the end of
+training, and a description of the stored features, if it was trained on any.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class ModelFile:
     wiring: Mapping[str, Any] | None = None
     """`wiring_of` the network that was trained; None for a plain one."""
     features: Mapping[str, Any] | None = None
-    """What the stored features are that it was trained on; None for a network that looks at videos."""
+    """The stored features of its training, as `stored_features.describe` gives them; None for videos."""
 
     def load_into(self, detector: nn.Module, *, classes: Sequence[str]) -> None:
         """Gives a detector or recognizer, built for `classes` these weights. ValueError where they do not fit."""

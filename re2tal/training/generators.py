@@ -13,7 +13,7 @@ import torch
 
 
 def seed_generators(seed: int, *, rank: int) -> None:
-    """Seeds them all; for the command line alone, once, so that ranks drop different paths."""
+    """Seeds them all. Only a training or extraction run calls it; other ranks then drop other paths."""
     # NumPy takes 32 bits; the factor keeps the seeds of neighbouring runs and of neighbouring ranks apart.
     mixed = (seed * 1_000_003 + rank) % 2**32
     random.seed(mixed)

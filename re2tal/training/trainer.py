@@ -35,7 +35,7 @@ LOSS_SCALE_SEARCH = 40
 
 @dataclass(frozen=True)
 class TrainingConfig:
-    """How long to train, and what to do on the way."""
+    """Length of training, logging, evaluation and checkpoints."""
 
     epochs: int = 20
     """Passes over the training shards."""
@@ -287,7 +287,7 @@ class Trainer:
         self.planned_bytes = None
 
     def _due_every_epochs(self, epochs: int | None) -> bool:
-        """Whether the step just done completed a multiple of `epochs`; the last step is left to the end of the run."""
+        """True if the step just done completed a multiple of `epochs`, unless it is the last one."""
         if epochs is None or self._last():
             return False
         micro_batches = epochs * self.clips.steps_per_epoch

@@ -1,4 +1,4 @@
-"""A file of ds_configs/ against the run: filled where it says "auto", refused where it says something else.
+"""Fills the "auto" entries of a ZeRO file from the run, and refuses entries that contradict it.
 
 The file says how to shard and communicate (ZeRO, offload, buckets); what the run itself decides (batch, clipping,
 precision) is "auto" there. A literal that contradicts the run is an error, never a silent winner.
