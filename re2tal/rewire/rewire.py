@@ -140,7 +140,7 @@ def _analyst(model: nn.Module, example: Example | None) -> Analyst:
     containers = [module for module in model.modules() if isinstance(module, nn.Sequential | nn.ModuleList)]
     blocks = {block for container in containers for block in container.children() if _has_children(block)}
     unknown = {block for block in blocks if is_unregistered(block)} if example is not None else set()
-    calls = record_calls(model, unknown, example=example) if example is not None else {}
+    calls = record_calls(model, unknown, example=example) if example is not None and unknown else {}
 
     @cache
     def analyse(block: nn.Module) -> Residual | NotResidual:

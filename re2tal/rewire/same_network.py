@@ -347,7 +347,7 @@ def _undisturbed(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     parameters = [(parameter, parameter.data) for parameter in model.parameters()]
     draws = GeneratorState.now(device)
-    with torch.enable_grad(), in_mode(model, training=False), held(model.modules()), draws.replayed():
+    with torch.enable_grad(), in_mode(model, training=False), _tensors_held(model), draws.replayed():
         try:
             torch.manual_seed(0)
             copies: dict[int, Tensor] = {}
@@ -361,6 +361,25 @@ def _undisturbed(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
         finally:
             for parameter, values in parameters:
                 parameter.data = values
+
+
+@contextmanager
+def _tensors_held(model: nn.Module) -> Iterator[None]:
+    """Restores buffers and other tensors of modules at the end. Those that were made inside go."""
+    before = [(module, dict(module._buffers), dict(vars(module))) for module in model.modules()]
+    with held(model.modules()):
+        try:
+            yield
+        finally:
+            for module, buffers, attributes in before:
+                for name in set(module._buffers) - set(buffers):
+                    delattr(module, name)
+                module._buffers.update(buffers)
+                for name in [name for name, value in vars(module).items() if isinstance(value, Tensor)]:
+                    del vars(module)[name]
+                vars(module).update((name, value) for name, value in attributes.items() if isinstance(value, Tensor))
+                for name in attributes.keys() - vars(module).keys():
+                    vars(module)[name] = attributes[name]
 
 
 def _cast(values: Any, dtype: torch.dtype | None) -> Any:

@@ -384,6 +384,30 @@ def _(block: BatchNormed) -> tuple[Branch, ...]:
     return Branch("mix", Block.mix), Branch("mlp", Block.transform)
 
 
+class Caching(Walker):
+    """Keeps tables of the dtype that came first."""
+
+    def __init__(self, *layers: nn.Module) -> None:
+        super().__init__(*layers)
+        self.table = None
+        self.register_buffer("later", None)
+
+    def forward(self, x):
+        if self.table is None:
+            self.table = self.later = torch.ones(x.shape[:2], dtype=x.dtype)
+            self.register_buffer("made", self.table + 1)
+        return super().forward(x, self.table + self.later + self.made)
+
+
+def test_tables_that_the_comparison_made_in_float64_do_not_stay() -> None:
+    net = seeded(lambda: Caching(Block(), Block())).float()
+    rewire(net, example=(frames().float(),))
+    assert net.table is None
+    assert net.later is None
+    assert not hasattr(net, "made")
+    assert net(frames().float()).dtype == torch.float32
+
+
 class OnlyFloat32(Walker):
     def forward(self, x):
         assert self.stem.weight.dtype == torch.float32
