@@ -97,6 +97,20 @@ def test_clips_without_actions_have_finite_losses_and_gradients(name: str, actio
     assert all(p.grad is not None and p.grad.isfinite().all() for p in localizer.parameters())
 
 
+@pytest.mark.parametrize(
+    ("name", "switch"),
+    [(name, field.name) for name, kind in KINDS.items() for field in fields(kind) if isinstance(field.default, bool)],
+)
+def test_it_trains_in_bfloat16_with_buffers_in_float32_as_deepspeed_leaves_them(name: str, switch: str) -> None:
+    default = getattr(KINDS[name](), switch)
+    localizer = build(name, **{switch: not default}).train()
+    for parameter in localizer.parameters():
+        parameter.data = parameter.data.bfloat16()
+    outputs = localizer(features(32, 20, dtype=torch.bfloat16))
+    localizer.loss(outputs, [ACTIONS, ACTIONS[:1]], [SECONDS, SECONDS])["total"].backward()
+    assert all(parameter.grad.isfinite().all() for parameter in localizer.parameters())
+
+
 @every_localizer
 def test_a_clip_that_could_not_be_decoded_adds_nothing(name: str) -> None:
     localizer = build(name).eval()

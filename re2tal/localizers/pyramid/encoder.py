@@ -46,7 +46,8 @@ class Encoder(nn.Module):
         for conv in self.embedding:
             x = conv(x, mask)
         if self.position is not None:
-            x = x + blank(stretch(self.position, x.shape[-1]), mask)
+            # DeepSpeed narrows parameters and leaves buffers as they are.
+            x = x + blank(stretch(self.position, x.shape[-1]).to(x.dtype), mask)
         for block in self.stem:
             x, mask = block(x, mask)
         levels, masks = [x], [mask]
