@@ -59,6 +59,7 @@ FAMILIES = (
     "clip_nano",
     "siglip_nano",
 )
+SMALL_CLIPS = ["--data.clips.size", "32", "--data.clips.windowing.num-frames", "96", "--num-steps", "24"]
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
@@ -145,9 +146,7 @@ def norm(tensors: list[Tensor]) -> float:
 
 def training(device: torch.device) -> Iterator[Row]:
     """A row for each recipe and ZeRO stage."""
-    real = ["--data.clips.workers", "2", "--backbone.no-norm-eval"] + (
-        ["--data.clips.size", "32"] if device.type != "cuda" else []
-    )
+    real = ["--data.clips.workers", "2", "--backbone.no-norm-eval", *([] if device.type == "cuda" else SMALL_CLIPS)]
     recipes: dict[str, list[str]] = {"demo": [], "activitynet_re2swin_tiny": real}
     with tempfile.TemporaryDirectory() as folder:
         demo = Path(folder) / "demo"
