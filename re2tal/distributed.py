@@ -126,7 +126,7 @@ def _from_srun(environ: Mapping[str, str]) -> World:
             rank=_integer(environ, "SLURM_PROCID"),
             world_size=_integer(environ, tasks),
             local_rank=local_rank,
-            master_addr=environ.get("MASTER_ADDR") or expand_nodelist(environ[nodes])[0],
+            master_addr=environ.get("MASTER_ADDR") or first_host(environ[nodes]),
             master_port=port,
             device_index=_device_index(environ, local_rank),
         ),
@@ -161,29 +161,14 @@ def _checked(world: World, *, source: str) -> World:
     return world
 
 
-def expand_nodelist(nodelist: str) -> list[str]:
-    """SLURM's compact host list -> host names: "gpu[08-10,12],login" -> gpu08 gpu09 gpu10 gpu12 login."""
-    part = r"(?:[A-Za-z0-9._-]+|\[[0-9,-]+\])+"
-    if re.fullmatch(rf"{part}(?:,{part})*", nodelist) is None:
+def first_host(nodelist: str) -> str:
+    """The first host of SLURM's compact list, where rank 0 runs: "gpu[08-10,12],login" -> gpu08."""
+    part = r"(?:[A-Za-z0-9._-]|\[[0-9,-]+\])+"
+    if (first := re.fullmatch(rf"({part})(?:,{part})*", nodelist)) is None:
         raise ValueError(
             f"SLURM node list {nodelist!r} is not of the form gpu[01-04,7],login; set MASTER_ADDR yourself"
         )
-    return [host for compact in re.findall(part, nodelist) for host in _expand_ranges(compact)]
-
-
-def _expand_ranges(part: str) -> list[str]:
-    bracket = re.search(r"\[([^\]]*)\]", part)
-    if bracket is None:
-        return [part]
-    numbers: list[str] = []
-    for piece in bracket.group(1).split(","):
-        first, _, last = piece.partition("-")
-        if last and first.isdigit() and last.isdigit():
-            numbers += [str(number).zfill(len(first)) for number in range(int(first), int(last) + 1)]
-        else:
-            numbers.append(piece)
-    before, after = part[: bracket.start()], part[bracket.end() :]
-    return [f"{before}{number}{rest}" for number in numbers for rest in _expand_ranges(after)]
+    return re.sub(r"\[(\d+)[^\]]*\]", r"\1", first[1])
 
 
 def free_port() -> int:

@@ -48,6 +48,11 @@ def read_ground_truth(path: Path | str, *, subset: str) -> list[VideoRecord]:
     return records
 
 
+def read_subsets(path: Path | str) -> dict[str, str]:
+    """The subset of every video in a file that `read_ground_truth` accepts."""
+    return {video_id: entry["subset"] for video_id, entry in read_json(path)["database"].items()}
+
+
 def as_one_class(records: Sequence[VideoRecord]) -> list[VideoRecord]:
     """The same records with every action called `ANY_CLASS`: the truth for a class-agnostic detector."""
     return [

@@ -6,6 +6,7 @@ class without a truth has class -1.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -131,22 +132,48 @@ def flatten_predictions(
             f"predictions for video {_owner(wrong, ids, counts)!r} hold label {labels[wrong][0]}, which does not index "
             f"{len(classes)} classes; pass the classes of the localizer that predicted them"
         )
+    to_truth = to_truth_class[labels] if labels.size else labels
+    unknown_labels = dict(Counter(classes[label] for label in labels[to_truth < 0].tolist()))
+    coverage = _coverage(
+        truths,
+        per_video=dict(zip(ids, counts.tolist(), strict=True)),
+        known=to_truth >= 0,
+        backwards=segments[:, 1] < segments[:, 0],
+        renamed=renamed,
+        unknown_labels=unknown_labels,
+        num_blocked_ids=len(blocked_videos),
+        class_agnostic=class_agnostic,
+        max_per_video=max_per_video,
+    )
+    return Predictions(videos, to_truth, segments, scores, coverage)
+
+
+def _coverage(
+    truths: Truths,
+    *,
+    per_video: Mapping[str, int],
+    known: np.ndarray,
+    backwards: np.ndarray,
+    renamed: Mapping[str, str],
+    unknown_labels: Mapping[str, int],
+    num_blocked_ids: int,
+    class_agnostic: bool,
+    max_per_video: int | None,
+) -> Coverage:
+    """`known` and `backwards` (N,) say of each prediction, video by video, if its label has a truth, and if it is
+    reversed."""
     scored = set(truths.scored)
-    per_video = dict(zip(ids, counts.tolist(), strict=True))
-    in_subset = np.repeat(np.array([video_id in scored for video_id in ids], dtype=bool), counts)
-    known = to_truth_class[labels] >= 0 if labels.size else np.zeros(0, dtype=bool)
-    unknown_labels: dict[str, int] = {}
-    for label in labels[~known].tolist():
-        unknown_labels[classes[label]] = unknown_labels.get(classes[label], 0) + 1
-    backwards = np.repeat(np.arange(len(ids)), counts)[segments[:, 1] < segments[:, 0]]
-    coverage = Coverage(
+    owners = np.repeat(np.arange(len(per_video)), list(per_video.values()))
+    in_subset = np.array([video_id in scored for video_id in per_video], dtype=bool)[owners]
+    num_reversed = np.bincount(owners[backwards], minlength=len(per_video)).tolist()
+    return Coverage(
         subset=truths.subset,
         num_videos=len(truths.scored),
         num_videos_without_actions=len(truths.scored) - len(truths.video_ids),
         class_agnostic=class_agnostic,
-        num_blocked_ids=len(blocked_videos),
+        num_blocked_ids=num_blocked_ids,
         blocked_videos=truths.blocked,
-        num_predictions=len(labels),
+        num_predictions=len(known),
         num_in_subset=int(in_subset.sum()),
         num_met=int((in_subset & known).sum()),
         num_predicted_videos=len(scored & per_video.keys()),
@@ -154,12 +181,11 @@ def flatten_predictions(
         videos_without_predictions=tuple(video_id for video_id in truths.video_ids if not per_video.get(video_id)),
         unknown_videos={video_id: number for video_id, number in per_video.items() if video_id not in scored},
         unknown_labels=unknown_labels,
-        reversed_segments={ids[index]: int(number) for index, number in enumerate(np.bincount(backwards)) if number},
+        reversed_segments={one: number for one, number in zip(per_video, num_reversed, strict=True) if number},
         known_labels=truths.classes,
         max_per_video=max_per_video,
         videos_at_max=tuple(video_id for video_id, number in per_video.items() if number == max_per_video),
     )
-    return Predictions(videos, to_truth_class[labels] if labels.size else labels, segments, scores, coverage)
 
 
 def _stack(tensors: list[torch.Tensor], dtype: torch.dtype) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,7 @@ from re2tal.data.contract.shards import open_shards
 from re2tal.evaluation.accuracy import AccuracyReport, accuracy
 from re2tal.evaluation.average_precision import MapReport, mean_average_precision
 from re2tal.evaluation.error_analysis import ErrorReport, analyse_errors
-from re2tal.evaluation.ground_truth import ANY_CLASS, as_one_class, read_ground_truth
+from re2tal.evaluation.ground_truth import ANY_CLASS, as_one_class, read_ground_truth, read_subsets
 from re2tal.evaluation.protocols import TIOU_THRESHOLDS, Dataset
 from re2tal.evaluation.recall import RecallReport, average_recall, top_kx_recall
 from re2tal.evaluation.results import read_results
@@ -115,7 +116,10 @@ def evaluate(
     try:
         precision.coverage.check()
     except ValueError as error:
-        raise ValueError(f"{predictions} and {annotations} do not match: {error}") from None
+        subsets = read_subsets(Path(annotations))
+        elsewhere = Counter(subsets[one] for one in precision.coverage.unknown_videos if one in subsets)
+        hint = "".join(f"; {number} of these videos are in subset {name!r}" for name, number in elsewhere.items())
+        raise ValueError(f"{predictions} and {annotations} do not match: {error}{hint}") from None
     classes = results.classes
     if class_agnostic:
         truths, classes = as_one_class(truths), (ANY_CLASS,) * len(classes)

@@ -110,3 +110,14 @@ def test_the_blocked_list_is_named_and_matched_like_other_ids(tmp_path: Path) ->
     )
     blocked.write_text(json.dumps(["elsewhere"]))
     assert "note: none of the 1 blocked ids is in the subset" in str(re2tal.evaluate(*files, blocked_videos=blocked))
+
+
+def test_videos_of_another_subset_are_recognized(tmp_path: Path) -> None:
+    predictions, annotations = write(tmp_path, {"a": JUMP}, {"a": JUMP, "b": JUMP})
+    document = json.loads(annotations.read_text())
+    document["database"]["b"]["subset"] = "training"
+    annotations.write_text(json.dumps(document))
+    with pytest.raises(
+        ValueError, match=r"no predicted video is among .*; 1 of these videos are in subset 'validation'"
+    ):
+        re2tal.evaluate(predictions, annotations, subset="training")
