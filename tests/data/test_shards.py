@@ -263,3 +263,11 @@ def test_padding_that_changed_is_found_by_the_hash_alone(folder):
     put(folder, (folder / "shard-000000.tar").stat().st_size - 5, b"x")
     (problem,) = damage(open_shards(folder))
     assert "shard-000000.tar: sha256 is" in problem
+
+
+def test_a_folder_that_was_built_before_damage_was_counted_opens(folder):
+    edit_index(folder, lambda videos: [video.pop("damaged_share") for video in videos])
+    edit_manifest(folder, lambda manifest: manifest.pop("damaged"))
+    shards = open_shards(folder)
+    assert {video.damaged_share for video in shards.videos} == {0.0}
+    assert shards.manifest.damaged == ()

@@ -102,7 +102,7 @@ def read_frame_rates(path: Path) -> dict[str, float]:
 
 
 def duration_tolerance(duration_seconds: float) -> float:
-    """How many seconds two statements about one video's length may differ: one second, or 2 % of a long video.
+    """How far two durations of one video may differ: one second, or 2 % of a long video.
 
     Published files need it: they were made from other copies of the videos, and round.
     """
@@ -165,7 +165,7 @@ def is_label(label: object) -> TypeGuard[str]:
 
 
 def raise_together(path: Path | str, problems: Sequence[str], *, hint: str = "") -> None:
-    """One ValueError for all that is wrong with `path`, if anything is; `hint` is said once, at its end."""
+    """Raise one ValueError that lists all problems of `path`, if there are any; `hint` ends the message."""
     if len(problems) == 1:
         raise ValueError(f"{path}: {problems[0]}" + (f"; {hint}" if hint else ""))
     if problems:
@@ -176,7 +176,7 @@ def raise_together(path: Path | str, problems: Sequence[str], *, hint: str = "")
 
 @dataclass(slots=True)
 class _Reader:
-    """Turns entries into records and keeps account of what is wrong with them."""
+    """Turns entries into records and collects the problems."""
 
     classes: frozenset[str] | None
     drop_invalid: bool
@@ -188,7 +188,7 @@ class _Reader:
     num_dropped: int = 0
 
     def hint(self) -> str:
-        """The classes there are, where a label was not among them."""
+        """Lists the classes if a label was not among them; otherwise empty."""
         if not self.unknown_label:
             return ""
         names = sorted(self.classes or ())

@@ -30,7 +30,7 @@ from re2tal.data.building.shard_folder import BuiltSubset, Listed, ShardFolder, 
 from re2tal.data.contract.manifest import Encoding, IndexedVideo, Manifest, Totals, to_json
 
 PICTURES = "pictures 2"
-"""Another number whenever other pictures are stored of the same files: shards of before are then built again."""
+"""Increase it whenever the same files give other pictures: older shards are then rebuilt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +42,7 @@ class BuildConfig:
     file_names: tuple[str, ...] = ("{id}", "v_{id}")
     """Names that a video's file may have, without its suffix."""
     blocked: frozenset[str] = frozenset()
-    """Ids to leave out without a word: their annotations are known to be wrong."""
+    """Ids to skip silently: their annotations are known to be wrong."""
     max_damaged: float = MAX_DAMAGED
     """Share of a video's frames that may be damaged or missing; above it the video is left out."""
     videos_per_shard: int | None = None
@@ -174,7 +174,7 @@ def _build_in_parallel(
 
 
 def _describe(subset: str, videos: Sequence[IndexedVideo], num_bytes: int) -> dict[str, Any]:
-    """What only a manifest of videos says."""
+    """The manifest fields that only videos have."""
     return {
         "subset": subset,
         "tools": {"av": av.__version__, **{k: ".".join(map(str, v)) for k, v in sorted(av.library_versions.items())}},

@@ -1,6 +1,6 @@
-"""Build feature folders: features in, whoever makes them, then tars, index and manifest as for videos.
+"""Build feature folders from features of any origin: tars, index and manifest as for videos.
 
-    plans of shards -> those still to be made -> features of their videos, in order -> tar, report -> ... -> manifest
+    plans -> missing shards -> features of their videos, in order -> tar and report of each -> manifest
 
 A stopped build goes on with the missing shards. A video without usable features is left out, and the manifest says why.
 """
@@ -30,12 +30,12 @@ from re2tal.structures import VideoRecord
 
 @dataclass(frozen=True, slots=True)
 class FeatureShard:
-    """The videos that go into one shard, and what else decides its bytes."""
+    """The videos of one shard, and the other inputs that determine its bytes."""
 
     name: str
     records: tuple[VideoRecord, ...]
     sources: tuple[str, ...] = ()
-    """Whatever tells one state of the sources from another, such as their sizes."""
+    """Identifies the state of the source files, for example by their sizes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +50,7 @@ class Computed:
 
 
 Compute = Callable[[Sequence[VideoRecord]], Iterator[Computed | str]]
-"""Features of each of these videos, in order and when asked for; words where a video has none."""
+"""Yields the features of each of these videos in order; a string (the reason) where a video has none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class FeatureBuild:
     num_parts: int = 1
 
     def run(self, shards: Sequence[FeatureShard], compute: Compute) -> BuiltSubset:
-        """Make the shards of this part that are missing; the run that finds all of them there writes the manifest.
+        """Write the missing shards of this part; the run that completes the folder writes the manifest.
 
         Raises ValueError where the folder holds features of other settings, and where no video can be used.
         """

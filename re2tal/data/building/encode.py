@@ -27,7 +27,7 @@ from re2tal.data.contract.manifest import Encoding, FramesPerSecond, FramesPerVi
 
 T = TypeVar("T")
 MAX_ASPECT = 8
-"""Longest side over shortest; past it a picture is no scene, and its scaled width would be without bound."""
+"""Largest ratio of the sides; beyond it the scaled width would have no bound."""
 _SMPTE_170M = 6
 """The matrix of BT.601 in the numbers of the H.264 standard."""
 # FFmpeg pads a row of RGB to 96, 192 or 288 bytes; where that is a multiple of the width, decord takes it for wider
@@ -86,7 +86,7 @@ def nearest_in_time(timed: Iterator[tuple[Fraction, T]], *, rate: Fraction, num_
 
 
 def _naming(path: Path, pictures: Iterator[T]) -> Iterator[T]:
-    """The same pictures; what goes wrong on the way to them becomes a ValueError that names the file."""
+    """Pass pictures through; turn errors into ValueErrors that name the file."""
     try:
         yield from pictures
     except av.FFmpegError as error:

@@ -23,12 +23,12 @@ _SPAWN = multiprocessing.get_context("spawn")  # a fork would copy whatever lock
 
 _SIGN_SECONDS = 1.0
 _to_parent: Connection | None = None
-"""In the other process: the end of the line to the one that waits for the result."""
+"""In the child process: the connection to the parent, which waits for the result."""
 _last_sign = 0.0
 
 
 def still_working() -> None:
-    """Tell whoever called this function in another process that it goes on; nothing where nobody did."""
+    """Tell the parent that this call makes progress; does nothing outside of `Isolated`."""
     global _last_sign
     if _to_parent is not None and time.monotonic() - _last_sign > _SIGN_SECONDS:
         _last_sign = time.monotonic()
@@ -40,7 +40,7 @@ class IsolationError(ValueError):
 
 
 class Isolated:
-    """One process beside this one; it is started when first needed, and again after it was lost.
+    """A child process, started on first use and restarted after it died.
 
     Use as a context manager, from one thread at a time. Functions must be importable by name.
     """

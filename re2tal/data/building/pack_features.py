@@ -1,4 +1,4 @@
-"""Features of other programs: one .npy file per video, taken over as they are, with their place in time.
+"""Import features of other programs: one .npy file per video, with the times of its steps.
 
 with a stride     step j was computed from frames [j * stride, j * stride + window); it stands for the stretch of
                   `stride` frames in the middle of these:  start_seconds = (window - stride) / 2 / fps
@@ -123,7 +123,7 @@ def find_features(folder: Path, video_ids: Sequence[str], *, file_names: Sequenc
 
 
 def count_channels(files: Mapping[str, Path], *, layout: Layout) -> int:
-    """Of most of the files; ValueError where fewer than half agree, because then their axes are in the other order."""
+    """Number of channels of most files; ValueError if fewer than half agree: then the axes are swapped."""
     counts: Counter[int] = Counter()
     unusable = []
     for path in files.values():

@@ -26,7 +26,7 @@ OnVideo = Callable[[Listed, Rejection | None], None]
 """Called from worker threads after each video."""
 
 SILENT_SECONDS = 300.0
-"""The process that encodes is stopped when it has got through no frame for so long, however long the video is."""
+"""Kill the encoding process after this time without a new frame, whatever the length of the video."""
 
 
 class Stopped(Exception):
@@ -35,7 +35,7 @@ class Stopped(Exception):
 
 @dataclass(frozen=True, slots=True)
 class VideoPacker:
-    """One worker: a thread that gives what goes into tars, and a process that encodes."""
+    """One worker: a thread that yields the contents of tars, and a process that encodes."""
 
     scratch: Path
     encoding: Encoding

@@ -1,4 +1,4 @@
-"""Is this video sound, and what is in it?
+"""Check whether a video file is sound, and describe it.
 
 Opens a file for reading with every way out closed: no playlist, no network, no other file. Containers that name other
 files (HLS, DASH, concat scripts) are not on the list of formats, so a text file called mp4 cannot make us read one.
@@ -30,7 +30,7 @@ MAX_DAMAGED = 0.02
 LEAST_GAP_SECONDS = 0.2
 """A camera may be silent for so long, and the header of a Matroska file be off by as much."""
 MAX_AVI_SHIFT_SECONDS = 0.5
-"""An AVI says no times: what is gone from it moves all that follows."""
+"""An AVI stores no times, so a lost packet shifts all later frames."""
 _PICTURE_CODECS = frozenset({"png", "mjpeg", "bmp", "gif", "tiff", "webp", "jpeg2000", "jpegls"})
 
 
@@ -42,9 +42,9 @@ class VideoProbe:
     num_frames: int
     """Packets that are shown; decoding may give a few less."""
     num_missing: int
-    """Frames that should be there besides, as gaps in time or the header say."""
+    """Frames that are not there, according to gaps in time or to the header."""
     duration_seconds: Fraction
-    """From where a player's clock starts, which may be before the first frame, to the last frame's end."""
+    """From the start of a player's clock, possibly before the first frame, to the end of the last frame."""
     width: int
     """As shown: after rotation, with square pixels."""
     height: int
@@ -98,7 +98,7 @@ def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
 
 
 def _first_frame(container: InputContainer, stream: VideoStream) -> av.VideoFrame | None:
-    """The first that can be decoded; a recording of a broadcast begins with some that can't."""
+    """The first frame that decodes; a recorded broadcast may begin with some that do not."""
     for packet in container.demux(stream):
         with suppress(av.InvalidDataError):
             if frames := packet.decode():
@@ -116,7 +116,7 @@ def displayed_size(frame: av.VideoFrame, stream: VideoStream) -> tuple[int, int]
 
 
 def _video_stream(path: Path, container: InputContainer) -> VideoStream:
-    """The stream that players choose; a cover is a stream of pictures too, but not the video."""
+    """The stream that players choose. A cover picture is a video stream too; it is skipped."""
     streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
     if not streams:
         kinds = ", ".join(sorted({s.type for s in container.streams})) or "nothing"

@@ -70,7 +70,7 @@ class PackedVideo:
 
 @dataclass(frozen=True, slots=True)
 class ShardReport:
-    """What became of one shard; kept beside the shards so that a stopped build can go on."""
+    """The result of one shard; stored beside the shards, so that a stopped build can continue."""
 
     fingerprint: Sha256
     """Of all that the shard was made from."""
@@ -127,7 +127,7 @@ class ShardFolder(Generic[AnyManifest, Entry]):
         part_index: int = 0,
         num_parts: int = 1,
     ) -> BuiltSubset:
-        """Have the missing shards of a part written; the run that finds all of them there writes the manifest.
+        """Write the missing shards of a part; the run that completes the folder writes the manifest.
 
         `write_shards` calls `write` for each plan it is given. Raises ValueError where the folder holds shards of other
         settings, and where no video can be used.
@@ -238,7 +238,7 @@ class ShardFolder(Generic[AnyManifest, Entry]):
         write_atomically(self.root / MANIFEST_NAME, to_json(manifest))
 
     def _remove_leftovers(self, names: set[str]) -> None:
-        """Remove what killed builds and builds of other file sets left in a folder that is complete."""
+        """Remove leftovers of killed builds and of builds of other files from a complete folder."""
         for path in [*self.root.glob("shard-*.tar"), *self.root.glob(".shard-*.tmp")]:
             if path.name not in names:
                 path.unlink(missing_ok=True)

@@ -145,6 +145,7 @@ def _decoded(
         decoder = av.CodecContext.create(_STRICT_DECODERS[decoder.name], "r")  # type: ignore[assignment]
         decoder.thread_count = 1
     by_place = _Places() if container.format.name == "avi" else None
+    interlaced = False
     broken, in_head, num_keys, num_head, num_sent, num_shown = False, False, 0, 0, 0, 0
     level, skips = av.logging.get_level(), av.logging.get_skip_repeated()
     av.logging.set_level(av.logging.WARNING)
@@ -178,11 +179,14 @@ def _decoded(
                         damage.corrupt += 1
                         broken = True
                     num_shown += 1
+                    interlaced = interlaced or frame.interlaced_frame
                     time = frame.dts if frame.pts is None else frame.pts
                     yield by_place.next() if by_place else time, frame
     finally:
         av.logging.set_level(level)
         av.logging.set_skip_repeated(skips)
+    if interlaced and abs(num_sent - 2 * num_shown) <= 0.02 * num_sent:  # each field comes in a packet of its own
+        num_sent = num_shown
     damage.num_frames += num_sent
     # A decoder may also lose a frame and say nothing.
     damage.missing += max(0, num_sent - num_shown - damage.undecodable - damage.corrupt)

@@ -1,4 +1,4 @@
-"""Read every byte of a shard folder and say what is damaged.
+"""Read every byte of a shard folder and report damage.
 
 Opening a folder compares names, sizes and counts; this compares contents: each tar's sha256 with the manifest, each
 video's crc32 and description with the index, and the members with what a shard may hold. No picture is decoded.

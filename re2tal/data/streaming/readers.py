@@ -1,7 +1,7 @@
-"""What a clip is read from: a stored video, decoded and cut, or stored features.
+"""Readers of clips: from a stored video, decoded and cropped, or from stored features.
 
-Both are asked for one window of a video. Random cuts are drawn from the generator that comes with the question, so a
-clip is the same whoever reads it.
+Each reads one window of a video. Random crops come from the generator that is passed in, so a clip does not depend on
+the process that reads it.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from re2tal.structures import Batch
 
 
 class ClipReader(Protocol):
-    """What a stream of clips needs of its videos."""
+    """Reads the clips of a stream."""
 
     @property
     def folder(self) -> ShardSet | FeatureSet:
         """Where the videos are."""
 
     def blank(self, window: Window) -> Tensor:
-        """The content of a clip that cannot be read, or only fills a batch."""
+        """Placeholder content, for a clip that cannot be read or only fills a batch."""
 
     def read(self, number: int, window: Window, generator: np.random.Generator) -> Tensor:
         """The content of a window of the video at place `number` of the index; DecodeError where it is damaged."""

@@ -35,12 +35,12 @@ from re2tal.structures import Batch
 logger = logging.getLogger(__name__)
 
 MAX_FAILED_CLIPS, MAX_FAILED_SHARE = 5, 0.001
-"""An epoch of training ends when more clips than both have failed: a few bad videos are life, many are a fault."""
+"""Training stops when more clips of an epoch fail than both: a few bad videos are tolerated, many are an error."""
 
 
 @dataclass(frozen=True)
 class ClipConfig:
-    """How videos become clips. Stored features have no pictures: what is said of pictures does not touch them."""
+    """How videos become clips. The settings of pictures have no effect on stored features."""
 
     windowing: Windowing = field(default_factory=Slide)
     """which frames make a clip"""
@@ -63,7 +63,7 @@ class ClipConfig:
     prefetch: int = option(2, resumable=True, planned=False)
     """batches that each worker keeps ready"""
     timeout_seconds: int = option(300, resumable=True, planned=False)
-    """a worker that is silent for so long ends the run, lest the other ranks wait for ever; 0: wait"""
+    """stop the run if a worker is silent for so long, so that other ranks do not wait for ever; 0: no limit"""
     allow_missing: bool = False
     """in evaluation, go on without videos that cannot be read; they then count as without detections"""
 

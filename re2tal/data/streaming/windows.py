@@ -1,4 +1,4 @@
-"""Which frames of a stored video make a clip, and where the clip lies in time: arithmetic, no video is read.
+"""Which frames of a stored video make a clip, and their times: arithmetic only, no video is read.
 
     ResizeWhole   the whole video at a fixed number of frames          |. . . . . . . . . . .|
     Slide         windows at a fixed rate, the last one flush          |........|

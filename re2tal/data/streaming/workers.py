@@ -12,12 +12,12 @@ from multiprocessing.resource_tracker import ensure_running
 from pathlib import Path
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""What schedulers send to every process of a job that has to end. The trainer needs its workers a little longer then,
-to reach the step after which all ranks save."""
+"""Sent by schedulers to all processes of a job that must end. The trainer still needs its workers then, to reach the
+step after which all ranks save."""
 
 
 def heed_only_the_parent(worker: int) -> None:
-    """What a worker process does first: from then on SIGTERM and SIGUSR1 end it only where its parent sent them."""
+    """Called first in a worker: from then on SIGTERM and SIGUSR1 end it only if its parent sent them."""
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
 
@@ -31,8 +31,8 @@ def _end_when_told(parent: int) -> None:
 
 @contextmanager
 def stop_signals_blocked() -> Iterator[None]:
-    """Inside, they wait. A process started here has them blocked in all threads, also those that libraries start when
-    they are imported, before `heed_only_the_parent` is called."""
+    """Block them in this context. A process started here inherits that in all its threads, also in those that libraries
+    start on import, before `heed_only_the_parent` is called."""
     ensure_running()  # multiprocessing's resource tracker: to start it inside would unblock SIGTERM
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
