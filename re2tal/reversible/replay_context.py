@@ -88,8 +88,8 @@ class SavedBuffer:
     def differs(self) -> bool:
         """Whether the module has other values now. A buffer that is gone was no state."""
         found = self.module._buffers.get(self.name)
-        if found is None or isinstance(found, FakeTensor):
-            return self.shows_writing()
+        if found is None:
+            return False
         return found.shape != self.values.shape or not torch.equal(found, self.values)
 
 
@@ -121,7 +121,9 @@ class BufferWatch:
         known = {module: _writing.get(module, {}).get(module.training) for module in others}
         self._writers = {module: how for module, how in known.items() if how in ("counted", "uncounted")}
         self._readers = {module for module, how in known.items() if how == "no"}
-        self._first = [one for module, how in known.items() if how is None for one in save_buffers(module)]
+        self._first = [
+            one for module, how in known.items() if how is None and not _is_fake(module) for one in save_buffers(module)
+        ]
 
     @property
     def is_first(self) -> bool:
@@ -167,6 +169,11 @@ class BufferWatch:
                     "not saved and backward could not run it again as it ran; set recompute=False"
                 )
         return list(dict.fromkeys([*changed, *self._writers]))
+
+
+def _is_fake(module: nn.Module) -> bool:
+    """Whether only bytes are counted, to which copies would add."""
+    return any(isinstance(buffer, FakeTensor) for buffer in module.buffers(recurse=False))
 
 
 def _is_statistics(module: nn.Module) -> bool:

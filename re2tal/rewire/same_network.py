@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from re2tal.reversible.replay_context import held
 from re2tal.reversible.rng import GeneratorState
+from re2tal.rewire.conditions import cast, undisturbed
 from re2tal.rewire.discover import Example, call_model, in_mode
 from re2tal.rewire.pending import BlockCall, RewireError, values_of
 from re2tal.rewire.stage import RewiredStage
@@ -41,8 +41,8 @@ def check_same_network(model: nn.Module, example: Example) -> None:
     failed, stages = None, stages_of(model)
     own = sum(parameter.numel() for parameter in model.parameters()) > FLOAT64_PARAMETERS
     for dtype in (None,) if own else (torch.float64, None):
-        with _undisturbed(model, dtype):
-            given = _cast(example, dtype)
+        with undisturbed(model, dtype):
+            given = cast(example, dtype)
             try:
                 with plainly(model), _watched(stages, keep=False) as calls:
                     wanted = _outputs(model, given)
@@ -339,54 +339,6 @@ def _watched(stages: Sequence[RewiredStage], *, keep: bool) -> Iterator[list[Cal
         for block in names:
             stack.callback(block.register_forward_hook(note, with_kwargs=True).remove)
         yield calls
-
-
-@contextmanager
-def _undisturbed(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
-    """Inside, `model` is in evaluation mode, its numbers are of `dtype`, and draws are fixed."""
-    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
-    parameters = [(parameter, parameter.data) for parameter in model.parameters()]
-    draws = GeneratorState.now(device)
-    with torch.enable_grad(), in_mode(model, training=False), _tensors_held(model), draws.replayed():
-        try:
-            torch.manual_seed(0)
-            copies: dict[int, Tensor] = {}
-            for parameter, values in parameters:
-                parameter.data = _cast(values, dtype)
-            for module in model.modules():
-                for name, buffer in module._buffers.items():
-                    if buffer is not None:
-                        module._buffers[name] = copies.setdefault(id(buffer), _cast(buffer, dtype).clone())
-            yield
-        finally:
-            for parameter, values in parameters:
-                parameter.data = values
-
-
-@contextmanager
-def _tensors_held(model: nn.Module) -> Iterator[None]:
-    """Restores buffers and other tensors of modules at the end. Those that were made inside go."""
-    before = [(module, dict(module._buffers), dict(vars(module))) for module in model.modules()]
-    with held(model.modules()):
-        try:
-            yield
-        finally:
-            for module, buffers, attributes in before:
-                for name in set(module._buffers) - set(buffers):
-                    delattr(module, name)
-                module._buffers.update(buffers)
-                for name in [name for name, value in vars(module).items() if isinstance(value, Tensor)]:
-                    del vars(module)[name]
-                vars(module).update((name, value) for name, value in attributes.items() if isinstance(value, Tensor))
-                for name in attributes.keys() - vars(module).keys():
-                    vars(module)[name] = attributes[name]
-
-
-def _cast(values: Any, dtype: torch.dtype | None) -> Any:
-    def cast(leaf: Any) -> Any:
-        return leaf.to(dtype) if dtype and isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
-
-    return tree_map(cast, values)
 
 
 def _check_numbers(model: nn.Module, wanted: list[Output]) -> None:

@@ -1,0 +1,65 @@
+"""The conditions under which a model and its rewired form are compared: the model is left as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from re2tal.reversible.replay_context import held
+from re2tal.reversible.rng import GeneratorState
+from re2tal.rewire.discover import in_mode
+
+
+@contextmanager
+def undisturbed(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
+    """Inside, `model` is in evaluation mode, its numbers are of `dtype`, and draws are fixed."""
+    device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
+    parameters = [(parameter, parameter.data) for parameter in model.parameters()]
+    draws = GeneratorState.now(device)
+    with torch.enable_grad(), in_mode(model, training=False), _tensors_held(model), draws.replayed():
+        try:
+            torch.manual_seed(0)
+            copies: dict[int, Tensor] = {}
+            for parameter, values in parameters:
+                parameter.data = cast(values, dtype)
+            for module in model.modules():
+                for name, buffer in module._buffers.items():
+                    if buffer is not None:
+                        module._buffers[name] = copies.setdefault(id(buffer), cast(buffer, dtype).clone())
+            yield
+        finally:
+            for parameter, values in parameters:
+                parameter.data = values
+
+
+@contextmanager
+def _tensors_held(model: nn.Module) -> Iterator[None]:
+    """Restores buffers and other tensors of modules at the end. Those that were made inside go."""
+    before = [(module, dict(module._buffers), dict(vars(module))) for module in model.modules()]
+    with held(model.modules()):
+        try:
+            yield
+        finally:
+            for module, buffers, attributes in before:
+                for name in set(module._buffers) - set(buffers):
+                    delattr(module, name)
+                module._buffers.update(buffers)
+                for name in [name for name, value in vars(module).items() if isinstance(value, Tensor)]:
+                    del vars(module)[name]
+                vars(module).update((name, value) for name, value in attributes.items() if isinstance(value, Tensor))
+                for name in attributes.keys() - vars(module).keys():
+                    vars(module)[name] = attributes[name]
+
+
+def cast(values: Any, dtype: torch.dtype | None) -> Any:
+    """Values, with the floating tensors among them in `dtype`; as they are for None."""
+
+    def one(leaf: Any) -> Any:
+        return leaf.to(dtype) if dtype and isinstance(leaf, Tensor) and leaf.is_floating_point() else leaf
+
+    return tree_map(one, values)
