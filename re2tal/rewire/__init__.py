@@ -3,7 +3,7 @@
 import sys
 from types import ModuleType
 
-from torch import nn
+from torch import Tensor, nn
 
 from re2tal.rewire.beta import beta_of, count_states, set_beta, wiring_of
 from re2tal.rewire.branches import Branch, residual_branches, why_not_residual, wrap_output
@@ -54,7 +54,7 @@ class _CallablePackage(ModuleType):
     """
 
     def __call__(
-        self, model: nn.Module, *, config: RewiringConfig | None = None, example: Example | None = None
+        self, model: nn.Module, *, config: RewiringConfig | None = None, example: Tensor | Example | None = None
     ) -> RewireReport:
         """As `re2tal.rewire.rewire`.
 

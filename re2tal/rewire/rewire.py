@@ -15,7 +15,7 @@ from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from re2tal.rewire.branches import NotResidual, Residual, is_explained, is_unregistered, registered, why_not_residual
 from re2tal.rewire.config import RewiringConfig
@@ -27,16 +27,19 @@ from re2tal.rewire.same_network import check_same_network
 from re2tal.rewire.stage import RewiredStage
 
 
-def rewire(model: nn.Module, *, config: RewiringConfig | None = None, example: Example | None = None) -> RewireReport:
+def rewire(
+    model: nn.Module, *, config: RewiringConfig | None = None, example: Tensor | Example | None = None
+) -> RewireReport:
     """Rewires every `nn.Sequential` and `nn.ModuleList` inside `model` that holds residual blocks.
 
     Args:
         model: changed in place.
         config: how blocks are coupled; by default as in the paper.
-        example: small inputs for `model`, as a sequence or by name. With them blocks of a type that `residual_branches`
-            does not know are taken apart by what they do (see `discover`), runs end where states are used in between,
-            and the rewired model must return at beta 0 what the plain one does (see `same_network`). Without them such
-            blocks are left alone, and a state that is used in between is an error in the first forward.
+        example: small inputs for `model`: a tensor, a sequence, or arguments by name. With them blocks of a type that
+            `residual_branches` does not know are taken apart by what they do (see `discover`), runs end where states
+            are used in between, and the rewired model must return at beta 0 what the plain one does (see
+            `same_network`). Without them such blocks are left alone, and a state that is used in between is an error
+            in the first forward.
 
     Raises:
         RewireError: the rewired model would be another network. It is left as it was.
@@ -45,6 +48,8 @@ def rewire(model: nn.Module, *, config: RewiringConfig | None = None, example: E
     """
     if any(isinstance(module, RewiredStage) for module in model.modules()):
         raise ValueError(f"this {type(model).__name__} is rewired already; call unrewire(model) first")
+    if isinstance(example, Tensor):
+        example = (example,)  # a tensor is a sequence too: of its rows
     analyse = _analyst(model, example)
     if isinstance(model, nn.Sequential | nn.ModuleList) and _has_residual_blocks(model, analyse):
         raise ValueError(f"this {type(model).__name__} is itself a container of blocks; rewire a module that holds it")

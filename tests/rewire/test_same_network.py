@@ -355,6 +355,14 @@ def test_an_example_that_fails_or_gives_no_numbers_is_refused() -> None:
     assert type(net.layers) is nn.ModuleList
 
 
+def test_an_example_may_be_a_tensor_and_is_then_one_argument_whatever_its_batch() -> None:
+    shapes: list[torch.Size] = []
+    net = seeded(lambda: Walker(Block()))
+    net.register_forward_pre_hook(lambda module, arguments: shapes.extend(each.shape for each in arguments))
+    rewire(net, example=frames()[:1])
+    assert set(shapes) == {frames()[:1].shape}
+
+
 def test_an_example_changes_nothing_of_the_model() -> None:
     net = seeded(lambda: Walker(Block(), BatchNormed(), Block())).float().train()
     net.layers[0].eval()
