@@ -168,11 +168,12 @@ class RewiredStage(nn.Module):
                 f"an argument of a block in the run from {self.name_of(first.name)} to {self.name_of(calls[-1].name)} "
                 "was written to before the run ended; give every block a tensor of its own"
             )
-        monitor = self._monitor()
-        if monitor is not None and self.config.recompute and torch.is_grad_enabled():
+        if self.config.recompute and torch.is_grad_enabled():
             place = self.names().index(first.name)
             if place <= self._first:  # not the second run of one forward
-                monitor.step()
+                for monitor in (self.monitor, self._first_check):
+                    if monitor is not None:
+                        monitor.step()
             self._first = place
         if first.name in self.residual:
             return self.run(calls, x) if self.learned is None else self.learned.run(self, calls, x)
@@ -181,8 +182,9 @@ class RewiredStage(nn.Module):
         return (partial(recomputed, block, owner=block) if again else block)(x, *first.args, **first.kwargs)
 
     def _monitor(self) -> Monitor | None:
-        """Without one that was asked for, the first step is checked."""
-        return self.monitor or (None if self._first_check.done else self._first_check)
+        """The first step is checked in any case; its backward waits for the device once."""
+        every_step = self.monitor is not None and self.monitor.every == 1
+        return self.monitor if every_step or self._first_check.done else self._first_check
 
     def run(self, calls: tuple[BlockCall, ...], x: Tensor) -> Tensor:
         """Computes a reversible run over the branches of some blocks; its segments, where the configuration has any."""
