@@ -53,6 +53,11 @@ def has_hooks(block: nn.Module) -> bool:
     return "forward" in vars(block) or any(map(_of_users, hooks))
 
 
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Whether a user has put forward hooks on `module`, which may collect what it returns."""
+    return _of_users(module._forward_hooks) or _of_users(module._forward_pre_hooks)
+
+
 def check_hooks(block: nn.Module, name: str) -> None:
     """Raises RewireError for what cannot fire."""
     if "forward" in vars(block):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -42,6 +43,11 @@ class BlockCall:
     def of(cls, name: str, args: tuple, kwargs: dict[str, Any]) -> BlockCall:
         """A call that is made now."""
         return cls(name, args, kwargs, _versions(args, kwargs))
+
+    def constants(self) -> tuple:
+        """The numbers, flags and names among its arguments."""
+        plain = (bool, int, float, str, NoneType)
+        return tuple(leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, plain))
 
     def unchanged(self) -> bool:
         """Whether nobody has written into its arguments since."""

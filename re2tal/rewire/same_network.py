@@ -65,6 +65,12 @@ def _check(
             raise RewireError(place)
         if difference := _difference(model, example, wanted, found, dtype):
             raise RewireError(f"{difference}: {_explained(model, example, dtype)}")
+        for want, have in zip(wanted, found, strict=True):
+            if want.has_gradient and not have.has_gradient:
+                raise RewireError(
+                    f"{want.path} of this {type(model).__name__} has a gradient, and would have none rewired: it comes "
+                    "from inside of a branch, which keeps no graph; do without it, or set recompute=False"
+                )
         # Apart, because hooks inside of blocks fire twice.
         with _learning(stages, Learned(twice=True)), torch.no_grad():
             _rewired(model, example)
@@ -74,12 +80,6 @@ def _check(
         found = _rewired(model, example)
         if difference := _difference(model, example, wanted, found, dtype):
             raise RewireError(f"{difference}: in runs of several blocks, although each block alone agrees")
-    for want, have in zip(wanted, found, strict=True):
-        if want.has_gradient and not have.has_gradient:
-            raise RewireError(
-                f"{want.path} of this {type(model).__name__} has a gradient, and would have none rewired: it comes "
-                "from inside of a branch, which keeps no graph; do without it, or set recompute=False"
-            )
 
 
 class Output(NamedTuple):

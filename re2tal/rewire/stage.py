@@ -32,7 +32,8 @@ from re2tal.reversible.offload import offloaded
 from re2tal.reversible.precision import Precision
 from re2tal.rewire.branches import Branch, Residual, is_unregistered
 from re2tal.rewire.config import RewiringConfig
-from re2tal.rewire.hooks import called_with, check_hooks, guard, has_hooks, unguard, without_hooks
+from re2tal.rewire.escapes import is_compiled, watched_for_escapes
+from re2tal.rewire.hooks import called_with, check_hooks, guard, has_forward_hooks, has_hooks, unguard, without_hooks
 from re2tal.rewire.nonresidual import recomputed
 from re2tal.rewire.pending import BlockCall, BlockHandle, PendingState, RewireError, values_of
 
@@ -57,6 +58,8 @@ class RewiredStage(nn.Module):
         self.kinks = any(found.kinks for found in residual.values())
         self.monitor = None if config.monitor_every is None else Monitor(path, every=config.monitor_every)
         self._first_check = FirstCheck(path)
+        self._watched: set[tuple] = set()
+        """Kinds of runs whose branches were found to leave nothing behind."""
         self.ends: Collection[str] = frozenset()
         """Residual blocks behind which a run ends although the next one is residual: somebody uses the state there."""
         self.learned: Learned | None = None
@@ -168,11 +171,12 @@ class RewiredStage(nn.Module):
                 f"an argument of a block in the run from {self.name_of(first.name)} to {self.name_of(calls[-1].name)} "
                 "was written to before the run ended; give every block a tensor of its own"
             )
-        monitor = self._monitor()
-        if monitor is not None and self.config.recompute and torch.is_grad_enabled():
+        if self.config.recompute and torch.is_grad_enabled():
             place = self.names().index(first.name)
             if place <= self._first:  # not the second run of one forward
-                monitor.step()
+                for monitor in (self.monitor, self._first_check):
+                    if monitor is not None:
+                        monitor.step()
             self._first = place
         if first.name in self.residual:
             return self.run(calls, x) if self.learned is None else self.learned.run(self, calls, x)
@@ -181,21 +185,27 @@ class RewiredStage(nn.Module):
         return (partial(recomputed, block, owner=block) if again else block)(x, *first.args, **first.kwargs)
 
     def _monitor(self) -> Monitor | None:
-        """Without one that was asked for, the first step is checked."""
-        return self.monitor or (None if self._first_check.done else self._first_check)
+        """The first step is checked in any case; its backward waits for the device once."""
+        every_step = self.monitor is not None and self.monitor.every == 1
+        return self.monitor if every_step or self._first_check.done else self._first_check
 
     def run(self, calls: tuple[BlockCall, ...], x: Tensor) -> Tensor:
         """Computes a reversible run over the branches of some blocks; its segments, where the configuration has any."""
+        kind = None
         if self.config.recompute and torch.is_grad_enabled():
             for call in calls:
                 _refuse_gradients(call.args, call.kwargs)
-        units = [unit for call in calls for unit in self._units(call)]
+            kind = self._unwatched(calls)
+        units = [(self.get_submodule(call.name), unit) for call in calls for unit in self._units(call)]
+        if kind is not None:
+            units = [(block, self._watch(unit)) for block, unit in units]
         length = self.config.segment or len(units)
         for first in range(0, len(units), length):
+            blocks, branches = zip(*units[first : first + length], strict=True)
             # One context per run: prefetching follows the order of runs.
             with offloaded(x) if self.config.offload else nullcontext():
                 x = run_reversibly(
-                    units[first : first + length],
+                    branches,
                     x,
                     recompute=self.config.recompute,
                     saved_branches=self.config.stored,
@@ -206,10 +216,32 @@ class RewiredStage(nn.Module):
                     states=self.config.states,
                     grid=self.config.grid,
                     kinks=self.kinks,
-                    owner=self,
+                    owner=nn.ModuleList(dict.fromkeys(blocks)),  # not all of the stage: others are not run here
                     monitor=self._monitor(),
                 )
+        if kind is not None:
+            self._watched.add(kind)
         return x
+
+    def _unwatched(self, calls: tuple[BlockCall, ...]) -> tuple | None:
+        """What says how these blocks run, if they did not run so before, or if hooks inside may collect outputs."""
+        blocks = [self.get_submodule(call.name) for call in calls]
+        kind = (self.training, *((call.name, call.constants()) for call in calls))
+        hooked = any(has_forward_hooks(module) for block in blocks for module in block.modules() if module is not block)
+        if self.learned is not None or (kind in self._watched and not hooked) or any(map(is_compiled, blocks)):
+            return None
+        return kind
+
+    def _watch(self, unit: WholeBranch | ChunkedBranch) -> WholeBranch | ChunkedBranch:
+        name = f"a branch of rewired stage {self.path} ({unit.name})"
+        watched = replace(unit, function=watched_for_escapes(unit.function, name))
+        if isinstance(watched, WholeBranch):
+            return watched
+        cut = watched.cut
+        return replace(
+            watched,
+            cut=lambda state: [replace(one, function=watched_for_escapes(one.function, name)) for one in cut(state)],
+        )
 
     def _units(self, call: BlockCall) -> list[WholeBranch | ChunkedBranch]:
         block = self.get_submodule(call.name)
