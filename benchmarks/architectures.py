@@ -319,6 +319,7 @@ class Result:
 def examine(row: Row) -> Result:
     """Builds, rewires and compares."""
     torch.manual_seed(0)
+    torch.backends.mha.set_fastpath_enabled(False)  # which hides its multiplications
     plain = row.build().double().eval()
     for module in plain.modules():  # layer scales of 1e-6 and norms of zero would hide what a block does
         for parameter in module.parameters(recurse=False):
@@ -333,7 +334,7 @@ def examine(row: Row) -> Result:
             reasons.append(str(error))
             continue
         return _compare(row, plain, model, report, unit, seen, other)
-    return Result(row.name, row.library, "refused", _short(reasons[0]))
+    return Result(row.name, row.library, "refused", _short(reasons[-1]))
 
 
 def _compare(
@@ -411,8 +412,9 @@ def _largest_difference(wanted: Any, found: Any) -> float:
 
 
 def _short(reason: str) -> str:
-    """The reasons in a report's table, or the message."""
-    return " ".join(reason.split())[:400]
+    """On one line, without what every refusal opens with."""
+    opening, _, rest = reason.partition("left alone, because")
+    return " ".join((rest or opening).split())[:300]
 
 
 def examine_all(rows: Sequence[Row]) -> Iterator[Result]:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -156,9 +157,13 @@ def _laid_out(graph: fx.Graph, term: fx.Node, back: Sequence[fx.Node]) -> fx.Nod
     """`term` as x is laid out."""
     for layout in back:
         with graph.inserting_before(next(node for node in graph.nodes if node.op == "output")):
-            (inner,) = layout.args[:1]
-            term = graph.node_copy(layout, lambda node, inner=inner, term=term: term if node is inner else node)
+            replaced = {layout.args[0]: term}
+            term = graph.node_copy(layout, partial(_replaced, replaced))
     return term
+
+
+def _replaced(replaced: Mapping[Any, fx.Node], node: fx.Node) -> fx.Node:
+    return replaced.get(node, node)
 
 
 def _split(total: Any, x: fx.Node, layouts: set[fx.Node]) -> tuple[fx.Node, list[fx.Node]]:
@@ -186,7 +191,7 @@ def _split_cut(total: Any, x: fx.Node) -> tuple[fx.Node, list[fx.Node]] | None:
     """(cat(state, more) + R)[:, :n] as the state and R[:, :n]; None for anything else."""
     if not (isinstance(total, fx.Node) and total.target is operator.getitem and _is_sum(total.args[0])):
         return None
-    terms = list(total.args[0].args)
+    terms: list[Any] = list(total.args[0].args)  # type: ignore[union-attr]
     for cat in terms:
         if cat.target is torch.cat and isinstance(cat.args[0], list | tuple):
             state, (added,) = cat.args[0][0], [term for term in terms if term is not cat]
