@@ -21,7 +21,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,6 @@ from re2tal.rewire.stage import RewiredStage
 from re2tal.strict_json import write_json
 from re2tal.tables import text_table
 
-TOLERANCE = 1e-9
-"""Of the largest element, in float64."""
-
 Example = dict[str, Any]
 
 
@@ -51,6 +48,8 @@ class Row:
     build: Callable[[], nn.Module]
     example: Callable[[], Any]
     """Draws it, in float64."""
+    tolerance: float = 1e-9
+    """At beta 0, of the largest element."""
 
 
 # ------------------------------------------------------------------------------------------------- architectures
@@ -175,7 +174,8 @@ ROWS: tuple[Row, ...] = (
     hub("IJepa", IMAGE, picture()),
     hub("CLIPVision", IMAGE, picture()),
     hub("SiglipVision", IMAGE, picture()),
-    hub("Aimv2Vision", IMAGE, picture()),
+    # Its norms compute in float32, and a mean depends on how a state lies in memory.
+    replace(hub("Aimv2Vision", IMAGE, picture()), tolerance=1e-5),
     hub("VitDet", IMAGE | {"residual_block_indices": [1], "window_block_indices": [0, 2], "window_size": 2}, picture()),
     hub(
         "Hiera",
@@ -355,7 +355,7 @@ def _compare(
         rewire(network, config=RewiringConfig(unit=unit, recompute=recompute), example=seen)
         gradients.append(_gradients(network, other))
     found.gradients = _largest_difference(*gradients)
-    if not (found.beta_0 <= TOLERANCE and found.gradients <= 1e-6):
+    if not (found.beta_0 <= row.tolerance and found.gradients <= 1e-6):
         found.status = "different"
     return found
 
