@@ -404,7 +404,7 @@ def _largest_difference(wanted: Any, found: Any) -> float:
     if [one.shape for one in wanted] != [one.shape for one in found]:
         return float("inf")
     largest = [float(one.abs().max()) if one.numel() else 0.0 for one in wanted]
-    floor = 1e-6 * max(largest)
+    floor = max(1e-6 * max(largest), 1e-30)
     errors = [
         float((want - have).abs().max()) if want.numel() else 0.0 for want, have in zip(wanted, found, strict=True)
     ]

@@ -165,7 +165,8 @@ def _analyst(model: nn.Module, example: Example | None, *, whole_blocks: bool) -
             return found
         whole = as_a_whole(block, calls[block])
         if whole is not None and not whole_blocks:
-            return NotResidual(f"{found.reason}; as a whole, RewiringConfig(unit='block'), it can be rewired")
+            reason = f"{found.reason}; as a whole, RewiringConfig(unit='block'), it can be rewired"
+            return NotResidual(reason, as_a_whole=True)
         return whole or found
 
     return analyse
@@ -191,9 +192,14 @@ def _places(parent: nn.Module, analyse: Analyst, prefix: str = "") -> Iterator[_
             yield _Place(parent, name, path, child)
             continue
         inner = list(_places(child, analyse, f"{path}."))
+        if is_container and not any(_has_residual_blocks(place.container, analyse) for place in inner):
+            blocks = list(child.children())
+            if any(getattr(analyse(block), "as_a_whole", False) for block in blocks) or (
+                not inner and any(map(_has_children, blocks))
+            ):
+                yield _Place(parent, name, path, child)
+                continue
         yield from inner
-        if is_container and not inner and any(map(_has_children, child.children())):
-            yield _Place(parent, name, path, child)
 
 
 def _has_residual_blocks(container: nn.Module, analyse: Analyst) -> bool:
