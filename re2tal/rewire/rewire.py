@@ -194,7 +194,7 @@ def _places(parent: nn.Module, analyse: Analyst, prefix: str = "") -> Iterator[_
         inner = list(_places(child, analyse, f"{path}."))
         if is_container and not any(_has_residual_blocks(place.container, analyse) for place in inner):
             blocks = list(child.children())
-            if any(getattr(analyse(block), "as_a_whole", False) for block in blocks) or (
+            if any(_may_be_rewired(block, analyse) for block in blocks) or (
                 not inner and any(map(_has_children, blocks))
             ):
                 yield _Place(parent, name, path, child)
@@ -204,6 +204,12 @@ def _places(parent: nn.Module, analyse: Analyst, prefix: str = "") -> Iterator[_
 
 def _has_residual_blocks(container: nn.Module, analyse: Analyst) -> bool:
     return any(isinstance(analyse(block), Residual) for block in container.children())
+
+
+def _may_be_rewired(block: nn.Module, analyse: Analyst) -> bool:
+    """In branches, or else with `unit` "block"."""
+    found = analyse(block)
+    return isinstance(found, Residual) or found.as_a_whole
 
 
 def _has_children(module: nn.Module) -> bool:
