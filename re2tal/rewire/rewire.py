@@ -156,12 +156,10 @@ def _analyst(model: nn.Module, example: Example | None, *, whole_blocks: bool) -
         if "forward" in vars(block):
             return NotResidual("its forward was replaced on the instance, which no registration describes")
         found = in_branches(block)
-        inside = (module for module in block.modules() if isinstance(module, nn.Sequential | nn.ModuleList))
-        if (
-            isinstance(found, Residual)
-            or block not in calls
-            or any(_has_residual_blocks(one, analyse) for one in inside)
-        ):
+        if isinstance(found, Residual) or block not in calls:
+            return found
+        inside = [module for module in block.modules() if isinstance(module, nn.Sequential | nn.ModuleList)]
+        if any(_may_be_rewired(inner, analyse) for container in inside for inner in container.children()):
             return found
         whole = as_a_whole(block, calls[block])
         if whole is not None and not whole_blocks:
