@@ -342,7 +342,10 @@ def _compare(
 ) -> Result:
     blocks = [stage.name_of(name) for stage in _stages(model) for name in stage.residual]
     found = Result(row.name, row.library, "rewired", unit=unit)
-    found.reason = "; ".join(dict.fromkeys(reason for stage in report.stages for reason in stage.left_alone))
+    left = [
+        reason.partition(": ")[2].partition(": it turns")[0] for stage in report.stages for reason in stage.left_alone
+    ]
+    found.reason = "; ".join(dict.fromkeys(left))
     total = sum(parameter.numel() for parameter in plain.parameters())
     inside = {parameter for name in blocks for parameter in plain.get_submodule(name).parameters()}
     found.params = sum(parameter.numel() for parameter in inside) / total
