@@ -42,6 +42,7 @@ def run_reversibly(
     saved_outputs: int = 0,
     saved_attention: int = 0,
     merge: Merge = "mean",
+    streams: bool = False,
     coupling: Coupling = SUM,
     states: States = "float32",
     grid: Grid = "auto",
@@ -63,6 +64,8 @@ def run_reversibly(
         saved_attention: how many of the rebuilt branches, from the first that has one, save what their attention
             kernels return, so that backward need not run them again; see `saved_attention`.
         merge: "mean" is (x[n-1] + x[n]) / 2, the paper's; "extrapolate" is x[n-1] + x[n] - x; see `coupling`.
+        streams: for networks that were born reversible: `x` is x[-1] and x[0], stacked along a first axis, and so are
+            x[n-1] and x[n], which are returned without a merge.
         coupling: how states follow from the two before them; by default x[i+1] = x[i-1] + F_i(x[i]), as above.
         states: the numbers that states are made of; see `precision`.
         grid: rounds states so that they are rebuilt to the last bit; see `precision`.
@@ -88,7 +91,9 @@ def run_reversibly(
         return x
     rebuilt = max(0, len(branches) - saved_branches) if recompute else 0
     precision = Precision.of(x, grid, coupling, states=states, kinks=kinks)
-    run = Run(tuple(branches), rebuilt, saved_outputs, saved_attention, merge, coupling, precision)
+    if streams and not (coupling.is_sum and len(x) == 2):
+        raise ValueError(f"two streams are coupled by sums, and stacked: x has shape {tuple(x.shape)}, {coupling}")
+    run = Run(tuple(branches), rebuilt, saved_outputs, saved_attention, merge, coupling, precision, streams)
     is_trained = torch.is_grad_enabled() and (x.requires_grad or _is_trained(owner))
     if is_trained and not rebuilt and not precision.states.is_floating_point:
         raise ValueError("autograd keeps no gradient of int32 states; set recompute, or states to 'float32'")
@@ -113,11 +118,15 @@ def _recomputed(run: Run, x: Tensor, owner: nn.Module | None, monitor: Monitor |
     # Parameters are no inputs of the Function, and x may want no gradient. If no input wanted one, autograd would not
     # record the Function, and the parameters would silently get no gradients. The anchor is an input that wants one.
     anchor = torch.empty(0, device=x.device, requires_grad=True)
-    output = _Reversible.apply(x, anchor, run, owner, monitor.observe(x, run.precision) if monitor else None)
+    output = _Reversible.apply(x, anchor, run, owner, _observed(run, x, monitor))
     node: Any = output.grad_fn
     # Taken off the node, which would keep them on the device where hooks (offload) have moved the saved states away.
     ends, node.ends = node.ends, None
     return recomputable_from(output, ends, run.mean) if run.saves_its_ends() else output
+
+
+def _observed(run: Run, x: Tensor, monitor: Monitor | None) -> Observation | None:
+    return monitor.observe(x[1] if run.streams else x, run.precision) if monitor else None
 
 
 def _is_trained(owner: nn.Module | None) -> bool:
@@ -213,8 +222,10 @@ def _backward(ctx: Any, gradients: list[Tensor]) -> Tensor | None:
     saved = dict(zip(run.saved_states(), ctx.saved_tensors, strict=True))
     previous, current = saved.pop(run.rebuilt - 1), saved.pop(run.rebuilt, None)
     to_output = gradients.pop().to(run.precision.gradients)
-    # dx[n+1] = dx[n], as x[-1] = x[0] in forward.
-    to_previous = to_current = coupling.gradient_of_end(to_output, merge=run.merge)
+    if run.streams:
+        to_previous, to_current = (gradient.clone() for gradient in to_output)  # they are written
+    else:  # dx[n+1] = dx[n], as x[-1] = x[0] in forward
+        to_previous = to_current = coupling.gradient_of_end(to_output, merge=run.merge)
     # Only "extrapolate" needs the output's gradient again, at the start; there it is dx[n] itself. A mean frees it now.
     gradient = to_output if to_current is to_output else None
     del to_output
@@ -243,6 +254,12 @@ def _backward(ctx: Any, gradients: list[Tensor]) -> Tensor | None:
     if ctx.observation is not None:
         ctx.observation.rebuilt(previous)
     pieces = run.pieces(0, previous)
+    if run.streams:
+        if pieces:
+            differentiate_pieces(recording, 0, pieces, previous, None, to_current, to_previous)
+        elif (to_input := differentiate(recording, 0, previous, None, to_current)) is not None:
+            to_previous = to_previous.add_(to_input)
+        return torch.stack((to_current, to_previous)) if recording.x_wants_gradient else None
     if pieces:
         to_x = coupling.gradient_of_start(to_previous, to_current, gradient, merge=run.merge)
         del to_previous

@@ -116,7 +116,7 @@ class Precision:
 
     def state(self, x: Tensor) -> Tensor:
         """Real numbers as a state."""
-        return self.round(_dense(x).to(self.states)) if self.states.is_floating_point else self._count(_dense(x))
+        return self.round(dense(x).to(self.states)) if self.states.is_floating_point else self._count(dense(x))
 
     def real(self, state: Tensor) -> Tensor:
         """A state, or a piece of one, in real numbers; itself where it is in such."""
@@ -159,7 +159,7 @@ def check_numbers(states: States, grid: Grid) -> None:
         raise ValueError("int32 states count steps of a grid, and grid is None; give a step such as 2**-16, or 'auto'")
 
 
-def _dense(x: Tensor) -> Tensor:
+def dense(x: Tensor) -> Tensor:
     """Row by row, or with channels last: of a transposed view every branch would make a copy, and every sum be slow."""
     channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.ndim)
     return x if channels_last and x.is_contiguous(memory_format=channels_last) else x.contiguous()

@@ -45,6 +45,8 @@ class Run:
     merge: Merge
     coupling: Coupling
     precision: Precision
+    streams: bool = False
+    """Whether it starts with x[-1] and x[0], and returns x[n-1] and x[n], stacked; nothing is merged."""
 
     def saved_states(self) -> list[int]:
         """Indices of the states that are saved for backward, in rising order. Backward rebuilds the others."""
@@ -68,7 +70,9 @@ class Run:
         Without autograd, x[i+1] reuses the buffer of x[i-1], unless that state is saved, or is the input of a branch
         that saves its graph.
         """
-        start = previous = current = self.precision.state(x)
+        start = previous = current = self.precision.state(x[1] if self.streams else x)
+        if self.streams:
+            previous = self.precision.state(x[0])
         needed = x if self.merge == "mean" else start
         found = []
         for index in range(len(self.branches)):
@@ -79,6 +83,7 @@ class Run:
             # x[i-1] must survive if it is also x[i] (at the start), if the merge needs it, if it is saved, or if the
             # saved graph of branch i-1 holds it.
             lent = previous is current or previous is needed or index - 1 in saved or index > self.rebuilt
+            lent = lent or (self.streams and index < 2)  # views of x
             owned = not (torch.is_grad_enabled() or lent)
             previous, current = current, self.following(index, previous, current, update, owned=owned)
         if len(self.branches) in saved:
@@ -131,11 +136,18 @@ class Run:
     def saves_its_ends(self) -> bool:
         """Whether the output can be recomputed from the states that the run saves."""
         length = len(self.branches)
-        return self.merge == "mean" and self.rebuilt == length and {length - 1, length} <= set(self.saved_states())
+        return (
+            self.merge == "mean"
+            and not self.streams
+            and self.rebuilt == length
+            and {length - 1, length} <= set(self.saved_states())
+        )
 
     def merged(self, start: Tensor, previous: Tensor, current: Tensor) -> Tensor:
-        """The output of the run, from x, x[n-1] and x[n]."""
+        """The output of the run, from x[0], x[n-1] and x[n]."""
         start, previous, current = (self.precision.real(state) for state in (start, previous, current))
+        if self.streams:
+            return torch.stack((previous, current)).to(self.precision.output)
         return self.coupling.merged(start, previous, current, merge=self.merge).to(self.precision.output)
 
     def mean(self, previous: Tensor, current: Tensor) -> Tensor:

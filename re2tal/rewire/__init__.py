@@ -5,6 +5,7 @@ from types import ModuleType
 
 from torch import Tensor, nn
 
+from re2tal.rewire import torch_layers  # noqa: F401  (registers them)
 from re2tal.rewire.beta import beta_of, count_states, set_beta, wiring_of
 from re2tal.rewire.branches import Branch, residual_branches, why_not_residual, wrap_output
 from re2tal.rewire.config import RewiringConfig

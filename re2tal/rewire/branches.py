@@ -94,6 +94,8 @@ class NotResidual:
     """A block that must run as it is."""
 
     reason: str
+    as_a_whole: bool = False
+    """Whether it could be one branch, with `unit` "block"."""
 
 
 def registered(block: nn.Module) -> Residual | NotResidual:

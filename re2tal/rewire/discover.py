@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from re2tal.reversible.replay_context import held
@@ -89,6 +90,41 @@ def take_apart(block: nn.Module, call: Call) -> Residual | NotResidual:
         except RefusedError as refusal:
             refusals.append(str(refusal))
     return NotResidual(refusals[0])
+
+
+def as_a_whole(block: nn.Module, call: Call) -> Residual | None:
+    """The block as one branch, F(x) = block(x) - x; None where it changes shapes, or adds nothing to anything."""
+    with WatchedForKinks() as kinks, _WatchedForSums(call.x.shape) as sums:
+        for training in (True, False):
+            with _undisturbed(block, call, training=training):
+                result = _run_block(block, (), Call(call.x.clone(), call.args, call.kwargs))
+    if not (isinstance(result, Tensor) and result.shape == call.x.shape and sums.found):
+        return None
+    try:
+        return Residual((Branch("block less x", _less_x),), _wrapping(block, call), kinks=kinks.found)
+    except RefusedError:
+        return None
+
+
+def _less_x(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    output = block(x, *args, **kwargs)
+    return (output[0] if isinstance(output, tuple) else output) - x
+
+
+class _WatchedForSums(TorchDispatchMode):
+    """While it is entered: `found` becomes True when two tensors as large as one of `shape` are added."""
+
+    def __init__(self, shape: torch.Size) -> None:
+        super().__init__()
+        self.size, self.found = shape.numel(), False
+
+    def __torch_dispatch__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Runs `func`, and looks at what it adds."""
+        if func.overloadpacket in (torch.ops.aten.add, torch.ops.aten.add_):
+            self.found |= all(isinstance(arg, Tensor) and arg.numel() == self.size for arg in args[:2])
+        return func(*args, **(kwargs or {}))
 
 
 def _take_apart(block: nn.Module, call: Call, entered: Sequence[nn.Module]) -> Residual:

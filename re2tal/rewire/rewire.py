@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from re2tal.rewire.branches import NotResidual, Residual, is_explained, is_unregistered, registered, why_not_residual
 from re2tal.rewire.config import RewiringConfig
 from re2tal.rewire.cuts import Cut
-from re2tal.rewire.discover import Example, record_calls, take_apart
+from re2tal.rewire.discover import Example, as_a_whole, record_calls, take_apart
 from re2tal.rewire.nonresidual import CheckpointedModule
 from re2tal.rewire.report import RewireReport, StageReport
 from re2tal.rewire.same_network import check_same_network
@@ -50,7 +50,7 @@ def rewire(
         raise ValueError(f"this {type(model).__name__} is rewired already; call unrewire(model) first")
     if isinstance(example, Tensor):
         example = (example,)  # a tensor is a sequence too: of its rows
-    analyse = _analyst(model, example)
+    analyse = _analyst(model, example, whole_blocks=config is not None and config.unit == "block")
     if isinstance(model, nn.Sequential | nn.ModuleList) and _has_residual_blocks(model, analyse):
         raise ValueError(f"this {type(model).__name__} is itself a container of blocks; rewire a module that holds it")
     places = list(_places(model, analyse))
@@ -140,22 +140,37 @@ def unrewire(model: nn.Module) -> None:
 Analyst = Callable[[nn.Module], Residual | NotResidual]
 
 
-def _analyst(model: nn.Module, example: Example | None) -> Analyst:
-    """Says what a block is: by its registration, or by taking it apart where there is none and an example."""
+def _analyst(model: nn.Module, example: Example | None, *, whole_blocks: bool) -> Analyst:
+    """Says what a block is: by its registration, or by taking it apart where there is none and an example.
+
+    With an example, and `whole_blocks`, it may be one that adds something, but not to its input alone.
+    """
     containers = [module for module in model.modules() if isinstance(module, nn.Sequential | nn.ModuleList)]
     blocks = {block for container in containers for block in container.children() if _has_children(block)}
-    unknown = {block for block in blocks if is_unregistered(block)} if example is not None else set()
-    calls = record_calls(model, unknown, example=example) if example is not None and unknown else {}
+    calls = record_calls(model, blocks, example=example) if example is not None else {}
+
+    def in_branches(block: nn.Module) -> Residual | NotResidual:
+        if example is None or block not in blocks or not is_unregistered(block):
+            return registered(block)
+        if block in calls:
+            return take_apart(block, calls[block])
+        return NotResidual("the example did not call it with a tensor as its first argument")
 
     @cache
     def analyse(block: nn.Module) -> Residual | NotResidual:
         if "forward" in vars(block):
             return NotResidual("its forward was replaced on the instance, which no registration describes")
-        if block in calls:
-            return take_apart(block, calls[block])
-        if block in unknown:
-            return NotResidual("the example did not call it with a tensor as its first argument")
-        return registered(block)
+        found = in_branches(block)
+        if isinstance(found, Residual) or block not in calls:
+            return found
+        inside = [module for module in block.modules() if isinstance(module, nn.Sequential | nn.ModuleList)]
+        if any(_may_be_rewired(inner, analyse) for container in inside for inner in container.children()):
+            return found
+        whole = as_a_whole(block, calls[block])
+        if whole is not None and not whole_blocks:
+            reason = f"{found.reason}; as a whole, RewiringConfig(unit='block'), it can be rewired"
+            return NotResidual(reason, as_a_whole=True)
+        return whole or found
 
     return analyse
 
@@ -180,13 +195,24 @@ def _places(parent: nn.Module, analyse: Analyst, prefix: str = "") -> Iterator[_
             yield _Place(parent, name, path, child)
             continue
         inner = list(_places(child, analyse, f"{path}."))
+        if is_container and not any(_has_residual_blocks(place.container, analyse) for place in inner):
+            blocks = list(child.children())
+            if any(_may_be_rewired(block, analyse) for block in blocks) or (
+                not inner and any(map(_has_children, blocks))
+            ):
+                yield _Place(parent, name, path, child)
+                continue
         yield from inner
-        if is_container and not inner and any(map(_has_children, child.children())):
-            yield _Place(parent, name, path, child)
 
 
 def _has_residual_blocks(container: nn.Module, analyse: Analyst) -> bool:
     return any(isinstance(analyse(block), Residual) for block in container.children())
+
+
+def _may_be_rewired(block: nn.Module, analyse: Analyst) -> bool:
+    """In branches, or else with `unit` "block"."""
+    found = analyse(block)
+    return isinstance(found, Residual) or found.as_a_whole
 
 
 def _has_children(module: nn.Module) -> bool:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from re2tal.reversible.precision import dense
 from re2tal.reversible.replay_context import held
 from re2tal.reversible.rng import GeneratorState
 from re2tal.rewire.conditions import cast, undisturbed
@@ -335,8 +336,13 @@ def _watched(stages: Sequence[RewiredStage], *, keep: bool) -> Iterator[list[Cal
             )
         )
 
+    def lay_out(block: nn.Module, args: tuple) -> tuple:
+        """As a run does: sums in float32 inside of a block depend on it."""
+        return (dense(args[0]), *args[1:]) if args and isinstance(args[0], Tensor) else args
+
     with ExitStack() as stack:
         for block in names:
+            stack.callback(block.register_forward_pre_hook(lay_out).remove)
             stack.callback(block.register_forward_hook(note, with_kwargs=True).remove)
         yield calls
 

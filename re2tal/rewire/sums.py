@@ -6,6 +6,9 @@ x -> add -> add -> output     read from the end: a sum has one term, the state b
 A state may also be put together from pieces of the one before it, some with something added to them:
 
     cat(x[:, :1], x[:, 1:] + R)  =  x + cat(0, R)
+
+or have something appended that is cut off again, (cat(x, m) + R)[:, :n] = x + R[:, :n], or be laid out in another way,
+P(P'(x) + R) = x + P(R). That a cut or a layout gives the state back is taken for granted here, and checked in numbers.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,16 +50,27 @@ def steps_of(block: nn.Module, leaves: list[Any], spec: Any, *, entered: Sequenc
     graph = _trace(root, [block, *entered])
     x, tensors = (node for node in graph.nodes if node.op == "placeholder")
     state = _hidden_state(next(node for node in graph.nodes if node.op == "output").args[0])
-    chain: list[tuple[fx.Node, list[fx.Node]]] = []
-    while state is not x:
-        chain.append(_split(state, x))
-        state = chain[-1][0]
+    layouts = {node for node in graph.nodes if _is_layout(root, node)}
+    chain: list[_Sum] = []
+    back: list[fx.Node] = []  # what lays the state out as the output, and as x
+    while (state := _without_layouts(state, layouts, back)) is not x:
+        before, added = _split(state, x, layouts)
+        chain.append(_Sum(state, before, added, tuple(back)))
+        state = before
     if not chain:
         raise RefusedError("it returns its input")
-    states = {x, *(state for state, _ in chain)}
+    chain.reverse()
+    states, views, steps = {x}, {}, []
+    for one in chain:
+        if one.before in states:
+            states.add(one.total)
+            steps.append(one.added)
+        else:  # it is laid out as the state before it
+            views[one.total] = one.before
+            steps.append([_laid_out(graph, term, one.back) for term in one.added])
     # A piece of a state is the same view of that state as it is of the one before, something added or not.
-    views = {piece.node: piece.view for state in states for piece in _pieces(state)}
-    return [_extract(root, graph, added, states, tensors, views) for _, added in reversed(chain)]
+    views |= {piece.node: piece.view for state in states for piece in _pieces(state)}
+    return [_extract(root, graph, added, states, tensors, views) for added in steps]
 
 
 def may_be_entered(module: nn.Module) -> bool:
@@ -103,10 +118,60 @@ def _hidden_state(output: Any) -> Any:
     return output[0] if isinstance(output, tuple) else output
 
 
-def _split(total: Any, x: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
+@dataclass(frozen=True, slots=True)
+class _Sum:
+    """A state as a sum."""
+
+    total: fx.Node
+    before: fx.Node
+    """The state before it, as a term of the sum: it may be laid out in another way."""
+    added: list[fx.Node]
+    back: tuple[fx.Node, ...]
+    """What lays `total` out as x."""
+
+
+_LAYOUTS = {"reshape", "view", "flatten", "unflatten", "permute", "transpose", "movedim", "contiguous"}
+
+
+def _is_layout(root: _Root, node: fx.Node) -> bool:
+    """Whether it holds the numbers of its first argument, and perhaps in another order."""
+    if node.op == "call_module":
+        return type(root.get_submodule(str(node.target))) is nn.Identity and len(node.args) == 1
+    if not node.args or not isinstance(node.args[0], fx.Node) or any(isinstance(arg, torch.dtype) for arg in node.args):
+        return False
+    if node.op == "call_method" and node.target == "view":
+        node.target = "reshape"  # of another state, which need not lie in memory as this one does
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return node.op in ("call_method", "call_function") and name in _LAYOUTS
+
+
+def _without_layouts(state: Any, layouts: set[fx.Node], back: list[fx.Node]) -> Any:
+    """What `state` is a layout of; how it is laid out goes in front of `back`."""
+    while isinstance(state, fx.Node) and state in layouts:
+        back.insert(0, state)
+        state = state.args[0]
+    return state
+
+
+def _laid_out(graph: fx.Graph, term: fx.Node, back: Sequence[fx.Node]) -> fx.Node:
+    """`term` as x is laid out."""
+    for layout in back:
+        with graph.inserting_before(next(node for node in graph.nodes if node.op == "output")):
+            replaced = {layout.args[0]: term}
+            term = graph.node_copy(layout, partial(_replaced, replaced))
+    return term
+
+
+def _replaced(replaced: Mapping[Any, fx.Node], node: fx.Node) -> fx.Node:
+    return replaced.get(node, node)
+
+
+def _split(total: Any, x: fx.Node, layouts: set[fx.Node]) -> tuple[fx.Node, list[fx.Node]]:
     """A sum as the state before it and what is added to that."""
     if pieces := _pieces(total):
         return _split_pieces(total, pieces, x)
+    if (parts := _split_cut(total, x)) is not None:
+        return parts
     terms = [total]
     while any(_is_sum(term) for term in terms):
         first = next(index for index, term in enumerate(terms) if _is_sum(term))
@@ -116,10 +181,24 @@ def _split(total: Any, x: fx.Node) -> tuple[fx.Node, list[fx.Node]]:
             if (
                 len(added) == len(terms) - 1
                 and _reaches(state, x, {})
-                and not any(_reaches(term, x, _cut(state)) for term in added)
+                and not any(_reaches(term, x, _cut(state, layouts)) for term in added)
             ):
                 return state, added
     raise RefusedError(f"its result is not its input and something added to it: it comes from {_source(total)}")
+
+
+def _split_cut(total: Any, x: fx.Node) -> tuple[fx.Node, list[fx.Node]] | None:
+    """(cat(state, more) + R)[:, :n] as the state and R[:, :n]; None for anything else."""
+    if not (isinstance(total, fx.Node) and total.target is operator.getitem and _is_sum(total.args[0])):
+        return None
+    terms: list[Any] = list(total.args[0].args)  # type: ignore[union-attr]
+    for cat in terms:
+        if cat.target is torch.cat and isinstance(cat.args[0], list | tuple):
+            state, (added,) = cat.args[0][0], [term for term in terms if term is not cat]
+            if not _reaches(added, x, {state: False}):
+                with total.graph.inserting_before(total.next):
+                    return state, [total.graph.call_function(operator.getitem, (added, total.args[1]))]
+    return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,9 +256,11 @@ def _split_pieces(state: fx.Node, pieces: Sequence[_Piece], x: fx.Node) -> tuple
         return before, [graph.call_function(torch.cat, (changes, *state.args[1:]), state.kwargs)]
 
 
-def _cut(state: fx.Node) -> dict[fx.Node, bool]:
+def _cut(state: fx.Node, layouts: set[fx.Node]) -> dict[fx.Node, bool]:
     """What no longer leads to x for somebody who knows `state`."""
-    return {state: False} | {piece.node: False for piece in _pieces(state)}
+    below: list[fx.Node] = []
+    core = _without_layouts(state, layouts, below)
+    return dict.fromkeys((core, *below), False) | {piece.node: False for piece in _pieces(state)}
 
 
 def _total(graph: fx.Graph, terms: Sequence[fx.Node]) -> fx.Node:

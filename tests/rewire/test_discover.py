@@ -305,7 +305,7 @@ def test_reasons_stand_in_the_report() -> None:
     assert stage.rewired_blocks == 2
     assert stage.left_alone == (
         "1: its result is not its input and something added to it: it comes from its module 'norm', "
-        "a norm after the sum (post-norm)",
+        "a norm after the sum (post-norm); as a whole, RewiringConfig(unit='block'), it can be rewired",
     )
 
 

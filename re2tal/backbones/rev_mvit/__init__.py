@@ -1,0 +1,1 @@
+"""Networks that were born reversible: RevViT and Rev-MViT."""

@@ -1,0 +1,52 @@
+"""A sample of the table of architectures: `benchmarks/architectures.py` makes all of it."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+
+def load() -> ModuleType:
+    path = Path(__file__).parents[2] / "benchmarks" / "architectures.py"
+    spec = importlib.util.spec_from_file_location("architectures", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["architectures"] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+architectures = load()
+IN_BLOCKS = {"ResNetModel", "BertModel", "nn.TransformerEncoder(post-norm)"}
+
+
+@pytest.mark.parametrize("name", architectures.QUICK)
+def test_an_architecture_is_rewired_exactly(name) -> None:
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    (row,) = (row for row in architectures.ROWS if row.name == name)
+    try:
+        result = architectures.examine(row)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast_path)
+    assert result.status == "rewired", result.reason
+    assert result.unit == ("block" if name in IN_BLOCKS else "branch")
+    assert 0.0 < result.params <= 1.0
+    assert 0.0 < result.flops <= 1.0
+
+
+def test_a_network_that_became_another_one_is_told(monkeypatch) -> None:
+    (row,) = (row for row in architectures.ROWS if row.name == "ViTModel")
+    monkeypatch.setattr(architectures, "_call", lambda model, example: torch.randn(3, requires_grad=True))
+    monkeypatch.setattr(architectures, "_share_of_flops", lambda *args: 1.0)
+    assert architectures.examine(row).status == "different"
+
+
+def test_the_table_has_sixty_architectures() -> None:
+    names = [row.name for row in architectures.ROWS]
+    assert len(set(names)) == len(names) >= 60
