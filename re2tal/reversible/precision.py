@@ -47,9 +47,9 @@ FIXED_STEP = 2.0**-16
 NARROW = (torch.bfloat16, torch.float16)
 
 Grid = float | Literal["auto"] | None
-"""The step of the grid, or None for no grid. "auto" is 2**-14 where branches compute in bfloat16, float16 or TF32,
-2**-18 where they compute in float32 and have kinks, and else none. Of int32 states it is 2**-16, and there is always
-one."""
+"""The step of the grid, or None for no grid. "auto" is 2**-14 where branches compute in bfloat16 or float16, or may use
+TF32, which in float32 on CUDA convolutions may by default; 2**-18 where they compute in full float32 and have kinks;
+and else none. Of int32 states it is 2**-16, and there is always one."""
 
 States = Literal["float32", "int32"]
 """What states are made of; float64 stays what it is as "float32"."""
@@ -143,10 +143,15 @@ class Precision:
 
 
 def _short_factors(device: torch.device) -> bool:
-    """Whether products in float32 round their factors: to TF32 on CUDA, or bfloat16 on a CPU, if somebody asked for it
-    (`torch.set_float32_matmul_precision`)."""
-    products = {"cuda": torch.backends.cuda.matmul, "cpu": torch.backends.mkldnn.matmul}.get(device.type)  # type: ignore[attr-defined]
-    return products is not None and products.fp32_precision in ("tf32", "bf16")
+    """Whether products in float32 round their factors: on CUDA to TF32, on a CPU to bfloat16.
+
+    On CUDA convolutions do so unless somebody forbids it (`torch.backends.cudnn.allow_tf32 = False`), matrix products
+    only if somebody asks for it (`torch.set_float32_matmul_precision`). A run does not know what its branches compute,
+    so either flag counts. These names of the flags can be read whatever has set them; the older ones raise once these
+    were used.
+    """
+    cuda, cpu = (torch.backends.cuda.matmul, torch.backends.cudnn.conv), (torch.backends.mkldnn.matmul,)  # type: ignore[attr-defined]
+    return any(flag.fp32_precision in ("tf32", "bf16") for flag in {"cuda": cuda, "cpu": cpu}.get(device.type, ()))
 
 
 def check_numbers(states: States, grid: Grid) -> None:
