@@ -39,7 +39,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from re2tal.reversible.coupling import SUM, Coupling
+from re2tal.reversible.coupling import SUM, Coupling, add_rounded
 
 GRID_STEP = 2.0**-14
 KINKS_STEP = 2.0**-18
@@ -125,6 +125,12 @@ class Precision:
         assert self.grid is not None
         return state.to(self.gradients).mul_(self.grid)
 
+    def add(self, state: Tensor, update: Tensor, *, sign: int = 1) -> Tensor:
+        """Adds F_i(x[i]), rounded, to `state` in place, or subtracts it; `update` is not rounded yet."""
+        if torch.is_grad_enabled() or self.grid is None or not self.states.is_floating_point:
+            return state.add_(self.increment(self.round(update)), alpha=sign)
+        return add_rounded(state, update, offset=self._offset(self.grid), sign=sign)
+
     def increment(self, update: Tensor) -> Tensor:
         """A rounded update in the form that is added to a state: for integer states, its number of steps."""
         return update if self.states.is_floating_point else self._count(update)
@@ -133,9 +139,12 @@ class Precision:
         """Rounds to the grid, in the states' dtype. Without a grid, and for integers, returns `values` itself."""
         if self.grid is None or not self.states.is_floating_point:
             return values
-        offset = 1.5 * self.grid / torch.finfo(self.states).eps
+        offset = self._offset(self.grid)
         state = values.to(self.states)
         return (state + offset if state is values else state.add_(offset)).sub_(offset)
+
+    def _offset(self, grid: float) -> float:
+        return 1.5 * grid / torch.finfo(self.states).eps
 
     def _count(self, values: Tensor) -> Tensor:
         assert self.grid is not None
