@@ -31,7 +31,7 @@ LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("block", [1, 7, 64, 2**17])
+@pytest.mark.parametrize("block", [1, 7, 64, 2**19])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("step", [GRID_STEP, KINKS_STEP])
 @pytest.mark.parametrize("layout", LAYOUTS)
