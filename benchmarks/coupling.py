@@ -1,14 +1,23 @@
-"""What it buys to let a branch's last linear layer add straight into the state, in one matrix product with beta = 1.
-
-    plain    x[i-1] += F.linear(hidden, W, b)            the branch's output is written, read again, and freed
-    fused    x[i-1].addmm_(hidden, W^T).add_(b)          it never exists; the inverse has alpha = -1
+"""What fusing the kernels of the coupling buys: rounding with adding, and a branch's last linear layer with adding.
 
     python benchmarks/coupling.py [--quick] [--device cuda] [--json FILE]
 
-Measured is one reversible step of the MLP branch of a transformer (norm, linear, GELU, linear): its forward without a
-graph, then the rebuild, the inverse and the backward. The engine does not do this: docs/experiments.md says why. Fused
-and plain steps run in turn; time is the median of their ratios, in the processor's time on a CPU. Memory is the most
-that is alive beyond two states, their gradients and the parameters' gradients, in states.
+Forms run in turn; time is the median of their ratios, in the processor's time on a CPU.
+
+Rounding. One step, x[i-1] += round(F_i(x[i])), or its inverse, which costs the same. Passes are what goes through
+memory, in float32 states: 7 where each kernel makes one, as bytes from bfloat16 updates 8.5.
+
+    apart       update + c; - c; x[i-1] += that          a converted copy first, where the update is narrow
+    quantize    torch.fake_quantize_per_tensor_affine    rounds in one kernel; but makes numbers of NaN and infinity
+    fused       what a run does: `coupling.add_rounded`  3 float32 passes, 2.5 from bfloat16, no temporary
+    sum         x[i-1] += update, with no rounding       the least that is possible; not exact
+
+Last linear layer. The engine does not do this: docs/experiments.md says why. Measured is one reversible step of the MLP
+branch of a transformer (norm, linear, GELU, linear): its forward without a graph, then the rebuild, the inverse and the
+backward. Memory is the most that is alive beyond two states, their gradients and the parameters' gradients, in states.
+
+    plain    x[i-1] += F.linear(hidden, W, b)            the branch's output is written, read again, and freed
+    fused    x[i-1].addmm_(hidden, W^T).add_(b)          it never exists; the inverse has alpha = -1
 """
 
 from __future__ import annotations
@@ -27,11 +36,52 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from re2tal.reversible.live_bytes import LiveBytes
+from re2tal.reversible.precision import GRID_STEP, Precision
 from re2tal.strict_json import write_json
 
 # Tokens and channels: the four stages of Video Swin-T, and ViT-B.
 CASES = {"swin, stage 1": (16384, 96), "swin, stage 2": (4096, 192), "swin, stage 3": (2048, 384), "vit-b": (1568, 768)}
 QUICK = {"swin, stage 1": (4096, 96), "swin, stage 3": (1024, 384)}
+
+
+ROUNDING = {"6 MiB": 2**20 * 3 // 2, "64 MiB": 2**24, "256 MiB": 2**26}
+"""Numbers of a state: one of Swin's stages and a piece, about."""
+QUICK_ROUNDING = {"1 MiB": 2**18, "16 MiB": 2**22}
+
+
+def rounding_forms(device: torch.device) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+    """By name: x[i-1], F_i(x[i]) -> x[i+1], in the buffer of x[i-1]."""
+    precision = Precision.of(torch.ones(1, device=device), GRID_STEP)
+
+    def quantize(state: Tensor, update: Tensor) -> Tensor:
+        rounded = torch.fake_quantize_per_tensor_affine(update.float(), GRID_STEP, 0, -(2**31), 2**31 - 1)
+        return state.add_(rounded)
+
+    return {
+        "apart": lambda state, update: state.add_(precision.round(update)),
+        "quantize": quantize,
+        "fused": precision.add,
+        "sum": torch.Tensor.add_,
+    }
+
+
+@torch.no_grad()
+def compare_rounding(num: int, dtype: torch.dtype, *, rounds: int, device: torch.device) -> dict[str, float]:
+    """Milliseconds of the first form, and of the others the ratio to it."""
+    torch.manual_seed(0)
+    state = torch.randint(-(2**20), 2**20, (num,), device=device) * GRID_STEP
+    update = torch.randn(num, device=device).to(dtype)
+    forms = rounding_forms(device)
+    for name in ("quantize", "fused"):
+        assert torch.equal(forms[name](state.clone(), update), forms["apart"](state.clone(), update)), name
+
+    def warm_seconds(form: Callable[[Tensor, Tensor], Tensor]) -> float:
+        form(state, update)  # the form before may have given its memory back to the system
+        return seconds(partial(form, state, update), device)
+
+    pairs = [{name: warm_seconds(form) for name, form in forms.items()} for _ in range(rounds)]
+    ratios = {name: statistics.median(pair[name] / pair["apart"] for pair in pairs) for name in forms}
+    return {"apart_ms": 1e3 * statistics.median(pair["apart"] for pair in pairs), **ratios}
 
 
 class AddLinear(torch.autograd.Function):
@@ -143,6 +193,16 @@ def main() -> None:
     parser.add_argument("--device", type=torch.device, default="cpu")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
+    rounding = {
+        (name, str(dtype).removeprefix("torch.")): compare_rounding(num, dtype, rounds=15, device=arguments.device)
+        for name, num in (QUICK_ROUNDING if arguments.quick else ROUNDING).items()
+        for dtype in (torch.float32, torch.bfloat16)
+    }
+    print(f"{'state':16}{'update':10}{'apart, ms':>12}{'quantize':>12}{'fused':>12}{'sum':>12}   (x apart)")
+    for (name, dtype), row in rounding.items():
+        print(
+            f"{name:16}{dtype:10}{row['apart_ms']:12.2f}{row['quantize']:12.2f}{row['fused']:12.2f}{row['sum']:12.2f}"
+        )
     rows = {
         name: compare(*case, rounds=5 if arguments.quick else 11, device=arguments.device)
         for name, case in (QUICK if arguments.quick else CASES).items()
@@ -152,7 +212,8 @@ def main() -> None:
         print(f"{name:16}{row['plain_ms']:10.1f}{row['time_fused_to_plain']:16.3f}", end="")
         print(f"{row['states_plain']:16.2f}{row['states_fused']:16.2f}")
     if arguments.json:
-        write_json(arguments.json, rows)
+        rounded = {" of ".join(reversed(key)): row for key, row in rounding.items()}
+        write_json(arguments.json, {"rounding": rounded, "last linear layer": rows})
 
 
 if __name__ == "__main__":

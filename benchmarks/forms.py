@@ -9,6 +9,8 @@
     in pieces             rewired, one piece of a branch at a time; by stage as many branches known, and blocks that are
                           not residual kept, as suits the video
     pieces, known         the same, all MLPs known: none is run to its last linear layer again
+    pieces, attention     as `in pieces`, and what attention kernels return is saved: none of them is run again
+    pieces, both          both
 
 Networks that are not rewired compute another function at the same cost. SlowFast's normalisation stays in evaluation
 mode in all forms, as its recipes have it and pieces need it.
@@ -33,6 +35,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from re2tal.backbones import BackboneConfig, build_backbone
 from re2tal.planning.dry_run import stages_of
+from re2tal.planning.options import SAVING_ATTENTION
 from re2tal.planning.settings import Setting, configure, worth_knowing
 from re2tal.reversible.fake import on_fake_tensors
 from re2tal.reversible.live_bytes import LiveBytes
@@ -48,9 +51,11 @@ FORMS = (
     "reversible",
     "in pieces",
     "pieces, known",
+    "pieces, attention",
+    "pieces, both",
 )
 
-CUT = ("in pieces", "pieces, known")
+CUT = ("in pieces", "pieces, known", "pieces, attention", "pieces, both")
 
 ATTENTION_KERNELS = {
     getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}").default
@@ -166,10 +171,11 @@ class Network:
         if rewired:
             rewire(backbone, config=RewiringConfig(recompute=recompute, grid=grid))
             stages = stages_of(backbone)
-            if form == "in pieces":
-                configure(stages, case.settings(len(stages), recompute=recompute))
-            elif form == "pieces, known":
-                configure(stages, replace(case, known=worth_knowing(stages)).settings(len(stages), recompute=recompute))
+            if form in CUT:
+                known = worth_knowing(stages) if form in ("pieces, known", "pieces, both") else case.known
+                saved = SAVING_ATTENTION.saved_attention if form in ("pieces, attention", "pieces, both") else 0
+                settings = replace(case, known=known).settings(len(stages), recompute=recompute)
+                configure(stages, [replace(setting, saved_attention=saved) for setting in settings])
             for stage in stages.values() if offload else ():
                 stage.config = replace(stage.config, offload=True)
         elif form == "family's own":

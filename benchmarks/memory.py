@@ -10,8 +10,9 @@
     drift      gradient of the first weight in pieces, against the same network that keeps its activations
 
 On a CPU, videos are as large as a machine of 16 GiB holds plain, and the peaks of the paper's sizes are predicted; on
-CUDA they are measured. With `--quick` peaks are predicted, and time and drift are measured on smaller videos. `--json`
-writes {model: {vs_plain, vs_checkpoint, depth_growth, time_vs_plain, time_vs_checkpoint, drift}}, in pieces.
+CUDA they are measured. With `--quick` peaks are predicted, and time and drift are measured on smaller videos. Beside
+every time stands the predicted peak of the same form on the same video. `--json` writes {model: {vs_plain,
+vs_checkpoint, depth_growth, time_vs_plain, time_vs_checkpoint, drift}}, in pieces.
 """
 
 from __future__ import annotations
@@ -70,7 +71,8 @@ MODELS = {
 }
 BASES = ("plain", "checkpoint")
 JUDGED = (*BASES, "in pieces")
-TIMED = (*BASES, "reversible", "in pieces", "pieces, known")
+QUICKLY = (*JUDGED, "pieces, attention", "pieces, both")
+TIMED = (*BASES, "reversible", "in pieces", "pieces, known", "pieces, attention", "pieces, both")
 
 
 def peaks_of(
@@ -156,8 +158,10 @@ def measure(name: str, device: torch.device, *, quick: bool, autocast: bool, num
     if case is not model.real and not quick:
         show(f"{name}, {model.real}, predicted", peaks_of(shapes, model.real, device, forms=FORMS, autocast=autocast))
     timed = model.quick if quick else case
-    seconds = times(network, timed, device, forms=JUDGED if quick else TIMED, num=num, autocast=autocast)
-    show(f"{name}, {timed}, measured", {}, seconds)
+    forms = QUICKLY if quick else TIMED
+    beside = peaks_of(shapes, timed, device, forms=forms, autocast=autocast)
+    seconds = times(network, timed, device, forms=forms, num=num, autocast=autocast)
+    show(f"{name}, {timed}: peaks predicted, times measured", beside, seconds)
     ratios = {f"vs_{base}": peaks["in pieces"] / peaks[base] for base in BASES}
     ratios |= {"depth_growth": doubled["in pieces"] / peaks["in pieces"] - 1}
     ratios |= {f"time_vs_{base}": median_ratio(seconds, "in pieces", base) for base in BASES}

@@ -49,15 +49,10 @@ class Piece:
         views = self._views(state)
         return views[0] if len(views) == 1 else torch.cat(views, self.axis)
 
-    def add_to(self, state: Tensor, update: Tensor) -> None:
-        """Adds `update`, which has the size of the piece, to this part of `state` in place."""
+    def add_to(self, state: Tensor, update: Tensor, add: Callable[[Tensor, Tensor], object] = Tensor.add_) -> None:
+        """Adds `update`, which has the size of the piece, to this part of `state` in place, as `add` does it."""
         for view, part in zip(self._views(state), self._parts(update), strict=True):
-            view.add_(part)
-
-    def subtract_from(self, state: Tensor, update: Tensor) -> None:
-        """The inverse of `add_to`."""
-        for view, part in zip(self._views(state), self._parts(update), strict=True):
-            view.sub_(part)
+            add(view, part)
 
     def _views(self, state: Tensor) -> list[Tensor]:
         return [state.narrow(self.axis, start, stop - start) for start, stop in self.spans]

@@ -4,6 +4,16 @@
     rewind     x[i-1] = (x[i+1] - F_i(x[i]) - alpha x[i]) / beta
     gradients  dx[i]  = dF_i(x[i])^T dx[i+1] + alpha dx[i+1] + beta dx[i+2]:    the first line again, walking backwards
 
+Kernels. One step reads and writes the state once, in place, in each of three directions:
+
+    forward, inverse   x[i-1] +- round(F_i(x[i])): `add_rounded` fuses converting, rounding to the grid and adding, by
+                       doing all three block by block, in one buffer that stays in the processor's cache
+    gradient           dx[i+2] += dF_i^T dx[i+1]: one kernel; rounding hands gradients on as they are
+
+Without a grid, forward and inverse are one kernel too. It is F_i that is rounded, not the sum: rounding x[i-1] + F_i
+would need no buffer, but has no inverse, because 0 + 1/2 and -1 + 1/2 are both rounded to 0. What this buys is
+measured by benchmarks/coupling.py.
+
 (0, 1) is Re2TAL's, whose inverse neither multiplies nor divides. (1, 0) is the residual network before it was rewired,
 which cannot be inverted. Dr2Net (CVPR 2024) trains along the way from there to here.
 
@@ -31,9 +41,15 @@ from dataclasses import dataclass
 from math import floor, inf, log, sqrt
 from typing import Literal
 
+import torch
 from torch import Tensor
 
+from re2tal.reversible.fake import is_counted
+
 Merge = Literal["mean", "extrapolate"]
+
+BLOCK_ELEMENTS = {"cpu": 2**20, "cuda": 2**22}
+"""Of a state that are rounded and added at a time: 4 and 16 MiB stay in the last cache of a CPU and of a GPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +90,6 @@ class Coupling:
             return current * self.alpha
         carried = previous.mul_(self.beta) if owned else previous * self.beta
         return carried.add_(current, alpha=self.alpha)
-
-    def rewind(self, following: Tensor, current: Tensor, update: Tensor) -> Tensor:
-        """x[i+1], x[i], F_i(x[i]) -> x[i-1]; overwrites x[i+1]."""
-        return self.released(following.sub_(update), current)
 
     def released(self, carried: Tensor, current: Tensor) -> Tensor:
         """The inverse of `carried`, in place: x[i+1] - F_i(x[i]) and x[i] -> x[i-1]."""
@@ -144,3 +156,28 @@ class Coupling:
 
 SUM = Coupling()
 """Re2TAL's: x[i+1] = x[i-1] + F_i(x[i])."""
+
+
+def add_rounded(state: Tensor, update: Tensor, *, offset: float, sign: int) -> Tensor:
+    """state + sign ((update + offset) - offset), in place; `update` may have a narrower dtype."""
+    # Of one element and not a number: a number would be added in the dtype of `update`.
+    offsets = torch.full((1,), offset, dtype=state.dtype, device=state.device)
+    blocks = _blocks(state, update)
+    buffer = state.new_empty(max(block.numel() for block, _ in blocks))
+    # One block stands for all where only bytes are counted.
+    for block, change in blocks[:1] if is_counted(state) else blocks:
+        rounded = torch.add(change, offsets, out=buffer[: block.numel()].view(block.shape)).sub_(offset)
+        block.add_(rounded, alpha=sign)
+    return state
+
+
+def _blocks(state: Tensor, update: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Views of the same places of both, each of about BLOCK_ELEMENTS, in the order in which `state` lies in memory."""
+    order = sorted(range(state.ndim), key=state.stride, reverse=True)
+    pair = [state.permute(order), update.permute(order)]
+    if all(one.is_contiguous() for one in pair):
+        pair = [one.view(-1) for one in pair]
+    size = BLOCK_ELEMENTS.get(state.device.type, BLOCK_ELEMENTS["cuda"])
+    axis = next((axis for axis, length in enumerate(pair[0].shape) if length > 1), 0)
+    rows = max(1, size * pair[0].shape[axis] // max(1, state.numel()))
+    return list(zip(*(one.split(rows, axis) for one in pair), strict=True))

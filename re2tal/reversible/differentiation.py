@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ def differentiate(
     else:
         graph, update = _rebuilt(recording, index, run.branches[index], state, following)
         if following is not None and update is not None:
-            run.coupling.rewind(following, state, update)
+            run.coupling.released(run.precision.add(following, update, sign=-1), state)
         # Its memory is free for the backward below, which needs only the graph.
         del update
     if graph.edge is not None:
@@ -96,7 +97,7 @@ def _graphs_of_pieces(
         with AddingProducts(add_product):
             graph, update = _rebuilt(recording, index, piece.function, piece.take(state), following, add_product)
         if following is not None and update is not None:
-            piece.subtract_from(following, update)
+            piece.add_to(following, update, partial(recording.run.precision.add, sign=-1))
         # While the generator waits at `yield` it must hold neither: the caller frees the graph before the next piece.
         del update
         yield graph
@@ -121,11 +122,11 @@ def _rebuilt(
         saved.put_back()
     recording.rewound = record.buffers.popleft()
     if following is not None and not is_saved:
-        point, update = watched(recording, index, run.update, function, state, draws)
-        return Graph.of(point, update), run.precision.increment(update.detach())
+        point, update = watched(recording, index, run.output, function, state, draws)
+        return Graph.of(point, update), update.detach()
     with without_last_linear(last_of(run.branches[index]), add_product=add_product):
         graph = Graph.of(*watched(recording, index, run.output, function, state, draws))
-    return graph, run.precision.increment(run.precision.round(record.outputs.popleft())) if is_saved else None
+    return graph, record.outputs.popleft() if is_saved else None
 
 
 def watched(

@@ -99,7 +99,7 @@ def run_reversibly(
         raise ValueError("autograd keeps no gradient of int32 states; set recompute, or states to 'float32'")
     if not (rebuilt and is_trained):
         with same_kernels():
-            return run.merged(*run.states(x, run.update)[:3])
+            return run.merged(*run.states(x, run.output)[:3])
     return _recomputed(run, x, owner, monitor)
 
 
@@ -186,7 +186,7 @@ def _run_forward(
     def update(index: int, function: BranchFunction, state: Tensor) -> Tensor:
         record = recording.branches[index]
         if record.saves == "graph":
-            point, output = watched(recording, index, run.update, function, state, None)
+            point, output = watched(recording, index, run.output, function, state, None)
             record.graphs.append(Graph.of(point, output))
             return output.detach()
         before, buffers = GeneratorState.now(state.device), watch.save()
@@ -198,7 +198,7 @@ def _run_forward(
         if record.saves == "output":
             # Before rounding, which widens it: under autocast it takes half the memory.
             record.outputs.append(output)
-        return run.precision.round(output)
+        return output
 
     # Detached, because inside a Function x still has requires_grad set, and hooks of modules act on that.
     with same_kernels():

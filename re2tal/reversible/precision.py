@@ -39,7 +39,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from re2tal.reversible.coupling import SUM, Coupling
+from re2tal.reversible.coupling import SUM, Coupling, add_rounded
 
 GRID_STEP = 2.0**-14
 KINKS_STEP = 2.0**-18
@@ -47,9 +47,9 @@ FIXED_STEP = 2.0**-16
 NARROW = (torch.bfloat16, torch.float16)
 
 Grid = float | Literal["auto"] | None
-"""The step of the grid, or None for no grid. "auto" is 2**-14 where branches compute in bfloat16, float16 or TF32,
-2**-18 where they compute in float32 and have kinks, and else none. Of int32 states it is 2**-16, and there is always
-one."""
+"""The step of the grid, or None for no grid. "auto" is 2**-14 where branches compute in bfloat16 or float16, or may use
+TF32, which in float32 on CUDA convolutions may by default; 2**-18 where they compute in full float32 and have kinks;
+and else none. Of int32 states it is 2**-16, and there is always one."""
 
 States = Literal["float32", "int32"]
 """What states are made of; float64 stays what it is as "float32"."""
@@ -125,6 +125,12 @@ class Precision:
         assert self.grid is not None
         return state.to(self.gradients).mul_(self.grid)
 
+    def add(self, state: Tensor, update: Tensor, *, sign: int = 1) -> Tensor:
+        """Adds F_i(x[i]), rounded, to `state` in place, or subtracts it; `update` is not rounded yet."""
+        if torch.is_grad_enabled() or self.grid is None or not self.states.is_floating_point:
+            return state.add_(self.increment(self.round(update)), alpha=sign)
+        return add_rounded(state, update, offset=self._offset(self.grid), sign=sign)
+
     def increment(self, update: Tensor) -> Tensor:
         """A rounded update in the form that is added to a state: for integer states, its number of steps."""
         return update if self.states.is_floating_point else self._count(update)
@@ -133,9 +139,12 @@ class Precision:
         """Rounds to the grid, in the states' dtype. Without a grid, and for integers, returns `values` itself."""
         if self.grid is None or not self.states.is_floating_point:
             return values
-        offset = 1.5 * self.grid / torch.finfo(self.states).eps
+        offset = self._offset(self.grid)
         state = values.to(self.states)
         return (state + offset if state is values else state.add_(offset)).sub_(offset)
+
+    def _offset(self, grid: float) -> float:
+        return 1.5 * grid / torch.finfo(self.states).eps
 
     def _count(self, values: Tensor) -> Tensor:
         assert self.grid is not None
@@ -143,10 +152,15 @@ class Precision:
 
 
 def _short_factors(device: torch.device) -> bool:
-    """Whether products in float32 round their factors: to TF32 on CUDA, or bfloat16 on a CPU, if somebody asked for it
-    (`torch.set_float32_matmul_precision`)."""
-    products = {"cuda": torch.backends.cuda.matmul, "cpu": torch.backends.mkldnn.matmul}.get(device.type)  # type: ignore[attr-defined]
-    return products is not None and products.fp32_precision in ("tf32", "bf16")
+    """Whether products in float32 round their factors: on CUDA to TF32, on a CPU to bfloat16.
+
+    On CUDA convolutions do so unless somebody forbids it (`torch.backends.cudnn.allow_tf32 = False`), matrix products
+    only if somebody asks for it (`torch.set_float32_matmul_precision`). A run does not know what its branches compute,
+    so either flag counts. These names of the flags can be read whatever has set them; the older ones raise once these
+    were used.
+    """
+    cuda, cpu = (torch.backends.cuda.matmul, torch.backends.cudnn.conv), (torch.backends.mkldnn.matmul,)  # type: ignore[attr-defined]
+    return any(flag.fp32_precision in ("tf32", "bf16") for flag in {"cuda": cuda, "cpu": cpu}.get(device.type, ()))
 
 
 def check_numbers(states: States, grid: Grid) -> None:

@@ -19,7 +19,7 @@ from re2tal.reversible.rng import GeneratorState
 BranchFunction = Callable[[Tensor], Tensor]
 
 Update = Callable[[int, BranchFunction, Tensor], Tensor]
-"""(i, F_i or a piece of it, x[i] or the same piece of it) -> what is added to x[i-1] to get x[i+1]."""
+"""(i, F_i or a piece of it, x[i] or the same piece of it) -> what is added, rounded, to x[i-1] to get x[i+1]."""
 
 
 def _draws_of_pieces(branch: BranchFunction, device: torch.device) -> Iterator[AbstractContextManager[None]]:
@@ -94,14 +94,18 @@ class Run:
         """x[i-1], x[i] -> x[i+1]; overwrites x[i-1] if `owned`."""
         branch = self.branches[index]
         pieces = self.pieces(index, current)
-        # Updates get no name here: a name would keep one alive while the next one is computed.
+        precision = self.precision
+        if not pieces and (torch.is_grad_enabled() or precision.grid is None):
+            increment = precision.increment(precision.round(update(index, branch, current)))
+            return self.coupling.advance(previous, current, increment, owned=owned)
         if not pieces:
-            increment = self.precision.increment
-            return self.coupling.advance(previous, current, increment(update(index, branch, current)), owned=owned)
+            whole = update(index, branch, current)
+            return precision.add(self.coupling.carried(previous, current, owned=owned), whole)
         following = self.coupling.carried(previous, current, owned=owned)
         for piece, draws in zip(pieces, _draws_of_pieces(branch, current.device), strict=False):
             with draws:
-                piece.add_to(following, self.precision.increment(update(index, piece.function, piece.take(current))))
+                # The update gets no name, which would keep it alive while the next one is computed.
+                piece.add_to(following, update(index, piece.function, piece.take(current)), precision.add)
         return following
 
     def pieces(self, index: int, state: Tensor) -> Sequence[Piece]:
@@ -113,12 +117,11 @@ class Run:
         may_save = self.saved_attention > 0 or index >= self.rebuilt or index in self.branches_saving_output()
         return decisive(pieces) if is_counted(state) and not may_save else pieces
 
-    def update(self, index: int, function: BranchFunction, state: Tensor) -> Tensor:
-        """F_i of x[i], or of a piece of it, rounded to the grid."""
-        return self.precision.round(self.output(index, function, state))
-
     def output(self, index: int, function: BranchFunction, state: Tensor) -> Tensor:
-        """The same before rounding. Raises ValueError if the branch changes shape or widens the dtype."""
+        """F_i of x[i], or of a piece of it, not rounded yet.
+
+        Raises ValueError if the branch changes shape or widens the dtype.
+        """
         output = function(self.precision.real(state).to(self.precision.branches))
         if not isinstance(output, Tensor) or output.shape != state.shape:
             given = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__

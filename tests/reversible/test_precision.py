@@ -8,6 +8,7 @@ import pytest
 import torch
 from reversible.networks import CHANNELS, assert_close, assert_same_bits, chain, coupled, gradients, states
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from re2tal.reversible import run_reversibly
 from re2tal.reversible.coupling import Coupling
@@ -267,6 +268,47 @@ def test_float32_whose_products_round_their_factors_has_the_grid_of_narrow_numbe
         assert Precision.of(states(dtype=torch.float64), "auto").grid is None
     finally:
         torch.set_float32_matmul_precision(usual)
+
+
+@pytest.fixture
+def default_flags():
+    """Puts back PyTorch's defaults: of the older interface first, because the two do not notice each other."""
+    yield
+    torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32 = True, False
+    torch.backends.cudnn.conv.fp32_precision = torch.backends.cudnn.rnn.fp32_precision = "tf32"
+    torch.backends.cuda.matmul.fp32_precision = "none"
+
+
+@pytest.mark.parametrize(
+    ("convolutions", "products", "grid"),
+    [
+        (None, None, GRID_STEP),  # PyTorch's defaults
+        ("ieee", None, None),
+        ("ieee", "ieee", None),
+        ("ieee", "tf32", GRID_STEP),
+        ("tf32", "ieee", GRID_STEP),
+        (False, None, None),
+        (False, True, GRID_STEP),
+        (True, False, GRID_STEP),
+    ],
+)
+def test_on_cuda_float32_is_narrow_where_convolutions_or_products_may_use_tf32(
+    convolutions, products, grid, default_flags
+) -> None:
+    """By PyTorch's newer flags, which are words, and the older ones, which are yes or no."""
+    for flag, older, value in (
+        (torch.backends.cudnn.conv, torch.backends.cudnn, convolutions),
+        (torch.backends.cuda.matmul, torch.backends.cuda.matmul, products),
+    ):
+        if isinstance(value, bool):
+            older.allow_tf32 = value
+        elif value is not None:
+            flag.fp32_precision = value
+    with FakeTensorMode():
+        on_cuda = {dtype: torch.ones(1, dtype=dtype, device="cuda") for dtype in (torch.float32, torch.float64)}
+    assert Precision.of(on_cuda[torch.float32], "auto").grid == grid
+    assert Precision.of(on_cuda[torch.float64], "auto").grid is None
+    assert Precision.of(torch.ones(1), "auto").grid is None
 
 
 @pytest.mark.parametrize(
