@@ -14,6 +14,8 @@ nothing here calls that.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import socket
@@ -27,6 +29,9 @@ import torch
 import torch.distributed as dist
 
 Value = TypeVar("Value")
+
+MOST_SHOWN = 5
+"""Differences between ranks that a message spells out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,6 +243,39 @@ def together(make: Callable[[], Value]) -> list[Value]:
         if text is not None:
             raise RuntimeError(f"rank {rank} failed, and all ranks end with it: {text}")
     return [value for (value,), _, _ in answers]
+
+
+def named_host() -> str:
+    """The name of this machine, for messages."""
+    return socket.gethostname()
+
+
+def refuse_differences(facts: Mapping[str, object]) -> None:
+    """Every rank calls this with JSON values by name. ValueError on all ranks if a value differs, or has no equal.
+
+    It names each key, with its values and one rank and host of each.
+    """
+    text = json.dumps(facts, sort_keys=True, default=str)
+    if len(set(gather_objects(hashlib.sha256(text.encode()).hexdigest()))) == 1:
+        return
+    answers = gather_objects((named_host(), json.loads(text)))
+    differences = []
+    for key in dict.fromkeys(key for _, of_rank in answers for key in of_rank):
+        holders: dict[str, list[str]] = {}
+        for rank, (host, of_rank) in enumerate(answers):
+            value = json.dumps(of_rank[key]) if key in of_rank else "missing"
+            holders.setdefault(value, []).append(f"rank {rank} (host {host})")
+        if len(holders) > 1:
+            shown = (
+                f"{value} on {ranks[0]}" + (f" and {len(ranks) - 1} more" if len(ranks) > 1 else "")
+                for value, ranks in holders.items()
+            )
+            differences.append(f"{key}: {', '.join(shown)}")
+    more = f"; and {len(differences) - MOST_SHOWN} more" if len(differences) > MOST_SHOWN else ""
+    raise ValueError(
+        f"the ranks of this run differ in {'; '.join(differences[:MOST_SHOWN])}{more}. Start all of them from the same "
+        "code with the same options, files and data"
+    )
 
 
 def made_by_main(make: Callable[[], Value]) -> Value:

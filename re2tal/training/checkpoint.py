@@ -23,6 +23,7 @@ import torch.distributed as dist
 
 from re2tal.distributed import gather_objects, is_main
 from re2tal.strict_json import read_json, sha256_of, write_atomically, write_json
+from re2tal.training.agreement import refuse_drifted_replicas
 from re2tal.training.ema import WeightAverage
 from re2tal.training.engine import Engine
 from re2tal.training.generators import generator_states, restore_generators
@@ -60,6 +61,7 @@ class CheckpointStore:
 
         Raises OSError on all ranks, old checkpoints kept, if one fails.
         """
+        refuse_drifted_replicas(engine, step=progress.step)
         name = f"step-{progress.step:08d}"
         partial = self.folder / f"tmp-{name}"
         failures: list[OSError] = []

@@ -212,6 +212,15 @@ def master_weights(engine: Engine) -> list[Tensor]:
     return [shard.data for shard in optimizer.fp32_groups_flat_partition]
 
 
+def replicated_weights(engine: Engine) -> dict[str, Tensor]:
+    """The parameters, by name, of which every rank holds a whole copy between two steps."""
+    return {
+        name: weight.data
+        for name, weight in engine.module.named_parameters()
+        if not hasattr(weight, "ds_id") or (weight.ds_persist and weight.numel() == weight.ds_numel)
+    }
+
+
 @torch.no_grad()
 def publish(engine: Engine) -> None:
     """Every rank calls this: makes the model compute with what `master_weights` holds now."""

@@ -22,6 +22,7 @@ from re2tal.distributed import any_rank
 from re2tal.options import option
 from re2tal.rewire import count_states, largest_drift, set_beta
 from re2tal.structures import Batch
+from re2tal.training.agreement import refuse_drifted_replicas
 from re2tal.training.checkpoint import CheckpointStore, Progress
 from re2tal.training.ema import WeightAverage
 from re2tal.training.engine import Engine
@@ -250,6 +251,7 @@ class Trainer:
     def _report(self, meter: Meter) -> None:
         if self.progress.step % self.config.log_every_steps and not self._last():
             return
+        refuse_drifted_replicas(self.engine, step=self.progress.step)
         losses, clips_per_second = meter.take(device=self.engine.device)
         self._compare_with_plan()
         self.log.write(
