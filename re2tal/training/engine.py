@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import pickle
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -297,9 +298,15 @@ class DurableCheckpointEngine(TorchCheckpointEngine):
         return failures
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """Reads one file; an object of any other class in it is an error."""
-        with torch.serialization.safe_globals([*self.SAFE_CLASSES]):
-            return torch.load(path, map_location=map_location, weights_only=True)
+        """Reads one file. ValueError if it holds an object of any other class, or is no such file at all."""
+        try:
+            with torch.serialization.safe_globals([*self.SAFE_CLASSES]):
+                return torch.load(path, map_location=map_location, weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(
+                f"{path} is not a checkpoint of this program, or was tampered with: it holds something other than "
+                f"tensors and plain values, and nothing of it was executed ({str(error).strip().splitlines()[0]})"
+            ) from None
 
 
 def flush(file: IO[Any]) -> None:

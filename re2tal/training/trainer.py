@@ -23,9 +23,10 @@ from re2tal.options import option
 from re2tal.rewire import count_states, largest_drift, set_beta
 from re2tal.structures import Batch
 from re2tal.training.agreement import refuse_drifted_replicas
-from re2tal.training.checkpoint import CheckpointStore, Progress
+from re2tal.training.checkpoint import CheckpointStore
 from re2tal.training.ema import WeightAverage
 from re2tal.training.engine import Engine
+from re2tal.training.manifest import Progress
 from re2tal.training.metrics import Meter, MetricsLog, peak_memory_gib
 from re2tal.training.schedule import num_optimizer_steps
 from re2tal.training.signals import stop_requests
