@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib.metadata import version
 from pathlib import Path
 
@@ -85,3 +85,10 @@ def refuse_drifted_replicas(engine: Engine, *, step: int) -> None:
         f"from {'those of the other ranks' if by_vote else 'each other'}: a fault of memory, device or code; nothing "
         "is saved. Check the machine, then resume from the last checkpoint"
     )
+
+
+def videos_by_rank(videos: Sequence[str]) -> str:
+    """Every rank calls this with the videos it blames, if any; which rank, on which host, blames which, in words."""
+    answers = enumerate(gather_objects((named_host(), list(videos))))
+    blamed = [f"rank {rank} (host {host}) has it from {names}" for rank, (host, names) in answers if names]
+    return "; ".join(blamed) or "on no rank alone, but in their sum"

@@ -20,11 +20,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from re2tal.distributed import gather_objects, is_main
+from re2tal.distributed import gather_objects, is_main, named_host
 from re2tal.strict_json import sha256_of, write_atomically
 from re2tal.training.agreement import refuse_drifted_replicas
 from re2tal.training.ema import WeightAverage
-from re2tal.training.engine import Engine
+from re2tal.training.engine import Engine, all_finite, find_non_finite
 from re2tal.training.generators import generator_states, restore_generators
 from re2tal.training.manifest import Manifest, Progress, read_manifest, write_manifest
 
@@ -43,9 +43,15 @@ class CheckpointStore:
     def save(self, engine: Engine, average: WeightAverage | None, progress: Progress) -> Path:
         """Every rank calls this between two optimizer steps.
 
-        Raises OSError on all ranks, old checkpoints kept, if one fails.
+        Raises OSError on all ranks, old checkpoints kept, if one fails, and FloatingPointError if there is anything in
+        the weights that no run should go on from.
         """
         refuse_drifted_replicas(engine, step=progress.step)
+        if poison := _non_finite_by_rank(engine, average):
+            raise FloatingPointError(
+                f"after step {progress.step} not all numbers are finite: {poison}; no checkpoint is written, earlier "
+                "ones are intact. Lower the learning rate or lengthen the warmup, then resume"
+            )
         name = f"step-{progress.step:08d}"
         partial = self.folder / f"tmp-{name}"
         failures: list[OSError] = []
@@ -77,18 +83,27 @@ class CheckpointStore:
 
         Raises ValueError when all are damaged, naming the files, or when it is of another run, naming what changed.
         """
-        # Rank 0 decides for all: a shared disk may show a folder to one rank before the others.
-        [(name, manifest, faults), *_] = gather_objects(self._newest_sound() if is_main() else (None, None, {}))
-        if name is None and faults:
-            raise ValueError(f"no checkpoint in {self.folder} is sound: {faults}; remove the folder to start afresh")
-        if name is None or manifest is None:
-            return None
-        self._refuse_another_run(self.folder / name, manifest.run)
-        loaded, _ = engine.load_checkpoint(str(self.folder), tag=name)
-        assert loaded is not None
-        state = engine.checkpoint_engine.load(str(self.folder / name / _rank_file()), map_location="cpu")
-        _restore_rank_state(engine, average, state)
-        return manifest.progress
+        unfit: dict[str, str] = {}
+        while True:
+            # Rank 0 decides for all: a shared disk may show a folder to one rank before the others.
+            [(name, manifest, faults), *_] = gather_objects(
+                self._newest_sound(unfit) if is_main() else (None, None, {})
+            )
+            if name is None and faults:
+                raise ValueError(
+                    f"no checkpoint in {self.folder} is sound: {faults}; remove the folder to start afresh"
+                )
+            if name is None or manifest is None:
+                return None
+            self._refuse_another_run(self.folder / name, manifest.run)
+            loaded, _ = engine.load_checkpoint(str(self.folder), tag=name)
+            assert loaded is not None
+            state = engine.checkpoint_engine.load(str(self.folder / name / _rank_file()), map_location="cpu")
+            _restore_rank_state(engine, average, state)
+            # Versions before this one saved whatever there was.
+            if not (poison := _non_finite_by_rank(engine, average)):
+                return manifest.progress
+            unfit[name] = f"not all numbers are finite: {poison}"
 
     # ---------------------------------------------------------------------------------------------------------- writing
 
@@ -136,10 +151,16 @@ class CheckpointStore:
             return []
         return sorted((path.name for path in self.folder.glob("step-*") if path.is_dir()), reverse=True)
 
-    def _newest_sound(self) -> tuple[str | None, Manifest | None, dict[str, str]]:
-        """Its name and manifest, if there is one, and what is wrong with each of the newer ones."""
+    def _newest_sound(self, unfit: Mapping[str, str]) -> tuple[str | None, Manifest | None, dict[str, str]]:
+        """Its name and manifest, if there is one, and what is wrong with each of the newer ones.
+
+        `unfit`: checkpoints that were loaded and found wrong, with the reasons.
+        """
         faults: dict[str, str] = {}
         for name in self._names():
+            if name in unfit:
+                faults[name] = unfit[name]
+                continue
             try:
                 manifest = read_manifest(self.folder / name)
             except ValueError as error:
@@ -169,6 +190,15 @@ def _alike(ours: Any, saved: Any) -> bool:
     # Checkpoints from before paths were written absolute have them as they were given.
     paths = isinstance(ours, str) and isinstance(saved, str) and Path(ours).is_absolute()
     return ours == saved or (paths and Path(ours) == Path(saved).absolute())
+
+
+def _non_finite_by_rank(engine: Engine, average: WeightAverage | None) -> str:
+    """Every rank calls this: on which ranks something is not finite, in words; empty if all is well."""
+    fault = find_non_finite(engine)
+    if fault is None and average is not None and not all_finite(average.shards):
+        fault = "the average of the weights"
+    answers = gather_objects((named_host(), fault))
+    return ", ".join(f"{what} on rank {rank} (host {host})" for rank, (host, what) in enumerate(answers) if what)
 
 
 def _rank_state(engine: Engine, average: WeightAverage | None) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -15,7 +16,9 @@ from training.tiny import same, tiny_trainer, weights
 
 from re2tal.distributed import World
 from re2tal.strict_json import sha256_of
+from re2tal.training import checkpoint
 from re2tal.training.checkpoint import CheckpointStore
+from re2tal.training.engine import master_weights
 from re2tal.training.manifest import Progress, read_manifest, write_manifest
 from re2tal.training.trainer import TrainingConfig
 
@@ -76,6 +79,19 @@ def test_a_checkpoint_from_before_the_seal_resumes_and_says_so_once(trained, tmp
     assert trained.resume()
     assert trained.progress.step == 8
     assert capsys.readouterr().err.count("its manifest carries no seal") == 1
+
+
+def test_a_checkpoint_of_weights_that_are_not_finite_is_passed_over(trained, tmp_path, monkeypatch, capsys):
+    """Versions before this one could write it."""
+    with torch.no_grad():
+        master_weights(trained.engine)[0][3] = torch.nan
+    monkeypatch.setattr(checkpoint, "find_non_finite", lambda engine: None)
+    trained.checkpoints.save(trained.engine, None, trained.progress)
+    monkeypatch.undo()
+    trained.average = None
+    assert trained.resume()
+    assert trained.progress.step == 6
+    assert re.search(r"passing over .*8: not all numbers are finite: the weights on rank 0", capsys.readouterr().err)
 
 
 def test_when_all_are_damaged_the_run_does_not_start_afresh_by_itself(trained, tmp_path):
