@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -20,7 +20,7 @@ from re2tal.config import RecognitionConfig, RunConfig, flatten, save_config, to
 from re2tal.data.building.clips import true_classes
 from re2tal.data.contract.shards import FeatureSet, ShardSet, open_any
 from re2tal.data.streaming.stream import ClipStream, stream_clips
-from re2tal.distributed import World, is_main, refuse_differences, resolve_world, together
+from re2tal.distributed import World, is_main, made_by_main, refuse_differences, resolve_world, together
 from re2tal.evaluation.accuracy import AccuracyReport
 from re2tal.evaluation.average_precision import MapReport
 from re2tal.inference import detector_input
@@ -31,6 +31,7 @@ from re2tal.rewire import wiring_of
 from re2tal.runs.deepspeed_presets import DEFAULT_PRESET, find_preset
 from re2tal.runs.demo_data import make_if_wanted
 from re2tal.runs.folder import CHECKPOINTS_NAME, CONFIG_NAME, MODEL_NAME, RESULTS_NAME, SUMMARY_NAME, claim
+from re2tal.runs.lock import locked
 from re2tal.runs.stored_features import check_kind, check_pair, describe, on_features
 from re2tal.runs.tasks import AnyRun, Outcome, build_model, judge
 from re2tal.strict_json import write_json
@@ -91,7 +92,8 @@ def train(
     world = resolve_world(os.environ)
     folder = Path("runs") / config.name if out is None else Path(out)
     device = join(world, config.engine)
-    try:
+    with ExitStack() as cleanup:
+        cleanup.callback(leave)
         _same_start(config, {"out": folder.absolute(), "resume": resume, "overwrite": overwrite})
         ds_file, settings = together(lambda: _engine_settings(ds, config, world))[world.rank]
         make_if_wanted(config, world)
@@ -100,7 +102,8 @@ def train(
             config = on_features(config, training)
         check_kind(config, training)
         _check_norms(config)
-        claim(folder, world, resume=resume, overwrite=overwrite)
+        made_by_main(lambda: cleanup.enter_context(locked(folder)))
+        claim(folder, resume=resume, overwrite=overwrite)
         clips = _stream(config, validation, world, training=False)
         evaluate = partial(judge, config=config, shards=validation, clips=clips)
         earlier = folder / PLAN_NAME if resume else None
@@ -118,8 +121,6 @@ def train(
                 return TrainedRun(folder, interrupted=True, summary={})
             features = describe(training) if isinstance(training, FeatureSet) else None
             return _finish(trainer, folder, evaluate, features=features, started=started)
-    finally:
-        leave()
 
 
 def _same_start(config: AnyRun, options: Mapping[str, object]) -> None:
