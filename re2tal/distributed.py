@@ -77,12 +77,35 @@ def resolve_world(environ: Mapping[str, str]) -> World:
     and its own; with neither this is a world of one process on a free port. Raises ValueError for a partial or
     impossible set.
     """
+    if "ACCELERATE_MIXED_PRECISION" in environ:
+        _check_accelerate(environ)
     if "RANK" in environ or "WORLD_SIZE" in environ:
         return _from_launcher(environ)
     # A batch script has SLURM_PROCID=0 and the job's SLURM_NTASKS too, but only what srun started belongs to a step.
     if "SLURM_PROCID" in environ and ("SLURM_STEP_ID" in environ or "SLURM_STEPID" in environ):
         return _from_srun(environ)
     return World(master_port=free_port())
+
+
+def _check_accelerate(environ: Mapping[str, str]) -> None:
+    """Refuses `accelerate launch` where it says nothing of the ranks, or has settings that nobody here reads."""
+    if "RANK" not in environ:
+        raise ValueError(
+            "`accelerate launch` started this process and told it no rank, as it does on a CPU whatever "
+            "--num_processes says; it would train alone. Use `deepspeed --num_accelerators N`, "
+            "`torchrun --nproc-per-node N` or, for one process, plain python"
+        )
+    given = {
+        name: environ[name]
+        for name in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
+        if environ.get(name, "no").lower() not in ("no", "false", "0", "")
+    }
+    if given:
+        raise ValueError(
+            f"`accelerate launch` set {given}, which would be ignored: the type of the weights is --engine.precision, "
+            "ZeRO is --ds. Start with --mixed_precision no and without --use_deepspeed or --use_fsdp, or use "
+            "`deepspeed` or `torchrun`"
+        )
 
 
 def _from_launcher(environ: Mapping[str, str]) -> World:

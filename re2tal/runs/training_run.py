@@ -32,6 +32,7 @@ from re2tal.runs.deepspeed_presets import DEFAULT_PRESET, find_preset
 from re2tal.runs.demo_data import make_if_wanted
 from re2tal.runs.folder import CHECKPOINTS_NAME, CONFIG_NAME, MODEL_NAME, RESULTS_NAME, SUMMARY_NAME, claim
 from re2tal.runs.lock import locked
+from re2tal.runs.orphans import end_with_the_launcher
 from re2tal.runs.stored_features import check_kind, check_pair, describe, on_features
 from re2tal.runs.tasks import AnyRun, Outcome, build_model, judge
 from re2tal.strict_json import write_json
@@ -87,6 +88,7 @@ def train(
         print(trained.summary["average_map"])
     """
     started = time.perf_counter()
+    end_with_the_launcher()
     if resume and overwrite:
         raise ValueError("resume continues the earlier run, overwrite removes it; choose one of them")
     world = resolve_world(os.environ)
