@@ -14,6 +14,8 @@ nothing here calls that.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import re
 import socket
@@ -27,6 +29,9 @@ import torch
 import torch.distributed as dist
 
 Value = TypeVar("Value")
+
+MOST_SHOWN = 5
+"""Differences between ranks that a message spells out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,12 +77,35 @@ def resolve_world(environ: Mapping[str, str]) -> World:
     and its own; with neither this is a world of one process on a free port. Raises ValueError for a partial or
     impossible set.
     """
+    if "ACCELERATE_MIXED_PRECISION" in environ:
+        _check_accelerate(environ)
     if "RANK" in environ or "WORLD_SIZE" in environ:
         return _from_launcher(environ)
     # A batch script has SLURM_PROCID=0 and the job's SLURM_NTASKS too, but only what srun started belongs to a step.
     if "SLURM_PROCID" in environ and ("SLURM_STEP_ID" in environ or "SLURM_STEPID" in environ):
         return _from_srun(environ)
     return World(master_port=free_port())
+
+
+def _check_accelerate(environ: Mapping[str, str]) -> None:
+    """Refuses `accelerate launch` where it says nothing of the ranks, or has settings that nobody here reads."""
+    if "RANK" not in environ:
+        raise ValueError(
+            "`accelerate launch` started this process and told it no rank, as it does on a CPU whatever "
+            "--num_processes says; it would train alone. Use `deepspeed --num_accelerators N`, "
+            "`torchrun --nproc-per-node N` or, for one process, plain python"
+        )
+    given = {
+        name: environ[name]
+        for name in ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP")
+        if environ.get(name, "no").lower() not in ("no", "false", "0", "")
+    }
+    if given:
+        raise ValueError(
+            f"`accelerate launch` set {given}, which would be ignored: the type of the weights is --engine.precision, "
+            "ZeRO is --ds. Start with --mixed_precision no and without --use_deepspeed or --use_fsdp, or use "
+            "`deepspeed` or `torchrun`"
+        )
 
 
 def _from_launcher(environ: Mapping[str, str]) -> World:
@@ -223,6 +251,39 @@ def together(make: Callable[[], Value]) -> list[Value]:
         if text is not None:
             raise RuntimeError(f"rank {rank} failed, and all ranks end with it: {text}")
     return [value for (value,), _, _ in answers]
+
+
+def named_host() -> str:
+    """The name of this machine, for messages."""
+    return socket.gethostname()
+
+
+def refuse_differences(facts: Mapping[str, object]) -> None:
+    """Every rank calls this with JSON values by name. ValueError on all ranks if a value differs, or has no equal.
+
+    It names each key, with its values and one rank and host of each.
+    """
+    text = json.dumps(facts, sort_keys=True, default=str)
+    if len(set(gather_objects(hashlib.sha256(text.encode()).hexdigest()))) == 1:
+        return
+    answers = gather_objects((named_host(), json.loads(text)))
+    differences = []
+    for key in dict.fromkeys(key for _, of_rank in answers for key in of_rank):
+        holders: dict[str, list[str]] = {}
+        for rank, (host, of_rank) in enumerate(answers):
+            value = json.dumps(of_rank[key]) if key in of_rank else "missing"
+            holders.setdefault(value, []).append(f"rank {rank} (host {host})")
+        if len(holders) > 1:
+            shown = (
+                f"{value} on {ranks[0]}" + (f" and {len(ranks) - 1} more" if len(ranks) > 1 else "")
+                for value, ranks in holders.items()
+            )
+            differences.append(f"{key}: {', '.join(shown)}")
+    more = f"; and {len(differences) - MOST_SHOWN} more" if len(differences) > MOST_SHOWN else ""
+    raise ValueError(
+        f"the ranks of this run differ in {'; '.join(differences[:MOST_SHOWN])}{more}. Start all of them from the same "
+        "code with the same options, files and data"
+    )
 
 
 def made_by_main(make: Callable[[], Value]) -> Value:

@@ -62,6 +62,16 @@ def test_each_launcher_gives_its_world(environ, world):
     assert resolve_world(environ) == world
 
 
+def test_accelerate_is_taken_where_it_names_ranks_and_nothing_else():
+    plain = {"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_CPU": "False", "MASTER_ADDR": "127.0.0.1"}
+    assert resolve_world({**plain, **TORCHRUN}) == EIGHT
+    with pytest.raises(ValueError, match="told it no rank"):
+        resolve_world(plain)
+    for name, value in (("MIXED_PRECISION", "fp16"), ("USE_DEEPSPEED", "true"), ("USE_FSDP", "true")):
+        with pytest.raises(ValueError, match=f"ACCELERATE_{name}.*would be ignored"):
+            resolve_world({**plain, **TORCHRUN, f"ACCELERATE_{name}": value})
+
+
 @pytest.mark.parametrize(
     "environ",
     [

@@ -2,12 +2,13 @@
 
 runs/NAME/config.json        the whole configuration; `--config` starts from it again
           plan.json          how its stages run within a memory budget; a resumed run goes on with it
-          metrics.jsonl      and tensorboard/: the course of the run
+          metrics.jsonl      and tensorboard/: the course of the run; metrics.damaged: lines no longer readable
           checkpoints/       to --resume from
           model.safetensors  float32 weights (the moving average, if there is one) and class names
           results.json       detections on the validation subset, or the probabilities of its classes
           summary.json       mAP or accuracy, and times
           report/            the page that `re2tal report` draws
+          lock               which process writes here, while it does
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from re2tal.distributed import World, main_process_first
+from re2tal.distributed import made_by_main
 from re2tal.planning.shared import PLAN_NAME
 
 CONFIG_NAME = "config.json"
 METRICS_NAME = "metrics.jsonl"
+DAMAGED_METRICS_NAME = "metrics.damaged"
 MODEL_NAME = "model.safetensors"
 RESULTS_NAME = "results.json"
 SUMMARY_NAME = "summary.json"
@@ -28,14 +30,15 @@ TENSORBOARD_NAME = "tensorboard"
 REPORT_NAME = "report"
 
 
-def claim(folder: Path, world: World, *, resume: bool, overwrite: bool) -> None:
+def claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
     """Every rank calls this: makes the folder this run's own. ValueError where that would lose an earlier one."""
     checkpoints = folder / CHECKPOINTS_NAME
-    with main_process_first():
-        if world.is_main and overwrite:
+
+    def make() -> None:
+        if overwrite:
             for left in (CHECKPOINTS_NAME, TENSORBOARD_NAME, REPORT_NAME):
                 shutil.rmtree(folder / left, ignore_errors=True)
-            for left in (PLAN_NAME, METRICS_NAME, SUMMARY_NAME, RESULTS_NAME, MODEL_NAME):
+            for left in (PLAN_NAME, METRICS_NAME, DAMAGED_METRICS_NAME, SUMMARY_NAME, RESULTS_NAME, MODEL_NAME):
                 (folder / left).unlink(missing_ok=True)
         if not resume and checkpoints.is_dir() and any(checkpoints.iterdir()):
             raise ValueError(
@@ -43,3 +46,5 @@ def claim(folder: Path, world: World, *, resume: bool, overwrite: bool) -> None:
                 "choose another folder"
             )
         folder.mkdir(parents=True, exist_ok=True)
+
+    made_by_main(make)

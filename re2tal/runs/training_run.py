@@ -6,9 +6,10 @@ import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from functools import partial
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from re2tal.config import RecognitionConfig, RunConfig, flatten, save_config, to
 from re2tal.data.building.clips import true_classes
 from re2tal.data.contract.shards import FeatureSet, ShardSet, open_any
 from re2tal.data.streaming.stream import ClipStream, stream_clips
-from re2tal.distributed import World, is_main, resolve_world
+from re2tal.distributed import World, is_main, made_by_main, refuse_differences, resolve_world, together
 from re2tal.evaluation.accuracy import AccuracyReport
 from re2tal.evaluation.average_precision import MapReport
 from re2tal.inference import detector_input
@@ -30,10 +31,13 @@ from re2tal.rewire import wiring_of
 from re2tal.runs.deepspeed_presets import DEFAULT_PRESET, find_preset
 from re2tal.runs.demo_data import make_if_wanted
 from re2tal.runs.folder import CHECKPOINTS_NAME, CONFIG_NAME, MODEL_NAME, RESULTS_NAME, SUMMARY_NAME, claim
+from re2tal.runs.lock import locked
+from re2tal.runs.orphans import end_with_the_launcher
 from re2tal.runs.stored_features import check_kind, check_pair, describe, on_features
 from re2tal.runs.tasks import AnyRun, Outcome, build_model, judge
 from re2tal.strict_json import write_json
 from re2tal.structures import Batch, FeatureBatch
+from re2tal.training.agreement import versions, weight_checksums
 from re2tal.training.annealing import beta_course
 from re2tal.training.checkpoint import CheckpointStore
 from re2tal.training.engine import Engine, build_engine, gather_weights, join, leave, zero_stage
@@ -84,21 +88,24 @@ def train(
         print(trained.summary["average_map"])
     """
     started = time.perf_counter()
+    end_with_the_launcher()
     if resume and overwrite:
         raise ValueError("resume continues the earlier run, overwrite removes it; choose one of them")
     world = resolve_world(os.environ)
-    ds_file = find_preset(ds)
-    settings = resolve_deepspeed_config(ds_file, config.engine, world_size=world.world_size)
     folder = Path("runs") / config.name if out is None else Path(out)
     device = join(world, config.engine)
-    try:
+    with ExitStack() as cleanup:
+        cleanup.callback(leave)
+        _same_start(config, {"out": folder.absolute(), "resume": resume, "overwrite": overwrite})
+        ds_file, settings = together(lambda: _engine_settings(ds, config, world))[world.rank]
         make_if_wanted(config, world)
         training, validation = _open_both(config)
         if isinstance(config, RunConfig) and isinstance(training, FeatureSet):
             config = on_features(config, training)
         check_kind(config, training)
         _check_norms(config)
-        claim(folder, world, resume=resume, overwrite=overwrite)
+        made_by_main(lambda: cleanup.enter_context(locked(folder)))
+        claim(folder, resume=resume, overwrite=overwrite)
         clips = _stream(config, validation, world, training=False)
         evaluate = partial(judge, config=config, shards=validation, clips=clips)
         earlier = folder / PLAN_NAME if resume else None
@@ -116,8 +123,17 @@ def train(
                 return TrainedRun(folder, interrupted=True, summary={})
             features = describe(training) if isinstance(training, FeatureSet) else None
             return _finish(trainer, folder, evaluate, features=features, started=started)
-    finally:
-        leave()
+
+
+def _same_start(config: AnyRun, options: Mapping[str, object]) -> None:
+    """Every rank calls this, first of all: what differs here may send ranks to different collectives, to wait there."""
+    refuse_differences({"task": type(config).__name__, **dict(flatten(to_json(config))), **options, **versions()})
+
+
+def _engine_settings(ds: Path | str, config: AnyRun, world: World) -> tuple[Path, dict[str, Any]]:
+    """The DeepSpeed file, and what it means for this run."""
+    ds_file = find_preset(ds)
+    return ds_file, resolve_deepspeed_config(ds_file, config.engine, world_size=world.world_size)
 
 
 def _check_norms(config: AnyRun) -> None:
@@ -166,8 +182,16 @@ def _build(
     model = build_model(config, shards.classes).to(device)
     if plan is not None:
         plan.apply(model)
-    seed_generators(seed, rank=world.rank)  # but different paths dropped
     clips = _stream(config, shards, world, training=True)
+    refuse_differences(
+        {
+            **{f"DeepSpeed's {name}": value for name, value in flatten(settings)},
+            "training shards": shards.manifest_sha256,
+            "order of the first epoch": sha256(repr(clips.order(0)).encode()).hexdigest(),
+            **weight_checksums(model),  # now: DeepSpeed will overwrite them with those of rank 0
+        }
+    )
+    seed_generators(seed, rank=world.rank)  # but different paths dropped
     accumulation = config.engine.gradient_accumulation
     steps_per_epoch = clips.steps_per_epoch / accumulation
     num_steps = num_optimizer_steps(config.training.epochs, clips.steps_per_epoch, accumulation=accumulation)

@@ -1,6 +1,6 @@
 """Checkpoints that a crash at any moment cannot spoil.
 
-    tmp-step-00000042/  files of all ranks, flushed -> manifest.json, sizes and SHA-256, flushed
+    tmp-step-00000042/  files of all ranks, flushed -> manifest.json, sizes and SHA-256, sealed, flushed
                         -> renamed to step-00000042/ -> `latest` replaced -> old ones removed
 
 A folder called step-* is therefore complete, unless its disk lied: then its manifest does not verify and the one before
@@ -14,34 +14,19 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from re2tal.distributed import gather_objects, is_main
-from re2tal.strict_json import read_json, sha256_of, write_atomically, write_json
+from re2tal.distributed import gather_objects, is_main, named_host
+from re2tal.strict_json import sha256_of, write_atomically
+from re2tal.training.agreement import refuse_drifted_replicas
 from re2tal.training.ema import WeightAverage
-from re2tal.training.engine import Engine
+from re2tal.training.engine import Engine, all_finite, find_non_finite
 from re2tal.training.generators import generator_states, restore_generators
-
-FORMAT = 1
-
-
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """Progress of a run. A count is enough for the data: every epoch's order is a pure function of its number."""
-
-    step: int = 0
-    """Optimizer steps done."""
-    micro_batches: int = 0
-    """Batches each rank has drawn from its stream."""
-    skipped: int = 0
-    """Batches and steps that were not applied because something was not finite."""
-    seconds: float = 0.0
-    """Time spent training, over all restarts."""
+from re2tal.training.manifest import Manifest, Progress, read_manifest, write_manifest
 
 
 class CheckpointStore:
@@ -58,8 +43,15 @@ class CheckpointStore:
     def save(self, engine: Engine, average: WeightAverage | None, progress: Progress) -> Path:
         """Every rank calls this between two optimizer steps.
 
-        Raises OSError on all ranks, old checkpoints kept, if one fails.
+        Raises OSError on all ranks, old checkpoints kept, if one fails, and FloatingPointError if there is anything in
+        the weights that no run should go on from.
         """
+        refuse_drifted_replicas(engine, step=progress.step)
+        if poison := _non_finite_by_rank(engine, average):
+            raise FloatingPointError(
+                f"after step {progress.step} not all numbers are finite: {poison}; no checkpoint is written, earlier "
+                "ones are intact. Lower the learning rate or lengthen the warmup, then resume"
+            )
         name = f"step-{progress.step:08d}"
         partial = self.folder / f"tmp-{name}"
         failures: list[OSError] = []
@@ -79,7 +71,8 @@ class CheckpointStore:
         sums = self._digests(partial)
         if is_main():
             try:
-                self._commit(partial, self.folder / name, {"progress": asdict(progress), "files": sums})
+                write_manifest(partial, run=self.identity, progress=progress, files=sums)
+                self._commit(partial, self.folder / name)
             except OSError as error:
                 failures.append(error)
         self._raise_together(failures, partial)
@@ -90,19 +83,27 @@ class CheckpointStore:
 
         Raises ValueError when all are damaged, naming the files, or when it is of another run, naming what changed.
         """
-        # Rank 0 decides for all: a shared disk may show a folder to one rank before the others.
-        [(name, faults), *_] = gather_objects(self._newest_sound() if is_main() else (None, {}))
-        if name is None and faults:
-            raise ValueError(f"no checkpoint in {self.folder} is sound: {faults}; remove the folder to start afresh")
-        if name is None:
-            return None
-        manifest = read_json(self.folder / name / "manifest.json")
-        self._refuse_another_run(self.folder / name, manifest["run"])
-        loaded, _ = engine.load_checkpoint(str(self.folder), tag=name)
-        assert loaded is not None
-        state = engine.checkpoint_engine.load(str(self.folder / name / _rank_file()), map_location="cpu")
-        _restore_rank_state(engine, average, state)
-        return Progress(**manifest["progress"])
+        unfit: dict[str, str] = {}
+        while True:
+            # Rank 0 decides for all: a shared disk may show a folder to one rank before the others.
+            [(name, manifest, faults), *_] = gather_objects(
+                self._newest_sound(unfit) if is_main() else (None, None, {})
+            )
+            if name is None and faults:
+                raise ValueError(
+                    f"no checkpoint in {self.folder} is sound: {faults}; remove the folder to start afresh"
+                )
+            if name is None or manifest is None:
+                return None
+            self._refuse_another_run(self.folder / name, manifest.run)
+            loaded, _ = engine.load_checkpoint(str(self.folder), tag=name)
+            assert loaded is not None
+            state = engine.checkpoint_engine.load(str(self.folder / name / _rank_file()), map_location="cpu")
+            _restore_rank_state(engine, average, state)
+            # Versions before this one saved whatever there was.
+            if not (poison := _non_finite_by_rank(engine, average)):
+                return manifest.progress
+            unfit[name] = f"not all numbers are finite: {poison}"
 
     # ---------------------------------------------------------------------------------------------------------- writing
 
@@ -113,9 +114,7 @@ class CheckpointStore:
         mine = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in files[rank::ranks]}
         return {name: digest for part in gather_objects(mine) for name, digest in sorted(part.items())}
 
-    def _commit(self, partial: Path, final: Path, content: dict[str, Any]) -> None:
-        manifest = {"format": FORMAT, "run": self.identity, "torch": torch.__version__, **content}
-        write_json(partial / "manifest.json", manifest)
+    def _commit(self, partial: Path, final: Path) -> None:
         _flush_folder(partial)  # names are on the disk only when their folder is
         if final.exists():
             # A damaged checkpoint of this very step, passed over when the run resumed.
@@ -152,17 +151,27 @@ class CheckpointStore:
             return []
         return sorted((path.name for path in self.folder.glob("step-*") if path.is_dir()), reverse=True)
 
-    def _newest_sound(self) -> tuple[str | None, dict[str, str]]:
-        """Its name, if there is one, and what is wrong with each of the newer ones."""
+    def _newest_sound(self, unfit: Mapping[str, str]) -> tuple[str | None, Manifest | None, dict[str, str]]:
+        """Its name and manifest, if there is one, and what is wrong with each of the newer ones.
+
+        `unfit`: checkpoints that were loaded and found wrong, with the reasons.
+        """
         faults: dict[str, str] = {}
         for name in self._names():
-            fault = find_fault(self.folder / name)
-            if fault is None:
-                for bad, reason in faults.items():
-                    print(f"passing over checkpoint {bad}: {reason}", file=sys.stderr)
-                return name, faults
-            faults[name] = fault
-        return None, faults
+            if name in unfit:
+                faults[name] = unfit[name]
+                continue
+            try:
+                manifest = read_manifest(self.folder / name)
+            except ValueError as error:
+                faults[name] = str(error)
+                continue
+            for bad, reason in faults.items():
+                print(f"passing over checkpoint {bad}: {reason}", file=sys.stderr)
+            if not manifest.sealed:
+                print(f"checkpoint {name} is of an earlier version: its manifest carries no seal", file=sys.stderr)
+            return name, manifest, faults
+        return None, None, faults
 
     def _refuse_another_run(self, checkpoint: Path, saved: dict[str, Any]) -> None:
         changes = [
@@ -183,25 +192,13 @@ def _alike(ours: Any, saved: Any) -> bool:
     return ours == saved or (paths and Path(ours) == Path(saved).absolute())
 
 
-def find_fault(checkpoint: Path) -> str | None:
-    """The first difference between the files of a checkpoint and its manifest, in words; None if there is none."""
-    try:
-        manifest = read_json(checkpoint / "manifest.json")
-        files = manifest["files"]
-        if manifest["format"] != FORMAT:
-            return f"manifest.json has format {manifest['format']}, this program reads {FORMAT}"
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return f"manifest.json is unreadable ({type(error).__name__}: {error})"
-    for name, expected in files.items():
-        path = checkpoint / name
-        # A manifest from elsewhere must not name files outside its folder.
-        if Path(name).name != name or not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != expected["bytes"]:
-            return f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}"
-        if sha256_of(path) != expected["sha256"]:
-            return f"{name} has changed since it was written (SHA-256 differs)"
-    return None
+def _non_finite_by_rank(engine: Engine, average: WeightAverage | None) -> str:
+    """Every rank calls this: on which ranks something is not finite, in words; empty if all is well."""
+    fault = find_non_finite(engine)
+    if fault is None and average is not None and not all_finite(average.shards):
+        fault = "the average of the weights"
+    answers = gather_objects((named_host(), fault))
+    return ", ".join(f"{what} on rank {rank} (host {host})" for rank, (host, what) in enumerate(answers) if what)
 
 
 def _rank_state(engine: Engine, average: WeightAverage | None) -> dict[str, Any]:

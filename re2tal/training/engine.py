@@ -8,9 +8,10 @@ from __future__ import annotations
 import logging
 import math
 import os
+import pickle
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -21,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from re2tal.distributed import World
+from re2tal.distributed import World, any_rank
 from re2tal.options import option
 
 if not torch.accelerator.is_available():
@@ -185,7 +186,79 @@ def build_engine(
     engine.checkpoint_engine = DurableCheckpointEngine()
     # It would put executable scripts beside every checkpoint, whose loading runs whatever a tampered file says.
     engine._copy_recovery_script = lambda folder: None
+    if zero_stage(engine) == 0:
+        _skip_non_finite_steps(engine)
     return engine
+
+
+def _skip_non_finite_steps(engine: Engine) -> None:
+    """Without ZeRO, DeepSpeed applies whatever the gradients are; with it, it skips a step as is done here."""
+    optimizer, apply = engine.optimizer, engine.optimizer.step
+    optimizer.overflow = False  # what DeepSpeed looks at after a step
+
+    def step() -> None:
+        gradients = [weight.grad for group in optimizer.param_groups for weight in group["params"]]
+        here = not all_finite(gradient for gradient in gradients if gradient is not None)
+        optimizer.overflow = any_rank(here, device=engine.device)
+        if not optimizer.overflow:
+            apply()
+
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]  # as the schedule left it, or torch warns
+    optimizer.step = step
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no number in them is NaN or infinite; waits for the device once."""
+    largest = [_largest(tensor) for tensor in tensors if tensor.numel()]
+    return not largest or bool(torch.stack(largest).isfinite().all())
+
+
+def _largest(tensor: Tensor) -> Tensor:
+    """Of the absolute values; NaN where there is one, and no copy of the tensor."""
+    return torch.linalg.vector_norm(tensor.detach(), math.inf).float()
+
+
+class GradientWatch:
+    """Which batches of a step gave this rank a gradient that is not finite: seen before the ranks' are summed."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._seen: list[tuple[tuple[str, ...], list[Tensor]]] = []
+        for weight in engine.module.parameters():
+            if weight.requires_grad:
+                weight.register_hook(self._look)
+
+    def new_step(self) -> None:
+        """Forgets the batches of the step before."""
+        self._seen = []
+
+    def new_batch(self, video_ids: Sequence[str]) -> None:
+        """The gradients from here on are of these videos."""
+        self._seen.append((tuple(video_ids), []))
+
+    def _look(self, gradient: Tensor) -> None:
+        if self._seen and gradient.numel():
+            _, largest = self._seen[-1]
+            here = _largest(gradient)
+            largest[:] = [torch.maximum(largest[0], here) if largest else here]
+
+    def culprits(self) -> list[str]:
+        """The videos of the batches that were not finite on this rank."""
+        return [video for videos, largest in self._seen if not all_finite(largest) for video in videos]
+
+
+def find_non_finite(engine: Engine) -> str | None:
+    """What of this rank's weights and optimizer state, or of its norms' statistics, is not finite; None if nothing."""
+    optimizer = getattr(engine, "basic_optimizer", engine.optimizer)
+    states = (value for state in optimizer.state.values() for value in state.values())
+    parts: dict[str, Iterable[Tensor]] = {
+        "the weights": master_weights(engine),
+        "the weights in forward": replicated_weights(engine).values(),
+        "the optimizer's state": (state for state in states if torch.is_tensor(state) and state.is_floating_point()),
+        "the running statistics of norms": (
+            buffer for name, buffer in engine.module.named_buffers() if name.endswith(("running_mean", "running_var"))
+        ),
+    }
+    return next((name for name, tensors in parts.items() if not all_finite(tensors)), None)
 
 
 # ---------------------------------------------------------------------------------------------------------- the weights
@@ -210,6 +283,15 @@ def master_weights(engine: Engine) -> list[Tensor]:
     if hasattr(optimizer, "single_partition_of_fp32_groups"):
         return [shard.data for shard in optimizer.single_partition_of_fp32_groups]
     return [shard.data for shard in optimizer.fp32_groups_flat_partition]
+
+
+def replicated_weights(engine: Engine) -> dict[str, Tensor]:
+    """The parameters, by name, of which every rank holds a whole copy between two steps."""
+    return {
+        name: weight.data
+        for name, weight in engine.module.named_parameters()
+        if not hasattr(weight, "ds_id") or (weight.ds_persist and weight.numel() == weight.ds_numel)
+    }
 
 
 @torch.no_grad()
@@ -288,9 +370,15 @@ class DurableCheckpointEngine(TorchCheckpointEngine):
         return failures
 
     def load(self, path: str, map_location: Any = None) -> Any:
-        """Reads one file; an object of any other class in it is an error."""
-        with torch.serialization.safe_globals([*self.SAFE_CLASSES]):
-            return torch.load(path, map_location=map_location, weights_only=True)
+        """Reads one file. ValueError if it holds an object of any other class, or is no such file at all."""
+        try:
+            with torch.serialization.safe_globals([*self.SAFE_CLASSES]):
+                return torch.load(path, map_location=map_location, weights_only=True)
+        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+            raise ValueError(
+                f"{path} is not a checkpoint of this program, or was tampered with: it holds something other than "
+                f"tensors and plain values, and nothing of it was executed ({str(error).strip().splitlines()[0]})"
+            ) from None
 
 
 def flush(file: IO[Any]) -> None:

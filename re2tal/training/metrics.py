@@ -79,13 +79,22 @@ class MetricsLog:
         path = self.folder / "metrics.jsonl"
         if not path.exists():
             return
-        kept = []
-        for line in path.read_text("utf-8").splitlines(keepends=True):
-            # A run that was killed may have left half a line at the end.
-            if line.endswith("\n") and json.loads(line)["step"] <= step:
-                kept.append(line)
+        kept, damaged = [], []
+        for line in path.read_bytes().splitlines(keepends=True):
+            try:
+                row = json.loads(line)
+                if int(row["step"]) <= step and line.endswith(b"\n"):
+                    kept.append(line)
+            except (ValueError, TypeError, KeyError, OverflowError, RecursionError):
+                damaged.append(line)
+        if damaged:
+            # A run that was killed leaves half a line at the end. Others are a disk's doing, and someone may want them.
+            aside = path.with_suffix(".damaged")
+            with aside.open("ab") as file:
+                file.writelines(line.rstrip(b"\n") + b"\n" for line in damaged)
+            self.say(f"{path} had {len(damaged)} lines that cannot be read; they are in {aside.name} now")
         replacement = path.with_suffix(".tmp")
-        replacement.write_text("".join(kept), encoding="utf-8")
+        replacement.write_bytes(b"".join(kept))
         os.replace(replacement, path)
 
 

@@ -10,13 +10,18 @@ from types import FrameType
 
 @contextmanager
 def stop_requests() -> Iterator[list[int]]:
-    """Inside, SIGTERM and SIGUSR1 append their number to the list, which the loop reads between two steps."""
+    """Inside, SIGTERM, SIGUSR1 and SIGINT append their number to the list, which the loop reads between two steps.
+
+    A second SIGINT, Ctrl-C of someone who will not wait, is a KeyboardInterrupt.
+    """
     requests: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and number in requests:
+            raise KeyboardInterrupt
         requests.append(number)
 
-    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
     try:
         yield requests
     finally:

@@ -22,9 +22,11 @@ from re2tal.distributed import any_rank
 from re2tal.options import option
 from re2tal.rewire import count_states, largest_drift, set_beta
 from re2tal.structures import Batch
-from re2tal.training.checkpoint import CheckpointStore, Progress
+from re2tal.training.agreement import refuse_drifted_replicas, videos_by_rank
+from re2tal.training.checkpoint import CheckpointStore
 from re2tal.training.ema import WeightAverage
-from re2tal.training.engine import Engine
+from re2tal.training.engine import Engine, GradientWatch
+from re2tal.training.manifest import Progress
 from re2tal.training.metrics import Meter, MetricsLog, peak_memory_gib
 from re2tal.training.schedule import num_optimizer_steps
 from re2tal.training.signals import stop_requests
@@ -113,6 +115,7 @@ class Trainer:
         self.average = None if decay is None else WeightAverage(engine, decay=decay)
         self.progress = Progress()
         self.non_finite_in_a_row = self.overflows_in_a_row = 0
+        self.watch = GradientWatch(engine)
 
     def resume(self) -> bool:
         """Every rank calls this: continues from the newest sound checkpoint; False where there is none."""
@@ -164,6 +167,7 @@ class Trainer:
     def _step(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
         """One optimizer step; the mean of its losses, by name."""
         parts = []
+        self.watch.new_step()
         for _ in range(self.accumulation):
             losses = self._finite_losses(batches)
             self.engine.backward(losses["total"])
@@ -181,7 +185,8 @@ class Trainer:
             in_a_row, limit = self.overflows_in_a_row, self.config.max_non_finite + LOSS_SCALE_SEARCH
             self._skip(f"the gradients of step {self.progress.step} overflow", in_a_row=in_a_row, limit=limit)
         else:
-            self._skip_non_finite(f"the gradients of step {self.progress.step} are not finite")
+            who = videos_by_rank(self.watch.culprits())
+            self._skip_non_finite(f"the gradients of step {self.progress.step} are not finite: {who}")
         return {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
 
     def _finite_losses(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
@@ -194,13 +199,14 @@ class Trainer:
             batch = next(batches)
             losses = self._losses(batch)
             self.progress = replace(self.progress, micro_batches=self.progress.micro_batches + 1)
-            if not any_rank(not bool(torch.isfinite(losses["total"])), device=self.engine.device):
+            finite = bool(torch.isfinite(losses["total"]))
+            if not any_rank(not finite, device=self.engine.device):
                 return losses
-            self._skip_non_finite(
-                f"the loss is not finite on some rank; here it is {losses['total'].item()} for {batch.video_ids}"
-            )
+            who = videos_by_rank([] if finite else batch.video_ids)
+            self._skip_non_finite(f"the loss is not finite: {who}")
 
     def _losses(self, batch: Batch) -> dict[str, Tensor]:
+        self.watch.new_batch(batch.video_ids)
         batch = batch.to(self.engine.device)
         outputs = self.engine(self.prepare(batch, self.progress.micro_batches), batch.mask)
 
@@ -250,6 +256,7 @@ class Trainer:
     def _report(self, meter: Meter) -> None:
         if self.progress.step % self.config.log_every_steps and not self._last():
             return
+        refuse_drifted_replicas(self.engine, step=self.progress.step)
         losses, clips_per_second = meter.take(device=self.engine.device)
         self._compare_with_plan()
         self.log.write(

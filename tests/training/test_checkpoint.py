@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +16,10 @@ from training.tiny import same, tiny_trainer, weights
 
 from re2tal.distributed import World
 from re2tal.strict_json import sha256_of
-from re2tal.training.checkpoint import CheckpointStore, find_fault
+from re2tal.training import checkpoint
+from re2tal.training.checkpoint import CheckpointStore
+from re2tal.training.engine import master_weights
+from re2tal.training.manifest import Progress, read_manifest, write_manifest
 from re2tal.training.trainer import TrainingConfig
 
 TRAINING = TrainingConfig(epochs=2, checkpoint_every_steps=3, keep_checkpoints=3, log_every_steps=1)
@@ -59,12 +62,36 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_loaded(trained, tmp
                 victim.write_bytes(content[: len(content) // 2])
             case "gone":
                 victim.unlink()
-        assert victim.name in str(find_fault(newest))
+        with pytest.raises(ValueError, match=victim.name):
+            read_manifest(newest)
         assert trained.resume()
         assert trained.progress.step == 6
         assert f"passing over checkpoint step-00000008: {victim.name}" in capsys.readouterr().err
         victim.write_bytes(content)
-    assert find_fault(newest) is None
+    assert read_manifest(newest).progress.step == 8
+
+
+def test_a_checkpoint_from_before_the_seal_resumes_and_says_so_once(trained, tmp_path, capsys):
+    manifest = tmp_path / "checkpoints" / "step-00000008" / "manifest.json"
+    document = json.loads(manifest.read_text())
+    del document["seal"]
+    manifest.write_text(json.dumps({**document, "format": 1}) + "\n")
+    assert trained.resume()
+    assert trained.progress.step == 8
+    assert capsys.readouterr().err.count("its manifest carries no seal") == 1
+
+
+def test_a_checkpoint_of_weights_that_are_not_finite_is_passed_over(trained, tmp_path, monkeypatch, capsys):
+    """Versions before this one could write it."""
+    with torch.no_grad():
+        master_weights(trained.engine)[0][3] = torch.nan
+    monkeypatch.setattr(checkpoint, "find_non_finite", lambda engine: None)
+    trained.checkpoints.save(trained.engine, None, trained.progress)
+    monkeypatch.undo()
+    trained.average = None
+    assert trained.resume()
+    assert trained.progress.step == 6
+    assert re.search(r"passing over .*8: not all numbers are finite: the weights on rank 0", capsys.readouterr().err)
 
 
 def test_when_all_are_damaged_the_run_does_not_start_afresh_by_itself(trained, tmp_path):
@@ -95,16 +122,14 @@ def test_nothing_in_a_checkpoint_is_executed(trained, tmp_path):
     for name in manifest["files"]:
         content = (newest / name).read_bytes()
         torch.save({"module": {}, "optimizer_state_dict": Hostile()}, newest / name)
-        entry = dict(manifest["files"][name])
-        manifest["files"][name] = {
-            "bytes": (newest / name).stat().st_size,
-            "sha256": sha256_of(newest / name),
+        files = {
+            **manifest["files"],
+            name: {"bytes": (newest / name).stat().st_size, "sha256": sha256_of(newest / name)},
         }
-        (newest / "manifest.json").write_text(json.dumps(manifest))
-        with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+        write_manifest(newest, run=manifest["run"], progress=Progress(**manifest["progress"]), files=files)
+        with pytest.raises(ValueError, match=r"holds something other than .* nothing of it was executed"):
             trained.resume()
         (newest / name).write_bytes(content)
-        manifest["files"][name] = entry
     assert not canary.exists()
 
 

@@ -33,9 +33,26 @@ def test_a_resumed_run_forgets_what_came_after_its_checkpoint_and_half_a_line(
     assert steps(tmp_path) == [1, 2, 3]
     last = json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
     assert last == {"step": 3, "kind": "train", "loss": 1 / 3, "loss/boundary": 0.5}
+    assert (tmp_path / "metrics.damaged").read_text() == '{"step": 5, "kind": "tr\n'
     printed = capsys.readouterr().err.splitlines()
     assert printed[-1] == "step 3/9  loss 0.3333"  # parts of the loss are for the files
     assert not list(tmp_path.glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b"\x00\xff\xfe", b"[1, 2]", b"7", b'{"step": "x"}', b'{"step": Infinity}', b"{}", b"", b"[" * 100_000, b"null"],
+    ids=["bytes", "list", "number", "words", "infinite", "no step", "empty", "deep", "null"],
+)
+def test_damaged_lines_are_kept_aside_and_counted_and_stop_nothing(damage, tmp_path, capsys) -> None:
+    write(tmp_path, resumed_at=0, until=3)
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(lines[0] + damage + b"\n" + lines[1] + lines[2])
+    write(tmp_path, resumed_at=3, until=4)
+    assert steps(tmp_path) == [1, 2, 3, 4]
+    assert (tmp_path / "metrics.damaged").read_bytes() == damage + b"\n"
+    assert "had 1 lines that cannot be read; they are in metrics.damaged" in capsys.readouterr().err
 
 
 def test_a_rank_that_does_not_write_leaves_no_file_and_no_line(

@@ -181,6 +181,10 @@ class ClipStream:
                 raise ValueError(self._too_many(failed, epoch))
             yield batch
 
+    def order(self, epoch: int) -> list[Unit]:
+        """The clips of an epoch, of all ranks together, in their order."""
+        return self._batches._epoch_order(epoch)
+
     def _start(self) -> Iterator[tuple[Batch, list[Failure]]]:
         if not self._batches.config.workers:
             return iter(self._loader)

@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from multiprocessing.resource_tracker import ensure_running
 from pathlib import Path
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""Sent by schedulers to all processes of a job that must end. The trainer still needs its workers then, to reach the
-step after which all ranks save."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+"""What schedulers, and Ctrl-C, send to every process of a job that has to end. The trainer needs its workers a little
+longer then, to reach the step after which all ranks save."""
 
 
 def heed_only_the_parent(worker: int) -> None:
-    """Called first in a worker: from then on SIGTERM and SIGUSR1 end it only if its parent sent them."""
+    """What a worker process does first: from then on these signals end it only where its parent sent them."""
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
 
