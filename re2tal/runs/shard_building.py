@@ -11,7 +11,8 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from re2tal.data.building.annotations import Annotations, plain_id, read_annotations, read_video_ids
+from re2tal.data.building.annotation_formats.found import plain_id
+from re2tal.data.building.annotations import Annotations, read_annotations, read_video_ids
 from re2tal.data.building.build import BuildConfig, build_shards, find_videos
 from re2tal.data.building.catalog import DatasetSpec, find_dataset
 from re2tal.data.building.clips import ClipList, read_clips

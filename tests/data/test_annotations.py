@@ -176,7 +176,7 @@ def test_a_subset_without_videos_is_an_error_that_lists_those_there_are(tmp_path
         ('{"database": {"v": {"duration": 1e999, "subset": "a", "annotations": []}}}', "duration is inf"),
         ('{"database": {"v": {}, "v": {}}}', "'v' appears twice"),
         ('{"database": ' + "[" * 100_000, "nested too deeply"),
-        ("[]", r'no "database" object .* "label": ...}\]}}}$'),
+        ("[]", r'no "database" object .* "label": ...}\]}}}; if another tool wrote it, convert it'),
         ('{"database": {}}', 'no "database" object'),
         ('{"database": {"v": {"duration": 3, "subset": "a", "annotations": []}}}', "no video has an annotation"),
     ],

@@ -19,8 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from re2tal.data.building.annotation_formats.formats import hint
+from re2tal.data.building.annotation_formats.found import plain_id
 from re2tal.data.building.labels import check_class_list, fold_notes, folded, is_label, one_spelling, twin_problems
-from re2tal.data.building.probe import VIDEO_SUFFIXES
 from re2tal.data.contract.manifest import VIDEO_ID
 from re2tal.strict_json import read_json
 from re2tal.structures import AMBIGUOUS, Action, VideoRecord, find_subset
@@ -133,21 +134,18 @@ def read_annotations(
     )
 
 
-def plain_id(name: str) -> str:
-    """An id as files and entries share it: without the suffix of a video file."""
-    stem, dot, suffix = name.rpartition(".")
-    return stem if dot and f".{suffix.lower()}" in VIDEO_SUFFIXES else name
-
-
 def _database(path: Path) -> dict[str, Any]:
     """Key -> entry, from a file with or without the outer object."""
-    content = read_json(path)
+    try:
+        content = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; {hint(path)}") from None
     database = content.get("database") if isinstance(content, dict) and "database" in content else content
     if isinstance(database, dict) and database and (database is not content or _is_bare(database)):
         return database
     raise ValueError(
         f'{path} has no "database" object with a video in it; wanted {{"database": {{id: {{"subset": ..., '
-        '"duration": seconds, "annotations": [{"segment": [start, end], "label": ...}]}}}'
+        f'"duration": seconds, "annotations": [{{"segment": [start, end], "label": ...}}]}}}}}}; {hint(path)}'
     )
 
 
