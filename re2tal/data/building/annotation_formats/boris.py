@@ -57,7 +57,7 @@ def read_boris_table(source: Source, found: Found) -> None:
 def read_boris_project(source: Source, found: Found) -> None:
     """Add the events of all observations that have one media file."""
     project = dictionary(source.json)
-    behaviors = {one.get("code"): one for one in map(dictionary, dictionary(project["behaviors_conf"]).values())}
+    behaviors = {str(one.get("code")): one for one in map(dictionary, dictionary(project["behaviors_conf"]).values())}
     for name, one in dictionary(project["observations"]).items():
         observation, where = dictionary(one), f"{source.path.name} observation {name!r}"
         files = [file for player in dictionary(observation.get("file")).values() for file in items(player)]
@@ -70,7 +70,7 @@ def read_boris_project(source: Source, found: Found) -> None:
 
 
 def _of_project(
-    where: str, video: str, observation: Mapping[str, Any], behaviors: Mapping[Any, Mapping[str, Any]], found: Found
+    where: str, video: str, observation: Mapping[str, Any], behaviors: Mapping[str, Mapping[str, Any]], found: Found
 ) -> Iterator[_Event]:
     for number, event in enumerate(items(observation.get("events"))):
         here = f"{where} event {number}"
@@ -78,7 +78,7 @@ def _of_project(
             found.leave_out(here, "it is no [time, subject, behavior, modifiers, ...]")
             continue
         time, subject, code, modifiers = event[:4]
-        behavior = dictionary(behaviors.get(code))
+        behavior = dictionary(behaviors.get(str(code)))
         kind = "POINT" if "point" in str(behavior.get("type")).lower() else "STATE"
         label = str(behavior.get("category", "")) if found.wanted.label == "category" else str(code)
         yield _Event(here, video, (video, str(subject), str(code), str(modifiers)), kind, as_number(time), label)

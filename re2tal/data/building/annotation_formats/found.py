@@ -70,7 +70,7 @@ class Source:
                 _WithoutDoctype().doctype("", None, None)
             parser.feed(content)
             root = parser.close()
-        except ElementTree.ParseError as error:
+        except (ElementTree.ParseError, LookupError) as error:
             raise ValueError(f"{self.path} is not usable XML: {error}") from None
         except ValueError as error:
             raise ValueError(f"{self.path}: {error}") from None
@@ -84,7 +84,10 @@ class Source:
             return []
         lines = self.text.splitlines()
         delimiter = max("\t;,", key=lambda one: sum(line.count(one) >= 2 for line in lines[:100]))
-        return [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=delimiter)]
+        try:
+            return [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=delimiter)]
+        except csv.Error as error:
+            raise ValueError(f"{self.path} is not usable as a table: {error}") from None
 
     def table(self, *wanted: str) -> tuple[int, list[str]] | None:
         """(index of its row, cells in small letters) of the first header with all these columns; None without one."""
