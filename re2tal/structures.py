@@ -10,6 +10,7 @@ tensors in tuples only.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
@@ -20,6 +21,23 @@ Steps = TypeVar("Steps", float, Tensor)
 
 AMBIGUOUS = "Ambiguous"
 """THUMOS-14's label for a segment that may or may not show an action: neither trained on nor scored."""
+
+SUBSETS = {
+    **dict.fromkeys(("train", "training"), "training"),
+    **dict.fromkeys(("val", "valid", "validate", "validation"), "validation"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+"""What subsets are called in the field -> here."""
+
+
+def find_subset(wanted: str, names: Iterable[str]) -> str | None:
+    """The one of `names` that is `wanted`, in any case, or else means the same ("val", "validation")."""
+    by_name = {name.lower(): name for name in names}
+    name = wanted.lower()
+    if name in by_name:
+        return by_name[name]
+    alike = [by_name[one] for one in by_name if SUBSETS.get(one, one) == SUBSETS.get(name, name)]
+    return alike[0] if len(alike) == 1 else None
 
 
 @dataclass(frozen=True, slots=True)

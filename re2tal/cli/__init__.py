@@ -17,6 +17,10 @@ if TYPE_CHECKING:
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("re2tal.cli.demo:demo", "write a small data set of real videos to try everything on"),
+    "annotations": (
+        "re2tal.cli.annotations:annotation_files",
+        "convert files of annotation tools and data sets",
+    ),
     "shards": ("re2tal.cli.shards:shards", "pack videos and annotations into training data"),
     "features": ("re2tal.cli.features:features", "store what a backbone sees in each video, to train on instead"),
     "train": ("re2tal.cli.train:train", "train and evaluate a detector, or a recognizer to fine-tune a backbone"),
@@ -113,7 +117,7 @@ def _load(place: str) -> Callable:
 
 
 def _usage() -> str:
-    lines = [f"  {name:<10} {about}" for name, (_, about) in COMMANDS.items()]
+    lines = [f"  {name:<12} {about}" for name, (_, about) in COMMANDS.items()]
     return "\n".join(
         [
             "usage: re2tal COMMAND [options]      (re2tal COMMAND --help tells them)",

@@ -16,29 +16,33 @@ from pathlib import Path
 from typing import Any
 
 from re2tal.strict_json import brief, read_json
-from re2tal.structures import AMBIGUOUS, Action, VideoRecord
+from re2tal.structures import AMBIGUOUS, Action, VideoRecord, find_subset
 
 ANY_CLASS = "action"
 """The one label of class-agnostic scores, as class-agnostic detectors write it."""
 
 
 def read_ground_truth(path: Path | str, *, subset: str) -> list[VideoRecord]:
-    """The videos of `subset` (in any case), with all their segments, in the file's order.
+    """The videos of `subset`, with all their segments, in the file's order.
 
-    Where a video has no duration, that of its last action's end stands in. Raises FileNotFoundError, and ValueError
-    naming file, key and value for anything that is not an ActivityNet layout, and for a subset without videos.
+    A subset is found in any case and by its other name ("val", "validation"). Where a video has no duration, that of
+    its last action's end stands in. Raises FileNotFoundError, and ValueError naming file, key and value for anything
+    that is not an ActivityNet layout, and for a subset without videos.
     """
     document = read_json(path)
     database = document.get("database") if isinstance(document, dict) else None
     if not isinstance(database, dict):
         raise ValueError(f'{path} needs an object "database" that maps video ids to annotations, at the top')
-    records, subsets = [], set()
     for video_id, entry in database.items():
-        where = f"{path}: database[{video_id!r}]"
         if not isinstance(entry, dict) or not isinstance(entry.get("subset"), str):
+            where = f"{path}: database[{video_id!r}]"
             raise ValueError(f'{where} is {brief(entry)}; it needs "subset", a name, and "annotations", a list')
-        subsets.add(entry["subset"])
-        if entry["subset"].lower() == subset.lower():
+    subsets = {entry["subset"] for entry in database.values()}
+    found = find_subset(subset, sorted(subsets))
+    records = []
+    for video_id, entry in database.items():
+        if found is not None and entry["subset"].lower() == found.lower():
+            where = f"{path}: database[{video_id!r}]"
             actions = tuple(_actions(where, entry.get("annotations")))
             end = max((action.end_seconds for action in actions), default=0.0)
             duration = _seconds(entry["duration"], f"{where}.duration") if "duration" in entry else end

@@ -26,7 +26,7 @@ from re2tal.data.building.build import BuildConfig, build_shards
 from re2tal.data.building.isolated import Isolated
 from re2tal.data.building.probe import VIDEO_SUFFIXES, probe_video
 from re2tal.data.contract.manifest import Encoding, FramesPerSecond, FramesPerVideo, Rejection
-from re2tal.data.contract.shards import FeatureSet, ShardSet, open_any, open_shards
+from re2tal.data.contract.shards import FeatureSet, ShardSet, open_any, open_shards, subset_folder
 from re2tal.data.streaming.stream import ClipConfig, stream_clips
 from re2tal.data.streaming.windows import ResizeWhole, Slide, Trimmed
 from re2tal.detector import TemporalActionDetector
@@ -168,7 +168,7 @@ def open_source(
         raise ValueError(f"videos {videos} and shards {shards} were both given; give one of them")
     if videos is not None:
         return None
-    opened = open_any(shards or config.data.shards / config.data.validation_subset)
+    opened = open_any(shards or subset_folder(config.data.shards, config.data.validation_subset))
     check_kind(config, opened)
     return opened
 

@@ -61,6 +61,8 @@ class Pack:
     """How features are stored."""
     invalid_segments: Literal["refuse", "drop"] = "refuse"
     """What to do with segments that are reversed, empty, negative, or longer than the video."""
+    fix_labels: bool = False
+    """Read labels that differ by case, space or Unicode form as one class, and say so; otherwise they are an error."""
     videos_per_shard: int | None = None
     """By default so that there are 32 shards or more, of 4 to 256 videos."""
     seed: int = 0
@@ -72,17 +74,27 @@ class Pack:
 def pack(options: Pack) -> int:
     """Pack the subsets; gives the exit status."""
     spec = find_dataset(options.dataset)
-    annotations = read_annotations(options.annotations, classes=spec.classes, invalid_segments=options.invalid_segments)
+    annotations = read_annotations(
+        options.annotations,
+        classes=spec.classes,
+        invalid_segments=options.invalid_segments,
+        fix_labels=options.fix_labels,
+    )
+    for note in annotations.notes:
+        print(f"{options.annotations}: {note}")
     timing = _timing(options)
     status = 0
     for subset in options.subsets or subsets_to_build(annotations):
         records = [record for record in annotations.subset(subset) if record.video_id not in spec.blocked]
+        if not records:
+            raise ValueError(f"every video of subset {subset!r} is blocked; nothing is left to pack")
+        subset = records[0].subset  # "val" where the file says "validation", or the other way round
         names = spec.file_names
         files = find_features(options.features, [record.video_id for record in records], file_names=names)
         build = FeatureBuild(
-            folder=options.out / subset.lower(),
+            folder=options.out / subset,
             dataset=options.dataset,
-            subset=subset.lower(),
+            subset=subset,
             classes=annotations.classes,
             spec=FeatureSpec(
                 channels=count_channels(files, layout=options.layout),

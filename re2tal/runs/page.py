@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from re2tal.config import RunConfig, load_config
-from re2tal.data.contract.shards import open_any
+from re2tal.data.contract.shards import open_any, subset_folder
 from re2tal.evaluation.average_precision import MapReport, mean_average_precision
 from re2tal.evaluation.ground_truth import as_one_class, read_ground_truth
 from re2tal.evaluation.results import Results, read_results
@@ -67,7 +67,7 @@ def _truths(config: RunConfig, annotations: Path | None) -> Sequence[VideoRecord
     subset = config.data.validation_subset
     if annotations is not None:
         return read_ground_truth(annotations, subset=subset)
-    return [video.record for video in open_any(config.data.shards / subset).videos]
+    return [video.record for video in open_any(subset_folder(config.data.shards, subset)).videos]
 
 
 def _timelines(results: Results, records: Sequence[VideoRecord]) -> dict[str, Picture]:

@@ -11,10 +11,12 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from re2tal.data.building.annotations import Annotations, read_annotations, read_class_list, read_video_ids
+from re2tal.data.building.annotation_formats.found import plain_id
+from re2tal.data.building.annotations import Annotations, read_annotations, read_video_ids
 from re2tal.data.building.build import BuildConfig, build_shards, find_videos
 from re2tal.data.building.catalog import DatasetSpec, find_dataset
 from re2tal.data.building.clips import ClipList, read_clips
+from re2tal.data.building.labels import read_class_list
 from re2tal.data.building.probe import MAX_DAMAGED, probe_video
 from re2tal.data.building.shard_folder import BuiltSubset, Listed
 from re2tal.data.contract.feature_manifest import (
@@ -68,6 +70,8 @@ class Build:
     """Ids to leave out, beside those that the catalog names: a JSON list, or a text file with one per line."""
     invalid_segments: Literal["refuse", "drop"] = "refuse"
     """What to do with segments that are reversed, empty, negative, or longer than the video."""
+    fix_labels: bool = False
+    """Read labels that differ by case, space or Unicode form as one class, and say so; otherwise they are an error."""
     videos_per_shard: int | None = None
     """By default so that there are 32 shards or more, of 4 to 64 videos."""
     seed: int = 0
@@ -164,7 +168,7 @@ def _config(options: Build, spec: DatasetSpec) -> BuildConfig:
         dataset=options.dataset,
         encoding=_encoding(options, spec.encoding),
         file_names=spec.file_names,
-        blocked=spec.blocked | (read_video_ids(options.blocked) if options.blocked else frozenset()),
+        blocked=spec.blocked | {plain_id(one) for one in (read_video_ids(options.blocked) if options.blocked else ())},
         max_damaged=options.max_damaged,
         videos_per_shard=options.videos_per_shard,
         seed=options.seed,
@@ -206,7 +210,8 @@ def _listed(options: Build, spec: DatasetSpec) -> tuple[Annotations | ClipList, 
         raise ValueError("give either --annotations FILE with --videos FOLDER, or --clips FOLDER_OR_FILES")
     if options.clips:
         classes = read_class_list(options.classes) if options.classes else spec.classes
-        clips = read_clips(options.clips, videos=options.videos, classes=classes)
+        clips = read_clips(options.clips, videos=options.videos, classes=classes, fix_labels=options.fix_labels)
+        print_some(clips.notes, more="labels")
         print_some([f"left out {line}" for line in clips.left_out], more="files")
         return clips, clips.paths
     assert options.annotations is not None
@@ -225,15 +230,14 @@ def _annotations(path: Path, videos: Path, options: Build, spec: DatasetSpec) ->
         return float(probe_video(found[video_id]).duration_seconds)
 
     annotations = read_annotations(
-        path, classes=spec.classes, invalid_segments=options.invalid_segments, duration_of=measured
+        path,
+        classes=spec.classes,
+        invalid_segments=options.invalid_segments,
+        duration_of=measured,
+        fix_labels=options.fix_labels,
     )
-    for count, what in (
-        (annotations.num_ambiguous, 'segments labelled "Ambiguous" skipped'),
-        (annotations.num_clipped, "segments that end a little after their video cut to its end"),
-        (annotations.num_dropped, "invalid segments dropped"),
-    ):
-        if count:
-            print(f"{path}: {count} {what}")
+    for note in annotations.notes:
+        print(f"{path}: {note}")
     return annotations
 
 

@@ -18,7 +18,7 @@ import torch
 
 from re2tal.config import RecognitionConfig, RunConfig, flatten, save_config, to_json
 from re2tal.data.building.clips import true_classes
-from re2tal.data.contract.shards import FeatureSet, ShardSet, open_any
+from re2tal.data.contract.shards import FeatureSet, ShardSet, open_any, subset_folder
 from re2tal.data.streaming.stream import ClipStream, stream_clips
 from re2tal.distributed import World, is_main, made_by_main, refuse_differences, resolve_world, together
 from re2tal.evaluation.accuracy import AccuracyReport
@@ -147,8 +147,8 @@ def _check_norms(config: AnyRun) -> None:
 def _open_both(config: AnyRun) -> tuple[ShardSet, ShardSet] | tuple[FeatureSet, FeatureSet]:
     """The training and the validation subset: both of videos, or, for a detector, both of the same features."""
     data = config.data
-    training = open_any(data.shards / data.training_subset)
-    validation = open_any(data.shards / data.validation_subset)
+    training = open_any(subset_folder(data.shards, data.training_subset))
+    validation = open_any(subset_folder(data.shards, data.validation_subset))
     if training.classes != validation.classes:
         raise ValueError(
             f"{training.root} has classes {list(training.classes)}, {validation.root} {list(validation.classes)}; "

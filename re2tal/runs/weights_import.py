@@ -11,7 +11,7 @@ from typing import Any
 from re2tal.backbones import BackboneConfig, trained_wiring
 from re2tal.config import RecognitionConfig, RunConfig, save_config
 from re2tal.conversion import ImportReport, import_backbone, import_detector
-from re2tal.data.building.annotations import read_class_list
+from re2tal.data.building.labels import read_class_list
 from re2tal.localizers.class_map import AGNOSTIC_CLASS
 from re2tal.rewire import wiring_of
 from re2tal.runs.folder import CONFIG_NAME, MODEL_NAME

@@ -8,7 +8,7 @@ from data.files import write_video
 
 from re2tal.cli import main
 from re2tal.data.contract.manifest import FramesPerSecond, FramesPerVideo, to_json
-from re2tal.data.contract.shards import open_shards
+from re2tal.data.contract.shards import open_shards, subset_folder
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "shards.slurm"
 
@@ -204,3 +204,26 @@ def test_an_array_with_gaps_or_no_array_is_refused(tmp_path):
     )
     assert done.returncode != 0
     assert "start it with sbatch" in done.stderr
+
+
+def test_labels_that_look_alike_end_the_build_before_it_begins_and_can_be_folded(capsys, given, tmp_path):
+    document = json.loads(Path(given[3]).read_text())
+    document["database"]["b"]["annotations"][0]["label"] = "Run "
+    changed = tmp_path / "annotations.json"
+    changed.write_text(json.dumps(document))
+    options = ["build", *given[:3], changed, "--out", tmp_path / "out", "--max-rejected", "0.5", "--workers", "1"]
+    status, _, err = run(capsys, *options)
+    assert status == 2
+    assert "labels 'run' (3 times) and 'Run ' (1 times) differ only by case" in err
+    assert not (tmp_path / "out").exists()
+    status, out, _ = run(capsys, *options, "--fix-labels", "--subsets", "val")
+    assert status == 0
+    assert "label 'Run ' read as 'run'" in out
+    assert open_shards(tmp_path / "out" / "validation").classes == ("run",)
+
+
+def test_a_subset_folder_is_found_by_its_other_name_or_what_is_there_is_listed(built, tmp_path):
+    assert subset_folder(built, "train") == built / "training"
+    assert subset_folder(built, "val") == built / "validation"
+    with pytest.raises(ValueError, match=r"no subset 'test'; it has \['training', 'validation'\]"):
+        subset_folder(built, "test")

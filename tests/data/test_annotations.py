@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from re2tal.data.building.annotations import read_annotations
+from re2tal.data.building.annotations import read_annotations, read_frame_rates
 from re2tal.structures import Action, VideoRecord
 
 
@@ -163,8 +163,8 @@ def test_labels_must_be_among_given_classes_whose_order_is_kept(tmp_path):
 
 def test_a_subset_without_videos_is_an_error_that_lists_those_there_are(tmp_path):
     found = read(tmp_path, {"v": entry((0, 1))})
-    with pytest.raises(ValueError, match=r"no video belongs to subset 'val'; the annotation file has \['training'\]"):
-        found.subset("val")
+    with pytest.raises(ValueError, match=r"no video belongs to subset 'x'; the annotation file has \['training'\]"):
+        found.subset("x")
 
 
 @pytest.mark.parametrize(
@@ -176,7 +176,7 @@ def test_a_subset_without_videos_is_an_error_that_lists_those_there_are(tmp_path
         ('{"database": {"v": {"duration": 1e999, "subset": "a", "annotations": []}}}', "duration is inf"),
         ('{"database": {"v": {}, "v": {}}}', "'v' appears twice"),
         ('{"database": ' + "[" * 100_000, "nested too deeply"),
-        ("[]", r'no "database" object .* "label": ...}\]}}}$'),
+        ("[]", r'no "database" object .* "label": ...}\]}}}; if another tool wrote it, convert it'),
         ('{"database": {}}', 'no "database" object'),
         ('{"database": {"v": {"duration": 3, "subset": "a", "annotations": []}}}', "no video has an annotation"),
     ],
@@ -189,3 +189,78 @@ def test_a_file_that_is_not_an_annotation_file_is_refused(tmp_path, text, messag
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nowhere\.json is not a file"):
         read_annotations(tmp_path / "nowhere.json")
+
+
+def test_an_entry_without_annotations_is_a_video_of_which_no_action_is_known(tmp_path):
+    """OpenTAD's EPIC-Kitchens and Ego4D files write test videos so."""
+    found = read(tmp_path, {"v": entry((0, 1)), "t": {"subset": "test", "duration": 100.0, "frame": 300}})
+    assert found.subset("test") == (VideoRecord("t", "test", 100.0, ()),)
+    assert found.notes == ("1 entries have no annotations: videos of which no action is known",)
+
+
+def test_a_duration_of_zero_is_no_duration(tmp_path):
+    database = {"v": entry((0, 1), duration=0)}
+    assert read(tmp_path, database, duration_of={"v": 12.5}.__getitem__).subset("training")[0].duration_seconds == 12.5
+    database["v"] |= {"frame": 250, "fps": 25}
+    assert read(tmp_path, database).subset("training")[0].duration_seconds == 10.0
+
+
+def test_the_outer_object_may_be_missing(tmp_path):
+    found = read(tmp_path, json.dumps({"v": entry((0, 1)), "w": entry((1, 2), subset="validation")}))
+    assert sorted(found.subsets) == ["training", "validation"]
+
+
+def test_ids_lose_the_suffix_of_their_file_and_may_not_meet(tmp_path):
+    found = read(tmp_path, {"a.mp4": entry((0, 1)), "b.MKV": entry((0, 1)), "c": entry((0, 1))})
+    assert [record.video_id for record in found.subset("training")] == ["a", "b", "c"]
+    refuses(tmp_path, r"id is 'a\.mp4': 'a' is the same video", {"a": entry((0, 1)), "a.mp4": entry((0, 1))})
+
+
+def test_frame_rates_are_those_of_the_ids_that_are_read(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps({"a.mp4": {"subset": "x", "fps": 25}, "b": {"subset": "x", "frame": 60, "duration": 2}}))
+    assert read_frame_rates(path) == {"a": 25.0, "b": 30.0}
+
+
+NFC, NFD = "caf\u00e9", "cafe\u0301"
+
+
+def test_labels_that_look_alike_are_named_before_anything_is_built(tmp_path):
+    database = {
+        "v": entry((0, 1), (1, 2), label="Diving"),
+        "w": entry((0, 1), label="Diving "),
+        "x": entry((0, 1), label="diving"),
+        "y": entry((0, 1), label=NFC),
+        "z": entry((0, 1), label=NFD),
+    }
+    refuses(
+        tmp_path,
+        r"(?s)labels 'Diving' \(2 times\), 'Diving ' \(1 times\) and 'diving' \(1 times\) differ only by case, space "
+        r"or Unicode form: correct them, or use --fix-labels\n.*'caf\\xe9' \(1 times\) and 'cafe\\u0301' \(1 times\)",
+        database,
+    )
+    found = read(tmp_path, database, fix_labels=True)
+    assert found.classes == ("Diving", NFC)
+    assert found.notes == (
+        "label 'Diving ' read as 'Diving'",
+        "label 'diving' read as 'Diving'",
+        r"label 'cafe\u0301' read as 'café'",
+    )
+
+
+def test_a_label_in_another_spelling_than_its_class_takes_that_of_the_class(tmp_path):
+    database = {"v": entry((0, 1), (1, 2), label="high jump")}
+    refuses(tmp_path, "spelled 'HighJump'; correct it, or use --fix-labels", database, classes=["HighJump"])
+    assert read(tmp_path, database, classes=["HighJump"], fix_labels=True).classes == ("HighJump",)
+
+
+def test_segments_that_are_there_twice_are_named_and_kept(tmp_path):
+    found = read(tmp_path, {"v": entry((0, 1), (0, 1.0), (1, 2))})
+    assert len(found.subset("training")[0].actions) == 3
+    assert found.notes == ("1 segments are there twice, and are kept: v 0 to 1 s 'run'",)
+
+
+def test_a_subset_is_found_by_its_other_name(tmp_path):
+    found = read(tmp_path, {"v": entry((0, 1), subset="train"), "w": entry((0, 1), subset="Val")})
+    assert [record.video_id for record in found.subset("training")] == ["v"]
+    assert [record.video_id for record in found.subset("validation")] == ["w"]

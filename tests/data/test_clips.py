@@ -211,3 +211,13 @@ def test_odd_items_in_a_folder_are_left_out_and_named(tmp_path):
             f"{tmp_path}/stray.mp4: it lies 1 levels down; wanted {tmp_path}/SUBSET/CLASS/stray.mp4",
         ]
     )
+
+
+def test_classes_that_look_alike_are_named_or_read_as_one(tmp_path):
+    touch(tmp_path / "train" / "Diving" / "a.mp4", tmp_path / "train" / "Diving" / "b.mp4")
+    touch(tmp_path / "val" / "diving" / "c.mp4")
+    with pytest.raises(ValueError, match=r"'Diving' \(2 times\) and 'diving' \(1 times\) .* use --fix-labels"):
+        read_clips([tmp_path])
+    clips = read_clips([tmp_path], fix_labels=True)
+    assert clips.classes == ("Diving",)
+    assert clips.notes == ("label 'diving' read as 'Diving'",)

@@ -2,23 +2,29 @@
 
     {"database": {id: {"subset": str, "duration": seconds, "annotations": [{"segment": [start, end], "label": str}]}}}
 
-Variants that are recognised entry by entry: no `duration` but `frame` and `fps` (or a caller who measures the video),
+Variants that are recognised entry by entry: no `duration`, or 0, but `frame` and `fps` (or a caller who measures the
+video), no `annotations` (a video of which nothing is known: test sets of OpenTAD), ids with the suffix of the file,
 times written as strings, subset names in capitals, the label "Ambiguous" (skipped and counted: evaluation does not
-know it). All other keys are left alone. Sources: ActivityNet 1.3; the THUMOS14 files of OpenTAD, ActionFormer, VSGN.
+know it). The outer object may be missing. All other keys are left alone. Sources: ActivityNet 1.3; the THUMOS14 files
+of OpenTAD, ActionFormer, VSGN; OpenTAD's EPIC-Kitchens and Ego4D.
 """
 
 from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeGuard
+from typing import Any, Literal
 
+from re2tal.data.building.annotation_formats.formats import hint
+from re2tal.data.building.annotation_formats.found import plain_id
+from re2tal.data.building.labels import check_class_list, fold_notes, folded, is_label, one_spelling, twin_problems
 from re2tal.data.contract.manifest import VIDEO_ID
 from re2tal.strict_json import read_json
-from re2tal.structures import AMBIGUOUS, Action, VideoRecord
+from re2tal.structures import AMBIGUOUS, Action, VideoRecord, find_subset
 
 MAX_SHOWN = 20
 SUBSET_NAME = re.compile(r"[a-z0-9_-]{1,40}")
@@ -38,15 +44,14 @@ class Annotations:
     """Segments that ended a little after their video and now end with it."""
     num_dropped: int
     """Invalid segments left out because the caller said so."""
+    notes: tuple[str, ...] = ()
+    """What was left out, changed, or is there twice: a sentence each, for people."""
 
     def subset(self, name: str) -> tuple[VideoRecord, ...]:
-        """The videos of a subset, whatever the case of its name; ValueError where there are none."""
-        try:
-            return self.subsets[name.lower()]
-        except KeyError:
-            raise ValueError(
-                f"no video belongs to subset {name!r}; the annotation file has {sorted(self.subsets)}"
-            ) from None
+        """The videos of a subset, in any case and by either of its names; ValueError where there are none."""
+        if (found := find_subset(name, self.subsets)) is None:
+            raise ValueError(f"no video belongs to subset {name!r}; the annotation file has {sorted(self.subsets)}")
+        return self.subsets[found]
 
 
 def read_video_ids(path: Path) -> frozenset[str]:
@@ -62,36 +67,17 @@ def read_video_ids(path: Path) -> frozenset[str]:
     return frozenset(ids)
 
 
-def read_class_list(path: Path) -> tuple[str, ...]:
-    """Class names from a text file, one per line in their order, blank lines left out.
-
-    Raises FileNotFoundError, and ValueError naming the file for one that names no class, or one of them twice.
-    """
-    if not path.is_file():
-        raise FileNotFoundError(f"--classes {path} is not a file")
-    try:
-        names = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
-    except UnicodeDecodeError as error:
-        raise ValueError(f"--classes {path} is not a text file in UTF-8: {error}") from None
-    if not names:
-        raise ValueError(f"--classes {path} names no class; write one per line")
-    if odd := [name for name in names if not is_label(name)]:
-        raise ValueError(f"--classes {path} names {odd[0][:100]!r}; a name has 1 to 200 printable characters")
-    if repeated := sorted({name for name in names if names.count(name) > 1}):
-        raise ValueError(f"--classes {path} names {', '.join(repeated)} more than once; keep one line for each class")
-    return names
-
-
 def read_frame_rates(path: Path) -> dict[str, float]:
     """Frames per second of the videos of an annotation file whose entries say them: "fps", or "frame" / "duration".
 
     For a file that `read_annotations` has accepted. Raises ValueError for a rate that is no number.
     """
     rates = {}
-    for video_id, entry in read_json(path)["database"].items():
+    for key, entry in _database(path).items():
+        video_id = plain_id(key)
         try:
             fps = entry.get("fps")
-            if fps is None and "frame" in entry and "duration" in entry:
+            if fps is None and "frame" in entry and entry.get("duration"):
                 fps = float(entry["frame"]) / float(entry["duration"])
             if fps is not None and 0 < float(fps) < math.inf:
                 rates[video_id] = float(fps)
@@ -115,28 +101,25 @@ def read_annotations(
     classes: Sequence[str] | None = None,
     invalid_segments: Literal["refuse", "drop"] = "refuse",
     duration_of: Callable[[str], float] | None = None,
+    fix_labels: bool = False,
 ) -> Annotations:
     """Read an annotation file; all that is wrong in it is reported together.
 
     A segment that ends after the video by no more than `duration_tolerance` is clipped; one that is reversed, empty,
     negative or longer than that is refused, or dropped and counted if `invalid_segments` says so. `classes` fixes the
     class list and refuses other labels. `duration_of(video_id)` gives the seconds of a video whose entry has none.
+    Labels that differ by case, space or Unicode form are refused, or with `fix_labels` read as one.
     Raises ValueError naming the file, and for each problem the key, the value and the remedy.
     """
-    content = read_json(path)
-    database = content.get("database") if isinstance(content, dict) else None
-    if not isinstance(database, dict) or not database:
-        raise ValueError(
-            f'{path} has no "database" object with a video in it; wanted {{"database": {{id: {{"subset": ..., '
-            '"duration": seconds, "annotations": [{"segment": [start, end], "label": ...}]}}}'
-        )
-    reader = _Reader(
-        classes=check_class_list(classes), drop_invalid=invalid_segments == "drop", duration_of=duration_of
-    )
+    database = _database(path)
+    known = check_class_list(classes)
+    replaced = one_spelling(_raw_labels(database), classes=known or ()) if fix_labels else {}
+    reader = _Reader(known, invalid_segments == "drop", duration_of, replaced)
     records = list(reader.videos(database))
     labels = {action.label for record in records for action in record.actions}
     if not labels and not reader.problems:
         reader.problems.append("database: no video has an annotation; give the file that lists the actions")
+    reader.problems += twin_problems(action.label for record in records for action in record.actions)
     raise_together(path, reader.problems, hint=reader.hint())
     subsets: dict[str, list[VideoRecord]] = {}
     for record in records:
@@ -147,21 +130,49 @@ def read_annotations(
         num_ambiguous=reader.num_ambiguous,
         num_clipped=reader.num_clipped,
         num_dropped=reader.num_dropped,
+        notes=(*reader.notes(), *fold_notes(replaced), *_repeated(records)),
     )
 
 
-def check_class_list(classes: Sequence[str] | None) -> frozenset[str] | None:
-    """The class names as a set; ValueError for none, or for one that is there twice."""
-    if classes is None:
-        return None
-    if len(set(classes)) < len(classes) or not classes:
-        raise ValueError(f"the class list names {len(classes)} classes, {len(set(classes))} different; list each once")
-    return frozenset(classes)
+def _database(path: Path) -> dict[str, Any]:
+    """Key -> entry, from a file with or without the outer object."""
+    try:
+        content = read_json(path)
+    except ValueError as error:
+        raise ValueError(f"{error}; {hint(path)}") from None
+    database = content.get("database") if isinstance(content, dict) and "database" in content else content
+    if isinstance(database, dict) and database and (database is not content or _is_bare(database)):
+        return database
+    raise ValueError(
+        f'{path} has no "database" object with a video in it; wanted {{"database": {{id: {{"subset": ..., '
+        f'"duration": seconds, "annotations": [{{"segment": [start, end], "label": ...}}]}}}}}}; {hint(path)}'
+    )
 
 
-def is_label(label: object) -> TypeGuard[str]:
-    """Whether this can be the name of a class: 1 to 200 printable characters."""
-    return isinstance(label, str) and bool(label.strip()) and label.isprintable() and len(label) <= 200
+def _is_bare(content: dict[str, Any]) -> bool:
+    return all(isinstance(entry, dict) and "subset" in entry and "actions" not in entry for entry in content.values())
+
+
+def _raw_labels(database: Mapping[str, Any]) -> Iterator[str]:
+    """Every label that is a text, in entries that may be anything."""
+    for entry in database.values():
+        annotations = entry.get("annotations") if isinstance(entry, dict) else None
+        for item in annotations if isinstance(annotations, list) else ():
+            if isinstance(item, dict) and isinstance(label := item.get("label"), str):
+                yield label
+
+
+def _repeated(records: Sequence[VideoRecord]) -> Iterator[str]:
+    """A note about segments that a video has more than once; they are kept, as scores count them."""
+    found = [
+        f"{record.video_id} {action.start_seconds:g} to {action.end_seconds:g} s {action.label!r}"
+        for record in records
+        for action, count in Counter(record.actions).items()
+        for _ in range(count - 1)
+    ]
+    if found:
+        more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+        yield f"{len(found)} segments are there twice, and are kept: {', '.join(found[:3])}{more}"
 
 
 def raise_together(path: Path | str, problems: Sequence[str], *, hint: str = "") -> None:
@@ -181,11 +192,24 @@ class _Reader:
     classes: frozenset[str] | None
     drop_invalid: bool
     duration_of: Callable[[str], float] | None
+    replaced: Mapping[str, str]
     problems: list[str] = field(default_factory=list)
     unknown_label: bool = False
     num_ambiguous: int = 0
     num_clipped: int = 0
     num_dropped: int = 0
+    num_unknown: int = 0
+
+    def notes(self) -> Iterator[str]:
+        """What was counted, a sentence each."""
+        for count, what in (
+            (self.num_ambiguous, 'segments labelled "Ambiguous" skipped'),
+            (self.num_clipped, "segments that end a little after their video cut to its end"),
+            (self.num_dropped, "invalid segments dropped"),
+            (self.num_unknown, "entries have no annotations: videos of which no action is known"),
+        ):
+            if count:
+                yield f"{count} {what}"
 
     def hint(self) -> str:
         """Lists the classes if a label was not among them; otherwise empty."""
@@ -196,11 +220,15 @@ class _Reader:
         return f"the classes are {', '.join(names[:30])}{more}"
 
     def videos(self, database: dict[str, Any]) -> Iterator[VideoRecord]:
-        for video_id, entry in database.items():
+        keys: dict[str, str] = {}
+        for key, entry in database.items():
+            video_id = plain_id(key)
             try:
+                if (other := keys.setdefault(video_id, key)) != key:
+                    raise _Problem("id", key, f"{other!r} is the same video; keep one entry")
                 yield self._video(video_id, entry)
             except _Problem as problem:
-                self.problems.append(f"database.{video_id[:100]}: {problem}")
+                self.problems.append(f"database.{key[:100]}: {problem}")
 
     def _video(self, video_id: str, entry: Any) -> VideoRecord:
         if not VIDEO_ID.fullmatch(video_id):
@@ -210,6 +238,9 @@ class _Reader:
         subset, annotations = entry.get("subset"), entry.get("annotations")
         if not isinstance(subset, str) or not SUBSET_NAME.fullmatch(subset.lower()):
             raise _Problem("subset", subset, 'give a name such as "training" or "validation"')
+        if "annotations" not in entry:
+            self.num_unknown += 1
+            annotations = []
         if not isinstance(annotations, list):
             raise _Problem("annotations", annotations, "give a list, empty where nothing happens")
         duration = self._duration(video_id, entry)
@@ -221,20 +252,21 @@ class _Reader:
         )
 
     def _duration(self, video_id: str, entry: dict[str, Any]) -> float:
-        if "duration" in entry:
-            duration = _number(entry["duration"])
-            if duration is None or duration <= 0:
-                raise _Problem("duration", entry["duration"], "give the video's length in seconds")
+        given = entry.get("duration")
+        duration = _number(given)
+        if duration is not None and duration > 0:
             return duration
+        if given is not None and duration != 0:  # 0 stands for an unknown length in many exports
+            raise _Problem("duration", given, "give the video's length in seconds")
         frames, fps = _number(entry.get("frame")), _number(entry.get("fps"))
         if frames is not None and fps is not None and frames > 0 and fps > 0:
             return frames / fps
         if self.duration_of is None:
-            raise _Problem("duration", None, "give the video's length in seconds")
+            raise _Problem("duration", given, "give the video's length in seconds")
         try:
             return self.duration_of(video_id)
         except ValueError as error:
-            raise _Problem("duration", None, f"it is not given, and cannot be measured either: {error}") from None
+            raise _Problem("duration", given, f"it is not given, and cannot be measured either: {error}") from None
 
     def _actions(self, where: str, annotations: list[Any], duration: float) -> Iterator[Action]:
         for number, item in enumerate(annotations):
@@ -251,9 +283,12 @@ class _Reader:
         if not isinstance(item, dict):
             raise _Problem("annotation", item, "give an object with segment and label")
         label = item.get("label")
+        label = self.replaced.get(label, label) if isinstance(label, str) else label
         if not is_label(label):
             raise _Problem("label", label, "give a class name of 1 to 200 printable characters")
         if self.classes is not None and label not in self.classes and label != AMBIGUOUS:
+            if twin := {folded(name): name for name in self.classes}.get(folded(label)):
+                raise _Problem("label", label, f"the class is spelled {twin!r}; correct it, or use --fix-labels")
             self.unknown_label = True
             raise _Problem("label", label, "it is not among the classes; correct it, or choose another --dataset")
         return label

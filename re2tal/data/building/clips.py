@@ -18,18 +18,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from re2tal.data.building.annotations import SUBSET_NAME, check_class_list, is_label, raise_together
+from re2tal.data.building.annotations import SUBSET_NAME, raise_together
+from re2tal.data.building.labels import check_class_list, fold_notes, folded, is_label, one_spelling, twin_problems
 from re2tal.data.building.probe import VIDEO_SUFFIXES
 from re2tal.data.contract.manifest import VIDEO_ID
 from re2tal.data.contract.shards import FeatureSet, ShardSet
-from re2tal.structures import Action, VideoRecord
-
-SUBSETS = {
-    **dict.fromkeys(("train", "training"), "training"),
-    **dict.fromkeys(("val", "valid", "validate", "validation"), "validation"),
-    **dict.fromkeys(("test", "testing"), "test"),
-}
-"""What subsets are called in the field -> here."""
+from re2tal.structures import SUBSETS, Action, VideoRecord
 
 KINETICS_COLUMNS = ("label", "youtube_id", "time_start", "time_end")
 _LISTED = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, VIDEO_SUFFIXES))}))(?:\s*,\s*|\s+)(.+)", re.IGNORECASE)
@@ -61,6 +55,8 @@ class ClipList:
     """Video id -> where its file is, or should be."""
     left_out: tuple[str, ...] = ()
     """Files of a folder that are no clips, with the reason: a folder may hold anything."""
+    notes: tuple[str, ...] = ()
+    """Labels that were read as another: a sentence each, for people."""
 
     def subset(self, name: str) -> tuple[TrimmedClip, ...]:
         """The clips of a subset, whatever the case of its name; ValueError where there are none."""
@@ -80,18 +76,27 @@ class _Entry(NamedTuple):
     path: Path
 
 
-def read_clips(places: Sequence[Path], *, videos: Path | None = None, classes: Sequence[str] | None = None) -> ClipList:
+def read_clips(
+    places: Sequence[Path],
+    *,
+    videos: Path | None = None,
+    classes: Sequence[str] | None = None,
+    fix_labels: bool = False,
+) -> ClipList:
     """Read one folder of clips, or text files of any of the layouts, most often one per subset.
 
     `videos` is the folder that holds the files of a CSV, however deep, or that paths in lists start from (by default
-    the list's own). `classes` fixes the class list; labels that are numbers count in it, from 0. All that is wrong is
-    reported together: raises ValueError naming the file and line, the value and the remedy.
+    the list's own). `classes` fixes the class list; labels that are numbers count in it, from 0. Labels that differ by
+    case, space or Unicode form are refused, or with `fix_labels` read as one. All that is wrong is reported together:
+    raises ValueError naming the file and line, the value and the remedy.
     """
     if len(places) != 1 and any(place.is_dir() for place in places):
         raise ValueError(f"--clips names {len(places)} places and a folder among them; give one folder, or text files")
     problems: list[str] = []
     left_out: list[str] = []
     entries = [entry for place in places for entry in _entries(place, videos, problems, left_out)]
+    replaced = one_spelling((entry.label for entry in entries), classes=classes or ()) if fix_labels else {}
+    entries = [entry._replace(label=replaced.get(entry.label, entry.label)) for entry in entries]
     names = _Classes(entries, classes)
     clips: list[TrimmedClip] = []
     paths: dict[str, Path] = {}
@@ -107,6 +112,7 @@ def read_clips(places: Sequence[Path], *, videos: Path | None = None, classes: S
             continue
         paths[video_id] = entry.path
         clips.append(clip)
+    problems += twin_problems(clip.label for clip in clips)
     title = ", ".join(map(str, places))
     raise_together(title, problems, hint=names.hint)
     if not clips:
@@ -120,6 +126,7 @@ def read_clips(places: Sequence[Path], *, videos: Path | None = None, classes: S
         classes=tuple(sorted({clip.label for clip in clips})) if classes is None else tuple(classes),
         paths=paths,
         left_out=tuple(left_out),
+        notes=tuple(fold_notes(replaced)),
     )
 
 
@@ -266,5 +273,7 @@ class _Classes:
             if int(label) < len(self.order):
                 return self.order[int(label)]
             raise ValueError(f"the class is number {label[:20]}, and {len(self.order)} were given, counted from 0")
+        if twin := {folded(name): name for name in self.order}.get(folded(label)):
+            raise ValueError(f"class {label!r} is spelled {twin!r} in the list; correct it, or use --fix-labels")
         self.hint = f"the {len(self.order)} classes are {', '.join(self.order[:30])}"
         raise ValueError(f"class {label!r} is not among those given: correct it, or add it")

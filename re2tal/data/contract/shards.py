@@ -34,6 +34,7 @@ from re2tal.data.contract.manifest import (
     read_manifest,
 )
 from re2tal.strict_json import read_json, sha256_of
+from re2tal.structures import find_subset
 
 AnyManifest = TypeVar("AnyManifest", Manifest, FeatureManifest)
 Entry = TypeVar("Entry", IndexedVideo, IndexedFeatures)
@@ -153,6 +154,15 @@ def write_tar(path: Path, pairs: Iterable[Pair], *, suffix: str = "mp4") -> list
     finally:
         temporary.unlink(missing_ok=True)
     return places
+
+
+def subset_folder(shards: Path, subset: str) -> Path:
+    """The folder of a subset, which may have its other name ("val", "validation"). ValueError lists what is there."""
+    complete = [one.name for one in sorted(shards.glob("*/")) if (one / MANIFEST_NAME).is_file()]
+    found = find_subset(subset, complete)
+    if found is None and complete and not (shards / subset).is_dir():
+        raise ValueError(f"{shards} has no subset {subset!r}; it has {complete}: name one of them, or build {subset!r}")
+    return shards / (found or subset)
 
 
 def _check_is_shard_folder(root: Path) -> None:

@@ -1,0 +1,69 @@
+"""ELAN's .eaf: tiers of annotations between time slots in milliseconds.
+
+The label is the annotation's value, or its tier's name where it has none, or always with --label tier. A medium that
+starts later than the recording has a TIME_ORIGIN: milliseconds of the medium at time 0 of the annotations.
+"""
+
+from __future__ import annotations
+
+from xml.etree.ElementTree import Element
+
+from re2tal.data.building.annotation_formats.found import Found, Source, as_number
+
+
+def is_elan(source: Source) -> bool:
+    """The root element."""
+    return source.xml is not None and source.xml.tag == "ANNOTATION_DOCUMENT"
+
+
+def read_elan(source: Source, found: Found) -> None:
+    """Add the annotations of all tiers, or of those that are wanted."""
+    root = source.xml
+    assert root is not None
+    name, origin = _medium(source, root, found)
+    slots = {slot.get("TIME_SLOT_ID"): as_number(slot.get("TIME_VALUE")) for slot in root.iter("TIME_SLOT")}
+    by_id = {
+        one.get("ANNOTATION_ID"): one for one in [*root.iter("ALIGNABLE_ANNOTATION"), *root.iter("REF_ANNOTATION")]
+    }
+    found.video(name)
+    tiers = [tier for tier in root.iter("TIER") if not found.wanted.tiers or tier.get("TIER_ID") in found.wanted.tiers]
+    if not tiers:
+        there = [tier.get("TIER_ID") for tier in root.iter("TIER")]
+        raise ValueError(f"{source.path} has none of the tiers {sorted(found.wanted.tiers)}; it has {there}")
+    for tier in tiers:
+        tier_name = tier.get("TIER_ID") or ""
+        for one in (*tier.iter("ALIGNABLE_ANNOTATION"), *tier.iter("REF_ANNOTATION")):
+            where = f"{source.path.name} tier {tier_name!r} annotation {one.get('ANNOTATION_ID')}"
+            aligned = _aligned(one, by_id)
+            times = [slots.get(aligned.get(f"TIME_SLOT_REF{end}")) for end in (1, 2)] if aligned is not None else []
+            if len(times) != 2 or times[0] is None or times[1] is None:
+                found.leave_out(where, "one of its ends is at no time")
+                continue
+            value = (one.findtext("ANNOTATION_VALUE") or "").strip()
+            label = tier_name if found.wanted.label == "tier" or not value else value
+            found.action(where, name, (times[0] + origin) / 1000, (times[1] + origin) / 1000, label)
+
+
+def _aligned(one: Element, by_id: dict[str | None, Element]) -> Element | None:
+    """The annotation that has the times: itself, or the one that it refers to, at any depth."""
+    for _ in range(len(by_id) + 1):
+        if one.tag == "ALIGNABLE_ANNOTATION":
+            return one
+        parent = by_id.get(one.get("ANNOTATION_REF"))
+        if parent is None:
+            return None
+        one = parent
+    return None
+
+
+def _medium(source: Source, root: Element, found: Found) -> tuple[str, float]:
+    """(name, time origin in milliseconds) of the first video; the file's own name where it names none."""
+    media = list(root.iter("MEDIA_DESCRIPTOR"))
+    media = [one for one in media if not (one.get("MIME_TYPE") or "").startswith("audio")] or media
+    if len(media) > 1:
+        found.note(f"{source.path.name} has {len(media)} media; its annotations are taken for the first")
+    name = (media[0].get("MEDIA_URL") or media[0].get("RELATIVE_MEDIA_URL") or "") if media else ""
+    if not name:
+        found.note(f"{source.path.name} names no video; its own name is taken")
+        return source.path.stem, 0.0
+    return name, as_number(media[0].get("TIME_ORIGIN")) or 0.0

@@ -1,0 +1,70 @@
+"""Label Studio's JSON and JSON-MIN.
+
+    [{"data": {"video": url}, "annotations": [{"result": [{"type", "value"}]}]}]          JSON
+    [{"video": url, CONTROL: [{"start", "end", "labels": [...]}]}]                        JSON-MIN
+
+`timelinelabels` count frames from 1, the last one included, at the `frameRate` of the labelling config's Video tag;
+`labels` of the audio track are in seconds. Predictions and cancelled annotations are no annotations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from re2tal.data.building.annotation_formats.found import Found, Source, as_number, dictionary, items
+from re2tal.data.building.probe import VIDEO_SUFFIXES
+
+
+def is_label_studio(source: Source) -> bool:
+    """A list of tasks, each of which names a video."""
+    tasks = list(items(source.json))
+    return bool(tasks) and all(isinstance(one, dict) and _video(one) is not None for one in tasks[:20])
+
+
+def read_label_studio(source: Source, found: Found) -> None:
+    """Add the regions of all annotators."""
+    for number, task in enumerate(items(source.json)):
+        where = f"{source.path.name} task {dictionary(task).get('id', number)}"
+        name = _video(dictionary(task))
+        if name is None:
+            found.leave_out(where, "it names no video")
+            continue
+        found.video(name)
+        if "data" in task and not list(items(task.get("annotations"))) and task.get("predictions"):
+            found.leave_out(where, "it has predictions only")
+        for position, region in enumerate(_regions(task)):
+            _read_region(f"{where} region {position}", name, region, found)
+
+
+def _read_region(where: str, name: str, value: Mapping[str, Any], found: Found) -> None:
+    if "timelinelabels" in value:
+        for span in items(value.get("ranges")):
+            first, last = as_number(dictionary(span).get("start")), as_number(dictionary(span).get("end"))
+            for label in items(value["timelinelabels"]):
+                found.frames(where, name, None if first is None else first - 1, last, label)
+    elif "start" in value and "end" in value and isinstance(value.get("labels"), list):
+        for label in value["labels"]:
+            found.action(where, name, value["start"], value["end"], label)
+    else:
+        found.leave_out(where, f"it marks no segment: {', '.join(sorted(value))[:80]}")
+
+
+def _regions(task: dict[str, Any]) -> Iterator[Mapping[str, Any]]:
+    if "data" not in task:
+        for values in task.values():
+            yield from (one for one in items(values) if isinstance(one, dict) and {"start", "end", "ranges"} & set(one))
+        return
+    for annotation in items(task.get("annotations")):
+        if not dictionary(annotation).get("was_cancelled"):
+            for region in items(dictionary(annotation).get("result")):
+                if dictionary(region).get("value"):
+                    yield dictionary(region["value"])
+
+
+def _video(task: Mapping[str, Any]) -> str | None:
+    """The first text of a task's data that ends like a video file, or else the one called video."""
+    data = dictionary(task.get("data", task))
+    texts = {key: value for key, value in data.items() if isinstance(value, str)}
+    files = [value for value in texts.values() if value.lower().split("&")[0].endswith(VIDEO_SUFFIXES)]
+    return files[0] if files else texts.get("video")

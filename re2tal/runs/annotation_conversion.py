@@ -1,0 +1,218 @@
+"""Annotation files of other tools and of data sets in, ActivityNet's layout, or a table, out."""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import sys
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from re2tal.data.building.annotation_formats.formats import FORMATS, read_files
+from re2tal.data.building.annotation_formats.found import Found, FoundVideo, Wanted
+from re2tal.data.building.isolated import Isolated
+from re2tal.data.building.labels import fold_notes, one_spelling, read_class_list, twin_problems
+from re2tal.data.building.probe import VIDEO_SUFFIXES, probe_video
+from re2tal.data.contract.manifest import VIDEO_ID
+from re2tal.runs.shard_building import print_some
+from re2tal.strict_json import write_atomically, write_json
+from re2tal.tables import text_table
+
+SILENT_SECONDS = 60.0
+"""Stop reading a video file after this time without progress."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """What to convert, and how."""
+
+    inputs: tuple[Path, ...]
+    """Files to convert; of a folder, all files in it."""
+    out: Path
+    """File to write: JSON in ActivityNet's layout, or a table video,start,end,label,subset if it ends in .csv."""
+    format: str | None = None
+    """Format of all inputs, in place of what their content says; `re2tal annotations formats` lists them."""
+    videos: Path | None = None
+    """Folder of the video files: gives durations, and frame rates for files that count frames."""
+    fps: float | None = None
+    """Frames per second, where files count frames; numbers in tables are then frames too."""
+    subset: str | None = None
+    """Subset of all videos whose file tells none; "training" if nothing is said."""
+    validation: float = 0.0
+    """Share of the videos without a subset that become "validation", chosen by their ids."""
+    label: str | None = None
+    """Which of several fields is the label: verb or noun (EPIC-Kitchens), tier (ELAN), category (BORIS), or the name of
+    an attribute (VIA, CVAT)."""
+    tiers: tuple[str, ...] = ()
+    """Tiers of ELAN to take; all if none is named."""
+    classes: Path | None = None
+    """Text file with one class per line, for files whose classes are numbers (MultiTHUMOS, Charades)."""
+    fix_labels: bool = False
+    """Write labels that differ by case, space or Unicode form as one, and say so."""
+
+
+def convert(options: Conversion) -> int:
+    """Write the file and say what is in it; gives the exit status."""
+    _check(options)
+    with _Videos(options.videos) as videos:
+        found = Found(_wanted(options), videos.measure if options.videos else None)
+        read = read_files(_files(options.inputs), format_name=options.format, found=found)
+        for video_id, one in found.videos.items():
+            if one.duration_seconds is None:
+                measured = videos.measure(video_id) if options.videos else None
+                one.duration_seconds = found.durations.get(video_id, measured[0] if measured else None)
+    print_some([f"left out {line}" for line in found.left_out], more="left out")
+    if not any(one.actions for one in found.videos.values()):
+        names = ", ".join(sorted(set(read.values()))) or "no known format"
+        raise ValueError(f"{len(found.left_out)} left out and no action found ({names}); {options.out} is not written")
+    notes = [*videos.problems, *found.notes, *_unify(found, fix=options.fix_labels), *_assign(found, options)]
+    notes += _later(found)
+    if options.out.suffix.lower() == ".csv":
+        write_atomically(options.out, _table(found))
+    else:
+        write_json(options.out, _document(found))
+    for note in notes:
+        print(f"note: {note}", file=sys.stderr)
+    for name, count in sorted(Counter(read.values()).items()):
+        print(f"{count} files read as {name}: {FORMATS[name].about}")
+    print(f"{options.out}: {_summary(found)}, {len(found.left_out)} left out")
+    return 0
+
+
+def list_formats() -> int:
+    """Print a line per format; gives the exit status."""
+    print(text_table([(name, row.about) for name, row in FORMATS.items()], align="<"))
+    return 0
+
+
+def _check(options: Conversion) -> None:
+    if not 0 <= options.validation < 1:
+        raise ValueError(f"--validation is {options.validation}; give a share from 0 to below 1")
+    if options.fps is not None and not 0 < options.fps < 10_000:
+        raise ValueError(f"--fps is {options.fps}; give the frames per second of the videos")
+    if options.videos is not None and not options.videos.is_dir():
+        raise ValueError(f"--videos {options.videos} is not a folder; give the folder that holds the videos")
+    if options.out.suffix.lower() not in (".json", ".csv"):
+        raise ValueError(f"--out {options.out} ends in neither .json nor .csv; give one of them")
+
+
+def _wanted(options: Conversion) -> Wanted:
+    return Wanted(
+        label=options.label,
+        tiers=frozenset(options.tiers),
+        fps=options.fps,
+        classes=read_class_list(options.classes) if options.classes else (),
+    )
+
+
+def _files(inputs: tuple[Path, ...]) -> Iterator[Path]:
+    for path in inputs:
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist; check the path")
+        inside = sorted(path.iterdir()) if path.is_dir() else [path]
+        yield from (one for one in inside if one == path or not (one.name.startswith(".") or one.is_dir()))
+
+
+@dataclass(slots=True)
+class _Videos:
+    """The files of a folder, measured in a process of their own when they are asked for."""
+
+    folder: Path | None
+    problems: list[str] = field(default_factory=list)
+    _files: dict[str, Path] = field(default_factory=dict)
+    _known: dict[str, tuple[float, float] | None] = field(default_factory=dict)
+    _isolated: Isolated = field(default_factory=Isolated)
+
+    def __enter__(self) -> _Videos:
+        for path in sorted(self.folder.iterdir()) if self.folder else ():
+            if path.suffix.lower() in VIDEO_SUFFIXES and not path.name.startswith("."):
+                self._files.setdefault(path.stem, path)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._isolated.__exit__(*error)
+
+    def measure(self, video_id: str) -> tuple[float, float] | None:
+        """(duration in seconds, frames per second); None, and a problem noted, where there is no sound file."""
+        if video_id not in self._known:
+            path = self._files.get(video_id) or self._files.get(f"v_{video_id}")
+            self._known[video_id] = None
+            try:
+                if path is None:
+                    raise ValueError(f"{self.folder} has no file of video {video_id!r}")
+                probe = self._isolated.call(SILENT_SECONDS, probe_video, path)
+                seconds = float(probe.duration_seconds)
+                self._known[video_id] = seconds, probe.num_frames / seconds
+            except (ValueError, OSError) as error:
+                self.problems.append(str(error))
+        return self._known[video_id]
+
+
+def _unify(found: Found, *, fix: bool) -> list[str]:
+    """Give labels one spelling, or say that they have several."""
+    labels = [label for one in found.videos.values() for _, _, label in one.actions]
+    if not fix:
+        return twin_problems(labels)
+    replaced = one_spelling(labels)
+    for one in found.videos.values():
+        one.actions = [(start, end, replaced.get(label, label)) for start, end, label in one.actions]
+    return fold_notes(replaced)
+
+
+def _assign(found: Found, options: Conversion) -> list[str]:
+    """Put the videos that are in no subset into one."""
+    free = {video_id: one for video_id, one in found.videos.items() if one.subset is None}
+    for one in free.values():
+        one.subset = options.subset or "training"
+    by_digest = sorted(free, key=lambda video_id: hashlib.sha256(video_id.encode()).digest())
+    number = max(1, round(options.validation * len(free))) if options.validation and len(free) > 1 else 0
+    for video_id in by_digest[:number]:
+        free[video_id].subset = "validation"
+    if not free or options.subset or options.validation:
+        return []
+    return [f'{len(free)} videos are put into "training": nothing tells their subset; see --subset and --validation']
+
+
+def _later(found: Found) -> list[str]:
+    """What the next command will stumble over."""
+    notes = []
+    if odd := [video_id for video_id in found.videos if not VIDEO_ID.fullmatch(video_id)]:
+        notes.append(f"{len(odd)} ids are not 1 to 80 of A-Z a-z 0-9 _ -, such as {odd[0]!r}: rename the files")
+    missing = [video_id for video_id, one in found.videos.items() if one.duration_seconds is None]
+    if missing:
+        notes.append(f"{len(missing)} videos have no duration, such as {missing[0]!r}; --videos FOLDER measures them")
+    return notes
+
+
+def _document(found: Found) -> dict[str, Any]:
+    return {"version": "1", "taxonomy": [], "database": {key: _entry(one) for key, one in found.videos.items()}}
+
+
+def _entry(one: FoundVideo) -> dict[str, Any]:
+    entry: dict[str, Any] = {"subset": one.subset}
+    if one.duration_seconds is not None:
+        entry["duration"] = one.duration_seconds
+    entry |= one.facts
+    if one.is_known:
+        entry["annotations"] = [{"segment": [start, end], "label": label} for start, end, label in one.actions]
+    return entry
+
+
+def _table(found: Found) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("video", "start", "end", "label", "subset"))
+    for video_id, one in found.videos.items():
+        writer.writerows((video_id, start, end, label, one.subset) for start, end, label in one.actions)
+    return text.getvalue()
+
+
+def _summary(found: Found) -> str:
+    actions = [label for one in found.videos.values() for _, _, label in one.actions]
+    subsets: Mapping[str | None, int] = Counter(one.subset for one in found.videos.values())
+    videos = ", ".join(f"{count} {name}" for name, count in sorted(subsets.items(), key=str))
+    return f"{len(found.videos)} videos ({videos}), {len(actions)} actions, {len(set(actions))} classes"

@@ -1,0 +1,116 @@
+"""`re2tal annotations` from file to file, and what `re2tal shards build` then says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from data.files import write_video
+
+from re2tal.cli import main
+from re2tal.data.building.annotations import read_annotations
+from re2tal.structures import Action, VideoRecord
+
+
+def run(capsys, *arguments: object) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as end:
+        main([*map(str, arguments)])
+    captured = capsys.readouterr()
+    return end.value.code, captured.out, captured.err
+
+
+def test_a_table_and_its_videos_become_what_a_build_reads(capsys, tmp_path):
+    (tmp_path / "videos").mkdir()
+    write_video(tmp_path / "videos" / "a.mp4")
+    table = tmp_path / "list.csv"
+    table.write_text("video,start,end,label\na.mp4,00:00.5,00:01.5,arm wrestling\na.mp4,1.5,1.5,run\n")
+    out = tmp_path / "out.json"
+    status, said, err = run(capsys, "annotations", "convert", table, "--out", out, "--videos", tmp_path / "videos")
+    assert status == 0
+    assert "1 files read as csv" in said
+    assert f"{out}: 1 videos (1 training), 1 actions, 1 classes, 1 left out" in said
+    assert "left out list.csv row 3: its segment 1.5 to 1.5 s lasts no time" in err
+    (record,) = read_annotations(out).subset("training")
+    assert record == VideoRecord("a", "training", record.duration_seconds, (Action(0.5, 1.5, "arm wrestling"),))
+    assert record.duration_seconds == pytest.approx(2.0, abs=0.1)
+
+
+def test_frames_take_their_rate_from_the_videos(capsys, tmp_path):
+    (tmp_path / "videos").mkdir()
+    write_video(tmp_path / "videos" / "a.mp4")
+    table = tmp_path / "list.csv"
+    table.write_text("video,start_frame,end_frame,label\na,10,20,run\nb,10,20,run\n")
+    command = ["annotations", "convert", table, "--out", tmp_path / "out.json"]
+    status, _, err = run(capsys, *command, "--videos", tmp_path / "videos")
+    assert status == 0
+    assert "list.csv row 3: its times are frames, and no file in --videos tells how many make a second" in err
+    (record,) = read_annotations(tmp_path / "out.json").subset("training")
+    from_file = json.loads((tmp_path / "out.json").read_text())["database"]["a"]
+    assert record.actions == (Action(0.333333, 0.666667, "run"),)  # 30 frames per second
+    assert from_file["duration"] == record.duration_seconds
+
+
+def test_several_files_of_several_kinds_and_one_that_nobody_knows(capsys, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.csv").write_text("a,1,2,Run\nb,1,2,run \n")
+    (folder / "Dive_test.txt").write_text("video_test_0000004 0.2 1.1\n")
+    (folder / "notes.md").write_text("# notes\n")
+    status, out, err = run(capsys, "annotations", "convert", folder, "--out", tmp_path / "out.json")
+    assert status == 0
+    assert "3 videos (2 training, 1 validation), 3 actions, 3 classes, 1 left out" in out
+    assert f"left out {folder / 'notes.md'}: its format is not known" in err
+    assert "labels 'Run' (1 times) and 'run' (1 times) differ only by case" in err
+    assert "3 videos have no duration, such as 'video_test_0000004'" in err
+    options = ["--fix-labels", "--validation", "0.5", "--subset", "mine"]
+    status, out, err = run(capsys, "annotations", "convert", folder, "--out", tmp_path / "out.json", *options)
+    assert "3 videos (1 mine, 2 validation), 3 actions, 2 classes" in out
+    assert "label 'run' read as 'Run'" in err
+
+
+def test_back_to_a_table(capsys, tmp_path):
+    rows = "video,start,end,label,subset\na,1.0,2.5,run,training\n"
+    (tmp_path / "a.csv").write_text(rows)
+    run(capsys, "annotations", "convert", tmp_path / "a.csv", "--out", tmp_path / "b.json")
+    run(capsys, "annotations", "convert", tmp_path / "b.json", "--out", tmp_path / "c.csv")
+    assert (tmp_path / "c.csv").read_text() == rows
+
+
+def test_nothing_is_written_where_no_action_is_found(capsys, tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_text("nothing of use\n")
+    status, _, err = run(capsys, "annotations", "convert", path, "--out", tmp_path / "out.json")
+    assert status == 2
+    assert "1 left out and no action found (no known format)" in err
+    assert not (tmp_path / "out.json").exists()
+    for options, message in (
+        (["--out", tmp_path / "o.xml"], "ends in neither .json nor .csv"),
+        (["--out", tmp_path / "o.json", "--validation", "1"], "give a share"),
+        (["--out", tmp_path / "o.json", "--format", "x"], "unknown format 'x'; known: activitynet"),
+    ):
+        status, _, err = run(capsys, "annotations", "convert", path, *options)
+        assert status == 2
+        assert message in err
+
+
+def test_a_build_names_the_command_that_converts(capsys, tmp_path):
+    for name, text, looks in (
+        ("a.csv", "video,start,end,label\na,1,2,run\n", "it looks like a table video, start, end, label"),
+        ("a.eaf", "<ANNOTATION_DOCUMENT/>", "it looks like ELAN's .eaf"),
+        ("a.json", '{"a": {"duration_second": 1, "annotations": []}}', "it looks like mmaction2's JSON"),
+        ("b.json", '[{"video": "a.mp4", "x": []}]', "it looks like Label Studio's JSON"),
+        ("c.json", "[1]", "if another tool wrote it"),
+    ):
+        path: Path = tmp_path / name
+        path.write_text(text)
+        command = ["shards", "build", "--annotations", path, "--videos", tmp_path, "--out", tmp_path / "out"]
+        status, _, err = run(capsys, *command)
+        assert status == 2
+        assert f"{looks}, convert it with `re2tal annotations convert {path} --out annotations.json`" in err
+
+
+def test_the_formats_are_listed(capsys):
+    status, out, _ = run(capsys, "annotations", "formats")
+    assert status == 0
+    assert "\nelan           ELAN's .eaf\n" in out

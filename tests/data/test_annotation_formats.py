@@ -1,0 +1,404 @@
+"""A small file of each tool's layout, with values worked out by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from re2tal.data.building.annotation_formats.formats import FORMATS, read_files, recognise
+from re2tal.data.building.annotation_formats.found import Found, Source, Wanted, as_seconds, video_id_of
+
+Actions = dict[str, list[tuple[float, float, str]]]
+
+
+def found_in(tmp_path: Path, name: str, content: Any, *, expect: str, **wanted: Any) -> Found:
+    """What is found in a file that must be recognised as `expect`."""
+    path = tmp_path / name
+    path.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    measure = wanted.pop("measure", None)
+    found = Found(Wanted(**wanted), measure)
+    assert recognise(Source(path)) == expect
+    read_files([path], format_name=None, found=found)
+    return found
+
+
+def actions(found: Found) -> Actions:
+    return {name: one.actions for name, one in found.videos.items()}
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [
+        (3.7, 3.7),
+        ("3.7", 3.7),
+        ("3,7", 3.7),
+        ("01:02.5", 62.5),
+        ("1:02:03,500", 3723.5),
+        ("00:00:01.089", 1.089),
+        ("75:30", 4530.0),
+        ("1:75", None),
+        ("1:75:00", None),
+        ("nan", None),
+        ("inf", None),
+        ("1e400", None),
+        ("", None),
+        (None, None),
+        (True, None),
+        (10**400, None),
+    ],
+)
+def test_times(text: Any, seconds: float | None) -> None:
+    assert as_seconds(text) == seconds
+
+
+@pytest.mark.parametrize(
+    ("name", "video_id"),
+    [
+        ("clip_00.mp4", "clip_00"),
+        ("C:\\videos\\clip_00.MKV", "clip_00"),
+        ("file:///home/me/my%20clip.mp4", "my clip"),
+        ("/data/local-files/?d=sub%2Fclip_00.mp4", "clip_00"),
+        ("/data/upload/1/0a1b2c3d-clip_00.mp4", "clip_00"),
+        ("https://host/a/clip_00.webm?x=1", "clip_00"),
+        ("v1.2", "v1.2"),
+    ],
+)
+def test_the_id_in_a_name(name: str, video_id: str) -> None:
+    assert video_id_of(name) == video_id
+
+
+def test_activitynet_as_hacs_and_opentad_write_it(tmp_path):
+    entry = {"subset": "training", "duration": "92.166667", "annotations": [{"segment": [1, 2.5], "label": "run"}]}
+    bad = {"segment": [3, 3], "label": "run"}, {"segment": [5, 4], "label": "run"}, {"segment": [1]}, "x"
+    entry["annotations"] += bad
+    content = {"database": {"a": entry, "t": {"subset": "test", "duration": 5, "frame": 150}, "odd": 3}}
+    found = found_in(tmp_path, "a.json", content, expect="activitynet")
+    assert actions(found) == {"a": [(1.0, 2.5, "run")], "t": []}
+    assert found.videos["a"].duration_seconds == 92.166667
+    assert (found.videos["t"].is_known, found.videos["t"].facts) == (False, {"frame": 150.0})
+    assert [line.partition(": ")[2][:30] for line in found.left_out] == [
+        "its segment 3 to 3 s lasts no ",
+        "its segment 5 to 4 s is revers",
+        "its times are None and None: n",
+        "its times are None and None: n",
+        "it is no object with a subset,",
+    ]
+
+
+def test_mmaction(tmp_path):
+    action = {"segment": [3.7, 9.1], "label": "arm"}
+    entry = {"duration_second": 61.0, "duration_frame": 1830, "annotations": [action], "fps": 30.0, "rfps": 30}
+    found = found_in(tmp_path, "anet_anno_val.json", {"clip_00": entry}, expect="mmaction")
+    assert actions(found) == {"clip_00": [(3.7, 9.1, "arm")]}
+    one = found.videos["clip_00"]
+    assert (one.duration_seconds, one.facts, one.subset) == (61.0, {"frame": 1830.0, "fps": 30.0}, "validation")
+
+
+def test_multithumos_counts_classes_from_1_and_charades_from_0(tmp_path):
+    content = {"video_test_0000004": {"subset": "testing", "duration": 33, "actions": [[1, 0.2, 1.1], [2, 3, 2]]}}
+    found = found_in(tmp_path, "m.json", content, expect="multithumos", classes=("pitch", "dunk"))
+    assert actions(found) == {"video_test_0000004": [(0.2, 1.1, "pitch")]}
+    assert found.videos["video_test_0000004"].subset == "validation"
+    assert "reversed" in found.left_out[0]
+    content = {"AAAAA": {"subset": "training", "duration": 33, "actions": [[0, 0, 1], [1, 3, 4]]}}
+    found = found_in(tmp_path, "c.json", content, expect="multithumos", classes=("hold", "sit"))
+    assert actions(found) == {"AAAAA": [(0.0, 1.0, "hold"), (3.0, 4.0, "sit")]}
+
+
+def test_charades_csv(tmp_path):
+    text = 'id,subject,actions,length\n46GP8,HR43,c092 11.90 21.20;c147 0.00 12.60,24.83\nN11GT,0,"",18.33\n'
+    found = found_in(tmp_path, "Charades_v1_train.csv", text, expect="charades")
+    assert actions(found) == {"46GP8": [(11.9, 21.2, "c092"), (0.0, 12.6, "c147")], "N11GT": []}
+    assert (found.videos["46GP8"].duration_seconds, found.videos["46GP8"].subset) == (24.83, "training")
+
+
+def test_thumos_text_files(tmp_path):
+    text = "video_validation_0000266  72.8 76.4\nvideo_validation_0000681  44.0 50.9\n\nvideo_validation_1 x 3\n"
+    found = found_in(tmp_path, "BaseballPitch_val.txt", text, expect="thumos")
+    assert actions(found) == {
+        "video_validation_0000266": [(72.8, 76.4, "BaseballPitch")],
+        "video_validation_0000681": [(44.0, 50.9, "BaseballPitch")],
+    }
+    assert found.videos["video_validation_0000266"].subset == "training"
+    assert found.left_out == ["BaseballPitch_val.txt line 4: 'video_validation_1 x 3' is no video, start and end"]
+    found = found_in(tmp_path, "Ambiguous_test.txt", "video_test_0000004 0.2 1.1", expect="thumos")
+    assert actions(found) == {"video_test_0000004": [(0.2, 1.1, "Ambiguous")]}
+    assert found.videos["video_test_0000004"].subset == "validation"
+
+
+EPIC = (
+    "narration_id,participant_id,video_id,narration_timestamp,start_timestamp,stop_timestamp,start_frame,stop_frame,"
+    "narration,verb,verb_class,noun,noun_class,all_nouns,all_noun_classes\n"
+    "P01_01_0,P01,P01_01,00:00:01.089,00:00:00.14,00:01:03.37,8,202,open door,open,3,door,3,['door'],[3]\n"
+    "P01_01_1,P01,P01_01,00:00:02.629,00:00:04.37,00:00:06.17,262,370,turn on light,turn-on,6,light,114,"
+    "\"['light']\",[114]\n"
+)
+
+
+def test_epic_kitchens(tmp_path):
+    found = found_in(tmp_path, "EPIC_100_train.csv", EPIC, expect="epic", label="verb")
+    assert actions(found) == {"P01_01": [(0.14, 63.37, "id_003"), (4.37, 6.17, "id_006")]}
+    assert found.videos["P01_01"].subset == "training"
+    found = found_in(tmp_path, "EPIC_100_validation.csv", EPIC, expect="epic", label="noun")
+    assert actions(found)["P01_01"][1] == (4.37, 6.17, "id_114")
+    assert "give --label verb or --label noun" in found_in(tmp_path, "e.csv", EPIC, expect="epic").left_out[0]
+    cut = "\n".join(",".join(line.split(",")[:8]) for line in EPIC.splitlines())
+    found = found_in(tmp_path, "EPIC_100_test_timestamps.csv", cut, expect="epic", label="verb")
+    assert (actions(found), found.videos["P01_01"].is_known) == ({"P01_01": []}, False)
+    info = "video_id,duration,fps,resolution\nP01_01,1652.152817,59.94006,1920x1080\n"
+    assert found_in(tmp_path, "i.csv", info, expect="epic-info").durations == {"P01_01": 1652.152817}
+
+
+def test_ego4d_takes_primary_labels_in_the_time_of_the_clip(tmp_path):
+    def label(name: str, start: float, end: float, *, primary: bool = True) -> dict:
+        return {"label": name, "primary": primary, "video_start_time": start, "video_end_time": end}
+
+    one = {"labels": [label('use_"phone", or (tablet)/pc', 301.0, 302.5), label("other", 301, 302, primary=False)]}
+    clip = {"video_start_sec": 300.0, "video_end_sec": 780.0}
+    clips = [{"clip_uid": "c1", "annotations": [one], **clip}, {"clip_uid": "c2", "annotations": [], **clip}]
+    content = {"videos": [{"video_uid": "v", "split": "train", "clips": clips}]}
+    found = found_in(tmp_path, "moments_train.json", content, expect="ego4d")
+    assert actions(found) == {"c1": [(1.0, 2.5, 'use_"phone", or (tablet)/pc')]}
+    assert (found.videos["c1"].duration_seconds, found.videos["c1"].subset) == (480.0, "train")
+    assert found.left_out == ["moments_train.json clip c2: it has no primary label"]
+    content["videos"][0]["split"] = "test"
+    found = found_in(tmp_path, "t.json", content, expect="ego4d")
+    assert not found.videos["c2"].is_known
+
+
+ELAN = """<?xml version="1.0" encoding="UTF-8"?>
+<ANNOTATION_DOCUMENT FORMAT="3.0"><HEADER TIME_UNITS="milliseconds">
+<MEDIA_DESCRIPTOR MEDIA_URL="file:///C:/me/clip_00.wav" MIME_TYPE="audio/x-wav"/>
+<MEDIA_DESCRIPTOR MEDIA_URL="file:///C:/me/clip_00.mp4" MIME_TYPE="video/mp4" TIME_ORIGIN="500"/></HEADER>
+<TIME_ORDER><TIME_SLOT TIME_SLOT_ID="ts1" TIME_VALUE="3700"/><TIME_SLOT TIME_SLOT_ID="ts2" TIME_VALUE="9100"/>
+<TIME_SLOT TIME_SLOT_ID="ts3"/></TIME_ORDER>
+<TIER TIER_ID="actions"><ANNOTATION><ALIGNABLE_ANNOTATION ANNOTATION_ID="a1" TIME_SLOT_REF1="ts1" TIME_SLOT_REF2="ts2">
+<ANNOTATION_VALUE>arm </ANNOTATION_VALUE></ALIGNABLE_ANNOTATION></ANNOTATION><ANNOTATION>
+<ALIGNABLE_ANNOTATION ANNOTATION_ID="a2" TIME_SLOT_REF1="ts2" TIME_SLOT_REF2="ts3">
+<ANNOTATION_VALUE>x</ANNOTATION_VALUE>
+</ALIGNABLE_ANNOTATION></ANNOTATION></TIER>
+<TIER TIER_ID="hand" PARENT_REF="actions"><ANNOTATION><REF_ANNOTATION ANNOTATION_ID="a3" ANNOTATION_REF="a1">
+<ANNOTATION_VALUE></ANNOTATION_VALUE></REF_ANNOTATION></ANNOTATION></TIER></ANNOTATION_DOCUMENT>"""
+
+
+def test_elan(tmp_path):
+    found = found_in(tmp_path, "e.eaf", ELAN, expect="elan")
+    assert actions(found) == {"clip_00": [(4.2, 9.6, "arm"), (4.2, 9.6, "hand")]}
+    assert found.left_out == ["e.eaf tier 'actions' annotation a2: one of its ends is at no time"]
+    found = found_in(tmp_path, "e.eaf", ELAN, expect="elan", label="tier", tiers=frozenset({"actions"}))
+    assert actions(found) == {"clip_00": [(4.2, 9.6, "actions")]}
+    found = found_in(tmp_path, "e.eaf", ELAN, expect="elan", tiers=frozenset({"x"}))
+    assert "none of the tiers ['x']; it has ['actions', 'hand']" in found.left_out[0]
+
+
+def test_xml_with_a_document_type_is_refused(tmp_path):
+    bomb = '<?xml version="1.0"?><!DOCTYPE x [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]><annotations>&b;</annotations>'
+    for number, encoding in enumerate(("utf-8", "utf-16")):
+        path = tmp_path / f"{number}.xml"
+        path.write_bytes(bomb.encode(encoding))
+        found = Found(Wanted())
+        assert read_files([path], format_name=None, found=found) == {}
+        assert "it has a document type (<!DOCTYPE>)" in found.left_out[0]
+
+
+def test_via_reads_options_and_leaves_out_what_is_no_segment(tmp_path):
+    def entry(z: list[float], av: dict[str, str], **more: Any) -> dict:
+        return {"vid": "1", "flg": 0, "z": z, "xy": [], "av": av, **more}
+
+    attributes = {
+        "1": {"aname": "action", "anchor_id": "FILE1_Z2_XY0", "type": 4, "options": {"0": "arm", "1": "leg"}},
+        "2": {"aname": "object", "anchor_id": "FILE1_Z1_XY1", "type": 1, "options": {}},
+        "3": {"aname": "hands", "anchor_id": "FILE1_Z2_XY0", "type": 2, "options": {"0": "left", "1": "right"}},
+    }
+    metadata = {
+        "1_a": entry([3.7, 9.1], {"1": "0"}),
+        "1_b": entry([1, 2], {"1": "_DEFAULT", "3": "0,1"}),
+        "1_c": entry([2.5], {"1": "0"}),
+        "1_d": entry([], {"1": "0"}),
+        "1_e": entry([1], {"2": "cup"}, xy=[2, 1, 1, 5, 5]),
+        "1_f": entry([-1, -1], {"1": "1"}),
+        "1_g": entry([1, 2], {}),
+    }
+    attributes["1"]["default_option_id"] = "1"
+    content = {
+        "project": {"vid_list": ["1"]},
+        "attribute": attributes,
+        "file": {"1": {"fid": "1", "fname": "clip_00.mp4", "type": 4, "loc": 1, "src": "clip_00.mp4"}},
+        "view": {"1": {"fid_list": ["1"]}},
+        "metadata": metadata,
+    }
+    found = found_in(tmp_path, "v.json", content, expect="via")
+    expected = [(3.7, 9.1, "arm"), (1.0, 2.0, "leg"), (1.0, 2.0, "left"), (1.0, 2.0, "right")]
+    assert actions(found) == {"clip_00": expected}
+    assert [line.partition(": ")[2] for line in found.left_out] == [
+        "it marks a moment, not a segment",
+        "it marks a whole file, not a segment",
+        "it marks a region of a picture, not a segment",
+        "its segment -1 to -1 s lasts no time",
+        "no attribute gives it a label",
+    ]
+    assert actions(found_in(tmp_path, "v.json", content, expect="via", label="hands"))["clip_00"] == expected[2:]
+
+
+CVAT = """<?xml version="1.0" encoding="utf-8"?><annotations><version>1.1</version><meta><task><size>100</size>
+<start_frame>10</start_frame><frame_filter>step=2</frame_filter></task><source>clip_00.mp4</source></meta>
+<track id="0" label="arm"><box frame="10" outside="0" keyframe="1"><attribute name="how">fast</attribute></box>
+<box frame="20" outside="0" keyframe="1"><attribute name="how">slow</attribute></box>
+<box frame="25" outside="1" keyframe="1"><attribute name="how">slow</attribute></box>
+<box frame="90" outside="0" keyframe="1"><attribute name="how">fast</attribute></box></track></annotations>"""
+
+
+def test_cvat_ends_a_run_with_the_first_frame_outside(tmp_path):
+    """Frame f of the task is frame 10 + 2 f of the video; the task ends with frame 10 + 2 * 100."""
+    found = found_in(tmp_path, "c.xml", CVAT, expect="cvat", fps=10.0)
+    assert actions(found) == {"clip_00": [(3.0, 6.0, "arm"), (19.0, 21.0, "arm")]}
+    found = found_in(tmp_path, "c.xml", CVAT, expect="cvat", fps=10.0, label="how")
+    assert actions(found) == {"clip_00": [(3.0, 5.0, "fast"), (5.0, 6.0, "slow"), (19.0, 21.0, "fast")]}
+    assert "give --fps, or --videos" in found_in(tmp_path, "c.xml", CVAT, expect="cvat").left_out[0]
+    found = found_in(tmp_path, "c.xml", CVAT, expect="cvat", measure=lambda video_id: (21.0, 10.0))
+    assert actions(found)["clip_00"][0] == (3.0, 6.0, "arm")
+
+
+def test_cvat_without_the_length_of_its_task(tmp_path):
+    text = '<annotations><track id="0" label="arm"><box frame="111" outside="0"/></track></annotations>'
+    found = found_in(tmp_path, "clip.xml", text, expect="cvat", fps=30.0)
+    assert "it lasts to the end of the video, which the file does not tell; give --videos" in found.left_out[0]
+    found = found_in(tmp_path, "clip.xml", text, expect="cvat", measure=lambda video_id: (10.0, 30.0))
+    assert actions(found) == {"clip": [(3.7, 10.0, "arm")]}
+
+
+def test_label_studio(tmp_path):
+    """Frames 25 to 48, both included, at 24 per second are the second second."""
+    regions = [
+        {"type": "timelinelabels", "value": {"ranges": [{"start": 25, "end": 48}], "timelinelabels": ["arm"]}},
+        {"type": "labels", "value": {"start": 3.7, "end": 9.1, "labels": ["leg"]}},
+        {"type": "videorectangle", "value": {"sequence": [], "labels": ["box"]}},
+    ]
+    task = {
+        "id": 7,
+        "data": {"video": "/data/upload/1/0a1b2c3d-clip_00.mp4"},
+        "annotations": [{"result": regions}, {"was_cancelled": True, "result": regions}],
+        "predictions": [{"result": regions}],
+    }
+    found = found_in(tmp_path, "l.json", [task], expect="label-studio", fps=24.0)
+    assert actions(found) == {"clip_00": [(1.0, 2.0, "arm"), (3.7, 9.1, "leg")]}
+    assert found.left_out == ["l.json task 7 region 2: it marks no segment: labels, sequence"]
+    small = {"video": "clip_00.mp4", "tricks": [{"start": 3.7, "end": 9.1, "labels": ["arm"]}], "id": 1}
+    small["videoLabels"] = [{"ranges": [{"start": 1, "end": 12}], "timelinelabels": ["leg"]}]
+    found = found_in(tmp_path, "m.json", [small], expect="label-studio", fps=24.0)
+    assert actions(found) == {"clip_00": [(3.7, 9.1, "arm"), (0.0, 0.5, "leg")]}
+
+
+BORIS = """\
+Observation id,Observation date,Media duration (s),FPS,Subject,Behavior,Modifier #1,Behavior type,Time,Media file name
+obs 1,2024-01-01,61.0,25,rat,groom,,START,1.5,a/clip_00.mp4
+obs 1,2024-01-01,61.0,25,rat,groom,left,START,2.0,a/clip_00.mp4
+obs 1,2024-01-01,61.0,25,rat,sniff,,POINT,2.25,a/clip_00.mp4
+obs 1,2024-01-01,61.0,25,rat,groom,left,STOP,3.0,a/clip_00.mp4
+obs 1,2024-01-01,61.0,25,rat,groom,,STOP,4.5,a/clip_00.mp4
+obs 1,2024-01-01,61.0,25,rat,rest,,STOP,5.0,a/clip_00.mp4
+obs 1,2024-01-01,61.0,25,rat,rest,,START,6.0,a/clip_00.mp4
+"""
+
+
+def test_boris_pairs_start_and_stop_of_one_subject_behavior_and_modifier(tmp_path):
+    for text in (BORIS, BORIS.replace(",", "\t"), "Observation id\tobs 1\n\n" + BORIS.replace(",", "\t")):
+        found = found_in(tmp_path, "b.csv", text, expect="boris")
+        assert actions(found) == {"clip_00": [(2.0, 3.0, "groom"), (1.5, 4.5, "groom")]}
+        assert found.videos["clip_00"].duration_seconds == 61.0
+        assert [line.partition(": ")[2] for line in found.left_out] == [
+            "'sniff' is a point event",
+            "'rest' stops without a start",
+            "'rest' starts and never stops",
+        ]
+
+
+def test_boris_aggregated_events(tmp_path):
+    text = (
+        "Observation id,Source,Total length,Subject,Behavior,Behavioral category,Behavior type,Start (s),Stop (s)\n"
+        "obs,player #1:/v/clip_00.mp4,61.0,rat,groom,care,STATE,1.5,4.5\n"
+        "obs,player #1:/v/clip_00.mp4,61.0,rat,sniff,food,POINT,2,2\n"
+        "o2,player #1:/v/a.mp4;/v/b.mp4,61.0,rat,groom,care,STATE,1.5,4.5\n"
+    )
+    found = found_in(tmp_path, "b.csv", text, expect="boris", label="category")
+    assert actions(found) == {"clip_00": [(1.5, 4.5, "care")]}
+    assert "'sniff' is a point event" in found.left_out[0]
+    assert "several media files" in found.left_out[1]
+
+
+def test_boris_project(tmp_path):
+    events = [[1.5, "rat", "groom", "", ""], [2.0, "rat", "sniff", "", ""], [4.5, "rat", "groom", "", ""], [5, "rat"]]
+    content = {
+        "behaviors_conf": {
+            "0": {"code": "groom", "type": "State event"},
+            "1": {"code": "sniff", "type": "Point event"},
+        },
+        "observations": {
+            "one": {
+                "file": {"1": ["clip_00.mp4"], "2": []},
+                "media_info": {"length": {"clip_00.mp4": 61.0}},
+                "events": events,
+            },
+            "two": {"file": {"1": ["a.mp4", "b.mp4"]}, "events": events},
+        },
+    }
+    found = found_in(tmp_path, "p.boris", content, expect="boris-project")
+    assert actions(found) == {"clip_00": [(1.5, 4.5, "groom")]}
+    assert found.videos["clip_00"].duration_seconds == 61.0
+    assert len(found.left_out) == 3
+
+
+@pytest.mark.parametrize(
+    ("text", "options"),
+    [
+        ("video,start,end,label\nclip.mp4,3.5,69.25,run\n", {}),
+        ("\ufeffVideo Name;Start (s);End (s);Class\nclip.mp4;3,5;69,25;run\n", {}),
+        ("clip.mp4\t00:03.5\t00:01:09.250\trun\n", {}),
+        ("clip,00:03,00:09,jump\nclip,x,9,run\n# a comment\nclip,3.5,69.25,run\n", {}),
+        ("clip,run,3.5,69.25\n", {}),
+        ("label,youtube_id,start_ms,end_ms\nrun,clip,3500,69250\n", {}),
+        ("video,startFrame,endFrame,label\nclip,35,692.5,run\n", {"fps": 10.0}),
+        ("video,start,end,label\nclip,35,692.5,run\n", {"fps": 10.0}),
+        ("video,start,duration,label\nclip,3.5,65.75,run\n", {}),
+        ("Film,Anfang,Ende,Klasse\nclip,3.5,69.25,run\n", {}),
+        ("video,type,type_idx,start,end,startFrame,endFrame\nclip,run,7,3.5,69.25,35,692\n", {}),
+        ('video,start,end,label\nclip,3.5,69.25,"run"\nclip,9,3,run\nclip,3,3,run\nclip,1,2,\n,1,2,run\n', {}),
+    ],
+)
+def test_tables(tmp_path, text, options):
+    found = found_in(tmp_path, "list.csv", text, expect="csv", **options)
+    assert found.videos["clip"].actions[-1] == (3.5, 69.25, "run")
+    assert len(found.left_out) == {"jump": 1, ",9,3,": 4}.get(next((k for k in ("jump", ",9,3,") if k in text), ""), 0)
+
+
+def test_a_table_tells_subsets_and_lengths(tmp_path):
+    text = "video,start,end,label,split,video_duration\na,1,2,run,Val,61.5\n"
+    one = found_in(tmp_path, "l.csv", text, expect="csv").videos["a"]
+    assert (one.subset, one.duration_seconds) == ("val", 61.5)
+
+
+def test_what_no_format_knows_is_left_out_and_named(tmp_path):
+    for name, content, reason in (
+        ("a.json", "{}", "its format is not known; known: activitynet"),
+        ("b.csv", "a,b\n1,2\n", "its format is not known"),
+        ("c.txt", "", "its format is not known"),
+        ("d.json", '{"a": ', "not usable JSON"),
+        ("e.xml", "<a><b></a>", "not usable XML"),
+        ("f.csv", b"caf\xe9,1,2,run", "not text in UTF-8"),
+    ):
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        found = Found(Wanted())
+        assert read_files([path], format_name=None, found=found) == {}
+        assert reason in found.left_out[0]
+    with pytest.raises(ValueError, match="unknown format 'xls'; known: activitynet, "):
+        read_files([], format_name="xls", found=found)
+    read_files([tmp_path / "b.csv"], format_name="elan", found=found)
+    assert found.left_out[-1].endswith("it is not ELAN's .eaf")
+
+
+def test_every_row_has_a_name_for_people() -> None:
+    assert all(row.about for row in FORMATS.values())
