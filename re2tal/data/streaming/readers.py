@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from re2tal.data.contract.features import interpolate, read_features
-from re2tal.data.contract.members import read_content
+from re2tal.data.contract.members import read_video
 from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.data.streaming.collate import Clip, collate, collate_features
 from re2tal.data.streaming.decode import decode_frames
@@ -59,9 +59,9 @@ class FrameReader:
 
     def read(self, number: int, window: Window, generator: np.random.Generator) -> Tensor:
         """Decoded, and cut by one box and one mirror bit for all frames."""
-        mp4 = read_content(self.folder, self.folder.videos[number])
+        mp4 = read_video(self.folder, self.folder.videos[number])
         content = self.blank(window)
-        frames = decode_frames(mp4, window.indices[: window.num_valid])
+        frames = decode_frames(*mp4.cut(window.indices[: window.num_valid]))
         content[:, : window.num_valid] = self._shape(frames, generator, place=window.crop)
         content[:, window.num_valid :] = content[:, window.num_valid - 1 : window.num_valid]
         return content
