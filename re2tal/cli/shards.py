@@ -1,4 +1,4 @@
-"""`re2tal shards build | verify | list`: videos and annotations, or trimmed clips, in; training data out."""
+"""`re2tal shards build | index | verify | list`: videos and annotations, or trimmed clips, in; training data out."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated
 import tyro
 
 from re2tal.runs.shard_building import Build, build, describe, verify
+from re2tal.runs.shard_indexing import Index, index
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +28,13 @@ class List:
     """Folders of one subset each."""
 
 
-def shards(command: Annotated[Build | Verify | List, tyro.conf.arg(name="")]) -> int:
-    """Build shards from videos, verify them, or list what they hold."""
+def shards(command: Annotated[Build | Index | Verify | List, tyro.conf.arg(name="")]) -> int:
+    """Build shards from videos, take over tars of others, verify them, or list what they hold."""
     match command:
         case Build():
             return build(command)
+        case Index():
+            return index(command)
         case Verify():
             return verify(command.folders)
         case List():

@@ -239,7 +239,7 @@ def _rate(seconds: np.ndarray, single: float) -> float:
     fps = (len(seconds) - 1) / seconds[-1] if seconds[-1] > 0 else 0.0
     if fps == 0 or np.abs(seconds - np.arange(len(seconds)) / fps).max() > _MAX_OFF_SECONDS:
         raise ValueError(f"its rate is not constant (about {fps:.3f} frames per second); {_REBUILD}")
-    return float(fps)
+    return round(float(fps), 9)
 
 
 def _scale(content: bytes, start: int, end: int) -> int:
