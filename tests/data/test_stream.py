@@ -16,8 +16,9 @@ from data.folders import indexed, write_shards
 from data.numbered import encode_numbered, read_numbers
 from data.workers import ready_worker
 
-from re2tal.data.contract.members import read_content
+from re2tal.data.contract.members import read_content, read_video
 from re2tal.data.contract.shards import ShardSet
+from re2tal.data.streaming import readers
 from re2tal.data.streaming.decode import DecodeError, decode_frames
 from re2tal.data.streaming.stream import ClipConfig, ClipStream, stream_clips
 from re2tal.data.streaming.transforms import Box, crop_and_resize
@@ -294,6 +295,30 @@ def test_a_sparse_member_is_refused_by_its_header(tmp_path):
     with pytest.raises(ValueError, match=r"member 'a\.mp4' of type b'S' where the plain file a\.mp4 should be"):
         list(evaluate(folder).epoch(0))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10
+
+
+def test_a_video_is_read_once_for_windows_that_follow_each_other(shards, monkeypatch):
+    read = []
+    monkeypatch.setattr(readers, "read_video", lambda folder, video: read.append(video) or read_video(folder, video))
+    wanted = list(evaluate(shards).epoch(0))
+    assert [video.record.video_id for video in read] == [f"v{number}" for number in range(len(LENGTHS))]
+    assert sum(len(batch.video_ids) for batch in wanted) > 2 * len(read)
+    monkeypatch.setattr(readers, "MAX_OPEN_BYTES", 0)
+    assert all(same(*pair) for pair in zip(evaluate(shards).epoch(0), wanted, strict=True))
+    stream = evaluate(shards)
+    reader = stream._batches.reader
+    for number in (0, 1, 2):
+        reader.opened.open(shards, number)
+    assert list(reader.opened._videos) == [2]
+
+
+def test_memory_is_flat_over_many_clips(shards):
+    stream, sizes = train(shards, batch_size=7), []
+    for epoch in range(60):
+        for _ in stream.epoch(epoch):
+            pass
+        sizes.append(int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize())
+    assert max(sizes[30:]) - max(sizes[:30]) < 4 << 20
 
 
 def test_another_video_at_the_offset_is_noticed(shards):

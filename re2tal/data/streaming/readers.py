@@ -6,8 +6,9 @@ the process that reads it.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from re2tal.data.contract.features import interpolate, read_features
 from re2tal.data.contract.members import read_video
+from re2tal.data.contract.mp4 import Mp4
 from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.data.streaming.collate import Clip, collate, collate_features
 from re2tal.data.streaming.decode import decode_frames
@@ -41,6 +43,30 @@ class ClipReader(Protocol):
         """Clips to a batch."""
 
 
+MAX_OPEN_BYTES = 64 << 20
+"""Of the videos that a process keeps open; the last one stays, however large it is."""
+
+
+class OpenVideos:
+    """The videos that were read last, checked: a long one is read once for all its windows."""
+
+    def __init__(self) -> None:
+        self._videos: OrderedDict[int, Mp4] = OrderedDict()
+
+    def __reduce__(self) -> tuple[type[OpenVideos], tuple[()]]:
+        return OpenVideos, ()  # a worker that is spawned begins with none
+
+    def open(self, folder: ShardSet, number: int) -> Mp4:
+        """The video at place `number` of the index; DecodeError where it is damaged."""
+        video = self._videos.get(number)
+        if video is None:
+            video = self._videos[number] = read_video(folder, folder.videos[number])
+        self._videos.move_to_end(number)
+        while len(self._videos) > 1 and sum(len(one.content) for one in self._videos.values()) > MAX_OPEN_BYTES:
+            self._videos.popitem(last=False)
+        return video
+
+
 @dataclass(frozen=True)
 class FrameReader:
     """Windows of videos as (3, T, size, size) uint8 frames; padding repeats the last frame."""
@@ -52,6 +78,7 @@ class FrameReader:
     """(1, 1): whole pictures"""
     crop_aspect: tuple[float, float]
     flip: bool
+    opened: OpenVideos = field(default_factory=OpenVideos, repr=False, compare=False)
 
     def blank(self, window: Window) -> Tensor:
         """Black frames."""
@@ -59,7 +86,7 @@ class FrameReader:
 
     def read(self, number: int, window: Window, generator: np.random.Generator) -> Tensor:
         """Decoded, and cut by one box and one mirror bit for all frames."""
-        mp4 = read_video(self.folder, self.folder.videos[number])
+        mp4 = self.opened.open(self.folder, number)
         content = self.blank(window)
         frames = decode_frames(*mp4.cut(window.indices[: window.num_valid]))
         content[:, : window.num_valid] = self._shape(frames, generator, place=window.crop)
