@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from re2tal.data.contract.columns import columns_of
 from re2tal.data.contract.features import interpolate, read_features
 from re2tal.data.contract.members import read_video
 from re2tal.data.contract.mp4 import Mp4
@@ -121,13 +122,14 @@ class FeatureReader:
                 self._check_rate(rate)
 
     def _check_rate(self, rate: float) -> None:
-        for video in self.folder.videos:
-            if abs(video.samples_per_second - rate) > 1e-3 * rate:
-                raise ValueError(
-                    f"data.clips.windowing.frames_per_second is {rate:g}, but the features of {video.record.video_id} "
-                    f"in {self.folder.root} come at {video.samples_per_second:g} steps per second; give that, or null "
-                    "(None on the command line) for the rate of each video"
-                )
+        rates = columns_of(self.folder.videos)["samples_per_second"]
+        if len(others := np.flatnonzero(np.abs(rates - rate) > 1e-3 * rate)):
+            video = self.folder.videos[int(others[0])]
+            raise ValueError(
+                f"data.clips.windowing.frames_per_second is {rate:g}, but the features of {video.record.video_id} "
+                f"in {self.folder.root} come at {video.samples_per_second:g} steps per second; give that, or null "
+                "(None on the command line) for the rate of each video"
+            )
 
     def blank(self, window: Window) -> Tensor:
         """Zeros."""
