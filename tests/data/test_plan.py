@@ -1,7 +1,9 @@
 import itertools
 
+import numpy as np
 import pytest
 
+from re2tal.data.streaming import epoch_order
 from re2tal.data.streaming.epoch_order import Unit, batch_units, count_steps, evaluation_order, training_order
 
 WORLDS = (1, 2, 3, 4, 5, 8)
@@ -64,6 +66,32 @@ def test_a_step_holds_the_same_units_however_many_ranks_share_it():
         for world in (1, 2, 3, 4, 6, 12)
     ]
     assert all(split == splits[0] for split in splits)
+
+
+def by_the_book(names, *, shuffle_span, seed, epoch):
+    """One video at a time: what the arrays must give, number by number."""
+    generator = np.random.default_rng([seed, epoch])
+    places = {}
+    for video, shard in enumerate(names):
+        places.setdefault(shard, []).append(video)
+    videos = [v for number in generator.permutation(len(places)) for v in places[list(places)[number]]]
+    buffer, order = videos[:shuffle_span], []
+    for video in videos[shuffle_span:]:
+        place = int(generator.integers(len(buffer)))
+        order.append(buffer[place])
+        buffer[place] = video
+    return order + [buffer[place] for place in generator.permutation(len(buffer))]
+
+
+@pytest.mark.parametrize("span", [1, 2, 7, 64, 1000, 10**6])
+@pytest.mark.parametrize("names", [["b"], ["b", "a", "b", "c", "a"] * 30, shards(*range(1, 40))])
+def test_an_order_is_the_one_that_drawing_one_by_one_gives(names, span, monkeypatch):
+    for at_once in (3, 50, 1 << 16):
+        monkeypatch.setattr(epoch_order, "_DRAWN_AT_ONCE", at_once)
+        for seed, epoch in ((0, 0), (5, 9)):
+            units = training_order(names, shuffle_span=span, seed=seed, epoch=epoch)
+            wanted = by_the_book(names, shuffle_span=span, seed=seed, epoch=epoch)
+            assert list(units) == [Unit(video, 0) for video in wanted]
 
 
 def test_entering_at_a_step_gives_what_would_have_come():

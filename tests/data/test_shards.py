@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from data.files import encoding
+from data.numbered import encode_numbered
 
 from re2tal.data.contract.manifest import (
     INDEX_NAME,
@@ -39,13 +40,13 @@ def stored(video_id: str) -> StoredVideo:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Path:
-    """Two shards of three videos each; what an mp4 holds plays no part here."""
+    """Two shards of three videos each."""
     root = tmp_path_factory.mktemp("shards") / "training"
     root.mkdir()
     videos, files = [], []
     for shard in ("shard-000000.tar", "shard-000001.tar"):
         names = [f"{shard[11]}{letter}" for letter in "abc"]
-        mp4s = [hashlib.sha256(name.encode()).digest() * 40 for name in names]
+        mp4s = [encode_numbered(30, fps=15) + bytes([0, 0, 0, 10]) + b"free" + name.encode() for name in names]
         pairs = [Pair(n, to_json(stored(n)).encode(), mp4) for n, mp4 in zip(names, mp4s, strict=True)]
         places = write_tar(root / shard, pairs)
         for name, mp4, (offset, num_bytes) in zip(names, mp4s, places, strict=True):

@@ -86,7 +86,7 @@ def build_shards(
             "classes": annotations.classes,
             "seed": config.seed,
         },
-        describe=partial(_describe, subset),
+        describe=partial(describe_videos, subset),
     )
     return written.build(
         plan_shards(records, sources, config=config),
@@ -173,7 +173,7 @@ def _build_in_parallel(
         raise error
 
 
-def _describe(subset: str, videos: Sequence[IndexedVideo], num_bytes: int) -> dict[str, Any]:
+def describe_videos(subset: str, videos: Sequence[IndexedVideo], num_bytes: int) -> dict[str, Any]:
     """The manifest fields that only videos have."""
     return {
         "subset": subset,

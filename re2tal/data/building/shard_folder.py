@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from re2tal.data.building.clips import TrimmedClip
+from re2tal.data.contract.columns import write_columns
 from re2tal.data.contract.feature_manifest import FeatureManifest, IndexedFeatures, StoredFeatures
 from re2tal.data.contract.manifest import (
     INDEX_NAME,
@@ -225,16 +226,19 @@ class ShardFolder(Generic[AnyManifest, Entry]):
             raise ValueError(
                 f"none of the {len(rejected)} videos can be used; the first, {first.video_id}: {first.reason}"
             )
-        index = "".join(to_json(video) + "\n" for video in videos)
+        lines = [(to_json(video) + "\n").encode() for video in videos]
+        index = b"".join(lines)
+        index_sha256 = hashlib.sha256(index).hexdigest()
         manifest = self.manifest(
             **head,
             rejected=rejected,
-            index_sha256=hashlib.sha256(index.encode()).hexdigest(),
+            index_sha256=index_sha256,
             shards=files,
             **self.settings,
             **self.describe(videos, sum(file.num_bytes for file in files)),
         )
-        write_atomically(self.root / INDEX_NAME, index)
+        write_atomically(self.root / INDEX_NAME, index.decode())
+        write_columns(self.root, videos, lines, index_sha256=index_sha256)
         write_atomically(self.root / MANIFEST_NAME, to_json(manifest))
 
     def _remove_leftovers(self, names: set[str]) -> None:

@@ -1,4 +1,7 @@
-"""The two members of one video, read from their place in a tar that may be damaged."""
+"""The two members of one video, read from their place in a tar that may be damaged, or come from anyone.
+
+Only headers of plain files are accepted: a sparse one of two kilobytes could unfold to gigabytes.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,13 @@ from pathlib import Path
 
 from re2tal.data.contract.feature_manifest import IndexedFeatures
 from re2tal.data.contract.manifest import IndexedVideo
+from re2tal.data.contract.mp4 import Mp4, read_mp4
 from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.data.streaming.decode import DecodeError
 
 _BLOCK = 512
+MAX_DRIFT_SECONDS = 0.005
+"""Times in a file are rounded."""
 
 
 def read_pair(path: Path, video: IndexedVideo | IndexedFeatures) -> tuple[bytes, bytes]:
@@ -41,6 +47,33 @@ def read_content(shards: ShardSet | FeatureSet, video: IndexedVideo | IndexedFea
         name = f"{video.record.video_id}.{video.SUFFIX}"
         raise DecodeError(f"{path}: the checksum of {name} is not the one in the index; the file was changed")
     return content
+
+
+def read_video(shards: ShardSet, video: IndexedVideo) -> Mp4:
+    """A video out of its shard, checked: the index describes it, and its frames can be read by number.
+
+    Raises:
+        DecodeError: if one of these does not hold.
+    """
+    content = read_content(shards, video)
+    try:
+        mp4 = read_mp4(content)
+        check_frames(mp4, video)
+    except ValueError as error:
+        raise DecodeError(f"{shards.path(video.shard)}: {video.record.video_id}.mp4: {error}") from None
+    return mp4
+
+
+def check_frames(mp4: Mp4, video: IndexedVideo) -> None:
+    """ValueError where the frames of a video are others than its index entry says."""
+    drift_seconds = abs(mp4.num_frames / mp4.fps - video.video_seconds)
+    found, wanted = ((one.num_frames, one.width, one.height) for one in (mp4, video))
+    if found != wanted or drift_seconds > MAX_DRIFT_SECONDS:
+        raise ValueError(
+            "{} frames of {}x{} at {:.6g} a second".format(*found, mp4.fps)
+            + ", the index says {} of {}x{} at {:.6g}".format(*wanted, video.fps)
+            + ": index and video disagree; rebuild the shards"
+        )
 
 
 def _member(stretch: bytes, name: str) -> tuple[bytes, bytes]:

@@ -2,6 +2,7 @@
 
     <out>/<subset>/shard-000000.tar ...    {id}.json, {id}.mp4, {id}.json, ...   one whole normalised video per pair
     <out>/<subset>/index.jsonl             one IndexedVideo per line, in shard order: all that planning needs
+    <out>/<subset>/index.{sha256}.npy      its columns, for indexes of a million videos; a folder may lack them
     <out>/<subset>/manifest.json           written last; its presence says that the folder is complete
 
 `re2tal.data.building.build` writes such folders, `re2tal.data.contract.verify` reads every byte of one.
@@ -11,9 +12,9 @@ writes those.
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -21,8 +22,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Generic, Self, TypeVar
 
+import numpy as np
 from webdataset.writer import TarWriter
 
+from re2tal.data.contract.columns import MappedIndex, columns_of, columns_path
 from re2tal.data.contract.feature_manifest import FeatureManifest, IndexedFeatures
 from re2tal.data.contract.manifest import (
     INDEX_NAME,
@@ -48,7 +51,7 @@ class Folder(Generic[AnyManifest, Entry]):
     manifest: AnyManifest
     manifest_sha256: str
     """Names this data set in the state that a resumed run compares."""
-    videos: tuple[Entry, ...]
+    videos: Sequence[Entry]
     """In shard order, within a shard in tar order."""
 
     @property
@@ -107,21 +110,38 @@ def open_any(folder: Path | str) -> ShardSet | FeatureSet:
 
 def _read(root: Path, manifest: AnyManifest, kind: type[Entry]) -> dict[str, Any]:
     """The fields of a Folder, checked."""
-    index_path = root / INDEX_NAME
-    index_bytes = index_path.read_bytes()
-    index_sha256 = hashlib.sha256(index_bytes).hexdigest()
+    index_path, columns = root / INDEX_NAME, columns_path(root, manifest.index_sha256)
+    # Columns that are younger than the index were made from it; to read hundreds of megabytes again proves no more.
+    if not columns.is_file() or index_path.stat().st_mtime_ns >= columns.stat().st_mtime_ns:
+        check_index_sha256(root, manifest)
+    check = _EntryCheck(root, manifest)
+    _check_files(root, manifest)
+    videos: Sequence[Entry]
+    if columns.is_file():
+        videos = MappedIndex(root, kind, manifest.index_sha256, check)
+        numbers = np.clip(videos.columns["shard"], 0, len(manifest.shards))
+        counts = np.bincount(numbers, minlength=len(manifest.shards)).tolist()
+    else:
+        videos = tuple(
+            from_json(kind, line, source=f"{index_path} line {number}")
+            for number, line in enumerate(index_path.read_bytes().splitlines(), start=1)
+        )
+        by_name = Counter(video.shard for video in videos)
+        counts = [by_name.pop(shard.name, 0) for shard in manifest.shards] + list(by_name.values())
+    _check_index(root, manifest, counts, int(columns_of(videos)["num_samples"].sum()))
+    if not columns.is_file():
+        _check_entries(videos, check)
+    return {"root": root, "manifest": manifest, "manifest_sha256": sha256_of(root / MANIFEST_NAME), "videos": videos}
+
+
+def check_index_sha256(root: Path, manifest: Manifest | FeatureManifest) -> None:
+    """ValueError where the index is not the one that the manifest was written for."""
+    index_sha256 = sha256_of(root / INDEX_NAME)
     if index_sha256 != manifest.index_sha256:
         raise ValueError(
-            f"{index_path} is not the one that {MANIFEST_NAME} was written for (sha256 {index_sha256[:12]}..., "
+            f"{root / INDEX_NAME} is not the one that {MANIFEST_NAME} was written for (sha256 {index_sha256[:12]}..., "
             f"manifest says {manifest.index_sha256[:12]}...); {_rebuild(root, manifest)}"
         )
-    videos = tuple(
-        from_json(kind, line, source=f"{index_path} line {number}")
-        for number, line in enumerate(index_bytes.splitlines(), start=1)
-    )
-    _check_files(root, manifest)
-    _check_index(root, manifest, videos)
-    return {"root": root, "manifest": manifest, "manifest_sha256": sha256_of(root / MANIFEST_NAME), "videos": videos}
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,10 +208,14 @@ def _rebuild(root: Path, manifest: Manifest | FeatureManifest | None = None) -> 
 
 def _check_files(root: Path, manifest: Manifest | FeatureManifest) -> None:
     for shard in manifest.shards:
-        path = root / shard.name
-        if not path.is_file():
+        path = f"{root}/{shard.name}"  # not a Path, and asked once: there may be 20,000 of them
+        try:
+            status = os.stat(path)
+        except FileNotFoundError:
+            status = None
+        if status is None or not stat.S_ISREG(status.st_mode):
             raise ValueError(f"{path} is missing, though {MANIFEST_NAME} lists it; {_rebuild(root, manifest)}")
-        size = path.stat().st_size
+        size = status.st_size
         if size != shard.num_bytes:
             raise ValueError(
                 f"{path} has {size} bytes, {MANIFEST_NAME} says {shard.num_bytes}: it was cut or changed; "
@@ -199,44 +223,58 @@ def _check_files(root: Path, manifest: Manifest | FeatureManifest) -> None:
             )
 
 
-def _check_index(
-    root: Path, manifest: Manifest | FeatureManifest, videos: Sequence[IndexedVideo | IndexedFeatures]
-) -> None:
-    index_path = root / INDEX_NAME
-    sizes = {shard.name: shard.num_bytes for shard in manifest.shards}
-    counts = Counter(video.shard for video in videos)
-    if counts != Counter({shard.name: shard.videos for shard in manifest.shards}) or not videos:
+def _check_index(root: Path, manifest: Manifest | FeatureManifest, counts: Sequence[int], num_samples: int) -> None:
+    """`counts`: videos of each shard."""
+    index_path, num_videos, totals = root / INDEX_NAME, sum(counts), manifest.totals
+    if counts != [shard.videos for shard in manifest.shards] or num_videos == 0:
         raise ValueError(
-            f"{index_path} lists {len(videos)} videos in {len(counts)} shards, {MANIFEST_NAME} "
-            f"{manifest.totals.videos} in {len(manifest.shards)}; {_rebuild(root, manifest)}"
+            f"{index_path} lists {num_videos} videos in {sum(map(bool, counts))} shards, {MANIFEST_NAME} "
+            f"{totals.videos} in {len(manifest.shards)}; {_rebuild(root, manifest)}"
         )
-    samples, totals = sum(video.num_samples for video in videos), manifest.totals
-    if (len(videos), samples) != (totals.videos, totals.num_samples):
+    if (num_videos, num_samples) != (totals.videos, totals.num_samples):
         raise ValueError(
-            f"{index_path} holds {len(videos)} videos of {samples} samples, {MANIFEST_NAME} says {totals.videos} of "
+            f"{index_path} holds {num_videos} videos of {num_samples} samples, {MANIFEST_NAME} says {totals.videos} of "
             f"{totals.num_samples}; {_rebuild(root, manifest)}"
         )
+
+
+def _check_entries(videos: Sequence[IndexedVideo | IndexedFeatures], check: _EntryCheck) -> None:
     seen: set[str] = set()
     for video in videos:
-        problem = _problem(video, manifest, shard_bytes=sizes[video.shard])
+        check(video)
         if video.record.video_id in seen:
-            problem = "is listed twice"
-        if problem:
-            raise ValueError(f"{index_path}: {video.record.video_id[:80]!r} {problem}; {_rebuild(root, manifest)}")
+            raise check.error(video, "is listed twice")
         seen.add(video.record.video_id)
 
 
-def _problem(video: IndexedVideo | IndexedFeatures, manifest: Manifest | FeatureManifest, *, shard_bytes: int) -> str:
-    """What is wrong with an index entry; nothing where it is sound."""
-    record = video.record
-    if not VIDEO_ID.fullmatch(record.video_id):
-        return f"is not an id of the form {VIDEO_ID.pattern}"
-    if record.subset != manifest.subset:
-        return f"belongs to subset {record.subset!r}, not to {manifest.subset!r}"
-    if video.offset + video.num_bytes > shard_bytes:
-        return f"lies past the end of {video.shard}"
-    seconds = [t for action in record.actions for t in (action.start_seconds, action.end_seconds)]
-    if not all(map(math.isfinite, (video.samples_per_second, record.duration_seconds, *seconds))):
-        return "has a time that is not finite"
-    unknown = {action.label for action in record.actions} - set(manifest.classes)
-    return f"has labels {sorted(unknown)} that are not among the classes of {MANIFEST_NAME}" if unknown else ""
+class _EntryCheck:
+    """Whether an index entry is sound by itself and fits the manifest."""
+
+    def __init__(self, root: Path, manifest: Manifest | FeatureManifest) -> None:
+        self._root, self._manifest = root, manifest
+        self._sizes = {shard.name: shard.num_bytes for shard in manifest.shards}
+        self._classes = frozenset(manifest.classes)
+
+    def __call__(self, video: IndexedVideo | IndexedFeatures) -> None:
+        if problem := self._problem(video):
+            raise self.error(video, problem)
+
+    def error(self, video: IndexedVideo | IndexedFeatures, problem: str) -> ValueError:
+        """What to raise for a problem."""
+        name = repr(video.record.video_id[:80])
+        return ValueError(f"{self._root / INDEX_NAME}: {name} {problem}; {_rebuild(self._root, self._manifest)}")
+
+    def _problem(self, video: IndexedVideo | IndexedFeatures) -> str:
+        """What is wrong with an entry; nothing where it is sound."""
+        record = video.record
+        if not VIDEO_ID.fullmatch(record.video_id):
+            return f"is not an id of the form {VIDEO_ID.pattern}"
+        if record.subset != self._manifest.subset:
+            return f"belongs to subset {record.subset!r}, not to {self._manifest.subset!r}"
+        if video.offset + video.num_bytes > self._sizes.get(video.shard, 0):
+            return f"lies past the end of {video.shard}"
+        seconds = [t for action in record.actions for t in (action.start_seconds, action.end_seconds)]
+        if not all(map(math.isfinite, (video.samples_per_second, record.duration_seconds, *seconds))):
+            return "has a time that is not finite"
+        unknown = {action.label for action in record.actions} - self._classes
+        return f"has labels {sorted(unknown)} that are not among the classes of {MANIFEST_NAME}" if unknown else ""

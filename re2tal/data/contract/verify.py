@@ -1,7 +1,8 @@
 """Read every byte of a shard folder and report damage.
 
 Opening a folder compares names, sizes and counts; this compares contents: each tar's sha256 with the manifest, each
-video's crc32 and description with the index, and the members with what a shard may hold. No picture is decoded.
+video's crc32 and description with the index, the members with what a shard may hold, and the videos' tables with what
+can be read by frame number. No picture is decoded.
 """
 
 from __future__ import annotations
@@ -13,13 +14,18 @@ from pathlib import Path
 from re2tal.data.contract.feature_manifest import FeatureSpec, IndexedFeatures, StoredFeatures
 from re2tal.data.contract.features import unpack_features
 from re2tal.data.contract.manifest import IndexedVideo, StoredVideo, from_json
-from re2tal.data.contract.members import read_pair
-from re2tal.data.contract.shards import FeatureSet, ShardSet
+from re2tal.data.contract.members import check_frames, read_pair
+from re2tal.data.contract.mp4 import read_mp4
+from re2tal.data.contract.shards import FeatureSet, ShardSet, check_index_sha256
 from re2tal.strict_json import sha256_of
 
 
 def damage(shards: ShardSet | FeatureSet) -> Iterator[str]:
     """Problems of a folder, one line each; none where every byte is as it was built."""
+    try:
+        check_index_sha256(shards.root, shards.manifest)
+    except ValueError as error:
+        yield str(error)
     for shard in shards.manifest.shards:
         path = shards.path(shard.name)
         sha256 = sha256_of(path)
@@ -44,6 +50,7 @@ def check_video(path: Path, video: IndexedVideo) -> None:
         raise ValueError(f"crc32 of the mp4 is {crc32}, the index says {video.crc32}")
     stored = from_json(StoredVideo, description, source=f"{video.record.video_id}.json")
     _compare(stored, video, "record", "num_frames", "fps", "width", "height", "damaged_share")
+    check_frames(read_mp4(mp4), video)
 
 
 def check_features(path: Path, video: IndexedFeatures, spec: FeatureSpec) -> None:

@@ -16,6 +16,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+_DRAWN_AT_ONCE = 1 << 16
+
 
 @dataclass(frozen=True, slots=True)
 class Unit:
@@ -48,8 +50,39 @@ def count_steps(num_units: int, *, batch_size: int, world_size: int, training: b
     return num_units // per_step if training else -(-num_units // per_step)
 
 
-def training_order(shards: Sequence[str], *, shuffle_span: int, seed: int, epoch: int) -> list[Unit]:
-    """Every video once, in the order of this epoch; `shards` names the shard of each video, in index order.
+@dataclass(frozen=True, eq=False)
+class TrainingOrder(Sequence[Unit]):
+    """Every video once."""
+
+    videos: np.ndarray
+    """(N,) int32"""
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, place: int) -> Unit:  # type: ignore[override]
+        return Unit(int(self.videos[place]), 0)
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluationOrder(Sequence[Unit]):
+    """Every window of every video in index order."""
+
+    ends: np.ndarray
+    """(N,) int64: number of windows up to and with each video"""
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def __getitem__(self, place: int) -> Unit:  # type: ignore[override]
+        if not 0 <= place < len(self):
+            raise IndexError(place)
+        video = int(np.searchsorted(self.ends, place, side="right"))
+        return Unit(video, place - (int(self.ends[video - 1]) if video else 0))
+
+
+def training_order(shards: Sequence[str] | np.ndarray, *, shuffle_span: int, seed: int, epoch: int) -> TrainingOrder:
+    """The order of this epoch; `shards` is the name or number of the shard of each video, in index order.
 
     Shards are permuted, then videos leave a buffer of `shuffle_span` videos at random, so that reading stays near one
     place. With as many as there are videos it is a plain shuffle, with 1 there is none inside shards.
@@ -57,23 +90,24 @@ def training_order(shards: Sequence[str], *, shuffle_span: int, seed: int, epoch
     if shuffle_span < 1:
         raise ValueError(f"data.clips.shuffle_span is {shuffle_span}; give 1 for no shuffling inside shards, or more")
     generator = np.random.default_rng([seed, epoch])
-    places: dict[str, list[int]] = {}
-    for video, shard in enumerate(shards):
-        places.setdefault(shard, []).append(video)
-    names = list(places)
-    videos = [video for number in generator.permutation(len(names)) for video in places[names[number]]]
-    buffer, order = videos[:shuffle_span], []
-    for video in videos[shuffle_span:]:
-        place = int(generator.integers(len(buffer)))
-        order.append(buffer[place])
-        buffer[place] = video
-    order += [buffer[place] for place in generator.permutation(len(buffer))]
-    return [Unit(video, 0) for video in order]
+    _, firsts, inverse = np.unique(np.asarray(shards), return_index=True, return_inverse=True)
+    shuffled = np.empty(len(firsts), np.int32)  # where each shard goes, the shards counted as they first appear
+    shuffled[np.argsort(firsts)[generator.permutation(len(firsts))]] = np.arange(len(firsts))
+    order = np.argsort(shuffled[inverse], kind="stable").astype(np.int32)
+    del inverse
+    buffer = order[:shuffle_span].tolist()
+    for start in range(len(buffer), len(order), _DRAWN_AT_ONCE):
+        given = order[start : start + _DRAWN_AT_ONCE].tolist()
+        for number, place in enumerate(generator.integers(len(buffer), size=len(given)).tolist()):
+            given[number], buffer[place] = buffer[place], given[number]
+        order[start - len(buffer) : start - len(buffer) + len(given)] = given
+    order[len(order) - len(buffer) :] = [buffer[place] for place in generator.permutation(len(buffer))]
+    return TrainingOrder(order)
 
 
-def evaluation_order(num_windows: Sequence[int]) -> list[Unit]:
-    """Every window of every video in index order; `num_windows` counts the windows of each video."""
-    return [Unit(video, window) for video, count in enumerate(num_windows) for window in range(count)]
+def evaluation_order(num_windows: Sequence[int]) -> EvaluationOrder:
+    """The order of every evaluation; `num_windows` counts the windows of each video."""
+    return EvaluationOrder(np.cumsum(num_windows, dtype=np.int64))
 
 
 def batch_units(order: Sequence[Unit], step: int, *, batch_size: int, rank: int, world_size: int) -> list[Unit]:

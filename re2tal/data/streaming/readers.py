@@ -6,16 +6,19 @@ the process that reads it.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from re2tal.data.contract.columns import columns_of
 from re2tal.data.contract.features import interpolate, read_features
-from re2tal.data.contract.members import read_content
+from re2tal.data.contract.members import read_video
+from re2tal.data.contract.mp4 import Mp4
 from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.data.streaming.collate import Clip, collate, collate_features
 from re2tal.data.streaming.decode import decode_frames
@@ -41,6 +44,30 @@ class ClipReader(Protocol):
         """Clips to a batch."""
 
 
+MAX_OPEN_BYTES = 64 << 20
+"""Of the videos that a process keeps open; the last one stays, however large it is."""
+
+
+class OpenVideos:
+    """The videos that were read last, checked: a long one is read once for all its windows."""
+
+    def __init__(self) -> None:
+        self._videos: OrderedDict[int, Mp4] = OrderedDict()
+
+    def __reduce__(self) -> tuple[type[OpenVideos], tuple[()]]:
+        return OpenVideos, ()  # a worker that is spawned begins with none
+
+    def open(self, folder: ShardSet, number: int) -> Mp4:
+        """The video at place `number` of the index; DecodeError where it is damaged."""
+        video = self._videos.get(number)
+        if video is None:
+            video = self._videos[number] = read_video(folder, folder.videos[number])
+        self._videos.move_to_end(number)
+        while len(self._videos) > 1 and sum(len(one.content) for one in self._videos.values()) > MAX_OPEN_BYTES:
+            self._videos.popitem(last=False)
+        return video
+
+
 @dataclass(frozen=True)
 class FrameReader:
     """Windows of videos as (3, T, size, size) uint8 frames; padding repeats the last frame."""
@@ -52,6 +79,7 @@ class FrameReader:
     """(1, 1): whole pictures"""
     crop_aspect: tuple[float, float]
     flip: bool
+    opened: OpenVideos = field(default_factory=OpenVideos, repr=False, compare=False)
 
     def blank(self, window: Window) -> Tensor:
         """Black frames."""
@@ -59,9 +87,9 @@ class FrameReader:
 
     def read(self, number: int, window: Window, generator: np.random.Generator) -> Tensor:
         """Decoded, and cut by one box and one mirror bit for all frames."""
-        mp4 = read_content(self.folder, self.folder.videos[number])
+        mp4 = self.opened.open(self.folder, number)
         content = self.blank(window)
-        frames = decode_frames(mp4, window.indices[: window.num_valid])
+        frames = decode_frames(*mp4.cut(window.indices[: window.num_valid]))
         content[:, : window.num_valid] = self._shape(frames, generator, place=window.crop)
         content[:, window.num_valid :] = content[:, window.num_valid - 1 : window.num_valid]
         return content
@@ -94,13 +122,14 @@ class FeatureReader:
                 self._check_rate(rate)
 
     def _check_rate(self, rate: float) -> None:
-        for video in self.folder.videos:
-            if abs(video.samples_per_second - rate) > 1e-3 * rate:
-                raise ValueError(
-                    f"data.clips.windowing.frames_per_second is {rate:g}, but the features of {video.record.video_id} "
-                    f"in {self.folder.root} come at {video.samples_per_second:g} steps per second; give that, or null "
-                    "(None on the command line) for the rate of each video"
-                )
+        rates = columns_of(self.folder.videos)["samples_per_second"]
+        if len(others := np.flatnonzero(np.abs(rates - rate) > 1e-3 * rate)):
+            video = self.folder.videos[int(others[0])]
+            raise ValueError(
+                f"data.clips.windowing.frames_per_second is {rate:g}, but the features of {video.record.video_id} "
+                f"in {self.folder.root} come at {video.samples_per_second:g} steps per second; give that, or null "
+                "(None on the command line) for the rate of each video"
+            )
 
     def blank(self, window: Window) -> Tensor:
         """Zeros."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from re2tal.data.contract.columns import columns_of
 from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.data.streaming.collate import Clip
 from re2tal.data.streaming.decode import DecodeError
@@ -233,9 +234,17 @@ class _Batches(Dataset[tuple[Batch, list[Failure]]]):
 
     def __post_init__(self) -> None:
         videos = self.reader.folder.videos
-        windows = [len(self.plan(video)) for video in videos]
-        self._evaluation_order = evaluation_order(windows)
-        num_units = len(videos) if self.training else len(self._evaluation_order)
+        columns = columns_of(videos)
+        self._shards = columns["shard"]
+        self._order: tuple[int, Sequence[Unit]] | None = None
+        if self.training:
+            if len(videos):
+                self.plan(videos[int(columns["samples_per_second"].argmin())])  # raises where the rate is too low
+            num_units = len(videos)
+        else:
+            order = evaluation_order([len(self.plan(video)) for video in videos])
+            self._order = (0, order)
+            num_units = len(order)
         try:
             self.num_steps = count_steps(
                 num_units, batch_size=self.batch_size, world_size=self.world_size, training=self.training
@@ -245,7 +254,6 @@ class _Batches(Dataset[tuple[Batch, list[Failure]]]):
         self.max_failed = max(MAX_FAILED_CLIPS, int(MAX_FAILED_SHARE * num_units))
         if not self.training:
             self.max_failed = num_units if self.config.allow_missing else 0
-        self._order: tuple[int, list[Unit]] | None = None
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Batch, list[Failure]]:
         epoch, step = key
@@ -255,12 +263,9 @@ class _Batches(Dataset[tuple[Batch, list[Failure]]]):
         failures: list[Failure] = []
         return self.reader.collate([self._clip(unit, epoch, failures) for unit in units]), failures
 
-    def _epoch_order(self, epoch: int) -> list[Unit]:
-        if not self.training:
-            return self._evaluation_order
-        if self._order is None or self._order[0] != epoch:
-            names = [video.shard for video in self.reader.folder.videos]
-            order = training_order(names, shuffle_span=self.config.shuffle_span, seed=self.seed, epoch=epoch)
+    def _epoch_order(self, epoch: int) -> Sequence[Unit]:
+        if self._order is None or (self.training and self._order[0] != epoch):
+            order = training_order(self._shards, shuffle_span=self.config.shuffle_span, seed=self.seed, epoch=epoch)
             self._order = (epoch, order)
         return self._order[1]
 

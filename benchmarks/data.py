@@ -1,0 +1,191 @@
+"""What streaming costs as videos grow long, clips many, and the index large.
+
+    python benchmarks/data.py [--quick] --json FILE
+
+Keys: long_vs_short (CPU-seconds of a window of a 60 min file over one of a 1 min file, cut from the same windows in
+turns), leak (growth of memory over 10,000 clips, as a share), open_million_s and open_million_mib (opening an index of
+a million videos: seconds, and memory that no other process shares), order_million_s and order_million_mib (one epoch's
+order). `--quick`: 10 min, 1,000 clips and 100,000 videos; the keys stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import hashlib
+import io
+import itertools
+import json
+import multiprocessing
+import statistics
+import tempfile
+import time
+import zlib
+from pathlib import Path
+
+import av
+import numpy as np
+
+from re2tal.data.contract.columns import columns_of, write_columns
+from re2tal.data.contract.manifest import (
+    INDEX_NAME,
+    MANIFEST_NAME,
+    Encoding,
+    FramesPerSecond,
+    IndexedVideo,
+    Manifest,
+    ShardFile,
+    Totals,
+    to_json,
+)
+from re2tal.data.contract.shards import Pair, open_shards, write_tar
+from re2tal.data.streaming.epoch_order import training_order
+from re2tal.data.streaming.stream import ClipConfig, stream_clips
+from re2tal.data.streaming.windows import Slide
+from re2tal.structures import Action, VideoRecord
+
+SHARD = "shard-000000.tar"
+FPS = 15
+
+
+def encode(seconds: int) -> bytes:
+    """Moving noise at 15 frames per second, about 170 kbit/s, as shards store it."""
+    file = io.BytesIO()
+    rng = np.random.default_rng(0)
+    picture = rng.integers(0, 255, (36, 48, 3), dtype=np.uint8).repeat(6, 0).repeat(6, 1)
+    with av.open(file, "w", format="mp4") as container:
+        options = {"crf": "30", "preset": "ultrafast", "g": "64", "bf": "2", "x264-params": "open-gop=0:scenecut=0"}
+        stream = container.add_stream("libx264", rate=FPS, options=options)
+        stream.width, stream.height, stream.pix_fmt = picture.shape[1], picture.shape[0], "yuv420p"
+        for number in range(seconds * FPS):
+            frame = av.VideoFrame.from_ndarray(np.roll(picture, (3 * number, 7 * number), (0, 1)), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return file.getvalue()
+
+
+def write_folder(root: Path, entries: list[IndexedVideo], shards: list[ShardFile]) -> None:
+    """Index and manifest of tars that are there."""
+    lines = [(to_json(entry) + "\n").encode() for entry in entries]
+    index = b"".join(lines)
+    index_sha256 = hashlib.sha256(index).hexdigest()
+    (root / INDEX_NAME).write_bytes(index)
+    write_columns(root, entries, lines, index_sha256=index_sha256)
+    frames = sum(entry.num_frames for entry in entries)
+    manifest = Manifest(
+        format="re2tal-shards",
+        version=1,
+        dataset="benchmark",
+        subset="training",
+        classes=("x",),
+        encoding=Encoding(FramesPerSecond(FPS)),
+        seed=0,
+        tools={},
+        totals=Totals(len(entries), frames, frames / FPS, sum(shard.num_bytes for shard in shards)),
+        rejected=(),
+        index_sha256=index_sha256,
+        shards=tuple(shards),
+    )
+    (root / MANIFEST_NAME).write_text(to_json(manifest))
+
+
+def write_video(root: Path, seconds: int) -> Path:
+    """A folder of one video."""
+    root.mkdir()
+    mp4 = encode(seconds)
+    ((offset, num_bytes),) = write_tar(root / SHARD, [Pair("v", b"{}", mp4)])
+    record = VideoRecord("v", "training", float(seconds), (Action(0.0, float(seconds), "x"),))
+    entry = IndexedVideo(record, SHARD, offset, num_bytes, seconds * FPS, FPS, 288, 216, zlib.crc32(mp4))
+    tar = (root / SHARD).read_bytes()
+    write_folder(root, [entry], [ShardFile(SHARD, len(tar), hashlib.sha256(tar).hexdigest(), 1)])
+    return root
+
+
+def window_seconds(root: Path, count: int) -> float:
+    """CPU-seconds of one window, of so many that follow each other; the first opens the video."""
+    clips = ClipConfig(windowing=Slide(64, frames_per_second=FPS, overlap=0), workers=0, size=112)
+    batches = stream_clips(open_shards(root), clips, batch_size=1, training=False).epoch(0)
+    spent, start = [], time.process_time()
+    for batch in itertools.islice(batches, count):
+        assert batch.valid.all()
+        spent.append(time.process_time())
+    return (spent[-1] - start) / len(spent)
+
+
+def private_mib() -> float:
+    """Memory that this process alone has, pages of files that it could share with others left out."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous:")) / 1024
+
+
+def leak(root: Path, count: int) -> float:
+    """Growth of memory from the first tenth of the clips to the end."""
+    clips = ClipConfig(windowing=Slide(16, frames_per_second=FPS), workers=0, size=64)
+    stream = stream_clips(open_shards(root), clips, batch_size=1, training=True)
+    for epoch in range(count):
+        for _ in stream.epoch(epoch):
+            pass
+        if epoch == count // 10:
+            gc.collect()
+            before = private_mib()
+    gc.collect()
+    return private_mib() / before - 1
+
+
+def write_million(root: Path, count: int, per_shard: int = 64) -> Path:
+    """An index of so many videos, in tars that are holes."""
+    root.mkdir()
+    entries, shards = [], []
+    for first in range(0, count, per_shard):
+        name = f"shard-{first // per_shard:06d}.tar"
+        for number in range(first, min(first + per_shard, count)):
+            actions = tuple(Action(float(k), k + 0.5, "x") for k in range(2))
+            record = VideoRecord(f"video_{number:09d}", "training", 60.0, actions)
+            entries.append(IndexedVideo(record, name, (number - first) * 1024, 1024, 900, 15.0, 340, 256, number))
+        with (root / name).open("wb") as file:
+            file.truncate(per_shard * 1024)
+        shards.append(ShardFile(name, per_shard * 1024, "0" * 64, min(per_shard, count - first)))
+    write_folder(root, entries, shards)
+    return root
+
+
+def measure_open(root: Path, result) -> None:
+    """In a process of its own: open the folder, then make an order."""
+    gc.collect()
+    before, start = private_mib(), time.perf_counter()
+    shards = open_shards(root)
+    opened, grown = time.perf_counter() - start, private_mib() - before
+    before, start = private_mib(), time.perf_counter()
+    order = training_order(columns_of(shards.videos)["shard"], shuffle_span=1024, seed=0, epoch=0)
+    result.put((opened, grown, time.perf_counter() - start, private_mib() - before, len(order)))
+
+
+def main() -> None:
+    """Measure, print and store."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json", type=Path, required=True)
+    options = parser.parse_args()
+    minutes, clips, videos = (10, 1000, 100_000) if options.quick else (60, 10_000, 1_000_000)
+    found: dict[str, float] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        short, long = write_video(Path(scratch) / "short", 60), write_video(Path(scratch) / "long", minutes * 60)
+        pairs = [(window_seconds(long, 140), window_seconds(short, 14)) for _ in range(5)]
+        found["long_vs_short"] = statistics.median(a / b for a, b in pairs)
+        found["leak"] = leak(short, clips)
+        million = write_million(Path(scratch) / "million", videos)
+        open_shards(million)
+        context = multiprocessing.get_context("spawn")
+        result = context.SimpleQueue()
+        process = context.Process(target=measure_open, args=(million, result))
+        process.start()
+        opened, open_mib, order, order_mib, _ = result.get()
+        process.join()
+        found |= {"open_million_s": opened, "open_million_mib": open_mib}
+        found |= {"order_million_s": order, "order_million_mib": order_mib}
+    print(json.dumps(found, indent=2))
+    options.json.write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""WebDataset tars of others in, shard folders out; what does not fit is left out, counted and named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from re2tal.data.building.annotations import Annotations, read_annotations, read_class_list
+from re2tal.data.building.clips import ClipList
+from re2tal.data.building.index_tars import Sample, index_tars, list_clips, read_samples
+from re2tal.runs.shard_building import print_some, report_built, subsets_to_build
+
+
+def index(
+    tars: Path,
+    *,
+    out: Path,
+    annotations: Path | None,
+    subset: str,
+    classes: Path | None,
+    dataset: str,
+    max_rejected: float,
+) -> int:
+    """Write the shard folders; gives the exit status."""
+    samples, broken = read_samples(tars)
+    print_some([f"cannot be read to its end: {line}" for line in broken], more="tars")
+    names = read_class_list(classes) if classes else None
+    listed = _annotated(annotations, samples, names) if annotations else _clips(samples, subset, names)
+    status = 0
+    for name in subsets_to_build(listed):
+        built = index_tars(listed, samples, out=out, subset=name, dataset=dataset)
+        status = max(status, report_built(built, subset=name, max_rejected=max_rejected))
+    return status
+
+
+def _clips(samples: list[Sample], subset: str, classes: tuple[str, ...] | None) -> ClipList:
+    clips, left_out = list_clips(samples, subset=subset, classes=classes)
+    print_some([f"left out {line}" for line in left_out], more="samples")
+    return clips
+
+
+def _annotated(path: Path, samples: list[Sample], classes: tuple[str, ...] | None) -> Annotations:
+    annotations = read_annotations(path, classes=classes)
+    known = {record.video_id for records in annotations.subsets.values() for record in records}
+    unknown = [f"not in {path}: {one.tar.name} {one.key}" for one in samples if not known.intersection(one.names)]
+    print_some(unknown, more="samples")
+    return annotations

@@ -1,0 +1,148 @@
+"""The columns beside an index: they change nothing but the cost, and belong to one index only."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from data.folders import indexed, write_shards
+from data.numbered import encode_numbered
+
+from re2tal.data.contract.columns import ROW, MappedIndex, columns_of, columns_path, write_columns
+from re2tal.data.contract.manifest import INDEX_NAME
+from re2tal.data.contract.shards import ShardSet, open_shards
+from re2tal.data.contract.verify import damage
+from re2tal.data.streaming.stream import ClipConfig, stream_clips
+from re2tal.data.streaming.windows import Slide
+from re2tal.structures import Action
+
+LENGTHS = (40, 61, 100, 33, 90)
+CLIPS = ClipConfig(windowing=Slide(16, frames_per_second=15), size=32, workers=0)
+
+
+@pytest.fixture
+def plain(tmp_path) -> ShardSet:
+    """Without columns."""
+    videos = {f"v{n}": (encode_numbered(k), indexed(k, actions=[Action(0.2, 0.9, "x")])) for n, k in enumerate(LENGTHS)}
+    return write_shards(tmp_path / "training", videos, per_shard=2)
+
+
+@pytest.fixture
+def mapped(plain) -> ShardSet:
+    return add_columns(plain)
+
+
+def add_columns(shards: ShardSet) -> ShardSet:
+    lines = (shards.root / INDEX_NAME).read_bytes().splitlines(keepends=True)
+    write_columns(shards.root, shards.videos, lines, index_sha256=shards.manifest.index_sha256)
+    return open_shards(shards.root)
+
+
+def test_entries_and_columns_are_those_of_the_index_read_whole(plain):
+    mapped = add_columns(plain)
+    assert isinstance(plain.videos, tuple)
+    assert isinstance(mapped.videos, MappedIndex)
+    assert len(mapped.videos) == 5
+    assert tuple(mapped.videos) == plain.videos == mapped.videos[:]
+    assert (mapped.videos[-1], mapped.videos[1:3]) == (plain.videos[-1], plain.videos[1:3])
+    with pytest.raises(IndexError):
+        mapped.videos[5]
+    assert mapped.by_id == plain.by_id
+    for name in ("num_samples", "samples_per_second", "shard"):
+        assert np.array_equal(columns_of(mapped.videos)[name], columns_of(plain.videos)[name])
+    assert tuple(pickle.loads(pickle.dumps(mapped)).videos) == plain.videos
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_batches_are_the_same_with_and_without_columns(plain, training):
+    streams = [stream_clips(s, CLIPS, batch_size=2, training=training) for s in (plain, add_columns(plain))]
+    for one, other in zip(*(stream.epoch(1) for stream in streams), strict=True):
+        assert (one.video_ids, one.timelines, one.actions) == (other.video_ids, other.timelines, other.actions)
+        assert bool((one.frames == other.frames).all())
+
+
+def test_an_index_that_was_changed_since_is_refused_with_columns_too(mapped):
+    index = mapped.root / INDEX_NAME
+    index.write_bytes(index.read_bytes().replace(b'"x"', b'"y"'))
+    with pytest.raises(ValueError, match=r"is not the one that manifest\.json was written for"):
+        open_shards(mapped.root)
+    os.utime(index, ns=(0, 0))  # a change that hides its time: what is read is checked, and verify reads all
+    opened = open_shards(mapped.root)
+    with pytest.raises(ValueError, match=r"'v0' has labels \['y'\]"):
+        opened.videos[0]
+    assert "is not the one that manifest.json was written for" in next(iter(damage(mapped)))
+
+
+def rows(shards: ShardSet) -> np.ndarray:
+    return np.load(columns_path(shards.root, shards.manifest.index_sha256))
+
+
+def change(name: str, place: int, value: int):
+    def changed(values: np.ndarray) -> np.ndarray:
+        values[name][place] = value
+        return values
+
+    return changed
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (lambda values: values[:-1], "is not of"),
+        (lambda values: values["start"].copy(), "is not of"),
+        (change("start", -1, 7), "is not of"),
+        (change("shard", 0, 2**31 - 1), "lists 5 videos in 4 shards"),
+        (change("shard", 0, 2), "lists 5 videos in 3 shards"),
+        (change("num_samples", 0, 2**40), "holds 5 videos of"),
+    ],
+)
+def test_columns_that_do_not_fit_are_refused(mapped, changed, message):
+    path = columns_path(mapped.root, mapped.manifest.index_sha256)
+    np.save(path, changed(rows(mapped)))
+    with pytest.raises(ValueError, match=message):
+        open_shards(mapped.root)
+
+
+def test_columns_that_are_no_array_or_hold_objects_are_refused(mapped):
+    path = columns_path(mapped.root, mapped.manifest.index_sha256)
+    for content in (b"", b"junk" * 100, path.read_bytes()[:200]):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"is damaged .*; delete it"):
+            open_shards(mapped.root)
+    np.save(path, np.array([{"a": 1}], object), allow_pickle=True)
+    with pytest.raises(ValueError, match=r"is damaged .*; delete it"):
+        open_shards(mapped.root)
+
+
+def test_a_line_that_the_columns_place_elsewhere_is_noticed(mapped):
+    path = columns_path(mapped.root, mapped.manifest.index_sha256)
+    values = rows(mapped)
+    values["start"][1] += 1
+    np.save(path, values)
+    with pytest.raises(ValueError, match=r"index\.jsonl line 2"):
+        open_shards(mapped.root).videos[1]
+    values["start"][1] -= 1
+    values["num_samples"][[0, 1]] = values["num_samples"][[1, 0]]
+    np.save(path, values)
+    with pytest.raises(ValueError, match="line 1 is not what the columns beside it say"):
+        open_shards(mapped.root).videos[0]
+
+
+def test_a_folder_of_fewer_videos_still_streams(mapped):
+    few = mapped.only(["v3", "v0"])
+    assert [video.record.video_id for video in few.videos] == ["v3", "v0"]
+    batch = next(stream_clips(few, replace(CLIPS, fit="stretch"), batch_size=2, training=False).epoch(0))
+    assert batch.video_ids == ("v3", "v3")
+
+
+def test_a_build_leaves_the_columns_of_its_index_only(mapped):
+    Path(mapped.root / "index.0123456789abcdef.npy").write_bytes(b"old")
+    add_columns(mapped)
+    assert [path.name for path in mapped.root.glob("index.*.npy")] == [
+        columns_path(mapped.root, mapped.manifest.index_sha256).name
+    ]
+    assert rows(mapped).dtype == ROW

@@ -1,0 +1,108 @@
+"""Tars of other programs become shards, and what cannot be read by frame number is left out and named."""
+
+from __future__ import annotations
+
+import json
+import tarfile
+from io import BytesIO
+from pathlib import Path
+
+import pytest
+from data.files import write_video
+from data.numbered import encode_numbered, read_numbers
+from webdataset.writer import TarWriter
+
+from re2tal.cli import main
+from re2tal.data.contract.members import read_video
+from re2tal.data.contract.shards import open_shards
+from re2tal.data.contract.verify import damage
+from re2tal.data.streaming.decode import decode_frames
+
+
+def run(capsys, *arguments: str | Path) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as end:
+        main(["shards", "index", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return end.value.code, captured.out, captured.err
+
+
+def annotate(path: Path, *video_ids: str, seconds: float = 2.0) -> Path:
+    one = {"subset": "training", "duration": seconds, "annotations": [{"segment": [0.5, 1.5], "label": "run"}]}
+    path.write_text(json.dumps({"database": dict.fromkeys(video_ids, one)}))
+    return path
+
+
+def foreign(path: Path, **options) -> bytes:
+    return write_video(path, **options).read_bytes()
+
+
+def test_videos_of_shardwriter_and_video2dataset_are_taken_and_others_named(tmp_path, capsys):
+    good, tars = encode_numbered(60), tmp_path / "tars"
+    tars.mkdir()
+    wrong = foreign(tmp_path / "a.mp4", codec="mpeg4", options={"bf": "2", "g": "12"})
+    uneven = foreign(tmp_path / "b.mp4", milliseconds=[40 * n + 9 * (n % 3) for n in range(60)])
+    with (tars / "plain-00.tar").open("wb") as file, TarWriter(file) as writer:
+        for key, mp4 in (("one", good), ("v_two", good), ("wrong", wrong), ("uneven", uneven)):
+            writer.write({"__key__": key, "mp4": mp4, "json": {"caption": "x"}, "thumbnail.bin": b"no picture"})
+    with (tars / "plain-01.tar").open("wb") as file, TarWriter(file) as writer:
+        writer.write({"__key__": "other", "mp4": good})
+        writer.write(
+            {"__key__": "00000001", "mp4": good, "json": {"url": "https://youtu.be/watch?v=three", "key": "1"}}
+        )
+        writer.write({"__key__": "cut", "mp4": good[:3000], "txt": "a caption"})
+    with tarfile.open(tars / "plain-90.tar", "w") as tar:
+        link = tarfile.TarInfo("link.mp4")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        tar.addfile(link)
+    ids = ("one", "two", "three", "wrong", "uneven", "cut", "link", "gone")
+    status, out, err = run(
+        capsys, tars, "--annotations", annotate(tmp_path / "a.json", *ids), "--out", tmp_path / "out"
+    )
+    assert status == 3
+    assert "a.json: plain-01.tar other" in err
+    shards = open_shards(tmp_path / "out" / "training")
+    assert sorted(shards.by_id) == ["one", "three", "two"]
+    assert list(damage(shards)) == []
+    for video in shards.videos:
+        assert read_numbers(decode_frames(*read_video(shards, video).cut([59, 3])).numpy()) == [59, 3]
+    reasons = {one.video_id: one.reason for one in shards.manifest.rejected}
+    assert sorted(reasons) == ["cut", "gone", "link", "uneven", "wrong"]
+    for video_id, words in {
+        "wrong": "codec is 'mp4v'",
+        "uneven": "rate is not constant",
+        "cut": "mp4",
+        "link": "no plain file",
+        "gone": "no sample of the tars",
+    }.items():
+        assert words in reasons[video_id]
+    assert "3 videos, 0.00 h, 30 frames per second" in out
+
+
+def test_labels_beside_trimmed_clips_are_their_classes(tmp_path, capsys):
+    with (tmp_path / "00.tar").open("wb") as file, TarWriter(file) as writer:
+        writer.write({"__key__": "a", "mp4": encode_numbered(30), "cls": 1})
+        writer.write({"__key__": "b", "mp4": encode_numbered(45), "txt": "jump"})
+        writer.write({"__key__": "c", "mp4": encode_numbered(45), "bin": b"no label"})
+    (tmp_path / "classes.txt").write_text("jump\nrun\n")
+    status, _, err = run(capsys, tmp_path, "--classes", tmp_path / "classes.txt", "--out", tmp_path / "out")
+    assert (status, "left out 00.tar c: its label is ''" in err) == (0, True)
+    shards = open_shards(tmp_path / "out" / "training")
+    assert {k: (v.record.actions[0].label, v.record.duration_seconds) for k, v in shards.by_id.items()} == {
+        "a": ("run", 1.0),
+        "b": ("jump", 1.5),
+    }
+
+
+def test_pictures_that_do_not_decode_are_found(tmp_path, capsys):
+    good = encode_numbered(200)
+    middle = good.index(b"moov") // 2
+    bad = good[:middle] + bytes(400) + good[middle + 400 :]
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name, mp4 in (("good.mp4", good), ("bad.mp4", bad)):
+            member = tarfile.TarInfo(name)
+            member.size = len(mp4)
+            tar.addfile(member, BytesIO(mp4))
+    annotations = annotate(tmp_path / "a.json", "good", "bad", seconds=200 / 30)
+    run(capsys, tmp_path, "--annotations", annotations, "--out", tmp_path / "out")
+    shards = open_shards(tmp_path / "out" / "training")
+    assert ([*shards.by_id], [one.video_id for one in shards.manifest.rejected]) == (["good"], ["bad"])
