@@ -5,7 +5,7 @@ from types import ModuleType
 
 from torch import nn
 
-from re2tal.rewire.beta import beta_of, count_states, set_beta, wiring_of
+from re2tal.rewire.beta import beta_of, count_states, same_wiring, set_beta, wiring_of
 from re2tal.rewire.branches import Branch, residual_branches, why_not_residual, wrap_output
 from re2tal.rewire.config import RewiringConfig
 from re2tal.rewire.cuts import Cut, Part, by_samples, by_tokens
@@ -38,6 +38,7 @@ __all__ = [
     "recompute_conv_inputs",
     "residual_branches",
     "rewire",
+    "same_wiring",
     "set_beta",
     "unrewire",
     "why_not_residual",
