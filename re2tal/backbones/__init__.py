@@ -15,7 +15,7 @@ from re2tal.backbones.swin3d import layouts as swin3d_layouts
 from re2tal.backbones.swin3d import network as swin3d
 from re2tal.backbones.weights import read_wiring
 from re2tal.options import names_with
-from re2tal.rewire import rewire
+from re2tal.rewire import rewire, same_wiring
 
 __all__ = ["BACKBONES", "WIRING", "BackboneConfig", "VideoBackbone", "build_backbone", "check_wiring", "trained_wiring"]
 
@@ -76,10 +76,10 @@ def check_wiring(config: BackboneConfig, *, first_beta: float | None = None) -> 
     trained = trained_wiring(config)
     if trained is None:  # plain: what every wiring starts from
         return
-    ours = {name: getattr(config, name) for name in WIRING}
-    if config.rewired and trained == ours | ({} if first_beta is None else {"beta": first_beta}):
+    ours = {name: getattr(config, name) for name in WIRING} | {"ends": []}
+    if config.rewired and same_wiring(ours | ({} if first_beta is None else {"beta": first_beta}), trained):
         return
-    if config.rewired and trained == ours:
+    if config.rewired and same_wiring(ours, trained):
         raise ValueError(
             f"{config.weights} was trained rewired with beta {trained['beta']}, and annealing would start at beta "
             f"{first_beta}, where these weights compute something else; set annealing.epochs to 0 (annealing is for "

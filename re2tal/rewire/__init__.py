@@ -6,7 +6,7 @@ from types import ModuleType
 from torch import Tensor, nn
 
 from re2tal.rewire import torch_layers  # noqa: F401  (registers them)
-from re2tal.rewire.beta import beta_of, count_states, set_beta, wiring_of
+from re2tal.rewire.beta import beta_of, count_states, same_wiring, set_beta, wiring_of
 from re2tal.rewire.branches import Branch, residual_branches, why_not_residual, wrap_output
 from re2tal.rewire.config import RewiringConfig
 from re2tal.rewire.cuts import Cut, Part, by_samples, by_tokens
@@ -39,6 +39,7 @@ __all__ = [
     "recompute_conv_inputs",
     "residual_branches",
     "rewire",
+    "same_wiring",
     "set_beta",
     "unrewire",
     "why_not_residual",

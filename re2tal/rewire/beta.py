@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -34,15 +35,23 @@ def beta_of(model: nn.Module) -> float | None:
 
 
 def wiring_of(model: nn.Module) -> dict[str, Any] | None:
-    """What the function of a rewired network depends on beside its weights: `unit`, `merge`, `segment`, `beta`.
+    """What the function of a rewired network depends on beside its weights: `unit`, `merge`, `segment`, `beta`, `ends`.
 
-    None where nothing is rewired. Raises ValueError where stages differ in beta.
+    `ends` are the blocks behind which an example made a run end. None where nothing is rewired. Raises ValueError where
+    stages differ in beta.
     """
     stages = _stages(model)
     if not stages:
         return None
     config = stages[0].config
-    return {name: getattr(config, name) for name in names_with(config, "wiring")} | {"beta": beta_of(model)}
+    options = {name: getattr(config, name) for name in names_with(config, "wiring")}
+    ends = [stage.name_of(name) for stage in stages for name in stage.names() if name in stage.ends]
+    return options | {"beta": beta_of(model), "ends": ends}
+
+
+def same_wiring(wiring: Mapping[str, Any] | None, recorded: Mapping[str, Any]) -> bool:
+    """Whether `wiring` is what was recorded. Records of earlier versions say nothing of `ends`."""
+    return wiring is not None and all(wiring.get(name) == value for name, value in recorded.items())
 
 
 class StateCount(NamedTuple):

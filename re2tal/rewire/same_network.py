@@ -76,7 +76,7 @@ def _check(
         with _learning(stages, Learned(twice=True)), torch.no_grad():
             _rewired(model, example)
     for stage in stages:
-        stage.ends = frozenset(learned.ends.get(stage, ()))
+        stage.ends = frozenset(learned.ends.get(stage, ())) - stage.run_ends()
     with _at_beta_0(stages):
         found = _rewired(model, example)
         if difference := _difference(model, example, wanted, found, dtype):

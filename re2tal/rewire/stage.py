@@ -84,7 +84,7 @@ class RewiredStage(nn.Module):
     def runs(self) -> Iterator[tuple[list[nn.Module], list[int]]]:
         """The blocks of each unbroken residual sequence, and the number of units in each of its reversible runs."""
         names: list[str] = []
-        ends = self._run_ends()
+        ends = self.run_ends()
         for name in self._modules:
             names += [name] if name in self.residual else []
             if name in ends:
@@ -114,7 +114,7 @@ class RewiredStage(nn.Module):
         """The whole name of a block, for messages."""
         return f"{self.path}.{block}" if self.path else block
 
-    def _run_ends(self) -> set[str]:
+    def run_ends(self) -> set[str]:
         """The residual blocks that end a run."""
         names = self.names()
         following = dict(pairwise(names))
@@ -159,7 +159,7 @@ class RewiredStage(nn.Module):
             start, calls = (x.run.start, (*x.run.calls, *calls)) if x.run.computed is None else (x.run.computed, calls)
         else:
             start = values_of(x)
-        ends = name in self._run_ends()
+        ends = name in self.run_ends()
         computed = compute(start, calls) if ends or self.learned is not None else None
         output: Any = computed if ends else PendingState.behind(self, start, calls, computed)
         return self.residual[name].wrap(self.get_submodule(name), output)

@@ -17,7 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from re2tal.rewire import wiring_of
+from re2tal.rewire import same_wiring, wiring_of
 
 FORMAT = "re2tal-model"
 
@@ -41,7 +41,7 @@ class ModelFile:
                 f"{self.path} was trained for {len(self.classes)} classes {_brief(self.classes)}, the detector is for "
                 f"{len(classes)} {_brief(classes)}; build it with the classes of the file, or train with this data"
             )
-        if self.wiring not in (None, wiring_of(detector)):
+        if self.wiring is not None and not same_wiring(wiring_of(detector), self.wiring):
             raise ValueError(
                 f"{self.path} was trained rewired with {self.wiring}, the detector is built with "
                 f"{wiring_of(detector)}, which is another network; use the config.json of the run that wrote it"

@@ -79,7 +79,7 @@ def test_from_videos_to_a_score_and_the_same_weights_after_a_restart(shards, tmp
     rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows if row["kind"] == "train"] == [1, 2, 3, 4, 5, 6]
     assert [row["beta"] for row in rows if row["kind"] == "train"] == [0.25, 0.5, 0.75, 1, 1, 1]
-    assert whole.wiring == {"unit": "branch", "merge": "mean", "segment": None, "beta": 1}
+    assert whole.wiring == {"unit": "branch", "merge": "mean", "segment": None, "beta": 1, "ends": []}
 
     # As if it had been killed after step 3. Its own config.json starts it again.
     shutil.rmtree(out / "checkpoints" / "step-00000006")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
-from rewire.networks import Block, Caller, ScaledBlock, frames, seeded, walker
+from rewire.networks import Block, Caller, ScaledBlock, Walker, frames, seeded, walker
 
-from re2tal.rewire import RewiringConfig, beta_of, count_states, rewire, set_beta
+from re2tal.rewire import RewiringConfig, beta_of, count_states, rewire, same_wiring, set_beta, wiring_of
 
 
 def test_beta_takes_effect_with_the_next_forward_and_leaves_copies_alone() -> None:
@@ -56,6 +57,36 @@ def test_stages_that_differ_are_refused_by_their_values() -> None:
     set_beta(net.stages[0], 0.5)
     with pytest.raises(ValueError, match=r"have beta \[0.5, 1.0\]; set it for all"):
         beta_of(net)
+
+
+class OneTap(Walker):
+    """Reads the state behind its second block, where it is told to."""
+
+    def forward(self, x, tap):
+        x = self.stem(x)
+        for number, layer in enumerate(self.layers):
+            x = layer(x)
+            if tap and number == 1:
+                x = x + x.mean(dim=1, keepdim=True)
+        return x
+
+
+def test_where_runs_end_belongs_to_the_wiring() -> None:
+    wirings = []
+    for tap in (True, False):
+        net = seeded(lambda: OneTap(Block(), Block(), Block()))
+        rewire(net, example=(frames(), tap))
+        wirings.append(wiring_of(net))
+    assert [wiring["ends"] for wiring in wirings] == [["layers.1"], []]
+    tapped, whole = wirings
+    recorded = json.loads(json.dumps(tapped))
+    assert same_wiring(tapped, recorded)
+    assert not same_wiring(whole, recorded)
+    assert not same_wiring(None, recorded)
+    del recorded["ends"]  # as files of earlier versions
+    assert same_wiring(tapped, recorded)
+    assert same_wiring(whole, recorded)
+    assert not same_wiring(whole | {"beta": 0.5}, recorded)
 
 
 @pytest.mark.parametrize("beta", [-0.5, 1.5, float("nan")])

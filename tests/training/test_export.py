@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from training.tiny import RewiredTinyDetector, TinyDetector
 
-from re2tal.rewire import set_beta
+from re2tal.rewire import RewiredStage, set_beta, wiring_of
 from re2tal.training.export import read_model, write_model
 
 WIRING = {"unit": "branch", "merge": "mean", "segment": None, "beta": 0.75}
@@ -61,6 +61,11 @@ def test_a_network_of_another_coupling_is_refused(tmp_path):
         model.load_into(detector, classes=["a"])
     set_beta(detector, 0.75)
     model.load_into(detector, classes=["a"])
+    write_model(tmp_path / "new.safetensors", model.weights, classes=["a"], wiring=wiring_of(detector))
+    read_model(tmp_path / "new.safetensors").load_into(detector, classes=["a"])
+    next(one for one in detector.modules() if isinstance(one, RewiredStage)).ends = frozenset("0")
+    with pytest.raises(ValueError, match=r"was trained rewired with .*'ends': \[\].*, the detector is built with"):
+        read_model(tmp_path / "new.safetensors").load_into(detector, classes=["a"])
 
 
 def test_other_files_are_refused(tmp_path):
