@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from re2tal.data.building.annotations import Annotations, read_annotations, read_class_list
+from re2tal.data.building.annotations import Annotations, read_annotations
 from re2tal.data.building.clips import ClipList
 from re2tal.data.building.index_tars import Sample, index_tars, list_clips, read_samples
+from re2tal.data.building.labels import read_class_list
 from re2tal.runs.shard_building import print_some, report_built, subsets_to_build
 
 

@@ -182,7 +182,7 @@ class ClipStream:
                 raise ValueError(self._too_many(failed, epoch))
             yield batch
 
-    def order(self, epoch: int) -> list[Unit]:
+    def order(self, epoch: int) -> Sequence[Unit]:
         """The clips of an epoch, of all ranks together, in their order."""
         return self._batches._epoch_order(epoch)
 
