@@ -208,9 +208,12 @@ def _skip_non_finite_steps(engine: Engine) -> None:
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether no number in them is NaN or infinite; waits for the device once."""
-    largest = [_largest(tensor) for tensor in tensors if tensor.numel()]
-    return not largest or bool(torch.stack(largest).isfinite().all())
+    """Whether no number in them is NaN or infinite; waits for each of their devices once."""
+    largest: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        if tensor.numel():
+            largest.setdefault(tensor.device, []).append(_largest(tensor))
+    return all(bool(torch.stack(of_device).isfinite().all()) for of_device in largest.values())
 
 
 def _largest(tensor: Tensor) -> Tensor:

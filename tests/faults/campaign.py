@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parents[2]
 ROWS: dict[str, list[str]] = {
     "2 killed inside a save": ["tests/training/test_checkpoint.py::test_a_run_killed_anywhere_inside_a_save_*"],
     "4 torn and flipped files of a checkpoint": [
-        "tests/training/test_checkpoint.py::test_a_damaged_checkpoint_is_named_*"
+        "tests/training/test_checkpoint.py::test_a_damaged_checkpoint_is_named_*",
+        "tests/training/test_checkpoint.py::test_a_flipped_bit_anywhere_*",
     ],
     "4 every bit and field of a manifest": ["tests/training/test_manifest.py"],
     "5 a disk that is full": ["tests/distributed/test_training.py::test_a_write_that_fails_on_one_rank_*"],
