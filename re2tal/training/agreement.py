@@ -43,11 +43,11 @@ def versions() -> dict[str, str]:
 
 @torch.no_grad()
 def checksums(tensors: Iterable[Tensor]) -> Tensor:
-    """One int64 per tensor, on their device; any single changed bit changes it."""
+    """One int64 per tensor, on the device of the first; any single changed bit changes it."""
     sums = [
         tensor.detach().contiguous().view(INTEGERS[tensor.element_size()]).sum(dtype=torch.int64) for tensor in tensors
     ]
-    return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.int64)
+    return torch.stack([of_one.to(sums[0].device) for of_one in sums]) if sums else torch.zeros(0, dtype=torch.int64)
 
 
 def weight_checksums(model: torch.nn.Module) -> dict[str, int]:

@@ -208,14 +208,16 @@ def _skip_non_finite_steps(engine: Engine) -> None:
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether no number in them is NaN or infinite; waits for the device once."""
-    largest = [_largest(tensor) for tensor in tensors if tensor.numel()]
-    return not largest or bool(torch.stack(largest).isfinite().all())
+    """Whether no number in them is NaN or infinite; waits for each of their devices once."""
+    sums: dict[torch.device, list[Tensor]] = {}
+    for tensor in tensors:
+        sums.setdefault(tensor.device, []).append(_sum(tensor))
+    return all(bool(torch.stack(of_device).isfinite().all()) for of_device in sums.values())
 
 
-def _largest(tensor: Tensor) -> Tensor:
-    """Of the absolute values; NaN where there is one, and no copy of the tensor."""
-    return torch.linalg.vector_norm(tensor.detach(), math.inf).float()
+def _sum(tensor: Tensor) -> Tensor:
+    """Not finite where a number is not; ten times as fast on a CPU as the largest absolute value."""
+    return tensor.detach().sum(dtype=torch.float32)
 
 
 class GradientWatch:
@@ -236,14 +238,14 @@ class GradientWatch:
         self._seen.append((tuple(video_ids), []))
 
     def _look(self, gradient: Tensor) -> None:
-        if self._seen and gradient.numel():
-            _, largest = self._seen[-1]
-            here = _largest(gradient)
-            largest[:] = [torch.maximum(largest[0], here) if largest else here]
+        if self._seen:
+            _, total = self._seen[-1]
+            here = _sum(gradient)
+            total[:] = [total[0] + here if total else here]
 
     def culprits(self) -> list[str]:
         """The videos of the batches that were not finite on this rank."""
-        return [video for videos, largest in self._seen if not all_finite(largest) for video in videos]
+        return [video for videos, total in self._seen if not all_finite(total) for video in videos]
 
 
 def find_non_finite(engine: Engine) -> str | None:

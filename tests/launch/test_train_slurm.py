@@ -23,13 +23,14 @@ def test_only_a_run_that_saved_is_queued_again(status, ended, queued, tmp_path):
     environment = {
         "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
         "SLURM_JOB_ID": "123456",
+        "SLURM_CPUS_PER_TASK": "8",
         "SLURM_SUBMIT_DIR": str(tmp_path),
         "RE2TAL_VENV": "venv",
     }
     done = subprocess.run(["bash", str(SCRIPT), "--recipe", "demo", "--out", "a folder"], env=environment, check=False)
     assert done.returncode == ended
     expected = [
-        "srun --wait=60 python -u launch/train.py --resume --recipe demo --out a folder",
+        "srun --cpus-per-task=8 --wait=60 python -u launch/train.py --resume --recipe demo --out a folder",
         *(["scontrol requeue 123456"] if queued else []),
     ]
     assert calls.read_text().splitlines() == expected

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -69,6 +70,25 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_loaded(trained, tmp
         assert f"passing over checkpoint step-00000008: {victim.name}" in capsys.readouterr().err
         victim.write_bytes(content)
     assert read_manifest(newest).progress.step == 8
+
+
+def test_a_flipped_bit_anywhere_in_a_checkpoint_is_found(trained, tmp_path):
+    newest = tmp_path / "checkpoints" / "step-00000008"
+    generator = random.Random(0)
+    files = sorted(newest.iterdir())
+    found = 0
+    for number in range(1000):
+        victim = files[number % len(files)]
+        content = victim.read_bytes()
+        place = generator.randrange(len(content))
+        changed = content[place] ^ 1 << generator.randrange(8)
+        victim.write_bytes(content[:place] + bytes([changed]) + content[place + 1 :])
+        try:
+            read_manifest(newest)
+        except ValueError:
+            found += 1
+        victim.write_bytes(content)
+    assert found == 1000
 
 
 def test_a_checkpoint_from_before_the_seal_resumes_and_says_so_once(trained, tmp_path, capsys):
