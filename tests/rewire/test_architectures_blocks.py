@@ -130,9 +130,10 @@ def test_these_are_rewired_exactly(kind, unit) -> None:
 
 
 @pytest.mark.parametrize("kind", [TurnedAround, CutAtTheFront])
-def test_a_layout_or_cut_that_gives_another_state_is_refused(kind) -> None:
+@pytest.mark.parametrize("example", [pictures(), torch.zeros(2, 4, 4, WIDTH, dtype=torch.float64)], ids=["any", "zero"])
+def test_a_layout_or_cut_that_gives_another_state_is_refused(kind, example) -> None:
     with pytest.raises(ValueError, match="the branches found miss its result by"):
-        rewire(walker(kind), example=(pictures(),))
+        rewire(walker(kind), example=(example,))
 
 
 def test_a_norm_behind_the_sum_is_rewired_as_a_whole_where_that_is_asked_for() -> None:
