@@ -23,6 +23,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -417,7 +418,7 @@ def _largest_difference(wanted: Any, found: Any) -> float:
 def _short(reason: str) -> str:
     """On one line, without what every refusal opens with."""
     opening, _, rest = reason.partition("left alone, because")
-    return " ".join((rest or opening).split())[:300]
+    return shorten(rest or opening, 200, placeholder=" ..")
 
 
 def examine_all(rows: Sequence[Row]) -> Iterator[Result]:
@@ -447,7 +448,16 @@ def cells(result: Result) -> tuple[str, ...]:
     )
 
 
-HEAD = ("architecture", "library", "", "params", "flops", "beta = 0", "gradients", "left alone, or refused, because")
+HEAD = (
+    "architecture",
+    "library",
+    "outcome",
+    "params",
+    "flops",
+    "beta = 0",
+    "gradients",
+    "left alone, or refused, because",
+)
 
 
 def markdown(results: Sequence[Result]) -> str:

@@ -147,10 +147,11 @@ def _analyst(model: nn.Module, example: Example | None, *, whole_blocks: bool) -
     """
     containers = [module for module in model.modules() if isinstance(module, nn.Sequential | nn.ModuleList)]
     blocks = {block for container in containers for block in container.children() if _has_children(block)}
-    calls = record_calls(model, blocks, example=example) if example is not None else {}
+    unknown = {block for block in blocks if isinstance(registered(block), NotResidual)}
+    calls = record_calls(model, unknown, example=example) if example is not None else {}
 
     def in_branches(block: nn.Module) -> Residual | NotResidual:
-        if example is None or block not in blocks or not is_unregistered(block):
+        if example is None or block not in unknown or not is_unregistered(block):
             return registered(block)
         if block in calls:
             return take_apart(block, calls[block])

@@ -193,7 +193,7 @@ def _split_cut(total: Any, x: fx.Node) -> tuple[fx.Node, list[fx.Node]] | None:
         return None
     terms: list[Any] = list(total.args[0].args)  # type: ignore[union-attr]
     for cat in terms:
-        if cat.target is torch.cat and isinstance(cat.args[0], list | tuple):
+        if cat.target is torch.cat and cat.args and isinstance(cat.args[0], list | tuple):
             state, (added,) = cat.args[0][0], [term for term in terms if term is not cat]
             if not _reaches(added, x, {state: False}):
                 with total.graph.inserting_before(total.next):
