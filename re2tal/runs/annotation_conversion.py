@@ -14,6 +14,7 @@ from typing import Any
 
 from re2tal.data.building.annotation_formats.formats import FORMATS, read_files
 from re2tal.data.building.annotation_formats.found import Found, FoundVideo, Wanted
+from re2tal.data.building.annotations import duration_tolerance
 from re2tal.data.building.isolated import Isolated
 from re2tal.data.building.labels import fold_notes, one_spelling, read_class_list, twin_problems
 from re2tal.data.building.probe import VIDEO_SUFFIXES, probe_video
@@ -185,6 +186,15 @@ def _later(found: Found) -> list[str]:
     missing = [video_id for video_id, one in found.videos.items() if one.duration_seconds is None]
     if missing:
         notes.append(f"{len(missing)} videos have no duration, such as {missing[0]!r}; --videos FOLDER measures them")
+    beyond = [
+        f"{end:g} s in {video_id}, which lasts {seconds:g} s"
+        for video_id, one in found.videos.items()
+        if (seconds := one.duration_seconds)
+        for _, end, _ in one.actions
+        if end > seconds + duration_tolerance(seconds)
+    ]
+    if beyond:
+        notes.append(f"{len(beyond)} actions end after their video, such as {beyond[0]}; if times are frames: --fps")
     return notes
 
 

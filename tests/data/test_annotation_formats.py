@@ -359,6 +359,7 @@ def test_boris_project(tmp_path):
         ("clip.mp4\t00:03.5\t00:01:09.250\trun\n", {}),
         ("clip,00:03,00:09,jump\nclip,x,9,run\n# a comment\nclip,3.5,69.25,run\n", {}),
         ("clip,run,3.5,69.25\n", {}),
+        ("clip\t\t00:00:03.500\t00:01:09.250\t00:01:05.750\trun\n", {}),
         ("label,youtube_id,start_ms,end_ms\nrun,clip,3500,69250\n", {}),
         ("video,startFrame,endFrame,label\nclip,35,692.5,run\n", {"fps": 10.0}),
         ("video,start,end,label\nclip,35,692.5,run\n", {"fps": 10.0}),
