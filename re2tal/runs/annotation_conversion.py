@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -106,8 +107,14 @@ def _wanted(options: Conversion) -> Wanted:
         label=options.label,
         tiers=frozenset(options.tiers),
         fps=options.fps,
-        classes=read_class_list(options.classes) if options.classes else (),
+        classes=_without_numbers(read_class_list(options.classes)) if options.classes else (),
     )
+
+
+def _without_numbers(lines: Sequence[str]) -> tuple[str, ...]:
+    """Names of lines such as "1 BaseballPitch" or "c000 Holding some clothes", as in the data sets' own lists."""
+    found = [re.fullmatch(r"c?\d+[\s,]+(.+)", line) for line in lines]
+    return tuple(match[1] if match and all(found) else line for match, line in zip(found, lines, strict=True))
 
 
 def _files(inputs: tuple[Path, ...]) -> Iterator[Path]:
