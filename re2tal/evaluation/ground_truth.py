@@ -29,10 +29,7 @@ def read_ground_truth(path: Path | str, *, subset: str) -> list[VideoRecord]:
     its last action's end stands in. Raises FileNotFoundError, and ValueError naming file, key and value for anything
     that is not an ActivityNet layout, and for a subset without videos.
     """
-    document = read_json(path)
-    database = document.get("database") if isinstance(document, dict) else None
-    if not isinstance(database, dict):
-        raise ValueError(f'{path} needs an object "database" that maps video ids to annotations, at the top')
+    database = _database(path)
     for video_id, entry in database.items():
         if not isinstance(entry, dict) or not isinstance(entry.get("subset"), str):
             where = f"{path}: database[{video_id!r}]"
@@ -54,7 +51,19 @@ def read_ground_truth(path: Path | str, *, subset: str) -> list[VideoRecord]:
 
 def read_subsets(path: Path | str) -> dict[str, str]:
     """The subset of every video in a file that `read_ground_truth` accepts."""
-    return {video_id: entry["subset"] for video_id, entry in read_json(path)["database"].items()}
+    return {video_id: entry["subset"] for video_id, entry in _database(path).items()}
+
+
+def _database(path: Path | str) -> dict[str, Any]:
+    """Video id -> entry, from a file with or without the outer object."""
+    document = read_json(path)
+    database = document.get("database") if isinstance(document, dict) else None
+    if database is None and isinstance(document, dict) and document:
+        is_bare = all(isinstance(entry, dict) and "subset" in entry for entry in document.values())
+        database = document if is_bare else None
+    if not isinstance(database, dict):
+        raise ValueError(f'{path} needs an object "database" that maps video ids to annotations, at the top')
+    return database
 
 
 def as_one_class(records: Sequence[VideoRecord]) -> list[VideoRecord]:

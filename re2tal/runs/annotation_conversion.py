@@ -5,15 +5,17 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import re
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from re2tal.data.building.annotation_formats.formats import FORMATS, read_files
 from re2tal.data.building.annotation_formats.found import Found, FoundVideo, Wanted
+from re2tal.data.building.annotations import duration_tolerance
 from re2tal.data.building.isolated import Isolated
 from re2tal.data.building.labels import fold_notes, one_spelling, read_class_list, twin_problems
 from re2tal.data.building.probe import VIDEO_SUFFIXES, probe_video
@@ -105,8 +107,14 @@ def _wanted(options: Conversion) -> Wanted:
         label=options.label,
         tiers=frozenset(options.tiers),
         fps=options.fps,
-        classes=read_class_list(options.classes) if options.classes else (),
+        classes=_without_numbers(read_class_list(options.classes)) if options.classes else (),
     )
+
+
+def _without_numbers(lines: Sequence[str]) -> tuple[str, ...]:
+    """Names of lines such as "1 BaseballPitch" or "c000 Holding some clothes", as in the data sets' own lists."""
+    found = [re.fullmatch(r"c?\d+[\s,]+(.+)", line) for line in lines]
+    return tuple(match[1] if match and all(found) else line for match, line in zip(found, lines, strict=True))
 
 
 def _files(inputs: tuple[Path, ...]) -> Iterator[Path]:
@@ -185,6 +193,15 @@ def _later(found: Found) -> list[str]:
     missing = [video_id for video_id, one in found.videos.items() if one.duration_seconds is None]
     if missing:
         notes.append(f"{len(missing)} videos have no duration, such as {missing[0]!r}; --videos FOLDER measures them")
+    beyond = [
+        f"{end:g} s in {video_id}, which lasts {seconds:g} s"
+        for video_id, one in found.videos.items()
+        if (seconds := one.duration_seconds)
+        for _, end, _ in one.actions
+        if end > seconds + duration_tolerance(seconds)
+    ]
+    if beyond:
+        notes.append(f"{len(beyond)} actions end after their video, such as {beyond[0]}; if times are frames: --fps")
     return notes
 
 

@@ -51,6 +51,22 @@ def test_frames_take_their_rate_from_the_videos(capsys, tmp_path):
     assert from_file["duration"] == record.duration_seconds
 
 
+def test_numbers_of_classes_take_the_names_of_the_data_sets_own_list(capsys, tmp_path):
+    (tmp_path / "m.json").write_text('{"v": {"subset": "training", "duration": 9, "actions": [[2, 0.5, 1]]}}')
+    (tmp_path / "classes.txt").write_text("1 BaseballPitch\n2 BasketballBlock\n")
+    command = ["annotations", "convert", tmp_path / "m.json", "--out", tmp_path / "o.json"]
+    status, _, _ = run(capsys, *command, "--classes", tmp_path / "classes.txt")
+    assert status == 0
+    assert read_annotations(tmp_path / "o.json").classes == ("BasketballBlock",)
+
+
+def test_times_that_are_frames_are_suspected(capsys, tmp_path):
+    table = tmp_path / "list.csv"
+    table.write_text("video,start,end,label,video_duration\na,30,60,run,2\na,0,1,run,2\n")
+    _, _, err = run(capsys, "annotations", "convert", table, "--out", tmp_path / "out.json")
+    assert "note: 1 actions end after their video, such as 60 s in a, which lasts 2 s; if times are frames" in err
+
+
 def test_several_files_of_several_kinds_and_one_that_nobody_knows(capsys, tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()

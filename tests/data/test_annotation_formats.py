@@ -194,6 +194,19 @@ def test_elan(tmp_path):
     assert "none of the tiers ['x']; it has ['actions', 'hand']" in found.left_out[0]
 
 
+def test_the_table_of_elan(tmp_path):
+    text = (
+        "Begin Time - hh:mm:ss.ms\tEnd Time - hh:mm:ss.ms\tDuration - msec\tactions\thand\n"
+        "00:00:03.700\t00:01:09.100\t65400\tarm\t\n00:00:01.000\t00:00:02.000\t1000\tleg\tleft\n"
+    )
+    found = found_in(tmp_path, "clip_00.txt", text, expect="elan-table")
+    assert actions(found) == {"clip_00": [(3.7, 69.1, "arm"), (1.0, 2.0, "leg"), (1.0, 2.0, "left")]}
+    text = "Begin Time - msec\tEnd Time - msec\tactions\n3700\t9100\tarm\n3700\tx\tarm\n"
+    found = found_in(tmp_path, "clip_00.txt", text, expect="elan-table", label="tier")
+    assert actions(found) == {"clip_00": [(3.7, 9.1, "actions")]}
+    assert len(found.left_out) == 1
+
+
 def test_xml_with_a_document_type_is_refused(tmp_path):
     bomb = '<?xml version="1.0"?><!DOCTYPE x [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]><annotations>&b;</annotations>'
     for number, encoding in enumerate(("utf-8", "utf-16")):
@@ -359,6 +372,7 @@ def test_boris_project(tmp_path):
         ("clip.mp4\t00:03.5\t00:01:09.250\trun\n", {}),
         ("clip,00:03,00:09,jump\nclip,x,9,run\n# a comment\nclip,3.5,69.25,run\n", {}),
         ("clip,run,3.5,69.25\n", {}),
+        ("clip\t\t00:00:03.500\t00:01:09.250\t00:01:05.750\trun\n", {}),
         ("label,youtube_id,start_ms,end_ms\nrun,clip,3500,69250\n", {}),
         ("video,startFrame,endFrame,label\nclip,35,692.5,run\n", {"fps": 10.0}),
         ("video,start,end,label\nclip,35,692.5,run\n", {"fps": 10.0}),

@@ -74,5 +74,7 @@ def test_a_subset_is_found_by_its_other_name(tmp_path):
     path = tmp_path / "truth.json"
     path.write_text('{"database": {"v": {"subset": "Val", "duration": 3, "annotations": []}}}')
     assert [record.video_id for record in read_ground_truth(path, subset="validation")] == ["v"]
+    path.write_text('{"v": {"subset": "Val", "duration": 3, "annotations": []}}')
+    assert [record.video_id for record in read_ground_truth(path, subset="validation")] == ["v"]
     with pytest.raises(ValueError, match=r"no video of subset 'training'; it has \['Val'\]"):
         read_ground_truth(path, subset="training")

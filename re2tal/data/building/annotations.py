@@ -237,7 +237,11 @@ class _Reader:
             raise _Problem("entry", entry, "give an object with subset, duration and annotations")
         subset, annotations = entry.get("subset"), entry.get("annotations")
         if not isinstance(subset, str) or not SUBSET_NAME.fullmatch(subset.lower()):
-            raise _Problem("subset", subset, 'give a name such as "training" or "validation"')
+            raise _Problem(
+                "subset",
+                subset,
+                'give a name such as "training", or use `re2tal annotations convert`',
+            )
         if "annotations" not in entry:
             self.num_unknown += 1
             annotations = []
@@ -296,7 +300,9 @@ class _Reader:
     def _segment(self, segment: Any, duration: float) -> tuple[float, float] | None:
         times = [_number(value) for value in segment] if isinstance(segment, list) else []
         if len(times) != 2 or times[0] is None or times[1] is None:
-            raise _Problem("segment", segment, "give [start, end] in seconds")
+            raise _Problem(
+                "segment", segment, "give [start, end] in seconds; `re2tal annotations convert` reads clock times"
+            )
         start, end = times[0], times[1]
         if fault := _fault(start, end, duration):
             if not self.drop_invalid:

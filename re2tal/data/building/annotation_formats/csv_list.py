@@ -156,7 +156,8 @@ def _unnamed(row: Sequence[str]) -> Columns | None:
     start = next((i for i in range(1, len(row) - 1) if is_time[i] and is_time[i + 1]), None)
     if start is None or len(row) < 4:
         return None
-    label = next((i for i in range(len(row)) if i not in (0, start, start + 1) and row[i]), None)
-    if label is None:
+    others = [i for i in range(len(row)) if i not in (0, start, start + 1) and row[i]]
+    if not others:
         return None
+    label = min(others, key=lambda i: is_time[i])  # a name rather than a duration; a number may be a class
     return {"video": (0, 1.0), "start": (start, 1.0), "end": (start + 1, 1.0), "label": (label, 1.0)}

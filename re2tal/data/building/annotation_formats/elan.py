@@ -1,4 +1,4 @@
-"""ELAN's .eaf: tiers of annotations between time slots in milliseconds.
+"""ELAN's .eaf: tiers of annotations between time slots in milliseconds; and its tab-delimited export with names.
 
 The label is the annotation's value, or its tier's name where it has none, or always with --label tier. A medium that
 starts later than the recording has a TIME_ORIGIN: milliseconds of the medium at time 0 of the annotations.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from xml.etree.ElementTree import Element
 
-from re2tal.data.building.annotation_formats.found import Found, Source, as_number
+from re2tal.data.building.annotation_formats.found import Found, Source, as_number, as_seconds
 
 
 def is_elan(source: Source) -> bool:
@@ -42,6 +42,36 @@ def read_elan(source: Source, found: Found) -> None:
             value = (one.findtext("ANNOTATION_VALUE") or "").strip()
             label = tier_name if found.wanted.label == "tier" or not value else value
             found.action(where, name, (times[0] + origin) / 1000, (times[1] + origin) / 1000, label)
+
+
+def is_elan_table(source: Source) -> bool:
+    """Columns such as "Begin Time - ss.msec" in the first row."""
+    header = source.rows[0] if source.rows else []
+    return all(any(cell.startswith(name) for cell in header) for name in ("Begin Time - ", "End Time - "))
+
+
+def read_elan_table(source: Source, found: Found) -> None:
+    """Add the annotations of all columns that are no times: a column per tier, or one for all."""
+    header = source.rows[0]
+    begin, end = (
+        next(i for i, cell in enumerate(header) if cell.startswith(name)) for name in ("Begin Time", "End Time")
+    )
+    known = ("Begin Time - ", "End Time - ", "Duration - ", "Tier", "Participant")
+    tiers = {i: cell for i, cell in enumerate(header) if cell and not cell.startswith(known)}
+    found.note(f"{source.path.name} names no video; its own name is taken")
+    for number, row in enumerate(source.rows[1:], start=2):
+        cells = [*row, *[""] * (len(header) - len(row))]
+        first, last = _seconds(header[begin], cells[begin]), _seconds(header[end], cells[end])
+        for column, tier in tiers.items():
+            if cells[column] and (not found.wanted.tiers or tier in found.wanted.tiers):
+                label = tier if found.wanted.label == "tier" else cells[column]
+                found.action(f"{source.path.name} row {number}", source.path.stem, first, last, label)
+
+
+def _seconds(column: str, text: str) -> float | str:
+    """Seconds of a cell; the text where it is no time."""
+    value = as_seconds(text)
+    return text if value is None else value / 1000 if column.endswith("- msec") else value
 
 
 def _aligned(one: Element, by_id: dict[str | None, Element]) -> Element | None:

@@ -46,6 +46,7 @@ FORMATS: dict[str, Format] = {
     "label-studio": Format("Label Studio's JSON", label_studio.is_label_studio, label_studio.read_label_studio),
     "elan": Format("ELAN's .eaf", elan.is_elan, elan.read_elan),
     "cvat": Format("CVAT for video", cvat.is_cvat, cvat.read_cvat),
+    "elan-table": Format("ELAN's tab-delimited export", elan.is_elan_table, elan.read_elan_table),
     "boris": Format("BORIS' exported events", boris.is_boris_table, boris.read_boris_table),
     "epic": Format("EPIC-Kitchens-100's segments", epic_kitchens.is_epic, epic_kitchens.read_epic),
     "epic-info": Format(

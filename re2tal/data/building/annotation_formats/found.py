@@ -170,7 +170,7 @@ class Found:
         seconds = as_seconds(duration)
         if one.duration_seconds is None and seconds is not None and seconds > 0:
             one.duration_seconds = seconds
-        one.facts |= {key: value for key, value in (("frame", frame), ("fps", fps)) if value}
+        one.facts |= {k: int(v) if v == int(v) else v for k, v in (("frame", frame), ("fps", fps)) if v}
         one.is_known |= is_known
         return one
 

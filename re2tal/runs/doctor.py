@@ -1,0 +1,258 @@
+"""What is wrong with videos and annotations before a build, and what a machine has. Nothing is changed."""
+
+from __future__ import annotations
+
+import os
+import platform
+import queue
+import re
+import resource
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+import re2tal
+from re2tal.data.building.annotations import Annotations, duration_tolerance, read_annotations
+from re2tal.data.building.examine import Examined, examine_video
+from re2tal.data.building.isolated import Isolated
+from re2tal.data.building.probe import VIDEO_SUFFIXES
+from re2tal.runs.exit_status import SOME_LEFT_OUT
+from re2tal.strict_json import write_json
+from re2tal.structures import VideoRecord
+from re2tal.tables import text_table
+
+SILENT_SECONDS = 120.0
+"""Stop reading a file after this time without progress."""
+MAX_ROWS = 50
+PACKAGES = ("torch", "deepspeed", "accelerate", "transformers", "av", "decord", "webdataset", "numpy")
+_OPERATION = re.compile(r"^(\w+) +\.* *\[(YES|NO)\] \.+ \[(OKAY|NO)\]", re.MULTILINE)
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+
+
+@dataclass(frozen=True, slots=True)
+class DataCheck:
+    """What to look at; `re2tal doctor --help` explains each."""
+
+    videos: Path
+    annotations: Path | None
+    json: Path | None
+    quick: bool
+    max_damaged: float
+    workers: int | None
+
+
+@dataclass(slots=True)
+class _Row:
+    """What was found of one video."""
+
+    video_id: str
+    state: str
+    """ok, missing, unusable, damaged, or "other length": all but the first are left out of a build."""
+    remarks: list[str] = field(default_factory=list)
+    examined: Examined | None = None
+
+
+def check_data(check: DataCheck) -> int:
+    """Print what is wrong; gives the exit status."""
+    if not check.videos.is_dir():
+        raise ValueError(f"{check.videos} is not a folder; give the folder that holds the videos")
+    if not 0 <= check.max_damaged <= 1:
+        raise ValueError(f"--max-damaged is {check.max_damaged}; give a share from 0 to 1")
+    files, odd = _video_files(check.videos)
+    examined = _examine(files, check)
+    problems: list[str] = []
+    records: dict[str, VideoRecord] = {}
+    if check.annotations is not None:
+        annotations = _read(check.annotations, examined, problems)
+        if annotations is not None:
+            records = {record.video_id: record for records in annotations.subsets.values() for record in records}
+    wanted = records or dict.fromkeys(files)
+    rows = [_row(one, files, examined, records.get(one), check.max_damaged) for one in wanted]
+    if unused := sorted(set(files) - set(wanted) - {f"v_{one}" for one in wanted}):
+        odd.append(f"{len(unused)} files belong to no entry, such as {files[unused[0]].name}")
+    _print(rows, problems, odd)
+    if check.json is not None:
+        videos = [{**asdict(row), "num_damaged": _num_damaged(row)} for row in rows]
+        write_json(check.json, {"videos": videos, "annotations": problems, "notes": odd})
+    return SOME_LEFT_OUT if problems or any(row.state != "ok" for row in rows) else 0
+
+
+def _video_files(folder: Path) -> tuple[dict[str, Path], list[str]]:
+    """(name without suffix -> file, what is odd about the folder)."""
+    files: dict[str, Path] = {}
+    odd = []
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() not in VIDEO_SUFFIXES:
+            continue
+        if path.name.startswith("._"):
+            odd.append(f"{path.name} is a file of macOS beside another, not a video")
+        elif not path.is_file():
+            odd.append(f"{path.name} is no file, or a link that leads nowhere")
+        elif path.stem in files:
+            odd.append(f"{path.name} and {files[path.stem].name} have one id; keep one of them")
+        else:
+            files[path.stem] = path
+    return files, odd
+
+
+def _examine(files: dict[str, Path], check: DataCheck) -> dict[str, Examined | str]:
+    """Name -> what was found, or why the file cannot be used; each in a process that can be stopped."""
+    num_workers = max(1, min(check.workers or len(os.sched_getaffinity(0)), len(files)))
+    with ExitStack() as stack:
+        idle: queue.SimpleQueue[Isolated] = queue.SimpleQueue()
+        for _ in range(num_workers):
+            idle.put(stack.enter_context(Isolated()))
+
+        def one(path: Path) -> Examined | str:
+            isolated = idle.get()
+            try:
+                return isolated.call(SILENT_SECONDS, examine_video, path, decode=not check.quick)
+            except Exception as error:  # one file, whatever it does to us, never ends the check
+                return str(error).replace(str(path), path.name)
+            finally:
+                idle.put(isolated)
+
+        pool = stack.enter_context(ThreadPoolExecutor(num_workers))
+        found = tqdm(pool.map(one, files.values()), total=len(files), unit="video", disable=not sys.stderr.isatty())
+        return dict(zip(files, found, strict=True))
+
+
+def _read(path: Path, examined: dict[str, Examined | str], problems: list[str]) -> Annotations | None:
+    """The annotations without what is wrong in them, which goes to `problems`; None where nothing can be read."""
+
+    def measured(video_id: str) -> float:
+        found = examined.get(video_id) or examined.get(f"v_{video_id}")
+        if not isinstance(found, Examined):
+            raise ValueError("there is no sound file of this name")
+        return found.seconds
+
+    try:
+        annotations = read_annotations(path, duration_of=measured)
+    except ValueError as error:
+        problems.append(str(error))
+    else:
+        for note in annotations.notes:
+            print(f"{path}: {note}")
+        return annotations
+    try:
+        return read_annotations(path, duration_of=measured, invalid_segments="drop", fix_labels=True)
+    except ValueError:
+        return None
+
+
+def _row(
+    video_id: str,
+    files: dict[str, Path],
+    examined: dict[str, Examined | str],
+    record: VideoRecord | None,
+    max_damaged: float,
+) -> _Row:
+    found = examined.get(video_id, examined.get(f"v_{video_id}"))
+    if found is None:
+        return _Row(video_id, "missing", ["there is no file of this name"])
+    if isinstance(found, str):
+        return _Row(video_id, "unusable", [found])
+    row = _Row(video_id, "ok", examined=found)
+    if found.damage.num_damaged:
+        row.remarks.append(str(found.damage))
+        row.state = "damaged" if found.damage.share > max_damaged else "ok"
+    if found.has_variable_rate:
+        row.remarks.append("its frame rate varies")
+    if record is not None:
+        away = found.seconds - record.duration_seconds
+        if abs(away) > duration_tolerance(record.duration_seconds):
+            row.state = "other length" if row.state == "ok" else row.state
+            row.remarks.append(f"lasts {found.seconds:.2f} s, the annotations say {record.duration_seconds:.2f} s")
+        beyond = [action for action in record.actions if action.end_seconds > found.seconds + 0.5 / found.fps]
+        if beyond:
+            last = max(action.end_seconds for action in beyond)
+            row.remarks.append(f"{len(beyond)} actions end after the video, the last at {last:.2f} s")
+    return row
+
+
+def _num_damaged(row: _Row) -> int | None:
+    return None if row.examined is None else row.examined.damage.num_damaged
+
+
+def _print(rows: Sequence[_Row], problems: Sequence[str], odd: Sequence[str]) -> None:
+    for problem in problems:
+        print(problem)
+    for line in odd[:MAX_ROWS]:
+        print(f"note: {line}")
+    told = [row for row in rows if row.remarks]
+    if told:
+        header = ("video", "state", "seconds", "fps", "size", "codec", "remarks")
+        print(text_table([header, *map(_cells, told[:MAX_ROWS])], align="<<>>><<", rules=(1,)))
+    if len(told) > MAX_ROWS:
+        print(f"and {len(told) - MAX_ROWS} more; --json FILE has all")
+    states = Counter(row.state for row in rows)
+    counts = ", ".join(f"{number} {state}" for state, number in states.most_common())
+    print(f"{len(rows)} videos: {counts or 'none'}; {len(problems)} faults of the annotations")
+
+
+def _cells(row: _Row) -> tuple[str, ...]:
+    remarks = "; ".join(row.remarks)
+    if (one := row.examined) is None:
+        return row.video_id, row.state, "", "", "", "", remarks
+    size = f"{one.width}x{one.height}"
+    return row.video_id, row.state, f"{one.seconds:.2f}", f"{one.fps:.2f}", size, one.codec, remarks
+
+
+def check_machine(*, json: Path | None) -> int:
+    """Print what this machine has; gives the exit status."""
+    facts = dict(_machine())
+    print(text_table([(name, str(value)) for name, value in facts.items()], align="<"))
+    if json is not None:
+        write_json(json, facts)
+    missing = [name for name in PACKAGES if facts[name] == "not installed"]
+    return SOME_LEFT_OUT if missing else 0
+
+
+def _machine() -> Iterator[tuple[str, Any]]:
+    yield "system", f"{platform.platform()}, Python {platform.python_version()}"
+    yield "re2tal", re2tal.__version__
+    for name in PACKAGES:
+        try:
+            yield name, metadata.version(name)
+        except metadata.PackageNotFoundError:
+            yield name, "not installed"
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    yield "processor", f"{len(os.sched_getaffinity(0))} cores for this process, {memory / 2**30:.1f} GiB memory"
+    yield "devices", "; ".join(_devices()) or "none: training runs on the processor"
+    yield "DeepSpeed operations", _deepspeed_operations()
+    shared = Path("/dev/shm")
+    if shared.is_dir():
+        usage = shutil.disk_usage(shared)
+        remark = "; loader workers need more: docker run --shm-size=8g" if usage.free < 2**30 else ""
+        yield "/dev/shm", f"{usage.free / 2**30:.2f} of {usage.total / 2**30:.2f} GiB free{remark}"
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    yield "open files", f"{soft} (at most {hard})" + ("; raise it: ulimit -n 4096" if soft < 4096 else "")
+
+
+def _devices() -> Iterator[str]:
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        yield f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, compute {facts.major}.{facts.minor}"
+
+
+def _deepspeed_operations() -> str:
+    """What DeepSpeed's own report says, from a process that can be stopped."""
+    command = [sys.executable, "-m", "deepspeed.env_report"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    except subprocess.TimeoutExpired:
+        return "its report did not end in 120 s"
+    operations = _OPERATION.findall(_COLOUR.sub("", done.stdout))
+    able = [f"{name} (built)" if built == "YES" else name for name, built, fits in operations if fits == "OKAY"]
+    return f"{len(able)} of {len(operations)} can be built here: {', '.join(able)}"
