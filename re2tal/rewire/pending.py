@@ -141,12 +141,11 @@ def values_of(state: Any) -> Any:
 class BlockHandle:
     """A block of a rewired stage, in the place of the block itself: called like it, with its attributes."""
 
-    __slots__ = ("_block", "_name", "_stage")
-
     def __init__(self, stage: RewiredStage, name: str, block: nn.Module) -> None:
-        for slot, value in (("_stage", stage), ("_name", name), ("_block", block)):
-            object.__setattr__(self, slot, value)
+        # Past __setattr__ below, and in no slots: torch.compile takes those for missing and asks __getattr__ for ever.
+        self.__dict__.update(_stage=stage, _name=name, _block=block)
 
+    @torch._disable_dynamo
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Returns what the block would, with a pending state in the place of its hidden state while the run goes on."""
         return self._stage.call_block(self._name, x, args, kwargs)

@@ -120,6 +120,7 @@ class RewiredStage(nn.Module):
         following = dict(pairwise(names))
         return {name for name in self.residual if name in self.ends or following.get(name) not in self.residual}
 
+    @torch._disable_dynamo
     def forward(self, x: Tensor, *args: Any, _calls: tuple[BlockCall, ...] | None = None, **kwargs: Any) -> Any:
         """Runs all blocks on x, with the same further arguments; or computes the `_calls` that a run is made of.
 
@@ -269,12 +270,16 @@ class RewiredStage(nn.Module):
         return plain
 
     def __iter__(self) -> Iterator[BlockHandle]:
+        if torch.compiler.is_compiling():
+            torch._dynamo.skip_frame("blocks of a rewired stage are called one by one")
         return (BlockHandle(self, name, self.get_submodule(name)) for name in self._modules)
 
     def __len__(self) -> int:
         return len(self._modules)
 
     def __getitem__(self, index: int | slice) -> BlockHandle | list[BlockHandle] | RewiredStage:
+        if torch.compiler.is_compiling():
+            torch._dynamo.skip_frame("blocks of a rewired stage are called one by one")
         handles = list(self)
         if isinstance(index, int):
             return handles[index]
