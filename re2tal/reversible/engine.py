@@ -141,6 +141,13 @@ def _exchanged(before: list[Tensor], now: list[Tensor]) -> bool:
     return any(type(one) in plain and type(other) in plain for one, other in pairs)
 
 
+_DDP_REMEDY = (
+    "DistributedDataParallel took a parameter of a reversible run for ready before its gradient was: it sees no way from "
+    "the output to parameters inside a run, nor that two branches share one; give it static_graph=True, or, where no "
+    "branches share parameters, leave find_unused_parameters out"
+)
+
+
 class _Reversible(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -195,8 +202,14 @@ class _Reversible(torch.autograd.Function):
                 "and its branches would run again with these; call backward where they are in place, or run with "
                 "recompute=False"
             )
-        with held(ctx.written), same_kernels():
-            return _backward(ctx, gradients if isinstance(gradients, list) else [gradients]), None, None, None, None
+        gradients = gradients if isinstance(gradients, list) else [gradients]
+        try:
+            with held(ctx.written), same_kernels():
+                return _backward(ctx, gradients), None, None, None, None
+        except RuntimeError as error:
+            if "mark a variable ready only once" in str(error):
+                raise RuntimeError(_DDP_REMEDY) from error
+            raise
 
 
 def _run_forward(

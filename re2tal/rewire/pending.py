@@ -11,7 +11,7 @@ would be another network each time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import NoneType
 from typing import TYPE_CHECKING, Any
@@ -159,6 +159,12 @@ class BlockHandle:
                 f"the forward of block {self._name} of {self._stage.path} cannot be replaced: unrewire first"
             )
         setattr(self._block, name, value)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        raise TypeError(
+            f"block {self._name} of {self._stage.path} is no module here (fully_shard and the like want one): take it "
+            f"from the stage, .get_submodule({self._name!r}), or do this before rewiring"
+        )
 
     def __repr__(self) -> str:
         return f"block {self._stage.name_of(self._name)}: {self._block!r}"

@@ -33,7 +33,16 @@ from re2tal.reversible.precision import Precision
 from re2tal.rewire.branches import Branch, Residual, is_unregistered
 from re2tal.rewire.config import RewiringConfig
 from re2tal.rewire.escapes import is_compiled, watched_for_escapes
-from re2tal.rewire.hooks import called_with, check_hooks, guard, has_forward_hooks, has_hooks, unguard, without_hooks
+from re2tal.rewire.hooks import (
+    called_with,
+    check_hooks,
+    guard,
+    has_forward_hooks,
+    has_hooks,
+    is_sharded,
+    unguard,
+    without_hooks,
+)
 from re2tal.rewire.nonresidual import recomputed
 from re2tal.rewire.pending import BlockCall, BlockHandle, PendingState, RewireError, values_of
 
@@ -248,6 +257,12 @@ class RewiredStage(nn.Module):
         block = self.get_submodule(call.name)
         if self.config.unit == "block":
             return [WholeBranch(type(block).__name__, partial(_whole, block, call.args, call.kwargs))]
+        if is_sharded(block):
+            raise RewireError(
+                f"block {self.name_of(call.name)} is a unit of FSDP, which gathers and reduces its parameters once, but "
+                "it is run branch by branch, and branches would lose gradients: give fully_shard the stage, the whole "
+                "model, or modules inside of one branch, or rewire with unit 'block'"
+            )
         return [self._unit(block, branch, call.args, call.kwargs) for branch in self.residual[call.name].branches]
 
     def _unit(self, block: nn.Module, branch: Branch, args: tuple, kwargs: dict) -> WholeBranch | ChunkedBranch:
