@@ -143,8 +143,8 @@ def _exchanged(before: list[Tensor], now: list[Tensor]) -> bool:
 
 _DDP_REMEDY = (
     "DistributedDataParallel took a parameter of a reversible run for ready before its gradient was: it sees no way "
-    "from the output to parameters inside a run, nor that two branches share one; give it static_graph=True, or, where no "
-    "branches share parameters, leave find_unused_parameters out"
+    "from the output to parameters inside a run, nor that two branches share one; give it static_graph=True, or, where "
+    "no branches share parameters, leave find_unused_parameters out"
 )
 
 

@@ -260,8 +260,8 @@ class RewiredStage(nn.Module):
         if is_sharded(block):
             raise RewireError(
                 f"block {self.name_of(call.name)} is a unit of FSDP, which gathers and reduces its parameters once, "
-                "but it is run branch by branch, and branches would lose gradients: give fully_shard the stage, the whole "
-                "model, or modules inside of one branch, or rewire with unit 'block'"
+                "but it is run branch by branch, and branches would lose gradients: give fully_shard the stage, the "
+                "whole model, or modules inside of one branch, or rewire with unit 'block'"
             )
         return [self._unit(block, branch, call.args, call.kwargs) for branch in self.residual[call.name].branches]
 
