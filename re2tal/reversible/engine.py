@@ -33,6 +33,7 @@ from re2tal.reversible.rng import GeneratorState
 from re2tal.reversible.run import BranchFunction, Run
 
 
+@torch._disable_dynamo  # what is replayed must be what ran, and graphs know nothing of it
 def run_reversibly(
     branches: Sequence[BranchFunction],
     x: Tensor,
@@ -84,7 +85,16 @@ def run_reversibly(
         RuntimeError: in backward, when called twice or with `create_graph=True`: the activations are gone by then.
 
     Tensors that branches reach other than through their input must be leaves: parameters, or constants that want no
-    gradient. A parameter used by two branches gets its gradient in two parts, which ZeRO-2 and ZeRO-3 refuse.
+    gradient. A parameter used by two branches gets its gradient in two parts, which DDP, ZeRO-2 and ZeRO-3 refuse.
+
+    Supported: `backward()`, several losses in one, accumulation over steps, hooks on modules inside branches and on
+    parameters, checkpoints around the run, autocast, copies and pickles, ZeRO-1 to ZeRO-3, DDP, FSDP2 of a module that
+    holds the run, `torch.compile` of code around it (the run stays out of graphs) and of modules inside.
+
+    An error: second derivatives, a second backward, `autograd.grad` and `backward(inputs=..)` while parameters are
+    trained, parameters exchanged before backward (`functional_call`). Not noticed: `backward(inputs=..)` of parameters
+    of the run alone, which reaches no node of it and gives nothing. A branch runs twice a step, so what it counts
+    outside of buffers counts twice.
     """
     _check(x, merge, saved_branches=saved_branches, saved_outputs=saved_outputs, saved_attention=saved_attention)
     if not branches:
@@ -133,12 +143,27 @@ def _is_trained(owner: nn.Module | None) -> bool:
     return owner is None or any(parameter.requires_grad for parameter in owner.parameters())
 
 
+def _exchanged(before: list[Tensor], now: list[Tensor]) -> bool:
+    """Whether a parameter is another tensor. FSDP exchanges sharded ones, of a type of their own, for whole ones."""
+    plain = (Tensor, nn.Parameter)
+    pairs = ((one, other) for one, other in zip(before, now, strict=False) if one is not other)
+    return any(type(one) in plain and type(other) in plain for one, other in pairs)
+
+
+_DDP_REMEDY = (
+    "DistributedDataParallel took a parameter of a reversible run for ready before its gradient was: it sees no way "
+    "from the output to parameters inside a run, nor that two branches share one; give it static_graph=True, or, where "
+    "no branches share parameters, leave find_unused_parameters out"
+)
+
+
 class _Reversible(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, anchor: Tensor, run: Run, owner: nn.Module | None, observation: Observation | None
     ) -> Tensor:
         del anchor
+        ctx.owner, ctx.parameters = owner, None if owner is None else list(owner.parameters())
         before = GeneratorState.now(x.device)
         watch = BufferWatch(owner)
         found = _run_forward(ctx, x, run, watch, observation)
@@ -160,6 +185,7 @@ class _Reversible(torch.autograd.Function):
     boxed_grads_call = True
 
     @staticmethod
+    @torch._disable_dynamo
     def backward(ctx: Any, gradients: list[Tensor] | Tensor) -> tuple[Tensor | None, None, None, None, None]:
         if torch.is_grad_enabled():
             raise RuntimeError(
@@ -172,8 +198,27 @@ class _Reversible(torch.autograd.Function):
                 "and call backward once, or run with recompute=False"
             )
         ctx.spent = True
-        with held(ctx.written), same_kernels():
-            return _backward(ctx, gradients if isinstance(gradients, list) else [gradients]), None, None, None, None
+        is_trained = ctx.parameters is None or any(one.requires_grad for one in ctx.parameters)
+        if is_trained and not torch._C._will_engine_execute_node(ctx.next_functions[1][0]):
+            raise RuntimeError(
+                "gradients of chosen tensors were asked for (autograd.grad, or backward(inputs=..)), but a reversible "
+                "run gives those of its parameters to their .grad only; call backward() for all, freeze the "
+                "parameters, or run with recompute=False"
+            )
+        if ctx.parameters is not None and _exchanged(ctx.parameters, list(ctx.owner.parameters())):
+            raise RuntimeError(
+                "a module of a reversible run has other parameters in backward than in forward (functional_call?), "
+                "and its branches would run again with these; call backward where they are in place, or run with "
+                "recompute=False"
+            )
+        gradients = gradients if isinstance(gradients, list) else [gradients]
+        try:
+            with held(ctx.written), same_kernels():
+                return _backward(ctx, gradients), None, None, None, None
+        except RuntimeError as error:
+            if "mark a variable ready only once" in str(error):
+                raise RuntimeError(_DDP_REMEDY) from error
+            raise
 
 
 def _run_forward(

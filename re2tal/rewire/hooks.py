@@ -86,6 +86,11 @@ def called_with(
             block.forward = usual
 
 
+def is_sharded(block: nn.Module) -> bool:
+    """Whether FSDP gathers all parameters in `block` when it is called."""
+    return any(_module_of(hook).startswith("torch.distributed.fsdp") for hook in block._forward_pre_hooks.values())
+
+
 @contextmanager
 def without_hooks(block: nn.Module) -> Iterator[None]:
     """Inside, only hooks that gather parameters fire."""
@@ -107,4 +112,8 @@ def _of_users(hooks: Mapping[int, Callable]) -> bool:
 
 
 def _gathers(hook: Any) -> bool:
-    return str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith(_GATHERING)
+    return _module_of(hook).startswith(_GATHERING)
+
+
+def _module_of(hook: Any) -> str:
+    return str(getattr(getattr(hook, "func", hook), "__module__", ""))

@@ -11,7 +11,7 @@ would be another network each time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import NoneType
 from typing import TYPE_CHECKING, Any
@@ -141,12 +141,11 @@ def values_of(state: Any) -> Any:
 class BlockHandle:
     """A block of a rewired stage, in the place of the block itself: called like it, with its attributes."""
 
-    __slots__ = ("_block", "_name", "_stage")
-
     def __init__(self, stage: RewiredStage, name: str, block: nn.Module) -> None:
-        for slot, value in (("_stage", stage), ("_name", name), ("_block", block)):
-            object.__setattr__(self, slot, value)
+        # Past __setattr__ below, and in no slots: torch.compile takes those for missing and asks __getattr__ for ever.
+        self.__dict__.update(_stage=stage, _name=name, _block=block)
 
+    @torch._disable_dynamo
     def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Returns what the block would, with a pending state in the place of its hidden state while the run goes on."""
         return self._stage.call_block(self._name, x, args, kwargs)
@@ -160,6 +159,12 @@ class BlockHandle:
                 f"the forward of block {self._name} of {self._stage.path} cannot be replaced: unrewire first"
             )
         setattr(self._block, name, value)
+
+    def __iter__(self) -> Iterator[nn.Module]:
+        raise TypeError(
+            f"block {self._name} of {self._stage.path} is no module here (fully_shard and the like want one): take it "
+            f"from the stage, .get_submodule({self._name!r}), or do this before rewiring"
+        )
 
     def __repr__(self) -> str:
         return f"block {self._stage.name_of(self._name)}: {self._block!r}"

@@ -33,7 +33,16 @@ from re2tal.reversible.precision import Precision
 from re2tal.rewire.branches import Branch, Residual, is_unregistered
 from re2tal.rewire.config import RewiringConfig
 from re2tal.rewire.escapes import is_compiled, watched_for_escapes
-from re2tal.rewire.hooks import called_with, check_hooks, guard, has_forward_hooks, has_hooks, unguard, without_hooks
+from re2tal.rewire.hooks import (
+    called_with,
+    check_hooks,
+    guard,
+    has_forward_hooks,
+    has_hooks,
+    is_sharded,
+    unguard,
+    without_hooks,
+)
 from re2tal.rewire.nonresidual import recomputed
 from re2tal.rewire.pending import BlockCall, BlockHandle, PendingState, RewireError, values_of
 
@@ -120,6 +129,7 @@ class RewiredStage(nn.Module):
         following = dict(pairwise(names))
         return {name for name in self.residual if name in self.ends or following.get(name) not in self.residual}
 
+    @torch._disable_dynamo
     def forward(self, x: Tensor, *args: Any, _calls: tuple[BlockCall, ...] | None = None, **kwargs: Any) -> Any:
         """Runs all blocks on x, with the same further arguments; or computes the `_calls` that a run is made of.
 
@@ -247,6 +257,12 @@ class RewiredStage(nn.Module):
         block = self.get_submodule(call.name)
         if self.config.unit == "block":
             return [WholeBranch(type(block).__name__, partial(_whole, block, call.args, call.kwargs))]
+        if is_sharded(block):
+            raise RewireError(
+                f"block {self.name_of(call.name)} is a unit of FSDP, which gathers and reduces its parameters once, "
+                "but it is run branch by branch, and branches would lose gradients: give fully_shard the stage, the "
+                "whole model, or modules inside of one branch, or rewire with unit 'block'"
+            )
         return [self._unit(block, branch, call.args, call.kwargs) for branch in self.residual[call.name].branches]
 
     def _unit(self, block: nn.Module, branch: Branch, args: tuple, kwargs: dict) -> WholeBranch | ChunkedBranch:
@@ -269,12 +285,16 @@ class RewiredStage(nn.Module):
         return plain
 
     def __iter__(self) -> Iterator[BlockHandle]:
+        if torch.compiler.is_compiling():
+            torch._dynamo.skip_frame("blocks of a rewired stage are called one by one")
         return (BlockHandle(self, name, self.get_submodule(name)) for name in self._modules)
 
     def __len__(self) -> int:
         return len(self._modules)
 
     def __getitem__(self, index: int | slice) -> BlockHandle | list[BlockHandle] | RewiredStage:
+        if torch.compiler.is_compiling():
+            torch._dynamo.skip_frame("blocks of a rewired stage are called one by one")
         handles = list(self)
         if isinstance(index, int):
             return handles[index]

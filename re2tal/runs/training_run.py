@@ -42,6 +42,7 @@ from re2tal.training.annealing import beta_course
 from re2tal.training.checkpoint import CheckpointStore
 from re2tal.training.engine import Engine, build_engine, gather_weights, join, leave, zero_stage
 from re2tal.training.export import write_model
+from re2tal.training.finite import check_finite
 from re2tal.training.frames import prepare_frames
 from re2tal.training.generators import seed_generators
 from re2tal.training.metrics import MetricsLog, peak_memory_gib
@@ -180,6 +181,7 @@ def _build(
     seed = config.training.seed
     seed_generators(seed, rank=0)  # the same weights on all ranks
     model = build_model(config, shards.classes).to(device)
+    check_finite(model)
     if plan is not None:
         plan.apply(model)
     clips = _stream(config, shards, world, training=True)

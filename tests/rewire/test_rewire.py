@@ -7,7 +7,7 @@ import torch
 from rewire.networks import CHANNELS, Block, Caller, Downsample, PostNorm, Walker, frames, seeded, walker
 from torch import nn
 
-from re2tal.rewire import RewiredStage, RewiringConfig, residual_branches, rewire, unrewire
+from re2tal.rewire import Branch, RewiredStage, RewiringConfig, residual_branches, rewire, unrewire
 
 
 def test_names_and_parameters_stay_the_same() -> None:
@@ -169,3 +169,25 @@ def test_unknown_options_are_refused_before_anything_is_changed(options, message
 def test_lists_of_lists_are_searched() -> None:
     net = nn.ModuleDict({"deep": nn.ModuleList([nn.ModuleList([Walker(Block(), Block())])])})
     assert [stage.name for stage in rewire(net).stages] == ["deep.0.0.layers"]
+
+
+class Widening(Block):
+    """Its own forward fits; the branch registered for it does not."""
+
+    def widen(self, x, mask=None):
+        return self.mlp[0](x)
+
+
+@residual_branches.register
+def _(block: Widening) -> tuple[Branch, ...]:
+    return Branch("mix", Block.mix), Branch("mlp", Widening.widen)
+
+
+def test_a_block_that_gives_another_shape_is_named() -> None:
+    message = r"\(Widening mlp\) turns a tensor of shape \(2, 16, 8\) into \(2, 16, 16\)"
+    net = walker(Block, Widening)
+    with pytest.raises(ValueError, match=message):
+        rewire(net, example=(frames(),))
+    rewire(net)
+    with pytest.raises(ValueError, match=message):
+        net(frames())
