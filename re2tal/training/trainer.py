@@ -194,7 +194,7 @@ class Trainer:
             batch = next(batches)
             losses = self._losses(batch)
             self.progress = replace(self.progress, micro_batches=self.progress.micro_batches + 1)
-            if not any_rank(not bool(torch.isfinite(losses["total"])), device=self.engine.device):
+            if not any_rank(~torch.isfinite(losses["total"].detach()), device=self.engine.device):
                 return losses
             self._skip_non_finite(
                 f"the loss is not finite on some rank; here it is {losses['total'].item()} for {batch.video_ids}"
