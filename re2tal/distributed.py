@@ -292,11 +292,14 @@ def made_by_main(make: Callable[[], Value]) -> Value:
     return value
 
 
-def any_rank(flag: bool, *, device: torch.device | str = "cpu") -> bool:
-    """Every rank calls this; True on all of them when `flag` is True on one. `device`: where the group communicates."""
+def any_rank(flag: bool | torch.Tensor, *, device: torch.device | str = "cpu") -> bool:
+    """Every rank calls this; True on all of them when `flag` is True on one. `device`: where the group communicates.
+
+    A tensor of one element stays where it is until all ranks have voted: the host waits once, for the result.
+    """
     if not _joined():
-        return flag
-    votes = torch.tensor([int(flag)], dtype=torch.int32, device=device)
+        return bool(flag)
+    votes = torch.as_tensor(flag, dtype=torch.int32, device=device).reshape(1)
     dist.all_reduce(votes, op=dist.ReduceOp.MAX)
     return bool(votes.item())
 

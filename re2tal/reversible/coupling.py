@@ -160,14 +160,16 @@ SUM = Coupling()
 
 def add_rounded(state: Tensor, update: Tensor, *, offset: float, sign: int) -> Tensor:
     """state + sign ((update + offset) - offset), in place; `update` may have a narrower dtype."""
-    # Of one element and not a number: a number would be added in the dtype of `update`.
-    offsets = torch.full((1,), offset, dtype=state.dtype, device=state.device)
     blocks = _blocks(state, update)
     buffer = state.new_empty(max(block.numel() for block, _ in blocks))
     # One block stands for all where only bytes are counted.
     for block, change in blocks[:1] if is_counted(state) else blocks:
-        rounded = torch.add(change, offsets, out=buffer[: block.numel()].view(block.shape)).sub_(offset)
-        block.add_(rounded, alpha=sign)
+        rounded = buffer[: block.numel()].view(block.shape)
+        if change.dtype == state.dtype:
+            torch.add(change, offset, out=rounded)
+        else:
+            rounded.copy_(change).add_(offset)
+        block.add_(rounded.sub_(offset), alpha=sign)
     return state
 
 

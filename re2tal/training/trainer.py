@@ -199,10 +199,10 @@ class Trainer:
             batch = next(batches)
             losses = self._losses(batch)
             self.progress = replace(self.progress, micro_batches=self.progress.micro_batches + 1)
-            finite = bool(torch.isfinite(losses["total"]))
-            if not any_rank(not finite, device=self.engine.device):
+            lost = ~torch.isfinite(losses["total"].detach())
+            if not any_rank(lost, device=self.engine.device):
                 return losses
-            who = videos_by_rank([] if finite else batch.video_ids)
+            who = videos_by_rank(batch.video_ids if bool(lost) else [])
             self._skip_non_finite(f"the loss is not finite: {who}")
 
     def _losses(self, batch: Batch) -> dict[str, Tensor]:
