@@ -54,7 +54,10 @@ def test_videos_of_shardwriter_and_video2dataset_are_taken_and_others_named(tmp_
         link = tarfile.TarInfo("link.mp4")
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
         tar.addfile(link)
-    ids = ("one", "two", "three", "wrong", "uneven", "cut", "link", "gone")
+        sparse = tarfile.TarInfo("sparse.mp4")
+        sparse.type, sparse.size = tarfile.GNUTYPE_SPARSE, 512
+        tar.addfile(sparse, BytesIO(bytes(512)))
+    ids = ("one", "two", "three", "wrong", "uneven", "cut", "link", "sparse", "gone")
     status, out, err = run(
         capsys, tars, "--annotations", annotate(tmp_path / "a.json", *ids), "--out", tmp_path / "out"
     )
@@ -66,12 +69,13 @@ def test_videos_of_shardwriter_and_video2dataset_are_taken_and_others_named(tmp_
     for video in shards.videos:
         assert read_numbers(decode_frames(*read_video(shards, video).cut([59, 3])).numpy()) == [59, 3]
     reasons = {one.video_id: one.reason for one in shards.manifest.rejected}
-    assert sorted(reasons) == ["cut", "gone", "link", "uneven", "wrong"]
+    assert sorted(reasons) == ["cut", "gone", "link", "sparse", "uneven", "wrong"]
     for video_id, words in {
         "wrong": "codec is 'mp4v'",
         "uneven": "rate is not constant",
         "cut": "mp4",
         "link": "no plain file",
+        "sparse": "no plain file (type b'S')",
         "gone": "no sample of the tars",
     }.items():
         assert words in reasons[video_id]

@@ -1,8 +1,10 @@
 import itertools
 import multiprocessing
+import os
 import resource
 import signal
 import subprocess
+import sys
 import tarfile
 import time
 from dataclasses import replace
@@ -295,6 +297,60 @@ def test_a_sparse_member_is_refused_by_its_header(tmp_path):
     with pytest.raises(ValueError, match=r"member 'a\.mp4' of type b'S' where the plain file a\.mp4 should be"):
         list(evaluate(folder).epoch(0))
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10
+
+
+class Deadly(readers.FrameReader):
+    """Ends or stops the process at one video."""
+
+    number: int
+
+    def read(self, number, window, generator):
+        if number == 3 and multiprocessing.parent_process() is not None:
+            os.kill(os.getpid(), self.number)
+        return super().read(number, window, generator)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP])
+def test_a_worker_that_dies_or_stops_is_replaced_and_its_clip_left_out(shards, number, caplog):
+    wanted = list(train(shards, batch_size=2).epoch(0))
+    stream = train(shards, replace(PLAIN, workers=2, timeout_seconds=2), batch_size=2)
+    reader = stream._batches.reader
+    deadly = Deadly(shards, reader.size, reader.fit, reader.crop_area, reader.crop_aspect, reader.flip)
+    object.__setattr__(deadly, "number", number)
+    stream._batches.reader = deadly
+    got = list(stream.epoch(0))
+    assert len(got) == len(wanted)
+    for batch, intact in zip(got, wanted, strict=True):
+        for clip, video_id in enumerate(intact.video_ids):
+            assert batch.video_ids[clip] == video_id
+            assert bool(batch.valid[clip]) == (video_id != "v3")
+            assert video_id == "v3" or torch.equal(batch.frames[clip], intact.frames[clip])
+    assert list(stream.failures) == ["v3"]
+    assert "v3 in shard-000001.tar is left out: the worker that read it died" in caplog.text
+
+
+def test_an_idle_worker_that_is_killed_costs_no_clip(shards):
+    wanted = [batch for epoch in (0, 1) for batch in train(shards, batch_size=1).epoch(epoch)]
+    stream = train(shards, replace(PLAIN, workers=2, prefetch=1), batch_size=1)
+    got = list(stream.epoch(0))
+    stream._loader.workers[1].kill()
+    got += stream.epoch(1)
+    assert all(same(*pair) for pair in zip(got, wanted, strict=True))
+    assert not stream.failures
+
+
+def test_a_stopped_worker_does_not_keep_the_process_alive(shards):
+    script = f"""
+import os, signal
+from re2tal.data.contract.shards import open_shards
+from re2tal.data.streaming.stream import ClipConfig, stream_clips
+if __name__ == "__main__":
+    stream = stream_clips(open_shards({str(shards.root)!r}), ClipConfig(workers=2), batch_size=1, training=True)
+    next(stream.epoch(0))
+    for worker in stream._loader.workers:
+        os.kill(worker.pid, signal.SIGSTOP)
+"""
+    assert subprocess.run([sys.executable, "-c", script], timeout=60).returncode == 0
 
 
 def test_a_video_is_read_once_for_windows_that_follow_each_other(shards, monkeypatch):

@@ -47,7 +47,7 @@ def write_columns(
     rows["start"][1:] = np.cumsum([len(line) for line in lines])
     path = columns_path(root, index_sha256)
     for old in root.glob("index.*.npy"):
-        old.unlink()
+        old.unlink(missing_ok=True)  # another part may do the same
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("wb") as file:
         np.save(file, rows)

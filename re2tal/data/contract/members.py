@@ -24,12 +24,12 @@ def read_pair(path: Path, video: IndexedVideo | IndexedFeatures) -> tuple[bytes,
     """The json and the other member of a video; ValueError where other members are there."""
     with path.open("rb") as file:
         file.seek(video.offset)
-        stretch = file.read(video.num_bytes)
+        stretch = memoryview(file.read(video.num_bytes))  # slices of it copy nothing
     description, rest = _member(stretch, f"{video.record.video_id}.json")
     content, rest = _member(rest, f"{video.record.video_id}.{video.SUFFIX}")
     if rest:
         raise ValueError(f"{len(rest)} bytes lie between this video and the next")
-    return description, content
+    return bytes(description), bytes(content)
 
 
 def read_content(shards: ShardSet | FeatureSet, video: IndexedVideo | IndexedFeatures) -> bytes:
@@ -76,10 +76,10 @@ def check_frames(mp4: Mp4, video: IndexedVideo) -> None:
         )
 
 
-def _member(stretch: bytes, name: str) -> tuple[bytes, bytes]:
+def _member(stretch: memoryview, name: str) -> tuple[memoryview, memoryview]:
     """(content, what follows) of the plain file called `name` at the start of a stretch of tar."""
     try:
-        header = tarfile.TarInfo.frombuf(stretch[:_BLOCK], "utf-8", "strict")
+        header = tarfile.TarInfo.frombuf(bytes(stretch[:_BLOCK]), "utf-8", "strict")
     except (tarfile.HeaderError, UnicodeError) as error:
         raise ValueError(f"no readable tar header for {name} ({error})") from None
     if header.name != name or not header.isreg() or header.type == tarfile.GNUTYPE_SPARSE:

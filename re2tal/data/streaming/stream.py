@@ -6,7 +6,7 @@
 A worker process makes whole steps, and step b is the same batch whoever makes it: everything random is drawn from
 (seed, epoch, video). So the number of workers changes nothing, and an epoch is entered at any step without reading
 what came before. A video that cannot be read is replaced by a blank clip that is not `valid`, and reported; the
-number of steps stands.
+number of steps stands. So is the clip at which a worker dies or hangs; the workers are then started anew.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from multiprocessing.sharedctypes import RawArray
 from typing import Literal
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from re2tal.data.contract.columns import columns_of
 from re2tal.data.contract.shards import FeatureSet, ShardSet
@@ -29,7 +30,7 @@ from re2tal.data.streaming.decode import DecodeError
 from re2tal.data.streaming.epoch_order import Unit, batch_units, count_steps, evaluation_order, training_order
 from re2tal.data.streaming.readers import ClipReader, FeatureReader, FrameReader
 from re2tal.data.streaming.windows import Slide, Stored, Trimmed, Window, Windowing, draw_window, plan_windows
-from re2tal.data.streaming.workers import check_shared_memory, heed_only_the_parent, stop_signals_blocked
+from re2tal.data.streaming.workers import PatientLoader, check_shared_memory, heed_only_the_parent, stop_signals_blocked
 from re2tal.options import option
 from re2tal.structures import Batch
 
@@ -64,7 +65,7 @@ class ClipConfig:
     prefetch: int = option(2, resumable=True, planned=False)
     """batches that each worker keeps ready"""
     timeout_seconds: int = option(300, resumable=True, planned=False)
-    """stop the run if a worker is silent for so long, so that other ranks do not wait for ever; 0: no limit"""
+    """replace a worker that is silent for so long, and leave out its clip; 0: no limit"""
     allow_missing: bool = False
     """in evaluation, go on without videos that cannot be read; they then count as without detections"""
 
@@ -141,6 +142,7 @@ class ClipStream:
         self.failures: dict[str, Failure] = {}
         """video id -> what was wrong with it, over all epochs"""
         self._batches = batches
+        self._losses = 0
         self._keys = _Keys()
         config = batches.config
         workers = config.workers
@@ -149,13 +151,17 @@ class ClipStream:
             check_shared_memory(
                 batches.batch_size * batches.reader.blank(window).nbytes, workers=workers, prefetch=config.prefetch
             )
-        self._loader = DataLoader(
-            batches,
+        self._loader = self._new_loader()
+
+    def _new_loader(self) -> PatientLoader:
+        config = self._batches.config
+        workers = config.workers
+        loader = PatientLoader(
+            self._batches,
             sampler=self._keys,
             batch_size=None,
             num_workers=workers,
             pin_memory=torch.cuda.is_available(),
-            timeout=config.timeout_seconds if workers else 0,
             prefetch_factor=config.prefetch if workers else None,
             persistent_workers=workers > 0,
             # A forked child must not touch CUDA, and one that exists already could be touched by mistake.
@@ -164,6 +170,8 @@ class ClipStream:
             generator=torch.Generator(),
             worker_init_fn=heed_only_the_parent if workers else None,
         )
+        loader.silent_seconds = config.timeout_seconds
+        return loader
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         """The batches of steps `start_step` to `steps_per_epoch` - 1 of an epoch, the same ones each time.
@@ -173,9 +181,8 @@ class ClipStream:
         """
         if not 0 <= start_step <= self.steps_per_epoch:
             raise ValueError(f"start_step is {start_step}; an epoch has steps 0 to {self.steps_per_epoch - 1}")
-        self._keys.steps = [(epoch, step) for step in range(start_step, self.steps_per_epoch)]
         failed = 0
-        for batch, failures in self._start():
+        for batch, failures in self._made(epoch, start_step):
             failed += len(failures)
             self._report(failures)
             if failed > self._batches.max_failed:
@@ -185,6 +192,38 @@ class ClipStream:
     def order(self, epoch: int) -> Sequence[Unit]:
         """The clips of an epoch, of all ranks together, in their order."""
         return self._batches._epoch_order(epoch)
+
+    def _made(self, epoch: int, step: int) -> Iterator[tuple[Batch, list[Failure]]]:
+        """Batches and what failed in them; where a worker is lost, all are replaced, and go on with the same step."""
+        while step < self.steps_per_epoch:
+            self._keys.steps = [(epoch, later) for later in range(step, self.steps_per_epoch)]
+            try:
+                for made in self._start():
+                    yield made
+                    step += 1
+            except RuntimeError as error:
+                self._replace_workers(epoch, error)
+
+    def _replace_workers(self, epoch: int, error: RuntimeError) -> None:
+        """Leave out the clips that lost workers were at; raises `error` where no worker was lost, or again and again
+        without a clip."""
+        workers = self._loader.workers
+        dead = [number for number, worker in enumerate(workers) if not worker.is_alive()]
+        if not dead:
+            raise error
+        clips = [(epoch, *self._batches.at_work(number)) for number in dead]
+        lost = [clip for clip in clips if clip[1] >= 0]
+        self._losses += not lost
+        if self._losses > MAX_FAILED_CLIPS:
+            raise error
+        for number, worker in enumerate(workers):
+            if number in dead:
+                logger.warning("worker %d (exit code %s) is replaced", number, worker.exitcode)
+            worker.kill()  # one that died may hold the lock of the queue that all write to
+            worker.join()
+        self._batches.lost.update(lost)
+        self._batches.forget_work()
+        self._loader = self._new_loader()
 
     def _start(self) -> Iterator[tuple[Batch, list[Failure]]]:
         if not self._batches.config.workers:
@@ -236,6 +275,10 @@ class _Batches(Dataset[tuple[Batch, list[Failure]]]):
         videos = self.reader.folder.videos
         columns = columns_of(videos)
         self._shards = columns["shard"]
+        self.lost: set[tuple[int, int, int]] = set()
+        """(epoch, video, window) of clips at which a worker was lost"""
+        # Of each worker, the video and window it reads; both count from 1, and 0 is none.
+        self._at_work = RawArray("q", 2 * max(1, self.config.workers))
         self._order: tuple[int, Sequence[Unit]] | None = None
         if self.training:
             if len(videos):
@@ -289,8 +332,26 @@ class _Batches(Dataset[tuple[Batch, list[Failure]]]):
         if not unit.valid:
             return blank
         try:
+            if (epoch, unit.video, unit.window) in self.lost:
+                raise DecodeError("the worker that read it died, was killed, or was silent for too long")
+            self._note((unit.video + 1, unit.window + 1))
             content = self.reader.read(unit.video, window, generator)
         except DecodeError as error:
             failures.append(Failure(video_id, video.shard, str(error)))
             return blank
+        finally:
+            self._note((0, 0))
         return blank._replace(content=content, actions=window.actions, valid=True)
+
+    def _note(self, clip: tuple[int, int]) -> None:
+        if (worker := get_worker_info()) is not None:
+            self._at_work[2 * worker.id : 2 * worker.id + 2] = clip
+
+    def at_work(self, worker: int) -> tuple[int, int]:
+        """Video and window that a worker reads, or read when it was lost; -1, -1 where it reads none."""
+        video, window = self._at_work[2 * worker : 2 * worker + 2]
+        return video - 1, window - 1
+
+    def forget_work(self) -> None:
+        """Begin with workers that read nothing."""
+        self._at_work[:] = [0] * len(self._at_work)

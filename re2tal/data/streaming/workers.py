@@ -1,15 +1,24 @@
-"""Worker processes of a stream: which signals end them, and the shared memory that they need."""
+"""Worker processes of a stream: which signals end them, what is done about lost ones, and the memory they need."""
 
 from __future__ import annotations
 
+import atexit
 import os
 import shutil
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
 from multiprocessing.resource_tracker import ensure_running
 from pathlib import Path
+from typing import Any
+from weakref import WeakSet
+
+from torch.utils.data import DataLoader
+from torch.utils.data._utils import signal_handling
+from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 """What schedulers, and Ctrl-C, send to every process of a job that has to end. The trainer needs its workers a little
@@ -39,6 +48,62 @@ def stop_signals_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+POLL_SECONDS = 1.0
+EXIT_SECONDS = 5.0
+_started: WeakSet[BaseProcess] = WeakSet()
+
+
+@atexit.register
+def _end_workers() -> None:
+    # multiprocessing sends SIGTERM and waits without a limit: for ever, where a worker is stopped or hangs in C.
+    running = [worker for worker in _started if worker.is_alive()]
+    for worker in running:
+        worker.terminate()
+    deadline = time.monotonic() + EXIT_SECONDS
+    for worker in running:
+        worker.join(max(0.0, deadline - time.monotonic()))
+        worker.kill()
+
+
+class PatientLoader(DataLoader[Any]):
+    """A DataLoader that raises RuntimeError where a worker died, only while it is asked for a batch, and that ends a
+    worker which owes a batch for `silent_seconds` (0: no limit)."""
+
+    silent_seconds: float = 0.0
+
+    def _get_iterator(self) -> _BaseDataLoaderIter:
+        return _PatientIterator(self) if self.num_workers else super()._get_iterator()
+
+    @property
+    def workers(self) -> list[BaseProcess]:
+        """Those of the epoch that runs, in the order of their ids."""
+        return list(self._iterator._workers) if isinstance(self._iterator, _PatientIterator) else []
+
+
+class _PatientIterator(_MultiProcessingDataLoaderIter):
+    def __init__(self, loader: PatientLoader) -> None:
+        self._silent_seconds = loader.silent_seconds
+        self._asked = time.monotonic()
+        super().__init__(loader)
+        _started.update(self._workers)
+        # Else a signal handler raises for a dead worker wherever the training is at that moment.
+        signal_handling._remove_worker_pids(id(self))
+        self._worker_pids_set = False
+
+    def _get_data(self) -> Any:
+        self._asked = time.monotonic()
+        return super()._get_data()
+
+    def _try_get_data(self, timeout: float = POLL_SECONDS) -> tuple[bool, Any]:
+        found = super()._try_get_data(timeout=timeout)
+        if not found[0] and 0 < self._silent_seconds < time.monotonic() - self._asked:
+            owing = self._task_info.get(self._rcvd_idx)
+            for worker in self._workers if owing is None else [self._workers[owing[0]]]:
+                worker.kill()
+                worker.join()
+        return found
 
 
 def check_shared_memory(batch_bytes: int, *, workers: int, prefetch: int) -> None:
