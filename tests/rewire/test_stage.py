@@ -301,8 +301,9 @@ def test_steps_after_the_first_do_not_wait_for_the_device(monkeypatch) -> None:
     rewire(net, config=RewiringConfig(saved_attention=1, known=1))
     waits: list[str] = []
     for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
+        usual = getattr(torch.Tensor, name)
 
-        def read(tensor, *, name=name, usual=getattr(torch.Tensor, name)):
+        def read(tensor, *, name=name, usual=usual):
             waits.append(name)
             return usual(tensor)
 
