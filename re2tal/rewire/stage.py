@@ -195,7 +195,7 @@ class RewiredStage(nn.Module):
         return (partial(recomputed, block, owner=block) if again else block)(x, *first.args, **first.kwargs)
 
     def _monitor(self) -> Monitor | None:
-        """The first step is checked in any case; its backward waits for the device once."""
+        """The first step is checked in any case: it keeps a sample of a state, and its backward waits for it."""
         every_step = self.monitor is not None and self.monitor.every == 1
         return self.monitor if every_step or self._first_check.done else self._first_check
 
