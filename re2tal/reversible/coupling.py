@@ -7,7 +7,8 @@
 Kernels. One step reads and writes the state once, in place, in each of three directions:
 
     forward, inverse   x[i-1] +- round(F_i(x[i])): `add_rounded` fuses converting, rounding to the grid and adding, by
-                       doing all three block by block, in one buffer that stays in the processor's cache
+                       doing all three block by block, in one buffer that stays in the processor's cache; a state that
+                       is no larger than two blocks is rounded as a whole
     gradient           dx[i+2] += dF_i^T dx[i+1]: one kernel; rounding hands gradients on as they are
 
 Without a grid, forward and inverse are one kernel too. It is F_i that is rounded, not the sum: rounding x[i-1] + F_i
@@ -160,6 +161,11 @@ SUM = Coupling()
 
 def add_rounded(state: Tensor, update: Tensor, *, offset: float, sign: int) -> Tensor:
     """state + sign ((update + offset) - offset), in place; `update` may have a narrower dtype."""
+    if state.numel() <= 2 * _block_elements(state):
+        # It stays in the cache as a whole: blocks would only be more calls.
+        wide = update.to(state.dtype)
+        rounded = (wide + offset if wide is update else wide.add_(offset)).sub_(offset)
+        return state.add_(rounded, alpha=sign)
     blocks = _blocks(state, update)
     buffer = state.new_empty(max(block.numel() for block, _ in blocks))
     # One block stands for all where only bytes are counted.
@@ -179,7 +185,10 @@ def _blocks(state: Tensor, update: Tensor) -> list[tuple[Tensor, Tensor]]:
     pair = [state.permute(order), update.permute(order)]
     if all(one.is_contiguous() for one in pair):
         pair = [one.view(-1) for one in pair]
-    size = BLOCK_ELEMENTS.get(state.device.type, BLOCK_ELEMENTS["cuda"])
     axis = next((axis for axis, length in enumerate(pair[0].shape) if length > 1), 0)
-    rows = max(1, size * pair[0].shape[axis] // max(1, state.numel()))
+    rows = max(1, _block_elements(state) * pair[0].shape[axis] // max(1, state.numel()))
     return list(zip(*(one.split(rows, axis) for one in pair), strict=True))
+
+
+def _block_elements(state: Tensor) -> int:
+    return BLOCK_ELEMENTS.get(state.device.type, BLOCK_ELEMENTS["cuda"])
