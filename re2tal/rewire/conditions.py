@@ -21,7 +21,7 @@ def undisturbed(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     parameters = [(parameter, parameter.data) for parameter in model.parameters()]
     draws = GeneratorState.now(device)
-    with torch.enable_grad(), in_mode(model, training=False), _tensors_held(model), draws.replayed():
+    with torch.enable_grad(), in_mode(model, training=False), tensors_held(model), draws.replayed():
         try:
             torch.manual_seed(0)
             copies: dict[int, Tensor] = {}
@@ -38,7 +38,7 @@ def undisturbed(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
 
 
 @contextmanager
-def _tensors_held(model: nn.Module) -> Iterator[None]:
+def tensors_held(model: nn.Module) -> Iterator[None]:
     """Restores buffers and other tensors of modules at the end. Those that were made inside go."""
     before = [(module, dict(module._buffers), dict(vars(module))) for module in model.modules()]
     with held(model.modules()):

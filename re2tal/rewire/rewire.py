@@ -18,9 +18,10 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from re2tal.rewire.branches import NotResidual, Residual, is_explained, is_unregistered, registered, why_not_residual
+from re2tal.rewire.conditions import tensors_held
 from re2tal.rewire.config import RewiringConfig
 from re2tal.rewire.cuts import Cut
-from re2tal.rewire.discover import Example, as_a_whole, record_calls, take_apart
+from re2tal.rewire.discover import Call, Example, as_a_whole, record_calls, take_apart
 from re2tal.rewire.nonresidual import CheckpointedModule
 from re2tal.rewire.report import RewireReport, StageReport
 from re2tal.rewire.same_network import check_same_network
@@ -148,7 +149,10 @@ def _analyst(model: nn.Module, example: Example | None, *, whole_blocks: bool) -
     containers = [module for module in model.modules() if isinstance(module, nn.Sequential | nn.ModuleList)]
     blocks = {block for container in containers for block in container.children() if _has_children(block)}
     unknown = {block for block in blocks if isinstance(registered(block), NotResidual)}
-    calls = record_calls(model, unknown, example=example) if example is not None else {}
+    calls: dict[nn.Module, Call] = {}
+    if example is not None and unknown:
+        with tensors_held(model):
+            calls = record_calls(model, unknown, example=example)
 
     def in_branches(block: nn.Module) -> Residual | NotResidual:
         if example is None or block not in unknown or not is_unregistered(block):
