@@ -260,6 +260,7 @@ def test_the_wiring_of_a_backbone_and_what_only_a_rewired_one_has():
         "known",
         "keep_nonresidual",
         "offload",
+        "saved_attention",
         "states",
         "stored",
     }
