@@ -1,3 +1,4 @@
+import gc
 import itertools
 import multiprocessing
 import os
@@ -20,7 +21,8 @@ from data.workers import ready_worker
 
 from re2tal.data.contract.members import read_content, read_video
 from re2tal.data.contract.shards import ShardSet
-from re2tal.data.streaming import readers
+from re2tal.data.streaming import readers, workers
+from re2tal.data.streaming import stream as stream_module
 from re2tal.data.streaming.decode import DecodeError, decode_frames
 from re2tal.data.streaming.stream import ClipConfig, ClipStream, stream_clips
 from re2tal.data.streaming.transforms import Box, crop_and_resize
@@ -172,6 +174,34 @@ def send(number: signal.Signals, pid: int) -> None:
 def is_pending(number: signal.Signals, pid: int) -> bool:
     (mask,) = [line.split()[1] for line in Path(f"/proc/{pid}/status").read_text().splitlines() if "ShdPnd" in line]
     return bool(int(mask, 16) >> (number - 1) & 1)
+
+
+class Waiting:
+    """Garbage whose end waits for ever in another process than its own, as that of an FFmpeg scaler does."""
+
+    def __init__(self) -> None:
+        self.circle, self.process = self, os.getpid()
+
+    def __del__(self) -> None:
+        while os.getpid() != self.process:
+            time.sleep(1)
+
+
+@pytest.mark.timeout(60)
+def test_a_worker_does_not_collect_garbage_of_its_parent(shards, monkeypatch):
+    def collect_first(worker: int) -> None:
+        workers.heed_only_the_parent(worker)
+        gc.collect()
+
+    monkeypatch.setattr(stream_module, "heed_only_the_parent", collect_first)
+    stream = train(shards, replace(PLAIN, workers=1))
+    gc.disable()
+    try:
+        Waiting()
+        assert len(list(stream.epoch(0))) == stream.steps_per_epoch
+    finally:
+        gc.enable()
+    assert gc.get_freeze_count() == 0
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])

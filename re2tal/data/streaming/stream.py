@@ -30,7 +30,13 @@ from re2tal.data.streaming.decode import DecodeError
 from re2tal.data.streaming.epoch_order import Unit, batch_units, count_steps, evaluation_order, training_order
 from re2tal.data.streaming.readers import ClipReader, FeatureReader, FrameReader
 from re2tal.data.streaming.windows import Slide, Stored, Trimmed, Window, Windowing, draw_window, plan_windows
-from re2tal.data.streaming.workers import PatientLoader, check_shared_memory, heed_only_the_parent, stop_signals_blocked
+from re2tal.data.streaming.workers import (
+    PatientLoader,
+    check_shared_memory,
+    heed_only_the_parent,
+    no_garbage_to_inherit,
+    stop_signals_blocked,
+)
 from re2tal.options import option
 from re2tal.structures import Batch
 
@@ -228,7 +234,7 @@ class ClipStream:
     def _start(self) -> Iterator[tuple[Batch, list[Failure]]]:
         if not self._batches.config.workers:
             return iter(self._loader)
-        with stop_signals_blocked():  # workers that start here inherit it
+        with stop_signals_blocked(), no_garbage_to_inherit():  # workers that start here inherit both
             return iter(self._loader)
 
     def _report(self, failures: list[Failure]) -> None:

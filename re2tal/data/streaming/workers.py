@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import gc
 import os
 import shutil
 import signal
@@ -48,6 +49,20 @@ def stop_signals_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def no_garbage_to_inherit() -> Iterator[None]:
+    """Inside, a process that is forked never collects garbage of its parent.
+
+    To free a scaler of FFmpeg it would wait, for ever, for threads that only the parent has.
+    """
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 POLL_SECONDS = 1.0
