@@ -107,6 +107,9 @@ class Coverage:
                 f"{len(self.unknown_videos)} predicted videos are not in the subset (their {number} predictions count "
                 f"as false): {name_some(self.unknown_videos)}"
             )
+        folded = Counter(_folded(label) for label in self.known_labels)
+        if twins := [label for label in self.known_labels if folded[_folded(label)] > 1]:
+            notes.append(f"labels that are nearly the same are scored as different classes: {name_some(twins)}")
         if self.unknown_labels:
             number = sum(self.unknown_labels.values())
             notes.append(

@@ -159,7 +159,7 @@ def _start(pid: Any) -> int | None:
     """When a process started, in ticks since the boot; None if there is none, or the system does not tell."""
     try:
         status = Path(f"/proc/{int(pid)}/stat").read_text("utf-8", errors="replace")
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, OverflowError):
         return None
     state, *fields = status.rpartition(")")[2].split()
     return None if state in "ZX" else int(fields[18])

@@ -26,7 +26,7 @@ from re2tal.training.agreement import refuse_drifted_replicas
 from re2tal.training.ema import WeightAverage
 from re2tal.training.engine import Engine, all_finite, find_non_finite
 from re2tal.training.generators import generator_states, restore_generators
-from re2tal.training.manifest import Manifest, Progress, read_manifest, write_manifest
+from re2tal.training.manifest import FOLDER, Manifest, Progress, read_manifest, write_manifest
 
 
 class CheckpointStore:
@@ -149,7 +149,9 @@ class CheckpointStore:
         """Complete checkpoints, newest first."""
         if not self.folder.is_dir():
             return []
-        return sorted((path.name for path in self.folder.glob("step-*") if path.is_dir()), reverse=True)
+        # Copies that somebody made under other names are neither loaded nor removed.
+        found = [name for path in self.folder.iterdir() if path.is_dir() and (name := FOLDER.fullmatch(path.name))]
+        return [name.string for name in sorted(found, key=lambda name: int(name.group(1)), reverse=True)]
 
     def _newest_sound(self, unfit: Mapping[str, str]) -> tuple[str | None, Manifest | None, dict[str, str]]:
         """Its name and manifest, if there is one, and what is wrong with each of the newer ones.

@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from re2tal.data.building.annotations import read_annotations, read_frame_rates
+from re2tal.data.building.annotations import read_annotations, read_frame_rates, read_video_ids
 from re2tal.structures import Action, VideoRecord
 
 
@@ -264,3 +264,12 @@ def test_a_subset_is_found_by_its_other_name(tmp_path):
     found = read(tmp_path, {"v": entry((0, 1), subset="train"), "w": entry((0, 1), subset="Val")})
     assert [record.video_id for record in found.subset("training")] == ["v"]
     assert [record.video_id for record in found.subset("validation")] == ["w"]
+
+
+def test_a_list_of_ids_may_begin_with_a_byte_order_mark_and_is_utf_8(tmp_path):
+    path = tmp_path / "blocked.txt"
+    path.write_bytes("a\nb\n".encode("utf-8-sig"))
+    assert read_video_ids(path) == {"a", "b"}
+    path.write_bytes("a\nb\n".encode("utf-16"))
+    with pytest.raises(ValueError, match=r"blocked\.txt is not UTF-8 text: .*; save it as UTF-8"):
+        read_video_ids(path)

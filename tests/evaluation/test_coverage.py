@@ -59,6 +59,12 @@ def test_a_sound_file_has_no_notes(tmp_path: Path) -> None:
     assert scored.to_json()["coverage"]["notes"] == []
 
 
+def test_classes_of_the_truth_that_are_nearly_the_same_are_named(tmp_path: Path) -> None:
+    truth = {"a": [*JUMP, (5.0, 6.0, "Jump ")]}
+    scored = re2tal.evaluate(*write(tmp_path, {"a": JUMP}, truth))
+    assert "note: labels that are nearly the same are scored as different classes: 'jump', 'Jump '" in str(scored)
+
+
 @pytest.mark.parametrize("ids", [("a", "a.mp4"), ("a.MKV", "a"), ("v_a", "a"), ("a", "v_a.mp4")])
 def test_ids_match_without_suffix_and_prefix(tmp_path: Path, ids: tuple[str, str]) -> None:
     ours, theirs = ids

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -46,6 +47,21 @@ def test_the_newest_checkpoints_stay_with_a_pointer_and_nothing_else(trained, tm
     trained.checkpoints.keep = 1
     trained.checkpoints.save(trained.engine, trained.average, trained.progress)
     assert checkpoints(tmp_path) == ["latest", "step-00000008"]
+
+
+def test_a_copy_under_another_name_is_neither_loaded_nor_removed(trained, tmp_path):
+    folder = tmp_path / "checkpoints"
+    for name in ("step-best", "step-00000003-backup"):
+        shutil.copytree(folder / "step-00000003", folder / name)
+    assert trained.checkpoints._names() == ["step-00000008", "step-00000006", "step-00000003"]
+    (folder / "step-100000000").mkdir()
+    (folder / "step-99999999").mkdir()
+    assert trained.checkpoints._names()[:2] == ["step-100000000", "step-99999999"]
+    shutil.rmtree(folder / "step-100000000")
+    shutil.rmtree(folder / "step-99999999")
+    trained.checkpoints.keep = 1
+    trained.checkpoints.save(trained.engine, trained.average, trained.progress)
+    assert checkpoints(tmp_path) == ["latest", "step-00000003-backup", "step-00000008", "step-best"]
 
 
 @pytest.mark.parametrize("damage", ["bit", "cut", "gone", "manifest"])

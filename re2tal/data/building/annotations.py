@@ -57,10 +57,15 @@ class Annotations:
 def read_video_ids(path: Path) -> frozenset[str]:
     """Video ids from a file: a JSON list, or, under any other suffix than .json, one per line.
 
-    Raises FileNotFoundError, and ValueError naming the file for JSON that is no list of strings.
+    Raises FileNotFoundError, and ValueError naming the file for JSON that is no list of strings, or text that is not
+    UTF-8.
     """
     if path.suffix != ".json":
-        return frozenset(line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip())
+        try:
+            lines = path.read_text(encoding="utf-8-sig").splitlines()  # some editors begin a file with a mark
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path} is not UTF-8 text: {error}; save it as UTF-8, one id per line") from None
+        return frozenset(line.strip() for line in lines if line.strip())
     ids = read_json(path)
     if not isinstance(ids, list) or not all(isinstance(video_id, str) for video_id in ids):
         raise ValueError(f"{path} is not a JSON list of video ids; give one, or a text file with one id per line")
