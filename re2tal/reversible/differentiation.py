@@ -139,8 +139,8 @@ def watched(
 ) -> tuple[Tensor, Tensor]:
     """Returns (leaf, output): a leaf copy of `state`, and `returned(index, function, leaf)` with its graph."""
     point = recording.run.precision.real(state).detach().requires_grad_(index > 0 or recording.x_wants_gradient)
-    calls = recording.branches[index].attention
-    attention = replaying_attention(calls) if calls else nullcontext()
+    saved = recording.branches[index].attention
+    attention = replaying_attention(saved.popleft()) if saved else nullcontext()
     # `replayed` turns the cache of autocast off. Branches that save their graph need that in forward
     # too: the cache may hold weights that were cast under no_grad, through which parameters would get no gradient.
     random = draws.replayed() if draws else nullcontext()

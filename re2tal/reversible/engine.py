@@ -170,7 +170,7 @@ class _Reversible(torch.autograd.Function):
         if watch.is_first and (writers := watch.found_writers()):
             # Branches that read what they write must be replayed from what they read, which was not saved, as nobody
             # knew. Known now, it is saved in a second forward, and in all that follow.
-            for saved in writers:
+            for saved in [*writers, *watch.statistics()]:
                 saved.put_back()
             before.restore()
             found = _run_forward(ctx, x, run, BufferWatch(owner), observation)

@@ -55,8 +55,8 @@ class BranchRecord:
     """What a call returned, before rounding. Only where `saves` is "output"."""
     graphs: deque[Graph] = field(default_factory=deque)
     """Only where `saves` is "graph"."""
-    attention: Calls = field(default_factory=deque)
-    """What attention kernels returned in all calls, where forward saved that."""
+    attention: deque[Calls] = field(default_factory=deque)
+    """What attention kernels returned in a call, where forward saved that."""
 
 
 @dataclass(slots=True)
@@ -97,8 +97,11 @@ class Recording:
         if not (record.attention or self.attention_left):
             yield
             return
-        is_first = not record.attention
-        with saving_attention(record.attention):
+        calls: Calls = deque()
+        with saving_attention(calls):
             yield
-        if is_first and record.attention:
+        if record.attention:
+            record.attention.append(calls)
+        elif calls:
+            record.attention.append(calls)
             self.attention_left -= 1

@@ -50,9 +50,10 @@ class AutocastState:
 def same_kernels() -> Iterator[None]:
     """Inside, kernels are not chosen by whether a gradient is wanted: the replay wants one, the forward does not.
 
-    cuDNN's attention has different plans for inference and training, and `nn.MultiheadAttention` and
-    `nn.TransformerEncoderLayer`
-    have a fast path for inference. Other kernels are chosen by shapes, dtypes and flags, which are the same both times.
+    cuDNN's attention has different plans for inference and training. `nn.MultiheadAttention` and
+    `nn.TransformerEncoderLayer` have a fast path for inference. Other kernels are chosen by shapes, dtypes and flags,
+    which are the same both times. One is not: on a CPU, attention with a mask that wants a gradient has a kernel of its
+    own, which no flag chooses for the forward. Under bfloat16 its rounding differs.
     """
     cudnn, fast_path = torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.mha.get_fastpath_enabled()
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -124,6 +125,8 @@ class BufferWatch:
         self._first = [
             one for module, how in known.items() if how is None and not _is_fake(module) for one in save_buffers(module)
         ]
+        statistics = [module for module in modules if _is_statistics(module)] if self._first else []
+        self._statistics = [one for module in statistics for one in save_buffers(module)]
 
     @property
     def is_first(self) -> bool:
@@ -141,6 +144,10 @@ class BufferWatch:
             _writing.setdefault(module, {})[module.training] = how
             writers += own if changed else []
         return writers
+
+    def statistics(self) -> list[SavedBuffer]:
+        """What statistics were before a first forward, which a second one would write once more."""
+        return self._statistics
 
     def save(self) -> list[SavedBuffer]:
         """The buffers of the modules that are known to write theirs."""

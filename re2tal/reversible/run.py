@@ -120,13 +120,17 @@ class Run:
     def output(self, index: int, function: BranchFunction, state: Tensor) -> Tensor:
         """F_i of x[i], or of a piece of it, not rounded yet.
 
-        Raises ValueError if the branch changes shape or widens the dtype.
+        Raises ValueError if the branch writes to its input, changes shape or widens the dtype.
         """
-        output = function(self.precision.real(state).to(self.precision.branches))
+        given = self.precision.real(state).to(self.precision.branches)
+        version = None if given.is_inference() else given._version
+        output = function(given)
+        if version is not None and given._version != version:
+            raise ValueError(f"{self._name(index)} writes to its input, a state of the run; let it write to a copy")
         if not isinstance(output, Tensor) or output.shape != state.shape:
-            given = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            returned = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(
-                f"{self._name(index)} turns a tensor of shape {tuple(state.shape)} into {given}; a residual branch "
+                f"{self._name(index)} turns a tensor of shape {tuple(state.shape)} into {returned}; a residual branch "
                 "returns one tensor of the shape of its input: leave this one outside the run"
             )
         if torch.promote_types(output.dtype, self.precision.branches) != self.precision.branches:

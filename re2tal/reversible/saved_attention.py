@@ -4,7 +4,8 @@ The products of an attention's weights take a quarter of a ViT-B on 1568 tokens 
 output, and the row sums that the kernel's own backward takes. Queries, keys and values are computed again: the backward
 needs them, and they would be three states.
 
-A branch cannot write to what is saved: autograd refuses writes to what a kernel returned.
+The replay must call the same kernels: not so where a mask wants a gradient, for which a CPU has another one. That, and
+a branch that writes to what a kernel returned, are errors.
 
 Only fused kernels without dropout are saved. One with dropout draws, and the draws behind it in the branch would be
 others if it did not run again. Attention that is written as matrix products is run again like everything else.
@@ -43,14 +44,17 @@ class KernelCall(NamedTuple):
 
 
 Calls = deque[KernelCall]
-"""In the order in which forward made them."""
+"""Of one run of a branch, or of a piece of it, in the order in which forward made them."""
 
 
 @contextmanager
 def saving_attention(calls: Calls) -> Iterator[None]:
     """Inside, calls of attention kernels are added to `calls`."""
-    with _Saving(calls):
+    with _Saving(calls) as mode:
         yield
+    for kernel, output, version in mode.returned:
+        if output._version != version:
+            raise RuntimeError(f"a branch writes to what {kernel} returned; set saved_attention to 0")
 
 
 @contextmanager
@@ -58,12 +62,16 @@ def replaying_attention(calls: Calls) -> Iterator[None]:
     """Inside, attention kernels return what they returned when `calls` was filled, and are not run."""
     with _Replaying(calls):
         yield
+    if calls:
+        raise RuntimeError(f"a branch that runs again calls {calls[0].kernel} less often than in forward; {_REMEDY}")
 
 
 class _Saving(TorchDispatchMode):
     def __init__(self, calls: Calls) -> None:
         super().__init__()
         self._calls = calls
+        self.returned: list[tuple[OpOverload, Tensor, int]] = []
+        """Kernel, its output, and the version of that when it was returned."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if not _is_saved(func, args, kwargs):
@@ -73,6 +81,7 @@ class _Saving(TorchDispatchMode):
             args = (*args[:_WITH_SUMS], True, *args[_WITH_SUMS + 1 :])
         outputs = func(*args, **(kwargs or {}))
         self._calls.append(KernelCall(func, _aliases(outputs)))
+        self.returned.append((func, outputs[0], outputs[0]._version))
         return outputs
 
 
@@ -95,7 +104,10 @@ class _Replaying(TorchDispatchMode):
         return _aliases(call.outputs)
 
 
-_REMEDY = "it is no function of its input alone: leave it outside of the run, or set saved_attention to 0"
+_REMEDY = (
+    "its attention has another kernel where a gradient is wanted (a mask that is trained?), or it is no function of "
+    "its input alone: set saved_attention to 0, or leave it outside of the run"
+)
 
 
 def _is_saved(func: Any, args: tuple, kwargs: dict | None) -> bool:

@@ -136,7 +136,11 @@ def _take_apart(block: nn.Module, call: Call, entered: Sequence[nn.Module]) -> R
     if [step.name for step in steps[True]] != [step.name for step in steps[False]]:
         raise RefusedError("it adds other branches in training than in evaluation")
     branches = tuple(
-        Branch(training.name, _function(training, evaluation, leaves, spec), through_block=training.uses_own_parameters)
+        Branch(
+            training.name,
+            _function(training, evaluation, leaves, spec, _traced(block, entered)),
+            through_block=training.uses_own_parameters,
+        )
         for training, evaluation in zip(steps[True], steps[False], strict=True)
     )
     with WatchedForKinks() as watched:
@@ -144,7 +148,40 @@ def _take_apart(block: nn.Module, call: Call, entered: Sequence[nn.Module]) -> R
     return Residual(branches, _wrapping(block, call), kinks=watched.found)
 
 
-def _function(training: Step, evaluation: Step, leaves: list[Any], spec: Any) -> Callable[..., Tensor]:
+class TracedError(ValueError):
+    """A block is no longer what it was when its code was traced."""
+
+
+Traced = Mapping[str, Mapping[str, Any]]
+"""Module that was traced into -> its attributes that are numbers, flags or strings: code that was traced holds them."""
+
+
+def _traced(block: nn.Module, entered: Sequence[nn.Module]) -> Traced:
+    return {path: _settings(module) for path, module in block.named_modules() if path == "" or module in entered}
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    own = vars(module).items()
+    return {name: value for name, value in own if type(value) in (bool, int, float, str) and name != "training"}
+
+
+def _check_traced(block: nn.Module, traced: Traced) -> None:
+    for path, settings in traced.items():
+        module = block.get_submodule(path)
+        now = _settings(module)
+        if changed := [name for name, value in settings.items() if name not in now or now[name] != value]:
+            raise TracedError(
+                f"{changed[0]} of a {type(module).__name__} is {now.get(changed[0])!r}, and was "
+                f"{settings[changed[0]]!r} when it was taken apart; unrewire the model, and rewire it once more"
+            )
+        if module.training != block.training:
+            raise TracedError(
+                f"{path} of a {type(block).__name__} that was taken apart is in another mode than the block; give both "
+                "the same, or register residual_branches"
+            )
+
+
+def _function(training: Step, evaluation: Step, leaves: list[Any], spec: Any, traced: Traced) -> Callable[..., Tensor]:
     constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
     is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
 
@@ -158,6 +195,7 @@ def _function(training: Step, evaluation: Step, leaves: list[Any], spec: Any) ->
                 f"{type(block).__name__} was taken apart when called with {_described(leaves)} besides x, and is now "
                 f"called with {_described(given)}; rewire with an example of this kind, or register residual_branches"
             )
+        _check_traced(block, traced)
         step = training if block.training else evaluation
         return step.code(SimpleNamespace(block=block), x, given)
 
@@ -194,7 +232,10 @@ def _check(block: nn.Module, branches: Sequence[Branch], call: Call) -> None:
         for run in (_run_block, _run_branches):
             with _undisturbed(block, call, training=training):
                 x = call.x.clone()
-                results.append(run(block, branches, Call(x, call.args, call.kwargs)))
+                try:
+                    results.append(run(block, branches, Call(x, call.args, call.kwargs)))
+                except TracedError as changed:
+                    raise RefusedError(str(changed)) from None
             if not torch.equal(x, call.x):
                 raise RefusedError("it writes into its input")
         wanted, found = results

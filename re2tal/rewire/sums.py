@@ -14,6 +14,7 @@ P(P'(x) + R) = x + P(R). That a cut or a layout gives the state back is taken fo
 from __future__ import annotations
 
 import operator
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -105,10 +106,19 @@ class _Tracer(fx.Tracer):
 
 
 def _trace(root: _Root, entered: Sequence[nn.Module]) -> fx.Graph:
+    draws = torch.get_rng_state(), random.getstate()
     try:
-        return _Tracer(entered).trace(root)
+        graph = _Tracer(entered).trace(root)
+        if not torch.equal(torch.get_rng_state(), draws[0]) or random.getstate() != draws[1]:
+            raise RefusedError("it draws a random number to decide what it computes (LayerDrop?)")
+        return graph
+    except RefusedError:
+        raise
     except Exception as error:  # whatever the block's own code does when it meets a proxy instead of a tensor
         raise RefusedError(f"its forward cannot be traced: {type(error).__name__}: {error}") from error
+    finally:
+        torch.set_rng_state(draws[0])
+        random.setstate(draws[1])
 
 
 def _hidden_state(output: Any) -> Any:

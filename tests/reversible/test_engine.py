@@ -244,3 +244,30 @@ def test_a_branch_may_be_used_twice_in_a_run() -> None:
     x = states(dtype=torch.float64)
     wanted = gradients(partial(coupled, [mlp, mlp, mlp]), x, mlp)
     assert_close(gradients(partial(run_reversibly, [mlp, mlp, mlp]), x, mlp), wanted, relative=1e-12)
+
+
+class Averaging(nn.Module):
+    """BatchNorm, and beside it a buffer that is read and written."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+        self.register_buffer("average", torch.ones(4))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output = self.norm(x) * self.average
+        self.average.mul_(0.9).add_(0.1 * x.detach().mean(0))
+        return output
+
+
+def test_statistics_beside_a_buffer_that_is_read_are_written_once_in_the_first_step_too() -> None:
+    buffers = []
+    for recompute in (True, False):
+        torch.manual_seed(0)
+        branches = nn.ModuleList(Averaging() for _ in range(3))
+        x = torch.randn(8, 4)
+        for _ in range(2):
+            run_reversibly(branches, x, recompute=recompute, owner=branches).square().sum().backward()
+        buffers.append(dict(branches.named_buffers()))
+    assert buffers[0]["0.norm.num_batches_tracked"] == 2
+    torch.testing.assert_close(*buffers)

@@ -79,3 +79,13 @@ def test_both_are_possible_when_activations_are_kept() -> None:
     (gradient,) = torch.autograd.grad(output, x, create_graph=True)
     gradient.square().sum().backward()
     assert x.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("recompute", [True, False])
+@pytest.mark.parametrize("place", [0, 1])
+def test_a_branch_that_writes_to_its_input_is_refused(recompute, place) -> None:
+    weight = nn.Parameter(torch.ones(1))
+    branches = [lambda x: x * weight, lambda x: x * weight]
+    branches[place] = lambda x: x.mul_(3) * weight
+    with pytest.raises((ValueError, RuntimeError), match=r"writes to its input, a state of the run|in-place operation"):
+        run_reversibly(branches, torch.ones(2, 3), recompute=recompute, owner=nn.ParameterList([weight]))

@@ -108,8 +108,38 @@ def test_pieces_save_theirs_in_order() -> None:
 
 
 def test_a_branch_that_overwrites_the_output_is_refused_as_by_autograd() -> None:
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+    with pytest.raises(RuntimeError, match=r"writes to what .* returned|modified by an inplace operation"):
         gradients(network(in_place=True), saved_attention=3)
+
+
+def test_a_mask_that_is_trained_is_an_error_where_another_kernel_replays_it() -> None:
+    weight = nn.Parameter(torch.ones(1, dtype=torch.float64))
+    owner = nn.ParameterList([weight])
+
+    def branch(x: Tensor) -> Tensor:
+        first = F.scaled_dot_product_attention(x, x, x, attn_mask=weight * torch.eye(5, dtype=x.dtype))
+        return F.scaled_dot_product_attention(first, x, x)
+
+    def gradient(**options: Any) -> Tensor:
+        weight.grad = None
+        x = torch.randn(2, 1, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        run_reversibly([branch], x, owner=owner, **options).square().sum().backward()
+        return weight.grad
+
+    torch.testing.assert_close(gradient(), gradient(recompute=False))
+    with pytest.raises(RuntimeError, match=r"less often than in forward; .* saved_attention to 0"):
+        gradient(saved_attention=1)
+
+
+def test_a_write_to_what_a_kernel_returned_is_an_error_although_no_input_wants_a_gradient() -> None:
+    weight = nn.Parameter(torch.ones(1))
+    with pytest.raises(RuntimeError, match=r"writes to what .* returned; set saved_attention to 0"):
+        run_reversibly(
+            [lambda x: F.scaled_dot_product_attention(x, x, x).mul_(3) * weight],
+            torch.randn(2, 1, 5, 4),
+            owner=nn.ParameterList([weight]),
+            saved_attention=1,
+        )
 
 
 def test_attention_with_dropout_is_run_again_with_the_same_draws() -> None:

@@ -288,7 +288,7 @@ REFUSED = {
     Swapped: "the branches found miss its result by",
     Remembering: "what it adds to a slice of a state depends on more than that state",
     Moody: "it adds other branches in training than in evaluation",
-    Lasting: "the branches found miss its result by .* of the largest element",
+    Lasting: "calls of a Lasting is .*, and was .* when it was taken apart",
 }
 
 
@@ -298,6 +298,44 @@ def test_what_is_no_chain_of_sums_is_refused_with_the_reason(kind) -> None:
     found = take_apart(kind(), Call(x, (), {}))
     assert isinstance(found, NotResidual)
     assert re.search(REFUSED[kind], found.reason), found.reason
+
+
+class Damped(Parts):
+    scale = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = 0.25
+
+    def forward(self, x):
+        return x + self.f(x) * self.scale
+
+
+class LayerDrop(Parts):
+    def forward(self, x):
+        if self.training and torch.rand(()).item() < 0.3:
+            return x
+        return x + self.f(x)
+
+
+def test_a_number_that_is_changed_later_is_an_error() -> None:
+    block = Damped()
+    x = torch.randn(2, 6, CHANNELS)
+    found = take_apart(block, Call(x, (), {}))
+    assert isinstance(found, Residual)
+    (branch,) = found.branches
+    torch.testing.assert_close(x + branch.function(block, x), block(x))
+    block.scale = 0.5
+    with pytest.raises(ValueError, match=r"scale of a Damped is 0\.5, and was 0\.25 when it was taken apart; unrewire"):
+        branch.function(block, x)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_block_that_draws_whether_it_runs_is_refused_whatever_the_draw(seed) -> None:
+    torch.manual_seed(seed)
+    found = take_apart(LayerDrop(), Call(torch.randn(2, 6, CHANNELS), (), {}))
+    assert isinstance(found, NotResidual)
+    assert "it draws a random number to decide what it computes" in found.reason
 
 
 def test_reasons_stand_in_the_report() -> None:
