@@ -255,7 +255,7 @@ class Averaging(nn.Module):
         self.register_buffer("average", torch.ones(4))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        output = self.norm(x) * self.average
+        output = self.norm(x) * self.average.clone()
         self.average.mul_(0.9).add_(0.1 * x.detach().mean(0))
         return output
 
