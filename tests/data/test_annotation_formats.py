@@ -258,14 +258,14 @@ def test_via_reads_options_and_leaves_out_what_is_no_segment(tmp_path):
 
 CVAT = """<?xml version="1.0" encoding="utf-8"?><annotations><version>1.1</version><meta><task><size>100</size>
 <start_frame>10</start_frame><frame_filter>step=2</frame_filter></task><source>clip_00.mp4</source></meta>
-<track id="0" label="arm"><box frame="10" outside="0" keyframe="1"><attribute name="how">fast</attribute></box>
-<box frame="20" outside="0" keyframe="1"><attribute name="how">slow</attribute></box>
-<box frame="25" outside="1" keyframe="1"><attribute name="how">slow</attribute></box>
-<box frame="90" outside="0" keyframe="1"><attribute name="how">fast</attribute></box></track></annotations>"""
+<track id="0" label="arm"><box frame="30" outside="0" keyframe="1"><attribute name="how">fast</attribute></box>
+<box frame="50" outside="0" keyframe="1"><attribute name="how">slow</attribute></box>
+<box frame="60" outside="1" keyframe="1"><attribute name="how">slow</attribute></box>
+<box frame="190" outside="0" keyframe="1"><attribute name="how">fast</attribute></box></track></annotations>"""
 
 
 def test_cvat_ends_a_run_with_the_first_frame_outside(tmp_path):
-    """Frame f of the task is frame 10 + 2 f of the video; the task ends with frame 10 + 2 * 100."""
+    """Frames are the video's; the task ends with frame 10 + 2 * 100."""
     found = found_in(tmp_path, "c.xml", CVAT, expect="cvat", fps=10.0)
     assert actions(found) == {"clip_00": [(3.0, 6.0, "arm"), (19.0, 21.0, "arm")]}
     found = found_in(tmp_path, "c.xml", CVAT, expect="cvat", fps=10.0, label="how")
@@ -273,6 +273,33 @@ def test_cvat_ends_a_run_with_the_first_frame_outside(tmp_path):
     assert "give --fps, or --videos" in found_in(tmp_path, "c.xml", CVAT, expect="cvat").left_out[0]
     found = found_in(tmp_path, "c.xml", CVAT, expect="cvat", measure=lambda video_id: (21.0, 10.0))
     assert actions(found)["clip_00"][0] == (3.0, 6.0, "arm")
+
+
+@pytest.mark.parametrize(
+    ("meta", "first", "end", "expected"),
+    [
+        ("<start_frame>100</start_frame>", 120, 140, [(12.0, 14.0, "arm")]),
+        ("<start_frame>0</start_frame><frame_filter>step=5</frame_filter>", 50, 60, [(5.0, 6.0, "arm")]),
+        ("<start_frame>100</start_frame>", 20, 40, []),
+    ],
+)
+def test_cvat_has_applied_start_and_step(tmp_path, meta, first, end, expected):
+    text = (
+        f"<annotations><meta><task>{meta}</task><source>c.mp4</source></meta><track id='0' label='arm'>"
+        f"<box frame='{first}' outside='0'/><box frame='{end}' outside='1'/></track></annotations>"
+    )
+    found = found_in(tmp_path, "c.xml", text, expect="cvat", fps=10.0)
+    assert actions(found) == {"c": expected}
+    assert len(found.left_out) == (not expected)
+
+
+def test_cvat_does_not_take_the_end_of_a_job_for_the_end_of_its_video(tmp_path):
+    text = (
+        "<annotations><meta><job><size>9</size><start_frame>5</start_frame></job><source>c.mp4</source></meta>"
+        "<track id='0' label='arm'><box frame='20' outside='0'/></track></annotations>"
+    )
+    found = found_in(tmp_path, "c.xml", text, expect="cvat", fps=10.0)
+    assert (actions(found), len(found.left_out)) == ({"c": []}, 1)
 
 
 def test_cvat_without_the_length_of_its_task(tmp_path):
