@@ -64,10 +64,52 @@ def test_times(text: Any, seconds: float | None) -> None:
         ("/data/upload/1/0a1b2c3d-clip_00.mp4", "clip_00"),
         ("https://host/a/clip_00.webm?x=1", "clip_00"),
         ("v1.2", "v1.2"),
+        ("https://www.youtube.com/watch?v=AAA&t=3s", "AAA"),
+        ("youtube.com/watch?v=BBB", "BBB"),
+        ("https://youtu.be/AAA", "AAA"),
+        ("http://[bad/a.mp4", ""),
     ],
 )
 def test_the_id_in_a_name(name: str, video_id: str) -> None:
     assert video_id_of(name) == video_id
+
+
+@pytest.mark.parametrize(
+    ("names", "clash"),
+    [
+        (("train/0001.mp4", "test/0001.mp4"), "'train/0001.mp4' and 'test/0001.mp4' both give the id '0001'"),
+        (("0001", "train/0001.mp4", "test/0001.mp4"), "'train/0001.mp4' and 'test/0001.mp4' both give"),
+        (("a.mp4", "a.mkv"), "'a.mp4' and 'a.mkv' both give the id 'a'"),
+        (("https://h/get?id=1", "https://h/get?id=2"), "both give the id 'get'"),
+        (("/data/upload/1/0a1b2c3d-a.mp4", "/data/upload/1/1a1b2c3d-a.mp4"), "both give the id 'a'"),
+        (("a", "a.mp4", "x/a.MP4", "/y/x/a.mp4", "a"), None),
+        (("https://www.youtube.com/watch?v=AAA", "https://youtu.be/AAA", "AAA"), None),
+        (("https://h/a.mp4?signed=1", "https://h/a.mp4?signed=2"), None),
+    ],
+)
+def test_two_names_that_give_one_id_are_told(names, clash):
+    found = Found(Wanted())
+    for name in names:
+        found.action("here", name, 1, 2, "run")
+    assert len(found.clashes) == (clash is not None)
+    assert not clash or clash in next(iter(found.clashes))
+
+
+def test_a_video_in_two_subsets_is_told(tmp_path):
+    text = "video,start,end,label,subset\na,1,2,run,train\na,2,3,run,training\na,3,4,run,test\n"
+    found = found_in(tmp_path, "l.csv", text, expect="csv")
+    assert list(found.clashes) == ["video 'a' is in 'train' and in 'test': keep one"]
+
+
+def test_an_unusable_address_costs_its_row_only(tmp_path):
+    text = "video,start,end,label\na,1,2,run\nhttp://[bad/a.mp4,1,2,run\nb,1,2,run\n"
+    found = found_in(tmp_path, "l.csv", text, expect="csv")
+    assert list(actions(found)) == ["a", "b"]
+    assert found.left_out == ["l.csv row 3: its video 'http://[bad/a.mp4' is no name of a file"]
+    task = {"video": "http://[bad/a.mp4", "x": [{"start": 1, "end": 2, "labels": ["run"]}]}
+    found = found_in(tmp_path, "l.json", [task, task | {"video": "b.mp4"}], expect="label-studio")
+    assert actions(found) == {"b": [(1.0, 2.0, "run")]}
+    assert found.left_out
 
 
 def test_activitynet_as_hacs_and_opentad_write_it(tmp_path):

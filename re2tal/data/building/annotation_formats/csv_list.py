@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 
-from re2tal.data.building.annotation_formats.found import Found, Source, as_number, as_seconds
+from re2tal.data.building.annotation_formats.found import Found, Source, as_number, as_seconds, video_id_of
 
 _NAMES: dict[str, tuple[str, ...]] = {
     "video": (
@@ -62,8 +62,8 @@ def read_csv(source: Source, found: Found) -> None:
         if as_number(cells["label"]) == -1:  # HACS Clips: what is not in the clip
             found.leave_out(where, "its label is -1: a negative example")
             continue
-        if not cells["video"]:
-            found.leave_out(where, "it names no video")
+        if not video_id_of(cells["video"]):
+            found.leave_out(where, f"its video {cells['video'][:80]!r} is no name of a file")
             continue
         rate = found.rate(where, cells["video"]) if _counts_frames(cells, units, found) else 1.0
         if rate is None:
