@@ -446,7 +446,16 @@ def test_boris_project(tmp_path):
         ("video,startFrame,endFrame,label\nclip,35,692.5,run\n", {"fps": 10.0}),
         ("video,start,end,label\nclip,35,692.5,run\n", {"fps": 10.0}),
         ("video,start,duration,label\nclip,3.5,65.75,run\n", {}),
-        ("Film,Anfang,Ende,Klasse\nclip,3.5,69.25,run\n", {}),
+        ("video,start_frame_number,end_frame_number,label\nclip,35,692.5,run\n", {"fps": 10.0}),
+        ("video,startframe,endframe,label\nclip,35,692.5,run\n", {"fps": 10.0}),
+        ("# video,label,frame start,frame end\nclip,run,35,692.5\n", {"fps": 10.0}),
+        ("video,start_frame,end_frame,start_sec,end_sec,label\nclip,35,692.5,3.5,69.25,run\n", {"fps": 10.0}),
+        ("video,start,end,start_frame,end_frame,label\nclip,3.5,69.25,35,692.5,run\n", {"fps": 10.0}),
+        ("video,start_s,end_s,label\nclip,3.5,69.25,run\n", {"fps": 10.0}),
+        ("video,start (min),end_min,label\nclip,0.05833333333333333,1.15416666666666667,run\n", {}),
+        ("video,start_h,endHours,label\nclip,0.00097222222222222,0.01923611111111111,run\n", {}),
+        ("video,start (\u00b5s),end_us,label\nclip,3500000,69250000,run\n", {}),
+        ("video,startms,endms,label\nclip,3500,69250,run\n", {}),
         ("video,type,type_idx,start,end,startFrame,endFrame\nclip,run,7,3.5,69.25,35,692\n", {}),
         ('video,start,end,label\nclip,3.5,69.25,"run"\nclip,9,3,run\nclip,3,3,run\nclip,1,2,\n,1,2,run\n', {}),
     ],
@@ -455,6 +464,66 @@ def test_tables(tmp_path, text, options):
     found = found_in(tmp_path, "list.csv", text, expect="csv", **options)
     assert found.videos["clip"].actions[-1] == (3.5, 69.25, "run")
     assert len(found.left_out) == {"jump": 1, ",9,3,": 4}.get(next((k for k in ("jump", ",9,3,") if k in text), ""), 0)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "Film,Anfang,Ende,Klasse",
+        "video,debut,duration,classe",
+        "video,start_m,end_m,label",
+        "video,start_min_sec,end_min_sec,label",
+        "narration_id,participant_id,video_id,start_frame,stop_frame,narration,verb,verb_class",
+    ],
+)
+def test_a_header_that_is_not_understood_is_refused(tmp_path, header):
+    path = tmp_path / "l.csv"
+    path.write_text(f"{header}\n{'clip,' * (header.count(',') - 2)}3.5,69.25,run\n")
+    found = Found(Wanted(fps=10.0))
+    assert read_files([path], format_name=None, found=found) == {}
+    assert "has no column for" in found.left_out[0]
+    assert "start: start, starttime" in found.left_out[0]
+
+
+@pytest.mark.parametrize("columns", ["start_frame_number,end_frame_number", "startframe,endframe"])
+def test_frames_ask_for_their_rate(tmp_path, columns):
+    found = found_in(tmp_path, "l.csv", f"video,{columns},label\nclip,35,690,run\n", expect="csv")
+    assert "give --fps" in found.left_out[0]
+    found = found_in(tmp_path, "l.csv", f"video,{columns},label\nclip,00:01:02,00:01:03,run\n", expect="csv")
+    assert found.left_out == ["l.csv row 2: it has a clock's time in a column of frames"]
+
+
+@pytest.mark.parametrize("columns", ["start_frame,end", "start,end_ms", "start_min,duration"])
+def test_a_unit_of_one_time_only_is_refused(tmp_path, columns):
+    found = found_in(tmp_path, "l.csv", f"video,{columns},label\nclip,3,6,run\n", expect="csv", fps=10.0)
+    assert "has a unit, the other none; write both" in found.left_out[0]
+
+
+def test_only_times_have_units(tmp_path):
+    text = "video,clip_ms,video_frames,event_s,start,end,label\nclip,9,9,9,1,2,run\n"
+    assert actions(found_in(tmp_path, "l.csv", text, expect="csv")) == {"clip": [(1.0, 2.0, "run")]}
+
+
+def test_rows_that_do_not_fit_a_table_are_named(tmp_path):
+    text = (
+        'video,start,end,label\nclip,3,5,69,25,run\nclip,1,2,open, close\nclip,1,2,"open,\n close",,\n'
+        "#clip,1,2,run\n# a comment, of two cells\nclip,01:05:12,01:05:13,run\n"
+    )
+    found = found_in(tmp_path, "l.csv", text, expect="csv")
+    assert actions(found) == {"clip": [(1.0, 2.0, "open, close"), (3912.0, 3913.0, "run")]}
+    assert [line.partition(": ")[2][:20] for line in found.left_out] == [
+        "it has 6 cells, more",
+        "it has 5 cells, more",
+        "it begins with #: a ",
+    ]
+
+
+def test_the_length_of_a_video_has_a_unit_too(tmp_path):
+    text = "video,start,end,label,video_duration_ms\na,1,2,run,61500\n"
+    assert found_in(tmp_path, "l.csv", text, expect="csv").videos["a"].duration_seconds == 61.5
+    text = "video,start,end,label,video_length_frames\na,1,2,run,615\n"
+    one = found_in(tmp_path, "l.csv", text, expect="csv").videos["a"]
+    assert (one.duration_seconds, one.facts) == (None, {"frame": 615})
 
 
 def test_a_table_tells_subsets_and_lengths(tmp_path):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import io
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -82,10 +83,10 @@ class Source:
         """The cells of a table; empty for another kind. The first rows tell what stands between the cells."""
         if self.kind != "text":
             return []
-        lines = self.text.splitlines()
+        lines, text = self.text.splitlines(), io.StringIO(self.text, newline="")
         delimiter = max("\t;,", key=lambda one: sum(line.count(one) >= 2 for line in lines[:100]))
         try:
-            return [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=delimiter)]
+            return [[cell.strip() for cell in row] for row in csv.reader(text, delimiter=delimiter)]
         except csv.Error as error:
             raise ValueError(f"{self.path} is not usable as a table: {error}") from None
 
