@@ -106,18 +106,25 @@ def _check(options: Conversion) -> None:
 
 
 def _wanted(options: Conversion) -> Wanted:
+    names, numbers = _without_numbers(read_class_list(options.classes)) if options.classes else ((), ())
     return Wanted(
         label=options.label,
         tiers=frozenset(options.tiers),
         fps=options.fps,
-        classes=_without_numbers(read_class_list(options.classes)) if options.classes else (),
+        classes=names,
+        numbers=numbers,
     )
 
 
-def _without_numbers(lines: Sequence[str]) -> tuple[str, ...]:
-    """Names of lines such as "1 BaseballPitch" or "c000 Holding some clothes", as in the data sets' own lists."""
-    found = [re.fullmatch(r"c?\d+[\s,]+(.+)", line) for line in lines]
-    return tuple(match[1] if match and all(found) else line for match, line in zip(found, lines, strict=True))
+def _without_numbers(lines: Sequence[str]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """(names, numbers) of lines such as "1 BaseballPitch" or "c000 Holding some clothes"; no numbers of others."""
+    found = [match for line in lines if (match := re.fullmatch(r"c?(\d+)[\s,]+(.+)", line))]
+    if len(found) < len(lines):
+        return tuple(lines), ()
+    numbers = tuple(int(match[1]) for match in found)
+    if len(set(numbers)) < len(numbers):
+        raise ValueError("--classes gives one number to several names; give each its own")
+    return tuple(match[2] for match in found), numbers
 
 
 def _files(inputs: tuple[Path, ...]) -> Iterator[Path]:

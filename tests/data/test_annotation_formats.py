@@ -150,6 +150,48 @@ def test_multithumos_counts_classes_from_1_and_charades_from_0(tmp_path):
     assert actions(found) == {"AAAAA": [(0.0, 1.0, "hold"), (3.0, 4.0, "sit")]}
 
 
+def test_numbers_of_classes_that_may_count_from_0_or_1_are_refused(tmp_path):
+    content = {"AAAAA": {"subset": "training", "duration": 33, "actions": [[1, 0, 1]]}}
+    found = found_in(tmp_path, "c.json", content, expect="multithumos", classes=("hold", "sit"))
+    assert "they may count from 0 or from 1; write numbers into --classes" in found.left_out[0]
+    for numbers, label in (((0, 1), "sit"), ((1, 2), "hold"), ((7, 1), "sit")):
+        wanted = {"classes": ("hold", "sit"), "numbers": numbers}
+        found = found_in(tmp_path, "c.json", content, expect="multithumos", **wanted)
+        assert actions(found) == {"AAAAA": [(0.0, 1.0, label)]}
+    assert actions(found_in(tmp_path, "c.json", content, expect="multithumos")) == {"AAAAA": [(0.0, 1.0, "1")]}
+
+
+@pytest.mark.parametrize(
+    ("expect", "content"),
+    [
+        ("activitynet", {"database": {"a": {"subset": "training", "annotations": {"0": {}}}}}),
+        ("activitynet", {"database": {"a": {"subset": "training", "annotations": None}}}),
+        ("multithumos", {"a": {"subset": "training", "actions": None}}),
+        ("label-studio", [{"data": {"video": "a.mp4"}, "annotations": None}]),
+        ("label-studio", [{"data": {"video": "a.mp4"}, "annotations": [3]}]),
+        ("label-studio", [{"data": {"video": "a.mp4"}, "annotations": [{"result": {}}]}]),
+        ("label-studio", [{"video": "a.mp4", "x": [{"timelinelabels": ["arm"]}]}]),
+        ("label-studio", [{"video": "a.mp4", "x": [{"ranges": [{"start": 1, "end": 2}], "timelinelabels": "arm"}]}]),
+        ("label-studio", [{"video": "a.mp4", "x": [{"start": 1, "end": 2, "labels": "arm"}]}]),
+        ("boris-project", {"behaviors_conf": {}, "observations": {"o": {"file": {"1": ["a.mp4"]}, "events": None}}}),
+        ("via", {"attribute": {}, "file": {}, "view": {}, "metadata": []}),
+        ("ego4d", {"videos": [{"clips": None}]}),
+    ],
+)
+def test_values_of_another_type_are_named(tmp_path, expect, content):
+    found = found_in(tmp_path, "x.json", content, expect=expect, fps=10.0)
+    assert len(found.left_out) == 1
+    assert not any(one.is_known for one in found.videos.values()) or expect in ("label-studio", "boris-project")
+
+
+def test_epic_without_the_column_that_is_wanted(tmp_path):
+    text = EPIC.replace("noun_class", "noun_number")
+    found = found_in(tmp_path, "EPIC_100_train.csv", text, expect="epic", label="verb")
+    assert actions(found) == {"P01_01": [(0.14, 63.37, "id_003"), (4.37, 6.17, "id_006")]}
+    found = found_in(tmp_path, "EPIC_100_train.csv", text, expect="epic", label="noun")
+    assert (actions(found), "has no column noun_class" in found.left_out[0]) == ({}, True)
+
+
 def test_charades_csv(tmp_path):
     text = 'id,subject,actions,length\n46GP8,HR43,c092 11.90 21.20;c147 0.00 12.60,24.83\nN11GT,0,"",18.33\n'
     found = found_in(tmp_path, "Charades_v1_train.csv", text, expect="charades")

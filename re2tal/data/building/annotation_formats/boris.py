@@ -57,6 +57,8 @@ def read_boris_table(source: Source, found: Found) -> None:
 def read_boris_project(source: Source, found: Found) -> None:
     """Add the events of all observations that have one media file."""
     project = dictionary(source.json)
+    if not isinstance(project["observations"], dict):
+        raise ValueError(f"{source.path} has observations that are no object")
     behaviors = {str(one.get("code")): one for one in map(dictionary, dictionary(project["behaviors_conf"]).values())}
     for name, one in dictionary(project["observations"]).items():
         observation, where = dictionary(one), f"{source.path.name} observation {name!r}"
@@ -72,7 +74,7 @@ def read_boris_project(source: Source, found: Found) -> None:
 def _of_project(
     where: str, video: str, observation: Mapping[str, Any], behaviors: Mapping[str, Mapping[str, Any]], found: Found
 ) -> Iterator[_Event]:
-    for number, event in enumerate(items(observation.get("events"))):
+    for number, event in enumerate(found.listed(where, observation, "events")):
         here = f"{where} event {number}"
         if not isinstance(event, list) or len(event) < 4:
             found.leave_out(here, "it is no [time, subject, behavior, modifiers, ...]")

@@ -26,10 +26,12 @@ def read_epic(source: Source, found: Found) -> None:
     """Add the segments, of verbs or of nouns."""
     table = source.table(*_TIMES)
     assert table is not None
-    has_labels = {"verb_class", "noun_class"} <= set(table[1])
+    has_labels = bool({"verb_class", "noun_class"} & set(table[1]))
     kind = found.wanted.label
     if has_labels and kind not in ("verb", "noun"):
         raise ValueError(f"{source.path}: its label is {kind or 'not chosen'}; give --label verb or --label noun")
+    if has_labels and f"{kind}_class" not in table[1]:
+        raise ValueError(f"{source.path} has no column {kind}_class; it has {', '.join(table[1])}")
     subset = subset_in_name(source.path)
     for where, row in source.records(*table):
         if not has_labels:

@@ -125,6 +125,8 @@ class Wanted:
     """Of all videos whose file says none."""
     classes: tuple[str, ...] = ()
     """Names of classes that are numbers in the file."""
+    numbers: tuple[int, ...] = ()
+    """The number of each of them, where their list says it."""
 
 
 @dataclass(slots=True)
@@ -237,6 +239,14 @@ class Found:
             return measured[1]
         self.leave_out(where, "its times are frames, and no file in --videos tells how many make a second")
         return None
+
+    def listed(self, where: str, entry: Mapping[str, Any], key: str) -> list[Any]:
+        """The list at `key`, empty where there is none; a value that is no list is counted and named."""
+        value = entry.get(key, [])
+        if isinstance(value, list):
+            return value
+        self.leave_out(where, f"its {key} is {brief(value)}, no list")
+        return []
 
     def leave_out(self, where: str, reason: str) -> None:
         """Count and name something that is not in the result."""
