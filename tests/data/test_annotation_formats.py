@@ -291,6 +291,30 @@ def test_the_table_of_elan(tmp_path):
     assert len(found.left_out) == 1
 
 
+def test_elan_counts_in_milliseconds_only(tmp_path):
+    text = ELAN.replace('"milliseconds"', '"PAL-frames"')
+    found = found_in(tmp_path, "e.eaf", text, expect="elan")
+    assert (actions(found), "has times in PAL-frames" in found.left_out[0]) == ({}, True)
+
+
+def test_the_table_of_elan_with_a_column_of_tiers(tmp_path):
+    text = (
+        "Tier\tParticipant\tBegin Time - ss.msec\tEnd Time - ss.msec\tDuration - ss.msec\tAnnotation\n"
+        "actions\tme\t3.7\t9.1\t5.4\tarm\nhand\tme\t1\t2\t1\tleft\nhand\tme\t1\t2\t1\tleft\tmore\n"
+    )
+    found = found_in(tmp_path, "c.txt", text, expect="elan-table")
+    assert actions(found) == {"c": [(3.7, 9.1, "arm"), (1.0, 2.0, "left")]}
+    assert len(found.left_out) == 1
+    found = found_in(tmp_path, "c.txt", text, expect="elan-table", tiers=frozenset({"hand"}), label="tier")
+    assert actions(found) == {"c": [(1.0, 2.0, "hand")]}
+    found = found_in(tmp_path, "c.txt", text, expect="elan-table", tiers=frozenset({"foot"}))
+    assert "none of the tiers ['foot']; it has ['actions', 'hand']" in found.left_out[0]
+    found = found_in(tmp_path, "c.txt", text.replace("Participant", "File Path"), expect="elan-table")
+    assert "has a column 'File Path', of several videos" in found.left_out[0]
+    text = "Begin Time - msec\tEnd Time - msec\tTier 1\n3700\t9100\tarm\n"
+    assert actions(found_in(tmp_path, "c.txt", text, expect="elan-table")) == {"c": [(3.7, 9.1, "arm")]}
+
+
 def test_xml_with_a_document_type_is_refused(tmp_path):
     bomb = '<?xml version="1.0"?><!DOCTYPE x [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]><annotations>&b;</annotations>'
     for number, encoding in enumerate(("utf-8", "utf-16")):
@@ -451,6 +475,21 @@ def test_boris_aggregated_events(tmp_path):
     assert actions(found) == {"clip_00": [(1.5, 4.5, "care")]}
     assert "'sniff' is a point event" in found.left_out[0]
     assert "several media files" in found.left_out[1]
+
+
+def test_boris_aggregated_events_of_several_media_files_in_one_observation(tmp_path):
+    text = (
+        "Observation id,Media file name,Behavior,Behavior type,Start (s),Stop (s)\n"
+        "obs,a.mp4,groom,STATE,1,2\nobs,b.mp4,groom,STATE,63,64\no2,c.mp4,groom,STATE,1,2\n"
+        "o2,c.mp4,groom, and more,STATE,1,2\n"
+    )
+    found = found_in(tmp_path, "b.csv", text, expect="boris")
+    assert actions(found) == {"c": [(1.0, 2.0, "groom")]}
+    assert [line.partition(": ")[2][:30] for line in found.left_out] == [
+        "it has 7 cells, more than the ",
+        "its observation has several me",
+        "its observation has several me",
+    ]
 
 
 def test_boris_project(tmp_path):

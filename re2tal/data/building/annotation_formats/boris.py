@@ -44,14 +44,12 @@ def read_boris_table(source: Source, found: Found) -> None:
     if "start (s)" not in table[1]:
         _pair(_tabular(source, table, found), found)
         return
-    for where, row in source.records(*table):
+    for where, row, name in _of_one_video(source, table, found):
         if row.get("behavior type", "").upper() == "POINT" or row["start (s)"] == row["stop (s)"]:
             found.leave_out(where, f"{row['behavior']!r} is a point event")
         else:
-            name = _video(row, found, where)
-            if name is not None:
-                found.video(name, duration=_duration(row))
-                found.action(where, name, row["start (s)"], row["stop (s)"], _label(row, found))
+            found.video(name, duration=_duration(row))
+            found.action(where, name, row["start (s)"], row["stop (s)"], _label(row, found))
 
 
 def read_boris_project(source: Source, found: Found) -> None:
@@ -86,27 +84,34 @@ def _of_project(
         yield _Event(here, video, (video, str(subject), str(code), str(modifiers)), kind, as_number(time), label)
 
 
-def _tabular(source: Source, table: tuple[int, list[str]], found: Found) -> Iterator[_Event]:
-    """Events in their order. Several media files in an observation are one after the other in time: no row says where
-    each begins, so their rows are left out."""
-    status = next(one for one in _STATUS if one in table[1])
-    rows = list(source.records(*table))
-    files: dict[str, set[str | None]] = {}
-    named = [(where, row, _video(row, found, where)) for where, row in rows]
-    for _, row, name in named:
+def _of_one_video(
+    source: Source, table: tuple[int, list[str]], found: Found
+) -> Iterator[tuple[str, dict[str, str], str]]:
+    """(where, row, media file) in their order. Several media files in an observation are one after the other in time:
+    no row says where each begins, so their rows are left out."""
+    files: dict[str, set[str]] = {}
+    rows = [
+        (where, row, name)
+        for where, row in source.records(*table, found)
+        if (name := _video(row, found, where)) is not None
+    ]
+    for _, row, name in rows:
         files.setdefault(row.get("observation id", ""), set()).add(name)
-    shared = ("observation id", "subject", "behavior")
-    for where, row, name in named:
+    for where, row, name in rows:
         if len(files[row.get("observation id", "")]) > 1 and "observation id" in row:
             found.leave_out(where, "its observation has several media files, and times that run on over them")
-        elif name is not None:
-            found.video(name, duration=_duration(row))
-            key = [
-                name,
-                *(row.get(one, "") for one in shared),
-                *(row[one] for one in row if one.startswith("modifier")),
-            ]
-            yield _Event(where, name, tuple(key), row[status].upper(), as_number(row["time"]), _label(row, found))
+        else:
+            yield where, row, name
+
+
+def _tabular(source: Source, table: tuple[int, list[str]], found: Found) -> Iterator[_Event]:
+    status = next(one for one in _STATUS if one in table[1])
+    shared = ("observation id", "subject", "behavior")
+    for where, row, name in _of_one_video(source, table, found):
+        found.video(name, duration=_duration(row))
+        modifiers = (row[one] for one in row if one.startswith("modifier"))
+        key = (name, *(row.get(one, "") for one in shared), *modifiers)
+        yield _Event(where, name, key, row[status].upper(), as_number(row["time"]), _label(row, found))
 
 
 def _pair(events: Iterable[_Event], found: Found) -> None:

@@ -98,12 +98,18 @@ class Source:
                 return number, header
         return None
 
-    def records(self, number: int, header: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
-        """(where, cells by column) of every row that is not empty, below the header in row `number`."""
+    def records(self, number: int, header: Sequence[str], found: Found) -> Iterator[tuple[str, dict[str, str]]]:
+        """(where, cells by column) of every row that is not empty, below the header in row `number`.
+
+        A row that has more cells than the header is left out.
+        """
         for line, row in enumerate(self.rows[number + 1 :], start=number + 2):
-            if any(row):
+            where = f"{self.path.name} row {line}"
+            if any(row[len(header) :]):
+                found.leave_out(where, f"it has {len(row)} cells, more than the header's {len(header)}: quote commas")
+            elif any(row):
                 padded = [*row, *[""] * (len(header) - len(row))]
-                yield f"{self.path.name} row {line}", dict(zip(header, padded, strict=False))
+                yield where, dict(zip(header, padded, strict=False))
 
 
 class _WithoutDoctype(ElementTree.TreeBuilder):

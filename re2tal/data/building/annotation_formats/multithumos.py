@@ -53,7 +53,7 @@ def read_charades(source: Source, found: Found) -> None:
     table = source.table("id", "actions", "length")
     assert table is not None
     subset = subset_in_name(source.path)
-    for where, row in source.records(*table):
+    for where, row in source.records(*table, found):
         found.video(row["id"], subset="validation" if subset == "test" else subset, duration=row["length"])
         for part in filter(None, (part.strip() for part in row["actions"].split(";"))):
             words = part.split()
