@@ -473,8 +473,8 @@ def test_boris_aggregated_events(tmp_path):
     )
     found = found_in(tmp_path, "b.csv", text, expect="boris", label="category")
     assert actions(found) == {"clip_00": [(1.5, 4.5, "care")]}
-    assert "'sniff' is a point event" in found.left_out[0]
-    assert "several media files" in found.left_out[1]
+    assert "several media files" in found.left_out[0]
+    assert "'sniff' is a point event" in found.left_out[1]
 
 
 def test_boris_aggregated_events_of_several_media_files_in_one_observation(tmp_path):

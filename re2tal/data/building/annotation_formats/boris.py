@@ -89,15 +89,13 @@ def _of_one_video(
 ) -> Iterator[tuple[str, dict[str, str], str]]:
     """(where, row, media file) in their order. Several media files in an observation are one after the other in time:
     no row says where each begins, so their rows are left out."""
-    files: dict[str, set[str]] = {}
-    rows = [
-        (where, row, name)
-        for where, row in source.records(*table, found)
-        if (name := _video(row, found, where)) is not None
-    ]
+    files: dict[str, set[str | None]] = {}
+    rows = [(where, row, _video(row, found, where)) for where, row in source.records(*table, found)]
     for _, row, name in rows:
         files.setdefault(row.get("observation id", ""), set()).add(name)
     for where, row, name in rows:
+        if name is None:
+            continue
         if len(files[row.get("observation id", "")]) > 1 and "observation id" in row:
             found.leave_out(where, "its observation has several media files, and times that run on over them")
         else:
