@@ -599,6 +599,22 @@ def test_rows_that_do_not_fit_a_table_are_named(tmp_path):
     ]
 
 
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('video,start,end,label\na,1,2,"run\na,3,4,jump\na,5,6,hop\n', "row 2 holds whole rows: a quote opens"),
+        ('a,0,1,x\na,1,2,"run\na,3,4,"jump"\na,5,6,hop\n', "row 2 holds whole rows: a quote opens"),
+        ("clip,3,5,69,25,run\n", "nothing tells which of the numbers ['3', '5', '69', '25', 'run'] are times"),
+    ],
+)
+def test_a_table_that_can_be_read_in_two_ways_is_refused(tmp_path, text, reason):
+    path = tmp_path / "l.csv"
+    path.write_text(text)
+    found = Found(Wanted())
+    assert read_files([path], format_name=None, found=found) == {}
+    assert reason in found.left_out[0]
+
+
 def test_the_length_of_a_video_has_a_unit_too(tmp_path):
     text = "video,start,end,label,video_duration_ms\na,1,2,run,61500\n"
     assert found_in(tmp_path, "l.csv", text, expect="csv").videos["a"].duration_seconds == 61.5

@@ -143,6 +143,11 @@ def _columns(source: Source) -> tuple[Columns, int, list[tuple[int, list[str]]]]
     if _is_whole(header):
         return header, len(first), rows[1:]
     if positions := _unnamed(first):
+        start, _ = positions["start"]
+        if len(first) > start + 3 and all(as_seconds(cell) is not None for cell in first[start : start + 4]):
+            raise ValueError(
+                f"{source.path}: nothing tells which of the numbers {first[start:][:10]} are times: add a header"
+            )
         return positions, len(first), rows
     if any(as_seconds(cell) is not None for cell in first):
         return None

@@ -86,9 +86,14 @@ class Source:
         lines, text = self.text.splitlines(), io.StringIO(self.text, newline="")
         delimiter = max("\t;,", key=lambda one: sum(line.count(one) >= 2 for line in lines[:100]))
         try:
-            return [[cell.strip() for cell in row] for row in csv.reader(text, delimiter=delimiter)]
+            rows = [[cell.strip() for cell in row] for row in csv.reader(text, delimiter=delimiter)]
         except csv.Error as error:
             raise ValueError(f"{self.path} is not usable as a table: {error}") from None
+        for number, row in enumerate(rows, start=1):
+            lines = [line for cell in row if "\n" in cell for line in cell.splitlines()[1:]]
+            if any(line.count(delimiter) >= max(3, len(rows[0])) - 1 for line in lines):
+                raise ValueError(f"{self.path} row {number} holds whole rows: a quote opens and does not close")
+        return rows
 
     def table(self, *wanted: str) -> tuple[int, list[str]] | None:
         """(index of its row, cells in small letters) of the first header with all these columns; None without one."""
