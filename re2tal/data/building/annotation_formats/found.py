@@ -293,7 +293,7 @@ def _parts(name: str) -> tuple[str, str, str, list[str]]:
     if "/upload/" in name and (upload := re.match(r"([0-9a-f]{8})-(.+)", last)):  # Label Studio names each upload so
         folders, last = [*folders, upload[1]], upload[2]
     video_id = plain_id(last)
-    return video_id, last[len(video_id) :].lower(), query, [one for one in folders[::-1] if one not in ("", ".")]
+    return video_id, last[len(video_id) :].lower(), query, [one for one in folders[::-1] if one not in ("", ".", "..")]
 
 
 def plain_id(name: str) -> str:
