@@ -68,6 +68,9 @@ def convert(options: Conversion) -> int:
                 measured = videos.measure(video_id) if options.videos else None
                 one.duration_seconds = found.durations.get(video_id, measured[0] if measured else None)
     print_some([f"left out {line}" for line in found.left_out], more="left out")
+    if found.clashes:
+        said = "; ".join([*found.clashes][:10])
+        raise ValueError(f"{len(found.clashes)} videos are not told apart, {options.out} is not written: {said}")
     if not any(one.actions for one in found.videos.values()):
         names = ", ".join(sorted(set(read.values()))) or "no known format"
         raise ValueError(f"{len(found.left_out)} left out and no action found ({names}); {options.out} is not written")
@@ -103,18 +106,25 @@ def _check(options: Conversion) -> None:
 
 
 def _wanted(options: Conversion) -> Wanted:
+    names, numbers = _without_numbers(read_class_list(options.classes)) if options.classes else ((), ())
     return Wanted(
         label=options.label,
         tiers=frozenset(options.tiers),
         fps=options.fps,
-        classes=_without_numbers(read_class_list(options.classes)) if options.classes else (),
+        classes=names,
+        numbers=numbers,
     )
 
 
-def _without_numbers(lines: Sequence[str]) -> tuple[str, ...]:
-    """Names of lines such as "1 BaseballPitch" or "c000 Holding some clothes", as in the data sets' own lists."""
-    found = [re.fullmatch(r"c?\d+[\s,]+(.+)", line) for line in lines]
-    return tuple(match[1] if match and all(found) else line for match, line in zip(found, lines, strict=True))
+def _without_numbers(lines: Sequence[str]) -> tuple[tuple[str, ...], tuple[int, ...]]:
+    """(names, numbers) of lines such as "1 BaseballPitch" or "c000 Holding some clothes"; no numbers of others."""
+    found = [match for line in lines if (match := re.fullmatch(r"c?(\d+)[\s,]+(.+)", line))]
+    if len(found) < len(lines):
+        return tuple(lines), ()
+    numbers = tuple(int(match[1]) for match in found)
+    if len(set(numbers)) < len(numbers):
+        raise ValueError("--classes gives one number to several names; give each its own")
+    return tuple(match[2] for match in found), numbers
 
 
 def _files(inputs: tuple[Path, ...]) -> Iterator[Path]:
@@ -131,14 +141,14 @@ class _Videos:
 
     folder: Path | None
     problems: list[str] = field(default_factory=list)
-    _files: dict[str, Path] = field(default_factory=dict)
+    _files: dict[str, list[Path]] = field(default_factory=dict)
     _known: dict[str, tuple[float, float] | None] = field(default_factory=dict)
     _isolated: Isolated = field(default_factory=Isolated)
 
     def __enter__(self) -> _Videos:
         for path in sorted(self.folder.iterdir()) if self.folder else ():
             if path.suffix.lower() in VIDEO_SUFFIXES and not path.name.startswith("."):
-                self._files.setdefault(path.stem, path)
+                self._files.setdefault(path.stem, []).append(path)
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -147,12 +157,13 @@ class _Videos:
     def measure(self, video_id: str) -> tuple[float, float] | None:
         """(duration in seconds, frames per second); None, and a problem noted, where there is no sound file."""
         if video_id not in self._known:
-            path = self._files.get(video_id) or self._files.get(f"v_{video_id}")
+            paths = self._files.get(video_id) or self._files.get(f"v_{video_id}") or []
             self._known[video_id] = None
             try:
-                if path is None:
-                    raise ValueError(f"{self.folder} has no file of video {video_id!r}")
-                probe = self._isolated.call(SILENT_SECONDS, probe_video, path)
+                if len(paths) != 1:
+                    what = "no file" if not paths else f"{len(paths)} files ({', '.join(one.name for one in paths)})"
+                    raise ValueError(f"{self.folder} has {what} of video {video_id!r}")
+                probe = self._isolated.call(SILENT_SECONDS, probe_video, paths[0])
                 seconds = float(probe.duration_seconds)
                 self._known[video_id] = seconds, probe.num_frames / seconds
             except (ValueError, OSError) as error:

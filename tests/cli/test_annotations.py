@@ -110,6 +110,23 @@ def test_nothing_is_written_where_no_action_is_found(capsys, tmp_path):
         assert message in err
 
 
+def test_nothing_is_written_where_two_videos_would_be_one(capsys, tmp_path):
+    (tmp_path / "a.csv").write_text("train/0001.mp4,1,2,run\ntest/0001.mp4,1,2,run\n")
+    status, _, err = run(capsys, "annotations", "convert", tmp_path / "a.csv", "--out", tmp_path / "o.json")
+    assert status == 2
+    assert "'train/0001.mp4' and 'test/0001.mp4' both give the id '0001': rename one" in err
+    assert not (tmp_path / "o.json").exists()
+
+
+def test_two_files_of_one_video_give_no_frame_rate(capsys, tmp_path):
+    for name in ("a.mp4", "a.mkv"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "a.csv").write_text("a,1,2,run\n")
+    command = ["annotations", "convert", tmp_path / "a.csv", "--out", tmp_path / "o.json"]
+    _, _, err = run(capsys, *command, "--videos", tmp_path)
+    assert "has 2 files (a.mkv, a.mp4) of video 'a'" in err
+
+
 def test_a_build_names_the_command_that_converts(capsys, tmp_path):
     for name, text, looks in (
         ("a.csv", "video,start,end,label\na,1,2,run\n", "it looks like a table video, start, end, label"),

@@ -64,10 +64,52 @@ def test_times(text: Any, seconds: float | None) -> None:
         ("/data/upload/1/0a1b2c3d-clip_00.mp4", "clip_00"),
         ("https://host/a/clip_00.webm?x=1", "clip_00"),
         ("v1.2", "v1.2"),
+        ("https://www.youtube.com/watch?v=AAA&t=3s", "AAA"),
+        ("youtube.com/watch?v=BBB", "BBB"),
+        ("https://youtu.be/AAA", "AAA"),
+        ("http://[bad/a.mp4", ""),
     ],
 )
 def test_the_id_in_a_name(name: str, video_id: str) -> None:
     assert video_id_of(name) == video_id
+
+
+@pytest.mark.parametrize(
+    ("names", "clash"),
+    [
+        (("train/0001.mp4", "test/0001.mp4"), "'train/0001.mp4' and 'test/0001.mp4' both give the id '0001'"),
+        (("0001", "train/0001.mp4", "test/0001.mp4"), "'train/0001.mp4' and 'test/0001.mp4' both give"),
+        (("a.mp4", "a.mkv"), "'a.mp4' and 'a.mkv' both give the id 'a'"),
+        (("https://h/get?id=1", "https://h/get?id=2"), "both give the id 'get'"),
+        (("/data/upload/1/0a1b2c3d-a.mp4", "/data/upload/1/1a1b2c3d-a.mp4"), "both give the id 'a'"),
+        (("a", "../a.mp4", "x/a.MP4", "/y/x/a.mp4", "a"), None),
+        (("https://www.youtube.com/watch?v=AAA", "https://youtu.be/AAA", "AAA"), None),
+        (("https://h/a.mp4?signed=1", "https://h/a.mp4?signed=2"), None),
+    ],
+)
+def test_two_names_that_give_one_id_are_told(names, clash):
+    found = Found(Wanted())
+    for name in names:
+        found.action("here", name, 1, 2, "run")
+    assert len(found.clashes) == (clash is not None)
+    assert not clash or clash in next(iter(found.clashes))
+
+
+def test_a_video_in_two_subsets_is_told(tmp_path):
+    text = "video,start,end,label,subset\na,1,2,run,train\na,2,3,run,training\na,3,4,run,test\n"
+    found = found_in(tmp_path, "l.csv", text, expect="csv")
+    assert list(found.clashes) == ["video 'a' is in 'train' and in 'test': keep one"]
+
+
+def test_an_unusable_address_costs_its_row_only(tmp_path):
+    text = "video,start,end,label\na,1,2,run\nhttp://[bad/a.mp4,1,2,run\nb,1,2,run\n"
+    found = found_in(tmp_path, "l.csv", text, expect="csv")
+    assert list(actions(found)) == ["a", "b"]
+    assert found.left_out == ["l.csv row 3: its video 'http://[bad/a.mp4' is no name of a file"]
+    task = {"video": "http://[bad/a.mp4", "x": [{"start": 1, "end": 2, "labels": ["run"]}]}
+    found = found_in(tmp_path, "l.json", [task, task | {"video": "b.mp4"}], expect="label-studio")
+    assert actions(found) == {"b": [(1.0, 2.0, "run")]}
+    assert found.left_out
 
 
 def test_activitynet_as_hacs_and_opentad_write_it(tmp_path):
@@ -106,6 +148,48 @@ def test_multithumos_counts_classes_from_1_and_charades_from_0(tmp_path):
     content = {"AAAAA": {"subset": "training", "duration": 33, "actions": [[0, 0, 1], [1, 3, 4]]}}
     found = found_in(tmp_path, "c.json", content, expect="multithumos", classes=("hold", "sit"))
     assert actions(found) == {"AAAAA": [(0.0, 1.0, "hold"), (3.0, 4.0, "sit")]}
+
+
+def test_numbers_of_classes_that_may_count_from_0_or_1_are_refused(tmp_path):
+    content = {"AAAAA": {"subset": "training", "duration": 33, "actions": [[1, 0, 1]]}}
+    found = found_in(tmp_path, "c.json", content, expect="multithumos", classes=("hold", "sit"))
+    assert "they may count from 0 or from 1; write numbers into --classes" in found.left_out[0]
+    for numbers, label in (((0, 1), "sit"), ((1, 2), "hold"), ((7, 1), "sit")):
+        wanted = {"classes": ("hold", "sit"), "numbers": numbers}
+        found = found_in(tmp_path, "c.json", content, expect="multithumos", **wanted)
+        assert actions(found) == {"AAAAA": [(0.0, 1.0, label)]}
+    assert actions(found_in(tmp_path, "c.json", content, expect="multithumos")) == {"AAAAA": [(0.0, 1.0, "1")]}
+
+
+@pytest.mark.parametrize(
+    ("expect", "content"),
+    [
+        ("activitynet", {"database": {"a": {"subset": "training", "annotations": {"0": {}}}}}),
+        ("activitynet", {"database": {"a": {"subset": "training", "annotations": None}}}),
+        ("multithumos", {"a": {"subset": "training", "actions": None}}),
+        ("label-studio", [{"data": {"video": "a.mp4"}, "annotations": None}]),
+        ("label-studio", [{"data": {"video": "a.mp4"}, "annotations": [3]}]),
+        ("label-studio", [{"data": {"video": "a.mp4"}, "annotations": [{"result": {}}]}]),
+        ("label-studio", [{"video": "a.mp4", "x": [{"timelinelabels": ["arm"]}]}]),
+        ("label-studio", [{"video": "a.mp4", "x": [{"ranges": [{"start": 1, "end": 2}], "timelinelabels": "arm"}]}]),
+        ("label-studio", [{"video": "a.mp4", "x": [{"start": 1, "end": 2, "labels": "arm"}]}]),
+        ("boris-project", {"behaviors_conf": {}, "observations": {"o": {"file": {"1": ["a.mp4"]}, "events": None}}}),
+        ("via", {"attribute": {}, "file": {}, "view": {}, "metadata": []}),
+        ("ego4d", {"videos": [{"clips": None}]}),
+    ],
+)
+def test_values_of_another_type_are_named(tmp_path, expect, content):
+    found = found_in(tmp_path, "x.json", content, expect=expect, fps=10.0)
+    assert len(found.left_out) == 1
+    assert not any(one.is_known for one in found.videos.values()) or expect in ("label-studio", "boris-project")
+
+
+def test_epic_without_the_column_that_is_wanted(tmp_path):
+    text = EPIC.replace("noun_class", "noun_number")
+    found = found_in(tmp_path, "EPIC_100_train.csv", text, expect="epic", label="verb")
+    assert actions(found) == {"P01_01": [(0.14, 63.37, "id_003"), (4.37, 6.17, "id_006")]}
+    found = found_in(tmp_path, "EPIC_100_train.csv", text, expect="epic", label="noun")
+    assert (actions(found), "has no column noun_class" in found.left_out[0]) == ({}, True)
 
 
 def test_charades_csv(tmp_path):
@@ -207,6 +291,30 @@ def test_the_table_of_elan(tmp_path):
     assert len(found.left_out) == 1
 
 
+def test_elan_counts_in_milliseconds_only(tmp_path):
+    text = ELAN.replace('"milliseconds"', '"PAL-frames"')
+    found = found_in(tmp_path, "e.eaf", text, expect="elan")
+    assert (actions(found), "has times in PAL-frames" in found.left_out[0]) == ({}, True)
+
+
+def test_the_table_of_elan_with_a_column_of_tiers(tmp_path):
+    text = (
+        "Tier\tParticipant\tBegin Time - ss.msec\tEnd Time - ss.msec\tDuration - ss.msec\tAnnotation\n"
+        "actions\tme\t3.7\t9.1\t5.4\tarm\nhand\tme\t1\t2\t1\tleft\nhand\tme\t1\t2\t1\tleft\tmore\n"
+    )
+    found = found_in(tmp_path, "c.txt", text, expect="elan-table")
+    assert actions(found) == {"c": [(3.7, 9.1, "arm"), (1.0, 2.0, "left")]}
+    assert len(found.left_out) == 1
+    found = found_in(tmp_path, "c.txt", text, expect="elan-table", tiers=frozenset({"hand"}), label="tier")
+    assert actions(found) == {"c": [(1.0, 2.0, "hand")]}
+    found = found_in(tmp_path, "c.txt", text, expect="elan-table", tiers=frozenset({"foot"}))
+    assert "none of the tiers ['foot']; it has ['actions', 'hand']" in found.left_out[0]
+    found = found_in(tmp_path, "c.txt", text.replace("Participant", "File Path"), expect="elan-table")
+    assert "has a column 'File Path', of several videos" in found.left_out[0]
+    text = "Begin Time - msec\tEnd Time - msec\tTier 1\n3700\t9100\tarm\n"
+    assert actions(found_in(tmp_path, "c.txt", text, expect="elan-table")) == {"c": [(3.7, 9.1, "arm")]}
+
+
 def test_xml_with_a_document_type_is_refused(tmp_path):
     bomb = '<?xml version="1.0"?><!DOCTYPE x [<!ENTITY a "aaaa"><!ENTITY b "&a;&a;">]><annotations>&b;</annotations>'
     for number, encoding in enumerate(("utf-8", "utf-16")):
@@ -258,14 +366,14 @@ def test_via_reads_options_and_leaves_out_what_is_no_segment(tmp_path):
 
 CVAT = """<?xml version="1.0" encoding="utf-8"?><annotations><version>1.1</version><meta><task><size>100</size>
 <start_frame>10</start_frame><frame_filter>step=2</frame_filter></task><source>clip_00.mp4</source></meta>
-<track id="0" label="arm"><box frame="10" outside="0" keyframe="1"><attribute name="how">fast</attribute></box>
-<box frame="20" outside="0" keyframe="1"><attribute name="how">slow</attribute></box>
-<box frame="25" outside="1" keyframe="1"><attribute name="how">slow</attribute></box>
-<box frame="90" outside="0" keyframe="1"><attribute name="how">fast</attribute></box></track></annotations>"""
+<track id="0" label="arm"><box frame="30" outside="0" keyframe="1"><attribute name="how">fast</attribute></box>
+<box frame="50" outside="0" keyframe="1"><attribute name="how">slow</attribute></box>
+<box frame="60" outside="1" keyframe="1"><attribute name="how">slow</attribute></box>
+<box frame="190" outside="0" keyframe="1"><attribute name="how">fast</attribute></box></track></annotations>"""
 
 
 def test_cvat_ends_a_run_with_the_first_frame_outside(tmp_path):
-    """Frame f of the task is frame 10 + 2 f of the video; the task ends with frame 10 + 2 * 100."""
+    """Frames are the video's; the task ends with frame 10 + 2 * 100."""
     found = found_in(tmp_path, "c.xml", CVAT, expect="cvat", fps=10.0)
     assert actions(found) == {"clip_00": [(3.0, 6.0, "arm"), (19.0, 21.0, "arm")]}
     found = found_in(tmp_path, "c.xml", CVAT, expect="cvat", fps=10.0, label="how")
@@ -273,6 +381,33 @@ def test_cvat_ends_a_run_with_the_first_frame_outside(tmp_path):
     assert "give --fps, or --videos" in found_in(tmp_path, "c.xml", CVAT, expect="cvat").left_out[0]
     found = found_in(tmp_path, "c.xml", CVAT, expect="cvat", measure=lambda video_id: (21.0, 10.0))
     assert actions(found)["clip_00"][0] == (3.0, 6.0, "arm")
+
+
+@pytest.mark.parametrize(
+    ("meta", "first", "end", "expected"),
+    [
+        ("<start_frame>100</start_frame>", 120, 140, [(12.0, 14.0, "arm")]),
+        ("<start_frame>0</start_frame><frame_filter>step=5</frame_filter>", 50, 60, [(5.0, 6.0, "arm")]),
+        ("<start_frame>100</start_frame>", 20, 40, []),
+    ],
+)
+def test_cvat_has_applied_start_and_step(tmp_path, meta, first, end, expected):
+    text = (
+        f"<annotations><meta><task>{meta}</task><source>c.mp4</source></meta><track id='0' label='arm'>"
+        f"<box frame='{first}' outside='0'/><box frame='{end}' outside='1'/></track></annotations>"
+    )
+    found = found_in(tmp_path, "c.xml", text, expect="cvat", fps=10.0)
+    assert actions(found) == {"c": expected}
+    assert len(found.left_out) == (not expected)
+
+
+def test_cvat_does_not_take_the_end_of_a_job_for_the_end_of_its_video(tmp_path):
+    text = (
+        "<annotations><meta><job><size>9</size><start_frame>5</start_frame></job><source>c.mp4</source></meta>"
+        "<track id='0' label='arm'><box frame='20' outside='0'/></track></annotations>"
+    )
+    found = found_in(tmp_path, "c.xml", text, expect="cvat", fps=10.0)
+    assert (actions(found), len(found.left_out)) == ({"c": []}, 1)
 
 
 def test_cvat_without_the_length_of_its_task(tmp_path):
@@ -338,8 +473,23 @@ def test_boris_aggregated_events(tmp_path):
     )
     found = found_in(tmp_path, "b.csv", text, expect="boris", label="category")
     assert actions(found) == {"clip_00": [(1.5, 4.5, "care")]}
-    assert "'sniff' is a point event" in found.left_out[0]
-    assert "several media files" in found.left_out[1]
+    assert "several media files" in found.left_out[0]
+    assert "'sniff' is a point event" in found.left_out[1]
+
+
+def test_boris_aggregated_events_of_several_media_files_in_one_observation(tmp_path):
+    text = (
+        "Observation id,Media file name,Behavior,Behavior type,Start (s),Stop (s)\n"
+        "obs,a.mp4,groom,STATE,1,2\nobs,b.mp4,groom,STATE,63,64\no2,c.mp4,groom,STATE,1,2\n"
+        "o2,c.mp4,groom, and more,STATE,1,2\n"
+    )
+    found = found_in(tmp_path, "b.csv", text, expect="boris")
+    assert actions(found) == {"c": [(1.0, 2.0, "groom")]}
+    assert [line.partition(": ")[2][:30] for line in found.left_out] == [
+        "it has 7 cells, more than the ",
+        "its observation has several me",
+        "its observation has several me",
+    ]
 
 
 def test_boris_project(tmp_path):
@@ -377,7 +527,16 @@ def test_boris_project(tmp_path):
         ("video,startFrame,endFrame,label\nclip,35,692.5,run\n", {"fps": 10.0}),
         ("video,start,end,label\nclip,35,692.5,run\n", {"fps": 10.0}),
         ("video,start,duration,label\nclip,3.5,65.75,run\n", {}),
-        ("Film,Anfang,Ende,Klasse\nclip,3.5,69.25,run\n", {}),
+        ("video,start_frame_number,end_frame_number,label\nclip,35,692.5,run\n", {"fps": 10.0}),
+        ("video,startframe,endframe,label\nclip,35,692.5,run\n", {"fps": 10.0}),
+        ("# video,label,frame start,frame end\nclip,run,35,692.5\n", {"fps": 10.0}),
+        ("video,start_frame,end_frame,start_sec,end_sec,label\nclip,35,692.5,3.5,69.25,run\n", {"fps": 10.0}),
+        ("video,start,end,start_frame,end_frame,label\nclip,3.5,69.25,35,692.5,run\n", {"fps": 10.0}),
+        ("video,start_s,end_s,label\nclip,3.5,69.25,run\n", {"fps": 10.0}),
+        ("video,start (min),end_min,label\nclip,0.05833333333333333,1.15416666666666667,run\n", {}),
+        ("video,start_h,endHours,label\nclip,0.00097222222222222,0.01923611111111111,run\n", {}),
+        ("video,start (\u00b5s),end_us,label\nclip,3500000,69250000,run\n", {}),
+        ("video,startms,endms,label\nclip,3500,69250,run\n", {}),
         ("video,type,type_idx,start,end,startFrame,endFrame\nclip,run,7,3.5,69.25,35,692\n", {}),
         ('video,start,end,label\nclip,3.5,69.25,"run"\nclip,9,3,run\nclip,3,3,run\nclip,1,2,\n,1,2,run\n', {}),
     ],
@@ -386,6 +545,82 @@ def test_tables(tmp_path, text, options):
     found = found_in(tmp_path, "list.csv", text, expect="csv", **options)
     assert found.videos["clip"].actions[-1] == (3.5, 69.25, "run")
     assert len(found.left_out) == {"jump": 1, ",9,3,": 4}.get(next((k for k in ("jump", ",9,3,") if k in text), ""), 0)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        "Film,Anfang,Ende,Klasse",
+        "video,debut,duration,classe",
+        "video,start_m,end_m,label",
+        "video,start_min_sec,end_min_sec,label",
+        "narration_id,participant_id,video_id,start_frame,stop_frame,narration,verb,verb_class",
+    ],
+)
+def test_a_header_that_is_not_understood_is_refused(tmp_path, header):
+    path = tmp_path / "l.csv"
+    path.write_text(f"{header}\n{'clip,' * (header.count(',') - 2)}3.5,69.25,run\n")
+    found = Found(Wanted(fps=10.0))
+    assert read_files([path], format_name=None, found=found) == {}
+    assert "has no column for" in found.left_out[0]
+    assert "start: start, starttime" in found.left_out[0]
+
+
+@pytest.mark.parametrize("columns", ["start_frame_number,end_frame_number", "startframe,endframe"])
+def test_frames_ask_for_their_rate(tmp_path, columns):
+    found = found_in(tmp_path, "l.csv", f"video,{columns},label\nclip,35,690,run\n", expect="csv")
+    assert "give --fps" in found.left_out[0]
+    found = found_in(tmp_path, "l.csv", f"video,{columns},label\nclip,00:01:02,00:01:03,run\n", expect="csv")
+    assert found.left_out == ["l.csv row 2: it has a clock's time in a column of frames"]
+
+
+@pytest.mark.parametrize("columns", ["start_frame,end", "start,end_ms", "start_min,duration"])
+def test_a_unit_of_one_time_only_is_refused(tmp_path, columns):
+    found = found_in(tmp_path, "l.csv", f"video,{columns},label\nclip,3,6,run\n", expect="csv", fps=10.0)
+    assert "has a unit, the other none; write both" in found.left_out[0]
+
+
+def test_only_times_have_units(tmp_path):
+    text = "video,clip_ms,video_frames,event_s,start,end,label\nclip,9,9,9,1,2,run\n"
+    assert actions(found_in(tmp_path, "l.csv", text, expect="csv")) == {"clip": [(1.0, 2.0, "run")]}
+
+
+def test_rows_that_do_not_fit_a_table_are_named(tmp_path):
+    text = (
+        'video,start,end,label\nclip,3,5,69,25,run\nclip,1,2,open, close\nclip,1,2,"open,\n close",,\n'
+        "#clip,1,2,run\n# a comment, of two cells\nclip,01:05:12,01:05:13,run\n"
+    )
+    found = found_in(tmp_path, "l.csv", text, expect="csv")
+    assert actions(found) == {"clip": [(1.0, 2.0, "open, close"), (3912.0, 3913.0, "run")]}
+    assert [line.partition(": ")[2][:20] for line in found.left_out] == [
+        "it has 6 cells, more",
+        "it has 5 cells, more",
+        "it begins with #: a ",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('video,start,end,label\na,1,2,"run\na,3,4,jump\na,5,6,hop\n', "row 2 holds whole rows: a quote opens"),
+        ('a,0,1,x\na,1,2,"run\na,3,4,"jump"\na,5,6,hop\n', "row 2 holds whole rows: a quote opens"),
+        ("clip,3,5,69,25,run\n", "nothing tells which of the numbers ['3', '5', '69', '25', 'run'] are times"),
+    ],
+)
+def test_a_table_that_can_be_read_in_two_ways_is_refused(tmp_path, text, reason):
+    path = tmp_path / "l.csv"
+    path.write_text(text)
+    found = Found(Wanted())
+    assert read_files([path], format_name=None, found=found) == {}
+    assert reason in found.left_out[0]
+
+
+def test_the_length_of_a_video_has_a_unit_too(tmp_path):
+    text = "video,start,end,label,video_duration_ms\na,1,2,run,61500\n"
+    assert found_in(tmp_path, "l.csv", text, expect="csv").videos["a"].duration_seconds == 61.5
+    text = "video,start,end,label,video_length_frames\na,1,2,run,615\n"
+    one = found_in(tmp_path, "l.csv", text, expect="csv").videos["a"]
+    assert (one.duration_seconds, one.facts) == (None, {"frame": 615})
 
 
 def test_a_table_tells_subsets_and_lengths(tmp_path):

@@ -48,11 +48,11 @@ def read_activitynet(source: Source, found: Found) -> None:
             name,
             subset=subset if isinstance(subset, str) else None,
             duration=entry.get("duration", entry.get("duration_second")),
-            is_known="annotations" in entry,
+            is_known=isinstance(entry.get("annotations"), list),
             frame=as_number(entry.get("frame", entry.get("duration_frame"))),
             fps=as_number(entry.get("fps")),
         )
-        for number, one in enumerate(items(entry.get("annotations"))):
+        for number, one in enumerate(found.listed(where, entry, "annotations")):
             segment = list(items(dictionary(one).get("segment")))
             start, end = segment if len(segment) == 2 else (None, None)
             found.action(f"{where} annotation {number}", name, start, end, dictionary(one).get("label"))

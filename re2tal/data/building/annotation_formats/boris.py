@@ -44,19 +44,19 @@ def read_boris_table(source: Source, found: Found) -> None:
     if "start (s)" not in table[1]:
         _pair(_tabular(source, table, found), found)
         return
-    for where, row in source.records(*table):
+    for where, row, name in _of_one_video(source, table, found):
         if row.get("behavior type", "").upper() == "POINT" or row["start (s)"] == row["stop (s)"]:
             found.leave_out(where, f"{row['behavior']!r} is a point event")
         else:
-            name = _video(row, found, where)
-            if name is not None:
-                found.video(name, duration=_duration(row))
-                found.action(where, name, row["start (s)"], row["stop (s)"], _label(row, found))
+            found.video(name, duration=_duration(row))
+            found.action(where, name, row["start (s)"], row["stop (s)"], _label(row, found))
 
 
 def read_boris_project(source: Source, found: Found) -> None:
     """Add the events of all observations that have one media file."""
     project = dictionary(source.json)
+    if not isinstance(project["observations"], dict):
+        raise ValueError(f"{source.path} has observations that are no object")
     behaviors = {str(one.get("code")): one for one in map(dictionary, dictionary(project["behaviors_conf"]).values())}
     for name, one in dictionary(project["observations"]).items():
         observation, where = dictionary(one), f"{source.path.name} observation {name!r}"
@@ -72,7 +72,7 @@ def read_boris_project(source: Source, found: Found) -> None:
 def _of_project(
     where: str, video: str, observation: Mapping[str, Any], behaviors: Mapping[str, Mapping[str, Any]], found: Found
 ) -> Iterator[_Event]:
-    for number, event in enumerate(items(observation.get("events"))):
+    for number, event in enumerate(found.listed(where, observation, "events")):
         here = f"{where} event {number}"
         if not isinstance(event, list) or len(event) < 4:
             found.leave_out(here, "it is no [time, subject, behavior, modifiers, ...]")
@@ -84,27 +84,32 @@ def _of_project(
         yield _Event(here, video, (video, str(subject), str(code), str(modifiers)), kind, as_number(time), label)
 
 
-def _tabular(source: Source, table: tuple[int, list[str]], found: Found) -> Iterator[_Event]:
-    """Events in their order. Several media files in an observation are one after the other in time: no row says where
-    each begins, so their rows are left out."""
-    status = next(one for one in _STATUS if one in table[1])
-    rows = list(source.records(*table))
+def _of_one_video(
+    source: Source, table: tuple[int, list[str]], found: Found
+) -> Iterator[tuple[str, dict[str, str], str]]:
+    """(where, row, media file) in their order. Several media files in an observation are one after the other in time:
+    no row says where each begins, so their rows are left out."""
     files: dict[str, set[str | None]] = {}
-    named = [(where, row, _video(row, found, where)) for where, row in rows]
-    for _, row, name in named:
+    rows = [(where, row, _video(row, found, where)) for where, row in source.records(*table, found)]
+    for _, row, name in rows:
         files.setdefault(row.get("observation id", ""), set()).add(name)
-    shared = ("observation id", "subject", "behavior")
-    for where, row, name in named:
+    for where, row, name in rows:
+        if name is None:
+            continue
         if len(files[row.get("observation id", "")]) > 1 and "observation id" in row:
             found.leave_out(where, "its observation has several media files, and times that run on over them")
-        elif name is not None:
-            found.video(name, duration=_duration(row))
-            key = [
-                name,
-                *(row.get(one, "") for one in shared),
-                *(row[one] for one in row if one.startswith("modifier")),
-            ]
-            yield _Event(where, name, tuple(key), row[status].upper(), as_number(row["time"]), _label(row, found))
+        else:
+            yield where, row, name
+
+
+def _tabular(source: Source, table: tuple[int, list[str]], found: Found) -> Iterator[_Event]:
+    status = next(one for one in _STATUS if one in table[1])
+    shared = ("observation id", "subject", "behavior")
+    for where, row, name in _of_one_video(source, table, found):
+        found.video(name, duration=_duration(row))
+        modifiers = (row[one] for one in row if one.startswith("modifier"))
+        key = (name, *(row.get(one, "") for one in shared), *modifiers)
+        yield _Event(where, name, key, row[status].upper(), as_number(row["time"]), _label(row, found))
 
 
 def _pair(events: Iterable[_Event], found: Found) -> None:

@@ -1,16 +1,18 @@
 """A table of segments: video, start, end, label; with or without a header, apart by commas, semicolons or tabs.
 
-Times are seconds, mm:ss or hh:mm:ss.mmm. They are frames, counted from 0, where the header says so (start_frame), or
-where --fps is given; the end frame is the first one after the segment. Further columns with a known name are read too:
-subset or split, and the video's length.
+Times are seconds, mm:ss or hh:mm:ss.mmm, or in the unit that the header says (start_ms, "start (min)"). They are
+frames, counted from 0, where the header says so (start_frame), or where --fps is given and the header says no unit;
+the end frame is the first one after the segment. Further columns with a known name are read too: subset or split, and
+the video's length. A header that is not understood is refused: positions tell only where there is none.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+import unicodedata
+from collections.abc import Sequence
 
-from re2tal.data.building.annotation_formats.found import Found, Source, as_number, as_seconds
+from re2tal.data.building.annotation_formats.found import Found, Source, as_number, as_seconds, video_id_of
 
 _NAMES: dict[str, tuple[str, ...]] = {
     "video": (
@@ -29,7 +31,10 @@ _NAMES: dict[str, tuple[str, ...]] = {
         "onset",
         "from",
     ),
-    "end": ("end", "endtime", "timeend", "tend", "stop", "stoptime", "stoptimestamp", "finish", "offset", "to"),
+    "end": (
+        *("end", "endtime", "timeend", "tend", "stop", "stoptime", "stoptimestamp", "endtimestamp", "finish"),
+        *("offset", "to"),
+    ),
     "label": (
         *("classname", "label", "labelname", "class", "action", "actionlabel", "category", "behavior", "behaviour"),
         *("activity", "event", "tag", "type", "annotation"),
@@ -38,11 +43,21 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "subset": ("subset", "split", "partition"),
     "video_length": ("videoduration", "videolength", "mediaduration"),
 }
+_FRAME = "frame"
+_TIMES = ("start", "end", "length", "video_length")
+_SECONDS = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9, "min": 60.0, "h": 3600.0}
+"""Unit -> seconds; the first is none."""
 _UNITS = {
-    **dict.fromkeys(("s", "sec", "secs", "second", "seconds"), 1.0),
-    **dict.fromkeys(("ms", "msec", "millisecond", "milliseconds"), 1e-3),
+    **dict.fromkeys(("s", "sec", "secs", "second", "seconds"), "s"),
+    **dict.fromkeys(("ms", "msec", "msecs", "millis", "millisecond", "milliseconds"), "ms"),
+    **dict.fromkeys(("us", "\N{GREEK SMALL LETTER MU}s", "usec", "micros", "microsecond", "microseconds"), "us"),
+    **dict.fromkeys(("ns", "nsec", "nanos", "nanosecond", "nanoseconds"), "ns"),
+    **dict.fromkeys(("min", "mins", "minute", "minutes"), "min"),
+    **dict.fromkeys(("h", "hr", "hrs", "hour", "hours"), "h"),
+    **dict.fromkeys(("frame", "frames"), _FRAME),
 }
-_FRAMES = ("frame", "frames")
+_OF_FRAMES = ("number", "num", "no", "nr", "index", "idx", "id")
+_FUSED = re.compile(f"(.+?)({'|'.join(sorted((one for one in _UNITS if len(one) > 1), key=len, reverse=True))})")
 
 
 def is_csv(source: Source) -> bool:
@@ -54,100 +69,135 @@ def read_csv(source: Source, found: Found) -> None:
     """Add the rows."""
     columns = _columns(source)
     assert columns is not None
-    header, rows = columns
+    header, width, rows = columns
+    units = {what: unit for what, (_, unit) in header.items()}
+    times = "start", "end" if "end" in header else "length"
+    first, second = (units[what] for what in times)
+    if first != second and "" in (first, second) and ("s" not in (first, second) or found.wanted.fps is not None):
+        raise ValueError(f"{source.path}: its {times[0]} or its {times[1]} has a unit, the other none; write both")
     for number, row in rows:
         where = f"{source.path.name} row {number}"
         cells = {what: row[index] if index < len(row) else "" for what, (index, _) in header.items()}
-        units = {what: unit for what, (_, unit) in header.items()}
+        if row[0].startswith("#"):
+            if all(as_seconds(cells[what]) is not None for what in times):
+                found.leave_out(where, f"it begins with #: a comment, or the id {row[0][:80]!r}; rename the video")
+            continue
+        if any(row[width:]):
+            found.leave_out(where, f"it has {len(row)} cells, more than the {width} of the first row: quote commas")
+            continue
         if as_number(cells["label"]) == -1:  # HACS Clips: what is not in the clip
             found.leave_out(where, "its label is -1: a negative example")
             continue
-        if not cells["video"]:
-            found.leave_out(where, "it names no video")
+        if not video_id_of(cells["video"]):
+            found.leave_out(where, f"its video {cells['video'][:80]!r} is no name of a file")
             continue
-        rate = found.rate(where, cells["video"]) if _counts_frames(cells, units, found) else 1.0
+        frames = [what for what in times if units[what] == _FRAME or (not units[what] and found.wanted.fps is not None)]
+        if any(":" in cells[what] for what in frames if units[what] == _FRAME):
+            found.leave_out(where, "it has a clock's time in a column of frames")
+            continue
+        rate = found.rate(where, cells["video"]) if any(as_number(cells[one]) is not None for one in frames) else 1.0
         if rate is None:
             continue
-        start, end = _times(cells, units, found, rate)
+        start, end = (
+            _time(cells[what], 1 / rate if what in frames else _SECONDS.get(units[what], 1.0)) for what in times
+        )
+        if "end" not in cells and not isinstance(start, str) and not isinstance(end, str):
+            end += start
         subset = cells.get("subset", "").lower() or None
-        found.video(cells["video"], subset=subset, duration=cells.get("video_length"))
+        length, unit = cells.get("video_length", ""), units.get("video_length", "")
+        found.video(
+            cells["video"],
+            subset=subset,
+            duration=None if unit == _FRAME else _time(length, _SECONDS[unit]),
+            frame=as_number(length) if unit == _FRAME else None,
+        )
         found.action(where, cells["video"], start, end, cells["label"], subset=subset)
 
 
-def _times(
-    cells: Mapping[str, str], units: Mapping[str, float | None], found: Found, rate: float
-) -> tuple[float | str, float | str]:
-    """(start, end) in seconds, or as they are written where they are no times."""
-    times: list[float | str] = []
-    for what in ("start", "end" if "end" in cells else "length"):
-        text, unit = cells[what], units[what]
-        number = as_number(text)
-        if number is None:
-            value = as_seconds(text)
-        elif unit is None or (found.wanted.fps is not None and unit == 1.0):
-            value = number / rate
-        else:
-            value = number * unit
-        times.append(text if value is None else value)
-    start, end = times
-    if "end" not in cells and not isinstance(start, str) and not isinstance(end, str):
-        end += start
-    return start, end
+def _time(text: str, unit: float) -> float | str:
+    """Seconds of a number in a unit, or of a clock's time; the text where it is neither."""
+    number = as_number(text)
+    value = as_seconds(text) if number is None else number * unit
+    return text if value is None else value
 
 
-def _counts_frames(cells: Mapping[str, str], units: Mapping[str, float | None], found: Found) -> bool:
-    """Whether a time of this row needs a frame rate."""
-    return any(
-        as_number(cells[what]) is not None and (units[what] is None or found.wanted.fps is not None)
-        for what in ("start", "end", "length")
-        if what in cells
-    )
+Columns = dict[str, tuple[int, str]]
+"""What -> (index of its column, its unit; "": none is said)."""
 
 
-Columns = dict[str, tuple[int, float | None]]
-"""What -> (index of its column, seconds of its unit; None: frames)."""
+def _columns(source: Source) -> tuple[Columns, int, list[tuple[int, list[str]]]] | None:
+    """The columns, their number, and the rows below the header with theirs; None for something else.
 
-
-def _columns(source: Source) -> tuple[Columns, list[tuple[int, list[str]]]] | None:
-    """The columns and the rows below the header, with their numbers; None for something else."""
-    rows = [(n, row) for n, row in enumerate(source.rows, 1) if any(row) and not row[0].startswith("#")]
+    ValueError for a header that is not understood.
+    """
+    rows = [(n, row) for n, row in enumerate(source.rows, 1) if any(row)]
+    while rows and rows[0][1][0].startswith("#"):
+        first = rows[0][1]
+        if _is_whole(header := _named([first[0].lstrip("# "), *first[1:]])):
+            return header, len(first), rows[1:]
+        rows = rows[1:]
     if not rows:
         return None
-    if header := _named(rows[0][1]):
-        return header, rows[1:]
-    if header := _unnamed(rows[0][1]):
-        return header, rows
-    # A header in another language, or with names that nobody knows: the order of the first row of times tells.
-    if (
-        len(rows) > 1
-        and not any(as_seconds(cell) is not None for cell in rows[0][1])
-        and (header := _unnamed(rows[1][1]))
-    ):
-        return header, rows[1:]
+    first = rows[0][1]
+    header = _named(first)
+    if _is_whole(header):
+        return header, len(first), rows[1:]
+    if positions := _unnamed(first):
+        start, _ = positions["start"]
+        if len(first) > start + 3 and all(as_seconds(cell) is not None for cell in first[start : start + 4]):
+            raise ValueError(
+                f"{source.path}: nothing tells which of the numbers {first[start:][:10]} are times: add a header"
+            )
+        return positions, len(first), rows
+    if any(as_seconds(cell) is not None for cell in first):
+        return None
+    if len(header) > 1 or (len(rows) > 1 and _unnamed(rows[1][1])):
+        missing = [what for what in ("video", "start", "end", "label") if what not in header]
+        known = "; ".join(f"{what}: {', '.join(_NAMES[what])}" for what in ("video", "start", "end", "length", "label"))
+        raise ValueError(
+            f"{source.path}: its header {first[:20]} has no column for {', '.join(missing)}; rename its columns, or "
+            f"remove it where the order is video, start, end, label. Names understood, with units such as start_ms "
+            f"or start_frame: {known}"
+        )
     return None
 
 
-def _named(row: Sequence[str]) -> Columns | None:
+def _is_whole(columns: Columns) -> bool:
+    return {"video", "start", "label"} <= set(columns) and ("end" in columns or "length" in columns)
+
+
+def _named(row: Sequence[str]) -> Columns:
+    """The columns whose names are understood."""
     columns: Columns = {}
+    by_cell = [_name(cell) for cell in row]
     for what, names in _NAMES.items():
-        cells = [(name, index, unit) for index, (name, unit) in enumerate(map(_name, row)) if name in names]
-        places = [(unit is None, names.index(name), index, unit) for name, index, unit in cells]
-        if places:  # seconds rather than frames, then the commonest name
-            _, _, index, unit = min(places, key=lambda place: place[:3])
-            columns[what] = index, unit
-    is_whole = {"video", "start", "label"} <= set(columns) and ("end" in columns or "length" in columns)
-    return columns if is_whole else None
+        places = [
+            (unit == _FRAME, not unit, names.index(name), index, unit)
+            for index, (name, unit) in enumerate(by_cell)
+            if name in names and (not unit or what in _TIMES)
+        ]
+        if places:  # a unit rather than none, but not frames, then the commonest name
+            *_, index, unit = min(places)
+            beside_frames = max(places)[0] and not unit
+            columns[what] = index, "s" if beside_frames else unit
+    return columns
 
 
-def _name(cell: str) -> tuple[str, float | None]:
-    """(name in small letters without signs, seconds of its unit; None: frames) of a column."""
-    words = re.findall(r"[a-z0-9]+", re.sub(r"([a-z])([A-Z])", r"\1 \2", cell).lower())
-    unit: float | None = 1.0
-    if len(words) > 1 and words[-1] in _UNITS:
-        unit = _UNITS[words.pop()]
-    elif found := [word for word in words if word in _FRAMES]:
-        words, unit = [word for word in words if word not in found], None
-    return "".join(words), unit
+def _name(cell: str) -> tuple[str, str]:
+    """(name in small letters without signs, unit) of a column."""
+    text = re.sub(r"([a-z])([A-Z])", r"\1 \2", unicodedata.normalize("NFKC", cell)).lower()
+    words = re.findall(r"[^\W_]+", text)
+    units = [word for word in words if word in _UNITS]
+    if len(words) > 1 and len(units) == 1:
+        rest = [word for word in words if word != units[0]]
+        if _UNITS[units[0]] == _FRAME:
+            rest = [word for word in rest if word not in _OF_FRAMES]
+        return "".join(rest), _UNITS[units[0]]
+    name = "".join(words)
+    times = [one for what in _TIMES for one in _NAMES[what]]
+    if name not in times and (fused := _FUSED.fullmatch(name)) and fused[1] in times:
+        return fused[1], _UNITS[fused[2]]
+    return name, ""
 
 
 def _unnamed(row: Sequence[str]) -> Columns | None:
@@ -160,4 +210,4 @@ def _unnamed(row: Sequence[str]) -> Columns | None:
     if not others:
         return None
     label = min(others, key=lambda i: is_time[i])  # a name rather than a duration; a number may be a class
-    return {"video": (0, 1.0), "start": (start, 1.0), "end": (start + 1, 1.0), "label": (label, 1.0)}
+    return {"video": (0, ""), "start": (start, ""), "end": (start + 1, ""), "label": (label, "")}

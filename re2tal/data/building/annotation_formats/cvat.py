@@ -1,7 +1,7 @@
 """CVAT's "for video 1.1": tracks of shapes by frame.
 
 A segment is a run of frames in which the shape is not `outside`; the first frame outside is its end. A track that is
-never outside again lasts to the end of the task. Frames are the task's: the video's are start_frame + frame * step.
+never outside again lasts to the end of the task. Frames are the video's: CVAT has applied start_frame and step.
 The label is the track's, or the attribute that --label names, whose changes end a run.
 """
 
@@ -33,8 +33,9 @@ def read_cvat(source: Source, found: Found) -> None:
     start = _whole(root, "start_frame") or 0.0
     step = as_number((re.search(r"step=(\d+)", root.findtext(".//frame_filter") or "") or [0, "1"])[1]) or 1.0
     size = _whole(root, "size")
-    last = start + size * step if size else None
-    if last is None and found.measure is not None and (measured := found.measure(video_id_of(name))):
+    is_job = root.find("./meta/job") is not None  # start_frame of a job counts in its task, not in the video
+    last = start + size * step if size and not is_job else None
+    if last is None and not is_job and found.measure is not None and (measured := found.measure(video_id_of(name))):
         last = round(measured[0] * (found.wanted.fps or measured[1]))
     attributes = {one.get("name") for one in root.iter("attribute")}
     if found.wanted.label is not None and found.wanted.label not in attributes:
@@ -44,12 +45,17 @@ def read_cvat(source: Source, found: Found) -> None:
     for track in root.iter("track"):
         where = f"{source.path.name} track {track.get('id')}"
         for first, end, label in _runs(track, found.wanted.label):
-            begin, stop = start + first * step, last if end is None else start + end * step
-            if stop is None:
-                reason = "it lasts to the end of the video, which the file does not tell; give --videos FOLDER"
+            stop = last if end is None else end
+            if first < start:
+                reason = f"it is before start_frame {start:g} of its task; frames of CVAT's own export are the video's"
+                found.leave_out(f"{where} frame {first:g}", reason)
+            elif stop is None:
+                what = "job" if is_job else "video"
+                remedy = "export the whole task" if is_job else "give --videos FOLDER"
+                reason = f"it lasts to the end of the {what}, which the file does not tell; {remedy}"
                 found.leave_out(f"{where} frame {first:g}", reason)
             else:
-                found.frames(f"{where} frame {first:g}", name, begin, stop, label)
+                found.frames(f"{where} frame {first:g}", name, first, stop, label)
 
 
 def _runs(track: Element, attribute: str | None) -> Iterator[tuple[float, float | None, str | None]]:

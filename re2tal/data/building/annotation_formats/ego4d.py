@@ -24,7 +24,7 @@ def read_ego4d(source: Source, found: Found) -> None:
     """Add the clips."""
     for video in map(dictionary, items(source.json["videos"])):
         split = video.get("split")
-        for clip in items(video["clips"]):
+        for clip in found.listed(f"{source.path.name} video {video.get('video_uid')}", video, "clips"):
             _read_clip(source, found, dictionary(clip), split if isinstance(split, str) else None)
 
 
@@ -36,10 +36,11 @@ def _read_clip(source: Source, found: Found, clip: Mapping[str, Any], split: str
         found.leave_out(where, "it has no clip_uid, video_start_sec and video_end_sec that fit")
         return
     start = max(0.0, start)
+    is_unannotated = split == "test" and clip.get("annotations") is None
     labels = [
         one
-        for annotation in items(clip.get("annotations"))
-        for one in map(dictionary, items(dictionary(annotation).get("labels")))
+        for annotation in ([] if is_unannotated else found.listed(where, clip, "annotations"))
+        for one in map(dictionary, found.listed(where, dictionary(annotation), "labels"))
         if one.get("primary")
     ]
     if split == "test" or labels:

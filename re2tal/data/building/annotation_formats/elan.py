@@ -20,6 +20,9 @@ def read_elan(source: Source, found: Found) -> None:
     """Add the annotations of all tiers, or of those that are wanted."""
     root = source.xml
     assert root is not None
+    header = root.find("HEADER")
+    if header is not None and (units := header.get("TIME_UNITS", "milliseconds")) != "milliseconds":
+        raise ValueError(f"{source.path} has times in {units}, not in milliseconds; save it in ELAN's present version")
     name, origin = _medium(source, root, found)
     slots = {slot.get("TIME_SLOT_ID"): as_number(slot.get("TIME_VALUE")) for slot in root.iter("TIME_SLOT")}
     by_id = {
@@ -51,21 +54,38 @@ def is_elan_table(source: Source) -> bool:
 
 
 def read_elan_table(source: Source, found: Found) -> None:
-    """Add the annotations of all columns that are no times: a column per tier, or one for all."""
+    """Add the annotations of all columns that are no times: a column per tier, or one for all beside Tier's."""
     header = source.rows[0]
     begin, end = (
         next(i for i, cell in enumerate(header) if cell.startswith(name)) for name in ("Begin Time", "End Time")
     )
-    known = ("Begin Time - ", "End Time - ", "Duration - ", "Tier", "Participant")
-    tiers = {i: cell for i, cell in enumerate(header) if cell and not cell.startswith(known)}
+    times = ("Begin Time - ", "End Time - ", "Duration - ")
+    if files := {"File", "File Name", "File Path"} & set(header):
+        raise ValueError(f"{source.path} has a column {min(files)!r}, of several videos; export each file on its own")
+    named = header.index("Tier") if "Tier" in header else None
+    columns = [
+        i for i, cell in enumerate(header) if cell not in ("", "Tier", "Participant") and not cell.startswith(times)
+    ]
+    rows = [
+        (number, [*row, *[""] * (len(header) - len(row))])
+        for number, row in enumerate(source.rows[1:], start=2)
+        if any(row)
+    ]
+    there = {header[i] for i in columns} if named is None else {cells[named] for _, cells in rows}
+    if found.wanted.tiers and not found.wanted.tiers & there:
+        raise ValueError(f"{source.path} has none of the tiers {sorted(found.wanted.tiers)}; it has {sorted(there)}")
     found.note(f"{source.path.name} names no video; its own name is taken")
-    for number, row in enumerate(source.rows[1:], start=2):
-        cells = [*row, *[""] * (len(header) - len(row))]
+    for number, cells in rows:
+        where = f"{source.path.name} row {number}"
+        if any(cells[len(header) :]):
+            found.leave_out(where, f"it has {len(cells)} cells, more than the header's {len(header)}")
+            continue
         first, last = _seconds(header[begin], cells[begin]), _seconds(header[end], cells[end])
-        for column, tier in tiers.items():
+        for column in columns:
+            tier = header[column] if named is None else cells[named]
             if cells[column] and (not found.wanted.tiers or tier in found.wanted.tiers):
                 label = tier if found.wanted.label == "tier" else cells[column]
-                found.action(f"{source.path.name} row {number}", source.path.stem, first, last, label)
+                found.action(where, source.path.stem, first, last, label)
 
 
 def _seconds(column: str, text: str) -> float | str:

@@ -26,12 +26,14 @@ def read_epic(source: Source, found: Found) -> None:
     """Add the segments, of verbs or of nouns."""
     table = source.table(*_TIMES)
     assert table is not None
-    has_labels = {"verb_class", "noun_class"} <= set(table[1])
+    has_labels = bool({"verb_class", "noun_class"} & set(table[1]))
     kind = found.wanted.label
     if has_labels and kind not in ("verb", "noun"):
         raise ValueError(f"{source.path}: its label is {kind or 'not chosen'}; give --label verb or --label noun")
+    if has_labels and f"{kind}_class" not in table[1]:
+        raise ValueError(f"{source.path} has no column {kind}_class; it has {', '.join(table[1])}")
     subset = subset_in_name(source.path)
-    for where, row in source.records(*table):
+    for where, row in source.records(*table, found):
         if not has_labels:
             found.video(row["video_id"], subset=subset, is_known=False)
             continue
@@ -44,6 +46,6 @@ def read_epic_info(source: Source, found: Found) -> None:
     """Remember durations; a video without a segment is in no subset and comes in none."""
     table = source.table(*_INFO)
     assert table is not None
-    for _, row in source.records(*table):
+    for _, row in source.records(*table, found):
         if (seconds := as_number(row["duration"])) is not None:
             found.durations[row["video_id"]] = seconds

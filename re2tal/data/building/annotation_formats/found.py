@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import codecs
 import csv
+import io
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from xml.etree import ElementTree
 from re2tal.data.building.labels import is_label
 from re2tal.data.building.probe import VIDEO_SUFFIXES
 from re2tal.strict_json import brief, read_json
-from re2tal.structures import SUBSETS
+from re2tal.structures import SUBSETS, find_subset
 
 MAX_BYTES = 1 << 28
 """An export of this size holds millions of rows."""
@@ -82,12 +83,17 @@ class Source:
         """The cells of a table; empty for another kind. The first rows tell what stands between the cells."""
         if self.kind != "text":
             return []
-        lines = self.text.splitlines()
+        lines, text = self.text.splitlines(), io.StringIO(self.text, newline="")
         delimiter = max("\t;,", key=lambda one: sum(line.count(one) >= 2 for line in lines[:100]))
         try:
-            return [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=delimiter)]
+            rows = [[cell.strip() for cell in row] for row in csv.reader(text, delimiter=delimiter)]
         except csv.Error as error:
             raise ValueError(f"{self.path} is not usable as a table: {error}") from None
+        for number, row in enumerate(rows, start=1):
+            lines = [line for cell in row if "\n" in cell for line in cell.splitlines()[1:]]
+            if any(line.count(delimiter) >= max(3, len(rows[0])) - 1 for line in lines):
+                raise ValueError(f"{self.path} row {number} holds whole rows: a quote opens and does not close")
+        return rows
 
     def table(self, *wanted: str) -> tuple[int, list[str]] | None:
         """(index of its row, cells in small letters) of the first header with all these columns; None without one."""
@@ -97,12 +103,18 @@ class Source:
                 return number, header
         return None
 
-    def records(self, number: int, header: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
-        """(where, cells by column) of every row that is not empty, below the header in row `number`."""
+    def records(self, number: int, header: Sequence[str], found: Found) -> Iterator[tuple[str, dict[str, str]]]:
+        """(where, cells by column) of every row that is not empty, below the header in row `number`.
+
+        A row that has more cells than the header is left out.
+        """
         for line, row in enumerate(self.rows[number + 1 :], start=number + 2):
-            if any(row):
+            where = f"{self.path.name} row {line}"
+            if any(row[len(header) :]):
+                found.leave_out(where, f"it has {len(row)} cells, more than the header's {len(header)}: quote commas")
+            elif any(row):
                 padded = [*row, *[""] * (len(header) - len(row))]
-                yield f"{self.path.name} row {line}", dict(zip(header, padded, strict=False))
+                yield where, dict(zip(header, padded, strict=False))
 
 
 class _WithoutDoctype(ElementTree.TreeBuilder):
@@ -124,6 +136,8 @@ class Wanted:
     """Of all videos whose file says none."""
     classes: tuple[str, ...] = ()
     """Names of classes that are numbers in the file."""
+    numbers: tuple[int, ...] = ()
+    """The number of each of them, where their list says it."""
 
 
 @dataclass(slots=True)
@@ -153,6 +167,10 @@ class Found:
     """Where, and why: a sentence for each row that is not in the result."""
     notes: dict[str, None] = field(default_factory=dict)
     """What else a person should know; each once."""
+    clashes: dict[str, None] = field(default_factory=dict)
+    """Two names that give one id, and videos in two subsets: nothing may be written while there are any."""
+    _names: dict[str, str] = field(default_factory=dict)
+    """Id -> the longest name it came from."""
 
     def video(
         self,
@@ -165,7 +183,14 @@ class Found:
         fps: float | None = None,
     ) -> FoundVideo:
         """The entry of a video file or id; what is known of it is added."""
-        one = self.videos.setdefault(video_id_of(name), FoundVideo())
+        video_id = video_id_of(name)
+        if not video_id:
+            self.leave_out(brief(name), "it names no video")
+            return FoundVideo()
+        one = self.videos.setdefault(video_id, FoundVideo())
+        self._check_name(video_id, name)
+        if one.subset and subset and find_subset(subset, [one.subset]) is None:
+            self.clashes[f"video {video_id!r} is in {one.subset!r} and in {subset!r}: keep one"] = None
         one.subset = one.subset or subset
         seconds = as_seconds(duration)
         if one.duration_seconds is None and seconds is not None and seconds > 0:
@@ -179,7 +204,7 @@ class Found:
         start_seconds, end_seconds = as_seconds(start), as_seconds(end)
         text = " ".join(label.split()) if isinstance(label, str) else label
         if not isinstance(name, str) or not video_id_of(name):
-            self.leave_out(where, "it names no video")
+            self.leave_out(where, "it names no video" if not name else f"its video {brief(name)} is no name of a file")
         elif start_seconds is None or end_seconds is None:
             self.leave_out(where, f"its times are {brief(start)} and {brief(end)}: no seconds, mm:ss or hh:mm:ss")
         elif not is_label(text):
@@ -202,6 +227,16 @@ class Found:
         if (rate := self.rate(where, name)) is not None:
             self.action(where, name, first / rate, last / rate, label, subset=subset)
 
+    def _check_name(self, video_id: str, name: str) -> None:
+        """Remember where an id comes from; a longer path to the same file says more, another one is a clash."""
+        known = self._names.setdefault(video_id, name)
+        (_, *said, folders), (_, *new, more) = _parts(known), _parts(name)
+        count = min(len(folders), len(more))
+        if folders[:count] != more[:count] or any(a and b and a != b for a, b in zip(said, new, strict=True)):
+            self.clashes[f"{known!r} and {name!r} both give the id {video_id!r}: rename one"] = None
+        elif (len(more), new) > (len(folders), said):
+            self._names[video_id] = name
+
     def rate(self, where: str, name: str) -> float | None:
         """Frames per second of a video; None, and left out, where its file is missing. ValueError without options."""
         if self.wanted.fps is not None:
@@ -216,6 +251,14 @@ class Found:
         self.leave_out(where, "its times are frames, and no file in --videos tells how many make a second")
         return None
 
+    def listed(self, where: str, entry: Mapping[str, Any], key: str) -> list[Any]:
+        """The list at `key`, empty where there is none; a value that is no list is counted and named."""
+        value = entry.get(key, [])
+        if isinstance(value, list):
+            return value
+        self.leave_out(where, f"its {key} is {brief(value)}, no list")
+        return []
+
     def leave_out(self, where: str, reason: str) -> None:
         """Count and name something that is not in the result."""
         self.left_out.append(f"{where}: {reason}")
@@ -226,13 +269,31 @@ class Found:
 
 
 def video_id_of(name: str) -> str:
-    """The id in a file name, path or address: without folders and without the suffix of a video file."""
-    if "://" in name or "?d=" in name:
-        parts = urlsplit(name)
-        name = unquote(parse_qs(parts.query).get("d", [parts.path])[0])
-    is_upload = "/upload/" in name  # Label Studio puts eight characters and a hyphen before the name
-    name = re.split(r"[/\\]", name.strip())[-1]
-    return plain_id(re.sub(r"^[0-9a-f]{8}-", "", name) if is_upload else name)
+    """The id in a file name, path or address: without folders and without the suffix of a video file; "" if none."""
+    return _parts(name)[0]
+
+
+def _parts(name: str) -> tuple[str, str, str, list[str]]:
+    """(id, suffix of a video file, query that may tell the video, folders from the inside out) of a name."""
+    name, query = name.strip(), ""
+    if "://" in name or "?d=" in name or "watch?v=" in name:
+        try:
+            address = urlsplit(name)
+        except ValueError:
+            return "", "", "", []
+        path, values = unquote(address.path), parse_qs(address.query)
+        if path.endswith("/") and "d" in values:  # Label Studio's local files
+            name = values["d"][0]
+        elif path.rstrip("/").endswith("watch") and "v" in values:
+            name = values["v"][0]
+        else:
+            name = f"{address.netloc}/{path}"
+            query = "" if name.lower().endswith(VIDEO_SUFFIXES) else address.query
+    *folders, last = re.split(r"[/\\]", name)
+    if "/upload/" in name and (upload := re.match(r"([0-9a-f]{8})-(.+)", last)):  # Label Studio names each upload so
+        folders, last = [*folders, upload[1]], upload[2]
+    video_id = plain_id(last)
+    return video_id, last[len(video_id) :].lower(), query, [one for one in folders[::-1] if one not in ("", ".", "..")]
 
 
 def plain_id(name: str) -> str:

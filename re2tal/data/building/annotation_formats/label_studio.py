@@ -14,6 +14,7 @@ from typing import Any
 
 from re2tal.data.building.annotation_formats.found import Found, Source, as_number, dictionary, items
 from re2tal.data.building.probe import VIDEO_SUFFIXES
+from re2tal.strict_json import brief
 
 
 def is_label_studio(source: Source) -> bool:
@@ -31,33 +32,41 @@ def read_label_studio(source: Source, found: Found) -> None:
             found.leave_out(where, "it names no video")
             continue
         found.video(name)
-        if "data" in task and not list(items(task.get("annotations"))) and task.get("predictions"):
+        if "data" in task and not found.listed(where, task, "annotations") and task.get("predictions"):
             found.leave_out(where, "it has predictions only")
-        for position, region in enumerate(_regions(task)):
+        for position, region in enumerate(_regions(where, task, found)):
             _read_region(f"{where} region {position}", name, region, found)
 
 
 def _read_region(where: str, name: str, value: Mapping[str, Any], found: Found) -> None:
-    if "timelinelabels" in value:
-        for span in items(value.get("ranges")):
-            first, last = as_number(dictionary(span).get("start")), as_number(dictionary(span).get("end"))
-            for label in items(value["timelinelabels"]):
-                found.frames(where, name, None if first is None else first - 1, last, label)
-    elif "start" in value and "end" in value and isinstance(value.get("labels"), list):
-        for label in value["labels"]:
-            found.action(where, name, value["start"], value["end"], label)
-    else:
+    is_timeline = "timelinelabels" in value
+    labels = value.get("timelinelabels" if is_timeline else "labels")
+    spans = value.get("ranges") if is_timeline else [value]
+    if not is_timeline and not {"start", "end", "labels"} <= set(value):
         found.leave_out(where, f"it marks no segment: {', '.join(sorted(value))[:80]}")
+        return
+    if not (isinstance(labels, list) and labels and isinstance(spans, list) and spans):
+        found.leave_out(where, f"its labels are {brief(labels)}, its ranges {brief(spans)}: no lists with an entry")
+        return
+    for span in map(dictionary, spans):
+        for label in labels:
+            if is_timeline:
+                first = as_number(span.get("start"))
+                found.frames(where, name, None if first is None else first - 1, span.get("end"), label)
+            else:
+                found.action(where, name, span["start"], span["end"], label)
 
 
-def _regions(task: dict[str, Any]) -> Iterator[Mapping[str, Any]]:
+def _regions(where: str, task: dict[str, Any], found: Found) -> Iterator[Mapping[str, Any]]:
     if "data" not in task:
         for values in task.values():
-            yield from (one for one in items(values) if isinstance(one, dict) and {"start", "end", "ranges"} & set(one))
+            yield from (one for one in items(values) if isinstance(one, dict))
         return
     for annotation in items(task.get("annotations")):
-        if not dictionary(annotation).get("was_cancelled"):
-            for region in items(dictionary(annotation).get("result")):
+        if not isinstance(annotation, dict):
+            found.leave_out(where, f"its annotation {brief(annotation)} is no object")
+        elif not annotation.get("was_cancelled"):
+            for region in found.listed(where, annotation, "result"):
                 if dictionary(region).get("value"):
                     yield dictionary(region["value"])
 

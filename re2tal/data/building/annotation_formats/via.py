@@ -24,6 +24,8 @@ def is_via(source: Source) -> bool:
 def read_via(source: Source, found: Found) -> None:
     """Add the segments."""
     project = dictionary(source.json)
+    if odd := [key for key in ("attribute", "file", "view", "metadata") if not isinstance(project[key], dict)]:
+        raise ValueError(f"{source.path}: its {', '.join(odd)} is no object")
     attributes = _temporal(source, dictionary(project["attribute"]), found)
     files = {key: dictionary(one).get("fname") for key, one in dictionary(project["file"]).items()}
     views = {key: list(items(dictionary(one).get("fid_list"))) for key, one in dictionary(project["view"]).items()}
