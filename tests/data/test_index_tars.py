@@ -13,6 +13,7 @@ from data.numbered import encode_numbered, read_numbers
 from webdataset.writer import TarWriter
 
 from re2tal.cli import main
+from re2tal.data.building.index_tars import Sample, list_clips
 from re2tal.data.contract.members import read_video
 from re2tal.data.contract.shards import open_shards
 from re2tal.data.contract.verify import damage
@@ -182,3 +183,43 @@ def test_samples_of_one_name_are_left_out_and_named(tmp_path, capsys):
         shards = open_shards(tmp_path / out / "training")
         assert (status, [*shards.by_id]) == (3, ["q"])
         assert {one.video_id: one.reason for one in shards.manifest.rejected} == wanted
+
+
+def labelled(**labels: dict[str, bytes]) -> list[Sample]:
+    return [Sample(Path("a.tar"), key, videos={"mp4": (0, 1)}, labels=one) for key, one in labels.items()]
+
+
+def test_a_label_is_a_name_or_the_sample_is_left_out():
+    samples = labelled(
+        nothing={"json": b'{"label": null}', "cls": b"run"},
+        two={"json": b'{"label": ["run", "x"]}', "cls": b"run"},
+        truth={"json": b'{"label": true}'},
+        spaces={"json": b'{"label": " jump "}'},
+        blank={"txt": b"  "},
+    )
+    listed, left_out = list_clips(samples, subset="training", classes=None)
+    assert {clip.video_id: clip.label for clip in listed.subset("training")} == {"nothing": "run", "spaces": "jump"}
+    assert listed.classes == ("jump", "run")
+    assert [line.split(";")[0] for line in left_out] == [
+        "a.tar two: its label is ['run', 'x']",
+        "a.tar truth: its label is True",
+        "a.tar blank: its label is '  '",
+    ]
+
+
+def test_labels_that_are_numbers_need_a_class_list():
+    samples = labelled(a={"cls": b"0"}, b={"json": b'{"label": 1}'}, c={"cls": b"2"})
+    with pytest.raises(ValueError, match=r"the labels are numbers \(0, 1, 2, \.\.\.\).* give --classes FILE"):
+        list_clips(samples, subset="training", classes=None)
+    listed, left_out = list_clips(samples, subset="training", classes=["jump", "run"])
+    assert [clip.label for clip in listed.subset("training")] == ["jump", "run"]
+    assert left_out == ["a.tar c: the class is number 2, and 2 were given, counted from 0"]
+
+
+def test_labels_that_differ_by_case_are_refused():
+    samples = labelled(a={"cls": b"Run"}, b={"cls": b"run"}, c={"cls": b"jump"})
+    with pytest.raises(ValueError, match=r"labels 'Run' \(1 times\) and 'run' .* differ only by case.* --classes FILE"):
+        list_clips(samples, subset="training", classes=None)
+    listed, left_out = list_clips(samples, subset="training", classes=["run", "jump"])
+    assert [clip.video_id for clip in listed.subset("training")] == ["b", "c"]
+    assert left_out == ["a.tar a: class 'Run' is spelled 'run' in the list; correct it"]

@@ -23,8 +23,9 @@ import numpy as np
 from re2tal.data.building.annotations import Annotations, duration_tolerance
 from re2tal.data.building.build import describe_videos
 from re2tal.data.building.check import MAX_DIFFERENCE, small, spread
-from re2tal.data.building.clips import ClipList, TrimmedClip
+from re2tal.data.building.clips import Classes, ClipList, TrimmedClip
 from re2tal.data.building.isolated import Isolated, still_working
+from re2tal.data.building.labels import is_label, twin_problems
 from re2tal.data.building.pack_videos import SILENT_SECONDS
 from re2tal.data.building.probe import VIDEO_SUFFIXES, open_video
 from re2tal.data.building.shard_folder import (
@@ -80,16 +81,18 @@ class Sample:
         stem = Path(self.key).name
         return (stem, stem.removeprefix("v_"), *others, *(Path(url).stem for url in urls if url))
 
-    def label(self, classes: Sequence[str] | None) -> str:
-        """The class of a trimmed clip; ValueError where nothing says one."""
+    def label(self) -> str:
+        """What its .json, .cls or .txt says it shows, as it is written; ValueError where nothing says it."""
         said = self._json()
-        texts = [self.labels[kind].decode("utf-8", "replace").strip() for kind in ("cls", "txt") if kind in self.labels]
-        found = next((str(said[key]) for key in _LABEL_KEYS if key in said), texts[0] if texts else "")
-        if classes is not None and found.isdecimal() and int(found) < len(classes):
-            found = classes[int(found)]
-        if not found or len(found) > 200 or not found.isprintable() or (classes is not None and found not in classes):
-            raise ValueError(f"its label is {found[:100]!r}; wanted a class in its .cls, .txt, or .json ('label')")
-        return found
+        texts = (self.labels[kind].decode("utf-8", "replace") for kind in ("cls", "txt") if kind in self.labels)
+        found = next((said[key] for key in _LABEL_KEYS if said.get(key) is not None), next(texts, ""))
+        label = str(found).strip()
+        if isinstance(found, bool) or not isinstance(found, str | int) or not is_label(label):
+            raise ValueError(
+                f"its label is {found!r:.100}; wanted a class of 1 to 200 printable characters in its .cls, .txt, or "
+                ".json ('label')"
+            )
+        return label
 
     def _json(self) -> dict[str, Any]:
         try:
@@ -138,16 +141,25 @@ def _add_member(samples: dict[tuple[Path, str], Sample], path: Path, member: tar
 
 def list_clips(samples: Iterable[Sample], *, subset: str, classes: Sequence[str] | None) -> tuple[ClipList, list[str]]:
     """(trimmed clips that name their class, samples that do not); an id that two samples have is there once."""
-    clips: dict[str, TrimmedClip] = {}
+    labels: list[tuple[Sample, str]] = []
     left_out = []
     for sample in samples:
         try:
-            name = Path(sample.key).name
-            if not VIDEO_ID.fullmatch(name):
+            if not VIDEO_ID.fullmatch(Path(sample.key).name):
                 raise ValueError("its key is not 1 to 80 of A-Z a-z 0-9 _ -")
-            clips.setdefault(name, TrimmedClip(name, subset, sample.label(classes)))
+            labels.append((sample, sample.label()))
         except ValueError as error:
             left_out.append(f"{sample.tar.name} {sample.key}: {error}")
+    names = Classes((label for _, label in labels), classes, or_fix="")
+    clips: dict[str, TrimmedClip] = {}
+    for sample, label in labels:
+        try:
+            name = Path(sample.key).name
+            clips.setdefault(name, TrimmedClip(name, subset, names.name(label)))
+        except ValueError as error:
+            left_out.append(f"{sample.tar.name} {sample.key}: {error}")
+    if twins := twin_problems((clip.label for clip in clips.values()), ", or give --classes FILE"):
+        raise ValueError("; ".join(twins[:20]))
     if not clips:
         raise ValueError(f"no sample can be used: {left_out[:1]}; give --annotations, or labels in .cls, .txt or .json")
     found = tuple(sorted({clip.label for clip in clips.values()})) if classes is None else tuple(classes)
@@ -194,12 +206,12 @@ def match_samples(listed: Annotations | ClipList, samples: Sequence[Sample]) -> 
                 faults[name] = f"its sample, {_places([taken])}, is video {owners[id(taken)]!r} already"
             for sample in free:
                 claims.setdefault(id(sample), []).append(name)
-        for names in claims.values():
-            for name in names if len(names) > 1 else ():
-                sample = found.pop(name, None)
-                if sample is not None:
-                    faults[name] = f"its sample, {_places([sample])}, is also called {', '.join(set(names) - {name})}"
-        owners |= {sample: names[0] for sample, names in claims.items()}
+        for claimed in claims.values():
+            for name in claimed if len(claimed) > 1 else ():
+                if name in found:
+                    others = ", ".join(one for one in claimed if one != name)
+                    faults[name] = f"its sample, {_places([found.pop(name)])}, is also called {others}"
+        owners |= {sample: claimed[0] for sample, claimed in claims.items()}
     return Matches(found, faults)
 
 
