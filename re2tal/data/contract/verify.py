@@ -13,7 +13,7 @@ from pathlib import Path
 
 from re2tal.data.contract.feature_manifest import FeatureSpec, IndexedFeatures, StoredFeatures
 from re2tal.data.contract.features import unpack_features
-from re2tal.data.contract.manifest import IndexedVideo, StoredVideo, from_json
+from re2tal.data.contract.manifest import INDEX_NAME, IndexedVideo, StoredVideo, from_json
 from re2tal.data.contract.members import check_frames, read_pair
 from re2tal.data.contract.mp4 import read_mp4
 from re2tal.data.contract.shards import FeatureSet, ShardSet, check_index_sha256
@@ -32,7 +32,16 @@ def damage(shards: ShardSet | FeatureSet) -> Iterator[str]:
         if sha256 == shard.sha256:
             continue
         yield f"{path}: sha256 is {sha256[:12]}..., the manifest says {shard.sha256[:12]}...; delete it and build again"
-    for video in shards.videos:
+    seen: set[str] = set()
+    for number in range(len(shards.videos)):
+        try:
+            video = shards.videos[number]
+        except ValueError as error:
+            yield str(error)
+            continue
+        if video.record.video_id in seen:
+            yield f"{shards.root / INDEX_NAME}: {video.record.video_id!r} is listed twice"
+        seen.add(video.record.video_id)
         try:
             match video:
                 case IndexedVideo():
