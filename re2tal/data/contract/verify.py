@@ -28,7 +28,11 @@ def damage(shards: ShardSet | FeatureSet) -> Iterator[str]:
         yield str(error)
     for shard in shards.manifest.shards:
         path = shards.path(shard.name)
-        sha256 = sha256_of(path)
+        try:
+            sha256 = sha256_of(path)
+        except OSError as error:
+            yield f"{path} cannot be read: {error.strerror or error}"
+            continue
         if sha256 == shard.sha256:
             continue
         yield f"{path}: sha256 is {sha256[:12]}..., the manifest says {shard.sha256[:12]}...; delete it and build again"
@@ -48,7 +52,7 @@ def damage(shards: ShardSet | FeatureSet) -> Iterator[str]:
                     check_video(shards.path(video.shard), video)
                 case IndexedFeatures() if isinstance(shards, FeatureSet):
                     check_features(shards.path(video.shard), video, shards.manifest.features)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             yield f"{video.shard} {video.record.video_id}: {error}"
 
 
