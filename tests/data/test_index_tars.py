@@ -163,7 +163,7 @@ def test_a_video_is_not_shared_by_two_subsets(tmp_path, capsys):
     annotations.write_text(json.dumps(said))
     status, _, err = run(capsys, tars, "--annotations", annotations, "--out", tmp_path / "out")
     assert status == 2
-    assert "none of the 1 videos can be used" in err or "no video of the tars" in err
+    assert "2: its sample, a.tar 1, is video '1' already" in err
 
 
 def test_samples_of_one_name_are_left_out_and_named(tmp_path, capsys):

@@ -226,11 +226,17 @@ def index_tars(
     """Write `out/subset` from the samples of the videos that are listed; ValueError where no video can be used."""
     records: list[Listed] = list(listed.subset(subset))
     found = {record.video_id: matches.found[record.video_id] for record in records if record.video_id in matches.found}
+    problems = [f"{one.video_id}: {matches.faults[one.video_id]}" for one in records if one.video_id in matches.faults]
     folder = ShardFolder(
         out / subset,
         Manifest,
         IndexedVideo,
-        settings={"dataset": dataset, "encoding": _first_encoding(found), "classes": listed.classes, "seed": 0},
+        settings={
+            "dataset": dataset,
+            "encoding": _first_encoding(found, problems),
+            "classes": listed.classes,
+            "seed": 0,
+        },
         describe=partial(describe_videos, subset),
     )
 
@@ -327,9 +333,10 @@ def _compare(mp4: Mp4, pictures: Mapping[int, np.ndarray]) -> None:
             raise ValueError(f"read by its number, frame {number} is another picture ({difference:.1f} levels off)")
 
 
-def _first_encoding(found: Mapping[str, Sample]) -> Encoding:
-    """Rate and size of the first video that can be used: they may differ from video to video."""
-    reason = "no video of the tars is in the annotation file"
+def _first_encoding(found: Mapping[str, Sample], problems: Sequence[str]) -> Encoding:
+    """Rate and size of the first video that can be used: they may differ from video to video. `problems` are those of
+    videos for which no sample is taken."""
+    reason = problems[-1] if problems else "no video of the tars is in the annotation file"
     for sample in found.values():
         try:
             mp4 = read_mp4(_content(sample))
