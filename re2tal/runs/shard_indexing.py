@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from re2tal.data.building.annotations import Annotations, read_annotations
+from re2tal.data.building.annotations import read_annotations
 from re2tal.data.building.clips import ClipList
-from re2tal.data.building.index_tars import Sample, index_tars, list_clips, read_samples
+from re2tal.data.building.index_tars import Sample, index_tars, list_clips, match_samples, read_samples
 from re2tal.data.building.labels import read_class_list
 from re2tal.runs.shard_building import print_some, report_built, subsets_to_build
 
@@ -25,10 +25,15 @@ def index(
     samples, broken = read_samples(tars)
     print_some([f"cannot be read to its end: {line}" for line in broken], more="tars")
     names = read_class_list(classes) if classes else None
-    listed = _annotated(annotations, samples, names) if annotations else _clips(samples, subset, names)
+    listed = read_annotations(annotations, classes=names) if annotations else _clips(samples, subset, names)
+    matches = match_samples(listed, samples)
+    if annotations:
+        taken = {id(sample) for sample in matches.found.values()}
+        others = [f"no video of {annotations}: {one.tar.name} {one.key}" for one in samples if id(one) not in taken]
+        print_some(others, more="samples")
     status = 0
     for name in subsets_to_build(listed):
-        built = index_tars(listed, samples, out=out, subset=name, dataset=dataset)
+        built = index_tars(listed, matches, out=out, subset=name, dataset=dataset)
         status = max(status, report_built(built, subset=name, max_rejected=max_rejected))
     return status
 
@@ -37,11 +42,3 @@ def _clips(samples: list[Sample], subset: str, classes: tuple[str, ...] | None) 
     clips, left_out = list_clips(samples, subset=subset, classes=classes)
     print_some([f"left out {line}" for line in left_out], more="samples")
     return clips
-
-
-def _annotated(path: Path, samples: list[Sample], classes: tuple[str, ...] | None) -> Annotations:
-    annotations = read_annotations(path, classes=classes)
-    known = {record.video_id for records in annotations.subsets.values() for record in records}
-    unknown = [f"not in {path}: {one.tar.name} {one.key}" for one in samples if not known.intersection(one.names)]
-    print_some(unknown, more="samples")
-    return annotations

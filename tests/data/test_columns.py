@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 from dataclasses import replace
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
@@ -13,11 +14,12 @@ from data.folders import indexed, write_shards
 from data.numbered import encode_numbered
 
 from re2tal.data.contract.columns import ROW, MappedIndex, columns_of, columns_path, write_columns
-from re2tal.data.contract.manifest import INDEX_NAME
+from re2tal.data.contract.manifest import INDEX_NAME, MANIFEST_NAME, to_json
 from re2tal.data.contract.shards import ShardSet, open_shards
 from re2tal.data.contract.verify import damage
 from re2tal.data.streaming.stream import ClipConfig, stream_clips
 from re2tal.data.streaming.windows import Slide
+from re2tal.strict_json import sha256_of
 from re2tal.structures import Action
 
 LENGTHS = (40, 61, 100, 33, 90)
@@ -72,7 +74,7 @@ def test_an_index_that_was_changed_since_is_refused_with_columns_too(mapped):
         open_shards(mapped.root)
     os.utime(index, ns=(0, 0))  # a change that hides its time: what is read is checked, and verify reads all
     opened = open_shards(mapped.root)
-    with pytest.raises(ValueError, match=r"'v0' has labels \['y'\]"):
+    with pytest.raises(ValueError, match=r"index\.jsonl line 1 is not what the columns beside it say"):
         opened.videos[0]
     assert "is not the one that manifest.json was written for" in next(iter(damage(mapped)))
 
@@ -92,10 +94,8 @@ def change(name: str, place: int, value: int):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (lambda values: values[:-1], "is not of"),
-        (lambda values: values["start"].copy(), "is not of"),
-        (change("start", -1, 7), "is not of"),
         (change("shard", 0, 2**31 - 1), "lists 5 videos in 4 shards"),
+        (change("shard", 0, -1), "lists 5 videos in 4 shards"),
         (change("shard", 0, 2), "lists 5 videos in 3 shards"),
         (change("num_samples", 0, 2**40), "holds 5 videos of"),
     ],
@@ -107,15 +107,74 @@ def test_columns_that_do_not_fit_are_refused(mapped, changed, message):
         open_shards(mapped.root)
 
 
-def test_columns_that_are_no_array_or_hold_objects_are_refused(mapped):
+def saved(values: np.ndarray) -> bytes:
+    file = BytesIO()
+    np.save(file, values, allow_pickle=True)
+    return file.getvalue()
+
+
+def zipped(values: np.ndarray) -> bytes:
+    file = BytesIO()
+    np.savez(file, values)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda values: b"",
+        lambda values: b"junk" * 100,
+        lambda values: saved(values)[:200],
+        lambda values: saved(values).replace(b"'descr': [", b"'descr': [(", 1),
+        lambda values: saved(values).replace(b"'shape'", b"'shap", 1),
+        lambda values: saved(values)[:10] + bytes(118) + saved(values)[128:],
+        lambda values: zipped(values),
+        lambda values: saved(np.array([{"a": 1}], object)),
+        lambda values: saved(values[:-1]),
+        lambda values: saved(values["start"].copy()),
+        lambda values: saved(change("start", -1, 7)(values)),
+        lambda values: saved(values[["start", "num_samples", "samples_per_second", "shard"]]),  # of earlier versions
+    ],
+)
+def test_columns_that_are_damaged_or_of_another_index_are_not_used(mapped, spoil, caplog):
     path = columns_path(mapped.root, mapped.manifest.index_sha256)
-    for content in (b"", b"junk" * 100, path.read_bytes()[:200]):
-        path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"is damaged .*; delete it"):
-            open_shards(mapped.root)
-    np.save(path, np.array([{"a": 1}], object), allow_pickle=True)
-    with pytest.raises(ValueError, match=r"is damaged .*; delete it"):
+    videos = tuple(mapped.videos)
+    path.write_bytes(spoil(rows(mapped)))
+    opened = open_shards(mapped.root)
+    assert opened.videos == videos
+    assert f"{path} is not used, and the index is read whole" in caplog.text
+    index = mapped.root / INDEX_NAME
+    index.write_bytes(index.read_bytes().replace(b'"x"', b'"y"'))
+    os.utime(index, ns=(0, 0))
+    with pytest.raises(ValueError, match=r"is not the one that manifest\.json was written for"):
         open_shards(mapped.root)
+
+
+@pytest.mark.parametrize("name", ["num_samples", "samples_per_second", "shard", "id", "crc32"])
+def test_every_column_is_compared_with_the_line_that_is_used(mapped, name):
+    values = rows(mapped)
+    values[name][[1, 2]] = values[name][[2, 1]] if name != "samples_per_second" else (29.0, 31.0)
+    np.save(columns_path(mapped.root, mapped.manifest.index_sha256), values)
+    opened = open_shards(mapped.root)
+    assert opened.videos[0] == mapped.videos[0]
+    with pytest.raises(ValueError, match=r"index\.jsonl line 2 is not what the columns beside it say"):
+        opened.videos[1]
+    lines = [line for line in damage(opened) if "columns beside it" in line]
+    assert [line.split(" is not")[0][-6:] for line in lines] == ["line 2", "line 3"]
+
+
+def test_an_id_that_is_there_twice_is_refused_with_columns_too(mapped):
+    videos = list(mapped.videos)
+    videos[4] = replace(videos[4], record=replace(videos[4].record, video_id="v1"))
+    lines = [(to_json(video) + "\n").encode() for video in videos]
+    (mapped.root / INDEX_NAME).write_bytes(b"".join(lines))
+    index_sha256 = sha256_of(mapped.root / INDEX_NAME)
+    manifest = replace(mapped.manifest, index_sha256=index_sha256)
+    (mapped.root / MANIFEST_NAME).write_text(to_json(manifest))
+    write_columns(mapped.root, videos, lines, index_sha256=index_sha256)
+    with pytest.raises(ValueError, match="'v1' is listed twice"):
+        open_shards(mapped.root)
+    assert any("'v1' is listed twice" in line for line in damage(replace(mapped, videos=tuple(videos))))
 
 
 def test_a_line_that_the_columns_place_elsewhere_is_noticed(mapped):

@@ -13,6 +13,7 @@ from data.numbered import encode_numbered, read_numbers
 from webdataset.writer import TarWriter
 
 from re2tal.cli import main
+from re2tal.data.building.index_tars import Sample, list_clips
 from re2tal.data.contract.members import read_video
 from re2tal.data.contract.shards import open_shards
 from re2tal.data.contract.verify import damage
@@ -110,3 +111,115 @@ def test_pictures_that_do_not_decode_are_found(tmp_path, capsys):
     run(capsys, tmp_path, "--annotations", annotations, "--out", tmp_path / "out")
     shards = open_shards(tmp_path / "out" / "training")
     assert ([*shards.by_id], [one.video_id for one in shards.manifest.rejected]) == (["good"], ["bad"])
+
+
+def write_tars(folder: Path, **tars: list[tuple[str, bytes]]) -> Path:
+    """Tars of plain files, name -> (member, content)."""
+    folder.mkdir(exist_ok=True)
+    for tar_name, members in tars.items():
+        with tarfile.open(folder / f"{tar_name}.tar", "w") as tar:
+            for name, content in members:
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, BytesIO(content))
+    return folder
+
+
+def test_a_key_wins_over_what_a_json_says_and_no_sample_becomes_two_videos(tmp_path, capsys):
+    tars = write_tars(
+        tmp_path / "tars",
+        a=[
+            ("000001.mp4", encode_numbered(60)),
+            ("000001.json", b'{"id": "000002"}'),
+            ("000002.mp4", encode_numbered(61)),
+            ("v_x.mp4", encode_numbered(62)),
+            ("7.mp4", encode_numbered(60)),
+            ("7.json", b'{"id": "x", "key": "8"}'),
+            ("9.mp4", encode_numbered(60)),
+            ("9.json", b'{"id": "y", "key": "z"}'),
+            ("10.mp4", encode_numbered(60)),
+            ("10.json", b'{"id": "000001", "key": "10b"}'),
+        ],
+    )
+    annotations = annotate(tmp_path / "a.json", "000001", "000002", "x", "8", "y", "z", "10", "10b")
+    status, _, err = run(capsys, tars, "--annotations", annotations, "--out", tmp_path / "out")
+    shards = open_shards(tmp_path / "out" / "training")
+    assert status == 3
+    frames = {"000001": 60, "000002": 61, "x": 62, "8": 60, "10": 60}
+    assert {k: v.num_frames for k, v in shards.by_id.items()} == frames
+    assert {one.video_id: one.reason for one in shards.manifest.rejected} == {
+        "y": "its sample, a.tar 9, is also called z",
+        "z": "its sample, a.tar 9, is also called y",
+        "10b": "its sample, a.tar 10, is video '10' already",
+    }
+    assert "a.json: a.tar 9" in err
+
+
+def test_a_video_is_not_shared_by_two_subsets(tmp_path, capsys):
+    tars = write_tars(tmp_path / "tars", a=[("1.mp4", encode_numbered(60)), ("1.json", b'{"id": "2"}')])
+    annotations = annotate(tmp_path / "a.json", "1", "2")
+    said = json.loads(annotations.read_text())
+    said["database"]["2"]["subset"] = "validation"
+    annotations.write_text(json.dumps(said))
+    status, _, err = run(capsys, tars, "--annotations", annotations, "--out", tmp_path / "out")
+    assert status == 2
+    assert "2: its sample, a.tar 1, is video '1' already" in err
+
+
+def test_samples_of_one_name_are_left_out_and_named(tmp_path, capsys):
+    good = encode_numbered(60)
+    tars = write_tars(
+        tmp_path / "tars",
+        a=[("x/p.mp4", good), ("x/p.cls", b"run"), ("q.mp4", good), ("q.cls", b"run")],
+        b=[("y/p.mp4", good), ("y/p.cls", b"jump"), ("r.mp4", good), ("r.cls", b"jump"), ("r.mp4", good)],
+    )
+    wanted = {
+        "p": "2 samples are called so: a.tar x/p, b.tar y/p; keep one",
+        "r": "b.tar r: its tar holds mp4 of this key twice",
+    }
+    annotations = annotate(tmp_path / "a.json", "p", "q", "r")
+    for out, options in (("clips", ()), ("annotated", ("--annotations", annotations))):
+        status, *_ = run(capsys, tars, *options, "--out", tmp_path / out)
+        shards = open_shards(tmp_path / out / "training")
+        assert (status, [*shards.by_id]) == (3, ["q"])
+        assert {one.video_id: one.reason for one in shards.manifest.rejected} == wanted
+
+
+def labelled(**labels: dict[str, bytes]) -> list[Sample]:
+    return [Sample(Path("a.tar"), key, videos={"mp4": (0, 1)}, labels=one) for key, one in labels.items()]
+
+
+def test_a_label_is_a_name_or_the_sample_is_left_out():
+    samples = labelled(
+        nothing={"json": b'{"label": null}', "cls": b"run"},
+        two={"json": b'{"label": ["run", "x"]}', "cls": b"run"},
+        truth={"json": b'{"label": true}'},
+        spaces={"json": b'{"label": " jump "}'},
+        blank={"txt": b"  "},
+    )
+    listed, left_out = list_clips(samples, subset="training", classes=None)
+    assert {clip.video_id: clip.label for clip in listed.subset("training")} == {"nothing": "run", "spaces": "jump"}
+    assert listed.classes == ("jump", "run")
+    assert [line.split(";")[0] for line in left_out] == [
+        "a.tar two: its label is ['run', 'x']",
+        "a.tar truth: its label is True",
+        "a.tar blank: its label is '  '",
+    ]
+
+
+def test_labels_that_are_numbers_need_a_class_list():
+    samples = labelled(a={"cls": b"0"}, b={"json": b'{"label": 1}'}, c={"cls": b"2"})
+    with pytest.raises(ValueError, match=r"the labels are numbers \(0, 1, 2, \.\.\.\).* give --classes FILE"):
+        list_clips(samples, subset="training", classes=None)
+    listed, left_out = list_clips(samples, subset="training", classes=["jump", "run"])
+    assert [clip.label for clip in listed.subset("training")] == ["jump", "run"]
+    assert left_out == ["a.tar c: the class is number 2, and 2 were given, counted from 0"]
+
+
+def test_labels_that_differ_by_case_are_refused():
+    samples = labelled(a={"cls": b"Run"}, b={"cls": b"run"}, c={"cls": b"jump"})
+    with pytest.raises(ValueError, match=r"labels 'Run' \(1 times\) and 'run' .* differ only by case.* --classes FILE"):
+        list_clips(samples, subset="training", classes=None)
+    listed, left_out = list_clips(samples, subset="training", classes=["run", "jump"])
+    assert [clip.video_id for clip in listed.subset("training")] == ["b", "c"]
+    assert left_out == ["a.tar a: class 'Run' is spelled 'run' in the list; correct it"]

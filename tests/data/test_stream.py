@@ -21,6 +21,7 @@ from data.workers import ready_worker
 
 from re2tal.data.contract.members import read_content, read_video
 from re2tal.data.contract.shards import ShardSet
+from re2tal.data.contract.verify import damage
 from re2tal.data.streaming import readers, workers
 from re2tal.data.streaming import stream as stream_module
 from re2tal.data.streaming.decode import DecodeError, decode_frames
@@ -473,3 +474,20 @@ def test_three_crops_show_three_squares_of_the_same_frames(shards):
 
 def decode_numbered(shards: ShardSet, indices: np.ndarray) -> torch.Tensor:
     return decode_frames(read_content(shards, shards.videos[0]), indices)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_shard_that_is_deleted_while_it_is_streamed_costs_its_clips(tmp_path, workers, caplog):
+    videos = {f"v{n}": (encode_numbered(40), indexed(40)) for n in range(8)}
+    folder = write_shards(tmp_path / "training", videos, per_shard=4)
+    folder.path("shard-000001.tar").unlink()
+    config = replace(PLAIN, windowing=Slide(16), workers=workers)
+    stream = evaluate(folder, replace(config, allow_missing=True), batch_size=1)
+    valid = {name for batch in stream.epoch(0) for name, ok in zip(batch.video_ids, batch.valid, strict=True) if ok}
+    assert valid == {"v0", "v1", "v2", "v3"}
+    assert sorted(stream.failures) == ["v4", "v5", "v6", "v7"]
+    assert all("shard-000001.tar cannot be read: " in failure.reason for failure in stream.failures.values())
+    assert "v4 in shard-000001.tar is left out" in caplog.text
+    with pytest.raises(ValueError, match=r"1 clips of epoch 0 cannot be read .* v4 in shard-000001.tar"):
+        list(evaluate(folder, config, batch_size=1).epoch(0))
+    assert f"{folder.path('shard-000001.tar')} cannot be read: " in "\n".join(damage(folder))

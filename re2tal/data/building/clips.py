@@ -19,7 +19,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from re2tal.data.building.annotations import SUBSET_NAME, raise_together
-from re2tal.data.building.labels import check_class_list, fold_notes, folded, is_label, one_spelling, twin_problems
+from re2tal.data.building.labels import (
+    OR_FIX,
+    check_class_list,
+    fold_notes,
+    folded,
+    is_label,
+    one_spelling,
+    twin_problems,
+)
 from re2tal.data.building.probe import VIDEO_SUFFIXES
 from re2tal.data.contract.manifest import VIDEO_ID
 from re2tal.data.contract.shards import FeatureSet, ShardSet
@@ -97,7 +105,7 @@ def read_clips(
     entries = [entry for place in places for entry in _entries(place, videos, problems, left_out)]
     replaced = one_spelling((entry.label for entry in entries), classes=classes or ()) if fix_labels else {}
     entries = [entry._replace(label=replaced.get(entry.label, entry.label)) for entry in entries]
-    names = _Classes(entries, classes)
+    names = Classes((entry.label for entry in entries), classes)
     clips: list[TrimmedClip] = []
     paths: dict[str, Path] = {}
     for entry in entries:
@@ -249,14 +257,16 @@ def _checked_id(video_id: str, path: Path) -> str:
     return video_id
 
 
-class _Classes:
+class Classes:
     """From labels as they are written to class names."""
 
-    def __init__(self, entries: Iterable[_Entry], classes: Sequence[str] | None) -> None:
+    def __init__(self, written: Iterable[str], classes: Sequence[str] | None, *, or_fix: str = OR_FIX) -> None:
+        """ValueError where all labels are numbers, and no class list says what they stand for."""
         self.known = check_class_list(classes)
         self.order = tuple(classes or ())
         self.hint = ""
-        labels = {entry.label for entry in entries}
+        self._or_fix = or_fix
+        labels = set(written)
         if classes is None and labels and all(label.isdecimal() for label in labels):
             raise ValueError(
                 f"the labels are numbers ({', '.join(sorted(labels)[:3])}, ...), which name no class; give --classes "
@@ -274,6 +284,6 @@ class _Classes:
                 return self.order[int(label)]
             raise ValueError(f"the class is number {label[:20]}, and {len(self.order)} were given, counted from 0")
         if twin := {folded(name): name for name in self.order}.get(folded(label)):
-            raise ValueError(f"class {label!r} is spelled {twin!r} in the list; correct it, or use --fix-labels")
+            raise ValueError(f"class {label!r} is spelled {twin!r} in the list; correct it{self._or_fix}")
         self.hint = f"the {len(self.order)} classes are {', '.join(self.order[:30])}"
         raise ValueError(f"class {label!r} is not among those given: correct it, or add it")

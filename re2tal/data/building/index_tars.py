@@ -23,8 +23,9 @@ import numpy as np
 from re2tal.data.building.annotations import Annotations, duration_tolerance
 from re2tal.data.building.build import describe_videos
 from re2tal.data.building.check import MAX_DIFFERENCE, small, spread
-from re2tal.data.building.clips import ClipList, TrimmedClip
+from re2tal.data.building.clips import Classes, ClipList, TrimmedClip
 from re2tal.data.building.isolated import Isolated, still_working
+from re2tal.data.building.labels import is_label, twin_problems
 from re2tal.data.building.pack_videos import SILENT_SECONDS
 from re2tal.data.building.probe import VIDEO_SUFFIXES, open_video
 from re2tal.data.building.shard_folder import (
@@ -73,23 +74,25 @@ class Sample:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """What the video may be called in an annotation file, the likeliest first."""
+        """What the video may be called in an annotation file: its key, that without v_, and what its .json says."""
         said = self._json()
         urls = (str(said.get(key, "")).rsplit("/", 1)[-1].rpartition("v=")[2] for key in ("url", "path", "filename"))
         others = [str(said[key]) for key in _ID_KEYS if isinstance(said.get(key), str | int)]
         stem = Path(self.key).name
         return (stem, stem.removeprefix("v_"), *others, *(Path(url).stem for url in urls if url))
 
-    def label(self, classes: Sequence[str] | None) -> str:
-        """The class of a trimmed clip; ValueError where nothing says one."""
+    def label(self) -> str:
+        """What its .json, .cls or .txt says it shows, as it is written; ValueError where nothing says it."""
         said = self._json()
-        texts = [self.labels[kind].decode("utf-8", "replace").strip() for kind in ("cls", "txt") if kind in self.labels]
-        found = next((str(said[key]) for key in _LABEL_KEYS if key in said), texts[0] if texts else "")
-        if classes is not None and found.isdecimal() and int(found) < len(classes):
-            found = classes[int(found)]
-        if not found or len(found) > 200 or not found.isprintable() or (classes is not None and found not in classes):
-            raise ValueError(f"its label is {found[:100]!r}; wanted a class in its .cls, .txt, or .json ('label')")
-        return found
+        texts = (self.labels[kind].decode("utf-8", "replace") for kind in ("cls", "txt") if kind in self.labels)
+        found = next((said[key] for key in _LABEL_KEYS if said.get(key) is not None), next(texts, ""))
+        label = str(found).strip()
+        if isinstance(found, bool) or not isinstance(found, str | int) or not is_label(label):
+            raise ValueError(
+                f"its label is {found!r:.100}; wanted a class of 1 to 200 printable characters in its .cls, .txt, or "
+                ".json ('label')"
+            )
+        return label
 
     def _json(self) -> dict[str, Any]:
         try:
@@ -125,7 +128,9 @@ def _add_member(samples: dict[tuple[Path, str], Sample], path: Path, member: tar
     if not stem or not (is_video or suffix in LABELS):
         return
     sample = samples.setdefault((path, parent + slash + stem), Sample(path, parent + slash + stem))
-    if not member.isreg() or member.issparse():
+    if suffix in sample.videos or suffix in sample.labels:
+        sample.fault = f"its tar holds {suffix} of this key twice"
+    elif not member.isreg() or member.issparse():
         sample.fault = f"its {suffix} is no plain file (type {member.type!r})"
     elif is_video:
         sample.videos[suffix] = member.offset_data, member.size
@@ -135,68 +140,136 @@ def _add_member(samples: dict[tuple[Path, str], Sample], path: Path, member: tar
 
 
 def list_clips(samples: Iterable[Sample], *, subset: str, classes: Sequence[str] | None) -> tuple[ClipList, list[str]]:
-    """(trimmed clips that name their class, samples that do not)."""
-    clips, left_out = [], []
+    """(trimmed clips that name their class, samples that do not); an id that two samples have is there once."""
+    labels: list[tuple[Sample, str]] = []
+    left_out = []
     for sample in samples:
         try:
-            name = sample.names[0]
-            if not VIDEO_ID.fullmatch(name):
+            if not VIDEO_ID.fullmatch(Path(sample.key).name):
                 raise ValueError("its key is not 1 to 80 of A-Z a-z 0-9 _ -")
-            clips.append(TrimmedClip(name, subset, sample.label(classes)))
+            labels.append((sample, sample.label()))
         except ValueError as error:
             left_out.append(f"{sample.tar.name} {sample.key}: {error}")
+    names = Classes((label for _, label in labels), classes, or_fix="")
+    clips: dict[str, TrimmedClip] = {}
+    for sample, label in labels:
+        try:
+            name = Path(sample.key).name
+            clips.setdefault(name, TrimmedClip(name, subset, names.name(label)))
+        except ValueError as error:
+            left_out.append(f"{sample.tar.name} {sample.key}: {error}")
+    if twins := twin_problems((clip.label for clip in clips.values()), ", or give --classes FILE"):
+        raise ValueError("; ".join(twins[:20]))
     if not clips:
         raise ValueError(f"no sample can be used: {left_out[:1]}; give --annotations, or labels in .cls, .txt or .json")
-    found = tuple(sorted({clip.label for clip in clips})) if classes is None else tuple(classes)
-    return ClipList(subsets={subset: tuple(clips)}, classes=found, paths={}), left_out
+    found = tuple(sorted({clip.label for clip in clips.values()})) if classes is None else tuple(classes)
+    return ClipList(subsets={subset: tuple(clips.values())}, classes=found, paths={}), left_out
+
+
+@dataclass(frozen=True, slots=True)
+class Matches:
+    """Which sample each listed video is."""
+
+    found: dict[str, Sample]
+    """By video id."""
+    faults: dict[str, str]
+    """Video id -> why no sample is taken for it, though some are called so."""
+
+
+def match_samples(listed: Annotations | ClipList, samples: Sequence[Sample]) -> Matches:
+    """Match the videos of all subsets with samples: by key, else by the key without v_, else by what a .json says.
+
+    No sample becomes two videos, and no video is chosen among two samples.
+    """
+    wanted = {record.video_id for records in listed.subsets.values() for record in records}
+    by_key: dict[str, list[Sample]] = {}
+    by_short_key: dict[str, list[Sample]] = {}
+    by_json: dict[str, list[Sample]] = {}
+    for sample in samples:
+        key, short_key, *said = sample.names
+        for calls, names in ((by_key, {key}), (by_short_key, {short_key}), (by_json, set(said))):
+            for name in names & wanted:
+                calls.setdefault(name, []).append(sample)
+    found: dict[str, Sample] = {}
+    faults: dict[str, str] = {}
+    owners: dict[int, str] = {}  # id() of a sample -> the video that it is
+    for calls in (by_key, by_short_key, by_json):
+        claims: dict[int, list[str]] = {}
+        for name in sorted(calls.keys() - found.keys() - faults.keys()):
+            free = [sample for sample in calls[name] if id(sample) not in owners]
+            if len(free) == 1:
+                found[name] = free[0]
+            elif free:
+                faults[name] = f"{len(free)} samples are called so: {_places(free)}; keep one"
+            else:
+                (taken, *_) = calls[name]
+                faults[name] = f"its sample, {_places([taken])}, is video {owners[id(taken)]!r} already"
+            for sample in free:
+                claims.setdefault(id(sample), []).append(name)
+        for claimed in claims.values():
+            for name in claimed if len(claimed) > 1 else ():
+                if name in found:
+                    others = ", ".join(one for one in claimed if one != name)
+                    faults[name] = f"its sample, {_places([found.pop(name)])}, is also called {others}"
+        owners |= {sample: claimed[0] for sample, claimed in claims.items()}
+    return Matches(found, faults)
+
+
+def _places(samples: Sequence[Sample]) -> str:
+    shown = ", ".join(f"{sample.tar.name} {sample.key}" for sample in samples[:4])
+    return shown + (", ..." if len(samples) > 4 else "")
 
 
 def index_tars(
-    listed: Annotations | ClipList, samples: Sequence[Sample], *, out: Path, subset: str, dataset: str
+    listed: Annotations | ClipList, matches: Matches, *, out: Path, subset: str, dataset: str
 ) -> BuiltSubset:
     """Write `out/subset` from the samples of the videos that are listed; ValueError where no video can be used."""
     records: list[Listed] = list(listed.subset(subset))
-    by_name: dict[str, Sample] = {}
-    for sample in samples:
-        for name in dict.fromkeys(sample.names):
-            by_name.setdefault(name, sample)
-    found = {record.video_id: by_name[record.video_id] for record in records if record.video_id in by_name}
+    found = {record.video_id: matches.found[record.video_id] for record in records if record.video_id in matches.found}
+    problems = [f"{one.video_id}: {matches.faults[one.video_id]}" for one in records if one.video_id in matches.faults]
     folder = ShardFolder(
         out / subset,
         Manifest,
         IndexedVideo,
-        settings={"dataset": dataset, "encoding": _first_encoding(found), "classes": listed.classes, "seed": 0},
+        settings={
+            "dataset": dataset,
+            "encoding": _first_encoding(found, problems),
+            "classes": listed.classes,
+            "seed": 0,
+        },
         describe=partial(describe_videos, subset),
     )
 
     def write(plans: Sequence[ShardPlan[Listed]]) -> None:
         with Isolated() as isolated, TemporaryDirectory(prefix="re2tal-index-") as scratch:
             for plan in plans:
-                folder.write(plan, _packed(plan, found, isolated, Path(scratch) / "video.mp4"))
+                folder.write(plan, _packed(plan, matches, isolated, Path(scratch) / "video.mp4"))
 
-    return folder.build(_plans(records, found), write)
+    return folder.build(_plans(records, matches), write)
 
 
-def _plans(records: Sequence[Listed], found: Mapping[str, Sample]) -> list[ShardPlan[Listed]]:
+def _plans(records: Sequence[Listed], matches: Matches) -> list[ShardPlan[Listed]]:
     plans = []
     for name, chosen in share_out(records, seed=0, per_shard=None, most=64):
         parts = ["index 1"]
         for record in chosen:
-            sample = found.get(record.video_id)
-            place = f"{sample.tar.name} {sample.tar.stat().st_size} {sample.videos}" if sample else "missing"
+            sample = matches.found.get(record.video_id)
+            place = matches.faults.get(record.video_id, "missing")
+            if sample:
+                place = f"{sample.tar.name} {sample.tar.stat().st_size} {sample.videos}{sample.fault}"
             parts += [to_json(record), place]
         plans.append(ShardPlan(name, chosen, fingerprint(*parts)))
     return plans
 
 
 def _packed(
-    plan: ShardPlan[Listed], found: Mapping[str, Sample], isolated: Isolated, scratch: Path
+    plan: ShardPlan[Listed], matches: Matches, isolated: Isolated, scratch: Path
 ) -> Iterator[PackedVideo | Rejection]:
     for record in plan.records:
-        sample = found.get(record.video_id)
+        sample = matches.found.get(record.video_id)
         try:
             if sample is None:
-                raise ValueError("no sample of the tars has this name")
+                raise ValueError(matches.faults.get(record.video_id, "no sample of the tars has this name"))
             yield _packed_one(record, sample, isolated, scratch)
         except ValueError as error:
             where = f"{sample.tar.name} {sample.key}: " if sample else ""
@@ -260,9 +333,10 @@ def _compare(mp4: Mp4, pictures: Mapping[int, np.ndarray]) -> None:
             raise ValueError(f"read by its number, frame {number} is another picture ({difference:.1f} levels off)")
 
 
-def _first_encoding(found: Mapping[str, Sample]) -> Encoding:
-    """Rate and size of the first video that can be used: they may differ from video to video."""
-    reason = "no video of the tars is in the annotation file"
+def _first_encoding(found: Mapping[str, Sample], problems: Sequence[str]) -> Encoding:
+    """Rate and size of the first video that can be used: they may differ from video to video. `problems` are those of
+    videos for which no sample is taken."""
+    reason = problems[-1] if problems else "no video of the tars is in the annotation file"
     for sample in found.values():
         try:
             mp4 = read_mp4(_content(sample))

@@ -73,10 +73,14 @@ def one_spelling(labels: Iterable[str], *, classes: Iterable[str] = ()) -> dict[
     return {label: new for label in counts if (new := (chosen | named)[folded(label)]) != label}
 
 
-def twin_problems(labels: Iterable[str]) -> list[str]:
+OR_FIX = ", or use --fix-labels"
+"""The remedy beside correcting them, of commands that have it."""
+
+
+def twin_problems(labels: Iterable[str], or_fix: str = OR_FIX) -> list[str]:
     """A sentence for each group of spellings, with the remedy."""
     return [
-        f"labels {_listed(group)} differ only by case, space or Unicode form: correct them, or use --fix-labels"
+        f"labels {_listed(group)} differ only by case, space or Unicode form: correct them{or_fix}"
         for group in spellings(labels)
     ]
 

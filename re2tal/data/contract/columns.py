@@ -1,15 +1,19 @@
 """An index of any size: what planning needs of each video, in columns that processes share; the rest when it is asked.
 
     index.jsonl                 one entry a line; a line is parsed when its video is wanted
-    index.{sha256[:16]}.npy     a row per video and one for the end: where its line starts, samples, rate, shard
+    index.{sha256[:16]}.npy     a row per video and one for the end: start of its line, samples, rate, shard, checksums
 
-The build writes both. The name says which index.jsonl the columns belong to; without them an index is read whole.
+The build writes both. The name says which index.jsonl the columns belong to; without them an index is read whole. A
+line that is used is compared with its row.
 """
 
 from __future__ import annotations
 
+import hashlib
+import math
 import mmap
 import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Generic, TypeVar, overload
@@ -21,7 +25,20 @@ from re2tal.data.contract.manifest import INDEX_NAME, IndexedVideo, from_json
 
 Entry = TypeVar("Entry", IndexedVideo, IndexedFeatures)
 
-ROW = np.dtype([("start", "<i8"), ("num_samples", "<i8"), ("samples_per_second", "<f8"), ("shard", "<i4")])
+ROW = np.dtype(
+    [
+        ("start", "<i8"),
+        ("num_samples", "<i8"),
+        ("samples_per_second", "<f8"),
+        ("shard", "<i4"),
+        ("crc32", "<u4"),  # of the line, its end included
+        ("id", "<u8"),  # of the video id: BLAKE2b of 8 bytes
+    ]
+)
+
+
+class UnusableColumns(ValueError):
+    """A file of columns that is damaged, or of another index or version."""
 
 
 def columns_path(root: Path, index_sha256: str) -> Path:
@@ -30,11 +47,11 @@ def columns_path(root: Path, index_sha256: str) -> Path:
 
 
 def columns_of(videos: Sequence[IndexedVideo | IndexedFeatures]) -> np.ndarray:
-    """(N,) `ROW`: of a mapped index its own, of other entries made here, where no line starts anywhere."""
+    """(N,) `ROW`: of a mapped index its own, of other entries made here, without places and checksums."""
     if isinstance(videos, MappedIndex):
         return videos.columns
     shards: dict[str, int] = {}
-    rows = [(0, v.num_samples, v.samples_per_second, shards.setdefault(v.shard, len(shards))) for v in videos]
+    rows = [(0, v.num_samples, v.samples_per_second, shards.setdefault(v.shard, len(shards)), 0, 0) for v in videos]
     return np.array(rows, ROW)
 
 
@@ -45,6 +62,8 @@ def write_columns(
     rows = np.zeros(len(videos) + 1, ROW)
     rows[:-1] = columns_of(videos)
     rows["start"][1:] = np.cumsum([len(line) for line in lines])
+    rows["crc32"][:-1] = [zlib.crc32(line) for line in lines]
+    rows["id"][:-1] = [_id_number(video) for video in videos]
     path = columns_path(root, index_sha256)
     for old in root.glob("index.*.npy"):
         old.unlink(missing_ok=True)  # another part may do the same
@@ -54,23 +73,35 @@ def write_columns(
     os.replace(temporary, path)
 
 
+def _id_number(video: IndexedVideo | IndexedFeatures) -> int:
+    return int.from_bytes(hashlib.blake2b(video.record.video_id.encode(), digest_size=8).digest(), "little")
+
+
 class MappedIndex(Sequence[Entry], Generic[Entry]):
     """The entries of index.jsonl, each parsed and checked when it is asked for. Processes share its memory."""
 
-    def __init__(self, root: Path, kind: type[Entry], index_sha256: str, check: Callable[[Entry], None]) -> None:
-        """ValueError where the columns are not those of an index of this size; `check` raises for a wrong entry."""
-        self._made_from: tuple[object, ...] = (root, kind, index_sha256, check)
+    def __init__(
+        self, root: Path, kind: type[Entry], index_sha256: str, shards: tuple[str, ...], check: Callable[[Entry], None]
+    ) -> None:
+        """UnusableColumns where the columns are not those of an index of this size; `check` raises for a wrong entry.
+        `shards` are the names that the columns count."""
+        self._made_from: tuple[object, ...] = (root, kind, index_sha256, shards, check)
         self._path = root / INDEX_NAME
         self._kind: type[Entry] = kind
+        self._shards = shards
         self._check: Callable[[Entry], None] = check
         path = columns_path(root, index_sha256)
         try:
             rows = np.load(path, mmap_mode="r", allow_pickle=False)
-        except (ValueError, EOFError) as error:
-            raise ValueError(f"{path} is damaged ({error}); delete it: the index is then read without it") from None
+        except Exception as error:  # of a damaged header, whatever the parsers that NumPy uses raise
+            raise UnusableColumns(f"it is damaged: {error}") from None
         size = self._path.stat().st_size
-        if rows.dtype != ROW or rows.ndim != 1 or len(rows) < 2 or rows["start"][-1] != size:
-            raise ValueError(f"{path} is not of {self._path}; delete it: the index is then read without it")
+        if not isinstance(rows, np.ndarray):
+            raise UnusableColumns("it is no array of NumPy")
+        if rows.dtype != ROW or rows.ndim != 1:
+            raise UnusableColumns("it has other columns; to run the command that made the folder again renews it")
+        if len(rows) < 2 or not rows["start"][-1] == size > 0:
+            raise UnusableColumns(f"it is not of {self._path}")
         self._starts, self.columns = rows, rows[:-1]
         with self._path.open("rb") as file:
             self._lines = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ)
@@ -90,11 +121,35 @@ class MappedIndex(Sequence[Entry], Generic[Entry]):
             return tuple(self[number] for number in range(*place.indices(len(self))))
         number = range(len(self))[place]
         start, end = int(self._starts["start"][number]), int(self._starts["start"][number + 1])
-        entry = from_json(self._kind, self._lines[start:end], source=f"{self._path} line {number + 1}")
-        if entry.num_samples != self.columns["num_samples"][number]:
-            raise ValueError(f"{self._path} line {number + 1} is not what the columns beside it say; delete the .npy")
+        line, row = self._lines[start:end], self.columns[number]
+        if zlib.crc32(line) != row["crc32"]:
+            raise self._disagree(number)
+        entry = from_json(self._kind, line, source=f"{self._path} line {number + 1}")
+        if (
+            entry.num_samples != row["num_samples"]
+            or not math.isclose(entry.samples_per_second, row["samples_per_second"], rel_tol=1e-9)
+            or self._shards[row["shard"] : row["shard"] + 1] != (entry.shard,)
+            or _id_number(entry) != row["id"]
+        ):
+            raise self._disagree(number)
         self._check(entry)
         return entry
+
+    def _disagree(self, number: int) -> ValueError:
+        return ValueError(f"{self._path} line {number + 1} is not what the columns beside it say; delete the .npy")
+
+    def repeated(self) -> Entry | None:
+        """A video whose id another one has too."""
+        ids = np.sort(self.columns["id"])
+        if not bool((ids[1:] == ids[:-1]).any()):
+            return None
+        ids = self.columns["id"]
+        order = np.argsort(ids, kind="stable")
+        for place in np.flatnonzero(ids[order[1:]] == ids[order[:-1]]).tolist():
+            first, second = self[int(order[place])], self[int(order[place + 1])]
+            if first.record.video_id == second.record.video_id:
+                return second
+        return None
 
     def __iter__(self) -> Iterator[Entry]:
         return (self[number] for number in range(len(self)))

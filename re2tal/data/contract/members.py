@@ -36,13 +36,15 @@ def read_content(shards: ShardSet | FeatureSet, video: IndexedVideo | IndexedFea
     """A video's content out of its shard, checked against the index.
 
     Raises:
-        DecodeError: if it is not what the index describes.
+        DecodeError: if it cannot be read, or is not what the index describes.
     """
     path = shards.path(video.shard)
     try:
         _, content = read_pair(path, video)
     except ValueError as error:
         raise DecodeError(f"{path} is damaged at byte {video.offset}: {error}") from None
+    except OSError as error:  # deleted, or a disk that fails
+        raise DecodeError(f"{path} cannot be read: {error.strerror or error}") from None
     if zlib.crc32(content) != video.crc32:
         name = f"{video.record.video_id}.{video.SUFFIX}"
         raise DecodeError(f"{path}: the checksum of {name} is not the one in the index; the file was changed")

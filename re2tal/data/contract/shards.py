@@ -12,6 +12,7 @@ writes those.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import stat
@@ -25,7 +26,7 @@ from typing import Any, Generic, Self, TypeVar
 import numpy as np
 from webdataset.writer import TarWriter
 
-from re2tal.data.contract.columns import MappedIndex, columns_of, columns_path
+from re2tal.data.contract.columns import MappedIndex, UnusableColumns, columns_of, columns_path
 from re2tal.data.contract.feature_manifest import FeatureManifest, IndexedFeatures
 from re2tal.data.contract.manifest import (
     INDEX_NAME,
@@ -38,6 +39,8 @@ from re2tal.data.contract.manifest import (
 )
 from re2tal.strict_json import read_json, sha256_of
 from re2tal.structures import find_subset
+
+logger = logging.getLogger(__name__)
 
 AnyManifest = TypeVar("AnyManifest", Manifest, FeatureManifest)
 Entry = TypeVar("Entry", IndexedVideo, IndexedFeatures)
@@ -111,16 +114,18 @@ def open_any(folder: Path | str) -> ShardSet | FeatureSet:
 def _read(root: Path, manifest: AnyManifest, kind: type[Entry]) -> dict[str, Any]:
     """The fields of a Folder, checked."""
     index_path, columns = root / INDEX_NAME, columns_path(root, manifest.index_sha256)
-    # Columns that are younger than the index were made from it; to read hundreds of megabytes again proves no more.
-    if not columns.is_file() or index_path.stat().st_mtime_ns >= columns.stat().st_mtime_ns:
-        check_index_sha256(root, manifest)
     check = _EntryCheck(root, manifest)
+    mapped = _mapped(root, manifest, kind, check)
+    # Columns that are younger than the index were made from it; to read hundreds of megabytes again proves no more.
+    if mapped is None or index_path.stat().st_mtime_ns >= columns.stat().st_mtime_ns:
+        check_index_sha256(root, manifest)
     _check_files(root, manifest)
     videos: Sequence[Entry]
-    if columns.is_file():
-        videos = MappedIndex(root, kind, manifest.index_sha256, check)
-        numbers = np.clip(videos.columns["shard"], 0, len(manifest.shards))
-        counts = np.bincount(numbers, minlength=len(manifest.shards)).tolist()
+    if mapped is not None:
+        videos = mapped
+        num_shards, numbers = len(manifest.shards), mapped.columns["shard"]
+        known = (numbers >= 0) & (numbers < num_shards)
+        counts = np.bincount(np.where(known, numbers, num_shards), minlength=num_shards).tolist()
     else:
         videos = tuple(
             from_json(kind, line, source=f"{index_path} line {number}")
@@ -129,9 +134,25 @@ def _read(root: Path, manifest: AnyManifest, kind: type[Entry]) -> dict[str, Any
         by_name = Counter(video.shard for video in videos)
         counts = [by_name.pop(shard.name, 0) for shard in manifest.shards] + list(by_name.values())
     _check_index(root, manifest, counts, int(columns_of(videos)["num_samples"].sum()))
-    if not columns.is_file():
+    if mapped is None:
         _check_entries(videos, check)
+    elif (twice := mapped.repeated()) is not None:
+        raise check.error(twice, "is listed twice")
     return {"root": root, "manifest": manifest, "manifest_sha256": sha256_of(root / MANIFEST_NAME), "videos": videos}
+
+
+def _mapped(
+    root: Path, manifest: Manifest | FeatureManifest, kind: type[Entry], check: _EntryCheck
+) -> MappedIndex[Entry] | None:
+    """The index by its columns; None where there are none that can be used."""
+    columns = columns_path(root, manifest.index_sha256)
+    if not columns.is_file():
+        return None
+    try:
+        return MappedIndex(root, kind, manifest.index_sha256, tuple(shard.name for shard in manifest.shards), check)
+    except UnusableColumns as problem:
+        logger.warning("%s is not used, and the index is read whole: %s", columns, problem)
+        return None
 
 
 def check_index_sha256(root: Path, manifest: Manifest | FeatureManifest) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from re2tal.data.contract.feature_manifest import FeatureSpec, IndexedFeatures, StoredFeatures
 from re2tal.data.contract.features import unpack_features
-from re2tal.data.contract.manifest import IndexedVideo, StoredVideo, from_json
+from re2tal.data.contract.manifest import INDEX_NAME, IndexedVideo, StoredVideo, from_json
 from re2tal.data.contract.members import check_frames, read_pair
 from re2tal.data.contract.mp4 import read_mp4
 from re2tal.data.contract.shards import FeatureSet, ShardSet, check_index_sha256
@@ -28,18 +28,31 @@ def damage(shards: ShardSet | FeatureSet) -> Iterator[str]:
         yield str(error)
     for shard in shards.manifest.shards:
         path = shards.path(shard.name)
-        sha256 = sha256_of(path)
+        try:
+            sha256 = sha256_of(path)
+        except OSError as error:
+            yield f"{path} cannot be read: {error.strerror or error}"
+            continue
         if sha256 == shard.sha256:
             continue
         yield f"{path}: sha256 is {sha256[:12]}..., the manifest says {shard.sha256[:12]}...; delete it and build again"
-    for video in shards.videos:
+    seen: set[str] = set()
+    for number in range(len(shards.videos)):
+        try:
+            video = shards.videos[number]
+        except ValueError as error:
+            yield str(error)
+            continue
+        if video.record.video_id in seen:
+            yield f"{shards.root / INDEX_NAME}: {video.record.video_id!r} is listed twice"
+        seen.add(video.record.video_id)
         try:
             match video:
                 case IndexedVideo():
                     check_video(shards.path(video.shard), video)
                 case IndexedFeatures() if isinstance(shards, FeatureSet):
                     check_features(shards.path(video.shard), video, shards.manifest.features)
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             yield f"{video.shard} {video.record.video_id}: {error}"
 
 
