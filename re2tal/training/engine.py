@@ -188,7 +188,25 @@ def build_engine(
     engine._copy_recovery_script = lambda folder: None
     if zero_stage(engine) == 0:
         _skip_non_finite_steps(engine)
+    if zero_stage(engine) == 3:
+        _clear_padding(engine)
     return engine
+
+
+@torch.no_grad()
+def _clear_padding(engine: Engine) -> None:
+    """ZeRO-3 shards are of one size, and DeepSpeed leaves what a rank's shard has beyond the weight uninitialized.
+
+    Such memory may hold NaN: it would pass for a weight that is not finite, and checkpoints would differ by chance.
+    """
+    optimizer = engine.optimizer
+    for weight in engine.module.parameters():
+        length = weight.ds_tensor.ds_numel
+        own = min(max(weight.ds_numel - dist.get_rank() * length, 0), length)
+        weight.ds_tensor[own:] = 0
+        if weight.requires_grad:
+            master, _ = optimizer._get_fp32_opt_state_partition(weight, release_swap_buffers=False)
+            master[own:] = 0
 
 
 def _skip_non_finite_steps(engine: Engine) -> None:

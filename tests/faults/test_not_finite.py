@@ -11,7 +11,7 @@ from distributed.ranks import run_ranks
 from training.tiny import TinyDetector, tiny_trainer, weights
 
 from re2tal.distributed import resolve_world
-from re2tal.training.engine import leave
+from re2tal.training.engine import leave, master_weights
 from re2tal.training.trainer import TrainingConfig
 
 PLACES = ("loss", "gradient")
@@ -132,3 +132,17 @@ def test_what_is_not_finite_is_never_saved(stage, tmp_path):
     for of_rank in run_ranks(weights_go_wrong, world_size=2, timeout_seconds=200, folder=str(tmp_path), stage=stage):
         assert "after step 8 not all numbers are finite: the optimizer's state on rank 1 (host" in of_rank["message"]
         assert "no checkpoint is written, earlier ones are intact" in of_rank["message"]
+
+
+def padded_with_nan(folder: str) -> dict:
+    """Training where all memory that nobody has written yet is NaN."""
+    torch.use_deterministic_algorithms(True)  # it fills what torch.empty gives with NaN
+    trainer = tiny_trainer(folder, stage=3, training=TrainingConfig(epochs=1, checkpoint_every_steps=2))
+    ended = trainer.train()
+    leave()
+    return {"ended": ended, "shards": sum(int(shard.isnan().sum()) for shard in master_weights(trainer.engine))}
+
+
+def test_padding_of_a_shard_passes_for_no_weight(tmp_path):
+    for of_rank in run_ranks(padded_with_nan, world_size=2, timeout_seconds=200, folder=str(tmp_path)):
+        assert of_rank == {"ended": "finished", "shards": 0}
