@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 _aten = torch.ops.aten
 _EFFICIENT = _aten._scaled_dot_product_efficient_attention.default
@@ -50,11 +51,8 @@ Calls = deque[KernelCall]
 @contextmanager
 def saving_attention(calls: Calls) -> Iterator[None]:
     """Inside, calls of attention kernels are added to `calls`."""
-    with _Saving(calls) as mode:
+    with _Saving(calls):
         yield
-    for kernel, output, version in mode.returned:
-        if output._version != version:
-            raise RuntimeError(f"a branch writes to what {kernel} returned; set saved_attention to 0")
 
 
 @contextmanager
@@ -70,10 +68,15 @@ class _Saving(TorchDispatchMode):
     def __init__(self, calls: Calls) -> None:
         super().__init__()
         self._calls = calls
-        self.returned: list[tuple[OpOverload, Tensor, int]] = []
-        """Kernel, its output, and the version of that when it was returned."""
+        self._kernels: dict[int, OpOverload] = {}
+        """Address of the storage of a saved output -> the kernel that it is from."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if self._kernels and func._schema.is_mutable:
+            for tensor in _written(func, args, kwargs or {}):
+                kernel = self._kernels.get(tensor.untyped_storage()._cdata)
+                if kernel is not None:
+                    raise RuntimeError(f"a branch writes to what {kernel} returned; set saved_attention to 0")
         if not _is_saved(func, args, kwargs):
             return func(*args, **(kwargs or {}))
         if func is _EFFICIENT:
@@ -81,7 +84,7 @@ class _Saving(TorchDispatchMode):
             args = (*args[:_WITH_SUMS], True, *args[_WITH_SUMS + 1 :])
         outputs = func(*args, **(kwargs or {}))
         self._calls.append(KernelCall(func, _aliases(outputs)))
-        self.returned.append((func, outputs[0], outputs[0]._version))
+        self._kernels[outputs[0].untyped_storage()._cdata] = func
         return outputs
 
 
@@ -108,6 +111,14 @@ _REMEDY = (
     "its attention has another kernel where a gradient is wanted (a mask that is trained?), or it is no function of "
     "its input alone: set saved_attention to 0, or leave it outside of the run"
 )
+
+
+def _written(func: Any, args: tuple, kwargs: dict) -> Iterator[Tensor]:
+    """The arguments that `func` writes to."""
+    for place, argument in enumerate(func._schema.arguments):
+        if argument.is_write:
+            value = args[place] if place < len(args) else kwargs.get(argument.name)
+            yield from (leaf for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
 
 
 def _is_saved(func: Any, args: tuple, kwargs: dict | None) -> bool:

@@ -129,3 +129,26 @@ def test_a_buffer_that_a_later_run_writes_is_no_buffer_that_is_only_read(segment
     for step in range(1, 3):
         net(frames()).sum().backward()
         assert net.layers[1].count == step
+
+
+class Attending(Block):
+    """Its mixer is one call of a fused attention kernel."""
+
+    def mix(self, x, mask=None):
+        x = self.norm1(x)[:, None]
+        return nn.functional.scaled_dot_product_attention(x, x, x)[:, 0]
+
+
+@residual_branches.register
+def _(block: Attending) -> tuple[Branch, ...]:
+    return Branch("mix", Attending.mix), Branch("mlp", Block.transform)
+
+
+def test_attention_that_the_run_itself_saves_is_not_left_behind() -> None:
+    def gradient(**options) -> torch.Tensor:
+        net = seeded(lambda: Walker(Attending(), Attending())).train()
+        rewire(net, config=RewiringConfig(**options))
+        net(frames()).square().sum().backward()
+        return net.layers[0].norm1.weight.grad
+
+    torch.testing.assert_close(gradient(saved_attention=2), gradient(recompute=False))
