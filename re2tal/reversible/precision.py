@@ -56,7 +56,7 @@ States = Literal["float32", "int32"]
 
 
 @dataclass(frozen=True, slots=True)
-class Precision:
+class StateFormat:
     """Dtypes of one run, and the step of its grid."""
 
     states: torch.dtype
@@ -77,7 +77,7 @@ class Precision:
     @classmethod
     def of(
         cls, x: Tensor, grid: Grid, coupling: Coupling = SUM, *, states: States = "float32", kinks: bool = False
-    ) -> Precision:
+    ) -> StateFormat:
         """For a run that starts with `x`, under the autocast state that is now in force.
 
         `kinks`: whether the slope of branches jumps somewhere, as ReLU's does. In float64 it does not matter: an error

@@ -70,7 +70,7 @@ class Recording:
     """One per branch of the run, in its order."""
     attention_left: int
     """How many more branches may save what their attention kernels return."""
-    rewound: list[SavedBuffer] = field(default_factory=list)
+    restored: list[SavedBuffer] = field(default_factory=list)
     """What backward has put back last. It is put back again before the next branch, which ran earlier, runs again."""
     x_wants_gradient: bool = False
     """Whether the run's input wants a gradient. Backward sets it: `autograd.grad` may not ask for this one."""

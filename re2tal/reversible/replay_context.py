@@ -75,13 +75,13 @@ class SavedBuffer:
     values: Tensor
     version: int
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         """The values into the buffer, and the buffer into its place."""
         with torch.no_grad():
             self.buffer.copy_(self.values)
         self.module._buffers[self.name] = self.buffer
 
-    def shows_writing(self) -> bool:
+    def was_written(self) -> bool:
         """Whether the buffer was exchanged, or written in a way that counts a version."""
         found = self.module._buffers.get(self.name)
         return found is not None and (found is not self.buffer or found._version != self.version)
@@ -133,13 +133,13 @@ class BufferWatch:
         """Whether it is still to be found what some modules write."""
         return bool(self._first)
 
-    def found_writers(self) -> list[SavedBuffer]:
+    def find_writers(self) -> list[SavedBuffer]:
         """After a first forward: what modules that write their buffers had in them before."""
         writers: list[SavedBuffer] = []
         for module in dict.fromkeys(one.module for one in self._first):
             own = [one for one in self._first if one.module is module]
             changed = [one for one in own if one.differs()]
-            counted = all(one.shows_writing() for one in changed)
+            counted = all(one.was_written() for one in changed)
             how: _Writing = "no" if not changed else "counted" if counted else "uncounted"
             _writing.setdefault(module, {})[module.training] = how
             writers += own if changed else []
@@ -153,11 +153,11 @@ class BufferWatch:
         """The buffers of the modules that are known to write theirs."""
         return [one for module in self._writers for one in save_buffers(module)]
 
-    def written_of(self, saved: Sequence[SavedBuffer]) -> list[SavedBuffer]:
+    def changed_since(self, saved: Sequence[SavedBuffer]) -> list[SavedBuffer]:
         """Those of `saved` that were written since, or may have been."""
-        return [one for one in saved if one.shows_writing() or self._writers[one.module] == "uncounted"]
+        return [one for one in saved if one.was_written() or self._writers[one.module] == "uncounted"]
 
-    def written(self) -> list[nn.Module]:
+    def changed_modules(self) -> list[nn.Module]:
         """Modules of which a buffer was written since the watch was made.
 
         Of a BatchNorm only `num_batches_tracked` shows it: its kernel writes the statistics without counting a version.
@@ -192,11 +192,11 @@ _STATISTICS = {kind.forward for kind in (_BatchNorm, _InstanceNorm, nn.SyncBatch
 
 
 @contextmanager
-def held(modules: Iterable[nn.Module]) -> Iterator[None]:
+def buffers_restored(modules: Iterable[nn.Module]) -> Iterator[None]:
     """Restores the buffers of `modules` to their present values at the end."""
     before = [saved for module in modules for saved in save_buffers(module)]
     try:
         yield
     finally:
         for saved in before:
-            saved.put_back()
+            saved.restore()

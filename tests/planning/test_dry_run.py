@@ -13,11 +13,12 @@ from torch.utils._pytree import tree_leaves
 
 from re2tal.backbones import BackboneConfig, build_backbone
 from re2tal.config import build_detector
-from re2tal.planning.dry_run import DryRun, stages_of
+from re2tal.planning.dry_run import DryRun
 from re2tal.planning.footprint import kept_bytes_of
 from re2tal.planning.search import Option, peak_of
 from re2tal.planning.settings import Setting, configure
 from re2tal.reversible.live_bytes import LiveBytes
+from re2tal.rewire import stages_of
 from re2tal.training.frames import prepare_frames
 
 CPU = torch.device("cpu")
