@@ -84,11 +84,11 @@ def plan_step(
     Raises ValueError, with the smallest possible budget, where no plan fits.
     """
     settings = resolve_deepspeed_config(ds, run.engine, world_size=world_size)
-    stage, budget = settings["zero_optimization"].get("stage", 0), _budget(run, device, free_bytes, world_size)
+    zero_stage, budget = settings["zero_optimization"].get("stage", 0), _budget(run, device, free_bytes, world_size)
     _refuse_stored_features(run)
     if budget is not None:
         _refuse_what_cannot_be_planned(run)
-    dry_run = DryRun(run, device=device, num_classes=num_classes, free_gradients=stage >= 2)
+    dry_run = DryRun(run, device=device, num_classes=num_classes, free_gradients=zero_stage >= 2)
     zero = zero_memory(
         Weights.of(dry_run.network, run.optimizer, settings),
         settings,
