@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from re2tal.reversible.coupling import SUM, Coupling, Merge
 from re2tal.reversible.function import ReversibleRun
 from re2tal.reversible.monitor import Monitor, Observation
-from re2tal.reversible.precision import Grid, StateFormat, States
+from re2tal.reversible.precision import GridStep, StateFormat, States
 from re2tal.reversible.recompute import recomputable_from
 from re2tal.reversible.replay_context import same_kernels
 from re2tal.reversible.run import BranchFunction, Run
@@ -42,7 +42,7 @@ def run_reversibly(
     streams: bool = False,
     coupling: Coupling = SUM,
     states: States = "float32",
-    grid: Grid = "auto",
+    grid: GridStep = "auto",
     kinks: bool = False,
     owner: nn.Module | None = None,
     monitor: Monitor | None = None,

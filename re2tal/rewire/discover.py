@@ -26,7 +26,8 @@ from re2tal.reversible.rng import GeneratorState
 from re2tal.rewire.branches import Branch, NotResidual, Residual
 from re2tal.rewire.kinks import KinkFinder
 from re2tal.rewire.pending import RewireError
-from re2tal.rewire.sums import RefusedError, Step, may_be_entered, steps_of
+from re2tal.rewire.sums import steps_of
+from re2tal.rewire.traced import RefusedError, Step, may_be_entered
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -85,7 +85,7 @@ def test_branches_know_what_they_added_where_nothing_can_be_stored(ds) -> None:
     assert sum(one.planned for one in more.seconds.values()) < sum(
         one.planned for one in planned(ds, least).seconds.values()
     )
-    assert "1 known" in str(more)
+    assert "1 output saved" in str(more)
 
 
 @pytest.mark.usefixtures("_by_hand")
