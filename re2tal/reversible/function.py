@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from re2tal.reversible.buffers import BufferWatch, buffers_restored
 from re2tal.reversible.differentiation import differentiate, differentiate_pieces, run_with_graph
 from re2tal.reversible.monitor import Observation
 from re2tal.reversible.record import Graph, Recording
-from re2tal.reversible.replay_context import BufferWatch, buffers_restored, same_kernels
+from re2tal.reversible.replay_context import same_kernels
 from re2tal.reversible.rng import GeneratorState
 from re2tal.reversible.run import BranchFunction, Run
 

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from re2tal.reversible.replay_context import AutocastState, SavedBuffer
+from re2tal.reversible.buffers import SavedBuffer
+from re2tal.reversible.replay_context import AutocastState
 from re2tal.reversible.rng import GeneratorState
 from re2tal.reversible.run import Run
 from re2tal.reversible.saved_attention import Calls, saving_attention

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from re2tal.reversible.replay_context import buffers_restored
+from re2tal.reversible.buffers import buffers_restored
 from re2tal.reversible.rng import GeneratorState
 from re2tal.rewire.discover import in_mode
 

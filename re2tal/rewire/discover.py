@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from re2tal.reversible.replay_context import buffers_restored
+from re2tal.reversible.buffers import buffers_restored
 from re2tal.reversible.rng import GeneratorState
 from re2tal.rewire.branches import Branch, NotResidual, Residual
 from re2tal.rewire.kinks import KinkFinder

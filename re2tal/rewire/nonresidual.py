@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from re2tal.reversible.buffers import BufferWatch, SavedBuffer, buffers_restored
 from re2tal.reversible.recompute import Recipe, save_recipes
-from re2tal.reversible.replay_context import BufferWatch, SavedBuffer, buffers_restored
 
 
 class CheckpointedModule(nn.Module):

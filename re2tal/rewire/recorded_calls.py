@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from re2tal.reversible.buffers import buffers_restored
 from re2tal.reversible.precision import dense
-from re2tal.reversible.replay_context import buffers_restored
 from re2tal.reversible.rng import GeneratorState
 from re2tal.rewire.discover import in_mode
 from re2tal.rewire.outputs import relative_error
