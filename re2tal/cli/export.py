@@ -23,8 +23,8 @@ def export(
 
     Args:
         out: .safetensors file to write; a folder for transformers
-        to: whose names; opentad writes the whole detector of a run (a plain backbone as mmaction2 names it), all
-            others write its backbone alone
+        to: the code base whose names to use; opentad writes the whole detector of a run (a plain backbone as
+            mmaction2 names it), all others write its backbone alone
         run: run folder to take the weights from; of a recognizer's run the backbone alone is written
         weights: or a backbone's weights file; for a model of the transformers library a folder or hub name too
         backbone: its name, such as swin3d_tiny; needed with --weights
