@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from re2tal.reversible.live_bytes import LiveBytes
-from re2tal.reversible.precision import GRID_STEP, Precision
+from re2tal.reversible.precision import GRID_STEP, StateFormat
 from re2tal.strict_json import write_json
 
 # Tokens and channels: the four stages of Video Swin-T, and ViT-B.
@@ -51,7 +51,7 @@ QUICK_ROUNDING = {"1 MiB": 2**18, "16 MiB": 2**22}
 
 def rounding_forms(device: torch.device) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     """By name: x[i-1], F_i(x[i]) -> x[i+1], in the buffer of x[i-1]."""
-    precision = Precision.of(torch.ones(1, device=device), GRID_STEP)
+    precision = StateFormat.of(torch.ones(1, device=device), GRID_STEP)
 
     def quantize(state: Tensor, update: Tensor) -> Tensor:
         rounded = torch.fake_quantize_per_tensor_affine(update.float(), GRID_STEP, 0, -(2**31), 2**31 - 1)

@@ -34,13 +34,12 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from re2tal.backbones import BackboneConfig, build_backbone
-from re2tal.planning.dry_run import stages_of
 from re2tal.planning.options import SAVING_ATTENTION
-from re2tal.planning.settings import Setting, configure, worth_knowing
+from re2tal.planning.settings import Setting, configure, outputs_worth_saving
 from re2tal.reversible.fake import on_fake_tensors
 from re2tal.reversible.live_bytes import LiveBytes
 from re2tal.reversible.precision import Grid
-from re2tal.rewire import RewiringConfig, residual_branches, rewire, unrewire
+from re2tal.rewire import RewiringConfig, residual_branches, rewire, stages_of, unrewire
 
 FORMS = (
     "plain",
@@ -172,7 +171,7 @@ class Network:
             rewire(backbone, config=RewiringConfig(recompute=recompute, grid=grid))
             stages = stages_of(backbone)
             if form in CUT:
-                known = worth_knowing(stages) if form in ("pieces, known", "pieces, both") else case.known
+                known = outputs_worth_saving(stages) if form in ("pieces, known", "pieces, both") else case.known
                 saved = SAVING_ATTENTION.saved_attention if form in ("pieces, attention", "pieces, both") else 0
                 settings = replace(case, known=known).settings(len(stages), recompute=recompute)
                 configure(stages, [replace(setting, saved_attention=saved) for setting in settings])

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from re2tal.recipes import find_recipe
     from re2tal.rewire import RewireReport, RewiringConfig, rewire, unrewire
     from re2tal.runs.detector import Detector, FoundAction, load_detector
-    from re2tal.runs.evaluation import Evaluated, evaluate
+    from re2tal.runs.evaluation import Evaluated, ScoringOptions, evaluate
     from re2tal.runs.training_run import TrainedRun, train
 
     __version__: str
@@ -31,6 +31,7 @@ __all__ = [
     "RewireReport",
     "RewiringConfig",
     "RunConfig",
+    "ScoringOptions",
     "TrainedRun",
     "__version__",
     "evaluate",
@@ -50,6 +51,7 @@ _HOMES = {
     "RewireReport": "re2tal.rewire",
     "RewiringConfig": "re2tal.rewire",
     "RunConfig": "re2tal.config",
+    "ScoringOptions": "re2tal.runs.evaluation",
     "TrainedRun": "re2tal.runs.training_run",
     "evaluate": "re2tal.runs.evaluation",
     "find_recipe": "re2tal.recipes",

@@ -6,7 +6,6 @@ import socket
 
 import pytest
 
-from re2tal import distributed
 from re2tal.distributed import (
     World,
     any_rank,
@@ -134,7 +133,7 @@ def test_no_free_port_is_said(monkeypatch):
         def __exit__(self, *details):
             return None
 
-    monkeypatch.setattr(distributed.socket, "socket", Exhausted)
+    monkeypatch.setattr("re2tal.distributed.world.socket.socket", Exhausted)
     with pytest.raises(ConnectionError, match=r"no free TCP port on 127.0.0.1 .*MASTER_PORT"):
         resolve_world({})
 

@@ -23,19 +23,22 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "doctor": ("re2tal.cli.doctor:doctor", "check videos and annotations before a build, or this machine"),
     "shards": ("re2tal.cli.shards:shards", "pack videos and annotations into training data"),
-    "features": ("re2tal.cli.features:features", "store what a backbone sees in each video, to train on instead"),
+    "features": ("re2tal.cli.features:features", "store a backbone's features of each video, to train on them instead"),
     "train": ("re2tal.cli.train:train", "train and evaluate a detector, or a recognizer to fine-tune a backbone"),
     "plan": ("re2tal.cli.plan:plan", "print the memory of a training step by part, before anything is launched"),
     "detect": ("re2tal.cli.detect:detect", "find actions in video files or shards with a trained detector"),
-    "classify": ("re2tal.cli.classify:classify", "say what trimmed videos show with a trained recognizer"),
+    "classify": ("re2tal.cli.classify:classify", "classify trimmed videos with a trained recognizer"),
     "evaluate": (
         "re2tal.cli.evaluate:evaluate",
         "score detections against annotations, or class scores against shards",
     ),
-    "rewire": ("re2tal.cli.rewire:rewire", "show what of a backbone becomes reversible, and what that saves"),
+    "rewire": (
+        "re2tal.cli.rewire:rewire",
+        "show which parts of a backbone become reversible, and the memory that saves",
+    ),
     "import": ("re2tal.cli.import_weights:import_weights", "take over a detector or a backbone trained elsewhere"),
     "export": ("re2tal.cli.export:export", "write weights under the names of another code base"),
-    "report": ("re2tal.cli.report:report", "draw what a run learned and found, on one page"),
+    "report": ("re2tal.cli.report:report", "draw a run's curves and detections on one page"),
 }
 """Name -> where its function is, and what it does."""
 

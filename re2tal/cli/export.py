@@ -19,13 +19,12 @@ def export(
 ) -> None:
     """Write a trained detector, or a backbone, in the layout of another code base.
 
-    A rewired network is written like the plain one; it computes what it did only where it is rewired again, as OpenTAD
-    does.
+    A rewired network is written like the plain one. It computes the same only where it is rewired again, as in OpenTAD.
 
     Args:
         out: .safetensors file to write; a folder for transformers
-        to: whose names; OpenTAD's of a detector's run are all of it (a plain backbone's are then mmaction2's), all
-            others its backbone alone
+        to: the code base whose names to use; opentad writes the whole detector of a run (a plain backbone as
+            mmaction2 names it), all others write its backbone alone
         run: run folder to take the weights from; of a recognizer's run the backbone alone is written
         weights: or a backbone's weights file; for a model of the transformers library a folder or hub name too
         backbone: its name, such as swin3d_tiny; needed with --weights
@@ -37,7 +36,5 @@ def export(
         num_tensors = export_weights(out, weights=weights, backbone=backbone, to=to, prefix=prefix)
     else:
         raise ValueError("give either --run FOLDER, or --weights FILE and --backbone NAME")
-    if to == "transformers":
-        print(f"{out}: for from_pretrained of the transformers library, and --backbone.weights {out}")
-    else:
-        print(f"{out}: {num_tensors} tensors as {to} names them")
+    usage = f"for from_pretrained of the transformers library, and --backbone.weights {out}"
+    print(f"{out}: {usage if to == 'transformers' else f'{num_tensors} tensors as {to} names them'}")

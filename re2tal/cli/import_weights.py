@@ -33,15 +33,7 @@ def import_weights(
         videos: folder of video files in which to detect at once, as `re2tal detect --run OUT --videos FOLDER` does
     """
     if out.suffix == ".safetensors":
-        if videos is not None:
-            raise ValueError(
-                f"--videos {videos} needs a whole detector, and --out {out} is for its backbone; name a folder"
-            )
-        done = import_into_file(weights, run, out, as_plain=as_plain)
-        print(done.report)
-        if done.wiring is not None:
-            print(f"trained rewired with {done.wiring}; {out} refuses another wiring (--as-plain forgets it)")
-        print(f"{out}: for re2tal train --backbone.name {run.backbone.name} --backbone.weights {out}")
+        _import_backbone(weights, run, out, as_plain=as_plain, videos=videos)
         return 0
     if as_plain:
         raise ValueError("--as-plain is for a backbone alone, --out FILE.safetensors; leave it out")
@@ -50,3 +42,17 @@ def import_weights(
     done = import_into_run(weights, run, out, classes=classes)
     print(f"{done.report}\n{out}: for re2tal detect --run {out} --videos FOLDER")
     return 0 if videos is None else say_detected(detect(out, videos=videos))
+
+
+def _import_backbone(
+    weights: Path, run: RunConfig | RecognitionConfig, out: Path, *, as_plain: bool, videos: Path | None
+) -> None:
+    if videos is not None:
+        raise ValueError(
+            f"--videos {videos} needs a whole detector, and --out {out} is for its backbone; name a folder"
+        )
+    done = import_into_file(weights, run, out, as_plain=as_plain)
+    print(done.report)
+    if done.wiring is not None:
+        print(f"trained rewired with {done.wiring}; {out} refuses another wiring (--as-plain forgets it)")
+    print(f"{out}: for re2tal train --backbone.name {run.backbone.name} --backbone.weights {out}")

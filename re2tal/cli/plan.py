@@ -27,8 +27,7 @@ def plan(
 ) -> None:
     """Print the memory of a training step by part, without allocating it; with a budget, how its stages would run.
 
-    Nothing is read: weights are left out, and shards are not needed. Kernels of the device that is planned for decide
-    what is kept, so plan on the machine that will train, or on one like it.
+    It reads no weights and no shards. What is saved depends on the kernels of the device: plan where you will train.
 
     Args:
         run: the configuration, from --recipe NAME or --config FILE, with every field open to change
@@ -41,12 +40,17 @@ def plan(
     """
     if ranks < 1:
         raise ValueError(f"--ranks is {ranks}; give the number of processes, at least 1")
-    if memory_budget_gb is not None:
-        run = replace(run, engine=replace(run.engine, memory_budget_gb=memory_budget_gb))
+    run = _within(run, memory_budget_gb)
     planned = plan_step(run, find_preset(ds), world_size=ranks, num_classes=classes, device=_device(device))
     print(planned)
     if json is not None:
         write_json(json, planned.to_json())
+
+
+def _within(run: AnyRun, memory_budget_gb: float | Literal["auto"] | None) -> AnyRun:
+    if memory_budget_gb is None:
+        return run
+    return replace(run, engine=replace(run.engine, memory_budget_gb=memory_budget_gb))
 
 
 def _device(name: str | None) -> torch.device:

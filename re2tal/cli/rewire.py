@@ -1,4 +1,4 @@
-"""`re2tal rewire`: what of a backbone becomes reversible, what does not and why, and how much less it keeps."""
+"""`re2tal rewire`: which parts of a backbone become reversible, which do not and why, and the memory that saves."""
 
 from __future__ import annotations
 

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 
 from re2tal.evaluation.coverage import Coverage
 from re2tal.evaluation.ground_truth import ANY_CLASS, as_one_class
-from re2tal.evaluation.instances import flatten_predictions, flatten_truths
+from re2tal.evaluation.instances import Predictions, Truths, flatten_predictions, flatten_truths
 from re2tal.evaluation.protocols import Protocol, check_thresholds, find_protocol
 from re2tal.structures import Detections, VideoRecord
 from re2tal.tables import text_table
@@ -140,45 +141,48 @@ def mean_average_precision(
     if rules.refuses_unknown_labels and (flat.labels < 0).any():
         _refuse_unknown(predictions, classes, truths.classes, blocked_videos, rules.name)
 
-    by_score = np.argsort(-flat.scores, kind="stable")
-    by_class = by_score[np.argsort(flat.labels[by_score], kind="stable")]
-    num_classes = len(truths.classes)
-    bounds = np.searchsorted(flat.labels[by_class], np.arange(num_classes + 1))
-    average_precision = np.zeros((len(thresholds), num_classes))
-    for label in range(num_classes):
-        chosen = by_class[bounds[label] : bounds[label + 1]]
-        of_class = truths.labels == label
-        true_positive = match(
-            flat.videos[chosen],
-            flat.segments[chosen],
-            truths.videos[of_class],
-            truths.segments[of_class],
-            protocol=rules,
-            thresholds=thresholds,
-        )
-        average_precision[:, label] = interpolated_average_precision(true_positive, num_truths=int(of_class.sum()))
+    ranked, num_truths = ranked_by_class(flat, num_classes=len(truths.classes)), np.bincount(truths.labels).tolist()
+    partners = partners_by_class(flat, truths, ranked, protocol=rules, thresholds=thresholds)
+    columns = [
+        interpolated_average_precision(of_class >= 0, num_truths=count)
+        for of_class, count in zip(partners, num_truths, strict=True)
+    ]
     return MapReport(
         protocol=rules.name,
         tiou_thresholds=tuple(thresholds.tolist()),
         classes=truths.classes,
-        average_precision=average_precision,
-        num_truths=tuple(np.bincount(truths.labels, minlength=num_classes).tolist()),
-        num_predictions=tuple(np.diff(bounds).tolist()),
+        average_precision=np.stack(columns, axis=1),
+        num_truths=tuple(num_truths),
+        num_predictions=tuple(map(len, ranked)),
         coverage=flat.coverage,
     )
 
 
-def match(
-    videos: np.ndarray,
-    segments: np.ndarray,
-    truth_videos: np.ndarray,
-    truth_segments: np.ndarray,
-    *,
-    protocol: Protocol,
-    thresholds: np.ndarray,
-) -> np.ndarray:
-    """Which of N predictions of one class, given by falling score, are true positives: (T, N) bool."""
-    return find_matches(videos, segments, truth_videos, truth_segments, protocol=protocol, thresholds=thresholds) >= 0
+def ranked_by_class(flat: Predictions, *, num_classes: int) -> list[np.ndarray]:
+    """Rows of the predictions of each class, best first."""
+    by_score = np.argsort(-flat.scores, kind="stable")
+    by_class = by_score[np.argsort(flat.labels[by_score], kind="stable")]
+    bounds = np.searchsorted(flat.labels[by_class], np.arange(num_classes + 1))
+    return [by_class[first:end] for first, end in pairwise(bounds)]
+
+
+def partners_by_class(
+    flat: Predictions, truths: Truths, ranked: Sequence[np.ndarray], *, protocol: Protocol, thresholds: np.ndarray
+) -> list[np.ndarray]:
+    """By class, for its n predictions `ranked`, best first: (T, n) index of the truth that each takes, or -1."""
+    found = []
+    for label, rows in enumerate(ranked):
+        own = np.flatnonzero(truths.labels == label)
+        matches = find_matches(
+            flat.videos[rows],
+            flat.segments[rows],
+            truths.videos[own],
+            truths.segments[own],
+            protocol=protocol,
+            thresholds=thresholds,
+        )
+        found.append(np.where(matches >= 0, own[matches], -1))
+    return found
 
 
 def find_matches(

@@ -13,12 +13,12 @@ from __future__ import annotations
 import itertools
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 
-from re2tal.evaluation.average_precision import find_matches
+from re2tal.evaluation.average_precision import partners_by_class, ranked_by_class
 from re2tal.evaluation.instances import Predictions, Truths, flatten_predictions, flatten_truths
 from re2tal.evaluation.protocols import PROTOCOLS, check_thresholds
 from re2tal.structures import Detections, VideoRecord
@@ -113,22 +113,10 @@ def analyse_errors(
     keeps, of each class, the best `per_action` times as many predictions as it has true actions.
     """
     thresholds = check_thresholds(tiou_thresholds)
-    kept = [
-        VideoRecord(
-            one.video_id,
-            one.subset,
-            one.duration_seconds,
-            tuple(
-                action
-                for action in one.actions
-                if 0 < action.end_seconds - action.start_seconds <= one.duration_seconds
-            ),
-        )
-        for one in ground_truth
-    ]
-    truths = flatten_truths(kept, protocol=PROTOCOLS["official"], blocked_videos=blocked_videos)
+    videos = [_without_odd_actions(video) for video in ground_truth]
+    truths = flatten_truths(videos, protocol=PROTOCOLS["official"], blocked_videos=blocked_videos)
     flat = flatten_predictions(predictions, truths, classes=classes, blocked_videos=blocked_videos)
-    ranked = [_ranked(flat, label) for label in range(len(truths.classes))]
+    ranked = ranked_by_class(flat, num_classes=len(truths.classes))
     counts = np.bincount(truths.labels)
     best = [rows[: count * per_action] for rows, count in zip(ranked, counts, strict=True)]
     everything = _Scores.of(flat, truths, ranked, thresholds)
@@ -136,32 +124,14 @@ def analyse_errors(
     types = [
         _types(flat, truths, rows, partners, thresholds) for rows, partners in zip(best, limited.partners, strict=True)
     ]
-    gains = {
-        error: np.stack(
-            [
-                [
-                    _average_precision(partners[t, of[t] != number][None] >= 0, count, counts.mean())[0]
-                    for partners, of, count in zip(limited.partners, types, counts, strict=True)
-                ]
-                for t in range(len(thresholds))
-            ]
-        )
-        for number, error in enumerate(ERRORS, start=1)
-    }
-    sizes = _sizes(truths, kept, _THUMOS14 if sizes_of == "thumos14" else _ACTIVITYNET)
+    sizes = _sizes(truths, videos, _THUMOS14 if sizes_of == "thumos14" else _ACTIVITYNET)
     return ErrorReport(
         tiou_thresholds=tuple(thresholds.tolist()),
         classes=truths.classes,
         average_precision=limited.average_precision,
         types=np.concatenate(types, axis=1),
-        profile=tuple(
-            np.sum(
-                [_count(of[:, group * count : (group + 1) * count]) for of, count in zip(types, counts, strict=True)],
-                axis=0,
-            )
-            for group in range(per_action)
-        ),
-        gains=gains,
+        profile=_profile(types, counts, num_groups=per_action),
+        gains={error: limited.without(number, types) for number, error in enumerate(ERRORS, start=1)},
         all_average_precision=everything.average_precision,
         sensitivity={
             name: {size: everything.sensitivity(of == size) for size in _SIZES if (of == size).any()}
@@ -169,6 +139,22 @@ def analyse_errors(
         },
         missed=_missed(everything, sizes),
     )
+
+
+def _without_odd_actions(video: VideoRecord) -> VideoRecord:
+    """Without empty actions, and those that are longer than their video."""
+    lengths = [(one, one.end_seconds - one.start_seconds) for one in video.actions]
+    return replace(video, actions=tuple(one for one, length in lengths if 0 < length <= video.duration_seconds))
+
+
+def _profile(types: Sequence[np.ndarray], counts: np.ndarray, *, num_groups: int) -> tuple[np.ndarray, ...]:
+    """By group of as many predictions of a class as it has true actions: (T, 6) how many are of each type."""
+
+    def of_group(group: int) -> np.ndarray:
+        groups = (of[:, group * count : (group + 1) * count] for of, count in zip(types, counts, strict=True))
+        return np.sum([_count(of) for of in groups], axis=0)
+
+    return tuple(map(of_group, range(num_groups)))
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,21 +170,25 @@ class _Scores:
     @classmethod
     def of(cls, flat: Predictions, truths: Truths, rows: list[np.ndarray], thresholds: np.ndarray) -> _Scores:
         """`rows` of `flat`, by class and best first."""
-        counts = np.bincount(truths.labels)
-        partners, columns = [], []
-        for label, (of_class, count) in enumerate(zip(rows, counts, strict=True)):
-            own = np.flatnonzero(truths.labels == label)
-            found = find_matches(
-                flat.videos[of_class],
-                flat.segments[of_class],
-                truths.videos[own],
-                truths.segments[own],
-                protocol=PROTOCOLS["official"],
-                thresholds=thresholds,
-            )
-            partners.append(np.where(found >= 0, own[found], -1))
-            columns.append(_average_precision(found >= 0, count, counts.mean()))
+        counts, protocol = np.bincount(truths.labels), PROTOCOLS["official"]
+        partners = partners_by_class(flat, truths, rows, protocol=protocol, thresholds=thresholds)
+        columns = [
+            _average_precision(of_class >= 0, count, counts.mean())
+            for of_class, count in zip(partners, counts, strict=True)
+        ]
         return cls(truths, partners, np.stack(columns, axis=1))
+
+    def without(self, error: int, types: Sequence[np.ndarray]) -> np.ndarray:
+        """(T, K) normalised AP without the predictions whose type, by class (T, n), is that error."""
+        counts = np.bincount(self.truths.labels)
+        columns = [
+            [
+                _average_precision(row[kept][None] >= 0, count, counts.mean())[0]
+                for row, kept in zip(partners, of != error, strict=True)
+            ]
+            for partners, of, count in zip(self.partners, types, counts, strict=True)
+        ]
+        return np.array(columns).T
 
     def sensitivity(self, chosen: np.ndarray) -> float:
         """Normalised mAP on the (M,) chosen truths alone, and the predictions that take one of them, or none at all.
@@ -223,11 +213,6 @@ class _Scores:
             for of, found, stays in zip(missed, partners, useful, strict=True):
                 of[found[stays & (found >= 0)]] = False
         return missed
-
-
-def _ranked(flat: Predictions, label: int) -> np.ndarray:
-    rows = np.flatnonzero(flat.labels == label)
-    return rows[np.argsort(-flat.scores[rows], kind="stable")]
 
 
 def _precision(true_positive: np.ndarray, num_truths: int, mean_truths: float) -> np.ndarray:

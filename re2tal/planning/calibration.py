@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from re2tal.backbones import build_backbone
 from re2tal.backbones.hub.tiling import ClipwiseBackbone
 from re2tal.config import RecognitionConfig, RunConfig
-from re2tal.planning.dry_run import Event, stages_of, watched
+from re2tal.planning.dry_run import Event, marking
 from re2tal.planning.settings import Setting, configure
+from re2tal.rewire import stages_of
 from re2tal.training.engine import DTYPES
 
 ROUNDS = 3
@@ -130,7 +131,7 @@ def _seconds(backbone: nn.Module, setting: Setting, frames: Tensor, order: Seque
         events.append((event, time.perf_counter()))
 
     mask = torch.ones(len(frames), frames.shape[2], dtype=torch.bool, device=frames.device)
-    with watched(backbone, list(stages.values()), mark):
+    with marking(backbone, list(stages.values()), mark):
         backbone(frames, mask).values.float().square().mean().backward()
         mark(Event("start", 0))
     for parameter in backbone.parameters():

@@ -31,7 +31,7 @@ from re2tal.planning.options import (
     undominated,
 )
 from re2tal.planning.search import Choice, Ground, Option, fastest, smallest
-from re2tal.planning.settings import Setting, can_be_cut, configure, worth_knowing
+from re2tal.planning.settings import Setting, can_be_cut, configure, outputs_worth_saving
 from re2tal.planning.step_memory import StepMemory, step_memory
 from re2tal.planning.step_plan import GIGABYTE, StageSeconds, StepPlan
 from re2tal.planning.zero_memory import Weights, ZeroMemory, zero_memory
@@ -84,11 +84,11 @@ def plan_step(
     Raises ValueError, with the smallest possible budget, where no plan fits.
     """
     settings = resolve_deepspeed_config(ds, run.engine, world_size=world_size)
-    stage, budget = settings["zero_optimization"].get("stage", 0), _budget(run, device, free_bytes, world_size)
+    zero_stage, budget = settings["zero_optimization"].get("stage", 0), _budget(run, device, free_bytes, world_size)
     _refuse_stored_features(run)
     if budget is not None:
         _refuse_what_cannot_be_planned(run)
-    dry_run = DryRun(run, device=device, num_classes=num_classes, free_gradients=stage >= 2)
+    dry_run = DryRun(run, device=device, num_classes=num_classes, free_gradients=zero_stage >= 2)
     zero = zero_memory(
         Weights.of(dry_run.network, run.optimizer, settings),
         settings,
@@ -222,7 +222,7 @@ class _Planner:
             for part in (4, 32):
                 mebibytes = 2.0 ** floor(log2(inside / part / 2**20))
                 rebuilt.append(Setting(0, mebibytes))
-        known = worth_knowing(self.stages)
+        known = outputs_worth_saving(self.stages)
         settings = [replace(setting, known=number) for setting in rebuilt for number in sorted({0, known})]
         if any(stage.can_checkpoint_nonresidual() for stage in self.stages.values()):
             settings.append(KEEPING)

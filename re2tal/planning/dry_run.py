@@ -27,7 +27,7 @@ from re2tal.planning.search import Ground
 from re2tal.recognizer import Recognizer
 from re2tal.reversible.fake import on_fake_tensors
 from re2tal.reversible.live_bytes import LiveBytes
-from re2tal.rewire import RewiredStage
+from re2tal.rewire import RewiredStage, stages_of
 from re2tal.training.engine import DTYPES
 from re2tal.training.frames import prepare_frames
 
@@ -137,7 +137,7 @@ class DryRun:
         stages = list(self._stages.values())
         host, live = LiveBytes(torch.device("cpu")), LiveBytes(self.device)
         with self._mode, host if self.device.type != "cpu" else nullcontext(), live:
-            with watched(self.network.backbone, stages, mark):
+            with marking(self.network.backbone, stages, mark):
                 outputs = self.network(*self._clips())
                 again = self._pixels_bytes if self._pixels() is None else 0
                 wide = [leaf.float() for leaf in tree_leaves(outputs) if leaf.requires_grad]
@@ -165,13 +165,8 @@ def _network(run: RunConfig | RecognitionConfig, classes: Sequence[str]) -> Temp
     return build_detector(run, classes) if isinstance(run, RunConfig) else build_recognizer(run, classes)[0]
 
 
-def stages_of(backbone: nn.Module) -> dict[str, RewiredStage]:
-    """Name -> rewired stage."""
-    return {name: module for name, module in backbone.named_modules() if isinstance(module, RewiredStage)}
-
-
 @contextmanager
-def watched(backbone: nn.Module, stages: Sequence[nn.Module], mark: Callable[[Event], None]) -> Iterator[None]:
+def marking(backbone: nn.Module, stages: Sequence[nn.Module], mark: Callable[[Event], None]) -> Iterator[None]:
     """Inside, `mark` is called when each stage begins its forward and its backward, and when the backbone is done.
 
     Stages are numbered in the order in which they run. A backbone without stages, a plain one, counts as one stage.

@@ -1,8 +1,8 @@
 """The settings that each stage may run with, and the bytes and seconds of each, for the search.
 
 Bytes are counted on fake tensors, with one setting for all stages: everything stored, everything rebuilt, and rebuilt
-in pieces of a few sizes, each without and with known branches. Seconds are measured on the device with the same
-settings. For fewer known branches, or the last k units of a run stored, both are interpolated. The effects of keeping
+in pieces of a few sizes, each without and with saved outputs. Seconds are measured on the device with the same
+settings. For fewer saved outputs, or the last k units of a run stored, both are interpolated. The effects of keeping
 the blocks that are not residual, and of saving attention, are measured once, with everything rebuilt, and assumed to be
 the same for every other setting. States in host memory take no device memory; they cost the part of the transfer that
 the next stage's compute does not hide.
@@ -78,7 +78,7 @@ def _in_memory(
     length = longest_run(stage)
     # With many stages a few steps each are choice enough.
     steps = length if len(traces[STORED].of("forward")) <= 2 else min(length, 4)
-    rebuilt = _with_some_known(measured, most=length - 1)  # the first branch's output is never read
+    rebuilt = _with_saved_outputs(measured, most=length - 1)  # the first branch's output is never read
     none = measured[REBUILT]
     if saving is not None and saving.kept > none.kept:
         attention = SAVING_ATTENTION.saved_attention
@@ -99,11 +99,11 @@ def _in_memory(
     ]
 
 
-def _with_some_known(measured: Mapping[Setting, Option], *, most: int) -> Choices:
-    """The measured options, with no known branch and with as many as are worth it, and a quarter, half and three
+def _with_saved_outputs(measured: Mapping[Setting, Option], *, most: int) -> Choices:
+    """The measured options, without saved outputs and with as many as are worth it, and a quarter, half and three
     quarters of these.
 
-    All stages are measured with the same number of known branches; a run has at most `most` of them.
+    All stages are measured with the same number of saved outputs; a run has at most `most` of them.
     """
     found = list(measured.items())
     for setting, option in measured.items():

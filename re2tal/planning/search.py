@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from operator import attrgetter
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,27 +57,20 @@ class Choice:
     """Of all stages."""
 
 
+_SECONDS: Callable[[Choice], float] = attrgetter("seconds")
+
+
 def fastest(ground: Ground, stages: Sequence[Sequence[Option]], *, budget: int) -> Choice | None:
     """The choice with the least time whose peak is at most `budget` bytes; None where there is none."""
-    return min(_search(ground, stages, budget=budget, cost=_seconds), key=_seconds, default=None)
+    return min(_search(ground, stages, budget=budget, cost=_SECONDS), key=_SECONDS, default=None)
 
 
 def smallest(ground: Ground, stages: Sequence[Sequence[Option]]) -> Choice:
     """The choice with the lowest peak, and the fastest among those."""
-    lowest = min(choice.peak for choice in _search(ground, stages, budget=None, cost=_peak))
+    lowest = min(choice.peak for choice in _search(ground, stages, budget=None, cost=attrgetter("peak")))
     choice = fastest(ground, stages, budget=lowest)
     assert choice is not None
     return choice
-
-
-def peak_of(ground: Ground, options: Sequence[Option]) -> int:
-    """Most bytes alive at once with one option for every stage."""
-    kept = list(accumulate((option.kept for option in options), initial=0))
-    in_stages = [
-        max(ground.forward[s] + kept[s] + option.forward, ground.backward[s] + kept[s + 1] + option.backward)
-        for s, option in enumerate(options)
-    ]
-    return max(ground.before, ground.between + kept[-1], *in_stages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,14 +99,6 @@ def _extended(ground: Ground, partial: _Partial, number: int, option: Option) ->
     backward = ground.backward[s] + kept + option.backward
     seconds = partial.seconds + option.seconds
     return _Partial((*partial.options, number), max(partial.peak, forward, backward), seconds, kept)
-
-
-def _seconds(of: Choice) -> float:
-    return of.seconds
-
-
-def _peak(of: Choice) -> int:
-    return of.peak
 
 
 def _undominated(partials: Sequence[_Partial], cost: Callable[[_Partial], float]) -> list[_Partial]:

@@ -31,11 +31,11 @@ class Setting:
         if self.stored is None:
             return "stored"
         how = "whole branches" if self.chunk_mebibytes is None else f"pieces of {self.chunk_mebibytes:g} MiB"
-        known = f", {self.known} known" if self.known else ""
-        known += ", attention saved" if self.saved_attention else ""
+        saved = f", {self.known} output{'s' * (self.known > 1)} saved" if self.known else ""
+        saved += ", attention saved" if self.saved_attention else ""
         besides = f", last {self.stored} stored" if self.stored else ", states on the host" if self.offload else ""
         kept = ", non-residual blocks kept" if self.keep_nonresidual else ""
-        return f"rebuilt, {how}{known}{besides}{kept}"
+        return f"rebuilt, {how}{saved}{besides}{kept}"
 
 
 def configure(stages: Mapping[str, RewiredStage], settings: Sequence[Setting]) -> None:
@@ -50,7 +50,7 @@ def longest_run(stage: RewiredStage) -> int:
     return max(length for _, lengths in stage.runs() for length in lengths)
 
 
-def worth_knowing(stages: Mapping[str, RewiredStage]) -> int:
+def outputs_worth_saving(stages: Mapping[str, RewiredStage]) -> int:
     """How many branches of a run end in a linear layer that is as large as any at the end of its stage's branches: in
     transformers the MLPs. The most of any stage."""
     return max(_ends(stage) for stage in stages.values())

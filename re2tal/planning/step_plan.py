@@ -9,9 +9,9 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
-from re2tal.planning.dry_run import stages_of
 from re2tal.planning.settings import Setting, configure
 from re2tal.planning.step_memory import StepMemory
+from re2tal.rewire import stages_of
 from re2tal.strict_json import brief
 from re2tal.tables import text_table
 

@@ -111,22 +111,22 @@ def zero_memory(
     `bytes_each`: of a parameter in forward and backward; `averaged`: whether the run keeps a moving average.
     """
     zero = _zero(settings)
-    stage = zero.get("stage", 0)
-    if stage == 0:
+    zero_stage = zero.get("stage", 0)
+    if zero_stage == 0:
         return _whole(weights, bytes_each=bytes_each, world_size=world_size, averaged=averaged, on_cpu=on_cpu)
-    sharded = _with_sharded_parameters if stage == 3 else _with_sharded_optimizer
+    sharded = _with_sharded_parameters if zero_stage == 3 else _with_sharded_optimizer
     memory = sharded(weights, zero, bytes_each=bytes_each, world_size=world_size, averaged=averaged)
     if not _is_on_host(zero, "offload_optimizer"):
         return memory
     # With the gradients in float32, the shard in the parameters' type, and before ZeRO 3 a tensor to put them through.
-    shard, through = -(-weights.trained // world_size), 0 if stage == 3 else 4 * weights.largest
+    shard, through = -(-weights.trained // world_size), 0 if zero_stage == 3 else 4 * weights.largest
     return replace(
         memory,
         gradients=0,
         optimizer=0,
         average=0,
         step_gradients=0,
-        step_scratch=_bucket(zero, bytes_each) if stage == 3 else 0,
+        step_scratch=_bucket(zero, bytes_each) if zero_stage == 3 else 0,
         host=memory.host + memory.optimizer + memory.average + (4 + bytes_each) * shard + through,
     )
 

@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from re2tal.evaluation.average_precision import match
+from re2tal.evaluation.average_precision import find_matches
 from re2tal.evaluation.protocols import PROTOCOLS
 from re2tal.structures import Detections, VideoRecord
 
@@ -129,7 +129,7 @@ def _rows(
 def _row(label: str, record: VideoRecord, predicted: np.ndarray, scores: np.ndarray) -> Row:
     own = [(one.start_seconds, one.end_seconds) for one in record.actions if one.label == label]
     true = np.array(own, dtype=np.float64).reshape(-1, 2)
-    right = match(
+    partners = find_matches(
         np.zeros(len(predicted), dtype=np.int64),
         predicted,
         np.zeros(len(true), dtype=np.int64),
@@ -137,7 +137,7 @@ def _row(label: str, record: VideoRecord, predicted: np.ndarray, scores: np.ndar
         protocol=PROTOCOLS["opentad"],
         thresholds=np.array([MATCH_TIOU]),
     )[0]
-    return Row(label, true, predicted, scores, right, _lanes(predicted))
+    return Row(label, true, predicted, scores, partners >= 0, _lanes(predicted))
 
 
 def _lanes(segments: np.ndarray) -> np.ndarray:

@@ -118,18 +118,18 @@ def _rebuilt(
     """
     run, record = recording.run, recording.branches[index]
     draws, is_saved = record.draws.popleft(), record.saves == "output"
-    for saved in [*recording.rewound, *record.buffers[0]]:
-        saved.put_back()
-    recording.rewound = record.buffers.popleft()
+    for saved in [*recording.restored, *record.buffers[0]]:
+        saved.restore()
+    recording.restored = record.buffers.popleft()
     if following is not None and not is_saved:
-        point, update = watched(recording, index, run.output, function, state, draws)
+        point, update = run_with_graph(recording, index, run.output, function, state, draws)
         return Graph.of(point, update), update.detach()
     with without_last_linear(last_of(run.branches[index]), add_product=add_product):
-        graph = Graph.of(*watched(recording, index, run.output, function, state, draws))
+        graph = Graph.of(*run_with_graph(recording, index, run.output, function, state, draws))
     return graph, record.outputs.popleft() if is_saved else None
 
 
-def watched(
+def run_with_graph(
     recording: Recording,
     index: int,
     returned: Callable[[int, BranchFunction, Tensor], Tensor],

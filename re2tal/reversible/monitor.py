@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from re2tal.reversible.precision import Precision
+from re2tal.reversible.precision import StateFormat
 
 NUM_SAMPLES = 4096
 DRIFT_LIMIT = 1e-4
@@ -59,12 +59,12 @@ class Monitor:
         """Call it at the start of every forward of the stage that may have a backward."""
         self._steps += 1
 
-    def observe(self, x: Tensor, precision: Precision) -> Observation | None:
+    def observe(self, x: Tensor, precision: StateFormat) -> Observation | None:
         """An observation of the run that starts with `x`; None if this step is not checked, or `x` has no values."""
         due = self._steps > 0 and self._steps % self.every == 0 and x.numel() > 0
         return Observation(self, self._steps, precision) if due and not isinstance(x, FakeTensor) else None
 
-    def note(self, reading: Reading, *, step: int, precision: Precision) -> None:
+    def note(self, reading: Reading, *, step: int, precision: StateFormat) -> None:
         """Takes the figures of one run of a checked step, after its backward, and warns if they are bad."""
         self.reading = reading.or_worse(self.reading if self._noted == step else None)
         self._noted = step
@@ -100,7 +100,7 @@ class FirstCheck(Monitor):
         super().__init__(name, every=1)
         self.done = False
 
-    def note(self, reading: Reading, *, step: int, precision: Precision) -> None:
+    def note(self, reading: Reading, *, step: int, precision: StateFormat) -> None:
         """Raises RuntimeError where the first state was not rebuilt at all."""
         self.done = True
         if not reading.drift <= REPEAT_LIMIT:
@@ -114,7 +114,7 @@ class FirstCheck(Monitor):
 class Observation:
     """Collects the figures of one run, from its forward to its backward."""
 
-    def __init__(self, monitor: Monitor, step: int, precision: Precision) -> None:
+    def __init__(self, monitor: Monitor, step: int, precision: StateFormat) -> None:
         self._monitor, self._step, self._precision = monitor, step, precision
         self._first: Tensor | None = None
         self._outside: list[Tensor] = []

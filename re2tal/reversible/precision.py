@@ -46,7 +46,7 @@ KINKS_STEP = 2.0**-18
 FIXED_STEP = 2.0**-16
 NARROW = (torch.bfloat16, torch.float16)
 
-Grid = float | Literal["auto"] | None
+GridStep = float | Literal["auto"] | None
 """The step of the grid, or None for no grid. "auto" is 2**-14 where branches compute in bfloat16 or float16, or may use
 TF32, which in float32 on CUDA convolutions may by default; 2**-18 where they compute in full float32 and have kinks;
 and else none. Of int32 states it is 2**-16, and there is always one."""
@@ -56,7 +56,7 @@ States = Literal["float32", "int32"]
 
 
 @dataclass(frozen=True, slots=True)
-class Precision:
+class StateFormat:
     """Dtypes of one run, and the step of its grid."""
 
     states: torch.dtype
@@ -76,8 +76,8 @@ class Precision:
 
     @classmethod
     def of(
-        cls, x: Tensor, grid: Grid, coupling: Coupling = SUM, *, states: States = "float32", kinks: bool = False
-    ) -> Precision:
+        cls, x: Tensor, grid: GridStep, coupling: Coupling = SUM, *, states: States = "float32", kinks: bool = False
+    ) -> StateFormat:
         """For a run that starts with `x`, under the autocast state that is now in force.
 
         `kinks`: whether the slope of branches jumps somewhere, as ReLU's does. In float64 it does not matter: an error
@@ -163,7 +163,7 @@ def _short_factors(device: torch.device) -> bool:
     return any(flag.fp32_precision in ("tf32", "bf16") for flag in {"cuda": cuda, "cpu": cpu}.get(device.type, ()))
 
 
-def check_numbers(states: States, grid: Grid) -> None:
+def check_numbers(states: States, grid: GridStep) -> None:
     """Raises ValueError if either is unknown, or if the two exclude each other."""
     if states not in get_args(States):
         raise ValueError(f"unknown states {states!r}; known: {list(get_args(States))}")

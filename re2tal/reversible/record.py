@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from re2tal.reversible.replay_context import AutocastState, SavedBuffer
+from re2tal.reversible.buffers import SavedBuffer
+from re2tal.reversible.replay_context import AutocastState
 from re2tal.reversible.rng import GeneratorState
 from re2tal.reversible.run import Run
 from re2tal.reversible.saved_attention import Calls, saving_attention
@@ -70,7 +71,7 @@ class Recording:
     """One per branch of the run, in its order."""
     attention_left: int
     """How many more branches may save what their attention kernels return."""
-    rewound: list[SavedBuffer] = field(default_factory=list)
+    restored: list[SavedBuffer] = field(default_factory=list)
     """What backward has put back last. It is put back again before the next branch, which ran earlier, runs again."""
     x_wants_gradient: bool = False
     """Whether the run's input wants a gradient. Backward sets it: `autograd.grad` may not ask for this one."""

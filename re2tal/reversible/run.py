@@ -13,7 +13,7 @@ from re2tal.reversible.chunking import ChunkedBranch, Piece, decisive, last_of, 
 from re2tal.reversible.coupling import Coupling, Merge
 from re2tal.reversible.fake import is_counted
 from re2tal.reversible.monitor import Observation
-from re2tal.reversible.precision import Precision
+from re2tal.reversible.precision import StateFormat
 from re2tal.reversible.rng import GeneratorState
 
 BranchFunction = Callable[[Tensor], Tensor]
@@ -44,7 +44,7 @@ class Run:
     """How many of the rebuilt branches, from the first that has one, save what their attention kernels return."""
     merge: Merge
     coupling: Coupling
-    precision: Precision
+    precision: StateFormat
     streams: bool = False
     """Whether it starts with x[-1] and x[0], and returns x[n-1] and x[n], stacked; nothing is merged."""
 

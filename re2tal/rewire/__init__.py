@@ -17,7 +17,7 @@ from re2tal.rewire.recomputed_inputs import recompute_conv_inputs
 from re2tal.rewire.report import RewireReport
 from re2tal.rewire.rewire import rewire, unrewire
 from re2tal.rewire.same_network import check_same_network
-from re2tal.rewire.stage import RewiredStage
+from re2tal.rewire.stage import RewiredStage, stages_of
 from re2tal.rewire.worst_drift import largest_drift
 
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "rewire",
     "same_wiring",
     "set_beta",
+    "stages_of",
     "unrewire",
     "why_not_residual",
     "wiring_of",

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from re2tal.options import names_with
-from re2tal.rewire.stage import RewiredStage
+from re2tal.rewire.stage import stages_of
 
 
 def set_beta(model: nn.Module, beta: float) -> None:
     """For every rewired stage in `model`, from its next forward on. Raises ValueError where there is none."""
-    stages = _stages(model)
+    stages = stages_of(model).values()
     if not stages:
         raise ValueError(f"this {type(model).__name__} has no beta: nothing in it is rewired; call rewire(model) first")
     for stage in stages:
@@ -28,7 +28,7 @@ def set_beta(model: nn.Module, beta: float) -> None:
 
 def beta_of(model: nn.Module) -> float | None:
     """Of all rewired stages in `model`; None where there is none. Raises ValueError where they differ."""
-    found = {stage.config.beta for stage in _stages(model)}
+    found = {stage.config.beta for stage in stages_of(model).values()}
     if len(found) > 1:
         raise ValueError(f"the rewired stages of this {type(model).__name__} have beta {sorted(found)}; set it for all")
     return found.pop() if found else None
@@ -40,10 +40,10 @@ def wiring_of(model: nn.Module) -> dict[str, Any] | None:
     `ends` are the blocks behind which an example made a run end. None where nothing is rewired. Raises ValueError where
     stages differ in beta.
     """
-    stages = _stages(model)
+    stages = stages_of(model).values()
     if not stages:
         return None
-    config = stages[0].config
+    config = next(iter(stages)).config
     options = {name: getattr(config, name) for name in names_with(config, "wiring")}
     ends = [stage.name_of(name) for stage in stages for name in stage.names() if name in stage.ends]
     return options | {"beta": beta_of(model), "ends": ends}
@@ -66,13 +66,9 @@ class StateCount(NamedTuple):
 def count_states(model: nn.Module) -> StateCount:
     """For states of the dtype of the parameters, outside of autocast."""
     kept = needed = 0
-    for stage in _stages(model):
+    for stage in stages_of(model).values():
         dtype = next(stage.parameters()).dtype
         for _, lengths in stage.runs():
             kept += sum(len(stage.saved_states(length, dtype=dtype)) for length in lengths)
             needed += sum(lengths)
     return StateCount(kept, needed)
-
-
-def _stages(model: nn.Module) -> list[RewiredStage]:
-    return [module for module in model.modules() if isinstance(module, RewiredStage)]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from re2tal.reversible.replay_context import held
+from re2tal.reversible.buffers import buffers_restored
 from re2tal.reversible.rng import GeneratorState
 from re2tal.rewire.discover import in_mode
 
@@ -21,7 +21,7 @@ def undisturbed(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     parameters = [(parameter, parameter.data) for parameter in model.parameters()]
     draws = GeneratorState.now(device)
-    with torch.enable_grad(), in_mode(model, training=False), tensors_held(model), draws.replayed():
+    with torch.enable_grad(), in_mode(model, training=False), tensors_restored(model), draws.replayed():
         try:
             torch.manual_seed(0)
             copies: dict[int, Tensor] = {}
@@ -38,10 +38,10 @@ def undisturbed(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
 
 
 @contextmanager
-def tensors_held(model: nn.Module) -> Iterator[None]:
+def tensors_restored(model: nn.Module) -> Iterator[None]:
     """Restores buffers and other tensors of modules at the end. Those that were made inside go."""
     before = [(module, dict(module._buffers), dict(vars(module))) for module in model.modules()]
-    with held(model.modules()):
+    with buffers_restored(model.modules()):
         try:
             yield
         finally:

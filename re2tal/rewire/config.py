@@ -7,7 +7,7 @@ from typing import Literal, get_args
 
 from re2tal.options import option
 from re2tal.reversible.coupling import Merge
-from re2tal.reversible.precision import Grid, States, check_numbers
+from re2tal.reversible.precision import GridStep, States, check_numbers
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class RewiringConfig:
     none of them is computed twice. Reversible runs are still rebuilt."""
     states: States = option("float32", of_rewired=True)
     """What the states of a run are made of: "float32" is rebuilt exactly on its grid, "int32" on any grid."""
-    grid: Grid = "auto"
+    grid: GridStep = "auto"
     """Grid of the states that makes rebuilding exact: a step, None for none, or "auto": 2**-14 under bfloat16 and
     float16; in float32 2**-18 where branches have kinks, as ReLU has one, and none where they are smooth; for "int32"
     always 2**-16."""

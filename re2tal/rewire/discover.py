@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
-from re2tal.reversible.replay_context import held
+from re2tal.reversible.buffers import buffers_restored
 from re2tal.reversible.rng import GeneratorState
 from re2tal.rewire.branches import Branch, NotResidual, Residual
-from re2tal.rewire.kinks import WatchedForKinks
+from re2tal.rewire.kinks import KinkFinder
 from re2tal.rewire.pending import RewireError
-from re2tal.rewire.sums import RefusedError, Step, may_be_entered, steps_of
+from re2tal.rewire.sums import steps_of
+from re2tal.rewire.traced import RefusedError, Step, may_be_entered
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,7 +95,7 @@ def take_apart(block: nn.Module, call: Call) -> Residual | NotResidual:
 
 def as_a_whole(block: nn.Module, call: Call) -> Residual | None:
     """The block as one branch, F(x) = block(x) - x; None where it changes shapes, or adds nothing to anything."""
-    with WatchedForKinks() as kinks, _WatchedForSums(call.x.shape) as sums:
+    with KinkFinder() as kinks, _SumFinder(call.x.shape) as sums:
         for training in (True, False):
             with _undisturbed(block, call, training=training):
                 result = _run_block(block, (), Call(call.x.clone(), call.args, call.kwargs))
@@ -111,7 +112,7 @@ def _less_x(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     return (output[0] if isinstance(output, tuple) else output) - x
 
 
-class _WatchedForSums(TorchDispatchMode):
+class _SumFinder(TorchDispatchMode):
     """While it is entered: `found` becomes True when two tensors as large as one of `shape` are added."""
 
     def __init__(self, shape: torch.Size) -> None:
@@ -143,9 +144,9 @@ def _take_apart(block: nn.Module, call: Call, entered: Sequence[nn.Module]) -> R
         )
         for training, evaluation in zip(steps[True], steps[False], strict=True)
     )
-    with WatchedForKinks() as watched:
+    with KinkFinder() as finder:
         _check(block, branches, call)
-    return Residual(branches, _wrapping(block, call), kinks=watched.found)
+    return Residual(branches, _wrapping(block, call), kinks=finder.found)
 
 
 class TracedError(ValueError):
@@ -262,7 +263,7 @@ def _run_branches(block: nn.Module, branches: Sequence[Branch], call: Call) -> T
 def _undisturbed(block: nn.Module, call: Call, *, training: bool) -> Iterator[None]:
     """Runs in a mode, without gradients, and leaves generators, buffers and modes as they were."""
     generators = GeneratorState.now(call.x.device)
-    with torch.no_grad(), generators.replayed(), in_mode(block, training=training), held(block.modules()):
+    with torch.no_grad(), generators.replayed(), in_mode(block, training=training), buffers_restored(block.modules()):
         yield
 
 

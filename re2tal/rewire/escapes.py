@@ -3,7 +3,7 @@
     self.logits = self.router(x)      an attribute, an entry of a list, what a hook collects (`output_attentions`)
     loss = task + balance(logits)     forward ran without a graph, so the router would learn nothing from the balance
 
-While a branch is watched, every result of torch that depends on its input or on trained parameters, other than through
+While a branch is checked, every result of torch that depends on its input or on trained parameters, other than through
 `detach` or `no_grad`, is noted by a weak reference. Those alive when the branch has ended are kept by somebody.
 """
 
@@ -37,13 +37,13 @@ _OF_THE_FIRST = ("to", "type_as", "expand_as", "view_as", "reshape_as")
 """Of the other tensor they take the form only."""
 
 
-def watched_for_escapes(function: Callable[[Tensor], Tensor], name: str) -> Callable[[Tensor], Tensor]:
+def checked_for_escapes(function: Callable[[Tensor], Tensor], name: str) -> Callable[[Tensor], Tensor]:
     """`function`, a branch called `name`, which raises RewireError if it leaves anything behind.
 
     Where a graph is kept there is nothing to find: what is left behind has its gradient.
     """
 
-    def watched(x: Tensor) -> Tensor:
+    def checked(x: Tensor) -> Tensor:
         if torch.is_grad_enabled() or is_counted(x):
             return function(x)
         given, escapes = x.detach(), _Escapes()
@@ -64,11 +64,11 @@ def watched_for_escapes(function: Callable[[Tensor], Tensor], name: str) -> Call
             "cannot pass on: do without it, detach it where it is kept, or set recompute=False"
         )
 
-    return watched
+    return checked
 
 
 def is_compiled(block: nn.Module) -> bool:
-    """Whether anything inside is compiled: it would be compiled once more to be watched."""
+    """Whether anything inside is compiled: it would be compiled once more to be checked."""
     return any(module._compiled_call_impl is not None or hasattr(module, "_orig_mod") for module in block.modules())
 
 

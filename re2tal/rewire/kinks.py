@@ -2,7 +2,8 @@
 
 An error in a state, however small, carries some element across such a place, and the gradient jumps with it. That is
 why `grid="auto"` rounds the states of these branches in float32 too; see `reversible.precision`. A type of block says
-so where it is registered (`Branch.kinks`), or shows it by the layers that it holds; one that is taken apart is watched.
+so where it is registered (`Branch.kinks`), or shows it by the layers that it holds. Of a block that is taken apart,
+`KinkFinder` sees the operations.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def holds_kinks(block: nn.Module) -> bool:
     return any(isinstance(layer, LAYERS) for layer in block.modules())
 
 
-class WatchedForKinks(TorchDispatchMode):
+class KinkFinder(TorchDispatchMode):
     """While it is entered: `found` becomes True with the first operation that has kinks."""
 
     def __init__(self) -> None:

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from re2tal.reversible.buffers import BufferWatch, SavedBuffer, buffers_restored
 from re2tal.reversible.recompute import Recipe, save_recipes
-from re2tal.reversible.replay_context import BufferWatch, SavedBuffer, held
 
 
 class CheckpointedModule(nn.Module):
@@ -67,15 +67,15 @@ def recomputed(function: Callable[..., Any], *args: Any, owner: nn.Module, **kwa
         nonlocal written, read
         if written is not None:
             again = [remade[number]() if number in remade else arg for number, arg in enumerate(given)]
-            with held(written):
+            with buffers_restored(written):
                 for one in read:
-                    one.put_back()
+                    one.restore()
                 return function(*again, **kwargs)
         watch = BufferWatch(owner)
         saved = watch.save()
         output = function(*(fresh.pop(number, arg) for number, arg in enumerate(given)), **kwargs)
-        read = [*watch.written_of(saved), *watch.found_writers()]
-        written = list(dict.fromkeys([*watch.written(), *(one.module for one in read)]))
+        read = [*watch.changed_since(saved), *watch.find_writers()]
+        written = list(dict.fromkeys([*watch.changed_modules(), *(one.module for one in read)]))
         return output
 
     return checkpoint(run, *given, use_reentrant=False, **kwargs)

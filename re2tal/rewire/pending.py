@@ -118,7 +118,7 @@ class PendingState(Tensor):
 
 
 def values_of(state: Any) -> Any:
-    """The values of a pending state, which ends a run in a network that is learned, and is an error in one that runs.
+    """The values of a pending state, which ends a run while an example is run, and is an error in one that runs.
 
     Anything else is returned as it is.
     """
@@ -133,8 +133,8 @@ def values_of(state: Any) -> Any:
             "run goes on there; rewire the plain model with an example in which it is used, rewire(model, example=..), "
             "so that a run ends there"
         )
-    assert stage.learned is not None
-    stage.learned.ends_behind(stage, name)
+    assert stage.recorder is not None
+    stage.recorder.end_run_behind(stage, name)
     return run.computed
 
 

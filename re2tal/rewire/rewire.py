@@ -18,7 +18,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from re2tal.rewire.branches import NotResidual, Residual, is_explained, is_unregistered, registered, why_not_residual
-from re2tal.rewire.conditions import tensors_held
+from re2tal.rewire.conditions import tensors_restored
 from re2tal.rewire.config import RewiringConfig
 from re2tal.rewire.cuts import Cut
 from re2tal.rewire.discover import Call, Example, as_a_whole, record_calls, take_apart
@@ -151,7 +151,7 @@ def _analyst(model: nn.Module, example: Example | None, *, whole_blocks: bool) -
     unknown = {block for block in blocks if isinstance(registered(block), NotResidual)}
     calls: dict[nn.Module, Call] = {}
     if example is not None and unknown:
-        with tensors_held(model):
+        with tensors_restored(model):
             calls = record_calls(model, unknown, example=example)
 
     def in_branches(block: nn.Module) -> Residual | NotResidual:

@@ -13,41 +13,36 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import replace
 from functools import partial
 from itertools import pairwise
-from math import ceil
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves, tree_map
 
 from re2tal.reversible import run_reversibly
-from re2tal.reversible.chunking import ChunkedBranch, Piece, WholeBranch
 from re2tal.reversible.coupling import Coupling
 from re2tal.reversible.monitor import FirstCheck, Monitor
 from re2tal.reversible.offload import offloaded
-from re2tal.reversible.precision import Precision
-from re2tal.rewire.branches import Branch, Residual, is_unregistered
+from re2tal.reversible.precision import StateFormat
+from re2tal.rewire.branches import Residual, is_unregistered
 from re2tal.rewire.config import RewiringConfig
-from re2tal.rewire.escapes import is_compiled, watched_for_escapes
+from re2tal.rewire.escapes import is_compiled
 from re2tal.rewire.hooks import (
     called_with,
     check_hooks,
     guard,
     has_forward_hooks,
     has_hooks,
-    is_sharded,
     unguard,
-    without_hooks,
 )
 from re2tal.rewire.nonresidual import recomputed
 from re2tal.rewire.pending import BlockCall, BlockHandle, PendingState, RewireError, values_of
+from re2tal.rewire.units import Unit, hidden_state, unit_checked_for_escapes, units_of
 
 if TYPE_CHECKING:
-    from re2tal.rewire.same_network import Learned
+    from re2tal.rewire.recorded_calls import CallRecorder
 
 
 class RewiredStage(nn.Module):
@@ -67,11 +62,11 @@ class RewiredStage(nn.Module):
         self.kinks = any(found.kinks for found in residual.values())
         self.monitor = None if config.monitor_every is None else Monitor(path, every=config.monitor_every)
         self._first_check = FirstCheck(path)
-        self._watched: set[tuple] = set()
+        self._checked: set[tuple] = set()
         """Kinds of runs whose branches were found to leave nothing behind."""
         self.ends: Collection[str] = frozenset()
         """Residual blocks behind which a run ends although the next one is residual: somebody uses the state there."""
-        self.learned: Learned | None = None
+        self.recorder: CallRecorder | None = None
         """Set while an example shows how blocks are called."""
         self._plain = (plain,)  # in a tuple, so that it is not a submodule: its children are ours
         self._first = 0  # where in the stage the last run started
@@ -107,7 +102,7 @@ class RewiredStage(nn.Module):
     def saved_states(self, length: int, *, dtype: torch.dtype) -> list[int]:
         """Which of its states 0 .. `length` a run of that many functions keeps, if it starts with one of `dtype`."""
         x, config = torch.empty(0, dtype=dtype), self.config
-        precision = Precision.of(x, config.grid, states=config.states, kinks=self.kinks)
+        precision = StateFormat.of(x, config.grid, states=config.states, kinks=self.kinks)
         rebuilt = length - self.config.stored
         return self.coupling.saved_states(rebuilt, room=precision.room) if self.config.recompute and rebuilt > 0 else []
 
@@ -139,7 +134,7 @@ class RewiredStage(nn.Module):
             return self._compute(x, _calls)
         output: Any = x
         for name in self._modules:
-            output = self.call_block(name, _hidden(output), args, kwargs, compute=self._compute)
+            output = self.call_block(name, hidden_state(output), args, kwargs, compute=self._compute)
         return output
 
     def call_block(
@@ -170,7 +165,7 @@ class RewiredStage(nn.Module):
         else:
             start = values_of(x)
         ends = name in self.run_ends()
-        computed = compute(start, calls) if ends or self.learned is not None else None
+        computed = compute(start, calls) if ends or self.recorder is not None else None
         output: Any = computed if ends else PendingState.behind(self, start, calls, computed)
         return self.residual[name].wrap(self.get_submodule(name), output)
 
@@ -189,7 +184,7 @@ class RewiredStage(nn.Module):
                         monitor.step()
             self._first = place
         if first.name in self.residual:
-            return self.run(calls, x) if self.learned is None else self.learned.run(self, calls, x)
+            return self.run(calls, x) if self.recorder is None else self.recorder.run(self, calls, x)
         block = self.get_submodule(first.name)
         again = self.config.recompute and not self.config.keep_nonresidual and _can_checkpoint(block)
         return (partial(recomputed, block, owner=block) if again else block)(x, *first.args, **first.kwargs)
@@ -205,10 +200,10 @@ class RewiredStage(nn.Module):
         if self.config.recompute and torch.is_grad_enabled():
             for call in calls:
                 _refuse_gradients(call.args, call.kwargs)
-            kind = self._unwatched(calls)
+            kind = self._to_be_checked(calls)
         units = [(self.get_submodule(call.name), unit) for call in calls for unit in self._units(call)]
         if kind is not None:
-            units = [(block, self._watch(unit)) for block, unit in units]
+            units = [(block, unit_checked_for_escapes(unit, stage=self.path)) for block, unit in units]
         length = self.config.segment or len(units)
         for first in range(0, len(units), length):
             blocks, branches = zip(*units[first : first + length], strict=True)
@@ -230,49 +225,21 @@ class RewiredStage(nn.Module):
                     monitor=self._monitor(),
                 )
         if kind is not None:
-            self._watched.add(kind)
+            self._checked.add(kind)
         return x
 
-    def _unwatched(self, calls: tuple[BlockCall, ...]) -> tuple | None:
+    def _to_be_checked(self, calls: tuple[BlockCall, ...]) -> tuple | None:
         """What says how these blocks run, if they did not run so before, or if hooks inside may collect outputs."""
         blocks = [self.get_submodule(call.name) for call in calls]
         kind = (self.training, *((call.name, call.constants()) for call in calls))
         hooked = any(has_forward_hooks(module) for block in blocks for module in block.modules() if module is not block)
-        if self.learned is not None or (kind in self._watched and not hooked) or any(map(is_compiled, blocks)):
+        if self.recorder is not None or (kind in self._checked and not hooked) or any(map(is_compiled, blocks)):
             return None
         return kind
 
-    def _watch(self, unit: WholeBranch | ChunkedBranch) -> WholeBranch | ChunkedBranch:
-        name = f"a branch of rewired stage {self.path} ({unit.name})"
-        watched = replace(unit, function=watched_for_escapes(unit.function, name))
-        if isinstance(watched, WholeBranch):
-            return watched
-        cut = watched.cut
-        return replace(
-            watched,
-            cut=lambda state: [replace(one, function=watched_for_escapes(one.function, name)) for one in cut(state)],
-        )
-
-    def _units(self, call: BlockCall) -> list[WholeBranch | ChunkedBranch]:
-        block = self.get_submodule(call.name)
-        if self.config.unit == "block":
-            return [WholeBranch(type(block).__name__, partial(_whole, block, call.args, call.kwargs))]
-        if is_sharded(block):
-            raise RewireError(
-                f"block {self.name_of(call.name)} is a unit of FSDP, which gathers and reduces its parameters once, "
-                "but it is run branch by branch, and branches would lose gradients: give fully_shard the stage, the "
-                "whole model, or modules inside of one branch, or rewire with unit 'block'"
-            )
-        return [self._unit(block, branch, call.args, call.kwargs) for branch in self.residual[call.name].branches]
-
-    def _unit(self, block: nn.Module, branch: Branch, args: tuple, kwargs: dict) -> WholeBranch | ChunkedBranch:
-        name, function = f"{type(block).__name__} {branch.name}", partial(_part, block, branch, args, kwargs)
-        last = branch.last_in(block)
-        if self.config.chunk_mebibytes is None or branch.cut is None:
-            return WholeBranch(name, function, last)
-        _refuse_batch_statistics(block, name)
-        pieces = partial(_pieces, block, branch, args, kwargs, chunk_bytes=self.config.chunk_mebibytes * 2**20)
-        return ChunkedBranch(name, function, pieces, same_draws=not branch.cut.samples, last=last)
+    def _units(self, call: BlockCall) -> list[Unit]:
+        block, name = self.get_submodule(call.name), self.name_of(call.name)
+        return units_of(block, self.residual[call.name], self.config, args=call.args, kwargs=call.kwargs, name=name)
 
     def plain(self) -> nn.Module:
         """The container that this stage stands for, with this stage's blocks in it."""
@@ -311,44 +278,14 @@ class RewiredStage(nn.Module):
         return f"{self.config}"
 
 
-def _whole(block: nn.Module, args: tuple, kwargs: dict, x: Tensor) -> Tensor:
-    with without_hooks(block):
-        return _hidden(called_with(block, block.forward, x, args, kwargs)) - x
-
-
-def _part(block: nn.Module, branch: Branch, args: tuple, kwargs: dict, x: Tensor) -> Tensor:
-    if not branch.through_block:
-        return branch.function(block, x, *args, **kwargs)
-    # The block must be called as a module, so that ZeRO-3's hooks gather its own parameters. For this one call its
-    # forward is the branch.
-    with without_hooks(block):
-        return called_with(block, partial(branch.function, block), x, args, kwargs)
-
-
-def _pieces(
-    block: nn.Module, branch: Branch, args: tuple, kwargs: dict, state: Tensor, *, chunk_bytes: float
-) -> list[Piece]:
-    """Cuts `branch` into enough pieces for each to need about `chunk_bytes` while it is differentiated."""
-    assert branch.cut is not None
-    inner_bytes = branch.cut.inner_states(block, state.shape) * state.numel() * state.element_size()
-    parts = branch.cut.parts(block, state.shape, ceil(inner_bytes / chunk_bytes))
-    if branch.cut.samples and len(parts) > 1:
-        _refuse_rows(args, kwargs, num_samples=len(state), name=f"{type(block).__name__} {branch.name}")
-    branches = [replace(branch, function=part.function or branch.function) for part in parts]
-    return [
-        Piece(part.axis, part.spans, partial(_part, block, branch, args, kwargs))
-        for part, branch in zip(parts, branches, strict=True)
-    ]
+def stages_of(model: nn.Module) -> dict[str, RewiredStage]:
+    """The rewired stages in `model` by name, in the order of its modules."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, RewiredStage)}
 
 
 def _can_checkpoint(block: nn.Module) -> bool:
     # A block must compute the same when it runs twice. Only a registration says that it does.
     return not is_unregistered(block)
-
-
-def _hidden(output: Any) -> Tensor:
-    """The hidden state in what a block returns: all of it, or the first of a tuple."""
-    return output[0] if isinstance(output, tuple) else output
 
 
 def _refuse_gradients(args: tuple, kwargs: dict) -> None:
@@ -357,21 +294,3 @@ def _refuse_gradients(args: tuple, kwargs: dict) -> None:
             "a rewired stage was called with a further argument that wants a gradient, which a reversible run cannot "
             "give; compute it inside the block from the block's own parameters, detach it, or set recompute=False"
         )
-
-
-def _refuse_batch_statistics(block: nn.Module, name: str) -> None:
-    for module in block.modules():
-        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
-            raise ValueError(
-                f"{name} cannot be run in pieces: its {type(module).__name__} takes its statistics over all of them; "
-                "keep normalisation in evaluation mode (backbone.norm_eval), or leave chunk_mebibytes out"
-            )
-
-
-def _refuse_rows(args: tuple, kwargs: dict, *, num_samples: int, name: str) -> None:
-    for leaf in tree_leaves((args, kwargs)):
-        if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == num_samples:
-            raise ValueError(
-                f"{name} cannot be run sample by sample: besides {num_samples} samples its block is called with a "
-                f"tensor of shape {tuple(leaf.shape)}, whose rows may belong to them; leave chunk_mebibytes out"
-            )

@@ -14,28 +14,15 @@ P(P'(x) + R) = x + P(R). That a cut or a layout gives the state back is taken fo
 from __future__ import annotations
 
 import operator
-import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_unflatten
+from torch import fx, nn
 
-
-class RefusedError(Exception):
-    """Why an attempt to take a block apart failed."""
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Step:
-    """One branch: `code(holder of the block, state, tensors)` is what the block adds to a state."""
-
-    name: str
-    code: Callable[[Any, Tensor, Sequence[Tensor]], Tensor]
-    uses_own_parameters: bool
+from re2tal.rewire.traced import CalledBlock, RefusedError, Step, step_of, sum_of, trace
 
 
 def steps_of(block: nn.Module, leaves: list[Any], spec: Any, *, entered: Sequence[nn.Module]) -> list[Step]:
@@ -47,8 +34,8 @@ def steps_of(block: nn.Module, leaves: list[Any], spec: Any, *, entered: Sequenc
         spec: how to put the leaves together to (args, kwargs).
         entered: modules inside the block whose own forward belongs to the graph; others are called as a whole.
     """
-    root = _Root(block, leaves, spec)
-    graph = _trace(root, [block, *entered])
+    root = CalledBlock(block, leaves, spec)
+    graph = trace(root, [block, *entered])
     x, tensors = (node for node in graph.nodes if node.op == "placeholder")
     state = _hidden_state(next(node for node in graph.nodes if node.op == "output").args[0])
     layouts = {node for node in graph.nodes if _is_layout(root, node)}
@@ -71,54 +58,7 @@ def steps_of(block: nn.Module, leaves: list[Any], spec: Any, *, entered: Sequenc
             steps.append([_laid_out(graph, term, one.back) for term in one.added])
     # A piece of a state is the same view of that state as it is of the one before, something added or not.
     views |= {piece.node: piece.view for state in states for piece in _pieces(state)}
-    return [_extract(root, graph, added, states, tensors, views) for added in steps]
-
-
-def may_be_entered(module: nn.Module) -> bool:
-    """Written by the block's authors, and without parameters of its own: its call, which gathers them, is skipped."""
-    return not type(module).__module__.startswith("torch.") and not any(True for _ in module.parameters(recurse=False))
-
-
-class _Root(nn.Module):
-    """`block` called with the tensors among its further arguments as inputs, and the others as constants."""
-
-    def __init__(self, block: nn.Module, leaves: list[Any], spec: Any) -> None:
-        super().__init__()
-        self.block, self.leaves, self.spec = block, leaves, spec
-
-    def forward(self, x: Tensor, tensors: Sequence[Tensor]) -> Any:
-        leaves = [tensors[i] if isinstance(leaf, Tensor) else leaf for i, leaf in enumerate(self.leaves)]
-        args, kwargs = tree_unflatten(leaves, self.spec)
-        return self.block(x, *args, **kwargs)
-
-
-class _Tracer(fx.Tracer):
-    """Enters only the modules it is told to."""
-
-    proxy_buffer_attributes = True
-
-    def __init__(self, entered: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.entered = entered
-
-    def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
-        return not any(module is entered for entered in self.entered)
-
-
-def _trace(root: _Root, entered: Sequence[nn.Module]) -> fx.Graph:
-    draws = torch.get_rng_state(), random.getstate()
-    try:
-        graph = _Tracer(entered).trace(root)
-        if not torch.equal(torch.get_rng_state(), draws[0]) or random.getstate() != draws[1]:
-            raise RefusedError("it draws a random number to decide what it computes (LayerDrop?)")
-        return graph
-    except RefusedError:
-        raise
-    except Exception as error:  # whatever the block's own code does when it meets a proxy instead of a tensor
-        raise RefusedError(f"its forward cannot be traced: {type(error).__name__}: {error}") from error
-    finally:
-        torch.set_rng_state(draws[0])
-        random.setstate(draws[1])
+    return [step_of(root, graph, added, states, tensors, views) for added in steps]
 
 
 def _hidden_state(output: Any) -> Any:
@@ -143,7 +83,7 @@ class _Sum:
 _LAYOUTS = {"reshape", "view", "flatten", "unflatten", "permute", "transpose", "movedim", "contiguous"}
 
 
-def _is_layout(root: _Root, node: fx.Node) -> bool:
+def _is_layout(root: CalledBlock, node: fx.Node) -> bool:
     """Whether it holds the numbers of its first argument, and perhaps in another order."""
     if node.op == "call_module":
         return type(root.get_submodule(str(node.target))) is nn.Identity and len(node.args) == 1
@@ -260,7 +200,7 @@ def _split_pieces(state: fx.Node, pieces: Sequence[_Piece], x: fx.Node) -> tuple
     graph = state.graph
     with graph.inserting_before(state.next):
         changes = [
-            _total(graph, piece.added) if piece.added else graph.call_function(torch.zeros_like, (piece.view,))
+            sum_of(graph, piece.added) if piece.added else graph.call_function(torch.zeros_like, (piece.view,))
             for piece in pieces
         ]
         return before, [graph.call_function(torch.cat, (changes, *state.args[1:]), state.kwargs)]
@@ -271,13 +211,6 @@ def _cut(state: fx.Node, layouts: set[fx.Node]) -> dict[fx.Node, bool]:
     below: list[fx.Node] = []
     core = _without_layouts(state, layouts, below)
     return dict.fromkeys((core, *below), False) | {piece.node: False for piece in _pieces(state)}
-
-
-def _total(graph: fx.Graph, terms: Sequence[fx.Node]) -> fx.Node:
-    total = terms[0]
-    for term in terms[1:]:
-        total = graph.call_function(operator.add, (total, term))
-    return total
 
 
 def _source(node: Any) -> str:
@@ -316,38 +249,3 @@ def _is_metadata(node: fx.Node) -> bool:
     if node.op == "call_function" and node.target is getattr:
         return node.args[1] in ("shape", "dtype", "device", "ndim")
     return node.op == "call_method" and node.target in ("size", "dim")
-
-
-def _extract(
-    root: _Root,
-    graph: fx.Graph,
-    added: Sequence[fx.Node],
-    states: set[fx.Node],
-    tensors: fx.Node,
-    views: Mapping[fx.Node, fx.Node],
-) -> Step:
-    """The part of the graph that leads from a state to what is added to it; `views` stand for pieces of states."""
-    needed: set[fx.Node] = set()
-    pending = list(added)
-    while pending:
-        node = pending.pop()
-        if node not in needed and node not in states and node is not tensors:
-            needed.add(node)
-            view = views.get(node, node)
-            pending.extend(node.all_input_nodes if view is node else [view])
-    branch = fx.Graph()
-    state = branch.placeholder("x")
-    copies = dict.fromkeys(states, state) | {tensors: branch.placeholder("tensors")}
-    for node in graph.nodes:  # in the order of the block, which is that of its random draws
-        if node in needed:
-            view = views.get(node, node)
-            copies[node] = branch.node_copy(node, copies.__getitem__) if view is node else copies[view]
-    total = _total(branch, [copies[term] for term in added])
-    branch.output(total)
-    modules = [str(node.target).removeprefix("block.") for node in branch.nodes if node.op == "call_module"]
-    own = {f"block.{name}" for name, _ in root.block.named_parameters(recurse=False)}
-    return Step(
-        name=" > ".join(modules) or str(total),
-        code=type(fx.GraphModule(root, branch)).forward,
-        uses_own_parameters=any(node.op == "get_attr" and node.target in own for node in branch.nodes),
-    )

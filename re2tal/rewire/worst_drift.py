@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from re2tal.reversible.monitor import Reading
-from re2tal.rewire.stage import RewiredStage
+from re2tal.rewire.stage import stages_of
 
 
 def largest_drift(model: nn.Module) -> Reading | None:
@@ -14,7 +14,7 @@ def largest_drift(model: nn.Module) -> Reading | None:
     None if no stage is monitored, or none was checked yet.
     """
     worst: Reading | None = None
-    for module in model.modules():
-        if isinstance(module, RewiredStage) and module.monitor is not None and module.monitor.reading is not None:
-            worst = module.monitor.reading.or_worse(worst)
+    for stage in stages_of(model).values():
+        if stage.monitor is not None and stage.monitor.reading is not None:
+            worst = stage.monitor.reading.or_worse(worst)
     return worst

@@ -22,6 +22,31 @@ from re2tal.runs.trained import default_device, load_recognizer
 from re2tal.training.engine import DTYPES
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassificationOptions:
+    """Which videos to classify, by which recognizer."""
+
+    run: Path
+    """Folder of a recognizer's training run: config.json and model.safetensors."""
+    videos: Path | None = None
+    """Folder of trimmed video files, of any format and size; each one's best classes are printed."""
+    shards: Path | None = None
+    """Folder of one subset's shards instead, by default the run's validation shards; top-1, top-5 and mean class
+    accuracy are printed."""
+    out: Path | None = None
+    """JSON to write; by default RUN/results.json, or RUN/classes.json for other videos than the run's."""
+    top: int = 3
+    """How many classes of each of --videos to print, at most."""
+    batch_size: int | None = None
+    """Clips in one forward; by default as in training."""
+    device: str | None = None
+    """"cpu", "cuda", "cuda:1", ...; by default an accelerator if there is one."""
+
+    def __post_init__(self) -> None:
+        if self.top < 1:
+            raise ValueError(f"top is {self.top}; give 1 or more")
+
+
 @dataclass(frozen=True, slots=True)
 class Classified:
     """The classes of videos, by a trained recognizer."""
@@ -36,31 +61,19 @@ class Classified:
     """Video files that could not be used."""
 
 
-def classify(
-    run: Path,
-    *,
-    videos: Path | None = None,
-    shards: Path | None = None,
-    out: Path | None = None,
-    top: int = 3,
-    batch_size: int | None = None,
-    device: str | None = None,
-) -> Classified:
-    """Write the probabilities that the recognizer of a run folder gives to all classes to a JSON.
-
-    The arguments are those of `re2tal classify`.
-    """
-    if top < 1:
-        raise ValueError(f"top is {top}; give 1 or more")
+def classify(options: ClassificationOptions) -> Classified:
+    """Write the probabilities that the recognizer of a run folder gives to all classes to a JSON."""
+    run, videos = options.run, options.videos
     config = load_run(run / CONFIG_NAME)
     if not isinstance(config, RecognitionConfig):
         raise ValueError(f"{run} is the run of a detector, which says when something happens too; use re2tal detect")
-    data = open_source(config, videos=videos, shards=shards)
-    target = out or run / (RESULTS_NAME if videos is None and shards is None else "classes.json")
-    chosen = torch.device(device) if device else default_device()
+    data = open_source(config, videos=videos, shards=options.shards)
+    of_run = videos is None and options.shards is None
+    target = options.out or run / (RESULTS_NAME if of_run else "classes.json")
+    chosen = torch.device(options.device) if options.device else default_device()
     recognizer = load_recognizer(run, config).to(chosen, DTYPES[config.engine.precision])
     classes = recognizer.classes
-    batch_size = batch_size or config.engine.batch_size
+    batch_size = options.batch_size or config.engine.batch_size
     rejected: list[Rejection] = []
     if data is not None:
         truth = true_classes(data) if any(video.record.actions for video in data.videos) else {}
@@ -79,7 +92,7 @@ def classify(
             batches = batches_with_bar(data, config.data.clips, batch_size=batch_size)
             found = classify_batches(recognizer, batches, device=chosen)
         found = {names[video_id]: scores for video_id, scores in found.items()}
-        about = "".join(f"{name}: {_best(scores, classes, top)}\n" for name, scores in found.items())
+        about = "".join(f"{name}: {_best(scores, classes, options.top)}\n" for name, scores in found.items())
     write_video_classes(target, found, classes)
     return Classified(target, found, about, rejected)
 

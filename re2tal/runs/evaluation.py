@@ -61,40 +61,41 @@ class Evaluated:
         return {**self.precision.to_json(), **top_kx, **recall, **errors}
 
 
-def evaluate(
-    predictions: Path | str,
-    annotations: Path | str,
-    *,
-    subset: str = "validation",
-    protocol: Literal["opentad", "official"] = "opentad",
-    dataset: Dataset = "thumos14",
-    tiou_thresholds: tuple[float, ...] | None = None,
-    blocked_videos: Path | str | None = None,
-    class_agnostic: bool = False,
-    proposals: int | None = None,
-    top_kx: tuple[int, ...] = (),
-    errors: bool = False,
-) -> Evaluated:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoringOptions:
+    """What of the detections is scored, and by which rules."""
+
+    subset: str = "validation"
+    """Which subset of the annotations to score."""
+    protocol: Literal["opentad", "official"] = "opentad"
+    """Whose rules count where the public evaluators differ: OpenTAD's or ActivityNet's."""
+    dataset: Dataset = "thumos14"
+    """The data set whose customary thresholds to use."""
+    tiou_thresholds: tuple[float, ...] | None = None
+    """Other thresholds than those."""
+    blocked_videos: Path | None = None
+    """Video ids to leave out of both files: a JSON list, or a text file with one per line."""
+    class_agnostic: bool = False
+    """Score as if all labels, predicted and true, were one."""
+    proposals: int | None = None
+    """Also give the average recall with up to so many detections per video, whatever their class."""
+    top_kx: tuple[int, ...] = ()
+    """Also give the recall of the best k x detections of each class in a video that shows it x times, for each k; Ego4D
+    reports k = 1."""
+    errors: bool = False
+    """Also show where mAP is lost, as DETAD does: types of wrong predictions, mAP and missed actions by length,
+    coverage and number of actions in the video."""
+
+
+AS_USUAL = ScoringOptions()
+
+
+def evaluate(predictions: Path | str, annotations: Path | str, options: ScoringOptions = AS_USUAL) -> Evaluated:
     """Score a results JSON against an annotation JSON, both in ActivityNet's layout.
 
     The printed table and the JSON count and name videos and labels that only one of the two files has. Ids that differ
     only by a video file's suffix or a `v_` in front are matched where that is unambiguous. ValueError if nothing
     matches.
-
-    Args:
-        predictions: results JSON, from this program or another
-        annotations: annotation JSON
-        subset: which of its subsets to score
-        protocol: whose rules count where the public evaluators differ: OpenTAD's or ActivityNet's
-        dataset: the data set whose customary thresholds to use
-        tiou_thresholds: other thresholds than those
-        blocked_videos: video ids to leave out of both files: a JSON list, or a text file with one per line
-        class_agnostic: score as if all labels, predicted and true, were one
-        proposals: also count the average recall with up to so many detections per video, whatever their class
-        top_kx: also count the recall of the best k x detections of each class in a video that shows it x times, for
-            each k; Ego4D reports k = 1
-        errors: also diagnose where mAP is lost, as DETAD does: types of wrong predictions, mAP and missed actions by
-            length, coverage and number of actions in the video
 
     Example:
         scored = re2tal.evaluate("runs/demo/results.json", "demo/annotations.json")
@@ -102,17 +103,42 @@ def evaluate(
         print(f"{100 * scored.average_map:.2f} %")
     """
     results = read_results(Path(predictions))
-    truths = read_ground_truth(Path(annotations), subset=subset)
-    blocked = read_video_ids(Path(blocked_videos)) if blocked_videos else frozenset()
+    truths = read_ground_truth(Path(annotations), subset=options.subset)
+    blocked = read_video_ids(Path(options.blocked_videos)) if options.blocked_videos else frozenset()
     precision = mean_average_precision(
         results.predictions,
         truths,
         classes=results.classes,
-        protocol=protocol,
-        tiou_thresholds=tiou_thresholds or TIOU_THRESHOLDS[dataset],
+        protocol=options.protocol,
+        tiou_thresholds=options.tiou_thresholds or TIOU_THRESHOLDS[options.dataset],
         blocked_videos=blocked,
-        class_agnostic=class_agnostic,
+        class_agnostic=options.class_agnostic,
     )
+    _check_match(precision, predictions, annotations)
+    classes = results.classes
+    if options.class_agnostic:
+        truths, classes = as_one_class(truths), (ANY_CLASS,) * len(classes)
+    scored = results.predictions, truths
+    shared: dict[str, Any] = {"classes": classes, "blocked_videos": blocked}
+    by_rules = {**shared, "protocol": options.protocol}
+    thresholds = precision.tiou_thresholds
+    recall = top_kx = errors = None
+    if options.proposals is not None:
+        recall = average_recall(*scored, proposals_per_video=options.proposals, **by_rules)
+    if options.top_kx:
+        top_kx = top_kx_recall(*scored, tiou_thresholds=thresholds, top_k=options.top_kx, **by_rules)
+    if options.errors:
+        sizes_of: Literal["activitynet", "thumos14"] = (
+            "activitynet" if options.dataset in ("activitynet", "hacs", "fineaction") else "thumos14"
+        )
+        errors = analyse_errors(*scored, tiou_thresholds=thresholds, sizes_of=sizes_of, **shared)
+    names = list(precision.map_by_tiou)
+    columns = [] if top_kx is None else [dict(zip(names, column, strict=True)) for column in top_kx.T.tolist()]
+    return Evaluated(precision, recall, options.proposals, dict(zip(options.top_kx, columns, strict=True)), errors)
+
+
+def _check_match(precision: MapReport, predictions: Path | str, annotations: Path | str) -> None:
+    """Raises ValueError where predictions and annotations have no video, or no label, in common."""
     try:
         precision.coverage.check()
     except ValueError as error:
@@ -120,32 +146,6 @@ def evaluate(
         elsewhere = Counter(subsets[one] for one in precision.coverage.unknown_videos if one in subsets)
         hint = "".join(f"; {number} of these videos are in subset {name!r}" for name, number in elsewhere.items())
         raise ValueError(f"{predictions} and {annotations} do not match: {error}{hint}") from None
-    classes = results.classes
-    if class_agnostic:
-        truths, classes = as_one_class(truths), (ANY_CLASS,) * len(classes)
-    settings: dict[str, Any] = {"classes": classes, "protocol": protocol, "blocked_videos": blocked}
-    recall = at_kx = None
-    if proposals is not None:
-        recall = average_recall(results.predictions, truths, proposals_per_video=proposals, **settings)
-    if top_kx:
-        thresholds = precision.tiou_thresholds
-        at_kx = top_kx_recall(results.predictions, truths, tiou_thresholds=thresholds, top_k=top_kx, **settings)
-    diagnosis = None
-    if errors:
-        sizes_of: Literal["activitynet", "thumos14"] = (
-            "activitynet" if dataset in ("activitynet", "hacs", "fineaction") else "thumos14"
-        )
-        diagnosis = analyse_errors(
-            results.predictions,
-            truths,
-            classes=classes,
-            tiou_thresholds=precision.tiou_thresholds,
-            sizes_of=sizes_of,
-            blocked_videos=blocked,
-        )
-    names = list(precision.map_by_tiou)
-    columns = [] if at_kx is None else [dict(zip(names, column, strict=True)) for column in at_kx.T.tolist()]
-    return Evaluated(precision, recall, proposals, dict(zip(top_kx, columns, strict=True)), diagnosis)
 
 
 def evaluate_recognizer(predictions: Path, shards: Path) -> AccuracyReport:

@@ -11,6 +11,7 @@ import torch
 from data.folders import indexed, write_shards
 from data.numbered import encode_numbered
 
+import re2tal
 from re2tal.backbones import BackboneConfig
 from re2tal.cli.detect import detect
 from re2tal.cli.evaluate import evaluate
@@ -135,7 +136,7 @@ def test_a_classifier_of_whole_videos_names_what_a_class_agnostic_detector_finds
     evaluate(
         predictions=run / "results.json",
         annotations=tmp_path / "truth.json",
-        protocol="official",
+        options=re2tal.ScoringOptions(protocol="official"),
         json=tmp_path / "figures.json",
     )
     scored = json.loads((tmp_path / "figures.json").read_text())["classes"]

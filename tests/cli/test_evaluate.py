@@ -11,6 +11,7 @@ from parity.vectors import load, vectors_dir
 
 from re2tal.cli.evaluate import evaluate
 from re2tal.evaluation.protocols import TIOU_THRESHOLDS, Dataset
+from re2tal.runs.evaluation import ScoringOptions
 
 DATASETS = sorted(path.stem[len("eval_") : -len("_gt")] for path in vectors_dir().glob("eval_*_gt.json"))
 
@@ -30,7 +31,7 @@ def test_the_figures_are_those_of_the_published_evaluators(
     arrays = load("eval").arrays
     out = tmp_path / "figures.json"
     tious = tuple(arrays[f"{dataset}_anet_tiou"].tolist())
-    evaluate(**files(dataset), protocol=protocol, tiou_thresholds=tious, json=out)
+    evaluate(**files(dataset), options=ScoringOptions(protocol=protocol, tiou_thresholds=tious), json=out)
     figures = json.loads(out.read_text())
     expected = f"{dataset}_anet_file_order_map"
     expected = expected if expected in arrays else f"{dataset}_anet_{protocol}_map"
@@ -43,7 +44,7 @@ def test_the_figures_are_those_of_the_published_evaluators(
 
 def test_recall_is_printed_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "figures.json"
-    evaluate(**files(DATASETS[0]), dataset="activitynet", proposals=10, top_kx=(1, 5), json=out)
+    evaluate(**files(DATASETS[0]), options=ScoringOptions(dataset="activitynet", proposals=10, top_kx=(1, 5)), json=out)
     at_kx = json.loads(out.read_text())["recall_at_kx"]
     assert 0 < at_kx["1"]["0.5"] <= at_kx["5"]["0.5"] < 1
     figures = json.loads(out.read_text())["recall"]
@@ -55,7 +56,7 @@ def test_recall_is_printed_on_request(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_errors_are_diagnosed_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "figures.json"
-    evaluate(**files(DATASETS[0]), errors=True, json=out)
+    evaluate(**files(DATASETS[0]), options=ScoringOptions(errors=True), json=out)
     errors = json.loads(out.read_text())["errors"]
     printed = capsys.readouterr().out
     assert f"normalised mAP {100 * errors['average_map_normalized']:.2f}" in printed
@@ -70,7 +71,7 @@ def test_class_agnostic_scores_segments_alone(tmp_path: Path) -> None:
         json.dumps({"results": {"a": [{"segment": [0, 4], "label": "x", "score": 1}]}})
     )
     paths = {"predictions": tmp_path / "found.json", "annotations": tmp_path / "truth.json"}
-    evaluate(**paths, class_agnostic=True, json=tmp_path / "figures.json")
+    evaluate(**paths, options=ScoringOptions(class_agnostic=True), json=tmp_path / "figures.json")
     assert json.loads((tmp_path / "figures.json").read_text())["average_map"] == 1.0
     with pytest.raises(ValueError, match=r"no predicted label has a true action .*'x', and there 'jump'"):
         evaluate(**paths)
@@ -81,7 +82,7 @@ def test_blocked_videos_are_left_out(tmp_path: Path) -> None:
     (tmp_path / "blocked.json").write_text(json.dumps([video_id]))
     sums = []
     for blocked in (None, tmp_path / "blocked.json"):
-        evaluate(**files(DATASETS[0]), blocked_videos=blocked, json=tmp_path / "figures.json")
+        evaluate(**files(DATASETS[0]), options=ScoringOptions(blocked_videos=blocked), json=tmp_path / "figures.json")
         classes = json.loads((tmp_path / "figures.json").read_text())["classes"]
         sums.append(sum(one["predictions"] for one in classes.values()))
     assert sums[1] < sums[0]
@@ -90,7 +91,7 @@ def test_blocked_videos_are_left_out(tmp_path: Path) -> None:
 def test_a_blocked_list_of_another_form_is_refused(tmp_path: Path) -> None:
     (tmp_path / "blocked.json").write_text('{"a": 1}')
     with pytest.raises(ValueError, match=r"blocked\.json is not a JSON list of video ids; give one"):
-        evaluate(**files(DATASETS[0]), blocked_videos=tmp_path / "blocked.json")
+        evaluate(**files(DATASETS[0]), options=ScoringOptions(blocked_videos=tmp_path / "blocked.json"))
 
 
 def test_every_data_set_has_thresholds() -> None:

@@ -15,6 +15,7 @@ import torch
 from distributed.ranks import launch_ranks
 from safetensors.torch import load_file
 
+import re2tal
 from re2tal.backbones import BackboneConfig, build_backbone
 from re2tal.cli import main
 from re2tal.cli.evaluate import evaluate
@@ -203,6 +204,6 @@ def test_commands_for_detectors_say_so(tmp_path):
     with pytest.raises(ValueError, match="give --annotations FILE to score detections, or --shards FOLDER"):
         evaluate(predictions=tmp_path / "results.json")
     with pytest.raises(ValueError, match=r"scores a recognizer, for which --subset, .* mean nothing; leave them out"):
-        evaluate(predictions=tmp_path / "results.json", shards=tmp_path, proposals=100)
+        evaluate(predictions=tmp_path / "results.json", shards=tmp_path, options=re2tal.ScoringOptions(proposals=100))
     with pytest.raises(ValueError, match="is of a recognizer; give a detector's"):
         import_weights(tmp_path / "best.pth", run=RecognitionConfig(), out=tmp_path / "run")

@@ -109,13 +109,15 @@ def test_the_blocked_list_is_named_and_matched_like_other_ids(tmp_path: Path) ->
     files = write(tmp_path, {"v_a": JUMP, "b": []}, {"a": JUMP, "b": JUMP})
     blocked = tmp_path / "blocked.json"
     blocked.write_text(json.dumps(["v_b.mp4", "elsewhere"]))
-    scored = re2tal.evaluate(*files, blocked_videos=blocked, class_agnostic=True)
+    scored = re2tal.evaluate(*files, re2tal.ScoringOptions(blocked_videos=blocked, class_agnostic=True))
     assert scored.average_map == 1
     assert str(scored).splitlines()[1] == (
         "subset validation: 1 videos; 1 of the 2 videos on the blocked list left out; class-agnostic"
     )
     blocked.write_text(json.dumps(["elsewhere"]))
-    assert "note: none of the 1 blocked ids is in the subset" in str(re2tal.evaluate(*files, blocked_videos=blocked))
+    assert "note: none of the 1 blocked ids is in the subset" in str(
+        re2tal.evaluate(*files, re2tal.ScoringOptions(blocked_videos=blocked))
+    )
 
 
 def test_videos_of_another_subset_are_recognized(tmp_path: Path) -> None:
@@ -126,4 +128,4 @@ def test_videos_of_another_subset_are_recognized(tmp_path: Path) -> None:
     with pytest.raises(
         ValueError, match=r"no predicted video is among .*; 1 of these videos are in subset 'validation'"
     ):
-        re2tal.evaluate(predictions, annotations, subset="training")
+        re2tal.evaluate(predictions, annotations, re2tal.ScoringOptions(subset="training"))

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 
 from re2tal.config import build_detector
-from re2tal.planning.dry_run import Event, Phase, Trace, stages_of
+from re2tal.planning.dry_run import Event, Phase, Trace
+from re2tal.rewire import stages_of
 
 MEGABYTE = 10**6
 STATE, INSIDE, STORED_UNIT, OTHER_BLOCKS = 10 * MEGABYTE, 64 * MEGABYTE, 30 * MEGABYTE, 25 * MEGABYTE

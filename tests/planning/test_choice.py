@@ -17,11 +17,12 @@ from re2tal.config import build_detector
 from re2tal.planning import calibration, choice
 from re2tal.planning.calibration import link_bytes_per_second, measured_seconds
 from re2tal.planning.choice import plan_step
-from re2tal.planning.dry_run import Trace, stages_of
+from re2tal.planning.dry_run import Trace
 from re2tal.planning.settings import Setting
 from re2tal.planning.step_memory import CHUNK, STATES
 from re2tal.planning.step_plan import StepPlan
 from re2tal.planning.zero_memory import zero_memory
+from re2tal.rewire import stages_of
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -84,7 +85,7 @@ def test_branches_know_what_they_added_where_nothing_can_be_stored(ds) -> None:
     assert sum(one.planned for one in more.seconds.values()) < sum(
         one.planned for one in planned(ds, least).seconds.values()
     )
-    assert "1 known" in str(more)
+    assert "1 output saved" in str(more)
 
 
 @pytest.mark.usefixtures("_by_hand")

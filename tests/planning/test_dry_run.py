@@ -7,17 +7,19 @@ from dataclasses import replace
 
 import pytest
 import torch
+from planning.peaks import peak_of
 from planning.small import small_run
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from re2tal.backbones import BackboneConfig, build_backbone
 from re2tal.config import build_detector
-from re2tal.planning.dry_run import DryRun, stages_of
+from re2tal.planning.dry_run import DryRun
 from re2tal.planning.footprint import kept_bytes_of
-from re2tal.planning.search import Option, peak_of
+from re2tal.planning.search import Option
 from re2tal.planning.settings import Setting, configure
 from re2tal.reversible.live_bytes import LiveBytes
+from re2tal.rewire import stages_of
 from re2tal.training.frames import prepare_frames
 
 CPU = torch.device("cpu")

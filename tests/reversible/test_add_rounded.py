@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from re2tal.reversible import coupling
-from re2tal.reversible.precision import GRID_STEP, KINKS_STEP, Precision
+from re2tal.reversible.precision import GRID_STEP, KINKS_STEP, StateFormat
 
 
 def numbers(dtype: torch.dtype, step: float) -> tuple[Tensor, Tensor]:
@@ -37,7 +37,7 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_step_and_its_inverse_against_float64(layout, step, dtype, block, monkeypatch) -> None:
     monkeypatch.setitem(coupling.BLOCK_ELEMENTS, "cpu", block)
-    precision = Precision.of(torch.ones(1), step)
+    precision = StateFormat.of(torch.ones(1), step)
     states, updates = numbers(dtype, step)
     state, update = LAYOUTS[layout](states).clone(memory_format=torch.preserve_format), LAYOUTS[layout](updates)
     before = state.clone()
@@ -52,7 +52,7 @@ def test_a_step_and_its_inverse_against_float64(layout, step, dtype, block, monk
 
 
 def test_the_two_need_not_lie_in_memory_alike() -> None:
-    precision, values = Precision.of(torch.ones(1), GRID_STEP), torch.randn(4, 6, 5)
+    precision, values = StateFormat.of(torch.ones(1), GRID_STEP), torch.randn(4, 6, 5)
     for update in (torch.randn(4, 5, 6).mT, torch.randn(4, 1, 5).expand(4, 6, 5), torch.randn(6, 4, 5).transpose(0, 1)):
         state = precision.state(values)
         with torch.no_grad():
@@ -61,14 +61,14 @@ def test_the_two_need_not_lie_in_memory_alike() -> None:
 
 def test_what_is_not_finite_stays_so() -> None:
     """A network that diverges shows it in its loss."""
-    precision = Precision.of(torch.ones(1), GRID_STEP)
+    precision = StateFormat.of(torch.ones(1), GRID_STEP)
     with torch.no_grad():
         found = precision.add(torch.zeros(3), torch.tensor([torch.nan, torch.inf, -torch.inf]))
     assert not found.isfinite().any()
 
 
 def test_rounding_the_sum_instead_would_have_no_inverse() -> None:
-    precision = Precision.of(torch.ones(1), 1.0)
+    precision = StateFormat.of(torch.ones(1), 1.0)
     two_states = torch.tensor([0.0, -1.0])
     assert precision.round(two_states + 0.5).unique().numel() == 1
     with torch.no_grad():
@@ -78,4 +78,4 @@ def test_rounding_the_sum_instead_would_have_no_inverse() -> None:
 @pytest.mark.parametrize("shape", [(0, 3), (3, 0), (1, 1), ()])
 def test_small_shapes(shape) -> None:
     with torch.no_grad():
-        assert Precision.of(torch.ones(1), 0.25).add(torch.zeros(shape), torch.ones(shape)).eq(1).all()
+        assert StateFormat.of(torch.ones(1), 0.25).add(torch.zeros(shape), torch.ones(shape)).eq(1).all()

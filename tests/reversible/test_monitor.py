@@ -14,7 +14,7 @@ from torch import Tensor
 
 from re2tal.reversible import run_reversibly
 from re2tal.reversible.monitor import Monitor, Reading
-from re2tal.reversible.precision import Precision
+from re2tal.reversible.precision import StateFormat
 
 X = torch.randn(16, 32, CHANNELS, generator=torch.Generator().manual_seed(0))  # 4096 elements: all are sampled
 
@@ -95,9 +95,9 @@ def test_states_beyond_the_range_of_the_grid_are_counted_and_warned_of(caplog) -
 def test_the_exact_range() -> None:
     ranges = {}
     for states, grid in (("float32", 2**-14), ("float32", None), ("int32", "auto")):
-        ranges[states, grid] = Precision.of(X, grid, states=states).exact_range
+        ranges[states, grid] = StateFormat.of(X, grid, states=states).exact_range
     assert list(ranges.values()) == [1024, None, 2**14]
-    assert Precision.of(X.double(), 2**-14).exact_range == 2.0**39
+    assert StateFormat.of(X.double(), 2**-14).exact_range == 2.0**39
 
 
 @pytest.mark.parametrize("every", [1, 3])
@@ -110,7 +110,7 @@ def test_it_looks_after_every_so_many_steps(every, monkeypatch) -> None:
 
 
 def test_readings_of_several_runs_are_those_of_the_worst_of_a_step() -> None:
-    monitor, precision = Monitor("stage", every=1), Precision.of(X, None)
+    monitor, precision = Monitor("stage", every=1), StateFormat.of(X, None)
     for step, reading in ((1, Reading(0.5, 0.0)), (2, Reading(1e-6, 0.0)), (2, Reading(1e-7, 0.0))):
         monitor.note(reading, step=step, precision=precision)
     assert monitor.reading == Reading(1e-6, 0.0)

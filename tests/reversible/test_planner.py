@@ -6,8 +6,9 @@ import random
 from itertools import product
 
 import pytest
+from planning.peaks import peak_of
 
-from re2tal.planning.search import Ground, Option, fastest, peak_of, smallest
+from re2tal.planning.search import Ground, Option, fastest, smallest
 
 
 def problem(seed: int) -> tuple[Ground, list[list[Option]]]:

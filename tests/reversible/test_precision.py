@@ -12,7 +12,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from re2tal.reversible import run_reversibly
 from re2tal.reversible.coupling import Coupling
-from re2tal.reversible.precision import GRID_STEP, Precision
+from re2tal.reversible.precision import GRID_STEP, StateFormat
 
 
 def autocast(run, dtype=torch.bfloat16):
@@ -122,48 +122,48 @@ def test_a_branch_used_twice_under_autocast() -> None:
         (
             torch.float32,
             "auto",
-            Precision(torch.float32, torch.float32, torch.float32, None, torch.float32, torch.float32, False),
+            StateFormat(torch.float32, torch.float32, torch.float32, None, torch.float32, torch.float32, False),
         ),
         (
             torch.float64,
             "auto",
-            Precision(torch.float64, torch.float64, torch.float64, None, torch.float64, torch.float64, False),
+            StateFormat(torch.float64, torch.float64, torch.float64, None, torch.float64, torch.float64, False),
         ),
         (
             torch.bfloat16,
             "auto",
-            Precision(torch.float32, torch.bfloat16, torch.bfloat16, 2**-14, torch.bfloat16, torch.float32, True),
+            StateFormat(torch.float32, torch.bfloat16, torch.bfloat16, 2**-14, torch.bfloat16, torch.float32, True),
         ),
         (
             torch.float16,
             None,
-            Precision(torch.float32, torch.float16, torch.float16, None, torch.float16, torch.float32, True),
+            StateFormat(torch.float32, torch.float16, torch.float16, None, torch.float16, torch.float32, True),
         ),
         (
             torch.float32,
             2**-10,
-            Precision(torch.float32, torch.float32, torch.float32, 2**-10, torch.float32, torch.float32, False),
+            StateFormat(torch.float32, torch.float32, torch.float32, 2**-10, torch.float32, torch.float32, False),
         ),
     ],
 )
 def test_numbers_of_a_run(x, grid, wanted) -> None:
-    assert Precision.of(torch.ones(1, dtype=x), grid) == wanted
+    assert StateFormat.of(torch.ones(1, dtype=x), grid) == wanted
 
 
 def test_states_of_branches_with_kinks_are_on_a_finer_grid_in_float32_alone() -> None:
     def grid(dtype: torch.dtype, **options) -> float | None:
-        return Precision.of(torch.ones(1, dtype=dtype), "auto", kinks=True, **options).grid
+        return StateFormat.of(torch.ones(1, dtype=dtype), "auto", kinks=True, **options).grid
 
     assert (grid(torch.float32), grid(torch.float64), grid(torch.bfloat16)) == (2**-18, None, 2**-14)
     assert grid(torch.float32, states="int32") == 2**-16
     assert grid(torch.float32, coupling=Coupling(0.5, 0.5)) is None
-    assert Precision.of(torch.ones(1), None, kinks=True).grid is None
+    assert StateFormat.of(torch.ones(1), None, kinks=True).grid is None
 
 
 def test_where_errors_jump_a_coupling_that_divides_has_no_room_for_them() -> None:
     half = Coupling(0.5, 0.5)
     rooms = {
-        (dtype, kinks): Precision.of(torch.ones(1, dtype=dtype), "auto", half, kinks=kinks).room
+        (dtype, kinks): StateFormat.of(torch.ones(1, dtype=dtype), "auto", half, kinks=kinks).room
         for dtype in (torch.float32, torch.float64, torch.bfloat16)
         for kinks in (False, True)
     }
@@ -176,21 +176,21 @@ def test_where_errors_jump_a_coupling_that_divides_has_no_room_for_them() -> Non
 
 def test_numbers_of_a_run_under_autocast() -> None:
     with torch.autocast("cpu", torch.bfloat16):
-        wanted = Precision(torch.float32, torch.float32, torch.float32, 2**-14, torch.bfloat16, torch.float32, True)
-        assert Precision.of(torch.ones(1), "auto") == wanted
-        assert Precision.of(torch.ones(1, dtype=torch.bfloat16), "auto") == wanted
-        assert Precision.of(torch.ones(1, dtype=torch.float64), "auto").grid is None
+        wanted = StateFormat(torch.float32, torch.float32, torch.float32, 2**-14, torch.bfloat16, torch.float32, True)
+        assert StateFormat.of(torch.ones(1), "auto") == wanted
+        assert StateFormat.of(torch.ones(1, dtype=torch.bfloat16), "auto") == wanted
+        assert StateFormat.of(torch.ones(1, dtype=torch.float64), "auto").grid is None
 
 
 def test_rounding_goes_to_the_nearest_multiple_and_ties_to_even() -> None:
-    precision = Precision.of(torch.ones(1), 0.25)
+    precision = StateFormat.of(torch.ones(1), 0.25)
     values = torch.tensor([0.0, 0.124, 0.125, 0.126, 0.375, -0.125, -0.3, 7.26])
     assert precision.round(values).tolist() == [0.0, 0.0, 0.0, 0.25, 0.5, -0.0, -0.25, 7.25]
 
 
 def test_rounding_keeps_sums_exact_up_to_the_bounds_that_are_promised() -> None:
     generator = torch.Generator().manual_seed(0)
-    precision = Precision.of(torch.ones(1), GRID_STEP)
+    precision = StateFormat.of(torch.ones(1), GRID_STEP)
     state = torch.zeros(10_000)
     for _ in range(4):
         update = precision.round(torch.rand(10_000, generator=generator) * 511 - 255.5)
@@ -203,7 +203,7 @@ def test_rounding_keeps_sums_exact_up_to_the_bounds_that_are_promised() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_numbers_beyond_the_bound_lie_on_the_grid_by_themselves(dtype) -> None:
     values = torch.linspace(256, 60_000, 10_000).to(dtype)
-    precision = Precision.of(values, GRID_STEP)
+    precision = StateFormat.of(values, GRID_STEP)
     for signed in (values, -values):
         assert torch.equal(precision.round(signed), signed.float())
 
@@ -264,8 +264,8 @@ def test_float32_whose_products_round_their_factors_has_the_grid_of_narrow_numbe
     usual = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(products)
     try:
-        assert Precision.of(states(), "auto").grid == grid
-        assert Precision.of(states(dtype=torch.float64), "auto").grid is None
+        assert StateFormat.of(states(), "auto").grid == grid
+        assert StateFormat.of(states(dtype=torch.float64), "auto").grid is None
     finally:
         torch.set_float32_matmul_precision(usual)
 
@@ -306,9 +306,9 @@ def test_on_cuda_float32_is_narrow_where_convolutions_or_products_may_use_tf32(
             flag.fp32_precision = value
     with FakeTensorMode():
         on_cuda = {dtype: torch.ones(1, dtype=dtype, device="cuda") for dtype in (torch.float32, torch.float64)}
-    assert Precision.of(on_cuda[torch.float32], "auto").grid == grid
-    assert Precision.of(on_cuda[torch.float64], "auto").grid is None
-    assert Precision.of(torch.ones(1), "auto").grid is None
+    assert StateFormat.of(on_cuda[torch.float32], "auto").grid == grid
+    assert StateFormat.of(on_cuda[torch.float64], "auto").grid is None
+    assert StateFormat.of(torch.ones(1), "auto").grid is None
 
 
 @pytest.mark.parametrize(
@@ -322,7 +322,7 @@ def test_on_cuda_float32_is_narrow_where_convolutions_or_products_may_use_tf32(
     ],
 )
 def test_a_state_is_dense_where_a_runs_input_is_not(x, dense) -> None:
-    state = Precision.of(x, None).state(x)
+    state = StateFormat.of(x, None).state(x)
     assert (state is x) == dense
     assert torch.equal(state, x)
     assert dense or state.is_contiguous()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from re2tal.reversible import run_reversibly
 from re2tal.reversible.coupling import Coupling
-from re2tal.reversible.precision import FIXED_STEP, Precision
+from re2tal.reversible.precision import FIXED_STEP, StateFormat
 
 
 class Add(torch.autograd.Function):
@@ -117,9 +117,9 @@ def test_states_are_rebuilt_to_the_last_bit_on_a_grid_and_drift_without_one() ->
 
 def test_couplings_that_are_no_sums_keep_all_states_of_narrow_numbers_and_use_no_integers() -> None:
     coupling = Coupling(0.1, 0.9)
-    assert Precision.of(states(), "auto", coupling, states="int32") == Precision.of(states(), None, coupling)
+    assert StateFormat.of(states(), "auto", coupling, states="int32") == StateFormat.of(states(), None, coupling)
     with torch.autocast("cpu", torch.bfloat16):
-        assert Precision.of(states(), "auto", coupling).room == 0
+        assert StateFormat.of(states(), "auto", coupling).room == 0
     branches, x = chain("transformer", 12), states()
     run = partial(run_reversibly, branches, coupling=coupling, owner=branches)
     assert_same_bits(gradients(partial(run, states="int32"), x, branches), gradients(run, x, branches))

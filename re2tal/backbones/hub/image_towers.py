@@ -53,7 +53,7 @@ class Tower:
     optional: tuple[str, ...] = ()
     """Beginnings of entries that weights may lack."""
     resize: bool = True
-    """Whether other picture sizes have to be asked for."""
+    """Whether its forward takes other picture sizes only with `interpolate_pos_encoding`."""
 
 
 VIT = Tower(ViTModel, ViTConfig, ("vit",), "layers", "dropout", optional=("pooler.",))

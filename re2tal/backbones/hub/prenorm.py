@@ -17,8 +17,8 @@ from re2tal.rewire import Branch, by_samples
 
 
 def attention_branch(norm: str, attention: str, *end: str, last: str | None = None) -> Branch:
-    """x -> norm -> attention, which gets what else the block is called with -> the parts of `end` in turn; `last` is
-    as that of a `Branch`."""
+    """x -> norm -> attention, with the block's other arguments -> the parts of `end` in turn; `last` is as in
+    `Branch`."""
 
     def attend(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         attended = attrgetter(attention)(block)(attrgetter(norm)(block)(x), *args, **kwargs)
@@ -28,7 +28,7 @@ def attention_branch(norm: str, attention: str, *end: str, last: str | None = No
 
 
 def mlp_branch(*parts: str, last: str | None = None) -> Branch:
-    """x through the parts in turn; `last` is as that of a `Branch`."""
+    """x through the parts in turn; `last` is as in `Branch`."""
 
     def transform(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         return _through(block, x, parts)

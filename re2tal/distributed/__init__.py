@@ -1,0 +1,30 @@
+"""The place of this process among those of a run, and their collectives."""
+
+from re2tal.distributed.collectives import (
+    any_rank,
+    gather_objects,
+    is_main,
+    made_by_main,
+    main_process_first,
+    mean_over_ranks,
+    named_host,
+    refuse_differences,
+    together,
+)
+from re2tal.distributed.world import World, first_host, free_port, resolve_world
+
+__all__ = [
+    "World",
+    "any_rank",
+    "first_host",
+    "free_port",
+    "gather_objects",
+    "is_main",
+    "made_by_main",
+    "main_process_first",
+    "mean_over_ranks",
+    "named_host",
+    "refuse_differences",
+    "resolve_world",
+    "together",
+]

@@ -1,0 +1,206 @@
+"""The autograd Function of a run: forward records what backward needs, backward rebuilds states and differentiates.
+
+Inside backward every branch gets a real, nested `backward()` that accumulates into the leaves, so that the hooks which
+DDP and DeepSpeed put on modules and parameters see an ordinary backward. Parameters are no inputs of the Function,
+because ZeRO-3 keeps them partitioned, hence empty, outside their modules.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from re2tal.reversible.buffers import BufferWatch, buffers_restored
+from re2tal.reversible.differentiation import differentiate, differentiate_pieces, run_with_graph
+from re2tal.reversible.monitor import Observation
+from re2tal.reversible.record import Graph, Recording
+from re2tal.reversible.replay_context import same_kernels
+from re2tal.reversible.rng import GeneratorState
+from re2tal.reversible.run import BranchFunction, Run
+
+
+class ReversibleRun(torch.autograd.Function):
+    """Inputs: x, an anchor that wants a gradient, the run, the owner of its parameters, an observation or None."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, anchor: Tensor, run: Run, owner: nn.Module | None, observation: Observation | None
+    ) -> Tensor:
+        """Returns the output of the run, and leaves its last two states on the node, as `ends`."""
+        del anchor
+        ctx.owner, ctx.parameters = owner, None if owner is None else list(owner.parameters())
+        before = GeneratorState.now(x.device)
+        watch = BufferWatch(owner)
+        found = _run_forward(ctx, x, run, watch, observation)
+        if watch.is_first and (writers := watch.find_writers()):
+            # Branches that read what they write must be replayed from what they read, which was not saved, as nobody
+            # knew. Known now, it is saved in a second forward, and in all that follow.
+            for saved in [*writers, *watch.statistics()]:
+                saved.restore()
+            before.restore()
+            found = _run_forward(ctx, x, run, BufferWatch(owner), observation)
+        start, previous, current, states = found
+        # Saved, not kept as attributes: autograd then notices writes to x, and hooks on saved tensors see the states.
+        ctx.save_for_backward(*states)
+        ctx.ends = previous, current
+        return run.merged(start, previous, current)
+
+    # From torch 2.12 on, gradients then come in a list that backward can empty. Autograd would otherwise hold the
+    # output's gradient, as large as a state, until backward returns.
+    boxed_grads_call = True
+
+    @staticmethod
+    @torch._disable_dynamo
+    def backward(ctx: Any, gradients: list[Tensor] | Tensor) -> tuple[Tensor | None, None, None, None, None]:
+        """Returns the gradient of x. Raises RuntimeError for what needs activations that are gone."""
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "a reversible run forgets its activations, so it has no second derivatives: backward was called with "
+                "create_graph=True; call it without, or run with recompute=False"
+            )
+        if ctx.spent:
+            raise RuntimeError(
+                "backward went through a reversible run twice, but the first time consumed its states; add the losses "
+                "and call backward once, or run with recompute=False"
+            )
+        ctx.spent = True
+        is_trained = ctx.parameters is None or any(one.requires_grad for one in ctx.parameters)
+        if is_trained and not torch._C._will_engine_execute_node(ctx.next_functions[1][0]):
+            raise RuntimeError(
+                "gradients of chosen tensors were asked for (autograd.grad, or backward(inputs=..)), but a reversible "
+                "run gives those of its parameters to their .grad only; call backward() for all, freeze the "
+                "parameters, or run with recompute=False"
+            )
+        if ctx.parameters is not None and _exchanged(ctx.parameters, list(ctx.owner.parameters())):
+            raise RuntimeError(
+                "a module of a reversible run has other parameters in backward than in forward (functional_call?), "
+                "and its branches would run again with these; call backward where they are in place, or run with "
+                "recompute=False"
+            )
+        gradients = gradients if isinstance(gradients, list) else [gradients]
+        try:
+            with buffers_restored(ctx.changed_modules), same_kernels():
+                return _backward(ctx, gradients), None, None, None, None
+        except RuntimeError as error:
+            if "mark a variable ready only once" in str(error):
+                raise RuntimeError(_DDP_REMEDY) from error
+            raise
+
+
+def _exchanged(before: list[Tensor], now: list[Tensor]) -> bool:
+    """Whether a parameter is another tensor. FSDP exchanges sharded ones, of a type of their own, for whole ones."""
+    plain = (Tensor, nn.Parameter)
+    pairs = ((one, other) for one, other in zip(before, now, strict=False) if one is not other)
+    return any(type(one) in plain and type(other) in plain for one, other in pairs)
+
+
+_DDP_REMEDY = (
+    "DistributedDataParallel took a parameter of a reversible run for ready before its gradient was: it sees no way "
+    "from the output to parameters inside a run, nor that two branches share one; give it static_graph=True, or, where "
+    "no branches share parameters, leave find_unused_parameters out"
+)
+
+
+def _run_forward(
+    ctx: Any, x: Tensor, run: Run, watch: BufferWatch, observation: Observation | None
+) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
+    """Runs all branches and records what backward needs to run them again. Returns x, x[n-1], x[n] and saved states."""
+    recording = Recording.begin(run, x.device)
+    ctx.recording, ctx.observation, ctx.spent = recording, observation, False
+
+    def update(index: int, function: BranchFunction, state: Tensor) -> Tensor:
+        record = recording.branches[index]
+        if record.saves == "graph":
+            point, output = run_with_graph(recording, index, run.output, function, state, None)
+            record.graphs.append(Graph.of(point, output))
+            return output.detach()
+        before, buffers = GeneratorState.now(state.device), watch.save()
+        with recording.saving_attention(record):
+            output = run.output(index, function, state)
+        # Most branches draw nothing: their generator states, some kilobytes each, need not be kept.
+        record.draws.append(None if before.same_as(GeneratorState.now(state.device)) else before)
+        record.buffers.append(watch.changed_since(buffers))
+        if record.saves == "output":
+            # Before rounding, which widens it: under autocast it takes half the memory.
+            record.outputs.append(output)
+        return output
+
+    # Detached, because inside a Function x still has requires_grad set, and hooks of modules act on that.
+    with same_kernels():
+        found = run.states(x.detach(), update, saved=run.saved_states(), observation=observation)
+    ctx.changed_modules = watch.changed_modules()
+    return found
+
+
+def _backward(ctx: Any, gradients: list[Tensor]) -> Tensor | None:
+    """Walks the states backwards and returns the gradient of x; parameters accumulate theirs on the way.
+
+    `gradients` holds the gradient of the run's output. It is removed from the list, so that it can be freed early.
+
+    In round i, `previous` is x[i], `current` is x[i+1], `to_previous` is dx[i+2] and `to_current` is dx[i+1]. Gradients
+    follow the same recurrence as states, so each step updates the older of two buffers in place.
+    """
+    recording: Recording = ctx.recording
+    recording.x_wants_gradient = ctx.needs_input_grad[0]
+    run = recording.run
+    length, coupling = len(run.branches), run.coupling
+    saved = dict(zip(run.saved_states(), ctx.saved_tensors, strict=True))
+    previous, current = saved.pop(run.rebuilt - 1), saved.pop(run.rebuilt, None)
+    to_output = gradients.pop().to(run.precision.gradients)
+    if run.streams:
+        to_previous, to_current = (gradient.clone() for gradient in to_output)  # they are written
+    else:  # dx[n+1] = dx[n], as x[-1] = x[0] in forward
+        to_previous = to_current = coupling.gradient_of_end(to_output, merge=run.merge)
+    # Only "extrapolate" needs the output's gradient again, at the start; there it is dx[n] itself. A mean frees it now.
+    gradient = to_output if to_current is to_output else None
+    del to_output
+    for index in reversed(range(1, length)):
+        # A gradient may be overwritten only if it has no other name, and is not the caller's.
+        owned = not (to_previous is to_current or to_previous is gradient)
+        # x[i-1] is either among the saved states or rebuilt in the buffer of x[i+1]. Branches that saved their graph
+        # need neither.
+        before = saved.pop(index - 1, None) if index < run.rebuilt else None
+        following = current if before is None and index < run.rebuilt else None
+        pieces = run.pieces(index, previous)
+        if pieces:
+            # Pieces add what they give to dx[i] straight into the buffer, so the rest of the sum must be there first.
+            to_previous = coupling.carried(to_previous, to_current, owned=owned)
+            differentiate_pieces(recording, index, pieces, previous, following, to_current, to_previous)
+            to_previous, to_current = to_current, to_previous
+        else:
+            to_input = differentiate(recording, index, previous, following, to_current)
+            advanced = coupling.advance(to_previous, to_current, to_input, owned=owned)
+            to_previous, to_current = to_current, advanced
+            # Both are in `to_current` now; the names would keep a gradient alive through the next round.
+            del to_input, advanced
+        # Behind the rebuilt branches nothing is rebuilt, so the pair stays where the last of them will need it.
+        if index < run.rebuilt:
+            previous, current = current if before is None else before, previous
+    if ctx.observation is not None:
+        ctx.observation.rebuilt(previous)
+    return _gradient_of_start(recording, previous, to_previous, to_current, gradient)
+
+
+def _gradient_of_start(
+    recording: Recording, x: Tensor, to_previous: Tensor, to_current: Tensor, gradient: Tensor | None
+) -> Tensor | None:
+    """Differentiates F_0 at x[0] = `x`. Returns the gradient of the run's input, if that wants one."""
+    run, coupling = recording.run, recording.run.coupling
+    pieces = run.pieces(0, x)
+    if run.streams:
+        if pieces:
+            differentiate_pieces(recording, 0, pieces, x, None, to_current, to_previous)
+        elif (to_input := differentiate(recording, 0, x, None, to_current)) is not None:
+            to_previous = to_previous.add_(to_input)
+        return torch.stack((to_current, to_previous)) if recording.x_wants_gradient else None
+    if pieces:
+        to_x = coupling.gradient_of_start(to_previous, to_current, gradient, merge=run.merge)
+        del to_previous
+        differentiate_pieces(recording, 0, pieces, x, None, to_current, to_x)
+        return to_x if recording.x_wants_gradient else None
+    to_input = differentiate(recording, 0, x, None, to_current)
+    if not recording.x_wants_gradient:
+        return None
+    return coupling.gradient_of_start(to_previous, to_current, gradient, merge=run.merge).add_(to_input)
