@@ -19,7 +19,7 @@ from re2tal.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1] / "re2tal"
 
-LEAVES = ("structures", "strict_json", "tables", "options")
+LEAVES = ("structures", "strict_json", "tables", "options", "video_ids")
 """What every package may import, and which import nothing of ours."""
 
 BELOW: dict[str, tuple[str, ...]] = {
@@ -27,6 +27,7 @@ BELOW: dict[str, tuple[str, ...]] = {
     "strict_json": (),
     "tables": (),
     "options": (),
+    "video_ids": (),
     "distributed": (),
     "reversible": (),
     "rewire": ("reversible",),
@@ -56,6 +57,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "webdataset": ("re2tal.data.contract.shards",),
     "transformers": ("re2tal.backbones.*",),
     "av": ("re2tal.data.*",),
+    "h5py": ("re2tal.data.building.feature_files",),
     "matplotlib": ("re2tal.reporting.*",),
     "tensorboard": ("re2tal.training.metrics",),
     "tqdm": ("re2tal.training.metrics", "re2tal.runs.*"),

@@ -15,16 +15,15 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from re2tal.data.building.annotation_formats.formats import hint
-from re2tal.data.building.annotation_formats.found import plain_id
 from re2tal.data.building.labels import check_class_list, fold_notes, folded, is_label, one_spelling, twin_problems
-from re2tal.data.contract.manifest import VIDEO_ID
 from re2tal.strict_json import read_json
 from re2tal.structures import AMBIGUOUS, Action, VideoRecord, find_subset
+from re2tal.video_ids import composed, id_fault, plain_id
 
 MAX_SHOWN = 20
 SUBSET_NAME = re.compile(r"[a-z0-9_-]{1,40}")
@@ -72,14 +71,43 @@ def read_video_ids(path: Path) -> frozenset[str]:
     return frozenset(ids)
 
 
+def read_entry_ids(path: Path) -> list[str]:
+    """The ids of all entries of an annotation file, whatever else they hold."""
+    return [plain_id(key) for key in _database(path)]
+
+
+def rename_subsets(annotations: Annotations, pairs: Sequence[tuple[str, str]]) -> Annotations:
+    """The same annotations with the subset to train on called "training", and that to score "validation".
+
+    `pairs` lists what the two are called in the files of a data set; the first pair that is there whole decides.
+    """
+    for pair in (("training", "validation"), *pairs):
+        found = [find_subset(name, annotations.subsets) for name in pair]
+        if None not in found:
+            break
+    else:
+        return annotations
+    names = {old: new for old, new in zip(found, ("training", "validation"), strict=True) if old is not None}
+    if all(find_subset(new, [old]) for old, new in names.items()):
+        return annotations
+    said = " and ".join(f"{old!r} as {new!r}" for old, new in names.items() if old != new)
+    subsets = {
+        names.get(old, old): tuple(replace(record, subset=names.get(old, old)) for record in records)
+        for old, records in annotations.subsets.items()
+    }
+    return replace(annotations, subsets=subsets, notes=(*annotations.notes, f"subset {said}, as recipes call them"))
+
+
 def read_frame_rates(path: Path) -> dict[str, float]:
     """Frames per second of the videos of an annotation file whose entries say them: "fps", or "frame" / "duration".
 
-    For a file that `read_annotations` has accepted. Raises ValueError for a rate that is no number.
+    Raises ValueError for a rate that is no number.
     """
     rates = {}
     for key, entry in _database(path).items():
         video_id = plain_id(key)
+        if not isinstance(entry, dict):
+            continue
         try:
             fps = entry.get("fps")
             if fps is None and "frame" in entry and entry.get("duration"):
@@ -229,15 +257,15 @@ class _Reader:
         for key, entry in database.items():
             video_id = plain_id(key)
             try:
-                if (other := keys.setdefault(video_id, key)) != key:
+                if (other := keys.setdefault(composed(video_id), key)) != key:
                     raise _Problem("id", key, f"{other!r} is the same video; keep one entry")
                 yield self._video(video_id, entry)
             except _Problem as problem:
-                self.problems.append(f"database.{key[:100]}: {problem}")
+                self.problems.append(f"database.{_shown(key)}: {problem}")
 
     def _video(self, video_id: str, entry: Any) -> VideoRecord:
-        if not VIDEO_ID.fullmatch(video_id):
-            raise _Problem("id", video_id, "use 1 to 80 of A-Z a-z 0-9 _ - (no dot, no slash): rename it")
+        if fault := id_fault(video_id):
+            raise _Problem("id", video_id, fault)
         if not isinstance(entry, dict):
             raise _Problem("entry", entry, "give an object with subset, duration and annotations")
         subset, annotations = entry.get("subset"), entry.get("annotations")
@@ -257,7 +285,7 @@ class _Reader:
             video_id=video_id,
             subset=subset.lower(),
             duration_seconds=duration,
-            actions=tuple(self._actions(f"database.{video_id}", annotations, duration)),
+            actions=tuple(self._actions(f"database.{_shown(video_id)}", annotations, duration)),
         )
 
     def _duration(self, video_id: str, entry: dict[str, Any]) -> float:
@@ -316,6 +344,10 @@ class _Reader:
             return None
         self.num_clipped += end > duration
         return start, min(end, duration)
+
+
+def _shown(key: str) -> str:
+    return key[:100] if key.isprintable() else ascii(key[:100])
 
 
 class _Problem(ValueError):

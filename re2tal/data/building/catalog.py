@@ -24,6 +24,8 @@ class DatasetSpec:
     """None: the labels of the annotation file, sorted."""
     blocked: frozenset[str] = frozenset()
     """Videos whose annotations are known to be wrong or empty."""
+    subset_pairs: tuple[tuple[str, str], ...] = ()
+    """What files call the subset to train on and the one to score, where not "training" and "validation"."""
 
 
 def find_dataset(name: str) -> DatasetSpec:
@@ -76,11 +78,11 @@ DATASETS: dict[str, DatasetSpec] = {
     ),
     # THUMOS14: 200 training (official validation) and 211 evaluation (official test) videos, 20 classes.
     "thumos14": DatasetSpec(
-        # The subsets are "training" and "validation" in OpenTAD's file, "validation" and "test" in ActionFormer's.
         encoding=Encoding(FramesPerSecond(30.0)),
         file_names=("{id}",),
         classes=_THUMOS_CLASSES,
         # Wrong annotations, and none at all: OpenTAD leaves out both, and evaluates 211 of the 213.
         blocked=frozenset({"video_test_0000270", "video_test_0001292"}),
+        subset_pairs=(("validation", "test"), ("training", "test")),
     ),
 }
