@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -73,7 +73,7 @@ def read_video_ids(path: Path) -> frozenset[str]:
 
 def read_entry_ids(path: Path) -> list[str]:
     """The ids of all entries of an annotation file, whatever else they hold."""
-    return [plain_id(key) for key in _database(path)]
+    return [plain_id(key) for key in read_database(path)]
 
 
 def rename_subsets(annotations: Annotations, pairs: Sequence[tuple[str, str]]) -> Annotations:
@@ -81,14 +81,8 @@ def rename_subsets(annotations: Annotations, pairs: Sequence[tuple[str, str]]) -
 
     `pairs` lists what the two are called in the files of a data set; the first pair that is there whole decides.
     """
-    for pair in (("training", "validation"), *pairs):
-        found = [find_subset(name, annotations.subsets) for name in pair]
-        if None not in found:
-            break
-    else:
-        return annotations
-    names = {old: new for old, new in zip(found, ("training", "validation"), strict=True) if old is not None}
-    if all(find_subset(new, [old]) for old, new in names.items()):
+    names = recipe_names(annotations.subsets, pairs)
+    if not names:
         return annotations
     said = " and ".join(f"{old!r} as {new!r}" for old, new in names.items() if old != new)
     subsets = {
@@ -98,13 +92,24 @@ def rename_subsets(annotations: Annotations, pairs: Sequence[tuple[str, str]]) -
     return replace(annotations, subsets=subsets, notes=(*annotations.notes, f"subset {said}, as recipes call them"))
 
 
+def recipe_names(subsets: Iterable[str], pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
+    """Subset -> what recipes call it, for those that `rename_subsets` would rename."""
+    subsets = list(subsets)
+    for pair in (("training", "validation"), *pairs):
+        found = [find_subset(name, subsets) for name in pair]
+        names = {old: new for old, new in zip(found, ("training", "validation"), strict=True) if old is not None}
+        if len(names) == 2:
+            return {} if all(find_subset(new, [old]) for old, new in names.items()) else names
+    return {}
+
+
 def read_frame_rates(path: Path) -> dict[str, float]:
     """Frames per second of the videos of an annotation file whose entries say them: "fps", or "frame" / "duration".
 
     Raises ValueError for a rate that is no number.
     """
     rates = {}
-    for key, entry in _database(path).items():
+    for key, entry in read_database(path).items():
         video_id = plain_id(key)
         if not isinstance(entry, dict):
             continue
@@ -144,7 +149,7 @@ def read_annotations(
     Labels that differ by case, space or Unicode form are refused, or with `fix_labels` read as one.
     Raises ValueError naming the file, and for each problem the key, the value and the remedy.
     """
-    database = _database(path)
+    database = read_database(path)
     known = check_class_list(classes)
     replaced = one_spelling(_raw_labels(database), classes=known or ()) if fix_labels else {}
     reader = _Reader(known, invalid_segments == "drop", duration_of, replaced)
@@ -167,7 +172,7 @@ def read_annotations(
     )
 
 
-def _database(path: Path) -> dict[str, Any]:
+def read_database(path: Path) -> dict[str, Any]:
     """Key -> entry, from a file with or without the outer object."""
     try:
         content = read_json(path)
