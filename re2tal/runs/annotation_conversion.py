@@ -142,15 +142,15 @@ class _Videos:
 
     folder: Path | None
     problems: list[str] = field(default_factory=list)
-    _files: NamedFiles = field(default_factory=lambda: NamedFiles(()))
+    _files: NamedFiles[Path] = field(default_factory=lambda: NamedFiles(()))
     _known: dict[str, tuple[float, float] | None] = field(default_factory=dict)
     _isolated: Isolated = field(default_factory=Isolated)
 
     def __enter__(self) -> _Videos:
-        files = []
+        files: list[tuple[str, Path]] = []
         for path in sorted(self.folder.iterdir()) if self.folder else ():
             if path.suffix.lower() in VIDEO_SUFFIXES and not path.name.startswith("."):
-                files.append(path)
+                files.append((path.stem, path))
         self._files = NamedFiles(files)
         return self
 

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from re2tal.data.building.annotations import read_database, recipe_names
+from re2tal.data.building.annotations import read_database
 from re2tal.data.building.catalog import DATASETS, DatasetSpec, find_dataset
 from re2tal.data.building.dataset_facts import DatasetFacts
+from re2tal.data.building.subset_names import recipe_names
 from re2tal.evaluation.protocols import TIOU_THRESHOLDS
 from re2tal.runs.exit_status import SOME_LEFT_OUT
 from re2tal.structures import AMBIGUOUS, find_subset

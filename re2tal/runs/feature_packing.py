@@ -12,11 +12,10 @@ from re2tal.data.building.annotations import (
     read_annotations,
     read_entry_ids,
     read_frame_rates,
-    rename_subsets,
 )
 from re2tal.data.building.build_features import FeatureBuild
 from re2tal.data.building.catalog import DatasetSpec, find_dataset
-from re2tal.data.building.feature_files import FEATURE_SUFFIXES
+from re2tal.data.building.feature_files import FEATURE_SUFFIXES, FeatureFile, list_files
 from re2tal.data.building.pack_features import (
     FeatureFiles,
     Layout,
@@ -28,6 +27,7 @@ from re2tal.data.building.pack_features import (
     plan_feature_shards,
     sample_shapes,
 )
+from re2tal.data.building.subset_names import rename_subsets
 from re2tal.data.contract.feature_manifest import (
     FeatureGrid,
     FeatureSpec,
@@ -53,7 +53,8 @@ class Pack:
     """
 
     features: Path
-    """Folder of .npy, .npz, .pt, .h5 or .csv files called ID or v_ID, floats of shape (T, C) or (C, T)."""
+    """Folder of .npy, .npz, .pt, .h5 or .csv files called ID or v_ID, floats of shape (T, C) or (C, T); or one .h5 file
+    that holds all under these names."""
     annotations: Path
     """JSON in the layout of ActivityNet or of one of the common THUMOS14 files."""
     out: Path
@@ -105,6 +106,8 @@ def pack(options: Pack) -> int:
         raise ValueError(f"every video of subset {blocked[0]!r} is blocked; nothing is left to pack")
     packed = [record for name in subsets for record in records[name]]
     found = files.find([record.video_id for record in packed])
+    if absent := [name for name in subsets if not any(record.video_id in found for record in records[name])]:
+        raise ValueError(f"no video of subset {absent[0]!r} has features in {options.features}; choose with --subsets")
     shapes = sample_shapes(files, found)
     layout = options.layout or _layout(shapes, packed, timing)
     channels = count_channels(shapes, layout=layout)
@@ -127,12 +130,12 @@ def pack(options: Pack) -> int:
 
 def _files(options: Pack, spec: DatasetSpec) -> FeatureFiles:
     if options.prefix is None and options.suffix is None:
-        return FeatureFiles.in_folder(options.features, file_names=spec.file_names, key=options.key)
+        return FeatureFiles(options.features, spec.file_names, options.key, list_files(options.features))
     after = options.suffix or ""
     form = next((one for one in FEATURE_SUFFIXES if after.lower().endswith(one)), None)
     before, after = ((options.prefix or ""), after[: -len(form)] if form else after)
     name = "{id}".join(part.replace("{", "{{").replace("}", "}}") for part in (before, after))
-    return FeatureFiles.in_folder(options.features, file_names=(name,), suffix=form, key=options.key)
+    return FeatureFiles(options.features, (name,), options.key, list_files(options.features, suffix=form))
 
 
 def _annotations(options: Pack, spec: DatasetSpec, files: FeatureFiles, timing: Strided | Resized) -> Annotations:
@@ -152,7 +155,7 @@ def _annotations(options: Pack, spec: DatasetSpec, files: FeatureFiles, timing: 
 
 def _duration_of(options: Pack, files: FeatureFiles, timing: Strided | Resized) -> Callable[[str], float]:
     """The seconds of a video, from its number of steps."""
-    known: tuple[dict[str, Sequence[Path]], Layout] | None = None
+    known: tuple[dict[str, Sequence[FeatureFile]], Layout] | None = None
 
     def duration_of(video_id: str) -> float:
         nonlocal known

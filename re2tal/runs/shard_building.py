@@ -11,13 +11,14 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from re2tal.data.building.annotations import Annotations, read_annotations, read_video_ids, rename_subsets
+from re2tal.data.building.annotations import Annotations, read_annotations, read_video_ids
 from re2tal.data.building.build import BuildConfig, build_shards, find_videos
 from re2tal.data.building.catalog import DatasetSpec, find_dataset
 from re2tal.data.building.clips import ClipList, read_clips
 from re2tal.data.building.labels import read_class_list
 from re2tal.data.building.probe import MAX_DAMAGED, probe_video
 from re2tal.data.building.shard_folder import BuiltSubset, Listed
+from re2tal.data.building.subset_names import rename_subsets
 from re2tal.data.contract.feature_manifest import (
     Extracted,
     FeatureManifest,

@@ -341,3 +341,32 @@ def test_prefix_suffix_and_format_choose_the_files(tmp_path):
     assert pack(Pack(**given, prefix="v_", suffix="_rgb.npy")) == 0
     found = features(tmp_path / "out" / "training")
     assert torch.equal(read_features(found, found.by_id["a"]), torch.from_numpy(arrays["a"] + 1).T)
+
+
+def test_one_hdf5_file_may_hold_all_videos_under_their_names(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    steps = {"my video.v2": 40, "b": 33, "c": 35}
+    arrays = write_given(tmp_path, fps=dict.fromkeys(steps, 30.0), steps=steps)
+    with h5py.File(tmp_path / "all.h5", "w") as file:
+        file["v_my video.v2/c3d_features"] = arrays["my video.v2"]
+        file["v_b"] = arrays["b"]
+        file["v_c"] = h5py.ExternalLink("other.h5", "x")
+        file["stray/c3d_features"] = arrays["c"]
+    given = {"features": tmp_path / "all.h5", "annotations": tmp_path / "annotations.json", "out": tmp_path / "out"}
+    assert pack(Pack(**given, stride_frames=4, window_frames=16, dtype="float32")) == 3
+    found = features(tmp_path / "out" / "training")
+    assert {one.video_id: one.reason for one in found.manifest.rejected} == {"c": "there is no file of this name"}
+    for video in found.videos:
+        assert torch.equal(read_features(found, video), torch.from_numpy(arrays[video.record.video_id]).T)
+    with pytest.raises(ValueError, match=r"annotations\.json is not a folder; give .*, or one \.h5 file"):
+        pack(Pack(**{**given, "features": given["annotations"]}, stride_frames=4, window_frames=16))
+
+
+def test_a_subset_without_any_file_is_refused_before_the_others_are_packed(tmp_path):
+    steps = {"a": 40, "b": 33, "v": 51}
+    write_given(tmp_path, fps=dict.fromkeys(steps, 30.0), steps=steps)
+    (tmp_path / "v.npy").unlink()
+    given = {"features": tmp_path, "annotations": tmp_path / "annotations.json", "out": tmp_path / "out"}
+    with pytest.raises(ValueError, match=r"no video of subset 'validation' has features in .*; choose with --subsets"):
+        pack(Pack(**given, stride_frames=4, window_frames=16))
+    assert not (tmp_path / "out").exists()

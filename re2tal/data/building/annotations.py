@@ -14,8 +14,8 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -74,33 +74,6 @@ def read_video_ids(path: Path) -> frozenset[str]:
 def read_entry_ids(path: Path) -> list[str]:
     """The ids of all entries of an annotation file, whatever else they hold."""
     return [plain_id(key) for key in read_database(path)]
-
-
-def rename_subsets(annotations: Annotations, pairs: Sequence[tuple[str, str]]) -> Annotations:
-    """The same annotations with the subset to train on called "training", and that to score "validation".
-
-    `pairs` lists what the two are called in the files of a data set; the first pair that is there whole decides.
-    """
-    names = recipe_names(annotations.subsets, pairs)
-    if not names:
-        return annotations
-    said = " and ".join(f"{old!r} as {new!r}" for old, new in names.items() if old != new)
-    subsets = {
-        names.get(old, old): tuple(replace(record, subset=names.get(old, old)) for record in records)
-        for old, records in annotations.subsets.items()
-    }
-    return replace(annotations, subsets=subsets, notes=(*annotations.notes, f"subset {said}, as recipes call them"))
-
-
-def recipe_names(subsets: Iterable[str], pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
-    """Subset -> what recipes call it, for those that `rename_subsets` would rename."""
-    subsets = list(subsets)
-    for pair in (("training", "validation"), *pairs):
-        found = [find_subset(name, subsets) for name in pair]
-        names = {old: new for old, new in zip(found, ("training", "validation"), strict=True) if old is not None}
-        if len(names) == 2:
-            return {} if all(find_subset(new, [old]) for old, new in names.items()) else names
-    return {}
 
 
 def read_frame_rates(path: Path) -> dict[str, float]:

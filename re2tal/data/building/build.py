@@ -119,7 +119,7 @@ def find_videos(folder: Path, video_ids: Sequence[str], *, file_names: Sequence[
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give the folder that holds the videos")
     inside = (path for path in sorted(folder.iterdir()) if path.suffix.lower() in VIDEO_SUFFIXES)
-    files = NamedFiles(path for path in inside if path.is_file())  # a link may lead nowhere
+    files = NamedFiles((path.stem, path) for path in inside if path.is_file())  # a link may lead nowhere
     found = {}
     for video_id in video_ids:
         matches = files.of(video_id, file_names)

@@ -1,5 +1,7 @@
 """One video's features as other programs store them, read as an array. Nothing is ever unpickled.
 
+One HDF5 file may hold all videos, each under its name.
+
 .npy              an array                              .csv         a step per line, with or without a header
 .npz .h5 .hdf5    one or more arrays, by name           .pt .pth     a tensor, or a dictionary of tensors
 """
@@ -10,6 +12,7 @@ import math
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +24,69 @@ MAX_BYTES = 1 << 32
 """Of one video's features in float32: 16 hours at 7.5 steps a second in 2048 channels fit."""
 
 
-def load_array(path: Path, *, key: str | None = None) -> np.ndarray:
+@dataclass(frozen=True, slots=True)
+class FeatureFile:
+    """Where the features of a video are."""
+
+    path: Path
+    entry: str = ""
+    """Its dataset, or group of datasets, in an HDF5 file of several videos."""
+
+    @property
+    def stem(self) -> str:
+        """What names the video."""
+        return self.entry or self.path.stem
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return f"{self.path.name}/{self.entry}" if self.entry else self.path.name
+
+    def load(self, *, key: str | None = None) -> np.ndarray:
+        """As `load_array`."""
+        return load_array(self.path, key=key, entry=self.entry)
+
+
+def list_files(place: Path, *, suffix: str | None = None) -> tuple[FeatureFile, ...]:
+    """The files in a folder whose format can be read (those that end in `suffix`, if given), or the entries of an HDF5
+    file. ValueError where `place` is neither."""
+    if place.is_dir():
+        wanted = (suffix,) if suffix else FEATURE_SUFFIXES
+        inside = (one for one in sorted(place.iterdir()) if one.suffix.lower() in wanted)
+        return tuple(FeatureFile(one) for one in inside if not one.name.startswith("._") and one.is_file())
+    if not place.is_file() or place.suffix.lower() not in (".h5", ".hdf5"):
+        raise ValueError(f"{place} is not a folder; give the folder that holds the files of features, or one .h5 file")
+    try:
+        import h5py
+
+        with h5py.File(place, "r") as file:
+            return tuple(FeatureFile(place, name) for name in _hard_links(h5py, file))
+    except ImportError:
+        raise ValueError(f"{place.name} needs h5py to be read: pip install 're2tal[h5]'") from None
+    except (OSError, RuntimeError) as error:
+        raise ValueError(f"{place} is no sound HDF5 file ({str(error)[:120]})") from None
+
+
+def load_array(path: Path, *, key: str | None = None, entry: str = "") -> np.ndarray:
     """A two-dimensional array of floats, mapped from the disk where the format allows it.
 
-    `key` names one of several arrays. Axes of length 1 are dropped where there are more than two. Raises ValueError,
-    naming the file, for anything else.
+    `key` names one of several arrays, `entry` a video in an HDF5 file of several. Axes of length 1 are dropped where
+    there are more than two. Raises ValueError, naming the file, for anything else.
     """
+    shown = FeatureFile(path, entry).name
     try:
-        values = _READERS[path.suffix.lower()](path, key)
+        values = _h5(path, key, entry) if entry else _READERS[path.suffix.lower()](path, key)
     except _Unfit as error:
-        raise ValueError(f"{path.name} {error}") from None
+        raise ValueError(f"{shown} {error}") from None
     except ImportError:
-        raise ValueError(f"{path.name} needs h5py to be read: pip install 're2tal[h5]'") from None
+        raise ValueError(f"{shown} needs h5py to be read: pip install 're2tal[h5]'") from None
     except Exception as error:  # one file, whatever it does to its reader, never ends a job
         what = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
-        raise ValueError(f"{path.name} is no sound {path.suffix} file of numbers ({what})") from None
+        raise ValueError(f"{shown} is no sound {path.suffix} file of numbers ({what})") from None
     values = _two_axes(values)
     if values.ndim != 2 or values.dtype.kind != "f":
         raise ValueError(
-            f"{path.name} holds {values.dtype} of shape {values.shape}; wanted floats of shape (T, C) or (C, T)"
+            f"{shown} holds {values.dtype} of shape {values.shape}; wanted floats of shape (T, C) or (C, T)"
         )
     return values
 
@@ -82,24 +129,31 @@ def _from_torch(tensor: Tensor) -> np.ndarray:
     return (values.float() if values.dtype == torch.bfloat16 else values).numpy()
 
 
-def _h5(path: Path, key: str | None) -> np.ndarray:
+def _h5(path: Path, key: str | None, entry: str = "") -> np.ndarray:
     import h5py
 
     with h5py.File(path, "r") as file:
+        inside = file[entry] if entry else file
+        if isinstance(inside, h5py.Dataset):
+            return _from_h5(inside)
         names: list[str] = []
-        _collect(h5py, file, "", names)
-        return _chosen(names, lambda name: _from_h5(file[name]), key)
+        _collect(h5py, inside, "", names)
+        return _chosen(names, lambda name: _from_h5(inside[name]), key)
+
+
+def _hard_links(h5py: Any, group: Any) -> list[str]:
+    """Names in a group that are no links: these may lead to other files."""
+    return [name for name in group if isinstance(group.get(name, getlink=True), h5py.HardLink)]
 
 
 def _collect(h5py: Any, group: Any, prefix: str, names: list[str]) -> None:
-    """Names of the datasets in a group, and in groups in it. Links are left alone: they may lead to other files."""
-    for name in group:
-        if isinstance(group.get(name, getlink=True), h5py.HardLink):
-            inside = group[name]
-            if isinstance(inside, h5py.Dataset):
-                names.append(prefix + name)
-            elif prefix.count("/") < 4:
-                _collect(h5py, inside, f"{prefix}{name}/", names)
+    """Names of the datasets in a group, and in groups in it."""
+    for name in _hard_links(h5py, group):
+        inside = group[name]
+        if isinstance(inside, h5py.Dataset):
+            names.append(prefix + name)
+        elif prefix.count("/") < 4:
+            _collect(h5py, inside, f"{prefix}{name}/", names)
 
 
 def _from_h5(dataset: Any) -> np.ndarray:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +19,7 @@ import torch
 
 from re2tal.data.building.annotations import duration_tolerance
 from re2tal.data.building.build_features import Computed, FeatureShard
-from re2tal.data.building.feature_files import FEATURE_SUFFIXES, load_array
+from re2tal.data.building.feature_files import FEATURE_SUFFIXES, FeatureFile
 from re2tal.data.building.named_files import NamedFiles
 from re2tal.data.building.shard_folder import share_out
 from re2tal.data.contract.feature_manifest import SourceFile
@@ -79,56 +80,44 @@ class Resized:
 
 @dataclass(frozen=True, slots=True)
 class FeatureFiles:
-    """The files of features in a folder, and how each is read."""
+    """The files of features in a folder, or in one HDF5 file, and how each is read."""
 
-    folder: Path
+    place: Path
     file_names: tuple[str, ...]
     """Names that a video's file may have, without the suffix of its format."""
     key: str | None
     """Name of the array in files that hold several."""
-    paths: tuple[Path, ...]
-    """All files of a format that can be read."""
+    files: tuple[FeatureFile, ...]
+    """All whose format can be read."""
 
-    @classmethod
-    def in_folder(
-        cls, folder: Path, *, file_names: Sequence[str], suffix: str | None = None, key: str | None = None
-    ) -> FeatureFiles:
-        """List a folder; only files that end in `suffix`, if one is given. ValueError where it is no folder."""
-        if not folder.is_dir():
-            raise ValueError(f"{folder} is not a folder; give the folder that holds the files of features")
-        wanted = (suffix,) if suffix else FEATURE_SUFFIXES
-        inside = (one for one in sorted(folder.iterdir()) if one.suffix.lower() in wanted)
-        paths = tuple(one for one in inside if not one.name.startswith("._") and one.is_file())
-        return cls(folder, tuple(file_names), key, paths)
-
-    def find(self, video_ids: Sequence[str]) -> dict[str, Sequence[Path]]:
+    def find(self, video_ids: Sequence[str]) -> dict[str, Sequence[FeatureFile]]:
         """Video id -> its files, for those that have any; ValueError where none has, with what lies in the folder."""
-        named = NamedFiles(self.paths)
-        found: dict[str, Sequence[Path]] = {}
+        named = NamedFiles((one.stem, one) for one in self.files)
+        found: dict[str, Sequence[FeatureFile]] = {}
         for one in video_ids:
-            if paths := named.of(one, self.file_names):
-                found[one] = paths
+            if files := named.of(one, self.file_names):
+                found[one] = files
         if not found:
             looked = ", ".join(name.format(id=video_ids[0]) + ".npy" for name in self.file_names)
             raise ValueError(
-                f"none of the {len(video_ids)} videos has features in {self.folder}; looked for {looked} (or "
+                f"none of the {len(video_ids)} videos has features in {self.place}; looked for {looked} (or "
                 f"{', '.join(FEATURE_SUFFIXES[1:])}) and so on; {self._what_is_there()}; if only their ends differ, "
                 "give --prefix and --suffix"
             )
         return found
 
-    def load(self, paths: Sequence[Path]) -> np.ndarray:
+    def load(self, files: Sequence[FeatureFile]) -> np.ndarray:
         """The array in the file of a video; ValueError where it can't be used, or where there are two files."""
-        if len(paths) != 1:
-            names = " and ".join(path.name for path in paths)
+        if len(files) != 1:
+            names = " and ".join(file.name for file in files)
             raise ValueError(f"{names} are one video's; keep one, or choose with --prefix and --suffix")
-        return load_array(paths[0], key=self.key)
+        return files[0].load(key=self.key)
 
     def _what_is_there(self) -> str:
-        if self.paths:
-            shown = ", ".join(path.name for path in self.paths[:3])
-            return f"there are {len(self.paths)} files such as {shown}"
-        names = sorted(one.name for one in self.folder.iterdir())
+        if self.files:
+            shown = ", ".join(file.name for file in self.files[:3])
+            return f"there are {len(self.files)} files such as {shown}"
+        names = sorted(one.name for one in self.place.iterdir()) if self.place.is_dir() else []
         return f"it holds {', '.join(map(repr, names[:3])) or 'nothing'}" + (" and more" if len(names) > 3 else "")
 
 
@@ -137,7 +126,7 @@ class Packer:
     """Reads the files of videos."""
 
     files: FeatureFiles
-    found: Mapping[str, Sequence[Path]]
+    found: Mapping[str, Sequence[FeatureFile]]
     """Of each video id."""
     layout: Layout
     timing: Strided | Resized
@@ -151,18 +140,24 @@ class Packer:
                 yield str(error)
 
     def _computed(self, record: VideoRecord) -> Computed:
-        paths = self.found.get(record.video_id)
-        if paths is None:
+        files = self.found.get(record.video_id)
+        if files is None:
             raise ValueError("there is no file of this name")
-        values = self.files.load(paths)
+        values = self.files.load(files)
         values = values.T if self.layout == "tc" else values
         start_seconds, seconds_per_step = self.timing.place(record, values.shape[1])
-        source = SourceFile(paths[0].name, sha256_of(paths[0]))
+        source = SourceFile(files[0].path.name, _sha256(files[0].path, files[0].path.stat().st_mtime_ns))
         tensor = torch.from_numpy(np.array(values, dtype=np.float32, order="C"))
         return Computed(tensor, seconds_per_step, start_seconds, source)
 
 
-def sample_shapes(files: FeatureFiles, found: Mapping[str, Sequence[Path]]) -> dict[str, tuple[int, int]]:
+@lru_cache(maxsize=1)
+def _sha256(path: Path, modified: int) -> str:
+    """Of a file that may hold many videos: it is hashed once."""
+    return sha256_of(path)
+
+
+def sample_shapes(files: FeatureFiles, found: Mapping[str, Sequence[FeatureFile]]) -> dict[str, tuple[int, int]]:
     """Video id -> shape of its array, for some of the videos, spread over all; ValueError if no file can be used."""
     shapes: dict[str, tuple[int, int]] = {}
     unusable: list[str] = []
@@ -228,12 +223,16 @@ def _most_common(shapes: Mapping[str, tuple[int, int]], axis: int) -> tuple[int,
 
 
 def plan_feature_shards(
-    records: Sequence[VideoRecord], found: Mapping[str, Sequence[Path]], *, seed: int, videos_per_shard: int | None
+    records: Sequence[VideoRecord],
+    found: Mapping[str, Sequence[FeatureFile]],
+    *,
+    seed: int,
+    videos_per_shard: int | None,
 ) -> list[FeatureShard]:
     """Put records into shards in an order that depends on the seed alone; videos without a file keep their place."""
     shards = []
     for name, chosen in share_out(records, seed=seed, per_shard=videos_per_shard, most=256):
-        paths = (found.get(record.video_id, ()) for record in chosen)
-        sources = tuple(" ".join(f"{one.name} {one.stat().st_size}" for one in own) or "missing" for own in paths)
+        files = (found.get(record.video_id, ()) for record in chosen)
+        sources = tuple(" ".join(f"{one.name} {one.path.stat().st_size}" for one in own) or "missing" for own in files)
         shards.append(FeatureShard(name, chosen, sources))
     return shards
