@@ -1,7 +1,7 @@
 """Which videos and labels of the predictions meet the ground truth. Without these facts a score cannot be read.
 
-Ids that differ only in a video file's suffix, or in the `v_` that ActivityNet's packages put before them, are taken for
-one video, if that is unambiguous.
+Ids that differ only in a video file's suffix, in Unicode form, or in the `v_` that ActivityNet's packages put before
+them, are taken for one video, if that is unambiguous (`re2tal.video_ids`).
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ from re2tal.data.building.annotations import (
     read_annotations,
     read_entry_ids,
     read_frame_rates,
+    read_video_ids,
 )
 from re2tal.data.building.build_features import FeatureBuild
 from re2tal.data.building.catalog import DatasetSpec, find_dataset
@@ -40,6 +41,7 @@ from re2tal.data.contract.feature_manifest import (
 from re2tal.runs.shard_building import report_built, subsets_to_build
 from re2tal.strict_json import sha256_of
 from re2tal.structures import VideoRecord
+from re2tal.video_ids import plain_id
 
 LEFT_OUT_SECONDS = 1e7
 """Stands in for the unknown length of a video whose file cannot be used, until it is left out for that."""
@@ -80,6 +82,8 @@ class Pack:
     """Row of the catalog that gives classes and file names, such as thumos14; a name that is not there shows all."""
     subsets: tuple[str, ...] = ()
     """Subsets to pack; all that have annotated actions if none is named."""
+    blocked: Path | None = None
+    """Ids to leave out, beside those that the catalog names: a JSON list, or a text file with one per line."""
     dtype: StoredType = "float16"
     """How features are stored."""
     invalid_segments: Literal["refuse", "drop"] = "refuse"
@@ -101,9 +105,10 @@ def pack(options: Pack) -> int:
     files = _files(options, spec)
     annotations = _annotations(options, spec, files, timing)
     subsets = options.subsets or subsets_to_build(annotations)
-    records = {name: [one for one in annotations.subset(name) if one.video_id not in spec.blocked] for name in subsets}
-    if blocked := [name for name in subsets if not records[name]]:
-        raise ValueError(f"every video of subset {blocked[0]!r} is blocked; nothing is left to pack")
+    blocked = spec.blocked | {plain_id(one) for one in (read_video_ids(options.blocked) if options.blocked else ())}
+    records = {name: [one for one in annotations.subset(name) if one.video_id not in blocked] for name in subsets}
+    if empty := [name for name in subsets if not records[name]]:
+        raise ValueError(f"every video of subset {empty[0]!r} is blocked; nothing is left to pack")
     packed = [record for name in subsets for record in records[name]]
     found = files.find([record.video_id for record in packed])
     if absent := [name for name in subsets if not any(record.video_id in found for record in records[name])]:

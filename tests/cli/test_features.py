@@ -362,6 +362,16 @@ def test_one_hdf5_file_may_hold_all_videos_under_their_names(tmp_path):
         pack(Pack(**{**given, "features": given["annotations"]}, stride_frames=4, window_frames=16))
 
 
+def test_blocked_videos_are_left_out_without_a_rejection(tmp_path):
+    steps = {"a": 40, "b": 33, "c": 35}
+    write_given(tmp_path, fps=dict.fromkeys(steps, 30.0), steps=steps)
+    (tmp_path / "blocked.json").write_text('["b.mp4"]')
+    given = {"features": tmp_path, "annotations": tmp_path / "annotations.json", "out": tmp_path / "out"}
+    assert pack(Pack(**given, stride_frames=4, window_frames=16, blocked=tmp_path / "blocked.json")) == 0
+    found = features(tmp_path / "out" / "training")
+    assert (sorted(found.by_id), found.manifest.rejected) == (["a", "c"], ())
+
+
 def test_a_subset_without_any_file_is_refused_before_the_others_are_packed(tmp_path):
     steps = {"a": 40, "b": 33, "v": 51}
     write_given(tmp_path, fps=dict.fromkeys(steps, 30.0), steps=steps)

@@ -22,7 +22,14 @@ def rename_subsets(annotations: Annotations, pairs: Sequence[tuple[str, str]]) -
         names.get(old, old): tuple(replace(record, subset=names.get(old, old)) for record in records)
         for old, records in annotations.subsets.items()
     }
-    return replace(annotations, subsets=subsets, notes=(*annotations.notes, f"subset {said}, as recipes call them"))
+    return replace(
+        annotations,
+        subsets=subsets,
+        notes=(
+            *annotations.notes,
+            f"subset {said}, as recipes call them; --subsets takes these names, `re2tal evaluate` the file's",
+        ),
+    )
 
 
 def recipe_names(subsets: Iterable[str], pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
