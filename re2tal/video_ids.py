@@ -34,7 +34,7 @@ def id_fault(video_id: str) -> str:
         return "it names no video"
     if "/" in video_id or "\\" in video_id:
         return "a slash would make it a folder: give the file's name alone"
-    if any(unicodedata.category(one) in _CONTROLS for one in video_id):
+    if not video_id.isprintable() and any(unicodedata.category(one) in _CONTROLS for one in video_id):
         return "it holds a control character, or bytes that are not UTF-8: rename it"
     if (size := len(video_id.encode())) > MAX_BYTES:
         return f"it has {size} bytes, more than {MAX_BYTES}: rename it"
