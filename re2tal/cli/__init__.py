@@ -21,6 +21,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "re2tal.cli.annotations:annotation_files",
         "convert files of annotation tools and data sets",
     ),
+    "datasets": ("re2tal.cli.datasets:datasets", "list published data sets, and compare annotations with them"),
     "doctor": ("re2tal.cli.doctor:doctor", "check videos and annotations before a build, or this machine"),
     "shards": ("re2tal.cli.shards:shards", "pack videos and annotations into training data"),
     "features": ("re2tal.cli.features:features", "store a backbone's features of each video, to train on them instead"),

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from re2tal.evaluation.coverage import match_ids, name_some
+from re2tal.evaluation.coverage import name_some
+from re2tal.video_ids import match_ids
 
 
 @dataclass(frozen=True, slots=True)

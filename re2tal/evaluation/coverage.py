@@ -1,22 +1,19 @@
 """Which videos and labels of the predictions meet the ground truth. Without these facts a score cannot be read.
 
-Ids that differ only in a video file's suffix, or in the `v_` that ActivityNet's packages put before them, are taken for
-one video, if that is unambiguous.
+Ids that differ only in a video file's suffix, in Unicode form, or in the `v_` that ActivityNet's packages put before
+them, are taken for one video, if that is unambiguous (`re2tal.video_ids`).
 """
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 MAX_NAMED = 5
 """Names in one line of text; JSON holds all."""
-
-_SUFFIX = re.compile(r"\.(mp4|mkv|webm|avi|mov|m4v|mpg|mpeg|ts|flv|wmv|npy|npz)$", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,27 +132,6 @@ class Coverage:
     def _hinted(self, label: str) -> str:
         near = [known for known in self.known_labels if _folded(known) == _folded(label)]
         return f"{label!r}, which is nearly {near[0]!r}" if near else repr(label)
-
-
-def match_ids(given: Collection[str], known: Iterable[str]) -> dict[str, str]:
-    """Ids of `given` that are not known as they stand -> the known id that differs only in suffix or prefix.
-
-    Left out where two known ids, or two given ones, come into question.
-    """
-    known = set(known)
-    strangers = [one for one in given if one not in known]
-    if not strangers:
-        return {}
-    by_plain: dict[str, list[str]] = {}
-    for one in known:
-        by_plain.setdefault(_plain(one), []).append(one)
-    takers = Counter(map(_plain, given))
-    found = {one: by_plain.get(_plain(one), []) for one in strangers if takers[_plain(one)] == 1}
-    return {one: candidates[0] for one, candidates in found.items() if len(candidates) == 1}
-
-
-def _plain(video_id: str) -> str:
-    return _SUFFIX.sub("", video_id).removeprefix("v_")
 
 
 def _folded(label: str) -> str:

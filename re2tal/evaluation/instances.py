@@ -13,9 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from re2tal.evaluation.coverage import Coverage, match_ids
+from re2tal.evaluation.coverage import Coverage
 from re2tal.evaluation.protocols import Protocol
 from re2tal.structures import Detections, VideoRecord
+from re2tal.video_ids import match_ids
 
 
 @dataclass(frozen=True, slots=True)

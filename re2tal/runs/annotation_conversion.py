@@ -18,11 +18,12 @@ from re2tal.data.building.annotation_formats.found import Found, FoundVideo, Wan
 from re2tal.data.building.annotations import duration_tolerance
 from re2tal.data.building.isolated import Isolated
 from re2tal.data.building.labels import fold_notes, one_spelling, read_class_list, twin_problems
-from re2tal.data.building.probe import VIDEO_SUFFIXES, probe_video
-from re2tal.data.contract.manifest import VIDEO_ID
+from re2tal.data.building.named_files import NamedFiles
+from re2tal.data.building.probe import probe_video
 from re2tal.runs.shard_building import print_some
 from re2tal.strict_json import write_atomically, write_json
 from re2tal.tables import text_table
+from re2tal.video_ids import VIDEO_SUFFIXES, id_fault
 
 SILENT_SECONDS = 60.0
 """Stop reading a video file after this time without progress."""
@@ -141,14 +142,16 @@ class _Videos:
 
     folder: Path | None
     problems: list[str] = field(default_factory=list)
-    _files: dict[str, list[Path]] = field(default_factory=dict)
+    _files: NamedFiles[Path] = field(default_factory=lambda: NamedFiles(()))
     _known: dict[str, tuple[float, float] | None] = field(default_factory=dict)
     _isolated: Isolated = field(default_factory=Isolated)
 
     def __enter__(self) -> _Videos:
+        files: list[tuple[str, Path]] = []
         for path in sorted(self.folder.iterdir()) if self.folder else ():
             if path.suffix.lower() in VIDEO_SUFFIXES and not path.name.startswith("."):
-                self._files.setdefault(path.stem, []).append(path)
+                files.append((path.stem, path))
+        self._files = NamedFiles(files)
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -157,7 +160,7 @@ class _Videos:
     def measure(self, video_id: str) -> tuple[float, float] | None:
         """(duration in seconds, frames per second); None, and a problem noted, where there is no sound file."""
         if video_id not in self._known:
-            paths = self._files.get(video_id) or self._files.get(f"v_{video_id}") or []
+            paths = self._files.of(video_id) or self._files.of(f"v_{video_id}")
             self._known[video_id] = None
             try:
                 if len(paths) != 1:
@@ -199,8 +202,8 @@ def _assign(found: Found, options: Conversion) -> list[str]:
 def _later(found: Found) -> list[str]:
     """What the next command will stumble over."""
     notes = []
-    if odd := [video_id for video_id in found.videos if not VIDEO_ID.fullmatch(video_id)]:
-        notes.append(f"{len(odd)} ids are not 1 to 80 of A-Z a-z 0-9 _ -, such as {odd[0]!r}: rename the files")
+    if odd := [video_id for video_id in found.videos if id_fault(video_id)]:
+        notes.append(f"{len(odd)} ids cannot be names of videos, such as {odd[0]!r}: {id_fault(odd[0])}")
     missing = [video_id for video_id, one in found.videos.items() if one.duration_seconds is None]
     if missing:
         notes.append(f"{len(missing)} videos have no duration, such as {missing[0]!r}; --videos FOLDER measures them")

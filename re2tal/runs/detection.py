@@ -24,7 +24,7 @@ from re2tal.config import RecognitionConfig, RunConfig, load_config
 from re2tal.data.building.annotations import Annotations
 from re2tal.data.building.build import BuildConfig, build_shards
 from re2tal.data.building.isolated import Isolated
-from re2tal.data.building.probe import VIDEO_SUFFIXES, probe_video
+from re2tal.data.building.probe import probe_video
 from re2tal.data.contract.manifest import Encoding, FramesPerSecond, FramesPerVideo, Rejection
 from re2tal.data.contract.shards import FeatureSet, ShardSet, open_any, open_shards, subset_folder
 from re2tal.data.streaming.stream import ClipConfig, stream_clips
@@ -39,6 +39,7 @@ from re2tal.runs.trained import default_device, load_detector
 from re2tal.structures import Batch, Detections, VideoRecord
 from re2tal.training.engine import DTYPES
 from re2tal.training.export import read_model
+from re2tal.video_ids import VIDEO_SUFFIXES
 
 logger = logging.getLogger(__name__)
 

@@ -26,11 +26,11 @@ import re2tal
 from re2tal.data.building.annotations import Annotations, duration_tolerance, read_annotations
 from re2tal.data.building.examine import Examined, examine_video
 from re2tal.data.building.isolated import Isolated
-from re2tal.data.building.probe import VIDEO_SUFFIXES
 from re2tal.runs.exit_status import SOME_LEFT_OUT
 from re2tal.strict_json import write_json
 from re2tal.structures import VideoRecord
 from re2tal.tables import text_table
+from re2tal.video_ids import VIDEO_SUFFIXES, composed, id_fault
 
 SILENT_SECONDS = 120.0
 """Stop reading a file after this time without progress."""
@@ -79,7 +79,7 @@ def check_data(check: DataCheck) -> int:
             records = {record.video_id: record for records in annotations.subsets.values() for record in records}
     wanted = records or dict.fromkeys(files)
     rows = [_row(one, files, examined, records.get(one), check.max_damaged) for one in wanted]
-    if unused := sorted(set(files) - set(wanted) - {f"v_{one}" for one in wanted}):
+    if unused := sorted(set(files) - {name for one in wanted for name in (composed(one), f"v_{composed(one)}")}):
         odd.append(f"{len(unused)} files belong to no entry, such as {files[unused[0]].name}")
     _print(rows, problems, odd)
     if check.json is not None:
@@ -89,20 +89,23 @@ def check_data(check: DataCheck) -> int:
 
 
 def _video_files(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """(name without suffix -> file, what is odd about the folder)."""
+    """(name without suffix, composed -> file, what is odd about the folder)."""
     files: dict[str, Path] = {}
     odd = []
     for path in sorted(folder.iterdir()):
         if path.suffix.lower() not in VIDEO_SUFFIXES:
             continue
-        if path.name.startswith("._"):
+        name = composed(path.stem)
+        if fault := id_fault(name):
+            odd.append(f"{path.name!a} cannot be used: {fault}")
+        elif path.name.startswith("._"):
             odd.append(f"{path.name} is a file of macOS beside another, not a video")
         elif not path.is_file():
             odd.append(f"{path.name} is no file, or a link that leads nowhere")
-        elif path.stem in files:
-            odd.append(f"{path.name} and {files[path.stem].name} have one id; keep one of them")
+        elif name in files:
+            odd.append(f"{path.name} and {files[name].name} have one id; keep one of them")
         else:
-            files[path.stem] = path
+            files[name] = path
     return files, odd
 
 
@@ -132,7 +135,7 @@ def _read(path: Path, examined: dict[str, Examined | str], problems: list[str]) 
     """The annotations without what is wrong in them, which goes to `problems`; None where nothing can be read."""
 
     def measured(video_id: str) -> float:
-        found = examined.get(video_id) or examined.get(f"v_{video_id}")
+        found = _of(video_id, examined)
         if not isinstance(found, Examined):
             raise ValueError("there is no sound file of this name")
         return found.seconds
@@ -151,6 +154,11 @@ def _read(path: Path, examined: dict[str, Examined | str], problems: list[str]) 
         return None
 
 
+def _of(video_id: str, examined: dict[str, Examined | str]) -> Examined | str | None:
+    name = composed(video_id)
+    return examined.get(name, examined.get(f"v_{name}"))
+
+
 def _row(
     video_id: str,
     files: dict[str, Path],
@@ -158,7 +166,7 @@ def _row(
     record: VideoRecord | None,
     max_damaged: float,
 ) -> _Row:
-    found = examined.get(video_id, examined.get(f"v_{video_id}"))
+    found = _of(video_id, examined)
     if found is None:
         return _Row(video_id, "missing", ["there is no file of this name"])
     if isinstance(found, str):

@@ -1,22 +1,34 @@
-"""`re2tal features pack`: take over features of another program, one .npy file per video."""
+"""`re2tal features pack`: take over features of another program, one file per video."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from re2tal.data.building.annotations import read_annotations, read_frame_rates
+from re2tal.data.building.annotations import (
+    Annotations,
+    read_annotations,
+    read_entry_ids,
+    read_frame_rates,
+    read_video_ids,
+)
 from re2tal.data.building.build_features import FeatureBuild
-from re2tal.data.building.catalog import find_dataset
+from re2tal.data.building.catalog import DatasetSpec, find_dataset
+from re2tal.data.building.feature_files import FEATURE_SUFFIXES, FeatureFile, list_files
 from re2tal.data.building.pack_features import (
+    FeatureFiles,
+    Layout,
     Packer,
     Resized,
     Strided,
     count_channels,
-    find_features,
+    find_layout,
     plan_feature_shards,
+    sample_shapes,
 )
+from re2tal.data.building.subset_names import rename_subsets
 from re2tal.data.contract.feature_manifest import (
     FeatureGrid,
     FeatureSpec,
@@ -28,23 +40,36 @@ from re2tal.data.contract.feature_manifest import (
 )
 from re2tal.runs.shard_building import report_built, subsets_to_build
 from re2tal.strict_json import sha256_of
+from re2tal.structures import VideoRecord
+from re2tal.video_ids import plain_id
+
+LEFT_OUT_SECONDS = 1e7
+"""Stands in for the unknown length of a video whose file cannot be used, until it is left out for that."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pack:
-    """Take over features of another program, one .npy file per video, and their place in time.
+    """Take over features of another program, one file per video, and their place in time.
 
     Safe to run again: finished shards are kept. Exit statuses as those of `extract`.
     """
 
     features: Path
-    """Folder of .npy files called ID.npy or v_ID.npy, floats of shape (T, C) or (C, T)."""
+    """Folder of .npy, .npz, .pt, .h5 or .csv files called ID or v_ID, floats of shape (T, C) or (C, T); or one .h5 file
+    that holds all under these names."""
     annotations: Path
     """JSON in the layout of ActivityNet or of one of the common THUMOS14 files."""
     out: Path
     """Folder to write to; each subset gets a folder in it."""
-    layout: Literal["tc", "ct"] = "tc"
-    """Order of the axes: time first, as most files have it, or channels first."""
+    layout: Layout | None = None
+    """Order of the axes: tc is time first, ct channels first. By default what the files tell: channels are the same in
+    all; where both axes are, the one that fits the durations is time."""
+    prefix: str | None = None
+    """What files have before the id, such as v_, in place of the catalog's names."""
+    suffix: str | None = None
+    """What files have after the id, such as _rgb; with the format (_rgb.npy) only such files are taken."""
+    key: str | None = None
+    """Name of the array in files that hold several (.npz, .pt, .h5)."""
     stride_frames: int | None = None
     """Frames of the video from one step to the next."""
     window_frames: int | None = None
@@ -57,6 +82,8 @@ class Pack:
     """Row of the catalog that gives classes and file names, such as thumos14; a name that is not there shows all."""
     subsets: tuple[str, ...] = ()
     """Subsets to pack; all that have annotated actions if none is named."""
+    blocked: Path | None = None
+    """Ids to leave out, beside those that the catalog names: a JSON list, or a text file with one per line."""
     dtype: StoredType = "float16"
     """How features are stored."""
     invalid_segments: Literal["refuse", "drop"] = "refuse"
@@ -74,39 +101,95 @@ class Pack:
 def pack(options: Pack) -> int:
     """Pack the subsets; gives the exit status."""
     spec = find_dataset(options.dataset)
+    timing = _timing(options)
+    files = _files(options, spec)
+    annotations = _annotations(options, spec, files, timing)
+    subsets = options.subsets or subsets_to_build(annotations)
+    blocked = spec.blocked | {plain_id(one) for one in (read_video_ids(options.blocked) if options.blocked else ())}
+    records = {name: [one for one in annotations.subset(name) if one.video_id not in blocked] for name in subsets}
+    if empty := [name for name in subsets if not records[name]]:
+        raise ValueError(f"every video of subset {empty[0]!r} is blocked; nothing is left to pack")
+    packed = [record for name in subsets for record in records[name]]
+    found = files.find([record.video_id for record in packed])
+    if absent := [name for name in subsets if not any(record.video_id in found for record in records[name])]:
+        raise ValueError(f"no video of subset {absent[0]!r} has features in {options.features}; choose with --subsets")
+    shapes = sample_shapes(files, found)
+    layout = options.layout or _layout(shapes, packed, timing)
+    channels = count_channels(shapes, layout=layout)
+    print(f"{options.features}: files are read as {'(T, C)' if layout == 'tc' else '(C, T)'}, {channels} channels")
+    features = FeatureSpec(
+        channels=channels,
+        dtype=options.dtype,
+        grid=_grid(timing),
+        origin=Packed(options.window_frames, options.fps, sha256_of(options.annotations)),
+    )
+    status = 0
+    for name in subsets:
+        subset = records[name][0].subset  # "val" where the file says "validation", or the other way round
+        build = FeatureBuild(options.out / subset, options.dataset, subset, annotations.classes, features)
+        shards = plan_feature_shards(records[name], found, seed=options.seed, videos_per_shard=options.videos_per_shard)
+        built = build.run(shards, Packer(files, found, layout, timing).run)
+        status = max(status, report_built(built, subset=subset, max_rejected=options.max_rejected))
+    return status
+
+
+def _files(options: Pack, spec: DatasetSpec) -> FeatureFiles:
+    if options.prefix is None and options.suffix is None:
+        return FeatureFiles(options.features, spec.file_names, options.key, list_files(options.features))
+    after = options.suffix or ""
+    form = next((one for one in FEATURE_SUFFIXES if after.lower().endswith(one)), None)
+    before, after = ((options.prefix or ""), after[: -len(form)] if form else after)
+    name = "{id}".join(part.replace("{", "{{").replace("}", "}}") for part in (before, after))
+    return FeatureFiles(options.features, (name,), options.key, list_files(options.features, suffix=form))
+
+
+def _annotations(options: Pack, spec: DatasetSpec, files: FeatureFiles, timing: Strided | Resized) -> Annotations:
+    """The annotations; where they have no duration, the features tell it."""
     annotations = read_annotations(
         options.annotations,
         classes=spec.classes,
         invalid_segments=options.invalid_segments,
+        duration_of=_duration_of(options, files, timing),
         fix_labels=options.fix_labels,
     )
+    annotations = rename_subsets(annotations, spec.subset_pairs)
     for note in annotations.notes:
         print(f"{options.annotations}: {note}")
-    timing = _timing(options)
-    status = 0
-    for subset in options.subsets or subsets_to_build(annotations):
-        records = [record for record in annotations.subset(subset) if record.video_id not in spec.blocked]
-        if not records:
-            raise ValueError(f"every video of subset {subset!r} is blocked; nothing is left to pack")
-        subset = records[0].subset  # "val" where the file says "validation", or the other way round
-        names = spec.file_names
-        files = find_features(options.features, [record.video_id for record in records], file_names=names)
-        build = FeatureBuild(
-            folder=options.out / subset,
-            dataset=options.dataset,
-            subset=subset,
-            classes=annotations.classes,
-            spec=FeatureSpec(
-                channels=count_channels(files, layout=options.layout),
-                dtype=options.dtype,
-                grid=_grid(timing),
-                origin=Packed(options.window_frames, options.fps, sha256_of(options.annotations)),
-            ),
-        )
-        shards = plan_feature_shards(records, files, seed=options.seed, videos_per_shard=options.videos_per_shard)
-        built = build.run(shards, Packer(files, options.layout, timing).run)
-        status = max(status, report_built(built, subset=subset, max_rejected=options.max_rejected))
-    return status
+    return annotations
+
+
+def _duration_of(options: Pack, files: FeatureFiles, timing: Strided | Resized) -> Callable[[str], float]:
+    """The seconds of a video, from its number of steps."""
+    known: tuple[dict[str, Sequence[FeatureFile]], Layout] | None = None
+
+    def duration_of(video_id: str) -> float:
+        nonlocal known
+        if isinstance(timing, Resized):
+            raise ValueError("features of --resized videos do not tell it")
+        if known is None:
+            found = files.find(read_entry_ids(options.annotations))
+            known = found, options.layout or find_layout(sample_shapes(files, found))
+        found, layout = known
+        try:
+            rows, columns = files.load(found.get(video_id, ())).shape
+        except ValueError:
+            return LEFT_OUT_SECONDS
+        return timing.seconds(video_id, rows if layout == "tc" else columns)
+
+    return duration_of
+
+
+def _layout(shapes: Mapping[str, tuple[int, int]], records: Sequence[VideoRecord], timing: Strided | Resized) -> Layout:
+    by_id = {record.video_id: record for record in records}
+
+    def fits(video_id: str, num_steps: int) -> bool:
+        try:
+            timing.place(by_id[video_id], num_steps)
+        except ValueError:
+            return False
+        return True
+
+    return find_layout(shapes, fits)
 
 
 def _timing(options: Pack) -> Strided | Resized:

@@ -11,7 +11,6 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from re2tal.data.building.annotation_formats.found import plain_id
 from re2tal.data.building.annotations import Annotations, read_annotations, read_video_ids
 from re2tal.data.building.build import BuildConfig, build_shards, find_videos
 from re2tal.data.building.catalog import DatasetSpec, find_dataset
@@ -19,6 +18,7 @@ from re2tal.data.building.clips import ClipList, read_clips
 from re2tal.data.building.labels import read_class_list
 from re2tal.data.building.probe import MAX_DAMAGED, probe_video
 from re2tal.data.building.shard_folder import BuiltSubset, Listed
+from re2tal.data.building.subset_names import rename_subsets
 from re2tal.data.contract.feature_manifest import (
     Extracted,
     FeatureManifest,
@@ -31,6 +31,7 @@ from re2tal.data.contract.manifest import Encoding, FramesPerSecond, FramesPerVi
 from re2tal.data.contract.shards import open_any
 from re2tal.data.contract.verify import damage
 from re2tal.runs.exit_status import DAMAGED, TOO_MANY_REJECTED
+from re2tal.video_ids import plain_id
 
 MAX_SHOWN = 20
 
@@ -236,6 +237,7 @@ def _annotations(path: Path, videos: Path, options: Build, spec: DatasetSpec) ->
         duration_of=measured,
         fix_labels=options.fix_labels,
     )
+    annotations = rename_subsets(annotations, spec.subset_pairs)
     for note in annotations.notes:
         print(f"{path}: {note}")
     return annotations

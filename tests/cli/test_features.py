@@ -199,7 +199,7 @@ def test_a_video_with_two_files_and_a_rate_that_is_no_number_are_refused(tmp_pat
     write_given(tmp_path, fps={"a": 30.0}, steps={"a": 40})
     given = {"features": tmp_path, "annotations": tmp_path / "annotations.json", "out": tmp_path / "out"}
     (tmp_path / "v_a.npy").write_bytes((tmp_path / "a.npy").read_bytes())
-    with pytest.raises(ValueError, match=r"holds a\.npy and v_a\.npy, one video's; keep one"):
+    with pytest.raises(ValueError, match=r"a\.npy and v_a\.npy are one video's; keep one"):
         pack(Pack(**given, stride_frames=4, window_frames=16))
     path = tmp_path / "annotations.json"
     path.write_text(path.read_text().replace('"fps": 30.0', '"fps": "fast"'))
@@ -214,6 +214,7 @@ def test_a_video_with_two_files_and_a_rate_that_is_no_number_are_refused(tmp_pat
         ({"stride_frames": 4}, "give --stride-frames and --window-frames"),
         ({"stride_frames": 0, "window_frames": 16}, "--stride-frames is 0; give a positive number"),
         ({"resized": 20, "fps": 30.0}, "--resized excludes"),
+        ({"resized": 20, "suffix": "_rgb"}, r"looked for a_rgb\.npy \(or .*there are 3 files such as a\.npy, b\.npy"),
         ({"resized": 20, "layout": "ct"}, r"with --layout ct, 3 files have 3 different numbers of channels.*layout tc"),
         ({"resized": 20, "features": Path("nowhere")}, "nowhere is not a folder"),
         ({"resized": 20, "subsets": ("test",)}, "no video belongs to subset 'test'"),
@@ -227,3 +228,155 @@ def test_what_cannot_be_packed_is_refused(tmp_path, changes, message):
     with pytest.raises(ValueError, match=message):
         pack(Pack(**given))
     assert not list((tmp_path / "out").rglob(MANIFEST_NAME))
+
+
+def save(path: Path, values: np.ndarray) -> None:
+    """Write (T, C) in the format that the suffix names."""
+    match path.suffix:
+        case ".npy":
+            np.save(path, values)
+        case ".npz":
+            np.savez_compressed(path, feats=values, stride=np.array(4), meta=np.array([{"a": 1}], dtype=object))
+        case ".pt":
+            torch.save({"epoch": 3, "rgb": torch.from_numpy(values).bfloat16(), "length": torch.tensor(4)}, path)
+        case ".pth":
+            torch.save(torch.from_numpy(values)[None, :, :, None, None], path)
+        case ".h5":
+            with pytest.importorskip("h5py").File(path, "w") as file:
+                file["a/c3d_features"] = values
+        case ".csv":
+            header = ",".join(f"rgb{number}" for number in range(values.shape[1]))
+            np.savetxt(path, values, delimiter=",", header=header, comments="", fmt="%.9g")
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".pt", ".pth", ".h5", ".csv"])
+def test_every_format_gives_the_numbers_that_were_stored(tmp_path, suffix):
+    steps = {"a": 40, "b": 33}
+    arrays = write_given(tmp_path, fps=dict.fromkeys(steps, 30.0), steps=steps)
+    for name, values in arrays.items():
+        (tmp_path / f"{name}.npy").unlink()
+        arrays[name] = torch.from_numpy(values).bfloat16().float().numpy()  # which all formats here can hold
+        save(tmp_path / f"{name}{suffix}", arrays[name])
+    given = {"features": tmp_path, "annotations": tmp_path / "annotations.json", "out": tmp_path / "out"}
+    assert pack(Pack(**given, stride_frames=4, window_frames=16, dtype="float32")) == 0
+    found = features(tmp_path / "out" / "training")
+    for video in found.videos:
+        assert torch.equal(read_features(found, video), torch.from_numpy(arrays[video.record.video_id]).T)
+
+
+def test_actionformers_file_packs_into_the_subsets_that_recipes_look_for(tmp_path, capsys):
+    database = {
+        f"video_{kind}_{number:07d}": {
+            "subset": subset,
+            "duration": (4 * (steps - 1) + 16) / 30,
+            "fps": 30.0,
+            "annotations": [{"label": "Billiards", "segment": [0.1, 0.9], "segment(frames)": [3, 27], "label_id": 2}],
+        }
+        for kind, subset, number, steps in (("validation", "Validation", 51, 40), ("test", "Test", 4, 33))
+    }
+    for number, (name, entry) in enumerate(database.items()):
+        steps = round((entry["duration"] * 30 - 16) / 4) + 1
+        np.save(tmp_path / f"{name}.npy", np.random.default_rng(number).random((steps, 8), dtype=np.float32))
+    path = tmp_path / "thumos14.json"
+    path.write_text(json.dumps({"version": "Thumos14-30fps", "database": database}))
+    given = {"features": tmp_path, "annotations": path, "out": tmp_path / "out", "dataset": "thumos14"}
+    assert pack(Pack(**given, stride_frames=4, window_frames=16)) == 0
+    assert list(features(tmp_path / "out" / "training").by_id) == ["video_validation_0000051"]
+    assert list(features(tmp_path / "out" / "validation").by_id) == ["video_test_0000004"]
+    assert (
+        "subset 'validation' as 'training' and 'test' as 'validation', as recipes call them" in capsys.readouterr().out
+    )
+
+
+def write_without_durations(folder: Path, *, steps: dict[str, int]) -> dict[str, Path]:
+    write_given(folder, fps=dict.fromkeys(steps, 30.0), steps=steps)
+    path = folder / "annotations.json"
+    document = json.loads(path.read_text())
+    for entry in document["database"].values():
+        del entry["duration"]
+    path.write_text(json.dumps(document))
+    return {"features": folder, "annotations": path, "out": folder / "out"}
+
+
+def test_without_durations_the_last_window_ends_the_video_and_a_damaged_file_is_left_out(tmp_path):
+    given = write_without_durations(tmp_path, steps={"a": 40, "b": 33, "c": 51})
+    (tmp_path / "c.npy").write_bytes((tmp_path / "c.npy").read_bytes()[:-10])
+    assert pack(Pack(**given, stride_frames=4, window_frames=16, max_rejected=0.5)) == 0
+    found = features(tmp_path / "out" / "training")
+    seconds = {name: video.record.duration_seconds for name, video in found.by_id.items()}
+    assert seconds == {"a": pytest.approx(172 / 30), "b": pytest.approx(144 / 30)}
+    assert [one.video_id for one in found.manifest.rejected] == ["c"]
+    with pytest.raises(ValueError, match=r"duration is None: .* features of --resized videos do not tell it"):
+        pack(Pack(**{**given, "out": tmp_path / "other"}, resized=20))
+
+
+def test_the_axes_are_told_apart_by_the_durations_or_not_at_all(tmp_path, capsys):
+    steps = dict.fromkeys("ab", 40)
+    arrays = write_given(tmp_path, fps=dict.fromkeys(steps, 30.0), steps=steps)
+    for name, array in arrays.items():
+        np.save(tmp_path / f"{name}.npy", array.T)
+    given = {"features": tmp_path, "annotations": tmp_path / "annotations.json"}
+    assert pack(Pack(**given, out=tmp_path / "ct", stride_frames=4, window_frames=16, dtype="float32")) == 0
+    assert "files are read as (C, T), 6 channels" in capsys.readouterr().out
+    found = features(tmp_path / "ct" / "training")
+    assert torch.equal(read_features(found, found.by_id["b"]), torch.from_numpy(arrays["b"]).T)
+    for name in steps:
+        np.save(tmp_path / f"{name}.npy", np.zeros((40, 40), dtype=np.float32))
+    with pytest.raises(ValueError, match=r"2 files, of shape 40x40, do not tell which axis is time; give --layout tc"):
+        pack(Pack(**given, out=tmp_path / "out", stride_frames=4, window_frames=16))
+
+
+def test_prefix_suffix_and_format_choose_the_files(tmp_path):
+    steps = {"a": 40, "b": 33}
+    arrays = write_given(tmp_path, fps=dict.fromkeys(steps, 30.0), steps=steps)
+    for name, values in arrays.items():
+        (tmp_path / f"{name}.npy").unlink()
+        np.save(tmp_path / f"v_{name}_rgb.npy", values + 1)
+        np.save(tmp_path / f"v_{name}_flow.npy", values)
+        save(tmp_path / f"v_{name}_rgb.csv", values)
+    given = {"features": tmp_path, "annotations": tmp_path / "annotations.json", "out": tmp_path / "out"}
+    given |= {"stride_frames": 4, "window_frames": 16, "dtype": "float32"}
+    with pytest.raises(ValueError, match=r"v_a_rgb\.csv and v_a_rgb\.npy are one video's; keep one, or choose"):
+        pack(Pack(**given, prefix="v_", suffix="_rgb"))
+    assert pack(Pack(**given, prefix="v_", suffix="_rgb.npy")) == 0
+    found = features(tmp_path / "out" / "training")
+    assert torch.equal(read_features(found, found.by_id["a"]), torch.from_numpy(arrays["a"] + 1).T)
+
+
+def test_one_hdf5_file_may_hold_all_videos_under_their_names(tmp_path):
+    h5py = pytest.importorskip("h5py")
+    steps = {"my video.v2": 40, "b": 33, "c": 35}
+    arrays = write_given(tmp_path, fps=dict.fromkeys(steps, 30.0), steps=steps)
+    with h5py.File(tmp_path / "all.h5", "w") as file:
+        file["v_my video.v2/c3d_features"] = arrays["my video.v2"]
+        file["v_b"] = arrays["b"]
+        file["v_c"] = h5py.ExternalLink("other.h5", "x")
+        file["stray/c3d_features"] = arrays["c"]
+    given = {"features": tmp_path / "all.h5", "annotations": tmp_path / "annotations.json", "out": tmp_path / "out"}
+    assert pack(Pack(**given, stride_frames=4, window_frames=16, dtype="float32")) == 3
+    found = features(tmp_path / "out" / "training")
+    assert {one.video_id: one.reason for one in found.manifest.rejected} == {"c": "there is no file of this name"}
+    for video in found.videos:
+        assert torch.equal(read_features(found, video), torch.from_numpy(arrays[video.record.video_id]).T)
+    with pytest.raises(ValueError, match=r"annotations\.json is not a folder; give .*, or one \.h5 file"):
+        pack(Pack(**{**given, "features": given["annotations"]}, stride_frames=4, window_frames=16))
+
+
+def test_blocked_videos_are_left_out_without_a_rejection(tmp_path):
+    steps = {"a": 40, "b": 33, "c": 35}
+    write_given(tmp_path, fps=dict.fromkeys(steps, 30.0), steps=steps)
+    (tmp_path / "blocked.json").write_text('["b.mp4"]')
+    given = {"features": tmp_path, "annotations": tmp_path / "annotations.json", "out": tmp_path / "out"}
+    assert pack(Pack(**given, stride_frames=4, window_frames=16, blocked=tmp_path / "blocked.json")) == 0
+    found = features(tmp_path / "out" / "training")
+    assert (sorted(found.by_id), found.manifest.rejected) == (["a", "c"], ())
+
+
+def test_a_subset_without_any_file_is_refused_before_the_others_are_packed(tmp_path):
+    steps = {"a": 40, "b": 33, "v": 51}
+    write_given(tmp_path, fps=dict.fromkeys(steps, 30.0), steps=steps)
+    (tmp_path / "v.npy").unlink()
+    given = {"features": tmp_path, "annotations": tmp_path / "annotations.json", "out": tmp_path / "out"}
+    with pytest.raises(ValueError, match=r"no video of subset 'validation' has features in .*; choose with --subsets"):
+        pack(Pack(**given, stride_frames=4, window_frames=16))
+    assert not (tmp_path / "out").exists()

@@ -106,9 +106,27 @@ def test_invalid_segments_can_be_dropped_and_are_counted(tmp_path):
     assert found.num_dropped == 3
 
 
-@pytest.mark.parametrize("video_id", ["a.b", "a/b", "../a", "", "ä", "a b", "a\nb", "x" * 81])
-def test_ids_that_a_tar_cannot_carry_are_refused(tmp_path, video_id):
-    refuses(tmp_path, "no dot, no slash", {video_id: entry((0, 1))})
+@pytest.mark.parametrize(
+    ("video_id", "fault"),
+    [
+        ("a/b", "a slash would make it a folder"),
+        ("..\\a", "a slash would make it a folder"),
+        ("..", "it names no video"),
+        ("", "it names no video"),
+        ("a\nb", r"database\.'a\\nb': id is .*: it holds a control character"),
+        ("a\udcff", "it holds a control character, or bytes that are not UTF-8"),
+        ("x" * 241, "it has 241 bytes, more than 240"),
+    ],
+)
+def test_ids_that_cannot_be_names_of_files_are_refused(tmp_path, video_id, fault):
+    refuses(tmp_path, fault, {video_id: entry((0, 1))})
+
+
+def test_ids_are_what_people_call_their_files(tmp_path):
+    names = ["my video.v2", "ä b", "録画 1", "100%", "v_a", "a"]
+    found = read(tmp_path, {f"{name}.mp4" if " " in name else name: entry((0, 1)) for name in names})
+    assert [record.video_id for record in found.subset("training")] == names
+    refuses(tmp_path, "'a\u0308.mp4' is the same video", {"a\u0308.mp4": entry((0, 1)), "ä": entry((0, 1))})
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import itertools
 import json
 import os
 import shutil
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import av
 import pytest
 from data.files import cut_short, encoding, write_sound, write_video
 from data.numbered import read_numbers
+from webdataset import WebDataset
 
 from re2tal.data.building.annotations import Annotations, read_annotations
 from re2tal.data.building.build import BuildConfig, build_shards, find_videos, plan_shards
@@ -308,3 +310,28 @@ def test_an_encoder_that_dies_costs_its_video_and_not_the_build(videos, annotati
     (lost,) = built.rejected
     assert lost.reason == "its process died (exit code -6)"
     assert len(open_shards(built.folder).videos) == len(GOOD) - 1
+
+
+def test_names_with_spaces_dots_and_any_script_are_kept_from_the_file_to_the_shard(tmp_path):
+    names = {"my video.v2": "my video.v2.mp4", "cafe\u0301.mp4": "café.mp4", "録画 1": "v_録画 1.mkv"}
+    database = {}
+    for name, file_name in names.items():
+        write_video(tmp_path / file_name, num_frames=20)
+        database[name] = {"subset": "training", "duration": 20 / 30, "annotations": []}
+    database["my video.v2"]["annotations"] = [{"segment": [0, 0.5], "label": "run"}]
+    (tmp_path / "a.json").write_text(json.dumps({"database": database}))
+    config = replace(CONFIG, videos_per_shard=8)
+    found = read_annotations(tmp_path / "a.json")
+    result = build_shards(found, videos=tmp_path, out=tmp_path / "out", subset="training", config=config)
+    assert result.rejected == ()
+    shards = open_shards(result.folder)
+    assert sorted(shards.by_id) == sorted(["my video.v2", "cafe\u0301", "録画 1"])
+    assert not list(damage(shards))
+    assert shards.by_id["my video.v2"].record.actions
+    with tarfile.open(result.folder / "shard-000000.tar") as tar:
+        keys = {name.split(".")[0] for name in tar.getnames()}
+    assert keys == {"my%20video%2Ev2", "cafe%CC%81", "%E9%8C%B2%E7%94%BB%201"}
+    assert {one["__key__"] for one in WebDataset([str(result.folder / "shard-000000.tar")], shardshuffle=False)} == keys
+    for video in shards.videos:
+        shown = read_numbers(decode_frames(read_content(shards, video), range(10)).numpy())
+        assert list(shown) == list(range(0, 20, 2))  # stored at half the rate

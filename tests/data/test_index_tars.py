@@ -223,3 +223,7 @@ def test_labels_that_differ_by_case_are_refused():
     listed, left_out = list_clips(samples, subset="training", classes=["run", "jump"])
     assert [clip.video_id for clip in listed.subset("training")] == ["b", "c"]
     assert left_out == ["a.tar a: class 'Run' is spelled 'run' in the list; correct it"]
+
+
+def test_a_key_that_stands_for_a_name_is_found_by_the_name():
+    assert "my video.v2" in Sample(Path("a.tar"), "my%20video%2Ev2").names

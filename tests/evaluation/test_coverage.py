@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import re2tal
-from re2tal.evaluation.coverage import match_ids
+from re2tal.video_ids import match_ids
 
 
 def write(folder: Path, found: dict[str, list], truth: dict[str, list]) -> tuple[Path, Path]:

@@ -20,11 +20,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from re2tal.data.building.annotation_formats.formats import hint
-from re2tal.data.building.annotation_formats.found import plain_id
 from re2tal.data.building.labels import check_class_list, fold_notes, folded, is_label, one_spelling, twin_problems
-from re2tal.data.contract.manifest import VIDEO_ID
 from re2tal.strict_json import read_json
 from re2tal.structures import AMBIGUOUS, Action, VideoRecord, find_subset
+from re2tal.video_ids import composed, id_fault, plain_id
 
 MAX_SHOWN = 20
 SUBSET_NAME = re.compile(r"[a-z0-9_-]{1,40}")
@@ -72,14 +71,21 @@ def read_video_ids(path: Path) -> frozenset[str]:
     return frozenset(ids)
 
 
+def read_entry_ids(path: Path) -> list[str]:
+    """The ids of all entries of an annotation file, whatever else they hold."""
+    return [plain_id(key) for key in read_database(path)]
+
+
 def read_frame_rates(path: Path) -> dict[str, float]:
     """Frames per second of the videos of an annotation file whose entries say them: "fps", or "frame" / "duration".
 
-    For a file that `read_annotations` has accepted. Raises ValueError for a rate that is no number.
+    Raises ValueError for a rate that is no number.
     """
     rates = {}
-    for key, entry in _database(path).items():
+    for key, entry in read_database(path).items():
         video_id = plain_id(key)
+        if not isinstance(entry, dict):
+            continue
         try:
             fps = entry.get("fps")
             if fps is None and "frame" in entry and entry.get("duration"):
@@ -116,7 +122,7 @@ def read_annotations(
     Labels that differ by case, space or Unicode form are refused, or with `fix_labels` read as one.
     Raises ValueError naming the file, and for each problem the key, the value and the remedy.
     """
-    database = _database(path)
+    database = read_database(path)
     known = check_class_list(classes)
     replaced = one_spelling(_raw_labels(database), classes=known or ()) if fix_labels else {}
     reader = _Reader(known, invalid_segments == "drop", duration_of, replaced)
@@ -139,7 +145,7 @@ def read_annotations(
     )
 
 
-def _database(path: Path) -> dict[str, Any]:
+def read_database(path: Path) -> dict[str, Any]:
     """Key -> entry, from a file with or without the outer object."""
     try:
         content = read_json(path)
@@ -229,15 +235,15 @@ class _Reader:
         for key, entry in database.items():
             video_id = plain_id(key)
             try:
-                if (other := keys.setdefault(video_id, key)) != key:
+                if (other := keys.setdefault(composed(video_id), key)) != key:
                     raise _Problem("id", key, f"{other!r} is the same video; keep one entry")
                 yield self._video(video_id, entry)
             except _Problem as problem:
-                self.problems.append(f"database.{key[:100]}: {problem}")
+                self.problems.append(f"database.{_shown(key)}: {problem}")
 
     def _video(self, video_id: str, entry: Any) -> VideoRecord:
-        if not VIDEO_ID.fullmatch(video_id):
-            raise _Problem("id", video_id, "use 1 to 80 of A-Z a-z 0-9 _ - (no dot, no slash): rename it")
+        if fault := id_fault(video_id):
+            raise _Problem("id", video_id, fault)
         if not isinstance(entry, dict):
             raise _Problem("entry", entry, "give an object with subset, duration and annotations")
         subset, annotations = entry.get("subset"), entry.get("annotations")
@@ -257,7 +263,7 @@ class _Reader:
             video_id=video_id,
             subset=subset.lower(),
             duration_seconds=duration,
-            actions=tuple(self._actions(f"database.{video_id}", annotations, duration)),
+            actions=tuple(self._actions(f"database.{_shown(video_id)}", annotations, duration)),
         )
 
     def _duration(self, video_id: str, entry: dict[str, Any]) -> float:
@@ -316,6 +322,10 @@ class _Reader:
             return None
         self.num_clipped += end > duration
         return start, min(end, duration)
+
+
+def _shown(key: str) -> str:
+    return key[:100] if key.isprintable() else ascii(key[:100])
 
 
 class _Problem(ValueError):

@@ -24,10 +24,12 @@ import av
 from re2tal.data.building.annotations import Annotations
 from re2tal.data.building.clips import ClipList
 from re2tal.data.building.isolated import Isolated
+from re2tal.data.building.named_files import NamedFiles
 from re2tal.data.building.pack_videos import OnVideo, Stopped, VideoPacker, VideoPlan
-from re2tal.data.building.probe import MAX_DAMAGED, VIDEO_SUFFIXES
+from re2tal.data.building.probe import MAX_DAMAGED
 from re2tal.data.building.shard_folder import BuiltSubset, Listed, ShardFolder, ShardPlan, fingerprint, share_out
 from re2tal.data.contract.manifest import Encoding, IndexedVideo, Manifest, Totals, to_json
+from re2tal.video_ids import VIDEO_SUFFIXES
 
 PICTURES = "pictures 2"
 """Increase it whenever the same files give other pictures: older shards are then rebuilt."""
@@ -116,13 +118,11 @@ def find_videos(folder: Path, video_ids: Sequence[str], *, file_names: Sequence[
     """Video id -> its file, for those that are there; ValueError where an id has two files."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give the folder that holds the videos")
-    files: dict[str, list[Path]] = {}
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in VIDEO_SUFFIXES and path.is_file():  # a link may lead nowhere
-            files.setdefault(path.stem, []).append(path)
+    inside = (path for path in sorted(folder.iterdir()) if path.suffix.lower() in VIDEO_SUFFIXES)
+    files = NamedFiles((path.stem, path) for path in inside if path.is_file())  # a link may lead nowhere
     found = {}
     for video_id in video_ids:
-        matches = [path for name in file_names for path in files.get(name.format(id=video_id), [])]
+        matches = files.of(video_id, file_names)
         if len(matches) > 1:
             raise ValueError(f"{folder}: video {video_id!r} is there as {[p.name for p in matches]}; keep one of them")
         if matches:

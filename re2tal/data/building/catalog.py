@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from re2tal.data.building import dataset_facts
+from re2tal.data.building.dataset_facts import DatasetFacts
 from re2tal.data.contract.manifest import Encoding, FramesPerSecond
 
 
@@ -24,6 +26,10 @@ class DatasetSpec:
     """None: the labels of the annotation file, sorted."""
     blocked: frozenset[str] = frozenset()
     """Videos whose annotations are known to be wrong or empty."""
+    subset_pairs: tuple[tuple[str, str], ...] = ()
+    """What files call the subset to train on and the one to score, where not "training" and "validation"."""
+    facts: DatasetFacts | None = None
+    """Of a published data set."""
 
 
 def find_dataset(name: str) -> DatasetSpec:
@@ -65,22 +71,66 @@ DATASETS: dict[str, DatasetSpec] = {
     "demo": DatasetSpec(
         encoding=Encoding(FramesPerSecond(16.0), short_side=96),
     ),
-    # ActivityNet 1.3: 10,024 training and 4,926 validation videos, 200 classes.
     "activitynet": DatasetSpec(
         # 15 per second and a short side of 256 is what published end-to-end work trains on.
         encoding=Encoding(FramesPerSecond(15.0)),
         # Ids have 11 characters and the common packages put v_ before them.
         file_names=("v_{id}", "{id}"),
+        facts=dataset_facts.ACTIVITYNET,
         # Which 198 validation videos the 4,728-video protocol leaves out is in a file that comes with that protocol's
         # features: give it to `re2tal shards build --blocked`.
     ),
-    # THUMOS14: 200 training (official validation) and 211 evaluation (official test) videos, 20 classes.
     "thumos14": DatasetSpec(
-        # The subsets are "training" and "validation" in OpenTAD's file, "validation" and "test" in ActionFormer's.
         encoding=Encoding(FramesPerSecond(30.0)),
         file_names=("{id}",),
         classes=_THUMOS_CLASSES,
         # Wrong annotations, and none at all: OpenTAD leaves out both, and evaluates 211 of the 213.
         blocked=frozenset({"video_test_0000270", "video_test_0001292"}),
+        subset_pairs=(("validation", "test"), ("training", "test")),
+        facts=dataset_facts.THUMOS14,
+    ),
+    "hacs": DatasetSpec(
+        encoding=Encoding(FramesPerSecond(15.0)),
+        file_names=("v_{id}", "{id}"),
+        facts=dataset_facts.HACS,
+    ),
+    "multithumos": DatasetSpec(
+        encoding=Encoding(FramesPerSecond(30.0)),
+        file_names=("{id}",),
+        subset_pairs=(("training", "test"),),
+        facts=dataset_facts.MULTITHUMOS,
+    ),
+    "fineaction": DatasetSpec(
+        encoding=Encoding(FramesPerSecond(15.0)),
+        facts=dataset_facts.FINEACTION,
+    ),
+    "epic-kitchens-verb": DatasetSpec(
+        encoding=Encoding(FramesPerSecond(30.0)),
+        file_names=("{id}",),
+        facts=dataset_facts.EPIC_VERBS,
+    ),
+    "epic-kitchens-noun": DatasetSpec(
+        encoding=Encoding(FramesPerSecond(30.0)),
+        file_names=("{id}",),
+        facts=dataset_facts.EPIC_NOUNS,
+    ),
+    "ego4d-mq": DatasetSpec(
+        encoding=Encoding(FramesPerSecond(30.0)),
+        file_names=("{id}",),
+        facts=dataset_facts.EGO4D_MQ,
+    ),
+    "charades": DatasetSpec(
+        encoding=Encoding(FramesPerSecond(30.0)),
+        file_names=("{id}",),
+        subset_pairs=(("training", "test"),),
+        facts=dataset_facts.CHARADES,
+    ),
+    "urfd": DatasetSpec(
+        encoding=Encoding(FramesPerSecond(30.0)),
+        facts=dataset_facts.URFD,
+    ),
+    "gmdcsa24": DatasetSpec(
+        encoding=Encoding(FramesPerSecond(30.0)),
+        facts=dataset_facts.GMDCSA24,
     ),
 }

@@ -28,10 +28,9 @@ from re2tal.data.building.labels import (
     one_spelling,
     twin_problems,
 )
-from re2tal.data.building.probe import VIDEO_SUFFIXES
-from re2tal.data.contract.manifest import VIDEO_ID
 from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.structures import SUBSETS, Action, VideoRecord
+from re2tal.video_ids import VIDEO_SUFFIXES, id_fault
 
 KINETICS_COLUMNS = ("label", "youtube_id", "time_start", "time_end")
 _LISTED = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, VIDEO_SUFFIXES))}))(?:\s*,\s*|\s+)(.+)", re.IGNORECASE)
@@ -174,8 +173,8 @@ def _in_folder(root: Path, left_out: list[str]) -> Iterator[_Entry]:
             left_out.append(f"{path}: its link leads nowhere")
         elif len(parts) != 3:
             left_out.append(f"{path}: it lies {len(parts)} levels down; wanted {root}/SUBSET/CLASS/{path.name}")
-        elif not VIDEO_ID.fullmatch(path.stem):
-            left_out.append(f"{path}: its name is not 1 to 80 of A-Z a-z 0-9 _ - (no dot, no space); rename it")
+        elif fault := id_fault(path.stem):
+            left_out.append(f"{path}: {fault}")
         else:
             yield _Entry(str(path), parts[0], parts[1], path)
 
@@ -199,8 +198,8 @@ def _in_kinetics(
             problems.append(f"{where}: time_start and time_end are {start!r} and {end!r}: give whole seconds")
             continue
         stem = f"{(row['youtube_id'] or '').strip()}_{int(float(start)):06d}_{int(float(end)):06d}"
-        if not VIDEO_ID.fullmatch(stem):
-            problems.append(f"{where}: youtube_id is {row['youtube_id']!r:.100}: use A-Z a-z 0-9 _ - only")
+        if fault := id_fault(stem):
+            problems.append(f"{where}: youtube_id is {row['youtube_id']!r:.100}: {fault}")
             continue
         found = files.get(stem, [])
         if len(found) > 1:
@@ -252,8 +251,8 @@ def _subset(name: str) -> str:
 
 
 def _checked_id(video_id: str, path: Path) -> str:
-    if not VIDEO_ID.fullmatch(video_id):
-        raise ValueError(f"{path.name!r} gives an id that is not 1 to 80 of A-Z a-z 0-9 _ - (no dot): rename the file")
+    if fault := id_fault(video_id):
+        raise ValueError(f"{path.name!r} gives no id: {fault}")
     return video_id
 
 

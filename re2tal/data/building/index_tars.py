@@ -16,6 +16,7 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
+from urllib.parse import unquote
 
 import av
 import numpy as np
@@ -27,7 +28,7 @@ from re2tal.data.building.clips import Classes, ClipList, TrimmedClip
 from re2tal.data.building.isolated import Isolated, still_working
 from re2tal.data.building.labels import is_label, twin_problems
 from re2tal.data.building.pack_videos import SILENT_SECONDS
-from re2tal.data.building.probe import VIDEO_SUFFIXES, open_video
+from re2tal.data.building.probe import open_video
 from re2tal.data.building.shard_folder import (
     BuiltSubset,
     Listed,
@@ -38,7 +39,6 @@ from re2tal.data.building.shard_folder import (
     share_out,
 )
 from re2tal.data.contract.manifest import (
-    VIDEO_ID,
     Encoding,
     FramesPerSecond,
     IndexedVideo,
@@ -52,6 +52,7 @@ from re2tal.data.contract.mp4 import Mp4, read_mp4
 from re2tal.data.streaming.decode import count_frames, decode_frames
 from re2tal.strict_json import sha256_of
 from re2tal.structures import VideoRecord
+from re2tal.video_ids import VIDEO_SUFFIXES, id_fault
 
 MAX_LABEL_BYTES = 1 << 20
 LABELS = ("json", "cls", "txt")
@@ -75,10 +76,9 @@ class Sample:
     @property
     def names(self) -> tuple[str, ...]:
         """What the video may be called in an annotation file: its key, that without v_, and what its .json says."""
-        said = self._json()
+        said, stem = self._json(), Path(self.key).name
         urls = (str(said.get(key, "")).rsplit("/", 1)[-1].rpartition("v=")[2] for key in ("url", "path", "filename"))
-        others = [str(said[key]) for key in _ID_KEYS if isinstance(said.get(key), str | int)]
-        stem = Path(self.key).name
+        others = [unquote(stem), *(str(said[key]) for key in _ID_KEYS if isinstance(said.get(key), str | int))]
         return (stem, stem.removeprefix("v_"), *others, *(Path(url).stem for url in urls if url))
 
     def label(self) -> str:
@@ -145,8 +145,8 @@ def list_clips(samples: Iterable[Sample], *, subset: str, classes: Sequence[str]
     left_out = []
     for sample in samples:
         try:
-            if not VIDEO_ID.fullmatch(Path(sample.key).name):
-                raise ValueError("its key is not 1 to 80 of A-Z a-z 0-9 _ -")
+            if fault := id_fault(Path(sample.key).name):
+                raise ValueError(f"its key is no id: {fault}")
             labels.append((sample, sample.label()))
         except ValueError as error:
             left_out.append(f"{sample.tar.name} {sample.key}: {error}")

@@ -1,4 +1,4 @@
-"""Import features of other programs: one .npy file per video, with the times of its steps.
+"""Import features of other programs: one file per video, with the times of its steps.
 
 with a stride     step j was computed from frames [j * stride, j * stride + window); it stands for the stretch of
                   `stride` frames in the middle of these:  start_seconds = (window - stride) / 2 / fps
@@ -8,8 +8,9 @@ resized           T steps are T equal stretches of the whole video
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +19,8 @@ import torch
 
 from re2tal.data.building.annotations import duration_tolerance
 from re2tal.data.building.build_features import Computed, FeatureShard
+from re2tal.data.building.feature_files import FEATURE_SUFFIXES, FeatureFile
+from re2tal.data.building.named_files import NamedFiles
 from re2tal.data.building.shard_folder import share_out
 from re2tal.data.contract.feature_manifest import SourceFile
 from re2tal.strict_json import sha256_of
@@ -25,6 +28,8 @@ from re2tal.structures import VideoRecord
 
 Layout = Literal["tc", "ct"]
 """Order of a file's axes: (T, C) or (C, T)."""
+SAMPLE = 64
+"""Files that are opened to learn the order of their axes and the number of channels, before any is packed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +43,8 @@ class Strided:
 
     def place(self, record: VideoRecord, num_steps: int) -> tuple[float, float]:
         """(start_seconds, seconds_per_step); ValueError where so many steps do not fit the video's duration."""
-        fps = self.fps if isinstance(self.fps, float) else self.fps.get(record.video_id)
-        if fps is None:
-            raise ValueError("the annotation file says neither its fps nor its number of frames; give --fps")
-        end_seconds = ((num_steps - 1) * self.stride_frames + self.window_frames) / fps
+        fps = self._fps_of(record.video_id)
+        end_seconds = self.seconds(record.video_id, num_steps)
         # The last window ends with the video, or up to a stride before, or, padded, up to a window after it.
         tolerance = duration_tolerance(record.duration_seconds) + (self.stride_frames + self.window_frames) / fps
         if abs(end_seconds - record.duration_seconds) > tolerance:
@@ -50,6 +53,16 @@ class Strided:
                 f"{end_seconds:.2f} s, the annotation file says {record.duration_seconds:.2f} s"
             )
         return (self.window_frames - self.stride_frames) / 2 / fps, self.stride_frames / fps
+
+    def seconds(self, video_id: str, num_steps: int) -> float:
+        """Where the last step's window ends: how long a video of so many steps lasts at least."""
+        return ((num_steps - 1) * self.stride_frames + self.window_frames) / self._fps_of(video_id)
+
+    def _fps_of(self, video_id: str) -> float:
+        fps = self.fps if isinstance(self.fps, float) else self.fps.get(video_id)
+        if fps is None:
+            raise ValueError("the annotation file says neither its fps nor its number of frames; give --fps")
+        return fps
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +79,55 @@ class Resized:
 
 
 @dataclass(frozen=True, slots=True)
+class FeatureFiles:
+    """The files of features in a folder, or in one HDF5 file, and how each is read."""
+
+    place: Path
+    file_names: tuple[str, ...]
+    """Names that a video's file may have, without the suffix of its format."""
+    key: str | None
+    """Name of the array in files that hold several."""
+    files: tuple[FeatureFile, ...]
+    """All whose format can be read."""
+
+    def find(self, video_ids: Sequence[str]) -> dict[str, Sequence[FeatureFile]]:
+        """Video id -> its files, for those that have any; ValueError where none has, with what lies in the folder."""
+        named = NamedFiles((one.stem, one) for one in self.files)
+        found: dict[str, Sequence[FeatureFile]] = {}
+        for one in video_ids:
+            if files := named.of(one, self.file_names):
+                found[one] = files
+        if not found:
+            looked = ", ".join(name.format(id=video_ids[0]) + ".npy" for name in self.file_names)
+            raise ValueError(
+                f"none of the {len(video_ids)} videos has features in {self.place}; looked for {looked} (or "
+                f"{', '.join(FEATURE_SUFFIXES[1:])}) and so on; {self._what_is_there()}; if only their ends differ, "
+                "give --prefix and --suffix"
+            )
+        return found
+
+    def load(self, files: Sequence[FeatureFile]) -> np.ndarray:
+        """The array in the file of a video; ValueError where it can't be used, or where there are two files."""
+        if len(files) != 1:
+            names = " and ".join(file.name for file in files)
+            raise ValueError(f"{names} are one video's; keep one, or choose with --prefix and --suffix")
+        return files[0].load(key=self.key)
+
+    def _what_is_there(self) -> str:
+        if self.files:
+            shown = ", ".join(file.name for file in self.files[:3])
+            return f"there are {len(self.files)} files such as {shown}"
+        names = sorted(one.name for one in self.place.iterdir()) if self.place.is_dir() else []
+        return f"it holds {', '.join(map(repr, names[:3])) or 'nothing'}" + (" and more" if len(names) > 3 else "")
+
+
+@dataclass(frozen=True, slots=True)
 class Packer:
     """Reads the files of videos."""
 
-    files: Mapping[str, Path]
+    files: FeatureFiles
+    found: Mapping[str, Sequence[FeatureFile]]
+    """Of each video id."""
     layout: Layout
     timing: Strided | Resized
 
@@ -82,74 +140,99 @@ class Packer:
                 yield str(error)
 
     def _computed(self, record: VideoRecord) -> Computed:
-        path = self.files.get(record.video_id)
-        if path is None:
+        files = self.found.get(record.video_id)
+        if files is None:
             raise ValueError("there is no file of this name")
-        values = load_array(path)
+        values = self.files.load(files)
         values = values.T if self.layout == "tc" else values
         start_seconds, seconds_per_step = self.timing.place(record, values.shape[1])
-        source = SourceFile(path.name, sha256_of(path))
+        source = SourceFile(files[0].path.name, _sha256(files[0].path, files[0].path.stat().st_mtime_ns))
         tensor = torch.from_numpy(np.array(values, dtype=np.float32, order="C"))
         return Computed(tensor, seconds_per_step, start_seconds, source)
 
 
-def load_array(path: Path) -> np.ndarray:
-    """A two-dimensional array of floats, mapped from the disk; ValueError for anything else. Never unpickles."""
-    try:
-        values = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path.name} is no sound .npy file of numbers ({str(error)[:120]})") from None
-    if not isinstance(values, np.ndarray) or values.ndim != 2 or values.dtype.kind != "f":
-        what = f"{values.dtype} of shape {values.shape}" if isinstance(values, np.ndarray) else "an archive"
-        raise ValueError(f"{path.name} holds {what}; wanted floats of shape (T, C) or (C, T)")
-    return values
+@lru_cache(maxsize=1)
+def _sha256(path: Path, modified: int) -> str:
+    """Of a file that may hold many videos: it is hashed once."""
+    return sha256_of(path)
 
 
-def find_features(folder: Path, video_ids: Sequence[str], *, file_names: Sequence[str]) -> dict[str, Path]:
-    """Video id -> its .npy file, for those that are there. Raises ValueError where there is none, or an id has two."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder; give the folder that holds the .npy files")
-    found: dict[str, Path] = {}
-    for video_id in video_ids:
-        paths = [path for name in file_names if (path := folder / f"{name.format(id=video_id)}.npy").is_file()]
-        if len(paths) > 1:
-            raise ValueError(f"{folder} holds {' and '.join(path.name for path in paths)}, one video's; keep one")
-        if paths:
-            found[video_id] = paths[0]
-    if not found:
-        shown = ", ".join(f"{name.format(id=video_ids[0])}.npy" for name in file_names)
-        raise ValueError(f"none of the {len(video_ids)} videos has features in {folder}; looked for {shown}")
-    return found
-
-
-def count_channels(files: Mapping[str, Path], *, layout: Layout) -> int:
-    """Number of channels of most files; ValueError if fewer than half agree: then the axes are swapped."""
-    counts: Counter[int] = Counter()
-    unusable = []
-    for path in files.values():
+def sample_shapes(files: FeatureFiles, found: Mapping[str, Sequence[FeatureFile]]) -> dict[str, tuple[int, int]]:
+    """Video id -> shape of its array, for some of the videos, spread over all; ValueError if no file can be used."""
+    shapes: dict[str, tuple[int, int]] = {}
+    unusable: list[str] = []
+    video_ids = list(found)
+    for video_id in video_ids[:: -(-len(video_ids) // SAMPLE)] + video_ids:
+        if len(shapes) == SAMPLE or (shapes and len(unusable) >= SAMPLE):
+            break
+        if video_id in shapes:
+            continue
         try:
-            counts[load_array(path).shape[1 if layout == "tc" else 0]] += 1
-        except ValueError as error:  # the video is rejected for it when its turn comes
+            rows, columns = files.load(found[video_id]).shape
+            shapes[video_id] = rows, columns
+        except ValueError as error:  # the video is left out for it when its turn comes
             unusable.append(str(error))
-    if not counts:
-        raise ValueError(f"none of the {len(files)} files can be used; {unusable[0]}")
-    channels, agreeing = counts.most_common(1)[0]
-    if 2 * agreeing < counts.total() or (counts.total() > 1 and agreeing == 1):
-        other = "ct" if layout == "tc" else "tc"
+    if not shapes:
+        raise ValueError(f"none of the {len(found)} files can be used; {unusable[0]}")
+    return shapes
+
+
+def find_layout(shapes: Mapping[str, tuple[int, int]], fits: Callable[[str, int], bool] | None = None) -> Layout:
+    """The order of the axes: all files have the same channels, and most differ in time.
+
+    Where both axes are the same in most files, `fits(video_id, num_steps)` decides, if it says so many steps fit only
+    one order. Raises ValueError where nothing tells the two apart.
+    """
+    constant = [2 * _most_common(shapes, axis)[1] > len(shapes) for axis in (0, 1)]
+    shape = "x".join(map(str, next(iter(shapes.values()))))
+    if constant == [False, True]:
+        return "tc"
+    if constant == [True, False]:
+        return "ct"
+    if constant == [False, False]:
+        some = ", ".join(f"{rows}x{columns}" for rows, columns in [*shapes.values()][:4])
+        raise ValueError(f"the {len(shapes)} files have shapes such as {some}: no axis has the same length in most")
+    if fits is not None:
+        fitting = [sum(fits(video_id, one[axis]) for video_id, one in shapes.items()) for axis in (0, 1)]
+        if fitting[0] and not fitting[1]:
+            return "tc"
+        if fitting[1] and not fitting[0]:
+            return "ct"
+    raise ValueError(
+        f"{len(shapes)} files, of shape {shape}, do not tell which axis is time; give --layout tc if it is the first, "
+        "or --layout ct"
+    )
+
+
+def count_channels(shapes: Mapping[str, tuple[int, int]], *, layout: Layout) -> int:
+    """Number of channels of most files; ValueError if fewer than half agree: then the axes are swapped."""
+    axis = 1 if layout == "tc" else 0
+    channels, agreeing = _most_common(shapes, axis)
+    if 2 * agreeing < len(shapes) or (len(shapes) > 1 and agreeing == 1):
+        lengths = sorted({shape[axis] for shape in shapes.values()})
         raise ValueError(
-            f"with --layout {layout}, {counts.total()} files have {len(counts)} different numbers of channels, such as "
-            f"{sorted(counts)[:4]}; give --layout {other} if their axes are in the other order"
+            f"with --layout {layout}, {len(shapes)} files have {len(lengths)} different numbers of channels, such as "
+            f"{lengths[:4]}; give --layout {'ct' if layout == 'tc' else 'tc'} if their axes are in the other order"
         )
     return channels
 
 
+def _most_common(shapes: Mapping[str, tuple[int, int]], axis: int) -> tuple[int, int]:
+    """(length, in how many files) of an axis."""
+    return Counter(shape[axis] for shape in shapes.values()).most_common(1)[0]
+
+
 def plan_feature_shards(
-    records: Sequence[VideoRecord], files: Mapping[str, Path], *, seed: int, videos_per_shard: int | None
+    records: Sequence[VideoRecord],
+    found: Mapping[str, Sequence[FeatureFile]],
+    *,
+    seed: int,
+    videos_per_shard: int | None,
 ) -> list[FeatureShard]:
     """Put records into shards in an order that depends on the seed alone; videos without a file keep their place."""
     shards = []
     for name, chosen in share_out(records, seed=seed, per_shard=videos_per_shard, most=256):
-        found = (files.get(record.video_id) for record in chosen)
-        sources = tuple(f"{path.name} {path.stat().st_size}" if path else "missing" for path in found)
+        files = (found.get(record.video_id, ()) for record in chosen)
+        sources = tuple(" ".join(f"{one.name} {one.path.stat().st_size}" for one in own) or "missing" for own in files)
         shards.append(FeatureShard(name, chosen, sources))
     return shards

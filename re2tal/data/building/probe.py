@@ -20,7 +20,6 @@ from av.video.stream import VideoStream
 from re2tal.data.building.isolated import still_working
 from re2tal.data.building.shown import Orientation, orientation_of, origin_seconds
 
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp")
 _OPEN_OPTIONS = {
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,flv,asf",
     "protocol_whitelist": "file",

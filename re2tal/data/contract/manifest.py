@@ -8,7 +8,6 @@ shards/README.md explains every key for people and other programs.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Protocol, TypeVar
@@ -20,8 +19,6 @@ from re2tal.structures import VideoRecord
 
 INDEX_NAME = "index.jsonl"
 MANIFEST_NAME = "manifest.json"
-VIDEO_ID = re.compile(r"[A-Za-z0-9_-]{1,80}")
-"""A tar member's key ends at the first dot and a slash makes a folder, so neither may be in an id."""
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 ShardName = Annotated[str, Field(pattern=r"^shard-[0-9]{6}\.tar$")]

@@ -14,6 +14,7 @@ from re2tal.data.contract.manifest import IndexedVideo
 from re2tal.data.contract.mp4 import Mp4, read_mp4
 from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.data.streaming.decode import DecodeError
+from re2tal.video_ids import file_key
 
 _BLOCK = 512
 MAX_DRIFT_SECONDS = 0.005
@@ -25,8 +26,9 @@ def read_pair(path: Path, video: IndexedVideo | IndexedFeatures) -> tuple[bytes,
     with path.open("rb") as file:
         file.seek(video.offset)
         stretch = memoryview(file.read(video.num_bytes))  # slices of it copy nothing
-    description, rest = _member(stretch, f"{video.record.video_id}.json")
-    content, rest = _member(rest, f"{video.record.video_id}.{video.SUFFIX}")
+    key = file_key(video.record.video_id)
+    description, rest = _member(stretch, f"{key}.json")
+    content, rest = _member(rest, f"{key}.{video.SUFFIX}")
     if rest:
         raise ValueError(f"{len(rest)} bytes lie between this video and the next")
     return bytes(description), bytes(content)

@@ -31,7 +31,6 @@ from re2tal.data.contract.feature_manifest import FeatureManifest, IndexedFeatur
 from re2tal.data.contract.manifest import (
     INDEX_NAME,
     MANIFEST_NAME,
-    VIDEO_ID,
     IndexedVideo,
     Manifest,
     from_json,
@@ -39,6 +38,7 @@ from re2tal.data.contract.manifest import (
 )
 from re2tal.strict_json import read_json, sha256_of
 from re2tal.structures import find_subset
+from re2tal.video_ids import file_key, id_fault
 
 logger = logging.getLogger(__name__)
 
@@ -187,7 +187,7 @@ def write_tar(path: Path, pairs: Iterable[Pair], *, suffix: str = "mp4") -> list
             with TarWriter(file, encoder=False, mtime=0) as writer:
                 for pair in pairs:
                     start = writer.tarstream.offset
-                    writer.write({"__key__": pair.video_id, "json": pair.json, suffix: pair.content})
+                    writer.write({"__key__": file_key(pair.video_id), "json": pair.json, suffix: pair.content})
                     places.append((start, writer.tarstream.offset - start))
             file.flush()
             os.fsync(file.fileno())
@@ -288,8 +288,8 @@ class _EntryCheck:
     def _problem(self, video: IndexedVideo | IndexedFeatures) -> str:
         """What is wrong with an entry; nothing where it is sound."""
         record = video.record
-        if not VIDEO_ID.fullmatch(record.video_id):
-            return f"is not an id of the form {VIDEO_ID.pattern}"
+        if fault := id_fault(record.video_id):
+            return f"is not an id: {fault}"
         if record.subset != self._manifest.subset:
             return f"belongs to subset {record.subset!r}, not to {self._manifest.subset!r}"
         if video.offset + video.num_bytes > self._sizes.get(video.shard, 0):

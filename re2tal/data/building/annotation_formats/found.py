@@ -19,9 +19,9 @@ from urllib.parse import parse_qs, unquote, urlsplit
 from xml.etree import ElementTree
 
 from re2tal.data.building.labels import is_label
-from re2tal.data.building.probe import VIDEO_SUFFIXES
 from re2tal.strict_json import brief, read_json
 from re2tal.structures import SUBSETS, find_subset
+from re2tal.video_ids import VIDEO_SUFFIXES, plain_id
 
 MAX_BYTES = 1 << 28
 """An export of this size holds millions of rows."""
@@ -294,12 +294,6 @@ def _parts(name: str) -> tuple[str, str, str, list[str]]:
         folders, last = [*folders, upload[1]], upload[2]
     video_id = plain_id(last)
     return video_id, last[len(video_id) :].lower(), query, [one for one in folders[::-1] if one not in ("", ".", "..")]
-
-
-def plain_id(name: str) -> str:
-    """An id as files and entries share it: without the suffix of a video file."""
-    stem, dot, suffix = name.rpartition(".")
-    return stem if dot and f".{suffix.lower()}" in VIDEO_SUFFIXES else name
 
 
 def as_seconds(value: Any) -> float | None:

@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from re2tal.data.building.annotation_formats.found import Found, Source, as_number, dictionary, items
-from re2tal.data.building.probe import VIDEO_SUFFIXES
 from re2tal.strict_json import brief
+from re2tal.video_ids import VIDEO_SUFFIXES
 
 
 def is_label_studio(source: Source) -> bool:
