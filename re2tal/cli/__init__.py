@@ -33,6 +33,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "re2tal.cli.evaluate:evaluate",
         "score detections against annotations, or class scores against shards",
     ),
+    "compare": ("re2tal.cli.compare:compare", "test whether two results differ in mAP by more than chance"),
     "rewire": (
         "re2tal.cli.rewire:rewire",
         "show which parts of a backbone become reversible, and the memory that saves",

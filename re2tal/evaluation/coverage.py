@@ -14,6 +14,8 @@ from typing import Any
 
 MAX_NAMED = 5
 """Names in one line of text; JSON holds all."""
+LIKELY_LIMIT = 20
+"""So many predictions of several videos are hardly equally many by chance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,10 @@ class Coverage:
     """The limit of suppression that the predictions were made under, where it is known."""
     videos_at_max: tuple[str, ...] = ()
     """Videos with so many predictions: any more were cut."""
+    most_per_video: int = 0
+    """The most predictions of any video."""
+    videos_at_most: tuple[str, ...] = ()
+    """Videos with so many; where the limit is not known, and several share it, it looks like one."""
 
     def check(self) -> None:
         """ValueError if no prediction meets the ground truth, so that a score would only say that names differ.
@@ -122,6 +128,11 @@ class Coverage:
             notes.append(
                 f"{len(self.videos_at_max)} videos reach the limit of {self.max_per_video} detections "
                 "(suppression.max_per_video); any more were cut"
+            )
+        if self.max_per_video is None and len(self.videos_at_most) > 1 and self.most_per_video >= LIKELY_LIMIT:
+            notes.append(
+                f"{len(self.videos_at_most)} videos have exactly {self.most_per_video} predictions, the most of any: "
+                "a limit seems to have cut them, long videos too"
             )
         return notes
 

@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from re2tal.evaluation.average_precision import partners_by_class, ranked_by_class
 from re2tal.evaluation.instances import Predictions, Truths, flatten_predictions, flatten_truths
+from re2tal.evaluation.matching import partners_by_class, ranked_by_class
 from re2tal.evaluation.protocols import PROTOCOLS, check_thresholds
 from re2tal.structures import Detections, VideoRecord
 from re2tal.tables import text_table

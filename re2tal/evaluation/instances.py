@@ -52,6 +52,8 @@ class Predictions:
     """(N, 2) seconds"""
     scores: np.ndarray
     """(N,)"""
+    owners: np.ndarray
+    """(N,) int64 index into `Truths.scored`, or -1 for a video outside the subset"""
     coverage: Coverage
     """what of them meets the truths"""
 
@@ -118,6 +120,8 @@ def flatten_predictions(
     ids = list(kept)
     counts = np.array([len(one) for one in kept.values()], dtype=np.int64)
     videos = np.repeat(np.array([video_index.get(video_id, -1) for video_id in ids], dtype=np.int64), counts)
+    place = {video_id: index for index, video_id in enumerate(truths.scored)}
+    owners = np.repeat(np.array([place.get(video_id, -1) for video_id in ids], dtype=np.int64), counts)
     segments = _stack([one.segments for one in kept.values()], torch.float64).reshape(-1, 2)
     scores = _stack([one.scores for one in kept.values()], torch.float64)
     labels = _stack([one.labels for one in kept.values()], torch.int64)
@@ -146,7 +150,7 @@ def flatten_predictions(
         class_agnostic=class_agnostic,
         max_per_video=max_per_video,
     )
-    return Predictions(videos, to_truth, segments, scores, coverage)
+    return Predictions(videos, to_truth, segments, scores, owners, coverage)
 
 
 def _coverage(
@@ -166,6 +170,7 @@ def _coverage(
     scored = set(truths.scored)
     owners = np.repeat(np.arange(len(per_video)), list(per_video.values()))
     in_subset = np.array([video_id in scored for video_id in per_video], dtype=bool)[owners]
+    most = max(per_video.values(), default=0)
     num_reversed = np.bincount(owners[backwards], minlength=len(per_video)).tolist()
     return Coverage(
         subset=truths.subset,
@@ -186,6 +191,8 @@ def _coverage(
         known_labels=truths.classes,
         max_per_video=max_per_video,
         videos_at_max=tuple(video_id for video_id, number in per_video.items() if number == max_per_video),
+        most_per_video=most,
+        videos_at_most=tuple(video_id for video_id, number in per_video.items() if number == most),
     )
 
 

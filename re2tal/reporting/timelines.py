@@ -22,7 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from re2tal.evaluation.average_precision import find_matches
+from re2tal.evaluation.matching import find_matches
 from re2tal.evaluation.protocols import PROTOCOLS
 from re2tal.structures import Detections, VideoRecord
 

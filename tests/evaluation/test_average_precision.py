@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from re2tal.evaluation import average_precision as module
+from re2tal.evaluation import matching as module
 from re2tal.evaluation.average_precision import MapReport, interpolated_average_precision, mean_average_precision
 from re2tal.evaluation.protocols import PROTOCOLS
 from re2tal.structures import Action, Detections, VideoRecord
