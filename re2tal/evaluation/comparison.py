@@ -13,7 +13,7 @@ import numpy as np
 
 from re2tal.evaluation.average_precision import report
 from re2tal.evaluation.matching import Matches
-from re2tal.evaluation.resampling import LEVEL, Interval, draw_maps, p_value
+from re2tal.evaluation.resampling import LEVEL, Interval, centred, draw_maps, p_value
 from re2tal.tables import text_table
 
 
@@ -25,7 +25,7 @@ class Spread:
     maps: np.ndarray
     """(R, T) of each run"""
     draws: np.ndarray
-    """(draws, T)"""
+    """(draws, T), centred"""
     facts: str
     """What was scored."""
 
@@ -65,10 +65,11 @@ def spread_of(runs: Sequence[Matches], *, num_draws: int, seed: int) -> Spread:
     """Intervals of the mean mAP of `runs`, which differ only by their seed; errors as `draw_maps`."""
     draws = draw_maps([runs], num_draws=num_draws, seed=seed)[:, 0]
     reports = [report(run) for run in runs]
+    maps = np.stack([one.map for one in reports])
     return Spread(
         reports[0].tiou_thresholds,
-        np.stack([one.map for one in reports]),
-        draws,
+        maps,
+        centred(draws, maps.mean(axis=0)),
         f"protocol {reports[0].protocol}; {reports[0].coverage.facts()}",
     )
 
@@ -83,7 +84,7 @@ class Comparison:
     maps: np.ndarray
     """(2, T) mean over the runs of each"""
     draws: np.ndarray
-    """(draws, 2, T)"""
+    """(draws, 2, T), centred"""
     facts: str
     """What was scored."""
     notes: tuple[str, ...]
@@ -136,12 +137,13 @@ def compare_runs(
     reports = [[report(run) for _, run in runs] for runs in (a, b)]
     named = zip([*a, *b], [*reports[0], *reports[1]], strict=True)
     first = reports[0][0]
+    maps = np.stack([np.mean([one.map for one in of], axis=0) for of in reports])
     return Comparison(
         names=(", ".join(name for name, _ in a), ", ".join(name for name, _ in b)),
         tiou_thresholds=first.tiou_thresholds,
         num_runs=(len(a), len(b)),
-        maps=np.stack([np.mean([one.map for one in of], axis=0) for of in reports]),
-        draws=draws,
+        maps=maps,
+        draws=centred(draws, maps),
         facts=f"protocol {first.protocol}; {first.coverage.facts()}",
         notes=tuple(f"{name}: {note}" for (name, _), one in named for note in one.coverage.notes()),
     )
