@@ -6,14 +6,12 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
-from re2tal.backbones import BackboneConfig
 from re2tal.config import RecognitionConfig, RunConfig, load_run
+from re2tal.config.schema import without_memory_settings
 from re2tal.config.unions import CHOICES
 from re2tal.recipes import RECIPES, find_recipe
-from re2tal.rewire.config import SAVING
 
 
 def starting_point(arguments: Sequence[str], *, default: str) -> tuple[RunConfig | RecognitionConfig, list[str]]:
@@ -54,18 +52,17 @@ def _without_what_options_rule_out(
 
     Nobody typed them, so they are no error; a line says so. Those that are typed are applied later, and refused.
     """
-    reason = _ruled_out_by(run.backbone, options)
-    default = BackboneConfig()
-    unmet = {name: getattr(default, name) for name in SAVING if getattr(run.backbone, name) != getattr(default, name)}
-    if reason is None or not unmet:
+    reason = _ruled_out_by(run, options)
+    if reason is None:
         return run
-    if os.environ.get("RANK", "0") == "0":
-        shown = ", ".join(f"backbone.{name} {getattr(run.backbone, name)}" for name in unmet)
+    run, left_out = without_memory_settings(run)
+    if left_out and os.environ.get("RANK", "0") == "0":
+        shown = ", ".join(f"backbone.{name} {value}" for name, value in left_out.items())
         print(f"left out: {shown}: without meaning {reason}", file=sys.stderr)
-    return replace(run, backbone=replace(run.backbone, **unmet))
+    return run
 
 
-def _ruled_out_by(backbone: BackboneConfig, options: Sequence[str]) -> str | None:
+def _ruled_out_by(run: RunConfig | RecognitionConfig, options: Sequence[str]) -> str | None:
     """Which of the options leaves settings of memory no meaning, if any does."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("rewired", "recompute", "norm_eval"):
@@ -84,7 +81,7 @@ def _ruled_out_by(backbone: BackboneConfig, options: Sequence[str]) -> str | Non
         return "where activations are saved"
     if typed.get("unit") == "block":
         return "in whole blocks, unit 'block'"
-    learns = not typed.get("norm_eval", backbone.norm_eval)
-    if learns and typed.get("name", backbone.name).startswith("slowfast"):
+    learns = not typed.get("norm_eval", run.backbone.norm_eval)
+    if learns and typed.get("name", run.backbone.name).startswith("slowfast"):
         return "where batch norms learn (no norm_eval): they need the whole batch"
     return None
