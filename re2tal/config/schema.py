@@ -7,9 +7,9 @@ that no component knows is an error: a misspelt override must not train somethin
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from re2tal.backbones import BackboneConfig
 from re2tal.data.streaming.stream import ClipConfig
@@ -21,6 +21,7 @@ from re2tal.localizers.pyramid.actionformer import ActionFormerConfig
 from re2tal.localizers.pyramid.config import PaddedPyramidConfig
 from re2tal.options import names_with, option
 from re2tal.recognizer import RecognizerConfig
+from re2tal.rewire.config import SAVING
 from re2tal.training.annealing import AnnealingConfig
 from re2tal.training.engine import EngineConfig
 from re2tal.training.optimizer import OptimizerConfig
@@ -85,6 +86,16 @@ def _refuse_settings_of_rewired(backbone: BackboneConfig) -> None:
                 f"backbone.{name} is {value!r}, but the backbone is not rewired; set backbone.rewired, or leave "
                 f"backbone.{name} out"
             )
+
+
+AnyRun = TypeVar("AnyRun", bound=Run)
+
+
+def without_memory_settings(run: AnyRun) -> tuple[AnyRun, dict[str, Any]]:
+    """`run` with its branches whole and nothing saved of them, and the values that this replaces, by field."""
+    default = {name: getattr(BackboneConfig(), name) for name in SAVING}
+    left_out = {name: value for name in SAVING if (value := getattr(run.backbone, name)) != default[name]}
+    return replace(run, backbone=replace(run.backbone, **default)), left_out
 
 
 @dataclass(frozen=True)

@@ -76,8 +76,9 @@ def thumos14_re2swin_tiny() -> RunConfig:
             # quarters of it; test windows overlap by half, the last one ends with the video.
             clips=ClipConfig(windowing=Slide(num_frames=1024, frames_per_second=15.0), size=224, workers=2),
         ),
-        # 0.2 where the plain network has 0.1; every norm in evaluation mode with its scale and shift frozen.
-        backbone=BackboneConfig(name="swin3d_tiny", drop_path=0.2, norm_eval=True),
+        # 0.2 where the plain network has 0.1; every norm in evaluation mode with its scale and shift frozen. Pieces
+        # (docs/results.md): smaller ones need as much, what is left are frames, states and the localizer.
+        backbone=BackboneConfig(name="swin3d_tiny", drop_path=0.2, norm_eval=True, chunk_mebibytes=512),
         localizer=ActionFormerConfig(),
         # The source decays the whole backbone; here its biases, norms and position tables are left out.
         optimizer=OptimizerConfig(learning_rate=1e-4, backbone_learning_rate=1e-5, weight_decay=0.05),
@@ -101,7 +102,7 @@ def activitynet_re2swin_tiny() -> RunConfig:
             # Actions shorter than 1 % of their video are left out of training.
             clips=ClipConfig(windowing=ResizeWhole(num_frames=768, shortest_action=0.01), size=224, workers=4),
         ),
-        backbone=BackboneConfig(name="swin3d_tiny", drop_path=0.2, norm_eval=True),
+        backbone=BackboneConfig(name="swin3d_tiny", drop_path=0.2, norm_eval=True, chunk_mebibytes=512),
         localizer=ActionFormerConfig(
             channels=256,
             position_encoding=True,
@@ -130,7 +131,7 @@ def thumos14_re2slowfast_r101() -> RunConfig:
         thumos14_re2swin_tiny(),
         name="thumos14_re2slowfast_r101",
         # Both pathways are resampled to the localizer's grid, 512 steps of two frames, before they are joined.
-        backbone=BackboneConfig(name="slowfast_r101_8x8", norm_eval=True, frames_per_step=2),
+        backbone=BackboneConfig(name="slowfast_r101_8x8", norm_eval=True, frames_per_step=2, chunk_mebibytes=512),
     )
 
 
@@ -140,7 +141,7 @@ def activitynet_re2slowfast_r101() -> RunConfig:
         activitynet_re2swin_tiny(),
         name="activitynet_re2slowfast_r101",
         # 192 steps of four frames.
-        backbone=BackboneConfig(name="slowfast_r101_8x8", norm_eval=True, frames_per_step=4),
+        backbone=BackboneConfig(name="slowfast_r101_8x8", norm_eval=True, frames_per_step=4, chunk_mebibytes=512),
     )
 
 
@@ -221,7 +222,7 @@ def kinetics400_re2swin_tiny(epochs: int) -> RecognitionConfig:
             # The source takes every second frame of about 30 a second. 4 views x 3 crops are what it reports.
             clips=ClipConfig(windowing=Trimmed(num_frames=32, frames_per_second=15.0, num_crops=3), workers=8),
         ),
-        backbone=BackboneConfig(name="swin3d_tiny", drop_path=0.1),
+        backbone=BackboneConfig(name="swin3d_tiny", drop_path=0.1, chunk_mebibytes=128),
         recognizer=RecognizerConfig(dropout=0.5),
         optimizer=OptimizerConfig(learning_rate=1e-3, backbone_learning_rate=1e-4, weight_decay=0.02),
         schedule=ScheduleConfig(shape="cosine", warmup_epochs=2.5 if epochs == 30 else 1.0),
@@ -241,7 +242,7 @@ def kinetics400_re2slowfast_r101(epochs: int) -> RecognitionConfig:
         name=f"kinetics400_re2slowfast_r101_{epochs}",
         # Every second frame of about 30 a second, and 10 views x 3 crops, as mmaction2 tests the plain network.
         data=replace(swin.data, clips=replace(swin.data.clips, windowing=windowing)),
-        # Batch norms learn, their statistics over the eight clips of a rank.
+        # Batch norms learn, their statistics over the eight clips of a rank: they need whole branches.
         backbone=BackboneConfig(name="slowfast_r101_8x8"),
     )
 

@@ -85,10 +85,10 @@ def test_clips_that_could_not_be_decoded_teach_nothing(tmp_path):
     trainer = tiny_trainer(tmp_path)
     trainer.engine.eval()
     batch = TinyClips().batch(0, 0)
-    whole = trainer._losses(batch)["error"]
-    first = trainer._losses(replace(batch, valid=torch.tensor([True, False])))["error"]
-    second = trainer._losses(replace(batch, valid=torch.tensor([False, True])))["error"]
-    none = trainer._losses(replace(batch, valid=torch.tensor([False, False])))["total"]
+    whole = trainer._forward(batch).losses["error"]
+    first = trainer._forward(replace(batch, valid=torch.tensor([True, False]))).losses["error"]
+    second = trainer._forward(replace(batch, valid=torch.tensor([False, True]))).losses["error"]
+    none = trainer._forward(replace(batch, valid=torch.tensor([False, False]))).total
     torch.testing.assert_close(first + second, whole)
     assert none.item() == 0.0
     trainer.engine.backward(none)
