@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -72,8 +73,13 @@ class Build:
     """What to do with segments that are reversed, empty, negative, or longer than the video."""
     fix_labels: bool = False
     """Read labels that differ by case, space or Unicode form as one class, and say so; otherwise they are an error."""
+    copy: bool = False
+    """Keep the bytes of files that can be read by frame number as they are (H.264 in an mp4, constant rate, closed
+    groups, upright, undamaged); the others are encoded."""
+    shard_size: str = "2GB"
+    """How large a shard may be, such as 500MB, unless a single video is larger."""
     videos_per_shard: int | None = None
-    """By default so that there are 32 shards or more, of 4 to 64 videos."""
+    """At most so many videos in a shard, besides."""
     seed: int = 0
     """Of the order of the videos in the shards."""
     workers: int | None = None
@@ -98,6 +104,9 @@ def build(options: Build) -> int:
     for subset in options.subsets or subsets_to_build(listed):
         built = _build_with_bar(listed, videos, options.out, subset, config)
         status = max(status, report_built(built, subset=subset, max_rejected=options.max_rejected))
+        if options.copy and built.is_complete:
+            num_stored = built.num_videos - len(built.rejected)
+            print(f"{subset}: {built.num_copies} videos stored as they came, {num_stored - built.num_copies} encoded")
     return status
 
 
@@ -170,12 +179,26 @@ def _config(options: Build, spec: DatasetSpec) -> BuildConfig:
         file_names=spec.file_names,
         blocked=spec.blocked | {plain_id(one) for one in (read_video_ids(options.blocked) if options.blocked else ())},
         max_damaged=options.max_damaged,
+        copy=options.copy,
+        shard_bytes=parse_size(options.shard_size),
         videos_per_shard=options.videos_per_shard,
         seed=options.seed,
         workers=options.workers or len(os.sched_getaffinity(0)),
         part_index=part_index,
         num_parts=num_parts,
     )
+
+
+def parse_size(text: str) -> int:
+    """--shard-size as bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    num_bytes = 0
+    if found:
+        unit = 1024 if found[3] else 1000
+        num_bytes = round(float(found[1]) * unit ** " KMGT".index(found[2].upper() or " "))
+    if num_bytes < 1:
+        raise ValueError(f"--shard-size is {text!r}; give a size such as 2GB or 500MB")
+    return num_bytes
 
 
 def parse_part(text: str) -> tuple[int, int]:
@@ -187,6 +210,8 @@ def parse_part(text: str) -> tuple[int, int]:
 
 
 def _encoding(options: Build, encoding: Encoding) -> Encoding:
+    if options.copy and options.frames is not None:
+        raise ValueError(f"--copy keeps all frames of a file, --frames {options.frames} does not; leave one out")
     if options.fps is not None and options.frames is not None:
         raise ValueError(f"--fps {options.fps} and --frames {options.frames} exclude each other; give one of them")
     if options.fps is not None:

@@ -9,48 +9,38 @@ why. Members that are no video and no label are ignored.
 from __future__ import annotations
 
 import json
+import os
 import tarfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-import av
 import numpy as np
 
-from re2tal.data.building.annotations import Annotations, duration_tolerance
-from re2tal.data.building.build import describe_videos
-from re2tal.data.building.check import MAX_DIFFERENCE, small, spread
+from re2tal.data.building.annotations import Annotations
+from re2tal.data.building.check import check_normalised
 from re2tal.data.building.clips import Classes, ClipList, TrimmedClip
-from re2tal.data.building.isolated import Isolated, still_working
-from re2tal.data.building.labels import is_label, twin_problems
-from re2tal.data.building.pack_videos import SILENT_SECONDS
-from re2tal.data.building.probe import VIDEO_SUFFIXES, open_video
-from re2tal.data.building.shard_folder import (
-    BuiltSubset,
-    Listed,
-    PackedVideo,
-    ShardFolder,
-    ShardPlan,
-    fingerprint,
-    share_out,
-)
+from re2tal.data.building.content import content_id
+from re2tal.data.building.copy_video import COPY_DIFFERENCE
+from re2tal.data.building.isolated import Isolated
+from re2tal.data.building.labels import OR_FIX, fold_notes, is_label, one_spelling, twin_problems
+from re2tal.data.building.pack_videos import SILENT_SECONDS, prepare_video
+from re2tal.data.building.probe import VIDEO_SUFFIXES
+from re2tal.data.building.shard_folder import BuiltSubset, Listed, fingerprint
+from re2tal.data.building.shard_plan import Item
+from re2tal.data.building.video_folder import Made, VideoFolder, misfit
 from re2tal.data.contract.manifest import (
+    MANIFEST_NAME,
     VIDEO_ID,
     Encoding,
     FramesPerSecond,
-    IndexedVideo,
     Manifest,
-    Rejection,
-    SourceVideo,
     StoredVideo,
-    to_json,
+    read_manifest,
 )
-from re2tal.data.contract.mp4 import Mp4, read_mp4
-from re2tal.data.streaming.decode import count_frames, decode_frames
-from re2tal.strict_json import sha256_of
+from re2tal.data.contract.mp4 import read_mp4
 from re2tal.structures import VideoRecord
 
 MAX_LABEL_BYTES = 1 << 20
@@ -139,8 +129,13 @@ def _add_member(samples: dict[tuple[Path, str], Sample], path: Path, member: tar
         sample.labels[suffix] = file.read(member.size)
 
 
-def list_clips(samples: Iterable[Sample], *, subset: str, classes: Sequence[str] | None) -> tuple[ClipList, list[str]]:
-    """(trimmed clips that name their class, samples that do not); an id that two samples have is there once."""
+def list_clips(
+    samples: Iterable[Sample], *, subset: str, classes: Sequence[str] | None, fix_labels: bool = False
+) -> tuple[ClipList, list[str]]:
+    """(trimmed clips that name their class, samples that do not); an id that two samples have is there once.
+
+    ValueError for labels that differ by case, space or Unicode form, unless `fix_labels` reads them as one.
+    """
     labels: list[tuple[Sample, str]] = []
     left_out = []
     for sample in samples:
@@ -150,7 +145,9 @@ def list_clips(samples: Iterable[Sample], *, subset: str, classes: Sequence[str]
             labels.append((sample, sample.label()))
         except ValueError as error:
             left_out.append(f"{sample.tar.name} {sample.key}: {error}")
-    names = Classes((label for _, label in labels), classes, or_fix="")
+    replaced = one_spelling((label for _, label in labels), classes=classes or ()) if fix_labels else {}
+    labels = [(sample, replaced.get(label, label)) for sample, label in labels]
+    names = Classes((label for _, label in labels), classes)
     clips: dict[str, TrimmedClip] = {}
     for sample, label in labels:
         try:
@@ -158,12 +155,13 @@ def list_clips(samples: Iterable[Sample], *, subset: str, classes: Sequence[str]
             clips.setdefault(name, TrimmedClip(name, subset, names.name(label)))
         except ValueError as error:
             left_out.append(f"{sample.tar.name} {sample.key}: {error}")
-    if twins := twin_problems((clip.label for clip in clips.values()), ", or give --classes FILE"):
+    if twins := twin_problems((clip.label for clip in clips.values()), ", give --classes FILE" + OR_FIX):
         raise ValueError("; ".join(twins[:20]))
     if not clips:
         raise ValueError(f"no sample can be used: {left_out[:1]}; give --annotations, or labels in .cls, .txt or .json")
     found = tuple(sorted({clip.label for clip in clips.values()})) if classes is None else tuple(classes)
-    return ClipList(subsets={subset: tuple(clips.values())}, classes=found, paths={}), left_out
+    notes = tuple(fold_notes(replaced))
+    return ClipList(subsets={subset: tuple(clips.values())}, classes=found, paths={}, notes=notes), left_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,116 +219,84 @@ def _places(samples: Sequence[Sample]) -> str:
 
 
 def index_tars(
-    listed: Annotations | ClipList, matches: Matches, *, out: Path, subset: str, dataset: str
+    listed: Annotations | ClipList, matches: Matches, *, out: Path, subset: str, dataset: str, shard_bytes: int
 ) -> BuiltSubset:
     """Write `out/subset` from the samples of the videos that are listed; ValueError where no video can be used."""
     records: list[Listed] = list(listed.subset(subset))
-    found = {record.video_id: matches.found[record.video_id] for record in records if record.video_id in matches.found}
-    problems = [f"{one.video_id}: {matches.faults[one.video_id]}" for one in records if one.video_id in matches.faults]
-    folder = ShardFolder(
+    subset = records[0].subset
+    folder = VideoFolder(
         out / subset,
-        Manifest,
-        IndexedVideo,
-        settings={
-            "dataset": dataset,
-            "encoding": _first_encoding(found, problems),
-            "classes": listed.classes,
-            "seed": 0,
-        },
-        describe=partial(describe_videos, subset),
+        subset,
+        settings={"dataset": dataset, "encoding": _encoding(out / subset, records, matches)},
+        classes=listed.classes,
+        shard_bytes=shard_bytes,
+        kind="shards index",
+        workers=len(os.sched_getaffinity(0)),
     )
-
-    def write(plans: Sequence[ShardPlan[Listed]]) -> None:
-        with Isolated() as isolated, TemporaryDirectory(prefix="re2tal-index-") as scratch:
-            for plan in plans:
-                folder.write(plan, _packed(plan, matches, isolated, Path(scratch) / "video.mp4"))
-
-    return folder.build(_plans(records, matches), write)
+    return folder.build([_item(record, matches) for record in records], partial(_made, matches))
 
 
-def _plans(records: Sequence[Listed], matches: Matches) -> list[ShardPlan[Listed]]:
-    plans = []
-    for name, chosen in share_out(records, seed=0, per_shard=None, most=64):
-        parts = ["index 1"]
-        for record in chosen:
-            sample = matches.found.get(record.video_id)
-            place = matches.faults.get(record.video_id, "missing")
-            if sample:
-                place = f"{sample.tar.name} {sample.tar.stat().st_size} {sample.videos}{sample.fault}"
-            parts += [to_json(record), place]
-        plans.append(ShardPlan(name, chosen, fingerprint(*parts)))
-    return plans
+def _item(listed: Listed, matches: Matches) -> Item:
+    """What tells the video of a sample from others: its bytes, wherever they are."""
+    sample = matches.found.get(listed.video_id)
+    if sample is None:
+        return Item(listed, "", fault=matches.faults.get(listed.video_id, "no sample of the tars has this name"))
+    try:
+        offset, size = _place(sample)
+        mark = fingerprint("index 2", content_id(sample.tar, offset=offset, num_bytes=size))
+    except (ValueError, OSError) as error:
+        return Item(listed, "", fault=f"{sample.tar.name} {sample.key}: {error}")
+    seconds = f"{listed.duration_seconds} s" if isinstance(listed, VideoRecord) else ""
+    return Item(listed, mark, size, terms=seconds)
 
 
-def _packed(
-    plan: ShardPlan[Listed], matches: Matches, isolated: Isolated, scratch: Path
-) -> Iterator[PackedVideo | Rejection]:
-    for record in plan.records:
-        sample = matches.found.get(record.video_id)
-        try:
-            if sample is None:
-                raise ValueError(matches.faults.get(record.video_id, "no sample of the tars has this name"))
-            yield _packed_one(record, sample, isolated, scratch)
-        except ValueError as error:
-            where = f"{sample.tar.name} {sample.key}: " if sample else ""
-            yield Rejection(record.video_id, where + str(error).replace(str(scratch), "its video"))
+def _made(matches: Matches, listed: Listed, target: Path, isolated: Isolated) -> Made:
+    sample = matches.found[listed.video_id]
+    try:
+        return _made_one(listed, sample, target, isolated)
+    except ValueError as error:
+        raise ValueError(f"{sample.tar.name} {sample.key}: {str(error).replace(str(target), 'its video')}") from None
 
 
-def _packed_one(listed: Listed, sample: Sample, isolated: Isolated, scratch: Path) -> PackedVideo:
+def _made_one(listed: Listed, sample: Sample, target: Path, isolated: Isolated) -> Made:
     content = _content(sample)
     mp4 = read_mp4(content)
     seconds = mp4.num_frames / mp4.fps
-    record = listed if isinstance(listed, VideoRecord) else listed.lasting(seconds)
-    if abs(seconds - record.duration_seconds) > duration_tolerance(record.duration_seconds):
-        raise ValueError(f"it lasts {seconds:.2f} s, the annotation file says {record.duration_seconds:.2f} s")
-    scratch.write_bytes(content)
-    isolated.call(SILENT_SECONDS, check_pictures, scratch)
-    name = f"{sample.tar.name}/{sample.key}"
-    source = SourceVideo(name, sha256_of(scratch), "h264", mp4.num_frames, seconds)
-    return PackedVideo(StoredVideo(record, mp4.num_frames, mp4.fps, mp4.width, mp4.height, source), content)
+    if isinstance(listed, VideoRecord) and (why := misfit(seconds, listed.duration_seconds)):
+        raise ValueError(why)
+    target.write_bytes(content)
+    made_from, checked = isolated.call(
+        SILENT_SECONDS, prepare_video, target, target, encoding=None, expected_seconds=None, max_damaged=0.0
+    )
+    isolated.call(SILENT_SECONDS, check_normalised, target, checked, max_difference=COPY_DIFFERENCE)
+    source = replace(made_from, file=f"{sample.tar.name}/{sample.key}")
+    return Made(StoredVideo(mp4.num_frames, mp4.fps, mp4.width, mp4.height, source), seconds, is_copy=True)
 
 
-def _content(sample: Sample) -> bytes:
+def _place(sample: Sample) -> tuple[int, int]:
+    """(offset, bytes) of the video in the tar."""
     if sample.fault:
         raise ValueError(sample.fault)
     if len(sample.videos) != 1:
         raise ValueError(f"it has {len(sample.videos)} videos ({', '.join(sample.videos)}); one is wanted")
-    ((offset, size),) = sample.videos.values()
+    (place,) = sample.videos.values()
+    return place
+
+
+def _content(sample: Sample) -> bytes:
+    offset, size = _place(sample)
     with sample.tar.open("rb") as file:
         file.seek(offset)
         return file.read(size)
 
 
-def check_pictures(path: Path) -> None:
-    """Decode a file from its start to its end, and compare some pictures with those that decord gives by number."""
-    content = path.read_bytes()
-    mp4 = read_mp4(content)
-    numbers = spread(mp4.num_frames)
-    pictures: dict[int, np.ndarray] = {}
-    count = 0
-    with open_video(path) as (container, stream):
-        for frame in container.decode(stream):
-            assert isinstance(frame, av.VideoFrame)
-            still_working()
-            if frame.is_corrupt:
-                raise ValueError(f"frame {count} is damaged")
-            if (frame.width, frame.height) != (mp4.width, mp4.height):
-                raise ValueError(
-                    f"frame {count} is {frame.width}x{frame.height}, the header says {mp4.width}x{mp4.height}"
-                )
-            if count in numbers:
-                pictures[count] = small(frame.to_ndarray(format="rgb24"))
-            count += 1
-    if not count == mp4.num_frames == count_frames(content):
-        raise ValueError(f"{count} frames decode and decord sees {count_frames(content)}, of {mp4.num_frames}")
-    _compare(mp4, pictures)
-
-
-def _compare(mp4: Mp4, pictures: Mapping[int, np.ndarray]) -> None:
-    for number, picture in zip(pictures, decode_frames(*mp4.cut(list(pictures))).numpy(), strict=True):
-        difference = np.abs(small(picture) - pictures[number]).mean()
-        if difference > MAX_DIFFERENCE:
-            raise ValueError(f"read by its number, frame {number} is another picture ({difference:.1f} levels off)")
+def _encoding(folder: Path, records: Sequence[Listed], matches: Matches) -> Encoding:
+    """What the manifest says of rate and size, which may differ from video to video; else that of the first."""
+    if (folder / MANIFEST_NAME).is_file():
+        return read_manifest(folder / MANIFEST_NAME, Manifest).encoding
+    found = {record.video_id: matches.found[record.video_id] for record in records if record.video_id in matches.found}
+    problems = [f"{one.video_id}: {matches.faults[one.video_id]}" for one in records if one.video_id in matches.faults]
+    return _first_encoding(found, problems)
 
 
 def _first_encoding(found: Mapping[str, Sample], problems: Sequence[str]) -> Encoding:
