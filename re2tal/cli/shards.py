@@ -8,9 +8,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from re2tal.runs.shard_building import Build, build, describe, verify
+from re2tal.runs.shard_building import Build, build
 from re2tal.runs.shard_changes import merge, relabel
 from re2tal.runs.shard_indexing import index
+from re2tal.runs.shard_listing import describe, verify
 
 
 @dataclass(frozen=True, slots=True)

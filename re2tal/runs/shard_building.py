@@ -1,4 +1,4 @@
-"""Videos and annotations, or trimmed clips, in; training data out. What was packed can be verified and described."""
+"""Videos and annotations, or trimmed clips, in; training data out."""
 
 from __future__ import annotations
 
@@ -20,18 +20,9 @@ from re2tal.data.building.clips import ClipList, read_clips
 from re2tal.data.building.labels import read_class_list
 from re2tal.data.building.probe import MAX_DAMAGED, probe_video
 from re2tal.data.building.shard_folder import BuiltSubset, Listed
-from re2tal.data.contract.feature_manifest import (
-    Extracted,
-    FeatureManifest,
-    FramesPerStep,
-    Packed,
-    SecondsPerStep,
-    StepsPerVideo,
-)
-from re2tal.data.contract.manifest import Encoding, FramesPerSecond, FramesPerVideo, Manifest, Rejection
-from re2tal.data.contract.shards import open_any
-from re2tal.data.contract.verify import damage
-from re2tal.runs.exit_status import DAMAGED, TOO_MANY_REJECTED
+from re2tal.data.contract.manifest import Encoding, FramesPerSecond, FramesPerVideo, Rejection
+from re2tal.runs.exit_status import TOO_MANY_REJECTED
+from re2tal.runs.shard_listing import describe
 
 MAX_SHOWN = 20
 
@@ -108,64 +99,6 @@ def build(options: Build) -> int:
             num_stored = built.num_videos - len(built.rejected)
             print(f"{subset}: {built.num_copies} videos stored as they came, {num_stored - built.num_copies} encoded")
     return status
-
-
-def verify(folders: Sequence[Path]) -> int:
-    """Print what is damaged; gives the exit status."""
-    status = 0
-    for folder in folders:
-        opened = open_any(folder)
-        problems = list(damage(opened))
-        for problem in problems:
-            print(problem, file=sys.stderr)
-        state = f"{len(problems)} problems" if problems else "every byte as it was built"
-        print(f"{folder}: {len(opened.videos)} videos in {len(opened.manifest.shards)} shards, {state}")
-        status = DAMAGED if problems else status
-    return status
-
-
-def describe(folders: Sequence[Path]) -> int:
-    """Print a line or two per folder; gives the exit status."""
-    for folder in folders:
-        manifest = open_any(folder).manifest
-        totals = manifest.totals
-        match manifest:
-            case Manifest():
-                seconds = manifest.totals.seconds
-                what = f"{seconds / 3600:.2f} h, {_sampling(manifest)}, short side {manifest.encoding.short_side}"
-            case FeatureManifest():
-                what = f"{manifest.totals.steps} steps, {_features(manifest)}"
-        print(
-            f"{folder}: {manifest.dataset} {manifest.subset}, {totals.videos} videos, {what}, "
-            f"{len(manifest.classes)} classes, {len(manifest.shards)} shards, {totals.num_bytes / 1e6:.1f} MB, "
-            f"{len(manifest.rejected)} rejected"
-        )
-    return 0
-
-
-def _sampling(manifest: Manifest) -> str:
-    match manifest.encoding.sampling:
-        case FramesPerSecond(fps):
-            return f"{fps:g} frames per second"
-        case FramesPerVideo(num_frames):
-            return f"{num_frames} frames per video"
-
-
-def _features(manifest: FeatureManifest) -> str:
-    spec = manifest.features
-    match spec.grid:
-        case SecondsPerStep(seconds):
-            grid = f"a step per {seconds:g} s"
-        case StepsPerVideo(num_steps):
-            grid = f"{num_steps} steps per video"
-        case FramesPerStep(stride):
-            grid = f"a step per {stride} frames"
-    match spec.origin:
-        case Extracted(backbone=name, weights=weights):
-            origin = f"{name} ({weights})"
-        case Packed():
-            origin = "another program"
-    return f"{grid}, {spec.channels} channels in {spec.dtype} from {origin}"
 
 
 def _config(options: Build, spec: DatasetSpec) -> BuildConfig:

@@ -14,7 +14,8 @@ from re2tal.data.building.merge import check_ids, merge_shards, merged_classes
 from re2tal.data.contract.manifest import MANIFEST_NAME
 from re2tal.data.contract.shards import ShardSet, open_any, open_shards
 from re2tal.runs.exit_status import TOO_MANY_REJECTED
-from re2tal.runs.shard_building import describe, print_some
+from re2tal.runs.shard_building import print_some
+from re2tal.runs.shard_listing import describe
 
 
 def relabel(

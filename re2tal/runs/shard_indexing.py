@@ -6,8 +6,10 @@ from pathlib import Path
 
 from re2tal.data.building.annotations import Annotations, read_annotations
 from re2tal.data.building.clips import ClipList
-from re2tal.data.building.index_tars import Sample, index_tars, list_clips, match_samples, read_samples
+from re2tal.data.building.index_tars import index_tars
 from re2tal.data.building.labels import read_class_list
+from re2tal.data.building.match_samples import match_samples
+from re2tal.data.building.tar_samples import Sample, list_clips, read_samples
 from re2tal.runs.shard_building import parse_size, print_some, report_built, subsets_to_build
 
 

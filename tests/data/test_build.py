@@ -324,7 +324,7 @@ def test_the_plan_depends_on_the_seed_and_is_bounded_by_bytes_and_by_count():
 
 
 def test_a_disk_that_is_full_stops_the_build_and_rejects_nobody(videos, annotations, tmp_path, monkeypatch):
-    def full(path, pairs, *, suffix):
+    def full(path, pairs):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("re2tal.data.building.video_folder.write_tar", full)

@@ -14,7 +14,7 @@ from data.numbered import encode, encode_numbered, numbered_frame, read_numbers
 from webdataset.writer import TarWriter
 
 from re2tal.cli import main
-from re2tal.data.building.index_tars import Sample, list_clips
+from re2tal.data.building.tar_samples import Sample, list_clips
 from re2tal.data.contract.members import read_content, read_video
 from re2tal.data.contract.shards import open_shards
 from re2tal.data.contract.verify import damage

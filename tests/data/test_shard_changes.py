@@ -8,13 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from data.feature_folders import write_features
 from data.folders import indexed, write_shards
 from data.numbered import encode_numbered, read_numbers
 
 from re2tal.cli import main
 from re2tal.data.contract.commit import commit
 from re2tal.data.contract.members import read_video
-from re2tal.data.contract.shards import open_shards
+from re2tal.data.contract.shards import open_any, open_shards
 from re2tal.data.contract.verify import damage
 from re2tal.data.streaming.decode import decode_frames
 from re2tal.structures import Action
@@ -171,3 +173,18 @@ def test_ids_that_two_folders_have_are_named_and_damaged_videos_left_out(tmp_pat
     assert [*labels(tmp_path / "out" / "training")] == ["a", "b", "e"]
     status, _, err = run(capsys, "merge", first, third, "--out", tmp_path / "out")
     assert (status, "holds shards already; give another --out" in err) == (2, True)
+
+
+def test_features_get_other_annotations_too_but_not_another_length(tmp_path, capsys):
+    made = write_features(
+        tmp_path / "training", {"a": torch.zeros(4, 8), "b": torch.ones(4, 8)}, actions=[Action(0.5, 1.0, "x")]
+    )
+    seconds = {name: entry.record.duration_seconds for name, entry in made.by_id.items()}
+    act = [(0.25, 0.5, "y")]
+    given = annotations(tmp_path / "a.json", a=("training", seconds["a"], act), b=("training", seconds["b"] + 9, act))
+    before = tars(tmp_path)
+    status, _, err = run(capsys, "annotate", tmp_path, given)
+    found = open_any(tmp_path / "training")
+    assert (status, "rejected b: it lasts" in err, tars(tmp_path)) == (3, True, before)
+    assert {name: [one.label for one in entry.record.actions] for name, entry in found.by_id.items()} == {"a": ["y"]}
+    assert list(damage(found)) == []

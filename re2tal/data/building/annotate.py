@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from re2tal.data.building.annotations import Annotations
-from re2tal.data.building.shard_folder import REPORTS
-from re2tal.data.building.video_folder import misfit
+from re2tal.data.building.shard_folder import REPORTS, misfit
 from re2tal.data.contract.commit import commit
 from re2tal.data.contract.feature_manifest import (
     FeatureManifest,
@@ -83,11 +82,12 @@ def annotate(folder: Path, annotations: Annotations, *, blocked: frozenset[str] 
     is_single = (folder / MANIFEST_NAME).is_file()
     earlier = {one.video_id: one.reason for found in opened for one in found.manifest.rejected}
     seen: set[str] = set()
-    for record in (one for records in annotations.subsets.values() for one in records if one.video_id not in blocked):
+    records = [one for found in annotations.subsets.values() for one in found if one.video_id not in blocked]
+    for record in sorted(records, key=lambda one: one.video_id not in stored):  # a new subset begins with a video
         name = find_subset(record.subset, changes)
         home, entry = stored.get(record.video_id, (None, None))
         if is_single and name is None:
-            if entry is not None:
+            if record.video_id in opened[0].by_id:
                 raise ValueError(
                     f"{folder} holds {record.video_id!r}, which belongs to subset {record.subset!r} now; give the "
                     "folder of all subsets"

@@ -16,11 +16,12 @@ from pathlib import Path
 from re2tal.data.building.annotations import Annotations
 from re2tal.data.building.clips import ClipList
 from re2tal.data.building.content import content_id
+from re2tal.data.building.make_videos import OnVideo
 from re2tal.data.building.pack_videos import VideoPacker
 from re2tal.data.building.probe import MAX_DAMAGED, VIDEO_SUFFIXES
 from re2tal.data.building.shard_folder import BuiltSubset, Listed, fingerprint
 from re2tal.data.building.shard_plan import Item
-from re2tal.data.building.video_folder import SHARD_BYTES, OnVideo, VideoFolder
+from re2tal.data.building.video_folder import SHARD_BYTES, VideoFolder
 from re2tal.data.contract.manifest import Encoding, Manifest, to_json
 from re2tal.structures import VideoRecord
 

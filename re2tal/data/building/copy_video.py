@@ -25,7 +25,10 @@ _MAX_OFF_SECONDS = 0.001
 
 def check_as_it_is(source: Path, *, probe: VideoProbe) -> Normalised:
     """What a file holds that can be stored as it is; ValueError says why it has to be encoded instead."""
-    mp4 = read_mp4(source.read_bytes())
+    try:
+        mp4 = read_mp4(source.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{source} cannot be read to its end: {error.strerror}") from None
     damage = Damage(num_frames=probe.num_missing, missing=probe.num_missing)
     samples = Samples(Fraction(mp4.fps), mp4.num_frames, probe.orientation)
     count = 0

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from re2tal.data.building.labels import twin_problems
-from re2tal.data.building.video_folder import totals_of
+from re2tal.data.building.shard_folder import totals_of
 from re2tal.data.contract.commit import commit
 from re2tal.data.contract.manifest import MANIFEST_NAME, IndexedVideo, Manifest, Rejection, ShardFile
 from re2tal.data.contract.shards import ShardSet

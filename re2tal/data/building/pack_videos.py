@@ -16,9 +16,9 @@ from re2tal.data.building.check import MAX_DIFFERENCE, Normalised, check_normali
 from re2tal.data.building.copy_video import COPY_DIFFERENCE, check_as_it_is
 from re2tal.data.building.encode import normalise_video
 from re2tal.data.building.isolated import Isolated
+from re2tal.data.building.make_videos import Made
 from re2tal.data.building.probe import probe_video
 from re2tal.data.building.shard_folder import Listed
-from re2tal.data.building.video_folder import Made
 from re2tal.data.contract.manifest import Encoding, SourceVideo, StoredVideo
 from re2tal.strict_json import sha256_of
 from re2tal.structures import VideoRecord

@@ -10,21 +10,25 @@ from __future__ import annotations
 import hashlib
 import random
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
+from re2tal.data.building.annotations import duration_tolerance
 from re2tal.data.building.clips import TrimmedClip
 from re2tal.data.contract.commit import commit
 from re2tal.data.contract.feature_manifest import FeatureManifest, IndexedFeatures, StoredFeatures
 from re2tal.data.contract.manifest import (
     MANIFEST_NAME,
     DamagedVideo,
+    IndexedVideo,
     Manifest,
     Rejection,
     Sha256,
     ShardFile,
+    Totals,
     from_json,
     read_manifest,
     to_json,
@@ -250,6 +254,29 @@ def refuse_other_settings(root: Path, manifest: Manifest | FeatureManifest, sett
                 f"{root} was built with {name} {theirs[:600]}, now it is {ours[:600]}; "
                 "give another --out, or delete that folder"
             )
+
+
+def misfit(seconds: float, annotated_seconds: float) -> str:
+    """Why a video that lasts so long is not the one that was annotated; nothing where it may be."""
+    if abs(seconds - annotated_seconds) <= duration_tolerance(annotated_seconds):
+        return ""
+    return f"it lasts {seconds:.2f} s, the annotation file says {annotated_seconds:.2f} s"
+
+
+def shards_in_use(files: Sequence[ShardFile], entries: Sequence[IndexedVideo]) -> list[ShardFile]:
+    """The shards that hold listed videos, with their number."""
+    counts = Counter(entry.shard for entry in entries)
+    return [replace(file, videos=counts[file.name]) for file in files if counts[file.name]]
+
+
+def totals_of(entries: Sequence[IndexedVideo], files: Sequence[ShardFile]) -> Totals:
+    """Sums over a folder."""
+    return Totals(
+        videos=len(entries),
+        frames=sum(entry.num_frames for entry in entries),
+        seconds=sum(entry.video_seconds for entry in entries),
+        num_bytes=sum(file.num_bytes for file in files),
+    )
 
 
 def _shown(value: object) -> str:

@@ -8,22 +8,22 @@ The bytes depend on neither the number of workers nor the number of parts. Label
 
 from __future__ import annotations
 
-import queue
-import tempfile
-import threading
+import shutil
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import av
-
-from re2tal.data.building.annotations import duration_tolerance
-from re2tal.data.building.isolated import Isolated
-from re2tal.data.building.shard_folder import REPORTS, BuiltSubset, Listed, refuse_other_settings
+from re2tal.data.building.make_videos import SCRATCH, Made, Make, OnVideo, Result, Workshop, tools
+from re2tal.data.building.shard_folder import (
+    REPORTS,
+    BuiltSubset,
+    misfit,
+    refuse_other_settings,
+    shards_in_use,
+    totals_of,
+)
 from re2tal.data.building.shard_plan import (
     PLAN_NAME,
     Group,
@@ -48,8 +48,6 @@ from re2tal.data.contract.manifest import (
     Manifest,
     Rejection,
     ShardFile,
-    StoredVideo,
-    Totals,
     read_manifest,
     to_json,
 )
@@ -61,29 +59,6 @@ SHARD_BYTES = 2_000_000_000
 """How large a shard may be unless the user says otherwise."""
 _BLOCK = 512
 _TAR_END = 10240
-
-
-class Stopped(Exception):
-    """The build ends early: another worker failed, or the user stopped it."""
-
-
-@dataclass(frozen=True, slots=True)
-class Made:
-    """A video that was made, and lies in a file."""
-
-    description: StoredVideo
-    seconds: float
-    """How long its source lasts."""
-    damage: str = ""
-    """What is wrong with its source, in words."""
-    is_copy: bool = False
-
-
-Make = Callable[[Listed, Path, Isolated], Made]
-"""Makes a video and writes it to a path, in a process that may die; ValueError says why it cannot be used."""
-
-OnVideo = Callable[[Listed, Rejection | None], None]
-"""Called from worker threads after each video."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,7 +97,7 @@ class VideoFolder:
         todo = [group for group in plan.groups[self.part_index :: self.num_parts] if reports[group.name] is None]
         if todo:
             self._forget_manifest({group.name for group in todo})
-            _Workshop(self, items, make, on_video).run(todo)
+            Workshop(self.root, self.workers, self.write, items, make, on_video).run(todo)
             reports = {group.name: read_report(self.root, group) for group in plan.groups}
         missing = sum(report is None for report in reports.values())
         found = self._found(items, plan, reports)
@@ -188,7 +163,7 @@ class VideoFolder:
         if any(_group_name(shard) in names for shard in self._shards_of_manifest()):
             (self.root / MANIFEST_NAME).unlink(missing_ok=True)
 
-    def write(self, group: Group, results: Sequence[tuple[Item, Made | Refused, Path]]) -> None:
+    def write(self, group: Group, results: Sequence[Result]) -> None:
         """Write the tars of a group, most often one, and its report."""
         made = [(item, one, path) for item, one, path in results if isinstance(one, Made)]
         files: list[ShardFile] = []
@@ -281,6 +256,8 @@ class VideoFolder:
         for path in (*self.root.glob("shard-*.tar"), *self.root.glob(".shard-*.tmp")):
             if path.name not in shards and _group_name(path.name) not in shards:
                 path.unlink(missing_ok=True)
+        for path in self.root.glob(f"{SCRATCH}*"):
+            shutil.rmtree(path, ignore_errors=True)
         names = {f"{group.name}.json" for group in plan.groups} | {PLAN_NAME}
         for path in (self.root / REPORTS).glob("*.json"):
             if path.name not in names:
@@ -307,115 +284,11 @@ class _Found:
             self.damaged.append(DamagedVideo(record.video_id, one.damage))
 
 
-@dataclass(slots=True)
-class _Bench:
-    """A group on its way."""
-
-    group: Group
-    items: list[Item]
-    results: dict[int, tuple[Item, Made | Refused, Path]] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class _Workshop:
-    """All workers take videos from one row, whatever shards these go into; whoever ends a group writes its shard."""
-
-    folder: VideoFolder
-    items: Sequence[Item]
-    make: Make
-    on_video: OnVideo
-    stop: threading.Event = field(default_factory=threading.Event)
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    def run(self, groups: Sequence[Group]) -> None:
-        """Make the groups; raises what ended a worker."""
-        row: queue.SimpleQueue[tuple[_Bench, int]] = queue.SimpleQueue()
-        by_key = {(item.video_id, item.fingerprint): item for item in self.items}
-        for group in groups:
-            keys = ((one.video_id, one.fingerprint) for one in group.videos)
-            bench = _Bench(group, [by_key[key] for key in keys if key in by_key])
-            for place in range(len(bench.items)):
-                row.put((bench, place))
-        num_workers = min(self.folder.workers, row.qsize())
-        with (
-            tempfile.TemporaryDirectory(prefix=".encoded-", dir=self.folder.root) as scratch,
-            ThreadPoolExecutor(num_workers) as pool,
-        ):
-            futures = [pool.submit(self._work, row, Path(scratch)) for _ in range(num_workers)]
-            try:
-                wait(futures, return_when=FIRST_EXCEPTION)
-            finally:
-                self.stop.set()  # an error or Ctrl-C ends the other workers after their current video
-        errors = [error for future in futures if (error := future.exception()) is not None]
-        for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):  # what stopped them comes first
-            raise error
-
-    def _work(self, row: queue.SimpleQueue[tuple[_Bench, int]], scratch: Path) -> None:
-        with Isolated() as isolated:
-            while True:
-                try:
-                    bench, place = row.get_nowait()
-                except queue.Empty:
-                    return
-                if self.stop.is_set():
-                    raise Stopped
-                item = bench.items[place]
-                path = scratch / f"{bench.group.name}.{place}.mp4"
-                result = self._one(item, path, isolated)
-                with self.lock:
-                    bench.results[place] = item, result, path
-                    is_whole = len(bench.results) == len(bench.items)
-                if is_whole:
-                    self.folder.write(bench.group, [bench.results[number] for number in range(len(bench.items))])
-                    for _, _, made in bench.results.values():
-                        made.unlink(missing_ok=True)
-
-    def _one(self, item: Item, path: Path, isolated: Isolated) -> Made | Refused:
-        result: Made | Refused
-        rejection = None
-        try:
-            result = self.make(item.listed, path, isolated)
-        except ValueError as error:
-            rejection = Rejection(item.video_id, str(error))
-            result = Refused(item.video_id, item.fingerprint, item.terms, rejection.reason)
-            path.unlink(missing_ok=True)
-        self.on_video(item.listed, rejection)
-        return result
-
-
 def _pairs(part: Sequence[tuple[Item, Made, Path]], sums: list[int]) -> Iterator[Pair]:
     for item, made, path in part:
         content = path.read_bytes()
         sums.append(zlib.crc32(content))
         yield Pair(item.video_id, to_json(made.description).encode(), content)
-
-
-def misfit(seconds: float, annotated_seconds: float) -> str:
-    """Why a video that lasts so long is not the one that was annotated; nothing where it may be."""
-    if abs(seconds - annotated_seconds) <= duration_tolerance(annotated_seconds):
-        return ""
-    return f"it lasts {seconds:.2f} s, the annotation file says {annotated_seconds:.2f} s"
-
-
-def shards_in_use(files: Sequence[ShardFile], entries: Sequence[IndexedVideo]) -> list[ShardFile]:
-    """The shards that hold listed videos, with their number."""
-    counts = Counter(entry.shard for entry in entries)
-    return [replace(file, videos=counts[file.name]) for file in files if counts[file.name]]
-
-
-def totals_of(entries: Sequence[IndexedVideo], files: Sequence[ShardFile]) -> Totals:
-    """Sums over a folder."""
-    return Totals(
-        videos=len(entries),
-        frames=sum(entry.num_frames for entry in entries),
-        seconds=sum(entry.video_seconds for entry in entries),
-        num_bytes=sum(file.num_bytes for file in files),
-    )
-
-
-def tools() -> dict[str, str]:
-    """Versions of what encodes."""
-    return {"av": av.__version__, **{k: ".".join(map(str, v)) for k, v in sorted(av.library_versions.items())}}
 
 
 def _group_name(shard: str) -> str:
