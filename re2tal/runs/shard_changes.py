@@ -43,8 +43,7 @@ def relabel(
     for note in read.notes:
         print(f"{annotations}: {note}")
     changes = annotate(shards, read, blocked=spec.blocked if spec else frozenset())
-    moved = {entry.record.video_id for change in changes for _, entry in change.moved}
-    return max(_report(change, moved, max_rejected) for change in changes)
+    return max(_report(change, max_rejected) for change in changes)
 
 
 def _stored_seconds(folder: Path) -> tuple[str, dict[str, float]]:
@@ -60,15 +59,13 @@ def _stored_seconds(folder: Path) -> tuple[str, dict[str, float]]:
     return opened[0].manifest.dataset, found
 
 
-def _report(change: Annotated, moved: set[str], max_rejected: float) -> int:
+def _report(change: Annotated, max_rejected: float) -> int:
     """Print what became of a folder; gives the exit status."""
     print_some([f"rejected {one.video_id}: {one.reason}" for one in change.rejected], more="videos")
-    left_out = {one.video_id for one in change.rejected} | moved
-    gone = [one.record.video_id for one in change.unlisted if one.record.video_id not in left_out]
-    print_some([f"listed no longer: {video_id}" for video_id in gone], more="videos")
+    print_some([f"listed no longer: {video_id}" for video_id in change.gone], more="videos")
     print(
         f"{change.subset}: {change.num_changed} of {len(change.entries)} videos have other annotations, "
-        f"{len(change.moved)} came from another subset, {len(gone)} are listed no longer, "
+        f"{len(change.moved)} came from another subset, {len(change.gone)} are listed no longer, "
         f"{len(change.rejected)} are left out"
     )
     describe([change.root])

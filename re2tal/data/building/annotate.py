@@ -63,6 +63,9 @@ class Annotated:
     """Videos that come from another folder: its path, their entries with the new record."""
     rejected: list[Rejection] = field(default_factory=list)
     unlisted: list[Entry] = field(default_factory=list)
+    """Videos in its tars that are not, or no longer, in its index."""
+    gone: list[str] = field(default_factory=list)
+    """Videos that it listed, and that the file does not."""
     damaged: dict[str, DamagedVideo] = field(default_factory=dict)
     """Of all folders, by video id."""
     num_changed: int = 0
@@ -104,6 +107,8 @@ def annotate(folder: Path, annotations: Annotations, *, blocked: frozenset[str] 
     for video_id, (home, entry) in stored.items():
         if video_id not in kept:
             changes[home.manifest.subset].unlisted.append(entry)
+        if video_id not in seen and video_id in home.by_id:
+            changes[home.manifest.subset].gone.append(video_id)
     _check([*changes.values()], seen)
     # What moves is taken from its old folder first, and can be found there until it is in the new one.
     for change in sorted(changes.values(), key=lambda change: bool(change.moved)):
