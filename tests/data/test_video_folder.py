@@ -5,11 +5,14 @@ from __future__ import annotations
 import random
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from data.files import encoding
 
+from re2tal.data.building.annotate import annotate
+from re2tal.data.building.annotations import Annotations
 from re2tal.data.building.make_videos import Made
 from re2tal.data.building.shard_folder import fingerprint
 from re2tal.data.building.shard_plan import Item
@@ -109,3 +112,17 @@ def test_a_worker_that_fails_ends_the_build_and_what_was_finished_is_kept(tmp_pa
     assert len(made) < 50 or not kept
     folder(tmp_path / "other").build(items(50), make)
     assert {k: v for k, v in contents(tmp_path).items() if not k.startswith("other/")} == contents(tmp_path / "other")
+
+
+def test_a_video_that_moved_to_another_subset_is_not_made_again(tmp_path):
+    folder(tmp_path / "training").build(items(9), make)
+    records = [item.listed for item in items(9)]
+    moved = [replace(one, subset="validation") if one.video_id in ("v2", "v8") else one for one in records]
+    subsets = {name: tuple(one for one in moved if one.subset == name) for name in ("training", "validation")}
+    annotate(tmp_path, Annotations(subsets, ("x",), num_ambiguous=0, num_clipped=0, num_dropped=0))
+    for name, wanted in subsets.items():
+        known = [replace(item, listed=one) for item, one in zip(items(9), moved, strict=True) if one in wanted]
+        replace(folder(tmp_path / name), subset=name).build(known, pytest.fail)
+        assert sorted(open_shards(tmp_path / name).by_id) == sorted({one.video_id for one in wanted} - {"v3"})
+    shards = open_shards(tmp_path / "validation")
+    assert all(read_content(shards, one).startswith(one.record.video_id.encode()) for one in shards.videos)

@@ -18,6 +18,7 @@ from typing import Any
 
 from re2tal.data.building.annotations import Annotations
 from re2tal.data.building.shard_folder import REPORTS, misfit
+from re2tal.data.building.shard_plan import adopt, read_plan
 from re2tal.data.contract.commit import commit
 from re2tal.data.contract.feature_manifest import (
     FeatureManifest,
@@ -247,7 +248,9 @@ def _manifest(
 
 def _moved(change: Annotated) -> tuple[list[Entry], ShardFile]:
     """Write the tar of the videos that come from other folders: the stretches of their tars, one after another."""
+    plan = read_plan(change.root)
     there = [int(path.name[6:12]) for path in change.root.glob("shard-*.tar")]
+    there += [int(group.name[6:12]) for group in plan.groups] if plan else []
     tar = change.root / f"shard-{max(there, default=-1) + 1:06d}.tar"
     added: list[Entry] = []
     temporary = tar.with_name(f".{tar.name}.{os.getpid()}.tmp")
@@ -264,4 +267,15 @@ def _moved(change: Annotated) -> tuple[list[Entry], ShardFile]:
         os.replace(temporary, tar)
     finally:
         temporary.unlink(missing_ok=True)
-    return added, ShardFile(tar.name, tar.stat().st_size, sha256_of(tar), len(added))
+    written = ShardFile(tar.name, tar.stat().st_size, sha256_of(tar), len(added))
+    pairs = zip(change.moved, added, strict=True)
+    adopt(
+        change.root,
+        written,
+        [
+            (root, there, here)
+            for (root, there), here in pairs
+            if isinstance(there, IndexedVideo) and isinstance(here, IndexedVideo)
+        ],
+    )
+    return added, written

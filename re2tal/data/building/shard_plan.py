@@ -16,7 +16,16 @@ from pathlib import Path
 from typing import Literal
 
 from re2tal.data.building.shard_folder import REPORTS, Listed
-from re2tal.data.contract.manifest import Sha256, ShardFile, ShardName, StoredVideo, from_json, to_json
+from re2tal.data.contract.manifest import (
+    MANIFEST_NAME,
+    IndexedVideo,
+    Sha256,
+    ShardFile,
+    ShardName,
+    StoredVideo,
+    from_json,
+    to_json,
+)
 from re2tal.strict_json import write_atomically
 
 PLAN_NAME = "plan.json"
@@ -140,6 +149,29 @@ def read_report(root: Path, group: Group) -> GroupReport | None:
 def write_report(root: Path, group: Group, report: GroupReport) -> None:
     """Write the report of a group."""
     write_atomically(root / REPORTS / f"{group.name}.json", to_json(report))
+
+
+def adopt(root: Path, file: ShardFile, moved: Sequence[tuple[Path, IndexedVideo, IndexedVideo]]) -> None:
+    """Let later builds know the videos of a tar that came from other folders: (folder, entry there, entry here)."""
+    plans = {source: read_plan(source) for source in dict.fromkeys(source for source, _, _ in moved)}
+    told = {
+        (source, one.shard, one.offset): one
+        for source, plan in plans.items()
+        for group in (plan.groups if plan else ())
+        if (report := read_report(source, group))
+        for one in report.videos
+    }
+    found = [(told.get((source, there.shard, there.offset)), here) for source, there, here in moved]
+    videos = tuple(replace(one, shard=file.name, offset=here.offset) for one, here in found if one)
+    known = [plan for plan in plans.values() if plan]
+    plan = read_plan(root)
+    if plan is None and not (root / MANIFEST_NAME).is_file() and known:
+        plan = replace(known[0], groups=())
+    if plan is None or not videos:  # folders of an earlier version
+        return
+    group = Group(file.name, tuple(Planned(one.video_id, one.fingerprint) for one in videos))
+    write_report(root, group, GroupReport((file,), videos, ()))
+    write_plan(root, replace(plan, groups=(*plan.groups, group)))
 
 
 def places(plan: Plan, reports: Mapping[str, GroupReport | None], items: Sequence[Item]) -> dict[str, Group]:
