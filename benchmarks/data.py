@@ -5,7 +5,7 @@
 Keys: long_vs_short (CPU-seconds of a window of a 60 min file over one of a 1 min file, cut from the same windows in
 turns), leak (growth of memory over 10,000 clips, as a share), open_million_s and open_million_mib (opening an index of
 a million videos: seconds, and memory that no other process shares), order_million_s and order_million_mib (one epoch's
-order). `--quick`: 10 min, 1,000 clips and 100,000 videos; the keys stay.
+order), relabel_share (see relabel.py). `--quick`: 10 min, 1,000 clips and 100,000 videos; the keys stay.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+import relabel
 
 from re2tal.data.contract.columns import columns_of, write_columns
 from re2tal.data.contract.manifest import (
@@ -183,6 +184,7 @@ def main() -> None:
         process.join()
         found |= {"open_million_s": opened, "open_million_mib": open_mib}
         found |= {"order_million_s": order, "order_million_mib": order_mib}
+    found["relabel_share"] = relabel.measure(quick=options.quick)["relabel_share"]
     print(json.dumps(found, indent=2))
     options.json.write_text(json.dumps(found))
 
