@@ -40,7 +40,7 @@ class Selection:
         """Without those that cannot matter, to save memory and time; not suppressed yet."""
         if suppression.voting_threshold is not None:
             return detections
-        keep = detections.scores >= self.min_score
+        keep = ~(detections.scores < self.min_score)  # NaN stays, to be found by suppression
         if self.labels is not None and suppression.per_class:
             keep &= self._is_wanted(detections.labels)
         return pick(detections, keep)
@@ -90,9 +90,10 @@ class Settling:
     def add(self, detections: Detections, *, window_seconds: float) -> Detections:
         """Those of the window that starts at `window_seconds`, not suppressed; gives what is final now, by start."""
         detections = self.selection.before(detections, self.suppression)
-        segments = detections.segments.double().clamp(min=self._settled_seconds)
-        lasting = segments[:, 1] > segments[:, 0]
-        new = pick(Detections(segments, detections.scores, detections.labels), lasting)
+        segments = detections.segments.double()
+        is_new = (segments[:, 0] >= self._settled_seconds) | (segments[:, 1] > self._settled_seconds)
+        segments = segments.clamp(min=self._settled_seconds)
+        new = pick(Detections(segments, detections.scores, detections.labels), is_new)
         self._waiting = _joined(self._waiting, new)
         self._settled_seconds = max(self._settled_seconds, window_seconds - self.reach_seconds)
         return self._settle(longest_seconds=MOST_WINDOWS_HELD * self.reach_seconds)
@@ -101,7 +102,7 @@ class Settling:
         """What is left, when the last window has come."""
         waiting = self._waiting
         segments = waiting.segments.clamp(max=duration_seconds)
-        self._waiting = pick(Detections(segments, waiting.scores, waiting.labels), segments[:, 1] > segments[:, 0])
+        self._waiting = Detections(segments, waiting.scores, waiting.labels)
         self._settled_seconds = float("inf")
         return self._settle(longest_seconds=float("inf"))
 

@@ -11,7 +11,7 @@ from io import StringIO
 from pathlib import Path
 from xml.etree.ElementTree import Element, SubElement, indent, tostring
 
-from re2tal.reporting.found import FoundAction, FoundInVideo, as_text
+from re2tal.reporting.found import FoundAction, FoundInVideo, as_text, milliseconds_of
 
 MIME_TYPES = {".mp4": "video/mp4", ".m4v": "video/mp4", ".mov": "video/quicktime", ".mpg": "video/mpeg"}
 
@@ -37,11 +37,10 @@ def boris_events(videos: Iterable[FoundInVideo]) -> str:
     for video in videos:
         media = video.name if video.path is None else as_text(video.path.resolve())
         for one in sorted(video.actions, key=lambda one: (one.start_seconds, one.end_seconds)):
-            start, end = round(one.start_seconds, 3), round(one.end_seconds, 3)
-            if end > start:  # BORIS would take it for a point in time
-                length = round(video.duration_seconds, 3)
-                row = (video.name, media, length, "No focal subject", one.label, "", "STATE", start, end)
-                rows.append((*row, round(end - start, 3), f"score {one.score:.4f}", ""))
+            first, last = milliseconds_of(one)
+            length = round(video.duration_seconds, 3)
+            row = (video.name, media, length, "No focal subject", one.label, "", "STATE", first / 1000, last / 1000)
+            rows.append((*row, (last - first) / 1000, f"score {one.score:.4f}", ""))
     return _table([header, *rows], delimiter="\t")
 
 
@@ -86,9 +85,7 @@ def _tiers(actions: Iterable[FoundAction]) -> list[tuple[str, list[tuple[int, in
     """(name, annotations in milliseconds) of tiers on which nothing overlaps, the surest first where it does."""
     tiers: dict[tuple[str, int], list[tuple[int, int, str]]] = {}
     for action in actions:
-        first, last = round(action.start_seconds * 1000), round(action.end_seconds * 1000)
-        if last <= first:
-            continue
+        first, last = milliseconds_of(action)
         label, layer = "".join(one if one.isprintable() else " " for one in action.label), 0
         while any(first < other[1] and other[0] < last for other in tiers.get((label, layer), [])):
             layer += 1

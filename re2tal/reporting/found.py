@@ -48,6 +48,12 @@ def found_actions(detections: Detections, classes: Sequence[str]) -> list[FoundA
     return [FoundAction(classes[label], start, end, score) for (start, end), score, label in rows]
 
 
+def milliseconds_of(action: FoundAction) -> tuple[int, int]:
+    """Start and end; at least a millisecond apart, for programs that take what lasts no time for an error."""
+    first, last = round(action.start_seconds * 1000), round(action.end_seconds * 1000)
+    return first, max(last, first + 1)
+
+
 def as_text(path: Path | str) -> str:
     """A path as text that any file can hold: bytes that are no UTF-8 become backslash escapes."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")

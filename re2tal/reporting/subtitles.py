@@ -5,14 +5,14 @@ Each action is a line of text from its start to its end; players show those of t
 
 from __future__ import annotations
 
-from re2tal.reporting.found import FoundAction, FoundInVideo
+from re2tal.reporting.found import FoundAction, FoundInVideo, milliseconds_of
 
 
 def srt(video: FoundInVideo) -> str:
     """SubRip, as VLC, mpv and YouTube read it. It has no way to escape markup, so < and > become other characters."""
     cues = []
     for number, action in enumerate(_in_order(video), start=1):
-        first, last = (_clock(ms, ",") for ms in _milliseconds(action))
+        first, last = (_clock(ms, ",") for ms in milliseconds_of(action))
         text = _text(action).replace("<", "\N{SINGLE LEFT-POINTING ANGLE QUOTATION MARK}")
         text = text.replace(">", "\N{SINGLE RIGHT-POINTING ANGLE QUOTATION MARK}")
         cues.append(f"{number}\n{first} --> {last}\n{text}\n")
@@ -23,7 +23,7 @@ def webvtt(video: FoundInVideo) -> str:
     """WebVTT (W3C), as browsers read it in a <track>."""
     cues = ["WEBVTT\n"]
     for action in _in_order(video):
-        first, last = (_clock(ms, ".") for ms in _milliseconds(action))
+        first, last = (_clock(ms, ".") for ms in milliseconds_of(action))
         text = _text(action).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
         cues.append(f"{first} --> {last}\n{text}\n")
     return "\n".join(cues)
@@ -36,12 +36,6 @@ def _in_order(video: FoundInVideo) -> list[FoundAction]:
 def _text(action: FoundAction) -> str:
     """One line: an empty line would end the cue."""
     return f"{' '.join(action.label.split())} ({action.score:.2f})"
-
-
-def _milliseconds(action: FoundAction) -> tuple[int, int]:
-    """A cue lasts at least a millisecond: readers refuse others."""
-    first, last = round(action.start_seconds * 1000), round(action.end_seconds * 1000)
-    return first, max(last, first + 1)
 
 
 def _clock(milliseconds: int, point: str) -> str:
