@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,6 +73,8 @@ class ResultsFile:
 
     def __post_init__(self) -> None:
         self.out.parent.mkdir(parents=True, exist_ok=True)
+        if not os.access(self.out.parent, os.W_OK):
+            raise ValueError(f"{self.out.parent} cannot be written to; give another place for the results (out)")
 
     @property
     def is_per_video(self) -> bool:
