@@ -59,7 +59,7 @@ def test_a_process_that_is_killed_during_a_call_costs_that_call():
         assert isolated.call(60, divmod, 17, 5) == (3, 2)
 
 
-def test_the_items_of_a_generator_come_as_they_are_made_and_one_that_is_left_ends():
+def test_the_items_of_a_generator_come_as_they_are_made_and_one_that_is_left_ends(capfd):
     with Isolated() as isolated:
         assert list(isolated.iterate(60, count_up, 3)) == [0, 1, 2]
         pid = isolated.call(60, os.getpid)
@@ -71,6 +71,7 @@ def test_the_items_of_a_generator_come_as_they_are_made_and_one_that_is_left_end
         with pytest.raises(ZeroDivisionError):
             list(isolated.iterate(60, count_up, 0))
         assert list(isolated.iterate(60, count_up, 1)) == [0]
+    assert capfd.readouterr().err == ""
 
 
 def test_the_users_script_needs_no_guard(tmp_path):

@@ -170,4 +170,7 @@ def _serve(connection: Connection) -> None:
             reply = True, result
         except Exception as error:
             reply = False, error
-        connection.send(reply)
+        try:
+            connection.send(reply)
+        except OSError:  # nobody wants it any more
+            return
