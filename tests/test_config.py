@@ -79,7 +79,9 @@ def test_what_a_union_held_is_what_comes_back(windowing, tmp_path):
 
 @pytest.mark.parametrize("name", ["demo", "activitynet_re2swin_tiny", "demo_clips"])
 def test_a_file_written_before_kinds_were_named_loads_as_it_did(name):
-    assert load_run(FILES / f"{name}.json") == find_recipe(name)
+    recipe = find_recipe(name)
+    clips = replace(recipe.data.clips, augmentation="none")  # a file that does not name it is from before it was drawn
+    assert load_run(FILES / f"{name}.json") == replace(recipe, data=replace(recipe.data, clips=clips))
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from re2tal.data.contract.features import interpolate, read_features
 from re2tal.data.contract.members import read_video
 from re2tal.data.contract.mp4 import Mp4
 from re2tal.data.contract.shards import FeatureSet, ShardSet
+from re2tal.data.streaming.augmentation import AUGMENTATIONS, Augmentation
 from re2tal.data.streaming.collate import Clip, collate, collate_features
 from re2tal.data.streaming.decode import decode_frames
 from re2tal.data.streaming.transforms import Box, crop_and_resize, draw_box, square_box
@@ -79,6 +80,7 @@ class FrameReader:
     """(1, 1): whole pictures"""
     crop_aspect: tuple[float, float]
     flip: bool
+    augmentation: Augmentation = "none"
     opened: OpenVideos = field(default_factory=OpenVideos, repr=False, compare=False)
 
     def blank(self, window: Window) -> Tensor:
@@ -86,11 +88,13 @@ class FrameReader:
         return torch.zeros(3, len(window.positions), self.size, self.size, dtype=torch.uint8)
 
     def read(self, number: int, window: Window, generator: np.random.Generator) -> Tensor:
-        """Decoded, and cut by one box and one mirror bit for all frames."""
+        """Decoded, and cut, mirrored and augmented alike for all frames."""
         mp4 = self.opened.open(self.folder, number)
         content = self.blank(window)
         frames = decode_frames(*mp4.cut(window.indices[: window.num_valid]))
         content[:, : window.num_valid] = self._shape(frames, generator, place=window.crop)
+        for change in AUGMENTATIONS[self.augmentation](generator):
+            change(content[:, : window.num_valid])
         content[:, window.num_valid :] = content[:, window.num_valid - 1 : window.num_valid]
         return content
 

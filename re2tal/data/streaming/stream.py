@@ -25,6 +25,7 @@ from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from re2tal.data.contract.columns import columns_of
 from re2tal.data.contract.shards import FeatureSet, ShardSet
+from re2tal.data.streaming.augmentation import AUGMENTATIONS, Augmentation
 from re2tal.data.streaming.collate import Clip
 from re2tal.data.streaming.decode import DecodeError
 from re2tal.data.streaming.epoch_order import Unit, batch_units, count_steps, evaluation_order, training_order
@@ -64,6 +65,9 @@ class ClipConfig:
     """in training, mirror every second clip; switch it off where left and right are different actions"""
     colour_jitter: float = 0.0
     """in training, strength of the random change of colours, 0 to 1; applied on the device"""
+    augmentation: Augmentation = option("none", planned=False)
+    """in training, what else happens to a clip's pixels: opentad draws two of ImgAug's fifteen operations, then
+    mmaction2's ColorJitter, as OpenTAD's recipes do; none"""
     shuffle_span: int = 1024
     """in training, how many videos are shuffled together; more than there are: a plain shuffle"""
     workers: int = option(2, resumable=True, planned=False)
@@ -83,6 +87,8 @@ class ClipConfig:
             least_share, most = getattr(self, name)
             if not 0 < least_share <= most or (name == "crop_area" and most > 1):
                 raise ValueError(f"data.clips.{name} is {getattr(self, name)}; give two positive numbers, least first")
+        if self.augmentation not in AUGMENTATIONS:
+            raise ValueError(f"data.clips.augmentation is {self.augmentation!r}; known: {', '.join(AUGMENTATIONS)}")
         if self.fit == "stretch" and isinstance(self.windowing, Trimmed) and self.windowing.num_crops > 1:
             raise ValueError(
                 f"data.clips.windowing.num_crops is {self.windowing.num_crops}, but data.clips.fit stretch shows the "
@@ -137,6 +143,7 @@ def _reader(shards: ShardSet | FeatureSet, config: ClipConfig, *, training: bool
         crop_area=config.crop_area if training else (1, 1),
         crop_aspect=config.crop_aspect,
         flip=training and config.flip,
+        augmentation=config.augmentation if training else "none",
     )
 
 
