@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 from re2tal.backbones.stored import NAME
-from re2tal.config import RecognitionConfig, RunConfig, load_config
+from re2tal.config import DataConfig, RecognitionConfig, RunConfig, load_config
 from re2tal.data.building.annotations import Annotations
 from re2tal.data.building.build import BuildConfig, build_shards
 from re2tal.data.building.isolated import Isolated
@@ -147,13 +147,13 @@ def detect_in_shards(
     device: torch.device,
 ) -> dict[str, Detections]:
     """Detections of every video in `shards`."""
-    batches = batches_with_bar(shards, config.data.clips, batch_size=batch_size)
+    batches = batches_with_bar(shards, config.data, batch_size=batch_size)
     return predict(detector, batches, suppression=config.suppression, device=device)
 
 
-def batches_with_bar(shards: ShardSet | FeatureSet, clips: ClipConfig, *, batch_size: int) -> Iterable[Batch]:
+def batches_with_bar(shards: ShardSet | FeatureSet, data: DataConfig, *, batch_size: int) -> Iterable[Batch]:
     """All clips of `shards`, once, with a progress bar on a terminal."""
-    stream = stream_clips(shards, clips, batch_size=batch_size, training=False)
+    stream = stream_clips(shards, data.clips, batch_size=batch_size, training=False, decoder=data.decoder)
     return tqdm(stream.epoch(0), total=stream.steps_per_epoch, unit="batch", disable=not sys.stderr.isatty())
 
 

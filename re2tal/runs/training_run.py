@@ -251,6 +251,7 @@ def _stream(config: AnyRun, shards: ShardSet | FeatureSet, world: World, *, trai
         rank=world.rank,
         world_size=world.world_size,
         seed=config.training.seed,
+        decoder=config.data.decoder,
     )
 
 

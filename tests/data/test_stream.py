@@ -346,10 +346,10 @@ class Deadly(readers.FrameReader):
 
     number: int
 
-    def read(self, number, window, generator):
+    def read(self, number, window, generator, *, into):
         if number == 3 and multiprocessing.parent_process() is not None:
             os.kill(os.getpid(), self.number)
-        return super().read(number, window, generator)
+        super().read(number, window, generator, into=into)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP])
