@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import mmap
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -28,10 +29,13 @@ class Clip(NamedTuple):
 def new_content(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     """Memory for the content of a batch, not filled yet; in a worker it is shared, so that handing it over copies
     nothing."""
-    if get_worker_info() is None:
-        return torch.empty(*shape, dtype=dtype)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape) * dtype.itemsize)  # as torch's default_collate does
-    return torch.empty(0, dtype=dtype).set_(storage).view(*shape)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if get_worker_info() is not None:
+        storage = torch.UntypedStorage._new_shared(num_bytes)  # as torch's default_collate does
+        return torch.empty(0, dtype=dtype).set_(storage).view(*shape)
+    # All its pages at once: 10,000 page faults between resized frames take an eighth of the time that decoding does.
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0)
+    return torch.frombuffer(mmap.mmap(-1, num_bytes, flags=flags), dtype=dtype).view(*shape)
 
 
 def collate(content: Tensor, clips: Sequence[Clip]) -> ClipBatch:
