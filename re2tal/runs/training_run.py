@@ -252,6 +252,8 @@ def _stream(config: AnyRun, shards: ShardSet | FeatureSet, world: World, *, trai
         world_size=world.world_size,
         seed=config.training.seed,
         decoder=config.data.decoder,
+        # torchrun and accelerate say it; under other launchers each rank counts for itself alone.
+        ranks_on_host=int(on_host) if (on_host := os.environ.get("LOCAL_WORLD_SIZE", "")).isdecimal() else 1,
     )
 
 

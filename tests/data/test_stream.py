@@ -452,6 +452,8 @@ def test_too_little_shared_memory_is_said_before_workers_die_of_it(shards, monke
         ValueError, match=r"/dev/shm has 1 MiB free, 2 workers .* need 55 MiB; enlarge .* lower data\.clips\.workers"
     ):
         train(shards, replace(PLAIN, workers=2, size=224))
+    with pytest.raises(ValueError, match=r"2 workers of each of 4 ranks on this host .* need 220 MiB"):
+        train(shards, replace(PLAIN, workers=2, size=224), ranks_on_host=4)
 
 
 @pytest.mark.parametrize(

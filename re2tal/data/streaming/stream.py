@@ -122,10 +122,12 @@ def stream_clips(
     seed: int = 0,
     plan: Plan | None = None,
     decoder: DecoderName = "decord",
+    ranks_on_host: int = 1,
 ) -> ClipStream:
     """One rank's batches: ClipBatch from shards of videos, FeatureBatch from those of features.
 
-    `plan` says which windows of a video an evaluation looks at; by default those of `plan_windows`.
+    `plan` says which windows of a video an evaluation looks at; by default those of `plan_windows`. `ranks_on_host`
+    share this host's memory for workers.
 
     Raises:
         ValueError: if the split is too small for the ranks, or shared memory for the workers, if features come at
@@ -134,7 +136,8 @@ def stream_clips(
     check_decoder(decoder)
     plan = plan or partial(plan_windows, windowing=config.windowing)
     reader = _reader(shards, config, training=training, decoder=decoder)
-    return ClipStream(_Batches(reader, config, plan, batch_size, training, rank, world_size, seed))
+    batches = _Batches(reader, config, plan, batch_size, training, rank, world_size, seed)
+    return ClipStream(batches, ranks_on_host=ranks_on_host)
 
 
 def _reader(shards: ShardSet | FeatureSet, config: ClipConfig, *, training: bool, decoder: DecoderName) -> ClipReader:
@@ -155,7 +158,7 @@ def _reader(shards: ShardSet | FeatureSet, config: ClipConfig, *, training: bool
 class ClipStream:
     """An endless supply of epochs, each with the same number of steps on every rank."""
 
-    def __init__(self, batches: _Batches) -> None:
+    def __init__(self, batches: _Batches, *, ranks_on_host: int = 1) -> None:
         self.steps_per_epoch: int = batches.num_steps
         self.failures: dict[str, Failure] = {}
         """video id -> what was wrong with it, over all epochs"""
@@ -165,7 +168,7 @@ class ClipStream:
         config = batches.config
         workers = config.workers
         if workers:
-            check_shared_memory(batches.num_bytes, workers=workers, prefetch=config.prefetch)
+            check_shared_memory(batches.num_bytes, workers=workers, prefetch=config.prefetch, ranks=ranks_on_host)
         self._loader = self._new_loader()
 
     def _new_loader(self) -> PatientLoader:
