@@ -55,7 +55,8 @@ BELOW: dict[str, tuple[str, ...]] = {
 OWNERS: dict[str, tuple[str, ...]] = {
     "deepspeed": ("re2tal.training.engine",),
     "accelerate": ("re2tal.distributed",),
-    "decord": ("re2tal.data.streaming.decode",),
+    "decord": ("re2tal.data.streaming.decoders.by_decord",),
+    "torchcodec": ("re2tal.data.streaming.decoders.by_torchcodec",),
     "webdataset": ("re2tal.data.contract.shards",),
     "transformers": ("re2tal.backbones.*",),
     "av": ("re2tal.data.*",),

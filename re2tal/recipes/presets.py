@@ -74,7 +74,9 @@ def thumos14_re2swin_tiny() -> RunConfig:
             shards=Path("shards/thumos14"),
             # Every second of the source's 30 frames a second. An action belongs to a training window that shows three
             # quarters of it; test windows overlap by half, the last one ends with the video.
-            clips=ClipConfig(windowing=Slide(num_frames=1024, frames_per_second=15.0), size=224, workers=2),
+            clips=ClipConfig(
+                windowing=Slide(num_frames=1024, frames_per_second=15.0), size=224, augmentation="opentad", workers=2
+            ),
         ),
         # 0.2 where the plain network has 0.1; every norm in evaluation mode with its scale and shift frozen. Pieces
         # (docs/results.md): smaller ones need as much, what is left are frames, states and the localizer.
@@ -100,7 +102,12 @@ def activitynet_re2swin_tiny() -> RunConfig:
         data=DataConfig(
             shards=Path("shards/activitynet"),
             # Actions shorter than 1 % of their video are left out of training.
-            clips=ClipConfig(windowing=ResizeWhole(num_frames=768, shortest_action=0.01), size=224, workers=4),
+            clips=ClipConfig(
+                windowing=ResizeWhole(num_frames=768, shortest_action=0.01),
+                size=224,
+                augmentation="opentad",
+                workers=4,
+            ),
         ),
         backbone=BackboneConfig(name="swin3d_tiny", drop_path=0.2, norm_eval=True, chunk_mebibytes=512),
         localizer=ActionFormerConfig(
