@@ -55,6 +55,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "decord": ("re2tal.data.streaming.decode",),
     "webdataset": ("re2tal.data.contract.shards",),
     "transformers": ("re2tal.backbones.*",),
+    "peft": ("re2tal.backbones.adapters.lora",),
     "av": ("re2tal.data.*",),
     "matplotlib": ("re2tal.reporting.*",),
     "tensorboard": ("re2tal.training.metrics",),

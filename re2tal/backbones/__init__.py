@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from re2tal.backbones import stored
-from re2tal.backbones.base import BackboneConfig, VideoBackbone, freeze, freeze_norms
+from re2tal.backbones.adapters.temporal import TemporalAdapter
+from re2tal.backbones.base import BackboneConfig, VideoBackbone, freeze, freeze_but, freeze_norms
 from re2tal.backbones.slowfast import layouts as slowfast_layouts
 from re2tal.backbones.slowfast import network as slowfast
 from re2tal.backbones.swin3d import layouts as swin3d_layouts
@@ -35,7 +36,7 @@ def _rows(family: str, *sizes: str, module: str) -> dict[str, Builder]:
 BACKBONES: dict[str, Builder] = {
     **dict.fromkeys(swin3d.SIZES, swin3d.build_swin3d),
     **dict.fromkeys(slowfast.SIZES, slowfast.build_slowfast),
-    **_rows("videomae", "nano", "small", "base", "large", "huge", module="videomae"),
+    **_rows("videomae", "nano", "small", "base", "large", "huge", "giant", module="videomae"),
     **_rows("vivit", "nano", "base", module="vivit"),
     **_rows("vjepa2", "nano", "large", "huge", "giant", module="vjepa2"),
     **_rows("timesformer", "nano", "base", module="timesformer"),
@@ -116,6 +117,7 @@ def build_backbone(config: BackboneConfig) -> VideoBackbone:
             f"{config.name} gives a step per {backbone.frames_per_step} frames, but backbone.frames_per_step is "
             f"{config.frames_per_step}; leave it out"
         )
+    _adapt(backbone, config)
     if config.frozen:
         freeze(backbone)
     if config.norm_eval:
@@ -123,3 +125,22 @@ def build_backbone(config: BackboneConfig) -> VideoBackbone:
     if config.rewired:
         rewire(backbone, config=config.rewiring())
     return backbone
+
+
+def _adapt(backbone: VideoBackbone, config: BackboneConfig) -> None:
+    """Freezes all of the backbone but its adapters, if it has any; those of "lora" are added here."""
+    if config.adapter == "none":
+        return
+    if config.adapter == "lora":
+        from re2tal.backbones.adapters.lora import add_lora
+
+        trained = add_lora(backbone, config)
+    else:
+        adapters = [module for module in backbone.modules() if isinstance(module, TemporalAdapter)]
+        trained = [parameter for adapter in adapters for parameter in adapter.parameters()]
+        if not trained:
+            raise ValueError(
+                f"backbone.adapter is 'temporal', and {config.name} has no place for it; choose a VideoMAE "
+                "(videomae_*), or set adapter to 'lora' or 'none'"
+            )
+    freeze_but(backbone, trained)
