@@ -18,7 +18,16 @@ from re2tal.backbones.weights import read_wiring
 from re2tal.options import names_with
 from re2tal.rewire import rewire, same_wiring
 
-__all__ = ["BACKBONES", "WIRING", "BackboneConfig", "VideoBackbone", "build_backbone", "check_wiring", "trained_wiring"]
+__all__ = [
+    "BACKBONES",
+    "WIRING",
+    "BackboneConfig",
+    "VideoBackbone",
+    "build_backbone",
+    "check_wiring",
+    "plain_start",
+    "trained_wiring",
+]
 
 Builder = Callable[[BackboneConfig], VideoBackbone]
 
@@ -92,6 +101,26 @@ def check_wiring(config: BackboneConfig, *, first_beta: float | None = None) -> 
         f"{', '.join(f'backbone.{name}' for name in ('rewired', *WIRING))} to what it was trained with. To start "
         f"from these numbers all the same: re2tal import {config.weights} --backbone.name {config.name} --as-plain "
         "--out FILE.safetensors"
+    )
+
+
+def plain_start(config: BackboneConfig, *, first_beta: float | None = None) -> str | None:
+    """A warning where weights of a plain network start a rewired one, which computes something else with them.
+
+    None where that is not so: no weights, a plain backbone, weights trained rewired, or a coupling that starts at or
+    near the plain network. `first_beta` is as in `check_wiring`.
+    """
+    beta = config.beta if first_beta is None else first_beta
+    near = beta == 0 or (config.merge == "extrapolate" and config.segment is not None)
+    if config.weights is None or not config.rewired or near or trained_wiring(config) is not None:
+        return None
+    frozen = " Its trunk is frozen, and cannot adjust to this." if config.adapter != "none" else ""
+    return (
+        f"{config.weights} holds weights of a plain network, and backbone.rewired makes another one of them, whose "
+        f"first features mean little.{frozen} Three ways out: go there step by step (annealing.epochs above 0, "
+        "annealing.start 0); stay near (backbone.merge extrapolate, backbone.segment 2); or train the rewired network "
+        "on Kinetics first (re2tal train --recipe kinetics400_re2swin_tiny_10) and give its model.safetensors as "
+        "backbone.weights"
     )
 
 
