@@ -198,7 +198,10 @@ def save_for_the_library(backbone: VideoBackbone, folder: Path, *, name: str) ->
     _check_layout_holds(backbone, "transformers")
     if wiring_of(backbone) is not None:
         unrewire(backbone)
-    cast(Any, backbone.encoder).model.save_pretrained(folder)
+    model, state = cast(Any, backbone.encoder).model, None
+    if hasattr(backbone.encoder, "draws_its_positions"):  # as the library does
+        state = {key: value for key, value in model.state_dict().items() if not key.endswith(".position_embeddings")}
+    model.save_pretrained(folder, state_dict=state)
 
 
 def _check_layout_holds(backbone: VideoBackbone, layout: str) -> None:

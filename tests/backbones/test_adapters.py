@@ -10,7 +10,7 @@ from torch import Tensor
 
 from re2tal.backbones import BackboneConfig, build_backbone
 from re2tal.backbones.adapters.temporal import TemporalAdapter, by_positions
-from re2tal.rewire import RewiredStage
+from re2tal.rewire import RewiredStage, count_states
 
 TEMPORAL: dict[str, Any] = {"name": "videomae_nano", "adapter": "temporal"}
 LORA: dict[str, Any] = {"name": "videomae_nano", "adapter": "lora", "lora_rank": 2}
@@ -70,6 +70,25 @@ def test_rebuilt_gradients_are_those_of_plain_autograd(kind: dict[str, Any], uni
 @every_kind
 def test_at_beta_0_it_is_the_network_before_rewiring(kind: dict[str, Any]) -> None:
     check(step(build(kind, beta=0.0)), step(build(kind, rewired=False)))
+
+
+def test_blocks_below_the_first_adapter_keep_nothing_at_beta_0() -> None:
+    kind = TEMPORAL | {"adapter_blocks": (2, 3)}
+    adapted = build(kind, beta=0.0)
+    # Of 4 blocks with 2 branches, and 2 adapters, the upper half keeps the inputs of its branches.
+    assert count_states(build(TEMPORAL | {"adapter_blocks": (0, 2, 3)}, beta=0.0)).kept == 4 * 2 + 3
+    assert count_states(adapted).kept == 2 * 3
+    starts: list[int] = []
+
+    def watch(state: Tensor) -> Tensor:
+        starts.append(state.numel())
+        return state
+
+    with torch.autograd.graph.saved_tensors_hooks(watch, lambda state: state):
+        adapted(*video())
+    tokens = 2 * 3 * 2 * 16 * 48
+    assert sum(size == tokens for size in starts) == 2 * 3
+    check(step(adapted), step(build(kind, rewired=False)))
 
 
 @every_kind
