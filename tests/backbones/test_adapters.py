@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -162,6 +163,12 @@ def test_its_pieces_are_positions_of_all_clips() -> None:
 def test_what_does_not_go_together_is_refused(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build_backbone(BackboneConfig(**({"name": "videomae_nano"} | fields)))
+
+
+def test_without_the_library_it_says_how_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)  # as if it were not there
+    with pytest.raises(ValueError, match=r'needs the peft package; install it: pip install "re2tal\[lora\]"'):
+        build_backbone(BackboneConfig(**LORA))
 
 
 def test_unknown_targets_are_answered_with_the_known_ones() -> None:

@@ -20,7 +20,7 @@ INSTALL = 'pip install "re2tal[lora]"'
 def add_lora(backbone: nn.Module, config: BackboneConfig) -> list[nn.Parameter]:
     """Puts updates on the linear layers that `config.lora_targets` names, and returns their parameters.
 
-    Raises ValueError for a target that is no linear layer here, and ImportError without peft.
+    Raises ValueError for a target that is no linear layer here, and without peft.
     """
     peft = _library()
     linear = {name.rpartition(".")[2] for name, module in backbone.named_modules() if type(module) is nn.Linear}
@@ -48,5 +48,5 @@ def _library() -> Any:
     try:
         import peft
     except ImportError as error:
-        raise ImportError(f"backbone.adapter 'lora' needs the peft package; install it: {INSTALL}") from error
+        raise ValueError(f"backbone.adapter 'lora' needs the peft package; install it: {INSTALL}") from error
     return peft
