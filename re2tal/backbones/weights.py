@@ -85,8 +85,9 @@ class KeyLayout:
     reshape: RESHAPING = _as_they_are
     """Their entries under our names, and those of our network -> theirs in its shapes, where there is a rule for it:
     weights of a network for pictures, inflated to video."""
-    optional: str = r"(?!)"
-    """Regular expression for entries of ours that files of this layout may lack; they stay as they were built."""
+    optional: tuple[str, ...] = ()
+    """Regular expressions for groups of our entries. A file may lack all of a group, which then stays as it was built,
+    but not some of it."""
     wiring: Mapping[str, Any] | None = None
     """How networks are rewired whose weights this code base names so (see `rewire.wiring_of`); None for plain ones."""
 
@@ -122,7 +123,10 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], *, layouts: Sequen
     names = layout.to_ours(inside)
     wanted = model.state_dict()
     ours = layout.reshape({our_name: inside[key] for key, our_name in names.items()}, wanted)
-    kept = {key: value for key, value in wanted.items() if key not in ours and re.fullmatch(layout.optional, key)}
+    kept: dict[str, Tensor] = {}
+    for group in layout.optional:
+        members = {key: value for key, value in wanted.items() if re.fullmatch(group, key)}
+        kept |= members if members.keys().isdisjoint(ours) else {}
     _check_fit(wanted, ours | kept, what=f"{what} ({layout.name} layout)", network=network)
     model.load_state_dict(ours | kept)
     ignored = [key for key in state if not key.startswith(prefix)]

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from re2tal.backbones import BackboneConfig, build_backbone
@@ -111,6 +112,17 @@ def test_a_new_adapter_leaves_the_features_as_they_are() -> None:
     frames, mask = video()
     with torch.no_grad():
         assert torch.equal(adapted(frames.float(), mask).values, plain(frames.float(), mask).values)
+
+
+def test_a_file_has_all_adapters_or_none(tmp_path) -> None:
+    state = build_backbone(BackboneConfig(**TEMPORAL, rewired=False)).state_dict()
+    plain = {name: value for name, value in state.items() if ".adapter." not in name}
+    some = {name: value for name, value in state.items() if ".adapter." not in name or ".layer.1." in name}
+    save_file(plain, tmp_path / "plain.safetensors")
+    save_file(some, tmp_path / "some.safetensors")
+    build_backbone(BackboneConfig(**TEMPORAL, weights=str(tmp_path / "plain.safetensors")))
+    with pytest.raises(ValueError, match=r"27 missing: encoder\.model\.videomae\.encoder\.layer\.0\.adapter\.gamma"):
+        build_backbone(BackboneConfig(**TEMPORAL, weights=str(tmp_path / "some.safetensors")))
 
 
 def test_time_is_that_of_the_window_and_ends_with_the_video() -> None:

@@ -46,7 +46,10 @@ OURS = KeyLayout(
     "re2tal",
     anchor=r"encoder\.model\..+",
     # VideoMAE's sinusoid was not always part of it, and a network without adapters is where one with adapters starts.
-    optional=r"encoder\.model\.videomae\.(embeddings\.position_embeddings|encoder\.layer\.\d+\.adapter\..*)",
+    optional=(
+        r"encoder\.model\.videomae\.embeddings\.position_embeddings",
+        r"encoder\.model\.videomae\.encoder\.layer\.\d+\.adapter\..*",
+    ),
 )
 
 

@@ -118,7 +118,7 @@ def _to_mmaction(key: str) -> str:
 
 
 # Files from before there was an adapter, or from code that draws its table of positions, are complete without them.
-BUILT = rf"{re.escape(PREFIX + POSITIONS)}|.*\.encoder\.layer\.\d+\.adapter\..*"
+BUILT = (re.escape(PREFIX + POSITIONS), r".*\.encoder\.layer\.\d+\.adapter\..*")
 
 MMACTION = KeyLayout(
     "mmaction2 VideoMAE",
