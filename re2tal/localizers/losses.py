@@ -22,6 +22,17 @@ def sigmoid_focal_loss(logits: Tensor, targets: Tensor, *, alpha: float = 0.25, 
     return weight * mistake**gamma * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
 
 
+def focal_of_chosen(
+    logits: Tensor, targets: Tensor, chosen: Tensor, *, alpha: float = 0.25, gamma: float = 2.0
+) -> Tensor:
+    """`sigmoid_focal_loss` where the bool mask `chosen`, which broadcasts to the logits, is True; 0 elsewhere.
+
+    What stands elsewhere, NaN included, reaches neither the loss nor its gradient. Nothing waits for the device.
+    """
+    losses = sigmoid_focal_loss(torch.where(chosen, logits, 0.0), targets, alpha=alpha, gamma=gamma)
+    return torch.where(chosen, losses, 0.0)
+
+
 def iou_of_offsets(offsets: Tensor, targets: Tensor) -> Tensor:
     """IoU of pairs of segments that share a point; shapes as `diou_loss`."""
     return _iou(*_at_least_float32(offsets).unbind(-1), *_at_least_float32(targets).unbind(-1))

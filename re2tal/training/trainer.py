@@ -16,7 +16,6 @@ from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from re2tal.distributed import any_rank
 from re2tal.options import option
@@ -28,6 +27,7 @@ from re2tal.training.ema import WeightAverage
 from re2tal.training.engine import Engine, GradientWatch
 from re2tal.training.manifest import Progress
 from re2tal.training.metrics import Meter, MetricsLog, peak_memory_gib
+from re2tal.training.micro_batch import MicroBatch, forward
 from re2tal.training.schedule import num_optimizer_steps
 from re2tal.training.signals import stop_requests
 
@@ -115,6 +115,7 @@ class Trainer:
         self.average = None if decay is None else WeightAverage(engine, decay=decay)
         self.progress = Progress()
         self.non_finite_in_a_row = self.overflows_in_a_row = 0
+        self._waited = 0.0
         self.watch = GradientWatch(engine)
 
     def resume(self) -> bool:
@@ -137,8 +138,9 @@ class Trainer:
             batches = self._batches()
             while self.progress.step < self.num_steps and not stop:
                 started = time.perf_counter()
+                self._waited = 0.0
                 losses = self._step(batches)
-                meter.add(losses, seconds=time.perf_counter() - started)
+                meter.add(losses, seconds=time.perf_counter() - started, waited=self._waited)
                 self._advance(seconds=time.perf_counter() - started)
                 self._report(meter)
                 # Signals reach ranks at different times: all ranks agree here, or some would save while others train.
@@ -165,60 +167,53 @@ class Trainer:
     # --------------------------------------------------------------------------------------------------------- one step
 
     def _step(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
-        """One optimizer step; the mean of its losses, by name."""
-        parts = []
-        self.watch.new_step()
-        for _ in range(self.accumulation):
-            losses = self._finite_losses(batches)
-            self.engine.backward(losses["total"])
-            self.engine.step()
-            parts.append({name: loss.detach().float() for name, loss in losses.items()})
-        if self.engine.was_step_applied():
-            # Only now: after a skipped step the weights are the old ones, and would count twice.
-            self.non_finite_in_a_row = self.overflows_in_a_row = 0
-            if self.average is not None:
-                self.average.update()
-        elif self.engine.fp16_enabled():
+        """One optimizer step; the mean of its losses, by name. A step with a loss that is not finite is taken again,
+        of the batches that follow.
+        """
+        while True:
+            self.watch.new_step()
+            micro_batches = [self._micro_batch(batches) for _ in range(self.accumulation)]
+            if self.engine.was_step_applied():
+                # Only now: after a skipped step the weights are the old ones, and would count twice.
+                self.non_finite_in_a_row = self.overflows_in_a_row = 0
+                if self.average is not None:
+                    self.average.update()
+                break
+            lost = [video for one in micro_batches if bool(one.lost) for video in one.video_ids]
+            if not any_rank(bool(lost), device=self.engine.device):
+                self._skip_gradients()
+                break
+            self._skip_non_finite(f"the loss is not finite: {videos_by_rank(lost)}")
+        losses = [one.losses for one in micro_batches]
+        return {name: torch.stack([each[name] for each in losses]).mean() for name in losses[0]}
+
+    def _micro_batch(self, batches: Iterator[Batch]) -> MicroBatch:
+        """Forward and backward of the next batch and, with the last of a step, the step itself."""
+        asked = time.perf_counter()
+        batch = next(batches)
+        self._waited += time.perf_counter() - asked
+        self.watch.new_batch(batch.video_ids)
+        micro_batch = self._forward(batch)
+        self.progress = replace(self.progress, micro_batches=self.progress.micro_batches + 1)
+        self.engine.backward(micro_batch.total)
+        self.engine.step()
+        return micro_batch.detached()
+
+    def _forward(self, batch: Batch) -> MicroBatch:
+        batch = batch.to(self.engine.device)
+        return forward(self.engine, batch, self.prepare(batch, self.progress.micro_batches))
+
+    def _skip_gradients(self) -> None:
+        """Every rank calls this after a step whose gradients DeepSpeed refused, though its losses are finite."""
+        if self.engine.fp16_enabled():
             # Counted apart: DeepSpeed begins with a loss scale of 2^16 and halves it at every overflow, so a sound run
-            # may skip a dozen steps in a row. Losses were checked before they were scaled.
+            # may skip a dozen steps in a row.
             self.overflows_in_a_row += 1
             in_a_row, limit = self.overflows_in_a_row, self.config.max_non_finite + LOSS_SCALE_SEARCH
             self._skip(f"the gradients of step {self.progress.step} overflow", in_a_row=in_a_row, limit=limit)
         else:
             who = videos_by_rank(self.watch.culprits())
             self._skip_non_finite(f"the gradients of step {self.progress.step} are not finite: {who}")
-        return {name: torch.stack([part[name] for part in parts]).mean() for name in parts[0]}
-
-    def _finite_losses(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
-        """Losses of the next batch whose loss is finite on every rank.
-
-        All ranks skip a bad batch together, before backward: without ZeRO, DeepSpeed would apply one rank's NaN to the
-        weights of all.
-        """
-        while True:
-            batch = next(batches)
-            losses = self._losses(batch)
-            self.progress = replace(self.progress, micro_batches=self.progress.micro_batches + 1)
-            lost = ~torch.isfinite(losses["total"].detach())
-            if not any_rank(lost, device=self.engine.device):
-                return losses
-            who = videos_by_rank(batch.video_ids if bool(lost) else [])
-            self._skip_non_finite(f"the loss is not finite: {who}")
-
-    def _losses(self, batch: Batch) -> dict[str, Tensor]:
-        self.watch.new_batch(batch.video_ids)
-        batch = batch.to(self.engine.device)
-        outputs = self.engine(self.prepare(batch, self.progress.micro_batches), batch.mask)
-
-        def readable(tensor: Tensor) -> Tensor:
-            if tensor.dtype == torch.bool:
-                # Clips that could not be decoded give no loss, but this rank still runs backward: the others wait.
-                return tensor & batch.valid.view(-1, *[1] * (tensor.ndim - 1))
-            # Losses sum over thousands of steps, which loses digits in half precision.
-            return tensor.float() if tensor.is_floating_point() else tensor
-
-        outputs = tree_map(readable, outputs)
-        return self.engine.module.loss(outputs, batch.actions, batch.timelines, num_frames=batch.mask.shape[1])
 
     def _skip_non_finite(self, reason: str) -> None:
         self.non_finite_in_a_row += 1
@@ -257,7 +252,7 @@ class Trainer:
         if self.progress.step % self.config.log_every_steps and not self._last():
             return
         refuse_drifted_replicas(self.engine, step=self.progress.step)
-        losses, clips_per_second = meter.take(device=self.engine.device)
+        losses, speed = meter.take(device=self.engine.device)
         self._compare_with_plan()
         self.log.write(
             "train",
@@ -268,7 +263,7 @@ class Trainer:
                 "lr": max(group["lr"] for group in self.engine.optimizer.param_groups),
                 **{f"lr/{group['name']}": group["lr"] for group in self.engine.optimizer.param_groups},
                 **self._rewiring(),
-                "clips_per_second": clips_per_second,
+                **speed,
                 "peak_memory_gib": peak_memory_gib(self.engine.device),
                 "skipped": self.progress.skipped,
             },
