@@ -33,6 +33,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "re2tal.cli.evaluate:evaluate",
         "score detections against annotations, or class scores against shards",
     ),
+    "merge-results": (
+        "re2tal.cli.merge_results:merge_results",
+        "merge the detections of several runs, or name class-agnostic ones",
+    ),
     "compare": ("re2tal.cli.compare:compare", "test whether two results differ in mAP by more than chance"),
     "rewire": (
         "re2tal.cli.rewire:rewire",

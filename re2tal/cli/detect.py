@@ -28,6 +28,7 @@ def detect(
     max_damaged: float = 0.02,
     video_classes: Path | None = None,
     top_k: int = 2,
+    fusion: Literal["product", "square-root"] = "product",
     shards: Path | None = None,
     videos: Path | None = None,
     run: Path | None = None,
@@ -57,9 +58,12 @@ def detect(
         batch_size: clips in one forward; by default as in training
         device: "cpu", "cuda", "cuda:1", ...; by default an accelerator if there is one
         max_damaged: share of a video's frames that may be damaged or missing
-        video_classes: JSON of a classifier of whole videos, {"results": {ID: [K scores]}, "class": [K names]}, that
-            names what a class-agnostic detector finds; without it the results' only class is "action"
+        video_classes: scores of a classifier of whole videos that name what a class-agnostic detector finds; without
+            it the results' only class is "action". JSON, {"results": {ID: [K scores]}, "class": [K names]} (CUHK,
+            InternVideo; [[K logits]] for TCANet), or UntrimmedNet's .npy for THUMOS-14
         top_k: with --video-classes, each detection is written once for each of its video's so many best classes
+        fusion: with --video-classes, a score is the detection's times its class's, or the square root of that, as
+            published for InternVideo
         shards: folder of one subset's shards, or features, to look at instead of videos
         videos: the same as a folder in PATHS
         run: the same as --model
@@ -67,7 +71,7 @@ def detect(
     chosen = model or run
     if chosen is None or (model and run):
         raise ValueError("give one --model: the folder of a trained detector, such as runs/mine")
-    wanted = Wanted(out, format, min_score, top, classes, video_classes, top_k)
+    wanted = Wanted(out, format, min_score, top, classes, video_classes, top_k, fusion)
     done = detect_in(
         chosen,
         (*paths, *([videos] if videos else ())),

@@ -54,6 +54,8 @@ class Coverage:
     """Video -> predictions that end before they start, which are false positives."""
     known_labels: tuple[str, ...]
     """Labels that have a true action."""
+    never_predicted: tuple[str, ...] = ()
+    """Those of them that no prediction has."""
     max_per_video: int | None = None
     """The limit of suppression that the predictions were made under, where it is known."""
     videos_at_max: tuple[str, ...] = ()
@@ -118,6 +120,11 @@ class Coverage:
             notes.append(
                 f"{len(self.unknown_labels)} predicted labels have no true action in the subset (their {number} "
                 f"predictions count nowhere): {_listed([self._hinted(label) for label in self.unknown_labels])}"
+            )
+        if self.never_predicted:
+            notes.append(
+                f"{len(self.never_predicted)} of {len(self.known_labels)} classes with true actions are never "
+                f"predicted: {name_some(self.never_predicted)}"
             )
         if self.reversed_segments:
             number = sum(self.reversed_segments.values())

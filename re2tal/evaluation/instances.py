@@ -142,7 +142,7 @@ def flatten_predictions(
     coverage = _coverage(
         truths,
         per_video=dict(zip(ids, counts.tolist(), strict=True)),
-        known=to_truth >= 0,
+        to_truth=to_truth,
         backwards=segments[:, 1] < segments[:, 0],
         renamed=renamed,
         unknown_labels=unknown_labels,
@@ -157,7 +157,7 @@ def _coverage(
     truths: Truths,
     *,
     per_video: Mapping[str, int],
-    known: np.ndarray,
+    to_truth: np.ndarray,
     backwards: np.ndarray,
     renamed: Mapping[str, str],
     unknown_labels: Mapping[str, int],
@@ -165,8 +165,8 @@ def _coverage(
     class_agnostic: bool,
     max_per_video: int | None,
 ) -> Coverage:
-    """`known` and `backwards` (N,) say of each prediction, video by video, if its label has a truth, and if it is
-    reversed."""
+    """Of each prediction, video by video: `to_truth` (N,), its true class or -1, and `backwards` (N,), reversed or not."""
+    known = to_truth >= 0
     scored = set(truths.scored)
     owners = np.repeat(np.arange(len(per_video)), list(per_video.values()))
     in_subset = np.array([video_id in scored for video_id in per_video], dtype=bool)[owners]
@@ -189,6 +189,9 @@ def _coverage(
         unknown_labels=unknown_labels,
         reversed_segments={one: number for one, number in zip(per_video, num_reversed, strict=True) if number},
         known_labels=truths.classes,
+        never_predicted=tuple(
+            truths.classes[index] for index in np.setdiff1d(np.arange(len(truths.classes)), to_truth)
+        ),
         max_per_video=max_per_video,
         videos_at_max=tuple(video_id for video_id, number in per_video.items() if number == max_per_video),
         most_per_video=most,

@@ -22,7 +22,7 @@ from re2tal.data.contract.shards import FeatureSet, ShardSet, open_any, subset_f
 from re2tal.data.streaming.stream import stream_clips
 from re2tal.distributed import World, together
 from re2tal.evaluation.selection import Selection, labels_of
-from re2tal.evaluation.video_classes import VideoClasses, read_video_classes
+from re2tal.evaluation.video_classes import Fusion, VideoClasses, read_video_classes
 from re2tal.inference import predict
 from re2tal.reporting.found import FoundInVideo
 from re2tal.reporting.result_files import RESULT_FORMATS, ResultsFile, choose_format
@@ -51,6 +51,7 @@ class Wanted:
     classes: Sequence[str] = ()
     video_classes: Path | None = None
     top_k: int = 2
+    fusion: Fusion = "product"
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,7 +144,7 @@ class _Job:
         if isinstance(opened, FeatureSet):
             check_features(opened, trained.features, run=model)
         files = find_videos(paths, recursive=recursive) if paths else VideoFiles({}, [])
-        namer = _read_namer(wanted.video_classes, trained.config, top_k=wanted.top_k)
+        namer = _read_namer(wanted, trained.config)
         if namer is not None:
             namer.check(files.names.values() if opened is None else opened.by_id, top_k=wanted.top_k)
         classes = trained.classes if namer is None else namer.classes
@@ -251,7 +252,8 @@ def check_looks_at_videos(run: Path, config: RunConfig, *, asked: str) -> None:
         )
 
 
-def _read_namer(path: Path | None, config: RunConfig, *, top_k: int) -> VideoClasses | None:
+def _read_namer(wanted: Wanted, config: RunConfig) -> VideoClasses | None:
+    path = wanted.video_classes
     if path is None:
         return None
     if not config.localizer.class_agnostic:
@@ -259,8 +261,8 @@ def _read_namer(path: Path | None, config: RunConfig, *, top_k: int) -> VideoCla
             f"video classes, {path}, were given, but this run's localizer.class_agnostic is false: its detections have "
             "classes of their own; leave the file out, or give the run folder of a class-agnostic detector"
         )
-    namer = read_video_classes(path)
-    namer.check((), top_k=top_k)
+    namer = read_video_classes(path, fusion=wanted.fusion)
+    namer.check((), top_k=wanted.top_k)
     return namer
 
 

@@ -156,13 +156,26 @@ def test_a_classifier_that_does_not_fit_is_refused_before_anything_is_detected(r
     agnostic(run, tmp_path)
     with pytest.raises(ValueError, match=r"top_k is 3; .*cuhk\.json has 2 classes"):
         detect(run=run, device="cpu", video_classes=path, top_k=3)
-    with pytest.raises(ValueError, match=r"cuhk\.json: results\['second'\] is missing, like 1 of the videos"):
-        detect(run=run, device="cpu", video_classes=path)
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "third.mp4").write_bytes(encode_numbered(48, fps=24))
     with pytest.raises(ValueError, match=r"cuhk\.json: results\['third'\] is missing"):
         detect(run=run, device="cpu", video_classes=path, videos=tmp_path / "videos")
     assert not (run / "results.json").exists()
+
+
+def test_videos_that_the_classifier_lacks_are_left_out_and_named(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    agnostic(run, tmp_path)
+    path = tmp_path / "cuhk.json"
+    path.write_text(json.dumps({"results": {"v_first": [0.5, 0.25]}, "classes": list(CLASSES)}))
+    assert detect(run=run, device="cpu", video_classes=path, top_k=1, fusion="square-root") == 0
+    assert "no scores of 1 of the 2 videos, so their detections are left out, and count as missed: 'second'" in (
+        caplog.text
+    )
+    results = read_results(run / "results.json")
+    assert results.of("first").scores.numel() > 0
+    assert results.of("second").scores.numel() == 0
 
 
 def test_the_size_of_a_batch_changes_nothing(run: Path, tmp_path: Path) -> None:
