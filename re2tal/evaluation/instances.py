@@ -165,7 +165,7 @@ def _coverage(
     class_agnostic: bool,
     max_per_video: int | None,
 ) -> Coverage:
-    """Of each prediction, video by video: `to_truth` (N,), its true class or -1, and `backwards` (N,), reversed or not."""
+    """`to_truth` (N,): the true class of each prediction, video by video, or -1. `backwards` (N,): it is reversed."""
     known = to_truth >= 0
     scored = set(truths.scored)
     owners = np.repeat(np.arange(len(per_video)), list(per_video.values()))
