@@ -122,10 +122,10 @@ def _microseconds(sizes: NDArray, max_picks: int) -> float:
     """About the time of a table whose rows have these sizes, as measured on one core."""
     width = int(sizes.max())
     if width == 1:
-        return 0.0
+        return 100.0
     if _is_one_by_one(len(sizes), width, max_picks):
-        return float((3.0 * np.minimum(sizes, max_picks) + 3e-4 * sizes**2.0).sum())
-    return min(width, max_picks) * (12 + 8e-4 * len(sizes) * width)
+        return 200 + float((3.0 * np.minimum(sizes, max_picks) + 3e-4 * sizes**2.0).sum())
+    return 200 + min(width, max_picks) * (16 + 8e-4 * len(sizes) * width)
 
 
 def _is_one_by_one(num_rows: int, width: int, max_picks: int) -> bool:
