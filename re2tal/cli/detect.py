@@ -29,6 +29,7 @@ def detect(
     video_classes: Path | None = None,
     top_k: int = 2,
     fusion: Literal["product", "square-root"] = "product",
+    flip: bool = False,
     shards: Path | None = None,
     videos: Path | None = None,
     run: Path | None = None,
@@ -64,6 +65,7 @@ def detect(
         top_k: with --video-classes, each detection is written once for each of its video's so many best classes
         fusion: with --video-classes, a score is the detection's times its class's, or the square root of that, as
             published for InternVideo
+        flip: look at each clip and its mirror image, and average what the network says of both; takes twice as long
         shards: folder of one subset's shards, or features, to look at instead of videos
         videos: the same as a folder in PATHS
         run: the same as --model
@@ -71,7 +73,7 @@ def detect(
     chosen = model or run
     if chosen is None or (model and run):
         raise ValueError("give one --model: the folder of a trained detector, such as runs/mine")
-    wanted = Wanted(out, format, min_score, top, classes, video_classes, top_k, fusion)
+    wanted = Wanted(out, format, min_score, top, classes, video_classes, top_k, fusion, flip)
     done = detect_in(
         chosen,
         (*paths, *([videos] if videos else ())),

@@ -22,11 +22,12 @@ from re2tal.data.contract.shards import FeatureSet, ShardSet, open_any, subset_f
 from re2tal.data.streaming.stream import stream_clips
 from re2tal.distributed import World, together
 from re2tal.evaluation.selection import Selection, labels_of
-from re2tal.evaluation.video_classes import Fusion, VideoClasses, read_video_classes
-from re2tal.inference import predict
+from re2tal.evaluation.video_classes import Fusion, VideoClasses
+from re2tal.inference import average_flips, predict
 from re2tal.reporting.found import FoundInVideo
 from re2tal.reporting.result_files import RESULT_FORMATS, ResultsFile, choose_format
 from re2tal.runs.file_detection import Look, detect_in_files
+from re2tal.runs.naming import read_namer
 from re2tal.runs.progress import Progress
 from re2tal.runs.ranks import device_of, joined_ranks
 from re2tal.runs.stored_features import check_features, check_kind
@@ -52,6 +53,8 @@ class Wanted:
     video_classes: Path | None = None
     top_k: int = 2
     fusion: Fusion = "product"
+    flip: bool = False
+    """Average what the network says of clips and of their mirror images."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,9 +103,13 @@ def detect(
         if paths:
             check_looks_at_videos(model, job.trained.config, asked=f"{paths[0]}")
             encoding_for(job.trained.config.data.clips)  # raises where the rate is not known
+        if wanted.flip:
+            check_looks_at_videos(model, job.trained.config, asked="flip, of frames,")
         chosen = device_of(world, device)
         config = job.trained.config
         network = job.trained.network().to(chosen, DTYPES[config.engine.precision])
+        if wanted.flip:
+            average_flips(network)
         look = Look(network, config, chosen, batch_size or config.engine.batch_size, job.early, max_damaged)
         if job.shards is None:
             _look_at_files(job, look, world, say)
@@ -144,7 +151,7 @@ class _Job:
         if isinstance(opened, FeatureSet):
             check_features(opened, trained.features, run=model)
         files = find_videos(paths, recursive=recursive) if paths else VideoFiles({}, [])
-        namer = _read_namer(wanted, trained.config)
+        namer = read_namer(wanted.video_classes, trained.config, top_k=wanted.top_k, fusion=wanted.fusion)
         if namer is not None:
             namer.check(files.names.values() if opened is None else opened.by_id, top_k=wanted.top_k)
         classes = trained.classes if namer is None else namer.classes
@@ -250,20 +257,6 @@ def check_looks_at_videos(run: Path, config: RunConfig, *, asked: str) -> None:
             "pack these videos (re2tal shards build), extract their features as those of its training were (re2tal "
             "features extract), and detect in that folder (shards)"
         )
-
-
-def _read_namer(wanted: Wanted, config: RunConfig) -> VideoClasses | None:
-    path = wanted.video_classes
-    if path is None:
-        return None
-    if not config.localizer.class_agnostic:
-        raise ValueError(
-            f"video classes, {path}, were given, but this run's localizer.class_agnostic is false: its detections have "
-            "classes of their own; leave the file out, or give the run folder of a class-agnostic detector"
-        )
-    namer = read_video_classes(path, fusion=wanted.fusion)
-    namer.check((), top_k=wanted.top_k)
-    return namer
 
 
 def batches_with_bar(

@@ -178,6 +178,14 @@ def test_videos_that_the_classifier_lacks_are_left_out_and_named(
     assert results.of("second").scores.numel() == 0
 
 
+def test_mirror_images_are_looked_at_on_request(run: Path, tmp_path: Path) -> None:
+    for name, flip in (("plain", False), ("flip", True), ("again", True)):
+        assert detect(run=run, device="cpu", flip=flip, out=tmp_path / f"{name}.json") == 0
+    plain, flip, again = (read_results(tmp_path / f"{name}.json").of("first") for name in ("plain", "flip", "again"))
+    assert not torch.equal(plain.scores, flip.scores)
+    assert torch.equal(flip.scores, again.scores)
+
+
 def test_the_size_of_a_batch_changes_nothing(run: Path, tmp_path: Path) -> None:
     for size in (1, 3):
         detect(run=run, device="cpu", batch_size=size, out=tmp_path / f"{size}.json")
