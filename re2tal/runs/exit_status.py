@@ -1,4 +1,4 @@
-"""Exit statuses of the `re2tal` command; 0 is done."""
+"""Exit statuses of the `re2tal` command; 0 is done. docs/cluster.md lists them with what to do."""
 
 from __future__ import annotations
 

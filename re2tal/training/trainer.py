@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from re2tal.distributed import any_rank
+from re2tal.distributed import any_rank, made_by_main
 from re2tal.options import option
 from re2tal.rewire import count_states, largest_drift, set_beta
 from re2tal.structures import Batch
@@ -26,6 +26,7 @@ from re2tal.training.agreement import refuse_drifted_replicas, videos_by_rank
 from re2tal.training.checkpoint import CheckpointStore
 from re2tal.training.ema import WeightAverage
 from re2tal.training.engine import Engine, GradientWatch
+from re2tal.training.interruption import Agreement, Interrupted
 from re2tal.training.manifest import Progress
 from re2tal.training.metrics import Meter, MetricsLog, peak_memory_gib
 from re2tal.training.schedule import num_optimizer_steps
@@ -79,7 +80,8 @@ Prepare = Callable[[Batch, int], Tensor]
 (B, 3, T, H, W), augmented and normalised, or features (B, C, T)."""
 
 Validate = Callable[[Engine], Mapping[str, float]]
-"""Every rank calls it; figures of merit by name. It leaves the engine in the mode it came in."""
+"""Every rank calls it; figures of merit by name. It leaves the engine in the mode it came in, also where it raises
+Interrupted on all ranks, which were told to stop."""
 
 
 class Trainer:
@@ -132,8 +134,11 @@ class Trainer:
         self.engine.train()
         self._couple()
         meter = Meter(clips_per_step=int(self.engine.train_batch_size()))
-        stop = False
         with stop_requests() as requests:
+            # Signals reach ranks at different times: all ranks agree, or some would save while others train.
+            ranks = Agreement(requests, self.engine.device)
+            # A checkpoint may stand before an evaluation that was left for it.
+            stop = ranks.told() or (self._evaluation_is_left() and not self.evaluate())
             batches = self._batches()
             while self.progress.step < self.num_steps and not stop:
                 started = time.perf_counter()
@@ -141,22 +146,34 @@ class Trainer:
                 meter.add(losses, seconds=time.perf_counter() - started)
                 self._advance(seconds=time.perf_counter() - started)
                 self._report(meter)
-                # Signals reach ranks at different times: all ranks agree here, or some would save while others train.
-                stop = any_rank(bool(requests), device=self.engine.device)
+                stop = ranks.told()
                 if self._due_every_epochs(self.config.evaluate_every_epochs) and not stop:
-                    self.evaluate()
                     # An evaluation takes minutes, and a job that was told to stop has few.
-                    stop = any_rank(bool(requests), device=self.engine.device)
+                    stop = not self.evaluate() or ranks.told()
                 if stop or self._last() or self.progress.step % self.config.checkpoint_every_steps == 0:
                     self.checkpoints.save(self.engine, self.average, self.progress)
+                    stop = stop or ranks.told()
             batches.close()  # ends the stream's worker processes
         return "finished" if self._last() else "interrupted"
 
-    def evaluate(self) -> None:
-        """Every rank calls this: validates with the averaged weights, if there are any, and logs the figures."""
-        with self.averaged_weights():
-            figures = self.validate(self.engine)
+    def evaluate(self) -> bool:
+        """Every rank calls this: validates with the averaged weights, if there are any, and logs the figures.
+
+        False when all ranks were told to stop before it was done.
+        """
+        try:
+            with self.averaged_weights():
+                figures = self.validate(self.engine)
+        except Interrupted:
+            return False
         self.log.write("evaluation", figures, step=self.progress.step)
+        return True
+
+    def _evaluation_is_left(self) -> bool:
+        """Every rank calls this: whether the run stopped after a step whose evaluation was due and is not logged."""
+        if not self.progress.step or not self._due_every_epochs(self.config.evaluate_every_epochs):
+            return False
+        return made_by_main(lambda: not self.log.has("evaluation", step=self.progress.step))
 
     def averaged_weights(self) -> AbstractContextManager[None]:
         """A context in which the model computes with the weights to evaluate and to export."""

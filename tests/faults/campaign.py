@@ -27,7 +27,12 @@ ROWS: dict[str, list[str]] = {
     ],
     "4 every bit and field of a manifest": ["tests/training/test_manifest.py"],
     "5 a disk that is full": ["tests/distributed/test_training.py::test_a_write_that_fails_on_one_rank_*"],
-    "7 told to stop": ["tests/distributed/test_training.py::test_a_rank_that_is_told_to_stop_*"],
+    "7 told to stop": [
+        "tests/faults/test_told_to_stop.py",
+        "tests/distributed/test_training.py::test_a_rank_that_is_told_to_stop_*",
+    ],
+    "8 SIGUSR1 before a time limit": ["tests/launch/test_train_slurm.py::test_only_a_run_that_saved_*"],
+    "9 a third signal": ["tests/training/test_signals.py"],
     "17 and 18 NaN and infinity": ["tests/faults/test_not_finite.py"],
     "20 ranks that differ": ["tests/faults/test_differing_ranks.py"],
     "26 launchers that end": ["tests/faults/test_orphans.py"],

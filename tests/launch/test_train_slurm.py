@@ -12,7 +12,7 @@ SCRIPT = Path(__file__).parents[2] / "launch" / "train.slurm"
 
 
 @pytest.mark.parametrize(
-    ("status", "ended", "queued"), [(0, 0, False), (75, 0, True), (2, 2, False), (137, 137, False)]
+    ("status", "ended", "queued"), [(0, 0, False), (75, 0, True), (138, 0, True), (2, 2, False), (137, 137, False)]
 )
 def test_only_a_run_that_saved_is_queued_again(status, ended, queued, tmp_path):
     calls = tmp_path / "calls"
