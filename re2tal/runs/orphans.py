@@ -17,6 +17,7 @@ import time
 from pathlib import Path
 
 from re2tal.training.signals import PARENT_IS_GONE, ask_to_stop
+from re2tal.training.watchdog import timer_is_taken
 
 PR_SET_PDEATHSIG = 1
 GRACE_SECONDS = 120.0
@@ -46,6 +47,7 @@ def _watch(watched: dict[int, int], told_of: int | None) -> None:
     while not (lost := [child for child, parent in watched.items() if _parent(child) != parent]):
         time.sleep(0.5)
     # Not in Python, which a rank that hangs in native code cannot run.
+    timer_is_taken.set()
     faulthandler.dump_traceback_later(GRACE_SECONDS, exit=True)
     print(
         f"rank {os.environ.get('RANK', '?')}: its launcher (process {watched[lost[0]]}) is gone; it saves and ends, "

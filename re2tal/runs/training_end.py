@@ -20,6 +20,7 @@ from re2tal.training.export import write_model
 from re2tal.training.interruption import Agreement
 from re2tal.training.metrics import peak_memory_gib
 from re2tal.training.trainer import Trainer
+from re2tal.training.watchdog import at
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +56,7 @@ def finish(
         ranks.check()
         weights = gather_weights(trainer.engine)
     ranks.check()
+    at("the export", patient=True)
     model = trainer.engine.module
     made_by_main(
         lambda: write_model(

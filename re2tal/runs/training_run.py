@@ -19,13 +19,14 @@ from re2tal.config import RecognitionConfig, RunConfig, flatten, save_config, to
 from re2tal.data.building.clips import true_classes
 from re2tal.data.contract.shards import FeatureSet, ShardSet, open_any, subset_folder
 from re2tal.data.streaming.stream import ClipStream, stream_clips
-from re2tal.distributed import World, made_by_main, refuse_differences, resolve_world, together
+from re2tal.distributed import World, is_main, made_by_main, refuse_differences, resolve_world, together
 from re2tal.inference import detector_input
 from re2tal.options import names_with
 from re2tal.planning.shared import PLAN_NAME, save_plan, shared_plan
 from re2tal.planning.step_plan import StepPlan
 from re2tal.runs.deepspeed_presets import DEFAULT_PRESET, find_preset
 from re2tal.runs.demo_data import make_if_wanted
+from re2tal.runs.exit_status import HUNG
 from re2tal.runs.folder import CHECKPOINTS_NAME, CONFIG_NAME, claim
 from re2tal.runs.lock import locked
 from re2tal.runs.orphans import end_with_the_launcher
@@ -46,6 +47,7 @@ from re2tal.training.optimizer import build_optimizer
 from re2tal.training.schedule import learning_rate_factor, num_optimizer_steps
 from re2tal.training.signals import StopRequests, stop_requests
 from re2tal.training.trainer import Trainer
+from re2tal.training.watchdog import at, watched
 from re2tal.training.zero_file import resolve_deepspeed_config
 
 
@@ -80,6 +82,8 @@ def train(
         try:
             return _train(config, folder, requests, cleanup, ds=ds, resume=resume, overwrite=overwrite)
         except Interrupted:
+            if is_main():
+                print(f"stopped as told; go on with --resume (run folder {folder})", file=sys.stderr, flush=True)
             return TrainedRun(folder, interrupted=True, summary={})
 
 
@@ -99,6 +103,14 @@ def _train(
     device = join(world, config.engine)
     cleanup.callback(leave)
     ranks = Agreement(requests, device)
+    at("start-up", patient=True)
+    watch = watched(
+        folder,
+        limit_seconds=60 * config.engine.timeout_minutes,
+        master_addr=world.master_addr,
+        exit_status=HUNG,
+    )
+    cleanup.enter_context(watch)
     _same_start(config, {"out": folder.absolute(), "resume": resume, "overwrite": overwrite})
     ranks.check()
     ds_file, settings = together(lambda: _engine_settings(ds, config, world))[world.rank]

@@ -27,6 +27,7 @@ from re2tal.training.ema import WeightAverage
 from re2tal.training.engine import Engine, all_finite, find_non_finite
 from re2tal.training.generators import generator_states, restore_generators
 from re2tal.training.manifest import FOLDER, Manifest, Progress, read_manifest, write_manifest
+from re2tal.training.watchdog import at
 
 
 class CheckpointStore:
@@ -46,6 +47,7 @@ class CheckpointStore:
         Raises OSError on all ranks, old checkpoints kept, if one fails, and FloatingPointError if there is anything in
         the weights that no run should go on from.
         """
+        at(f"the checkpoint of step {progress.step}", patient=True)
         refuse_drifted_replicas(engine, step=progress.step)
         if poison := _non_finite_by_rank(engine, average):
             raise FloatingPointError(

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from re2tal.distributed import World, any_rank
 from re2tal.options import option
+from re2tal.training.rendezvous import refuse_foreign_listener
 
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -85,7 +86,8 @@ class EngineConfig:
     keep_nonresidual and offload. "auto" takes most of the device's free memory at the start; on a CPU, of the system's,
     shared by the ranks of a machine. None: no plan."""
     timeout_minutes: float = option(10.0, resumable=True, planned=False)
-    """How long a rank waits for the others before it gives up."""
+    """How long a rank waits for the others before it names who is missing and gives up; three times as long where one
+    rank may take its time: start-up, the first step, a checkpoint, the export."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "gradient_accumulation"):
@@ -114,6 +116,8 @@ def join(world: World, config: EngineConfig) -> torch.device:
     if torch.accelerator.is_available():
         device = torch.device(deepspeed.get_accelerator().device_name(world.device_index))
         torch.accelerator.set_device_index(world.device_index)
+    if world.rank > 0 and not dist.is_initialized():
+        refuse_foreign_listener(world, timeout_seconds=60 * config.timeout_minutes)
     try:
         deepspeed.init_distributed(
             timeout=timedelta(minutes=config.timeout_minutes), auto_mpi_discovery=False, verbose=False

@@ -9,6 +9,7 @@ import torch
 from re2tal.distributed import any_rank
 from re2tal.structures import Batch
 from re2tal.training.signals import StopRequests
+from re2tal.training.watchdog import at
 
 
 class Interrupted(Exception):
@@ -34,6 +35,9 @@ class Agreement:
 
     def between(self, batches: Iterator[Batch]) -> Iterator[Batch]:
         """`batches`, equally many on every rank, with a `check` before each."""
-        for batch in batches:
+        at("an evaluation's first batch", patient=True)
+        for number, batch in enumerate(batches):
             self.check()
+            at(f"an evaluation's batch {number}", patient=number == 0)
             yield batch
+        at("an evaluation's scores", patient=True)

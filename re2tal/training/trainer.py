@@ -31,6 +31,7 @@ from re2tal.training.manifest import Progress
 from re2tal.training.metrics import Meter, MetricsLog, peak_memory_gib
 from re2tal.training.schedule import num_optimizer_steps
 from re2tal.training.signals import stop_requests
+from re2tal.training.watchdog import at
 
 LOSS_SCALE_SEARCH = 40
 """Steps in a row that fp16 may skip while its loss scale is sought, beyond `max_non_finite`."""
@@ -118,6 +119,7 @@ class Trainer:
         self.progress = Progress()
         self.non_finite_in_a_row = self.overflows_in_a_row = 0
         self.watch = GradientWatch(engine)
+        self.warm = False
 
     def resume(self) -> bool:
         """Every rank calls this: continues from the newest sound checkpoint; False where there is none."""
@@ -187,6 +189,7 @@ class Trainer:
         self.watch.new_step()
         for _ in range(self.accumulation):
             losses = self._finite_losses(batches)
+            at(f"step {self.progress.step}, backward", patient=not self.warm)
             self.engine.backward(losses["total"])
             self.engine.step()
             parts.append({name: loss.detach().float() for name, loss in losses.items()})
@@ -213,6 +216,7 @@ class Trainer:
         weights of all.
         """
         while True:
+            at(f"the data of step {self.progress.step}", patient=not self.warm)
             batch = next(batches)
             losses = self._losses(batch)
             self.progress = replace(self.progress, micro_batches=self.progress.micro_batches + 1)
@@ -224,6 +228,7 @@ class Trainer:
 
     def _losses(self, batch: Batch) -> dict[str, Tensor]:
         self.watch.new_batch(batch.video_ids)
+        at(f"step {self.progress.step}, forward", patient=not self.warm)  # the first one may compile
         batch = batch.to(self.engine.device)
         outputs = self.engine(self.prepare(batch, self.progress.micro_batches), batch.mask)
 
@@ -262,6 +267,7 @@ class Trainer:
 
     def _advance(self, *, seconds: float) -> None:
         self.progress = replace(self.progress, step=self.progress.step + 1, seconds=self.progress.seconds + seconds)
+        self.warm = True
         self._couple()
         self.log.advance()
 
