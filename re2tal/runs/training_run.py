@@ -7,20 +7,25 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from re2tal.config import RecognitionConfig, RunConfig, flatten, save_config, to_json
 from re2tal.data.building.clips import true_classes
 from re2tal.data.contract.shards import FeatureSet, ShardSet, open_any, subset_folder
-from re2tal.data.streaming.stream import ClipStream, stream_clips
-from re2tal.distributed import World, is_main, made_by_main, refuse_differences, resolve_world, together
-from re2tal.inference import detector_input
+from re2tal.distributed import (
+    World,
+    is_main,
+    made_by_main,
+    refuse_differences,
+    resolve_world,
+    together,
+)
 from re2tal.options import names_with
 from re2tal.planning.shared import PLAN_NAME, save_plan, shared_plan
 from re2tal.planning.step_plan import StepPlan
@@ -32,14 +37,14 @@ from re2tal.runs.lock import locked
 from re2tal.runs.orphans import end_with_the_launcher
 from re2tal.runs.stored_features import check_kind, check_pair, describe, on_features
 from re2tal.runs.tasks import AnyRun, Outcome, build_model, judge
+from re2tal.runs.training_data import alike_on_any_ranks, prepare, stream_of
 from re2tal.runs.training_end import TrainedRun, finish
-from re2tal.structures import Batch, FeatureBatch
 from re2tal.training.agreement import versions, weight_checksums
 from re2tal.training.annealing import beta_course
 from re2tal.training.checkpoint import CheckpointStore
+from re2tal.training.elastic import RANKS, same_clips_per_step
 from re2tal.training.engine import Engine, build_engine, join, leave, zero_stage
 from re2tal.training.finite import check_finite
-from re2tal.training.frames import prepare_frames
 from re2tal.training.generators import seed_generators
 from re2tal.training.interruption import Agreement, Interrupted
 from re2tal.training.metrics import MetricsLog
@@ -122,8 +127,11 @@ def _train(
     _check_norms(config)
     made_by_main(lambda: cleanup.enter_context(locked(folder)))
     claim(folder, resume=resume, overwrite=overwrite)
+    if resume and (saved := made_by_main(CheckpointStore(folder / CHECKPOINTS_NAME, identity={}).newest_run)):
+        config = replace(config, engine=same_clips_per_step(config.engine, saved, num_ranks=world.world_size))
+        ds_file, settings = together(lambda: _engine_settings(ds, config, world))[world.rank]
     ranks.check()
-    clips = _stream(config, validation, world, training=False)
+    clips = stream_of(config, validation, world, training=False)
 
     def evaluate(engine: Engine) -> Outcome:
         return judge(engine, config=config, shards=validation, batches=ranks.between(clips.epoch(0)))
@@ -204,7 +212,9 @@ def _build(
     check_finite(model)
     if plan is not None:
         plan.apply(model)
-    clips = _stream(config, shards, world, training=True)
+    clips = stream_of(config, shards, world, training=True)
+    accumulation = config.engine.gradient_accumulation
+    begin_step = alike_on_any_ranks(model, clips, accumulation=accumulation)
     refuse_differences(
         {
             **{f"DeepSpeed's {name}": value for name, value in flatten(settings)},
@@ -214,35 +224,40 @@ def _build(
         }
     )
     seed_generators(seed, rank=world.rank)  # but different paths dropped
-    accumulation = config.engine.gradient_accumulation
     steps_per_epoch = clips.steps_per_epoch / accumulation
     num_steps = num_optimizer_steps(config.training.epochs, clips.steps_per_epoch, accumulation=accumulation)
     factor = learning_rate_factor(config.schedule, steps_per_epoch=steps_per_epoch, num_steps=num_steps)
     beta = beta_course(config.annealing, end=config.backbone.beta, steps_per_epoch=steps_per_epoch, num_steps=num_steps)
     engine = build_engine(model, build_optimizer(model, config.optimizer), factor=factor, settings=settings)
-    free = set(names_with(config, "resumable"))
-    unchangeable = {name: value for name, value in flatten(to_json(config)) if name not in free}
-    identity = {
-        **unchangeable,
-        "number of ranks": world.world_size,
-        "ZeRO stage": zero_stage(engine),
-        "number of classes": len(shards.classes),
-        "training shards": shards.manifest_sha256,
-    }
+    identity = _identity(config, engine, shards, world)
     dtype = next(model.parameters()).dtype
     return Trainer(
         engine,
         clips,
         lambda engine: evaluate(engine).figures,
         config.training,
-        prepare=partial(_prepare, strength=config.data.clips.colour_jitter, seed=seed, rank=world.rank, dtype=dtype),
+        prepare=partial(prepare, strength=config.data.clips.colour_jitter, seed=seed, world=world, dtype=dtype),
         checkpoints=CheckpointStore(
             folder / CHECKPOINTS_NAME, identity=identity, keep=config.training.keep_checkpoints
         ),
         log=MetricsLog(folder, enabled=world.is_main),
         beta=beta,
         planned_bytes=None if plan is None else plan.memory.peak,
+        new_step=begin_step,
     )
+
+
+def _identity(config: AnyRun, engine: Engine, shards: ShardSet | FeatureSet, world: World) -> dict[str, Any]:
+    """What a checkpoint of this run must have in common with the run that resumes it, by name."""
+    free = set(names_with(config, "resumable"))
+    unchangeable = {name: value for name, value in flatten(to_json(config)) if name not in free}
+    return {
+        **unchangeable,
+        RANKS: world.world_size,
+        "ZeRO stage": zero_stage(engine),
+        "number of classes": len(shards.classes),
+        "training shards": shards.manifest_sha256,
+    }
 
 
 def _plan(
@@ -260,24 +275,3 @@ def _plan(
     if world.is_main:
         print(plan, file=sys.stderr, flush=True)
     return plan
-
-
-def _stream(config: AnyRun, shards: ShardSet | FeatureSet, world: World, *, training: bool) -> ClipStream:
-    return stream_clips(
-        shards,
-        config.data.clips,
-        batch_size=config.engine.batch_size,
-        training=training,
-        rank=world.rank,
-        world_size=world.world_size,
-        seed=config.training.seed,
-    )
-
-
-def _prepare(batch: Batch, position: int, *, strength: float, seed: int, rank: int, dtype: torch.dtype) -> torch.Tensor:
-    """Colours and normalises on the device; draws by the place in the run alone, so a resumed run repeats it."""
-    if isinstance(batch, FeatureBatch):
-        return detector_input(batch, dtype=dtype)
-    mixed = np.random.SeedSequence([seed, rank, position]).generate_state(1, np.uint64)
-    generator = torch.Generator().manual_seed(int(mixed[0]))
-    return prepare_frames(batch.frames, strength=strength, generator=generator, dtype=dtype)

@@ -100,9 +100,11 @@ class Trainer:
         log: MetricsLog,
         beta: Callable[[int], float] | None = None,
         planned_bytes: int | None = None,
+        new_step: Callable[[], None] = lambda: None,
     ) -> None:
         """`beta`: optimizer steps done -> beta of a rewired network from there on; None leaves it as it is.
-        `planned_bytes`: the peak that a plan foresees, for the log to show beside the measured one."""
+        `planned_bytes`: the peak that a plan foresees, for the log to show beside the measured one.
+        `new_step`: called before the first batch of every optimizer step."""
         self.engine = engine
         self.clips = clips
         self.validate = validate
@@ -112,6 +114,7 @@ class Trainer:
         self.log = log
         self.beta = beta
         self.planned_bytes = planned_bytes
+        self.new_step = new_step
         self.accumulation = int(engine.gradient_accumulation_steps())
         self.num_steps = num_optimizer_steps(config.epochs, clips.steps_per_epoch, accumulation=self.accumulation)
         decay = config.average_decay
@@ -187,6 +190,7 @@ class Trainer:
         """One optimizer step; the mean of its losses, by name."""
         parts = []
         self.watch.new_step()
+        self.new_step()
         for _ in range(self.accumulation):
             losses = self._finite_losses(batches)
             at(f"step {self.progress.step}, backward", patient=not self.warm)

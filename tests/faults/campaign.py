@@ -36,6 +36,7 @@ ROWS: dict[str, list[str]] = {
     "11 ranks that hang, are stopped or die": ["tests/faults/test_lost_ranks.py"],
     "17 and 18 NaN and infinity": ["tests/faults/test_not_finite.py"],
     "20 ranks that differ": ["tests/faults/test_differing_ranks.py"],
+    "23 other ranks and ZeRO stages": ["tests/faults/test_other_ranks.py"],
     "25 a port that is taken": ["tests/training/test_rendezvous.py"],
     "26 launchers that end": ["tests/faults/test_orphans.py"],
     "29 two runs, one folder": ["tests/faults/test_two_runs_one_folder.py"],

@@ -54,7 +54,7 @@ class PointLoss:
         classification = (focal * weights[outputs.mask][:, None]).sum()
         diou = diou_loss(predicted, targets.offsets[where]) * weights[where]
         return {
-            "classification": classification / (positives.value() if self.stored_count else divisor),
+            "classification": classification / (positives.value() if self.stored_count and not training else divisor),
             "regression": self.regression_weight * diou.sum() / divisor,
         }
 
