@@ -1,4 +1,4 @@
-"""launch/train.slurm with stand-ins for srun and scontrol: what ranks are given, when the job is queued again."""
+"""launch/train.slurm and detect.slurm with stand-ins for srun and scontrol: what is started, and queued again."""
 
 from __future__ import annotations
 
@@ -42,6 +42,24 @@ def test_outside_a_job_it_says_how_to_start():
     )
     assert done.returncode != 0
     assert "start it with sbatch" in done.stderr
+
+
+@pytest.mark.parametrize("status", [0, 1, 2])
+def test_detection_is_one_task_that_keeps_its_exit_status(status, tmp_path):
+    calls = tmp_path / "calls"
+    stand_in(tmp_path / "bin" / "srun", f'printf "%s|" "$@" >> {calls}; exit {status}')
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "bin" / "activate").write_text("")
+    environment = {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "123456",
+        "SLURM_CPUS_PER_TASK": "8",
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "RE2TAL_VENV": "venv",
+    }
+    command = ["bash", str(SCRIPT.with_name("detect.slurm")), "--run", "a run"]
+    assert subprocess.run(command, env=environment, check=False).returncode == status
+    assert calls.read_text() == "--ntasks=1|--cpus-per-task=8|re2tal|detect|--run|a run|"
 
 
 def stand_in(path: Path, body: str) -> None:

@@ -12,6 +12,7 @@ from distributed.ranks import free_port
 
 from re2tal.distributed import World
 from re2tal.training import rendezvous
+from re2tal.training.engine import _why_not_joined
 
 
 @pytest.fixture(autouse=True)
@@ -53,3 +54,14 @@ def test_a_store_is_met_and_its_absence_is_said():
     store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
     rendezvous.refuse_foreign_listener(world, timeout_seconds=20)
     del store
+
+
+def test_an_interface_that_is_missing_is_named_and_the_port_is_not_blamed(monkeypatch):
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "eth77")
+    world = World(world_size=2, master_port=free_port())
+    reason = "[enforce fail at gloo/transport/tcp/device.cc:84] ifa != nullptr. Unable to find address for: eth77"
+    said = _why_not_joined(world, reason)
+    assert "GLOO_SOCKET_IFNAME names 'eth77'; set it to one of ['lo'" in said
+    assert str(world.master_port) not in said
+    assert "port" not in said.replace("transport", "")
+    assert f"127.0.0.1:{world.master_port}" in _why_not_joined(world, "EADDRINUSE: address already in use")
