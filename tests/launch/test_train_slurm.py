@@ -36,6 +36,30 @@ def test_only_a_run_that_saved_is_queued_again(status, ended, queued, tmp_path):
     assert calls.read_text().splitlines() == expected
 
 
+def test_a_job_that_never_saves_anything_new_is_not_queued_for_ever(tmp_path):
+    calls, checkpoints = tmp_path / "calls", tmp_path / "a run" / "checkpoints"
+    stand_in(tmp_path / "bin" / "srun", "exit 75")
+    stand_in(tmp_path / "bin" / "scontrol", f"echo queued >> {calls}")
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "bin" / "activate").write_text("")
+    environment = {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "123456",
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "RE2TAL_VENV": "venv",
+    }
+
+    def submit() -> int:
+        command = ["bash", str(SCRIPT), "--out", "a run"]
+        return subprocess.run(command, env=environment, check=False, capture_output=True).returncode
+
+    assert [submit() for _ in range(4)] == [0, 0, 0, 75]
+    checkpoints.mkdir(parents=True)
+    (checkpoints / "latest").write_text("step-00000100\n")
+    assert [submit() for _ in range(4)] == [0, 0, 0, 75]
+    assert calls.read_text().splitlines() == ["queued"] * 6
+
+
 def test_outside_a_job_it_says_how_to_start():
     done = subprocess.run(
         ["bash", str(SCRIPT)], env={"PATH": os.environ["PATH"]}, check=False, capture_output=True, text=True
