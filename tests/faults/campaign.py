@@ -69,8 +69,8 @@ ROWS: dict[str, list[str]] = {
     "a hostile file in a checkpoint": [f"{CHECKPOINT}::test_nothing_in_a_checkpoint_is_executed"],
     "accelerate launch": ["tests/faults/test_accelerate.py"],
 }
-"""Row -> files, or tests of files by the beginning of their names. Numbers are those of the list of faults; not
-injected are 6 (a folder that vanishes), 10 (a cut link between machines), 19 (a loss spike) and 28 (a stale build lock)."""
+"""Row -> files, or tests of files by the beginning of their names. Numbers are those of the list of faults. Not
+injected are 6 (a folder that vanishes), 10 (a cut link), 19 (a loss spike) and 28 (a stale lock of a build)."""
 
 
 def main() -> int:
