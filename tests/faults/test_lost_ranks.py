@@ -108,9 +108,11 @@ def wait_for(condition, folder: Path, running: Sequence[subprocess.Popen] = ()) 
 @pytest.mark.parametrize(
     ("fault", "victim"),
     [
-        ("stopped", 0),
         ("sleeps", 1),
-        *(pytest.param(*case, marks=pytest.mark.slow) for case in (("stopped", 1), ("killed", 0), ("killed", 1))),
+        *(
+            pytest.param(*case, marks=pytest.mark.slow)
+            for case in (("stopped", 0), ("stopped", 1), ("killed", 0), ("killed", 1))
+        ),
     ],
 )
 def test_a_lost_rank_is_named_by_the_other(fault, victim, features, tmp_path):

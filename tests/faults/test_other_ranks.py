@@ -156,10 +156,8 @@ SHAPES = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("precision", "before", "after"),
-    [shape if shape == SHAPES[0] else pytest.param(*shape, marks=pytest.mark.slow) for shape in SHAPES],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "before", "after"), SHAPES)
 def test_every_number_of_a_checkpoint_arrives_on_other_ranks(precision, before, after, tmp_path):
     (ranks, stage), (new_ranks, new_stage) = before, after
     given = {"folder": str(tmp_path), "precision": precision, "timeout_seconds": 280}
