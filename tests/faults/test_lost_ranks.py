@@ -105,15 +105,11 @@ def wait_for(condition, folder: Path, running: Sequence[subprocess.Popen] = ()) 
         time.sleep(0.1)
 
 
+CASES = [("stopped", 0), ("stopped", 1), ("killed", 0), ("killed", 1)]
+
+
 @pytest.mark.parametrize(
-    ("fault", "victim"),
-    [
-        ("sleeps", 1),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in (("stopped", 0), ("stopped", 1), ("killed", 0), ("killed", 1))
-        ),
-    ],
+    ("fault", "victim"), [("sleeps", 1), *(pytest.param(*case, marks=pytest.mark.slow) for case in CASES)]
 )
 def test_a_lost_rank_is_named_by_the_other(fault, victim, features, tmp_path):
     processes = started(fault, features, tmp_path)
