@@ -115,7 +115,7 @@ class Comparison:
         runs = "" if max(self.num_runs) == 1 else f" and of {self.num_runs[0]} and {self.num_runs[1]} runs"
         lines = [
             *(f"{side}: {name}" for side, name in zip("AB", self.names, strict=True)),
-            f"mAP in %; paired bootstrap, {len(self.draws)} draws of videos{runs}",
+            f"mAP in %; paired bootstrap, {len(self.draws)} draws of videos{runs}; p errs to the low side",
             self.facts,
             *(f"note: {note}" for note in self.notes),
         ]
