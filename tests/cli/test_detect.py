@@ -23,6 +23,8 @@ from re2tal.data.streaming.windows import ResizeWhole, Slide
 from re2tal.evaluation.results import read_results
 from re2tal.evaluation.suppression import SuppressionConfig
 from re2tal.localizers.pyramid.actionformer import ActionFormerConfig
+from re2tal.runs.comparison import ComparisonOptions
+from re2tal.runs.comparison import compare as compare_results
 from re2tal.runs.trained import load_detector
 from re2tal.runs.video_files import encoding_for
 from re2tal.structures import Action
@@ -184,6 +186,16 @@ def test_mirror_images_are_looked_at_on_request(run: Path, tmp_path: Path) -> No
     plain, flip, again = (read_results(tmp_path / f"{name}.json").of("first") for name in ("plain", "flip", "again"))
     assert not torch.equal(plain.scores, flip.scores)
     assert torch.equal(flip.scores, again.scores)
+
+
+def test_results_in_a_run_folder_are_compared_on_its_validation_videos(run: Path, tmp_path: Path) -> None:
+    detect(run=run, device="cpu")
+    detect(run=run, device="cpu", flip=True, out=tmp_path / "flip.json")
+    a, b = run / "results.json", tmp_path / "flip.json"
+    found = compare_results(a, b, options=ComparisonOptions(draws=20, seeds_of_b=(a,)))
+    assert found.num_runs == (1, 2)
+    assert ": 2 videos; no blocked list; by class" in found.facts
+    assert "20 draws of videos and of 1 and 2 runs" in str(found)
 
 
 def test_the_size_of_a_batch_changes_nothing(run: Path, tmp_path: Path) -> None:
