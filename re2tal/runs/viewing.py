@@ -1,0 +1,149 @@
+"""Show predictions and annotations beside their videos on a local page, and save corrections."""
+
+from __future__ import annotations
+
+import os
+import sys
+import webbrowser
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from re2tal.config import load_config
+from re2tal.data.building.probe import probe_video
+from re2tal.data.contract.shards import open_any, subset_folder
+from re2tal.evaluation.results import read_results
+from re2tal.runs.folder import CONFIG_NAME, RESULTS_NAME
+from re2tal.structures import VideoRecord
+from re2tal.video_ids import VIDEO_SUFFIXES, composed
+from re2tal.viewer.annotation_file import AnnotationFile
+from re2tal.viewer.catalog import make_catalog
+from re2tal.viewer.server import ViewerServer
+
+CORRECTED_NAME = "annotations.corrected.json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ViewOptions:
+    """What the page shows beside the predictions, and where it saves."""
+
+    videos: Path | None = None
+    """Folder of the video files, subfolders too; ids are names of files without suffix."""
+    annotations: Path | None = None
+    """True actions, in ActivityNet's layout; by default those in the validation shards of a run."""
+    save_to: Path | None = None
+    """File for the corrections, by default annotations.corrected.json beside the annotations or the results; if it
+    exists, the page goes on from it."""
+    subset: str = "training"
+    """Subset of corrected videos that the annotations don't name yet."""
+    tiou: float = 0.5
+    """From which temporal IoU on a prediction counts as right."""
+    port: int = 8642
+    """Port on 127.0.0.1; 0 picks a free one."""
+
+
+def open_viewer(source: Path, options: ViewOptions = ViewOptions()) -> ViewerServer:
+    """A server of the page, ready to `serve_forever`; `source` is a run's folder or a results JSON.
+
+    Raises ValueError and OSError for files that are not there or not usable, and for a port that is taken.
+    """
+    if not 0 < options.tiou <= 1:
+        raise ValueError(f"--tiou is {options.tiou:g}; give a number above 0 and up to 1")
+    path = _results_path(source)
+    results = read_results(path)
+    files, notes = (None, []) if options.videos is None else find_videos(options.videos)
+    records: Sequence[VideoRecord] = ()
+    if options.annotations is None:
+        if source.is_dir():
+            records, note = _records_of(source)
+            notes += note
+    elif not options.annotations.is_file():
+        raise FileNotFoundError(f"--annotations {options.annotations} is not a file; check the path")
+    annotations = AnnotationFile(
+        options.save_to or (options.annotations or path).with_name(CORRECTED_NAME),
+        source=options.annotations,
+        records=records,
+        subset=options.subset,
+    )
+    catalog = make_catalog(
+        source.resolve().name,
+        results,
+        annotations,
+        files=files,
+        tiou=options.tiou,
+        notes=notes,
+        measure=lambda video: float(probe_video(video, max_missing=1.0).duration_seconds),
+    )
+    return ViewerServer(catalog, port=options.port)
+
+
+def view(source: Path, options: ViewOptions, *, open_page: bool) -> None:
+    """Serve the page until the keyboard stops it."""
+    with open_viewer(source, options) as server:
+        catalog = server.catalog
+        print(f"{len(catalog.videos)} videos on {server.address}", flush=True)
+        if catalog.annotations.save_to.exists():
+            print(f"goes on from {catalog.annotations.save_to}, which holds earlier corrections")
+        for note in catalog.notes:
+            print(f"note: {note}")
+        if open_page and not _open_browser(server.address):
+            port = server.server_address[1]
+            print(
+                f"no browser here: open the address; from another machine after `ssh -L {port}:127.0.0.1:{port} HOST`"
+            )
+        print("stop with Ctrl-C; unsaved corrections are in the page", flush=True)
+        try:
+            server.serve_forever()
+        except KeyboardInterrupt:
+            print("stopped")
+
+
+def find_videos(folder: Path) -> tuple[dict[str, Path], list[str]]:
+    """(id -> file, notes) of all video files below a folder; ValueError if there is none.
+
+    Of files with one id the first by path is taken, and a note names one of the others.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"--videos {folder} is not a folder; give one that holds video files")
+    files: dict[str, Path] = {}
+    twice = []
+    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES):
+        if path.name.startswith("._") or not path.is_file():
+            continue
+        if files.setdefault(composed(path.stem), path) != path:
+            twice.append(path)
+    if not files:
+        raise ValueError(f"--videos {folder} holds no video file; wanted one of {', '.join(VIDEO_SUFFIXES)}")
+    notes = [f"{len(twice)} files have the id of another and are not shown, such as {twice[0]}."] if twice else []
+    return files, notes
+
+
+def _results_path(source: Path) -> Path:
+    if not source.is_dir():
+        if not source.exists():
+            raise FileNotFoundError(f"{source} does not exist; give the folder of a run, or a results JSON")
+        return source
+    path = source / RESULTS_NAME
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{source} holds no {RESULTS_NAME}: training writes it when it evaluates, and `re2tal detect` writes one; "
+            "give such a file"
+        )
+    return path
+
+
+def _records_of(run: Path) -> tuple[Sequence[VideoRecord], list[str]]:
+    """The true actions in a run's validation shards, and a note where they cannot be read."""
+    try:
+        config = load_config(run / CONFIG_NAME)
+        shards = open_any(subset_folder(config.data.shards, config.data.validation_subset))
+        return [video.record for video in shards.videos], []
+    except (ValueError, OSError) as error:
+        return (), [f"The run's validation shards are not used: {error}"]
+
+
+def _open_browser(address: str) -> bool:
+    """Whether a browser was started; a text browser would take the terminal."""
+    if sys.platform.startswith("linux") and not (os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")):
+        return False
+    return webbrowser.open(address)
