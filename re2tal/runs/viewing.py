@@ -32,8 +32,8 @@ class ViewOptions:
     annotations: Path | None = None
     """True actions, in ActivityNet's layout; by default those in the validation shards of a run."""
     save_to: Path | None = None
-    """File for the corrections, by default annotations.corrected.json beside the annotations or the results; if it
-    exists, the page goes on from it."""
+    """File for the corrections; the page goes on from it if it exists. By default NAME.corrected.json beside the
+    annotations NAME.json, annotations.corrected.json in a run, NAME.annotations.json beside other results."""
     subset: str = "training"
     """Subset of corrected videos that the annotations don't name yet."""
     tiou: float = 0.5
@@ -60,11 +60,12 @@ def open_viewer(source: Path, options: ViewOptions = ViewOptions()) -> ViewerSer
     elif not options.annotations.is_file():
         raise FileNotFoundError(f"--annotations {options.annotations} is not a file; check the path")
     annotations = AnnotationFile(
-        options.save_to or (options.annotations or path).with_name(CORRECTED_NAME),
+        options.save_to or _save_to(source, path, options.annotations),
         source=options.annotations,
         records=records,
         subset=options.subset,
     )
+    notes += _earlier(annotations)
     catalog = make_catalog(
         source.resolve().name,
         results,
@@ -82,8 +83,6 @@ def view(source: Path, options: ViewOptions, *, open_page: bool) -> None:
     with open_viewer(source, options) as server:
         catalog = server.catalog
         print(f"{len(catalog.videos)} videos on {server.address}", flush=True)
-        if catalog.annotations.save_to.exists():
-            print(f"goes on from {catalog.annotations.save_to}, which holds earlier corrections")
         for note in catalog.notes:
             print(f"note: {note}")
         if open_page and not _open_browser(server.address):
@@ -130,6 +129,24 @@ def _results_path(source: Path) -> Path:
             "give such a file"
         )
     return path
+
+
+def _save_to(source: Path, results: Path, annotations: Path | None) -> Path:
+    """A name of its own for each file of annotations or results: corrections of another are never taken for these."""
+    if annotations is not None:
+        return annotations.with_name(f"{annotations.stem}.corrected.json")
+    return source / CORRECTED_NAME if source.is_dir() else results.with_name(f"{results.stem}.annotations.json")
+
+
+def _earlier(annotations: AnnotationFile) -> list[str]:
+    """A note where earlier corrections stand in for the annotations."""
+    source, save_to = annotations.source, annotations.save_to
+    if not save_to.exists() or (source is not None and source.samefile(save_to)):
+        return []
+    note = f"The true actions are those of {save_to}, which holds earlier corrections"
+    if source is not None and source.stat().st_mtime > save_to.stat().st_mtime:
+        return [f"{note}; {source} is newer, and is not looked at: move the corrections away to begin anew."]
+    return [f"{note}."]
 
 
 def _records_of(run: Path) -> tuple[Sequence[VideoRecord], list[str]]:

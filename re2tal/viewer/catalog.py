@@ -43,6 +43,7 @@ class Catalog:
     measure: Callable[[Path], float]
     """Seconds of a video file; ValueError where it is none."""
     _measured: dict[Path, float | None] = field(default_factory=dict)
+    _types: dict[str, tuple[tuple[Action, ...], Typed]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     def summary(self) -> dict[str, Any]:
@@ -95,7 +96,7 @@ class Catalog:
             **self.typed(index, actions),
         }
 
-    def typed(self, index: int, actions: Sequence[Action]) -> dict[str, Any]:
+    def typed(self, index: int, actions: tuple[Action, ...]) -> dict[str, Any]:
         """The types of a video's predictions against these actions, and which actions are missed.
 
         Without types while the video has no entry in the annotations: what nobody has looked at is not wrong.
@@ -130,8 +131,13 @@ class Catalog:
             )
         return Edit(video.key, duration, base, actions)
 
-    def _typed(self, video: ViewedVideo, actions: Sequence[Action]) -> Typed:
-        return type_predictions(self.results.of(video.video_id), actions, classes=self.results.classes, tiou=self.tiou)
+    def _typed(self, video: ViewedVideo, actions: tuple[Action, ...]) -> Typed:
+        known = self._types.get(video.video_id)
+        if known is None or known[0] != actions:
+            found, classes = self.results.of(video.video_id), self.results.classes
+            known = actions, type_predictions(found, actions, classes=classes, tiou=self.tiou)
+            self._types[video.video_id] = known
+        return known[1]
 
 
 def make_catalog(
@@ -165,7 +171,9 @@ def make_catalog(
     paths = _paths(ids, files or {})
     videos = tuple(ViewedVideo(one, keys.get(one, one), paths.get(one)) for one in ids)
     found = _notes(videos, results, has_truth=bool(state.database), keys=keys, files=files)
-    return Catalog(title, results, annotations, videos, tiou, (*notes, *found), measure)
+    catalog = Catalog(title, results, annotations, videos, tiou, (*notes, *found), measure)
+    catalog.summary()  # types all predictions once, so that the page need not wait for it
+    return catalog
 
 
 def _keys(predicted: Mapping[str, Any], state: State) -> dict[str, str]:

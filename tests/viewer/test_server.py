@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -313,3 +314,25 @@ def test_files_with_one_id_are_told(folder: Path) -> None:
     files, notes = find_videos(folder / "videos")
     assert set(files) == {"v", "new"}
     assert "1 files have the id of another" in notes[0]
+
+
+def test_earlier_corrections_stand_in_for_the_annotations_and_say_so(folder: Path) -> None:
+    annotations = folder / "annotations.json"
+    options = ViewOptions(annotations=annotations, port=0)
+    (folder / "annotations.corrected.json").write_text('{"database": {"v": {"subset": "test", "annotations": []}}}')
+    os.utime(folder / "annotations.corrected.json", (1, 1))
+    with open_viewer(folder / "results.json", options) as server:
+        assert server.catalog.summary()["videos"][0]["truths"] == 0
+        assert f"{annotations} is newer, and is not looked at" in server.catalog.notes[0]
+
+
+def test_corrections_of_other_files_in_the_folder_are_left_alone(folder: Path) -> None:
+    def saves_to(source: Path, **options: Path) -> str:
+        with open_viewer(source, ViewOptions(port=0, **options)) as server:
+            return server.catalog.annotations.save_to.relative_to(folder).as_posix()
+
+    (folder / "other.json").write_text('{"database": {"v": {"subset": "test", "annotations": []}}}')
+    assert saves_to(folder / "results.json", annotations=folder / "other.json") == "other.corrected.json"
+    assert saves_to(folder / "results.json") == "results.annotations.json"
+    assert saves_to(folder) == "annotations.corrected.json"
+    assert saves_to(folder, save_to=folder / "mine.json") == "mine.json"

@@ -139,7 +139,7 @@ class Page {
     const least = Number(byId("score-filter").value);
     return this.detail.predictions
       .filter((one) => one.score >= least && (!label || one.label === label) && (!type || !one.type || one.type === type))
-      .slice(0, Math.max(1, Number(byId("most-filter").value) || 1));
+      .slice(0, Math.max(1, byId("most-filter").valueAsNumber || 50));
   }
 
   draw() {
@@ -175,6 +175,7 @@ class Page {
   choose(item, seek = true) {
     this.chosen = item;
     this.setLoop(null);
+    this.say("");
     if (item && seek) this.player.seek(item.start);
     this.timeline.choose(item);
     this.details.show();
@@ -237,11 +238,13 @@ class Page {
     if (!can) return;
     this.edits[direction](this.index);
     this.takeEdited(null);
+    this.say(direction === "undo" ? "Undone." : "Redone.");
   }
 
   takeEdited(chosen) {
     this.detail.actions = this.edits.actions(this.index);
     this.chosen = chosen;
+    this.say("");
     const known = new Set(this.classes);
     const added = [...new Set(this.detail.actions.map((one) => one.label))].filter((label) => !known.has(label));
     if (added.length) {

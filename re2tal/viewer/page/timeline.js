@@ -92,7 +92,8 @@ export class Timeline {
     const isTruth = item.score === undefined;
     const verdict = item.type === "true positive" ? "right" : "wrong";
     const kind = isTruth ? (item.missed ? "truth missed" : "truth") : `prediction ${item.type ? verdict : ""}`;
-    const bar = element("button", `bar ${kind}`, isTruth ? item.label : item.score.toFixed(2));
+    const bar = element("button", `bar ${kind}`);
+    bar.append(element("span", "text", isTruth ? item.label : item.score.toFixed(2)));
     bar.type = "button";
     bar.tabIndex = -1;
     if (!isTruth) bar.style.setProperty("--fill", `${Math.round(8 + 42 * Math.min(Math.max(item.score, 0), 1))}%`);
