@@ -132,7 +132,7 @@ def test_actions_are_dragged_accepted_added_undone_and_saved(browser: Any, tmp_p
         visit.shows("#status", "Undone")
         visit.shows("#save", "Save (1)")
         visit.press("Control+s")
-        visit.shows("#status", "Saved 1 corrected videos")
+        visit.shows("#status", "Saved 1 corrected video to")
         assert page.inner_text("#save") == "Save"
         assert visit.problems == []
         assert all(url.startswith((address, "data:,")) for url in visit.requests)
@@ -227,7 +227,8 @@ def test_a_phone_without_truth_and_videos_shows_the_axis(browser: Any, tmp_path:
         assert page.evaluate("document.documentElement.dataset.theme") == scheme
         assert page.evaluate("document.documentElement.scrollWidth") == 390
         visit.shows("#notes", "--annotations FILE adds them")
-        visit.shows("#chosen", "its file (--videos)")
+        assert page.is_visible("#locked")
+        assert page.is_disabled("#next-error")
         assert page.locator("#accept-shown").is_disabled()
         assert not page.locator("#sidebar").is_visible()
         page.tap("#menu")

@@ -37,3 +37,6 @@ export function element(tag, className = "", text = "") {
 export const byId = (id) => document.getElementById(id);
 
 export const seconds = (value) => `${value.toFixed(2)} s`;
+
+/** 1, "video" -> "1 video"; 2, "video" -> "2 videos". */
+export const count = (number, noun) => `${number} ${noun}${number === 1 ? "" : "s"}`;

@@ -67,6 +67,7 @@ class Page {
     this.markDirty();
     this.list.show(videos);
     this.saving.show();
+    byId("next-error").disabled = !videos.some((video) => video.annotated);
   }
 
   /** Read everything again; `drop` forgets unsaved corrections. */

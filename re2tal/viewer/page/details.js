@@ -21,9 +21,9 @@ export class Details {
     const { chosen, detail } = this.page;
     const isTruth = Boolean(chosen) && chosen.score === undefined;
     const editable = detail !== null && detail.duration !== null;
-    byId("chosen").textContent = !editable && detail
-      ? "The length of this video is not known, so it cannot be annotated; give its file (--videos)."
-      : chosen ? describe(chosen) : "Choose an action on the time axis, or add one.";
+    const hint = editable ? "Choose an action on the time axis, or add one." : "";
+    byId("chosen").textContent = chosen ? describe(chosen) : hint;
+    byId("locked").hidden = editable || detail === null;
     byId("edit").hidden = !isTruth;
     byId("accept").hidden = !chosen || isTruth;
     for (const id of ["accept", "accept-shown", "add", "delete", "label", "start", "end"]) byId(id).disabled = !editable;

@@ -1,5 +1,5 @@
 // The list of videos: only the rows in sight are in the document, so thousands of videos scroll as well as ten.
-import { byId, element } from "./api.js";
+import { byId, count, element } from "./api.js";
 
 const ROW_HEIGHT = 48;
 const MARGIN = 6;
@@ -45,7 +45,7 @@ export class VideoList {
     }[byId("order").value];
     if (by) this.order.sort(by);
     byId("found").textContent = this.order.length === this.videos.length
-      ? `${this.videos.length} videos` : `${this.order.length} of ${this.videos.length} videos`;
+      ? count(this.videos.length, "video") : `${this.order.length} of ${count(this.videos.length, "video")}`;
     this.rows.style.height = `${this.order.length * ROW_HEIGHT}px`;
     this.redraw();
   }
@@ -109,7 +109,7 @@ export class VideoList {
     row.setAttribute("aria-setsize", String(this.order.length));
     row.setAttribute("aria-posinset", String(place + 1));
     const missing = video.media ? "" : " · no file";
-    const errors = video.annotated ? ` · ${video.truths} true · ${numErrors(video)} errors` : "";
+    const errors = video.annotated ? ` · ${video.truths} true · ${count(numErrors(video), "error")}` : "";
     row.append(
       element("b", "", `${video.dirty ? "● " : ""}${video.id}`),
       element("small", "", `${video.predictions} predicted${errors}${missing}`),

@@ -1,5 +1,5 @@
 // Saving, and what to do when somebody else saved the same file.
-import { byId, element, request } from "./api.js";
+import { byId, count, element, request } from "./api.js";
 
 export class Saving {
   /** `page` has edits, revision, saveTo, videos, say(text, bad), reload(), refresh(). */
@@ -31,7 +31,7 @@ export class Saving {
     const number = this.page.edits.unsaved().length;
     byId("save").disabled = byId("download").disabled = !number;
     byId("save").textContent = number ? `Save (${number})` : "Save";
-    byId("save").title = `${number} corrected videos to ${this.page.saveTo}`;
+    byId("save").title = `${count(number, "corrected video")} to ${this.page.saveTo}`;
   }
 
   async save(merge = false) {
@@ -48,7 +48,7 @@ export class Saving {
         this.page.edits.saved(edits);
         await this.page.refresh();
       }
-      this.page.say(`Saved ${edits.length} corrected videos to ${answer.path}`);
+      this.page.say(`Saved ${count(edits.length, "corrected video")} to ${answer.path}`);
     } catch (error) {
       if (error.status === 409) this.ask(error.content);
       else this.page.say(`Not saved: ${error.message}. Download keeps your corrections.`, true);
@@ -66,7 +66,7 @@ export class Saving {
         "of both, so look at it again afterwards."
       : " No video was changed by both.";
     byId("conflict-text").textContent =
-      `Another program, or another page, saved ${this.page.saveTo} since you began; you have ${mine} corrected videos.${shared}`;
+      `Another program, or another page, saved ${this.page.saveTo} since you began; you have ${count(mine, "corrected video")}.${shared}`;
     byId("conflict").showModal();
   }
 
@@ -79,7 +79,7 @@ export class Saving {
       link.download = name;
       link.click();
       setTimeout(() => URL.revokeObjectURL(link.href), 60_000);
-      this.page.say(`${name}: all annotations with your ${edits.length} corrected videos; nothing was saved on the server.`);
+      this.page.say(`${name}: all annotations with your ${count(edits.length, "corrected video")}; nothing was saved on the server.`);
     } catch (error) {
       this.page.say(`Nothing was downloaded: ${error.message}`, true);
     }
