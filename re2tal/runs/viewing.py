@@ -11,13 +11,14 @@ from pathlib import Path
 
 from re2tal.config import load_config
 from re2tal.data.building.probe import probe_video
-from re2tal.data.contract.shards import open_any, subset_folder
+from re2tal.data.contract.shards import FeatureSet, ShardSet, open_any, subset_folder
 from re2tal.evaluation.results import read_results
 from re2tal.runs.folder import CONFIG_NAME, RESULTS_NAME
 from re2tal.structures import VideoRecord
 from re2tal.video_ids import VIDEO_SUFFIXES, composed
 from re2tal.viewer.annotation_file import AnnotationFile
 from re2tal.viewer.catalog import make_catalog
+from re2tal.viewer.media import Media
 from re2tal.viewer.server import ViewerServer
 
 CORRECTED_NAME = "annotations.corrected.json"
@@ -28,7 +29,8 @@ class ViewOptions:
     """What the page shows beside the predictions, and where it saves."""
 
     videos: Path | None = None
-    """Folder of the video files, subfolders too; ids are names of files without suffix."""
+    """Folder of the video files, subfolders too; ids are names of files without suffix. By default those in the
+    validation shards of a run."""
     annotations: Path | None = None
     """True actions, in ActivityNet's layout; by default those in the validation shards of a run."""
     save_to: Path | None = None
@@ -49,16 +51,19 @@ def open_viewer(source: Path, options: ViewOptions = ViewOptions()) -> ViewerSer
     """
     if not 0 < options.tiou <= 1:
         raise ValueError(f"--tiou is {options.tiou:g}; give a number above 0 and up to 1")
+    if options.annotations is not None and not options.annotations.is_file():
+        raise FileNotFoundError(f"--annotations {options.annotations} is not a file; check the path")
     path = _results_path(source)
     results = read_results(path)
     files, notes = (None, []) if options.videos is None else find_videos(options.videos)
     records: Sequence[VideoRecord] = ()
-    if options.annotations is None:
-        if source.is_dir():
-            records, note = _records_of(source)
-            notes += note
-    elif not options.annotations.is_file():
-        raise FileNotFoundError(f"--annotations {options.annotations} is not a file; check the path")
+    if source.is_dir() and None in (options.annotations, files):
+        shards, faults = _shards_of(source)
+        notes += faults
+        records = [video.record for video in shards.videos] if shards and options.annotations is None else ()
+        if files is None and (packed := _packed(shards)):
+            files = packed
+            notes.append("The videos are those of the run's shards; --videos FOLDER shows the originals.")
     annotations = AnnotationFile(
         options.save_to or _save_to(source, path, options.annotations),
         source=options.annotations,
@@ -97,19 +102,19 @@ def view(source: Path, options: ViewOptions, *, open_page: bool) -> None:
             print("stopped")
 
 
-def find_videos(folder: Path) -> tuple[dict[str, Path], list[str]]:
+def find_videos(folder: Path) -> tuple[dict[str, Media], list[str]]:
     """(id -> file, notes) of all video files below a folder; ValueError if there is none.
 
     Of files with one id the first by path is taken, and a note names one of the others.
     """
     if not folder.is_dir():
         raise ValueError(f"--videos {folder} is not a folder; give one that holds video files")
-    files: dict[str, Path] = {}
+    files: dict[str, Media] = {}
     twice = []
     for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES):
         if path.name.startswith("._") or not path.is_file():
             continue
-        if files.setdefault(composed(path.stem), path) != path:
+        if files.setdefault(composed(path.stem), Media(path)).path != path:
             twice.append(path)
     if not files:
         raise ValueError(f"--videos {folder} holds no video file; wanted one of {', '.join(VIDEO_SUFFIXES)}")
@@ -149,14 +154,20 @@ def _earlier(annotations: AnnotationFile) -> list[str]:
     return [f"{note}."]
 
 
-def _records_of(run: Path) -> tuple[Sequence[VideoRecord], list[str]]:
-    """The true actions in a run's validation shards, and a note where they cannot be read."""
+def _shards_of(run: Path) -> tuple[ShardSet | FeatureSet | None, list[str]]:
+    """A run's validation shards, or a note where they cannot be used."""
     try:
         config = load_config(run / CONFIG_NAME)
-        shards = open_any(subset_folder(config.data.shards, config.data.validation_subset))
-        return [video.record for video in shards.videos], []
+        return open_any(subset_folder(config.data.shards, config.data.validation_subset)), []
     except (ValueError, OSError) as error:
-        return (), [f"The run's validation shards are not used: {error}"]
+        return None, [f"The run's validation shards are not used: {error}"]
+
+
+def _packed(shards: ShardSet | FeatureSet | None) -> dict[str, Media]:
+    """Id -> its video in the shards; nothing where they hold features."""
+    if not isinstance(shards, ShardSet):
+        return {}
+    return {composed(video.record.video_id): Media(shards.path(video.shard), video.offset) for video in shards.videos}
 
 
 def _open_browser(address: str) -> bool:

@@ -13,6 +13,7 @@ from re2tal.structures import Action
 from re2tal.video_ids import composed, match_ids, plain_id
 from re2tal.viewer.annotation_file import AnnotationFile, Edit, State
 from re2tal.viewer.errors import MISSED, TYPES, Typed, type_predictions
+from re2tal.viewer.media import Media
 
 MAX_NAMED = 5
 """Ids in one note."""
@@ -25,7 +26,7 @@ class ViewedVideo:
     video_id: str
     key: str
     """Of its entry in the annotations, or of the one it would get."""
-    path: Path | None
+    media: Media | None
     """Its file, if there is one."""
 
 
@@ -65,7 +66,7 @@ class Catalog:
                     "best": float(found.scores.max()) if len(found) else None,
                     "types": typed.counts() if typed else {},
                     "annotated": typed is not None,
-                    "media": video.path is not None,
+                    "media": video.media is not None,
                 }
             )
         return {
@@ -110,15 +111,16 @@ class Catalog:
     def duration_seconds(self, video: ViewedVideo, state: State) -> float | None:
         """As the annotations say, or else the file; None where neither does."""
         duration = state.duration_seconds(video.key)
-        if duration is not None or video.path is None:
+        if duration is not None or video.media is None or video.media.pair_offset is not None:
             return duration
+        path = video.media.path
         with self._lock:
-            if video.path not in self._measured:
+            if path not in self._measured:
                 try:
-                    self._measured[video.path] = self.measure(video.path)
+                    self._measured[path] = self.measure(path)
                 except ValueError:
-                    self._measured[video.path] = None
-            return self._measured[video.path]
+                    self._measured[path] = None
+            return self._measured[path]
 
     def edit(self, index: int, base: tuple[Action, ...], actions: tuple[Action, ...]) -> Edit:
         """An edit as the annotations take it; ValueError for a video of unknown length."""
@@ -145,7 +147,7 @@ def make_catalog(
     results: Results,
     annotations: AnnotationFile,
     *,
-    files: Mapping[str, Path] | None,
+    files: Mapping[str, Media] | None,
     tiou: float,
     notes: Sequence[str],
     measure: Callable[[Path], float],
@@ -168,8 +170,8 @@ def make_catalog(
     if not ids:
         keys |= {video_id: video_id for video_id in files or {} if video_id not in keys}
     ids += [one for one in keys if one not in results.predictions]
-    paths = _paths(ids, files or {})
-    videos = tuple(ViewedVideo(one, keys.get(one, one), paths.get(one)) for one in ids)
+    media = _media(ids, files or {})
+    videos = tuple(ViewedVideo(one, keys.get(one, one), media.get(one)) for one in ids)
     found = _notes(videos, results, has_truth=bool(state.database), keys=keys, files=files)
     catalog = Catalog(title, results, annotations, videos, tiou, (*notes, *found), measure)
     catalog.summary()  # types all predictions once, so that the page need not wait for it
@@ -182,11 +184,11 @@ def _keys(predicted: Mapping[str, Any], state: State) -> dict[str, str]:
     return {one: renamed.get(one, one) for one in predicted if renamed.get(one, one) in state.database}
 
 
-def _paths(ids: Sequence[str], files: Mapping[str, Path]) -> dict[str, Path]:
+def _media(ids: Sequence[str], files: Mapping[str, Media]) -> dict[str, Media]:
     """Id -> file, also where the two differ by suffix, prefix or Unicode form."""
     renamed = match_ids([composed(one) for one in ids], files)
     found = {one: files.get(renamed.get(composed(one), composed(one))) for one in ids}
-    return {one: path for one, path in found.items() if path is not None}
+    return {one: media for one, media in found.items() if media is not None}
 
 
 def _notes(
@@ -195,7 +197,7 @@ def _notes(
     *,
     has_truth: bool,
     keys: Mapping[str, str],
-    files: Mapping[str, Path] | None,
+    files: Mapping[str, Media] | None,
 ) -> list[str]:
     """What is missing, a sentence each."""
     notes = []
@@ -208,8 +210,8 @@ def _notes(
         notes.append(f"{which} in the annotations: {_some(strangers)}.")
     if files is None:
         notes.append("No videos were given, so only the time axis is shown; --videos FOLDER adds them.")
-    elif absent := [video.video_id for video in videos if video.path is None]:
-        notes.append(f"Without a file in --videos: {_some(absent)}.")
+    elif absent := [video.video_id for video in videos if video.media is None]:
+        notes.append(f"Without a video file: {_some(absent)}.")
     if not results.predictions:
         notes.append("The results name no video.")
     return notes

@@ -1,12 +1,17 @@
-"""Video files over HTTP, whole or in the ranges that a browser asks for when it seeks (RFC 9110, section 14)."""
+"""Videos over HTTP, whole or in the ranges that a browser asks for when it seeks (RFC 9110, section 14).
+
+A video is a file, or a member of a shard: tar stores members whole, so a range of one is a range of the tar.
+"""
 
 from __future__ import annotations
 
 import mimetypes
 import re
+import tarfile
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from typing import BinaryIO
 
 CHUNK_BYTES = 1 << 18
 _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
@@ -18,6 +23,30 @@ class Span:
 
     first: int
     last: int
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """Where a video is."""
+
+    path: Path
+    """Its file, or the tar that holds it."""
+    pair_offset: int | None = None
+    """In a tar: where the header of its json starts, which the video follows."""
+
+    def name_and_bytes(self, file: BinaryIO) -> tuple[str, Span]:
+        """Its name, and where its bytes are in the opened `path`; ValueError where no video is there."""
+        if self.pair_offset is None:
+            return self.path.name, Span(0, file.seek(0, 2) - 1)
+        file.seek(self.pair_offset)
+        try:
+            with tarfile.open(fileobj=file, mode="r:") as pair:
+                _, video = pair.next(), pair.next()
+        except tarfile.TarError as error:
+            raise ValueError(f"{self.path} is damaged at byte {self.pair_offset}: {error}") from None
+        if video is None or not video.isreg() or not video.name.endswith(".mp4"):
+            raise ValueError(f"{self.path} holds no video at byte {self.pair_offset}; was it changed?")
+        return video.name, Span(video.offset_data, video.offset_data + video.size - 1)
 
 
 class NotSatisfiable(ValueError):
@@ -46,15 +75,11 @@ def parse_range(header: str | None, size: int) -> Span | None:
     return Span(first, last)
 
 
-def send_file(handler: BaseHTTPRequestHandler, path: Path) -> None:
-    """Answer a GET or HEAD for a file that the caller has allowed; the caller's `end_headers` adds its own headers."""
-    try:
-        file = path.open("rb")
-    except OSError:
-        handler.send_error(404, "The video file is no longer there")
-        return
-    with file:
-        size = file.seek(0, 2)
+def send_media(handler: BaseHTTPRequestHandler, media: Media) -> None:
+    """Answer a GET or HEAD for a video that the caller has allowed; the caller's `end_headers` adds its own headers."""
+    with media.path.open("rb") as file:
+        name, whole = media.name_and_bytes(file)
+        size = whole.last + 1 - whole.first
         try:
             span = parse_range(handler.headers.get("Range"), size)
         except NotSatisfiable:
@@ -64,7 +89,7 @@ def send_file(handler: BaseHTTPRequestHandler, path: Path) -> None:
             handler.end_headers()
             return
         handler.send_response(200 if span is None else 206)
-        handler.send_header("Content-Type", mimetypes.guess_type(path.name)[0] or "application/octet-stream")
+        handler.send_header("Content-Type", mimetypes.guess_type(name)[0] or "application/octet-stream")
         handler.send_header("Accept-Ranges", "bytes")
         if span is not None:
             handler.send_header("Content-Range", f"bytes {span.first}-{span.last}/{size}")
@@ -74,7 +99,7 @@ def send_file(handler: BaseHTTPRequestHandler, path: Path) -> None:
         handler.end_headers()
         if handler.command == "HEAD":
             return
-        file.seek(span.first)
+        file.seek(whole.first + span.first)
         while left > 0 and (chunk := file.read(min(CHUNK_BYTES, left))):
             handler.wfile.write(chunk)
             left -= len(chunk)

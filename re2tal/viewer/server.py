@@ -29,7 +29,7 @@ from typing import Any
 from re2tal.structures import Action
 from re2tal.viewer.annotation_file import Conflict
 from re2tal.viewer.catalog import Catalog
-from re2tal.viewer.media import send_file
+from re2tal.viewer.media import send_media
 
 logger = logging.getLogger(__name__)
 
@@ -163,10 +163,10 @@ class _Handler(BaseHTTPRequestHandler):
         elif place.startswith("api/video/"):
             self._send_json(catalog.detail(self._index(place.removeprefix("api/video/"))))
         elif place.startswith("media/"):
-            path = catalog.videos[self._index(place.removeprefix("media/"))].path
-            if path is None:
-                raise _Refused(404, error="this video has no file")
-            send_file(self, path)
+            media = catalog.videos[self._index(place.removeprefix("media/"))].media
+            if media is None or not media.path.is_file():
+                raise _Refused(404, error="this video has no file, or no longer")
+            send_media(self, media)
         else:
             raise _Refused(404, error="nothing is here")
 

@@ -8,14 +8,17 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from http.client import HTTPConnection, HTTPResponse
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
+from data.folders import indexed, write_shards
 
 from re2tal.data.building.annotations import read_annotations
 from re2tal.runs.viewing import ViewOptions, find_videos, open_viewer
-from re2tal.viewer.media import NotSatisfiable, Span, parse_range
+from re2tal.structures import Action
+from re2tal.viewer.media import Media, NotSatisfiable, Span, parse_range
 from re2tal.viewer.server import PAGE, ViewerServer
 
 NASTY = '"><script>alert(1)</script>'
@@ -92,7 +95,7 @@ def test_the_list_tells_what_is_there_and_what_is_missing(client: Client) -> Non
     assert [video["media"] for video in shown["videos"]] == [True, True, False, False]
     assert set(shown["classes"]) == {"run", NASTY, "jump"}
     assert any("not in the annotations: 2 videos (new, " in note for note in shown["notes"])
-    assert any("Without a file in --videos: 2 videos" in note for note in shown["notes"])
+    assert any("Without a video file: 2 videos" in note for note in shown["notes"])
 
 
 def test_a_video_has_its_predictions_and_types(client: Client) -> None:
@@ -193,6 +196,11 @@ def test_every_answer_forbids_what_the_page_does_not_need(client: Client) -> Non
         assert "http" not in policy
         assert headers["X-Content-Type-Options"] == "nosniff"
         assert headers["Referrer-Policy"] == "no-referrer"
+
+
+def test_the_list_of_the_pages_files_is_whole() -> None:
+    there = {one.name for one in (files("re2tal.viewer") / "page").iterdir()}
+    assert there == {place or "index.html" for place in PAGE}
 
 
 def test_the_page_asks_for_nothing_from_elsewhere(client: Client) -> None:
@@ -308,11 +316,40 @@ def test_a_run_without_usable_shards_is_shown_without_truth(folder: Path) -> Non
         assert server.catalog.notes[0].startswith("The run's validation shards are not used: nowhere")
 
 
+def test_a_run_shows_the_videos_and_the_truth_of_its_shards(tmp_path: Path) -> None:
+    videos = {
+        name: (content, indexed(90, video_id=name, actions=[Action(0.5, 1.5, "run")]))
+        for name, content in (("first", VIDEO), ("second", VIDEO[::-1]))
+    }
+    write_shards(tmp_path / "shards" / "validation", videos, per_shard=2, classes=("run",))
+    (tmp_path / "config.json").write_text(json.dumps({"data": {"shards": str(tmp_path / "shards")}}))
+    found = [{"segment": [0.5, 1.5], "label": "run", "score": 0.9}]
+    (tmp_path / "results.json").write_text(json.dumps({"results": {"second": found}}))
+    for client in serve(tmp_path, ViewOptions(port=0)):
+        shown = client.json("api/videos")
+        assert [(video["id"], video["types"]) for video in shown["videos"]] == [
+            ("second", {"true positive": 1}),
+            ("first", {"missed": 1}),
+        ]
+        answer, body = client.ask("media/0", Range="bytes=100-299")
+        assert (answer.status, body, answer.headers["Content-Type"]) == (206, VIDEO[::-1][100:300], "video/mp4")
+        assert client.ask("media/1")[1] == VIDEO
+        saved = client.json("api/save", {"revision": shown["revision"], "edits": [change(0, [[0.5, 1.5, "run"]], [])]})
+        assert Path(saved["path"]) == tmp_path / "annotations.corrected.json"
+    assert len(read_annotations(tmp_path / "annotations.corrected.json").subset("training")) == 2
+
+
+def test_a_damaged_shard_gives_no_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(b"x" * 2048)
+    with (tmp_path / "a.tar").open("rb") as file, pytest.raises(ValueError, match=r"a\.tar holds no video at byte 512"):
+        Media(tmp_path / "a.tar", 512).name_and_bytes(file)
+
+
 def test_files_with_one_id_are_told(folder: Path) -> None:
     (folder / "videos" / "sub").mkdir()
     (folder / "videos" / "sub" / "v.mkv").write_bytes(b"")
-    files, notes = find_videos(folder / "videos")
-    assert set(files) == {"v", "new"}
+    found, notes = find_videos(folder / "videos")
+    assert set(found) == {"v", "new"}
     assert "1 files have the id of another" in notes[0]
 
 
