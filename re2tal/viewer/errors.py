@@ -46,36 +46,31 @@ def type_predictions(
     background = TYPES.index("background")
     if not true or not len(detections):
         return Typed([background] * len(detections), missed)
-    segments = detections.segments.double().numpy()
+    names = {label: number for number, label in enumerate({*classes, *(action.label for action in actions)})}
+    labels = np.array([names[label] for label in classes])[detections.labels.numpy()]
+    true_labels = np.array([names[actions[place].label] for place in true])
     truths = np.array([(actions[place].start_seconds, actions[place].end_seconds) for place in true])
-    overlaps = PROTOCOLS["official"].tiou(segments[:, None], truths[None])
-    labels = [classes[label] for label in detections.labels.tolist()]
-    true_labels = [actions[place].label for place in true]
+    overlaps = PROTOCOLS["official"].tiou(detections.segments.double().numpy()[:, None], truths[None])
     types = _without_matches(overlaps, labels, true_labels, tiou)
-    for row in np.argsort(-detections.scores.double().numpy(), kind="stable").tolist():
+    fits = (overlaps >= tiou) & (labels[:, None] == true_labels)
+    by_score = np.argsort(-detections.scores.double().numpy(), kind="stable")
+    for row in by_score[fits.any(axis=1)[by_score]].tolist():
         # Of equal overlaps the later truth is taken, as in `average_precision`.
-        free = [
-            (overlaps[row, column], column)
-            for column in np.flatnonzero(overlaps[row] >= tiou).tolist()
-            if true_labels[column] == labels[row] and missed[true[column]]
-        ]
+        free = [(overlaps[row, column], column) for column in np.flatnonzero(fits[row]) if missed[true[column]]]
         if free:
             types[row] = 0
             missed[true[max(free)[1]]] = False
-    return Typed(types, missed)
+    return Typed(types.tolist(), missed)
 
 
-def _without_matches(overlaps: np.ndarray, labels: Sequence[str], true_labels: Sequence[str], tiou: float) -> list[int]:
-    """(N, M) -> (N,) the type that each prediction has if it takes no truth."""
-    nearest = overlaps.argmax(axis=1).tolist()
-    types = []
-    for overlap, label, column in zip(overlaps.max(axis=1).tolist(), labels, nearest, strict=True):
-        same = true_labels[column] == label
-        if overlap >= tiou:
-            name = "double detection" if same else "wrong label"
-        elif overlap >= BACKGROUND_TIOU:
-            name = "localization" if same else "confusion"
-        else:
-            name = "background"
-        types.append(TYPES.index(name))
-    return types
+def _without_matches(overlaps: np.ndarray, labels: np.ndarray, true_labels: np.ndarray, tiou: float) -> np.ndarray:
+    """(N, M), (N,) and (M,) -> (N,) the type that each prediction has if it takes no truth."""
+    best, same = overlaps.max(axis=1), true_labels[overlaps.argmax(axis=1)] == labels
+    near, touching = best >= tiou, best >= BACKGROUND_TIOU
+    kinds = {
+        "double detection": near & same,
+        "wrong label": near,
+        "localization": touching & same,
+        "confusion": touching,
+    }
+    return np.select([*kinds.values()], [TYPES.index(kind) for kind in kinds], TYPES.index("background"))

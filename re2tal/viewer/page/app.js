@@ -63,6 +63,7 @@ class Page {
       `Corrections are saved to ${rest.saveTo}.`;
     fill("class-filter", classes);
     fill("type-filter", types);
+    byId("score-filter").max = Math.max(1, ...videos.map((video) => video.best ?? 0));
     this.details.labels(classes);
     this.markDirty();
     this.list.show(videos);
@@ -137,7 +138,8 @@ class Page {
   /** The predictions that the filters leave, best first. */
   shown() {
     const [label, type] = [byId("class-filter").value, byId("type-filter").value];
-    const least = Number(byId("score-filter").value);
+    const slider = byId("score-filter");
+    const least = slider.value === slider.min ? -Infinity : Number(slider.value);
     return this.detail.predictions
       .filter((one) => one.score >= least && (!label || one.label === label) && (!type || !one.type || one.type === type))
       .slice(0, Math.max(1, byId("most-filter").valueAsNumber || 50));
@@ -147,7 +149,8 @@ class Page {
     const { actions, predictions, duration } = this.detail;
     const label = byId("class-filter").value;
     const shown = this.shown();
-    const truths = actions.filter((one) => !label || one.label === label);
+    const onlyMissed = byId("type-filter").value === "missed";
+    const truths = actions.filter((one) => (!label || one.label === label) && (!onlyMissed || one.missed));
     const byTime = [...truths].sort((one, other) => one.start - other.start);
     const labels = [...new Set([...byTime, ...shown].map((one) => one.label))];
     const rows = labels.map((name) => ({

@@ -29,8 +29,8 @@ export class Details {
     for (const id of ["accept", "accept-shown", "add", "delete", "label", "start", "end"]) byId(id).disabled = !editable;
     if (isTruth) {
       byId("label").value = chosen.label;
-      byId("start").value = chosen.start.toFixed(3);
-      byId("end").value = chosen.end.toFixed(3);
+      byId("start").value = chosen.start.toFixed(2);
+      byId("end").value = chosen.end.toFixed(2);
     }
   }
 
@@ -42,7 +42,7 @@ export class Details {
   take() {
     const { chosen } = this.page;
     const label = byId("label").value.trim();
-    const typed = (id, value) => (byId(id).value === value.toFixed(3) ? value : Number(byId(id).value));
+    const typed = (id, value) => (byId(id).value === value.toFixed(2) ? value : Number(byId(id).value));
     this.replace(chosen, { label, start: typed("start", chosen.start), end: typed("end", chosen.end) });
   }
 
@@ -64,8 +64,9 @@ export class Details {
 
   /** Let the chosen action start or end where the video is. */
   setBorder(side) {
-    const { chosen, player } = this.page;
-    if (chosen?.score === undefined && chosen) this.replace(chosen, { [side]: Math.round(player.time * 1000) / 1000 });
+    const { chosen, detail, player } = this.page;
+    const here = Math.min(Math.round(player.time * 1000) / 1000, detail.duration);
+    if (chosen && chosen.score === undefined) this.replace(chosen, { [side]: here });
   }
 
   remove() {
@@ -107,7 +108,7 @@ export class Details {
     const length = Math.min(2, detail.duration / 10);
     const start = Math.min(Math.round(player.time * 1000) / 1000, detail.duration - length);
     const label = chosen?.label ?? byId("class-filter").value ?? "";
-    const action = toAction([start, start + length, label || classes[0] || "action"]);
+    const action = toAction([start, Math.min(start + length, detail.duration), label || classes[0] || "action"]);
     this.page.change([...detail.actions, action], action);
     byId("label").focus();
     byId("label").select();

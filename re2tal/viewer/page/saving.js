@@ -47,6 +47,7 @@ export class Saving {
       } else {
         this.page.edits.saved(edits);
         await this.page.refresh();
+        await this.page.retype();
       }
       this.page.say(`Saved ${count(edits.length, "corrected video")} to ${answer.path}`);
     } catch (error) {

@@ -173,9 +173,9 @@ export class Timeline {
   moved({ start, end }, side, by) {
     const { duration } = this.view;
     if (side === "start") return { start: round(Math.min(Math.max(start + by, 0), end - LEAST_SECONDS)), end };
-    if (side === "end") return { start, end: round(Math.max(Math.min(end + by, duration), start + LEAST_SECONDS)) };
+    if (side === "end") return { start, end: Math.max(Math.min(round(end + by), duration), start + LEAST_SECONDS) };
     const shift = Math.min(Math.max(by, -start), Math.max(duration - end, 0));
-    return { start: round(start + shift), end: round(end + shift) };
+    return { start: Math.max(round(start + shift), 0), end: Math.min(round(end + shift), duration) };
   }
 
   /** Call `onMove` with the time under the pointer until it is let go; less than 3 pixels are a click. */
