@@ -3,7 +3,7 @@
 A save names the revision that its edits began from. If the file has another one by now, somebody else has saved, and
 `Conflict` says so; the same edits sent again with `merge` are put together with theirs, action by action:
 
-    merged = theirs - (base - mine) + (mine - base)
+    merged = base + what they added or removed + what I did, where what both did counts once
 
 so what either side added stays, what either side removed goes, and nothing is lost without a word.
 """
@@ -187,7 +187,13 @@ class AnnotationFile:
 
 def merge_actions(base: Sequence[Action], theirs: Sequence[Action], mine: Sequence[Action]) -> tuple[Action, ...]:
     """Both sides' changes of `base`, in the order of `mine`, then what only they have."""
-    wanted = Counter(theirs) - (Counter(base) - Counter(mine)) + (Counter(mine) - Counter(base))
+    counts = [Counter(actions) for actions in (base, theirs, mine)]
+    wanted: Counter[Action] = Counter()
+    for action in set().union(*counts):
+        before, there, here = (count[action] for count in counts)
+        changes = (there - before, here - before)
+        alike = min(changes) >= 0 or max(changes) <= 0
+        wanted[action] = before + (max(changes, key=abs) if alike else sum(changes))
     merged = []
     for action in (*mine, *theirs):
         if wanted[action] > 0:

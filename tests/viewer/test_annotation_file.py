@@ -150,6 +150,9 @@ def test_merging_by_hand() -> None:
     assert merge_actions((A, B), (A, B), (B, C)) == (B, C)
     assert merge_actions((A, B), (B,), (A, B, C)) == (B, C)  # they removed A, I added C
     assert merge_actions((A,), (A, A), (A, B)) == (A, B, A)  # a second equal one is another action
+    assert merge_actions((A,), (A, B), (A, B)) == (A, B)  # both added the same
+    assert merge_actions((A, A), (A,), (A,)) == (A,)  # both removed the same
+    assert merge_actions((A,), (), (A, A)) == (A,)  # they removed one, I added one
     assert merge_actions((A,), (B,), (C,)) == (C, B)  # both moved it: both results stay
 
 

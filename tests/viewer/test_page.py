@@ -84,8 +84,9 @@ class Visit:
 class Served:
     """A viewer's address, for as long as the test runs."""
 
-    def __init__(self, folder: Path, *, truth: bool = True, videos: bool = True) -> None:
+    def __init__(self, folder: Path, *, truth: bool = True, videos: bool = True, save_to: Path | None = None) -> None:
         options = ViewOptions(
+            save_to=save_to,
             annotations=folder / "annotations.json" if truth else None,
             videos=folder / "videos" if videos else None,
             port=0,
@@ -160,9 +161,9 @@ def test_the_video_plays_seeks_and_loops_and_a_clock_stands_in_for_it(browser: A
     write_inputs(tmp_path)
     with Served(tmp_path) as address:
         page = Visit(browser, address).page
-        page.wait_for_function("document.getElementById('video').readyState >= 2")
+        page.wait_for_function("() => document.getElementById('video').readyState >= 2")
         page.click(".bar.truth")
-        page.wait_for_function("Math.abs(document.getElementById('video').currentTime - 1) < 0.05")
+        page.wait_for_function("() => Math.abs(document.getElementById('video').currentTime - 1) < 0.05")
         page.keyboard.press("ArrowDown")
         page.wait_for_selector("#no-video:not([hidden])")
         page.click(".bar.prediction >> nth=0")
@@ -216,6 +217,43 @@ def test_two_pages_merge_what_both_corrected(browser: Any, tmp_path: Path) -> No
         two.shows("#status", "Saved 1")
         assert two.page.locator(".bar.truth").count() == 1
     assert saved(tmp_path) == [(4.0, 5.0, NASTY)]
+
+
+def test_where_nothing_can_be_saved_the_corrections_can_be_downloaded(browser: Any, tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    with Served(tmp_path, save_to=tmp_path / "results.json" / "a.json") as address:
+        visit = Visit(browser, address)
+        visit.page.click(".bar.truth")
+        visit.press("Delete", "Control+s")
+        visit.shows("#status", "Download keeps your corrections")
+        visit.shows("#save", "Save (1)")
+        with visit.page.expect_download() as download:
+            visit.page.click("#download")
+    document = json.loads(Path(download.value.path()).read_text())
+    assert [len(document["database"][one]["annotations"]) for one in ("v0", "v2")] == [0, 1]
+
+
+def test_a_change_on_the_disk_is_told(browser: Any, tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    with Served(tmp_path) as address:
+        visit = Visit(browser, address)
+        document = json.loads((tmp_path / "annotations.json").read_text())
+        document["database"]["v0"]["annotations"] = []
+        (tmp_path / "annotations.json").write_text(json.dumps(document))
+        visit.page.evaluate("window.dispatchEvent(new Event('focus'))")
+        visit.shows("#status", "this is the new state")
+        assert visit.page.locator(".bar.truth").count() == 0
+
+
+@pytest.mark.parametrize("width", [390, 900, 1400])
+def test_the_video_is_in_sight_at_every_width(browser: Any, tmp_path: Path, width: int) -> None:
+    write_inputs(tmp_path)
+    with Served(tmp_path) as address:
+        page = Visit(browser, address, viewport={"width": width, "height": 800}).page
+        box = page.locator("#screen").bounding_box()
+        assert box["height"] > 150
+        assert 0 <= box["y"] < 300
+        assert page.evaluate("document.documentElement.scrollWidth") == width
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -47,7 +47,8 @@ class Page {
     list.replaceChildren(...this.notes.map((note) => element("li", "", note)));
     byId("notes").hidden = !this.notes.length;
     byId("notes").querySelector("summary").textContent = this.notes.length === 1 ? this.notes[0] : `${this.notes.length} notes`;
-    if (this.notes.length === 1) list.hidden = true;
+    byId("notes").classList.toggle("single", this.notes.length === 1);
+    list.hidden = this.notes.length === 1;
     if (this.videos.length) await this.open(this.list.order[0]);
     else this.say("The results name no video, and neither do the annotations.", true);
   }
