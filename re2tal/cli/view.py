@@ -7,10 +7,8 @@ from typing import Annotated
 
 import tyro
 
-from re2tal.runs.viewing import ViewOptions
+from re2tal.runs.viewing import AS_USUAL, ViewOptions
 from re2tal.runs.viewing import view as serve
-
-AS_USUAL = ViewOptions()
 
 
 def view(

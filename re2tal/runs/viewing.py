@@ -44,6 +44,9 @@ class ViewOptions:
     """Port on 127.0.0.1; 0 picks a free one."""
 
 
+AS_USUAL = ViewOptions()
+
+
 def open_viewer(source: Path, options: ViewOptions = ViewOptions()) -> ViewerServer:
     """A server of the page, ready to `serve_forever`; `source` is a run's folder or a results JSON.
 

@@ -40,7 +40,7 @@ PAGE = {
     "style.css": "text/css",
     **{
         f"{name}.js": "text/javascript"
-        for name in ("app", "api", "details", "edits", "keys", "list", "player", "saving", "timeline")
+        for name in ("app", "api", "details", "edits", "filters", "keys", "list", "player", "saving", "timeline")
     },
 }
 """The page's own files, and what they are."""

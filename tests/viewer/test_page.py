@@ -245,24 +245,24 @@ def test_a_change_on_the_disk_is_told(browser: Any, tmp_path: Path) -> None:
         assert visit.page.locator(".bar.truth").count() == 0
 
 
-@pytest.mark.parametrize("width", [390, 900, 1400])
-def test_the_video_is_in_sight_at_every_width(browser: Any, tmp_path: Path, width: int) -> None:
+def test_the_video_is_in_sight_at_every_width(browser: Any, tmp_path: Path) -> None:
     write_inputs(tmp_path)
     with Served(tmp_path) as address:
-        page = Visit(browser, address, viewport={"width": width, "height": 800}).page
-        box = page.locator("#screen").bounding_box()
-        assert box["height"] > 150
-        assert 0 <= box["y"] < 300
-        assert page.evaluate("document.documentElement.scrollWidth") == width
+        page = Visit(browser, address).page
+        for width in (390, 900, 1400):
+            page.set_viewport_size({"width": width, "height": 800})
+            box = page.locator("#screen").bounding_box()
+            assert box["height"] > 150
+            assert 0 <= box["y"] < 300
+            assert page.evaluate("document.documentElement.scrollWidth") == width
 
 
-@pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_phone_without_truth_and_videos_shows_the_axis(browser: Any, tmp_path: Path, scheme: str) -> None:
+def test_a_phone_without_truth_and_videos_shows_the_axis(browser: Any, tmp_path: Path) -> None:
     write_inputs(tmp_path)
     with Served(tmp_path, truth=False, videos=False) as address:
-        visit = Visit(browser, address, viewport={"width": 390, "height": 800}, has_touch=True, color_scheme=scheme)
+        visit = Visit(browser, address, viewport={"width": 390, "height": 800}, has_touch=True, color_scheme="dark")
         page = visit.page
-        assert page.evaluate("document.documentElement.dataset.theme") == scheme
+        assert page.evaluate("document.documentElement.dataset.theme") == "dark"
         assert page.evaluate("document.documentElement.scrollWidth") == 390
         visit.shows("#notes", "--annotations FILE adds them")
         assert page.is_visible("#locked")
@@ -276,11 +276,11 @@ def test_a_phone_without_truth_and_videos_shows_the_axis(browser: Any, tmp_path:
         assert visit.problems == []
 
 
-def test_a_list_of_thousands_draws_only_what_is_in_sight(browser: Any, tmp_path: Path) -> None:
-    write_inputs(tmp_path, num_videos=3000)
+def test_a_long_list_draws_only_what_is_in_sight(browser: Any, tmp_path: Path) -> None:
+    write_inputs(tmp_path, num_videos=1000)
     with Served(tmp_path) as address:
         page = Visit(browser, address).page
         assert page.locator(".video").count() < 60
         page.evaluate("document.getElementById('list').scrollTop = 1e9")
-        page.wait_for_selector("text=v2999")
+        page.wait_for_selector("text=v999")
         assert page.locator(".video").count() < 60

@@ -2,6 +2,7 @@
 import { byId, element, request } from "./api.js";
 import { Details } from "./details.js";
 import { Edits, toAction } from "./edits.js";
+import { drawLegend, fill, leftActions, leftPredictions } from "./filters.js";
 import { listenToKeys } from "./keys.js";
 import { VideoList } from "./list.js";
 import { Player } from "./player.js";
@@ -136,22 +137,14 @@ class Page {
     }
   }
 
-  /** The predictions that the filters leave, best first. */
   shown() {
-    const [label, type] = [byId("class-filter").value, byId("type-filter").value];
-    const slider = byId("score-filter");
-    const least = slider.value === slider.min ? -Infinity : Number(slider.value);
-    return this.detail.predictions
-      .filter((one) => one.score >= least && (!label || one.label === label) && (!type || !one.type || one.type === type))
-      .slice(0, Math.max(1, byId("most-filter").valueAsNumber || 50));
+    return leftPredictions(this.detail.predictions);
   }
 
   draw() {
     const { actions, predictions, duration } = this.detail;
-    const label = byId("class-filter").value;
     const shown = this.shown();
-    const onlyMissed = byId("type-filter").value === "missed";
-    const truths = actions.filter((one) => (!label || one.label === label) && (!onlyMissed || one.missed));
+    const truths = leftActions(actions);
     const byTime = [...truths].sort((one, other) => one.start - other.start);
     const labels = [...new Set([...byTime, ...shown].map((one) => one.label))];
     const rows = labels.map((name) => ({
@@ -164,17 +157,9 @@ class Page {
     if (!this.items.includes(this.chosen)) this.chosen = null;
     this.timeline.draw({ rows, duration, end: this.end(), chosen: this.chosen, nothing });
     for (const id of ["shown", "shown-too"]) byId(id).textContent = `${shown.length} of ${predictions.length} predictions`;
-    this.drawLegend();
+    drawLegend(predictions.some((one) => one.type));
     this.details.show();
     this.showHistory();
-  }
-
-  drawLegend() {
-    const typed = this.detail.predictions.some((one) => one.type);
-    const entries = typed
-      ? [["truth", "true"], ["truth missed", "true, missed"], ["right", "right"], ["wrong", "wrong"]]
-      : [["truth", "true"], ["prediction", "predicted"]];
-    byId("legend").replaceChildren(...entries.map(([kind, text]) => element("li", kind, text)));
   }
 
   choose(item, seek = true) {
@@ -322,15 +307,6 @@ class Page {
     byId("sidebar").addEventListener("keydown", (event) => { if (event.key === "Escape") this.showSidebar(false); });
     listenToKeys(this);
   }
-}
-
-/** Fill a select with names, behind its first entry; what was chosen stays. */
-function fill(id, names) {
-  const select = byId(id);
-  const chosen = select.value;
-  select.length = 1;
-  select.append(...names.map((name) => Object.assign(element("option", "", name), { value: name })));
-  select.value = names.includes(chosen) ? chosen : "";
 }
 
 const page = new Page();
