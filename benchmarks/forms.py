@@ -181,9 +181,9 @@ class Network:
             return backbone if _checkpoint_by_library(backbone) else None
         elif form == "keep attention":
             keep = partial(create_selective_checkpoint_contexts, _keep_attention)
-            return backbone if _checkpoint_blocks(backbone, "attention", context_fn=keep) else None
+            return backbone if checkpoint_blocks(backbone, "attention", context_fn=keep) else None
         elif form != "plain":
-            _checkpoint_blocks(backbone)
+            checkpoint_blocks(backbone)
         return backbone
 
 
@@ -218,7 +218,7 @@ def _cloned(value: Tensor) -> Tensor:
     return nn.Parameter(clone, requires_grad=value.requires_grad) if isinstance(value, nn.Parameter) else clone
 
 
-def _checkpoint_blocks(backbone: nn.Module, having: str = "", **options: Any) -> bool:
+def checkpoint_blocks(backbone: nn.Module, having: str = "", **options: Any) -> bool:
     """Every residual block that has a branch with `having` in its name; False if there is none."""
     blocks = [
         module for module in backbone.modules() if any(having in branch.name for branch in residual_branches(module))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from re2tal.backbones.base import VideoBackbone
 from re2tal.backbones.slowfast.network import SlowFast
 from re2tal.backbones.weights import read_checkpoint
-from re2tal.structures import Action, Timeline
+from re2tal.structures import Action, Timeline, to_device
 
 INITIAL_STD = 0.01
 """Of the classifier's weights, as mmaction2 starts it."""
@@ -89,15 +89,17 @@ class Recognizer(nn.Module):
         num_frames: int,
     ) -> dict[str, Tensor]:
         """Mean cross-entropy of the valid clips under "total"; each has one action, which says its class."""
-        valid = outputs.valid.tolist()
-        targets = [self._target(shown) if ok else 0 for shown, ok in zip(actions, valid, strict=True)]
-        each = F.cross_entropy(
-            outputs.logits,
-            torch.tensor(targets, device=outputs.logits.device),
-            reduction="none",
-            label_smoothing=self.label_smoothing,
-        )
-        return {"total": (each * outputs.valid).sum() / outputs.valid.sum().clamp(min=1)}
+        targets = to_device(torch.tensor(self._targets(actions, outputs.valid)), outputs.logits.device)
+        logits = torch.where(outputs.valid[:, None], outputs.logits, 0.0)
+        each = F.cross_entropy(logits, targets, reduction="none", label_smoothing=self.label_smoothing)
+        return {"total": torch.where(outputs.valid, each, 0.0).sum() / outputs.valid.sum().clamp(min=1)}
+
+    def _targets(self, actions: Sequence[Sequence[Action]], valid: Tensor) -> list[int]:
+        known = [len(shown) == 1 and shown[0].label in self._index for shown in actions]
+        if not all(known):  # only then, as it waits for the device: clips that are not valid may show anything
+            known = valid.logical_not().tolist()
+            return [0 if ignored else self._target(shown) for shown, ignored in zip(actions, known, strict=True)]
+        return [self._target(shown) for shown in actions]
 
     def _target(self, shown: Sequence[Action]) -> int:
         if len(shown) != 1 or shown[0].label not in self._index:

@@ -40,6 +40,13 @@ def find_subset(wanted: str, names: Iterable[str]) -> str | None:
     return alike[0] if len(alike) == 1 else None
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on `device`; the host does not wait until the device has come to the copy."""
+    if device.type == "cuda" and torch.cuda.is_available():
+        tensor = tensor.pin_memory()  # the allocator holds the memory until the copy is done
+    return tensor.to(device, non_blocking=True)
+
+
 @dataclass(frozen=True, slots=True)
 class Action:
     """One annotated action: what happens from `start_seconds` to `end_seconds`."""

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from re2tal.config import RecognitionConfig, RunConfig, load_run
+from re2tal.config.schema import without_memory_settings
 from re2tal.config.unions import CHOICES
 from re2tal.recipes import RECIPES, find_recipe
 
@@ -33,9 +36,52 @@ def starting_point(arguments: Sequence[str], *, default: str) -> tuple[RunConfig
     for choice in choices:
         if (name := getattr(chosen, choice.key)) is not None:
             run = choice.replaced(run, name)
+    run = _without_what_options_rule_out(run, rest)
     if {"-h", "--help"} & set(rest):
         print(f"--recipe {{{','.join(RECIPES)}}} or --config FILE choose the values shown as defaults below")
         for choice in choices:
             print(f"--{choice.key} {{{','.join(choice.kinds)}}} chooses one with its defaults; here {choice.name(run)}")
         print()
     return run, rest
+
+
+def _without_what_options_rule_out(
+    run: RunConfig | RecognitionConfig, options: Sequence[str]
+) -> RunConfig | RecognitionConfig:
+    """`run` without its memory settings where an option leaves them no meaning, as `--backbone.no-rewired` does.
+
+    Nobody typed them, so they are no error; a line says so. Those that are typed are applied later, and refused.
+    """
+    reason = _ruled_out_by(run, options)
+    if reason is None:
+        return run
+    run, left_out = without_memory_settings(run)
+    if left_out and os.environ.get("RANK", "0") == "0":
+        shown = ", ".join(f"backbone.{name} {value}" for name, value in left_out.items())
+        print(f"left out: {shown}: without meaning {reason}", file=sys.stderr)
+    return run
+
+
+def _ruled_out_by(run: RunConfig | RecognitionConfig, options: Sequence[str]) -> str | None:
+    """Which of the options leaves settings of memory no meaning, if any does."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in ("rewired", "recompute", "norm_eval"):
+        for spelling in {name, name.replace("_", "-")}:  # tyro takes both
+            parser.add_argument(f"--backbone.{spelling}", dest=name, action="store_true", default=None)
+        for spelling in {f"no_{name}", f"no-{name}", f"no-{name}".replace("_", "-")}:
+            parser.add_argument(f"--backbone.{spelling}", dest=name, action="store_false", default=None)
+    for name in ("unit", "name"):
+        parser.add_argument(f"--backbone.{name}", dest=name, nargs="?")
+    typed = {
+        name: value for name, value in vars(parser.parse_known_args(list(options))[0]).items() if value is not None
+    }
+    if typed.get("rewired") is False:
+        return "where the backbone is not rewired"
+    if typed.get("recompute") is False:
+        return "where activations are saved"
+    if typed.get("unit") == "block":
+        return "in whole blocks, unit 'block'"
+    learns = not typed.get("norm_eval", run.backbone.norm_eval)
+    if learns and typed.get("name", run.backbone.name).startswith("slowfast"):
+        return "where batch norms learn (no norm_eval): they need the whole batch"
+    return None

@@ -7,11 +7,12 @@ that no component knows is an error: a misspelt override must not train somethin
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, TypeVar
 
 from re2tal.backbones import BackboneConfig
+from re2tal.data.streaming.decode import DecoderName
 from re2tal.data.streaming.stream import ClipConfig
 from re2tal.data.streaming.windows import ResizeWhole, Trimmed
 from re2tal.evaluation.protocols import EvaluationConfig
@@ -21,6 +22,7 @@ from re2tal.localizers.pyramid.actionformer import ActionFormerConfig
 from re2tal.localizers.pyramid.config import PaddedPyramidConfig
 from re2tal.options import names_with, option
 from re2tal.recognizer import RecognizerConfig
+from re2tal.rewire.config import SAVING
 from re2tal.training.annealing import AnnealingConfig
 from re2tal.training.engine import EngineConfig
 from re2tal.training.optimizer import OptimizerConfig
@@ -39,6 +41,9 @@ class DataConfig:
     """Folder in `shards` to train on."""
     validation_subset: str = "validation"
     """Folder in `shards` to evaluate on."""
+    decoder: DecoderName = option("decord", resumable=True, planned=False)
+    """What decodes videos: decord, pyav or torchcodec. They give the same pictures; torchcodec is the fastest, and has
+    to be installed."""
     clips: ClipConfig = option(default_factory=ClipConfig, planned=True)
     """From video to clip."""
 
@@ -85,6 +90,16 @@ def _refuse_settings_of_rewired(backbone: BackboneConfig) -> None:
                 f"backbone.{name} is {value!r}, but the backbone is not rewired; set backbone.rewired, or leave "
                 f"backbone.{name} out"
             )
+
+
+AnyRun = TypeVar("AnyRun", bound=Run)
+
+
+def without_memory_settings(run: AnyRun) -> tuple[AnyRun, dict[str, Any]]:
+    """`run` with its branches whole and nothing saved of them, and the values that this replaces, by field."""
+    default = {name: getattr(BackboneConfig(), name) for name in SAVING}
+    left_out = {name: value for name in SAVING if (value := getattr(run.backbone, name)) != default[name]}
+    return replace(run, backbone=replace(run.backbone, **default)), left_out
 
 
 @dataclass(frozen=True)

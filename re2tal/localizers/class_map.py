@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from re2tal.structures import Action, Timeline
+from re2tal.structures import Action, Timeline, to_device
 
 AGNOSTIC_CLASS = "action"
 
@@ -29,8 +29,8 @@ class ClassMap:
         steps = [[timeline.to_steps(a.start_seconds), timeline.to_steps(a.end_seconds)] for a in actions]
         classes = [self._class_of(action.label) for action in actions]
         return (
-            torch.tensor(steps, dtype=torch.float32, device=device).reshape(-1, 2),
-            torch.tensor(classes, dtype=torch.int64, device=device),
+            to_device(torch.tensor(steps, dtype=torch.float32).reshape(-1, 2), device),
+            to_device(torch.tensor(classes, dtype=torch.int64), device),
         )
 
     def _class_of(self, label: str) -> int:

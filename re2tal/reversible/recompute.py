@@ -88,11 +88,12 @@ def save_recipes(*tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
     recipes = [Recipe.of(tensor) or Recipe((tensor,), _itself) for tensor in tensors]
     makers = [(recipe.make, len(recipe.tensors)) for recipe in recipes]
     sources = (source.detach() for recipe in recipes for source in recipe.tensors)
-    node: Any = _Keep.apply(torch.empty(0, requires_grad=True), *sources).grad_fn
+    # Before torch 2.12 a node frees what it saved when the last of its outputs is gone: the node alone is not enough.
+    kept = _Keep.apply(torch.empty(0, requires_grad=True), *sources)
 
     def again() -> tuple[Tensor, ...]:
         try:
-            following = iter(node.saved_tensors)
+            following = iter(kept.grad_fn.saved_tensors)
         except RuntimeError as error:
             raise RuntimeError(
                 "a layer's input is to be recomputed in backward, but the tensors of its recipe have changed: either "

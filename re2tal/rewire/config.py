@@ -9,6 +9,9 @@ from re2tal.options import option
 from re2tal.reversible.coupling import Merge
 from re2tal.reversible.precision import GridStep, States, check_numbers
 
+SAVING = ("chunk_mebibytes", "known", "saved_attention", "keep_nonresidual", "stored", "offload")
+"""Fields that say how memory is spent, and change no value of the network."""
+
 
 @dataclass(frozen=True, slots=True)
 class RewiringConfig:

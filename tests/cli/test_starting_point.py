@@ -74,6 +74,44 @@ def test_an_unknown_kind_is_answered_with_the_known_ones(arguments, message):
         starting_point(arguments, default="demo")
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--backbone.no-rewired"],
+        ["--backbone.no_rewired"],
+        ["--backbone.no-recompute"],
+        ["--backbone.unit", "block"],
+        ["--backbone.unit=block"],
+        ["--backbone.name", "slowfast_r50_8x8", "--backbone.no-norm-eval"],
+    ],
+)
+def test_a_recipes_pieces_are_left_out_with_a_word_where_an_option_leaves_them_no_meaning(options, capsys):
+    recipe = "thumos14_re2swin_tiny"
+    assert find_recipe(recipe).backbone.chunk_mebibytes == 512
+    assert configured("--recipe", recipe, *options).backbone.chunk_mebibytes is None
+    assert "left out: backbone.chunk_mebibytes 512: without meaning" in capsys.readouterr().err
+
+
+def test_pieces_that_are_typed_for_a_plain_backbone_are_refused():
+    with pytest.raises(ValueError, match=r"backbone.chunk_mebibytes is 256.0, but the backbone is not rewired"):
+        configured("--recipe", "thumos14_re2swin_tiny", "--backbone.no-rewired", "--backbone.chunk-mebibytes", "256")
+
+
+def test_what_an_option_does_not_concern_keeps_its_pieces(capsys):
+    options = ("--backbone.name", "swin3d_small", "--backbone.unit", "branch", "--backbone.rewired")
+    assert configured("--recipe", "thumos14_re2swin_tiny", *options).backbone.chunk_mebibytes == 512
+    assert configured("--recipe", "demo", "--backbone.no-rewired") is not None
+    assert capsys.readouterr().err == ""
+
+
+def test_a_runs_own_pieces_are_left_out_too(tmp_path, capsys):
+    save_config(tmp_path / "config.json", find_recipe("thumos14_re2swin_tiny"))
+    start = ("--config", str(tmp_path / "config.json"))
+    assert configured(*start).backbone.chunk_mebibytes == 512
+    assert configured(*start, "--backbone.no-rewired").backbone.chunk_mebibytes is None
+    assert "left out: " in capsys.readouterr().err
+
+
 def test_help_lists_the_kinds(capsys):
     starting_point(["--localizer", "vsgn", "--help"], default="demo")
     printed = capsys.readouterr().out

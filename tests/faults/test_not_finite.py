@@ -28,7 +28,7 @@ class Faulty(TinyDetector):
         losses = super().loss(outputs, actions, timelines, num_frames=num_frames)
         if self.forwards in self.bad and resolve_world(os.environ).rank == 1:
             if self.place == "loss":
-                losses["total"] = losses["total"] * self.value
+                losses["total"] = losses["total"] + self.value  # whose gradients are finite
             else:
                 outputs.values.register_hook(lambda gradient: gradient * self.value)
         return losses
@@ -94,8 +94,7 @@ def test_what_is_not_finite_on_one_rank_reaches_nothing_and_is_named(stage, prec
     )
     for of_rank in ranks:
         for case, answer in of_rank.items():
-            # Losses are skipped by the batch, gradients by the step.
-            skipped = 2 if case.startswith("loss") or accumulation == 1 else 1
+            skipped = 2 if accumulation == 1 else 1  # the third and the fourth forward are of one step of two
             assert (answer["ended"], answer["finite"], answer["resumed"]) == ("finished", True, True), case
             assert answer["skipped"] == skipped, case
             assert len(answer["said"]) == skipped, case

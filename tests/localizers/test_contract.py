@@ -217,3 +217,24 @@ def test_bfloat16_weights_give_float32_losses_and_times(name: str) -> None:
     assert losses["total"].dtype == torch.float32
     losses["total"].backward()
     assert localizer.detect(outputs, [SECONDS])[0].segments.dtype == torch.float32
+
+
+@every_localizer
+def test_nothing_of_a_clip_that_counts_for_nothing_reaches_a_loss_or_a_gradient(name: str) -> None:
+    def learned(broken: float) -> list[torch.Tensor]:
+        localizer = build(name)
+        outputs = localizer(features(32, 32))
+        changed = {}
+        for field, values in outputs._asdict().items():
+            if field == "mask":
+                changed[field] = values & torch.tensor([True, False])[:, None]
+            elif len(values) == 2 and values.requires_grad:
+                changed[field] = torch.cat([values[:1], values[1:] + broken])
+        losses = localizer.loss(outputs._replace(**changed), [ACTIONS, ACTIONS], [SECONDS, SECONDS])
+        losses["total"].backward()
+        gradients = [one.grad for one in localizer.parameters() if one.grad is not None]
+        assert all(gradient.isfinite().all() for gradient in gradients)
+        return [losses["total"].detach(), *gradients]
+
+    for sound, masked in zip(learned(0.0), learned(torch.nan), strict=True):
+        torch.testing.assert_close(sound, masked, rtol=0, atol=0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from re2tal.localizers.losses import SMALLEST_LENGTH, RunningCount, diou_loss, iou_of_offsets, sigmoid_focal_loss
+from re2tal.localizers.losses import SMALLEST_LENGTH, RunningCount, diou_loss, focal_of_chosen, iou_of_offsets
 from re2tal.localizers.pyramid.assignment import Targets
 from re2tal.localizers.pyramid.points import PyramidOutputs
 
@@ -41,28 +41,27 @@ class PointLoss:
 
         smoothing, num_classes = self.label_smoothing, targets.classes.shape[-1]
         classes = targets.classes * (1 - smoothing) + smoothing / (num_classes + 1)
-        focal = sigmoid_focal_loss(outputs.logits[outputs.mask], classes[outputs.mask])
+        focal = focal_of_chosen(outputs.logits, classes, outputs.mask[..., None])
+        hot = (targets.classes > 0) & outputs.mask[..., None]
+        learns = hot if outputs.offsets.ndim == 4 else positive
+        predicted, wanted = _chosen(outputs.offsets, targets.offsets, learns)
         if self.iou_power:
-            hot = (targets.classes > 0) & outputs.mask[..., None]
-            predicted, where = _chosen(outputs.offsets, hot)
             # The power's slope is infinite at 0.
-            iou = iou_of_offsets(predicted, targets.offsets[where]).clamp(min=SMALLEST_LENGTH) ** self.iou_power
-            focal = focal * torch.ones_like(focal).masked_scatter(hot[outputs.mask], iou.to(focal.dtype))
-        if outputs.offsets.ndim == 4:
-            positive = (targets.classes > 0) & outputs.mask[..., None]
-        predicted, where = _chosen(outputs.offsets, positive)
-        classification = (focal * weights[outputs.mask][:, None]).sum()
-        diou = diou_loss(predicted, targets.offsets[where]) * weights[where]
+            iou = iou_of_offsets(predicted, wanted).clamp(min=SMALLEST_LENGTH) ** self.iou_power
+            focal = focal * torch.where(hot, iou if iou.ndim == 3 else iou[..., None], 1.0)
+        classification = (focal * weights[..., None]).sum()
+        diou = diou_loss(predicted, wanted) * (weights[..., None] if learns.ndim == 3 else weights)
         return {
-            "classification": classification / (positives.value() if self.stored_count else divisor),
-            "regression": self.regression_weight * diou.sum() / divisor,
+            "classification": classification / (positives.value() if self.stored_count and not training else divisor),
+            "regression": self.regression_weight * torch.where(learns, diou, 0.0).sum() / divisor,
         }
 
 
-def _chosen(offsets: Tensor, chosen: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The N offsets (N, 2) that the mask (B, P) or (B, P, K) chooses, and the clip and point of each, N numbers each.
+def _chosen(offsets: Tensor, targets: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """Offsets (B, P, 2) or (B, P, K, 2) and their targets (B, P, 2), both of the shape of the offsets.
 
-    Offsets that all classes share are chosen once for each of a point's classes.
+    Where the mask (B, P) or (B, P, K) is False, both are of the same segment: nothing that stands there, NaN included,
+    reaches a loss or a gradient, and nothing waits for the device, as choosing by index would.
     """
-    indices = chosen.nonzero(as_tuple=True)
-    return offsets[indices[: offsets.ndim - 1]], indices[:2]
+    targets = (targets[:, :, None] if offsets.ndim == 4 else targets).expand_as(offsets)
+    return torch.where(chosen[..., None], offsets, 1.0), torch.where(chosen[..., None], targets, 1.0)

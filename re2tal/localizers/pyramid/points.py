@@ -37,8 +37,9 @@ def pyramid_points(
     for level, (low, high) in enumerate(regression_ranges):
         stride = 2**level
         position = torch.arange(0, num_steps, stride, device=device, dtype=torch.float32)
-        rest = torch.tensor([low, high, stride], device=device, dtype=torch.float32)
-        levels.append(torch.cat([position[:, None], rest.expand(len(position), 3)], dim=1))
+        # Filled on the device: a copy of the numbers would wait for it.
+        rest = [torch.full_like(position, value) for value in (low, high, stride)]
+        levels.append(torch.stack([position, *rest], dim=1))
     return torch.cat(levels)
 
 

@@ -23,5 +23,6 @@ def step_targets(segments: Tensor, labels: Tensor, *, num_steps: int, num_classe
 
 def step_loss(logits: Tensor, targets: Tensor, mask: Tensor) -> Tensor:
     """Binary cross entropy of (B, K, T) logits, summed over classes, mean over the steps where (B, T) mask is True."""
-    losses = F.binary_cross_entropy_with_logits(logits.float(), targets, reduction="none").sum(dim=1)
-    return losses[mask].sum() / mask.sum().clamp(min=1)
+    logits = torch.where(mask[:, None], logits.float(), 0.0)
+    losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").sum(dim=1)
+    return torch.where(mask, losses, 0.0).sum() / mask.sum().clamp(min=1)

@@ -19,12 +19,15 @@ CENTRE_WEIGHT, LENGTH_WEIGHT = 10.0, 5.0
 LARGEST_LENGTH_LOG = math.log(1000 / 16)
 
 
-def pyramid_anchors(num_steps: int, strides: Sequence[int], scales: Sequence[float]) -> Tensor:
+def pyramid_anchors(
+    num_steps: int, strides: Sequence[int], scales: Sequence[float], *, device: torch.device | str | None = None
+) -> Tensor:
     """The anchors of a pyramid over `num_steps` steps, each `scale * stride` long: (A, 2) float32."""
     levels = []
     for stride in strides:
-        centre = torch.arange(0, num_steps, stride, dtype=torch.float32)[:, None] + stride / 2
-        half = (torch.tensor(scales, dtype=torch.float32) * stride - 1) / 2
+        centre = torch.arange(0, num_steps, stride, dtype=torch.float32, device=device)[:, None] + stride / 2
+        # Filled on the device: a copy of the numbers would wait for it.
+        half = torch.cat([torch.full_like(centre[:1, 0], (scale * stride - 1) / 2) for scale in scales])
         levels.append(torch.stack([centre - half, centre + half], dim=-1).flatten(0, 1))
     return torch.cat(levels)
 
@@ -86,20 +89,23 @@ def evaluation_targets(actions: Tensor, num_steps: int) -> Tensor:
     is. (BSN, Lin et al., ECCV 2018, asks for more than half; OpenTAD truncates the covered share to a whole number.)
     """
     step = torch.arange(num_steps, device=actions.device)
-    around = actions[:, :, None] + torch.tensor([-1.5, 1.5], device=actions.device)
+    around = torch.stack([actions - 1.5, actions + 1.5], dim=-1)
     regions = torch.stack([around[:, 0], around[:, 1], actions])
     covered = torch.minimum(regions[..., 1, None], step + 1) - torch.maximum(regions[..., 0, None], step)
     return (covered >= 1).any(dim=1)
 
 
-def balanced_bce(logits: Tensor, targets: Tensor) -> Tensor:
+def balanced_bce(logits: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
     """Binary cross-entropy in which the positives and the negatives, however many, weigh the same; a scalar.
 
-    Taken of the probabilities, as in the public implementations: a step that is wrong beyond what float32 can say
-    costs 100 and teaches nothing.
+    Only where `mask`, of the shape of the logits, is True; None is everywhere. Taken of the probabilities, as in the
+    public implementations: a step that is wrong beyond what float32 can say costs 100 and teaches nothing.
     """
+    mask = torch.ones_like(targets) if mask is None else mask
+    targets, count = targets & mask, mask.sum().clamp(min=1)
+    logits = torch.where(mask, logits, 0.0)
     loss = F.binary_cross_entropy(logits.sigmoid(), targets.to(logits.dtype), reduction="none")
-    positive = targets.to(logits.dtype).mean()
-    weights = torch.where(targets, 0.5 / positive, 0.5 / (1 - positive))
+    positive = targets.sum().to(logits.dtype) / count
+    weights = torch.where(targets, 0.5 / positive, torch.where(mask, 0.5 / (1 - positive), 0.0))
     one_sided = (positive == 0) | (positive == 1)
-    return torch.where(one_sided, loss, weights * loss).mean()
+    return torch.where(mask, torch.where(one_sided, loss, weights * loss), 0.0).sum() / count

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from re2tal.localizers.base import Localizer
 from re2tal.localizers.candidates import Candidates, best_of_clip
 from re2tal.localizers.class_map import ClassMap
-from re2tal.localizers.losses import RunningCount, sigmoid_focal_loss
+from re2tal.localizers.losses import RunningCount, focal_of_chosen
 from re2tal.localizers.vsgn.anchors import (
     Matches,
     balanced_bce,
@@ -149,7 +149,8 @@ class VSGN(Localizer[VSGNOutputs]):
         values, mask = F.pad(features.values, (0, padding)), F.pad(features.mask, (0, padding))
         num_steps = values.shape[-1]
         levels = self.decoder(self.encoder(values, mask)).levels
-        anchors = pyramid_anchors(num_steps, self.config.strides, self.config.anchor_scales).to(values.device)
+        config = self.config
+        anchors = pyramid_anchors(num_steps, config.strides, config.anchor_scales, device=values.device)
         proposals = decode(anchors, self.regressor(levels))
         return VSGNOutputs(
             logits=self.classifier(levels),
@@ -168,21 +169,22 @@ class VSGN(Localizer[VSGNOutputs]):
         In training it also updates `positives`. Clips without any real step count for nothing. Raises ValueError for a
         label that is not among the classes.
         """
-        device, any_real = outputs.anchors.device, outputs.mask.any(dim=1)
         truth = [
-            self.class_map.encode(of_clip, timeline, device=device)
-            for of_clip, timeline, real in zip(actions, timelines, any_real.tolist(), strict=True)
-            if real
+            self.class_map.encode(of_clip, timeline, device=outputs.anchors.device)
+            for of_clip, timeline in zip(actions, timelines, strict=True)
         ]
+        real = outputs.mask.any(dim=1)
         logits, proposals, adjusted, evaluation = (
-            x[any_real].float() for x in (outputs.logits, outputs.proposals, outputs.adjusted, outputs.evaluation)
+            # Zeros in clips that count for nothing, so that no NaN of theirs reaches a gradient.
+            torch.where(real[:, None, None], x.float(), 0.0)
+            for x in (outputs.logits, outputs.proposals, outputs.adjusted, outputs.evaluation)
         )
         anchors = outputs.anchors.expand(len(truth), -1, -1)
         losses = {
-            "evaluation": self._evaluation_loss(evaluation, truth),
-            "regression": self._segment_loss("regression", proposals, anchors, truth, self.config.anchor_iou),
-            "classification": self._classification_loss(logits, proposals, truth),
-            "adjustment": self._segment_loss("adjustment", adjusted, proposals, truth, self.config.boundary_iou),
+            "evaluation": self._evaluation_loss(evaluation, truth, real),
+            "regression": self._segment_loss("regression", proposals, anchors, truth, real, self.config.anchor_iou),
+            "classification": self._classification_loss(logits, proposals, truth, real),
+            "adjustment": self._segment_loss("adjustment", adjusted, proposals, truth, real, self.config.boundary_iou),
         }
         return losses | {"total": torch.stack(list(losses.values())).sum()}
 
@@ -219,38 +221,40 @@ class VSGN(Localizer[VSGNOutputs]):
             for of_clip, score, kept in zip(segments, scores, real, strict=True)
         ]
 
-    def _matches(self, segments: Tensor, truth: Truth, min_iou: float) -> Matches:
-        """Of all clips, one after the other: labels (B * A,), segments (B * A, 2)."""
+    def _matches(self, segments: Tensor, truth: Truth, real: Tensor, min_iou: float) -> Matches:
+        """Of all clips: labels (B, A), 0 in clips that are not real, and segments (B, A, 2)."""
         matches = [match(of_clip, *known, min_iou=min_iou) for of_clip, known in zip(segments, truth, strict=True)]
-        if not matches:
-            return match(segments.reshape(-1, 2), segments.new_zeros(0, 2), segments.new_zeros(0).long(), min_iou=1.0)
-        return Matches(*(torch.cat(column) for column in zip(*matches, strict=True)))
+        labels, found = (torch.stack(column) for column in zip(*matches, strict=True))
+        return Matches(torch.where(real[:, None], labels, 0), found)
 
-    def _segment_loss(self, name: str, predicted: Tensor, matched: Tensor, truth: Truth, min_iou: float) -> Tensor:
+    def _segment_loss(
+        self, name: str, predicted: Tensor, matched: Tensor, truth: Truth, real: Tensor, min_iou: float
+    ) -> Tensor:
         """GIoU loss of the predictions whose `matched` segments, (B, A, 2), overlap an action."""
-        matches = self._matches(matched, truth, min_iou)
+        matches = self._matches(matched, truth, real, min_iou)
         positive = matches.labels > 0
-        loss = giou_loss(predicted.flatten(0, 1)[positive], matches.segments[positive]).sum()
+        # Elsewhere both are the same segment, whatever stands there.
+        predicted, wanted = (torch.where(positive[..., None], x, 0.0) for x in (predicted, matches.segments))
+        loss = torch.where(positive, giou_loss(predicted, wanted), 0.0).sum()
         return loss / self._divisor(name, positive)
 
-    def _classification_loss(self, logits: Tensor, proposals: Tensor, truth: Truth) -> Tensor:
-        labels = self._matches(proposals, truth, self.config.anchor_iou).labels
+    def _classification_loss(self, logits: Tensor, proposals: Tensor, truth: Truth, real: Tensor) -> Tensor:
+        labels = self._matches(proposals, truth, real, self.config.anchor_iou).labels
         positive = labels > 0
         divisor = self._divisor("classification", positive)
-        logits = logits.flatten(0, 1)
         if len(self.classes) == 1:
-            focal = sigmoid_focal_loss(logits[:, 0], positive.float(), alpha=self.config.focal_alpha)
-            return focal.sum() / divisor
-        loss = F.cross_entropy(logits, labels, reduction="none")
+            alpha = self.config.focal_alpha
+            return focal_of_chosen(logits[..., 0], positive.float(), real[:, None], alpha=alpha).sum() / divisor
+        loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none").view_as(labels)
         # Positives and negatives, however many, weigh the same.
-        balanced = [loss[some].sum() / some.sum().clamp(min=1) for some in (positive, ~positive)]
+        sides = (positive, ~positive & real[:, None])
+        balanced = [torch.where(side, loss, 0.0).sum() / side.sum().clamp(min=1) for side in sides]
         return torch.stack(balanced).sum()
 
-    def _evaluation_loss(self, logits: Tensor, truth: Truth) -> Tensor:
-        if not truth:
-            return logits.sum()
+    def _evaluation_loss(self, logits: Tensor, truth: Truth, real: Tensor) -> Tensor:
         targets = torch.stack([evaluation_targets(segments, logits.shape[2]) for segments, _ in truth])
-        return torch.stack([balanced_bce(logits[:, kind], targets[:, kind]) for kind in range(3)]).sum()
+        mask = real[:, None].expand_as(targets[:, 0])
+        return torch.stack([balanced_bce(logits[:, kind], targets[:, kind], mask) for kind in range(3)]).sum()
 
     def _divisor(self, loss: str, positive: Tensor) -> Tensor:
         count = positive.sum().clamp(min=1)
