@@ -44,13 +44,17 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     return rows
 
 
-RESOURCES = {"clips_per_second": "clips per second", "peak_memory_gib": "peak memory, GiB"}
+RESOURCES = {
+    "clips_per_second": "clips per second",
+    "loader_wait": "share of time\nwaiting for clips",
+    "peak_memory_gib": "peak memory, GiB",
+}
 """Keys of training rows that get a panel of their own, and its label."""
 
 
 def draw_curves(rows: Sequence[Mapping[str, Any]], *, protocol: str = "") -> Figure:
-    """Panels over optimizer steps: the loss and its parts; average mAP, if the run evaluated; learning rates; speed
-    and memory, if they were logged. `protocol` names the rules of the mAP on its axis.
+    """Panels over optimizer steps: the loss and its parts; average mAP, if the run evaluated; learning rates; speed,
+    wait for the loader and memory, if they were logged. `protocol` names the rules of the mAP on its axis.
 
     Raises ValueError if no row holds a loss.
     """

@@ -57,7 +57,7 @@ def write_report(
         drawn = [one for one in drawn if one.is_predicted]
     folder = run / REPORT_NAME
     figure = draw_curves(read_metrics(run / METRICS_NAME), protocol=config.evaluation.protocol)
-    curves = Picture("Loss, validation mAP, learning rates, speed and memory", to_png(figure))
+    curves = Picture("Loss, validation mAP, learning rates, speed, wait for clips and memory", to_png(figure))
     timelines = _timelines(results, drawn[:max_videos])
     _write_pictures(folder, curves, timelines)
     write_page(
