@@ -47,7 +47,8 @@ BELOW: dict[str, tuple[str, ...]] = {
     "conversion": ("config",),
     "planning": ("config", "distributed"),
     "reporting": ("evaluation",),
-    "runs": ("recipes", "conversion", "extraction", "planning", "reporting", "inference", "distributed"),
+    "viewer": ("data", "evaluation"),
+    "runs": ("recipes", "conversion", "extraction", "planning", "reporting", "viewer", "inference", "distributed"),
     "cli": ("runs",),
     "__main__": ("cli",),
 }

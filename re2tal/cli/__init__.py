@@ -46,6 +46,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     ),
     "import": ("re2tal.cli.import_weights:import_weights", "take over a detector or a backbone trained elsewhere"),
     "export": ("re2tal.cli.export:export", "write weights under the names of another code base"),
+    "view": ("re2tal.cli.view:view", "look at detections beside their videos, and correct them into annotations"),
     "report": ("re2tal.cli.report:report", "draw a run's curves and detections on one page"),
 }
 """Name -> where its function is, and what it does."""
