@@ -1,4 +1,4 @@
-"""AdamW over four groups: (backbone | localizer or classifier) x (decayed | not decayed).
+"""AdamW or Adam over four groups: (backbone | localizer or classifier) x (decayed | not decayed).
 
 A pretrained backbone learns more slowly than the fresh part above it; what shifts or scales (biases, norms,
 position tables) is not pulled towards zero.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -16,23 +16,31 @@ from torch import nn
 TABLES = ("relative_position_bias_table", "position_embedding", "pos_embed", "cls_token")
 """Last names of parameters with more than one dimension that are learned offsets, not maps."""
 
+ALGORITHMS: dict[str, type[torch.optim.Adam]] = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
+"""Of these AdamW is the kind of Adam with decoupled weight decay, in torch too."""
+
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW. Defaults: Re2TAL on THUMOS-14."""
+    """AdamW or Adam. Defaults: Re2TAL on THUMOS-14."""
+
+    algorithm: Literal["adamw", "adam"] = "adamw"
+    """"adamw" takes the weight decay off the weights; "adam" adds it to the gradients, as VSGN was trained."""
 
     learning_rate: float = 1e-4
     """Peak learning rate of the localizer or classifier."""
     backbone_learning_rate: float = 1e-5
     """Peak learning rate of the backbone."""
     weight_decay: float = 0.05
-    """Decoupled weight decay of the decayed groups."""
+    """Weight decay of the decayed groups."""
     beta1: float = 0.9
     """Decay of the gradient's mean."""
     beta2: float = 0.999
     """Decay of the squared gradient's mean."""
 
     def __post_init__(self) -> None:
+        if self.algorithm not in ALGORITHMS:
+            raise ValueError(f"optimizer.algorithm is {self.algorithm!r}; known: {list(ALGORITHMS)}")
         for name in ("learning_rate", "backbone_learning_rate", "weight_decay"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
@@ -41,9 +49,9 @@ class OptimizerConfig:
             raise ValueError(f"optimizer.beta1 and beta2 are {self.beta1} and {self.beta2}; both lie in [0, 1)")
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`."""
-    return torch.optim.AdamW(parameter_groups(model, config), betas=(config.beta1, config.beta2))
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Adam:
+    """The algorithm that `config` names, over `parameter_groups`."""
+    return ALGORITHMS[config.algorithm](parameter_groups(model, config), betas=(config.beta1, config.beta2))
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:

@@ -94,3 +94,16 @@ def test_one_step_moves_each_part_at_its_own_rate():
     assert torch.allclose(moved, torch.tensor([1e-3]), rtol=1e-4)
     expected = before["backbone.linear.weight"] * (1 - 1e-5 * 0.05) - 1e-5
     assert torch.allclose(model.backbone.linear.weight, expected, rtol=0, atol=1e-9)
+
+
+def test_adam_adds_its_weight_decay_to_the_gradient() -> None:
+    layer = torch.nn.Linear(3, 2, bias=False)
+    given = OptimizerConfig(algorithm="adam", learning_rate=0.1, weight_decay=0.5)
+    optimizer = build_optimizer(layer, given)
+    before = layer.weight.detach().clone()
+    layer.weight.grad = torch.zeros_like(layer.weight)
+    optimizer.step()
+    # Adam's first step is the learning rate against the sign of the gradient, here of 0.5 * weight alone.
+    torch.testing.assert_close(layer.weight.detach(), before - 0.1 * before.sign(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"optimizer\.algorithm is 'sgd'; known: \['adamw', 'adam'\]"):
+        OptimizerConfig(algorithm="sgd")

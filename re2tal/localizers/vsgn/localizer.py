@@ -3,8 +3,8 @@
     features (B, C, T) -> encoder -> decoder -> every anchor: class and segment -> boundaries moved
                                              -> every step: does an action start, end, go on here?
 
-A detection's score is its class's, times how much a start its start is, times how much an end its end is. The cutting
-and magnifying of short actions (video self-stitching) belongs to the data, not to this network, and is not done.
+A detection's score is its class's, times how much a start its start is, times how much an end its end is. With
+`stitch_below` a short clip stands beside a magnified copy of itself (stitching.py), as in the paper, not in OpenTAD.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from re2tal.localizers.vsgn.anchors import (
     pyramid_anchors,
 )
 from re2tal.localizers.vsgn.network import AnchorHead, BoundaryHead, EvaluationHead, PyramidDecoder, PyramidEncoder
+from re2tal.localizers.vsgn.stitching import Layout, stitch
 from re2tal.structures import Action, Detections, Features, Timeline
 
 
@@ -64,6 +65,11 @@ class VSGNConfig:
     """Losses are divided by running means of the numbers of positives per batch; this is their first value."""
     positives_momentum: float = 0.9
     """Share of the running means that each training step keeps."""
+    stitch_below: float | None = None
+    """A clip with at most this share of real steps is stitched to a magnified copy of itself (the paper: 0.4); None
+    never. `data.clips.windowing.short_share` cuts such clips from long videos."""
+    stitch_gap: int = 30
+    """Empty steps between the clip and its copy."""
     class_agnostic: bool = False
     """Find actions of the given classes without telling the classes apart; a video classifier may name them later."""
     candidate_min_score: float = 0.001
@@ -74,6 +80,12 @@ class VSGNConfig:
     def __post_init__(self) -> None:
         if self.channels % self.num_groups:
             raise ValueError(f"channels={self.channels} must be a multiple of num_groups={self.num_groups}")
+        if self.stitch_below is not None and not 0 < self.stitch_below < 1:
+            raise ValueError(
+                f"localizer.stitch_below is {self.stitch_below}; give a share of the grid between 0 and 1, or None"
+            )
+        if self.stitch_gap < 0:
+            raise ValueError(f"localizer.stitch_gap is {self.stitch_gap}; give a number of steps, 0 or more")
         if self.first_stride < 2 or self.first_stride % 2:
             raise ValueError(f"first_stride={self.first_stride} must be even: the first level halves the stem's output")
 
@@ -97,7 +109,9 @@ class VSGNOutputs(NamedTuple):
     anchors: Tensor
     """(A, 2) float32, in steps"""
     mask: Tensor
-    """(B, T) bool, True where a step of the padded clip is real; real steps come first"""
+    """(B, T) bool, True where a step of the padded clip is real; real steps come first, then the copy's, if any"""
+    layout: Tensor
+    """(B, 2) float32, where copies of clips lie: a Layout, packed"""
 
 
 class VSGN(Localizer[VSGNOutputs]):
@@ -147,9 +161,12 @@ class VSGN(Localizer[VSGNOutputs]):
         """Features (B, C, T) of any T -> predictions for all anchors of the padded clip."""
         padding = -features.values.shape[-1] % self.config.strides[-1]
         values, mask = F.pad(features.values, (0, padding)), F.pad(features.mask, (0, padding))
-        num_steps = values.shape[-1]
-        levels = self.decoder(self.encoder(values, mask)).levels
-        config = self.config
+        num_steps, config = values.shape[-1], self.config
+        layout, copied = Layout.of(mask, below=config.stitch_below, gap=config.stitch_gap), None
+        if config.stitch_below is not None:
+            values, mask = stitch(Features(values, mask), layout)
+            copied = layout.in_copy(torch.arange(num_steps, device=values.device))
+        levels = self.decoder(self.encoder(values, mask, copied)).levels
         anchors = pyramid_anchors(num_steps, config.strides, config.anchor_scales, device=values.device)
         proposals = decode(anchors, self.regressor(levels))
         return VSGNOutputs(
@@ -159,6 +176,7 @@ class VSGN(Localizer[VSGNOutputs]):
             evaluation=self.evaluation(levels[0], num_steps=num_steps),
             anchors=anchors,
             mask=mask,
+            layout=layout.packed(),
         )
 
     def loss(
@@ -169,10 +187,7 @@ class VSGN(Localizer[VSGNOutputs]):
         In training it also updates `positives`. Clips without any real step count for nothing. Raises ValueError for a
         label that is not among the classes.
         """
-        truth = [
-            self.class_map.encode(of_clip, timeline, device=outputs.anchors.device)
-            for of_clip, timeline in zip(actions, timelines, strict=True)
-        ]
+        truth = self._truth(outputs, actions, timelines)
         real = outputs.mask.any(dim=1)
         logits, proposals, adjusted, evaluation = (
             # Zeros in clips that count for nothing, so that no NaN of theirs reaches a gradient.
@@ -202,15 +217,16 @@ class VSGN(Localizer[VSGNOutputs]):
 
         OpenTAD decodes the padding as well.
         """
-        logits, adjusted = outputs.logits.float(), outputs.adjusted.float()
+        logits, layout = outputs.logits.float(), Layout.unpacked(outputs.layout, outputs.mask)
         scores = logits.sigmoid() if len(self.classes) == 1 else logits.softmax(dim=-1)[..., 1:]
         starts, ends, _ = outputs.evaluation.float().sigmoid().unbind(dim=1)
-        num_real = outputs.mask.sum(dim=1)
-        last = (num_real - 1).clamp(min=0).to(adjusted.dtype)[:, None, None]
-        segments = adjusted.clamp(min=0).minimum(last)
+        centres, num_steps = outputs.anchors.mean(dim=1), outputs.mask.shape[1]
+        copied = layout.in_copy(centres)
+        segments = layout.confined(outputs.adjusted.float(), copied, num_steps=num_steps)
         weights = _between(starts, segments[..., 0]) * _between(ends, segments[..., 1])
         scores = scores * weights[..., None]
-        real = outputs.anchors.mean(dim=1) < num_real[:, None]
+        segments = torch.where(copied[..., None], layout.to_clip(segments), segments)
+        real = (centres < layout.num_real[:, None]) | copied
         return [
             best_of_clip(
                 of_clip[kept],
@@ -220,6 +236,17 @@ class VSGN(Localizer[VSGNOutputs]):
             )
             for of_clip, score, kept in zip(segments, scores, real, strict=True)
         ]
+
+    def _truth(self, outputs: VSGNOutputs, actions: Sequence[Sequence[Action]], timelines: Sequence[Timeline]) -> Truth:
+        """The actions on the clips' grids; of stitched clips, those in the copy too."""
+        layout, stitched = Layout.unpacked(outputs.layout, outputs.mask), self.config.stitch_below is not None
+        truth = []
+        for clip, (of_clip, timeline) in enumerate(zip(actions, timelines, strict=True)):
+            segments, labels = self.class_map.encode(of_clip, timeline, device=outputs.anchors.device)
+            if stitched:
+                segments, labels = torch.cat([segments, layout.to_copy(segments, clip)]), labels.repeat(2)
+            truth.append((segments, labels))
+        return truth
 
     def _matches(self, segments: Tensor, truth: Truth, real: Tensor, min_iou: float) -> Matches:
         """Of all clips: labels (B, A), 0 in clips that are not real, and segments (B, A, 2)."""

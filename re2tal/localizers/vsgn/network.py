@@ -45,24 +45,30 @@ class GraphConv(nn.Module):
         self.num_neighbours = num_neighbours
         self.linear = nn.Linear(2 * channels, channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, T) -> (B, C, T)."""
+    def forward(self, x: Tensor, copied: Tensor | None = None) -> Tensor:
+        """(B, C, T) -> (B, C, T); `copied` (B, T) is as in `nearest`."""
         steps = x.transpose(1, 2)
-        neighbours = nearest(steps, self.num_neighbours)
+        neighbours = nearest(steps, self.num_neighbours, copied)
         clip = torch.arange(len(steps), device=x.device)[:, None, None]
         centre = steps[:, :, None].expand(-1, -1, neighbours.shape[2], -1)
         return self.linear(torch.cat([steps[clip, neighbours], centre], dim=-1)).amax(dim=2).transpose(1, 2)
 
 
 @torch.no_grad()
-def nearest(steps: Tensor, num_neighbours: int) -> Tensor:
+def nearest(steps: Tensor, num_neighbours: int, copied: Tensor | None = None) -> Tensor:
     """(B, T, C) -> (B, T, num_neighbours): the indices of the steps at the smallest distance, a step itself among them.
 
     Fewer where there are not as many steps. Distances are exact differences, not products: neighbours change with the
-    last bits.
+    last bits. `copied` (B, T) is True in the magnified copy of a stitched clip, whose steps are much like their
+    neighbours: the second half of the neighbours of a step there lies outside the copy, so that edges cross scales.
     """
     distances = torch.cdist(steps.float(), steps.float(), compute_mode="donot_use_mm_for_euclid_dist")
-    return distances.topk(min(num_neighbours, steps.shape[1]), dim=2, largest=False).indices
+    count = min(num_neighbours, steps.shape[1])
+    if copied is None:
+        return distances.topk(count, dim=2, largest=False).indices
+    near = distances.topk((count + 1) // 2, dim=2, largest=False).indices
+    distances = distances.masked_fill(copied[:, :, None] & copied[:, None], torch.inf).scatter(2, near, torch.inf)
+    return torch.cat([near, distances.topk(count // 2, dim=2, largest=False).indices], dim=2)
 
 
 class GraphLevel(nn.Module):
@@ -74,9 +80,9 @@ class GraphLevel(nn.Module):
         self.graph = GraphConv(channels, num_neighbours=num_neighbours)
         self.pool = nn.MaxPool1d(3, stride=2, padding=1)
 
-    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, mask: Tensor, copied: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(B, C, T), (B, T) -> the same with T / 2 steps; a step is real if any that it was pooled from is."""
-        pooled = self.pool(torch.relu(self.temporal(x) + self.graph(x)))
+        pooled = self.pool(torch.relu(self.temporal(x) + self.graph(x, copied)))
         mask = self.pool(mask.to(x.dtype)) > 0
         return blank(pooled, mask), mask
 
@@ -89,6 +95,7 @@ class PyramidEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.stem = MaskedConvReLU(in_channels, channels, stride=first_stride // 2)
+        self.has_graph = num_neighbours is not None
         self.levels = nn.ModuleList(
             MaskedConvReLU(channels, channels, stride=2)
             if num_neighbours is None
@@ -96,12 +103,20 @@ class PyramidEncoder(nn.Module):
             for _ in range(num_levels)
         )
 
-    def forward(self, x: Tensor, mask: Tensor) -> Pyramid:
-        """(B, in_channels, T), (B, T) -> levels (B, channels, T_l) and their masks, finest first."""
+    def forward(self, x: Tensor, mask: Tensor, copied: Tensor | None = None) -> Pyramid:
+        """(B, in_channels, T), (B, T) -> levels (B, channels, T_l) and their masks, finest first.
+
+        `copied` (B, T): the steps of the magnified copies, where clips are stitched.
+        """
         x, mask = self.stem(x, mask)
         levels, masks = [], []
+        stride = self.stem.stride
         for level in self.levels:
-            x, mask = level(x, mask)
+            if self.has_graph and copied is not None:
+                x, mask = level(x, mask, copied[:, ::stride])
+            else:
+                x, mask = level(x, mask)
+            stride *= 2
             levels.append(x)
             masks.append(mask)
         return Pyramid(tuple(levels), tuple(masks))
