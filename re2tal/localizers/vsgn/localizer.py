@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,8 @@ from re2tal.localizers.vsgn.network import AnchorHead, BoundaryHead, EvaluationH
 from re2tal.localizers.vsgn.stitching import Layout, stitch
 from re2tal.structures import Action, Detections, Features, Timeline
 
+Variant = Literal["opentad", "original"]
+
 
 @dataclass(frozen=True)
 class VSGNConfig:
@@ -41,6 +44,10 @@ class VSGNConfig:
 
     name: Literal["vsgn"] = "vsgn"
     """Which localizer this configures."""
+    variant: Variant = "opentad"
+    """Whose network and loss, where the public implementations differ. "original": levels are pooled over 2 steps, not
+    3, convolutions of the anchor heads have biases, scores of starts and ends are stretched, not features, and losses
+    are divided by the positives of the batch, not by a running mean. Weights of one do not fit the other."""
     channels: int = 256
     """Channels of every level; a multiple of `num_groups`."""
     num_groups: int = 32
@@ -61,6 +68,8 @@ class VSGNConfig:
     """From this IoU with an action on, a decoded segment learns to move its boundaries."""
     focal_alpha: float = 0.35
     """Weight of positives in the focal loss, which is used when there is a single class."""
+    evaluation_weight: float = 1.0
+    """Weight of the loss of starts, ends and insides of actions; the original's is 0.2."""
     initial_positives: int = 100
     """Losses are divided by running means of the numbers of positives per batch; this is their first value."""
     positives_momentum: float = 0.9
@@ -78,6 +87,8 @@ class VSGNConfig:
     """Predictions per clip that go further; all of them with a single class."""
 
     def __post_init__(self) -> None:
+        if self.variant not in get_args(Variant):
+            raise ValueError(f"unknown variant {self.variant!r}; known: {list(get_args(Variant))}")
         if self.channels % self.num_groups:
             raise ValueError(f"channels={self.channels} must be a multiple of num_groups={self.num_groups}")
         if self.stitch_below is not None and not 0 < self.stitch_below < 1:
@@ -123,13 +134,14 @@ class VSGN(Localizer[VSGNOutputs]):
         self.in_channels = in_channels
         self.class_map = ClassMap(classes, agnostic=config.class_agnostic)
         self.classes = self.class_map.classes
-        channels, num_levels = config.channels, config.num_levels
+        channels, num_levels, original = config.channels, config.num_levels, config.variant == "original"
         self.encoder = PyramidEncoder(
             in_channels,
             channels=channels,
             num_levels=num_levels,
             first_stride=config.first_stride,
             num_neighbours=config.num_neighbours,
+            pool_size=2 if original else 3,
         )
         self.decoder = PyramidDecoder(channels, num_levels=num_levels)
         num_logits = 1 if len(self.classes) == 1 else 1 + len(self.classes)
@@ -140,11 +152,12 @@ class VSGN(Localizer[VSGNOutputs]):
                 num_groups=config.num_groups,
                 num_scales=len(config.anchor_scales),
                 out_channels=out_channels,
+                bias=original,
             )
             for out_channels in (num_logits, 2)
         )
         self.boundaries = BoundaryHead(channels, stride=config.first_stride)
-        self.evaluation = EvaluationHead(channels)
+        self.evaluation = EvaluationHead(channels, upsamples_scores=original)
         self.positives = nn.ModuleDict(
             {
                 loss: RunningCount(config.initial_positives, momentum=config.positives_momentum)
@@ -196,7 +209,7 @@ class VSGN(Localizer[VSGNOutputs]):
         )
         anchors = outputs.anchors.expand(len(truth), -1, -1)
         losses = {
-            "evaluation": self._evaluation_loss(evaluation, truth, real),
+            "evaluation": self.config.evaluation_weight * self._evaluation_loss(evaluation, truth, real),
             "regression": self._segment_loss("regression", proposals, anchors, truth, real, self.config.anchor_iou),
             "classification": self._classification_loss(logits, proposals, truth, real),
             "adjustment": self._segment_loss("adjustment", adjusted, proposals, truth, real, self.config.boundary_iou),
@@ -281,13 +294,14 @@ class VSGN(Localizer[VSGNOutputs]):
     def _evaluation_loss(self, logits: Tensor, truth: Truth, real: Tensor) -> Tensor:
         targets = torch.stack([evaluation_targets(segments, logits.shape[2]) for segments, _ in truth])
         mask = real[:, None].expand_as(targets[:, 0])
-        return torch.stack([balanced_bce(logits[:, kind], targets[:, kind], mask) for kind in range(3)]).sum()
+        bce = partial(balanced_bce, mask=mask, epsilon=1e-5 if self.config.variant == "original" else 0.0)
+        return torch.stack([bce(logits[:, kind], targets[:, kind]) for kind in range(3)]).sum()
 
     def _divisor(self, loss: str, positive: Tensor) -> Tensor:
         count = positive.sum().clamp(min=1)
         running = self.positives[loss]
         assert isinstance(running, RunningCount)
-        return running.update(count) if self.training else count
+        return running.update(count) if self.training and self.config.variant == "opentad" else count
 
 
 Truth = Sequence[tuple[Tensor, Tensor]]

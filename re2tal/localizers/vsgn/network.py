@@ -74,11 +74,11 @@ def nearest(steps: Tensor, num_neighbours: int, copied: Tensor | None = None) ->
 class GraphLevel(nn.Module):
     """One level of the cross-scale graph pyramid: convolution and graph, then half as many steps."""
 
-    def __init__(self, channels: int, *, num_neighbours: int) -> None:
+    def __init__(self, channels: int, *, num_neighbours: int, pool_size: int = 3) -> None:
         super().__init__()
         self.temporal = nn.Conv1d(channels, channels, 3, padding=1)
         self.graph = GraphConv(channels, num_neighbours=num_neighbours)
-        self.pool = nn.MaxPool1d(3, stride=2, padding=1)
+        self.pool = nn.MaxPool1d(pool_size, stride=2, padding=pool_size // 3)
 
     def forward(self, x: Tensor, mask: Tensor, copied: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(B, C, T), (B, T) -> the same with T / 2 steps; a step is real if any that it was pooled from is."""
@@ -91,7 +91,14 @@ class PyramidEncoder(nn.Module):
     """(B, in_channels, T) -> L levels, the first of stride `first_stride`, each half as long as the one before."""
 
     def __init__(
-        self, in_channels: int, *, channels: int, num_levels: int, first_stride: int, num_neighbours: int | None
+        self,
+        in_channels: int,
+        *,
+        channels: int,
+        num_levels: int,
+        first_stride: int,
+        num_neighbours: int | None,
+        pool_size: int = 3,
     ) -> None:
         super().__init__()
         self.stem = MaskedConvReLU(in_channels, channels, stride=first_stride // 2)
@@ -99,7 +106,7 @@ class PyramidEncoder(nn.Module):
         self.levels = nn.ModuleList(
             MaskedConvReLU(channels, channels, stride=2)
             if num_neighbours is None
-            else GraphLevel(channels, num_neighbours=num_neighbours)
+            else GraphLevel(channels, num_neighbours=num_neighbours, pool_size=pool_size)
             for _ in range(num_levels)
         )
 
@@ -148,13 +155,15 @@ class PyramidDecoder(nn.Module):
 class AnchorHead(nn.Module):
     """Group-normalised convolutions over every level, then `out_channels` numbers per anchor."""
 
-    def __init__(self, channels: int, *, num_convs: int, num_groups: int, num_scales: int, out_channels: int) -> None:
+    def __init__(
+        self, channels: int, *, num_convs: int, num_groups: int, num_scales: int, out_channels: int, bias: bool = False
+    ) -> None:
         super().__init__()
         self.out_channels = out_channels
         self.tower = nn.Sequential(
             *(
                 nn.Sequential(
-                    nn.Conv1d(channels, channels, 3, padding=1, bias=False),
+                    nn.Conv1d(channels, channels, 3, padding=1, bias=bias),
                     nn.GroupNorm(num_groups, channels),
                     nn.ReLU(),
                 )
@@ -172,14 +181,20 @@ class AnchorHead(nn.Module):
 class EvaluationHead(nn.Module):
     """Whether an action starts, ends, goes on at each step: logits (B, 3, T) from the finest level."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, *, upsamples_scores: bool = False) -> None:
+        """`upsamples_scores`: look at the finest level as it is and stretch the scores, as the original does; False
+        stretches the features."""
         super().__init__()
+        self.upsamples_scores = upsamples_scores
         self.branches = nn.ModuleList(
             nn.Sequential(*conv_relu(channels, channels), nn.Conv1d(channels, 1, 1)) for _ in range(3)
         )
 
     def forward(self, finest: Tensor, *, num_steps: int) -> Tensor:
         """(B, C, T_0) -> (B, 3, num_steps)."""
+        if self.upsamples_scores:
+            scores = torch.cat([branch(finest) for branch in self.branches], dim=1).sigmoid()
+            return F.interpolate(scores, size=num_steps, mode="linear", align_corners=True).logit(eps=1e-7)
         x = F.interpolate(finest, size=num_steps, mode="linear", align_corners=True)
         return torch.cat([branch(x) for branch in self.branches], dim=1)
 
