@@ -69,8 +69,8 @@ def test_weights_survive_the_way_to_opentads_names_and_back() -> None:
 
 
 def test_a_layout_that_is_not_known_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"unknown layout 'original' for vsgn; known: \['opentad'\]"):
-        export_weights(build(), layout="original")
+    with pytest.raises(ValueError, match=r"unknown layout 'mmaction' for vsgn; known: \['opentad', 'original'\]"):
+        export_weights(build(), layout="mmaction")
 
 
 @pytest.mark.parametrize(
