@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from importlib.metadata import version
@@ -21,8 +22,9 @@ from re2tal.data.streaming.stream import ClipConfig
 from re2tal.data.streaming.windows import Slide
 from re2tal.evaluation.suppression import SuppressionConfig
 from re2tal.localizers.pyramid.actionformer import ActionFormerConfig
+from re2tal.runs.trained import open_detector
 from re2tal.structures import Action
-from re2tal.training.export import write_model
+from re2tal.training.export import read_model, write_model
 
 CLASSES = ("jump", "run")
 ROOT = Path(__file__).parents[1]
@@ -131,3 +133,25 @@ def test_a_configuration_becomes_a_run_folder_and_its_results_a_score(tmp_path: 
     assert (interrupted, folder) == ("False", str(tmp_path / "run"))
     scored = re2tal.evaluate(tmp_path / "run" / "results.json", annotations)
     assert scored.average_map == pytest.approx(float(average_map))
+    check_that_its_newest_checkpoint_is_the_same_model(tmp_path / "run")
+
+
+def check_that_its_newest_checkpoint_is_the_same_model(run: Path) -> None:
+    """Which is all there is of a run that was interrupted."""
+    trained = read_model(run / "model.safetensors")
+    (run / "model.safetensors").unlink()
+    opened = open_detector(run)
+    assert opened.checkpoint == "step-00000002"
+    assert opened.classes == trained.classes
+    assert opened.model.wiring == trained.wiring
+    assert opened.model.weights.keys() == trained.weights.keys()
+    for name, value in trained.weights.items():
+        assert torch.equal(opened.model.weights[name], value), name
+    opened.network()
+    (state,) = (run / "checkpoints" / "step-00000002").glob("rank-*.pt")
+    state.write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"no checkpoint in .* is sound: step-00000002: rank-00000\.pt has 7 bytes"):
+        open_detector(run)
+    shutil.rmtree(run / "checkpoints" / "step-00000002")
+    with pytest.raises(ValueError, match=r"has no model\.safetensors and no checkpoint yet; wait for the first one"):
+        open_detector(run)

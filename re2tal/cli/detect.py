@@ -1,45 +1,82 @@
-"""`re2tal detect`: find actions with a trained detector, in a folder of video files or in shards."""
+"""`re2tal detect`: find actions with a trained detector, in video files or in shards."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated, Literal
 
-from re2tal.cli.say import say_detected
+import tyro
+
+from re2tal.cli.say import say_detected, say_found
+from re2tal.runs.detection import Wanted
 from re2tal.runs.detection import detect as detect_in
 
 
 def detect(
+    paths: Annotated[tuple[Path, ...], tyro.conf.Positional] = (),
+    /,
     *,
-    run: Path,
-    videos: Path | None = None,
-    shards: Path | None = None,
+    model: Path | None = None,
     out: Path | None = None,
-    video_classes: Path | None = None,
-    top_k: int = 2,
+    format: Literal["json", "csv", "srt", "vtt", "eaf", "boris"] | None = None,
+    min_score: float | None = None,
+    top: int | None = None,
+    classes: tuple[str, ...] = (),
+    recursive: bool = False,
     batch_size: int | None = None,
     device: str | None = None,
+    max_damaged: float = 0.02,
+    video_classes: Path | None = None,
+    top_k: int = 2,
+    shards: Path | None = None,
+    videos: Path | None = None,
+    run: Path | None = None,
 ) -> int:
-    """Write what a trained detector finds to a results JSON. Exit status 1 if some videos could not be used.
+    """Find actions in videos with a trained detector, and write them with their times.
+
+    Examples: re2tal detect party.mp4 --model runs/mine --out party.srt; re2tal detect VIDEOS --recursive --model
+    runs/mine --out found.json. Started by torchrun, the ranks share the videos.
+
+    Exit status 0 if all videos were looked at, 1 if some could not be used (each is named; the others are written), 2
+    for wrong input, or where no video could be used, 130 when stopped by the keyboard (what was found is written).
 
     Args:
-        run: folder of a training run: config.json and model.safetensors
-        videos: folder of video files to look at, of any format and size; results carry their names without the suffix
-        shards: folder of one subset's shards, or features, to look at instead; by default the run's validation shards
-        out: results JSON to write; by default RUN/results.json, or RUN/detections.json for other videos than the run's
+        paths: video files of any format and size, and folders of them; results carry their names without the suffix.
+            Without any, the run's validation shards are looked at
+        model: model folder or run folder: config.json and model.safetensors. Of a run that is still training, or was
+            interrupted, the newest sound checkpoint is taken
+        out: where to write; its suffix says the format: .json, .csv, .srt, .vtt, .eaf (ELAN), .tsv (BORIS). For srt,
+            vtt and eaf of several videos it is a folder. By default MODEL/detections.json, or MODEL/results.json for
+            the validation shards
+        format: json is ActivityNet's layout, for re2tal evaluate; csv a table; srt and vtt are subtitles, for players;
+            eaf and boris (aggregated events) are for correcting in ELAN and BORIS
+        min_score: leave out what has a lower score; by default 0, and 0.3 for srt, vtt, eaf and boris
+        top: write at most so many of each video, the surest ones
+        classes: write only these classes
+        recursive: look into the folders of folders too
+        batch_size: clips in one forward; by default as in training
+        device: "cpu", "cuda", "cuda:1", ...; by default an accelerator if there is one
+        max_damaged: share of a video's frames that may be damaged or missing
         video_classes: JSON of a classifier of whole videos, {"results": {ID: [K scores]}, "class": [K names]}, that
             names what a class-agnostic detector finds; without it the results' only class is "action"
         top_k: with --video-classes, each detection is written once for each of its video's so many best classes
-        batch_size: clips in one forward; by default as in training
-        device: "cpu", "cuda", "cuda:1", ...; by default an accelerator if there is one
+        shards: folder of one subset's shards, or features, to look at instead of videos
+        videos: the same as a folder in PATHS
+        run: the same as --model
     """
+    chosen = model or run
+    if chosen is None or (model and run):
+        raise ValueError("give one --model: the folder of a trained detector, such as runs/mine")
+    wanted = Wanted(out, format, min_score, top, classes, video_classes, top_k)
     done = detect_in(
-        run,
-        videos=videos,
+        chosen,
+        (*paths, *([videos] if videos else ())),
+        recursive=recursive,
         shards=shards,
-        out=out,
-        video_classes=video_classes,
-        top_k=top_k,
+        wanted=wanted,
         batch_size=batch_size,
         device=device,
+        max_damaged=max_damaged,
+        say=say_found,
     )
     return say_detected(done)

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import tyro
 
-from re2tal.cli.say import say_detected
+from re2tal.cli.say import say_detected, say_found
 from re2tal.config import RecognitionConfig, RunConfig
-from re2tal.runs.detection import detect, list_videos
+from re2tal.runs.detection import detect
+from re2tal.runs.video_files import list_videos
 from re2tal.runs.weights_import import import_into_file, import_into_run
 
 
@@ -25,12 +26,13 @@ def import_weights(
     """Convert weights that another code base trained; nothing that could run code is read.
 
     Args:
-        weights: a .safetensors or torch file: an OpenTAD detector, or a backbone in any layout that its family reads
+        weights: a .safetensors or torch file: a detector of OpenTAD (on features also of ActionFormer's release), or a
+            backbone in any layout that its family reads
         run: the network, from --recipe NAME (thumos14_re2swin_tiny by default) or --config FILE, and its changes
         out: run folder for a whole detector, or a file ending in .safetensors for the backbone alone
         classes: text file with the detector's classes, one per line, in the order of its training
         as_plain: forget that a backbone was trained rewired, so that any wiring, or none, may start from its numbers
-        videos: folder of video files in which to detect at once, as `re2tal detect --run OUT --videos FOLDER` does
+        videos: folder of video files in which to detect at once, as `re2tal detect FOLDER --model OUT` does
     """
     if out.suffix == ".safetensors":
         _import_backbone(weights, run, out, as_plain=as_plain, videos=videos)
@@ -40,8 +42,8 @@ def import_weights(
     if videos is not None:
         list_videos(videos)  # refuses a folder without any before anything is written
     done = import_into_run(weights, run, out, classes=classes)
-    print(f"{done.report}\n{out}: for re2tal detect --run {out} --videos FOLDER")
-    return 0 if videos is None else say_detected(detect(out, videos=videos))
+    print(f"{done.report}\n{out}: for re2tal detect VIDEOS --model {out}")
+    return 0 if videos is None else say_detected(detect(out, [videos], say=say_found))
 
 
 def _import_backbone(

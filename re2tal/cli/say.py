@@ -6,23 +6,62 @@ import sys
 from collections.abc import Iterable
 
 from re2tal.data.contract.manifest import Rejection
+from re2tal.reporting.found import FoundInVideo
 from re2tal.runs.detection import Detected
 from re2tal.runs.exit_status import SOME_LEFT_OUT
+from re2tal.runs.progress import clock_time
+from re2tal.tables import text_table
+
+MOST_SHOWN = 5
+"""Actions of a video that are printed."""
+MOST_ODD = 5
+
+
+def say_found(video: FoundInVideo) -> str:
+    """The surest actions of a video as a table."""
+    actions = video.actions
+    head = f"{printable(video.name)}, {clock_time(video.duration_seconds)}: {len(actions)} detections"
+    if not actions:
+        return head
+    rows = [
+        (f"{one.start_seconds:.1f}", f"{one.end_seconds:.1f}", f"{one.score:.3f}", printable(one.label))
+        for one in actions[:MOST_SHOWN]
+    ]
+    table = text_table([("start s", "end s", "score", "label"), *rows], align=">>><")
+    more = f"\n... {len(actions) - MOST_SHOWN} more" if len(actions) > MOST_SHOWN else ""
+    return f"{head}\n{table}{more}"
+
+
+def printable(text: str) -> str:
+    """Without characters that would steer a terminal."""
+    return "".join(one if one.isprintable() else "?" for one in text)
 
 
 def say_detected(done: Detected) -> int:
     """Print what was found where; gives the exit status."""
+    status = SOME_LEFT_OUT if done.rejected else 0
+    if not done.is_main:
+        return status
     say_left_out(done.rejected)
-    print(f"{sum(map(len, done.found.values()))} detections in {len(done.found)} videos; {done.path}")
+    if done.odd:
+        names = ", ".join(printable(path.name) for path in done.odd[:MOST_ODD])
+        more = ", ..." if len(done.odd) > MOST_ODD else ""
+        print(f"{len(done.odd)} files are no videos by their suffix, and were not looked at: {names}{more}")
+    scores = f" with a score of {done.min_score:g} or more" if done.min_score else ""
+    print(f"{done.num_detections} detections{scores} in {done.num_videos} videos; {done.path}")
+    if done.checkpoint:
+        print(f"the run has not ended: its weights are those of {done.checkpoint}")
+    if done.rejected:
+        print(f"{len(done.rejected)} videos could not be used; they are named above")
     if done.videos_at_max:
         print(
             f"{len(done.videos_at_max)} videos reach the limit of {done.max_per_video} detections; any more were cut "
             "(suppression.max_per_video in the run's config.json)"
         )
-    return SOME_LEFT_OUT if done.rejected else 0
+    return status
 
 
 def say_left_out(rejected: Iterable[Rejection]) -> None:
     """Print the video files that could not be used, and why."""
     for rejection in rejected:
-        print(f"left out: {rejection.video_id}: {rejection.reason}", file=sys.stderr)
+        print(f"left out: {printable(rejection.video_id)}: {rejection.reason}", file=sys.stderr)

@@ -1,15 +1,17 @@
-"""`re2tal shards build | index | verify | list`: videos and annotations, or trimmed clips, in; training data out."""
+"""`re2tal shards build | annotate | index | merge | verify | list`: videos and annotations in, training data out."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
-from re2tal.runs.shard_building import Build, build, describe, verify
+from re2tal.runs.shard_building import Build, build
+from re2tal.runs.shard_changes import merge, relabel
 from re2tal.runs.shard_indexing import index
+from re2tal.runs.shard_listing import describe, verify
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,43 @@ class Index:
     """Its name in the manifest."""
     max_rejected: float = 0.05
     """Share of a subset's videos that may be unusable without the exit status saying so."""
+    fix_labels: bool = False
+    """Read labels that differ by case, space or Unicode form as one class, and say so; otherwise they are an error."""
+    shard_size: str = "2GB"
+    """How large a shard may be, unless a single video is larger."""
+
+
+@dataclass(frozen=True, slots=True)
+class Annotate:
+    """Replace annotations, classes, subsets and durations of shards that are there; nothing is encoded.
+
+    Each folder changes as a whole. A video that changes its subset is copied to the other folder as it is. Videos that
+    the file does not list stay in their tars, and a later file may list them again; those it lists that are not in the
+    shards are named. Exit status 3 if they are more than --max-rejected of a subset, 2 for wrong input.
+    """
+
+    shards: tyro.conf.Positional[Path]
+    """Folder that holds a folder per subset, or one of these."""
+    annotations: tyro.conf.Positional[Path]
+    """JSON in the layout of ActivityNet."""
+    classes: Path | None = None
+    """Text file with one class per line; it fixes their order."""
+    invalid_segments: Literal["refuse", "drop"] = "refuse"
+    """What to do with segments that are reversed, empty, negative, or longer than the video."""
+    fix_labels: bool = False
+    """Read labels that differ by case, space or Unicode form as one class, and say so; otherwise they are an error."""
+    max_rejected: float = 0.05
+    """Share of a subset's videos that may be left out without the exit status saying so."""
+
+
+@dataclass(frozen=True, slots=True)
+class Merge:
+    """Join shard folders: tars are linked or copied, each video checked; ids must differ, classes add up."""
+
+    folders: tyro.conf.Positional[tuple[Path, ...]]
+    """Folders of a subset, or folders that hold one per subset."""
+    out: Path
+    """Folder to write to; each subset gets a folder in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,21 +92,17 @@ class List:
     """Folders of one subset each."""
 
 
-def shards(command: Annotated[Build | Index | Verify | List, tyro.conf.arg(name="")]) -> int:
-    """Build shards from videos, take over tars of others, verify them, or list what they hold."""
+def shards(command: Annotated[Build | Annotate | Index | Merge | Verify | List, tyro.conf.arg(name="")]) -> int:
+    """Build shards from videos, annotate or merge them, take over tars of others, verify or list what is there."""
     match command:
         case Build():
             return build(command)
+        case Annotate():
+            return relabel(**asdict(command))
         case Index():
-            return index(
-                command.tars,
-                out=command.out,
-                annotations=command.annotations,
-                subset=command.subset,
-                classes=command.classes,
-                dataset=command.dataset,
-                max_rejected=command.max_rejected,
-            )
+            return index(**asdict(command))
+        case Merge():
+            return merge(**asdict(command))
         case Verify():
             return verify(command.folders)
         case List():

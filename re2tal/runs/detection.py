@@ -1,51 +1,56 @@
-"""Detect actions with a trained detector, in a folder of video files or in shards.
+"""Detect actions with a trained detector, in video files or in shards.
 
-    videos -> shards in a temporary folder, normalised as the detector's clips ask -> windows -> results JSON
-
-The detour is not wasted: arbitrary files decode exactly only after they have been normalised.
+video files -> decoded once, as a stream -> windows -> results, video by video
+shards      -> windows of all videos -> results
 """
 
 from __future__ import annotations
 
-import logging
-import os
 import sys
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
 from tqdm import tqdm
 
 from re2tal.backbones.stored import NAME
-from re2tal.config import RecognitionConfig, RunConfig, load_config
-from re2tal.data.building.annotations import Annotations
-from re2tal.data.building.build import BuildConfig, build_shards
-from re2tal.data.building.isolated import Isolated
-from re2tal.data.building.probe import probe_video
-from re2tal.data.contract.manifest import Encoding, FramesPerSecond, FramesPerVideo, Rejection
-from re2tal.data.contract.shards import FeatureSet, ShardSet, open_any, open_shards, subset_folder
-from re2tal.data.streaming.stream import ClipConfig, stream_clips
-from re2tal.data.streaming.windows import ResizeWhole, Slide, Trimmed
-from re2tal.detector import TemporalActionDetector
-from re2tal.evaluation.results import write_results
+from re2tal.config import DataConfig, RecognitionConfig, RunConfig
+from re2tal.data.building.probe import MAX_DAMAGED
+from re2tal.data.contract.manifest import Rejection
+from re2tal.data.contract.shards import FeatureSet, ShardSet, open_any, subset_folder
+from re2tal.data.streaming.stream import stream_clips
+from re2tal.distributed import World, together
+from re2tal.evaluation.selection import Selection, labels_of
 from re2tal.evaluation.video_classes import VideoClasses, read_video_classes
 from re2tal.inference import predict
-from re2tal.runs.folder import CONFIG_NAME, MODEL_NAME, RESULTS_NAME
+from re2tal.reporting.found import FoundInVideo
+from re2tal.reporting.result_files import RESULT_FORMATS, ResultsFile, choose_format
+from re2tal.runs.file_detection import Look, detect_in_files
+from re2tal.runs.progress import Progress
+from re2tal.runs.ranks import device_of, joined_ranks
 from re2tal.runs.stored_features import check_features, check_kind
-from re2tal.runs.trained import default_device, load_detector
-from re2tal.structures import Batch, Detections, VideoRecord
+from re2tal.runs.trained import Trained, open_detector
+from re2tal.runs.video_files import VideoFiles, encoding_for, find_videos
+from re2tal.structures import Batch
 from re2tal.training.engine import DTYPES
-from re2tal.training.export import read_model
-from re2tal.video_ids import VIDEO_SUFFIXES
 
-logger = logging.getLogger(__name__)
+SAVE_SECONDS = 10.0
+"""What is found is written at least so often, while videos are looked at."""
 
-SUBSET = "detect"
-PROBE_SECONDS = 120.0
-"""a file whose packets cannot be counted in this time is left out"""
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """Which detections to write, and how."""
+
+    out: Path | None = None
+    format_name: str | None = None
+    min_score: float | None = None
+    """None: that of the format"""
+    top: int | None = None
+    classes: Sequence[str] = ()
+    video_classes: Path | None = None
+    top_k: int = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,67 +58,187 @@ class Detected:
     """Detections of a trained detector, as they were written."""
 
     path: Path
-    """The results JSON that was written."""
-    found: Mapping[str, Detections]
-    """By video."""
+    """The results that were written: a file, or a folder of one file per video."""
+    format_name: str
+    checkpoint: str | None
+    """The checkpoint that the weights come from, where the run has not ended."""
+    num_videos: int
+    num_detections: int
     rejected: Sequence[Rejection]
     """Video files that could not be used."""
+    odd: Sequence[Path]
+    """Files in the folders that are no videos by their suffix."""
+    min_score: float
     max_per_video: int
     """The limit of suppression."""
     videos_at_max: Sequence[str]
     """Videos with so many detections: any more were cut."""
+    is_main: bool = True
+    """Whether this is the rank that tells."""
 
 
 def detect(
-    run: Path,
+    model: Path,
+    paths: Sequence[Path] = (),
     *,
-    videos: Path | None = None,
+    recursive: bool = False,
     shards: Path | None = None,
-    out: Path | None = None,
-    video_classes: Path | None = None,
-    top_k: int = 2,
+    wanted: Wanted | None = None,
     batch_size: int | None = None,
     device: str | None = None,
+    max_damaged: float = MAX_DAMAGED,
+    say: Callable[[FoundInVideo], str] | None = None,
 ) -> Detected:
-    """Detect actions in a folder of videos, or in shards, with the detector of a run folder; write a results JSON.
+    """Detect actions in video files and folders of them, or in shards; write what is found.
 
-    The arguments are those of `re2tal detect`.
+    Every rank calls this. The arguments are those of `re2tal detect`; `say` makes of each video what is printed.
     """
-    config = load_config(run / CONFIG_NAME)
-    data = open_source(config, videos=videos, shards=shards)
-    if videos is not None:
-        check_looks_at_videos(run, config, asked=f"a folder of videos, {videos},")
-    namer = _read_namer(video_classes, config, top_k=top_k)
-    target = out or run / (RESULTS_NAME if videos is None and shards is None else "detections.json")
-    chosen = torch.device(device) if device else default_device()
-    detector = load_detector(run, config).to(chosen, DTYPES[config.engine.precision])
-    look = partial(
-        detect_in_shards, detector, config=config, batch_size=batch_size or config.engine.batch_size, device=chosen
-    )
-    rejected: list[Rejection] = []
-    if data is not None:
-        if isinstance(data, FeatureSet):
-            check_features(data, read_model(run / MODEL_NAME).features, run=run)
+    wanted = wanted or Wanted()
+    with joined_ranks() as world:
+        job = _Job.prepared(model, paths, shards, wanted, world, recursive=recursive)
+        if paths:
+            check_looks_at_videos(model, job.trained.config, asked=f"{paths[0]}")
+            encoding_for(job.trained.config.data.clips)  # raises where the rate is not known
+        chosen = device_of(world, device)
+        config = job.trained.config
+        network = job.trained.network().to(chosen, DTYPES[config.engine.precision])
+        look = Look(network, config, chosen, batch_size or config.engine.batch_size, job.early, max_damaged)
+        if job.shards is None:
+            _look_at_files(job, look, world, say)
+        else:
+            _look_at_shards(job, look, world)
+        return job.done(world)
+
+
+@dataclass(slots=True)
+class _Job:
+    """What is to be looked at, and what was found in it."""
+
+    trained: Trained
+    results: ResultsFile
+    selection: Selection
+    """Of what is written."""
+    early: Selection
+    """Of what the network finds, before videos' classes name it."""
+    files: VideoFiles
+    shards: ShardSet | FeatureSet | None
+    namer: VideoClasses | None
+    top_k: int
+    target: Path
+    found: list[tuple[str, int]] = field(default_factory=list)
+    """Name of each video, and how many detections it had before selection by class, or after."""
+    rejected: list[Rejection] = field(default_factory=list)
+
+    @classmethod
+    def prepared(
+        cls, model: Path, paths: Sequence[Path], shards: Path | None, wanted: Wanted, world: World, *, recursive: bool
+    ) -> _Job:
+        """All that can be wrong is found before any network runs."""
+        if paths and shards is not None:
+            raise ValueError(f"videos {paths[0]} and shards {shards} were both given; give one of them")
+        format_name = choose_format(wanted.format_name, wanted.out)
+        row = RESULT_FORMATS[format_name]
+        trained = open_detector(model)
+        opened = None if paths else open_source(trained.config, videos=None, shards=shards)
+        if isinstance(opened, FeatureSet):
+            check_features(opened, trained.features, run=model)
+        files = find_videos(paths, recursive=recursive) if paths else VideoFiles({}, [])
+        namer = _read_namer(wanted.video_classes, trained.config, top_k=wanted.top_k)
         if namer is not None:
-            namer.check(data.by_id, top_k=top_k)
-        found = look(data)
-    else:
-        assert videos is not None
-        files = list_videos(videos)
-        with tempfile.TemporaryDirectory(prefix="re2tal-detect-") as scratch:
-            data, names, rejected = pack_videos(
-                files, Path(scratch), config.data.clips, classes=detector.localizer.classes
+            namer.check(files.names.values() if opened is None else opened.by_id, top_k=wanted.top_k)
+        classes = trained.classes if namer is None else namer.classes
+        min_score = row.min_score if wanted.min_score is None else wanted.min_score
+        selection = Selection(min_score, wanted.top, labels_of(classes, wanted.classes))
+        early = selection if namer is None else Selection()
+        stem = "results" if paths == () and shards is None else "detections"
+        default = model / (stem if row.for_each else f"{stem}{row.suffix}")
+        target = wanted.out or default
+        if row.for_each and target.suffix.lower() == row.suffix and len(files.names) != 1:
+            raise ValueError(
+                f"out is {target}, one file, but {format_name} has a file for each of the "
+                f"{len(files.names) if paths else 'shards'} videos; give a folder"
             )
-            if namer is not None:
-                namer.check((names[video_id] for video_id in data.by_id), top_k=top_k)
-            found = look(data)
-        found = {names[video_id]: detections for video_id, detections in found.items()}
-    classes, limit = detector.localizer.classes, config.suppression.max_per_video
-    at_max = [video_id for video_id, detections in found.items() if len(detections) >= limit]
-    if namer is not None:
-        found, classes = namer.name(found, top_k=top_k), namer.classes
-    write_results(target, found, classes)
-    return Detected(target, found, rejected, limit, at_max)
+        mine = target if world.is_main else target.with_name(f"{target.stem}.rank{world.rank}{target.suffix}")
+        results = ResultsFile(target if row.for_each else mine, format_name, classes)
+        return cls(trained, results, selection, early, files, opened, namer, wanted.top_k, target)
+
+    def add(self, video: FoundInVideo) -> FoundInVideo:
+        """Name and write what was found in a video; gives what was written."""
+        self.found.append((video.name, len(video.detections)))
+        if self.namer is not None:
+            named = self.namer.name({video.name: video.detections}, top_k=self.top_k)[video.name]
+            video = replace(video, detections=self.selection.after(named), classes=self.namer.classes)
+        self.results.add(video)
+        return video
+
+    def done(self, world: World) -> Detected:
+        """Every rank calls this, when its share is done."""
+        shares = together(lambda: (self.found, self.rejected, self.results.found, self.results.num_written))
+        order = {name: place for place, name in enumerate(self.files.names.values())}
+        rejected = sorted((one for share in shares for one in share[1]), key=lambda one: order[one.video_id])
+        num_videos = sum(len(share[0]) for share in shares)
+        if self.files.names and not num_videos:
+            raise ValueError(
+                f"none of the {len(rejected)} videos can be used; {rejected[0].video_id}: {rejected[0].reason}"
+            )
+        limit = self.trained.config.suppression.max_per_video
+        if world.is_main:
+            self.results.found = sorted(
+                (one for share in shares for one in share[2]), key=lambda one: order.get(one.name, 0)
+            )
+            self.results.write()
+        elif not self.results.is_per_video:
+            self.results.out.unlink(missing_ok=True)
+        return Detected(
+            path=self.target,
+            format_name=self.results.format_name,
+            checkpoint=self.trained.checkpoint,
+            num_videos=num_videos,
+            num_detections=sum(share[3] for share in shares),
+            rejected=rejected,
+            odd=self.files.odd,
+            min_score=self.selection.min_score,
+            max_per_video=limit,
+            videos_at_max=[name for share in shares for name, count in share[0] if count >= limit],
+            is_main=world.is_main,
+        )
+
+
+def _look_at_files(job: _Job, look: Look, world: World, say: Callable[[FoundInVideo], str] | None) -> None:
+    mine = dict(list(job.files.names.items())[world.rank :: world.world_size])
+    progress = Progress(sum(path.stat().st_size for path in mine if path.exists()), shown=world.is_main)
+    saved, cost = time.monotonic(), 0.0
+    try:
+        for one in detect_in_files(look, mine, progress=progress):
+            if isinstance(one, Rejection):
+                job.rejected.append(one)
+                continue
+            written = job.add(one)
+            if say is not None:
+                progress.say(say(written))
+            if (now := time.monotonic()) - saved > max(SAVE_SECONDS, 20 * cost):
+                job.results.write()
+                saved = time.monotonic()
+                cost = saved - now
+    except KeyboardInterrupt:
+        if job.found:
+            job.results.write()
+            print(f"{len(job.found)} of {len(mine)} videos are in {job.results.out}", file=sys.stderr)
+        raise
+    finally:
+        progress.close()
+
+
+def _look_at_shards(job: _Job, look: Look, world: World) -> None:
+    assert job.shards is not None
+    batches = batches_with_bar(job.shards, look.config.data, batch_size=look.batch_size, world=world)
+    found = predict(look.network, batches, suppression=look.config.suppression, device=look.device)
+    if not world.is_main:
+        return
+    for video_id, detections in found.items():
+        seconds = job.shards.by_id[video_id].record.duration_seconds
+        chosen = look.selection.after(detections)
+        job.add(FoundInVideo(video_id, None, seconds, chosen, job.trained.classes))
 
 
 def check_looks_at_videos(run: Path, config: RunConfig, *, asked: str) -> None:
@@ -139,23 +264,22 @@ def _read_namer(path: Path | None, config: RunConfig, *, top_k: int) -> VideoCla
     return namer
 
 
-def detect_in_shards(
-    detector: TemporalActionDetector,
-    shards: ShardSet | FeatureSet,
-    config: RunConfig,
-    *,
-    batch_size: int,
-    device: torch.device,
-) -> dict[str, Detections]:
-    """Detections of every video in `shards`."""
-    batches = batches_with_bar(shards, config.data.clips, batch_size=batch_size)
-    return predict(detector, batches, suppression=config.suppression, device=device)
-
-
-def batches_with_bar(shards: ShardSet | FeatureSet, clips: ClipConfig, *, batch_size: int) -> Iterable[Batch]:
-    """All clips of `shards`, once, with a progress bar on a terminal."""
-    stream = stream_clips(shards, clips, batch_size=batch_size, training=False)
-    return tqdm(stream.epoch(0), total=stream.steps_per_epoch, unit="batch", disable=not sys.stderr.isatty())
+def batches_with_bar(
+    shards: ShardSet | FeatureSet, data: DataConfig, *, batch_size: int, world: World | None = None
+) -> Iterable[Batch]:
+    """This rank's clips of `shards`, once, with a progress bar on a terminal."""
+    world = world or World()
+    stream = stream_clips(
+        shards,
+        data.clips,
+        batch_size=batch_size,
+        training=False,
+        rank=world.rank,
+        world_size=world.world_size,
+        decoder=data.decoder,
+    )
+    hidden = not (world.is_main and sys.stderr.isatty())
+    return tqdm(stream.epoch(0), total=stream.steps_per_epoch, unit="batch", disable=hidden)
 
 
 def open_source(
@@ -172,67 +296,3 @@ def open_source(
     opened = open_any(shards or subset_folder(config.data.shards, config.data.validation_subset))
     check_kind(config, opened)
     return opened
-
-
-def pack_videos(
-    files: Sequence[Path], scratch: Path, clips: ClipConfig, *, classes: Iterable[str]
-) -> tuple[ShardSet, dict[str, str], list[Rejection]]:
-    """Shards of video files, the name of each id, and the files that cannot be used.
-
-    File names may hold anything, ids may not: the files are linked under numbers. Raises ValueError if none of the
-    files can be used.
-    """
-    stems = [path.stem for path in files]
-    links = scratch / "videos"
-    links.mkdir()
-    names, records, rejected = {}, [], []
-    with Isolated() as isolated:
-        for number, path in enumerate(files):
-            try:
-                seconds = float(isolated.call(PROBE_SECONDS, probe_video, path).duration_seconds)
-            except ValueError as error:
-                rejected.append(Rejection(path.name, str(error)))
-                continue
-            video_id = f"video-{number:06d}"
-            # Two files may differ in their suffix only.
-            names[video_id] = path.stem if stems.count(path.stem) == 1 else path.name
-            (links / f"{video_id}{path.suffix.lower()}").symlink_to(path.resolve())
-            records.append(VideoRecord(video_id, SUBSET, seconds, ()))
-    if not records:
-        raise ValueError(f"none of the {len(files)} videos in {files[0].parent} can be used; {rejected[0].reason}")
-    built = build_shards(
-        Annotations({SUBSET: tuple(records)}, tuple(classes), num_ambiguous=0, num_clipped=0, num_dropped=0),
-        videos=links,
-        out=scratch / "shards",
-        subset=SUBSET,
-        config=BuildConfig(dataset=SUBSET, encoding=encoding_for(clips), workers=len(os.sched_getaffinity(0))),
-    )
-    rejected += [Rejection(names[one.video_id], one.reason) for one in built.rejected]
-    for one in built.damaged:
-        logger.warning("%s: %s", names[one.video_id], one.damage)
-    return open_shards(built.folder), names, rejected
-
-
-def list_videos(folder: Path) -> list[Path]:
-    """The video files of a folder, by name; ValueError if there are none."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder; give one that holds video files")
-    files = sorted(path for path in folder.iterdir() if path.suffix.lower() in VIDEO_SUFFIXES)
-    if not files:
-        raise ValueError(f"{folder} holds no video file; wanted one of {', '.join(VIDEO_SUFFIXES)}")
-    return files
-
-
-def encoding_for(clips: ClipConfig) -> Encoding:
-    """The encoding for videos that only serve these clips: their size and rate, whole pictures."""
-    short_side = max(16, clips.size + clips.size % 2)
-    match clips.windowing:
-        case ResizeWhole(num_frames=num_frames):
-            return Encoding(FramesPerVideo(num_frames), short_side=short_side)
-        case Slide(frames_per_second=rate) | Trimmed(frames_per_second=rate):
-            if rate is None:
-                raise ValueError(
-                    "data.clips.windowing.frames_per_second of this run is null, the rate of its shards, so at which "
-                    "rate to take other videos is not known; build shards of them and detect in those"
-                )
-            return Encoding(FramesPerSecond(rate), short_side=short_side)

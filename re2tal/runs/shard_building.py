@@ -1,8 +1,9 @@
-"""Videos and annotations, or trimmed clips, in; training data out. What was packed can be verified and described."""
+"""Videos and annotations, or trimmed clips, in; training data out."""
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -19,18 +20,9 @@ from re2tal.data.building.labels import read_class_list
 from re2tal.data.building.probe import MAX_DAMAGED, probe_video
 from re2tal.data.building.shard_folder import BuiltSubset, Listed
 from re2tal.data.building.subset_names import rename_subsets
-from re2tal.data.contract.feature_manifest import (
-    Extracted,
-    FeatureManifest,
-    FramesPerStep,
-    Packed,
-    SecondsPerStep,
-    StepsPerVideo,
-)
-from re2tal.data.contract.manifest import Encoding, FramesPerSecond, FramesPerVideo, Manifest, Rejection
-from re2tal.data.contract.shards import open_any
-from re2tal.data.contract.verify import damage
-from re2tal.runs.exit_status import DAMAGED, TOO_MANY_REJECTED
+from re2tal.data.contract.manifest import Encoding, FramesPerSecond, FramesPerVideo, Rejection
+from re2tal.runs.exit_status import TOO_MANY_REJECTED
+from re2tal.runs.shard_listing import describe
 from re2tal.video_ids import plain_id
 
 MAX_SHOWN = 20
@@ -73,8 +65,13 @@ class Build:
     """What to do with segments that are reversed, empty, negative, or longer than the video."""
     fix_labels: bool = False
     """Read labels that differ by case, space or Unicode form as one class, and say so; otherwise they are an error."""
+    copy: bool = False
+    """Keep the bytes of files that can be read by frame number as they are (H.264 in an mp4, constant rate, closed
+    groups, upright, undamaged); the others are encoded."""
+    shard_size: str = "2GB"
+    """How large a shard may be, such as 500MB, unless a single video is larger."""
     videos_per_shard: int | None = None
-    """By default so that there are 32 shards or more, of 4 to 64 videos."""
+    """At most so many videos in a shard, besides."""
     seed: int = 0
     """Of the order of the videos in the shards."""
     workers: int | None = None
@@ -99,65 +96,10 @@ def build(options: Build) -> int:
     for subset in options.subsets or subsets_to_build(listed):
         built = _build_with_bar(listed, videos, options.out, subset, config)
         status = max(status, report_built(built, subset=subset, max_rejected=options.max_rejected))
+        if options.copy and built.is_complete:
+            num_stored = built.num_videos - len(built.rejected)
+            print(f"{subset}: {built.num_copies} videos stored as they came, {num_stored - built.num_copies} encoded")
     return status
-
-
-def verify(folders: Sequence[Path]) -> int:
-    """Print what is damaged; gives the exit status."""
-    status = 0
-    for folder in folders:
-        opened = open_any(folder)
-        problems = list(damage(opened))
-        for problem in problems:
-            print(problem, file=sys.stderr)
-        state = f"{len(problems)} problems" if problems else "every byte as it was built"
-        print(f"{folder}: {len(opened.videos)} videos in {len(opened.manifest.shards)} shards, {state}")
-        status = DAMAGED if problems else status
-    return status
-
-
-def describe(folders: Sequence[Path]) -> int:
-    """Print a line or two per folder; gives the exit status."""
-    for folder in folders:
-        manifest = open_any(folder).manifest
-        totals = manifest.totals
-        match manifest:
-            case Manifest():
-                seconds = manifest.totals.seconds
-                what = f"{seconds / 3600:.2f} h, {_sampling(manifest)}, short side {manifest.encoding.short_side}"
-            case FeatureManifest():
-                what = f"{manifest.totals.steps} steps, {_features(manifest)}"
-        print(
-            f"{folder}: {manifest.dataset} {manifest.subset}, {totals.videos} videos, {what}, "
-            f"{len(manifest.classes)} classes, {len(manifest.shards)} shards, {totals.num_bytes / 1e6:.1f} MB, "
-            f"{len(manifest.rejected)} rejected"
-        )
-    return 0
-
-
-def _sampling(manifest: Manifest) -> str:
-    match manifest.encoding.sampling:
-        case FramesPerSecond(fps):
-            return f"{fps:g} frames per second"
-        case FramesPerVideo(num_frames):
-            return f"{num_frames} frames per video"
-
-
-def _features(manifest: FeatureManifest) -> str:
-    spec = manifest.features
-    match spec.grid:
-        case SecondsPerStep(seconds):
-            grid = f"a step per {seconds:g} s"
-        case StepsPerVideo(num_steps):
-            grid = f"{num_steps} steps per video"
-        case FramesPerStep(stride):
-            grid = f"a step per {stride} frames"
-    match spec.origin:
-        case Extracted(backbone=name, weights=weights):
-            origin = f"{name} ({weights})"
-        case Packed():
-            origin = "another program"
-    return f"{grid}, {spec.channels} channels in {spec.dtype} from {origin}"
 
 
 def _config(options: Build, spec: DatasetSpec) -> BuildConfig:
@@ -171,12 +113,26 @@ def _config(options: Build, spec: DatasetSpec) -> BuildConfig:
         file_names=spec.file_names,
         blocked=spec.blocked | {plain_id(one) for one in (read_video_ids(options.blocked) if options.blocked else ())},
         max_damaged=options.max_damaged,
+        copy=options.copy,
+        shard_bytes=parse_size(options.shard_size),
         videos_per_shard=options.videos_per_shard,
         seed=options.seed,
         workers=options.workers or len(os.sched_getaffinity(0)),
         part_index=part_index,
         num_parts=num_parts,
     )
+
+
+def parse_size(text: str) -> int:
+    """--shard-size as bytes."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(i?)B?", text.strip(), re.IGNORECASE)
+    num_bytes = 0
+    if found:
+        unit = 1024 if found[3] else 1000
+        num_bytes = round(float(found[1]) * unit ** " KMGT".index(found[2].upper() or " "))
+    if num_bytes < 1:
+        raise ValueError(f"--shard-size is {text!r}; give a size such as 2GB or 500MB")
+    return num_bytes
 
 
 def parse_part(text: str) -> tuple[int, int]:
@@ -188,6 +144,8 @@ def parse_part(text: str) -> tuple[int, int]:
 
 
 def _encoding(options: Build, encoding: Encoding) -> Encoding:
+    if options.copy and options.frames is not None:
+        raise ValueError(f"--copy keeps all frames of a file, --frames {options.frames} does not; leave one out")
     if options.fps is not None and options.frames is not None:
         raise ValueError(f"--fps {options.fps} and --frames {options.frames} exclude each other; give one of them")
     if options.fps is not None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from re2tal.data.building.annotations import read_annotations
+from re2tal.data.building.annotations import Annotations, read_annotations
 from re2tal.data.building.clips import ClipList
-from re2tal.data.building.index_tars import Sample, index_tars, list_clips, match_samples, read_samples
+from re2tal.data.building.index_tars import index_tars
 from re2tal.data.building.labels import read_class_list
-from re2tal.runs.shard_building import print_some, report_built, subsets_to_build
+from re2tal.data.building.match_samples import match_samples
+from re2tal.data.building.tar_samples import Sample, list_clips, read_samples
+from re2tal.runs.shard_building import parse_size, print_some, report_built, subsets_to_build
 
 
 def index(
@@ -20,12 +22,19 @@ def index(
     classes: Path | None,
     dataset: str,
     max_rejected: float,
+    fix_labels: bool,
+    shard_size: str,
 ) -> int:
     """Write the shard folders; gives the exit status."""
     samples, broken = read_samples(tars)
     print_some([f"cannot be read to its end: {line}" for line in broken], more="tars")
     names = read_class_list(classes) if classes else None
-    listed = read_annotations(annotations, classes=names) if annotations else _clips(samples, subset, names)
+    if annotations:
+        listed: Annotations | ClipList = read_annotations(annotations, classes=names, fix_labels=fix_labels)
+    else:
+        listed = _clips(samples, subset, names, fix_labels)
+    for note in listed.notes:
+        print(f"{annotations or tars}: {note}")
     matches = match_samples(listed, samples)
     if annotations:
         taken = {id(sample) for sample in matches.found.values()}
@@ -33,12 +42,12 @@ def index(
         print_some(others, more="samples")
     status = 0
     for name in subsets_to_build(listed):
-        built = index_tars(listed, matches, out=out, subset=name, dataset=dataset)
+        built = index_tars(listed, matches, out=out, subset=name, dataset=dataset, shard_bytes=parse_size(shard_size))
         status = max(status, report_built(built, subset=name, max_rejected=max_rejected))
     return status
 
 
-def _clips(samples: list[Sample], subset: str, classes: tuple[str, ...] | None) -> ClipList:
-    clips, left_out = list_clips(samples, subset=subset, classes=classes)
+def _clips(samples: list[Sample], subset: str, classes: tuple[str, ...] | None, fix_labels: bool) -> ClipList:
+    clips, left_out = list_clips(samples, subset=subset, classes=classes, fix_labels=fix_labels)
     print_some([f"left out {line}" for line in left_out], more="samples")
     return clips

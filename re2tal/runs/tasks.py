@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from re2tal.backbones import plain_start
 from re2tal.config import RecognitionConfig, RunConfig, build_detector, build_recognizer
 from re2tal.data.building.clips import true_classes
 from re2tal.data.contract.shards import FeatureSet, ShardSet
@@ -40,6 +41,9 @@ class Outcome(NamedTuple):
 
 def build_model(config: AnyRun, classes: Sequence[str]) -> nn.Module:
     """The detector or recognizer for actions of `classes`, with the weights that the configuration names."""
+    first_beta = config.annealing.start if config.annealing.epochs > 0 else None
+    if is_main() and (warning := plain_start(config.backbone, first_beta=first_beta)) is not None:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
     if isinstance(config, RunConfig):
         return build_detector(config, classes)
     recognizer, about_the_classifier = build_recognizer(config, classes)

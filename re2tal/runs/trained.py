@@ -2,19 +2,63 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
-from re2tal.config import RecognitionConfig, RunConfig, build_detector, build_recognizer
+from re2tal.config import RecognitionConfig, RunConfig, build_detector, build_recognizer, load_config
 from re2tal.detector import TemporalActionDetector
 from re2tal.recognizer import Recognizer
-from re2tal.runs.folder import MODEL_NAME
-from re2tal.training.export import read_model
+from re2tal.runs.checkpoint_weights import read_newest_checkpoint
+from re2tal.runs.folder import CHECKPOINTS_NAME, CONFIG_NAME, MODEL_NAME
+from re2tal.training.export import ModelFile, read_model
 
 AnyRun = TypeVar("AnyRun", RunConfig, RecognitionConfig)
+
+
+@dataclass(frozen=True, slots=True)
+class Trained:
+    """A detector that was trained, read but not yet built."""
+
+    folder: Path
+    config: RunConfig
+    model: ModelFile
+    checkpoint: str | None = None
+    """The checkpoint that the weights come from, where the run has not ended."""
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """What it can find."""
+        return self.model.classes
+
+    @property
+    def features(self) -> Mapping[str, Any] | None:
+        """The stored features of its training; None for videos."""
+        return self.model.features
+
+    def network(self) -> TemporalActionDetector:
+        """The detector with its weights, on the CPU."""
+        detector = build_detector(started(self.config), self.model.classes)
+        self.model.load_into(detector, classes=detector.localizer.classes)
+        return detector
+
+
+def open_detector(folder: Path) -> Trained:
+    """The detector of a model folder or a run folder; of a run that has not ended, its newest sound checkpoint.
+
+    Raises FileNotFoundError and ValueError where the folder holds neither.
+    """
+    if folder.is_file():
+        raise ValueError(f"{folder} is a file; give the folder that holds it and {CONFIG_NAME}")
+    config = load_config(folder / CONFIG_NAME)
+    model_path = folder / MODEL_NAME
+    if model_path.is_file() or not (folder / CHECKPOINTS_NAME).is_dir():
+        return Trained(folder, config, read_model(model_path))
+    model, checkpoint = read_newest_checkpoint(folder, started(config))
+    return Trained(folder, config, model, checkpoint)
 
 
 def load_detector(run: Path, config: RunConfig) -> TemporalActionDetector:

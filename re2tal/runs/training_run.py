@@ -24,7 +24,7 @@ from re2tal.distributed import World, is_main, made_by_main, refuse_differences,
 from re2tal.evaluation.accuracy import AccuracyReport
 from re2tal.evaluation.average_precision import MapReport
 from re2tal.inference import detector_input
-from re2tal.options import names_with
+from re2tal.options import defaults_of, names_with
 from re2tal.planning.shared import PLAN_NAME, save_plan, shared_plan
 from re2tal.planning.step_plan import StepPlan
 from re2tal.rewire import wiring_of
@@ -217,7 +217,10 @@ def _build(
         config.training,
         prepare=partial(_prepare, strength=config.data.clips.colour_jitter, seed=seed, rank=world.rank, dtype=dtype),
         checkpoints=CheckpointStore(
-            folder / CHECKPOINTS_NAME, identity=identity, keep=config.training.keep_checkpoints
+            folder / CHECKPOINTS_NAME,
+            identity=identity,
+            defaults=dict(defaults_of(config)),
+            keep=config.training.keep_checkpoints,
         ),
         log=MetricsLog(folder, enabled=world.is_main),
         beta=beta,
@@ -251,6 +254,9 @@ def _stream(config: AnyRun, shards: ShardSet | FeatureSet, world: World, *, trai
         rank=world.rank,
         world_size=world.world_size,
         seed=config.training.seed,
+        decoder=config.data.decoder,
+        # torchrun and accelerate say it; under other launchers each rank counts for itself alone.
+        ranks_on_host=int(on_host) if (on_host := os.environ.get("LOCAL_WORLD_SIZE", "")).isdecimal() else 1,
     )
 
 

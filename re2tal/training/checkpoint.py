@@ -32,12 +32,18 @@ from re2tal.training.manifest import FOLDER, Manifest, Progress, read_manifest, 
 class CheckpointStore:
     """The checkpoints of one run in one folder, which all ranks must be able to write."""
 
-    def __init__(self, folder: Path, *, identity: Mapping[str, Any], keep: int = 2) -> None:
-        """`identity`: JSON values by name that must be the same when the run is resumed; `keep`: how many to keep."""
+    def __init__(
+        self, folder: Path, *, identity: Mapping[str, Any], defaults: Mapping[str, Any] | None = None, keep: int = 2
+    ) -> None:
+        """`identity`: JSON values by name that must be the same when the run is resumed; `keep`: how many to keep.
+
+        `defaults`: what the values were before they had a name; checkpoints of earlier versions lack them.
+        """
         if keep < 1:
             raise ValueError(f"training.keep_checkpoints is {keep}; it must be at least 1")
         self.folder = folder
         self.identity = json.loads(json.dumps(dict(identity)))
+        self.defaults = json.loads(json.dumps(dict(defaults or {}), default=str))
         self.keep = keep
 
     def save(self, engine: Engine, average: WeightAverage | None, progress: Progress) -> Path:
@@ -176,6 +182,7 @@ class CheckpointStore:
         return None, None, faults
 
     def _refuse_another_run(self, checkpoint: Path, saved: dict[str, Any]) -> None:
+        saved = {name: self.defaults[name] for name in self.identity.keys() & self.defaults.keys()} | saved
         changes = [
             f"{name} is {self.identity.get(name)!r}, the checkpoint has {saved.get(name)!r}"
             for name in sorted(self.identity.keys() | saved.keys())

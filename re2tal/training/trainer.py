@@ -115,6 +115,7 @@ class Trainer:
         self.average = None if decay is None else WeightAverage(engine, decay=decay)
         self.progress = Progress()
         self.non_finite_in_a_row = self.overflows_in_a_row = 0
+        self._waited = 0.0
         self.watch = GradientWatch(engine)
 
     def resume(self) -> bool:
@@ -137,8 +138,9 @@ class Trainer:
             batches = self._batches()
             while self.progress.step < self.num_steps and not stop:
                 started = time.perf_counter()
+                self._waited = 0.0
                 losses = self._step(batches)
-                meter.add(losses, seconds=time.perf_counter() - started)
+                meter.add(losses, seconds=time.perf_counter() - started, waited=self._waited)
                 self._advance(seconds=time.perf_counter() - started)
                 self._report(meter)
                 # Signals reach ranks at different times: all ranks agree here, or some would save while others train.
@@ -187,7 +189,9 @@ class Trainer:
 
     def _micro_batch(self, batches: Iterator[Batch]) -> MicroBatch:
         """Forward and backward of the next batch and, with the last of a step, the step itself."""
+        asked = time.perf_counter()
         batch = next(batches)
+        self._waited += time.perf_counter() - asked
         self.watch.new_batch(batch.video_ids)
         micro_batch = self._forward(batch)
         self.progress = replace(self.progress, micro_batches=self.progress.micro_batches + 1)
@@ -248,7 +252,7 @@ class Trainer:
         if self.progress.step % self.config.log_every_steps and not self._last():
             return
         refuse_drifted_replicas(self.engine, step=self.progress.step)
-        losses, clips_per_second = meter.take(device=self.engine.device)
+        losses, speed = meter.take(device=self.engine.device)
         self._compare_with_plan()
         self.log.write(
             "train",
@@ -259,7 +263,7 @@ class Trainer:
                 "lr": max(group["lr"] for group in self.engine.optimizer.param_groups),
                 **{f"lr/{group['name']}": group["lr"] for group in self.engine.optimizer.param_groups},
                 **self._rewiring(),
-                "clips_per_second": clips_per_second,
+                **speed,
                 "peak_memory_gib": peak_memory_gib(self.engine.device),
                 "skipped": self.progress.skipped,
             },

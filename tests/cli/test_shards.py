@@ -9,6 +9,7 @@ from data.files import write_video
 from re2tal.cli import main
 from re2tal.data.contract.manifest import FramesPerSecond, FramesPerVideo, to_json
 from re2tal.data.contract.shards import open_shards, subset_folder
+from re2tal.runs.shard_building import parse_size
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "shards.slurm"
 
@@ -90,6 +91,9 @@ def test_list_and_verify_say_what_is_there_and_whether_it_is_sound(capsys, built
         (["--part", "4/4"], "--part is '4/4'; give i/n"),
         (["--part", "1"], "--part is '1'; give i/n"),
         (["--workers", "0"], "--workers is 0; give 1 or more"),
+        (["--shard-size", "2 miles"], "--shard-size is '2 miles'; give a size such as 2GB or 500MB"),
+        (["--shard-size", "0"], "--shard-size is '0'; give a size"),
+        (["--copy", "--frames", "64"], "--copy keeps all frames of a file, --frames 64 does not"),
         (["--max-rejected", "5"], "--max-rejected is 5.0; give a share"),
         (["--dataset", "kinetics"], "unknown data set 'kinetics'; known:"),
         (["--dataset", "thumos14"], "label is 'run': it is not among the classes"),
@@ -134,6 +138,11 @@ def test_clips_and_annotations_exclude_each_other(capsys, tmp_path, options, mes
     status, _, err = run(capsys, "build", "--out", tmp_path, *options)
     assert (status, err.count("\n")) == (2, 1)
     assert message in err
+
+
+def test_sizes_are_read_as_people_write_them():
+    sizes = {"2GB": 2 * 10**9, "500 mb": 5 * 10**8, "1.5G": 15 * 10**8, "1MiB": 1 << 20, "4096": 4096}
+    assert {text: parse_size(text) for text in sizes} == sizes
 
 
 def test_an_open_of_nothing_is_one_line_and_status_2(capsys, tmp_path):

@@ -18,6 +18,8 @@ from re2tal.data.contract.manifest import (
     IndexedVideo,
     Manifest,
     ShardFile,
+    SourceVideo,
+    StoredVideo,
     Totals,
     to_json,
 )
@@ -39,7 +41,7 @@ def write_shards(
     items, shards, entries = list(videos.items()), [], []
     for number, first in enumerate(range(0, len(items), per_shard)):
         part, name = items[first : first + per_shard], f"shard-{number:06d}.tar"
-        places = write_tar(root / name, [Pair(video_id, b"{}", mp4) for video_id, (mp4, _) in part])
+        places = write_tar(root / name, [Pair(video_id, _described(entry), mp4) for video_id, (mp4, entry) in part])
         for (video_id, (mp4, entry)), (offset, num_bytes) in zip(part, places, strict=True):
             record = replace(entry.record, video_id=video_id)
             place = {"shard": name, "offset": offset, "num_bytes": num_bytes, "crc32": zlib.crc32(mp4)}
@@ -65,3 +67,8 @@ def write_shards(
     )
     (root / MANIFEST_NAME).write_text(to_json(manifest))
     return open_shards(root)
+
+
+def _described(entry: IndexedVideo) -> bytes:
+    source = SourceVideo("v.mp4", "0" * 64, "h264", entry.num_frames, entry.video_seconds)
+    return to_json(StoredVideo(entry.num_frames, entry.fps, entry.width, entry.height, source)).encode()

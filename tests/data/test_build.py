@@ -9,16 +9,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
+from av.video.reformatter import ColorRange, Colorspace
 from data.files import cut_short, encoding, write_sound, write_video
 from data.numbered import read_numbers
 from webdataset import WebDataset
 
 from re2tal.data.building.annotations import Annotations, read_annotations
-from re2tal.data.building.build import BuildConfig, build_shards, find_videos, plan_shards
+from re2tal.data.building.build import BuildConfig, build_shards, find_videos
 from re2tal.data.building.isolated import Isolated
+from re2tal.data.building.shard_plan import Item, Plan, extended
 from re2tal.data.contract.manifest import INDEX_NAME, MANIFEST_NAME
-from re2tal.data.contract.members import read_content
+from re2tal.data.contract.members import read_content, read_video
 from re2tal.data.contract.shards import open_shards
 from re2tal.data.contract.verify import damage
 from re2tal.data.streaming.decode import decode_frames
@@ -112,7 +115,8 @@ def test_every_bad_video_is_left_out_with_its_reason(built):
     for video_id, reason in BAD.items():
         assert reason in reasons[video_id]
         assert "/" not in reasons[video_id], "a manifest names no folder of the machine that built it"
-    assert seen == sorted([(video_id, True) for video_id in GOOD] + [(video_id, False) for video_id in BAD])
+    with_file = set(BAD) - {"gone"}
+    assert seen == sorted([(video_id, True) for video_id in GOOD] + [(video_id, False) for video_id in with_file])
 
 
 def test_a_built_folder_is_undamaged_and_holds_nothing_else(built):
@@ -158,14 +162,14 @@ def test_parts_on_several_machines_give_the_same_bytes(videos, annotations, buil
         return build_shards(annotations, videos=videos, out=tmp_path, subset="training", config=config)
 
     first = build(1)
-    assert (first.is_complete, first.num_shards, first.num_missing_shards) == (False, 4, 2)
+    assert (first.is_complete, first.num_shards, first.num_missing_shards) == (False, 3, 2)
     with pytest.raises(ValueError, match=r"has no manifest\.json"):
         open_shards(first.folder)
     assert build(0).is_complete
     assert contents(tmp_path / "training") == contents(built[0].folder)
 
 
-def test_a_video_that_turns_up_later_changes_its_shard_only(videos, annotations, built, copy, tmp_path):
+def test_a_video_that_turns_up_later_gets_a_shard_of_its_own(videos, annotations, built, copy, tmp_path):
     before = contents(copy / "training")
     more = Path(shutil.copytree(videos, tmp_path / "more"))
     write_video(more / "gone.mp4")
@@ -173,7 +177,92 @@ def test_a_video_that_turns_up_later_changes_its_shard_only(videos, annotations,
     after = contents(copy / "training")
     changed = {name for name in after if after[name] != before.get(name) and name.endswith(".tar")}
     assert sorted(open_shards(copy / "training").by_id) == sorted([*GOOD, "gone"])
-    assert len(changed) == 1
+    assert changed == {"shard-000003.tar"}
+    assert list(damage(open_shards(copy / "training"))) == []
+
+
+def test_other_annotations_encode_nothing_and_change_no_tar(videos, built, copy, tmp_path):
+    before = contents(copy / "training")
+    entry = {"subset": "training", "duration": 2.0, "annotations": [{"segment": [0.6, 1.2], "label": "jump"}]}
+    (tmp_path / "a.json").write_text(json.dumps({"database": dict.fromkeys(("a", "b", "c-1", "long", "cut"), entry)}))
+    made = []
+    result = build_shards(
+        read_annotations(tmp_path / "a.json"),
+        videos=videos,
+        out=copy,
+        subset="training",
+        config=CONFIG,
+        on_video=lambda record, rejection: made.append(record.video_id),
+    )
+    after = contents(copy / "training")
+    shards = open_shards(copy / "training")
+    assert made == ["long"], "it was refused for a duration that is another one now"
+    assert {name for name in after if name.endswith(".tar") and after[name] != before.get(name)} == {"shard-000003.tar"}
+    assert {k: v.record.actions for k, v in shards.by_id.items()} == dict.fromkeys(
+        ("a", "b", "c-1", "long"), (Action(0.6, 1.2, "jump"),)
+    )
+    assert (shards.classes, [one.video_id for one in result.rejected]) == (("jump",), ["cut"])
+    assert list(damage(shards)) == []
+
+
+def test_a_source_that_changed_is_encoded_again_though_its_size_is_the_same(videos, annotations, built, copy, tmp_path):
+    changed = Path(shutil.copytree(videos, tmp_path / "changed"))
+    path = changed / "v_a.mp4"
+    content = bytearray(path.read_bytes())
+    place = content.index(b"Lavf")  # a tag that no picture depends on
+    content[place : place + 4] = b"lavf"
+    path.write_bytes(content)
+    made = []
+    build_shards(
+        annotations,
+        videos=changed,
+        out=copy,
+        subset="training",
+        config=CONFIG,
+        on_video=lambda record, rejection: made.append(record.video_id),
+    )
+    assert made == ["a"]
+    assert sorted(open_shards(copy / "training").by_id) == sorted(GOOD)
+    assert open_shards(copy / "training").by_id["a"].shard == "shard-000003.tar"
+
+
+def test_shards_are_bounded_by_bytes_and_the_same_for_any_number_of_workers(videos, annotations, tmp_path):
+    config = replace(CONFIG, blocked=frozenset(BAD), videos_per_shard=None)
+    folders = []
+    for workers in (1, 3):
+        one = replace(config, shard_bytes=24_000, workers=workers)
+        folders.append(
+            build_shards(annotations, videos=videos, out=tmp_path / f"{workers}", subset="training", config=one)
+        )
+    assert contents(folders[0].folder) == contents(folders[1].folder)
+    shards = open_shards(folders[0].folder)
+    assert len(shards.videos) == len(GOOD)
+    assert 1 < len(shards.manifest.shards) < len(GOOD)
+    assert all(shard.num_bytes <= 24_000 for shard in shards.manifest.shards)
+    assert list(damage(shards)) == []
+
+
+def test_a_shard_that_turns_out_too_large_is_divided(videos, annotations, tmp_path):
+    config = replace(CONFIG, blocked=frozenset(BAD), videos_per_shard=None, encoding=replace(CONFIG.encoding, crf=0))
+    sizes = [(videos / f"v_{video_id}.mp4").stat().st_size for video_id in GOOD]
+    config = replace(config, shard_bytes=sum(sizes))  # all in one group, by the sizes of the sources
+    built = build_shards(annotations, videos=videos, out=tmp_path, subset="training", config=config)
+    shards = open_shards(built.folder)
+    names = [shard.name for shard in shards.manifest.shards]
+    assert names[:2] == ["shard-000000.tar", "shard-000000-1.tar"]
+    assert all(shard.num_bytes <= sum(sizes) or shard.videos == 1 for shard in shards.manifest.shards)
+    assert sorted(shards.by_id) == sorted(GOOD)
+    before = contents(built.folder)
+    build_shards(annotations, videos=videos, out=tmp_path, subset="training", config=config, on_video=pytest.fail)
+    assert contents(built.folder) == before
+
+
+def test_a_folder_of_an_earlier_version_is_not_encoded_again_without_a_word(videos, annotations, built, copy):
+    (copy / "training" / ".reports" / "plan.json").unlink()
+    before = contents(copy)
+    with pytest.raises(ValueError, match=r"has no \.reports/plan\.json: an earlier version built it.*shards annotate"):
+        build_shards(annotations, videos=videos, out=copy, subset="training", config=CONFIG)
+    assert contents(copy) == before
 
 
 @pytest.mark.parametrize(
@@ -218,31 +307,32 @@ def test_a_subset_of_unusable_videos_only_is_an_error_with_a_reason(videos, anno
         build_shards(annotations, videos=videos, out=tmp_path, subset="training", config=config)
 
 
-def test_the_plan_depends_on_the_seed_and_has_enough_shards():
-    records = [VideoRecord(f"v{i}", "training", 1.0, ()) for i in range(200)]
-    config = replace(CONFIG, videos_per_shard=None)
+def test_the_plan_depends_on_the_seed_and_is_bounded_by_bytes_and_by_count():
+    items = [Item(VideoRecord(f"v{i}", "training", 1.0, ()), "0" * 64, num_bytes=10 + i % 3) for i in range(200)]
 
-    def plan(number: int, seed: int = 0) -> list[list[str]]:
-        plans = plan_shards(records[:number], {}, config=replace(config, seed=seed))
-        assert [p.name for p in plans] == [f"shard-{i:06d}.tar" for i in range(len(plans))]
-        return [[record.video_id for record in p.records] for p in plans]
+    def plan(number: int, seed: int = 0, max_bytes: int = 110, per_shard: int | None = None) -> list[list[str]]:
+        empty = Plan(seed, "shards build", ())
+        groups = extended(empty, items[:number], first=5, max_bytes=max_bytes, per_shard=per_shard).groups
+        assert [group.name for group in groups] == [f"shard-{5 + i:06d}.tar" for i in range(len(groups))]
+        return [[one.video_id for one in group.videos] for group in groups]
 
     assert plan(200) == plan(200) != plan(200, seed=1)
-    assert sorted(video_id for shard in plan(200) for video_id in shard) == sorted(
-        record.video_id for record in records
-    )
-    assert [len(shard) for shard in plan(200)] == [7] * 28 + [4]
-    assert [len(shard) for shard in plan(10)] == [4, 4, 2]
+    assert sorted(video_id for shard in plan(200) for video_id in shard) == sorted(item.video_id for item in items)
+    sizes = {item.video_id: item.num_bytes for item in items}
+    totals = [sum(sizes[video_id] for video_id in shard) for shard in plan(200)]
+    assert all(98 < total <= 110 for total in totals[:-1])
+    assert [len(shard) for shard in plan(10, max_bytes=1000, per_shard=4)] == [4, 4, 2]
+    assert [len(shard) for shard in plan(3, max_bytes=1)] == [1, 1, 1]
 
 
 def test_a_disk_that_is_full_stops_the_build_and_rejects_nobody(videos, annotations, tmp_path, monkeypatch):
-    def full(path, pairs, *, suffix):
+    def full(path, pairs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("re2tal.data.building.shard_folder.write_tar", full)
+    monkeypatch.setattr("re2tal.data.building.video_folder.write_tar", full)
     with pytest.raises(OSError, match="No space left"):
         build_shards(annotations, videos=videos, out=tmp_path, subset="training", config=replace(CONFIG, workers=2))
-    assert contents(tmp_path) == {}
+    assert [*contents(tmp_path)] == ["training/.reports/plan.json"]
 
 
 def test_a_video_with_little_damage_is_kept_and_named_and_one_with_much_is_left_out(tmp_path, capsys):
@@ -335,3 +425,69 @@ def test_names_with_spaces_dots_and_any_script_are_kept_from_the_file_to_the_sha
     for video in shards.videos:
         shown = read_numbers(decode_frames(read_content(shards, video), range(10)).numpy())
         assert list(shown) == list(range(0, 20, 2))  # stored at half the rate
+
+
+def test_copies_keep_their_bytes_and_what_a_decoder_would_number_wrong_is_encoded(tmp_path):
+    videos = tmp_path / "videos"
+    videos.mkdir()
+    closed = {"g": "20", "x264-params": "open-gop=0"}
+    write_video(videos / "sound.mp4", options=closed, sound=True)
+    write_video(videos / "open.mp4", options={"g": "20", "bf": "2", "x264-params": "open-gop=1:b-pyramid=none"})
+    write_video(videos / "turned.mp4", options=closed, rotation=90)
+    write_video(videos / "matroska.mkv", options=closed)
+    write_video(videos / "uneven.mp4", options=closed, milliseconds=[33 * n + 11 * (n % 3) for n in range(60)])
+    content = bytearray(write_video(videos / "whole.mp4", options=closed).read_bytes())
+    with av.open(str(videos / "whole.mp4")) as container:
+        place, size = [(p.pos, p.size) for p in container.demux(video=0) if p.size][30]
+    content[place : place + size] = bytes(size)
+    (videos / "broken.mp4").write_bytes(content)
+    ids = ("sound", "open", "turned", "matroska", "uneven", "whole", "broken")
+    entry = {"subset": "training", "duration": 2.0, "annotations": [{"segment": [0.5, 1.5], "label": "run"}]}
+    (tmp_path / "a.json").write_text(json.dumps({"database": dict.fromkeys(ids, entry)}))
+    listed = read_annotations(tmp_path / "a.json")
+    config = replace(CONFIG, copy=True, videos_per_shard=None, max_damaged=1.0, workers=2)
+    built = build_shards(listed, videos=videos, out=tmp_path / "out", subset="training", config=config)
+    shards = open_shards(built.folder)
+    kept = {
+        video_id for video_id, video in shards.by_id.items()
+        if read_content(shards, video) == next(videos.glob(f"{video_id}.*")).read_bytes()
+    }  # fmt: skip
+    assert kept == {"sound", "whole"}
+    assert (built.num_copies, len(shards.videos) + len(built.rejected)) == (2, len(ids))
+    for video_id in kept:
+        mp4 = read_video(shards, shards.by_id[video_id])
+        assert read_numbers(decode_frames(*mp4.cut([59, 3, 31])).numpy()) == [59, 3, 31]
+    assert list(damage(shards)) == []
+    with pytest.raises(
+        ValueError, match=r"was built with `re2tal shards build --copy`, now it is `re2tal shards build`"
+    ):
+        build_shards(listed, videos=videos, out=tmp_path / "out", subset="training", config=replace(config, copy=False))
+
+
+def test_a_copy_shows_the_colours_that_a_player_shows(tmp_path):
+    """BT.709 and full range, of saturated colours: copied only if the decoder heeds the tags."""
+    picture = np.zeros((48, 64, 3), np.uint8)
+    picture[:, :32], picture[:24, 32:], picture[24:, 32:] = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    for name, matrix, space, colours in (
+        ("hd", 1, Colorspace.ITU709, ColorRange.MPEG),
+        ("full", 6, Colorspace.ITU601, ColorRange.JPEG),
+    ):
+        with av.open(str(tmp_path / f"{name}.mp4"), "w") as container:
+            stream = container.add_stream("libx264", rate=30, options={"crf": "4", "x264-params": "open-gop=0"})
+            stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+            stream.codec_context.colorspace, stream.codec_context.color_range = matrix, colours
+            for _ in range(60):
+                frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+                frame = frame.reformat(format="yuv420p", dst_colorspace=space, dst_color_range=colours)
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+    entry = {"subset": "training", "duration": 2.0, "annotations": [{"segment": [0.5, 1.5], "label": "run"}]}
+    (tmp_path / "a.json").write_text(json.dumps({"database": dict.fromkeys(("hd", "full"), entry)}))
+    config = replace(CONFIG, copy=True, videos_per_shard=None)
+    listed = read_annotations(tmp_path / "a.json")
+    built = build_shards(listed, videos=tmp_path, out=tmp_path / "out", subset="training", config=config)
+    shards = open_shards(built.folder)
+    for video in shards.videos:
+        shown = decode_frames(read_content(shards, video), [30]).numpy()[0].astype(int)
+        for place, colour in (((24, 16), (255, 0, 0)), ((12, 48), (0, 255, 0)), ((36, 48), (0, 0, 255))):
+            assert np.abs(shown[place] - colour).max() <= 4, (video.record.video_id, built.num_copies)

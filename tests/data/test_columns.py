@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import os
 import pickle
+import shutil
 from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
@@ -14,6 +17,7 @@ from data.folders import indexed, write_shards
 from data.numbered import encode_numbered
 
 from re2tal.data.contract.columns import ROW, MappedIndex, columns_of, columns_path, write_columns
+from re2tal.data.contract.commit import commit
 from re2tal.data.contract.manifest import INDEX_NAME, MANIFEST_NAME, to_json
 from re2tal.data.contract.shards import ShardSet, open_shards
 from re2tal.data.contract.verify import damage
@@ -200,8 +204,41 @@ def test_a_folder_of_fewer_videos_still_streams(mapped):
 
 def test_a_build_leaves_the_columns_of_its_index_only(mapped):
     Path(mapped.root / "index.0123456789abcdef.npy").write_bytes(b"old")
-    add_columns(mapped)
-    assert [path.name for path in mapped.root.glob("index.*.npy")] == [
+    Path(mapped.root / "index.0123456789abcdef.jsonl").write_bytes(b"of a change that was broken off")
+    commit(mapped.root, [*mapped.videos], lambda index_sha256: replace(mapped.manifest, index_sha256=index_sha256))
+    assert [path.name for path in mapped.root.glob("index.*.*")] == [
         columns_path(mapped.root, mapped.manifest.index_sha256).name
     ]
     assert rows(mapped).dtype == ROW
+
+
+def test_a_change_that_is_broken_off_leaves_the_old_state_or_the_new_one(mapped, monkeypatch):
+    """Whatever write of the four is the last one that happens."""
+    old = [video.record.video_id for video in mapped.videos]
+    fewer = [*mapped.videos][:-1]
+    frames, seconds = sum(v.num_frames for v in fewer), sum(v.video_seconds for v in fewer)
+    totals = replace(mapped.manifest.totals, videos=len(fewer), frames=frames, seconds=seconds)
+    shards = [replace(s, videos=sum(v.shard == s.name for v in fewer)) for s in mapped.manifest.shards]
+    used = tuple(shard for shard in shards if shard.videos)
+
+    def manifest(index_sha256: str):
+        return replace(mapped.manifest, totals=totals, shards=used, index_sha256=index_sha256)
+
+    rename, states = os.replace, []
+    for last in range(5):
+        root = Path(shutil.copytree(mapped.root, mapped.root.parent / f"broken-{last}"))
+        calls = itertools.count()
+
+        def replacing(source, target, calls=calls, last=last):
+            if next(calls) == last:
+                raise KeyboardInterrupt
+            rename(source, target)
+
+        monkeypatch.setattr(os, "replace", replacing)
+        with contextlib.suppress(KeyboardInterrupt):
+            commit(root, fewer, manifest)
+        monkeypatch.setattr(os, "replace", rename)
+        shards_now = open_shards(root)
+        assert shards_now.videos[0].record == mapped.videos[0].record
+        states.append(len(shards_now.videos))
+    assert states == [len(old)] * 3 + [len(fewer)] * 2

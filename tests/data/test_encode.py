@@ -8,12 +8,8 @@ from data.files import cut_without_decoding, encoding, flip_bytes, write_video
 from data.numbered import encode, numbered_frame, read_numbers
 
 from re2tal.data.building.check import Normalised, check_normalised, small, spread
-from re2tal.data.building.encode import (
-    nearest_in_time,
-    normalise_video,
-    sampling_grid,
-    stored_size,
-)
+from re2tal.data.building.encode import normalise_video, sampling_grid
+from re2tal.data.building.pictures import nearest_in_time, stored_size
 from re2tal.data.building.probe import probe_video
 from re2tal.data.streaming.decode import decode_frames
 

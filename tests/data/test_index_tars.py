@@ -7,14 +7,15 @@ import tarfile
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import pytest
 from data.files import write_video
-from data.numbered import encode_numbered, read_numbers
+from data.numbered import encode, encode_numbered, numbered_frame, read_numbers
 from webdataset.writer import TarWriter
 
 from re2tal.cli import main
-from re2tal.data.building.index_tars import Sample, list_clips
-from re2tal.data.contract.members import read_video
+from re2tal.data.building.tar_samples import Sample, list_clips
+from re2tal.data.contract.members import read_content, read_video
 from re2tal.data.contract.shards import open_shards
 from re2tal.data.contract.verify import damage
 from re2tal.data.streaming.decode import decode_frames
@@ -222,7 +223,25 @@ def test_labels_that_differ_by_case_are_refused():
         list_clips(samples, subset="training", classes=None)
     listed, left_out = list_clips(samples, subset="training", classes=["run", "jump"])
     assert [clip.video_id for clip in listed.subset("training")] == ["b", "c"]
-    assert left_out == ["a.tar a: class 'Run' is spelled 'run' in the list; correct it"]
+    assert left_out == ["a.tar a: class 'Run' is spelled 'run' in the list; correct it, or use --fix-labels"]
+    listed, left_out = list_clips(samples, subset="training", classes=None, fix_labels=True)
+    assert {clip.label for clip in listed.subset("training")} == {"run", "jump"} or listed.classes == ("Run", "jump")
+    assert (len(listed.subset("training")), left_out, len(listed.notes)) == (3, [], 1)
+
+
+def test_tars_of_equal_names_and_sizes_are_told_apart_by_their_content(tmp_path, capsys):
+    numbers = encode_numbered(60), encode(255 - np.stack([numbered_frame(number) for number in range(60)]))
+    size = max(map(len, numbers)) + 8
+    padded = [mp4 + (size - len(mp4)).to_bytes(4, "big") + b"free" + bytes(size - len(mp4) - 8) for mp4 in numbers]
+    annotations = annotate(tmp_path / "a.json", "one")
+    seen = []
+    for folder, mp4 in zip(("first", "second"), padded, strict=True):
+        tars = write_tars(tmp_path / folder, a=[("one.mp4", mp4)])
+        assert run(capsys, tars, "--annotations", annotations, "--out", tmp_path / "out")[0] == 0
+        shards = open_shards(tmp_path / "out" / "training")
+        seen.append(read_content(shards, shards.videos[0]))
+    assert (tmp_path / "first" / "a.tar").stat().st_size == (tmp_path / "second" / "a.tar").stat().st_size
+    assert seen == padded
 
 
 def test_a_key_that_stands_for_a_name_is_found_by_the_name():

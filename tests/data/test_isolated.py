@@ -1,8 +1,11 @@
 import os
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
+from data.counting import count_up
 from data.workers import slow_but_working
 
 from re2tal.data.building.isolated import Isolated, IsolationError
@@ -36,7 +39,7 @@ def test_a_call_that_does_not_return_is_stopped_in_time():
 
 def test_a_call_that_goes_on_is_not_stopped_however_long_it_takes():
     with Isolated() as isolated:
-        isolated.call(60, os.getpid)
+        isolated.call(60, slow_but_working, 0.0)  # imports what it needs
         assert isolated.call(3, slow_but_working, 6.0) == "done"
 
 
@@ -54,3 +57,29 @@ def test_a_process_that_is_killed_during_a_call_costs_that_call():
         with pytest.raises(IsolationError, match=r"its process died \(exit code -9\)"):
             isolated.call(60, os.kill, isolated.call(60, os.getpid), signal.SIGKILL)
         assert isolated.call(60, divmod, 17, 5) == (3, 2)
+
+
+def test_the_items_of_a_generator_come_as_they_are_made_and_one_that_is_left_ends(capfd):
+    with Isolated() as isolated:
+        assert list(isolated.iterate(60, count_up, 3)) == [0, 1, 2]
+        pid = isolated.call(60, os.getpid)
+        items = isolated.iterate(60, count_up, 1_000_000)
+        assert next(items) == 0
+        items.close()
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+        with pytest.raises(ZeroDivisionError):
+            list(isolated.iterate(60, count_up, 0))
+        assert list(isolated.iterate(60, count_up, 1)) == [0]
+    assert capfd.readouterr().err == ""
+
+
+def test_the_users_script_needs_no_guard(tmp_path):
+    """Started anew by each process, it would start processes without end."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os\nfrom re2tal.data.building.isolated import Isolated\n"
+        "with Isolated() as one:\n    print(one.call(60, divmod, 17, 5))\n"
+    )
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, timeout=120)
+    assert (done.stdout, done.returncode) == ("(3, 2)\n", 0), done.stderr

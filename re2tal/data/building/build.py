@@ -1,34 +1,30 @@
-"""Build shard folders: find the videos, normalise each, write the tars, then the index and the manifest.
+"""Build shard folders: find the videos, make each, write the tars, then the index and the manifest.
 
-    records of a subset -> seeded random order -> shards -> (in parallel, or in parts on several machines) tars
-                        -> when the last one is there: index.jsonl, then manifest.json
+    records of a subset, their files -> items -> video_folder: what is new is made, in shards of its own
 
 The same annotations, videos and versions give the same bytes. A stopped build goes on with the shards that are missing.
-A video that cannot be used is left out, and the manifest says why.
+Other annotations change the index only. A video that cannot be used is left out, and the manifest says why.
 """
 
 from __future__ import annotations
 
-import queue
-import tempfile
-import threading
 from collections.abc import Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
-
-import av
 
 from re2tal.data.building.annotations import Annotations
 from re2tal.data.building.clips import ClipList
-from re2tal.data.building.isolated import Isolated
+from re2tal.data.building.content import content_id
+from re2tal.data.building.make_videos import OnVideo
 from re2tal.data.building.named_files import NamedFiles
-from re2tal.data.building.pack_videos import OnVideo, Stopped, VideoPacker, VideoPlan
+from re2tal.data.building.pack_videos import VideoPacker
 from re2tal.data.building.probe import MAX_DAMAGED
-from re2tal.data.building.shard_folder import BuiltSubset, Listed, ShardFolder, ShardPlan, fingerprint, share_out
-from re2tal.data.contract.manifest import Encoding, IndexedVideo, Manifest, Totals, to_json
+from re2tal.data.building.shard_folder import BuiltSubset, Listed, fingerprint
+from re2tal.data.building.shard_plan import Item
+from re2tal.data.building.video_folder import SHARD_BYTES, VideoFolder
+from re2tal.data.contract.manifest import Encoding, Manifest, to_json
+from re2tal.structures import VideoRecord
 from re2tal.video_ids import VIDEO_SUFFIXES
 
 PICTURES = "pictures 2"
@@ -47,14 +43,18 @@ class BuildConfig:
     """Ids to skip silently: their annotations are known to be wrong."""
     max_damaged: float = MAX_DAMAGED
     """Share of a video's frames that may be damaged or missing; above it the video is left out."""
+    copy: bool = False
+    """Store files as they came where they can be read by frame number, and encode the others."""
+    shard_bytes: int = SHARD_BYTES
+    """A shard of more than one video is not larger."""
     videos_per_shard: int | None = None
-    """None: 32 shards or more, of 4 to 64 videos each."""
+    """Nor does it hold more videos; None: any number."""
     seed: int = 0
     """Of the order of the videos."""
     workers: int = 1
-    """Processes that encode at a time."""
+    """Videos that are encoded at a time, whatever the number of shards."""
     part_index: int = 0
-    """This run builds the shards whose number is `part_index` modulo `num_parts`."""
+    """This run makes the groups of videos whose number is `part_index` modulo `num_parts`."""
     num_parts: int = 1
 
 
@@ -77,25 +77,41 @@ def build_shards(
         raise ValueError(f"every video of subset {subset!r} is blocked; nothing is left to build")
     sources = _find_sources(records, videos, subset=subset, config=config)
     subset = records[0].subset  # "val" of clips is their "validation"
-    folder = out / subset
-    written = ShardFolder(
-        folder,
-        Manifest,
-        IndexedVideo,
-        settings={
-            "dataset": config.dataset,
-            "encoding": config.encoding,
-            "classes": annotations.classes,
-            "seed": config.seed,
-        },
-        describe=partial(describe_videos, subset),
-    )
-    return written.build(
-        plan_shards(records, sources, config=config),
-        partial(_build_in_parallel, written, config=config, on_video=on_video),
+    folder = VideoFolder(
+        out / subset,
+        subset,
+        settings={"dataset": config.dataset, "encoding": config.encoding},
+        classes=annotations.classes,
+        seed=config.seed,
+        shard_bytes=config.shard_bytes,
+        per_shard=config.videos_per_shard,
+        kind="shards build --copy" if config.copy else "shards build",
+        max_damaged=config.max_damaged,
+        workers=config.workers,
         part_index=config.part_index,
         num_parts=config.num_parts,
     )
+    packer = VideoPacker(sources, config.encoding, config.max_damaged, config.copy)
+    return folder.build(list_items(records, sources, config=config), packer.make, on_video=on_video)
+
+
+def list_items(records: Sequence[Listed], sources: Mapping[str, Path], *, config: BuildConfig) -> list[Item]:
+    """The records with what tells their sources, and how these are stored, from others."""
+    base = [str(Manifest.VERSION), PICTURES, to_json(config.encoding), "copy" if config.copy else "encode"]
+
+    def item(listed: Listed) -> Item:
+        source = sources.get(listed.video_id)
+        if source is None:
+            return Item(listed, "")
+        seconds = f"{listed.duration_seconds} s, " if isinstance(listed, VideoRecord) else ""
+        try:
+            mark, num_bytes = fingerprint(*base, content_id(source)), source.stat().st_size
+        except OSError as error:
+            return Item(listed, "", fault=f"{source.name} cannot be read: {error.strerror}; copy it again")
+        return Item(listed, mark, num_bytes, terms=f"{seconds}{config.max_damaged:g} damaged")
+
+    with ThreadPoolExecutor(8) as pool:  # on a disk of the network each file takes a while
+        return list(pool.map(item, records))
 
 
 def _find_sources(
@@ -128,60 +144,3 @@ def find_videos(folder: Path, video_ids: Sequence[str], *, file_names: Sequence[
         if matches:
             found[video_id] = matches[0]
     return found
-
-
-def plan_shards(records: Sequence[Listed], sources: dict[str, Path], *, config: BuildConfig) -> tuple[VideoPlan, ...]:
-    """Put records into shards, in an order that depends on the seed alone; videos without a file keep their place."""
-    plans = []
-    for name, chosen in share_out(records, seed=config.seed, per_shard=config.videos_per_shard, most=64):
-        own = {r.video_id: sources[r.video_id] for r in chosen if r.video_id in sources}
-        parts = [str(Manifest.VERSION), PICTURES, to_json(config.encoding), f"{config.max_damaged:g}"]
-        for record in chosen:
-            source = own.get(record.video_id)
-            parts += [to_json(record), f"{source.name} {source.stat().st_size}" if source else "missing"]
-        plans.append(ShardPlan(name, chosen, fingerprint(*parts), own))
-    return tuple(plans)
-
-
-def _build_in_parallel(
-    written: ShardFolder, plans: Sequence[VideoPlan], *, config: BuildConfig, on_video: OnVideo
-) -> None:
-    waiting: queue.SimpleQueue[VideoPlan] = queue.SimpleQueue()
-    for plan in plans:
-        waiting.put(plan)
-    stop = threading.Event()
-
-    def work() -> None:
-        with Isolated() as isolated, tempfile.TemporaryDirectory(prefix="re2tal-shards-") as scratch:
-            packer = VideoPacker(Path(scratch), config.encoding, config.max_damaged, isolated, on_video, stop)
-            while not (stop.is_set() or waiting.empty()):
-                try:
-                    plan = waiting.get_nowait()
-                except queue.Empty:  # another worker took the last one
-                    return
-                written.write(plan, packer.run(plan))
-
-    num_workers = min(config.workers, len(plans))
-    with ThreadPoolExecutor(num_workers) as pool:
-        futures = [pool.submit(work) for _ in range(num_workers)]
-        try:
-            wait(futures, return_when=FIRST_EXCEPTION)
-        finally:
-            stop.set()  # an error or Ctrl-C ends the other workers after their current video
-    errors = [error for future in futures if (error := future.exception()) is not None]
-    for error in sorted(errors, key=lambda error: isinstance(error, Stopped)):  # what stopped them comes first
-        raise error
-
-
-def describe_videos(subset: str, videos: Sequence[IndexedVideo], num_bytes: int) -> dict[str, Any]:
-    """The manifest fields that only videos have."""
-    return {
-        "subset": subset,
-        "tools": {"av": av.__version__, **{k: ".".join(map(str, v)) for k, v in sorted(av.library_versions.items())}},
-        "totals": Totals(
-            videos=len(videos),
-            frames=sum(video.num_frames for video in videos),
-            seconds=sum(video.video_seconds for video in videos),
-            num_bytes=num_bytes,
-        ),
-    }

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from re2tal.data.building.shard_folder import BuiltSubset, PackedVideo, ShardFolder, ShardPlan, fingerprint
+from re2tal.data.building.shard_folder import BuiltSubset, FeatureFolder, PackedVideo, ShardPlan, fingerprint
 from re2tal.data.contract.feature_manifest import (
     FeatureManifest,
     FeatureSpec,
@@ -71,15 +71,13 @@ class FeatureBuild:
 
         Raises ValueError where the folder holds features of other settings, and where no video can be used.
         """
-        written = ShardFolder(
+        written = FeatureFolder(
             self.folder,
-            FeatureManifest,
-            IndexedFeatures,
             settings={"dataset": self.dataset, "classes": self.classes, "features": self.spec},
             describe=self._describe,
         )
 
-        def write_shards(plans: Sequence[ShardPlan[VideoRecord]]) -> None:
+        def write_shards(plans: Sequence[ShardPlan]) -> None:
             results = compute([record for plan in plans for record in plan.records])
             for plan in plans:
                 written.write(plan, (self._packed(record, next(results)) for record in plan.records))

@@ -98,7 +98,7 @@ def small(picture: np.ndarray) -> np.ndarray:
     return means
 
 
-def check_normalised(path: Path, expected: Normalised) -> None:
+def check_normalised(path: Path, expected: Normalised, *, max_difference: float = MAX_DIFFERENCE) -> None:
     """Prove that decord gives the right frames of a normalised file; may hang on one that is not, so call it isolated.
 
     Compared are the number of frames, the time of each, and some pictures with what a player shows of the source.
@@ -110,7 +110,7 @@ def check_normalised(path: Path, expected: Normalised) -> None:
     numbers = spread(expected.num_frames)
     for number, picture in zip(numbers, decode_frames(video, numbers).numpy(), strict=True):
         difference = np.abs(small(picture) - expected.samples[number]).mean()
-        if difference > MAX_DIFFERENCE:
+        if difference > max_difference:
             raise ValueError(
                 f"{path}: frame {number} is another one than the source shows, or looks different (mean difference "
                 f"{difference:.1f} levels)"

@@ -12,27 +12,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import TypeVar
 
 import av
-import av.filter
 from av.container import OutputContainer
 from av.video.reformatter import ColorRange
 from av.video.stream import VideoStream
 
 from re2tal.data.building.check import Normalised, Samples
-from re2tal.data.building.probe import MAX_DAMAGED, VideoProbe, displayed_size, open_video
-from re2tal.data.building.shown import Damage, Orientation, colours_of, orientation_of, shown_frames
+from re2tal.data.building.pictures import SMPTE_170M, naming, nearest_in_time, scaled
+from re2tal.data.building.probe import MAX_DAMAGED, VideoProbe, open_video
+from re2tal.data.building.shown import Damage, shown_frames
 from re2tal.data.contract.manifest import Encoding, FramesPerSecond, FramesPerVideo
-
-T = TypeVar("T")
-MAX_ASPECT = 8
-"""Largest ratio of the sides; beyond it the scaled width would have no bound."""
-_SMPTE_170M = 6
-"""The matrix of BT.601 in the numbers of the H.264 standard."""
-# FFmpeg pads a row of RGB to 96, 192 or 288 bytes; where that is a multiple of the width, decord takes it for wider
-# pixels and gives an error. Found by trying all widths to 130; none above 72 can be concerned.
-_REFUSED_WIDTHS = frozenset({2, 4, 6, 8, 12, 16, 24, 48, 72})
 
 
 def normalise_video(
@@ -48,8 +38,8 @@ def normalise_video(
     with open_video(source) as (container, stream):
         shown = samples.taken_from(shown_frames(container, stream, damage))
         frames = nearest_in_time(shown, rate=rate, num_frames=num_frames)
-        pictures = _scaled(frames, stream, orientation=probe.orientation, short_side=encoding.short_side)
-        size = _write(target, _naming(source, pictures), rate=rate, encoding=encoding)
+        pictures = scaled(frames, stream, orientation=probe.orientation, short_side=encoding.short_side)
+        size = _write(target, naming(source, pictures), rate=rate, encoding=encoding)
     if damage.share > max_damaged or size is None:
         raise ValueError(f"{source} is damaged: {damage}; replace the file, or allow more with --max-damaged")
     return Normalised(num_frames, float(rate), *size, damage, samples.pictures)
@@ -65,34 +55,6 @@ def sampling_grid(duration_seconds: Fraction, encoding: Encoding) -> tuple[Fract
             # Rates with small terms fit the 32-bit fields of mp4 and H.264; over half an hour the last frame moves by
             # less than 10 ms.
             return (num_frames / duration_seconds).limit_denominator(100_000), num_frames
-
-
-def nearest_in_time(timed: Iterator[tuple[Fraction, T]], *, rate: Fraction, num_frames: int) -> Iterator[T]:
-    """For i = 0 ... num_frames - 1 the item whose time is nearest to i / rate; of two as near, the earlier.
-
-    `timed` are (seconds, item) in order of time. Nothing is yielded where there is no item.
-    """
-    wanted = 0
-    previous: tuple[Fraction, T] | None = None
-    for time, item in timed:
-        if previous is not None:
-            while wanted < num_frames and wanted / rate <= (previous[0] + time) / 2:
-                yield previous[1]
-                wanted += 1
-        previous = time, item
-    if previous is not None:
-        for _ in range(wanted, num_frames):
-            yield previous[1]
-
-
-def _naming(path: Path, pictures: Iterator[T]) -> Iterator[T]:
-    """Pass pictures through; turn errors into ValueErrors that name the file."""
-    try:
-        yield from pictures
-    except av.FFmpegError as error:
-        raise ValueError(f"{path} is damaged: {error.strerror}; replace the file") from None
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
 
 
 def _write(
@@ -128,54 +90,5 @@ def _add_stream(
     stream.width, stream.height, stream.pix_fmt = picture.width, picture.height, "yuv420p"
     stream.codec_context.time_base = 1 / rate
     # Readers that look at tags and those that don't both take this for what it is: untagged video is BT.601 to FFmpeg.
-    stream.codec_context.color_range, stream.codec_context.colorspace = ColorRange.MPEG, _SMPTE_170M
+    stream.codec_context.color_range, stream.codec_context.colorspace = ColorRange.MPEG, SMPTE_170M
     return stream
-
-
-def _scaled(
-    frames: Iterator[av.VideoFrame], source: VideoStream, *, orientation: Orientation, short_side: int
-) -> Iterator[av.VideoFrame]:
-    """Frames as upright yuv420p pictures of one size and range, also where the source changes its own on the way."""
-    size = None
-    graphs: dict[tuple, av.filter.Graph] = {}
-    for frame in frames:
-        size = size or stored_size(displayed_size(frame, source), short_side=short_side)
-        turned = orientation_of(frame) or orientation
-        kind = (frame.width, frame.height, frame.format.name, turned, colours_of(frame))
-        if kind not in graphs:
-            graphs[kind] = _scaling_graph(frame, size, turned)
-        graphs[kind].vpush(frame)
-        picture = graphs[kind].vpull()
-        picture.color_range, picture.colorspace = ColorRange.MPEG, _SMPTE_170M
-        yield picture
-
-
-def _scaling_graph(frame: av.VideoFrame, size: tuple[int, int], orientation: Orientation) -> av.filter.Graph:
-    graph = av.filter.Graph()
-    graph.threads = 1
-    full_range, matrix = colours_of(frame)
-    colours = f"in_range={'full' if full_range else 'limited'}:in_color_matrix={matrix}"
-    target = "out_range=limited:out_color_matrix=bt601"
-    graph.link_nodes(
-        graph.add_buffer(width=frame.width, height=frame.height, format=frame.format, time_base=Fraction(1, 1000)),
-        *(graph.add(*step) for step in orientation.filters()),
-        graph.add(
-            "scale", f"{size[0]}:{size[1]}:flags=bicubic+accurate_rnd+full_chroma_int+bitexact:{colours}:{target}"
-        ),
-        graph.add("setsar", "1"),
-        graph.add("format", "yuv420p"),
-        graph.add("buffersink"),
-    ).configure()
-    return graph
-
-
-def stored_size(displayed: tuple[int, int], *, short_side: int) -> tuple[int, int]:
-    """(width, height), both even, with a shorter side of `short_side` or of what the source has, if that is less."""
-    width, height = displayed
-    if max(displayed) > MAX_ASPECT * min(displayed):
-        raise ValueError(f"its picture of {width}x{height} is longer than {MAX_ASPECT} times its short side; crop it")
-    scale = min(Fraction(1), Fraction(short_side, min(displayed)))
-    width, height = max(2, 2 * round(width * scale / 2)), max(2, 2 * round(height * scale / 2))
-    while width in _REFUSED_WIDTHS:
-        width += 2
-    return width, height

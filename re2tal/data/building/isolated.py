@@ -2,18 +2,22 @@
 
 A hang inside decord or FFmpeg cannot be interrupted from within: signal handlers wait for the native call to end.
 A function that may take long calls `still_working` as it goes on, and is stopped only when it falls silent.
+A generator's items come one by one, as they are asked for.
 """
 
 from __future__ import annotations
 
+import inspect
 import multiprocessing
 import pickle
 import signal
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from types import TracebackType
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -62,6 +66,35 @@ class Isolated:
 
         Raises IsolationError where the process died, or gave no sign of life for so many seconds.
         """
+        self._ask(function, args, kwargs)
+        succeeded, result = self._reply(timeout_seconds)
+        if succeeded:
+            return result
+        raise result
+
+    def iterate(
+        self, timeout_seconds: float, function: Callable[P, Iterator[R]], *args: P.args, **kwargs: P.kwargs
+    ) -> Iterator[R]:
+        """The items of a generator function, or its exception; errors as for `call`.
+
+        One that is left before its end is stopped with its process.
+        """
+        self._ask(function, args, kwargs)
+        ended = False
+        try:
+            while not ended:
+                succeeded, result = self._reply(timeout_seconds)
+                if succeeded is None:
+                    yield result
+                    continue
+                ended = True
+                if not succeeded:
+                    raise result
+        finally:
+            if not ended:
+                self._kill()
+
+    def _ask(self, function: Callable, args: tuple, kwargs: dict) -> None:
         connection = self._start()
         try:
             connection.send((function, args, kwargs))
@@ -69,7 +102,10 @@ class Isolated:
             self._kill()
             connection = self._start()
             connection.send((function, args, kwargs))
-        reply = None
+
+    def _reply(self, timeout_seconds: float) -> tuple[bool | None, Any]:
+        """Whether the function succeeded, and its result; None and an item where more is to come."""
+        connection, reply = self._start(), None
         while reply is None:
             try:
                 if not connection.poll(timeout_seconds):
@@ -79,16 +115,14 @@ class Isolated:
             except (EOFError, OSError, pickle.UnpicklingError):
                 exit_code = self._kill()
                 raise IsolationError(f"its process died (exit code {exit_code})") from None
-        succeeded, result = reply
-        if succeeded:
-            return result
-        raise result
+        return reply
 
     def _start(self) -> Connection:
         if self._connection is None:
             self._connection, theirs = _SPAWN.Pipe()
             self._process = _SPAWN.Process(target=_serve, args=(theirs,), daemon=True)
-            self._process.start()
+            with _without_main():
+                self._process.start()
             theirs.close()  # else the end of the process would not end the connection
         return self._connection
 
@@ -104,6 +138,20 @@ class Isolated:
         return process.exitcode
 
 
+@contextmanager
+def _without_main() -> Iterator[None]:
+    """A process that starts inside does not run the user's script again, which need not have a __main__ guard."""
+    main = sys.modules["__main__"]
+    hidden = {name: vars(main)[name] for name in ("__file__", "__spec__") if name in vars(main)}
+    try:
+        for name in hidden:
+            setattr(main, name, None)
+        yield
+    finally:
+        for name, value in hidden.items():
+            setattr(main, name, value)
+
+
 def _serve(connection: Connection) -> None:
     global _to_parent
     _to_parent = connection
@@ -114,7 +162,15 @@ def _serve(connection: Connection) -> None:
         except EOFError:
             return
         try:
-            reply = True, function(*args, **kwargs)
+            result = function(*args, **kwargs)
+            if inspect.isgenerator(result):
+                for item in result:
+                    connection.send((None, item))
+                result = None
+            reply = True, result
         except Exception as error:
             reply = False, error
-        connection.send(reply)
+        try:
+            connection.send(reply)
+        except OSError:  # nobody wants it any more
+            return

@@ -1,87 +1,71 @@
-"""Videos of one shard: each is normalised, checked and described, or rejected with a reason.
+"""One video: normalised, or copied where it is sound as it is, checked and described, or refused with a reason.
 
-A thread hands them over; encoding and checking run in a process of their own, because native code may crash or hang.
+A thread asks for it; encoding and checking run in a process of their own, because native code may crash or hang.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from re2tal.data.building.annotations import duration_tolerance
-from re2tal.data.building.check import Normalised, check_normalised
+from re2tal.data.building.check import MAX_DIFFERENCE, Normalised, check_normalised
+from re2tal.data.building.copy_video import COPY_DIFFERENCE, check_as_it_is
 from re2tal.data.building.encode import normalise_video
 from re2tal.data.building.isolated import Isolated
+from re2tal.data.building.make_videos import Made
 from re2tal.data.building.probe import probe_video
-from re2tal.data.building.shard_folder import Listed, PackedVideo, ShardPlan
-from re2tal.data.contract.manifest import Encoding, Rejection, SourceVideo, StoredVideo
+from re2tal.data.building.shard_folder import Listed
+from re2tal.data.contract.manifest import Encoding, SourceVideo, StoredVideo
 from re2tal.strict_json import sha256_of
 from re2tal.structures import VideoRecord
-
-VideoPlan = ShardPlan[Listed]
-
-OnVideo = Callable[[Listed, Rejection | None], None]
-"""Called from worker threads after each video."""
 
 SILENT_SECONDS = 300.0
 """Kill the encoding process after this time without a new frame, whatever the length of the video."""
 
 
-class Stopped(Exception):
-    """The build ends early: another worker failed, or the user stopped it."""
-
-
 @dataclass(frozen=True, slots=True)
 class VideoPacker:
-    """One worker: a thread that yields the contents of tars, and a process that encodes."""
+    """Makes the stored file of a video from its source."""
 
-    scratch: Path
+    sources: Mapping[str, Path]
+    """By video id."""
     encoding: Encoding
     max_damaged: float
-    isolated: Isolated
-    on_video: OnVideo
-    stop: threading.Event
+    copy: bool
+    """Whether files that are sound as they are, are copied."""
 
-    def run(self, plan: VideoPlan) -> Iterator[PackedVideo | Rejection]:
-        """The videos of a shard, in their order; where one cannot be used, why."""
-        for record in plan.records:
-            if self.stop.is_set():
-                raise Stopped
-            rejection = None
-            try:
-                yield self._packed(record, plan.sources.get(record.video_id))
-            except ValueError as error:
-                rejection = Rejection(video_id=record.video_id, reason=str(error))
-                yield rejection
-            self.on_video(record, rejection)
+    def make(self, listed: Listed, target: Path, isolated: Isolated) -> Made:
+        """Write one video to `target` and check it; ValueError says why it cannot be used."""
+        source = self.sources[listed.video_id]
+        if self.copy:
+            with suppress(ValueError):  # it is encoded then
+                return self._made(listed, source, target, isolated, copy=True)
+        return self._made(listed, source, target, isolated, copy=False)
 
-    def _packed(self, listed: Listed, source: Path | None) -> PackedVideo:
-        """Normalise and check one video in the other process; ValueError says why it cannot be used."""
-        if source is None:
-            raise ValueError("there is no file of this name, or a link that leads nowhere")
-        target = self.scratch / "video.mp4"
+    def _made(self, listed: Listed, source: Path, target: Path, isolated: Isolated, *, copy: bool) -> Made:
         expected = listed.duration_seconds if isinstance(listed, VideoRecord) else None
         try:
-            made_from, normalised = self.isolated.call(
+            made_from, normalised = isolated.call(
                 SILENT_SECONDS,
                 prepare_video,
                 source,
                 target,
-                encoding=self.encoding,
+                encoding=None if copy else self.encoding,
                 expected_seconds=expected,
                 max_damaged=self.max_damaged,
             )
-            self.isolated.call(SILENT_SECONDS, check_normalised, target, normalised)
+            difference = COPY_DIFFERENCE if copy else MAX_DIFFERENCE
+            isolated.call(SILENT_SECONDS, check_normalised, target, normalised, max_difference=difference)
         except OSError:  # a disk that is full is no fault of the video
             raise
         except Exception as error:  # one video, whatever it does to us, never ends a build
             what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
             raise ValueError(what.replace(str(source), source.name).replace(str(target), "as stored")) from None
-        record = listed if isinstance(listed, VideoRecord) else listed.lasting(made_from.duration_seconds)
-        video = StoredVideo(
-            record=record,
+        description = StoredVideo(
             num_frames=normalised.num_frames,
             fps=normalised.fps,
             width=normalised.width,
@@ -89,18 +73,25 @@ class VideoPacker:
             source=made_from,
             damaged_share=normalised.damage.share,
         )
-        return PackedVideo(video, target.read_bytes(), str(normalised.damage) if normalised.damage.num_damaged else "")
+        damage = str(normalised.damage) if normalised.damage.num_damaged else ""
+        return Made(description, made_from.duration_seconds, damage, is_copy=copy)
 
 
 def prepare_video(
-    source: Path, target: Path, *, encoding: Encoding, expected_seconds: float | None, max_damaged: float
+    source: Path, target: Path, *, encoding: Encoding | None, expected_seconds: float | None, max_damaged: float
 ) -> tuple[SourceVideo, Normalised]:
-    """Probe and normalise one file; ValueError where it is no sound video or lasts another time than is expected."""
+    """Probe one file and normalise it, or copy it where there is no encoding; ValueError where it is no sound video,
+    lasts another time than is expected, or cannot be copied."""
     probe = probe_video(source, max_missing=max_damaged)
     seconds = float(probe.duration_seconds)
     if expected_seconds is not None and abs(seconds - expected_seconds) > duration_tolerance(expected_seconds):
         raise ValueError(f"{source} lasts {seconds:.2f} s, the annotation file says {expected_seconds:.2f} s")
-    normalised = normalise_video(source, target, probe=probe, encoding=encoding, max_damaged=max_damaged)
+    if encoding is None:
+        normalised = check_as_it_is(source, probe=probe)
+        if source != target:
+            shutil.copyfile(source, target)
+    else:
+        normalised = normalise_video(source, target, probe=probe, encoding=encoding, max_damaged=max_damaged)
     made_from = SourceVideo(
         file=source.name,
         sha256=_sha256_of(source),

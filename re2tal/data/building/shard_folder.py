@@ -1,4 +1,4 @@
-"""A shard folder, written shard by shard: the same for videos and for features.
+"""A folder of feature shards, written shard by shard; what the folders of videos have in common with it.
 
     plans -> shards that are missing -> tar, report of each -> when the last is there: index.jsonl, then manifest.json
 
@@ -10,16 +10,17 @@ from __future__ import annotations
 import hashlib
 import random
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import Any, TypeVar
 
+from re2tal.data.building.annotations import duration_tolerance
 from re2tal.data.building.clips import TrimmedClip
-from re2tal.data.contract.columns import write_columns
+from re2tal.data.contract.commit import commit
 from re2tal.data.contract.feature_manifest import FeatureManifest, IndexedFeatures, StoredFeatures
 from re2tal.data.contract.manifest import (
-    INDEX_NAME,
     MANIFEST_NAME,
     DamagedVideo,
     IndexedVideo,
@@ -27,7 +28,7 @@ from re2tal.data.contract.manifest import (
     Rejection,
     Sha256,
     ShardFile,
-    StoredVideo,
+    Totals,
     from_json,
     read_manifest,
     to_json,
@@ -43,30 +44,24 @@ Listed = VideoRecord | TrimmedClip
 """A video that is to be packed: with actions in it, or one that is a single action, whose length is not known yet."""
 
 Record = TypeVar("Record", bound=Listed)
-AnyManifest = TypeVar("AnyManifest", Manifest, FeatureManifest)
-Entry = TypeVar("Entry", IndexedVideo, IndexedFeatures)
 
 
 @dataclass(frozen=True, slots=True)
-class ShardPlan(Generic[Record]):
+class ShardPlan:
     """The videos that go into one shard."""
 
     name: str
-    records: tuple[Record, ...]
+    records: tuple[VideoRecord, ...]
     fingerprint: str
     """Of all that the shard is made from."""
-    sources: Mapping[str, Path] = field(default_factory=dict)
-    """Files of those records that have one."""
 
 
 @dataclass(frozen=True, slots=True)
 class PackedVideo:
     """One video as it goes into its tar."""
 
-    description: StoredVideo | StoredFeatures
+    description: StoredFeatures
     content: bytes
-    damage: str = ""
-    """What is wrong with its source, in words."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,9 +72,8 @@ class ShardReport:
     """Of all that the shard was made from."""
     file: ShardFile | None
     """None where every video was rejected."""
-    videos: tuple[IndexedVideo, ...] | tuple[IndexedFeatures, ...]
+    videos: tuple[IndexedFeatures, ...]
     rejected: tuple[Rejection, ...]
-    damaged: tuple[DamagedVideo, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +90,8 @@ class BuiltSubset:
     """Known so far."""
     damaged: tuple[DamagedVideo, ...] = ()
     """Stored in spite of it; known so far."""
+    num_copies: int = 0
+    """Videos that are stored as they came, so that rate and size may differ from the manifest's `encoding`."""
 
     @property
     def is_complete(self) -> bool:
@@ -109,21 +105,19 @@ class BuiltSubset:
 
 
 @dataclass(frozen=True, slots=True)
-class ShardFolder(Generic[AnyManifest, Entry]):
-    """Where shards of one kind are written: what the kind's JSON files are, and what all shards have in common."""
+class FeatureFolder:
+    """Where shards of features are written, and what all of them have in common."""
 
     root: Path
-    manifest: type[AnyManifest]
-    entry: type[Entry]
     settings: Mapping[str, Any]
     """Fields of the manifest that a folder may not change; the others are counted, or added by `finish`."""
-    describe: Callable[[Sequence[Entry], int], Mapping[str, Any]]
-    """Videos, bytes of all tars -> the other fields of the manifest that differ from kind to kind."""
+    describe: Callable[[Sequence[IndexedFeatures], int], Mapping[str, Any]]
+    """Videos, bytes of all tars -> the other fields of the manifest."""
 
     def build(
         self,
-        plans: Sequence[ShardPlan[Record]],
-        write_shards: Callable[[Sequence[ShardPlan[Record]]], None],
+        plans: Sequence[ShardPlan],
+        write_shards: Callable[[Sequence[ShardPlan]], None],
         *,
         part_index: int = 0,
         num_parts: int = 1,
@@ -149,14 +143,12 @@ class ShardFolder(Generic[AnyManifest, Entry]):
             num_shards=len(plans),
             num_missing_shards=len(plans) - len(done),
             rejected=tuple(rejection for report in done for rejection in report.rejected),
-            damaged=tuple(damaged for report in done for damaged in report.damaged),
         )
 
-    def write(self, plan: ShardPlan[Record], results: Iterable[PackedVideo | Rejection]) -> None:
+    def write(self, plan: ShardPlan, results: Iterable[PackedVideo | Rejection]) -> None:
         """Write a shard's tar, unless no video of it can be used, and its report."""
         stored: list[dict[str, Any]] = []
         rejected: list[Rejection] = []
-        damaged: list[DamagedVideo] = []
 
         def pairs() -> Iterator[Pair]:
             for result in results:
@@ -166,16 +158,14 @@ class ShardFolder(Generic[AnyManifest, Entry]):
                 description = result.description
                 kept = {one.name: getattr(description, one.name) for one in fields(description) if one.name != "source"}
                 stored.append({**kept, "shard": plan.name, "crc32": zlib.crc32(result.content)})
-                if result.damage:
-                    damaged.append(DamagedVideo(description.record.video_id, result.damage))
                 yield Pair(description.record.video_id, to_json(description).encode(), result.content)
 
         path = self.root / plan.name
-        places = write_tar(path, pairs(), suffix=self.entry.SUFFIX)
+        places = write_tar(path, pairs(), suffix=IndexedFeatures.SUFFIX)
         if not places:
             path.unlink()
         videos: Any = tuple(  # of the entries that this report holds
-            self.entry(**one, offset=offset, num_bytes=num_bytes)
+            IndexedFeatures(**one, offset=offset, num_bytes=num_bytes)
             for one, (offset, num_bytes) in zip(stored, places, strict=True)
         )
         report = ShardReport(
@@ -183,24 +173,15 @@ class ShardFolder(Generic[AnyManifest, Entry]):
             file=ShardFile(path.name, path.stat().st_size, sha256_of(path), len(places)) if places else None,
             videos=videos,
             rejected=tuple(rejected),
-            damaged=tuple(damaged),
         )
         write_atomically(self.root / REPORTS / f"{plan.name}.json", to_json(report))
 
     def _refuse_other_settings(self) -> None:
         path = self.root / MANIFEST_NAME
-        if not path.is_file():
-            return
-        manifest = read_manifest(path, self.manifest)
-        for name, value in self.settings.items():
-            theirs, ours = _shown(getattr(manifest, name)), _shown(value)
-            if theirs != ours:
-                raise ValueError(
-                    f"{self.root} was built with {name} {theirs[:600]}, now it is {ours[:600]}; "
-                    "give another --out, or delete that folder"
-                )
+        if path.is_file():
+            refuse_other_settings(self.root, read_manifest(path, FeatureManifest), self.settings)
 
-    def _finished(self, plan: ShardPlan[Record]) -> ShardReport | None:
+    def _finished(self, plan: ShardPlan) -> ShardReport | None:
         """The report of a shard that is there and was made from what its plan says."""
         path = self.root / REPORTS / f"{plan.name}.json"
         if not path.is_file():
@@ -218,28 +199,24 @@ class ShardFolder(Generic[AnyManifest, Entry]):
         videos: list[Any] = [video for report in reports for video in report.videos]
         files = tuple(report.file for report in reports if report.file is not None)
         rejected = tuple(rejection for report in reports for rejection in report.rejected)
-        head: dict[str, Any] = {"format": self.manifest.FORMAT, "version": self.manifest.VERSION}
-        if damaged := tuple(one for report in reports for one in report.damaged):
-            head["damaged"] = damaged
+        head: dict[str, Any] = {"format": FeatureManifest.FORMAT, "version": FeatureManifest.VERSION}
         if not videos:
             first = rejected[0]
             raise ValueError(
                 f"none of the {len(rejected)} videos can be used; the first, {first.video_id}: {first.reason}"
             )
-        lines = [(to_json(video) + "\n").encode() for video in videos]
-        index = b"".join(lines)
-        index_sha256 = hashlib.sha256(index).hexdigest()
-        manifest = self.manifest(
-            **head,
-            rejected=rejected,
-            index_sha256=index_sha256,
-            shards=files,
-            **self.settings,
-            **self.describe(videos, sum(file.num_bytes for file in files)),
+        commit(
+            self.root,
+            videos,
+            lambda index_sha256: FeatureManifest(
+                **head,
+                rejected=rejected,
+                index_sha256=index_sha256,
+                shards=files,
+                **self.settings,
+                **self.describe(videos, sum(file.num_bytes for file in files)),
+            ),
         )
-        write_atomically(self.root / INDEX_NAME, index.decode())
-        write_columns(self.root, videos, lines, index_sha256=index_sha256)
-        write_atomically(self.root / MANIFEST_NAME, to_json(manifest))
 
     def _remove_leftovers(self, names: set[str]) -> None:
         """Remove leftovers of killed builds and of builds of other files from a complete folder."""
@@ -266,6 +243,40 @@ def share_out(
 def fingerprint(*parts: str) -> str:
     """One name for all that a shard is made from."""
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+
+def refuse_other_settings(root: Path, manifest: Manifest | FeatureManifest, settings: Mapping[str, Any]) -> None:
+    """ValueError where a folder was built with other settings: these are fields of its manifest."""
+    for name, value in settings.items():
+        theirs, ours = _shown(getattr(manifest, name)), _shown(value)
+        if theirs != ours:
+            raise ValueError(
+                f"{root} was built with {name} {theirs[:600]}, now it is {ours[:600]}; "
+                "give another --out, or delete that folder"
+            )
+
+
+def misfit(seconds: float, annotated_seconds: float) -> str:
+    """Why a video that lasts so long is not the one that was annotated; nothing where it may be."""
+    if abs(seconds - annotated_seconds) <= duration_tolerance(annotated_seconds):
+        return ""
+    return f"it lasts {seconds:.2f} s, the annotation file says {annotated_seconds:.2f} s"
+
+
+def shards_in_use(files: Sequence[ShardFile], entries: Sequence[IndexedVideo]) -> list[ShardFile]:
+    """The shards that hold listed videos, with their number."""
+    counts = Counter(entry.shard for entry in entries)
+    return [replace(file, videos=counts[file.name]) for file in files if counts[file.name]]
+
+
+def totals_of(entries: Sequence[IndexedVideo], files: Sequence[ShardFile]) -> Totals:
+    """Sums over a folder."""
+    return Totals(
+        videos=len(entries),
+        frames=sum(entry.num_frames for entry in entries),
+        seconds=sum(entry.video_seconds for entry in entries),
+        num_bytes=sum(file.num_bytes for file in files),
+    )
 
 
 def _shown(value: object) -> str:

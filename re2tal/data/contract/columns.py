@@ -46,6 +46,17 @@ def columns_path(root: Path, index_sha256: str) -> Path:
     return root / f"index.{index_sha256[:16]}.npy"
 
 
+def new_index_path(root: Path, index_sha256: str) -> Path:
+    """Where an index is written before the manifest that names it: it becomes index.jsonl after that."""
+    return root / f"index.{index_sha256[:16]}.jsonl"
+
+
+def index_path(root: Path, index_sha256: str) -> Path:
+    """The index that a manifest with this checksum belongs to, also where its change was broken off at the end."""
+    new = new_index_path(root, index_sha256)
+    return new if new.is_file() else root / INDEX_NAME
+
+
 def columns_of(videos: Sequence[IndexedVideo | IndexedFeatures]) -> np.ndarray:
     """(N,) `ROW`: of a mapped index its own, of other entries made here, without places and checksums."""
     if isinstance(videos, MappedIndex):
@@ -65,8 +76,6 @@ def write_columns(
     rows["crc32"][:-1] = [zlib.crc32(line) for line in lines]
     rows["id"][:-1] = [_id_number(video) for video in videos]
     path = columns_path(root, index_sha256)
-    for old in root.glob("index.*.npy"):
-        old.unlink(missing_ok=True)  # another part may do the same
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     with temporary.open("wb") as file:
         np.save(file, rows)
@@ -86,7 +95,7 @@ class MappedIndex(Sequence[Entry], Generic[Entry]):
         """UnusableColumns where the columns are not those of an index of this size; `check` raises for a wrong entry.
         `shards` are the names that the columns count."""
         self._made_from: tuple[object, ...] = (root, kind, index_sha256, shards, check)
-        self._path = root / INDEX_NAME
+        self._path = index_path(root, index_sha256)
         self._kind: type[Entry] = kind
         self._shards = shards
         self._check: Callable[[Entry], None] = check

@@ -21,7 +21,7 @@ INDEX_NAME = "index.jsonl"
 MANIFEST_NAME = "manifest.json"
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-ShardName = Annotated[str, Field(pattern=r"^shard-[0-9]{6}\.tar$")]
+ShardName = Annotated[str, Field(pattern=r"^shard-[0-9]{6}(-[0-9]{1,3})?\.tar$")]
 SubsetName = Annotated[str, Field(pattern=r"^[a-z0-9_-]{1,40}$")]
 """It names a folder."""
 Count = Annotated[int, Field(ge=0)]
@@ -124,9 +124,9 @@ class SourceVideo:
 
 @dataclass(frozen=True, slots=True)
 class StoredVideo:
-    """The json member beside each mp4."""
+    """The json member beside each mp4: what the pictures are. What they show is the index's to say; a `record` in the
+    member, as earlier builds wrote it, is ignored."""
 
-    record: VideoRecord
     num_frames: Positive
     fps: Annotated[float, Field(gt=0)]
     width: Positive

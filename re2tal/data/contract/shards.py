@@ -26,7 +26,7 @@ from typing import Any, Generic, Self, TypeVar
 import numpy as np
 from webdataset.writer import TarWriter
 
-from re2tal.data.contract.columns import MappedIndex, UnusableColumns, columns_of, columns_path
+from re2tal.data.contract.columns import MappedIndex, UnusableColumns, columns_of, columns_path, index_path
 from re2tal.data.contract.feature_manifest import FeatureManifest, IndexedFeatures
 from re2tal.data.contract.manifest import (
     INDEX_NAME,
@@ -113,11 +113,11 @@ def open_any(folder: Path | str) -> ShardSet | FeatureSet:
 
 def _read(root: Path, manifest: AnyManifest, kind: type[Entry]) -> dict[str, Any]:
     """The fields of a Folder, checked."""
-    index_path, columns = root / INDEX_NAME, columns_path(root, manifest.index_sha256)
+    index, columns = index_path(root, manifest.index_sha256), columns_path(root, manifest.index_sha256)
     check = _EntryCheck(root, manifest)
     mapped = _mapped(root, manifest, kind, check)
     # Columns that are younger than the index were made from it; to read hundreds of megabytes again proves no more.
-    if mapped is None or index_path.stat().st_mtime_ns >= columns.stat().st_mtime_ns:
+    if mapped is None or index.stat().st_mtime_ns >= columns.stat().st_mtime_ns:
         check_index_sha256(root, manifest)
     _check_files(root, manifest)
     videos: Sequence[Entry]
@@ -128,8 +128,8 @@ def _read(root: Path, manifest: AnyManifest, kind: type[Entry]) -> dict[str, Any
         counts = np.bincount(np.where(known, numbers, num_shards), minlength=num_shards).tolist()
     else:
         videos = tuple(
-            from_json(kind, line, source=f"{index_path} line {number}")
-            for number, line in enumerate(index_path.read_bytes().splitlines(), start=1)
+            from_json(kind, line, source=f"{index} line {number}")
+            for number, line in enumerate(index.read_bytes().splitlines(), start=1)
         )
         by_name = Counter(video.shard for video in videos)
         counts = [by_name.pop(shard.name, 0) for shard in manifest.shards] + list(by_name.values())
@@ -157,7 +157,7 @@ def _mapped(
 
 def check_index_sha256(root: Path, manifest: Manifest | FeatureManifest) -> None:
     """ValueError where the index is not the one that the manifest was written for."""
-    index_sha256 = sha256_of(root / INDEX_NAME)
+    index_sha256 = sha256_of(index_path(root, manifest.index_sha256))
     if index_sha256 != manifest.index_sha256:
         raise ValueError(
             f"{root / INDEX_NAME} is not the one that {MANIFEST_NAME} was written for (sha256 {index_sha256[:12]}..., "
@@ -209,7 +209,8 @@ def subset_folder(shards: Path, subset: str) -> Path:
 def _check_is_shard_folder(root: Path) -> None:
     if not root.is_dir():
         raise ValueError(f"{root} is not a folder; {_rebuild(root)}")
-    if (root / MANIFEST_NAME).is_file() and (root / INDEX_NAME).is_file():
+    has_index = (root / INDEX_NAME).is_file() or any(root.glob("index.*.jsonl"))
+    if (root / MANIFEST_NAME).is_file() and has_index:
         return
     inside = sorted(child.name for child in root.iterdir() if (child / MANIFEST_NAME).is_file())
     if inside:
@@ -246,15 +247,15 @@ def _check_files(root: Path, manifest: Manifest | FeatureManifest) -> None:
 
 def _check_index(root: Path, manifest: Manifest | FeatureManifest, counts: Sequence[int], num_samples: int) -> None:
     """`counts`: videos of each shard."""
-    index_path, num_videos, totals = root / INDEX_NAME, sum(counts), manifest.totals
+    index, num_videos, totals = root / INDEX_NAME, sum(counts), manifest.totals
     if counts != [shard.videos for shard in manifest.shards] or num_videos == 0:
         raise ValueError(
-            f"{index_path} lists {num_videos} videos in {sum(map(bool, counts))} shards, {MANIFEST_NAME} "
+            f"{index} lists {num_videos} videos in {sum(map(bool, counts))} shards, {MANIFEST_NAME} "
             f"{totals.videos} in {len(manifest.shards)}; {_rebuild(root, manifest)}"
         )
     if (num_videos, num_samples) != (totals.videos, totals.num_samples):
         raise ValueError(
-            f"{index_path} holds {num_videos} videos of {num_samples} samples, {MANIFEST_NAME} says {totals.videos} of "
+            f"{index} holds {num_videos} videos of {num_samples} samples, {MANIFEST_NAME} says {totals.videos} of "
             f"{totals.num_samples}; {_rebuild(root, manifest)}"
         )
 

@@ -62,7 +62,7 @@ def check_video(path: Path, video: IndexedVideo) -> None:
     if (crc32 := zlib.crc32(mp4)) != video.crc32:
         raise ValueError(f"crc32 of the mp4 is {crc32}, the index says {video.crc32}")
     stored = from_json(StoredVideo, description, source=f"{video.record.video_id}.json")
-    _compare(stored, video, "record", "num_frames", "fps", "width", "height", "damaged_share")
+    _compare(stored, video, "num_frames", "fps", "width", "height", "damaged_share")
     check_frames(read_mp4(mp4), video)
 
 
@@ -72,7 +72,7 @@ def check_features(path: Path, video: IndexedFeatures, spec: FeatureSpec) -> Non
     if (crc32 := zlib.crc32(content)) != video.crc32:
         raise ValueError(f"crc32 of the features is {crc32}, the index says {video.crc32}")
     stored = from_json(StoredFeatures, description, source=f"{video.record.video_id}.json")
-    _compare(stored, video, "record", "num_steps", "seconds_per_step", "start_seconds")
+    _compare(stored, video, "num_steps", "seconds_per_step", "start_seconds")
     unpack_features(content, channels=spec.channels, num_steps=video.num_steps, dtype=spec.dtype)
 
 

@@ -1,0 +1,281 @@
+"""Give the videos of shard folders other annotations, subsets and durations: no picture is touched.
+
+    index entries of all subsets + records of a file -> entries per subset -> index.jsonl and manifest.json of each
+
+A video that changes its subset is copied, as its bytes are, into a new tar of the other folder. One that is listed no
+longer stays in its tar and in .reports/unlisted.jsonl, so that a later file may list it again.
+"""
+
+from __future__ import annotations
+
+import os
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from re2tal.data.building.annotations import Annotations
+from re2tal.data.building.shard_folder import REPORTS, misfit
+from re2tal.data.building.shard_plan import adopt, read_plan
+from re2tal.data.contract.commit import commit
+from re2tal.data.contract.feature_manifest import (
+    FeatureManifest,
+    FeatureTotals,
+    IndexedFeatures,
+    Packed,
+    StepsPerVideo,
+)
+from re2tal.data.contract.manifest import (
+    MANIFEST_NAME,
+    DamagedVideo,
+    IndexedVideo,
+    Manifest,
+    Rejection,
+    ShardFile,
+    Totals,
+    from_json,
+    to_json,
+)
+from re2tal.data.contract.members import read_content, read_pair
+from re2tal.data.contract.shards import FeatureSet, ShardSet, open_any
+from re2tal.data.streaming.decode import DecodeError
+from re2tal.strict_json import sha256_of, write_atomically
+from re2tal.structures import VideoRecord, find_subset
+
+UNLISTED_NAME = "unlisted.jsonl"
+ABSENT = "its pictures are in none of these shards; add them with `re2tal shards build`"
+
+AnySet = ShardSet | FeatureSet
+Entry = IndexedVideo | IndexedFeatures
+
+
+@dataclass(slots=True)
+class Annotated:
+    """What becomes of the folder of a subset."""
+
+    root: Path
+    like: AnySet
+    """The folder itself, or one beside it where it is new."""
+    subset: str
+    entries: list[Entry] = field(default_factory=list)
+    moved: list[tuple[Path, Entry]] = field(default_factory=list)
+    """Videos that come from another folder: its path, their entries with the new record."""
+    rejected: list[Rejection] = field(default_factory=list)
+    unlisted: list[Entry] = field(default_factory=list)
+    """Videos in its tars that are not, or no longer, in its index."""
+    gone: list[str] = field(default_factory=list)
+    """Videos that it listed, and that the file does not."""
+    damaged: dict[str, DamagedVideo] = field(default_factory=dict)
+    """Of all folders, by video id."""
+    num_changed: int = 0
+    """Videos that stay, with another record."""
+
+
+def annotate(folder: Path, annotations: Annotations, *, blocked: frozenset[str] = frozenset()) -> list[Annotated]:
+    """Replace the annotations of a folder of subsets, or of a single subset; says what was done, folder by folder.
+
+    Nothing is changed where this raises ValueError: for a subset that would be empty, and for a video that should go
+    to another subset, where a single one is given. Each folder changes as a whole.
+    """
+    opened = _opened(folder)
+    stored = _stored(opened)
+    changes = {one.manifest.subset: Annotated(one.root, one, one.manifest.subset) for one in opened}
+    damaged = {one.video_id: one for found in opened if isinstance(found, ShardSet) for one in found.manifest.damaged}
+    is_single = (folder / MANIFEST_NAME).is_file()
+    earlier = {one.video_id: one.reason for found in opened for one in found.manifest.rejected}
+    seen: set[str] = set()
+    records = [one for found in annotations.subsets.values() for one in found if one.video_id not in blocked]
+    for record in sorted(records, key=lambda one: one.video_id not in stored):  # a new subset begins with a video
+        name = find_subset(record.subset, changes)
+        home, entry = stored.get(record.video_id, (None, None))
+        if is_single and name is None:
+            if record.video_id in opened[0].by_id:
+                raise ValueError(
+                    f"{folder} holds {record.video_id!r}, which belongs to subset {record.subset!r} now; give the "
+                    "folder of all subsets"
+                )
+            continue
+        if name is None:
+            if entry is None:
+                continue
+            name = record.subset
+            changes[name] = Annotated(folder / name, opened[0], name)
+        seen.add(record.video_id)
+        _place(changes[name], home, entry, replace(record, subset=name), earlier)
+    kept = {entry.record.video_id for change in changes.values() for entry in change.entries}
+    for video_id, (home, entry) in stored.items():
+        if video_id not in kept:
+            changes[home.manifest.subset].unlisted.append(entry)
+        if video_id not in seen and video_id in home.by_id:
+            changes[home.manifest.subset].gone.append(video_id)
+    _check([*changes.values()], seen)
+    # What moves is taken from its old folder first, and can be found there until it is in the new one.
+    for change in sorted(changes.values(), key=lambda change: bool(change.moved)):
+        change.damaged = damaged
+        _write(change, annotations.classes)
+    return [*changes.values()]
+
+
+def _opened(folder: Path) -> list[AnySet]:
+    if (folder / MANIFEST_NAME).is_file() or not folder.is_dir():
+        return [open_any(folder)]
+    roots = [one for one in sorted(folder.iterdir()) if (one / MANIFEST_NAME).is_file()]
+    return [open_any(root) for root in roots or [folder]]
+
+
+def _stored(opened: Sequence[AnySet]) -> dict[str, tuple[AnySet, Entry]]:
+    """Video id -> (folder, entry) of all videos, those that are not listed too."""
+    stored: dict[str, tuple[AnySet, Entry]] = {}
+    for shards in opened:
+        for entry in shards.videos:
+            other, first = stored.setdefault(entry.record.video_id, (shards, entry))
+            if first.crc32 != entry.crc32:  # the same pictures are in two after a change that was broken off
+                raise ValueError(
+                    f"{entry.record.video_id!r} is in {other.root} and in {shards.root}; remove one folder"
+                )
+    for shards in opened:
+        for entry in _unlisted(shards):
+            stored.setdefault(entry.record.video_id, (shards, entry))
+    return stored
+
+
+def _unlisted(shards: AnySet) -> Iterator[Entry]:
+    path = shards.root / REPORTS / UNLISTED_NAME
+    kind: Any = IndexedFeatures if isinstance(shards, FeatureSet) else IndexedVideo
+    for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else (), start=1):
+        entry: Entry = from_json(kind, line, source=f"{path} line {number}")
+        try:
+            _, content = read_pair(shards.path(entry.shard), entry)
+        except (ValueError, OSError):  # a later build has removed it
+            continue
+        if zlib.crc32(content) == entry.crc32:
+            yield entry
+
+
+def _place(
+    change: Annotated, home: AnySet | None, entry: Entry | None, record: VideoRecord, earlier: Mapping[str, str]
+) -> None:
+    if home is None or entry is None:
+        change.rejected.append(Rejection(record.video_id, earlier.get(record.video_id, ABSENT)))
+    elif why := _misfit(home, entry, record):
+        change.rejected.append(Rejection(record.video_id, why))
+    elif home.root == change.root:
+        change.num_changed += entry.record != record
+        change.entries.append(replace(entry, record=record))
+    else:
+        try:
+            read_content(home, entry)
+        except DecodeError as error:
+            change.rejected.append(Rejection(record.video_id, str(error)))
+        else:
+            change.moved.append((home.root, replace(entry, record=record)))
+
+
+def _misfit(shards: AnySet, entry: Entry, record: VideoRecord) -> str:
+    """Why the stored video cannot be the annotated one."""
+    was, now = entry.record.duration_seconds, record.duration_seconds
+    if was == now:
+        return ""
+    if isinstance(entry, IndexedVideo):
+        return misfit(entry.video_seconds, now)
+    spec = shards.manifest.features if isinstance(shards, FeatureSet) else None
+    if spec and isinstance(spec.grid, StepsPerVideo) and isinstance(spec.origin, Packed):
+        return f"its steps divide {was:g} s, which are {now:g} s now; pack its features again"
+    return misfit(was, now)
+
+
+def _check(changes: Sequence[Annotated], seen: set[str]) -> None:
+    for change in changes:
+        if not change.entries and not change.moved:
+            raise ValueError(
+                f"no video of subset {change.subset!r} would be left in {change.root} ({len(seen)} videos of the file "
+                "belong to these shards); give the annotations of these videos, or remove that folder"
+            )
+
+
+def _write(change: Annotated, classes: tuple[str, ...]) -> None:
+    change.root.mkdir(exist_ok=True)
+    is_new = change.root != change.like.root
+    files = {} if is_new else {file.name: file for file in change.like.manifest.shards}
+    if change.moved:
+        added, file = _moved(change)
+        change.entries += added
+        files[file.name] = file
+    for name in {entry.shard for entry in change.entries} - files.keys():  # a tar of which no video was listed
+        tar = change.root / name
+        files[name] = ShardFile(name, tar.stat().st_size, sha256_of(tar), 1)
+    used = _in_use(files, change.entries)
+    place = {file.name: number for number, file in enumerate(used)}
+    change.entries.sort(key=lambda entry: (place[entry.shard], entry.offset))
+    if change.unlisted or (change.root / REPORTS / UNLISTED_NAME).is_file():
+        write_atomically(change.root / REPORTS / UNLISTED_NAME, "".join(to_json(e) + "\n" for e in change.unlisted))
+    entries: Any = change.entries
+    commit(change.root, entries, lambda index_sha256: _manifest(change, used, classes, index_sha256))
+
+
+def _in_use(files: Mapping[str, ShardFile], entries: Sequence[Entry]) -> list[ShardFile]:
+    counts = Counter(entry.shard for entry in entries)
+    return [replace(files[name], videos=counts[name]) for name in sorted(files) if counts[name]]
+
+
+def _manifest(
+    change: Annotated, used: Sequence[ShardFile], classes: tuple[str, ...], index_sha256: str
+) -> Manifest | FeatureManifest:
+    manifest = change.like.manifest
+    listed = {entry.record.video_id for entry in change.entries}
+    num_bytes = sum(file.num_bytes for file in used)
+    common: dict[str, Any] = {
+        "subset": change.subset,
+        "classes": classes,
+        "rejected": tuple(change.rejected),
+        "index_sha256": index_sha256,
+        "shards": tuple(used),
+    }
+    if isinstance(manifest, FeatureManifest):
+        steps = sum(entry.num_samples for entry in change.entries)
+        return replace(manifest, **common, totals=FeatureTotals(len(listed), steps, num_bytes))
+    seconds = sum(entry.video_seconds for entry in change.entries if isinstance(entry, IndexedVideo))
+    frames = sum(entry.num_samples for entry in change.entries)
+    return replace(
+        manifest,
+        **common,
+        totals=Totals(len(listed), frames, seconds, num_bytes),
+        damaged=tuple(one for video_id, one in change.damaged.items() if video_id in listed),
+    )
+
+
+def _moved(change: Annotated) -> tuple[list[Entry], ShardFile]:
+    """Write the tar of the videos that come from other folders: the stretches of their tars, one after another."""
+    plan = read_plan(change.root)
+    there = [int(path.name[6:12]) for path in change.root.glob("shard-*.tar")]
+    there += [int(group.name[6:12]) for group in plan.groups] if plan else []
+    tar = change.root / f"shard-{max(there, default=-1) + 1:06d}.tar"
+    added: list[Entry] = []
+    temporary = tar.with_name(f".{tar.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            for root, entry in change.moved:
+                with (root / entry.shard).open("rb") as source:
+                    source.seek(entry.offset)
+                    added.append(replace(entry, shard=tar.name, offset=file.tell()))
+                    file.write(source.read(entry.num_bytes))
+            file.write(bytes(1024 + -(file.tell() + 1024) % 10240))  # as tar ends a file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, tar)
+    finally:
+        temporary.unlink(missing_ok=True)
+    written = ShardFile(tar.name, tar.stat().st_size, sha256_of(tar), len(added))
+    pairs = zip(change.moved, added, strict=True)
+    adopt(
+        change.root,
+        written,
+        [
+            (root, there, here)
+            for (root, there), here in pairs
+            if isinstance(there, IndexedVideo) and isinstance(here, IndexedVideo)
+        ],
+    )
+    return added, written

@@ -1,0 +1,114 @@
+"""Join shard folders of one subset: their tars are linked under new names, or copied, and their indexes put together.
+
+Each video is read and checked against its entry, as `re2tal shards verify` does; one that does not fit is left out.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+from re2tal.data.building.labels import twin_problems
+from re2tal.data.building.shard_folder import totals_of
+from re2tal.data.contract.commit import commit
+from re2tal.data.contract.manifest import MANIFEST_NAME, IndexedVideo, Manifest, Rejection, ShardFile
+from re2tal.data.contract.shards import ShardSet
+from re2tal.data.contract.verify import check_video
+
+MAX_SHOWN = 10
+
+
+def merged_classes(folders: Iterable[ShardSet]) -> tuple[str, ...]:
+    """The classes of the first folder, then the others that the next ones have; ValueError for two spellings of one."""
+    classes = tuple(dict.fromkeys(label for shards in folders for label in shards.classes))
+    if twins := twin_problems(classes, " with `re2tal shards annotate`"):
+        raise ValueError("; ".join(twins[:MAX_SHOWN]))
+    return classes
+
+
+def check_ids(folders: Sequence[ShardSet]) -> None:
+    """ValueError that names the videos which two folders have."""
+    first: dict[str, Path] = {}
+    twice: list[str] = []
+    for shards in folders:
+        for video_id in shards.by_id:
+            other = first.setdefault(video_id, shards.root)
+            if other != shards.root:
+                twice.append(f"{video_id!r} in {other} and in {shards.root}")
+    if twice:
+        more = f" and {len(twice) - MAX_SHOWN} more" if len(twice) > MAX_SHOWN else ""
+        raise ValueError(
+            f"{len(twice)} videos are there twice: {', '.join(twice[:MAX_SHOWN])}{more}; leave them out of one with "
+            "`re2tal shards annotate`"
+        )
+
+
+def merge_shards(folders: Sequence[ShardSet], out: Path, *, classes: tuple[str, ...]) -> Manifest:
+    """Write `out` from folders of one subset whose ids differ; gives its manifest."""
+    if (out / MANIFEST_NAME).is_file():
+        raise ValueError(f"{out} holds shards already; give another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    entries: list[IndexedVideo] = []
+    files: list[ShardFile] = []
+    rejected: list[Rejection] = []
+    for shards in folders:
+        sound = _sound(shards, rejected)
+        counts = Counter(video.shard for video in sound)
+        names: dict[str, str] = {}
+        for file in (file for file in shards.manifest.shards if counts[file.name]):
+            names[file.name] = f"shard-{len(files):06d}.tar"
+            _link(shards.path(file.name), out / names[file.name])
+            files.append(replace(file, name=names[file.name], videos=counts[file.name]))
+        entries += [replace(video, shard=names[video.shard]) for video in sound]
+    if not entries:
+        raise ValueError(f"no video of {', '.join(str(shards.root) for shards in folders)} is sound; verify them")
+    manifests = [shards.manifest for shards in folders]
+    stored = {entry.record.video_id for entry in entries}
+    manifest = replace(
+        manifests[0],
+        dataset="+".join(dict.fromkeys(one.dataset for one in manifests)),
+        classes=classes,
+        tools=_joined([one.tools for one in manifests]),
+        totals=totals_of(entries, files),
+        rejected=(*(r for one in manifests for r in one.rejected if r.video_id not in stored), *rejected),
+        shards=tuple(files),
+        damaged=tuple(d for one in manifests for d in one.damaged if d.video_id in stored),
+    )
+    commit(out, entries, lambda index_sha256: replace(manifest, index_sha256=index_sha256))
+    return manifest
+
+
+def _sound(shards: ShardSet, rejected: list[Rejection]) -> list[IndexedVideo]:
+    def problem(video: IndexedVideo) -> str:
+        try:
+            check_video(shards.path(video.shard), video)
+        except (ValueError, OSError) as error:
+            return f"{video.shard}: {error}"
+        return ""
+
+    videos = list(shards.videos)
+    with ThreadPoolExecutor(8) as pool:
+        problems = list(pool.map(problem, videos))
+    rejected += [Rejection(v.record.video_id, why) for v, why in zip(videos, problems, strict=True) if why]
+    return [video for video, why in zip(videos, problems, strict=True) if not why]
+
+
+def _link(source: Path, target: Path) -> None:
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source.resolve(), target)
+    except OSError:  # another disk, or one without links
+        temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+        shutil.copyfile(source, temporary)
+        os.replace(temporary, target)
+
+
+def _joined(tools: Sequence[dict[str, str]]) -> dict[str, str]:
+    """Versions by tool; of a tool that had several, all."""
+    names = dict.fromkeys(name for one in tools for name in one)
+    return {name: ", ".join(dict.fromkeys(one[name] for one in tools if name in one)) for name in names}

@@ -1,0 +1,104 @@
+"""Shard folders that are there already get other annotations, or are joined; no picture is encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from re2tal.data.building.annotate import Annotated, annotate
+from re2tal.data.building.annotations import read_annotations
+from re2tal.data.building.catalog import DATASETS
+from re2tal.data.building.labels import read_class_list
+from re2tal.data.building.merge import check_ids, merge_shards, merged_classes
+from re2tal.data.building.subset_names import rename_subsets
+from re2tal.data.contract.manifest import MANIFEST_NAME
+from re2tal.data.contract.shards import ShardSet, open_any, open_shards
+from re2tal.runs.exit_status import TOO_MANY_REJECTED
+from re2tal.runs.shard_building import print_some
+from re2tal.runs.shard_listing import describe
+
+
+def relabel(
+    shards: Path,
+    annotations: Path,
+    *,
+    classes: Path | None,
+    invalid_segments: Literal["refuse", "drop"],
+    fix_labels: bool,
+    max_rejected: float,
+) -> int:
+    """Replace the annotations of shard folders; gives the exit status."""
+    first, seconds = _stored_seconds(shards)
+    spec = DATASETS.get(first)
+
+    def measured(video_id: str) -> float:
+        if video_id not in seconds:
+            raise ValueError("its video is not in these shards")
+        return seconds[video_id]
+
+    names = read_class_list(classes) if classes else spec.classes if spec else None
+    read = read_annotations(
+        annotations, classes=names, invalid_segments=invalid_segments, duration_of=measured, fix_labels=fix_labels
+    )
+    if spec:
+        read = rename_subsets(read, spec.subset_pairs)
+    for note in read.notes:
+        print(f"{annotations}: {note}")
+    changes = annotate(shards, read, blocked=spec.blocked if spec else frozenset())
+    return max(_report(change, max_rejected) for change in changes)
+
+
+def _stored_seconds(folder: Path) -> tuple[str, dict[str, float]]:
+    """(name of the data set, seconds of each video)."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; give the one that `re2tal shards build --out` wrote")
+    opened = [open_any(one) for one in subset_folders(folder)]
+    found = {
+        video.record.video_id: video.num_samples / video.samples_per_second
+        for shards in opened
+        for video in shards.videos
+    }
+    return opened[0].manifest.dataset, found
+
+
+def _report(change: Annotated, max_rejected: float) -> int:
+    """Print what became of a folder; gives the exit status."""
+    print_some([f"rejected {one.video_id}: {one.reason}" for one in change.rejected], more="videos")
+    print_some([f"listed no longer: {video_id}" for video_id in change.gone], more="videos")
+    print(
+        f"{change.subset}: {change.num_changed} of {len(change.entries)} videos have other annotations, "
+        f"{len(change.moved)} came from another subset, {len(change.gone)} are listed no longer, "
+        f"{len(change.rejected)} are left out"
+    )
+    describe([change.root])
+    share = len(change.rejected) / (len(change.rejected) + len(change.entries))
+    return TOO_MANY_REJECTED if share > max_rejected else 0
+
+
+def merge(folders: Sequence[Path], *, out: Path) -> int:
+    """Join shard folders, subset by subset; gives the exit status."""
+    opened = [open_shards(root) for folder in folders for root in subset_folders(folder)]
+    if len(opened) < 2:
+        raise ValueError(f"{len(opened)} folders to merge; give two or more")
+    check_ids(opened)
+    classes = merged_classes(opened)
+    subsets: dict[str, list[ShardSet]] = {}
+    for shards in opened:
+        subsets.setdefault(shards.subset, []).append(shards)
+    if taken := [str(out / name) for name in subsets if (out / name / MANIFEST_NAME).is_file()]:
+        raise ValueError(f"{taken[0]} holds shards already; give another --out")
+    for name, found in subsets.items():
+        for other in found[1:]:
+            if other.manifest.encoding != found[0].manifest.encoding:
+                print(f"{other.root} has another encoding than {found[0].root}; the manifest will name the first")
+        manifest = merge_shards(found, out / name, classes=classes)
+        print_some([f"rejected {one.video_id}: {one.reason}" for one in manifest.rejected], more="videos")
+    return describe([out / name for name in subsets])
+
+
+def subset_folders(folder: Path) -> list[Path]:
+    """A shard folder itself, or those that it holds, one per subset."""
+    if (folder / MANIFEST_NAME).is_file() or not folder.is_dir():
+        return [folder]
+    return [one for one in sorted(folder.iterdir()) if (one / MANIFEST_NAME).is_file()] or [folder]

@@ -1,0 +1,190 @@
+"""Other annotations for shards that are there, and shards joined: pixels stay, labels are those of the file."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from data.feature_folders import write_features
+from data.folders import indexed, write_shards
+from data.numbered import encode_numbered, read_numbers
+
+from re2tal.cli import main
+from re2tal.data.contract.commit import commit
+from re2tal.data.contract.members import read_video
+from re2tal.data.contract.shards import open_any, open_shards
+from re2tal.data.contract.verify import damage
+from re2tal.data.streaming.decode import decode_frames
+from re2tal.structures import Action
+
+SECONDS = 2.0
+
+
+def run(capsys, *arguments: str | Path) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as end:
+        main(["shards", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return end.value.code, captured.out, captured.err
+
+
+def folder_of(root: Path, *video_ids: str, subset: str = "training", first: int = 60) -> Path:
+    """Shards of two videos each; the n-th has `first` + n frames, and the action x."""
+    actions = [Action(0.5, 1.0, "x")]
+    videos = {
+        name: (encode_numbered(first + n), indexed(first + n, actions=actions, video_id=name))
+        for n, name in enumerate(video_ids)
+    }
+    write_shards(root / subset, videos, per_shard=2)
+    if subset != "training":
+        change(root / subset, subset)
+    return root
+
+
+def change(folder: Path, subset: str) -> None:
+    """Give a folder of the tests another subset's name."""
+    shards = open_shards(folder)
+    entries = [replace(v, record=replace(v.record, subset=subset)) for v in shards.videos]
+    commit(folder, entries, lambda sha256: replace(shards.manifest, subset=subset, index_sha256=sha256))
+
+
+def annotations(path: Path, **videos: tuple[str, float, list[tuple[float, float, str]]]) -> Path:
+    """A file of id=(subset, seconds, actions)."""
+    database = {
+        name: {
+            "subset": subset,
+            "duration": seconds,
+            "annotations": [{"segment": [start, end], "label": label} for start, end, label in actions],
+        }
+        for name, (subset, seconds, actions) in videos.items()
+    }
+    path.write_text(json.dumps({"database": database}))
+    return path
+
+
+def tars(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*.tar"))}
+
+
+def labels(root: Path) -> dict[str, list[str]]:
+    return {name: [a.label for a in video.record.actions] for name, video in open_shards(root).by_id.items()}
+
+
+def last_frame(root: Path, video_id: str) -> int:
+    shards = open_shards(root)
+    video = shards.by_id[video_id]
+    mp4 = read_video(shards, video)
+    return read_numbers(decode_frames(*mp4.cut([video.num_frames - 1])).numpy())[0]
+
+
+def test_annotating_changes_the_index_and_no_tar(tmp_path, capsys):
+    root = folder_of(tmp_path / "s", "a", "b", "c")
+    before, old = tars(root), open_shards(root / "training").manifest_sha256
+    one = ("training", SECONDS, [(0.25, 0.75, "y"), (1.0, 1.5, "x")])
+    given = annotations(tmp_path / "a.json", a=one, b=("training", 2.5, []), c=("training", 9.0, []), new=one)
+    status, out, err = run(capsys, "annotate", root, given)
+    shards = open_shards(root / "training")
+    assert (tars(root), status) == (before, 3)
+    assert (labels(shards.root), shards.classes) == ({"a": ["y", "x"], "b": []}, ("x", "y"))
+    assert shards.by_id["b"].record.duration_seconds == 2.5
+    assert {one.video_id: one.reason for one in shards.manifest.rejected} == {
+        "c": "it lasts 2.07 s, the annotation file says 9.00 s",
+        "new": "its pictures are in none of these shards; add them with `re2tal shards build`",
+    }
+    assert shards.manifest_sha256 != old, "a run that resumes compares it"
+    assert "training: 2 of 2 videos have other annotations" in out
+    assert "rejected c: it lasts" in err
+    assert list(damage(shards)) == []
+    everything = dict.fromkeys("abc", one)
+    assert run(capsys, "annotate", root / "training", annotations(given, **everything))[0] == 0
+    assert labels(root / "training") == {name: ["y", "x"] for name in "abc"}
+    assert tars(root) == before
+
+
+def test_a_video_that_changes_its_subset_is_copied_as_it_is(tmp_path, capsys):
+    root = folder_of(tmp_path / "s", "a", "b", "c")
+    folder_of(root, "d", "e", subset="validation", first=80)
+    act = [(0.25, 0.75, "x")]
+    given = annotations(
+        tmp_path / "a.json",
+        a=("val", SECONDS, act),
+        b=("training", SECONDS, act),
+        c=("test", 62 / 30, act),
+        d=("validation", 80 / 30, act),
+        e=("train", 81 / 30, act),
+    )
+    status, out, _ = run(capsys, "annotate", root, given)
+    assert status == 0
+    found = {subset: [*labels(root / subset)] for subset in ("training", "validation", "test")}
+    assert found == {"training": ["b", "e"], "validation": ["d", "a"], "test": ["c"]}
+    for subset, video_id, number in (("validation", "a", 59), ("test", "c", 61), ("training", "e", 80)):
+        assert last_frame(root / subset, video_id) == number
+    assert all(list(damage(open_shards(root / subset))) == [] for subset in found)
+    assert "validation: 1 of 2 videos have other annotations, 1 came from another subset, 0 are listed no" in out
+    status, _, err = run(capsys, "annotate", root / "training", given)
+    assert (status, err) == (0, "")
+    given = annotations(given, b=("test", SECONDS, act), e=("train", 81 / 30, act))
+    status, _, err = run(capsys, "annotate", root / "training", given)
+    assert (status, "holds 'b', which belongs to subset 'test' now; give the folder of all" in err) == (2, True)
+
+
+def test_annotations_of_other_videos_change_nothing(tmp_path, capsys):
+    root = folder_of(tmp_path / "s", "a", "b")
+    before = {path: path.read_bytes() for path in root.rglob("*.*") if path.is_file()}
+    other = annotations(tmp_path / "a.json", z=("training", SECONDS, [(0, 1, "x")]))
+    status, _, err = run(capsys, "annotate", root, other)
+    assert (status, "no video of subset 'training' would be left" in err) == (2, True)
+    assert before == {path: path.read_bytes() for path in root.rglob("*.*") if path.is_file()}
+
+
+def test_merged_folders_hold_all_videos_with_their_labels(tmp_path, capsys):
+    first, second = folder_of(tmp_path / "1", "a", "b", "c"), folder_of(tmp_path / "2", "d", first=90)
+    given = annotations(tmp_path / "a.json", d=("training", 3.0, [(0.5, 1.0, "y")]))
+    run(capsys, "annotate", second, given)
+    status, out, _ = run(capsys, "merge", first, second / "training", "--out", tmp_path / "out")
+    merged = open_shards(tmp_path / "out" / "training")
+    assert status == 0
+    assert labels(merged.root) == {"a": ["x"], "b": ["x"], "c": ["x"], "d": ["y"]}
+    assert merged.classes == ("x", "y")
+    assert [shard.name for shard in merged.manifest.shards] == [f"shard-{n:06d}.tar" for n in range(3)]
+    assert os.path.samefile(merged.root / "shard-000002.tar", second / "training" / "shard-000000.tar")
+    assert (last_frame(merged.root, "c"), last_frame(merged.root, "d")) == (61, 89)
+    assert list(damage(merged)) == []
+    assert "4 videos" in out
+
+
+def test_ids_that_two_folders_have_are_named_and_damaged_videos_left_out(tmp_path, capsys):
+    first, second = folder_of(tmp_path / "1", "a", "b"), folder_of(tmp_path / "2", "b", "c")
+    status, _, err = run(capsys, "merge", first, second, "--out", tmp_path / "out")
+    assert status == 2
+    assert f"1 videos are there twice: 'b' in {first}/training and in {second}/training" in err
+    assert not (tmp_path / "out").exists()
+    third = folder_of(tmp_path / "3", "d", "e")
+    video = open_shards(third / "training").by_id["d"]
+    tar = third / "training" / video.shard
+    content = bytearray(tar.read_bytes())
+    content[video.offset + 3000] ^= 1
+    tar.write_bytes(content)
+    status, _, err = run(capsys, "merge", first, third, "--out", tmp_path / "out")
+    assert (status, "rejected d: shard-000000.tar: crc32" in err) == (0, True)
+    assert [*labels(tmp_path / "out" / "training")] == ["a", "b", "e"]
+    status, _, err = run(capsys, "merge", first, third, "--out", tmp_path / "out")
+    assert (status, "holds shards already; give another --out" in err) == (2, True)
+
+
+def test_features_get_other_annotations_too_but_not_another_length(tmp_path, capsys):
+    made = write_features(
+        tmp_path / "training", {"a": torch.zeros(4, 8), "b": torch.ones(4, 8)}, actions=[Action(0.5, 1.0, "x")]
+    )
+    seconds = {name: entry.record.duration_seconds for name, entry in made.by_id.items()}
+    act = [(0.25, 0.5, "y")]
+    given = annotations(tmp_path / "a.json", a=("training", seconds["a"], act), b=("training", seconds["b"] + 9, act))
+    before = tars(tmp_path)
+    status, _, err = run(capsys, "annotate", tmp_path, given)
+    found = open_any(tmp_path / "training")
+    assert (status, "rejected b: it lasts" in err, tars(tmp_path)) == (3, True, before)
+    assert {name: [one.label for one in entry.record.actions] for name, entry in found.by_id.items()} == {"a": ["y"]}
+    assert list(damage(found)) == []

@@ -1,0 +1,99 @@
+"""Files of detections: hand-worked subtitles, and what the readers of annotation tools make of the others."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+import torch
+
+from re2tal.data.building.annotation_formats.formats import read_files
+from re2tal.data.building.annotation_formats.found import Found, Wanted
+from re2tal.evaluation.results import read_results
+from re2tal.reporting.found import FoundInVideo
+from re2tal.reporting.result_files import RESULT_FORMATS, ResultsFile, choose_format
+from re2tal.reporting.subtitles import srt, webvtt
+from re2tal.structures import Detections
+
+CLASSES = ("jump", 'run <b>"fast"</b> & --> away')
+ROWS = [(3661.0004, 3662.25, 0.875, 0), (0.5, 1.75, 0.5, 1), (1.0, 2.0, 0.25, 1), (9.0, 9.0002, 0.1, 0)]
+
+
+def video(name: str = "my party (1).v2") -> FoundInVideo:
+    starts, ends, scores, labels = zip(*ROWS, strict=True)
+    segments = torch.tensor([starts, ends], dtype=torch.float64).T
+    found = Detections(segments, torch.tensor(scores), torch.tensor(labels))
+    return FoundInVideo(name, Path(f"/videos of us/{name}.mp4"), 4000.0, found, CLASSES)
+
+
+def test_subtitles_by_hand() -> None:
+    assert srt(video()) == (
+        '1\n00:00:00,500 --> 00:00:01,750\nrun \u2039b\u203a"fast"\u2039/b\u203a & --\u203a away (0.50)\n\n'
+        '2\n00:00:01,000 --> 00:00:02,000\nrun \u2039b\u203a"fast"\u2039/b\u203a & --\u203a away (0.25)\n\n'
+        "3\n00:00:09,000 --> 00:00:09,001\njump (0.10)\n\n"
+        "4\n01:01:01,000 --> 01:01:02,250\njump (0.88)\n"
+    )
+    assert webvtt(video()).startswith(
+        "WEBVTT\n\n00:00:00.500 --> 00:00:01.750\n"
+        'run &lt;b&gt;"fast"&lt;/b&gt; &amp; --&gt; away (0.50)\n\n00:00:01.000 --> 00:00:02.000\n'
+    )
+
+
+@pytest.mark.parametrize(("format_name", "reader"), [("csv", "csv"), ("boris", "boris"), ("eaf", "elan")])
+def test_annotations_convert_reads_them_back(tmp_path: Path, format_name: str, reader: str) -> None:
+    path = tmp_path / f"found{RESULT_FORMATS[format_name].suffix}"
+    results = ResultsFile(path, format_name, CLASSES)
+    results.add(video())
+    results.write()
+    found = Found(Wanted())
+    assert read_files([path], format_name=None, found=found) == {path: reader}
+    (read,) = found.videos.values()
+    segments = sorted(read.actions)
+    expected = sorted((a, b, CLASSES[label]) for a, b, _, label in ROWS)
+    if format_name != "csv":  # at least a millisecond
+        expected = [(a, max(b, a + 0.001), label) for a, b, label in expected]
+    assert [label for *_, label in segments] == [label for *_, label in expected]
+    for one, other in zip(segments, expected, strict=True):
+        assert one[:2] == pytest.approx(other[:2], abs=6e-4)
+
+
+def test_elan_has_nothing_that_overlaps_on_a_tier() -> None:
+    text = RESULT_FORMATS["eaf"].for_each(video())
+    root = ElementTree.fromstring(text)
+    assert [(tier.get("TIER_ID"), len(tier)) for tier in root.iter("TIER")] == [
+        ("jump", 2),
+        (CLASSES[1], 1),
+        (f"{CLASSES[1]} (2)", 1),
+    ]
+    assert root.find("HEADER/MEDIA_DESCRIPTOR").get("MEDIA_URL") == "file:///videos of us/my party (1).v2.mp4"
+
+
+def test_json_is_activitynets_and_grows_video_by_video(tmp_path: Path) -> None:
+    results = ResultsFile(tmp_path / "found.json", "json", CLASSES)
+    for number, name in enumerate(("one", "two"), start=1):
+        results.add(video(name))
+        results.write()
+        assert len(read_results(tmp_path / "found.json").predictions) == number
+    assert results.num_written == 8
+
+
+def test_each_video_has_its_own_subtitles_in_a_folder(tmp_path: Path) -> None:
+    results = ResultsFile(tmp_path / "subtitles", "srt", CLASSES)
+    for name in ("a.b", "x/twin", "y/twin"):
+        results.add(video(name))
+    assert sorted(path.name for path in (tmp_path / "subtitles").iterdir()) == [
+        "a.b.srt",
+        "x%2Ftwin.srt",
+        "y%2Ftwin.srt",
+    ]
+
+
+def test_the_format_is_that_of_the_suffix() -> None:
+    assert choose_format(None, None) == "json"
+    assert choose_format("srt", Path("x.json")) == "srt"
+    assert [choose_format(None, Path(f"x{row.suffix}")) for row in RESULT_FORMATS.values()] == list(RESULT_FORMATS)
+    with pytest.raises(ValueError, match=r"out is found\.xml, whose suffix says no format; end it in one of \.json"):
+        choose_format(None, Path("found.xml"))
+    with pytest.raises(ValueError, match="format is 'xls'; known: json, csv"):
+        choose_format("xls", None)
