@@ -9,11 +9,14 @@ about      ranks, published figures, differences from the source
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
+from difflib import get_close_matches
 from functools import partial
 from itertools import product
 
 from re2tal.config import RecognitionConfig, RunConfig
 from re2tal.recipes import presets
+from re2tal.recipes.about import ranks_of
 from re2tal.recipes.named import NAMED
 from re2tal.recipes.parts import BACKBONE_PARTS, DATA_PARTS, LOCALIZER_PARTS, compose, composed_name
 
@@ -44,9 +47,12 @@ def find_recipe(name: str) -> RunConfig | RecognitionConfig:
     """The recipe of that name, listed or put together; ValueError with the known names otherwise."""
     build = RECIPES.get(name) or _COMPOSED.get(name)
     if build is None:
+        near = get_close_matches(name, [*RECIPES, *_COMPOSED], n=4, cutoff=0.0)
         raise ValueError(
-            f"unknown recipe {name!r}; known: {sorted(RECIPES)}. Any data set of {list(DATA_PARTS)} goes with any "
-            f"backbone of {list(BACKBONE_PARTS)}, then nothing or vsgn, then nothing or features: "
-            "charades_re2videomae_base_vsgn_features"
+            f"unknown recipe {name!r}; nearest: {near}; `re2tal recipes` lists {len(RECIPES)}. Any data set of "
+            f"{list(DATA_PARTS)} goes with any backbone of {list(BACKBONE_PARTS)}, then nothing or vsgn, then nothing "
+            "or features"
         )
-    return build()
+    run = build()
+    clips = ranks_of(name, run) * run.engine.batch_size * run.engine.gradient_accumulation
+    return replace(run, optimizer=replace(run.optimizer, made_for_clips=clips))

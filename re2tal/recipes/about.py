@@ -105,10 +105,11 @@ class About:
 def about(name: str, run: RunConfig | RecognitionConfig) -> About:
     """What is known of recipe `name`, whose settings are `run`."""
     expected, source = PUBLISHED.get(name, ("", ""))
-    return About(_ranks(name, run), expected, source, _differences(name, run))
+    return About(ranks_of(name, run), expected, source, _differences(name, run))
 
 
-def _ranks(name: str, run: RunConfig | RecognitionConfig) -> int:
+def ranks_of(name: str, run: RunConfig | RecognitionConfig) -> int:
+    """The number of ranks that recipe `name` was made for."""
     if isinstance(run, RecognitionConfig):
         return 8 if name.startswith("kinetics") else 2
     if run.backbone.name == "features" or name.startswith("demo"):

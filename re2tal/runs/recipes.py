@@ -93,7 +93,7 @@ def _planned(run: RunConfig | RecognitionConfig, told: About) -> str:
     device = torch.accelerator.current_accelerator() or torch.device("cpu")
     settings = find_preset(DEFAULT_PRESET)
     planned = plan_step(run, settings, world_size=told.ranks, num_classes=20, device=device)
-    return f"{planned.peak_bytes / 2**30:.2f} GiB a rank, planned for {told.ranks} on {device.type}"
+    return f"{planned.memory.peak / 2**30:.2f} GiB a rank, planned for {told.ranks} on {device.type}"
 
 
 def _data(run: RunConfig | RecognitionConfig) -> str:

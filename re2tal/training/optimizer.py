@@ -7,11 +7,13 @@ position tables) is not pulled towards zero.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
+
+from re2tal.options import option
 
 TABLES = ("relative_position_bias_table", "position_embedding", "pos_embed", "cls_token")
 """Last names of parameters with more than one dimension that are learned offsets, not maps."""
@@ -37,6 +39,10 @@ class OptimizerConfig:
     """Decay of the gradient's mean."""
     beta2: float = 0.999
     """Decay of the squared gradient's mean."""
+    made_for_clips: int | None = option(None, resumable=True, planned=False)
+    """Clips per optimizer step, of all ranks together, for which the learning rates were chosen; the log compares."""
+    follow_batch: bool = option(False, planned=False)
+    """Multiply the learning rates by clips per step / `made_for_clips`. Without, they stay whatever the batch is."""
 
     def __post_init__(self) -> None:
         if self.algorithm not in ALGORITHMS:
@@ -45,8 +51,32 @@ class OptimizerConfig:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"optimizer.{name} is {value}; it must be a finite number, not negative")
+        if self.made_for_clips is not None and self.made_for_clips < 1:
+            raise ValueError(f"optimizer.made_for_clips is {self.made_for_clips}; give at least 1, or None")
+        if self.follow_batch and self.made_for_clips is None:
+            raise ValueError(
+                "optimizer.follow_batch is set, but optimizer.made_for_clips does not say for how many clips per step "
+                "the learning rates were chosen; give it, or leave follow_batch out"
+            )
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise ValueError(f"optimizer.beta1 and beta2 are {self.beta1} and {self.beta2}; both lie in [0, 1)")
+
+
+def for_batch(config: OptimizerConfig, *, clips: int) -> tuple[OptimizerConfig, str | None]:
+    """`config` for steps of `clips` clips, and a sentence on its learning rates where that is another number than they
+    were made for."""
+    if config.made_for_clips in (None, clips):
+        return config, None
+    share = clips / config.made_for_clips
+    about = f"learning rates are made for {config.made_for_clips} clips per optimizer step, and here a step has {clips}"
+    if not config.follow_batch:
+        return config, f"{about}; they stay as they are (--optimizer.follow-batch multiplies them by {share:.4g})"
+    config = replace(
+        config,
+        learning_rate=config.learning_rate * share,
+        backbone_learning_rate=config.backbone_learning_rate * share,
+    )
+    return config, f"{about}: they are multiplied by {share:.4g}, to {config.learning_rate:.4g} at their peak"
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Adam:
