@@ -81,7 +81,6 @@ _ADATAD = {
 _AF = {
     "thumos14": (
         "test videos of more than 2304 steps are cut into windows that overlap by half; the source takes them whole",
-        "classes do not vote; the source replaces segments by the mean of those of their class that overlap by 0.7",
     ),
     "activitynet": (_BLOCKED.replace("published figures", "OpenTAD's figures"),),
 }

@@ -24,7 +24,10 @@ def thumos14_actionformer_opentad_features() -> RunConfig:
     run = thumos14_actionformer_features()
     assert isinstance(run.localizer, ActionFormerConfig)
     localizer = replace(run.localizer, variant="opentad", candidate_min_steps=0.0, input_dropout=0.2)
-    return replace(run, name="thumos14_actionformer_opentad_features", localizer=localizer)
+    # It ignores its threshold of votes where it suppresses class by class.
+    suppression = replace(run.suppression, voting_threshold=None)
+    name = "thumos14_actionformer_opentad_features"
+    return replace(run, name=name, localizer=localizer, suppression=suppression)
 
 
 def thumos14_tridet_features() -> RunConfig:
@@ -80,7 +83,7 @@ def thumos14_vsgn_features() -> RunConfig:
         schedule=replace(run.schedule, shape="constant", warmup_epochs=0.0),
         engine=replace(run.engine, batch_size=32, gradient_clipping=0.0),
         training=replace(run.training, epochs=10, average_decay=None),
-        suppression=replace(run.suppression, sigma=0.46, max_per_video=200),
+        suppression=replace(run.suppression, sigma=0.46, max_per_video=200, voting_threshold=None),
     )
 
 

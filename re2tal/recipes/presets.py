@@ -171,8 +171,14 @@ def thumos14_actionformer_features() -> RunConfig:
         schedule=ScheduleConfig(shape="cosine", warmup_epochs=5.0),
         engine=EngineConfig(batch_size=2, gradient_clipping=1.0),
         training=TrainingConfig(epochs=35, average_decay=0.999, log_every_steps=50),
-        # The source votes at 0.7 within each class; here classes do not vote.
-        suppression=SuppressionConfig(method="gaussian", sigma=0.5, min_score=0.001, max_per_video=200),
+        suppression=SuppressionConfig(
+            method="gaussian",
+            sigma=0.5,
+            min_score=0.001,
+            max_per_video=200,
+            voting_threshold=0.7,
+            weigh_votes_by_overlap=True,
+        ),
         evaluation=EvaluationConfig(tiou_thresholds=TIOU_THRESHOLDS["thumos14"]),
     )
 
