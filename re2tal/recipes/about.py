@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from re2tal.config import RecognitionConfig, RunConfig
 from re2tal.data.streaming.windows import ResizeWhole
-from re2tal.localizers.vsgn.localizer import VSGNConfig
+from re2tal.localizers.vsgn.config import VSGNConfig
 
 RE2TAL, ADATAD, AF = "OpenTAD, configs/re2tal", "OpenTAD, configs/adatad", "ActionFormer's release"
 CUHK = "with CUHK's video classes"

@@ -20,7 +20,7 @@ from re2tal.data.streaming.stream import ClipConfig
 from re2tal.data.streaming.windows import ResizeWhole, Slide
 from re2tal.evaluation.protocols import TIOU_THRESHOLDS, Dataset, EvaluationConfig
 from re2tal.localizers.pyramid.actionformer import ActionFormerConfig
-from re2tal.localizers.vsgn.localizer import VSGNConfig
+from re2tal.localizers.vsgn.config import VSGNConfig
 from re2tal.recipes.presets import (
     activitynet_re2slowfast_r101,
     activitynet_re2swin_tiny,

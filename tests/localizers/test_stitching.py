@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from re2tal.localizers.vsgn.localizer import VSGN, VSGNConfig
+from re2tal.localizers.vsgn.config import VSGNConfig
+from re2tal.localizers.vsgn.localizer import VSGN
 from re2tal.localizers.vsgn.network import nearest
 from re2tal.localizers.vsgn.stitching import Layout, stitch
 from re2tal.structures import Action, Features, Timeline

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from re2tal.localizers.vsgn.localizer import VSGN, VSGNConfig
+from re2tal.localizers.vsgn.config import VSGNConfig
+from re2tal.localizers.vsgn.localizer import VSGN
 from re2tal.localizers.vsgn.network import BoundaryHead, GraphConv, nearest
 from re2tal.localizers.weights import export_weights, import_weights
 from re2tal.structures import Features

@@ -11,7 +11,7 @@ from re2tal.cli import main
 from re2tal.config import RunConfig
 from re2tal.data.building.catalog import DATASETS
 from re2tal.data.streaming.windows import Slide
-from re2tal.localizers.vsgn.localizer import VSGNConfig
+from re2tal.localizers.vsgn.config import VSGNConfig
 from re2tal.recipes import RECIPES, find_recipe
 from re2tal.recipes.about import PUBLISHED, about
 from re2tal.recipes.parts import DATA_PARTS
