@@ -22,7 +22,6 @@ from re2tal.evaluation.protocols import TIOU_THRESHOLDS, Dataset, EvaluationConf
 from re2tal.localizers.pyramid.actionformer import ActionFormerConfig
 from re2tal.localizers.vsgn.config import VSGNConfig
 from re2tal.recipes.presets import (
-    activitynet_re2slowfast_r101,
     activitynet_re2swin_tiny,
     thumos14_adatad_videomae,
     thumos14_re2slowfast_r101,
@@ -47,10 +46,11 @@ def _swin(run: RunConfig) -> RunConfig:
 
 
 def _slowfast(run: RunConfig) -> RunConfig:
-    # Both pathways are resampled to the localizer's grid before they are joined.
+    # Both pathways are resampled to the localizer's grid before they are joined. Steps divide the slow pathway's four
+    # frames; a grid between is reached from the next finer one.
     step = run.data.clips.windowing.num_frames // run.num_steps
-    source = thumos14_re2slowfast_r101() if step == 2 else activitynet_re2slowfast_r101()
-    return replace(run, backbone=replace(source.backbone, frames_per_step=step))
+    source = thumos14_re2slowfast_r101()
+    return replace(run, backbone=replace(source.backbone, frames_per_step=max(n for n in (1, 2, 4) if n <= step)))
 
 
 def _plain(run: RunConfig, *, of: Part, drop_path: float) -> RunConfig:
@@ -216,10 +216,11 @@ def on_stored_features(run: RunConfig, *, channels: int, folder: str) -> RunConf
 def compose(data: str, backbone: str, localizer: str, *, features: bool) -> RunConfig:
     """The recipe of three names from the tables; its own name is `composed_name`."""
     part = BACKBONE_PARTS[backbone]
-    run = LOCALIZER_PARTS[localizer][1](part.build(DATA_PARTS[data][1]()))
-    if isinstance(run.localizer, VSGNConfig) and "slowfast" in backbone:
-        step = run.data.clips.windowing.num_frames // run.num_steps
-        run = replace(run, backbone=replace(run.backbone, frames_per_step=step))
+    run = part.build(DATA_PARTS[data][1]())
+    # Once more where the localizer has another grid, for a backbone whose steps follow it.
+    run = LOCALIZER_PARTS[localizer][1](run)
+    if run.backbone.frames_per_step is not None:
+        run = part.build(run)
     if features:
         run = on_stored_features(run, channels=part.channels, folder=f"{data}_{backbone}")
     return replace(run, name=composed_name(data, backbone, localizer, features=features))

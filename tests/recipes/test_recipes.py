@@ -76,6 +76,15 @@ def test_a_recipe_on_features_keeps_the_seconds_of_its_windows() -> None:
         assert features.num_frames / features.frames_per_second == videos.num_frames / videos.frames_per_second
 
 
+def test_steps_of_slowfast_are_those_that_it_can_give_and_no_coarser_than_the_grid() -> None:
+    for name in (name for name in RECIPES if "slowfast" in name and not name.endswith("features")):
+        run = find_recipe(name)
+        if isinstance(run, RunConfig):
+            step = run.backbone.frames_per_step
+            assert step in (1, 2, 4), name
+            assert step * run.num_steps <= run.data.clips.windowing.num_frames, name
+
+
 def test_plain_and_rewired_differ_in_the_coupling_alone() -> None:
     plain, rewired = find_recipe("thumos14_swin_tiny"), find_recipe("thumos14_re2swin_tiny")
     assert (plain.backbone.beta, rewired.backbone.beta) == (0.0, 1.0)

@@ -149,7 +149,6 @@ def tiny_backbone(backbone: BackboneConfig) -> BackboneConfig:
     return replace(
         backbone,
         name=f"{family}_nano",
-        frames_per_step=2 if backbone.frames_per_step else None,
         adapter_blocks=(1,) if backbone.adapter_blocks else None,
     )
 
