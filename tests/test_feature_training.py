@@ -26,7 +26,7 @@ from re2tal.data.streaming.windows import ResizeWhole, Slide
 from re2tal.inference import detector_input, predict
 from re2tal.localizers import LocalizerConfig
 from re2tal.localizers.pyramid.actionformer import ActionFormerConfig
-from re2tal.localizers.vsgn.localizer import VSGNConfig
+from re2tal.localizers.vsgn.config import VSGNConfig
 from re2tal.recipes import find_recipe
 from re2tal.runs.feature_extraction import Extract, extract
 from re2tal.runs.stored_features import check_kind, check_pair, describe, on_features

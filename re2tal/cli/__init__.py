@@ -23,6 +23,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "re2tal.cli.annotations:annotation_files",
         "convert files of annotation tools and data sets",
     ),
+    "recipes": ("re2tal.cli.recipes:recipes", "list settings to train with, and what is published of them"),
     "datasets": ("re2tal.cli.datasets:datasets", "list published data sets, and compare annotations with them"),
     "doctor": ("re2tal.cli.doctor:doctor", "check videos and annotations before a build, or this machine"),
     "shards": ("re2tal.cli.shards:shards", "pack videos and annotations into training data"),

@@ -41,7 +41,7 @@ from re2tal.training.finite import check_finite
 from re2tal.training.generators import seed_generators
 from re2tal.training.interruption import Agreement, Interrupted
 from re2tal.training.metrics import MetricsLog
-from re2tal.training.optimizer import build_optimizer
+from re2tal.training.optimizer import build_optimizer, for_batch
 from re2tal.training.schedule import learning_rate_factor, num_optimizer_steps
 from re2tal.training.signals import StopRequests, stop_requests
 from re2tal.training.trainer import Trainer
@@ -221,9 +221,14 @@ def _build(
     num_steps = num_optimizer_steps(config.training.epochs, clips.steps_per_epoch, accumulation=accumulation)
     factor = learning_rate_factor(config.schedule, steps_per_epoch=steps_per_epoch, num_steps=num_steps)
     beta = beta_course(config.annealing, end=config.backbone.beta, steps_per_epoch=steps_per_epoch, num_steps=num_steps)
-    engine = build_engine(model, build_optimizer(model, config.optimizer), factor=factor, settings=settings)
+    clips_per_step = config.engine.batch_size * accumulation * world.world_size
+    optimizer, on_rates = for_batch(config.optimizer, clips=clips_per_step)
+    engine = build_engine(model, build_optimizer(model, optimizer), factor=factor, settings=settings)
     identity = _identity(config, engine, shards, world)
     dtype = next(model.parameters()).dtype
+    log = MetricsLog(folder, enabled=world.is_main)
+    if on_rates is not None:
+        log.say(on_rates)
     return Trainer(
         engine,
         clips,
@@ -236,7 +241,7 @@ def _build(
             defaults=dict(defaults_of(config)),
             keep=config.training.keep_checkpoints,
         ),
-        log=MetricsLog(folder, enabled=world.is_main),
+        log=log,
         beta=beta,
         planned_bytes=None if plan is None else plan.memory.peak,
         new_step=begin_step,
