@@ -38,7 +38,7 @@ class DataConfig:
     backbone is left out."""
     training_subset: str = "training"
     """Folder in `shards` to train on."""
-    validation_subset: str = "validation"
+    validation_subset: str = option("validation", resumable=True)
     """Folder in `shards` to evaluate on."""
     clips: ClipConfig = option(default_factory=ClipConfig, planned=True)
     """From video to clip."""
@@ -108,9 +108,9 @@ class RunConfig(Run):
     """Length of the localizer's grid: a clip's features are resampled to so many steps."""
     localizer: LocalizerConfig = option(default_factory=ActionFormerConfig, planned=True)
     """Features to actions."""
-    suppression: SuppressionConfig = field(default_factory=SuppressionConfig)
+    suppression: SuppressionConfig = option(default_factory=SuppressionConfig, resumable=True)
     """From many detections to few."""
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    evaluation: EvaluationConfig = option(default_factory=EvaluationConfig, resumable=True)
     """How detections are scored."""
 
     def __post_init__(self) -> None:

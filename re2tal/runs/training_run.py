@@ -200,10 +200,8 @@ def _build(
     factor = learning_rate_factor(config.schedule, steps_per_epoch=steps_per_epoch, num_steps=num_steps)
     beta = beta_course(config.annealing, end=config.backbone.beta, steps_per_epoch=steps_per_epoch, num_steps=num_steps)
     engine = build_engine(model, build_optimizer(model, config.optimizer), factor=factor, settings=settings)
-    free = set(names_with(config, "resumable"))
-    unchangeable = {name: value for name, value in flatten(to_json(config)) if name not in free}
     identity = {
-        **unchangeable,
+        **dict(flatten(to_json(config))),
         "number of ranks": world.world_size,
         "ZeRO stage": zero_stage(engine),
         "number of classes": len(shards.classes),
@@ -217,7 +215,10 @@ def _build(
         config.training,
         prepare=partial(_prepare, strength=config.data.clips.colour_jitter, seed=seed, rank=world.rank, dtype=dtype),
         checkpoints=CheckpointStore(
-            folder / CHECKPOINTS_NAME, identity=identity, keep=config.training.keep_checkpoints
+            folder / CHECKPOINTS_NAME,
+            identity=identity,
+            free=set(names_with(config, "resumable")),
+            keep=config.training.keep_checkpoints,
         ),
         log=MetricsLog(folder, enabled=world.is_main),
         beta=beta,

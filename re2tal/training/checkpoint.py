@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +32,15 @@ from re2tal.training.manifest import FOLDER, Manifest, Progress, read_manifest, 
 class CheckpointStore:
     """The checkpoints of one run in one folder, which all ranks must be able to write."""
 
-    def __init__(self, folder: Path, *, identity: Mapping[str, Any], keep: int = 2) -> None:
-        """`identity`: JSON values by name that must be the same when the run is resumed; `keep`: how many to keep."""
+    def __init__(self, folder: Path, *, identity: Mapping[str, Any], free: Collection[str] = (), keep: int = 2) -> None:
+        """`identity`: JSON values by name that must be the same when the run is resumed, but for those named in `free`;
+        `keep`: how many to keep."""
         if keep < 1:
             raise ValueError(f"training.keep_checkpoints is {keep}; it must be at least 1")
         self.folder = folder
         self.identity = json.loads(json.dumps(dict(identity)))
+        self.free = frozenset(free)
+        self.changed: dict[str, tuple[Any, Any]] = {}
         self.keep = keep
 
     def save(self, engine: Engine, average: WeightAverage | None, progress: Progress) -> Path:
@@ -96,6 +99,7 @@ class CheckpointStore:
             if name is None or manifest is None:
                 return None
             self._refuse_another_run(self.folder / name, manifest.run)
+            self.changed = self._changes(manifest.run)
             loaded, _ = engine.load_checkpoint(str(self.folder), tag=name)
             assert loaded is not None
             state = engine.checkpoint_engine.load(str(self.folder / name / _rank_file()), map_location="cpu")
@@ -179,13 +183,21 @@ class CheckpointStore:
         changes = [
             f"{name} is {self.identity.get(name)!r}, the checkpoint has {saved.get(name)!r}"
             for name in sorted(self.identity.keys() | saved.keys())
-            if not _alike(self.identity.get(name), saved.get(name))
+            if name not in self.free and not _alike(self.identity.get(name), saved.get(name))
         ]
         if changes:
             raise ValueError(
                 f"{checkpoint} is of another run: {'; '.join(changes)}. Resume with the config.json of its run folder "
                 "and as many ranks, or choose another folder"
             )
+
+    def _changes(self, saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Free values that are not those of the checkpoint: name -> what it has, what the run has now."""
+        return {
+            name: (saved[name], self.identity.get(name))
+            for name in sorted(self.free & saved.keys())
+            if not _alike(self.identity.get(name), saved[name])
+        }
 
 
 def _alike(ours: Any, saved: Any) -> bool:

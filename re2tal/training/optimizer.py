@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from re2tal.options import option
+
 TABLES = ("relative_position_bias_table", "position_embedding", "pos_embed", "cls_token")
 """Last names of parameters with more than one dimension that are learned offsets, not maps."""
 
@@ -21,9 +23,9 @@ TABLES = ("relative_position_bias_table", "position_embedding", "pos_embed", "cl
 class OptimizerConfig:
     """AdamW. Defaults: Re2TAL on THUMOS-14."""
 
-    learning_rate: float = 1e-4
+    learning_rate: float = option(1e-4, resumable=True)
     """Peak learning rate of the localizer or classifier."""
-    backbone_learning_rate: float = 1e-5
+    backbone_learning_rate: float = option(1e-5, resumable=True)
     """Peak learning rate of the backbone."""
     weight_decay: float = 0.05
     """Decoupled weight decay of the decayed groups."""
