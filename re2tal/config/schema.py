@@ -50,6 +50,9 @@ class Run:
 
     name: str = option("run", resumable=True)
     """Names the run folder, runs/NAME."""
+    start_from: Path | None = None
+    """A run folder, or its model.safetensors, with the same backbone: weights that fit are taken, classes of the same
+    name keep theirs, and what is new is said. None starts from backbone.weights."""
     data: DataConfig = field(default_factory=DataConfig)
     """Shards and clips."""
     backbone: BackboneConfig = option(default_factory=BackboneConfig, planned=True)

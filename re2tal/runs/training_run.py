@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from re2tal.config import RecognitionConfig, RunConfig, flatten, save_config, to_json
 from re2tal.data.building.clips import true_classes
@@ -33,8 +34,9 @@ from re2tal.runs.demo_data import make_if_wanted
 from re2tal.runs.folder import CHECKPOINTS_NAME, CONFIG_NAME, MODEL_NAME, RESULTS_NAME, SUMMARY_NAME, claim
 from re2tal.runs.lock import locked
 from re2tal.runs.orphans import end_with_the_launcher
+from re2tal.runs.start import build_from, find_start
 from re2tal.runs.stored_features import check_kind, check_pair, describe, on_features
-from re2tal.runs.tasks import AnyRun, Outcome, build_model, judge
+from re2tal.runs.tasks import AnyRun, Outcome, judge
 from re2tal.strict_json import write_json
 from re2tal.structures import Batch, FeatureBatch
 from re2tal.training.agreement import versions, weight_checksums
@@ -105,13 +107,17 @@ def train(
             config = on_features(config, training)
         check_kind(config, training)
         _check_norms(config)
+        start = find_start(config, training)
         made_by_main(lambda: cleanup.enter_context(locked(folder)))
         claim(folder, resume=resume, overwrite=overwrite)
         clips = _stream(config, validation, world, training=False)
         evaluate = partial(judge, config=config, shards=validation, clips=clips)
         earlier = folder / PLAN_NAME if resume else None
         plan = _plan(config, ds_file, world, classes=training.classes, device=device, earlier=earlier)
-        trainer = _build(config, settings, folder, world, shards=training, evaluate=evaluate, device=device, plan=plan)
+        model = partial(build_from, config, training.classes, start)
+        trainer = _build(
+            config, settings, folder, world, model, shards=training, evaluate=evaluate, device=device, plan=plan
+        )
         resumed = resume and trainer.resume()
         if world.is_main:  # not before: a run that may not be resumed like this keeps the configuration it has
             save_config(folder / CONFIG_NAME, config)
@@ -138,7 +144,7 @@ def _engine_settings(ds: Path | str, config: AnyRun, world: World) -> tuple[Path
 
 
 def _check_norms(config: AnyRun) -> None:
-    if config.backbone.norm_eval and config.backbone.weights is None:
+    if config.backbone.norm_eval and config.backbone.weights is None and config.start_from is None:
         raise ValueError(
             "backbone.norm_eval freezes the norms of a pretrained backbone, but backbone.weights names no weights; "
             "set it to a weights file, or set backbone.norm_eval to false to train from random weights"
@@ -172,6 +178,7 @@ def _build(
     settings: dict[str, Any],
     folder: Path,
     world: World,
+    build: Callable[[], nn.Module],
     *,
     shards: ShardSet | FeatureSet,
     evaluate: Callable[[Engine], Outcome],
@@ -180,7 +187,7 @@ def _build(
 ) -> Trainer:
     seed = config.training.seed
     seed_generators(seed, rank=0)  # the same weights on all ranks
-    model = build_model(config, shards.classes).to(device)
+    model = build().to(device)
     check_finite(model)
     if plan is not None:
         plan.apply(model)
