@@ -5,14 +5,19 @@
 Keys: long_vs_short (CPU-seconds of a window of a 60 min file over one of a 1 min file, cut from the same windows in
 turns), leak (growth of memory over 10,000 clips, as a share), open_million_s and open_million_mib (opening an index of
 a million videos: seconds, and memory that no other process shares), order_million_s and order_million_mib (one epoch's
-order), relabel_share (see relabel.py). `--quick`: 10 min, 1,000 clips and 100,000 videos; the keys stay.
+order), path_vs_decord (CPU-seconds of training clips of 256 frames as a ClipBatch over decord's for the same frames,
+handed over by dlpack, in turns), path_vs_torchcodec (the same with torchcodec, where it is installed), loader_wait
+(share of its time that a consumer as slow as decoding waits for 2 workers), relabel_share (see relabel.py).
+`--quick`: 10 min, 1,000 clips and 100,000 videos; the keys stay.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import hashlib
+import importlib.util
 import io
 import itertools
 import json
@@ -21,11 +26,16 @@ import statistics
 import tempfile
 import time
 import zlib
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import av
+import decord
 import numpy as np
 import relabel
+import torch
+from torch import Tensor
 
 from re2tal.data.contract.columns import columns_of, write_columns
 from re2tal.data.contract.manifest import (
@@ -39,7 +49,9 @@ from re2tal.data.contract.manifest import (
     Totals,
     to_json,
 )
+from re2tal.data.contract.members import read_content
 from re2tal.data.contract.shards import Pair, open_shards, write_tar
+from re2tal.data.streaming.decode import DecoderName
 from re2tal.data.streaming.epoch_order import training_order
 from re2tal.data.streaming.stream import ClipConfig, stream_clips
 from re2tal.data.streaming.windows import Slide
@@ -49,11 +61,12 @@ SHARD = "shard-000000.tar"
 FPS = 15
 
 
-def encode(seconds: int) -> bytes:
+def encode(seconds: int, *, height: int = 216, width: int = 288) -> bytes:
     """Moving noise at 15 frames per second, about 170 kbit/s, as shards store it."""
     file = io.BytesIO()
     rng = np.random.default_rng(0)
-    picture = rng.integers(0, 255, (36, 48, 3), dtype=np.uint8).repeat(6, 0).repeat(6, 1)
+    picture = rng.integers(0, 255, (-(-height // 6), -(-width // 6), 3), dtype=np.uint8).repeat(6, 0).repeat(6, 1)
+    picture = np.ascontiguousarray(picture[:height, :width])
     with av.open(file, "w", format="mp4") as container:
         options = {"crf": "30", "preset": "ultrafast", "g": "64", "bf": "2", "x264-params": "open-gop=0:scenecut=0"}
         stream = container.add_stream("libx264", rate=FPS, options=options)
@@ -90,13 +103,13 @@ def write_folder(root: Path, entries: list[IndexedVideo], shards: list[ShardFile
     (root / MANIFEST_NAME).write_text(to_json(manifest))
 
 
-def write_video(root: Path, seconds: int) -> Path:
+def write_video(root: Path, seconds: int, *, height: int = 216, width: int = 288) -> Path:
     """A folder of one video."""
     root.mkdir()
-    mp4 = encode(seconds)
+    mp4 = encode(seconds, height=height, width=width)
     ((offset, num_bytes),) = write_tar(root / SHARD, [Pair("v", b"{}", mp4)])
     record = VideoRecord("v", "training", float(seconds), (Action(0.0, float(seconds), "x"),))
-    entry = IndexedVideo(record, SHARD, offset, num_bytes, seconds * FPS, FPS, 288, 216, zlib.crc32(mp4))
+    entry = IndexedVideo(record, SHARD, offset, num_bytes, seconds * FPS, FPS, width, height, zlib.crc32(mp4))
     tar = (root / SHARD).read_bytes()
     write_folder(root, [entry], [ShardFile(SHARD, len(tar), hashlib.sha256(tar).hexdigest(), 1)])
     return root
@@ -113,10 +126,72 @@ def window_seconds(root: Path, count: int) -> float:
     return (spent[-1] - start) / len(spent)
 
 
+def decord_frames(mp4: bytes, numbers: np.ndarray) -> Tensor:
+    """As directly as decord gives them."""
+    reader = decord.VideoReader(io.BytesIO(mp4), ctx=decord.cpu(0), num_threads=1)
+    return torch.utils.dlpack.from_dlpack(reader.get_batch(numbers).to_dlpack())
+
+
+def torchcodec_frames(mp4: bytes, numbers: np.ndarray) -> Tensor:
+    """As directly as torchcodec gives them."""
+    from torchcodec.decoders import VideoDecoder
+
+    return VideoDecoder(mp4, dimension_order="NHWC", num_ffmpeg_threads=1).get_frames_at(numbers.tolist()).data
+
+
+def path_ratio(root: Path, decoder: DecoderName, direct: Callable[[bytes, np.ndarray], Tensor], rounds: int) -> float:
+    """CPU-seconds from a shard to a ClipBatch of 256 frames of 224 x 224 over those of decoding the same frames."""
+    shards = open_shards(root)
+    # Every second stored frame, as the THUMOS recipes take them.
+    clips = ClipConfig(windowing=Slide(256, frames_per_second=FPS / 2), workers=0)
+    stream = stream_clips(shards, clips, batch_size=1, training=True, decoder=decoder)
+    mp4, ratios = read_content(shards, shards.videos[0]), []
+    for epoch in range(rounds):
+        start = time.process_time()
+        (batch,) = stream.epoch(epoch)
+        ours = time.process_time() - start
+        numbers = round(batch.timelines[0].to_seconds(0.0) * FPS) + 2 * np.arange(256)
+        assert batch.valid.all()
+        del batch
+        start = time.process_time()
+        frames = direct(mp4, numbers)
+        ratios.append(ours / (time.process_time() - start))
+        del frames
+    return statistics.median(ratios)
+
+
+def loader_wait(root: Path, steps: int) -> float:
+    """Share of its time that a consumer waits for 2 workers, where it needs as long for a clip as one of them."""
+    clips = ClipConfig(windowing=Slide(64, frames_per_second=FPS), workers=2, size=112)
+    alone = stream_clips(open_shards(root), replace(clips, workers=0), batch_size=1, training=True)
+    start = time.perf_counter()
+    for epoch in range(steps // 4):
+        list(alone.epoch(epoch))
+    busy = (time.perf_counter() - start) / (steps // 4)
+    many = replace(open_shards(root), videos=(open_shards(root).videos[0],) * steps)
+    stream = stream_clips(many, clips, batch_size=1, training=True)
+    batches = stream.epoch(0)
+    next(batches)
+    waited, start = 0.0, time.perf_counter()
+    for _ in range(steps - 1):
+        time.sleep(busy)
+        asked = time.perf_counter()
+        next(batches)
+        waited += time.perf_counter() - asked
+    return waited / (time.perf_counter() - start)
+
+
 def private_mib() -> float:
     """Memory that this process alone has, pages of files that it could share with others left out."""
     lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
     return sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous:")) / 1024
+
+
+def used_mib() -> float:
+    """`private_mib` without what malloc keeps for later: that differs by 5 MiB from one moment to the next."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    return private_mib()
 
 
 def leak(root: Path, count: int) -> float:
@@ -127,10 +202,8 @@ def leak(root: Path, count: int) -> float:
         for _ in stream.epoch(epoch):
             pass
         if epoch == count // 10:
-            gc.collect()
-            before = private_mib()
-    gc.collect()
-    return private_mib() / before - 1
+            before = used_mib()
+    return used_mib() / before - 1
 
 
 def write_million(root: Path, count: int, per_shard: int = 64) -> Path:
@@ -174,6 +247,11 @@ def main() -> None:
         pairs = [(window_seconds(long, 140), window_seconds(short, 14)) for _ in range(5)]
         found["long_vs_short"] = statistics.median(a / b for a, b in pairs)
         found["leak"] = leak(short, clips)
+        full = write_video(Path(scratch) / "full", 60, height=256, width=340)
+        found["path_vs_decord"] = path_ratio(full, "decord", decord_frames, 9)
+        if importlib.util.find_spec("torchcodec"):
+            found["path_vs_torchcodec"] = path_ratio(full, "torchcodec", torchcodec_frames, 9)
+        found["loader_wait"] = loader_wait(full, 60)
         million = write_million(Path(scratch) / "million", videos)
         open_shards(million)
         context = multiprocessing.get_context("spawn")

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from re2tal.backbones import VideoBackbone
 from re2tal.data.building.build_features import Computed
 from re2tal.data.contract.shards import ShardSet
+from re2tal.data.streaming.decode import DecoderName
 from re2tal.data.streaming.stream import ClipConfig, ClipStream, stream_clips
 from re2tal.data.streaming.transforms import normalise
 from re2tal.data.streaming.windows import cover_windows
@@ -48,6 +49,7 @@ class Extractor:
     clips: ClipConfig
     batch_size: int
     """Windows in one forward. It changes the speed, and features by rounding only."""
+    decoder: DecoderName = "decord"
 
     def run(self, shards: ShardSet, records: Sequence[VideoRecord]) -> Iterator[Computed | str]:
         """The features of `records`, videos of `shards`, in their order; where a video cannot be read, why.
@@ -58,7 +60,9 @@ class Extractor:
         frames_per_step = self.backbone.frames_per_step
         plan = partial(cover_windows, windowing=self.clips.windowing, frames_per_step=frames_per_step)
         clips = replace(self.clips, allow_missing=True)
-        stream = stream_clips(wanted, clips, batch_size=self.batch_size, training=False, plan=plan)
+        stream = stream_clips(
+            wanted, clips, batch_size=self.batch_size, training=False, plan=plan, decoder=self.decoder
+        )
         with closing(self._windows(stream)) as windows:
             for video in wanted.videos:
                 planned = plan(video)

@@ -73,3 +73,13 @@ def names_with(config: Any, flag: Flag, *, inherited: bool = False) -> Iterator[
             yield from (f"{one.name}.{name}" for name in names_with(value, flag, inherited=flagged))
         elif flagged:
             yield one.name
+
+
+def defaults_of(config: Any) -> Iterator[tuple[str, Any]]:
+    """Dotted names and default values of the plain fields in `config` that have a default."""
+    for one in fields(config):
+        value = getattr(config, one.name)
+        if is_dataclass(value):
+            yield from ((f"{one.name}.{name}", default) for name, default in defaults_of(value))
+        elif one.default is not MISSING:
+            yield one.name, one.default

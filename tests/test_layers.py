@@ -53,11 +53,13 @@ BELOW: dict[str, tuple[str, ...]] = {
 }
 
 OWNERS: dict[str, tuple[str, ...]] = {
-    "deepspeed": ("re2tal.training.engine",),
+    "deepspeed": ("re2tal.training.engine", "re2tal.training.sharding"),
     "accelerate": ("re2tal.distributed",),
-    "decord": ("re2tal.data.streaming.decode",),
+    "decord": ("re2tal.data.streaming.decoders.by_decord",),
+    "torchcodec": ("re2tal.data.streaming.decoders.by_torchcodec",),
     "webdataset": ("re2tal.data.contract.shards",),
     "transformers": ("re2tal.backbones.*",),
+    "peft": ("re2tal.backbones.adapters.lora",),
     "av": ("re2tal.data.*",),
     "h5py": ("re2tal.data.building.feature_files",),
     "matplotlib": ("re2tal.reporting.*",),

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from re2tal.backbones import BackboneConfig
+from re2tal.data.streaming.decode import DecoderName
 from re2tal.data.streaming.stream import ClipConfig
 from re2tal.data.streaming.windows import ResizeWhole, Trimmed
 from re2tal.evaluation.protocols import EvaluationConfig
@@ -40,6 +41,9 @@ class DataConfig:
     """Folder in `shards` to train on."""
     validation_subset: str = option("validation", resumable=True)
     """Folder in `shards` to evaluate on."""
+    decoder: DecoderName = option("decord", resumable=True, planned=False)
+    """What decodes videos: decord, pyav or torchcodec. They give the same pictures; torchcodec is the fastest, and has
+    to be installed."""
     clips: ClipConfig = option(default_factory=ClipConfig, planned=True)
     """From video to clip."""
 

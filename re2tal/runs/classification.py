@@ -83,14 +83,14 @@ def classify(options: ClassificationOptions) -> Classified:
                 f"{data.root} shows {unknown[0]!r}, like {len(unknown)} classes in all, which {run} does not know; "
                 "give shards of the classes that it was trained for"
             )
-        batches = batches_with_bar(data, config.data.clips, batch_size=batch_size)
+        batches = batches_with_bar(data, config.data, batch_size=batch_size)
         found = classify_batches(recognizer, batches, device=chosen)
         about = f"{accuracy(found, truth, classes=classes)}\n" if truth else ""
     else:
         assert videos is not None
         with tempfile.TemporaryDirectory(prefix="re2tal-classify-") as scratch:
             data, names, rejected = pack_videos(list_videos(videos), Path(scratch), config.data.clips, classes=classes)
-            batches = batches_with_bar(data, config.data.clips, batch_size=batch_size)
+            batches = batches_with_bar(data, config.data, batch_size=batch_size)
             found = classify_batches(recognizer, batches, device=chosen)
         found = {names[video_id]: scores for video_id, scores in found.items()}
         about = "".join(f"{name}: {_best(scores, classes, options.top)}\n" for name, scores in found.items())

@@ -15,11 +15,11 @@ from pathlib import Path
 from tqdm import tqdm
 
 from re2tal.backbones.stored import NAME
-from re2tal.config import RecognitionConfig, RunConfig
+from re2tal.config import DataConfig, RecognitionConfig, RunConfig
 from re2tal.data.building.probe import MAX_DAMAGED
 from re2tal.data.contract.manifest import Rejection
 from re2tal.data.contract.shards import FeatureSet, ShardSet, open_any, subset_folder
-from re2tal.data.streaming.stream import ClipConfig, stream_clips
+from re2tal.data.streaming.stream import stream_clips
 from re2tal.distributed import World, together
 from re2tal.evaluation.selection import Selection, labels_of
 from re2tal.evaluation.video_classes import VideoClasses, read_video_classes
@@ -231,7 +231,7 @@ def _look_at_files(job: _Job, look: Look, world: World, say: Callable[[FoundInVi
 
 def _look_at_shards(job: _Job, look: Look, world: World) -> None:
     assert job.shards is not None
-    batches = batches_with_bar(job.shards, look.config.data.clips, batch_size=look.batch_size, world=world)
+    batches = batches_with_bar(job.shards, look.config.data, batch_size=look.batch_size, world=world)
     found = predict(look.network, batches, suppression=look.config.suppression, device=look.device)
     if not world.is_main:
         return
@@ -265,12 +265,18 @@ def _read_namer(path: Path | None, config: RunConfig, *, top_k: int) -> VideoCla
 
 
 def batches_with_bar(
-    shards: ShardSet | FeatureSet, clips: ClipConfig, *, batch_size: int, world: World | None = None
+    shards: ShardSet | FeatureSet, data: DataConfig, *, batch_size: int, world: World | None = None
 ) -> Iterable[Batch]:
     """This rank's clips of `shards`, once, with a progress bar on a terminal."""
     world = world or World()
     stream = stream_clips(
-        shards, clips, batch_size=batch_size, training=False, rank=world.rank, world_size=world.world_size
+        shards,
+        data.clips,
+        batch_size=batch_size,
+        training=False,
+        rank=world.rank,
+        world_size=world.world_size,
+        decoder=data.decoder,
     )
     hidden = not (world.is_main and sys.stderr.isatty())
     return tqdm(stream.epoch(0), total=stream.steps_per_epoch, unit="batch", disable=hidden)

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from re2tal.config import RunConfig
 from re2tal.data.contract.manifest import Rejection
-from re2tal.data.streaming.collate import Clip
-from re2tal.data.streaming.live import live_clips, shaped
+from re2tal.data.streaming.live import LiveClip, live_clips, shaped
 from re2tal.data.streaming.windows import ResizeWhole, Slide
 from re2tal.detector import TemporalActionDetector
 from re2tal.evaluation.selection import Selection, Settling, labels_of
@@ -118,7 +117,7 @@ class Detector:
     def _look(self, selection: Selection) -> Look:
         return Look(self.network, self.config, self.device, self.batch_size, selection)
 
-    def _clips_of_file(self, path: Path) -> Iterator[Clip]:
+    def _clips_of_file(self, path: Path) -> Iterator[LiveClip]:
         for event in watch([path], self.config.data.clips):
             match event:
                 case Opened():
@@ -140,7 +139,7 @@ class Detector:
                     )
             yield shaped(torch.stack([torch.as_tensor(frame) for frame in some]), size=clips.size, fit=clips.fit)
 
-    def _stream(self, clips: Iterator[Clip], selection: Selection) -> Iterator[FoundAction]:
+    def _stream(self, clips: Iterator[LiveClip], selection: Selection) -> Iterator[FoundAction]:
         look, settling, end_seconds = self._look(selection), None, 0.0
         for clip in clips:
             window = clip.timeline

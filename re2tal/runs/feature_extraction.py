@@ -124,7 +124,8 @@ def extract(options: Extract) -> list[BuiltSubset]:
             part_index=part_index,
             num_parts=num_parts,
         )
-        bar = _Bar(Extractor(backbone, clips, options.batch_size), shards)
+        decoder = "decord" if config is None else config.data.decoder
+        bar = _Bar(Extractor(backbone, clips, options.batch_size, decoder), shards)
         written.append(build.run(shards_like(shards), bar.run))
     return written
 

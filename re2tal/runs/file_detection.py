@@ -11,7 +11,7 @@ import torch
 from re2tal.config import RunConfig
 from re2tal.data.building.probe import MAX_DAMAGED
 from re2tal.data.contract.manifest import Rejection
-from re2tal.data.streaming.collate import Clip, collate
+from re2tal.data.streaming.live import LiveClip, collate_live
 from re2tal.detector import TemporalActionDetector
 from re2tal.evaluation.selection import Selection
 from re2tal.inference import Windows, detect_windows, merge_windows
@@ -34,9 +34,9 @@ class Look:
     selection: Selection = EVERYTHING
     max_damaged: float = MAX_DAMAGED
 
-    def at(self, clips: list[Clip]) -> Windows:
+    def at(self, clips: list[LiveClip]) -> Windows:
         """What clips show, before suppression, without what cannot matter."""
-        found = detect_windows(self.network, [collate(clips)], device=self.device)
+        found = detect_windows(self.network, [collate_live(clips)], device=self.device)
         return {key: self.selection.before(one, self.config.suppression) for key, one in found.items()}
 
 
@@ -47,7 +47,7 @@ def detect_in_files(
     progress = progress or Progress(0, shown=False)
     sizes = {path: path.stat().st_size if path.exists() else 0 for path in names}
     before = 0  # bytes of the files that are done: known at once, unlike their seconds
-    duration, windows, waiting = 0.0, Windows(), list[Clip]()
+    duration, windows, waiting = 0.0, Windows(), list[LiveClip]()
     for event in watch(names, look.config.data.clips, max_damaged=look.max_damaged):
         match event:
             case Opened(path, duration):

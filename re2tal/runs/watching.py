@@ -18,8 +18,7 @@ from re2tal.data.building.encode import sampling_grid
 from re2tal.data.building.isolated import Isolated
 from re2tal.data.building.pictures import pictures
 from re2tal.data.building.probe import MAX_DAMAGED, probe_video
-from re2tal.data.streaming.collate import Clip
-from re2tal.data.streaming.live import live_clips, shaped
+from re2tal.data.streaming.live import LiveClip, live_clips, shaped
 from re2tal.data.streaming.stream import ClipConfig
 from re2tal.data.streaming.windows import Trimmed
 from re2tal.runs.video_files import PROBE_SECONDS, encoding_for
@@ -43,7 +42,7 @@ class Opened:
 class Seen:
     """A clip of the video that was opened last."""
 
-    clip: Clip
+    clip: LiveClip
 
 
 @dataclass(frozen=True, slots=True)

@@ -59,6 +59,12 @@ class MetricsLog:
         line = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if "/" not in name or kind != "train")
         self.say(f"step {step}/{self.num_steps}  {line}")
 
+    def has(self, kind: str, *, step: int) -> bool:
+        """Whether values of a kind are logged for a step. On the rank that writes, of an open log."""
+        path = self.folder / "metrics.jsonl"
+        rows = map(json.loads, path.read_text("utf-8").splitlines()) if path.exists() else ()
+        return any(row.get("kind") == kind and row["step"] == step for row in rows)
+
     def say(self, line: str) -> None:
         """A line for the reader, above the bar if there is one."""
         if not self.enabled:
@@ -104,21 +110,27 @@ class Meter:
     def __init__(self, *, clips_per_step: int) -> None:
         self.clips_per_step = clips_per_step
         self._losses: list[dict[str, Tensor]] = []
-        self._seconds = 0.0
+        self._seconds = self._waited = 0.0
 
-    def add(self, losses: dict[str, Tensor], *, seconds: float) -> None:
-        """One optimizer step of all ranks."""
+    def add(self, losses: dict[str, Tensor], *, seconds: float, waited: float) -> None:
+        """One optimizer step of all ranks; `waited`: how many of its `seconds` this rank waited for the loader."""
         self._losses.append(losses)
         self._seconds += seconds
+        self._waited += waited
 
-    def take(self, *, device: torch.device) -> tuple[dict[str, float], float]:
-        """Every rank calls this: mean losses over steps and ranks, clips per second of all ranks; starts over."""
+    def take(self, *, device: torch.device) -> tuple[dict[str, float], dict[str, float]]:
+        """Every rank calls this: mean losses over steps and ranks, and figures of speed; starts over.
+
+        `clips_per_second` is of all ranks, `loader_wait` the share of its time that a rank waited for the loader.
+        """
         names = list(self._losses[0])
-        sums = torch.stack([torch.stack([losses[name] for losses in self._losses]).mean() for name in names])
-        means = mean_over_ranks(sums.to(device)).tolist()
+        means = [torch.stack([losses[name] for losses in self._losses]).mean() for name in names]
+        own = torch.stack([*means, means[0].new_tensor(self._waited / self._seconds)])
+        *losses, loader_wait = mean_over_ranks(own.to(device)).tolist()
         clips_per_second = self.clips_per_step * len(self._losses) / self._seconds
-        self._losses, self._seconds = [], 0.0
-        return dict(zip(names, means, strict=True)), clips_per_second
+        self._losses, self._seconds, self._waited = [], 0.0, 0.0
+        speed = {"clips_per_second": clips_per_second, "loader_wait": loader_wait}
+        return dict(zip(names, losses, strict=True)), speed
 
 
 def peak_memory_gib(device: torch.device) -> float:

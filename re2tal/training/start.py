@@ -92,8 +92,18 @@ def take_over(
             f"nothing of {file.path} fits this run's network: no tensor has a name and shape in common; start from a "
             "run with the same backbone, or leave start_from out"
         )
-    model.load_state_dict(values, strict=False)
+    _put(values, model)
     return StartReport(file, fates, tuple(name for name in file.weights if name not in own), classes)
+
+
+def _put(values: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Without a copy where types agree: a file of weights stays mapped, and no rank holds it a second time."""
+    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    for name, value in values.items():
+        if name in parameters:
+            parameters[name].data = value.to(parameters[name])
+        else:
+            buffers[name].copy_(value)
 
 
 def _fate(

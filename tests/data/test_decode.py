@@ -1,7 +1,26 @@
+import sys
+
+import numpy as np
 import pytest
+import torch
 from data.numbered import HEIGHT, WIDTH, encode_numbered, read_numbers
 
-from re2tal.data.streaming.decode import DecodeError, count_frames, decode_frames
+from re2tal.data.contract.mp4 import read_mp4
+from re2tal.data.streaming.decode import DECODERS, DecodeError, check_decoder, count_frames, decode_frames, decode_parts
+
+
+def is_there(name: str) -> bool:
+    try:
+        check_decoder(name)
+    except ValueError:
+        return False
+    return True
+
+
+every_decoder = pytest.mark.parametrize(
+    "decoder",
+    [pytest.param(name, marks=pytest.mark.skipif(not is_there(name), reason="not installed")) for name in DECODERS],
+)
 
 
 @pytest.fixture(scope="module")
@@ -9,6 +28,7 @@ def video() -> bytes:
     return encode_numbered(300)
 
 
+@every_decoder
 @pytest.mark.parametrize(
     "indices",
     [
@@ -20,10 +40,20 @@ def video() -> bytes:
     ],
     ids=["all", "across groups", "unsorted", "repeated", "one"],
 )
-def test_the_frames_asked_for_come_back_in_the_order_asked(video, indices):
-    frames = decode_frames(video, indices)
+def test_the_frames_asked_for_come_back_in_the_order_asked(video, indices, decoder):
+    frames = decode_frames(video, indices, decoder=decoder)
     assert frames.shape == (len(indices), HEIGHT, WIDTH, 3)
     assert read_numbers(frames.numpy()) == indices
+    assert torch.equal(frames, decode_frames(*read_mp4(video).cut(indices), decoder=decoder))
+    assert (frames.int() - decode_frames(video, indices).int()).abs().max() <= 2  # two versions of FFmpeg
+
+
+@every_decoder
+def test_parts_are_the_whole(video, decoder):
+    numbers = np.arange(0, 300, 3)
+    parts = list(decode_parts(video, numbers, frame_bytes=(4 << 20) // 7, decoder=decoder))
+    assert [len(part) for part in parts] == [7] * 14 + [2]
+    assert torch.equal(torch.cat(parts), decode_frames(video, numbers))
 
 
 def test_frames_are_counted(video):
@@ -35,27 +65,42 @@ def test_frames_outlive_the_reader_they_came_from(video):
     assert [read_numbers(frames.numpy()) for frames in kept] == [[s, s + 9] for s in range(0, 200, 20)]
 
 
+@every_decoder
 @pytest.mark.parametrize("bad", [b"", b"not a video at all" * 100], ids=["empty", "text"])
-def test_bytes_that_are_no_video_are_refused(bad):
+def test_bytes_that_are_no_video_are_refused(bad, decoder):
     with pytest.raises(DecodeError, match=f"{len(bad)} bytes do not open as a video"):
         count_frames(bad)
+    with pytest.raises(DecodeError, match=f"{len(bad)} bytes do not open as a video"):
+        decode_frames(bad, [0], decoder=decoder)
 
 
-def test_a_video_with_a_hole_is_refused_when_the_hole_is_read(video):
+@every_decoder
+def test_a_video_with_a_hole_is_refused_when_the_hole_is_read(video, decoder):
     end = video.index(b"moov") - 4
     start = end // 2
     broken = video[:start] + bytes(end - start) + video[end:]
     assert count_frames(broken) == 300
     with pytest.raises(DecodeError, match=r"a frame between 0 and 290 cannot be decoded: "):
-        decode_frames(broken, list(range(0, 300, 10)))
+        decode_frames(broken, list(range(0, 300, 10)), decoder=decoder)
+    with pytest.raises(DecodeError, match=r"a frame between 0 and 290 cannot be decoded: "):
+        list(decode_parts(broken, np.arange(0, 300, 10), frame_bytes=1 << 20, decoder=decoder))
 
 
+@every_decoder
 @pytest.mark.parametrize("indices", [[0, 300], [-1, 4]])
-def test_a_frame_outside_the_video_is_refused(video, indices):
+def test_a_frame_outside_the_video_is_refused(video, indices, decoder):
     with pytest.raises(ValueError, match="video with 300 frames"):
-        decode_frames(video, indices)
+        decode_frames(video, indices, decoder=decoder)
 
 
 def test_an_empty_request_is_refused(video):
     with pytest.raises(ValueError, match="non-empty list of frame numbers"):
         decode_frames(video, [])
+
+
+def test_a_decoder_that_is_unknown_or_not_there_is_refused(monkeypatch):
+    with pytest.raises(ValueError, match=r"data.decoder is 'opencv'; known: decord, pyav, torchcodec"):
+        check_decoder("opencv")
+    monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
+    with pytest.raises(ValueError, match=r"data.decoder is torchcodec, which cannot be loaded .*re2tal\[torchcodec\]"):
+        check_decoder("torchcodec")

@@ -101,7 +101,7 @@ def test_a_short_video_is_padded_with_its_last_frame_and_masked(shards):
 @pytest.mark.parametrize("workers", [1, 2])
 @pytest.mark.parametrize("make", [train, evaluate])
 def test_the_number_of_workers_changes_nothing(shards, make, workers):
-    config = replace(PLAIN, flip=True, crop_area=(0.3, 1.0), workers=workers, prefetch=1)
+    config = replace(PLAIN, flip=True, crop_area=(0.3, 1.0), augmentation="opentad", workers=workers, prefetch=1)
     wanted = [batch for epoch in range(2) for batch in make(shards, replace(config, workers=0)).epoch(epoch)]
     stream = make(shards, config)
     got = [batch for epoch in range(2) for batch in stream.epoch(epoch)]
@@ -111,7 +111,7 @@ def test_the_number_of_workers_changes_nothing(shards, make, workers):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_epoch_is_entered_at_any_step(shards, workers):
-    stream = train(shards, replace(PLAIN, flip=True, workers=workers), batch_size=1)
+    stream = train(shards, replace(PLAIN, flip=True, augmentation="opentad", workers=workers), batch_size=1)
     whole = list(stream.epoch(5))
     assert len(whole) == stream.steps_per_epoch == 7
     for start_step in (0, 1, 4, 6, 7):
@@ -140,6 +140,17 @@ def test_ranks_make_equally_many_steps_and_share_the_videos_out(shards):
     assert {stream.steps_per_epoch for stream in streams} == {2}
     names = [batch.video_ids[0] for stream in streams for batch in stream.epoch(0)]
     assert len(set(names)) == 6
+
+
+def test_a_clip_is_augmented_alike_on_every_number_of_ranks_and_in_evaluation_never(shards):
+    config = replace(PLAIN, flip=True, crop_area=(0.3, 1.0), augmentation="opentad")
+    alone = [batch.frames[0] for batch in train(shards, config, batch_size=1).epoch(4)]
+    streams = [train(shards, config, batch_size=1, rank=rank, world_size=3).epoch(4) for rank in range(3)]
+    shared = [batch.frames[0] for batches in zip(*streams, strict=True) for batch in batches]
+    assert all(torch.equal(*pair) for pair in zip(shared, alone, strict=False))
+    plain = [batch.frames[0] for batch in train(shards, replace(config, augmentation="none"), batch_size=1).epoch(4)]
+    assert not any(torch.equal(*pair) for pair in zip(plain, alone, strict=True))
+    assert all(same(*pair) for pair in zip(evaluate(shards, config).epoch(0), evaluate(shards).epoch(0), strict=True))
 
 
 def test_the_global_generator_is_left_alone(shards):
@@ -335,10 +346,10 @@ class Deadly(readers.FrameReader):
 
     number: int
 
-    def read(self, number, window, generator):
+    def read(self, number, window, generator, *, into):
         if number == 3 and multiprocessing.parent_process() is not None:
             os.kill(os.getpid(), self.number)
-        return super().read(number, window, generator)
+        super().read(number, window, generator, into=into)
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV, signal.SIGSTOP])
@@ -441,6 +452,8 @@ def test_too_little_shared_memory_is_said_before_workers_die_of_it(shards, monke
         ValueError, match=r"/dev/shm has 1 MiB free, 2 workers .* need 55 MiB; enlarge .* lower data\.clips\.workers"
     ):
         train(shards, replace(PLAIN, workers=2, size=224))
+    with pytest.raises(ValueError, match=r"2 workers of each of 4 ranks on this host .* need 220 MiB"):
+        train(shards, replace(PLAIN, workers=2, size=224), ranks_on_host=4)
 
 
 @pytest.mark.parametrize(

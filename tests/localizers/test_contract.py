@@ -269,5 +269,5 @@ def test_classes_that_move_to_their_rows_keep_their_logits(name: str) -> None:
     background = were.logits.shape[-1] - len(CLASSES)
     places = [*range(background), *(background + place for place in order)]
     torch.testing.assert_close(are.logits, were.logits[..., places])
-    if getattr(were, "distances", torch.empty(0)).ndim == 4:  # per class
-        torch.testing.assert_close(are.distances, were.distances[:, :, order])
+    if getattr(were, "offsets", torch.empty(0)).ndim == 4:  # per class
+        torch.testing.assert_close(are.offsets, were.offsets[:, :, order])

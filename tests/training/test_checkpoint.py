@@ -146,6 +146,16 @@ def test_another_run_is_refused_with_what_changed(trained):
         trained.resume()
 
 
+def test_a_value_that_had_no_name_when_a_checkpoint_was_written_was_the_default(trained):
+    saved = trained.checkpoints
+    now = {**saved.identity, "data.clips.augmentation": "none"}
+    trained.checkpoints = CheckpointStore(saved.folder, identity=now, defaults={"data.clips.augmentation": "none"})
+    assert trained.resume()
+    trained.checkpoints = CheckpointStore(saved.folder, identity=now, defaults={"data.clips.augmentation": "opentad"})
+    with pytest.raises(ValueError, match="augmentation is 'none', the checkpoint has 'opentad'"):
+        trained.resume()
+
+
 def test_nothing_in_a_checkpoint_is_executed(trained, tmp_path):
     canary = tmp_path / "canary"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 
 import pytest
@@ -31,6 +32,16 @@ def test_the_loss_falls_and_is_logged_with_rates_and_speed(tmp_path):
     assert {"epoch", "loss", "loss/error", "clips_per_second", "peak_memory_gib", "skipped"} <= train[0].keys()
     assert train[0]["lr/backbone, decayed"] == pytest.approx(1e-2)
     assert list((tmp_path / "tensorboard").iterdir())
+
+
+def test_the_time_spent_waiting_for_the_loader_is_logged_as_a_share_of_the_step(tmp_path):
+    training = TrainingConfig(epochs=1, log_every_steps=2)
+    trainer = tiny_trainer(tmp_path, training=training, on_batch=lambda epoch, step: time.sleep(0.1))
+    trainer.train()
+    for row in rows(tmp_path, "train"):
+        assert 0 < row["loader_wait"] < 1
+        seconds_per_step = 2 / row["clips_per_second"]
+        assert 0.1 <= row["loader_wait"] * seconds_per_step * (1 + 1e-6) < seconds_per_step
 
 
 def test_accumulation_makes_one_step_of_several_batches(tmp_path):

@@ -9,20 +9,40 @@ Neither the length of the video nor whether it ends need be known, so memory doe
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
-from typing import Literal
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from re2tal.data.streaming.collate import Clip
+from re2tal.data.streaming.collate import Clip, collate
 from re2tal.data.streaming.transforms import Box, crop_and_resize, square_box
 from re2tal.data.streaming.windows import ResizeWhole, Slide
-from re2tal.structures import Timeline
+from re2tal.structures import ClipBatch, Timeline
 
 ENDLESS_SECONDS = 1e12
 """Duration of what has not ended."""
+
+
+class LiveClip(NamedTuple):
+    """A clip and its frames."""
+
+    content: Tensor
+    """(3, T, size, size) uint8"""
+    mask: Tensor
+    """(T,) bool"""
+    timeline: Timeline
+    video_id: str
+    window_id: int
+
+
+def collate_live(clips: Sequence[LiveClip]) -> ClipBatch:
+    """A batch of clips, none of which has a known action."""
+    content = torch.stack([clip.content for clip in clips])
+    return collate(
+        content, [Clip(clip.mask, (), clip.timeline, clip.video_id, clip.window_id, valid=True) for clip in clips]
+    )
 
 
 def shaped(pictures: np.ndarray | Tensor, *, size: int, fit: Literal["crop", "stretch"]) -> Tensor:
@@ -40,7 +60,7 @@ def live_clips(
     frames_per_second: float,
     video_id: str = "",
     duration_seconds: float | None = None,
-) -> Iterator[Clip]:
+) -> Iterator[LiveClip]:
     """The clips of a video whose frames come in `pieces` (3, n, size, size) at `frames_per_second`.
 
     With ResizeWhole all of them are the one clip. `duration_seconds` None: not known before the end; clips before the
@@ -52,7 +72,7 @@ def live_clips(
     length, held, num_frames, start, window_id = windowing.num_frames, _Held(), 0, 0, 0
     step = max(1, round(length * (1 - windowing.overlap)))
 
-    def clip(first: int, count: int, duration: float) -> Clip:
+    def clip(first: int, count: int, duration: float) -> LiveClip:
         timeline = Timeline(first / frames_per_second, 1 / frames_per_second, duration)
         return _clip(held.cut(first, count, length), count, timeline, video_id, window_id)
 
@@ -75,7 +95,7 @@ def _whole(
     frames_per_second: float,
     video_id: str,
     duration_seconds: float | None,
-) -> Iterator[Clip]:
+) -> Iterator[LiveClip]:
     if duration_seconds is None:
         raise ValueError(
             "this model takes a video as a whole (data.clips.windowing is resize_whole), so it needs a video file, or "
@@ -90,9 +110,9 @@ def _whole(
     yield _clip(content, windowing.num_frames, Timeline(0.0, 1 / frames_per_second, duration_seconds), video_id, 0)
 
 
-def _clip(content: Tensor, num_valid: int, timeline: Timeline, video_id: str, window_id: int) -> Clip:
+def _clip(content: Tensor, num_valid: int, timeline: Timeline, video_id: str, window_id: int) -> LiveClip:
     mask = torch.arange(content.shape[1]) < num_valid
-    return Clip(content, mask, (), timeline, video_id, window_id, valid=True)
+    return LiveClip(content, mask, timeline, video_id, window_id)
 
 
 class _Held:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 import torch
@@ -20,8 +20,9 @@ from re2tal.data.contract.features import interpolate, read_features
 from re2tal.data.contract.members import read_video
 from re2tal.data.contract.mp4 import Mp4
 from re2tal.data.contract.shards import FeatureSet, ShardSet
+from re2tal.data.streaming.augmentation import AUGMENTATIONS, Augmentation
 from re2tal.data.streaming.collate import Clip, collate, collate_features
-from re2tal.data.streaming.decode import decode_frames
+from re2tal.data.streaming.decode import DecoderName, decode_parts
 from re2tal.data.streaming.transforms import Box, crop_and_resize, draw_box, square_box
 from re2tal.data.streaming.windows import Slide, Window, Windowing
 from re2tal.structures import Batch
@@ -34,14 +35,18 @@ class ClipReader(Protocol):
     def folder(self) -> ShardSet | FeatureSet:
         """Where the videos are."""
 
-    def blank(self, window: Window) -> Tensor:
-        """Placeholder content, for a clip that cannot be read or only fills a batch."""
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the content."""
 
-    def read(self, number: int, window: Window, generator: np.random.Generator) -> Tensor:
-        """The content of a window of the video at place `number` of the index; DecodeError where it is damaged."""
+    def shape(self, window: Window) -> tuple[int, ...]:
+        """Of the content of a clip."""
 
-    def collate(self, clips: Sequence[Clip]) -> Batch:
-        """Clips to a batch."""
+    def read(self, number: int, window: Window, generator: np.random.Generator, *, into: Tensor) -> None:
+        """Fills `into` with a window of the video at place `number` of the index; DecodeError where it is damaged."""
+
+    def collate(self, content: Tensor, clips: Sequence[Clip]) -> Batch:
+        """(B, ...) content and what is said of B clips, to a batch."""
 
 
 MAX_OPEN_BYTES = 64 << 20
@@ -79,33 +84,46 @@ class FrameReader:
     """(1, 1): whole pictures"""
     crop_aspect: tuple[float, float]
     flip: bool
+    augmentation: Augmentation = "none"
+    decoder: DecoderName = "decord"
     opened: OpenVideos = field(default_factory=OpenVideos, repr=False, compare=False)
+    dtype: ClassVar[torch.dtype] = torch.uint8
 
-    def blank(self, window: Window) -> Tensor:
-        """Black frames."""
-        return torch.zeros(3, len(window.positions), self.size, self.size, dtype=torch.uint8)
+    def shape(self, window: Window) -> tuple[int, ...]:
+        """(3, T, size, size)."""
+        return 3, len(window.positions), self.size, self.size
 
-    def read(self, number: int, window: Window, generator: np.random.Generator) -> Tensor:
-        """Decoded, and cut by one box and one mirror bit for all frames."""
+    def read(self, number: int, window: Window, generator: np.random.Generator, *, into: Tensor) -> None:
+        """Decoded, and cut, mirrored and augmented alike for all frames."""
         mp4 = self.opened.open(self.folder, number)
-        content = self.blank(window)
-        frames = decode_frames(*mp4.cut(window.indices[: window.num_valid]))
-        content[:, : window.num_valid] = self._shape(frames, generator, place=window.crop)
-        content[:, window.num_valid :] = content[:, window.num_valid - 1 : window.num_valid]
-        return content
+        box, flip = self._draw(mp4.height, mp4.width, generator, place=window.crop)
+        changes = AUGMENTATIONS[self.augmentation](generator)
+        valid = into[:, : window.num_valid]
+        unique, back = np.unique(window.indices[: window.num_valid], return_inverse=True)
+        is_ascending = len(unique) == len(back) and bool((np.diff(back) > 0).all())
+        shown = valid if is_ascending else torch.empty(3, len(unique), self.size, self.size, dtype=self.dtype)
+        video, numbers = mp4.cut(unique)
+        done = 0
+        for frames in decode_parts(video, numbers, frame_bytes=3 * mp4.height * mp4.width, decoder=self.decoder):
+            some = shown[:, done : done + len(frames)]
+            crop_and_resize(frames, box, size=self.size, flip=flip, into=some)
+            done += len(frames)
+        for change in changes:
+            change(shown)
+        if not is_ascending:
+            valid.copy_(shown[:, back])
+        into[:, window.num_valid :] = into[:, window.num_valid - 1 : window.num_valid]
 
-    def collate(self, clips: Sequence[Clip]) -> Batch:
+    def collate(self, content: Tensor, clips: Sequence[Clip]) -> Batch:
         """A ClipBatch."""
-        return collate(clips)
+        return collate(content, clips)
 
-    def _shape(self, frames: Tensor, generator: np.random.Generator, *, place: float) -> Tensor:
-        """(T, H, W, 3) -> (3, T, size, size)."""
-        height, width = frames.shape[1:3]
+    def _draw(self, height: int, width: int, generator: np.random.Generator, *, place: float) -> tuple[Box, bool]:
+        """What is cut out of the frames of a clip, and whether it is mirrored."""
         box = square_box(height, width, place=place) if self.fit == "crop" else Box(0, 0, height, width)
         if self.crop_area != (1, 1):
             box = draw_box(height, width, area=self.crop_area, aspect=self.crop_aspect, generator=generator)
-        flip = self.flip and generator.random() < 0.5
-        return crop_and_resize(frames, box, size=self.size, flip=flip)
+        return box, self.flip and bool(generator.random() < 0.5)
 
 
 @dataclass(frozen=True)
@@ -114,6 +132,7 @@ class FeatureReader:
 
     folder: FeatureSet
     windowing: Windowing
+    dtype: ClassVar[torch.dtype] = torch.float32
 
     def __post_init__(self) -> None:
         """Features are means over stretches of time: taken at another rate, they would lie between two stretches."""
@@ -131,17 +150,16 @@ class FeatureReader:
                 "(None on the command line) for the rate of each video"
             )
 
-    def blank(self, window: Window) -> Tensor:
-        """Zeros."""
-        return torch.zeros(self.folder.manifest.features.channels, len(window.positions))
+    def shape(self, window: Window) -> tuple[int, ...]:
+        """(C, T)."""
+        return self.folder.manifest.features.channels, len(window.positions)
 
-    def read(self, number: int, window: Window, generator: np.random.Generator) -> Tensor:
+    def read(self, number: int, window: Window, generator: np.random.Generator, *, into: Tensor) -> None:
         """Interpolated in time where the window asks for places between two steps."""
         values = read_features(self.folder, self.folder.videos[number])
-        content = self.blank(window)
-        content[:, : window.num_valid] = interpolate(values, window.positions[: window.num_valid])
-        return content
+        into[:, : window.num_valid] = interpolate(values, window.positions[: window.num_valid])
+        into[:, window.num_valid :] = 0
 
-    def collate(self, clips: Sequence[Clip]) -> Batch:
+    def collate(self, content: Tensor, clips: Sequence[Clip]) -> Batch:
         """A FeatureBatch."""
-        return collate_features(clips)
+        return collate_features(content, clips)

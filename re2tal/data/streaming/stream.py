@@ -12,6 +12,7 @@ number of steps stands. So is the clip at which a worker dies or hangs; the work
 from __future__ import annotations
 
 import logging
+import math
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -21,12 +22,14 @@ from typing import Literal
 
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset, Sampler, get_worker_info
 
 from re2tal.data.contract.columns import columns_of
 from re2tal.data.contract.shards import FeatureSet, ShardSet
-from re2tal.data.streaming.collate import Clip
-from re2tal.data.streaming.decode import DecodeError
+from re2tal.data.streaming.augmentation import AUGMENTATIONS, Augmentation
+from re2tal.data.streaming.collate import Clip, new_content
+from re2tal.data.streaming.decode import DecodeError, DecoderName, check_decoder
 from re2tal.data.streaming.epoch_order import Unit, batch_units, count_steps, evaluation_order, training_order
 from re2tal.data.streaming.readers import ClipReader, FeatureReader, FrameReader
 from re2tal.data.streaming.windows import Slide, Stored, Trimmed, Window, Windowing, draw_window, plan_windows
@@ -64,6 +67,9 @@ class ClipConfig:
     """in training, mirror every second clip; switch it off where left and right are different actions"""
     colour_jitter: float = 0.0
     """in training, strength of the random change of colours, 0 to 1; applied on the device"""
+    augmentation: Augmentation = option("none", planned=False)
+    """in training, what else happens to a clip's pixels: opentad draws two of ImgAug's fifteen operations, then
+    mmaction2's ColorJitter, as OpenTAD's recipes do; none"""
     shuffle_span: int = 1024
     """in training, how many videos are shuffled together; more than there are: a plain shuffle"""
     workers: int = option(2, resumable=True, planned=False)
@@ -83,6 +89,8 @@ class ClipConfig:
             least_share, most = getattr(self, name)
             if not 0 < least_share <= most or (name == "crop_area" and most > 1):
                 raise ValueError(f"data.clips.{name} is {getattr(self, name)}; give two positive numbers, least first")
+        if self.augmentation not in AUGMENTATIONS:
+            raise ValueError(f"data.clips.augmentation is {self.augmentation!r}; known: {', '.join(AUGMENTATIONS)}")
         if self.fit == "stretch" and isinstance(self.windowing, Trimmed) and self.windowing.num_crops > 1:
             raise ValueError(
                 f"data.clips.windowing.num_crops is {self.windowing.num_crops}, but data.clips.fit stretch shows the "
@@ -113,21 +121,26 @@ def stream_clips(
     world_size: int = 1,
     seed: int = 0,
     plan: Plan | None = None,
+    decoder: DecoderName = "decord",
+    ranks_on_host: int = 1,
 ) -> ClipStream:
     """One rank's batches: ClipBatch from shards of videos, FeatureBatch from those of features.
 
-    `plan` says which windows of a video an evaluation looks at; by default those of `plan_windows`.
+    `plan` says which windows of a video an evaluation looks at; by default those of `plan_windows`. `ranks_on_host`
+    share this host's memory for workers.
 
     Raises:
-        ValueError: if the split is too small for the ranks, or shared memory for the workers, or if features come at
-            another rate than the windows ask for.
+        ValueError: if the split is too small for the ranks, or shared memory for the workers, if features come at
+            another rate than the windows ask for, or if `decoder` cannot be loaded.
     """
+    check_decoder(decoder)
     plan = plan or partial(plan_windows, windowing=config.windowing)
-    reader = _reader(shards, config, training=training)
-    return ClipStream(_Batches(reader, config, plan, batch_size, training, rank, world_size, seed))
+    reader = _reader(shards, config, training=training, decoder=decoder)
+    batches = _Batches(reader, config, plan, batch_size, training, rank, world_size, seed)
+    return ClipStream(batches, ranks_on_host=ranks_on_host)
 
 
-def _reader(shards: ShardSet | FeatureSet, config: ClipConfig, *, training: bool) -> ClipReader:
+def _reader(shards: ShardSet | FeatureSet, config: ClipConfig, *, training: bool, decoder: DecoderName) -> ClipReader:
     if isinstance(shards, FeatureSet):
         return FeatureReader(shards, config.windowing)
     return FrameReader(
@@ -137,13 +150,15 @@ def _reader(shards: ShardSet | FeatureSet, config: ClipConfig, *, training: bool
         crop_area=config.crop_area if training else (1, 1),
         crop_aspect=config.crop_aspect,
         flip=training and config.flip,
+        augmentation=config.augmentation if training else "none",
+        decoder=decoder,
     )
 
 
 class ClipStream:
     """An endless supply of epochs, each with the same number of steps on every rank."""
 
-    def __init__(self, batches: _Batches) -> None:
+    def __init__(self, batches: _Batches, *, ranks_on_host: int = 1) -> None:
         self.steps_per_epoch: int = batches.num_steps
         self.failures: dict[str, Failure] = {}
         """video id -> what was wrong with it, over all epochs"""
@@ -153,10 +168,7 @@ class ClipStream:
         config = batches.config
         workers = config.workers
         if workers:
-            window = batches.plan(batches.reader.folder.videos[0])[0]
-            check_shared_memory(
-                batches.batch_size * batches.reader.blank(window).nbytes, workers=workers, prefetch=config.prefetch
-            )
+            check_shared_memory(batches.num_bytes, workers=workers, prefetch=config.prefetch, ranks=ranks_on_host)
         self._loader = self._new_loader()
 
     def _new_loader(self) -> PatientLoader:
@@ -310,7 +322,19 @@ class _Batches(Dataset[tuple[Batch, list[Failure]]]):
             self._epoch_order(epoch), step, batch_size=self.batch_size, rank=self.rank, world_size=self.world_size
         )
         failures: list[Failure] = []
-        return self.reader.collate([self._clip(unit, epoch, failures) for unit in units]), failures
+        drawn = [self._draw(unit, epoch) for unit in units]
+        content = new_content((len(units), *self.reader.shape(drawn[0][0])), self.reader.dtype)
+        clips = [
+            self._clip(unit, epoch, *one, into=place, failures=failures)
+            for unit, one, place in zip(units, drawn, content, strict=True)
+        ]
+        return self.reader.collate(content, clips), failures
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the content of a batch."""
+        window = self.plan(self.reader.folder.videos[0])[0]
+        return self.batch_size * math.prod(self.reader.shape(window)) * self.reader.dtype.itemsize
 
     def _epoch_order(self, epoch: int) -> Sequence[Unit]:
         if self._order is None or (self.training and self._order[0] != epoch):
@@ -318,36 +342,47 @@ class _Batches(Dataset[tuple[Batch, list[Failure]]]):
             self._order = (epoch, order)
         return self._order[1]
 
-    def _clip(self, unit: Unit, epoch: int, failures: list[Failure]) -> Clip:
+    def _draw(self, unit: Unit, epoch: int) -> tuple[Window, np.random.Generator]:
+        """The window of a unit, and the generator of everything else that is drawn for it."""
         video = self.reader.folder.videos[unit.video]
-        video_id = video.record.video_id
-        generator = np.random.default_rng([self.seed, epoch, zlib.crc32(video_id.encode())])
+        generator = np.random.default_rng([self.seed, epoch, zlib.crc32(video.record.video_id.encode())])
         if self.training:
-            window = draw_window(video, self.config.windowing, generator=generator)
-        else:
-            window = self.plan(video)[unit.window]
-        blank = Clip(
-            content=self.reader.blank(window),
+            return draw_window(video, self.config.windowing, generator=generator), generator
+        return self.plan(video)[unit.window], generator
+
+    def _clip(
+        self,
+        unit: Unit,
+        epoch: int,
+        window: Window,
+        generator: np.random.Generator,
+        *,
+        into: Tensor,
+        failures: list[Failure],
+    ) -> Clip:
+        """Fills `into`; with zeros for a clip that cannot be read or only fills a batch."""
+        video = self.reader.folder.videos[unit.video]
+        clip = Clip(
             mask=torch.from_numpy(window.mask),
-            actions=(),
+            actions=window.actions,
             timeline=window.timeline,
-            video_id=video_id,
+            video_id=video.record.video_id,
             window_id=window.window_id,
-            valid=False,
+            valid=True,
         )
-        if not unit.valid:
-            return blank
-        try:
-            if (epoch, unit.video, unit.window) in self.lost:
-                raise DecodeError("the worker that read it died, was killed, or was silent for too long")
-            self._note((unit.video + 1, unit.window + 1))
-            content = self.reader.read(unit.video, window, generator)
-        except DecodeError as error:
-            failures.append(Failure(video_id, video.shard, str(error)))
-            return blank
-        finally:
-            self._note((0, 0))
-        return blank._replace(content=content, actions=window.actions, valid=True)
+        if unit.valid:
+            try:
+                if (epoch, unit.video, unit.window) in self.lost:
+                    raise DecodeError("the worker that read it died, was killed, or was silent for too long")
+                self._note((unit.video + 1, unit.window + 1))
+                self.reader.read(unit.video, window, generator, into=into)
+                return clip
+            except DecodeError as error:
+                failures.append(Failure(clip.video_id, video.shard, str(error)))
+            finally:
+                self._note((0, 0))
+        into.zero_()
+        return clip._replace(actions=(), valid=False)
 
     def _note(self, clip: tuple[int, int]) -> None:
         if (worker := get_worker_info()) is not None:

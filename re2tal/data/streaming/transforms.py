@@ -64,15 +64,19 @@ def draw_box(
     return square_box(height, width)
 
 
-def crop_and_resize(frames: Tensor, box: Box, *, size: int, flip: bool = False) -> Tensor:
-    """(T, H, W, 3) uint8 -> (3, T, size, size) uint8: `box` stretched to a square, mirrored left to right if `flip`."""
+def crop_and_resize(frames: Tensor, box: Box, *, size: int, flip: bool = False, into: Tensor | None = None) -> Tensor:
+    """(T, H, W, 3) uint8 -> (3, T, size, size) uint8: `box` stretched to a square, mirrored left to right if `flip`.
+
+    The result is written to `into`, where it is given.
+    """
     top, left, height, width = box
     cut = frames[:, top : top + height, left : left + width].permute(0, 3, 1, 2)  # channels last: the fast path
     if (height, width) != (size, size):
         cut = F.interpolate(cut, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
-    if flip:
-        cut = cut.flip(-1)
-    return cut.transpose(0, 1).contiguous()
+    if into is None:
+        into = torch.empty(3, len(frames), size, size, dtype=frames.dtype)
+    into.copy_(cut.transpose(0, 1))
+    return into.copy_(into.flip(-1)) if flip else into  # in this layout a row is mirrored at once
 
 
 def normalise(frames: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
 """What schedulers, and Ctrl-C, send to every process of a job that has to end. The trainer needs its workers a little
 longer then, to reach the step after which all ranks save."""
 
@@ -121,16 +121,20 @@ class _PatientIterator(_MultiProcessingDataLoaderIter):
         return found
 
 
-def check_shared_memory(batch_bytes: int, *, workers: int, prefetch: int) -> None:
-    """Workers hand batches over in /dev/shm; where it is too small, as in many containers, they die of bus errors."""
+def check_shared_memory(batch_bytes: int, *, workers: int, prefetch: int, ranks: int = 1) -> None:
+    """Workers hand batches over in /dev/shm; where it is too small, as in many containers, they die of bus errors.
+
+    `ranks`: so many on this host share it.
+    """
     folder = Path("/dev/shm")
     if not folder.is_dir():
         return
-    needed = workers * (prefetch + 1) * batch_bytes
+    needed = ranks * workers * (prefetch + 1) * batch_bytes
     free = shutil.disk_usage(folder).free
     if free < needed:
+        shared = f" of each of {ranks} ranks on this host" if ranks > 1 else ""
         raise ValueError(
-            f"{folder} has {free >> 20} MiB free, {workers} workers with {prefetch} batches of "
+            f"{folder} has {free >> 20} MiB free, {workers} workers{shared} with {prefetch} batches of "
             f"{batch_bytes >> 20} MiB each need {needed >> 20} MiB; enlarge it (docker run --shm-size=...), or "
             "lower data.clips.workers or data.clips.prefetch"
         )

@@ -1,0 +1,1 @@
+"""Decoders: each takes a small mp4 in memory and gives frames by number, the same pictures whichever is used."""

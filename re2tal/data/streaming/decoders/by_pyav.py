@@ -1,0 +1,68 @@
+"""PyAV from memory: every frame is decoded from the start of the file on, the wanted ones become RGB."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from io import BytesIO
+
+import av
+import numpy as np
+import torch
+from av.video.reformatter import Colorspace, Interpolation
+from torch import Tensor
+
+from re2tal.data.streaming.decoders.base import check_numbers, not_decoded, not_opened
+
+
+def decode(video: bytes, numbers: np.ndarray, *, at_once: int) -> Iterator[Tensor]:
+    """As `Decoder`."""
+    try:
+        container = av.open(BytesIO(video), "r", options={"ignore_editlist": "1"})
+    except (av.FFmpegError, ValueError) as error:
+        raise not_opened(video, error) from None
+    with container:
+        if not container.streams.video:
+            raise not_opened(video, ValueError("there is no stream of pictures"))
+        stream = container.streams.video[0]
+        try:
+            packets = [packet for packet in container.demux(stream) if packet.size]
+        except av.FFmpegError as error:
+            raise not_opened(video, error) from None
+        check_numbers(numbers, len(packets))
+        yield from _pictures(stream, packets, numbers, at_once=at_once)
+
+
+def _pictures(
+    stream: av.VideoStream, packets: list[av.Packet], numbers: np.ndarray, *, at_once: int
+) -> Iterator[Tensor]:
+    # The number of a picture is the rank of its time, as decord has it, not a count of what came out: a decoder may
+    # lose a frame without a word.
+    times = np.sort([packet.pts for packet in packets])[numbers]
+    found: list[np.ndarray] = []
+    done = 0
+    for frame in _decoded(stream, packets, numbers):
+        if done < len(times) and frame.pts == times[done]:
+            # decord's conversion, whatever the file says of its colours.
+            rgb = frame.reformat(format="rgb24", src_colorspace=Colorspace.ITU601, interpolation=Interpolation.BICUBIC)
+            found.append(rgb.to_ndarray())
+            done += 1
+            if len(found) == at_once or done == len(times):
+                yield torch.from_numpy(np.stack(found))
+                found.clear()
+        if done == len(times):
+            return
+    raise not_decoded(numbers, f"{len(times)} frames asked, {done} decoded; the file is damaged")
+
+
+def _decoded(stream: av.VideoStream, packets: list[av.Packet], numbers: np.ndarray) -> Iterator[av.VideoFrame]:
+    """In the order of display; DecodeError at the first one that is damaged."""
+    stream.codec_context.thread_count = 1
+    stream.codec_context.options = {"err_detect": "explode"}
+    try:
+        for packet in (*packets, None):
+            for frame in stream.codec_context.decode(packet):
+                if frame.is_corrupt:
+                    raise not_decoded(numbers, f"the picture at tick {frame.pts} is damaged")
+                yield frame
+    except av.FFmpegError as error:
+        raise not_decoded(numbers, error) from None
