@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import deepspeed
 import torch
 from torch import nn
 
@@ -21,7 +20,7 @@ TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def is_sharded_early(settings: Mapping[str, Any]) -> bool:
-    """Whether `shard` is to be called before the engine is built: under ZeRO-3, not with shards inside groups (MiCS)."""
+    """Whether parameters are cut before the engine is built: under ZeRO-3, but not inside groups of ranks (MiCS)."""
     zero = settings.get("zero_optimization", {})
     return zero.get("stage", 0) == 3 and zero.get("mics_shard_size", -1) <= 0
 
@@ -33,10 +32,13 @@ def shard(model: nn.Module, settings: Mapping[str, Any], *, device: torch.device
     Parameters stay the same objects, but are empty between steps: what looks at their shapes, such as the groups of the
     optimizer, comes before. A rank's device holds its shards and one whole parameter at most.
     """
+    import deepspeed  # not before `re2tal.training.engine` has named the accelerator
+
     dtype = next((kind for name, kind in TYPES.items() if settings.get(name, {}).get("enabled")), torch.float32)
-    parameters = list(dict.fromkeys(model.parameters()))
+    parameters: list[Any] = list(model.parameters())  # Any: DeepSpeed gives the first one the method that cuts others
     for parameter in parameters:
-        parameter.data = parameter.data.to(device, dtype)
+        # A copy on a CPU too: DeepSpeed sends the values of rank 0 into it, and would dirty what is mapped from a file.
+        parameter.data = parameter.data.to(device, dtype, copy=True)
         if parameter is parameters[0]:
             deepspeed.zero.Init(module=nn.ParameterList([parameter]), config_dict_or_path=dict(settings))
         else:

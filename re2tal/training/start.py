@@ -98,7 +98,7 @@ def take_over(
 
 def _put(values: Mapping[str, Tensor], model: nn.Module) -> None:
     """Without a copy where types agree: a file of weights stays mapped, and no rank holds it a second time."""
-    parameters, buffers = dict(model.named_parameters()), dict(model.named_buffers())
+    parameters, buffers = dict(model.named_parameters(remove_duplicate=False)), dict(model.named_buffers())
     for name, value in values.items():
         if name in parameters:
             parameters[name].data = value.to(parameters[name])
