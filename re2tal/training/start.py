@@ -38,9 +38,11 @@ class StartReport:
     """Tensors of the file that have no place in the network."""
     classes: tuple[str, ...]
     """Of the network."""
+    rows: tuple[str, ...]
+    """Tensors whose rows belong to classes."""
 
     def __str__(self) -> str:
-        known = set(self.file.classes) if any(fate == "by class" for fate, _ in self.fates.values()) else set()
+        known = set(self.file.classes) if all(self.fates[name][0] == "by class" for name in self.rows) else set()
         kept = [label for label in self.classes if label in known]
         new, theirs = [label for label in self.classes if label not in known], set(self.classes)
         unused = [label for label in self.file.classes if label not in theirs]
@@ -93,7 +95,7 @@ def take_over(
             "run with the same backbone, or leave start_from out"
         )
     _put(values, model)
-    return StartReport(file, fates, tuple(name for name in file.weights if name not in own), classes)
+    return StartReport(file, fates, tuple(name for name in file.weights if name not in own), classes, tuple(rows))
 
 
 def _put(values: Mapping[str, Tensor], model: nn.Module) -> None:
