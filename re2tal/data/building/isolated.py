@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from threading import Lock
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
@@ -138,18 +139,22 @@ class Isolated:
         return process.exitcode
 
 
+_MAIN_IS_HIDDEN = Lock()
+
+
 @contextmanager
 def _without_main() -> Iterator[None]:
     """A process that starts inside does not run the user's script again, which need not have a __main__ guard."""
     main = sys.modules["__main__"]
-    hidden = {name: vars(main)[name] for name in ("__file__", "__spec__") if name in vars(main)}
-    try:
-        for name in hidden:
-            setattr(main, name, None)
-        yield
-    finally:
-        for name, value in hidden.items():
-            setattr(main, name, value)
+    with _MAIN_IS_HIDDEN:  # threads start processes too: the second would find, and leave behind, nothing
+        hidden = {name: vars(main)[name] for name in ("__file__", "__spec__") if name in vars(main)}
+        try:
+            for name in hidden:
+                setattr(main, name, None)
+            yield
+        finally:
+            for name, value in hidden.items():
+                setattr(main, name, value)
 
 
 def _serve(connection: Connection) -> None:
