@@ -4,7 +4,8 @@
                                                                                                the rest, freed
 
 DeepSpeed itself first moves the whole model to the device of every rank, and cuts it there. transformers' own way,
-HfDeepSpeedConfig, cuts while it loads; but what is wrong with a file then ends rank 0 alone, and the others wait.
+HfDeepSpeedConfig, cuts while it loads; but a weight of the wrong shape is then an error on rank 0 alone, for which the
+others wait.
 """
 
 from __future__ import annotations
