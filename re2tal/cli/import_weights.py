@@ -34,8 +34,6 @@ def import_weights(
         as_plain: forget that a backbone was trained rewired, so that any wiring, or none, may start from its numbers
         videos: folder of video files in which to detect at once, as `re2tal detect FOLDER --model OUT` does
     """
-    if run.start_from is not None:
-        raise ValueError(f"--start-from {run.start_from} is for re2tal train; leave it out here")
     if out.suffix == ".safetensors":
         _import_backbone(weights, run, out, as_plain=as_plain, videos=videos)
         return 0

@@ -121,7 +121,7 @@ def _train(
         config = on_features(config, training)
     check_kind(config, training)
     _check_norms(config)
-    start = find_start(config, training)
+    build = partial(build_from, config, training.classes, find_start(config, training))
     made_by_main(lambda: cleanup.enter_context(locked(folder)))
     claim(folder, resume=resume, overwrite=overwrite)
     if resume and (saved := made_by_main(CheckpointStore(folder / CHECKPOINTS_NAME, identity={}).newest_run)):
@@ -136,10 +136,7 @@ def _train(
     earlier = folder / PLAN_NAME if resume else None
     plan = _plan(config, ds_file, world, classes=training.classes, device=device, earlier=earlier)
     ranks.check()
-    build = partial(build_from, config, training.classes, start)
-    trainer = _build(
-        config, settings, folder, world, build, shards=training, evaluate=evaluate, device=device, plan=plan
-    )
+    trainer = _build(config, settings, folder, world, build, training, evaluate=evaluate, device=device, plan=plan)
     resumed = resume and trainer.resume()
     if world.is_main:  # not before: a run that may not be resumed like this keeps the configuration it has
         save_config(folder / CONFIG_NAME, config)
@@ -201,8 +198,8 @@ def _build(
     folder: Path,
     world: World,
     build: Callable[[], nn.Module],
-    *,
     shards: ShardSet | FeatureSet,
+    *,
     evaluate: Callable[[Engine], Outcome],
     device: torch.device,
     plan: StepPlan | None,
