@@ -210,8 +210,16 @@ def test_a_faulty_file_names_key_value_and_remedy(text, message, tmp_path):
 
 
 @pytest.mark.parametrize("run", [RunConfig(), RecognitionConfig()], ids=lambda run: run.task)
-def test_what_may_change_on_resume_is_what_no_weight_depends_on(run):
-    assert set(names_with(run, "resumable")) == {
+def test_what_may_change_on_resume(run):
+    scores = {name for name, _ in flatten(to_json(run)) if name.startswith(("suppression.", "evaluation."))}
+    assert set(names_with(run, "resumable")) == scores | {
+        "data.validation_subset",
+        "optimizer.learning_rate",
+        "optimizer.backbone_learning_rate",
+        "schedule.shape",
+        "schedule.warmup_epochs",
+        "schedule.final_factor",
+        "training.epochs",
         "name",
         "backbone.monitor_every",
         "backbone.offload",

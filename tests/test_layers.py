@@ -54,7 +54,7 @@ BELOW: dict[str, tuple[str, ...]] = {
 }
 
 OWNERS: dict[str, tuple[str, ...]] = {
-    "deepspeed": ("re2tal.training.engine",),
+    "deepspeed": ("re2tal.training.engine", "re2tal.training.sharding"),
     "accelerate": ("re2tal.distributed",),
     "decord": ("re2tal.data.streaming.decoders.by_decord",),
     "torchcodec": ("re2tal.data.streaming.decoders.by_torchcodec",),

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from re2tal.config import RecognitionConfig, RunConfig, flatten, save_config, to_json
 from re2tal.data.building.clips import true_classes
@@ -28,8 +29,9 @@ from re2tal.runs.exit_status import HUNG
 from re2tal.runs.folder import CHECKPOINTS_NAME, CONFIG_NAME, claim
 from re2tal.runs.lock import locked
 from re2tal.runs.orphans import end_with_the_launcher
+from re2tal.runs.start import build_from, find_start
 from re2tal.runs.stored_features import check_kind, check_pair, describe, on_features
-from re2tal.runs.tasks import AnyRun, Outcome, build_model, judge
+from re2tal.runs.tasks import AnyRun, Outcome, judge
 from re2tal.runs.training_data import alike_on_any_ranks, prepare, stream_of
 from re2tal.runs.training_end import TrainedRun, finish
 from re2tal.training.agreement import versions, weight_checksums
@@ -43,6 +45,7 @@ from re2tal.training.interruption import Agreement, Interrupted
 from re2tal.training.metrics import MetricsLog
 from re2tal.training.optimizer import build_optimizer, for_batch
 from re2tal.training.schedule import learning_rate_factor, num_optimizer_steps
+from re2tal.training.sharding import is_sharded_early
 from re2tal.training.signals import StopRequests, stop_requests
 from re2tal.training.trainer import Trainer
 from re2tal.training.watchdog import at, watched
@@ -118,6 +121,7 @@ def _train(
         config = on_features(config, training)
     check_kind(config, training)
     _check_norms(config)
+    build = partial(build_from, config, training.classes, find_start(config, training))
     made_by_main(lambda: cleanup.enter_context(locked(folder)))
     claim(folder, resume=resume, overwrite=overwrite)
     if resume and (saved := made_by_main(CheckpointStore(folder / CHECKPOINTS_NAME, identity={}).newest_run)):
@@ -132,7 +136,7 @@ def _train(
     earlier = folder / PLAN_NAME if resume else None
     plan = _plan(config, ds_file, world, classes=training.classes, device=device, earlier=earlier)
     ranks.check()
-    trainer = _build(config, settings, folder, world, shards=training, evaluate=evaluate, device=device, plan=plan)
+    trainer = _build(config, settings, folder, world, build, training, evaluate=evaluate, device=device, plan=plan)
     resumed = resume and trainer.resume()
     if world.is_main:  # not before: a run that may not be resumed like this keeps the configuration it has
         save_config(folder / CONFIG_NAME, config)
@@ -159,7 +163,7 @@ def _engine_settings(ds: Path | str, config: AnyRun, world: World) -> tuple[Path
 
 
 def _check_norms(config: AnyRun) -> None:
-    if config.backbone.norm_eval and config.backbone.weights is None:
+    if config.backbone.norm_eval and config.backbone.weights is None and config.start_from is None:
         raise ValueError(
             "backbone.norm_eval freezes the norms of a pretrained backbone, but backbone.weights names no weights; "
             "set it to a weights file, or set backbone.norm_eval to false to train from random weights"
@@ -193,15 +197,18 @@ def _build(
     settings: dict[str, Any],
     folder: Path,
     world: World,
-    *,
+    build: Callable[[], nn.Module],
     shards: ShardSet | FeatureSet,
+    *,
     evaluate: Callable[[Engine], Outcome],
     device: torch.device,
     plan: StepPlan | None,
 ) -> Trainer:
     seed = config.training.seed
     seed_generators(seed, rank=0)  # the same weights on all ranks
-    model = build_model(config, shards.classes).to(device)
+    model = build()
+    if not is_sharded_early(settings):  # there, parameters go to the device one by one
+        model = model.to(device)
     check_finite(model)
     if plan is not None:
         plan.apply(model)
@@ -238,6 +245,7 @@ def _build(
         checkpoints=CheckpointStore(
             folder / CHECKPOINTS_NAME,
             identity=identity,
+            free=set(names_with(config, "resumable")),
             defaults=dict(defaults_of(config)),
             keep=config.training.keep_checkpoints,
         ),
@@ -249,11 +257,9 @@ def _build(
 
 
 def _identity(config: AnyRun, engine: Engine, shards: ShardSet | FeatureSet, world: World) -> dict[str, Any]:
-    """What a checkpoint of this run must have in common with the run that resumes it, by name."""
-    free = set(names_with(config, "resumable"))
-    unchangeable = {name: value for name, value in flatten(to_json(config)) if name not in free}
+    """What a checkpoint says of its run, by name; a run that resumes it has the same, but for what is resumable."""
     return {
-        **unchangeable,
+        **dict(flatten(to_json(config))),
         RANKS: world.world_size,
         "ZeRO stage": zero_stage(engine),
         "number of classes": len(shards.classes),

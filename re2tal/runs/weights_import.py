@@ -54,7 +54,8 @@ def import_into_run(
         )
     if (out / CONFIG_NAME).exists():
         raise ValueError(f"{out} is the folder of another run; choose another one")
-    config = replace(config, name=out.resolve().name, backbone=replace(config.backbone, weights=None))
+    bare = replace(config.backbone, weights=None)
+    config = replace(config, name=out.resolve().name, start_from=None, backbone=bare)
     detector, report = import_detector(weights, config, classes=_classes(classes, config))
     out.mkdir(parents=True, exist_ok=True)
     names = detector.localizer.classes

@@ -29,9 +29,9 @@ class OptimizerConfig:
     algorithm: Literal["adamw", "adam"] = "adamw"
     """"adamw" takes the weight decay off the weights; "adam" adds it to the gradients, as VSGN was trained."""
 
-    learning_rate: float = 1e-4
+    learning_rate: float = option(1e-4, resumable=True)
     """Peak learning rate of the localizer or classifier."""
-    backbone_learning_rate: float = 1e-5
+    backbone_learning_rate: float = option(1e-5, resumable=True)
     """Peak learning rate of the backbone."""
     weight_decay: float = 0.05
     """Weight decay of the decayed groups."""

@@ -100,6 +100,11 @@ class VSGN(Localizer[VSGNOutputs]):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+    def class_rows(self) -> dict[str, tuple[int, int]]:
+        """Those of the classifier: for each anchor at a position the background, then the classes."""
+        layout = (len(self.config.anchor_scales), 0 if len(self.classes) == 1 else 1)
+        return {f"classifier.output.{kind}": layout for kind in ("weight", "bias")}
+
     def forward(self, features: Features) -> VSGNOutputs:
         """Features (B, C, T) of any T -> predictions for all anchors of the padded clip."""
         padding = -features.values.shape[-1] % self.config.strides[-1]
