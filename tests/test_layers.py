@@ -60,6 +60,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "webdataset": ("re2tal.data.contract.shards",),
     "transformers": ("re2tal.backbones.*",),
     "av": ("re2tal.data.*",),
+    "huggingface_hub": ("re2tal.runs.model_folder_card", "re2tal.runs.model_folder_hub"),
     "h5py": ("re2tal.data.building.feature_files",),
     "matplotlib": ("re2tal.reporting.*",),
     "tensorboard": ("re2tal.training.metrics",),

@@ -32,6 +32,7 @@ from re2tal.runs.deepspeed_presets import DEFAULT_PRESET, find_preset
 from re2tal.runs.demo_data import make_if_wanted
 from re2tal.runs.folder import CHECKPOINTS_NAME, CONFIG_NAME, MODEL_NAME, RESULTS_NAME, SUMMARY_NAME, claim
 from re2tal.runs.lock import locked
+from re2tal.runs.model_folder import describe_trained
 from re2tal.runs.orphans import end_with_the_launcher
 from re2tal.runs.stored_features import check_kind, check_pair, describe, on_features
 from re2tal.runs.tasks import AnyRun, Outcome, build_model, judge
@@ -122,8 +123,7 @@ def train(
         with closing(trainer.log):
             if trainer.train() == "interrupted":
                 return TrainedRun(folder, interrupted=True, summary={})
-            features = describe(training) if isinstance(training, FeatureSet) else None
-            return _finish(trainer, folder, evaluate, features=features, started=started)
+            return _finish(trainer, folder, evaluate, config=config, training=training, started=started)
 
 
 def _same_start(config: AnyRun, options: Mapping[str, object]) -> None:
@@ -274,7 +274,8 @@ def _finish(
     folder: Path,
     evaluate: Callable[[Engine], Outcome],
     *,
-    features: dict[str, Any] | None,
+    config: AnyRun,
+    training: ShardSet | FeatureSet,
     started: float,
 ) -> TrainedRun:
     """Every rank calls this: evaluates and exports the trained model; rank 0 writes."""
@@ -285,6 +286,7 @@ def _finish(
     if not is_main():
         return TrainedRun(folder, interrupted=False, summary={})
     model = trainer.engine.module
+    features = describe(training) if isinstance(training, FeatureSet) else None
     write_model(folder / MODEL_NAME, weights, classes=model.classes, wiring=wiring_of(model), features=features)
     outcome.write(folder / RESULTS_NAME)
     summary = {
@@ -297,4 +299,6 @@ def _finish(
         "ranks": int(trainer.engine.world_size),
     }
     write_json(folder / SUMMARY_NAME, summary)
+    if isinstance(config, RunConfig):
+        describe_trained(folder, config, model.classes, summary=summary, training=training)
     return TrainedRun(folder, interrupted=False, summary=summary, report=outcome.report)

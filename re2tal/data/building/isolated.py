@@ -12,6 +12,7 @@ import multiprocessing
 import pickle
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ _SIGN_SECONDS = 1.0
 _to_parent: Connection | None = None
 """In the child process: the connection to the parent, which waits for the result."""
 _last_sign = 0.0
+_hiding_main = threading.Lock()
 
 
 def still_working() -> None:
@@ -141,15 +143,16 @@ class Isolated:
 @contextmanager
 def _without_main() -> Iterator[None]:
     """A process that starts inside does not run the user's script again, which need not have a __main__ guard."""
-    main = sys.modules["__main__"]
-    hidden = {name: vars(main)[name] for name in ("__file__", "__spec__") if name in vars(main)}
-    try:
-        for name in hidden:
-            setattr(main, name, None)
-        yield
-    finally:
-        for name, value in hidden.items():
-            setattr(main, name, value)
+    with _hiding_main:  # of two threads, the second would find nothing, and bring nothing back
+        main = sys.modules["__main__"]
+        hidden = {name: vars(main)[name] for name in ("__file__", "__spec__") if name in vars(main)}
+        try:
+            for name in hidden:
+                setattr(main, name, None)
+            yield
+        finally:
+            for name, value in hidden.items():
+                setattr(main, name, value)
 
 
 def _serve(connection: Connection) -> None:
