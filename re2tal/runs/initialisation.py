@@ -17,12 +17,8 @@ from re2tal.planning.choice import plan_step
 from re2tal.planning.free_memory import free_memory
 from re2tal.runs.deepspeed_presets import DEFAULT_PRESET, find_preset
 from re2tal.runs.initialisation_facts import DataFacts, look_at
-from re2tal.runs.initialisation_settings import Chosen, Start, choose
+from re2tal.runs.initialisation_settings import Chosen, Start, choose, largest_batches
 from re2tal.runs.trained import default_device
-
-BATCH_SIZES = (4, 2, 1)
-LEAST_STEPS = 6
-"""An epoch has so many where it can."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +68,7 @@ def initialise(options: Initialisation) -> Initialised:
 def _batch(config: RunConfig, data: DataFacts, device: torch.device) -> tuple[RunConfig, tuple[str, str, str]]:
     """The largest batch whose step fits into the memory at hand, of those that leave an epoch some steps."""
     free = free_memory(device)
-    sizes = [size for size in BATCH_SIZES if size == 1 or LEAST_STEPS * size <= data.num_training]
+    sizes = largest_batches(data.num_training)
     if config.backbone.weights is not None:
         sizes = [1]  # as the published recipes: clips are large
     for size in sizes:

@@ -169,4 +169,4 @@ def _notes(
 
 def _named(names: Sequence[str]) -> str:
     shown = ", ".join(map(repr, names[:5]))
-    return f"{len(names)} classes ({shown}{', ...' if len(names) > 5 else ''})"
+    return f"{len(names)} {'class' if len(names) == 1 else 'classes'} ({shown}{', ...' if len(names) > 5 else ''})"

@@ -29,6 +29,10 @@ RATES = (4.0, 6.0, 8.0, 10.0, 12.0, 15.0, 20.0, 25.0, 30.0)
 LEAST_FRAMES, MOST_FRAMES = 32, 1024
 FRAMES_PER_STEP = 2
 WHOLE_FRAMES = 768
+BATCH_SIZES = (4, 2, 1)
+LEAST_STEPS = 6
+"""An epoch has so many where it can."""
+LEAST_EPOCHS, MOST_EPOCHS = 10, 100
 ANNEALING_EPOCHS = 5.0
 """From a plain pretrained network to the rewired one (docs/recipes.md)."""
 
@@ -158,14 +162,14 @@ def _started(start: Start, data: DataFacts) -> tuple[RunConfig, list[tuple[str, 
         ("backbone", f"{name} from {start.weights}", how),
         ("data.clips.size", str(config.data.clips.size), "what pretrained backbones are used to"),
         ("optimizer", "1e-4, backbone 1e-5", "the published rates: a pretrained backbone moves slowly"),
-        ("training.epochs", f"{epochs}", f"about 3000 steps of {data.num_training} training videos"),
+        ("training.epochs", f"{epochs}", _why_epochs(data, steps=3000)),
     ]
     return config, reasons, 256
 
 
 def _from_nothing(start: Start, data: DataFacts) -> tuple[RunConfig, list[tuple[str, str, str]], int]:
     name = start.backbone or "swin3d_nano"
-    epochs = _epochs(data, batch_size=2, steps=540)
+    epochs = _epochs(data, batch_size=largest_batches(data.num_training)[0], steps=540)
     config = replace(
         demo(),
         backbone=BackboneConfig(name=name),
@@ -185,13 +189,25 @@ def _from_nothing(start: Start, data: DataFacts) -> tuple[RunConfig, list[tuple[
         ),
         ("data.clips.size", "48", "what a small network learns from on a processor"),
         ("optimizer", "1e-3, backbone 3e-4", "random weights: all of the network has to move"),
-        ("training.epochs", f"{epochs}", f"some hundreds of steps of {data.num_training} training videos"),
+        ("training.epochs", f"{epochs}", _why_epochs(data, steps=540)),
     ]
     return config, reasons, 64
 
 
+def largest_batches(num_training: int) -> list[int]:
+    """Batch sizes that leave an epoch LEAST_STEPS steps, the largest first; 1 at the least."""
+    return [size for size in BATCH_SIZES if size == 1 or LEAST_STEPS * size <= num_training]
+
+
+def _why_epochs(data: DataFacts, *, steps: int) -> str:
+    return (
+        f"times through the {data.num_training} training videos: about {steps} steps, but at least {LEAST_EPOCHS} and "
+        f"at most {MOST_EPOCHS} times"
+    )
+
+
 def _epochs(data: DataFacts, *, batch_size: int, steps: int) -> int:
-    return int(min(100, max(10, round(steps * batch_size / max(1, data.num_training)))))
+    return int(min(MOST_EPOCHS, max(LEAST_EPOCHS, round(steps * batch_size / max(1, data.num_training)))))
 
 
 def _short(names: Sequence[str]) -> str:

@@ -128,7 +128,7 @@ def test_the_file_is_one_that_training_takes_and_each_choice_has_a_reason(videos
         assert part in said
     assert "1 annotated videos have no file" in said
     assert "1 of 3 files cannot be used" in said
-    assert "1 classes ('fly') in the validation subset only" in said
+    assert "1 class ('fly') in the validation subset only" in said
     assert f"re2tal train --config {out} --out runs/recipe" in said
     with pytest.raises(SystemExit) as end:
         main(arguments)
