@@ -104,7 +104,6 @@ def detect(
         home = Path() if model == SHIPPED or model != asked else model
         job = _Job.prepared(home, model, paths, shards, wanted, world, recursive=recursive)
         if paths:
-            check_looks_at_videos(model, job.trained.config, asked=f"{paths[0]}")
             encoding_for(job.trained.config.data.clips)  # raises where the rate is not known
         chosen = device_of(world, device)
         config = job.trained.config
@@ -154,6 +153,8 @@ class _Job:
         format_name = choose_format(wanted.format_name, wanted.out)
         row = RESULT_FORMATS[format_name]
         trained = open_detector(model)
+        if paths:
+            check_looks_at_videos(model, trained.config, asked=f"{paths[0]}")
         opened = None if paths else open_source(trained.config, videos=None, shards=shards)
         if isinstance(opened, FeatureSet):
             check_features(opened, trained.features, run=model)

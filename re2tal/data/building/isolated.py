@@ -12,11 +12,11 @@ import multiprocessing
 import pickle
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from threading import Lock
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
@@ -30,7 +30,6 @@ _SIGN_SECONDS = 1.0
 _to_parent: Connection | None = None
 """In the child process: the connection to the parent, which waits for the result."""
 _last_sign = 0.0
-_hiding_main = threading.Lock()
 
 
 def still_working() -> None:
@@ -140,11 +139,14 @@ class Isolated:
         return process.exitcode
 
 
+_MAIN_IS_HIDDEN = Lock()
+
+
 @contextmanager
 def _without_main() -> Iterator[None]:
     """A process that starts inside does not run the user's script again, which need not have a __main__ guard."""
-    with _hiding_main:  # of two threads, the second would find nothing, and bring nothing back
-        main = sys.modules["__main__"]
+    main = sys.modules["__main__"]
+    with _MAIN_IS_HIDDEN:  # threads start processes too: the second would find, and leave behind, nothing
         hidden = {name: vars(main)[name] for name in ("__file__", "__spec__") if name in vars(main)}
         try:
             for name in hidden:
