@@ -3,12 +3,15 @@
     OpenTAD    backbone.model.backbone.*   projection.*  neck.*  rpn_head.*  (roi_head.*)
     ours       backbone.*                  localizer.*
 
+Detectors on stored features have no backbone: OpenTAD's, and those of ActionFormer's release (localizer.variant).
+
 A rewired network has the names of the plain one, so its weights go to every layout of its family.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from re2tal.backbones import BACKBONES, build_backbone
+from re2tal.backbones import BACKBONES, build_backbone, stored
 from re2tal.backbones.base import BackboneConfig, VideoBackbone
 from re2tal.backbones.hub.tiling import ClipwiseBackbone
 from re2tal.backbones.slowfast import layouts as slowfast_layouts
@@ -25,9 +28,10 @@ from re2tal.backbones.slowfast import network as slowfast
 from re2tal.backbones.swin3d import layouts as swin3d_layouts
 from re2tal.backbones.swin3d import network as swin3d
 from re2tal.backbones.swin3d.shifted_windows import relative_position_index
-from re2tal.backbones.weights import KeyLayout, export_state, load_state, read_checkpoint
+from re2tal.backbones.weights import KeyLayout, LoadReport, export_state, load_state, read_checkpoint
 from re2tal.config import RunConfig, build_detector
 from re2tal.detector import TemporalActionDetector
+from re2tal.localizers.pyramid.actionformer import Variant
 from re2tal.localizers.pyramid.localizer import PyramidLocalizer
 from re2tal.localizers.vsgn.localizer import VSGN
 from re2tal.localizers.weights import export_weights, import_weights, public_name, public_prefixes
@@ -53,14 +57,19 @@ class ImportReport:
     """Tensors that were loaded; 0 where the backbone alone was wanted."""
     ignored: tuple[str, ...]
     """Their names."""
+    kept: tuple[str, ...] = ()
+    """Our names of what the file does not hold and need not: it stays as it is built."""
 
     def __str__(self) -> str:
         place = self.taken_from or "top"
         under = f" under {self.prefix}" if self.prefix else ""
-        lines = [f"{self.path}: weights of its {place}, backbone in the layout of {self.layout}{under}"]
-        localizer = f" and {self.num_localizer} of the localizer" if self.num_localizer else ""
-        lines.append(f"loaded {self.num_backbone} tensors of the backbone{localizer}; {len(self.ignored)} have no use")
-        return "\n".join([*lines, *(f"  unused: {name}" for name in self.ignored)])
+        part = "backbone" if self.num_backbone else "localizer"
+        lines = [f"{self.path}: weights of its {place}, {part} in the layout of {self.layout}{under}"]
+        counts = {"backbone": self.num_backbone, "localizer": self.num_localizer}
+        loaded = " and ".join(f"{number} tensors of the {name}" for name, number in counts.items() if number)
+        lines.append(f"loaded {loaded}; {len(self.ignored)} have no use")
+        lines += [f"  unused: {name}" for name in self.ignored]
+        return "\n".join([*lines, *(f"  not in the file, as built: {name}" for name in self.kept)])
 
 
 def key_layouts(name: str) -> tuple[KeyLayout, ...]:
@@ -70,9 +79,11 @@ def key_layouts(name: str) -> tuple[KeyLayout, ...]:
     if name in slowfast.SIZES:
         return slowfast_layouts.KEY_LAYOUTS
     from re2tal.backbones.hub.pretrained import OURS  # imports transformers, which takes seconds
-    from re2tal.backbones.hub.videomae_layouts import ORIGINAL
+    from re2tal.backbones.hub.videomae_layouts import MMACTION, ORIGINAL
+    from re2tal.backbones.hub.vjepa2_layouts import ORIGINAL as VJEPA2
 
-    return (OURS, ORIGINAL) if name.startswith("videomae_") else (OURS,)
+    families = {"videomae": (MMACTION, ORIGINAL), "vjepa2": (VJEPA2,)}
+    return (OURS, *families.get(name.partition("_")[0], ()))
 
 
 def import_backbone(path: Path, *, name: str) -> tuple[VideoBackbone, ImportReport]:
@@ -89,7 +100,7 @@ def import_backbone(path: Path, *, name: str) -> tuple[VideoBackbone, ImportRepo
     backbone = build_backbone(BackboneConfig(name=name, weights=str(path), rewired=False))
     loaded = load_state(backbone, checkpoint.tensors, layouts=key_layouts(name), what=f"{path}")
     return backbone, ImportReport(
-        path, checkpoint.taken_from, loaded.layout, loaded.prefix, len(loaded.loaded), 0, loaded.ignored
+        path, checkpoint.taken_from, loaded.layout, loaded.prefix, len(loaded.loaded), 0, loaded.ignored, loaded.kept
     )
 
 
@@ -107,22 +118,24 @@ def import_detector(
 ) -> tuple[TemporalActionDetector, ImportReport]:
     """The detector that `config` describes, with the weights that OpenTAD trained for `classes`, in their order.
 
+    On stored features it may be one of the code base that `localizer.variant` names, such as ActionFormer's release.
     Raises FileNotFoundError, and ValueError that names the file and what of it is missing, unexpected or misshapen.
     """
     checkpoint = read_checkpoint(path)
     detector = build_detector(replace(config, backbone=replace(config.backbone, weights=None)), classes)
-    localizer = _localizer_of(detector)
+    on_features = config.backbone.name == stored.NAME
+    localizer = _localizer_of(detector, any_variant=on_features)
+    layout: Variant = getattr(localizer.config, "variant", "opentad") if on_features else "opentad"
     outer = _wrapper_of(checkpoint.tensors)
     state = {key.removeprefix(outer): value for key, value in checkpoint.tensors.items()}
-    prefixes = public_prefixes(localizer, "opentad")
-    theirs = {key for key in state if key.startswith(prefixes)}
-    _check_detector(state, theirs, localizer, path)
-    loaded = load_state(
-        detector.backbone, checkpoint.tensors, layouts=key_layouts(config.backbone.name), what=f"{path}"
-    )
-    _check_rewiring(loaded.layout, config.backbone, path)
+    theirs = {key for key in state if key.startswith(public_prefixes(localizer, layout))}
+    _check_detector(state, theirs, localizer, path, layout=layout)
+    if on_features:
+        loaded = _without_backbone(checkpoint.tensors, path, layout=layout)
+    else:
+        loaded = _load_backbone(detector.backbone, checkpoint.tensors, config.backbone, path)
     try:
-        weights = import_weights(state, localizer=localizer, layout="opentad")
+        weights = import_weights(state, localizer=localizer, layout=layout)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     localizer.load_state_dict(weights)
@@ -132,6 +145,35 @@ def import_detector(
     )
 
 
+def _without_backbone(tensors: Mapping[str, Tensor], path: Path, *, layout: str) -> LoadReport:
+    """For a detector on stored features."""
+    if any(VIDEO_PREFIX in name for name in tensors):
+        raise ValueError(
+            f"{path} holds a video network too (under {VIDEO_PREFIX}), and this run takes stored features; give a "
+            "recipe on videos, with the backbone that the file was trained with"
+        )
+    return LoadReport(layout, "", (), tuple(tensors))
+
+
+def _load_backbone(
+    backbone: VideoBackbone, tensors: Mapping[str, Tensor], config: BackboneConfig, path: Path
+) -> LoadReport:
+    """The backbone of a whole detector: as it was trained, with adapters or without."""
+    if config.adapter == "none" and any(re.search(r"blocks\.\d+\.adapter\.", name) for name in tensors):
+        raise ValueError(
+            f"{path} holds AdaTAD's adapters, and backbone.adapter is 'none'; set it to 'temporal', and "
+            "backbone.adapter_blocks where only some blocks have one"
+        )
+    loaded = load_state(backbone, tensors, layouts=key_layouts(config.name), what=f"{path}")
+    if lacking := [name for name in loaded.kept if ".adapter." in name]:
+        raise ValueError(
+            f"{path} lacks {len(lacking)} tensors of the adapters that this run has ({', '.join(lacking[:3])}, ...), "
+            "without which it detects something else; set backbone.adapter or adapter_blocks as it was trained"
+        )
+    _check_rewiring(loaded.layout, config, path)
+    return loaded
+
+
 def export_backbone(backbone: VideoBackbone, *, name: str, to: str, prefix: str = "") -> dict[str, Tensor]:
     """The weights of the backbone called `name` as the code base `to` names them, its constant tables included.
 
@@ -139,6 +181,7 @@ def export_backbone(backbone: VideoBackbone, *, name: str, to: str, prefix: str 
     for one that the family has not.
     """
     layout = _find_layout(name, to)
+    _check_layout_holds(backbone, layout.name)
     state = export_state(backbone, layout=layout)
     if name in swin3d.SIZES:
         state |= _position_indices(backbone, layout)
@@ -152,24 +195,40 @@ def save_for_the_library(backbone: VideoBackbone, folder: Path, *, name: str) ->
     """
     if not isinstance(backbone, ClipwiseBackbone):
         raise ValueError(f"{name} is no model of the transformers library; its layouts: {_known(name)}")
+    _check_layout_holds(backbone, "transformers")
     if wiring_of(backbone) is not None:
         unrewire(backbone)
-    cast(Any, backbone.encoder).model.save_pretrained(folder)
+    model, state = cast(Any, backbone.encoder).model, None
+    if hasattr(backbone.encoder, "draws_its_positions"):  # as the library does
+        state = {key: value for key, value in model.state_dict().items() if not key.endswith(".position_embeddings")}
+    model.save_pretrained(folder, state_dict=state)
+
+
+def _check_layout_holds(backbone: VideoBackbone, layout: str) -> None:
+    """ValueError where a layout has no place for the adapters or the positions of a VideoMAE."""
+    encoder: Any = getattr(backbone, "encoder", None)
+    if layout.startswith(("mmaction2", "re2tal")) or not hasattr(encoder, "draws_its_positions"):
+        return
+    what = "adapters" if encoder.crosses_clips else "" if encoder.draws_its_positions() else "positions of its own"
+    if what:
+        raise ValueError(
+            f"this VideoMAE has {what}, which the layout of {layout} has no place for; export to mmaction2, which has"
+        )
 
 
 def export_detector(detector: TemporalActionDetector, *, config: BackboneConfig, prefix: str = "") -> dict[str, Tensor]:
     """A detector, its backbone built from `config`, as OpenTAD names it: the inverse of `import_detector`."""
     # OpenTAD takes its plain networks from mmaction2.
-    to = "opentad" if config.rewired else "mmaction2"
+    to = "opentad" if config.rewired and config.beta else "mmaction2"
     backbone = export_backbone(detector.backbone, name=config.name, to=to, prefix=VIDEO_PREFIX)
     state = backbone | export_weights(_localizer_of(detector), layout="opentad")
     return {prefix + key: value for key, value in state.items()}
 
 
-def _localizer_of(detector: TemporalActionDetector) -> PyramidLocalizer | VSGN:
+def _localizer_of(detector: TemporalActionDetector, *, any_variant: bool = False) -> PyramidLocalizer | VSGN:
     localizer = cast(PyramidLocalizer | VSGN, detector.localizer)
     variant = getattr(localizer.config, "variant", "opentad")
-    if variant != "opentad":
+    if variant != "opentad" and not any_variant:
         raise ValueError(f"localizer.variant is {variant!r}, and whole detectors are OpenTAD's; set it to 'opentad'")
     return localizer
 
@@ -180,15 +239,15 @@ def _wrapper_of(state: Mapping[str, Tensor]) -> str:
 
 
 def _check_detector(
-    state: Mapping[str, Tensor], found: set[str], localizer: PyramidLocalizer | VSGN, path: Path
+    state: Mapping[str, Tensor], found: set[str], localizer: PyramidLocalizer | VSGN, path: Path, *, layout: Variant
 ) -> None:
     if not found:
-        prefixes = ", ".join(public_prefixes(localizer, "opentad"))
+        prefixes = ", ".join(public_prefixes(localizer, layout))
         raise ValueError(
             f"{path} holds no localizer (nothing under {prefixes}), so it is no whole detector; for a backbone alone "
             "name an output file that ends in .safetensors"
         )
-    last = state.get(public_name("classifier.output.bias", localizer=localizer, layout="opentad"))
+    last = state.get(public_name("classifier.output.bias", localizer=localizer, layout=layout))
     if isinstance(localizer, PyramidLocalizer) and last is not None and last.numel() != len(localizer.classes):
         raise ValueError(
             f"{path} tells {last.numel()} classes apart, and {len(localizer.classes)} were given; name all classes of "
@@ -199,6 +258,8 @@ def _check_detector(
 def _check_rewiring(layout: str, config: BackboneConfig, path: Path) -> None:
     """The same weights compute one thing in a plain network and another in a rewired one; their names tell which."""
     trained_rewired = layout.startswith("OpenTAD")
+    if not trained_rewired and config.rewired and config.beta == 0 and config.name not in slowfast.SIZES:
+        return  # rewired, but the plain network all the same
     if trained_rewired and (config.unit, config.merge, config.segment, config.beta) != ("branch", "mean", None, 1):
         raise ValueError(
             f"{path} was trained with OpenTAD's rewiring, and backbone.unit, merge, segment and beta are "

@@ -59,6 +59,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "torchcodec": ("re2tal.data.streaming.decoders.by_torchcodec",),
     "webdataset": ("re2tal.data.contract.shards",),
     "transformers": ("re2tal.backbones.*",),
+    "peft": ("re2tal.backbones.adapters.lora",),
     "av": ("re2tal.data.*",),
     "huggingface_hub": ("re2tal.runs.model_folder_card", "re2tal.runs.model_folder_hub"),
     "h5py": ("re2tal.data.building.feature_files",),

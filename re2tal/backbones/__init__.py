@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from re2tal.backbones import stored
-from re2tal.backbones.base import BackboneConfig, VideoBackbone, freeze, freeze_norms
+from re2tal.backbones.adapters.temporal import TemporalAdapter
+from re2tal.backbones.base import BackboneConfig, VideoBackbone, freeze, freeze_but, freeze_norms
 from re2tal.backbones.slowfast import layouts as slowfast_layouts
 from re2tal.backbones.slowfast import network as slowfast
 from re2tal.backbones.swin3d import layouts as swin3d_layouts
@@ -17,7 +18,16 @@ from re2tal.backbones.weights import read_wiring
 from re2tal.options import names_with
 from re2tal.rewire import rewire, same_wiring
 
-__all__ = ["BACKBONES", "WIRING", "BackboneConfig", "VideoBackbone", "build_backbone", "check_wiring", "trained_wiring"]
+__all__ = [
+    "BACKBONES",
+    "WIRING",
+    "BackboneConfig",
+    "VideoBackbone",
+    "build_backbone",
+    "check_wiring",
+    "plain_start",
+    "trained_wiring",
+]
 
 Builder = Callable[[BackboneConfig], VideoBackbone]
 
@@ -35,7 +45,7 @@ def _rows(family: str, *sizes: str, module: str) -> dict[str, Builder]:
 BACKBONES: dict[str, Builder] = {
     **dict.fromkeys(swin3d.SIZES, swin3d.build_swin3d),
     **dict.fromkeys(slowfast.SIZES, slowfast.build_slowfast),
-    **_rows("videomae", "nano", "small", "base", "large", "huge", module="videomae"),
+    **_rows("videomae", "nano", "small", "base", "large", "huge", "giant", module="videomae"),
     **_rows("vivit", "nano", "base", module="vivit"),
     **_rows("vjepa2", "nano", "large", "huge", "giant", module="vjepa2"),
     **_rows("timesformer", "nano", "base", module="timesformer"),
@@ -94,6 +104,26 @@ def check_wiring(config: BackboneConfig, *, first_beta: float | None = None) -> 
     )
 
 
+def plain_start(config: BackboneConfig, *, first_beta: float | None = None) -> str | None:
+    """A warning where weights of a plain network start a rewired one, which computes something else with them.
+
+    None where that is not so: no weights, a plain backbone, weights trained rewired, or a coupling that starts at or
+    near the plain network. `first_beta` is as in `check_wiring`.
+    """
+    beta = config.beta if first_beta is None else first_beta
+    near = beta == 0 or (config.merge == "extrapolate" and config.segment is not None)
+    if config.weights is None or not config.rewired or near or trained_wiring(config) is not None:
+        return None
+    frozen = " Its trunk is frozen, and cannot adjust to this." if config.adapter != "none" else ""
+    return (
+        f"{config.weights} holds weights of a plain network, and backbone.rewired makes another one of them, whose "
+        f"first features mean little.{frozen} Three ways out: go there step by step (annealing.epochs above 0, "
+        "annealing.start 0); stay near (backbone.merge extrapolate, backbone.segment 2); or train the rewired network "
+        "on Kinetics first (re2tal train --recipe kinetics400_re2swin_tiny_10) and give its model.safetensors as "
+        "backbone.weights"
+    )
+
+
 def build_backbone(config: BackboneConfig) -> VideoBackbone:
     """Builds the network with its weights, freezes what `config` says, and rewires it, in this order.
 
@@ -116,6 +146,7 @@ def build_backbone(config: BackboneConfig) -> VideoBackbone:
             f"{config.name} gives a step per {backbone.frames_per_step} frames, but backbone.frames_per_step is "
             f"{config.frames_per_step}; leave it out"
         )
+    _adapt(backbone, config)
     if config.frozen:
         freeze(backbone)
     if config.norm_eval:
@@ -123,3 +154,22 @@ def build_backbone(config: BackboneConfig) -> VideoBackbone:
     if config.rewired:
         rewire(backbone, config=config.rewiring())
     return backbone
+
+
+def _adapt(backbone: VideoBackbone, config: BackboneConfig) -> None:
+    """Freezes all of the backbone but its adapters, if it has any; those of "lora" are added here."""
+    if config.adapter == "none":
+        return
+    if config.adapter == "lora":
+        from re2tal.backbones.adapters.lora import add_lora
+
+        trained = add_lora(backbone, config)
+    else:
+        adapters = [module for module in backbone.modules() if isinstance(module, TemporalAdapter)]
+        trained = [parameter for adapter in adapters for parameter in adapter.parameters()]
+        if not trained:
+            raise ValueError(
+                f"backbone.adapter is 'temporal', and {config.name} has no place for it; choose a VideoMAE "
+                "(videomae_*), or set adapter to 'lora' or 'none'"
+            )
+    freeze_but(backbone, trained)

@@ -11,8 +11,9 @@ pretrained ancestors do; one bound to whole patches raises ValueError for the re
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields
+from typing import Literal, get_args
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from torch.nn.modules.batchnorm import _NormBase
 from re2tal.options import option
 from re2tal.rewire import RewiringConfig
 from re2tal.structures import Features
+
+Adapter = Literal["none", "temporal", "lora"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,20 @@ class BackboneConfig(RewiringConfig):
     """Train nothing in the backbone and keep all of it in evaluation mode."""
     norm_eval: bool = False
     """Keep normalisation layers in evaluation mode, with frozen scale and shift, as Re2TAL's recipes do."""
+    adapter: Adapter = "none"
+    """What learns in the place of the backbone, which is frozen: "temporal" are AdaTAD's convolutions over the whole
+    window behind every block (VideoMAE), whose features then end without a norm; "lora" are low-rank updates of linear
+    layers (any family; needs the peft package)."""
+    adapter_blocks: tuple[int, ...] | None = None
+    """Of "temporal": the blocks that have one, counted from 0; None is all of them."""
+    adapter_ratio: float = 0.25
+    """Of "temporal": inner width as a share of the backbone's."""
+    lora_rank: int = 8
+    """Of "lora": rank of the update."""
+    lora_alpha: float = 16.0
+    """Of "lora": the update is multiplied by alpha / rank."""
+    lora_targets: tuple[str, ...] = ("query", "value")
+    """Of "lora": the last names of the linear layers that it updates; for Video Swin, for example, qkv and proj."""
 
     def __post_init__(self) -> None:
         for name in ("feature_channels", "frames_per_step"):
@@ -53,15 +70,46 @@ class BackboneConfig(RewiringConfig):
                 raise ValueError(f"backbone.{name} is {value}; give at least 1, or None")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"backbone.drop_path is {self.drop_path}; give a rate of at least 0 and below 1")
+        self._check_adapter()
         try:
             super().__post_init__()
         except ValueError as error:
             names_its_key = str(error).split()[0] in (field.name for field in fields(self))
             raise ValueError(f"backbone{'.' if names_its_key else ': '}{error}") from None
 
+    def _check_adapter(self) -> None:
+        if self.adapter not in get_args(Adapter):
+            raise ValueError(f"backbone.adapter is {self.adapter!r}; known: {list(get_args(Adapter))}")
+        if self.adapter != "none" and self.frozen:
+            raise ValueError(
+                f"backbone.adapter {self.adapter!r} trains, and backbone.frozen trains nothing in the backbone; leave "
+                "frozen out (adapters freeze the rest of it), or set adapter to 'none'"
+            )
+        if not 0 < self.adapter_ratio <= 4:
+            raise ValueError(f"backbone.adapter_ratio is {self.adapter_ratio}; give a share above 0, and at most 4")
+        if self.lora_rank < 1 or not self.lora_alpha > 0:
+            raise ValueError(
+                f"backbone.lora_rank is {self.lora_rank} and lora_alpha {self.lora_alpha}; give a rank of at least 1 "
+                "and an alpha above 0"
+            )
+        for option_name, kind in ADAPTER_OF.items():
+            default = next(field.default for field in fields(self) if field.name == option_name)
+            if kind != self.adapter and getattr(self, option_name) != default:
+                raise ValueError(
+                    f"backbone.{option_name} is {getattr(self, option_name)!r}, but backbone.adapter is "
+                    f"{self.adapter!r}; set it to {kind!r}, or leave {option_name} out"
+                )
+
     def rewiring(self) -> RewiringConfig:
         """The part of it that `rewire` takes."""
         return RewiringConfig(**{field.name: getattr(self, field.name) for field in fields(RewiringConfig)})
+
+
+ADAPTER_OF: dict[str, Adapter] = {
+    **dict.fromkeys(("adapter_blocks", "adapter_ratio"), "temporal"),
+    **dict.fromkeys(("lora_rank", "lora_alpha", "lora_targets"), "lora"),
+}
+"""The kind of adapter that each option belongs to."""
 
 
 class VideoBackbone(nn.Module, ABC):
@@ -99,6 +147,14 @@ def freeze(backbone: VideoBackbone) -> None:
     backbone.frozen = True
     backbone.requires_grad_(False)
     backbone.train(backbone.training)
+
+
+def freeze_but(backbone: VideoBackbone, trained: Iterable[nn.Parameter]) -> None:
+    """Trains nothing in the backbone but `trained`. Modes stay: drop-path still drops branches of frozen blocks, as in
+    AdaTAD. Call it before the optimizer is made."""
+    backbone.requires_grad_(False)
+    for parameter in trained:
+        parameter.requires_grad_(True)
 
 
 def freeze_norms(backbone: VideoBackbone) -> None:

@@ -23,15 +23,27 @@ from torch import Tensor, nn
 
 RENAMING = Callable[[Collection[str]], dict[str, str]]
 REPACKING = Callable[[Mapping[str, Tensor]], dict[str, Tensor]]
+RESHAPING = Callable[[Mapping[str, Tensor], Mapping[str, Tensor]], dict[str, Tensor]]
+
+
+def _as_they_are(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return dict(given)
+
 
 WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".pyth")
 
 # What the code bases that train rewired networks do.
 PAPERS_WIRING = {"unit": "branch", "merge": "mean", "segment": None, "beta": 1.0}
 
-# Where training frameworks put the weights inside a checkpoint, the first that is there: the moving average of OpenTAD
-# and timm, which they evaluate; mmengine, OpenTAD, timm; pytorchvideo; DeepSpeed.
-WRAPPERS = ("state_dict_ema", "state_dict", "model_state", "model", "module")
+# Where training frameworks put the weights inside a checkpoint. The first that holds tensors is taken: moving averages,
+# which the frameworks evaluate, before the weights that were trained; whole networks before V-JEPA's two encoders.
+WRAPPERS = (
+    *("state_dict_ema", "model_ema", "ema", "params_ema"),
+    *("state_dict", "model_state_dict", "model_state", "model", "net", "params", "module"),
+    *("target_encoder", "encoder"),
+)
+MAX_NESTING = 4
+"""Checkpoints hold weights at most so deep: `model.state_dict` is 2."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +82,12 @@ class KeyLayout:
     """Their entries, prefix removed -> the same with fused ones in parts, which `to_ours` then renames."""
     pack: REPACKING = dict
     """The reverse of `unpack`."""
+    reshape: RESHAPING = _as_they_are
+    """Their entries under our names, and those of our network -> theirs in its shapes, where there is a rule for it:
+    weights of a network for pictures, inflated to video."""
+    optional: tuple[str, ...] = ()
+    """Regular expressions for groups of our entries. A file may lack all of a group, which then stays as it was built,
+    but not some of it."""
     wiring: Mapping[str, Any] | None = None
     """How networks are rewired whose weights this code base names so (see `rewire.wiring_of`); None for plain ones."""
 
@@ -84,6 +102,8 @@ class LoadReport:
     """Our names."""
     ignored: tuple[str, ...]
     """Their names: heads and tables of this network, and everything outside `prefix`."""
+    kept: tuple[str, ...] = ()
+    """Our names that the file does not hold and need not: they are as they were built."""
 
 
 def load_weights(model: nn.Module, path: str | Path, *, layouts: Sequence[KeyLayout]) -> LoadReport:
@@ -101,19 +121,24 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], *, layouts: Sequen
     inside = {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
     inside = layout.unpack(inside)
     names = layout.to_ours(inside)
-    ours = {our_name: inside[key] for key, our_name in names.items()}
-    _check_fit(model.state_dict(), ours, what=f"{what} ({layout.name} layout)", network=network)
-    model.load_state_dict(ours)
+    wanted = model.state_dict()
+    ours = layout.reshape({our_name: inside[key] for key, our_name in names.items()}, wanted)
+    kept: dict[str, Tensor] = {}
+    for group in layout.optional:
+        members = {key: value for key, value in wanted.items() if re.fullmatch(group, key)}
+        kept |= members if members.keys().isdisjoint(ours) else {}
+    _check_fit(wanted, ours | kept, what=f"{what} ({layout.name} layout)", network=network)
+    model.load_state_dict(ours | kept)
     ignored = [key for key in state if not key.startswith(prefix)]
     ignored += [prefix + key for key in inside if key not in names]
-    return LoadReport(layout.name, prefix, tuple(ours), tuple(ignored))
+    return LoadReport(layout.name, prefix, tuple(ours), tuple(ignored), tuple(kept))
 
 
 def export_state(model: nn.Module, *, layout: KeyLayout) -> dict[str, Tensor]:
     """The weights of `model` under the names of another code base; constant tables and heads are not in it."""
     state = model.state_dict()
     names = layout.from_ours(state)
-    return layout.pack({names[key]: value for key, value in state.items()})
+    return layout.pack({name: state[key] for key, name in names.items()})
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
@@ -195,17 +220,24 @@ def _first_sentence(error: Exception) -> str:
 
 
 def _unwrap(content: object, path: Path) -> Checkpoint:
-    places: list[str] = []
-    while isinstance(content, Mapping):
-        tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
-        if tensors:
-            return Checkpoint(tensors, ".".join(places))
-        place = next((key for key in WRAPPERS if content.get(key)), None)
-        if place is None:
-            break
-        places.append(place)
-        content = content[place]
-    raise ValueError(f"{path} holds no tensors by name, at its top or under {', '.join(WRAPPERS)}")
+    if (found := _find_tensors(content)) is not None:
+        return found
+    parts = [str(key) for key in content] if isinstance(content, Mapping) else []
+    raise ValueError(
+        f"{path} holds no tensors by name, at its top or under {', '.join(WRAPPERS)}; it holds "
+        f"{_shortened(parts) or f'a {type(content).__name__}'}. Save the weights alone in a file"
+    )
+
+
+def _find_tensors(content: object, places: tuple[str, ...] = ()) -> Checkpoint | None:
+    """The first of `WRAPPERS` that holds tensors, else those that lie beside them (best_acc1, a mask token)."""
+    if not isinstance(content, Mapping) or len(places) > MAX_NESTING:
+        return None
+    for place in WRAPPERS:
+        if (found := _find_tensors(content.get(place), (*places, place))) is not None:
+            return found
+    tensors = {key: value for key, value in content.items() if isinstance(key, str) and isinstance(value, Tensor)}
+    return Checkpoint(tensors, ".".join(places)) if tensors else None
 
 
 def _recognise(keys: Iterable[str], layouts: Sequence[KeyLayout], *, what: str, network: str) -> tuple[KeyLayout, str]:

@@ -6,11 +6,13 @@ import importlib
 import os
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
 
 import re2tal
 from re2tal.runs.exit_status import DIVERGED, KEYBOARD, WRONG_INPUT
+from re2tal.training.signals import stop_requests
 
 if TYPE_CHECKING:
     from tyro.constructors import ConstructorRegistry
@@ -64,7 +66,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if name not in COMMANDS:
         _exit(f"unknown command {name!r}; known: {', '.join(COMMANDS)}", WRONG_INPUT)
     try:
-        status = _run(name, rest)
+        # From the first line on: torch takes seconds to import, and a scheduler may not wait for it.
+        with stop_requests() if name == "train" else nullcontext():
+            status = _run(name, rest)
     except (ValueError, OSError) as error:
         _exit(str(error), WRONG_INPUT)
     except FloatingPointError as error:

@@ -26,7 +26,8 @@ def import_weights(
     """Convert weights that another code base trained; nothing that could run code is read.
 
     Args:
-        weights: a .safetensors or torch file: an OpenTAD detector, or a backbone in any layout that its family reads
+        weights: a .safetensors or torch file: a detector of OpenTAD (on features also of ActionFormer's release), or a
+            backbone in any layout that its family reads
         run: the network, from --recipe NAME (thumos14_re2swin_tiny by default) or --config FILE, and its changes
         out: run folder for a whole detector, or a file ending in .safetensors for the backbone alone
         classes: text file with the detector's classes, one per line, in the order of its training

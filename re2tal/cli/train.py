@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -9,8 +10,9 @@ import tyro
 
 from re2tal.runs import training_run
 from re2tal.runs.deepspeed_presets import DEFAULT_PRESET
-from re2tal.runs.exit_status import INTERRUPTED
+from re2tal.runs.exit_status import HUNG, INTERRUPTED
 from re2tal.runs.tasks import AnyRun
+from re2tal.training.watchdog import RanksLost
 
 
 def train(
@@ -30,7 +32,11 @@ def train(
         resume: continue from the newest sound checkpoint in the run folder, or start if there is none
         overwrite: remove what an earlier run left in the run folder
     """
-    trained = training_run.train(run, ds=ds, out=out, resume=resume, overwrite=overwrite)
+    try:
+        trained = training_run.train(run, ds=ds, out=out, resume=resume, overwrite=overwrite)
+    except RanksLost as error:
+        print(f"re2tal: {error}", file=sys.stderr)
+        return HUNG
     if trained.report is not None:
         print(trained.report)
     return INTERRUPTED if trained.interrupted else 0

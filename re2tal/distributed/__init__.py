@@ -10,6 +10,7 @@ from re2tal.distributed.collectives import (
     named_host,
     refuse_differences,
     together,
+    value_of_each_rank,
 )
 from re2tal.distributed.world import World, first_host, free_port, resolve_world
 
@@ -27,4 +28,5 @@ __all__ = [
     "refuse_differences",
     "resolve_world",
     "together",
+    "value_of_each_rank",
 ]

@@ -127,6 +127,17 @@ def mean_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return total / dist.get_world_size()
 
 
+def value_of_each_rank(value: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Every rank calls this with a scalar on the device where the group communicates; each gets all of them (R,) and
+    its own number. No host waits."""
+    if not _joined():
+        return value.reshape(1), 0
+    values = value.new_zeros(dist.get_world_size())
+    values[dist.get_rank()] = value
+    dist.all_reduce(values)
+    return values, dist.get_rank()
+
+
 @contextmanager
 def main_process_first() -> Iterator[None]:
     """Every rank enters this; rank 0 runs the body first, the others when it is done, or has failed."""

@@ -6,6 +6,8 @@ DIoU (Zheng et al., AAAI 2020): 1 - IoU + (distance of centres / length of the e
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -59,6 +61,14 @@ def _iou(left: Tensor, right: Tensor, true_left: Tensor, true_right: Tensor) -> 
 class RunningCount(nn.Module):
     """An exponential mean of a count, kept in a buffer.
 
+    The batches of an optimizer step, of all ranks and one after the other, have an order. With m the mean before the
+    step, batch number n of it is divided by
+
+        momentum * m + (1 - momentum) * (c[0] + ... + c[n]) / (n + 1)
+
+    and the mean after the step is that of its last batch. So neither losses nor mean depend on how the batches of a
+    step are split over ranks and accumulation, and a step of one batch has the exponential mean of the published code.
+
     It is stored in whole millionths (2**-20), because `model.bfloat16()` rounds every floating buffer to 8 bits, and a
     mean of 100 would then no longer move.
     """
@@ -70,16 +80,34 @@ class RunningCount(nn.Module):
         super().__init__()
         self.momentum = momentum
         self.register_buffer("units", torch.tensor(round(initial * self.UNITS), dtype=torch.int64))
+        self.of_all_ranks: Callable[[Tensor], tuple[Tensor, int]] = _of_one_rank
+        """A scalar of each rank -> those of all ranks (R,), and the number of this one; a collective."""
+        self._step: tuple[Tensor, list[Tensor]] | None = None
+
+    def begin_step(self) -> None:
+        """The counts from here on are of one optimizer step. Never called: each count is a step of its own."""
+        self._step = (self.units.clone(), [])
 
     def value(self) -> Tensor:
         """The mean, a float32 scalar."""
         return (self.units.double() / self.UNITS).float()
 
     def update(self, count: Tensor) -> Tensor:
-        """Mix a new count in and return the mean; each rank keeps its own."""
-        mean = self.momentum * self.units.double() + (1 - self.momentum) * self.UNITS * count.double()
-        self.units.copy_(mean.round().to(torch.int64))
-        return self.value()
+        """Mix a new count in; the mean up to and with it, a float32 scalar. Every rank calls this."""
+        before, counts = self._step or (self.units.clone(), [])
+        here, rank = self.of_all_ranks(count.double())
+        own = self._mixed(before, torch.cat([*counts, here[: rank + 1]]))
+        counts.append(here)
+        self.units.copy_(self._mixed(before, torch.cat(counts)))
+        return (own.double() / self.UNITS).float()
+
+    def _mixed(self, before: Tensor, counts: Tensor) -> Tensor:
+        mean = self.momentum * before.double() + (1 - self.momentum) * self.UNITS * counts.mean()
+        return mean.round().to(torch.int64)
+
+
+def _of_one_rank(count: Tensor) -> tuple[Tensor, int]:
+    return count.reshape(1), 0
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -154,7 +154,7 @@ def import_weights(
             f"over {_some(left_over)}; check `layout`, and the config's levels, blocks and convolutions"
         )
     for public, name in names.items():
-        if state[public].numel() != own[name].numel():
+        if _sides(state[public]) != _sides(own[name]):
             raise ValueError(
                 f"{public} is {tuple(state[public].shape)}, {name} is {tuple(own[name].shape)}; check the config's "
                 "channels, `in_channels` and the number of classes"
@@ -178,6 +178,11 @@ def export_weights(localizer: PyramidLocalizer | VSGN, *, layout: Variant) -> di
             tensor = tensor.squeeze(0)
         public[public_name(name, localizer=localizer, layout=layout)] = tensor
     return public
+
+
+def _sides(tensor: Tensor) -> list[int]:
+    """Its shape without axes of length 1: those are all in which ours and theirs may differ."""
+    return [size for size in tensor.shape if size != 1]
 
 
 _COUNT = "positives.units"

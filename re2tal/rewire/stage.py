@@ -11,7 +11,7 @@ It takes the place of an `nn.Sequential`, which is called, or of an `nn.ModuleLi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
@@ -86,18 +86,37 @@ class RewiredStage(nn.Module):
         return Coupling(1 - self.config.beta, self.config.beta)
 
     def runs(self) -> Iterator[tuple[list[nn.Module], list[int]]]:
-        """The blocks of each unbroken residual sequence, and the number of units in each of its reversible runs."""
+        """The blocks of each unbroken residual sequence, and the number of units in each of its reversible runs.
+
+        A first run in which nothing is trained is left out: it keeps nothing."""
         names: list[str] = []
         ends = self.run_ends()
         for name in self._modules:
             names += [name] if name in self.residual else []
             if name in ends:
-                by_block = self.config.unit == "block"
-                total = len(names) if by_block else sum(len(self.residual[one].branches) for one in names)
-                length = self.config.segment or total
+                numbers = [1 if self.config.unit == "block" else len(self.residual[one].branches) for one in names]
                 blocks = [self.get_submodule(one) for one in names]
-                yield blocks, [min(length, total - first) for first in range(0, total, length)]
+                units = [block for block, number in zip(blocks, numbers, strict=True) for _ in range(number)]
+                bounds = self._bounds(units)
+                lengths = [last - first for first, last in pairwise(bounds)]
+                yield blocks, lengths[1:] if self._num_frozen(units) in range(1, len(units)) else lengths
                 names = []
+
+    def _bounds(self, units: Sequence[nn.Module]) -> list[int]:
+        """Where reversible runs over these units begin, and the end; `units` holds the block of each.
+
+        At beta 0 blocks before the first trained one are a run of their own. It keeps nothing where x wants no
+        gradient, and a run that ends changes nothing there, as it ends in the last of its states.
+        """
+        frozen, total = self._num_frozen(units), len(units)
+        start = frozen if frozen < total else 0
+        return sorted({0, *range(start, total, self.config.segment or total), total})
+
+    def _num_frozen(self, units: Sequence[nn.Module]) -> int:
+        if self.config.beta != 0:
+            return 0
+        trained = [any(one.requires_grad for one in block.parameters()) for block in units]
+        return trained.index(True) if any(trained) else len(trained)
 
     def saved_states(self, length: int, *, dtype: torch.dtype) -> list[int]:
         """Which of its states 0 .. `length` a run of that many functions keeps, if it starts with one of `dtype`."""
@@ -204,9 +223,8 @@ class RewiredStage(nn.Module):
         units = [(self.get_submodule(call.name), unit) for call in calls for unit in self._units(call)]
         if kind is not None:
             units = [(block, unit_checked_for_escapes(unit, stage=self.path)) for block, unit in units]
-        length = self.config.segment or len(units)
-        for first in range(0, len(units), length):
-            blocks, branches = zip(*units[first : first + length], strict=True)
+        for first, last in pairwise(self._bounds([block for block, _ in units])):
+            blocks, branches = zip(*units[first:last], strict=True)
             # One context per run: prefetching follows the order of runs.
             with offloaded(x) if self.config.offload else nullcontext():
                 x = run_reversibly(

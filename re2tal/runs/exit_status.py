@@ -1,4 +1,4 @@
-"""Exit statuses of the `re2tal` command; 0 is done."""
+"""Exit statuses of the `re2tal` command; 0 is done. docs/cluster.md lists them with what to do."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ DAMAGED = 4
 """A shard differs from what was built."""
 INTERRUPTED = 75
 """A run that was told to stop has saved; a job script may start it again with --resume."""
+HUNG = 77
+"""A rank hung, was stopped or died, and the others ended for it."""
 DIVERGED = 78
 """The numbers of a run stopped being finite; starting it again would not help."""
 KEYBOARD = 130

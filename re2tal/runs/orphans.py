@@ -3,7 +3,7 @@
     deepspeed (runner) -> deepspeed.launcher.launch -> rank         a runner that ends says nothing to the two below it
     torchrun, srun                                  -> rank         they pass SIGTERM on, but may be killed
 
-A rank whose launcher is gone gets SIGTERM, as if told to stop: it saves and ends. One that cannot ends after a while.
+A rank whose launcher is gone is told to stop: it saves and ends. One that cannot ends after a while.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ from __future__ import annotations
 import ctypes
 import faulthandler
 import os
-import signal
 import sys
 import threading
 import time
 from pathlib import Path
+
+from re2tal.training.signals import PARENT_IS_GONE, ask_to_stop
+from re2tal.training.watchdog import timer_is_taken
 
 PR_SET_PDEATHSIG = 1
 GRACE_SECONDS = 120.0
@@ -25,7 +27,7 @@ SHELLS = ("bash", "sh", "dash", "zsh", "fish", "ksh", "tcsh", "screen", "tmux")
 
 
 def end_with_the_launcher() -> None:
-    """To be called first of all; does nothing in a process that a shell, or nobody, launched."""
+    """To be called inside `stop_requests`; does nothing in a process that a shell, or nobody, launched."""
     parent = os.getppid()
     if not ({"RANK", "SLURM_PROCID"} & os.environ.keys()) or parent <= 1 or _name(parent).startswith(SHELLS):
         return
@@ -33,7 +35,7 @@ def end_with_the_launcher() -> None:
     watched = {os.getpid(): parent}
     if "deepspeed.launcher.launch" in _command(parent) and (runner := _parent(parent)) is not None and runner > 1:
         watched[parent] = runner
-    told = sys.platform == "linux" and ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM) == 0
+    told = sys.platform == "linux" and ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, PARENT_IS_GONE) == 0
     threading.Thread(target=_watch, args=(watched, os.getpid() if told else None), daemon=True).start()
 
 
@@ -45,6 +47,7 @@ def _watch(watched: dict[int, int], told_of: int | None) -> None:
     while not (lost := [child for child, parent in watched.items() if _parent(child) != parent]):
         time.sleep(0.5)
     # Not in Python, which a rank that hangs in native code cannot run.
+    timer_is_taken.set()
     faulthandler.dump_traceback_later(GRACE_SECONDS, exit=True)
     print(
         f"rank {os.environ.get('RANK', '?')}: its launcher (process {watched[lost[0]]}) is gone; it saves and ends, "
@@ -53,7 +56,7 @@ def _watch(watched: dict[int, int], told_of: int | None) -> None:
         flush=True,
     )
     if told_of not in lost:
-        os.kill(os.getpid(), signal.SIGTERM)
+        ask_to_stop()
 
 
 def _parent(pid: int) -> int | None:

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import nn
 
+from re2tal.backbones import plain_start
 from re2tal.config import RecognitionConfig, RunConfig, build_detector, build_recognizer
 from re2tal.data.building.clips import true_classes
 from re2tal.data.contract.shards import FeatureSet, ShardSet
-from re2tal.data.streaming.stream import ClipStream
 from re2tal.distributed import is_main
 from re2tal.evaluation.accuracy import AccuracyReport, accuracy
 from re2tal.evaluation.average_precision import MapReport, mean_average_precision
 from re2tal.evaluation.results import write_results
 from re2tal.evaluation.video_classes import write_video_classes
 from re2tal.inference import classify, predict
+from re2tal.structures import Batch
 from re2tal.training.engine import Engine
 
 AnyRun = RunConfig | RecognitionConfig
@@ -40,6 +41,9 @@ class Outcome(NamedTuple):
 
 def build_model(config: AnyRun, classes: Sequence[str]) -> nn.Module:
     """The detector or recognizer for actions of `classes`, with the weights that the configuration names."""
+    first_beta = config.annealing.start if config.annealing.epochs > 0 else None
+    if is_main() and (warning := plain_start(config.backbone, first_beta=first_beta)) is not None:
+        print(f"warning: {warning}", file=sys.stderr, flush=True)
     if isinstance(config, RunConfig):
         return build_detector(config, classes)
     recognizer, about_the_classifier = build_recognizer(config, classes)
@@ -48,15 +52,17 @@ def build_model(config: AnyRun, classes: Sequence[str]) -> nn.Module:
     return recognizer
 
 
-def judge(engine: Engine, *, config: AnyRun, shards: ShardSet | FeatureSet, clips: ClipStream) -> Outcome:
-    """Every rank calls this: predicts all videos of `shards` and scores the predictions."""
+def judge(engine: Engine, *, config: AnyRun, shards: ShardSet | FeatureSet, batches: Iterable[Batch]) -> Outcome:
+    """Every rank calls this: predicts all videos of `shards`, each rank its `batches`, and scores them."""
     if isinstance(config, RunConfig):
-        return _judge_detector(engine, config, shards, clips)
-    return _judge_recognizer(engine, shards, clips)
+        return _judge_detector(engine, config, shards, batches)
+    return _judge_recognizer(engine, shards, batches)
 
 
-def _judge_detector(engine: Engine, config: RunConfig, shards: ShardSet | FeatureSet, clips: ClipStream) -> Outcome:
-    predictions = predict(engine, clips.epoch(0), suppression=config.suppression, device=engine.device)
+def _judge_detector(
+    engine: Engine, config: RunConfig, shards: ShardSet | FeatureSet, batches: Iterable[Batch]
+) -> Outcome:
+    predictions = predict(engine, batches, suppression=config.suppression, device=engine.device)
     classes = engine.module.localizer.classes
     report = mean_average_precision(
         predictions,
@@ -83,8 +89,8 @@ def _judge_detector(engine: Engine, config: RunConfig, shards: ShardSet | Featur
     )
 
 
-def _judge_recognizer(engine: Engine, shards: ShardSet | FeatureSet, clips: ClipStream) -> Outcome:
-    scores = classify(engine, clips.epoch(0), device=engine.device)
+def _judge_recognizer(engine: Engine, shards: ShardSet | FeatureSet, batches: Iterable[Batch]) -> Outcome:
+    scores = classify(engine, batches, device=engine.device)
     classes = engine.module.classes
     report = accuracy(scores, true_classes(shards), classes=classes)
     shares = {"top1": report.top1, "top5": report.top5, "mean_class_accuracy": report.mean_class_accuracy}

@@ -7,64 +7,47 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from re2tal.config import RecognitionConfig, RunConfig, flatten, save_config, to_json
 from re2tal.data.building.clips import true_classes
 from re2tal.data.contract.shards import FeatureSet, ShardSet, open_any, subset_folder
-from re2tal.data.streaming.stream import ClipStream, stream_clips
 from re2tal.distributed import World, is_main, made_by_main, refuse_differences, resolve_world, together
-from re2tal.evaluation.accuracy import AccuracyReport
-from re2tal.evaluation.average_precision import MapReport
-from re2tal.inference import detector_input
 from re2tal.options import defaults_of, names_with
 from re2tal.planning.shared import PLAN_NAME, save_plan, shared_plan
 from re2tal.planning.step_plan import StepPlan
-from re2tal.rewire import wiring_of
 from re2tal.runs.deepspeed_presets import DEFAULT_PRESET, find_preset
 from re2tal.runs.demo_data import make_if_wanted
-from re2tal.runs.folder import CHECKPOINTS_NAME, CONFIG_NAME, MODEL_NAME, RESULTS_NAME, SUMMARY_NAME, claim
+from re2tal.runs.exit_status import HUNG
+from re2tal.runs.folder import CHECKPOINTS_NAME, CONFIG_NAME, claim
 from re2tal.runs.lock import locked
 from re2tal.runs.model_folder import describe_trained
 from re2tal.runs.orphans import end_with_the_launcher
 from re2tal.runs.stored_features import check_kind, check_pair, describe, on_features
 from re2tal.runs.tasks import AnyRun, Outcome, build_model, judge
-from re2tal.strict_json import write_json
-from re2tal.structures import Batch, FeatureBatch
+from re2tal.runs.training_data import alike_on_any_ranks, prepare, stream_of
+from re2tal.runs.training_end import TrainedRun, finish
 from re2tal.training.agreement import versions, weight_checksums
 from re2tal.training.annealing import beta_course
 from re2tal.training.checkpoint import CheckpointStore
-from re2tal.training.engine import Engine, build_engine, gather_weights, join, leave, zero_stage
-from re2tal.training.export import write_model
+from re2tal.training.elastic import RANKS, same_clips_per_step
+from re2tal.training.engine import Engine, build_engine, join, leave, zero_stage
 from re2tal.training.finite import check_finite
-from re2tal.training.frames import prepare_frames
 from re2tal.training.generators import seed_generators
-from re2tal.training.metrics import MetricsLog, peak_memory_gib
+from re2tal.training.interruption import Agreement, Interrupted
+from re2tal.training.metrics import MetricsLog
 from re2tal.training.optimizer import build_optimizer
 from re2tal.training.schedule import learning_rate_factor, num_optimizer_steps
+from re2tal.training.signals import StopRequests, stop_requests
 from re2tal.training.trainer import Trainer
+from re2tal.training.watchdog import at, watched
 from re2tal.training.zero_file import resolve_deepspeed_config
-
-
-@dataclass(frozen=True, slots=True)
-class TrainedRun:
-    """The outcome of `train`."""
-
-    folder: Path
-    """The run folder; `re2tal.runs.folder` names its files."""
-    interrupted: bool
-    """The run was told to stop, and saved a checkpoint: `train` with resume continues it."""
-    summary: Mapping[str, Any]
-    """The content of summary.json, on rank 0; empty on the others, and of an interrupted run."""
-    report: MapReport | AccuracyReport | None = None
-    """The scores of the trained network, by class, on rank 0; None on the others, and of an interrupted run."""
 
 
 def train(
@@ -89,41 +72,87 @@ def train(
         trained = re2tal.train(config, out="runs/demo")
         print(trained.summary["average_map"])
     """
-    started = time.perf_counter()
-    end_with_the_launcher()
     if resume and overwrite:
         raise ValueError("resume continues the earlier run, overwrite removes it; choose one of them")
-    world = resolve_world(os.environ)
     folder = Path("runs") / config.name if out is None else Path(out)
-    device = join(world, config.engine)
     with ExitStack() as cleanup:
-        cleanup.callback(leave)
-        _same_start(config, {"out": folder.absolute(), "resume": resume, "overwrite": overwrite})
+        requests = cleanup.enter_context(stop_requests())
+        end_with_the_launcher()
+        try:
+            return _train(config, folder, requests, cleanup, ds=ds, resume=resume, overwrite=overwrite)
+        except Interrupted:
+            if is_main():
+                print(f"stopped as told; go on with --resume (run folder {folder})", file=sys.stderr, flush=True)
+            return TrainedRun(folder, interrupted=True, summary={})
+
+
+def _train(
+    config: AnyRun,
+    folder: Path,
+    requests: StopRequests,
+    cleanup: ExitStack,
+    *,
+    ds: Path | str,
+    resume: bool,
+    overwrite: bool,
+) -> TrainedRun:
+    """Interrupted on all ranks when one was told to stop. `cleanup` unwinds when this is over."""
+    started = time.perf_counter()
+    world = resolve_world(os.environ)
+    device = join(world, config.engine)
+    cleanup.callback(leave)
+    ranks = Agreement(requests, device)
+    at("start-up", patient=True)
+    watch = watched(
+        folder,
+        limit_seconds=60 * config.engine.timeout_minutes,
+        master_addr=world.master_addr,
+        exit_status=HUNG,
+    )
+    cleanup.enter_context(watch)
+    _same_start(config, {"out": folder.absolute(), "resume": resume, "overwrite": overwrite})
+    ranks.check()
+    ds_file, settings = together(lambda: _engine_settings(ds, config, world))[world.rank]
+    make_if_wanted(config, world)
+    training, validation = _open_both(config)
+    if isinstance(config, RunConfig) and isinstance(training, FeatureSet):
+        config = on_features(config, training)
+    check_kind(config, training)
+    _check_norms(config)
+    made_by_main(lambda: cleanup.enter_context(locked(folder)))
+    claim(folder, resume=resume, overwrite=overwrite)
+    if resume and (saved := made_by_main(CheckpointStore(folder / CHECKPOINTS_NAME, identity={}).newest_run)):
+        config = replace(config, engine=same_clips_per_step(config.engine, saved, num_ranks=world.world_size))
         ds_file, settings = together(lambda: _engine_settings(ds, config, world))[world.rank]
-        make_if_wanted(config, world)
-        training, validation = _open_both(config)
-        if isinstance(config, RunConfig) and isinstance(training, FeatureSet):
-            config = on_features(config, training)
-        check_kind(config, training)
-        _check_norms(config)
-        made_by_main(lambda: cleanup.enter_context(locked(folder)))
-        claim(folder, resume=resume, overwrite=overwrite)
-        clips = _stream(config, validation, world, training=False)
-        evaluate = partial(judge, config=config, shards=validation, clips=clips)
-        earlier = folder / PLAN_NAME if resume else None
-        plan = _plan(config, ds_file, world, classes=training.classes, device=device, earlier=earlier)
-        trainer = _build(config, settings, folder, world, shards=training, evaluate=evaluate, device=device, plan=plan)
-        resumed = resume and trainer.resume()
-        if world.is_main:  # not before: a run that may not be resumed like this keeps the configuration it has
-            save_config(folder / CONFIG_NAME, config)
-            if plan is not None:
-                save_plan(folder / PLAN_NAME, plan)
-        if resumed:
-            trainer.log.say(f"resumed at step {trainer.progress.step} of {trainer.num_steps}")
-        with closing(trainer.log):
-            if trainer.train() == "interrupted":
-                return TrainedRun(folder, interrupted=True, summary={})
-            return _finish(trainer, folder, evaluate, config=config, training=training, started=started)
+    ranks.check()
+    clips = stream_of(config, validation, world, training=False)
+
+    def evaluate(engine: Engine) -> Outcome:
+        return judge(engine, config=config, shards=validation, batches=ranks.between(clips.epoch(0)))
+
+    earlier = folder / PLAN_NAME if resume else None
+    plan = _plan(config, ds_file, world, classes=training.classes, device=device, earlier=earlier)
+    ranks.check()
+    trainer = _build(config, settings, folder, world, shards=training, evaluate=evaluate, device=device, plan=plan)
+    resumed = resume and trainer.resume()
+    if world.is_main:  # not before: a run that may not be resumed like this keeps the configuration it has
+        save_config(folder / CONFIG_NAME, config)
+        if plan is not None:
+            save_plan(folder / PLAN_NAME, plan)
+    if resumed:
+        trainer.log.say(f"resumed at step {trainer.progress.step} of {trainer.num_steps}")
+    with closing(trainer.log):
+        if trainer.train() == "interrupted":
+            raise Interrupted
+        features = describe(training) if isinstance(training, FeatureSet) else None
+
+        def describe_run(summary: Mapping[str, Any]) -> None:
+            if isinstance(config, RunConfig):
+                describe_trained(folder, config, trainer.engine.module.classes, summary=summary, training=training)
+
+        return finish(
+            trainer, folder, evaluate, ranks=ranks, features=features, describe_run=describe_run, started=started
+        )
 
 
 def _same_start(config: AnyRun, options: Mapping[str, object]) -> None:
@@ -184,7 +213,9 @@ def _build(
     check_finite(model)
     if plan is not None:
         plan.apply(model)
-    clips = _stream(config, shards, world, training=True)
+    clips = stream_of(config, shards, world, training=True)
+    accumulation = config.engine.gradient_accumulation
+    begin_step = alike_on_any_ranks(model, clips, accumulation=accumulation)
     refuse_differences(
         {
             **{f"DeepSpeed's {name}": value for name, value in flatten(settings)},
@@ -194,28 +225,19 @@ def _build(
         }
     )
     seed_generators(seed, rank=world.rank)  # but different paths dropped
-    accumulation = config.engine.gradient_accumulation
     steps_per_epoch = clips.steps_per_epoch / accumulation
     num_steps = num_optimizer_steps(config.training.epochs, clips.steps_per_epoch, accumulation=accumulation)
     factor = learning_rate_factor(config.schedule, steps_per_epoch=steps_per_epoch, num_steps=num_steps)
     beta = beta_course(config.annealing, end=config.backbone.beta, steps_per_epoch=steps_per_epoch, num_steps=num_steps)
     engine = build_engine(model, build_optimizer(model, config.optimizer), factor=factor, settings=settings)
-    free = set(names_with(config, "resumable"))
-    unchangeable = {name: value for name, value in flatten(to_json(config)) if name not in free}
-    identity = {
-        **unchangeable,
-        "number of ranks": world.world_size,
-        "ZeRO stage": zero_stage(engine),
-        "number of classes": len(shards.classes),
-        "training shards": shards.manifest_sha256,
-    }
+    identity = _identity(config, engine, shards, world)
     dtype = next(model.parameters()).dtype
     return Trainer(
         engine,
         clips,
         lambda engine: evaluate(engine).figures,
         config.training,
-        prepare=partial(_prepare, strength=config.data.clips.colour_jitter, seed=seed, rank=world.rank, dtype=dtype),
+        prepare=partial(prepare, strength=config.data.clips.colour_jitter, seed=seed, world=world, dtype=dtype),
         checkpoints=CheckpointStore(
             folder / CHECKPOINTS_NAME,
             identity=identity,
@@ -225,7 +247,21 @@ def _build(
         log=MetricsLog(folder, enabled=world.is_main),
         beta=beta,
         planned_bytes=None if plan is None else plan.memory.peak,
+        new_step=begin_step,
     )
+
+
+def _identity(config: AnyRun, engine: Engine, shards: ShardSet | FeatureSet, world: World) -> dict[str, Any]:
+    """What a checkpoint of this run must have in common with the run that resumes it, by name."""
+    free = set(names_with(config, "resumable"))
+    unchangeable = {name: value for name, value in flatten(to_json(config)) if name not in free}
+    return {
+        **unchangeable,
+        RANKS: world.world_size,
+        "ZeRO stage": zero_stage(engine),
+        "number of classes": len(shards.classes),
+        "training shards": shards.manifest_sha256,
+    }
 
 
 def _plan(
@@ -243,62 +279,3 @@ def _plan(
     if world.is_main:
         print(plan, file=sys.stderr, flush=True)
     return plan
-
-
-def _stream(config: AnyRun, shards: ShardSet | FeatureSet, world: World, *, training: bool) -> ClipStream:
-    return stream_clips(
-        shards,
-        config.data.clips,
-        batch_size=config.engine.batch_size,
-        training=training,
-        rank=world.rank,
-        world_size=world.world_size,
-        seed=config.training.seed,
-        decoder=config.data.decoder,
-        # torchrun and accelerate say it; under other launchers each rank counts for itself alone.
-        ranks_on_host=int(on_host) if (on_host := os.environ.get("LOCAL_WORLD_SIZE", "")).isdecimal() else 1,
-    )
-
-
-def _prepare(batch: Batch, position: int, *, strength: float, seed: int, rank: int, dtype: torch.dtype) -> torch.Tensor:
-    """Colours and normalises on the device; draws by the place in the run alone, so a resumed run repeats it."""
-    if isinstance(batch, FeatureBatch):
-        return detector_input(batch, dtype=dtype)
-    mixed = np.random.SeedSequence([seed, rank, position]).generate_state(1, np.uint64)
-    generator = torch.Generator().manual_seed(int(mixed[0]))
-    return prepare_frames(batch.frames, strength=strength, generator=generator, dtype=dtype)
-
-
-def _finish(
-    trainer: Trainer,
-    folder: Path,
-    evaluate: Callable[[Engine], Outcome],
-    *,
-    config: AnyRun,
-    training: ShardSet | FeatureSet,
-    started: float,
-) -> TrainedRun:
-    """Every rank calls this: evaluates and exports the trained model; rank 0 writes."""
-    with trainer.averaged_weights():
-        outcome = evaluate(trainer.engine)
-        weights = gather_weights(trainer.engine)
-    trainer.log.write("evaluation", outcome.figures, step=trainer.progress.step)
-    if not is_main():
-        return TrainedRun(folder, interrupted=False, summary={})
-    model = trainer.engine.module
-    features = describe(training) if isinstance(training, FeatureSet) else None
-    write_model(folder / MODEL_NAME, weights, classes=model.classes, wiring=wiring_of(model), features=features)
-    outcome.write(folder / RESULTS_NAME)
-    summary = {
-        **outcome.summary,
-        "steps": trainer.progress.step,
-        "skipped": trainer.progress.skipped,
-        "train_seconds": round(trainer.progress.seconds, 1),
-        "total_seconds": round(time.perf_counter() - started, 1),
-        "peak_memory_gib": round(peak_memory_gib(trainer.engine.device), 2),
-        "ranks": int(trainer.engine.world_size),
-    }
-    write_json(folder / SUMMARY_NAME, summary)
-    if isinstance(config, RunConfig):
-        describe_trained(folder, config, model.classes, summary=summary, training=training)
-    return TrainedRun(folder, interrupted=False, summary=summary, report=outcome.report)

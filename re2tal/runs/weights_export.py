@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from re2tal.backbones.base import VideoBackbone
+from re2tal.backbones.base import BackboneConfig, VideoBackbone
 from re2tal.backbones.stored import NAME
 from re2tal.config import RecognitionConfig, load_run
 from re2tal.conversion import export_backbone, export_detector, import_backbone, save_for_the_library
@@ -44,13 +44,16 @@ def export_run(out: Path, *, run: Path, to: str, prefix: str = "") -> int:
     config = load_run(run / CONFIG_NAME)
     name = config.backbone.name
     if isinstance(config, RecognitionConfig):
-        return _write_backbone(load_recognizer(run, config).backbone, out, name=name, to=to, prefix=prefix)
+        recognizer = load_recognizer(run, config)
+        _merge(recognizer.backbone, config.backbone)
+        return _write_backbone(recognizer.backbone, out, name=name, to=to, prefix=prefix)
     if name == NAME:
         raise ValueError(
             f"{run} was trained on stored features, so it has no backbone; only whole detectors and backbones can be "
             "exported: give a run on videos"
         )
     detector = load_detector(run, config)
+    _merge(detector.backbone, config.backbone)
     if to == "opentad":
         return _write(out, export_detector(detector, config=config.backbone, prefix=prefix), to)
     return _write_backbone(detector.backbone, out, name=name, to=to, prefix=prefix)
@@ -69,6 +72,14 @@ def _export_model(out: Path, run: Path, *, prefix: str) -> int:
         out, config, model.weights, classes=model.classes, wiring=model.wiring, features=model.features, card=card
     )
     return len(model.weights)
+
+
+def _merge(backbone: VideoBackbone, config: BackboneConfig) -> None:
+    """Low-rank updates become part of the weights: other code bases have no place for them."""
+    if config.adapter == "lora":
+        from re2tal.backbones.adapters.lora import merge_lora
+
+        merge_lora(backbone)
 
 
 def _check(out: Path, *, to: str, prefix: str) -> None:

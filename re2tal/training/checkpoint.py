@@ -14,6 +14,7 @@ import os
 import shutil
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,16 @@ import torch.distributed as dist
 from re2tal.distributed import gather_objects, is_main, named_host
 from re2tal.strict_json import sha256_of, write_atomically
 from re2tal.training.agreement import refuse_drifted_replicas
+from re2tal.training.elastic import ACCUMULATION, RANKS, batches_of_step, place_in_run
 from re2tal.training.ema import WeightAverage
 from re2tal.training.engine import Engine, all_finite, find_non_finite
 from re2tal.training.generators import generator_states, restore_generators
 from re2tal.training.manifest import FOLDER, Manifest, Progress, read_manifest, write_manifest
+from re2tal.training.reshard import resharded
+from re2tal.training.watchdog import at
+
+SHAPE = (RANKS, ACCUMULATION, "ZeRO stage")
+"""Of an identity: what may change as long as a step takes as many clips. See `elastic` and `reshard`."""
 
 
 class CheckpointStore:
@@ -52,6 +59,7 @@ class CheckpointStore:
         Raises OSError on all ranks, old checkpoints kept, if one fails, and FloatingPointError if there is anything in
         the weights that no run should go on from.
         """
+        at(f"the checkpoint of step {progress.step}", patient=True)
         refuse_drifted_replicas(engine, step=progress.step)
         if poison := _non_finite_by_rank(engine, average):
             raise FloatingPointError(
@@ -102,14 +110,18 @@ class CheckpointStore:
             if name is None or manifest is None:
                 return None
             self._refuse_another_run(self.folder / name, manifest.run)
-            loaded, _ = engine.load_checkpoint(str(self.folder), tag=name)
-            assert loaded is not None
-            state = engine.checkpoint_engine.load(str(self.folder / name / _rank_file()), map_location="cpu")
-            _restore_rank_state(engine, average, state)
+            self._restore(name, manifest.run, engine, average)
             # Versions before this one saved whatever there was.
             if not (poison := _non_finite_by_rank(engine, average)):
-                return manifest.progress
+                return place_in_run(manifest.progress, manifest.run, num_ranks=_num_ranks())
             unfit[name] = f"not all numbers are finite: {poison}"
+
+    def newest_run(self) -> dict[str, Any] | None:
+        """The identity of the run in the newest checkpoint whose manifest can be read; its files are not looked at."""
+        for name in self._names():
+            with suppress(ValueError):
+                return read_manifest(self.folder / name, files=False).run
+        return None
 
     # ---------------------------------------------------------------------------------------------------------- writing
 
@@ -181,17 +193,30 @@ class CheckpointStore:
             return name, manifest, faults
         return None, None, faults
 
+    def _restore(self, name: str, saved: Mapping[str, Any], engine: Engine, average: WeightAverage | None) -> None:
+        """Every rank calls this: takes over a checkpoint of this run, of its shape or another."""
+        load = engine.checkpoint_engine.load
+        if any(self.identity.get(key) != saved.get(key) for key in SHAPE):
+            resharded(self.folder / name, engine, average, read=lambda path: load(str(path), map_location="cpu"))
+            return
+        loaded, _ = engine.load_checkpoint(str(self.folder), tag=name)
+        assert loaded is not None
+        _restore_rank_state(engine, average, load(str(self.folder / name / _rank_file()), map_location="cpu"))
+
     def _refuse_another_run(self, checkpoint: Path, saved: dict[str, Any]) -> None:
         saved = {name: self.defaults[name] for name in self.identity.keys() & self.defaults.keys()} | saved
         changes = [
             f"{name} is {self.identity.get(name)!r}, the checkpoint has {saved.get(name)!r}"
             for name in sorted(self.identity.keys() | saved.keys())
-            if not _alike(self.identity.get(name), saved.get(name))
+            if name not in SHAPE and not _alike(self.identity.get(name), saved.get(name))
         ]
+        batches, before = batches_of_step(self.identity), batches_of_step(saved)
+        if batches != before:
+            changes.append(f"a step takes {batches} batches of all ranks together, the checkpoint's {before}")
         if changes:
             raise ValueError(
                 f"{checkpoint} is of another run: {'; '.join(changes)}. Resume with the config.json of its run folder "
-                "and as many ranks, or choose another folder"
+                "or choose another folder"
             )
 
 
@@ -227,6 +252,10 @@ def _restore_rank_state(engine: Engine, average: WeightAverage | None, state: di
         buffers[name].copy_(saved)
     if average is not None:
         average.restore(state["average"])
+
+
+def _num_ranks() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def _rank_file() -> str:

@@ -9,6 +9,7 @@ import logging
 import math
 import os
 import pickle
+import socket
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,8 +23,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from re2tal.distributed import World, any_rank
+from re2tal.distributed import World, any_rank, named_host
 from re2tal.options import option
+from re2tal.training.rendezvous import refuse_foreign_listener
 
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -85,7 +87,8 @@ class EngineConfig:
     keep_nonresidual and offload. "auto" takes most of the device's free memory at the start; on a CPU, of the system's,
     shared by the ranks of a machine. None: no plan."""
     timeout_minutes: float = option(10.0, resumable=True, planned=False)
-    """How long a rank waits for the others before it gives up."""
+    """How long a rank waits for the others before it names who is missing and gives up; three times as long where one
+    rank may take its time: start-up, the first step, a checkpoint, the export."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "gradient_accumulation"):
@@ -114,18 +117,32 @@ def join(world: World, config: EngineConfig) -> torch.device:
     if torch.accelerator.is_available():
         device = torch.device(deepspeed.get_accelerator().device_name(world.device_index))
         torch.accelerator.set_device_index(world.device_index)
+    if world.rank > 0 and not dist.is_initialized():
+        refuse_foreign_listener(world, timeout_seconds=60 * config.timeout_minutes)
     try:
         deepspeed.init_distributed(
             timeout=timedelta(minutes=config.timeout_minutes), auto_mpi_discovery=False, verbose=False
         )
     except (dist.DistError, RuntimeError) as error:
-        raise ConnectionError(
-            f"rank {world.rank} of {world.world_size} could not meet the others at {world.master_addr}:"
-            f"{world.master_port} ({str(error).splitlines()[0]}). If the port is taken, choose another (deepspeed "
-            "--master_port, torchrun --master-port); across machines check MASTER_ADDR and set GLOO_SOCKET_IFNAME or "
-            "NCCL_SOCKET_IFNAME"
-        ) from error
+        raise ConnectionError(_why_not_joined(world, str(error).splitlines()[0])) from error
     return device
+
+
+def _why_not_joined(world: World, reason: str) -> str:
+    who = f"rank {world.rank} of {world.world_size} (host {named_host()})"
+    # Ranks met, or had no need to, and then found no way to each other: the port is not at fault.
+    if "Unable to find address" in reason or "connectFullMesh" in reason or "gloo" in reason:
+        chosen = os.environ.get("GLOO_SOCKET_IFNAME")
+        return (
+            f"{who} has no network interface to the others ({reason}); GLOO_SOCKET_IFNAME "
+            + (f"names {chosen!r}" if chosen else "is not set, and the host's own name leads nowhere")
+            + f"; set it to one of {[name for _, name in socket.if_nameindex()]}, the one that reaches the other hosts"
+        )
+    return (
+        f"{who} could not meet the others at {world.master_addr}:{world.master_port} ({reason}). If the port is taken, "
+        "choose another (deepspeed --master_port, torchrun --master-port); across machines check MASTER_ADDR and set "
+        "GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME"
+    )
 
 
 def leave() -> None:

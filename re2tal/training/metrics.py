@@ -59,6 +59,12 @@ class MetricsLog:
         line = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if "/" not in name or kind != "train")
         self.say(f"step {step}/{self.num_steps}  {line}")
 
+    def has(self, kind: str, *, step: int) -> bool:
+        """Whether values of a kind are logged for a step. On the rank that writes, of an open log."""
+        path = self.folder / "metrics.jsonl"
+        rows = map(json.loads, path.read_text("utf-8").splitlines()) if path.exists() else ()
+        return any(row.get("kind") == kind and row["step"] == step for row in rows)
+
     def say(self, line: str) -> None:
         """A line for the reader, above the bar if there is one."""
         if not self.enabled:

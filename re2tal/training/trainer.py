@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from re2tal.distributed import any_rank
+from re2tal.distributed import any_rank, made_by_main
 from re2tal.options import option
 from re2tal.rewire import count_states, largest_drift, set_beta
 from re2tal.structures import Batch
@@ -25,11 +25,13 @@ from re2tal.training.agreement import refuse_drifted_replicas, videos_by_rank
 from re2tal.training.checkpoint import CheckpointStore
 from re2tal.training.ema import WeightAverage
 from re2tal.training.engine import Engine, GradientWatch
+from re2tal.training.interruption import Agreement, Interrupted
 from re2tal.training.manifest import Progress
 from re2tal.training.metrics import Meter, MetricsLog, peak_memory_gib
 from re2tal.training.micro_batch import MicroBatch, forward
 from re2tal.training.schedule import num_optimizer_steps
 from re2tal.training.signals import stop_requests
+from re2tal.training.watchdog import at
 
 LOSS_SCALE_SEARCH = 40
 """Steps in a row that fp16 may skip while its loss scale is sought, beyond `max_non_finite`."""
@@ -79,7 +81,8 @@ Prepare = Callable[[Batch, int], Tensor]
 (B, 3, T, H, W), augmented and normalised, or features (B, C, T)."""
 
 Validate = Callable[[Engine], Mapping[str, float]]
-"""Every rank calls it; figures of merit by name. It leaves the engine in the mode it came in."""
+"""Every rank calls it; figures of merit by name. It leaves the engine in the mode it came in, also where it raises
+Interrupted on all ranks, which were told to stop."""
 
 
 class Trainer:
@@ -97,9 +100,11 @@ class Trainer:
         log: MetricsLog,
         beta: Callable[[int], float] | None = None,
         planned_bytes: int | None = None,
+        new_step: Callable[[], None] = lambda: None,
     ) -> None:
         """`beta`: optimizer steps done -> beta of a rewired network from there on; None leaves it as it is.
-        `planned_bytes`: the peak that a plan foresees, for the log to show beside the measured one."""
+        `planned_bytes`: the peak that a plan foresees, for the log to show beside the measured one.
+        `new_step`: called before the first batch of every optimizer step."""
         self.engine = engine
         self.clips = clips
         self.validate = validate
@@ -109,6 +114,7 @@ class Trainer:
         self.log = log
         self.beta = beta
         self.planned_bytes = planned_bytes
+        self.new_step = new_step
         self.accumulation = int(engine.gradient_accumulation_steps())
         self.num_steps = num_optimizer_steps(config.epochs, clips.steps_per_epoch, accumulation=self.accumulation)
         decay = config.average_decay
@@ -117,6 +123,7 @@ class Trainer:
         self.non_finite_in_a_row = self.overflows_in_a_row = 0
         self._waited = 0.0
         self.watch = GradientWatch(engine)
+        self.warm = False
 
     def resume(self) -> bool:
         """Every rank calls this: continues from the newest sound checkpoint; False where there is none."""
@@ -133,8 +140,11 @@ class Trainer:
         self.engine.train()
         self._couple()
         meter = Meter(clips_per_step=int(self.engine.train_batch_size()))
-        stop = False
         with stop_requests() as requests:
+            # Signals reach ranks at different times: all ranks agree, or some would save while others train.
+            ranks = Agreement(requests, self.engine.device)
+            # A checkpoint may stand before an evaluation that was left for it.
+            stop = ranks.told() or (self._evaluation_is_left() and not self.evaluate())
             batches = self._batches()
             while self.progress.step < self.num_steps and not stop:
                 started = time.perf_counter()
@@ -143,22 +153,34 @@ class Trainer:
                 meter.add(losses, seconds=time.perf_counter() - started, waited=self._waited)
                 self._advance(seconds=time.perf_counter() - started)
                 self._report(meter)
-                # Signals reach ranks at different times: all ranks agree here, or some would save while others train.
-                stop = any_rank(bool(requests), device=self.engine.device)
+                stop = ranks.told()
                 if self._due_every_epochs(self.config.evaluate_every_epochs) and not stop:
-                    self.evaluate()
                     # An evaluation takes minutes, and a job that was told to stop has few.
-                    stop = any_rank(bool(requests), device=self.engine.device)
+                    stop = not self.evaluate() or ranks.told()
                 if stop or self._last() or self.progress.step % self.config.checkpoint_every_steps == 0:
                     self.checkpoints.save(self.engine, self.average, self.progress)
+                    stop = stop or ranks.told()
             batches.close()  # ends the stream's worker processes
         return "finished" if self._last() else "interrupted"
 
-    def evaluate(self) -> None:
-        """Every rank calls this: validates with the averaged weights, if there are any, and logs the figures."""
-        with self.averaged_weights():
-            figures = self.validate(self.engine)
+    def evaluate(self) -> bool:
+        """Every rank calls this: validates with the averaged weights, if there are any, and logs the figures.
+
+        False when all ranks were told to stop before it was done.
+        """
+        try:
+            with self.averaged_weights():
+                figures = self.validate(self.engine)
+        except Interrupted:
+            return False
         self.log.write("evaluation", figures, step=self.progress.step)
+        return True
+
+    def _evaluation_is_left(self) -> bool:
+        """Every rank calls this: whether the run stopped after a step whose evaluation was due and is not logged."""
+        if not self.progress.step or not self._due_every_epochs(self.config.evaluate_every_epochs):
+            return False
+        return made_by_main(lambda: not self.log.has("evaluation", step=self.progress.step))
 
     def averaged_weights(self) -> AbstractContextManager[None]:
         """A context in which the model computes with the weights to evaluate and to export."""
@@ -172,6 +194,7 @@ class Trainer:
         """
         while True:
             self.watch.new_step()
+            self.new_step()
             micro_batches = [self._micro_batch(batches) for _ in range(self.accumulation)]
             if self.engine.was_step_applied():
                 # Only now: after a skipped step the weights are the old ones, and would count twice.
@@ -189,17 +212,20 @@ class Trainer:
 
     def _micro_batch(self, batches: Iterator[Batch]) -> MicroBatch:
         """Forward and backward of the next batch and, with the last of a step, the step itself."""
+        at(f"the data of step {self.progress.step}", patient=not self.warm)
         asked = time.perf_counter()
         batch = next(batches)
         self._waited += time.perf_counter() - asked
         self.watch.new_batch(batch.video_ids)
         micro_batch = self._forward(batch)
         self.progress = replace(self.progress, micro_batches=self.progress.micro_batches + 1)
+        at(f"step {self.progress.step}, backward", patient=not self.warm)
         self.engine.backward(micro_batch.total)
         self.engine.step()
         return micro_batch.detached()
 
     def _forward(self, batch: Batch) -> MicroBatch:
+        at(f"step {self.progress.step}, forward", patient=not self.warm)  # the first one may compile
         batch = batch.to(self.engine.device)
         return forward(self.engine, batch, self.prepare(batch, self.progress.micro_batches))
 
@@ -240,6 +266,7 @@ class Trainer:
 
     def _advance(self, *, seconds: float) -> None:
         self.progress = replace(self.progress, step=self.progress.step + 1, seconds=self.progress.seconds + seconds)
+        self.warm = True
         self._couple()
         self.log.advance()
 

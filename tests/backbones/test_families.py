@@ -61,6 +61,7 @@ PUBLISHED_MILLIONS = {
     "videomae_base": 86,
     "videomae_large": 304,
     "videomae_huge": 632,
+    "videomae_giant": 1012,
     "vivit_base": 88.6,
     "vjepa2_large": 304,
     "vjepa2_huge": 632,

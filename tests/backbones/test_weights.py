@@ -12,7 +12,7 @@ from torch import Tensor
 
 from re2tal.backbones.swin3d.layouts import KEY_LAYOUTS
 from re2tal.backbones.swin3d.network import VideoSwin
-from re2tal.backbones.weights import LoadReport, export_state, load_weights, read_checkpoint, read_state
+from re2tal.backbones.weights import WRAPPERS, LoadReport, export_state, load_weights, read_checkpoint, read_state
 
 every_layout = pytest.mark.parametrize("layout", KEY_LAYOUTS, ids=lambda layout: layout.name)
 
@@ -49,10 +49,13 @@ def test_every_layout_comes_back_as_it_was_written(tmp_path, layout, prefix: str
     assert sorted(report.loaded) == sorted(source.state_dict())
 
 
-@pytest.mark.parametrize("wrapper", ["state_dict", "model_state", "model", "module"])
+@pytest.mark.parametrize("wrapper", [name for name in WRAPPERS if name != "encoder"])
 def test_torch_files_are_unwrapped(tmp_path, wrapper: str) -> None:
     source, target = swin(), swin(seed=1)
-    torch.save({wrapper: source.state_dict(), "epoch": 3, "meta": {"note": "text"}}, tmp_path / "weights.pth")
+    # What trainers keep beside the weights: a tensor, an average that is switched off, V-JEPA's other networks.
+    beside = {"best_acc1": torch.tensor(71.2), "ema": None, "encoder": swin(seed=2).state_dict(), "opt": {"state": {}}}
+    content = beside | {wrapper: source.state_dict(), "epoch": 3, "meta": {"note": "text"}}
+    torch.save(content, tmp_path / "weights.pth")
     load(target, tmp_path / "weights.pth")
     assert equal(source, target)
 
@@ -62,6 +65,11 @@ def test_the_moving_average_is_what_a_training_checkpoint_gives(tmp_path) -> Non
     for name, content, taken_from in (
         ("both", {"epoch": 3, "state_dict": raw, "state_dict_ema": average}, "state_dict_ema"),
         ("none", {"epoch": 3, "state_dict": average, "state_dict_ema": None}, "state_dict"),
+        (
+            "trainer's",
+            {"model": raw, "model_ema": {"module": average}, "best_acc1": torch.ones(())},
+            "model_ema.module",
+        ),
         ("nested", {"model": {"state_dict": average}}, "model.state_dict"),
         ("top", average, ""),
     ):
@@ -176,11 +184,34 @@ def test_damaged_files_are_refused(tmp_path, name: str, content: bytes, message:
 
 
 def test_a_file_without_tensors_is_refused(tmp_path) -> None:
-    torch.save({"state_dict": {}, "epoch": 3}, tmp_path / "weights.pth")
-    with pytest.raises(ValueError, match="holds no tensors by name, at its top or under state_dict"):
+    torch.save({"state_dict": {}, "epoch": 3, "weights": {"a": torch.ones(1)}}, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"holds no tensors by name, .*; it holds state_dict, epoch, weights"):
         read_state(tmp_path / "weights.pth")
 
 
 def test_a_missing_file_is_named(tmp_path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.safetensors does not exist"):
         read_state(tmp_path / "nowhere.safetensors")
+
+
+def test_a_swin_for_pictures_is_inflated_and_sees_a_still_clip_as_its_picture(tmp_path) -> None:
+    sizes = {"embed_dim": 8, "depths": (2, 1), "num_heads": (2, 2)}
+    # Windows and patches of one frame: a network for pictures. Its file holds convolutions of rows and columns.
+    picture = VideoSwin(**sizes, window=(1, 3, 3), patch=(1, 4, 4)).eval()
+    with torch.no_grad():
+        for parameter in picture.parameters():
+            parameter.normal_(std=0.3)
+    state = picture.state_dict() | {"layers.0.blocks.1.attn_mask": torch.zeros(4, 9, 9), "head.bias": torch.zeros(5)}
+    state["patch_embed.proj.weight"] = state["patch_embed.proj.weight"][:, :, 0]
+    torch.save({"model": state}, tmp_path / "swin_tiny.pth")
+    video = VideoSwin(**sizes, window=(2, 3, 3), patch=(2, 4, 4)).eval()
+    report = load(video, tmp_path / "swin_tiny.pth")
+    assert sorted(report.ignored) == ["head.bias", "layers.0.blocks.1.attn_mask"]
+    frames = torch.randn(1, 3, 1, 24, 24)
+    with torch.no_grad():
+        wanted = picture(frames, torch.ones(1, 1, dtype=torch.bool)).values
+        found = video(frames.expand(-1, -1, 8, -1, -1), torch.ones(1, 8, dtype=torch.bool)).values
+    torch.testing.assert_close(found, wanted.expand(-1, -1, 4), rtol=1e-4, atol=1e-4)
+    other = VideoSwin(**sizes, window=(2, 4, 4), patch=(2, 4, 4))
+    with pytest.raises(ValueError, match=r"of another shape: layers\.0\.blocks\.0\.attn\.relative_position_bias_table"):
+        load(other, tmp_path / "swin_tiny.pth")

@@ -195,7 +195,8 @@ def test_an_array_task_builds_its_part(tmp_path):
     done = _submit(tmp_path, **task)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout == (
-        "--kill-on-bad-exit=1|re2tal|shards|build|--videos|my videos|--out|o|--part|2/8|--workers|16|"
+        "--cpus-per-task=16|--kill-on-bad-exit=1|"
+        "re2tal|shards|build|--videos|my videos|--out|o|--part|2/8|--workers|16|"
     )
 
 

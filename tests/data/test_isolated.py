@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from data.counting import count_up
@@ -83,3 +84,16 @@ def test_the_users_script_needs_no_guard(tmp_path):
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, timeout=120)
     assert (done.stdout, done.returncode) == ("(3, 2)\n", 0), done.stderr
+
+
+def test_threads_that_start_processes_at_once_leave_the_users_script_as_it_was():
+    before = sys.modules["__main__"].__file__
+
+    def start(number):
+        with Isolated() as isolated:
+            return isolated.call(60, divmod, number, 5)
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(start, range(8))) == [divmod(number, 5) for number in range(8)]
+    assert before is not None
+    assert sys.modules["__main__"].__file__ == before

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -15,6 +16,8 @@ from re2tal.training.frames import prepare_frames
 
 # Rows of a builder share every line of code, so its first row, the smallest, stands for it.
 FAMILIES = sorted({build: name for name, build in reversed(BACKBONES.items())}.values())
+# A frozen backbone, of which adapters train.
+FAMILIES += ["videomae_nano temporal", *(["videomae_nano lora"] if find_spec("peft") else [])]
 STAGES = (2, 3)
 LEARNING_RATE = 0.01
 STEPS = 2
@@ -23,11 +26,16 @@ STEPS = 2
 def build(name: str, *, recompute: bool = True) -> nn.Module:
     """Random parameters everywhere: several are zero or one by default, which would hide mistakes."""
     torch.manual_seed(0)
-    backbone = build_backbone(BackboneConfig(name=name, recompute=recompute))
+    row, _, adapter = name.partition(" ")
+    backbone = build_backbone(BackboneConfig(name=row, recompute=recompute, adapter=adapter or "none"))
     with torch.no_grad():
         for parameter in backbone.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
     return backbone.eval()
+
+
+def trained_parameters(backbone: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in backbone.parameters() if parameter.requires_grad]
 
 
 def loss(backbone: nn.Module, rank: int, step: int) -> Tensor:
@@ -51,7 +59,7 @@ def train_under_zero(*, names: list[str]) -> dict[str, dict[str, Tensor]]:
         backbone = build(name)
         engine, *_ = deepspeed.initialize(
             model=backbone,
-            optimizer=torch.optim.SGD(backbone.parameters(), lr=LEARNING_RATE),
+            optimizer=torch.optim.SGD(trained_parameters(backbone), lr=LEARNING_RATE),
             config={
                 "train_micro_batch_size_per_gpu": 1,
                 "gradient_clipping": 0.0,
@@ -72,7 +80,7 @@ def train_under_zero(*, names: list[str]) -> dict[str, dict[str, Tensor]]:
 def train_alone(name: str) -> dict[str, Tensor]:
     """The same in one process, by plain autograd over both ranks' clips."""
     backbone = build(name, recompute=False)
-    optimizer = torch.optim.SGD(backbone.parameters(), lr=LEARNING_RATE)
+    optimizer = torch.optim.SGD(trained_parameters(backbone), lr=LEARNING_RATE)
     for step in range(STEPS):
         optimizer.zero_grad()
         ((loss(backbone, 0, step) + loss(backbone, 1, step)) / 2).backward()

@@ -36,3 +36,16 @@ def frames_per_step(case: Case) -> int:
     """Frames per step of the localizer's grid: OpenTAD resamples each pathway of a SlowFast to it before it joins
     them."""
     return case.arrays["frames"].shape[3] // case.config["num_steps"]
+
+
+def videomae_size(config: dict[str, Any]) -> dict[str, Any]:
+    """A row of VideoMAE's SIZES for mmaction2's or OpenTAD's configuration of one."""
+    return {
+        "hidden_size": config["embed_dims"],
+        "num_hidden_layers": config["depth"],
+        "num_attention_heads": config["num_heads"],
+        "intermediate_size": config["embed_dims"] * config.get("mlp_ratio", 4),
+        "image_size": config["img_size"],
+        "patch_size": config["patch_size"],
+        "num_frames": config["num_frames"],
+    }

@@ -1,29 +1,79 @@
-"""What asks a run to stop is noted; who presses Ctrl-C twice does not want to wait."""
+"""What asks a run to stop is noted wherever the process is; the third request does not wait."""
 
 from __future__ import annotations
 
-import os
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 
+from re2tal.training.signals import PARENT_IS_GONE, STOP_SIGNALS, stop_requests
+
+WAITING = """
+import sys, time
 from re2tal.training.signals import stop_requests
+with stop_requests() as requests:
+    print("listening", flush=True)
+    if "stuck" in sys.argv:
+        __import__("threading").Lock().__enter__(), (lock := __import__("threading").Lock()).acquire()
+        lock.acquire()  # the main thread runs no handler of Python's any more: signals only retry this
+    while not requests:
+        time.sleep(0.01)
+print("saved", flush=True)
+"""
 
 
-def test_signals_are_noted_and_the_handlers_restored():
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-    before = [signal.getsignal(number) for number in numbers]
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_is_noted_and_the_handlers_restored(number):
+    before = [signal.getsignal(one) for one in (*STOP_SIGNALS, PARENT_IS_GONE)]
     with stop_requests() as requests:
-        for number in numbers:
-            os.kill(os.getpid(), number)
-        assert requests == list(numbers)
-    assert [signal.getsignal(number) for number in numbers] == before
+        assert not requests
+        signal.raise_signal(number)
+        assert requests
+        with stop_requests() as inner:
+            assert inner is requests
+    assert [signal.getsignal(one) for one in (*STOP_SIGNALS, PARENT_IS_GONE)] == before
+    assert signal.set_wakeup_fd(-1) == -1
 
 
-def test_a_second_interrupt_from_the_keyboard_does_not_wait():
-    with stop_requests() as requests:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert len(requests) == 2
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
+def listening(*arguments: str) -> subprocess.Popen:
+    process = subprocess.Popen(
+        [sys.executable, "-c", WAITING, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "listening\n"
+    return process
+
+
+def test_one_signal_lets_the_process_save():
+    process = listening()
+    process.send_signal(signal.SIGUSR2)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output) == (0, "saved\n")
+    assert "SIGUSR2: the run saves and stops" in errors
+
+
+def test_the_third_signal_ends_a_process_that_is_stuck_and_a_lost_launcher_is_no_signal():
+    process = listening("stuck")
+    for _ in range(4):
+        process.send_signal(PARENT_IS_GONE)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        process.send_signal(number)
+        time.sleep(0.3)  # closer together they would be one request
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert "the third request" in errors
+
+
+def test_a_hangup_that_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_requests() as requests:
+            signal.raise_signal(signal.SIGHUP)
+            assert not requests
+    finally:
+        signal.signal(signal.SIGHUP, before)

@@ -42,7 +42,15 @@ SIZE_FIELDS = ("hidden_size", "num_hidden_layers", "num_spatial_layers", "num_te
 
 
 # Files that hold the state of one of our backbones.
-OURS = KeyLayout("re2tal", anchor=r"encoder\.model\..+")
+OURS = KeyLayout(
+    "re2tal",
+    anchor=r"encoder\.model\..+",
+    # VideoMAE's sinusoid was not always part of it, and a network without adapters is where one with adapters starts.
+    optional=(
+        r"encoder\.model\.videomae\.embeddings\.position_embeddings",
+        r"encoder\.model\.videomae\.encoder\.layer\.\d+\.adapter\..*",
+    ),
+)
 
 
 def load_model(

@@ -33,6 +33,9 @@ class ClipEncoder(nn.Module, ABC):
     """Rows and columns of the frames it was trained on."""
     patch: tuple[int, int, int]
     """Frames, rows and columns that become one token; `clip_frames` is a multiple of patch[0]."""
+    crosses_clips: bool = False
+    """Whether a clip's features depend on its neighbours. It is then called with `clips_per_video` too: (N, ...) are
+    the clips of N / `clips_per_video` videos, one video after another."""
 
     @abstractmethod
     def forward(self, clips: Tensor) -> Tensor:
@@ -67,7 +70,8 @@ class ClipwiseBackbone(VideoBackbone, CheckpointedModule):
         """
         check_size(frames.shape, patch=self.encoder.patch, network=type(self.encoder).__name__)
         with self._clips(frames, mask) as clips:
-            steps = self.encoder(clips.flatten(0, 1)).unflatten(0, clips.shape[:2]).flatten(1, 2)
+            neighbours = {"clips_per_video": clips.shape[1]} if self.encoder.crosses_clips else {}
+            steps = self.encoder(clips.flatten(0, 1), **neighbours).unflatten(0, clips.shape[:2]).flatten(1, 2)
         valid = steps_mask(mask, frames_per_step=self.frames_per_step)
         return Features(steps[:, : valid.shape[1]].transpose(1, 2), valid)
 

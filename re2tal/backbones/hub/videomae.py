@@ -2,22 +2,33 @@
 
     tubelets + sin-cos positions -> blocks -> mean over H and W -> norm
     block:  x = x + attention(layernorm_before(x));  x = x + output(intermediate(layernorm_after(x)))
+            x = x + adapter(x), with AdaTAD's adapters
 
 Checkpoints fine-tuned for recognition have no final norm on the tokens but one after pooling, `fc_norm`. It is kept,
-per step; where the weights hold none, it starts as the identity that it starts fine-tuning from.
+per step; where the weights hold none, it starts as the identity that it starts fine-tuning from. With AdaTAD's adapters
+features end without it, as AdaTAD's do. VideoMAE V2's giant differs in its sizes alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
 from torch import Tensor, nn
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification
-from transformers.models.videomae.modeling_videomae import VideoMAEEmbeddings, VideoMAELayer
+from transformers.models.videomae.modeling_videomae import (
+    VideoMAEEmbeddings,
+    VideoMAELayer,
+    get_sinusoid_encoding_table,
+)
 
+from re2tal.backbones.adapters.temporal import TemporalAdapter, by_positions
 from re2tal.backbones.base import BackboneConfig
 from re2tal.backbones.hub.prenorm import attention_branch, mlp_branch
 from re2tal.backbones.hub.pretrained import NANO, add_drop_path, clipwise, load_model, weights_file
 from re2tal.backbones.hub.tiling import ClipEncoder, ClipwiseBackbone, pair, resize_positions
-from re2tal.backbones.hub.videomae_layouts import ORIGINAL, ends_in_token_norm
+from re2tal.backbones.hub.videomae_layouts import MMACTION, ORIGINAL, ends_in_token_norm
 from re2tal.backbones.weights import read_state
 from re2tal.rewire import Branch, residual_branches
 
@@ -27,7 +38,12 @@ SIZES: dict[str, dict] = {
     "videomae_base": {"hidden_size": 768, "num_hidden_layers": 12, "num_attention_heads": 12},
     "videomae_large": {"hidden_size": 1024, "num_hidden_layers": 24, "num_attention_heads": 16},
     "videomae_huge": {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads": 16},
+    # VideoMAE V2 (Wang et al., CVPR 2023).
+    "videomae_giant": {"hidden_size": 1408, "num_hidden_layers": 40, "num_attention_heads": 16}
+    | {"intermediate_size": 6144, "patch_size": 14},
 }
+EPS = 1e-6
+"""Of every norm, in the code bases that trained these networks; the library's default is another."""
 
 
 def build(config: BackboneConfig) -> ClipwiseBackbone:
@@ -37,16 +53,20 @@ def build(config: BackboneConfig) -> ClipwiseBackbone:
     model = load_model(
         VideoMAEForVideoClassification,
         VideoMAEConfig(
-            **size,
-            intermediate_size=4 * size["hidden_size"],
+            **{"intermediate_size": 4 * size["hidden_size"], "layer_norm_eps": EPS} | size,
             use_mean_pooling=file is None or not ends_in_token_norm(read_state(file)),
         ),
         weights=config.weights,
         kinds=("videomae",),
         optional=("fc_norm.", "classifier."),
     )
+    if model.fc_norm is not None:
+        model.fc_norm.eps = model.config.layer_norm_eps
     add_drop_path(model.videomae.encoder.layer, config.drop_path, after=("attention.output.dropout", "output.dropout"))
-    return clipwise(VideoMAEEncoder(model), config, layouts=(ORIGINAL,))
+    encoder = VideoMAEEncoder(model)
+    if config.adapter == "temporal":
+        encoder.add_adapters(config.adapter_blocks, ratio=config.adapter_ratio)
+    return clipwise(encoder, config, layouts=(MMACTION, ORIGINAL))
 
 
 class VideoMAEEncoder(ClipEncoder):
@@ -57,18 +77,55 @@ class VideoMAEEncoder(ClipEncoder):
         config = model.config
         self.model = model
         self.model.classifier = nn.Identity()
-        self.model.videomae.embeddings.__class__ = ResizableEmbeddings  # the same parameters, another forward
+        embeddings = self.model.videomae.embeddings
+        embeddings.__class__ = ResizableEmbeddings  # the same parameters, another forward
+        table = embeddings.position_embeddings
+        del embeddings.position_embeddings
+        # In the state dict, because not all files have the sinusoid.
+        embeddings.register_buffer("position_embeddings", table)
         self.out_channels = config.hidden_size
         self.clip_frames = config.num_frames
         self.size = pair(config.image_size)
         self.patch = (config.tubelet_size, *pair(config.patch_size))
 
-    def forward(self, clips: Tensor) -> Tensor:
-        """(N, L, 3, H, W) -> (N, L / 2, C)."""
-        tokens = self.model.videomae(clips).last_hidden_state
+    def add_adapters(self, blocks: Sequence[int] | None, *, ratio: float) -> None:
+        """Puts a `TemporalAdapter` behind each of these blocks, or behind all for None. ValueError for blocks that are
+        not there."""
+        layers = self.model.videomae.encoder.layer
+        chosen = range(len(layers)) if blocks is None else blocks
+        if not chosen or not set(chosen) <= set(range(len(layers))):
+            raise ValueError(
+                f"backbone.adapter_blocks is {tuple(chosen)}; this network has blocks 0 to {len(layers) - 1}; give at "
+                "least one of them, or None for all"
+            )
+        for index, layer in enumerate(layers):
+            layer.__class__ = AdaptedLayer  # the same parameters, another forward
+            hidden, steps = int(self.out_channels * ratio), self.clip_frames // self.patch[0]
+            has_one = index in chosen
+            layer.adapter = TemporalAdapter(self.out_channels, hidden=hidden, steps=steps) if has_one else None  # type: ignore[assignment]
+        self.crosses_clips = True
+
+    def forward(self, clips: Tensor, clips_per_video: int | None = None) -> Tensor:
+        """(N, L, 3, H, W) -> (N, L / 2, C). `clips_per_video` is for adapters, whose time is the whole video's."""
+        tokens = self.tokens(clips, clips_per_video)
         pooled = tokens.unflatten(1, (self.clip_frames // self.patch[0], -1)).mean(dim=2)
-        # Pre-trained checkpoints have normed the tokens instead.
-        return pooled if self.model.fc_norm is None else self.model.fc_norm(pooled)
+        # Pre-trained checkpoints have normed the tokens instead, and AdaTAD's features are not normed behind the mean.
+        return pooled if self.model.fc_norm is None or self.crosses_clips else self.model.fc_norm(pooled)
+
+    def tokens(self, clips: Tensor, clips_per_video: int | None = None) -> Tensor:
+        """(N, L, 3, H, W) -> (N, L / 2 * rows * columns, C), after the last block and the norm over tokens, if any."""
+        videomae = self.model.videomae
+        if clips_per_video is None:
+            return videomae(clips).last_hidden_state
+        tokens = videomae.embeddings(clips, None)
+        for layer in videomae.encoder.layer:
+            tokens = layer(tokens, clips_per_video)
+        return tokens if videomae.layernorm is None else videomae.layernorm(tokens)
+
+    def draws_its_positions(self) -> bool:
+        """Whether its positions are the sinusoid, which other code draws anew and does not keep in files."""
+        table = self.model.videomae.embeddings.position_embeddings
+        return torch.allclose(table.float().cpu(), get_sinusoid_encoding_table(*table.shape[1:]), rtol=0, atol=1e-5)
 
 
 class ResizableEmbeddings(VideoMAEEmbeddings):
@@ -87,6 +144,17 @@ class ResizableEmbeddings(VideoMAEEmbeddings):
         return patches.flatten(2).transpose(1, 2) + positions
 
 
+class AdaptedLayer(VideoMAELayer):
+    """A block, and the adapter behind it, if it has one."""
+
+    adapter: TemporalAdapter | None
+
+    def forward(self, hidden_states: Tensor, clips_per_video: int) -> Tensor:  # type: ignore[override]
+        """(N, tokens, C) -> the same shape."""
+        x = super().forward(hidden_states)
+        return x if self.adapter is None else x + self.adapter(x, clips_per_video=clips_per_video)
+
+
 @residual_branches.register
 def _(block: VideoMAELayer) -> tuple[Branch, ...]:
     # `output` as a whole would add its input a second time.
@@ -94,3 +162,23 @@ def _(block: VideoMAELayer) -> tuple[Branch, ...]:
         attention_branch("layernorm_before", "attention", last="attention.output.dense"),
         mlp_branch("layernorm_after", "intermediate", "output.dense", "output.dropout", last="output.dense"),
     )
+
+
+@residual_branches.register
+def _(block: AdaptedLayer) -> tuple[Branch, ...]:
+    # The branches of a block without adapter, which takes no number of clips.
+    plain = tuple(
+        replace(branch, function=_alone(branch.function)) for branch in residual_branches.dispatch(VideoMAELayer)(block)
+    )
+    if block.adapter is None:
+        return plain
+    return *plain, Branch("adapter", _adapt, cut=by_positions(inner_states=4))
+
+
+def _alone(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda block, x, clips_per_video: function(block, x)
+
+
+def _adapt(block: AdaptedLayer, x: Tensor, clips_per_video: int) -> Tensor:
+    assert block.adapter is not None
+    return block.adapter(x, clips_per_video=clips_per_video)

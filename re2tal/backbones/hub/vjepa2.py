@@ -19,6 +19,7 @@ from re2tal.backbones.base import BackboneConfig
 from re2tal.backbones.hub.prenorm import attention_branch, mlp_branch
 from re2tal.backbones.hub.pretrained import NANO, add_drop_path, clipwise, load_model
 from re2tal.backbones.hub.tiling import ClipEncoder, ClipwiseBackbone, pair
+from re2tal.backbones.hub.vjepa2_layouts import ORIGINAL
 from re2tal.rewire import Branch, residual_branches, wrap_output
 
 SIZES: dict[str, dict] = {
@@ -41,7 +42,7 @@ def build(config: BackboneConfig) -> ClipwiseBackbone:
         optional=("predictor.",),
     )
     add_drop_path(model.encoder.layer, config.drop_path, after=("drop_path",))
-    return clipwise(VJEPA2Encoder(model), config)
+    return clipwise(VJEPA2Encoder(model), config, layouts=(ORIGINAL,))
 
 
 class VJEPA2Encoder(ClipEncoder):

@@ -5,14 +5,22 @@
     torchvision  features.2i.j.{norm1,attn,norm2,mlp.0,mlp.3}                      features.(2i+1)       norm
     OpenTAD      layers.i.blocks.j.inv_block.{Fm.norm1,Fm.attn,Gm.norm2,Gm.mlp.*}  layers.i.downsample   norm3
 
-No tensor changes its shape on the way. Classification heads (`head`, `cls_head`), the constant
-`relative_position_index`, and mmaction2's norms of earlier stages (used where it returns those stages) are not ours.
+No tensor changes its shape on the way, but for those of a Swin for pictures (original layout), which are inflated:
+
+    patch_embed.proj   (C, 3, 4, 4) -> (C, 3, 2, 4, 4)    repeated over the frames of a patch, divided by their number
+    tables of bias     (rows, heads) -> (times, heads)    repeated over the distances in time
+
+So a clip that stands still gives what its picture gave (Liu et al., CVPR 2022, section 3.3). Classification heads
+(`head`, `cls_head`), the constant `relative_position_index`, and mmaction2's norms of earlier stages (used where it
+returns those stages) are not ours.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
+
+from torch import Tensor
 
 from re2tal.backbones.weights import PAPERS_WIRING, KeyLayout, each
 
@@ -62,6 +70,21 @@ def _to_opentad(key: str) -> str:
     return re.sub(r"^norm\.", "norm3.", key)
 
 
+def _inflated(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a Swin for pictures in the shapes of ours; those of video, and of other windows, as they are."""
+    patches = given["patch_embed.proj.weight"]
+    if patches.ndim == 5:
+        return dict(given)
+    frames = wanted["patch_embed.proj.weight"].shape[2]
+    inflated = {"patch_embed.proj.weight": patches[:, :, None].expand(-1, -1, frames, -1, -1) / frames}
+    for name, table in given.items():
+        if name.endswith("relative_position_bias_table") and name in wanted:
+            times, left = divmod(len(wanted[name]), len(table))
+            if left == 0:
+                inflated[name] = table.repeat(times, 1)
+    return {**given, **inflated}
+
+
 KEY_LAYOUTS = (
     KeyLayout(
         "OpenTAD Re2Swin",
@@ -86,6 +109,8 @@ KEY_LAYOUTS = (
     KeyLayout(
         "original",
         anchor=r"layers\.0\.blocks\.0\.attn\.qkv\.weight",
-        to_ours=each(without=NOT_OURS),
+        # A Swin for pictures keeps the masks of its shifted windows.
+        to_ours=each(without=NOT_OURS + r"|.*\.attn_mask$"),
+        reshape=_inflated,
     ),
 )

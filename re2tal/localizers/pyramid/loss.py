@@ -52,7 +52,7 @@ class PointLoss:
         classification = (focal * weights[..., None]).sum()
         diou = diou_loss(predicted, wanted) * (weights[..., None] if learns.ndim == 3 else weights)
         return {
-            "classification": classification / (positives.value() if self.stored_count else divisor),
+            "classification": classification / (positives.value() if self.stored_count and not training else divisor),
             "regression": self.regression_weight * torch.where(learns, diou, 0.0).sum() / divisor,
         }
 

@@ -1,0 +1,70 @@
+"""The batches of a training run: the same ones in the same order, with the same losses, on any number of ranks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import nn
+
+from re2tal.data.contract.shards import FeatureSet, ShardSet
+from re2tal.data.streaming.stream import ClipStream, stream_clips
+from re2tal.distributed import World, value_of_each_rank
+from re2tal.inference import detector_input
+from re2tal.localizers.losses import RunningCount
+from re2tal.runs.tasks import AnyRun
+from re2tal.structures import Batch, FeatureBatch
+from re2tal.training.frames import prepare_frames
+
+
+def stream_of(config: AnyRun, shards: ShardSet | FeatureSet, world: World, *, training: bool) -> ClipStream:
+    """This rank's batches of a subset."""
+    return stream_clips(
+        shards,
+        config.data.clips,
+        batch_size=config.engine.batch_size,
+        training=training,
+        rank=world.rank,
+        world_size=world.world_size,
+        seed=config.training.seed,
+        decoder=config.data.decoder,
+        # torchrun and accelerate say it; under other launchers each rank counts for itself alone.
+        ranks_on_host=int(on_host) if (on_host := os.environ.get("LOCAL_WORLD_SIZE", "")).isdecimal() else 1,
+    )
+
+
+def alike_on_any_ranks(model: nn.Module, clips: ClipStream, *, accumulation: int) -> Callable[[], None]:
+    """Makes the order of `clips`, and what losses are divided by, those of any split of a step's batches over ranks.
+
+    The result is to be called before each optimizer step.
+    """
+    # Epochs of whole steps: otherwise their ends, and with them the order, would depend on the number of ranks.
+    whole_steps = clips.steps_per_epoch - clips.steps_per_epoch % accumulation
+    if whole_steps == 0:
+        raise ValueError(
+            f"an epoch has {clips.steps_per_epoch} batches per rank, too few for one step with "
+            f"engine.gradient_accumulation = {accumulation}; lower it, start fewer ranks, or add videos"
+        )
+    clips.steps_per_epoch = whole_steps
+    counts = [module for module in model.modules() if isinstance(module, RunningCount)]
+    for count in counts:
+        count.of_all_ranks = value_of_each_rank
+
+    def begin_step() -> None:
+        for count in counts:
+            count.begin_step()
+
+    return begin_step
+
+
+def prepare(
+    batch: Batch, position: int, *, strength: float, seed: int, world: World, dtype: torch.dtype
+) -> torch.Tensor:
+    """Colours and normalises on the device; draws by the batch's place in the run alone, on any number of ranks."""
+    if isinstance(batch, FeatureBatch):
+        return detector_input(batch, dtype=dtype)
+    mixed = np.random.SeedSequence([seed, position * world.world_size + world.rank]).generate_state(1, np.uint64)
+    generator = torch.Generator().manual_seed(int(mixed[0]))
+    return prepare_frames(batch.frames, strength=strength, generator=generator, dtype=dtype)

@@ -1,0 +1,87 @@
+"""The end of a training run: the trained network is evaluated and written into the run folder."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from re2tal.distributed import is_main, made_by_main
+from re2tal.evaluation.accuracy import AccuracyReport
+from re2tal.evaluation.average_precision import MapReport
+from re2tal.rewire import wiring_of
+from re2tal.runs.folder import MODEL_NAME, RESULTS_NAME, SUMMARY_NAME
+from re2tal.runs.tasks import Outcome
+from re2tal.strict_json import write_json
+from re2tal.training.engine import Engine, gather_weights
+from re2tal.training.export import write_model
+from re2tal.training.interruption import Agreement
+from re2tal.training.metrics import peak_memory_gib
+from re2tal.training.trainer import Trainer
+from re2tal.training.watchdog import at
+
+
+@dataclass(frozen=True, slots=True)
+class TrainedRun:
+    """The outcome of `train`."""
+
+    folder: Path
+    """The run folder; `re2tal.runs.folder` names its files."""
+    interrupted: bool
+    """The run was told to stop, and saved a checkpoint: `train` with resume continues it."""
+    summary: Mapping[str, Any]
+    """The content of summary.json, on rank 0; empty on the others, and of an interrupted run."""
+    report: MapReport | AccuracyReport | None = None
+    """The scores of the trained network, by class, on rank 0; None on the others, and of an interrupted run."""
+
+
+def finish(
+    trainer: Trainer,
+    folder: Path,
+    evaluate: Callable[[Engine], Outcome],
+    *,
+    ranks: Agreement,
+    features: dict[str, Any] | None,
+    describe_run: Callable[[Mapping[str, Any]], None],
+    started: float,
+) -> TrainedRun:
+    """Every rank calls this: evaluates and exports the trained model; rank 0 writes, and describes the run.
+
+    Interrupted on all ranks when one was told to stop before the last file; all of it is done again after a resume.
+    """
+    ranks.check()
+    with trainer.averaged_weights():
+        outcome = evaluate(trainer.engine)
+        ranks.check()
+        weights = gather_weights(trainer.engine)
+    ranks.check()
+    at("the export", patient=True)
+    model = trainer.engine.module
+    made_by_main(
+        lambda: write_model(
+            folder / MODEL_NAME, weights, classes=model.classes, wiring=wiring_of(model), features=features
+        )
+    )
+    ranks.check()
+    trainer.log.write("evaluation", outcome.figures, step=trainer.progress.step)
+    summary = {
+        **outcome.summary,
+        "steps": trainer.progress.step,
+        "skipped": trainer.progress.skipped,
+        "train_seconds": round(trainer.progress.seconds, 1),
+        "total_seconds": round(time.perf_counter() - started, 1),
+        "peak_memory_gib": round(peak_memory_gib(trainer.engine.device), 2),
+        "ranks": int(trainer.engine.world_size),
+    }
+
+    def write() -> None:
+        outcome.write(folder / RESULTS_NAME)
+        write_json(folder / SUMMARY_NAME, summary)
+        describe_run(summary)
+
+    made_by_main(write)
+    if not is_main():
+        return TrainedRun(folder, interrupted=False, summary={})
+    return TrainedRun(folder, interrupted=False, summary=summary, report=outcome.report)

@@ -1,0 +1,187 @@
+"""A checkpoint of another number of ranks, or another ZeRO stage, made to fit this run.
+
+    shards of all its ranks -> whole tensors by parameter: weights, Adam's moments, the average -> this rank's shards
+
+What belongs to a rank, not to the run: generator states, taken from the rank of the same number where there is one, and
+buffers, of which every rank gets the mean. A run without dropout and drop path goes on as if nothing had changed.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from re2tal.training.ema import WeightAverage
+from re2tal.training.engine import Engine, master_weights, publish, zero_stage
+from re2tal.training.generators import restore_generators
+
+Kind = Literal["weights", "average", "exp_avg", "exp_avg_sq"]
+Whole = Mapping[str, Tensor]
+"""By the names of the parameters, flattened."""
+Read = Callable[[Path], Any]
+
+
+def resharded(checkpoint: Path, engine: Engine, average: WeightAverage | None, *, read: Read) -> None:
+    """Every rank calls this: fills the engine and the average from a checkpoint of another shape.
+
+    `read`: loads a file without executing anything. ValueError where the checkpoint cannot be taken apart.
+    """
+    saved = _Saved(checkpoint, read)
+    here = zero_stage(engine)
+    if 0 in (saved.stage, here) and saved.stage != here:
+        raise ValueError(
+            f"{checkpoint} was written under ZeRO stage {saved.stage}, this run has stage {here}: between stage 0 and "
+            "the others nothing is converted; resume with stage " + ("0" if saved.stage == 0 else "1, 2 or 3")
+        )
+    if here == 0:  # every rank holds all of it
+        engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
+        if average is not None:
+            average.restore(saved.ranks[0]["average"])
+    else:
+        with torch.no_grad():
+            _fill(engine, average, saved)
+            _advance(engine, saved)
+    restore_generators(saved.ranks[engine.global_rank % len(saved.ranks)]["generators"], engine.device)
+    for name, buffer in engine.module.named_buffers():
+        values = [state["buffers"][name].double() for state in saved.ranks]
+        mean = torch.stack(values).mean(dim=0)
+        buffer.copy_(mean if buffer.is_floating_point() else mean.round())
+
+
+class _Saved:
+    """The files of a checkpoint, read."""
+
+    def __init__(self, checkpoint: Path, read: Read) -> None:
+        self.checkpoint = checkpoint
+        self.ranks = [read(path) for path in _by_rank(checkpoint, "rank-*.pt")]
+        shards = _by_rank(checkpoint, "*zero_pp_rank_*_optim_states.pt")
+        self.optimizers = [read(path)["optimizer_state_dict"] for path in shards]
+        self.model = read(next(iter(_by_rank(checkpoint, "*model_states.pt"))))
+        self.stage = int(self.optimizers[0]["zero_stage"]) if self.optimizers else 0
+        if self.stage and len(self.optimizers) != len(self.ranks):
+            raise ValueError(f"{checkpoint} has {len(self.ranks)} ranks and {len(self.optimizers)} optimizer files")
+
+    def base(self, rank: int) -> dict[str, Any]:
+        """The state of torch's optimizer on a rank."""
+        return self.optimizers[rank]["optimizer_state_dict" if self.stage == 3 else "base_optimizer_state"]
+
+    def whole(self, kind: Kind) -> Whole | None:
+        """None where the checkpoint holds nothing of this kind: moments before the first step, or no average."""
+        flats = [self._flats(kind, rank) for rank in range(len(self.ranks))]
+        if any(flat is None for flat in flats):
+            return None
+        parts = self._pieces_of_3(flats) if self.stage == 3 else self._pieces_of_2(flats)
+        wholes: dict[str, list[Tensor]] = {}
+        for name, piece in parts:
+            wholes.setdefault(name, []).append(piece)
+        shapes = {name: shape for group in self.model["param_shapes"] for name, shape in group.items()}
+        joined = {name: torch.cat(wholes.get(name, [torch.zeros(0)]))[: math.prod(shapes[name])] for name in shapes}
+        for name, values in joined.items():
+            if values.numel() != math.prod(shapes[name]):
+                raise ValueError(
+                    f"{self.checkpoint} holds {values.numel()} of the {math.prod(shapes[name])} numbers of {name} "
+                    f"({kind}); resume with as many ranks and the ZeRO stage it was written with"
+                )
+        return joined
+
+    def _flats(self, kind: Kind, rank: int) -> list[Tensor] | None:
+        optimizer = self.optimizers[rank]
+        if kind == "average":
+            return self.ranks[rank]["average"]
+        if kind == "weights":
+            for key in ("fp32_flat_groups", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+                if key in optimizer:
+                    return list(optimizer[key])
+            raise ValueError(f"{self.checkpoint} holds no float32 weights of rank {rank}, only {sorted(optimizer)}")
+        states = self.base(rank)["state"]
+        return [states[group][kind] for group in sorted(states)] or None
+
+    def _pieces_of_3(self, flats: list[Any]) -> Iterator[tuple[str, Tensor]]:
+        """Stage 3 cuts every parameter in as many equal pieces as there are ranks, the last one padded."""
+        joined = [torch.cat(list(of_rank)) for of_rank in flats]
+        start = 0
+        for group in self.model["param_shapes"]:
+            for name, shape in group.items():
+                length = -(-math.prod(shape) // len(joined))
+                yield from ((name, of_rank[start : start + length]) for of_rank in joined)
+                start += length
+
+    def _pieces_of_2(self, flats: list[Any]) -> Iterator[tuple[str, Tensor]]:
+        """Stages 1 and 2 cut the row of all parameters of a group."""
+        for rank, of_rank in enumerate(flats):
+            for group, places in enumerate(self.optimizers[rank]["param_slice_mappings"]):
+                for name, place in places.items():
+                    yield name, of_rank[group][place.start : place.start + place.numel]
+
+
+def _by_rank(checkpoint: Path, pattern: str) -> list[Path]:
+    def rank(path: Path) -> int:
+        return int(re.findall(r"rank[_-](\d+)", path.name)[0])
+
+    return sorted(checkpoint.glob(pattern), key=rank)
+
+
+def _fill(engine: Engine, average: WeightAverage | None, saved: _Saved) -> None:
+    """Weights, moments and average of this rank's shards."""
+    flats = master_weights(engine)
+    parameters = dict(engine.module.named_parameters())
+    base = engine.optimizer.optimizer
+    for kind in get_args(Kind):
+        if (kind == "average" and average is None) or (whole := saved.whole(kind)) is None:
+            continue
+        targets: list[Tensor] = flats if kind == "weights" else [torch.zeros_like(flat) for flat in flats]
+        for name, values in whole.items():
+            for group, start, piece in _places(engine, parameters[name], values):
+                targets[group][start : start + piece.numel()] = piece.to(targets[group])
+        if kind == "average":
+            assert average is not None
+            average.restore(targets)
+        elif kind != "weights":
+            for weight, target in zip(_flat_parameters(engine), targets, strict=True):
+                base.state[weight][kind] = target
+    publish(engine)
+
+
+def _flat_parameters(engine: Engine) -> list[nn.Parameter]:
+    """The shards themselves, by which torch's optimizer keeps its state."""
+    optimizer = engine.optimizer
+    if zero_stage(engine) == 3:
+        return list(optimizer.fp32_partitioned_groups_flat)
+    if hasattr(optimizer, "single_partition_of_fp32_groups"):
+        return list(optimizer.single_partition_of_fp32_groups)
+    return list(optimizer.fp32_groups_flat_partition)
+
+
+def _places(engine: Engine, weight: nn.Parameter, values: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+    """Where a parameter lies in this rank's shards: number of the shard, start, and what belongs there."""
+    if zero_stage(engine) == 3:
+        group, start, length = engine.optimizer.grad_position[engine.optimizer.get_param_id(weight)]
+        first = engine.global_rank * length
+        yield group, start, values[first : first + length]
+    elif (here := weight._hp_mapping) is not None:  # type: ignore[attr-defined]
+        part, place = here.lp_fragment_address, here.hp_fragment_address
+        yield here.param_group_index, place.start, values[part.start : part.start + part.numel]
+
+
+def _advance(engine: Engine, saved: _Saved) -> None:
+    """Counters, learning rates and loss scale, which are the same on all ranks."""
+    base, states = engine.optimizer.optimizer, saved.base(0)["state"]
+    if states:
+        step = next(iter(states.values()))["step"]
+        for weight in _flat_parameters(engine):
+            base.state[weight]["step"] = step.clone()
+    engine.lr_scheduler.load_state_dict(saved.model["lr_scheduler"])
+    for group, rate in zip(engine.optimizer.param_groups, saved.model["lr_scheduler"]["_last_lr"], strict=True):
+        group["lr"] = rate
+    engine.global_steps = saved.model["global_steps"]
+    engine.global_samples = saved.model["global_samples"]
+    engine.skipped_steps = saved.model["skipped_steps"]
+    engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
+    if engine.fp16_enabled():
+        engine.optimizer.loss_scaler = saved.optimizers[0]["loss_scaler"]
