@@ -62,6 +62,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "transformers": ("re2tal.backbones.*",),
     "peft": ("re2tal.backbones.adapters.lora",),
     "av": ("re2tal.data.*",),
+    "huggingface_hub": ("re2tal.runs.model_folder_card", "re2tal.runs.model_folder_hub"),
     "h5py": ("re2tal.data.building.feature_files",),
     "matplotlib": ("re2tal.reporting.*",),
     "tensorboard": ("re2tal.training.metrics",),

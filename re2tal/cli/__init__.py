@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "recipes": ("re2tal.cli.recipes:recipes", "list settings to train with, and what is published of them"),
     "datasets": ("re2tal.cli.datasets:datasets", "list published data sets, and compare annotations with them"),
     "doctor": ("re2tal.cli.doctor:doctor", "check videos and annotations before a build, or this machine"),
+    "init": ("re2tal.cli.init:init", "look at your videos and annotations, and write a configuration to train with"),
     "shards": ("re2tal.cli.shards:shards", "pack videos and annotations into training data"),
     "features": ("re2tal.cli.features:features", "store a backbone's features of each video, to train on them instead"),
     "train": ("re2tal.cli.train:train", "train and evaluate a detector, or a recognizer to fine-tune a backbone"),

@@ -7,9 +7,10 @@ from typing import Annotated, Literal
 
 import tyro
 
-from re2tal.cli.say import say_detected, say_found
+from re2tal.cli.say import say_detected, say_found, say_shipped
 from re2tal.runs.detection import Wanted
 from re2tal.runs.detection import detect as detect_in
+from re2tal.runs.model_folder import SHIPPED
 
 
 def detect(
@@ -46,10 +47,11 @@ def detect(
         paths: video files of any format and size, and folders of them; results carry their names without the suffix.
             Without any, the run's validation shards are looked at
         model: model folder or run folder: config.json and model.safetensors. Of a run that is still training, or was
-            interrupted, the newest sound checkpoint is taken
+            interrupted, the newest sound checkpoint is taken. Or a model's name on the hub, OWNER/NAME. Without it, the
+            small model that comes with the package
         out: where to write; its suffix says the format: .json, .csv, .srt, .vtt, .eaf (ELAN), .tsv (BORIS). For srt,
             vtt and eaf of several videos it is a folder. By default MODEL/detections.json, or MODEL/results.json for
-            the validation shards
+            the validation shards; for the model of the package or the hub in the working directory
         format: json is ActivityNet's layout, for re2tal evaluate; csv a table; srt and vtt are subtitles, for players;
             eaf and boris (aggregated events) are for correcting in ELAN and BORIS
         min_score: leave out what has a lower score; by default 0, and 0.3 for srt, vtt, eaf and boris
@@ -70,9 +72,11 @@ def detect(
         videos: the same as a folder in PATHS
         run: the same as --model
     """
-    chosen = model or run
-    if chosen is None or (model and run):
-        raise ValueError("give one --model: the folder of a trained detector, such as runs/mine")
+    if model and run:
+        raise ValueError("--model and --run mean the same; give one, the folder of a trained detector")
+    chosen = model or run or SHIPPED
+    if chosen == SHIPPED:
+        say_shipped()
     wanted = Wanted(out, format, min_score, top, classes, video_classes, top_k, fusion, flip)
     done = detect_in(
         chosen,

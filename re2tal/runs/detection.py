@@ -27,6 +27,8 @@ from re2tal.inference import average_flips, predict
 from re2tal.reporting.found import FoundInVideo
 from re2tal.reporting.result_files import RESULT_FORMATS, ResultsFile, choose_format
 from re2tal.runs.file_detection import Look, detect_in_files
+from re2tal.runs.model_folder import SHIPPED
+from re2tal.runs.model_folder_hub import find_model
 from re2tal.runs.naming import read_namer
 from re2tal.runs.progress import Progress
 from re2tal.runs.ranks import device_of, joined_ranks
@@ -45,6 +47,7 @@ class Wanted:
     """Which detections to write, and how."""
 
     out: Path | None = None
+    """None: a file in the model's folder, or in the working directory for the package's own model or one of the hub"""
     format_name: str | None = None
     min_score: float | None = None
     """None: that of the format"""
@@ -82,7 +85,7 @@ class Detected:
 
 
 def detect(
-    model: Path,
+    model: Path = SHIPPED,
     paths: Sequence[Path] = (),
     *,
     recursive: bool = False,
@@ -99,9 +102,12 @@ def detect(
     """
     wanted = wanted or Wanted()
     with joined_ranks() as world:
-        job = _Job.prepared(model, paths, shards, wanted, world, recursive=recursive)
+        model, asked = find_model(model), model
+        if not paths and shards is None and model == SHIPPED:
+            raise ValueError("the model that comes with the package has no videos of its own; give videos to look at")
+        home = Path() if model == SHIPPED or model != asked else model
+        job = _Job.prepared(home, model, paths, shards, wanted, world, recursive=recursive)
         if paths:
-            check_looks_at_videos(model, job.trained.config, asked=f"{paths[0]}")
             encoding_for(job.trained.config.data.clips)  # raises where the rate is not known
         if wanted.flip:
             check_looks_at_videos(model, job.trained.config, asked="flip, of frames,")
@@ -139,7 +145,15 @@ class _Job:
 
     @classmethod
     def prepared(
-        cls, model: Path, paths: Sequence[Path], shards: Path | None, wanted: Wanted, world: World, *, recursive: bool
+        cls,
+        home: Path,
+        model: Path,
+        paths: Sequence[Path],
+        shards: Path | None,
+        wanted: Wanted,
+        world: World,
+        *,
+        recursive: bool,
     ) -> _Job:
         """All that can be wrong is found before any network runs."""
         if paths and shards is not None:
@@ -147,6 +161,8 @@ class _Job:
         format_name = choose_format(wanted.format_name, wanted.out)
         row = RESULT_FORMATS[format_name]
         trained = open_detector(model)
+        if paths:
+            check_looks_at_videos(model, trained.config, asked=f"{paths[0]}")
         opened = None if paths else open_source(trained.config, videos=None, shards=shards)
         if isinstance(opened, FeatureSet):
             check_features(opened, trained.features, run=model)
@@ -159,7 +175,7 @@ class _Job:
         selection = Selection(min_score, wanted.top, labels_of(classes, wanted.classes))
         early = selection if namer is None else Selection()
         stem = "results" if paths == () and shards is None else "detections"
-        default = model / (stem if row.for_each else f"{stem}{row.suffix}")
+        default = home / (stem if row.for_each else f"{stem}{row.suffix}")
         target = wanted.out or default
         if row.for_each and target.suffix.lower() == row.suffix and len(files.names) != 1:
             raise ValueError(

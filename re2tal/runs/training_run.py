@@ -28,6 +28,7 @@ from re2tal.runs.demo_data import make_if_wanted
 from re2tal.runs.exit_status import HUNG
 from re2tal.runs.folder import CHECKPOINTS_NAME, CONFIG_NAME, claim
 from re2tal.runs.lock import locked
+from re2tal.runs.model_folder import describe_trained
 from re2tal.runs.orphans import end_with_the_launcher
 from re2tal.runs.start import build_from, find_start
 from re2tal.runs.stored_features import check_kind, check_pair, describe, on_features
@@ -148,7 +149,14 @@ def _train(
         if trainer.train() == "interrupted":
             raise Interrupted
         features = describe(training) if isinstance(training, FeatureSet) else None
-        return finish(trainer, folder, evaluate, ranks=ranks, features=features, started=started)
+
+        def describe_run(summary: Mapping[str, Any]) -> None:
+            if isinstance(config, RunConfig):
+                describe_trained(folder, config, trainer.engine.module.classes, summary=summary, training=training)
+
+        return finish(
+            trainer, folder, evaluate, ranks=ranks, features=features, describe_run=describe_run, started=started
+        )
 
 
 def _same_start(config: AnyRun, options: Mapping[str, object]) -> None:
