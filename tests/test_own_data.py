@@ -66,7 +66,7 @@ def test_the_page_becomes_a_detector(tmp_path: Path) -> None:
 
 
 def test_commands_in_the_text_exist() -> None:
-    named = set(re.findall(r"`re2tal ([a-z]+)", PAGE))
+    named = set(re.findall(r"`re2tal ([a-z-]+)", PAGE))
     assert named <= set(COMMANDS)
     assert {"init", "detect", "shards", "export"} <= named
 

@@ -35,6 +35,8 @@ SHIPPED = Path(__file__).resolve().parents[1] / "models" / "everyday_actions_nan
 """The small model that comes with the package, as package data."""
 SHARDS = "shards"
 """What config.json of a model says of the shards of its training, which are elsewhere."""
+WINDOWING = ("num_frames", "frames_per_second", "overlap")
+"""How windows are cut where nothing is trained."""
 LAYOUT = 1
 """Rises with each change after which older versions would misread the folder."""
 
@@ -42,7 +44,8 @@ LAYOUT = 1
 def facts(config: RunConfig, classes: Sequence[str]) -> dict[str, Any]:
     """The content of model.json."""
     clips = to_json(config)["data"]["clips"]
-    taken = {"windowing": type(config.data.clips.windowing).__name__, **clips["windowing"]}
+    windowing = {name: clips["windowing"][name] for name in WINDOWING if name in clips["windowing"]}
+    taken = {"windowing": type(config.data.clips.windowing).__name__, **windowing}
     pictures = {"size": clips["size"], "fit": clips["fit"], "rgb_mean": list(MEAN), "rgb_std": list(STD)}
     input_facts = {"frames": taken} | ({} if config.backbone.name == NAME else {"pictures": pictures})
     return {
@@ -92,11 +95,18 @@ def check_facts(folder: Path, config: RunConfig, classes: Sequence[str]) -> None
         return
     document, expected = read_json(folder / FACTS_NAME), facts(config, classes)
     for name, other in (("classes", MODEL_NAME), ("preprocessing", CONFIG_NAME)):
-        if document.get(name) != json.loads(json.dumps(expected[name])):
+        if not _agrees(document.get(name), json.loads(json.dumps(expected[name]))):
             raise ValueError(
                 f"{folder / FACTS_NAME} and {other} do not agree on the {name}: one of them was changed, or comes from "
                 f"another model; fetch the folder anew, or, if {other} is right, remove {FACTS_NAME}"
             )
+
+
+def _agrees(said: Any, expected: Any) -> bool:
+    """Whether all that this version says is said, too: others may say more."""
+    if isinstance(said, dict) and isinstance(expected, dict):
+        return all(name in said and _agrees(said[name], value) for name, value in expected.items())
+    return bool(said == expected)
 
 
 def save_model(

@@ -262,7 +262,7 @@ def test_annotations_may_come_from_a_file(run: Path, tmp_path: Path, capsys: pyt
     (tmp_path / "truth.json").write_text(json.dumps({"database": {"../first": annotation, "second": annotation}}))
     report(run=run, annotations=tmp_path / "truth.json")
     drawn = sorted(path.name for path in (run / "report" / "timelines").iterdir())
-    assert drawn == ["0000____first.png", "0001_second.png"]
+    assert drawn == ["0000_second.png", "0001____first.png", "0002_first.png"]  # predicted ones of the truth first
     page = (run / "report" / "index.html").read_text("utf-8")
     assert "predicted videos are not in the subset" in page
     assert "subset validation: 2 videos; no blocked list; by class" in page
