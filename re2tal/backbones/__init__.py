@@ -17,10 +17,12 @@ from re2tal.backbones.swin3d import network as swin3d
 from re2tal.backbones.weights import read_wiring
 from re2tal.options import names_with
 from re2tal.rewire import rewire, same_wiring
+from re2tal.strict_json import read_json
 
 __all__ = [
     "BACKBONES",
     "WIRING",
+    "WIRING_KEY",
     "BackboneConfig",
     "VideoBackbone",
     "build_backbone",
@@ -62,9 +64,18 @@ WIRING = tuple(names_with(BackboneConfig(), "wiring"))
 """The options that change the function of a rewired network with the same weights."""
 
 
+WIRING_KEY = "re2tal_wiring"
+"""In the config.json of a folder for the transformers library: how the network was rewired that wrote it."""
+
+
 def trained_wiring(config: BackboneConfig) -> dict[str, Any] | None:
-    """The wiring of the network that wrote the file `config.weights`; None for a plain one, and for no file."""
-    if config.weights is None or not Path(config.weights).is_file():
+    """The wiring of the network that wrote the file or folder `config.weights`; None for a plain one, and for none."""
+    if config.weights is None:
+        return None
+    if (described := Path(config.weights) / "config.json").is_file():
+        content = read_json(described)
+        return content.get(WIRING_KEY) if isinstance(content, dict) else None
+    if not Path(config.weights).is_file():
         return None
     # Other code bases train rewired networks of these families only; those of the transformers library are plain.
     families = ((swin3d.SIZES, swin3d_layouts.KEY_LAYOUTS), (slowfast.SIZES, slowfast_layouts.KEY_LAYOUTS))
