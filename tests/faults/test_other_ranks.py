@@ -15,7 +15,7 @@ from deepspeed.utils import safe_get_full_optimizer_state
 from distributed.ranks import run_ranks
 from faults.test_told_to_stop import small_run
 from safetensors.torch import load_file
-from training.tiny import tiny_trainer, weights
+from training.tiny import TinyDetector, same, tiny_trainer, weights
 
 from re2tal.cli.train import train
 from re2tal.localizers.losses import RunningCount
@@ -25,7 +25,7 @@ from re2tal.training.elastic import place_in_run, same_clips_per_step
 from re2tal.training.engine import EngineConfig, leave
 from re2tal.training.manifest import Progress
 from re2tal.training.reshard import resharded
-from re2tal.training.trainer import Trainer
+from re2tal.training.trainer import Trainer, TrainingConfig
 
 
 def part_of_a_run(features: str, folder: str, ds: str, stop_before: int | None, whole: bool) -> int:
@@ -145,6 +145,32 @@ def states_of(trainer: Trainer) -> dict[str, torch.Tensor]:
             assert value is not None
             states[f"{key} of {name}"] = value.clone()
     return states
+
+
+class Frozen(TinyDetector):
+    """Its first layer is not trained; `start` is what a weights file says of it."""
+
+    start = 0.5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone[0].requires_grad_(False)
+        self.backbone[0].weight.data.fill_(self.start)
+
+
+def test_frozen_weights_are_those_of_the_checkpoint(tmp_path, monkeypatch):
+    for number, (before, after) in enumerate(((2, 3), (3, 2))):
+        folder = tmp_path / str(number)
+        monkeypatch.setattr(Frozen, "start", 0.5)
+        trained_one = tiny_trainer(folder, stage=before, build=Frozen, training=TrainingConfig(epochs=1))
+        trained_one.train()
+        monkeypatch.setattr(Frozen, "start", 7.0)  # the file that the backbone starts from was replaced
+        again = tiny_trainer(folder, stage=after, build=Frozen)
+        [newest] = (folder / "checkpoints").glob("step-*")
+        load = again.engine.checkpoint_engine.load
+        resharded(newest, again.engine, again.average, read=lambda path, load=load: load(str(path), map_location="cpu"))
+        assert same(weights(again), weights(trained_one))
+    leave()
 
 
 SHAPES = [
