@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ __all__ = [
     "build_backbone",
     "check_wiring",
     "plain_start",
+    "take_parts_of",
     "trained_wiring",
 ]
 
@@ -165,6 +166,16 @@ def build_backbone(config: BackboneConfig) -> VideoBackbone:
     if config.rewired:
         rewire(backbone, config=config.rewiring())
     return backbone
+
+
+def take_parts_of(backbone: VideoBackbone, names: Iterable[str]) -> None:
+    """For a backbone that is built without the file it was trained from: what that file decided on.
+
+    `names` are the entries that its training wrote. Which norm a VideoMAE ends in follows from its first weights.
+    """
+    encoder: Any = getattr(backbone, "encoder", None)
+    if hasattr(encoder, "take_last_norm"):
+        encoder.take_last_norm(names)
 
 
 def _adapt(backbone: VideoBackbone, config: BackboneConfig) -> None:

@@ -48,6 +48,9 @@ from re2tal.training.trainer import Trainer
 from re2tal.training.watchdog import at, watched
 from re2tal.training.zero_file import resolve_deepspeed_config
 
+STEPS_OF_EPOCH = "optimizer steps of an epoch"
+"""In the identity of a run. The same for any number of ranks."""
+
 
 def train(
     config: AnyRun,
@@ -207,6 +210,8 @@ def _build(
         plan.apply(model)
     clips = stream_of(config, shards, world, training=True)
     accumulation = config.engine.gradient_accumulation
+    # Earlier versions began a step with the last batches of one epoch and ended it with the first of the next.
+    earlier = {STEPS_OF_EPOCH: clips.steps_per_epoch / accumulation}
     begin_step = alike_on_any_ranks(model, clips, accumulation=accumulation)
     refuse_differences(
         {
@@ -222,7 +227,7 @@ def _build(
     factor = learning_rate_factor(config.schedule, steps_per_epoch=steps_per_epoch, num_steps=num_steps)
     beta = beta_course(config.annealing, end=config.backbone.beta, steps_per_epoch=steps_per_epoch, num_steps=num_steps)
     engine = build_engine(model, build_optimizer(model, config.optimizer), factor=factor, settings=settings)
-    identity = _identity(config, engine, shards, world)
+    identity = _identity(config, engine, shards, world) | {STEPS_OF_EPOCH: steps_per_epoch}
     dtype = next(model.parameters()).dtype
     return Trainer(
         engine,
@@ -233,7 +238,7 @@ def _build(
         checkpoints=CheckpointStore(
             folder / CHECKPOINTS_NAME,
             identity=identity,
-            defaults=dict(defaults_of(config)),
+            defaults=dict(defaults_of(config)) | earlier,
             keep=config.training.keep_checkpoints,
         ),
         log=MetricsLog(folder, enabled=world.is_main),

@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from re2tal.backbones import BackboneConfig, check_wiring, trained_wiring
-from re2tal.config import build_detector, save_config
+from re2tal.backbones import BackboneConfig, build_backbone, check_wiring, trained_wiring
+from re2tal.config import build_detector, load_config, save_config
+from re2tal.conversion import export_backbone
 from re2tal.recipes import find_recipe
 from re2tal.rewire import wiring_of
+from re2tal.runs.trained import load_detector, open_detector
 from re2tal.runs.weights_export import export_run, export_weights
-from re2tal.training.export import write_model
+from re2tal.training.export import read_model, write_model
 
 CLASSES = ("jump", "run")
 
@@ -61,3 +65,21 @@ def test_a_plain_network_takes_what_computes_like_it(backbone, tmp_path):
         exported = BackboneConfig(name="videomae_nano", weights=str(tmp_path / out), rewired=False)
         assert trained_wiring(exported) is None
         check_wiring(exported)
+
+
+@pytest.mark.parametrize("adapter", ["none", "temporal"])
+def test_a_run_from_a_pretraining_file_opens_without_that_file(adapter, tmp_path):
+    plain = build_backbone(BackboneConfig(name="videomae_nano", rewired=False))
+    pretrained = export_backbone(plain, name="videomae_nano", to="original")
+    # Such files end in a norm over tokens, where those of recognition have one behind the mean.
+    file = tmp_path / "pretrained.safetensors"
+    save_file({f"encoder.{name.replace('fc_norm', 'norm')}": value for name, value in pretrained.items()}, file)
+    run = run_folder(tmp_path / "run", name="videomae_nano", weights=str(file), adapter=adapter)
+    trained = build_detector(load_config(run / "config.json"), CLASSES)
+    trained.load_state_dict(read_model(run / "model.safetensors").weights)
+    file.unlink()
+    frames, mask = torch.randn(1, 3, 8, 32, 32), torch.ones(1, 8, dtype=torch.bool)
+    with torch.no_grad():
+        wanted = trained.eval().backbone(frames, mask).values
+        for opened in (open_detector(run).network(), load_detector(run, load_config(run / "config.json"))):
+            assert torch.equal(opened.eval().backbone(frames, mask).values, wanted)
