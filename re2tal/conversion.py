@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from re2tal.backbones import BACKBONES, build_backbone, stored
+from re2tal.backbones import BACKBONES, WIRING_KEY, build_backbone, stored
 from re2tal.backbones.base import BackboneConfig, VideoBackbone
 from re2tal.backbones.hub.tiling import ClipwiseBackbone
 from re2tal.backbones.slowfast import layouts as slowfast_layouts
@@ -188,10 +188,13 @@ def export_backbone(backbone: VideoBackbone, *, name: str, to: str, prefix: str 
     return {prefix + key: value for key, value in state.items()}
 
 
-def save_for_the_library(backbone: VideoBackbone, folder: Path, *, name: str) -> None:
+def save_for_the_library(
+    backbone: VideoBackbone, folder: Path, *, name: str, wiring: Mapping[str, Any] | None = None
+) -> None:
     """Writes a folder from which the transformers library, and `backbone.weights`, take the backbone called `name`.
 
-    A rewired one is put back first. Raises ValueError for a family that is not of that library.
+    A rewired one is put back first; config.json says how it was rewired, `wiring`. Raises ValueError for a family that
+    is not of that library.
     """
     if not isinstance(backbone, ClipwiseBackbone):
         raise ValueError(f"{name} is no model of the transformers library; its layouts: {_known(name)}")
@@ -199,6 +202,7 @@ def save_for_the_library(backbone: VideoBackbone, folder: Path, *, name: str) ->
     if wiring_of(backbone) is not None:
         unrewire(backbone)
     model, state = cast(Any, backbone.encoder).model, None
+    setattr(model.config, WIRING_KEY, None if wiring is None else dict(wiring))
     if hasattr(backbone.encoder, "draws_its_positions"):  # as the library does
         state = {key: value for key, value in model.state_dict().items() if not key.endswith(".position_embeddings")}
     model.save_pretrained(folder, state_dict=state)

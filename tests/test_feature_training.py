@@ -182,6 +182,10 @@ def test_runs_and_data_that_do_not_go_together_are_refused(videos, features):
     [
         (BackboneConfig(name="features", rewired=False), "feature_channels is None; give the number of channels"),
         (BackboneConfig(name="features", feature_channels=8), "there is no network to load weights into or to rewire"),
+        (
+            BackboneConfig(name="features", feature_channels=8, rewired=False, adapter="lora"),
+            "no network that adapters could train in; set backbone.adapter to 'none', it is 'lora'",
+        ),
         (BackboneConfig(name="swin3d_nano", feature_channels=8), "swin3d_nano is a network, which knows its channels"),
     ],
 )

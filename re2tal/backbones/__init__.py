@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -17,15 +17,18 @@ from re2tal.backbones.swin3d import network as swin3d
 from re2tal.backbones.weights import read_wiring
 from re2tal.options import names_with
 from re2tal.rewire import rewire, same_wiring
+from re2tal.strict_json import read_json
 
 __all__ = [
     "BACKBONES",
     "WIRING",
+    "WIRING_KEY",
     "BackboneConfig",
     "VideoBackbone",
     "build_backbone",
     "check_wiring",
     "plain_start",
+    "take_parts_of",
     "trained_wiring",
 ]
 
@@ -62,9 +65,18 @@ WIRING = tuple(names_with(BackboneConfig(), "wiring"))
 """The options that change the function of a rewired network with the same weights."""
 
 
+WIRING_KEY = "re2tal_wiring"
+"""In the config.json of a folder for the transformers library: how the network was rewired that wrote it."""
+
+
 def trained_wiring(config: BackboneConfig) -> dict[str, Any] | None:
-    """The wiring of the network that wrote the file `config.weights`; None for a plain one, and for no file."""
-    if config.weights is None or not Path(config.weights).is_file():
+    """The wiring of the network that wrote the file or folder `config.weights`; None for a plain one, and for none."""
+    if config.weights is None:
+        return None
+    if (described := Path(config.weights) / "config.json").is_file():
+        content = read_json(described)
+        return content.get(WIRING_KEY) if isinstance(content, dict) else None
+    if not Path(config.weights).is_file():
         return None
     # Other code bases train rewired networks of these families only; those of the transformers library are plain.
     families = ((swin3d.SIZES, swin3d_layouts.KEY_LAYOUTS), (slowfast.SIZES, slowfast_layouts.KEY_LAYOUTS))
@@ -154,6 +166,16 @@ def build_backbone(config: BackboneConfig) -> VideoBackbone:
     if config.rewired:
         rewire(backbone, config=config.rewiring())
     return backbone
+
+
+def take_parts_of(backbone: VideoBackbone, names: Iterable[str]) -> None:
+    """For a backbone that is built without the file it was trained from: what that file decided on.
+
+    `names` are the entries that its training wrote. Which norm a VideoMAE ends in follows from its first weights.
+    """
+    encoder: Any = getattr(backbone, "encoder", None)
+    if hasattr(encoder, "take_last_norm"):
+        encoder.take_last_norm(names)
 
 
 def _adapt(backbone: VideoBackbone, config: BackboneConfig) -> None:

@@ -40,4 +40,9 @@ def build(config: BackboneConfig) -> StoredFeatures:
             f"backbone.name is {NAME!r}: there is no network to load weights into or to rewire; leave out "
             "backbone.weights, and set backbone.rewired to false"
         )
+    if config.adapter != "none":
+        raise ValueError(
+            f"backbone.name is {NAME!r}: there is no network that adapters could train in; set backbone.adapter to "
+            f"'none', it is {config.adapter!r}"
+        )
     return StoredFeatures(config.feature_channels)

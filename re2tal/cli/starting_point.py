@@ -9,9 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from re2tal.config import RecognitionConfig, RunConfig, load_run
-from re2tal.config.schema import without_memory_settings
+from re2tal.config.schema import without_settings
 from re2tal.config.unions import CHOICES
+from re2tal.options import names_with
 from re2tal.recipes import find_recipe
+from re2tal.rewire.config import SAVING
+
+NOT_REWIRED = "where the backbone is not rewired"
 
 
 def starting_point(arguments: Sequence[str], *, default: str) -> tuple[RunConfig | RecognitionConfig, list[str]]:
@@ -48,14 +52,16 @@ def starting_point(arguments: Sequence[str], *, default: str) -> tuple[RunConfig
 def _without_what_options_rule_out(
     run: RunConfig | RecognitionConfig, options: Sequence[str]
 ) -> RunConfig | RecognitionConfig:
-    """`run` without its memory settings where an option leaves them no meaning, as `--backbone.no-rewired` does.
+    """`run` without its memory settings where an option leaves them no meaning, as whole blocks do; where the backbone
+    is not rewired, without all that only a rewired one has.
 
     Nobody typed them, so they are no error; a line says so. Those that are typed are applied later, and refused.
     """
     reason = _ruled_out_by(run, options)
     if reason is None:
         return run
-    run, left_out = without_memory_settings(run)
+    of_rewired = list(names_with(run.backbone, "of_rewired"))
+    run, left_out = without_settings(run, of_rewired if reason == NOT_REWIRED else SAVING)
     if left_out and os.environ.get("RANK", "0") == "0":
         shown = ", ".join(f"backbone.{name} {value}" for name, value in left_out.items())
         print(f"left out: {shown}: without meaning {reason}", file=sys.stderr)
@@ -76,7 +82,7 @@ def _ruled_out_by(run: RunConfig | RecognitionConfig, options: Sequence[str]) ->
         name: value for name, value in vars(parser.parse_known_args(list(options))[0]).items() if value is not None
     }
     if typed.get("rewired") is False:
-        return "where the backbone is not rewired"
+        return NOT_REWIRED
     if typed.get("recompute") is False:
         return "where activations are saved"
     if typed.get("unit") == "block":

@@ -7,6 +7,7 @@ that no component knows is an error: a misspelt override must not train somethin
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -22,7 +23,6 @@ from re2tal.localizers.pyramid.actionformer import ActionFormerConfig
 from re2tal.localizers.pyramid.config import PaddedPyramidConfig
 from re2tal.options import names_with, option
 from re2tal.recognizer import RecognizerConfig
-from re2tal.rewire.config import SAVING
 from re2tal.training.annealing import AnnealingConfig
 from re2tal.training.engine import EngineConfig
 from re2tal.training.optimizer import OptimizerConfig
@@ -98,10 +98,10 @@ def _refuse_settings_of_rewired(backbone: BackboneConfig) -> None:
 AnyRun = TypeVar("AnyRun", bound=Run)
 
 
-def without_memory_settings(run: AnyRun) -> tuple[AnyRun, dict[str, Any]]:
-    """`run` with its branches whole and nothing saved of them, and the values that this replaces, by field."""
-    default = {name: getattr(BackboneConfig(), name) for name in SAVING}
-    left_out = {name: value for name in SAVING if (value := getattr(run.backbone, name)) != default[name]}
+def without_settings(run: AnyRun, names: Collection[str]) -> tuple[AnyRun, dict[str, Any]]:
+    """`run` with these fields of its backbone at their defaults, and the values that this replaces, by field."""
+    default = {name: getattr(BackboneConfig(), name) for name in names}
+    left_out = {name: value for name in names if (value := getattr(run.backbone, name)) != default[name]}
     return replace(run, backbone=replace(run.backbone, **default)), left_out
 
 

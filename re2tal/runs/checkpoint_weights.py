@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from re2tal.backbones import take_parts_of
 from re2tal.config import RunConfig, build_detector
 from re2tal.data.contract.shards import FeatureSet, open_any, subset_folder
 from re2tal.rewire import wiring_of
@@ -51,6 +52,7 @@ def read_newest_checkpoint(folder: Path, config: RunConfig) -> tuple[ModelFile, 
             if last == TRIES - 1 or checkpoint.is_dir():
                 raise
         else:
+            take_parts_of(network.backbone, weights)
             names = set(network.state_dict())
             weights = {name: value for name, value in weights.items() if name in names}
             model = ModelFile(checkpoint, weights, classes, wiring_of(network), features)

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from re2tal.backbones import take_parts_of
 from re2tal.config import RecognitionConfig, RunConfig, build_detector, build_recognizer, load_config
 from re2tal.detector import TemporalActionDetector
 from re2tal.recognizer import Recognizer
@@ -43,6 +44,7 @@ class Trained:
     def network(self) -> TemporalActionDetector:
         """The detector with its weights, on the CPU."""
         detector = build_detector(started(self.config), self.model.classes)
+        take_parts_of(detector.backbone, self.model.weights)
         self.model.load_into(detector, classes=detector.localizer.classes)
         return detector
 
@@ -69,6 +71,7 @@ def load_detector(run: Path, config: RunConfig) -> TemporalActionDetector:
     """The detector of a run folder with its trained weights, on the CPU."""
     model = read_model(run / MODEL_NAME)
     detector = build_detector(started(config), model.classes)
+    take_parts_of(detector.backbone, model.weights)
     model.load_into(detector, classes=detector.localizer.classes)
     return detector
 
@@ -77,6 +80,7 @@ def load_recognizer(run: Path, config: RecognitionConfig) -> Recognizer:
     """The recognizer of a run folder with its trained weights, on the CPU."""
     model = read_model(run / MODEL_NAME)
     recognizer, _ = build_recognizer(started(config), model.classes)
+    take_parts_of(recognizer.backbone, model.weights)
     model.load_into(recognizer, classes=recognizer.classes)
     return recognizer
 

@@ -52,6 +52,9 @@ from re2tal.training.trainer import Trainer
 from re2tal.training.watchdog import at, watched
 from re2tal.training.zero_file import resolve_deepspeed_config
 
+STEPS_OF_EPOCH = "optimizer steps of an epoch"
+"""In the identity of a run. The same for any number of ranks."""
+
 
 def train(
     config: AnyRun,
@@ -222,6 +225,8 @@ def _build(
         plan.apply(model)
     clips = stream_of(config, shards, world, training=True)
     accumulation = config.engine.gradient_accumulation
+    # Earlier versions began a step with the last batches of one epoch and ended it with the first of the next.
+    earlier = {STEPS_OF_EPOCH: clips.steps_per_epoch / accumulation}
     begin_step = alike_on_any_ranks(model, clips, accumulation=accumulation)
     refuse_differences(
         {
@@ -239,7 +244,7 @@ def _build(
     clips_per_step = config.engine.batch_size * accumulation * world.world_size
     optimizer, on_rates = for_batch(config.optimizer, clips=clips_per_step)
     engine = build_engine(model, build_optimizer(model, optimizer), factor=factor, settings=settings)
-    identity = _identity(config, engine, shards, world)
+    identity = _identity(config, engine, shards, world) | {STEPS_OF_EPOCH: steps_per_epoch}
     dtype = next(model.parameters()).dtype
     log = MetricsLog(folder, enabled=world.is_main)
     if on_rates is not None:
@@ -254,7 +259,7 @@ def _build(
             folder / CHECKPOINTS_NAME,
             identity=identity,
             free=set(names_with(config, "resumable")),
-            defaults=dict(defaults_of(config)),
+            defaults=dict(defaults_of(config)) | earlier,
             keep=config.training.keep_checkpoints,
         ),
         log=log,

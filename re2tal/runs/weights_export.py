@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
+from re2tal.backbones import trained_wiring
 from re2tal.backbones.base import BackboneConfig, VideoBackbone
+from re2tal.backbones.slowfast import network as slowfast
 from re2tal.backbones.stored import NAME
 from re2tal.config import RecognitionConfig, load_run
 from re2tal.conversion import export_backbone, export_detector, import_backbone, save_for_the_library
+from re2tal.rewire import wiring_of
 from re2tal.runs.folder import CONFIG_NAME
 from re2tal.runs.model_folder import read_card, save_model
 from re2tal.runs.model_folder_card import Origin, model_card
@@ -30,7 +35,8 @@ def export_weights(out: Path, *, weights: Path, backbone: str, to: str, prefix: 
         raise ValueError(f"{weights} is a backbone, and a model folder holds a whole detector; give its run (run)")
     _check(out, to=to, prefix=prefix)
     network, _ = import_backbone(weights, name=backbone)
-    return _write_backbone(network, out, name=backbone, to=to, prefix=prefix)
+    wiring = trained_wiring(BackboneConfig(name=backbone, weights=str(weights)))
+    return _write_backbone(network, out, name=backbone, to=to, prefix=prefix, wiring=wiring)
 
 
 def export_run(out: Path, *, run: Path, to: str, prefix: str = "") -> int:
@@ -46,7 +52,8 @@ def export_run(out: Path, *, run: Path, to: str, prefix: str = "") -> int:
     if isinstance(config, RecognitionConfig):
         recognizer = load_recognizer(run, config)
         _merge(recognizer.backbone, config.backbone)
-        return _write_backbone(recognizer.backbone, out, name=name, to=to, prefix=prefix)
+        wiring = _wiring(recognizer.backbone, name)
+        return _write_backbone(recognizer.backbone, out, name=name, to=to, prefix=prefix, wiring=wiring)
     if name == NAME:
         raise ValueError(
             f"{run} was trained on stored features, so it has no backbone; only whole detectors and backbones can be "
@@ -54,9 +61,21 @@ def export_run(out: Path, *, run: Path, to: str, prefix: str = "") -> int:
         )
     detector = load_detector(run, config)
     _merge(detector.backbone, config.backbone)
+    wiring = _wiring(detector.backbone, name)
     if to == "opentad":
-        return _write(out, export_detector(detector, config=config.backbone, prefix=prefix), to)
-    return _write_backbone(detector.backbone, out, name=name, to=to, prefix=prefix)
+        return _write(out, export_detector(detector, config=config.backbone, prefix=prefix), to, wiring)
+    return _write_backbone(detector.backbone, out, name=name, to=to, prefix=prefix, wiring=wiring)
+
+
+def _wiring(backbone: VideoBackbone, name: str) -> dict[str, Any] | None:
+    """How the exported network is rewired: its names do not tell, and a plain one computes something else with them.
+
+    None at beta 0, which is the plain network, but for branches of SlowFast.
+    """
+    wiring = wiring_of(backbone)
+    if wiring is None or (wiring["beta"] == 0 and not (name in slowfast.SIZES and wiring["unit"] == "branch")):
+        return None
+    return wiring
 
 
 def _export_model(out: Path, run: Path, *, prefix: str) -> int:
@@ -91,14 +110,17 @@ def _check(out: Path, *, to: str, prefix: str) -> None:
         raise ValueError(f"{out} is there already; choose another name, or remove it")
 
 
-def _write_backbone(backbone: VideoBackbone, out: Path, *, name: str, to: str, prefix: str) -> int:
+def _write_backbone(
+    backbone: VideoBackbone, out: Path, *, name: str, to: str, prefix: str, wiring: dict[str, Any] | None
+) -> int:
     if to != "transformers":
-        return _write(out, export_backbone(backbone, name=name, to=to, prefix=prefix), to)
-    save_for_the_library(backbone, out, name=name)
+        return _write(out, export_backbone(backbone, name=name, to=to, prefix=prefix), to, wiring)
+    save_for_the_library(backbone, out, name=name, wiring=wiring)
     return len(backbone.state_dict())
 
 
-def _write(out: Path, state: Mapping[str, Tensor], to: str) -> int:
+def _write(out: Path, state: Mapping[str, Tensor], to: str, wiring: dict[str, Any] | None) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_tensors(out, {key: value.contiguous() for key, value in state.items()}, metadata={"layout": to})
+    header = {"layout": to, "wiring": json.dumps(wiring)}
+    write_tensors(out, {key: value.contiguous() for key, value in state.items()}, metadata=header)
     return len(state)

@@ -1,6 +1,7 @@
 """A checkpoint of another number of ranks, or another ZeRO stage, made to fit this run.
 
     shards of all its ranks -> whole tensors by parameter: weights, Adam's moments, the average -> this rank's shards
+    frozen weights too: the file that the run started from may have changed since
 
 What belongs to a rank, not to the run: generator states, taken from the rank of the same number where there is one, and
 buffers, of which every rank gets the mean. A run without dropout and drop path goes on as if nothing had changed.
@@ -10,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -62,7 +63,9 @@ class _Saved:
         self.ranks = [read(path) for path in _by_rank(checkpoint, "rank-*.pt")]
         shards = _by_rank(checkpoint, "*zero_pp_rank_*_optim_states.pt")
         self.optimizers = [read(path)["optimizer_state_dict"] for path in shards]
-        self.model = read(next(iter(_by_rank(checkpoint, "*model_states.pt"))))
+        models = [read(path) for path in _by_rank(checkpoint, "*model_states.pt")]  # under stage 3 one of each rank
+        self.model = models[0]
+        self._frozen = [model.get("frozen_param_fragments") or {} for model in models]
         self.stage = int(self.optimizers[0]["zero_stage"]) if self.optimizers else 0
         if self.stage and len(self.optimizers) != len(self.ranks):
             raise ValueError(f"{checkpoint} has {len(self.ranks)} ranks and {len(self.optimizers)} optimizer files")
@@ -89,6 +92,22 @@ class _Saved:
                     f"({kind}); resume with as many ranks and the ZeRO stage it was written with"
                 )
         return joined
+
+    def frozen(self, names: Collection[str]) -> Whole:
+        """The parameters of these names, which nothing trains, in the type of the weights."""
+        if self.stage != 3:
+            held = {name: self.model["module"].get(name) for name in names}
+        else:
+            held = {name: self._joined(name) for name in names}
+        if lacking := sorted(name for name, value in held.items() if value is None):
+            raise ValueError(f"{self.checkpoint} does not hold the frozen weights {', '.join(lacking[:3])}")
+        return {name: value.flatten() for name, value in held.items() if value is not None}
+
+    def _joined(self, name: str) -> Tensor | None:
+        shape = (self.model.get("frozen_param_shapes") or {}).get(name)
+        if shape is None:
+            return None
+        return torch.cat([of_rank[name].flatten() for of_rank in self._frozen])[: math.prod(shape)]
 
     def _flats(self, kind: Kind, rank: int) -> list[Tensor] | None:
         optimizer = self.optimizers[rank]
@@ -145,7 +164,21 @@ def _fill(engine: Engine, average: WeightAverage | None, saved: _Saved) -> None:
         elif kind != "weights":
             for weight, target in zip(_flat_parameters(engine), targets, strict=True):
                 base.state[weight][kind] = target
+    _fill_frozen(engine, saved)
     publish(engine)
+
+
+def _fill_frozen(engine: Engine, saved: _Saved) -> None:
+    frozen = {name: one for name, one in engine.module.named_parameters() if not one.requires_grad}
+    for name, values in saved.frozen(frozen).items():
+        weight, shard = frozen[name], getattr(frozen[name], "ds_tensor", None)
+        if values.numel() != (weight.numel() if shard is None else weight.ds_numel):
+            raise ValueError(f"{saved.checkpoint} has {values.numel()} numbers of {name}, here it has another shape")
+        if shard is None:
+            weight.copy_(values.view_as(weight))
+        else:
+            own = values[engine.global_rank * shard.ds_numel :][: shard.ds_numel]
+            shard[: own.numel()] = own.to(shard)
 
 
 def _flat_parameters(engine: Engine) -> list[nn.Parameter]:

@@ -191,6 +191,23 @@ def test_unknown_targets_are_answered_with_the_known_ones() -> None:
         build_backbone(BackboneConfig(**LORA, lora_targets=("qkv",)))
 
 
+@pytest.mark.parametrize(
+    ("name", "target", "others"),
+    [
+        ("swin3d_nano", "proj", {"patch_embed.proj"}),  # a convolution
+        ("siglip_nano", "out_proj", {"encoder.model.head.attention.out_proj"}),  # torch's attention never calls it
+    ],
+)
+def test_only_linear_layers_that_are_called_have_updates(name: str, target: str, others: set[str]) -> None:
+    pytest.importorskip("peft")
+    plain = build_backbone(BackboneConfig(name=name))
+    backbone = build_backbone(BackboneConfig(name=name, adapter="lora", lora_rank=2, lora_targets=(target,)))
+    updated = {key.partition(".lora_")[0] for key in dict(backbone.named_parameters()) if ".lora_" in key}
+    called = {key for key, _ in plain.named_modules() if key.endswith(f".{target}")}
+    assert updated
+    assert updated == called - others
+
+
 @pytest.mark.parametrize("kind", [LORA, *LORA_ELSEWHERE], ids=["videomae", "swin", "vjepa2"])
 def test_merged_updates_are_the_same_network_under_its_own_names(kind: dict[str, Any]) -> None:
     peft = pytest.importorskip("peft")

@@ -92,6 +92,14 @@ def test_a_recipes_pieces_are_left_out_with_a_word_where_an_option_leaves_them_n
     assert "left out: backbone.chunk_mebibytes 512: without meaning" in capsys.readouterr().err
 
 
+def test_every_recipe_runs_plain_too(capsys):
+    for name in RECIPES:
+        assert not configured("--recipe", name, "--backbone.no-rewired").backbone.rewired
+    assert "left out: backbone.beta 0.0: without meaning where the backbone is not rewired" in capsys.readouterr().err
+    with pytest.raises(ValueError, match=r"backbone.beta is 0.5, but the backbone is not rewired"):
+        configured("--recipe", "thumos14_adatad_videomae_base", "--backbone.no-rewired", "--backbone.beta", "0.5")
+
+
 def test_pieces_that_are_typed_for_a_plain_backbone_are_refused():
     with pytest.raises(ValueError, match=r"backbone.chunk_mebibytes is 256.0, but the backbone is not rewired"):
         configured("--recipe", "thumos14_re2swin_tiny", "--backbone.no-rewired", "--backbone.chunk-mebibytes", "256")

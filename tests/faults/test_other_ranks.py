@@ -15,7 +15,7 @@ from deepspeed.utils import safe_get_full_optimizer_state
 from distributed.ranks import run_ranks
 from faults.test_told_to_stop import small_run
 from safetensors.torch import load_file
-from training.tiny import tiny_trainer, weights
+from training.tiny import TinyDetector, same, tiny_trainer, weights
 
 from re2tal.cli.train import train
 from re2tal.localizers.losses import RunningCount
@@ -23,9 +23,9 @@ from re2tal.runs import training_run
 from re2tal.structures import Action
 from re2tal.training.elastic import place_in_run, same_clips_per_step
 from re2tal.training.engine import EngineConfig, leave
-from re2tal.training.manifest import Progress
+from re2tal.training.manifest import Progress, read_manifest, write_manifest
 from re2tal.training.reshard import resharded
-from re2tal.training.trainer import Trainer
+from re2tal.training.trainer import Trainer, TrainingConfig
 
 
 def part_of_a_run(features: str, folder: str, ds: str, stop_before: int | None, whole: bool) -> int:
@@ -72,6 +72,26 @@ def test_from_two_ranks_to_one_and_back_ends_with_the_same_loss(stages, tmp_path
     expected, weights = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
     for name in expected:
         torch.testing.assert_close(weights[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_a_checkpoint_whose_epochs_had_other_lengths_is_refused(tmp_path, monkeypatch):
+    """As of versions in which a step of two batches could take them from two epochs."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for number, subset in enumerate(("training", "validation")):
+        generator = torch.Generator().manual_seed(number)
+        values = {f"{subset}{n}": torch.randn(12, 20, generator=generator) for n in range(3)}
+        write_features(tmp_path / subset, values, actions=[Action(0.5, 2.0, "jump")], classes=("jump",))
+    run = small_run(str(tmp_path))
+    run = replace(run, engine=replace(run.engine, gradient_accumulation=2))
+    training_run.train(run, ds="zero2", out=tmp_path / "run")
+    [newest, *_] = sorted((tmp_path / "run" / "checkpoints").glob("step-*"), reverse=True)
+    manifest = read_manifest(newest)
+    files = json.loads((newest / "manifest.json").read_text())["files"]
+    before = {name: value for name, value in manifest.run.items() if name != "optimizer steps of an epoch"}
+    write_manifest(newest, run=before, progress=manifest.progress, files=files)
+    with pytest.raises(ValueError, match=r"optimizer steps of an epoch is 1\.0, the checkpoint has 1\.5\."):
+        training_run.train(run, ds="zero2", out=tmp_path / "run", resume=True)
 
 
 def test_accumulation_adapts_and_sizes_that_do_not_fit_are_refused():
@@ -145,6 +165,32 @@ def states_of(trainer: Trainer) -> dict[str, torch.Tensor]:
             assert value is not None
             states[f"{key} of {name}"] = value.clone()
     return states
+
+
+class Frozen(TinyDetector):
+    """Its first layer is not trained; `start` is what a weights file says of it."""
+
+    start = 0.5
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone[0].requires_grad_(False)
+        self.backbone[0].weight.data.fill_(self.start)
+
+
+def test_frozen_weights_are_those_of_the_checkpoint(tmp_path, monkeypatch):
+    for number, (before, after) in enumerate(((2, 3), (3, 2))):
+        folder = tmp_path / str(number)
+        monkeypatch.setattr(Frozen, "start", 0.5)
+        trained_one = tiny_trainer(folder, stage=before, build=Frozen, training=TrainingConfig(epochs=1))
+        trained_one.train()
+        monkeypatch.setattr(Frozen, "start", 7.0)  # the file that the backbone starts from was replaced
+        again = tiny_trainer(folder, stage=after, build=Frozen)
+        [newest] = (folder / "checkpoints").glob("step-*")
+        load = again.engine.checkpoint_engine.load
+        resharded(newest, again.engine, again.average, read=lambda path, load=load: load(str(path), map_location="cpu"))
+        assert same(weights(again), weights(trained_one))
+    leave()
 
 
 SHAPES = [

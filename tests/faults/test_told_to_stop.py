@@ -36,8 +36,8 @@ ROOT = Path(__file__).parents[2]
 
 PHASES: list[tuple[str, Any, str, int, int]] = [
     ("start-up", training_run, "_open_both", 1, 1),
-    ("the first step", Trainer, "_losses", 1, 1),
-    ("training", Trainer, "_losses", 2, 1),
+    ("the first step", Trainer, "_forward", 1, 1),
+    ("training", Trainer, "_forward", 2, 1),
     ("an evaluation on the way", inference, "detector_input", 2, 1),
     ("the evaluation that was left", inference, "detector_input", 1, 1),
     ("a checkpoint", CheckpointStore, "_digests", 1, 1),

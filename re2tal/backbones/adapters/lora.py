@@ -23,14 +23,18 @@ def add_lora(backbone: nn.Module, config: BackboneConfig) -> list[nn.Parameter]:
     Raises ValueError for a target that is no linear layer here, and without peft.
     """
     peft = _library()
-    linear = {name.rpartition(".")[2] for name, module in backbone.named_modules() if type(module) is nn.Linear}
+    layers = [name for name, module in backbone.named_modules() if type(module) is nn.Linear]
+    linear = {_last(name) for name in layers}
     if not config.lora_targets or (unknown := sorted(set(config.lora_targets) - linear)):
         named = "names no layer" if not config.lora_targets else f"names {', '.join(unknown)}"
         raise ValueError(
             f"backbone.lora_targets {named}, and the linear layers of {config.name} are called "
             f"{', '.join(sorted(linear)) or 'nothing: it has none'}; name some of these"
         )
-    lora = peft.LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=list(config.lora_targets))
+    # Whole names: by the last ones, peft would also update a convolution called proj, and layers of torch's attention,
+    # whose forward takes their weights and no update.
+    targets = [name for name in layers if _last(name) in config.lora_targets]
+    lora = peft.LoraConfig(r=config.lora_rank, lora_alpha=config.lora_alpha, target_modules=targets)
     peft.inject_adapter_in_model(lora, backbone)
     return [parameter for name, parameter in backbone.named_parameters() if ".lora_" in name]
 
@@ -42,6 +46,10 @@ def merge_lora(backbone: nn.Module) -> None:
         if isinstance(module, lora_layer):
             module.merge()
             backbone.set_submodule(name, module.get_base_layer())
+
+
+def _last(name: str) -> str:
+    return name.rpartition(".")[2]
 
 
 def _library() -> Any:

@@ -3,7 +3,8 @@
     frames (B, 3, T, H, W) -> B * ceil(T / L) clips of L frames -> encoder -> ceil(T / tubelet) steps (B, C, T')
 
 Clips are neighbours and do not overlap. What lies past the last valid frame of a video is replaced by that frame, so
-the features of a video do not depend on how far its batch was padded.
+the features of a video do not depend on how far its batch was padded. Those of an encoder that crosses clips do: its
+last steps see what follows, so give it windows of the length that it was trained on, as all commands here do.
 """
 
 from __future__ import annotations

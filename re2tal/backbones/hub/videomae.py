@@ -11,7 +11,7 @@ features end without it, as AdaTAD's do. VideoMAE V2's giant differs in its size
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -121,6 +121,14 @@ class VideoMAEEncoder(ClipEncoder):
         for layer in videomae.encoder.layer:
             tokens = layer(tokens, clips_per_video)
         return tokens if videomae.layernorm is None else videomae.layernorm(tokens)
+
+    def take_last_norm(self, names: Iterable[str]) -> None:
+        """Ends in a norm over tokens where the network did that wrote entries of these names, of this size."""
+        if self.model.videomae.layernorm is None and ends_in_token_norm(names):
+            config = self.model.config
+            self.model.videomae.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            self.model.fc_norm = None
+            config.use_mean_pooling = False
 
     def draws_its_positions(self) -> bool:
         """Whether its positions are the sinusoid, which other code draws anew and does not keep in files."""

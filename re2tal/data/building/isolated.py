@@ -11,12 +11,11 @@ import inspect
 import multiprocessing
 import pickle
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from itertools import count
+from multiprocessing import spawn
 from multiprocessing.connection import Connection
-from threading import Lock
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
@@ -24,6 +23,9 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 _SPAWN = multiprocessing.get_context("spawn")  # a fork would copy whatever locks other threads hold at that moment
+_NAME = "re2tal-isolated"
+"""Begins the names of our processes."""
+_NUMBERS = count()
 
 
 _SIGN_SECONDS = 1.0
@@ -121,9 +123,8 @@ class Isolated:
     def _start(self) -> Connection:
         if self._connection is None:
             self._connection, theirs = _SPAWN.Pipe()
-            self._process = _SPAWN.Process(target=_serve, args=(theirs,), daemon=True)
-            with _without_main():
-                self._process.start()
+            self._process = _SPAWN.Process(target=_serve, args=(theirs,), name=f"{_NAME}-{next(_NUMBERS)}", daemon=True)
+            self._process.start()
             theirs.close()  # else the end of the process would not end the connection
         return self._connection
 
@@ -139,22 +140,17 @@ class Isolated:
         return process.exitcode
 
 
-_MAIN_IS_HIDDEN = Lock()
+def _preparation_data(name: str) -> dict[str, Any]:
+    """As multiprocessing's own, but a process of ours does not run the user's script again, which needs no guard."""
+    data = _usual_preparation_data(name)
+    if name.startswith(_NAME):
+        data.pop("init_main_from_name", None)
+        data.pop("init_main_from_path", None)
+    return data
 
 
-@contextmanager
-def _without_main() -> Iterator[None]:
-    """A process that starts inside does not run the user's script again, which need not have a __main__ guard."""
-    main = sys.modules["__main__"]
-    with _MAIN_IS_HIDDEN:  # threads start processes too: the second would find, and leave behind, nothing
-        hidden = {name: vars(main)[name] for name in ("__file__", "__spec__") if name in vars(main)}
-        try:
-            for name in hidden:
-                setattr(main, name, None)
-            yield
-        finally:
-            for name, value in hidden.items():
-                setattr(main, name, value)
+_usual_preparation_data = spawn.get_preparation_data
+spawn.get_preparation_data = _preparation_data
 
 
 def _serve(connection: Connection) -> None:

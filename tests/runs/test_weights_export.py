@@ -1,0 +1,85 @@
+"""Exported weights say how their network was rewired, so that another wiring does not take them without a word."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from re2tal.backbones import BackboneConfig, build_backbone, check_wiring, trained_wiring
+from re2tal.config import build_detector, load_config, save_config
+from re2tal.conversion import export_backbone
+from re2tal.recipes import find_recipe
+from re2tal.rewire import wiring_of
+from re2tal.runs.trained import load_detector, open_detector
+from re2tal.runs.weights_export import export_run, export_weights
+from re2tal.training.export import read_model, write_model
+
+CLASSES = ("jump", "run")
+
+
+def run_folder(folder: Path, **backbone: Any) -> Path:
+    config = replace(find_recipe("demo"), backbone=BackboneConfig(**backbone))
+    detector = build_detector(config, CLASSES)
+    folder.mkdir()
+    wiring = wiring_of(detector)
+    write_model(folder / "model.safetensors", detector.state_dict(), classes=CLASSES, wiring=wiring)
+    save_config(folder / "config.json", config)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "to", "out"),
+    [
+        ("swin3d_nano", "original", "out.safetensors"),
+        ("videomae_nano", "mmaction2", "out.safetensors"),
+        ("videomae_nano", "transformers", "out"),
+    ],
+)
+def test_a_plain_network_refuses_what_a_rewired_run_exported(name, to, out, tmp_path):
+    run = run_folder(tmp_path / "run", name=name, merge="extrapolate", segment=2)
+    export_run(tmp_path / out, run=run, to=to)
+    exported = BackboneConfig(name=name, weights=str(tmp_path / out))
+    check_wiring(replace(exported, merge="extrapolate", segment=2))
+    for other in (replace(exported, rewired=False), exported):
+        with pytest.raises(ValueError, match=r"was trained rewired with .*'merge': 'extrapolate'"):
+            check_wiring(other)
+    if to != "transformers":
+        export_weights(tmp_path / "again.safetensors", weights=tmp_path / out, backbone=name, to="original")
+        again = trained_wiring(replace(exported, weights=str(tmp_path / "again.safetensors")))
+        assert again == trained_wiring(exported)
+    else:
+        assert json.loads((tmp_path / out / "config.json").read_text())["re2tal_wiring"]["segment"] == 2
+
+
+@pytest.mark.parametrize("backbone", [{"rewired": False}, {"beta": 0.0}], ids=["plain", "beta 0"])
+def test_a_plain_network_takes_what_computes_like_it(backbone, tmp_path):
+    run = run_folder(tmp_path / "run", name="videomae_nano", **backbone)
+    for to, out in (("original", "out.safetensors"), ("transformers", "out")):
+        export_run(tmp_path / out, run=run, to=to)
+        exported = BackboneConfig(name="videomae_nano", weights=str(tmp_path / out), rewired=False)
+        assert trained_wiring(exported) is None
+        check_wiring(exported)
+
+
+@pytest.mark.parametrize("adapter", ["none", "temporal"])
+def test_a_run_from_a_pretraining_file_opens_without_that_file(adapter, tmp_path):
+    plain = build_backbone(BackboneConfig(name="videomae_nano", rewired=False))
+    pretrained = export_backbone(plain, name="videomae_nano", to="original")
+    # Such files end in a norm over tokens, where those of recognition have one behind the mean.
+    file = tmp_path / "pretrained.safetensors"
+    save_file({f"encoder.{name.replace('fc_norm', 'norm')}": value for name, value in pretrained.items()}, file)
+    run = run_folder(tmp_path / "run", name="videomae_nano", weights=str(file), adapter=adapter)
+    trained = build_detector(load_config(run / "config.json"), CLASSES)
+    trained.load_state_dict(read_model(run / "model.safetensors").weights)
+    file.unlink()
+    frames, mask = torch.randn(1, 3, 8, 32, 32), torch.ones(1, 8, dtype=torch.bool)
+    with torch.no_grad():
+        wanted = trained.eval().backbone(frames, mask).values
+        for opened in (open_detector(run).network(), load_detector(run, load_config(run / "config.json"))):
+            assert torch.equal(opened.eval().backbone(frames, mask).values, wanted)
