@@ -10,7 +10,7 @@ from re2tal.data.building.annotate import Annotated, annotate
 from re2tal.data.building.annotations import read_annotations
 from re2tal.data.building.catalog import DATASETS
 from re2tal.data.building.labels import read_class_list
-from re2tal.data.building.merge import check_ids, merge_shards, merged_classes
+from re2tal.data.building.merge import check_ids, merge_shards, merged_classes, same_pictures
 from re2tal.data.building.subset_names import rename_subsets
 from re2tal.data.contract.manifest import MANIFEST_NAME
 from re2tal.data.contract.shards import ShardSet, open_any, open_shards
@@ -88,6 +88,7 @@ def merge(folders: Sequence[Path], *, out: Path) -> int:
         subsets.setdefault(shards.subset, []).append(shards)
     if taken := [str(out / name) for name in subsets if (out / name / MANIFEST_NAME).is_file()]:
         raise ValueError(f"{taken[0]} holds shards already; give another --out")
+    print_some(same_pictures(opened), more="such videos")
     for name, found in subsets.items():
         for other in found[1:]:
             if other.manifest.encoding != found[0].manifest.encoding:

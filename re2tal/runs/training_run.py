@@ -30,11 +30,11 @@ from re2tal.runs.lock import locked
 from re2tal.runs.orphans import end_with_the_launcher
 from re2tal.runs.stored_features import check_kind, check_pair, describe, on_features
 from re2tal.runs.tasks import AnyRun, Outcome, build_model, judge
-from re2tal.runs.training_data import alike_on_any_ranks, prepare, stream_of
+from re2tal.runs.training_data import alike_on_any_ranks, prepare, say_shared, stream_of
 from re2tal.runs.training_end import TrainedRun, finish
 from re2tal.training.agreement import versions, weight_checksums
 from re2tal.training.annealing import beta_course
-from re2tal.training.checkpoint import CheckpointStore
+from re2tal.training.checkpoint import VALIDATION, CheckpointStore
 from re2tal.training.elastic import RANKS, same_clips_per_step
 from re2tal.training.engine import Engine, build_engine, join, leave, zero_stage
 from re2tal.training.finite import check_finite
@@ -113,7 +113,7 @@ def _train(
     ranks.check()
     ds_file, settings = together(lambda: _engine_settings(ds, config, world))[world.rank]
     make_if_wanted(config, world)
-    training, validation = _open_both(config)
+    both = training, validation = _open_both(config)
     if isinstance(config, RunConfig) and isinstance(training, FeatureSet):
         config = on_features(config, training)
     check_kind(config, training)
@@ -132,7 +132,7 @@ def _train(
     earlier = folder / PLAN_NAME if resume else None
     plan = _plan(config, ds_file, world, classes=training.classes, device=device, earlier=earlier)
     ranks.check()
-    trainer = _build(config, settings, folder, world, shards=training, evaluate=evaluate, device=device, plan=plan)
+    trainer = _build(config, settings, folder, world, shards=both, evaluate=evaluate, device=device, plan=plan)
     resumed = resume and trainer.resume()
     if world.is_main:  # not before: a run that may not be resumed like this keeps the configuration it has
         save_config(folder / CONFIG_NAME, config)
@@ -176,6 +176,8 @@ def _open_both(config: AnyRun) -> tuple[ShardSet, ShardSet] | tuple[FeatureSet, 
             f"{training.root} has classes {list(training.classes)}, {validation.root} {list(validation.classes)}; "
             "build both from one annotation file"
         )
+    if is_main():
+        say_shared(training, validation)
     match training, validation:
         case ShardSet(), ShardSet():
             if isinstance(config, RecognitionConfig):
@@ -194,24 +196,26 @@ def _build(
     folder: Path,
     world: World,
     *,
-    shards: ShardSet | FeatureSet,
+    shards: tuple[ShardSet | FeatureSet, ShardSet | FeatureSet],
     evaluate: Callable[[Engine], Outcome],
     device: torch.device,
     plan: StepPlan | None,
 ) -> Trainer:
+    training, validation = shards
     seed = config.training.seed
     seed_generators(seed, rank=0)  # the same weights on all ranks
-    model = build_model(config, shards.classes).to(device)
+    model = build_model(config, training.classes).to(device)
     check_finite(model)
     if plan is not None:
         plan.apply(model)
-    clips = stream_of(config, shards, world, training=True)
+    clips = stream_of(config, training, world, training=True)
     accumulation = config.engine.gradient_accumulation
     begin_step = alike_on_any_ranks(model, clips, accumulation=accumulation)
     refuse_differences(
         {
             **{f"DeepSpeed's {name}": value for name, value in flatten(settings)},
-            "training shards": shards.manifest_sha256,
+            "training shards": training.manifest_sha256,
+            VALIDATION: validation.manifest_sha256,
             "order of the first epoch": sha256(repr(clips.order(0)).encode()).hexdigest(),
             **weight_checksums(model),  # now: DeepSpeed will overwrite them with those of rank 0
         }
@@ -222,7 +226,7 @@ def _build(
     factor = learning_rate_factor(config.schedule, steps_per_epoch=steps_per_epoch, num_steps=num_steps)
     beta = beta_course(config.annealing, end=config.backbone.beta, steps_per_epoch=steps_per_epoch, num_steps=num_steps)
     engine = build_engine(model, build_optimizer(model, config.optimizer), factor=factor, settings=settings)
-    identity = _identity(config, engine, shards, world)
+    identity = _identity(config, engine, training, validation, world)
     dtype = next(model.parameters()).dtype
     return Trainer(
         engine,
@@ -243,7 +247,13 @@ def _build(
     )
 
 
-def _identity(config: AnyRun, engine: Engine, shards: ShardSet | FeatureSet, world: World) -> dict[str, Any]:
+def _identity(
+    config: AnyRun,
+    engine: Engine,
+    training: ShardSet | FeatureSet,
+    validation: ShardSet | FeatureSet,
+    world: World,
+) -> dict[str, Any]:
     """What a checkpoint of this run must have in common with the run that resumes it, by name."""
     free = set(names_with(config, "resumable"))
     unchangeable = {name: value for name, value in flatten(to_json(config)) if name not in free}
@@ -251,8 +261,9 @@ def _identity(config: AnyRun, engine: Engine, shards: ShardSet | FeatureSet, wor
         **unchangeable,
         RANKS: world.world_size,
         "ZeRO stage": zero_stage(engine),
-        "number of classes": len(shards.classes),
-        "training shards": shards.manifest_sha256,
+        "number of classes": len(training.classes),
+        "training shards": training.manifest_sha256,
+        VALIDATION: validation.manifest_sha256,
     }
 
 

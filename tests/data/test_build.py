@@ -299,6 +299,9 @@ def test_a_video_with_two_files_is_an_error_that_names_both(tmp_path):
     with pytest.raises(ValueError, match=r"video 'a' is there as \['a.mp4', 'v_a.MKV'\]; keep one"):
         find_videos(tmp_path, ["b", "a"], file_names=("{id}", "v_{id}"))
     assert find_videos(tmp_path, ["b", "c"], file_names=("{id}", "v_{id}")) == {"b": tmp_path / "b.mp4"}
+    (tmp_path / "v_c.mp4").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"v_c\.mp4 would be video 'c' and video 'v_c'; keep one of them"):
+        find_videos(tmp_path, ["b", "c", "v_c"], file_names=("{id}", "v_{id}"))
 
 
 def test_a_subset_of_unusable_videos_only_is_an_error_with_a_reason(videos, annotations, tmp_path):

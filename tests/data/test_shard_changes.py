@@ -162,6 +162,17 @@ def test_ids_that_two_folders_have_are_named_and_damaged_videos_left_out(tmp_pat
     assert status == 2
     assert f"1 videos are there twice: 'b' in {first}/training and in {second}/training" in err
     assert not (tmp_path / "out").exists()
+    status, _, err = run(capsys, "merge", first, tmp_path / "." / "1" / ".." / "1", "--out", tmp_path / "out")
+    assert (status, "is given twice" in err, (tmp_path / "out").exists()) == (2, True, False)
+    status, _, err = run(
+        capsys,
+        "merge",
+        folder_of(tmp_path / "c", "\u00e9"),
+        folder_of(tmp_path / "d", "e\u0301"),
+        "--out",
+        tmp_path / "out",
+    )
+    assert (status, "1 videos are there twice" in err) == (2, True)
     third = folder_of(tmp_path / "3", "d", "e")
     video = open_shards(third / "training").by_id["d"]
     tar = third / "training" / video.shard
@@ -170,6 +181,7 @@ def test_ids_that_two_folders_have_are_named_and_damaged_videos_left_out(tmp_pat
     tar.write_bytes(content)
     status, _, err = run(capsys, "merge", first, third, "--out", tmp_path / "out")
     assert (status, "rejected d: shard-000000.tar: crc32" in err) == (0, True)
+    assert f"'e' of {third}/training has the bytes of 'b' of {first}/training" in err
     assert [*labels(tmp_path / "out" / "training")] == ["a", "b", "e"]
     status, _, err = run(capsys, "merge", first, third, "--out", tmp_path / "out")
     assert (status, "holds shards already; give another --out" in err) == (2, True)

@@ -17,7 +17,7 @@ from re2tal.data.building.annotations import Annotations
 from re2tal.data.building.clips import ClipList
 from re2tal.data.building.content import content_id
 from re2tal.data.building.make_videos import OnVideo
-from re2tal.data.building.named_files import NamedFiles
+from re2tal.data.building.named_files import NamedFiles, refuse_shared
 from re2tal.data.building.pack_videos import VideoPacker
 from re2tal.data.building.probe import MAX_DAMAGED
 from re2tal.data.building.shard_folder import BuiltSubset, Listed, fingerprint
@@ -143,4 +143,5 @@ def find_videos(folder: Path, video_ids: Sequence[str], *, file_names: Sequence[
             raise ValueError(f"{folder}: video {video_id!r} is there as {[p.name for p in matches]}; keep one of them")
         if matches:
             found[video_id] = matches[0]
+    refuse_shared(folder, {video_id: path.name for video_id, path in found.items()})
     return found
