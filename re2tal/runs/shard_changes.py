@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
@@ -15,6 +16,7 @@ from re2tal.data.building.subset_names import rename_subsets
 from re2tal.data.contract.manifest import MANIFEST_NAME
 from re2tal.data.contract.shards import ShardSet, open_any, open_shards
 from re2tal.runs.exit_status import TOO_MANY_REJECTED
+from re2tal.runs.lock import locked
 from re2tal.runs.shard_building import print_some
 from re2tal.runs.shard_listing import describe
 
@@ -45,7 +47,10 @@ def relabel(
         read = rename_subsets(read, spec.subset_pairs)
     for note in read.notes:
         print(f"{annotations}: {note}")
-    changes = annotate(shards, read, blocked=spec.blocked if spec else frozenset())
+    with ExitStack() as locks:  # two that write at once would leave the index of one beside the manifest of the other
+        for one in subset_folders(shards):
+            locks.enter_context(locked(one))
+        changes = annotate(shards, read, blocked=spec.blocked if spec else frozenset())
     return max(_report(change, max_rejected) for change in changes)
 
 

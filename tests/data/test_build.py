@@ -401,7 +401,7 @@ def test_an_encoder_that_dies_costs_its_video_and_not_the_build(videos, annotati
     config = replace(CONFIG, blocked=frozenset(BAD))
     built = build_shards(annotations, videos=videos, out=tmp_path, subset="training", config=config)
     (lost,) = built.rejected
-    assert lost.reason == "its process died (exit code -6)"
+    assert lost.reason == "its process died (exit code -6); to have it tried again, touch its file"
     assert len(open_shards(built.folder).videos) == len(GOOD) - 1
 
 

@@ -14,11 +14,13 @@ from data.folders import indexed, write_shards
 from data.numbered import encode_numbered, read_numbers
 
 from re2tal.cli import main
+from re2tal.data.building import annotate
 from re2tal.data.contract.commit import commit
 from re2tal.data.contract.members import read_video
 from re2tal.data.contract.shards import open_any, open_shards
 from re2tal.data.contract.verify import damage
 from re2tal.data.streaming.decode import decode_frames
+from re2tal.runs.lock import locked
 from re2tal.structures import Action
 
 SECONDS = 2.0
@@ -138,6 +140,41 @@ def test_annotations_of_other_videos_change_nothing(tmp_path, capsys):
     status, _, err = run(capsys, "annotate", root, other)
     assert (status, "no video of subset 'training' would be left" in err) == (2, True)
     assert before == {path: path.read_bytes() for path in root.rglob("*.*") if path.is_file()}
+
+
+def test_two_do_not_annotate_one_folder_at_once(tmp_path, capsys):
+    root = folder_of(tmp_path / "1", "a")
+    given = annotations(tmp_path / "a.json", a=("training", SECONDS, [(0.5, 1.0, "y")]))
+    with locked(root / "training"):
+        status, _, err = run(capsys, "annotate", root, given)
+    assert (status, f"{root}/training is in use by" in err, labels(root / "training")) == (2, True, {"a": ["x"]})
+    assert run(capsys, "annotate", root, given)[0] == 0
+    assert labels(root / "training") == {"a": ["y"]}
+    assert not (root / "training" / "lock").exists()
+
+
+def test_a_swap_of_subsets_that_was_broken_off_is_completed(tmp_path, capsys, monkeypatch):
+    root = folder_of(folder_of(tmp_path / "1", "a", "b"), "c", "d", subset="validation", first=90)
+    kind = {"a": "validation", "b": "training", "c": "training", "d": "validation"}
+    seconds = {"a": 2.0, "b": 61 / 30, "c": 3.0, "d": 91 / 30}
+    given = annotations(tmp_path / "a.json", **{k: (kind[k], seconds[k], [(0.5, 1.0, "x")]) for k in kind})
+    write = annotate._write
+    written = []
+
+    def once(change, classes):
+        if written:
+            raise KeyboardInterrupt
+        written.append(change.subset)
+        write(change, classes)
+
+    monkeypatch.setattr(annotate, "_write", once)
+    assert run(capsys, "annotate", root, given)[0] == 130
+    monkeypatch.undo()
+    for _ in range(2):
+        assert run(capsys, "annotate", root, given)[0] == 0
+        for subset, wanted in (("training", {"b": 60, "c": 89}), ("validation", {"a": 59, "d": 90})):
+            assert {name: last_frame(root / subset, name) for name in labels(root / subset)} == wanted
+            assert list(damage(open_shards(root / subset))) == []
 
 
 def test_merged_folders_hold_all_videos_with_their_labels(tmp_path, capsys):

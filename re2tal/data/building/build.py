@@ -105,10 +105,12 @@ def list_items(records: Sequence[Listed], sources: Mapping[str, Path], *, config
             return Item(listed, "")
         seconds = f"{listed.duration_seconds} s, " if isinstance(listed, VideoRecord) else ""
         try:
-            mark, num_bytes = fingerprint(*base, content_id(source)), source.stat().st_size
+            mark, status = fingerprint(*base, content_id(source)), source.stat()
         except OSError as error:
             return Item(listed, "", fault=f"{source.name} cannot be read: {error.strerror}; copy it again")
-        return Item(listed, mark, num_bytes, terms=f"{seconds}{config.max_damaged:g} damaged")
+        modified_ns = status.st_mtime_ns
+        terms = f"{seconds}{config.max_damaged:g} damaged, {modified_ns}"
+        return Item(listed, mark, status.st_size, terms=terms, modified_ns=modified_ns)
 
     with ThreadPoolExecutor(8) as pool:  # on a disk of the network each file takes a while
         return list(pool.map(item, records))
