@@ -41,6 +41,16 @@ def test_subtitles_by_hand() -> None:
     )
 
 
+def test_videos_deep_in_folders_have_files_of_their_own(tmp_path: Path) -> None:
+    results = ResultsFile(tmp_path / "out", "srt", CLASSES)
+    names = ["folder \u00e9/" * 40 + f"{side}/a.mp4" for side in ("left", "right")]
+    names.append("other/" * 60 + names[0])
+    for name in names:
+        results.add(video(name))
+    assert len([*(tmp_path / "out").iterdir()]) == 3
+    assert all(path.name.endswith("%2Fa.mp4.srt") for path in (tmp_path / "out").iterdir())
+
+
 def test_no_two_tiers_of_elan_have_one_name() -> None:
     found = Detections(torch.tensor([[0.0, 2.0], [1.0, 3.0], [0.0, 2.0]]), torch.ones(3), torch.tensor([0, 0, 1]))
     tree = ElementTree.fromstring(eaf(FoundInVideo("a", None, 4.0, found, ("jump", "jump (2)"))))
