@@ -17,7 +17,7 @@ from data.numbered import read_numbers
 from webdataset import WebDataset
 
 from re2tal.data.building.annotations import Annotations, read_annotations
-from re2tal.data.building.build import BuildConfig, build_shards, find_videos
+from re2tal.data.building.build import BuildConfig, build_shards, find_videos, list_items
 from re2tal.data.building.isolated import Isolated
 from re2tal.data.building.shard_plan import Item, Plan, extended
 from re2tal.data.contract.manifest import INDEX_NAME, MANIFEST_NAME
@@ -494,3 +494,15 @@ def test_a_copy_shows_the_colours_that_a_player_shows(tmp_path):
         shown = decode_frames(read_content(shards, video), [30]).numpy()[0].astype(int)
         for place, colour in (((24, 16), (255, 0, 0)), ((12, 48), (0, 255, 0)), ((36, 48), (0, 0, 255))):
             assert np.abs(shown[place] - colour).max() <= 4, (video.record.video_id, built.num_copies)
+
+
+def test_a_file_that_was_written_again_is_tried_again_if_it_was_refused_or_damaged(tmp_path):
+    """A download that was completed in place has the same length, and may have the same blocks."""
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"whatever it holds")
+    record = VideoRecord("a", "training", 2.0, ())
+    (before,) = list_items([record], {"a": path}, config=CONFIG)
+    os.utime(path, ns=(1, 1))
+    (after,) = list_items([record], {"a": path}, config=CONFIG)
+    assert before.fingerprint == after.fingerprint != ""
+    assert (before.terms != after.terms, after.modified_ns) == (True, 1)

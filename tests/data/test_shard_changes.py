@@ -142,6 +142,14 @@ def test_annotations_of_other_videos_change_nothing(tmp_path, capsys):
     assert before == {path: path.read_bytes() for path in root.rglob("*.*") if path.is_file()}
 
 
+def test_an_id_in_another_unicode_form_is_the_same_video(tmp_path, capsys):
+    root = folder_of(tmp_path / "1", "caf\u00e9", "b")
+    given = annotations(tmp_path / "a.json", **{"cafe\u0301": ("training", SECONDS, [(0.5, 1.0, "y")])})
+    assert run(capsys, "annotate", root, given)[0] == 0
+    assert labels(root / "training") == {"caf\u00e9": ["y"]}
+    assert list(damage(open_shards(root / "training"))) == []
+
+
 def test_two_do_not_annotate_one_folder_at_once(tmp_path, capsys):
     root = folder_of(tmp_path / "1", "a")
     given = annotations(tmp_path / "a.json", a=("training", SECONDS, [(0.5, 1.0, "y")]))
