@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from data.counting import count_up
@@ -83,3 +84,18 @@ def test_the_users_script_needs_no_guard(tmp_path):
     )
     done = subprocess.run([sys.executable, script], capture_output=True, text=True, check=False, timeout=120)
     assert (done.stdout, done.returncode) == ("(3, 2)\n", 0), done.stderr
+
+
+def test_threads_that_start_processes_at_once_leave_the_main_module_as_it_was():
+    """What looks at its file later, as torch's compiler does when it is imported, would fail."""
+    main = sys.modules["__main__"]
+    before = main.__file__
+    assert before is not None
+
+    def start(_):
+        with Isolated() as isolated:
+            return isolated.call(60, len, "four")
+
+    with ThreadPoolExecutor(6) as pool:
+        assert list(pool.map(start, range(6))) == [4] * 6
+    assert main.__file__ == before

@@ -12,6 +12,7 @@ import multiprocessing
 import pickle
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +26,8 @@ R = TypeVar("R")
 _SPAWN = multiprocessing.get_context("spawn")  # a fork would copy whatever locks other threads hold at that moment
 
 
+_STARTING = threading.Lock()
+"""One thread at a time hides the main module: a second one would take what is hidden for what was there."""
 _SIGN_SECONDS = 1.0
 _to_parent: Connection | None = None
 """In the child process: the connection to the parent, which waits for the result."""
@@ -121,7 +124,7 @@ class Isolated:
         if self._connection is None:
             self._connection, theirs = _SPAWN.Pipe()
             self._process = _SPAWN.Process(target=_serve, args=(theirs,), daemon=True)
-            with _without_main():
+            with _STARTING, _without_main():
                 self._process.start()
             theirs.close()  # else the end of the process would not end the connection
         return self._connection
