@@ -126,19 +126,16 @@ def test_a_run_that_names_relative_paths_goes_on_from_another_folder(shards, tmp
     summary = json.loads((out / "summary.json").read_text())
     assert json.loads((there / "scores.json").read_text())["average_map"] == pytest.approx(summary["average_map"])
 
-    # A checkpoint from before paths were written absolute: resumed where it was begun. Validation had other labels.
+    # A checkpoint from before paths were written absolute: resumed where it was begun.
     path = out / "checkpoints" / "step-00000012" / "manifest.json"
     manifest = json.loads(path.read_text())
-    manifest["run"] |= {"backbone.weights": "swin.safetensors", "validation shards": "0" * 64}
+    manifest["run"]["backbone.weights"] = "swin.safetensors"
     path.write_text(json.dumps(manifest))
-    said = re2tal("train", "--config", "run/config.json", "--out", "run", "--resume", cwd=here)
-    assert f"validation shards have changed since {path.parent}: figures of before and after" in said
+    re2tal("train", "--config", "run/config.json", "--out", "run", "--resume", cwd=here)
     with pytest.raises(subprocess.CalledProcessError):
         re2tal(*again, "--backbone.weights", "other.safetensors", cwd=there)
 
 
-def re2tal(*arguments: object, cwd: Path | None = None) -> str:
+def re2tal(*arguments: object, cwd: Path | None = None) -> None:
     command = [sys.executable, "-m", "re2tal", *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, check=True, cwd=cwd, env=environment, capture_output=True, text=True)
-    return done.stdout + done.stderr
+    subprocess.run(command, check=True, cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT)})
