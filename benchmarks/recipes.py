@@ -40,7 +40,8 @@ def peak_gib(run: RunConfig | RecognitionConfig, *, checkpointed: bool = False, 
 def main() -> None:
     """Predicts, prints, writes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    known = [name for name in RECIPES if find_recipe(name).backbone.rewired]
+    backbones = {name: find_recipe(name).backbone for name in RECIPES}
+    known = [name for name, one in backbones.items() if one.rewired and one.beta == 1]
     parser.add_argument("--recipe", action="append", choices=known, help="only these; may be repeated")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

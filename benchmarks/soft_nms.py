@@ -23,7 +23,8 @@ from re2tal.evaluation.suppression import SuppressionConfig, suppress
 from re2tal.structures import Detections
 
 DURATION_SECONDS = 600.0
-# Mean length in seconds: short segments hardly overlap, so every one of them is picked, the most work there is.
+# Mean length in seconds: short segments hardly overlap and all are picked, but fall into small clusters; long ones are
+# one cluster.
 LENGTHS = {"short": 0.6, "long": 20.0}
 
 
@@ -58,12 +59,15 @@ def main() -> None:
 
     per_class, agnostic = SuppressionConfig(), SuppressionConfig(per_class=False)
     voting = SuppressionConfig(per_class=False, voting_threshold=0.9, max_per_video=100)
+    linear = SuppressionConfig(method="linear")
     figures: dict[str, dict[str, float]] = {}
     for name, mean_length in LENGTHS.items():
         for num, num_classes, config, what in (
             (2000, 20, per_class, "2,000 in 20 classes"),
             (2000, 1, agnostic, "2,000 in 1 class"),
             (2000, 1, voting, "2,000 in 1 class, best 100, voting"),
+            (2000, 20, linear, "2,000 in 20 classes, linear"),
+            (2000, 1, linear, "2,000 in 1 class, linear"),
             (40_000, 20, per_class, "40,000 in 20 classes"),
         ):
             detections = synthetic_detections(num, num_classes=num_classes, mean_length=mean_length)

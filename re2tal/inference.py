@@ -106,6 +106,23 @@ def look_at_windows(
     return windows
 
 
+def average_flips(detector: nn.Module) -> None:
+    """From now on the outputs of `detector`, logits and offsets, are means over each clip and its mirror image.
+
+    For frames (B, 3, T, H, W) with two spatial axes; features have no mirror image.
+    """
+    plain = detector.forward
+
+    def both(frames: Tensor, frame_mask: Tensor) -> Any:
+        return tree_map(_mean, plain(frames, frame_mask), plain(frames.flip(-1), frame_mask))
+
+    detector.forward = both
+
+
+def _mean(one: Tensor, mirrored: Tensor) -> Tensor:
+    return (one + mirrored) / 2 if one.is_floating_point() else one
+
+
 def detector_input(batch: Batch, *, dtype: torch.dtype) -> Tensor:
     """Input of a detector in its weights' type: normalised frames (B, 3, T, H, W), or features (B, C, T)."""
     match batch:

@@ -53,7 +53,8 @@ def option(
     Args:
         default: the default value
         default_factory: makes the default, where the field is itself a configuration
-        resumable: it may change when a run is resumed, as no weight depends on it (but for the rounding of a new plan)
+        resumable: it may change when a run is resumed: the steps to come may take another value, or no step depends on
+            it (but for the rounding of a new plan)
         planned: the plan of a step's memory depends on it
         wiring: it changes the function that a rewired network computes with the same weights
         of_rewired: it would be ignored, without a word, where the backbone is not rewired

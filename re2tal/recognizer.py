@@ -74,6 +74,10 @@ class Recognizer(nn.Module):
         nn.init.zeros_(self.classifier.bias)
         self._index = {label: index for index, label in enumerate(classes)}
 
+    def class_rows(self) -> dict[str, tuple[int, int]]:
+        """As a localizer's."""
+        return {f"classifier.{kind}": (1, 0) for kind in ("weight", "bias")}
+
     def forward(self, frames: Tensor, frame_mask: Tensor) -> Recognition:
         """(B, 3, T, H, W) normalised float frames, (B, T) bool."""
         values, mask = self.backbone(frames, frame_mask)

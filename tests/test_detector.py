@@ -30,6 +30,9 @@ class PeakLocalizer(Localizer[FirstChannel]):
     classes = ("peak",)
     in_channels = 3
 
+    def class_rows(self):
+        return {}
+
     def forward(self, features):
         return FirstChannel(features.values[:, 0])
 

@@ -26,7 +26,7 @@ from re2tal.data.streaming.windows import ResizeWhole, Slide
 from re2tal.inference import detector_input, predict
 from re2tal.localizers import LocalizerConfig
 from re2tal.localizers.pyramid.actionformer import ActionFormerConfig
-from re2tal.localizers.vsgn.localizer import VSGNConfig
+from re2tal.localizers.vsgn.config import VSGNConfig
 from re2tal.recipes import find_recipe
 from re2tal.runs.feature_extraction import Extract, extract
 from re2tal.runs.stored_features import check_kind, check_pair, describe, on_features
@@ -206,8 +206,10 @@ def test_detecting_needs_features_where_the_run_was_trained_on_them(videos, feat
     assert "features, plain" in (folder / "report" / "index.html").read_text()
     with pytest.raises(ValueError, match=r"was trained on stored features, so it has no backbone"):
         export(run=folder, to="opentad", out=tmp_path / "out.safetensors")
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "one.mp4").write_bytes(b"")
     with pytest.raises(ValueError, match=r"has no network that looks at videos; .* extract their features .*shards"):
-        detect(run=folder, videos=tmp_path, device="cpu")
+        detect(run=folder, videos=tmp_path / "new", device="cpu")
     with pytest.raises(ValueError, match="holds videos, but this run's backbone is 'features'"):
         detect(run=folder, shards=videos.root, device="cpu")
     with pytest.raises(ValueError, match="the backbone is 'features', which is no network"):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from re2tal.data.streaming.transforms import MEAN, STD
 from re2tal.evaluation.suppression import SuppressionConfig
-from re2tal.inference import classify, concatenate, detect_windows, merge_windows, predict
+from re2tal.inference import average_flips, classify, concatenate, detect_windows, merge_windows, predict
 from re2tal.recognizer import Recognition
 from re2tal.structures import ClipBatch, Detections, Timeline
 
@@ -114,6 +114,25 @@ def test_the_network_sees_evaluation_without_gradients_and_keeps_its_mode(traini
     assert detector.seen_modes == [False]
     assert detector.seen_grads == [False]
     assert detector.training is training
+
+
+def test_a_clip_and_its_mirror_image_are_averaged() -> None:
+    class LeftHalf(BrightFrames):
+        """Sees the left column of the frames alone."""
+
+        def forward(self, frames: Tensor, frame_mask: Tensor) -> Brightness:
+            return super().forward(frames[..., :1], frame_mask)
+
+    left, right = clip("a", 0, {1: 255}), clip("a", 0, {1: 255})
+    left.frames[..., 1] = 110
+    right.frames[..., 0] = 110
+    found = [predict(LeftHalf(), [one], suppression=KEEP_ALL, device="cpu")["a"] for one in (left, right)]
+    assert [len(one) for one in found] == [1, 0]  # the half that it sees is bright in one, dark in the other
+    detector = LeftHalf()
+    average_flips(detector)
+    both = [predict(detector, [one], suppression=KEEP_ALL, device="cpu")["a"] for one in (left, right)]
+    mean = (score_of(255) + score_of(110)) / 2
+    assert [one.scores.tolist() for one in both] == [[pytest.approx(mean, rel=1e-5)]] * 2
 
 
 def test_the_mode_comes_back_after_an_error() -> None:

@@ -47,13 +47,14 @@ BELOW: dict[str, tuple[str, ...]] = {
     "conversion": ("config",),
     "planning": ("config", "distributed"),
     "reporting": ("evaluation",),
-    "runs": ("recipes", "conversion", "extraction", "planning", "reporting", "inference", "distributed"),
+    "viewer": ("data", "evaluation"),
+    "runs": ("recipes", "conversion", "extraction", "planning", "reporting", "viewer", "inference", "distributed"),
     "cli": ("runs",),
     "__main__": ("cli",),
 }
 
 OWNERS: dict[str, tuple[str, ...]] = {
-    "deepspeed": ("re2tal.training.engine",),
+    "deepspeed": ("re2tal.training.engine", "re2tal.training.sharding"),
     "accelerate": ("re2tal.distributed",),
     "decord": ("re2tal.data.streaming.decoders.by_decord",),
     "torchcodec": ("re2tal.data.streaming.decoders.by_torchcodec",),
@@ -61,6 +62,7 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "transformers": ("re2tal.backbones.*",),
     "peft": ("re2tal.backbones.adapters.lora",),
     "av": ("re2tal.data.*",),
+    "huggingface_hub": ("re2tal.runs.model_folder_card", "re2tal.runs.model_folder_hub"),
     "h5py": ("re2tal.data.building.feature_files",),
     "matplotlib": ("re2tal.reporting.*",),
     "tensorboard": ("re2tal.training.metrics",),

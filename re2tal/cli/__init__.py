@@ -23,8 +23,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "re2tal.cli.annotations:annotation_files",
         "convert files of annotation tools and data sets",
     ),
+    "recipes": ("re2tal.cli.recipes:recipes", "list settings to train with, and what is published of them"),
     "datasets": ("re2tal.cli.datasets:datasets", "list published data sets, and compare annotations with them"),
     "doctor": ("re2tal.cli.doctor:doctor", "check videos and annotations before a build, or this machine"),
+    "init": ("re2tal.cli.init:init", "look at your videos and annotations, and write a configuration to train with"),
     "shards": ("re2tal.cli.shards:shards", "pack videos and annotations into training data"),
     "features": ("re2tal.cli.features:features", "store a backbone's features of each video, to train on them instead"),
     "train": ("re2tal.cli.train:train", "train and evaluate a detector, or a recognizer to fine-tune a backbone"),
@@ -35,12 +37,18 @@ COMMANDS: dict[str, tuple[str, str]] = {
         "re2tal.cli.evaluate:evaluate",
         "score detections against annotations, or class scores against shards",
     ),
+    "merge-results": (
+        "re2tal.cli.merge_results:merge_results",
+        "merge the detections of several runs, or name class-agnostic ones",
+    ),
+    "compare": ("re2tal.cli.compare:compare", "test whether two results differ in mAP by more than chance"),
     "rewire": (
         "re2tal.cli.rewire:rewire",
         "show which parts of a backbone become reversible, and the memory that saves",
     ),
     "import": ("re2tal.cli.import_weights:import_weights", "take over a detector or a backbone trained elsewhere"),
     "export": ("re2tal.cli.export:export", "write weights under the names of another code base"),
+    "view": ("re2tal.cli.view:view", "look at detections beside their videos, and correct them into annotations"),
     "report": ("re2tal.cli.report:report", "draw a run's curves and detections on one page"),
 }
 """Name -> where its function is, and what it does."""

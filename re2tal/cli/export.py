@@ -11,7 +11,7 @@ from re2tal.runs.weights_export import export_run, export_weights
 def export(
     *,
     out: Path,
-    to: Literal["opentad", "mmaction2", "torchvision", "pytorchvideo", "original", "transformers"],
+    to: Literal["opentad", "mmaction2", "torchvision", "pytorchvideo", "original", "transformers", "re2tal"],
     run: Path | None = None,
     weights: Path | None = None,
     backbone: str | None = None,
@@ -22,9 +22,9 @@ def export(
     A rewired network is written like the plain one. It computes the same only where it is rewired again, as in OpenTAD.
 
     Args:
-        out: .safetensors file to write; a folder for transformers
+        out: .safetensors file to write; a folder for transformers and re2tal
         to: the code base whose names to use; opentad writes the whole detector of a run (a plain backbone as
-            mmaction2 names it), all others write its backbone alone
+            mmaction2 names it), re2tal a model folder, ready for the hub; all others write its backbone alone
         run: run folder to take the weights from; of a recognizer's run the backbone alone is written
         weights: or a backbone's weights file; for a model of the transformers library a folder or hub name too
         backbone: its name, such as swin3d_tiny; needed with --weights
@@ -36,5 +36,8 @@ def export(
         num_tensors = export_weights(out, weights=weights, backbone=backbone, to=to, prefix=prefix)
     else:
         raise ValueError("give either --run FOLDER, or --weights FILE and --backbone NAME")
-    usage = f"for from_pretrained of the transformers library, and --backbone.weights {out}"
-    print(f"{out}: {usage if to == 'transformers' else f'{num_tensors} tensors as {to} names them'}")
+    usage = {
+        "transformers": f"for from_pretrained of the transformers library, and --backbone.weights {out}",
+        "re2tal": f"a model folder, for re2tal detect VIDEOS --model {out}",
+    }
+    print(f"{out}: {usage.get(to, f'{num_tensors} tensors as {to} names them')}")

@@ -19,7 +19,10 @@ def report(
         max_videos: draw timelines of the first so many videos
     """
     page, scores = write_report(run, predictions=predictions, annotations=annotations, max_videos=max_videos)
-    print(f"average mAP {100 * scores.average_map:.2f} %; {page}")
-    print(f"{scores.coverage.facts()}; protocol {scores.protocol}")
+    if scores is None:
+        print(f"not scored: no predicted video is among those with known actions, --annotations gives others; {page}")
+        return
+    print(f"average mAP {100 * scores.average_map:.2f} % (protocol {scores.protocol}); {page}")
+    print(scores.coverage.facts())
     for note in scores.coverage.notes():
         print(f"note: {note}")

@@ -9,6 +9,7 @@ from re2tal.data.contract.manifest import Rejection
 from re2tal.reporting.found import FoundInVideo
 from re2tal.runs.detection import Detected
 from re2tal.runs.exit_status import SOME_LEFT_OUT
+from re2tal.runs.model_folder import CARD_NAME, SHIPPED
 from re2tal.runs.progress import clock_time
 from re2tal.tables import text_table
 
@@ -59,6 +60,15 @@ def say_detected(done: Detected) -> int:
             "(suppression.max_per_video in the run's config.json)"
         )
     return status
+
+
+def say_shipped() -> None:
+    """Print which model finds the actions where none was named."""
+    print(
+        "no --model: taking the small one that comes with the package. It knows nine everyday actions from 13 short "
+        f"videos, so it shows how detection works and little more ({SHIPPED / CARD_NAME})",
+        file=sys.stderr,
+    )
 
 
 def say_left_out(rejected: Iterable[Rejection]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from re2tal.config import RecognitionConfig, RunConfig, load_run
 from re2tal.config.schema import without_memory_settings
 from re2tal.config.unions import CHOICES
-from re2tal.recipes import RECIPES, find_recipe
+from re2tal.recipes import find_recipe
 
 
 def starting_point(arguments: Sequence[str], *, default: str) -> tuple[RunConfig | RecognitionConfig, list[str]]:
@@ -38,7 +38,7 @@ def starting_point(arguments: Sequence[str], *, default: str) -> tuple[RunConfig
             run = choice.replaced(run, name)
     run = _without_what_options_rule_out(run, rest)
     if {"-h", "--help"} & set(rest):
-        print(f"--recipe {{{','.join(RECIPES)}}} or --config FILE choose the values shown as defaults below")
+        print("--recipe NAME (`re2tal recipes` lists them) or --config FILE choose the values shown as defaults below")
         for choice in choices:
             print(f"--{choice.key} {{{','.join(choice.kinds)}}} chooses one with its defaults; here {choice.name(run)}")
         print()

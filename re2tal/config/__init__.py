@@ -1,6 +1,6 @@
 """Everything that makes a run, composed of the components' own configurations, and its JSON form."""
 
-from re2tal.config.build import build_detector, build_recognizer
+from re2tal.config.build import build_detector, build_recognizer, check_start_wiring
 from re2tal.config.file import flatten, load_config, load_run, save_config, to_json
 from re2tal.config.schema import RUNS, DataConfig, RecognitionConfig, Run, RunConfig
 
@@ -12,6 +12,7 @@ __all__ = [
     "RunConfig",
     "build_detector",
     "build_recognizer",
+    "check_start_wiring",
     "flatten",
     "load_config",
     "load_run",

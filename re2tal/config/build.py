@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from re2tal.backbones import build_backbone, check_wiring
@@ -37,6 +38,11 @@ def build_recognizer(config: RecognitionConfig, classes: Sequence[str]) -> tuple
     if not Path(weights).is_file():
         return recognizer, f"the classifier starts anew: only files are searched for one, not {weights}"
     return recognizer, load_classifier(recognizer, Path(weights))
+
+
+def check_start_wiring(config: Run, file: Path) -> None:
+    """Raises ValueError where the model in `file` was trained with another wiring than that of `config`."""
+    check_wiring(replace(config.backbone, weights=str(file)), first_beta=_first_beta(config))
 
 
 def _first_beta(config: Run) -> float | None:

@@ -39,7 +39,7 @@ class DataConfig:
     backbone is left out."""
     training_subset: str = "training"
     """Folder in `shards` to train on."""
-    validation_subset: str = "validation"
+    validation_subset: str = option("validation", resumable=True)
     """Folder in `shards` to evaluate on."""
     decoder: DecoderName = option("decord", resumable=True, planned=False)
     """What decodes videos: decord, pyav or torchcodec. They give the same pictures; torchcodec is the fastest, and has
@@ -54,6 +54,9 @@ class Run:
 
     name: str = option("run", resumable=True)
     """Names the run folder, runs/NAME."""
+    start_from: Path | None = None
+    """A run folder, or its model.safetensors, with the same backbone: weights that fit are taken, classes of the same
+    name keep theirs, and what is new is said. None starts from backbone.weights."""
     data: DataConfig = field(default_factory=DataConfig)
     """Shards and clips."""
     backbone: BackboneConfig = option(default_factory=BackboneConfig, planned=True)
@@ -112,9 +115,9 @@ class RunConfig(Run):
     """Length of the localizer's grid: a clip's features are resampled to so many steps."""
     localizer: LocalizerConfig = option(default_factory=ActionFormerConfig, planned=True)
     """Features to actions."""
-    suppression: SuppressionConfig = field(default_factory=SuppressionConfig)
+    suppression: SuppressionConfig = option(default_factory=SuppressionConfig, resumable=True)
     """From many detections to few."""
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    evaluation: EvaluationConfig = option(default_factory=EvaluationConfig, resumable=True)
     """How detections are scored."""
 
     def __post_init__(self) -> None:

@@ -14,6 +14,8 @@ from typing import Any
 
 MAX_NAMED = 5
 """Names in one line of text; JSON holds all."""
+LIKELY_LIMIT = 20
+"""So many predictions of several videos are hardly equally many by chance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +54,16 @@ class Coverage:
     """Video -> predictions that end before they start, which are false positives."""
     known_labels: tuple[str, ...]
     """Labels that have a true action."""
+    never_predicted: tuple[str, ...] = ()
+    """Those of them that no prediction has."""
     max_per_video: int | None = None
     """The limit of suppression that the predictions were made under, where it is known."""
     videos_at_max: tuple[str, ...] = ()
     """Videos with so many predictions: any more were cut."""
+    most_per_video: int = 0
+    """The most predictions of any video."""
+    videos_at_most: tuple[str, ...] = ()
+    """Videos with so many; where the limit is not known, and several share it, it looks like one."""
 
     def check(self) -> None:
         """ValueError if no prediction meets the ground truth, so that a score would only say that names differ.
@@ -113,6 +121,11 @@ class Coverage:
                 f"{len(self.unknown_labels)} predicted labels have no true action in the subset (their {number} "
                 f"predictions count nowhere): {_listed([self._hinted(label) for label in self.unknown_labels])}"
             )
+        if self.never_predicted:
+            notes.append(
+                f"{len(self.never_predicted)} of {len(self.known_labels)} classes with true actions are never "
+                f"predicted: {name_some(self.never_predicted)}"
+            )
         if self.reversed_segments:
             number = sum(self.reversed_segments.values())
             notes.append(
@@ -122,6 +135,11 @@ class Coverage:
             notes.append(
                 f"{len(self.videos_at_max)} videos reach the limit of {self.max_per_video} detections "
                 "(suppression.max_per_video); any more were cut"
+            )
+        if self.max_per_video is None and len(self.videos_at_most) > 1 and self.most_per_video >= LIKELY_LIMIT:
+            notes.append(
+                f"{len(self.videos_at_most)} videos have exactly {self.most_per_video} predictions, the most of any: "
+                "a limit seems to have cut them, long videos too"
             )
         return notes
 

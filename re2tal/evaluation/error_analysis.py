@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from re2tal.evaluation.average_precision import partners_by_class, ranked_by_class
 from re2tal.evaluation.instances import Predictions, Truths, flatten_predictions, flatten_truths
+from re2tal.evaluation.matching import partners_by_class, ranked_by_class
 from re2tal.evaluation.protocols import PROTOCOLS, check_thresholds
 from re2tal.structures import Detections, VideoRecord
 from re2tal.tables import text_table
@@ -236,15 +236,19 @@ def _types(
     types = np.full(partners.shape, 1 + ERRORS.index("background"))
     first = np.searchsorted(truths.videos, flat.videos[rows], side="left")
     last = np.searchsorted(truths.videos, flat.videos[rows], side="right")
-    for place, row in enumerate(rows):
-        if first[place] == last[place]:
-            continue
-        overlaps = PROTOCOLS["official"].tiou(flat.segments[row], truths.segments[first[place] : last[place]])
-        nearest = int(overlaps.argmax())
-        same = truths.labels[first[place] + nearest] == flat.labels[row]
-        if overlaps[nearest] >= BACKGROUND_TIOU:
-            types[:, place] = 3 if same else 4
-        types[overlaps[nearest] >= thresholds, place] = 1 if same else 2
+    places = np.repeat(np.arange(len(rows)), last - first)
+    begins = np.cumsum(last - first) - (last - first)
+    others = np.arange(len(places)) - begins[places] + first[places]
+    overlaps = PROTOCOLS["official"].tiou(flat.segments[rows[places]], truths.segments[others])
+    # Of truths overlapped equally, the first one counts.
+    order = np.lexsort((-overlaps, places))
+    near, chosen = np.unique(places[order], return_index=True)
+    nearest, best = others[order][chosen], overlaps[order][chosen]
+    same = truths.labels[nearest] == flat.labels[rows[near]]
+    close = best >= BACKGROUND_TIOU
+    types[:, near[close]] = np.where(same[close], 3, 4)
+    reached = best >= thresholds[:, None]
+    types[:, near] = np.where(reached, np.where(same, 1, 2), types[:, near])
     types[partners >= 0] = 0
     return types
 

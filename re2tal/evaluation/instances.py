@@ -52,6 +52,8 @@ class Predictions:
     """(N, 2) seconds"""
     scores: np.ndarray
     """(N,)"""
+    owners: np.ndarray
+    """(N,) int64 index into `Truths.scored`, or -1 for a video outside the subset"""
     coverage: Coverage
     """what of them meets the truths"""
 
@@ -118,6 +120,8 @@ def flatten_predictions(
     ids = list(kept)
     counts = np.array([len(one) for one in kept.values()], dtype=np.int64)
     videos = np.repeat(np.array([video_index.get(video_id, -1) for video_id in ids], dtype=np.int64), counts)
+    place = {video_id: index for index, video_id in enumerate(truths.scored)}
+    owners = np.repeat(np.array([place.get(video_id, -1) for video_id in ids], dtype=np.int64), counts)
     segments = _stack([one.segments for one in kept.values()], torch.float64).reshape(-1, 2)
     scores = _stack([one.scores for one in kept.values()], torch.float64)
     labels = _stack([one.labels for one in kept.values()], torch.int64)
@@ -138,7 +142,7 @@ def flatten_predictions(
     coverage = _coverage(
         truths,
         per_video=dict(zip(ids, counts.tolist(), strict=True)),
-        known=to_truth >= 0,
+        to_truth=to_truth,
         backwards=segments[:, 1] < segments[:, 0],
         renamed=renamed,
         unknown_labels=unknown_labels,
@@ -146,14 +150,14 @@ def flatten_predictions(
         class_agnostic=class_agnostic,
         max_per_video=max_per_video,
     )
-    return Predictions(videos, to_truth, segments, scores, coverage)
+    return Predictions(videos, to_truth, segments, scores, owners, coverage)
 
 
 def _coverage(
     truths: Truths,
     *,
     per_video: Mapping[str, int],
-    known: np.ndarray,
+    to_truth: np.ndarray,
     backwards: np.ndarray,
     renamed: Mapping[str, str],
     unknown_labels: Mapping[str, int],
@@ -161,11 +165,12 @@ def _coverage(
     class_agnostic: bool,
     max_per_video: int | None,
 ) -> Coverage:
-    """`known` and `backwards` (N,) say of each prediction, video by video, if its label has a truth, and if it is
-    reversed."""
+    """`to_truth` (N,): the true class of each prediction, video by video, or -1. `backwards` (N,): it is reversed."""
+    known = to_truth >= 0
     scored = set(truths.scored)
     owners = np.repeat(np.arange(len(per_video)), list(per_video.values()))
     in_subset = np.array([video_id in scored for video_id in per_video], dtype=bool)[owners]
+    most = max(per_video.values(), default=0)
     num_reversed = np.bincount(owners[backwards], minlength=len(per_video)).tolist()
     return Coverage(
         subset=truths.subset,
@@ -184,8 +189,13 @@ def _coverage(
         unknown_labels=unknown_labels,
         reversed_segments={one: number for one, number in zip(per_video, num_reversed, strict=True) if number},
         known_labels=truths.classes,
+        never_predicted=tuple(
+            truths.classes[index] for index in np.setdiff1d(np.arange(len(truths.classes)), to_truth)
+        ),
         max_per_video=max_per_video,
         videos_at_max=tuple(video_id for video_id, number in per_video.items() if number == max_per_video),
+        most_per_video=most,
+        videos_at_most=tuple(video_id for video_id, number in per_video.items() if number == most),
     )
 
 

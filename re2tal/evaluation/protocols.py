@@ -83,6 +83,16 @@ PROTOCOLS = {
     )
 }
 
+EPIC_KITCHENS = Protocol(
+    name="epic-kitchens",
+    drops_empty_truths=False,
+    drops_duplicate_truths=False,
+    refuses_unknown_labels=False,
+    empty_union_matches=False,
+    recall_points="percent",
+)
+"""EPIC-Kitchens-100's own evaluator of detected actions: all truths count, predicted classes without a truth do not."""
+
 
 def find_protocol(name: str) -> Protocol:
     """The row of that name; ValueError with the known names otherwise."""

@@ -19,6 +19,9 @@ from re2tal.evaluation.instances import Predictions, flatten_predictions, flatte
 from re2tal.evaluation.protocols import TIOU_THRESHOLDS, Protocol, check_thresholds, find_protocol
 from re2tal.structures import Detections, VideoRecord
 
+REPORTED = (1, 5, 10, 50, 100)
+"""Numbers of proposals that papers print AR at; the last of a curve is printed too."""
+
 
 @dataclass(frozen=True, slots=True)
 class RecallReport:
@@ -49,6 +52,12 @@ class RecallReport:
                 f"AR@{num_proposals} was asked, the curve ends at {self.proposals_per_video[-1]:g} proposals"
             )
         return float(self.average_recall[reached[0]])
+
+    def __str__(self) -> str:
+        last = float(self.proposals_per_video[-1])
+        counts = [count for count in REPORTED if count < last - 1e-9] + [last]
+        points = [f"AR@{count:g} {100 * self.at(count):.2f}" for count in counts]
+        return "   ".join([*points, f"AUC {100 * self.auc:.2f}"])
 
     def to_json(self) -> dict[str, object]:
         """The curve and its area, in types that `json` writes."""

@@ -39,7 +39,8 @@ class SuppressionConfig:
     """Only segments of the same class suppress each other."""
     voting_threshold: float | None = None
     """Replace each kept segment by the mean, weighted by score, of all segments that overlap it by at least this IoU;
-    None keeps it. Needs per_class=False."""
+    None keeps it. With `per_class` only segments of its class vote, as in the original ActionFormer; OpenTAD's recipes
+    do not vote there."""
     weigh_votes_by_overlap: bool = False
     """Weigh votes by score * IoU, as the original ActionFormer does, instead of by score, as OpenTAD does."""
 
@@ -51,11 +52,6 @@ class SuppressionConfig:
             raise ValueError(f"suppression.sigma is {self.sigma}; give a positive number")
         if self.max_per_video < 1:
             raise ValueError(f"suppression.max_per_video is {self.max_per_video}; give 1 or more")
-        if self.per_class and self.voting_threshold is not None:
-            raise ValueError(
-                f"suppression.voting_threshold is {self.voting_threshold}, but classes do not vote for one another; "
-                "set suppression.per_class to false, or suppression.voting_threshold to null"
-            )
 
 
 def suppress(detections: Detections, config: SuppressionConfig) -> Detections:
@@ -74,17 +70,18 @@ def suppress(detections: Detections, config: SuppressionConfig) -> Detections:
         kept, new_scores = _thin_out(segments, scores, labels, config)
     best = np.argsort(-new_scores, kind="stable")[: config.max_per_video]
     kept, new_scores = kept[best], new_scores[best]
-    if config.voting_threshold is None:
-        new_segments = segments[kept]
-    else:
-        new_segments = vote(
-            segments[kept],
-            segments,
-            scores,
-            threshold=config.voting_threshold,
-            weigh_by_overlap=config.weigh_votes_by_overlap,
-        )
-    return Detections(torch.from_numpy(new_segments), torch.from_numpy(new_scores), torch.from_numpy(labels[kept]))
+    new_segments, new_labels = segments[kept], labels[kept]
+    if (threshold := config.voting_threshold) is not None:
+        groups = [(new_labels == label, labels == label) for label in np.unique(new_labels)]
+        for mine, voters in groups if config.per_class else [(np.s_[:], np.s_[:])]:
+            new_segments[mine] = vote(
+                new_segments[mine],
+                segments[voters],
+                scores[voters],
+                threshold=threshold,
+                weigh_by_overlap=config.weigh_votes_by_overlap,
+            )
+    return Detections(torch.from_numpy(new_segments), torch.from_numpy(new_scores), torch.from_numpy(new_labels))
 
 
 def _thin_out(segments: Floats, scores: Floats, labels: NDArray, config: SuppressionConfig) -> tuple[NDArray, Floats]:

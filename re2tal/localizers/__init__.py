@@ -12,7 +12,8 @@ from re2tal.localizers.base import Localizer
 from re2tal.localizers.pyramid.actionformer import ActionFormerConfig, actionformer
 from re2tal.localizers.pyramid.temporalmaxer import TemporalMaxerConfig, temporalmaxer
 from re2tal.localizers.pyramid.tridet import TriDetConfig, tridet
-from re2tal.localizers.vsgn.localizer import VSGN, VSGNConfig
+from re2tal.localizers.vsgn.config import VSGNConfig
+from re2tal.localizers.vsgn.localizer import VSGN
 
 LocalizerConfig = ActionFormerConfig | TemporalMaxerConfig | TriDetConfig | VSGNConfig
 """What a localizer is built from; `name` tells them apart."""

@@ -28,6 +28,13 @@ class Localizer(nn.Module, ABC, Generic[Outputs]):
     in_channels: int
 
     @abstractmethod
+    def class_rows(self) -> dict[str, tuple[int, int]]:
+        """Names of the tensors whose rows belong to classes -> (groups, rows before the first class of a group).
+
+        With K classes such a tensor has groups x (before + K) rows; the order is that of `classes`.
+        """
+
+    @abstractmethod
     def forward(self, features: Features) -> Outputs:
         """Features (B, C, T) -> this localizer's named tuple of tensors."""
 

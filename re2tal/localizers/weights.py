@@ -7,7 +7,7 @@ vectors as (1, C, 1). Build an ActionFormer with the `variant` that the weights 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -22,7 +22,7 @@ from re2tal.localizers.vsgn.localizer import VSGN
 class NameMap:
     """How a public implementation names what ours names otherwise."""
 
-    renames: tuple[tuple[str, str], ...]
+    renames: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
     """(pattern, replacement), applied in order to our names"""
     prefixes: tuple[str, ...]
     """of the localizer's entries among those of a whole detector"""
@@ -30,6 +30,11 @@ class NameMap:
     """pattern of our names of vectors of C numbers that it stores as (1, C, 1)"""
     absent: str = "(?!)"
     """pattern of our names of what it does not store"""
+
+
+def _in_tower(name: str, found: re.Match[str]) -> str:
+    """Layer `found[2]` of the tower's part `found[1]`, where the parts are one sequence of three layers each."""
+    return f"head_dec.{name}.{3 * int(found[1]) + int(found[2])}."
 
 
 _BLOCK = (
@@ -116,6 +121,27 @@ _MAPS: dict[tuple[str, str], NameMap] = {
             (r"^evaluation\.branches\.(\d+)\.2\.", r"rpn_head.tem_head.tem.\1.1.conv."),
         ),
         prefixes=("projection.", "neck.", "rpn_head.", "roi_head."),
+        absent=r"^positives\.",
+    ),
+    ("vsgn", "original"): NameMap(
+        renames=(
+            (r"^encoder\.stem\.conv\.", "xGPN.conv0.0."),
+            (r"^encoder\.levels\.(\d+)\.graph\.linear\.", r"xGPN.levels_enc.\1.nconv1.mlp."),
+            (r"^encoder\.levels\.(\d+)\.temporal\.", r"xGPN.levels_enc.\1.tconv1."),
+            (r"^decoder\.top\.", "xGPN.levels1.0."),
+            (r"^decoder\.laterals\.", "xGPN.levels2."),
+            (r"^decoder\.fuses\.(\d+)\.", lambda found: f"xGPN.levels1.{int(found[1]) + 1}."),
+            (r"^decoder\.ups\.", "xGPN.levels_dec."),
+            (r"^classifier\.tower\.(\d+)\.(\d)\.", lambda found: _in_tower("cls_tower", found)),
+            (r"^regressor\.tower\.(\d+)\.(\d)\.", lambda found: _in_tower("bbox_tower", found)),
+            (r"^classifier\.output\.", "head_dec.cls_logits."),
+            (r"^regressor\.output\.", "head_dec.bbox_pred."),
+            (r"^boundaries\.(start|end)\.", r"bd_adjust.\1_conv."),
+            (r"^evaluation\.branches\.0\.", "head_startness."),
+            (r"^evaluation\.branches\.1\.", "head_endness."),
+            (r"^evaluation\.branches\.2\.", "head_actionness."),
+        ),
+        prefixes=("xGPN.", "head_dec.", "bd_adjust.", "head_actionness.", "head_startness.", "head_endness."),
         absent=r"^positives\.",
     ),
 }

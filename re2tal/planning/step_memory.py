@@ -32,6 +32,8 @@ class StepMemory:
     """The most bytes in each phase of a step."""
     host: int
     """Bytes in host memory, of what is offloaded."""
+    loading: int = 0
+    """The most before the first step, while the weights come to the device."""
 
     @property
     def peak(self) -> int:
@@ -49,7 +51,8 @@ class StepMemory:
         rows.append(("all", "", size(self.peak)))
         if self.host:
             rows.append(("on the host", size(self.host), ""))
-        phases = [("most while", ""), *((name, size(most)) for name, most in self.phases.items())]
+        loading = [("the weights come to the device", size(self.loading))] if self.loading else []
+        phases = [("most while", ""), *loading, *((name, size(most)) for name, most in self.phases.items())]
         return f"{text_table(rows, align='<>')}\n\n{text_table(phases, align='<>')}"
 
 
@@ -73,6 +76,7 @@ def step_memory(trace: Trace, zero: ZeroMemory) -> StepMemory:
         {name: size for name, size in most.items() if size},
         phases,
         zero.host + trace.host,
+        zero.loading,
     )
 
 

@@ -22,6 +22,7 @@ from typing import Any
 from torch import nn
 
 from re2tal.training.optimizer import OptimizerConfig, parameter_groups
+from re2tal.training.sharding import is_sharded_early
 
 DEFAULT_BUCKET = 500_000_000
 """DeepSpeed's reduce_bucket_size, in numbers."""
@@ -44,6 +45,8 @@ class Weights:
     """Numbers of the optimizer's largest group."""
     persistent: int
     """Numbers of parameters that ZeRO-3 leaves whole, by the file's threshold."""
+    largest_of_all: int = 0
+    """Numbers of the largest parameter, trained or frozen."""
 
     @classmethod
     def of(cls, model: nn.Module, optimizer: OptimizerConfig, settings: Mapping[str, Any]) -> Weights:
@@ -58,6 +61,7 @@ class Weights:
             largest=max(trained),
             largest_group=max(sum(parameter.numel() for parameter in group["params"]) for group in groups),
             persistent=sum(parameter.numel() for parameter in every if parameter.numel() <= threshold),
+            largest_of_all=max(parameter.numel() for parameter in every),
         )
 
 
@@ -80,6 +84,8 @@ class ZeroMemory:
     buckets: int = 0
     """For communication during backward."""
     host: int = 0
+    loading: int = 0
+    """The most before the first step, while parameters come to the device and are cut into shards."""
 
     @property
     def standing(self) -> int:
@@ -112,10 +118,14 @@ def zero_memory(
     """
     zero = _zero(settings)
     zero_stage = zero.get("stage", 0)
+    loading = _loading(weights, settings, bytes_each=bytes_each, world_size=world_size)
     if zero_stage == 0:
-        return _whole(weights, bytes_each=bytes_each, world_size=world_size, averaged=averaged, on_cpu=on_cpu)
+        memory = _whole(weights, bytes_each=bytes_each, world_size=world_size, averaged=averaged, on_cpu=on_cpu)
+        return replace(memory, loading=loading)
     sharded = _with_sharded_parameters if zero_stage == 3 else _with_sharded_optimizer
-    memory = sharded(weights, zero, bytes_each=bytes_each, world_size=world_size, averaged=averaged)
+    memory = replace(
+        sharded(weights, zero, bytes_each=bytes_each, world_size=world_size, averaged=averaged), loading=loading
+    )
     if not _is_on_host(zero, "offload_optimizer"):
         return memory
     # With the gradients in float32, the shard in the parameters' type, and before ZeRO 3 a tensor to put them through.
@@ -129,6 +139,15 @@ def zero_memory(
         step_scratch=_bucket(zero, bytes_each) if zero_stage == 3 else 0,
         host=memory.host + memory.optimizer + memory.average + (4 + bytes_each) * shard + through,
     )
+
+
+def _loading(weights: Weights, settings: Mapping[str, Any], *, bytes_each: int, world_size: int) -> int:
+    """Whole in float32, then narrowed one by one; or, cut early, the shards and one whole parameter."""
+    every = weights.trained + weights.frozen
+    if not is_sharded_early(settings):
+        return 4 * every + (bytes_each * weights.largest_of_all if bytes_each < 4 else 0)
+    shards = 0 if _is_on_host(_zero(settings), "offload_param") else bytes_each * -(-every // world_size)
+    return shards + bytes_each * weights.largest_of_all
 
 
 def _whole(weights: Weights, *, bytes_each: int, world_size: int, averaged: bool, on_cpu: bool) -> ZeroMemory:

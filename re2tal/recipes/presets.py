@@ -171,8 +171,14 @@ def thumos14_actionformer_features() -> RunConfig:
         schedule=ScheduleConfig(shape="cosine", warmup_epochs=5.0),
         engine=EngineConfig(batch_size=2, gradient_clipping=1.0),
         training=TrainingConfig(epochs=35, average_decay=0.999, log_every_steps=50),
-        # The source votes at 0.7 within each class; here classes do not vote.
-        suppression=SuppressionConfig(method="gaussian", sigma=0.5, min_score=0.001, max_per_video=200),
+        suppression=SuppressionConfig(
+            method="gaussian",
+            sigma=0.5,
+            min_score=0.001,
+            max_per_video=200,
+            voting_threshold=0.7,
+            weigh_votes_by_overlap=True,
+        ),
         evaluation=EvaluationConfig(tiou_thresholds=TIOU_THRESHOLDS["thumos14"]),
     )
 
@@ -214,15 +220,14 @@ def thumos14_adatad_videomae(size: str) -> RunConfig:
         swin,
         name=f"thumos14_adatad_videomae_{size}",
         num_steps=768,
-        # Every fourth of 30 frames a second. The source adds RandAugment, and turns hue by up to 0.1, not 0.125. Its
-        # giant sees 160 pixels, of which patches of 14 leave 6 out; here the whole picture has 154: as many patches.
+        # Every fourth of 30 frames a second. The source's giant sees 160 pixels, of which patches of 14 leave 6 out;
+        # here the whole picture has 154: as many patches.
         data=replace(
             swin.data,
             clips=replace(
                 swin.data.clips,
                 windowing=Slide(num_frames=768, frames_per_second=7.5),
                 size=154 if size == "giant" else 160,
-                colour_jitter=0.5,
             ),
         ),
         # With beta 0 it is the plain network of the source, frozen but for its adapters; of every block its input is
@@ -249,7 +254,7 @@ def activitynet_adatad_videomae(size: str) -> RunConfig:
     return replace(
         swin,
         name=f"activitynet_adatad_videomae_{size}",
-        data=replace(swin.data, clips=replace(swin.data.clips, size=thumos.data.clips.size, colour_jitter=0.5)),
+        data=replace(swin.data, clips=replace(swin.data.clips, size=thumos.data.clips.size)),
         backbone=thumos.backbone,
         optimizer=OptimizerConfig(learning_rate=1e-3, backbone_learning_rate=1e-4, weight_decay=0.05),
         # Total batch 16: four ranks of four videos.
@@ -359,11 +364,3 @@ RECIPES: dict[str, Callable[[], RunConfig] | Callable[[], RecognitionConfig]] = 
     "thumos14_adatad_videomae_giant_224": thumos14_adatad_videomae_giant_224,
     "activitynet_adatad_videomae_giant_224": activitynet_adatad_videomae_giant_224,
 }
-
-
-def find_recipe(name: str) -> RunConfig | RecognitionConfig:
-    """The recipe of that name; ValueError with the known names otherwise."""
-    try:
-        return RECIPES[name]()
-    except KeyError:
-        raise ValueError(f"unknown recipe {name!r}; known: {sorted(RECIPES)}") from None

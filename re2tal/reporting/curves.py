@@ -1,4 +1,4 @@
-"""The loss, the learning rates and the validation mAP of a run, from its metrics.jsonl.
+"""The loss, the validation mAP, the learning rates, speed and memory of a run, from its metrics.jsonl.
 
 One line of the log is {"step": 40, "kind": "train", "loss": 0.82, "loss/...": ..., "lr/...": ...} or
 {"step": 40, "kind": "evaluation", "average_map": 0.41, ...}.
@@ -44,8 +44,17 @@ def read_metrics(path: Path | str) -> list[dict[str, Any]]:
     return rows
 
 
-def draw_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
-    """Panels over optimizer steps: the loss and its parts; average mAP, if the run evaluated; learning rates.
+RESOURCES = {
+    "clips_per_second": "clips per second",
+    "loader_wait": "share of time\nwaiting for clips",
+    "peak_memory_gib": "peak memory, GiB",
+}
+"""Keys of training rows that get a panel of their own, and its label."""
+
+
+def draw_curves(rows: Sequence[Mapping[str, Any]], *, protocol: str = "") -> Figure:
+    """Panels over optimizer steps: the loss and its parts; average mAP, if the run evaluated; learning rates; speed,
+    wait for the loader and memory, if they were logged. `protocol` names the rules of the mAP on its axis.
 
     Raises ValueError if no row holds a loss.
     """
@@ -56,6 +65,7 @@ def draw_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
     maps = _series(evaluations, "average_map")
     rates = sorted({key for row in train for key in row if key.startswith("lr/")})
     panels = ["loss", *(["mAP"] if maps[0].size else []), *(["lr"] if rates else [])]
+    panels += [key for key in RESOURCES if _series(train, key)[0].size]
     figure = Figure(figsize=(9, 1 + 2.4 * (len(panels) + 0.5)), dpi=110, layout="constrained")
     FigureCanvasAgg(figure)
     heights = [1.7 if panel == "loss" else 1.0 for panel in panels]
@@ -69,7 +79,7 @@ def draw_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
                 _draw_losses(axes, train)
             case "mAP":
                 axes.plot(maps[0], 100 * maps[1], marker="o", markersize=4, color=COLOURS[0])
-                axes.set_ylabel("average mAP, %")
+                axes.set_ylabel(f"average mAP, %\n({protocol})" if protocol else "average mAP, %")
                 axes.set_ylim(bottom=0)
             case "lr":
                 for index, (label, key) in enumerate(_distinct(train, rates).items()):
@@ -78,6 +88,10 @@ def draw_curves(rows: Sequence[Mapping[str, Any]]) -> Figure:
                 axes.set_ylim(bottom=0)
                 axes.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
                 axes.legend(frameon=False, fontsize=8, ncols=2)
+            case _:
+                axes.plot(*_series(train, panel), **_look(0))
+                axes.set_ylabel(RESOURCES[panel])
+                axes.set_ylim(bottom=0)
     grid[-1].set_xlabel("optimizer step")
     grid[-1].xaxis.set_major_locator(MaxNLocator(10, integer=True))
     grid[-1].set_xlim(left=0)

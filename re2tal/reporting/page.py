@@ -56,11 +56,17 @@ def write_page(
     title: str,
     facts: Mapping[str, str],
     table: Sequence[Sequence[str]],
+    protocol: str,
     curves: Picture | None,
     timelines: Sequence[Picture],
 ) -> None:
-    """Write the page to `path`, atomically. `table` has a header row, and a last row that sums up."""
-    sections = [f"<h1>{escape(title)}</h1>", _facts(facts), "<h2>Average precision, %, by tIoU</h2>", _table(table)]
+    """Write the page to `path`, atomically. `table` has a header row, and a last row that sums up; it may be empty.
+
+    `protocol` says by which rules its numbers were counted.
+    """
+    sections = [f"<h1>{escape(title)}</h1>", _facts(facts)]
+    if table:
+        sections += [f"<h2>Average precision, %, by tIoU; protocol {escape(protocol)}</h2>", _table(table)]
     if curves is not None:
         sections += ["<h2>Training</h2>", _figure(curves)]
     if timelines:

@@ -22,13 +22,15 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from re2tal.evaluation.average_precision import find_matches
+from re2tal.evaluation.matching import find_matches
 from re2tal.evaluation.protocols import PROTOCOLS
 from re2tal.structures import Detections, VideoRecord
 
 TRUE_COLOUR = "#333333"
 RIGHT_COLOUR = "#0072B2"
 WRONG_COLOUR = "#D55E00"
+OPEN_COLOUR = "#7A4FB5"
+"""predictions where no truth is known"""
 MATCH_TIOU = 0.5
 MAX_LANES = 3
 """predictions of one class that overlap in time are drawn in this many lanes; more than that cover each other"""
@@ -64,9 +66,17 @@ class Row:
 
 
 def draw_timeline(
-    record: VideoRecord, detections: Detections, *, classes: Sequence[str], max_detections: int = 20, max_rows: int = 14
+    record: VideoRecord,
+    detections: Detections,
+    *,
+    classes: Sequence[str],
+    has_truth: bool = True,
+    max_detections: int = 20,
+    max_rows: int = 14,
 ) -> Figure:
     """One row per class that is true or predicted; in it the truth above the predictions, opacity for the score.
+
+    Without `has_truth`, nothing is known of the video's true actions, and no prediction is called right or wrong.
 
     Drawn are the best `max_detections` predictions, or twice as many as there are true actions if that is more, and at
     most `max_rows` classes, true ones first; a note says what was left out.
@@ -79,25 +89,28 @@ def draw_timeline(
     tops = np.concatenate([[0.0], np.cumsum(heights)])
     end = max([record.duration_seconds, *(float(row.predicted.max(initial=0)) for row in rows)])
     for row, top, height in zip(rows, tops[:-1], heights, strict=True):
-        _draw_row(axes, row, top=float(top), end=end)
+        _draw_row(axes, row, top=float(top), end=end, has_truth=has_truth)
         axes.axhline(float(top + height), color="#DDDDDD", linewidth=0.8, zorder=0)
     names = [textwrap.fill(row.label, NAME_WIDTH, max_lines=2, placeholder=" …") for row in rows]
     axes.set_yticks(tops[:-1] + heights / 2, names, fontsize=9)
     if not rows:
-        axes.text(0.5, 0.5, "no action is annotated, none was predicted", ha="center", transform=axes.transAxes)
+        nothing = "no action is annotated, none was predicted" if has_truth else "no action was predicted"
+        axes.text(0.5, 0.5, nothing, ha="center", transform=axes.transAxes)
     axes.set_xlim(0, end)
     axes.set_ylim(float(tops[-1]) or 1.0, 0)
     axes.set_xlabel("seconds")
     axes.xaxis.set_major_locator(MaxNLocator(12))
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.axvline(record.duration_seconds, color=TRUE_COLOUR, linewidth=0.8, linestyle=":")
+    if has_truth:
+        axes.axvline(record.duration_seconds, color=TRUE_COLOUR, linewidth=0.8, linestyle=":")
+    length = f"{record.duration_seconds:.1f} s" if has_truth else "no true actions known"
     axes.set_title(
-        f"{record.video_id[:80]}   {record.duration_seconds:.1f} s{note}",
+        f"{record.video_id[:80]}   {length}{note}",
         loc="left",
         fontsize=11,
     )
-    _add_legend(figure)
+    _add_legend(figure, has_truth=has_truth)
     # An id or a class may hold dollar signs, which would start a formula.
     for text in (*axes.get_yticklabels(), axes.title, axes._left_title):  # type: ignore[attr-defined]
         text.set_parse_math(False)
@@ -150,12 +163,13 @@ def _lanes(segments: np.ndarray) -> np.ndarray:
     return lanes
 
 
-def _draw_row(axes: Axes, row: Row, *, top: float, end: float) -> None:
+def _draw_row(axes: Axes, row: Row, *, top: float, end: float, has_truth: bool) -> None:
     _bars(axes, row.true, top + 0.2, colour=TRUE_COLOUR, alphas=np.ones(len(row.true)), name="true")
     alphas = 0.15 + 0.85 * row.scores
     lane_tops = top + 0.2 + 0.4 * (row.first_lane + np.arange(MAX_LANES))
     for lane in range(MAX_LANES):
-        for verdict, colour, name in ((True, RIGHT_COLOUR, "right"), (False, WRONG_COLOUR, "wrong")):
+        wrong = (WRONG_COLOUR, "wrong") if has_truth else (OPEN_COLOUR, "open")
+        for verdict, colour, name in ((True, RIGHT_COLOUR, "right"), (False, *wrong)):
             chosen = (row.lanes == lane) & (row.right == verdict)
             _bars(axes, row.predicted[chosen], lane_tops[lane], colour=colour, alphas=alphas[chosen], name=name)
     for (start, stop), score, alpha, lane in zip(row.predicted, row.scores, alphas, row.lanes, strict=True):
@@ -183,11 +197,14 @@ def _bars(axes: Axes, segments: np.ndarray, top: float, *, colour: str, alphas: 
     bars.set_gid(name)
 
 
-def _add_legend(figure: Figure) -> None:
-    handles = [
+def _add_legend(figure: Figure, *, has_truth: bool) -> None:
+    verdicts = [
         Patch(color=TRUE_COLOUR, label="true"),
         Patch(color=RIGHT_COLOUR, label=f"predicted: true positive (tIoU ≥ {MATCH_TIOU})"),
         Patch(color=WRONG_COLOUR, label="predicted: false positive"),
+    ]
+    handles = [
+        *(verdicts if has_truth else [Patch(color=OPEN_COLOUR, label="predicted")]),
         Patch(facecolor="#00000026", edgecolor="#000000", linewidth=0.7, label="fainter: lower score"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)

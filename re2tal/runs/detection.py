@@ -22,11 +22,14 @@ from re2tal.data.contract.shards import FeatureSet, ShardSet, open_any, subset_f
 from re2tal.data.streaming.stream import stream_clips
 from re2tal.distributed import World, together
 from re2tal.evaluation.selection import Selection, labels_of
-from re2tal.evaluation.video_classes import VideoClasses, read_video_classes
-from re2tal.inference import predict
+from re2tal.evaluation.video_classes import Fusion, VideoClasses
+from re2tal.inference import average_flips, predict
 from re2tal.reporting.found import FoundInVideo
 from re2tal.reporting.result_files import RESULT_FORMATS, ResultsFile, choose_format
 from re2tal.runs.file_detection import Look, detect_in_files
+from re2tal.runs.model_folder import SHIPPED
+from re2tal.runs.model_folder_hub import find_model
+from re2tal.runs.naming import read_namer
 from re2tal.runs.progress import Progress
 from re2tal.runs.ranks import device_of, joined_ranks
 from re2tal.runs.stored_features import check_features, check_kind
@@ -44,6 +47,7 @@ class Wanted:
     """Which detections to write, and how."""
 
     out: Path | None = None
+    """None: a file in the model's folder, or in the working directory for the package's own model or one of the hub"""
     format_name: str | None = None
     min_score: float | None = None
     """None: that of the format"""
@@ -51,6 +55,9 @@ class Wanted:
     classes: Sequence[str] = ()
     video_classes: Path | None = None
     top_k: int = 2
+    fusion: Fusion = "product"
+    flip: bool = False
+    """Average what the network says of clips and of their mirror images."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +85,7 @@ class Detected:
 
 
 def detect(
-    model: Path,
+    model: Path = SHIPPED,
     paths: Sequence[Path] = (),
     *,
     recursive: bool = False,
@@ -95,13 +102,20 @@ def detect(
     """
     wanted = wanted or Wanted()
     with joined_ranks() as world:
-        job = _Job.prepared(model, paths, shards, wanted, world, recursive=recursive)
+        model, asked = find_model(model), model
+        if not paths and shards is None and model == SHIPPED:
+            raise ValueError("the model that comes with the package has no videos of its own; give videos to look at")
+        home = Path() if model == SHIPPED or model != asked else model
+        job = _Job.prepared(home, model, paths, shards, wanted, world, recursive=recursive)
         if paths:
-            check_looks_at_videos(model, job.trained.config, asked=f"{paths[0]}")
             encoding_for(job.trained.config.data.clips)  # raises where the rate is not known
+        if wanted.flip:
+            check_looks_at_videos(model, job.trained.config, asked="flip, of frames,")
         chosen = device_of(world, device)
         config = job.trained.config
         network = job.trained.network().to(chosen, DTYPES[config.engine.precision])
+        if wanted.flip:
+            average_flips(network)
         look = Look(network, config, chosen, batch_size or config.engine.batch_size, job.early, max_damaged)
         if job.shards is None:
             _look_at_files(job, look, world, say)
@@ -131,7 +145,15 @@ class _Job:
 
     @classmethod
     def prepared(
-        cls, model: Path, paths: Sequence[Path], shards: Path | None, wanted: Wanted, world: World, *, recursive: bool
+        cls,
+        home: Path,
+        model: Path,
+        paths: Sequence[Path],
+        shards: Path | None,
+        wanted: Wanted,
+        world: World,
+        *,
+        recursive: bool,
     ) -> _Job:
         """All that can be wrong is found before any network runs."""
         if paths and shards is not None:
@@ -139,11 +161,13 @@ class _Job:
         format_name = choose_format(wanted.format_name, wanted.out)
         row = RESULT_FORMATS[format_name]
         trained = open_detector(model)
+        if paths:
+            check_looks_at_videos(model, trained.config, asked=f"{paths[0]}")
         opened = None if paths else open_source(trained.config, videos=None, shards=shards)
         if isinstance(opened, FeatureSet):
             check_features(opened, trained.features, run=model)
         files = find_videos(paths, recursive=recursive) if paths else VideoFiles({}, [])
-        namer = _read_namer(wanted.video_classes, trained.config, top_k=wanted.top_k)
+        namer = read_namer(wanted.video_classes, trained.config, top_k=wanted.top_k, fusion=wanted.fusion)
         if namer is not None:
             namer.check(files.names.values() if opened is None else opened.by_id, top_k=wanted.top_k)
         classes = trained.classes if namer is None else namer.classes
@@ -151,7 +175,7 @@ class _Job:
         selection = Selection(min_score, wanted.top, labels_of(classes, wanted.classes))
         early = selection if namer is None else Selection()
         stem = "results" if paths == () and shards is None else "detections"
-        default = model / (stem if row.for_each else f"{stem}{row.suffix}")
+        default = home / (stem if row.for_each else f"{stem}{row.suffix}")
         target = wanted.out or default
         if row.for_each and target.suffix.lower() == row.suffix and len(files.names) != 1:
             raise ValueError(
@@ -249,19 +273,6 @@ def check_looks_at_videos(run: Path, config: RunConfig, *, asked: str) -> None:
             "pack these videos (re2tal shards build), extract their features as those of its training were (re2tal "
             "features extract), and detect in that folder (shards)"
         )
-
-
-def _read_namer(path: Path | None, config: RunConfig, *, top_k: int) -> VideoClasses | None:
-    if path is None:
-        return None
-    if not config.localizer.class_agnostic:
-        raise ValueError(
-            f"video classes, {path}, were given, but this run's localizer.class_agnostic is false: its detections have "
-            "classes of their own; leave the file out, or give the run folder of a class-agnostic detector"
-        )
-    namer = read_video_classes(path)
-    namer.check((), top_k=top_k)
-    return namer
 
 
 def batches_with_bar(

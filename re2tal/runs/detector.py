@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -18,9 +19,13 @@ from re2tal.data.streaming.windows import ResizeWhole, Slide
 from re2tal.detector import TemporalActionDetector
 from re2tal.evaluation.selection import Selection, Settling, labels_of
 from re2tal.reporting.found import FoundAction, found_actions
+from re2tal.rewire import wiring_of
 from re2tal.runs.detection import check_looks_at_videos
 from re2tal.runs.file_detection import Look, detect_in_files
-from re2tal.runs.trained import default_device, open_detector
+from re2tal.runs.model_folder import SHIPPED, read_card, save_model
+from re2tal.runs.model_folder_card import Origin, model_card
+from re2tal.runs.model_folder_hub import find_model, push_folder
+from re2tal.runs.trained import default_device, open_detector, started
 from re2tal.runs.video_files import encoding_for
 from re2tal.runs.watching import Closed, Opened, Seen, watch
 from re2tal.structures import Detections, Timeline
@@ -43,6 +48,50 @@ class Detector:
     """Where the network lies."""
     batch_size: int
     """Clips in one forward."""
+    card: str | None = None
+    """The model card of the folder it comes from."""
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: Path | str,
+        *,
+        revision: str | None = None,
+        device: torch.device | str | None = None,
+        batch_size: int | None = None,
+    ) -> Detector:
+        """As `load_detector`, under the name that the hub's libraries give it."""
+        return load_detector(name, revision=revision, device=device, batch_size=batch_size)
+
+    def save_pretrained(self, folder: Path | str) -> None:
+        """Write the detector as it is into a model folder, which names no place of this machine.
+
+        Weights are those that it computes with, stored as float32. Raises ValueError for the folder of a training run.
+        """
+        card = self.card or model_card(self.config, self.classes, Origin("Not known: saved without a card."))
+        weights = {
+            name: value.detach().cpu().float().contiguous() if value.is_floating_point() else value.cpu().contiguous()
+            for name, value in self.network.state_dict().items()
+        }
+        wiring = wiring_of(self.network)
+        save_model(Path(folder), started(self.config), weights, classes=self.classes, wiring=wiring, card=card)
+
+    def push_to_hub(
+        self,
+        name: str,
+        *,
+        private: bool | None = None,
+        token: str | None = None,
+        revision: str | None = None,
+        message: str = "Add a detector of re2tal",
+    ) -> str:
+        """Put the detector on the hub as OWNER/NAME, which is made if need be; returns the address of the commit.
+
+        Raises ValueError where the hub refuses, or cannot be reached.
+        """
+        with TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            return push_folder(Path(folder), name, private=private, token=token, revision=revision, message=message)
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -168,13 +217,19 @@ def _existing(path: Path | str) -> Path:
 
 
 def load_detector(
-    folder: Path | str, *, device: torch.device | str | None = None, batch_size: int | None = None
+    folder: Path | str | None = None,
+    *,
+    revision: str | None = None,
+    device: torch.device | str | None = None,
+    batch_size: int | None = None,
 ) -> Detector:
     """Open a trained detector.
 
     Args:
         folder: a model folder, or the run folder of a training run: config.json and model.safetensors, as `train` or
-            `re2tal import` wrote them. Of a run that has not ended, its newest sound checkpoint is taken.
+            `re2tal import` wrote them. Of a run that has not ended, its newest sound checkpoint is taken. Or a model's
+            name on the hub, OWNER/NAME. By default the small model that comes with the package.
+        revision: of a model on the hub: branch, tag or commit
         device: "cpu", "cuda", "cuda:1", ...; by default an accelerator if there is one
         batch_size: clips in one forward; by default as in training
 
@@ -182,9 +237,9 @@ def load_detector(
         detector = re2tal.load_detector("runs/demo")
         actions = detector.detect("party.mp4")
     """
-    trained = open_detector(Path(folder))
+    trained = open_detector(SHIPPED if folder is None else find_model(folder, revision=revision))
     config = trained.config
     check_looks_at_videos(trained.folder, config, asked="a detector for video files")
     chosen = torch.device(device) if device else default_device()
     network = trained.network().to(chosen, DTYPES[config.engine.precision])
-    return Detector(network, config, chosen, batch_size or config.engine.batch_size)
+    return Detector(network, config, chosen, batch_size or config.engine.batch_size, read_card(trained.folder))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -12,13 +12,17 @@ from re2tal.data.building.annotations import read_video_ids
 from re2tal.data.building.clips import true_classes
 from re2tal.data.contract.shards import open_shards
 from re2tal.evaluation.accuracy import AccuracyReport, accuracy
-from re2tal.evaluation.average_precision import MapReport, mean_average_precision
+from re2tal.evaluation.average_precision import MapReport, report
+from re2tal.evaluation.comparison import Spread, spread_of
+from re2tal.evaluation.coverage import Coverage
 from re2tal.evaluation.error_analysis import ErrorReport, analyse_errors
 from re2tal.evaluation.ground_truth import ANY_CLASS, as_one_class, read_ground_truth, read_subsets
+from re2tal.evaluation.matching import Matches, match_predictions
 from re2tal.evaluation.protocols import TIOU_THRESHOLDS, Dataset
 from re2tal.evaluation.recall import RecallReport, average_recall, top_kx_recall
-from re2tal.evaluation.results import read_results
+from re2tal.evaluation.results import Results, read_results
 from re2tal.evaluation.video_classes import read_video_classes
+from re2tal.structures import VideoRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +33,13 @@ class Evaluated:
     """Mean average precision, by class and by temporal IoU."""
     recall: RecallReport | None
     """Average recall of proposals, where it was asked for."""
-    proposals: int | None = None
-    """How many detections of a video `recall` counts, at most."""
     top_kx: Mapping[int, Mapping[str, float]] = field(default_factory=dict)
     """k -> tIoU -> recall of the best k x detections of a class in a video that shows it x times, if asked for."""
 
     errors: ErrorReport | None = None
     """Where mAP is lost, if asked for."""
+    spread: Spread | None = None
+    """Intervals of the mAP, if asked for."""
 
     @property
     def average_map(self) -> float:
@@ -43,14 +47,18 @@ class Evaluated:
         return self.precision.average_map
 
     def __str__(self) -> str:
+        facts = self.precision.coverage.facts()
         lines = [str(self.precision)]
+        if self.top_kx or self.recall is not None:
+            lines.append(f"\nrecall in %; protocol {self.precision.protocol}; {facts}")
         for k, recalls in self.top_kx.items():
             lines.append(f"Recall@{k}x " + "   ".join(f"{tiou}: {100 * value:.2f}" for tiou, value in recalls.items()))
-        if self.recall is not None and self.proposals is not None:
-            at_most = f"AR@{self.proposals} {100 * self.recall.at(self.proposals):.2f}"
-            lines.append(f"{at_most}   AUC {100 * self.recall.auc:.2f}")
+        if self.recall is not None:
+            lines.append(str(self.recall))
+        if self.spread is not None:
+            lines.append(f"\n{self.spread}")
         if self.errors is not None:
-            lines = [f"{self.errors}\n", *lines]
+            lines = [f"errors as DETAD counts them; {facts}", f"{self.errors}\n", *lines]
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
@@ -58,12 +66,13 @@ class Evaluated:
         recall = {} if self.recall is None else {"recall": self.recall.to_json()}
         top_kx = {"recall_at_kx": self.top_kx} if self.top_kx else {}
         errors = {} if self.errors is None else {"errors": self.errors.to_json()}
-        return {**self.precision.to_json(), **top_kx, **recall, **errors}
+        spread = {} if self.spread is None else {"bootstrap": self.spread.to_json()}
+        return {**self.precision.to_json(), **top_kx, **recall, **errors, **spread}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ScoringOptions:
-    """What of the detections is scored, and by which rules."""
+class ScoringRules:
+    """By which rules detections are scored."""
 
     subset: str = "validation"
     """Which subset of the annotations to score."""
@@ -74,17 +83,31 @@ class ScoringOptions:
     tiou_thresholds: tuple[float, ...] | None = None
     """Other thresholds than those."""
     blocked_videos: Path | None = None
-    """Video ids to leave out of both files: a JSON list, or a text file with one per line."""
+    """Video ids to leave out of all files: a JSON list, or a text file with one per line."""
     class_agnostic: bool = False
     """Score as if all labels, predicted and true, were one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ScoringOptions(ScoringRules):
+    """What of the detections is scored, and by which rules."""
+
     proposals: int | None = None
-    """Also give the average recall with up to so many detections per video, whatever their class."""
+    """Also give the average recall (AR@AN) with up to so many detections per video, whatever their class, and the area
+    under its curve (AUC); ActivityNet takes 100."""
     top_kx: tuple[int, ...] = ()
     """Also give the recall of the best k x detections of each class in a video that shows it x times, for each k; Ego4D
     reports k = 1."""
     errors: bool = False
     """Also show where mAP is lost, as DETAD does: types of wrong predictions, mAP and missed actions by length,
     coverage and number of actions in the video."""
+    bootstrap: int = 0
+    """Also give 95 % intervals of the mAP from so many draws of videos, such as 1000."""
+    seeds: tuple[Path, ...] = ()
+    """Results of the same setting with other seeds: also give the mean of all runs, and draw runs as well as videos.
+    Needs --bootstrap."""
+    bootstrap_seed: int = 0
+    """Of the draws: the same seed gives the same intervals."""
 
 
 AS_USUAL = ScoringOptions()
@@ -102,27 +125,21 @@ def evaluate(predictions: Path | str, annotations: Path | str, options: ScoringO
         print(scored)
         print(f"{100 * scored.average_map:.2f} %")
     """
-    results = read_results(Path(predictions))
+    if options.seeds and not options.bootstrap:
+        raise ValueError(f"seeds, {options.seeds[0]}, were given without bootstrap; give it too, such as 1000")
     truths = read_ground_truth(Path(annotations), subset=options.subset)
-    blocked = read_video_ids(Path(options.blocked_videos)) if options.blocked_videos else frozenset()
-    precision = mean_average_precision(
-        results.predictions,
-        truths,
-        classes=results.classes,
-        protocol=options.protocol,
-        tiou_thresholds=options.tiou_thresholds or TIOU_THRESHOLDS[options.dataset],
-        blocked_videos=blocked,
-        class_agnostic=options.class_agnostic,
-    )
-    _check_match(precision, predictions, annotations)
+    results = read_results(Path(predictions))
+    matches = match_results(results, truths, options, files=(predictions, annotations))
+    precision = report(matches)
+    seeds = [match_results(read_results(path), truths, options, files=(path, annotations)) for path in options.seeds]
     classes = results.classes
     if options.class_agnostic:
         truths, classes = as_one_class(truths), (ANY_CLASS,) * len(classes)
     scored = results.predictions, truths
-    shared: dict[str, Any] = {"classes": classes, "blocked_videos": blocked}
+    shared: dict[str, Any] = {"classes": classes, "blocked_videos": _blocked(options)}
     by_rules = {**shared, "protocol": options.protocol}
     thresholds = precision.tiou_thresholds
-    recall = top_kx = errors = None
+    recall = top_kx = errors = spread = None
     if options.proposals is not None:
         recall = average_recall(*scored, proposals_per_video=options.proposals, **by_rules)
     if options.top_kx:
@@ -132,18 +149,42 @@ def evaluate(predictions: Path | str, annotations: Path | str, options: ScoringO
             "activitynet" if options.dataset in ("activitynet", "hacs", "fineaction") else "thumos14"
         )
         errors = analyse_errors(*scored, tiou_thresholds=thresholds, sizes_of=sizes_of, **shared)
+    if options.bootstrap:
+        spread = spread_of([matches, *seeds], num_draws=options.bootstrap, seed=options.bootstrap_seed)
     names = list(precision.map_by_tiou)
     columns = [] if top_kx is None else [dict(zip(names, column, strict=True)) for column in top_kx.T.tolist()]
-    return Evaluated(precision, recall, options.proposals, dict(zip(options.top_kx, columns, strict=True)), errors)
+    by_k = dict(zip(options.top_kx, columns, strict=True))
+    return Evaluated(precision, recall, by_k, errors, spread)
 
 
-def _check_match(precision: MapReport, predictions: Path | str, annotations: Path | str) -> None:
+def match_results(
+    results: Results, truths: Sequence[VideoRecord], rules: ScoringRules, *, files: tuple[Path | str, Path | str]
+) -> Matches:
+    """Results against truths; `files` are where both come from, for the ValueError if nothing matches."""
+    matches = match_predictions(
+        results.predictions,
+        truths,
+        classes=results.classes,
+        protocol=rules.protocol,
+        tiou_thresholds=rules.tiou_thresholds or TIOU_THRESHOLDS[rules.dataset],
+        blocked_videos=_blocked(rules),
+        class_agnostic=rules.class_agnostic,
+    )
+    _check_match(matches.predictions.coverage, *files)
+    return matches
+
+
+def _blocked(rules: ScoringRules) -> frozenset[str]:
+    return read_video_ids(Path(rules.blocked_videos)) if rules.blocked_videos else frozenset()
+
+
+def _check_match(coverage: Coverage, predictions: Path | str, annotations: Path | str) -> None:
     """Raises ValueError where predictions and annotations have no video, or no label, in common."""
     try:
-        precision.coverage.check()
+        coverage.check()
     except ValueError as error:
-        subsets = read_subsets(Path(annotations))
-        elsewhere = Counter(subsets[one] for one in precision.coverage.unknown_videos if one in subsets)
+        subsets = read_subsets(Path(annotations)) if Path(annotations).is_file() else {}
+        elsewhere = Counter(subsets[one] for one in coverage.unknown_videos if one in subsets)
         hint = "".join(f"; {number} of these videos are in subset {name!r}" for name, number in elsewhere.items())
         raise ValueError(f"{predictions} and {annotations} do not match: {error}{hint}") from None
 

@@ -5,6 +5,8 @@ runs/NAME/config.json        the whole configuration; `--config` starts from it 
           metrics.jsonl      and tensorboard/: the course of the run; metrics.damaged: lines no longer readable
           checkpoints/       to --resume from
           model.safetensors  float32 weights (the moving average, if there is one) and class names
+          model.json         what goes into the model and what comes out (`re2tal.runs.model_folder`)
+          README.md          the model card: training and figures
           results.json       detections on the validation subset, or the probabilities of its classes
           summary.json       mAP or accuracy, and times
           report/            the page that `re2tal report` draws
@@ -23,6 +25,7 @@ CONFIG_NAME = "config.json"
 METRICS_NAME = "metrics.jsonl"
 DAMAGED_METRICS_NAME = "metrics.damaged"
 MODEL_NAME = "model.safetensors"
+FACTS_NAME = "model.json"
 RESULTS_NAME = "results.json"
 SUMMARY_NAME = "summary.json"
 CHECKPOINTS_NAME = "checkpoints"
@@ -38,7 +41,15 @@ def claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
         if overwrite:
             for left in (CHECKPOINTS_NAME, TENSORBOARD_NAME, REPORT_NAME):
                 shutil.rmtree(folder / left, ignore_errors=True)
-            for left in (PLAN_NAME, METRICS_NAME, DAMAGED_METRICS_NAME, SUMMARY_NAME, RESULTS_NAME, MODEL_NAME):
+            for left in (
+                PLAN_NAME,
+                METRICS_NAME,
+                DAMAGED_METRICS_NAME,
+                SUMMARY_NAME,
+                RESULTS_NAME,
+                MODEL_NAME,
+                FACTS_NAME,
+            ):
                 (folder / left).unlink(missing_ok=True)
         if not resume and checkpoints.is_dir() and any(checkpoints.iterdir()):
             raise ValueError(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from re2tal.config import RunConfig, load_config
@@ -23,43 +24,82 @@ from re2tal.reporting.page import Picture, to_png, write_page
 from re2tal.reporting.timelines import draw_timeline
 from re2tal.runs.folder import CONFIG_NAME, METRICS_NAME, REPORT_NAME, RESULTS_NAME
 from re2tal.structures import VideoRecord
+from re2tal.video_ids import match_ids
 
 
 def write_report(
     run: Path, *, predictions: Path | None = None, annotations: Path | None = None, max_videos: int = 100
-) -> tuple[Path, MapReport]:
+) -> tuple[Path, MapReport | None]:
     """Write RUN/report/index.html, and the pictures in it as PNG files beside it; gives the page and its scores.
 
-    The arguments are those of `re2tal report`.
+    Predictions on videos without a known truth are drawn, and not scored: None. The arguments are those of
+    `re2tal report`.
     """
     config = load_config(run / CONFIG_NAME)
     results = read_results(predictions or run / RESULTS_NAME)
     truths = _truths(config, annotations)
     # A class-agnostic detector's results have their one class, unless a classifier of whole videos named them.
     class_agnostic = config.localizer.class_agnostic and set(results.classes) <= {AGNOSTIC_CLASS}
-    scores = mean_average_precision(
-        results.predictions,
-        truths,
-        classes=results.classes,
-        protocol=config.evaluation.protocol,
-        tiou_thresholds=config.evaluation.tiou_thresholds,
-        class_agnostic=class_agnostic,
-        max_per_video=None if predictions else config.suppression.max_per_video,
-    )
-    scores.coverage.check()
+    drawn = _drawn(results, as_one_class(truths) if class_agnostic else truths)
+    scores = None
+    if any(one.is_predicted and one.has_truth for one in drawn):
+        scores = mean_average_precision(
+            results.predictions,
+            truths,
+            classes=results.classes,
+            protocol=config.evaluation.protocol,
+            tiou_thresholds=config.evaluation.tiou_thresholds,
+            class_agnostic=class_agnostic,
+            max_per_video=None if predictions else config.suppression.max_per_video,
+        )
+        scores.coverage.check()
+    else:
+        drawn = [one for one in drawn if one.is_predicted]
     folder = run / REPORT_NAME
-    curves = Picture("Loss, validation mAP and learning rates", to_png(draw_curves(read_metrics(run / METRICS_NAME))))
-    timelines = _timelines(results, (as_one_class(truths) if class_agnostic else truths)[:max_videos])
+    figure = draw_curves(read_metrics(run / METRICS_NAME), protocol=config.evaluation.protocol)
+    curves = Picture("Loss, validation mAP, learning rates, speed, wait for clips and memory", to_png(figure))
+    timelines = _timelines(results, drawn[:max_videos])
     _write_pictures(folder, curves, timelines)
     write_page(
         folder / "index.html",
         title=f"re2tal: {run.resolve().name}",
-        facts=_facts(config, scores, num_drawn=len(timelines)),
-        table=scores.rows(),
+        facts=_facts(config, scores, num_drawn=len(timelines), num_videos=len(drawn), num_true=len(truths)),
+        table=scores.rows() if scores else [],
+        protocol=config.evaluation.protocol,
         curves=curves,
         timelines=list(timelines.values()),
     )
     return folder / "index.html", scores
+
+
+@dataclass(frozen=True, slots=True)
+class _Drawn:
+    """One video of the page."""
+
+    record: VideoRecord
+    predicted_id: str
+    """What the results call it."""
+    is_predicted: bool
+    has_truth: bool
+
+
+def _drawn(results: Results, truths: Sequence[VideoRecord]) -> list[_Drawn]:
+    """Predicted videos with a truth, then other videos with a truth, then predicted ones of which none is known."""
+    renamed = match_ids(results.predictions, [record.video_id for record in truths])
+    predicted = {renamed.get(one, one): one for one in results.predictions}
+    known = [
+        _Drawn(record, predicted.get(record.video_id, record.video_id), record.video_id in predicted, True)
+        for record in truths
+    ]
+    known.sort(key=lambda one: not one.is_predicted)
+    strangers = predicted.keys() - {record.video_id for record in truths}
+    return known + [_Drawn(_as_record(one, results), one, True, False) for one in predicted if one in strangers]
+
+
+def _as_record(video_id: str, results: Results) -> VideoRecord:
+    """A video of which nothing but predictions is known: it lasts until the last of them ends, for the drawing."""
+    ends = results.of(video_id).segments[:, 1].tolist()
+    return VideoRecord(video_id, "", max([1.0, *ends]), ())
 
 
 def _truths(config: RunConfig, annotations: Path | None) -> Sequence[VideoRecord]:
@@ -70,13 +110,14 @@ def _truths(config: RunConfig, annotations: Path | None) -> Sequence[VideoRecord
     return [video.record for video in open_any(subset_folder(config.data.shards, subset)).videos]
 
 
-def _timelines(results: Results, records: Sequence[VideoRecord]) -> dict[str, Picture]:
+def _timelines(results: Results, videos: Sequence[_Drawn]) -> dict[str, Picture]:
     """File name -> picture. An id that is no plain name, as other programs may have, does not reach the file system."""
     pictures = {}
-    for number, record in enumerate(records):
-        figure = draw_timeline(record, results.of(record.video_id), classes=results.classes)
-        name = re.sub(r"[^A-Za-z0-9_-]", "_", record.video_id)[:80]
-        pictures[f"{number:04d}_{name}.png"] = Picture(record.video_id, to_png(figure))
+    for number, one in enumerate(videos):
+        found = results.of(one.predicted_id)
+        figure = draw_timeline(one.record, found, classes=results.classes, has_truth=one.has_truth)
+        name = re.sub(r"[^A-Za-z0-9_-]", "_", one.record.video_id)[:80]
+        pictures[f"{number:04d}_{name}.png"] = Picture(one.record.video_id, to_png(figure))
     return pictures
 
 
@@ -88,16 +129,22 @@ def _write_pictures(folder: Path, curves: Picture, timelines: Mapping[str, Pictu
         (folder / "timelines" / name).write_bytes(picture.png)
 
 
-def _facts(config: RunConfig, scores: MapReport, *, num_drawn: int) -> dict[str, str]:
-    num_videos = scores.coverage.num_videos
+def _facts(
+    config: RunConfig, scores: MapReport | None, *, num_drawn: int, num_videos: int, num_true: int
+) -> dict[str, str]:
     windowing = config.data.clips.windowing
+    scored = {"Scored": f"nothing: no predicted video is among the {num_true} with known actions"}
+    if scores is not None:
+        scored = {
+            "Protocol": scores.protocol,
+            "Scored": scores.coverage.facts(),
+            **{f"Note {number}": note for number, note in enumerate(scores.coverage.notes(), start=1)},
+        }
     return {
         "Backbone": f"{config.backbone.name}, {'rewired' if config.backbone.rewired else 'plain'}",
         "Localizer": type(config.localizer).__name__.removesuffix("Config"),
         "Clips": f"{windowing.num_frames} frames of {config.data.clips.size} x {config.data.clips.size} pixels",
         "Training": f"{config.training.epochs} epochs, {config.engine.precision}, seed {config.training.seed}",
-        "Protocol": scores.protocol,
-        "Scored": scores.coverage.facts(),
-        **{f"Note {number}": note for number, note in enumerate(scores.coverage.notes(), start=1)},
+        **scored,
         "Videos": f"{num_videos}, of which {num_drawn} are drawn below" if num_drawn < num_videos else str(num_videos),
     }

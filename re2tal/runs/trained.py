@@ -14,6 +14,7 @@ from re2tal.detector import TemporalActionDetector
 from re2tal.recognizer import Recognizer
 from re2tal.runs.checkpoint_weights import read_newest_checkpoint
 from re2tal.runs.folder import CHECKPOINTS_NAME, CONFIG_NAME, MODEL_NAME
+from re2tal.runs.model_folder import check_facts, check_layout
 from re2tal.training.export import ModelFile, read_model
 
 AnyRun = TypeVar("AnyRun", RunConfig, RecognitionConfig)
@@ -53,10 +54,13 @@ def open_detector(folder: Path) -> Trained:
     """
     if folder.is_file():
         raise ValueError(f"{folder} is a file; give the folder that holds it and {CONFIG_NAME}")
+    check_layout(folder)
     config = load_config(folder / CONFIG_NAME)
     model_path = folder / MODEL_NAME
     if model_path.is_file() or not (folder / CHECKPOINTS_NAME).is_dir():
-        return Trained(folder, config, read_model(model_path))
+        model = read_model(model_path)
+        check_facts(folder, config, model.classes)
+        return Trained(folder, config, model)
     model, checkpoint = read_newest_checkpoint(folder, started(config))
     return Trained(folder, config, model, checkpoint)
 

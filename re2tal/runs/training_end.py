@@ -44,9 +44,10 @@ def finish(
     *,
     ranks: Agreement,
     features: dict[str, Any] | None,
+    describe_run: Callable[[Mapping[str, Any]], None],
     started: float,
 ) -> TrainedRun:
-    """Every rank calls this: evaluates and exports the trained model; rank 0 writes.
+    """Every rank calls this: evaluates and exports the trained model; rank 0 writes, and describes the run.
 
     Interrupted on all ranks when one was told to stop before the last file; all of it is done again after a resume.
     """
@@ -78,6 +79,7 @@ def finish(
     def write() -> None:
         outcome.write(folder / RESULTS_NAME)
         write_json(folder / SUMMARY_NAME, summary)
+        describe_run(summary)
 
     made_by_main(write)
     if not is_main():

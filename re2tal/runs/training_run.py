@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from re2tal.config import RecognitionConfig, RunConfig, flatten, save_config, to_json
 from re2tal.data.building.clips import true_classes
@@ -27,9 +28,11 @@ from re2tal.runs.demo_data import make_if_wanted
 from re2tal.runs.exit_status import HUNG
 from re2tal.runs.folder import CHECKPOINTS_NAME, CONFIG_NAME, claim
 from re2tal.runs.lock import locked
+from re2tal.runs.model_folder import describe_trained
 from re2tal.runs.orphans import end_with_the_launcher
+from re2tal.runs.start import build_from, find_start
 from re2tal.runs.stored_features import check_kind, check_pair, describe, on_features
-from re2tal.runs.tasks import AnyRun, Outcome, build_model, judge
+from re2tal.runs.tasks import AnyRun, Outcome, judge
 from re2tal.runs.training_data import alike_on_any_ranks, prepare, say_shared, stream_of
 from re2tal.runs.training_end import TrainedRun, finish
 from re2tal.training.agreement import versions, weight_checksums
@@ -41,12 +44,15 @@ from re2tal.training.finite import check_finite
 from re2tal.training.generators import seed_generators
 from re2tal.training.interruption import Agreement, Interrupted
 from re2tal.training.metrics import MetricsLog
-from re2tal.training.optimizer import build_optimizer
+from re2tal.training.optimizer import build_optimizer, for_batch
 from re2tal.training.schedule import learning_rate_factor, num_optimizer_steps
+from re2tal.training.sharding import is_sharded_early
 from re2tal.training.signals import StopRequests, stop_requests
 from re2tal.training.trainer import Trainer
 from re2tal.training.watchdog import at, watched
 from re2tal.training.zero_file import resolve_deepspeed_config
+
+Pair = tuple[ShardSet | FeatureSet, ShardSet | FeatureSet]  # training, validation
 
 
 def train(
@@ -118,6 +124,7 @@ def _train(
         config = on_features(config, training)
     check_kind(config, training)
     _check_norms(config)
+    build = partial(build_from, config, training.classes, find_start(config, training))
     made_by_main(lambda: cleanup.enter_context(locked(folder)))
     claim(folder, resume=resume, overwrite=overwrite)
     if resume and (saved := made_by_main(CheckpointStore(folder / CHECKPOINTS_NAME, identity={}).newest_run)):
@@ -132,7 +139,7 @@ def _train(
     earlier = folder / PLAN_NAME if resume else None
     plan = _plan(config, ds_file, world, classes=training.classes, device=device, earlier=earlier)
     ranks.check()
-    trainer = _build(config, settings, folder, world, shards=both, evaluate=evaluate, device=device, plan=plan)
+    trainer = _build(config, settings, folder, world, build, both, evaluate=evaluate, device=device, plan=plan)
     resumed = resume and trainer.resume()
     if world.is_main:  # not before: a run that may not be resumed like this keeps the configuration it has
         save_config(folder / CONFIG_NAME, config)
@@ -144,7 +151,14 @@ def _train(
         if trainer.train() == "interrupted":
             raise Interrupted
         features = describe(training) if isinstance(training, FeatureSet) else None
-        return finish(trainer, folder, evaluate, ranks=ranks, features=features, started=started)
+
+        def describe_run(summary: Mapping[str, Any]) -> None:
+            if isinstance(config, RunConfig):
+                describe_trained(folder, config, trainer.engine.module.classes, summary=summary, training=training)
+
+        return finish(
+            trainer, folder, evaluate, ranks=ranks, features=features, describe_run=describe_run, started=started
+        )
 
 
 def _same_start(config: AnyRun, options: Mapping[str, object]) -> None:
@@ -159,7 +173,7 @@ def _engine_settings(ds: Path | str, config: AnyRun, world: World) -> tuple[Path
 
 
 def _check_norms(config: AnyRun) -> None:
-    if config.backbone.norm_eval and config.backbone.weights is None:
+    if config.backbone.norm_eval and config.backbone.weights is None and config.start_from is None:
         raise ValueError(
             "backbone.norm_eval freezes the norms of a pretrained backbone, but backbone.weights names no weights; "
             "set it to a weights file, or set backbone.norm_eval to false to train from random weights"
@@ -195,8 +209,9 @@ def _build(
     settings: dict[str, Any],
     folder: Path,
     world: World,
+    build: Callable[[], nn.Module],
+    shards: Pair,
     *,
-    shards: tuple[ShardSet | FeatureSet, ShardSet | FeatureSet],
     evaluate: Callable[[Engine], Outcome],
     device: torch.device,
     plan: StepPlan | None,
@@ -204,7 +219,9 @@ def _build(
     training, validation = shards
     seed = config.training.seed
     seed_generators(seed, rank=0)  # the same weights on all ranks
-    model = build_model(config, training.classes).to(device)
+    model = build()
+    if not is_sharded_early(settings):  # there, parameters go to the device one by one
+        model = model.to(device)
     check_finite(model)
     if plan is not None:
         plan.apply(model)
@@ -225,9 +242,14 @@ def _build(
     num_steps = num_optimizer_steps(config.training.epochs, clips.steps_per_epoch, accumulation=accumulation)
     factor = learning_rate_factor(config.schedule, steps_per_epoch=steps_per_epoch, num_steps=num_steps)
     beta = beta_course(config.annealing, end=config.backbone.beta, steps_per_epoch=steps_per_epoch, num_steps=num_steps)
-    engine = build_engine(model, build_optimizer(model, config.optimizer), factor=factor, settings=settings)
-    identity = _identity(config, engine, training, validation, world)
+    clips_per_step = config.engine.batch_size * accumulation * world.world_size
+    optimizer, on_rates = for_batch(config.optimizer, clips=clips_per_step)
+    engine = build_engine(model, build_optimizer(model, optimizer), factor=factor, settings=settings)
+    identity = _identity(config, engine, shards, world)
     dtype = next(model.parameters()).dtype
+    log = MetricsLog(folder, enabled=world.is_main)
+    if on_rates is not None:
+        log.say(on_rates)
     return Trainer(
         engine,
         clips,
@@ -237,28 +259,22 @@ def _build(
         checkpoints=CheckpointStore(
             folder / CHECKPOINTS_NAME,
             identity=identity,
+            free=set(names_with(config, "resumable")),
             defaults=dict(defaults_of(config)),
             keep=config.training.keep_checkpoints,
         ),
-        log=MetricsLog(folder, enabled=world.is_main),
+        log=log,
         beta=beta,
         planned_bytes=None if plan is None else plan.memory.peak,
         new_step=begin_step,
     )
 
 
-def _identity(
-    config: AnyRun,
-    engine: Engine,
-    training: ShardSet | FeatureSet,
-    validation: ShardSet | FeatureSet,
-    world: World,
-) -> dict[str, Any]:
-    """What a checkpoint of this run must have in common with the run that resumes it, by name."""
-    free = set(names_with(config, "resumable"))
-    unchangeable = {name: value for name, value in flatten(to_json(config)) if name not in free}
+def _identity(config: AnyRun, engine: Engine, shards: Pair, world: World) -> dict[str, Any]:
+    """What a checkpoint says of its run, by name; a run that resumes it has the same, but for what is resumable."""
+    training, validation = shards
     return {
-        **unchangeable,
+        **dict(flatten(to_json(config))),
         RANKS: world.world_size,
         "ZeRO stage": zero_stage(engine),
         "number of classes": len(training.classes),

@@ -12,8 +12,13 @@ from re2tal.backbones.stored import NAME
 from re2tal.config import RecognitionConfig, load_run
 from re2tal.conversion import export_backbone, export_detector, import_backbone, save_for_the_library
 from re2tal.runs.folder import CONFIG_NAME
-from re2tal.runs.trained import load_detector, load_recognizer
+from re2tal.runs.model_folder import read_card, save_model
+from re2tal.runs.model_folder_card import Origin, model_card
+from re2tal.runs.trained import load_detector, load_recognizer, open_detector, started
 from re2tal.training.export import write_tensors
+
+MODEL_FOLDER = "re2tal"
+"""The layout of a model folder of our own."""
 
 
 def export_weights(out: Path, *, weights: Path, backbone: str, to: str, prefix: str = "") -> int:
@@ -21,6 +26,8 @@ def export_weights(out: Path, *, weights: Path, backbone: str, to: str, prefix: 
 
     The arguments are those of `re2tal export`.
     """
+    if to == MODEL_FOLDER:
+        raise ValueError(f"{weights} is a backbone, and a model folder holds a whole detector; give its run (run)")
     _check(out, to=to, prefix=prefix)
     network, _ = import_backbone(weights, name=backbone)
     return _write_backbone(network, out, name=backbone, to=to, prefix=prefix)
@@ -31,6 +38,8 @@ def export_run(out: Path, *, run: Path, to: str, prefix: str = "") -> int:
 
     Returns the number of tensors.
     """
+    if to == MODEL_FOLDER:
+        return _export_model(out, run, prefix=prefix)
     _check(out, to=to, prefix=prefix)
     config = load_run(run / CONFIG_NAME)
     name = config.backbone.name
@@ -48,6 +57,21 @@ def export_run(out: Path, *, run: Path, to: str, prefix: str = "") -> int:
     if to == "opentad":
         return _write(out, export_detector(detector, config=config.backbone, prefix=prefix), to)
     return _write_backbone(detector.backbone, out, name=name, to=to, prefix=prefix)
+
+
+def _export_model(out: Path, run: Path, *, prefix: str) -> int:
+    """The model of a run without the course of its training."""
+    if prefix:
+        raise ValueError(f"the prefix {prefix!r} means nothing in a model folder; leave it out")
+    trained = open_detector(run)
+    if out.exists():
+        raise ValueError(f"{out} is there already; choose another name, or remove it")
+    model, config = trained.model, started(trained.config)
+    card = read_card(run) or model_card(config, model.classes, Origin(f"Exported from a run called {config.name}."))
+    save_model(
+        out, config, model.weights, classes=model.classes, wiring=model.wiring, features=model.features, card=card
+    )
+    return len(model.weights)
 
 
 def _merge(backbone: VideoBackbone, config: BackboneConfig) -> None:

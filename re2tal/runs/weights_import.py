@@ -15,6 +15,8 @@ from re2tal.data.building.labels import read_class_list
 from re2tal.localizers.class_map import AGNOSTIC_CLASS
 from re2tal.rewire import wiring_of
 from re2tal.runs.folder import CONFIG_NAME, MODEL_NAME
+from re2tal.runs.model_folder import describe
+from re2tal.runs.model_folder_card import Origin, model_card
 from re2tal.training.export import write_model, write_tensors
 
 
@@ -54,11 +56,14 @@ def import_into_run(
         )
     if (out / CONFIG_NAME).exists():
         raise ValueError(f"{out} is the folder of another run; choose another one")
-    config = replace(config, name=out.resolve().name, backbone=replace(config.backbone, weights=None))
+    bare = replace(config.backbone, weights=None)
+    config = replace(config, name=out.resolve().name, start_from=None, backbone=bare)
     detector, report = import_detector(weights, config, classes=_classes(classes, config))
     out.mkdir(parents=True, exist_ok=True)
     names = detector.localizer.classes
     write_model(out / MODEL_NAME, detector.state_dict(), classes=names, wiring=wiring_of(detector))
+    origin = Origin(f"Converted from `{weights.name}`, which was trained elsewhere. {report}")
+    describe(out, config, names, card=model_card(config, names, origin))
     # Last, because it is what makes the folder a run.
     save_config(out / CONFIG_NAME, config)
     return Imported(out, report)

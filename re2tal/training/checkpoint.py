@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -42,9 +42,16 @@ class CheckpointStore:
     """The checkpoints of one run in one folder, which all ranks must be able to write."""
 
     def __init__(
-        self, folder: Path, *, identity: Mapping[str, Any], defaults: Mapping[str, Any] | None = None, keep: int = 2
+        self,
+        folder: Path,
+        *,
+        identity: Mapping[str, Any],
+        free: Collection[str] = (),
+        defaults: Mapping[str, Any] | None = None,
+        keep: int = 2,
     ) -> None:
-        """`identity`: JSON values by name that must be the same when the run is resumed; `keep`: how many to keep.
+        """`identity`: JSON values by name that must be the same when the run is resumed, but for those named in `free`;
+        `keep`: how many to keep.
 
         `defaults`: what the values were before they had a name; checkpoints of earlier versions lack them.
         """
@@ -52,6 +59,8 @@ class CheckpointStore:
             raise ValueError(f"training.keep_checkpoints is {keep}; it must be at least 1")
         self.folder = folder
         self.identity = json.loads(json.dumps(dict(identity)))
+        self.free = frozenset(free)
+        self.changed: dict[str, tuple[Any, Any]] = {}
         self.defaults = json.loads(json.dumps(dict(defaults or {}), default=str))
         self.keep = keep
 
@@ -112,6 +121,7 @@ class CheckpointStore:
             if name is None or manifest is None:
                 return None
             self._refuse_another_run(self.folder / name, manifest.run)
+            self.changed = self._changes(manifest.run)
             self._restore(name, manifest.run, engine, average)
             # Versions before this one saved whatever there was.
             if not (poison := _non_finite_by_rank(engine, average)):
@@ -210,7 +220,7 @@ class CheckpointStore:
         changes = [
             f"{name} is {self.identity.get(name)!r}, the checkpoint has {saved.get(name)!r}"
             for name in sorted(self.identity.keys() | saved.keys())
-            if name not in (*SHAPE, VALIDATION) and not _alike(self.identity.get(name), saved.get(name))
+            if name not in (*SHAPE, VALIDATION, *self.free) and not _alike(self.identity.get(name), saved.get(name))
         ]
         batches, before = batches_of_step(self.identity), batches_of_step(saved)
         if batches != before:
@@ -226,6 +236,14 @@ class CheckpointStore:
                 "labels",
                 file=sys.stderr,
             )
+
+    def _changes(self, saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Free values that are not those of the checkpoint: name -> what it has, what the run has now."""
+        return {
+            name: (saved[name], self.identity.get(name))
+            for name in sorted(self.free & saved.keys())
+            if not _alike(self.identity.get(name), saved[name])
+        }
 
 
 def _alike(ours: Any, saved: Any) -> bool:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from re2tal.distributed import World, any_rank, named_host
 from re2tal.options import option
 from re2tal.training.rendezvous import refuse_foreign_listener
+from re2tal.training.sharding import is_sharded_early, shard
 
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -192,7 +193,12 @@ def build_engine(
     factor: Callable[[int], float],
     settings: dict[str, Any],
 ) -> Engine:
-    """Every rank calls this: the engine around `model`; learning rates follow `factor(step)` per optimizer step."""
+    """Every rank calls this: the engine around `model`; learning rates follow `factor(step)` per optimizer step.
+
+    Under ZeRO-3 `model` may still be on the host; no device then ever holds it whole.
+    """
+    if is_sharded_early(settings):
+        shard(model, settings, device=torch.device(deepspeed.get_accelerator().current_device_name()))
     engine, *_ = deepspeed.initialize(
         model=model,
         optimizer=optimizer,

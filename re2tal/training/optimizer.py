@@ -1,4 +1,4 @@
-"""AdamW over four groups: (backbone | localizer or classifier) x (decayed | not decayed).
+"""AdamW or Adam over four groups: (backbone | localizer or classifier) x (decayed | not decayed).
 
 A pretrained backbone learns more slowly than the fresh part above it; what shifts or scales (biases, norms,
 position tables) is not pulled towards zero.
@@ -7,43 +7,81 @@ position tables) is not pulled towards zero.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from re2tal.options import option
+
 TABLES = ("relative_position_bias_table", "position_embedding", "pos_embed", "cls_token")
 """Last names of parameters with more than one dimension that are learned offsets, not maps."""
+
+ALGORITHMS: dict[str, type[torch.optim.Adam]] = {"adamw": torch.optim.AdamW, "adam": torch.optim.Adam}
+"""Of these AdamW is the kind of Adam with decoupled weight decay, in torch too."""
 
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW. Defaults: Re2TAL on THUMOS-14."""
+    """AdamW or Adam. Defaults: Re2TAL on THUMOS-14."""
 
-    learning_rate: float = 1e-4
+    algorithm: Literal["adamw", "adam"] = "adamw"
+    """"adamw" takes the weight decay off the weights; "adam" adds it to the gradients, as VSGN was trained."""
+
+    learning_rate: float = option(1e-4, resumable=True)
     """Peak learning rate of the localizer or classifier."""
-    backbone_learning_rate: float = 1e-5
+    backbone_learning_rate: float = option(1e-5, resumable=True)
     """Peak learning rate of the backbone."""
     weight_decay: float = 0.05
-    """Decoupled weight decay of the decayed groups."""
+    """Weight decay of the decayed groups."""
     beta1: float = 0.9
     """Decay of the gradient's mean."""
     beta2: float = 0.999
     """Decay of the squared gradient's mean."""
+    made_for_clips: int | None = option(None, resumable=True, planned=False)
+    """Clips per optimizer step, of all ranks together, for which the learning rates were chosen; the log compares."""
+    follow_batch: bool = option(False, planned=False)
+    """Multiply the learning rates by clips per step / `made_for_clips`. Without, they stay whatever the batch is."""
 
     def __post_init__(self) -> None:
+        if self.algorithm not in ALGORITHMS:
+            raise ValueError(f"optimizer.algorithm is {self.algorithm!r}; known: {list(ALGORITHMS)}")
         for name in ("learning_rate", "backbone_learning_rate", "weight_decay"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"optimizer.{name} is {value}; it must be a finite number, not negative")
+        if self.made_for_clips is not None and self.made_for_clips < 1:
+            raise ValueError(f"optimizer.made_for_clips is {self.made_for_clips}; give at least 1, or None")
+        if self.follow_batch and self.made_for_clips is None:
+            raise ValueError(
+                "optimizer.follow_batch is set, but optimizer.made_for_clips does not say for how many clips per step "
+                "the learning rates were chosen; give it, or leave follow_batch out"
+            )
         if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
             raise ValueError(f"optimizer.beta1 and beta2 are {self.beta1} and {self.beta2}; both lie in [0, 1)")
 
 
-def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.AdamW:
-    """AdamW over `parameter_groups`."""
-    return torch.optim.AdamW(parameter_groups(model, config), betas=(config.beta1, config.beta2))
+def for_batch(config: OptimizerConfig, *, clips: int) -> tuple[OptimizerConfig, str | None]:
+    """`config` for steps of `clips` clips, and a sentence on its learning rates where that is another number than they
+    were made for."""
+    if config.made_for_clips in (None, clips):
+        return config, None
+    share = clips / config.made_for_clips
+    about = f"learning rates are made for {config.made_for_clips} clips per optimizer step, and here a step has {clips}"
+    if not config.follow_batch:
+        return config, f"{about}; they stay as they are (--optimizer.follow-batch multiplies them by {share:.4g})"
+    config = replace(
+        config,
+        learning_rate=config.learning_rate * share,
+        backbone_learning_rate=config.backbone_learning_rate * share,
+    )
+    return config, f"{about}: they are multiplied by {share:.4g}, to {config.learning_rate:.4g} at their peak"
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Adam:
+    """The algorithm that `config` names, over `parameter_groups`."""
+    return ALGORITHMS[config.algorithm](parameter_groups(model, config), betas=(config.beta1, config.beta2))
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:

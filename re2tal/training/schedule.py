@@ -7,16 +7,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from torch.optim.lr_scheduler import LambdaLR
+
+from re2tal.options import option
+
 
 @dataclass(frozen=True)
 class ScheduleConfig:
     """A linear rise to the peak learning rate, and what follows."""
 
-    shape: Literal["cosine", "constant"] = "cosine"
+    shape: Literal["cosine", "constant"] = option("cosine", resumable=True)
     """After the rise: half a cosine down to the end of the run, or the peak all the way."""
-    warmup_epochs: float = 5.0
+    warmup_epochs: float = option(5.0, resumable=True)
     """Length of the rise; 0 starts at the peak."""
-    final_factor: float = 0.0
+    final_factor: float = option(0.0, resumable=True)
     """Where the cosine ends, as a share of the peak."""
 
     def __post_init__(self) -> None:
@@ -47,6 +51,30 @@ def learning_rate_factor(config: ScheduleConfig, *, steps_per_epoch: float, num_
         return config.final_factor + (1.0 - config.final_factor) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
     return factor
+
+
+@dataclass(frozen=True, slots=True)
+class PeakRates:
+    """The peak learning rate of each group, taken before a checkpoint puts the earlier run's in their place."""
+
+    rates: tuple[float, ...]
+
+    @classmethod
+    def of(cls, scheduler: LambdaLR) -> PeakRates:
+        """Those that `scheduler` has now."""
+        return cls(tuple(float(rate) for rate in scheduler.base_lrs))
+
+    def apply(self, scheduler: LambdaLR) -> tuple[float, float]:
+        """Goes on by the scheduler's own factor from the step where it stands. Returns the largest learning rate of the
+        next step before and after; they are equal to the bit where neither factor nor peaks have changed.
+        """
+        groups = scheduler.optimizer.param_groups
+        before = max(group["lr"] for group in groups)
+        scheduler.base_lrs = list(self.rates)
+        for group, factor, rate in zip(groups, scheduler.lr_lambdas, self.rates, strict=True):
+            group["initial_lr"], group["lr"] = rate, rate * factor(scheduler.last_epoch)
+        scheduler._last_lr = [group["lr"] for group in groups]
+        return before, max(group["lr"] for group in groups)
 
 
 def num_optimizer_steps(epochs: int, steps_per_epoch: int, *, accumulation: int) -> int:

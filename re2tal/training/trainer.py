@@ -29,7 +29,7 @@ from re2tal.training.interruption import Agreement, Interrupted
 from re2tal.training.manifest import Progress
 from re2tal.training.metrics import Meter, MetricsLog, peak_memory_gib
 from re2tal.training.micro_batch import MicroBatch, forward
-from re2tal.training.schedule import num_optimizer_steps
+from re2tal.training.schedule import PeakRates, num_optimizer_steps
 from re2tal.training.signals import stop_requests
 from re2tal.training.watchdog import at
 
@@ -41,8 +41,9 @@ LOSS_SCALE_SEARCH = 40
 class TrainingConfig:
     """Length of training, logging, evaluation and checkpoints."""
 
-    epochs: int = 20
-    """Passes over the training shards."""
+    epochs: int = option(20, resumable=True)
+    """Passes over the training shards. A resumed run may be made longer: from there on, its learning rate follows the
+    course of the new length."""
     seed: int = 0
     """Seed of everything random: initial weights, data order, augmentation, drop path."""
     average_decay: float | None = 0.999
@@ -126,11 +127,27 @@ class Trainer:
         self.warm = False
 
     def resume(self) -> bool:
-        """Every rank calls this: continues from the newest sound checkpoint; False where there is none."""
+        """Every rank calls this: continues from the newest sound checkpoint; False where there is none.
+
+        ValueError where the run is shorter now than what it has trained already.
+        """
+        peaks = PeakRates.of(self.engine.lr_scheduler)
         restored = self.checkpoints.load_newest(self.engine, self.average)
         if restored is None:
             return False
+        if restored.step > self.num_steps:
+            trained = -(-restored.step * self.accumulation // self.clips.steps_per_epoch)
+            raise ValueError(
+                f"training.epochs is {self.config.epochs}, which is {self.num_steps} steps, but the checkpoint has "
+                f"taken {restored.step}; give {trained} epochs or more, or start another run from this one "
+                "(--start-from)"
+            )
         self.progress = restored
+        before, after = peaks.apply(self.engine.lr_scheduler)
+        for name, (old, new) in self.checkpoints.changed.items():
+            self.log.say(f"from here on {name} is {new}, it was {old}")
+        if before != after:
+            self.log.say(f"the next step's learning rate is {after:.3g}; as the run was before, {before:.3g}")
         self._couple()
         return True
 

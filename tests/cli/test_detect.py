@@ -23,6 +23,8 @@ from re2tal.data.streaming.windows import ResizeWhole, Slide
 from re2tal.evaluation.results import read_results
 from re2tal.evaluation.suppression import SuppressionConfig
 from re2tal.localizers.pyramid.actionformer import ActionFormerConfig
+from re2tal.runs.comparison import ComparisonOptions
+from re2tal.runs.comparison import compare as compare_results
 from re2tal.runs.trained import load_detector
 from re2tal.runs.video_files import encoding_for
 from re2tal.structures import Action
@@ -96,7 +98,8 @@ def test_the_runs_own_validation_videos_are_detected_and_shown(run: Path, capsys
     said = capsys.readouterr().out
     assert "2 videos reach the limit of 5 detections; any more were cut" in said
     assert "note: 2 videos reach the limit of 5 detections (suppression.max_per_video); any more were cut" in said
-    assert ": 2 videos; no blocked list; by class; protocol opentad" in said
+    assert "(protocol opentad)" in said
+    assert ": 2 videos; no blocked list; by class" in said
     assert "average mAP" in said
 
 
@@ -156,13 +159,44 @@ def test_a_classifier_that_does_not_fit_is_refused_before_anything_is_detected(r
     agnostic(run, tmp_path)
     with pytest.raises(ValueError, match=r"top_k is 3; .*cuhk\.json has 2 classes"):
         detect(run=run, device="cpu", video_classes=path, top_k=3)
-    with pytest.raises(ValueError, match=r"cuhk\.json: results\['second'\] is missing, like 1 of the videos"):
-        detect(run=run, device="cpu", video_classes=path)
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "third.mp4").write_bytes(encode_numbered(48, fps=24))
     with pytest.raises(ValueError, match=r"cuhk\.json: results\['third'\] is missing"):
         detect(run=run, device="cpu", video_classes=path, videos=tmp_path / "videos")
     assert not (run / "results.json").exists()
+
+
+def test_videos_that_the_classifier_lacks_are_left_out_and_named(
+    run: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    agnostic(run, tmp_path)
+    path = tmp_path / "cuhk.json"
+    path.write_text(json.dumps({"results": {"v_first": [0.5, 0.25]}, "classes": list(CLASSES)}))
+    assert detect(run=run, device="cpu", video_classes=path, top_k=1, fusion="square-root") == 0
+    assert "no scores of 1 of the 2 videos, so their detections are left out, and count as missed: 'second'" in (
+        caplog.text
+    )
+    results = read_results(run / "results.json")
+    assert results.of("first").scores.numel() > 0
+    assert results.of("second").scores.numel() == 0
+
+
+def test_mirror_images_are_looked_at_on_request(run: Path, tmp_path: Path) -> None:
+    for name, flip in (("plain", False), ("flip", True), ("again", True)):
+        assert detect(run=run, device="cpu", flip=flip, out=tmp_path / f"{name}.json") == 0
+    plain, flip, again = (read_results(tmp_path / f"{name}.json").of("first") for name in ("plain", "flip", "again"))
+    assert not torch.equal(plain.scores, flip.scores)
+    assert torch.equal(flip.scores, again.scores)
+
+
+def test_results_in_a_run_folder_are_compared_on_its_validation_videos(run: Path, tmp_path: Path) -> None:
+    detect(run=run, device="cpu")
+    detect(run=run, device="cpu", flip=True, out=tmp_path / "flip.json")
+    a, b = run / "results.json", tmp_path / "flip.json"
+    found = compare_results(a, b, options=ComparisonOptions(draws=20, seeds_of_b=(a,)))
+    assert found.num_runs == (1, 2)
+    assert ": 2 videos; no blocked list; by class" in found.facts
+    assert "20 draws of videos and of 1 and 2 runs" in str(found)
 
 
 def test_the_size_of_a_batch_changes_nothing(run: Path, tmp_path: Path) -> None:

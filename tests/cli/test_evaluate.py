@@ -49,9 +49,21 @@ def test_recall_is_printed_on_request(tmp_path: Path, capsys: pytest.CaptureFixt
     assert 0 < at_kx["1"]["0.5"] <= at_kx["5"]["0.5"] < 1
     figures = json.loads(out.read_text())["recall"]
     assert len(figures["average_recall"]) == 10
-    assert capsys.readouterr().out.splitlines()[-1] == (
-        f"AR@10 {100 * figures['average_recall'][-1]:.2f}   AUC {100 * figures['auc']:.2f}"
-    )
+    printed = capsys.readouterr().out.splitlines()
+    assert "recall in %; protocol opentad; subset validation: " in printed[-4]
+    curve = [100 * figures["average_recall"][n - 1] for n in (1, 5, 10)]
+    assert printed[-1] == "AR@1 {:.2f}   AR@5 {:.2f}   AR@10 {:.2f}   AUC {:.2f}".format(*curve, 100 * figures["auc"])
+
+
+def test_intervals_over_videos_and_seeds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, both = tmp_path / "figures.json", files(DATASETS[0])
+    evaluate(**both, options=ScoringOptions(bootstrap=50, seeds=(both["predictions"],)), json=out)
+    bootstrap = json.loads(out.read_text())["bootstrap"]
+    low, high = bootstrap["tiou"]["average"]["interval"]
+    assert 0 < low < bootstrap["tiou"]["average"]["map"] < high < 1
+    assert "from 50 draws of videos and of the 2 runs; protocol opentad; subset" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="were given without bootstrap"):
+        evaluate(**both, options=ScoringOptions(seeds=(both["predictions"],)))
 
 
 def test_errors_are_diagnosed_on_request(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

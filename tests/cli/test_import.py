@@ -162,7 +162,12 @@ def test_classes_and_settings_are_in_the_run_folder(write_case, tmp_path: Path) 
     case = write_case(TELLS_CLASSES_APART)
     save_file(case.state, tmp_path / "weights.safetensors")
     assert import_detector(tmp_path, tmp_path / "weights.safetensors", "--suppression.max-per-video", 7) == 0
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.json",
+        "model.safetensors",
+    ]
     config = load_config(tmp_path / "run" / "config.json")
     assert (config.name, config.suppression.max_per_video, config.backbone.weights) == ("run", 7, None)
     num_classes = case.config["rpn_head"]["num_classes"]

@@ -38,7 +38,7 @@ def test_help_names_the_commands_without_importing_them(capsys):
 def test_an_unknown_command_is_answered_with_the_known_ones(capsys):
     assert status_of(["trian"]) == 2
     assert (
-        "unknown command 'trian'; known: demo, annotations, datasets, doctor, shards, features, train"
+        "unknown command 'trian'; known: demo, annotations, datasets, doctor, init, shards, features, train"
         in capsys.readouterr().err
     )
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from matplotlib.image import imread
 
 from re2tal.cli.report import report
 from re2tal.config import RunConfig, save_config
@@ -55,3 +56,33 @@ def test_so_many_timelines_are_drawn_and_old_ones_go(run: Path) -> None:
         report(run=run, annotations=run / "truth.json", max_videos=max_videos)
         assert sorted(path.name for path in (run / "report" / "timelines").iterdir()) == expected
     assert "3, of which 1 are drawn below" in (run / "report" / "index.html").read_text()
+
+
+def pixels(path: Path) -> set[tuple[int, ...]]:
+    return {tuple(pixel) for row in (255 * imread(path)).round().astype(int)[:, :, :3].tolist() for pixel in row}
+
+
+def test_predictions_on_other_videos_are_drawn_and_not_scored(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = [{"segment": [2, 4], "label": "run", "score": 1.0}]
+    (run / "new.json").write_text(json.dumps({"results": {"new": found, "empty": []}}))
+    report(run=run, annotations=run / "truth.json", predictions=run / "new.json")
+    assert capsys.readouterr().out.startswith("not scored: no predicted video is among those with known actions")
+    page = (run / "report" / "index.html").read_text()
+    assert "no predicted video is among the 3 with known actions" in page
+    assert "<table>" not in page
+    assert "0.00" not in page
+    drawn = sorted((run / "report" / "timelines").iterdir())
+    assert [path.name for path in drawn] == ["0000_new.png", "0001_empty.png"]
+    right, wrong, unknown = (0, 114, 178), (213, 94, 0), (122, 79, 181)
+    assert unknown in pixels(drawn[0])
+    assert not {right, wrong} & pixels(drawn[0])
+
+
+def test_predicted_videos_come_first_under_the_names_of_the_truth(run: Path) -> None:
+    found = [{"segment": [2, 5], "label": "action", "score": 1.0}]
+    (run / "results.json").write_text(json.dumps({"results": {"v2.mp4": found, "other": found}}))
+    report(run=run, annotations=run / "truth.json")
+    names = [path.name for path in sorted((run / "report" / "timelines").iterdir())]
+    assert names == ["0000_v2.png", "0001_v0.png", "0002_v1.png", "0003_other.png"]
+    assert (0, 114, 178) in pixels(run / "report" / "timelines" / "0000_v2.png")
+    assert "by tIoU; protocol opentad" in (run / "report" / "index.html").read_text()

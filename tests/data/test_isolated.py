@@ -86,16 +86,14 @@ def test_the_users_script_needs_no_guard(tmp_path):
     assert (done.stdout, done.returncode) == ("(3, 2)\n", 0), done.stderr
 
 
-def test_threads_that_start_processes_at_once_leave_the_main_module_as_it_was():
-    """What looks at its file later, as torch's compiler does when it is imported, would fail."""
-    main = sys.modules["__main__"]
-    before = main.__file__
-    assert before is not None
+def test_threads_that_start_processes_at_once_leave_the_users_script_as_it_was():
+    before = sys.modules["__main__"].__file__
 
-    def start(_):
+    def start(number):
         with Isolated() as isolated:
-            return isolated.call(60, len, "four")
+            return isolated.call(60, divmod, number, 5)
 
-    with ThreadPoolExecutor(6) as pool:
-        assert list(pool.map(start, range(6))) == [4] * 6
-    assert main.__file__ == before
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(start, range(8))) == [divmod(number, 5) for number in range(8)]
+    assert before is not None
+    assert sys.modules["__main__"].__file__ == before

@@ -13,6 +13,27 @@ def rng(*key: int) -> np.random.Generator:
     return np.random.default_rng(key)
 
 
+def test_short_windows_come_with_the_long_ones_and_are_padded_to_the_same_length():
+    windowing = Slide(20, frames_per_second=30, overlap=0.5, short_share=0.5, short_length=0.4)
+    windows = plan_windows(indexed(40), windowing)
+    starts = [(window.window_id, int(window.indices[0]), window.num_valid) for window in windows]
+    long = [(0, 0, 20), (1, 10, 20), (2, 20, 20)]
+    assert starts == [*long, *((3 + n, 4 * n, 8) for n in range(9))]
+    assert {len(window.indices) for window in windows} == {20}
+    # A video that a short window shows wholly is shown once.
+    assert len(plan_windows(indexed(8), windowing)) == 1
+
+
+def test_half_of_the_windows_drawn_for_training_are_short():
+    actions = [Action(1.0, 1.1, "jump")]
+    windowing = Slide(60, frames_per_second=30, short_share=0.5, short_length=0.4)
+    drawn = [draw_window(indexed(120, actions=actions), windowing, generator=rng(seed)) for seed in range(400)]
+    counts = [window.num_valid for window in drawn]
+    assert set(counts) == {24, 60}
+    assert 160 <= counts.count(24) <= 240
+    assert all(window.actions for window in drawn)
+
+
 def test_resizing_takes_the_centres_of_equal_stretches():
     # 12 frames in 4 stretches of 3: the middle ones; 30 frames a second, so a clip frame lasts 0.1 s.
     (window,) = plan_windows(indexed(12), ResizeWhole(4))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from re2tal.evaluation import average_precision as module
+from re2tal.evaluation import matching as module
 from re2tal.evaluation.average_precision import MapReport, interpolated_average_precision, mean_average_precision
 from re2tal.evaluation.protocols import PROTOCOLS
 from re2tal.structures import Action, Detections, VideoRecord
@@ -235,6 +235,7 @@ def test_a_row_of_ones_own_is_a_protocol_too() -> None:
 def test_the_table_shows_percent_by_class_and_threshold() -> None:
     report = score({"a": detected((0, 5, 0.9, 0))}, record("a", (0, 10, "jump"), (2, 3, "run")), thresholds=(0.5, 0.75))
     lines = str(report).splitlines()
+    assert lines.pop(2) == "note: 1 of 2 classes with true actions are never predicted: 'run'"
     assert lines[0] == "AP in %, by tIoU; protocol opentad"
     assert lines[1] == "subset validation: 1 videos; no blocked list; by class"
     assert lines[2].split() == ["class", "truths", "predictions", "0.5", "0.75", "average"]

@@ -126,6 +126,17 @@ def test_votes_are_the_mean_of_close_segments_by_score() -> None:
     assert by_overlap.segments[0].tolist() == pytest.approx([first, 10 + first])
 
 
+def test_classes_vote_among_themselves() -> None:
+    found = detections((0, 10, 0.6, 0), (1, 11, 0.3, 1), (1, 11, 0.2, 0), (40, 50, 0.1, 1))
+    ours = suppress(found, SuppressionConfig(per_class=True, voting_threshold=0.7, min_score=0.0))
+    found_as = list(zip(ours.labels.tolist(), ours.segments.tolist(), strict=True))
+    by_label = {label: [segment for one, segment in found_as if one == label] for label in (0, 1)}
+    # Of class 0 both are replaced by the same mean, 0.6 and 0.2 being its weights; class 1 has nobody else nearby.
+    first = 0.2 * 1 / 0.8
+    assert by_label[0] == [pytest.approx([first, 10 + first])] * 2
+    assert by_label[1] == [[1, 11], [40, 50]]
+
+
 def test_segments_nobody_votes_for_stay_as_they_are() -> None:
     found = detections((3, 3, 0.6, 0), (5, 9, 0.0, 0))
     ours = suppress(found, SuppressionConfig(per_class=False, voting_threshold=0.7, min_score=0.0))
@@ -160,7 +171,6 @@ def test_times_that_are_not_numbers_are_an_error() -> None:
         ({"method": "softest"}, r"suppression\.method is 'softest', .* known: \['gaussian', .*'none'\]"),
         ({"sigma": 0.0}, r"suppression\.sigma is 0\.0; give a positive number"),
         ({"max_per_video": 0}, r"suppression\.max_per_video is 0; give 1 or more"),
-        ({"voting_threshold": 0.7}, r"suppression\.voting_threshold is 0\.7, .* set suppression\.per_class to false"),
     ],
 )
 def test_settings_without_sense_are_refused(settings: dict, message: str) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -71,11 +73,62 @@ def test_a_file_that_says_something_else_is_refused(tmp_path: Path, document: ob
         read_video_classes(write(tmp_path, document))
 
 
-def test_videos_and_numbers_the_file_does_not_allow_are_named_beforehand(tmp_path: Path) -> None:
+def test_videos_and_numbers_the_file_does_not_allow_are_named_beforehand(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     read = read_video_classes(write(tmp_path, GOOD))
-    read.check(["a", "b"], top_k=3)
-    with pytest.raises(ValueError, match=r"cuhk\.json: results\['c'\] is missing, like 2 of the videos .* add"):
-        read.check(["d", "a", "c"], top_k=2)
+    read.check(["a", "v_b"], top_k=3)
+    assert not caplog.records
+    read.check(["d", "a", "c"], top_k=2)
+    assert "cuhk.json has no scores of 2 of the 3 videos, " in caplog.text
+    assert caplog.text.rstrip().endswith("count as missed: 'c', 'd'")
+    named = read.name({"a": found(0.5), "d": found(0.5)}, top_k=2)
+    assert [len(one) for one in named.values()] == [2, 0]
+    with pytest.raises(ValueError, match=r"cuhk\.json: results\['c'\] is missing, like all 2 videos .* add"):
+        read.check(["d", "c"], top_k=2)
     for top_k in (0, 4):
         with pytest.raises(ValueError, match=rf"top_k is {top_k}; .*cuhk\.json has 3 classes, so give 1"):
             read.check([], top_k=top_k)
+
+
+def test_scores_fuse_by_their_product_or_its_root(tmp_path: Path) -> None:
+    path = write(tmp_path, {"results": {"a": [0.25, 0.0]}, "classes": ["jump", "run"]})
+    for fusion, expected in (("product", 0.25 * 0.16), ("square-root", 0.5 * 0.4)):
+        named = read_video_classes(path, fusion=fusion).name({"a": found(0.16)}, top_k=1)
+        assert named["a"].scores.item() == pytest.approx(expected)
+
+
+def test_logits_in_tcanets_layout_become_probabilities(tmp_path: Path) -> None:
+    read = read_video_classes(write(tmp_path, {"results": {"a": [[0.0, -1.0]]}, "class": ["jump", "run"]}))
+    assert read.scores["a"].tolist() == pytest.approx([1 / (1 + math.exp(-1)), 1 / (1 + math.e)])
+
+
+def test_untrimmednets_table_is_read_by_the_numbers_of_videos_and_classes(tmp_path: Path) -> None:
+    table = np.zeros((5, 101), dtype=np.float32)
+    table[3, 6], table[3, 96], table[3, 0] = 0.5, 0.25, 0.9  # BaseballPitch, VolleyballSpiking, ApplyEyeMakeup
+    np.save(tmp_path / "unet.npy", table)
+    read = read_video_classes(tmp_path / "unet.npy")
+    named = read.name({"video_test_0000004": found(1.0)}, top_k=2)["video_test_0000004"]
+    assert [read.classes[label] for label in named.labels] == ["BaseballPitch", "VolleyballSpiking"]
+    assert named.scores.tolist() == [0.5, 0.25]
+    assert len(read.scores) == 5
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        (np.zeros((5, 20)), r"holds float64 \(5, 20\); UntrimmedNet's scores"),
+        (np.full((5, 101), -1.0), r"row 0 holds -1\.0; give finite scores of 0 or more"),
+        (np.array([{}], dtype=object), r"is not a table of numbers: "),
+    ],
+)
+def test_another_table_is_refused(tmp_path: Path, table: np.ndarray, message: str) -> None:
+    np.save(tmp_path / "unet.npy", table, allow_pickle=True)
+    with pytest.raises(ValueError, match=rf"unet\.npy:? {message}"):
+        read_video_classes(tmp_path / "unet.npy")
+
+
+def test_a_pickle_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "scores.pkl").write_bytes(b"")
+    with pytest.raises(ValueError, match="is a pickle, which can run code"):
+        read_video_classes(tmp_path / "scores.pkl")

@@ -32,7 +32,7 @@ def part_of_a_run(features: str, folder: str, ds: str, stop_before: int | None, 
     """A run without anything random in its steps, which is told to stop in a step; its exit status."""
     run = small_run(features)
     run = replace(run, localizer=replace(run.localizer, path_drop=0.0))
-    losses = Trainer._losses
+    losses = Trainer._forward
 
     def signalled(self: Trainer, batch):
         if self.progress.step + 1 == stop_before and os.environ["RANK"] == "0":
@@ -42,7 +42,7 @@ def part_of_a_run(features: str, folder: str, ds: str, stop_before: int | None, 
     training_run.leave = lambda: None  # the ranks stay together for the second run
     if whole:
         train(run=run, ds=ds, out=Path(folder) / "whole")
-    Trainer._losses = signalled
+    Trainer._forward = signalled
     status = train(run=run, ds=ds, out=Path(folder) / "parts", resume=True)
     leave()
     return status

@@ -238,3 +238,36 @@ def test_nothing_of_a_clip_that_counts_for_nothing_reaches_a_loss_or_a_gradient(
 
     for sound, masked in zip(learned(0.0), learned(torch.nan), strict=True):
         torch.testing.assert_close(sound, masked, rtol=0, atol=0)
+
+
+@every_localizer
+@pytest.mark.parametrize("changes", [{}, {"step_supervision": 0.5}], ids=["plain", "step supervision"])
+def test_class_rows_are_the_rows_that_come_with_another_class(name: str, changes: dict) -> None:
+    changes = {key: value for key, value in changes.items() if key in {field.name for field in fields(KINDS[name])}}
+    few, many = (
+        build_localizer(tiny(name, **changes), in_channels=6, classes=[f"class {number}" for number in range(count)])
+        for count in (3, 5)
+    )
+    sizes = {key: (len(value), len(many.state_dict()[key])) for key, value in few.state_dict().items() if value.ndim}
+    rows = few.class_rows()
+    assert rows == many.class_rows()
+    assert rows.keys() == {key for key, (one, other) in sizes.items() if one != other}
+    for key, (groups, before) in rows.items():
+        assert sizes[key] == (groups * (before + 3), groups * (before + 5)), key
+
+
+@every_localizer
+def test_classes_that_move_to_their_rows_keep_their_logits(name: str) -> None:
+    localizer, order = build(name).eval(), [2, 0, 1]
+    moved = build_localizer(tiny(name), in_channels=6, classes=[CLASSES[place] for place in order]).eval()
+    state = localizer.state_dict()
+    for key, (groups, before) in localizer.class_rows().items():
+        rows = state[key].unflatten(0, (groups, -1))
+        state[key] = torch.cat([rows[:, :before], rows[:, before:][:, order]], dim=1).flatten(0, 1)
+    moved.load_state_dict(state)
+    were, are = localizer(features(32)), moved(features(32))
+    background = were.logits.shape[-1] - len(CLASSES)
+    places = [*range(background), *(background + place for place in order)]
+    torch.testing.assert_close(are.logits, were.logits[..., places])
+    if getattr(were, "offsets", torch.empty(0)).ndim == 4:  # per class
+        torch.testing.assert_close(are.offsets, were.offsets[:, :, order])

@@ -7,7 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from re2tal.localizers.vsgn.localizer import VSGN, VSGNConfig
+from re2tal.localizers.vsgn.config import VSGNConfig
+from re2tal.localizers.vsgn.localizer import VSGN
 from re2tal.localizers.vsgn.network import BoundaryHead, GraphConv, nearest
 from re2tal.localizers.weights import export_weights, import_weights
 from re2tal.structures import Features
@@ -69,8 +70,8 @@ def test_weights_survive_the_way_to_opentads_names_and_back() -> None:
 
 
 def test_a_layout_that_is_not_known_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"unknown layout 'original' for vsgn; known: \['opentad'\]"):
-        export_weights(build(), layout="original")
+    with pytest.raises(ValueError, match=r"unknown layout 'mmaction' for vsgn; known: \['opentad', 'original'\]"):
+        export_weights(build(), layout="mmaction")
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
+
 import numpy as np
 import pytest
 import torch
@@ -12,10 +14,10 @@ from parity.vectors import Case, cases, load, read_json
 
 from re2tal.evaluation.suppression import suppress
 from re2tal.localizers import VSGNConfig, build_localizer
-from re2tal.localizers.vsgn.anchors import pyramid_anchors
+from re2tal.localizers.vsgn.anchors import balanced_bce, pyramid_anchors
 from re2tal.localizers.vsgn.localizer import VSGN
 from re2tal.localizers.weights import export_weights, import_weights, public_name
-from re2tal.structures import Detections, Features, Timeline
+from re2tal.structures import Action, Detections, Features, Timeline
 
 OUTPUT_TOLERANCE = {torch.float32: 5e-5, torch.float64: 1e-7}
 LOSS_TOLERANCE = 1e-5
@@ -156,3 +158,86 @@ def test_anchors_of_the_original_are_the_same(name: str) -> None:
     strides = [options["base_stride"] * 2**level for level in range(options["num_levels"])]
     anchors = pyramid_anchors(options["temporal_scale"], strides, options["anchor_scale"])
     assert np.array_equal(anchors, case.arrays["anchors"])
+
+
+@pytest.fixture(scope="module", params=cases("vsgn_coolbay"))
+def original(request) -> tuple[Case, VSGN]:
+    case = load(request.param)
+    if not case.state:
+        pytest.skip("the weights of the original are not among these vectors")
+    options = case.config["opt"]
+    config = VSGNConfig(
+        variant="original",
+        channels=options["bb_hidden_dim"],
+        num_levels=options["num_levels"],
+        first_stride=options["base_stride"],
+        num_neighbours=options["num_neigh"],
+        num_head_convs=options["num_head_layers"],
+        anchor_scales=tuple(options["anchor_scale"]),
+        anchor_iou=options["iou_thr"][0],
+        boundary_iou=options["iou_thr"][2],
+    )
+    classes = [str(index) for index in range(options["decoder_num_classes"] - 1)]
+    localizer = build_localizer(config, in_channels=options["input_feat_dim"], classes=classes)
+    assert isinstance(localizer, VSGN)
+    localizer.load_state_dict(import_weights(case.state, localizer=localizer, layout="original"))
+    assert export_weights(localizer, layout="original").keys() == case.state.keys()
+    return case, localizer
+
+
+@both_precisions
+def test_predictions_of_the_original(original: tuple[Case, VSGN], dtype: torch.dtype) -> None:
+    case, localizer = original
+    localizer = deepcopy(localizer).to(dtype).eval()
+    values = case.tensor("feats").to(dtype)
+    whole = torch.ones(values.shape[0], values.shape[2], dtype=torch.bool)
+    with torch.no_grad():
+        outputs = localizer(Features(values, whole))
+        encoded = localizer.encoder(values, whole)
+        decoded = localizer.decoder(encoded)
+    starts, ends, inside = outputs.evaluation.sigmoid().unbind(dim=1)
+    compared = {
+        "loc_dec": outputs.proposals,
+        "score_dec": outputs.logits.softmax(dim=-1),
+        "loc_adjusted": outputs.adjusted,
+        "startness": starts,
+        "endness": ends,
+        "actionness": inside,
+    }
+    suffix = "_f64" if dtype == torch.float64 else ""
+    if dtype == torch.float32:
+        compared |= {"feats_enc_0": encoded.levels[0], "feats_enc_last": encoded.levels[-1]}
+        compared |= {"feats_dec_last": decoded.levels[0]}
+    for key, ours in compared.items():
+        reference = case.arrays[key + suffix].astype(np.float64)
+        assert ours.shape == reference.shape, key
+        # Scores go through a logit here, which keeps seven digits near 0 and 1.
+        least = 2e-7 if key.endswith("ness") else 0.0
+        assert largest_error(ours, reference) <= max(OUTPUT_TOLERANCE[dtype], least), key
+
+
+def test_losses_of_the_original(original: tuple[Case, VSGN]) -> None:
+    case, localizer = original
+    localizer = deepcopy(localizer).train()
+    values, counts = case.tensor("feats"), case.arrays["num_gt"]
+    num_steps = values.shape[2]
+    truth = [
+        [
+            Action(float(start) * num_steps, float(end) * num_steps, str(int(label) - 1))
+            for start, end, label in case.arrays["gt_bbox"][clip][: counts[clip]]
+        ]
+        for clip in range(len(values))
+    ]
+    mask = torch.ones(len(values), num_steps, dtype=torch.bool)
+    outputs = localizer(Features(values, mask))
+    losses = localizer.loss(outputs, truth, [STEPS] * len(truth))
+    theirs = dict(zip(case.arrays["loss_names"].tolist(), case.arrays["loss_train"].tolist(), strict=True))
+    for ours, name in (
+        ("classification", "loss_cls_dec"),
+        ("regression", "loss_reg_dec"),
+        ("adjustment", "loss_bd_adjust"),
+    ):
+        assert losses[ours].item() == pytest.approx(theirs[name], rel=LOSS_TOLERANCE), name
+    for kind, name in enumerate(("start", "end", "action")):
+        found = balanced_bce(outputs.evaluation[:, kind], case.tensor(f"gt_{name}") > 0.5, epsilon=1e-5)
+        assert found.item() == pytest.approx(theirs[f"loss_{name}"], rel=LOSS_TOLERANCE), name

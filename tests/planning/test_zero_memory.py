@@ -5,7 +5,11 @@ from __future__ import annotations
 import gc
 import json
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,6 +19,7 @@ from torch import Tensor, nn
 from re2tal.distributed import resolve_world
 from re2tal.planning.zero_memory import Weights, zero_memory
 from re2tal.reversible.live_bytes import LiveBytes
+from re2tal.training import engine as engine_module
 from re2tal.training.engine import DTYPES, EngineConfig, build_engine, join
 from re2tal.training.optimizer import OptimizerConfig, build_optimizer
 from re2tal.training.zero_file import resolve_deepspeed_config
@@ -65,7 +70,9 @@ def count(settings: dict, config: EngineConfig) -> list[int]:
     with LiveBytes() as live:
         model = Net()
         optimizer = build_optimizer(model, OptimizerConfig())
-        engine = build_engine(model, optimizer, factor=lambda step: 1.0, settings=settings)
+        loading = LiveBytes()
+        with patch.object(engine_module, "shard", partial(counted_by, loading, engine_module.shard)):
+            engine = build_engine(model, optimizer, factor=lambda step: 1.0, settings=settings)
         for _ in range(NUM_STEPS):
             gc.collect()
             standing = live.live
@@ -75,9 +82,14 @@ def count(settings: dict, config: EngineConfig) -> list[int]:
             del loss
             backward, live.peak = live.peak, live.live
             engine.step()
-        found = [standing, backward, live.peak]
+        found = [standing, backward, live.peak, loading.peak]
         engine.destroy()
     return found
+
+
+def counted_by(live: LiveBytes, shard: Callable, *args: Any, **options: Any) -> None:
+    with live:
+        shard(*args, **options)
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +105,11 @@ def test_the_arithmetic_is_what_deepspeed_holds(case, counted, tmp_path) -> None
     weights = Weights.of(model, OptimizerConfig(), settings)
     size = DTYPES[config.precision].itemsize
     zero = zero_memory(weights, settings, bytes_each=size, world_size=WORLD_SIZE, averaged=False, on_cpu=True)
-    between_steps, backward, step = counted[case]
+    between_steps, backward, step, loading = counted[case]
     stage = settings["zero_optimization"]["stage"]
+    if stage == 3:
+        host = zero.host and size * -(-(weights.trained + weights.frozen) // WORLD_SIZE)  # the same memory on a CPU
+        assert zero.loading + host == pytest.approx(loading, rel=0.02)
     # Stage 3 keeps its bucket and its shard of gradients; on a CPU what is offloaded is in the same memory.
     kept = zero.gathered + zero.gradients + zero.buckets if stage == 3 else 0
     assert zero.standing + zero.host + kept == pytest.approx(between_steps, rel=0.02)

@@ -106,3 +106,15 @@ def test_a_damaged_log_is_named_by_line(tmp_path: Path, text: str, message: str)
 def test_a_missing_log_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"metrics\.jsonl is not a file; train first"):
         read_metrics(tmp_path / "metrics.jsonl")
+
+
+def test_speed_wait_and_memory_are_drawn_where_they_were_logged_and_the_protocol_stands_beside_the_map() -> None:
+    rows = [
+        train(10, 2.0, clips_per_second=3.0, loader_wait=0.25, peak_memory_gib=1.5),
+        {"step": 10, "kind": "evaluation", "average_map": 0.4},
+    ]
+    _, maps, speed, wait, memory = draw_curves(rows, protocol="opentad").axes
+    assert "opentad" in maps.get_ylabel()
+    assert [float(y) for y in speed.lines[0].get_ydata()] == [3.0]
+    assert [float(y) for y in wait.lines[0].get_ydata()] == [0.25]
+    assert (memory.get_ylabel(), float(memory.lines[0].get_ydata()[0])) == ("peak memory, GiB", 1.5)

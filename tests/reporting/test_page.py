@@ -41,6 +41,7 @@ def page(folder: Path, name: str = "plain") -> str:
         title=name,
         facts={name: name},
         table=[("class", "0.5"), (name, "12.00"), ("mAP", "12.00")],
+        protocol="official",
         curves=Picture("Loss", png),
         timelines=[Picture(name, png), Picture("second", png)],
     )
@@ -51,7 +52,9 @@ def test_it_shows_the_table_the_curves_and_the_timelines(tmp_path: Path) -> None
     elements = Elements(page(tmp_path))
     assert len(elements.named("img")) == 3
     assert len(elements.named("tr")) == 3
-    assert {"plain", "12.00", "mAP", "Videos (2)", "second"} <= set(elements.texts)
+    assert {"plain", "12.00", "mAP", "Average precision, %, by tIoU; protocol official", "Videos (2)", "second"} <= set(
+        elements.texts
+    )
     assert [path.name for path in tmp_path.iterdir()] == ["index.html"]
 
 
@@ -91,6 +94,8 @@ def test_the_policy_allows_this_style_and_embedded_pictures_and_nothing_else(tmp
     assert "https:" not in text
 
 
-def test_a_page_without_curves_and_videos_is_a_page(tmp_path: Path) -> None:
-    write_page(tmp_path / "index.html", title="t", facts={}, table=[("class",), ("mAP",)], curves=None, timelines=[])
-    assert not Elements((tmp_path / "index.html").read_text()).named("img")
+def test_a_page_without_table_curves_and_videos_is_a_page(tmp_path: Path) -> None:
+    write_page(tmp_path / "index.html", title="t", facts={}, table=[], protocol="", curves=None, timelines=[])
+    elements = Elements((tmp_path / "index.html").read_text())
+    assert not elements.named("img")
+    assert not elements.named("table")

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
 
 from re2tal.config import build_detector
 from re2tal.recipes import find_recipe
-from re2tal.training.optimizer import OptimizerConfig, build_optimizer, parameter_groups
+from re2tal.training.optimizer import OptimizerConfig, build_optimizer, for_batch, parameter_groups
 
 CONFIG = OptimizerConfig(learning_rate=1e-3, backbone_learning_rate=1e-5, weight_decay=0.05)
 
@@ -94,3 +96,31 @@ def test_one_step_moves_each_part_at_its_own_rate():
     assert torch.allclose(moved, torch.tensor([1e-3]), rtol=1e-4)
     expected = before["backbone.linear.weight"] * (1 - 1e-5 * 0.05) - 1e-5
     assert torch.allclose(model.backbone.linear.weight, expected, rtol=0, atol=1e-9)
+
+
+def test_adam_adds_its_weight_decay_to_the_gradient() -> None:
+    layer = torch.nn.Linear(3, 2, bias=False)
+    given = OptimizerConfig(algorithm="adam", learning_rate=0.1, weight_decay=0.5)
+    optimizer = build_optimizer(layer, given)
+    before = layer.weight.detach().clone()
+    layer.weight.grad = torch.zeros_like(layer.weight)
+    optimizer.step()
+    # Adam's first step is the learning rate against the sign of the gradient, here of 0.5 * weight alone.
+    torch.testing.assert_close(layer.weight.detach(), before - 0.1 * before.sign(), rtol=1e-4, atol=1e-5)
+    with pytest.raises(ValueError, match=r"optimizer\.algorithm is 'sgd'; known: \['adamw', 'adam'\]"):
+        OptimizerConfig(algorithm="sgd")
+
+
+def test_learning_rates_follow_the_batch_only_when_asked() -> None:
+    made = OptimizerConfig(learning_rate=1e-3, backbone_learning_rate=1e-5, made_for_clips=8)
+    assert for_batch(made, clips=8) == (made, None)
+    same, said = for_batch(made, clips=2)
+    assert same == made
+    assert said is not None
+    assert "made for 8 clips per optimizer step, and here a step has 2; they stay as they are" in said
+    scaled, said = for_batch(replace(made, follow_batch=True), clips=2)
+    assert (scaled.learning_rate, scaled.backbone_learning_rate) == (2.5e-4, 2.5e-6)
+    assert said is not None
+    assert "multiplied by 0.25, to 0.00025" in said
+    with pytest.raises(ValueError, match=r"optimizer\.follow_batch is set, but optimizer\.made_for_clips does not say"):
+        OptimizerConfig(follow_batch=True)

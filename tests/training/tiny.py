@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -133,8 +133,16 @@ def tiny_trainer(
     validate=lambda engine: {"average_map": 0.5},
     build: Callable[[], TinyDetector] = TinyDetector,
     beta: Callable[[int], float] | None = None,
+    schedule: ScheduleConfig | None = None,
+    learning_rate: float = 1e-2,
+    values: Mapping[str, Any] | None = None,
+    free: Sequence[str] = (),
 ) -> Trainer:
-    """A trainer in this process, which joins the world its environment describes."""
+    """A trainer in this process, which joins the world its environment describes.
+
+    The schedule spans `training.epochs` where it is given, else 2 epochs. `values` belong to the run's identity, those
+    in `free` may change.
+    """
     world = resolve_world(os.environ)
     config = EngineConfig(batch_size=2, gradient_accumulation=accumulation, precision=precision, timeout_minutes=1)
     training = training or TrainingConfig(epochs=2, checkpoint_every_steps=3, log_every_steps=1)
@@ -148,11 +156,13 @@ def tiny_trainer(
     seed_generators(3, rank=world.rank)
     clips = TinyClips(rank=world.rank, poison=poison, on_batch=on_batch)
     factor = learning_rate_factor(
-        ScheduleConfig(warmup_epochs=0.5), steps_per_epoch=4 / accumulation, num_steps=8 // accumulation
+        schedule or ScheduleConfig(warmup_epochs=0.5),
+        steps_per_epoch=4 / accumulation,
+        num_steps=4 * (training.epochs if schedule else 2) // accumulation,
     )
     engine = build_engine(
         model,
-        build_optimizer(model, OptimizerConfig(learning_rate=1e-2, backbone_learning_rate=1e-2)),
+        build_optimizer(model, OptimizerConfig(learning_rate=learning_rate, backbone_learning_rate=1e-2)),
         factor=factor,
         settings=resolve_deepspeed_config(ds, config, world_size=world.world_size),
     )
@@ -171,7 +181,8 @@ def tiny_trainer(
         prepare=prepare,
         checkpoints=CheckpointStore(
             folder / "checkpoints",
-            identity={"world_size": world.world_size, "zero_stage": stage, "seed": training.seed},
+            identity={"world_size": world.world_size, "zero_stage": stage, "seed": training.seed, **(values or {})},
+            free=free,
             keep=training.keep_checkpoints,
         ),
         log=MetricsLog(folder, enabled=world.is_main),

@@ -12,11 +12,11 @@ import multiprocessing
 import pickle
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
+from threading import Lock
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
@@ -26,8 +26,6 @@ R = TypeVar("R")
 _SPAWN = multiprocessing.get_context("spawn")  # a fork would copy whatever locks other threads hold at that moment
 
 
-_STARTING = threading.Lock()
-"""One thread at a time hides the main module: a second one would take what is hidden for what was there."""
 _SIGN_SECONDS = 1.0
 _to_parent: Connection | None = None
 """In the child process: the connection to the parent, which waits for the result."""
@@ -124,7 +122,7 @@ class Isolated:
         if self._connection is None:
             self._connection, theirs = _SPAWN.Pipe()
             self._process = _SPAWN.Process(target=_serve, args=(theirs,), daemon=True)
-            with _STARTING, _without_main():
+            with _without_main():
                 self._process.start()
             theirs.close()  # else the end of the process would not end the connection
         return self._connection
@@ -141,18 +139,22 @@ class Isolated:
         return process.exitcode
 
 
+_MAIN_IS_HIDDEN = Lock()
+
+
 @contextmanager
 def _without_main() -> Iterator[None]:
     """A process that starts inside does not run the user's script again, which need not have a __main__ guard."""
     main = sys.modules["__main__"]
-    hidden = {name: vars(main)[name] for name in ("__file__", "__spec__") if name in vars(main)}
-    try:
-        for name in hidden:
-            setattr(main, name, None)
-        yield
-    finally:
-        for name, value in hidden.items():
-            setattr(main, name, value)
+    with _MAIN_IS_HIDDEN:  # threads start processes too: the second would find, and leave behind, nothing
+        hidden = {name: vars(main)[name] for name in ("__file__", "__spec__") if name in vars(main)}
+        try:
+            for name in hidden:
+                setattr(main, name, None)
+            yield
+        finally:
+            for name, value in hidden.items():
+                setattr(main, name, value)
 
 
 def _serve(connection: Connection) -> None:

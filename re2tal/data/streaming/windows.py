@@ -53,14 +53,26 @@ class Slide:
     """an action belongs to a window that shows at least this share of it"""
     shortest_crop: float = 0.9
     """in training, a video shorter than a window is cut to a random share between this and 1"""
+    short_share: float = 0.0
+    """for localizers that magnify short clips (localizer.stitch_below): in training, this share of the windows shows
+    `short_length` of a window; above 0, evaluation looks at such short windows too"""
+    short_length: float = 0.38
+    """length of a short window, as a share of a whole one; the rest is padding"""
 
     def __post_init__(self) -> None:
         _check_count("data.clips.windowing.num_frames", self.num_frames)
+        _check_share("data.clips.windowing.short_share", self.short_share, least=0.0)
+        _check_share("data.clips.windowing.short_length", self.short_length, least=0.01)
         _check_share("data.clips.windowing.kept_share", self.kept_share, least=0.0)
         _check_share("data.clips.windowing.shortest_crop", self.shortest_crop, least=0.01)
         if not 0 <= self.overlap < 1:
             raise ValueError(f"data.clips.windowing.overlap is {self.overlap}; give a share from 0 to below 1")
         _check_rate(self.frames_per_second)
+
+    @property
+    def short_frames(self) -> int:
+        """Frames of a short window that are not padding."""
+        return max(1, round(self.num_frames * self.short_length))
 
 
 @dataclass(frozen=True)
@@ -146,7 +158,8 @@ def plan_windows(video: Stored, windowing: Windowing) -> list[Window]:
         case ResizeWhole():
             return [_whole(video, windowing.num_frames, video.record.actions)]
         case Slide():
-            return _slides(video, windowing)
+            windows = _slides(video, windowing)
+            return windows if not windowing.short_share else [*windows, *_short_slides(video, windowing, len(windows))]
         case Trimmed(num_crops=num_crops):
             crops = (0.5,) if num_crops == 1 else (0.0, 0.5, 1.0)
             places = [(s, crop) for s in _views(_num_samples(video, windowing), windowing) for crop in crops]
@@ -184,9 +197,12 @@ def draw_window(video: Stored, windowing: Windowing, *, generator: np.random.Gen
 
 
 def _truncate(video: Stored, windowing: Slide, *, generator: np.random.Generator) -> Window:
-    total = _num_samples(video, windowing)
+    total, longest = _num_samples(video, windowing), windowing.num_frames
+    # Nothing is drawn without short windows, so that runs with and without them see the same others.
+    if windowing.short_share and generator.uniform() < windowing.short_share:
+        longest = windowing.short_frames
     for _ in range(MAX_TRIES):
-        count = windowing.num_frames
+        count = longest
         if total <= count:
             count = max(1, round(total * generator.uniform(windowing.shortest_crop, 1)))
         start = int(generator.integers(total - count, endpoint=True))
@@ -258,15 +274,24 @@ def _actions_inside(
     return tuple(inside)
 
 
-def _slides(video: Stored, windowing: Slide, *, multiple: int = 1) -> list[Window]:
+def _slides(
+    video: Stored, windowing: Slide, *, multiple: int = 1, length: int | None = None, first_id: int = 0
+) -> list[Window]:
     """The windows that cover a video; their first samples are multiples of `multiple`."""
-    total, length = _num_samples(video, windowing), windowing.num_frames
+    total, length = _num_samples(video, windowing), length or windowing.num_frames
     step = max(1, round(length * (1 - windowing.overlap) / multiple)) * multiple
     last = max(0, -(-(total - length) // multiple) * multiple)
     return [
         _cut(video, windowing, window_id=n, start=start, count=min(length, total - start))
-        for n, start in enumerate([*range(0, last, step), last])
+        for n, start in enumerate([*range(0, last, step), last], first_id)
     ]
+
+
+def _short_slides(video: Stored, windowing: Slide, first_id: int) -> list[Window]:
+    """The short windows that cover a video; none where it is no longer than one, which the whole window shows."""
+    if _num_samples(video, windowing) <= windowing.short_frames:
+        return []
+    return _slides(video, windowing, length=windowing.short_frames, first_id=first_id)
 
 
 def _num_samples(video: Stored, windowing: Slide | Trimmed) -> int:

@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Literal, get_args
 
+from torch import nn
+
 from re2tal.localizers.candidates import best_of_clip, best_of_each_level
 from re2tal.localizers.class_map import ClassMap
 from re2tal.localizers.masked import ChannelNorm, MaskedConv
@@ -44,6 +46,8 @@ class ActionFormerConfig(PaddedPyramidConfig):
     """Dropout on the outputs of attention and MLPs."""
     path_drop: float = 0.1
     """Stochastic depth: share of clips for which a residual branch is skipped in training."""
+    input_dropout: float = 0.0
+    """Share of the features' channels that are zeroed in training, each for a whole clip."""
     candidate_min_steps: float = 0.0
     """Under "original", segments that are not longer than this go no further."""
 
@@ -52,6 +56,8 @@ class ActionFormerConfig(PaddedPyramidConfig):
             raise ValueError(f"unknown variant {self.variant!r}; known: {list(get_args(Variant))}")
         if self.channels % self.num_heads:
             raise ValueError(f"channels={self.channels} must be a multiple of num_heads={self.num_heads}")
+        if not 0 <= self.input_dropout < 1:
+            raise ValueError(f"input_dropout={self.input_dropout} must lie in [0, 1)")
         super().__post_init__()
         if isinstance(self.attention_window, tuple) and len(self.attention_window) != self.num_levels:
             raise ValueError(
@@ -95,6 +101,7 @@ def actionformer(config: ActionFormerConfig, *, in_channels: int, classes: Seque
             embedding=embedding_convs(config, in_channels, conv),
             stem=[block(stride=1, window=config.windows[0]) for _ in range(config.num_stem_blocks)],
             branch=[block(stride=2, window=window) for window in config.windows[1:]],
+            disturb=nn.Dropout1d(config.input_dropout) if config.input_dropout else None,
             position_steps=config.max_num_steps if config.position_encoding else None,
         ),
         level_norms=[ChannelNorm(channels, eps=norm_eps) for _ in config.regression_ranges],

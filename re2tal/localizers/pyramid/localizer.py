@@ -68,6 +68,12 @@ class PyramidLocalizer(Localizer[PyramidOutputs]):
         self.positives = RunningCount(config.initial_positives, momentum=config.positives_momentum)
         self.step_classifier = nn.Conv1d(in_channels, len(self.classes), 1) if config.step_supervision else None
 
+    def class_rows(self) -> dict[str, tuple[int, int]]:
+        """Those of the classifiers, and of a regressor that tells classes apart, whose `class_layers` names them."""
+        layers = ["classifier.output", *(f"regressor.{layer}" for layer in getattr(self.regressor, "class_layers", ()))]
+        layers += ["step_classifier"] if self.step_classifier is not None else []
+        return {f"{layer}.{kind}": (1, 0) for layer in layers for kind in ("weight", "bias")}
+
     def forward(self, features: Features) -> PyramidOutputs:
         """Features (B, C, T) of any T -> predictions at all points of the padded clip."""
         num_steps = features.values.shape[-1]

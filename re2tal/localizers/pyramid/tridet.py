@@ -151,6 +151,9 @@ def _pool(channels: int, downsampling: Downsampling) -> nn.Module:
 class TridentHead(RegressionHead):
     """Distances as expectations over bins of whole strides; `starts` and `ends` send no gradient into the pyramid."""
 
+    class_layers = ("starts.output", "ends.output")
+    """Layers with a row per class."""
+
     def __init__(
         self,
         channels: int,

@@ -95,16 +95,20 @@ def evaluation_targets(actions: Tensor, num_steps: int) -> Tensor:
     return (covered >= 1).any(dim=1)
 
 
-def balanced_bce(logits: Tensor, targets: Tensor, mask: Tensor | None = None) -> Tensor:
+def balanced_bce(logits: Tensor, targets: Tensor, mask: Tensor | None = None, *, epsilon: float = 0.0) -> Tensor:
     """Binary cross-entropy in which the positives and the negatives, however many, weigh the same; a scalar.
 
     Only where `mask`, of the shape of the logits, is True; None is everywhere. Taken of the probabilities, as in the
-    public implementations: a step that is wrong beyond what float32 can say costs 100 and teaches nothing.
+    public implementations: a step that is wrong beyond what float32 can say costs 100 and teaches nothing. `epsilon`
+    is added to probabilities before their logarithm (the original VSGN: 1e-5).
     """
     mask = torch.ones_like(targets) if mask is None else mask
     targets, count = targets & mask, mask.sum().clamp(min=1)
     logits = torch.where(mask, logits, 0.0)
-    loss = F.binary_cross_entropy(logits.sigmoid(), targets.to(logits.dtype), reduction="none")
+    if epsilon:
+        loss = -(torch.where(targets, logits, -logits).sigmoid() + epsilon).log()
+    else:
+        loss = F.binary_cross_entropy(logits.sigmoid(), targets.to(logits.dtype), reduction="none")
     positive = targets.sum().to(logits.dtype) / count
     weights = torch.where(targets, 0.5 / positive, torch.where(mask, 0.5 / (1 - positive), 0.0))
     one_sided = (positive == 0) | (positive == 1)

@@ -3,15 +3,15 @@
     features (B, C, T) -> encoder -> decoder -> every anchor: class and segment -> boundaries moved
                                              -> every step: does an action start, end, go on here?
 
-A detection's score is its class's, times how much a start its start is, times how much an end its end is. The cutting
-and magnifying of short actions (video self-stitching) belongs to the data, not to this network, and is not done.
+A detection's score is its class's, times how much a start its start is, times how much an end its end is. With
+`stitch_below` a short clip stands beside a magnified copy of itself (stitching.py), as in the paper, not in OpenTAD.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,57 +30,10 @@ from re2tal.localizers.vsgn.anchors import (
     match,
     pyramid_anchors,
 )
+from re2tal.localizers.vsgn.config import VSGNConfig
 from re2tal.localizers.vsgn.network import AnchorHead, BoundaryHead, EvaluationHead, PyramidDecoder, PyramidEncoder
+from re2tal.localizers.vsgn.stitching import Layout, stitch
 from re2tal.structures import Action, Detections, Features, Timeline
-
-
-@dataclass(frozen=True)
-class VSGNConfig:
-    """What a VSGN looks like, learns and puts out; the defaults are OpenTAD's on THUMOS-14."""
-
-    name: Literal["vsgn"] = "vsgn"
-    """Which localizer this configures."""
-    channels: int = 256
-    """Channels of every level; a multiple of `num_groups`."""
-    num_groups: int = 32
-    """Groups of the heads' group normalisation."""
-    num_levels: int = 5
-    """Levels of the pyramid, each half as long as the one before."""
-    first_stride: int = 4
-    """Steps of the features per step of the finest level; even."""
-    num_neighbours: int | None = 10
-    """Nearest steps in the encoder's graph convolutions; None encodes by plain convolutions."""
-    num_head_convs: int = 4
-    """Convolutions in each anchor head before the one that predicts."""
-    anchor_scales: tuple[float, ...] = (1.0, 1.5)
-    """Lengths of the anchors at each position, in strides of their level."""
-    anchor_iou: float = 0.5
-    """From this IoU with an action on, an anchor, or what it decodes to, must predict it."""
-    boundary_iou: float = 0.7
-    """From this IoU with an action on, a decoded segment learns to move its boundaries."""
-    focal_alpha: float = 0.35
-    """Weight of positives in the focal loss, which is used when there is a single class."""
-    initial_positives: int = 100
-    """Losses are divided by running means of the numbers of positives per batch; this is their first value."""
-    positives_momentum: float = 0.9
-    """Share of the running means that each training step keeps."""
-    class_agnostic: bool = False
-    """Find actions of the given classes without telling the classes apart; a video classifier may name them later."""
-    candidate_min_score: float = 0.001
-    """Predictions below go no further; not applied to a single class."""
-    candidate_top_k: int = 2000
-    """Predictions per clip that go further; all of them with a single class."""
-
-    def __post_init__(self) -> None:
-        if self.channels % self.num_groups:
-            raise ValueError(f"channels={self.channels} must be a multiple of num_groups={self.num_groups}")
-        if self.first_stride < 2 or self.first_stride % 2:
-            raise ValueError(f"first_stride={self.first_stride} must be even: the first level halves the stem's output")
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        """Steps of the features per step of each level, finest first."""
-        return tuple(self.first_stride * 2**level for level in range(self.num_levels))
 
 
 class VSGNOutputs(NamedTuple):
@@ -97,7 +50,9 @@ class VSGNOutputs(NamedTuple):
     anchors: Tensor
     """(A, 2) float32, in steps"""
     mask: Tensor
-    """(B, T) bool, True where a step of the padded clip is real; real steps come first"""
+    """(B, T) bool, True where a step of the padded clip is real; real steps come first, then the copy's, if any"""
+    layout: Tensor
+    """(B, 2) float32, where copies of clips lie: a Layout, packed"""
 
 
 class VSGN(Localizer[VSGNOutputs]):
@@ -109,13 +64,14 @@ class VSGN(Localizer[VSGNOutputs]):
         self.in_channels = in_channels
         self.class_map = ClassMap(classes, agnostic=config.class_agnostic)
         self.classes = self.class_map.classes
-        channels, num_levels = config.channels, config.num_levels
+        channels, num_levels, original = config.channels, config.num_levels, config.variant == "original"
         self.encoder = PyramidEncoder(
             in_channels,
             channels=channels,
             num_levels=num_levels,
             first_stride=config.first_stride,
             num_neighbours=config.num_neighbours,
+            pool_size=2 if original else 3,
         )
         self.decoder = PyramidDecoder(channels, num_levels=num_levels)
         num_logits = 1 if len(self.classes) == 1 else 1 + len(self.classes)
@@ -126,11 +82,12 @@ class VSGN(Localizer[VSGNOutputs]):
                 num_groups=config.num_groups,
                 num_scales=len(config.anchor_scales),
                 out_channels=out_channels,
+                bias=original,
             )
             for out_channels in (num_logits, 2)
         )
         self.boundaries = BoundaryHead(channels, stride=config.first_stride)
-        self.evaluation = EvaluationHead(channels)
+        self.evaluation = EvaluationHead(channels, upsamples_scores=original)
         self.positives = nn.ModuleDict(
             {
                 loss: RunningCount(config.initial_positives, momentum=config.positives_momentum)
@@ -143,13 +100,21 @@ class VSGN(Localizer[VSGNOutputs]):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+    def class_rows(self) -> dict[str, tuple[int, int]]:
+        """Those of the classifier: for each anchor at a position the background, then the classes."""
+        layout = (len(self.config.anchor_scales), 0 if len(self.classes) == 1 else 1)
+        return {f"classifier.output.{kind}": layout for kind in ("weight", "bias")}
+
     def forward(self, features: Features) -> VSGNOutputs:
         """Features (B, C, T) of any T -> predictions for all anchors of the padded clip."""
         padding = -features.values.shape[-1] % self.config.strides[-1]
         values, mask = F.pad(features.values, (0, padding)), F.pad(features.mask, (0, padding))
-        num_steps = values.shape[-1]
-        levels = self.decoder(self.encoder(values, mask)).levels
-        config = self.config
+        num_steps, config = values.shape[-1], self.config
+        layout, copied = Layout.of(mask, below=config.stitch_below, gap=config.stitch_gap), None
+        if config.stitch_below is not None:
+            values, mask = stitch(Features(values, mask), layout)
+            copied = layout.in_copy(torch.arange(num_steps, device=values.device))
+        levels = self.decoder(self.encoder(values, mask, copied)).levels
         anchors = pyramid_anchors(num_steps, config.strides, config.anchor_scales, device=values.device)
         proposals = decode(anchors, self.regressor(levels))
         return VSGNOutputs(
@@ -159,6 +124,7 @@ class VSGN(Localizer[VSGNOutputs]):
             evaluation=self.evaluation(levels[0], num_steps=num_steps),
             anchors=anchors,
             mask=mask,
+            layout=layout.packed(),
         )
 
     def loss(
@@ -169,10 +135,7 @@ class VSGN(Localizer[VSGNOutputs]):
         In training it also updates `positives`. Clips without any real step count for nothing. Raises ValueError for a
         label that is not among the classes.
         """
-        truth = [
-            self.class_map.encode(of_clip, timeline, device=outputs.anchors.device)
-            for of_clip, timeline in zip(actions, timelines, strict=True)
-        ]
+        truth = self._truth(outputs, actions, timelines)
         real = outputs.mask.any(dim=1)
         logits, proposals, adjusted, evaluation = (
             # Zeros in clips that count for nothing, so that no NaN of theirs reaches a gradient.
@@ -181,7 +144,7 @@ class VSGN(Localizer[VSGNOutputs]):
         )
         anchors = outputs.anchors.expand(len(truth), -1, -1)
         losses = {
-            "evaluation": self._evaluation_loss(evaluation, truth, real),
+            "evaluation": self.config.evaluation_weight * self._evaluation_loss(evaluation, truth, real),
             "regression": self._segment_loss("regression", proposals, anchors, truth, real, self.config.anchor_iou),
             "classification": self._classification_loss(logits, proposals, truth, real),
             "adjustment": self._segment_loss("adjustment", adjusted, proposals, truth, real, self.config.boundary_iou),
@@ -202,15 +165,16 @@ class VSGN(Localizer[VSGNOutputs]):
 
         OpenTAD decodes the padding as well.
         """
-        logits, adjusted = outputs.logits.float(), outputs.adjusted.float()
+        logits, layout = outputs.logits.float(), Layout.unpacked(outputs.layout, outputs.mask)
         scores = logits.sigmoid() if len(self.classes) == 1 else logits.softmax(dim=-1)[..., 1:]
         starts, ends, _ = outputs.evaluation.float().sigmoid().unbind(dim=1)
-        num_real = outputs.mask.sum(dim=1)
-        last = (num_real - 1).clamp(min=0).to(adjusted.dtype)[:, None, None]
-        segments = adjusted.clamp(min=0).minimum(last)
+        centres, num_steps = outputs.anchors.mean(dim=1), outputs.mask.shape[1]
+        copied = layout.in_copy(centres)
+        segments = layout.confined(outputs.adjusted.float(), copied, num_steps=num_steps)
         weights = _between(starts, segments[..., 0]) * _between(ends, segments[..., 1])
         scores = scores * weights[..., None]
-        real = outputs.anchors.mean(dim=1) < num_real[:, None]
+        segments = torch.where(copied[..., None], layout.to_clip(segments), segments)
+        real = (centres < layout.num_real[:, None]) | copied
         return [
             best_of_clip(
                 of_clip[kept],
@@ -220,6 +184,17 @@ class VSGN(Localizer[VSGNOutputs]):
             )
             for of_clip, score, kept in zip(segments, scores, real, strict=True)
         ]
+
+    def _truth(self, outputs: VSGNOutputs, actions: Sequence[Sequence[Action]], timelines: Sequence[Timeline]) -> Truth:
+        """The actions on the clips' grids; of stitched clips, those in the copy too."""
+        layout, stitched = Layout.unpacked(outputs.layout, outputs.mask), self.config.stitch_below is not None
+        truth = []
+        for clip, (of_clip, timeline) in enumerate(zip(actions, timelines, strict=True)):
+            segments, labels = self.class_map.encode(of_clip, timeline, device=outputs.anchors.device)
+            if stitched:
+                segments, labels = torch.cat([segments, layout.to_copy(segments, clip)]), labels.repeat(2)
+            truth.append((segments, labels))
+        return truth
 
     def _matches(self, segments: Tensor, truth: Truth, real: Tensor, min_iou: float) -> Matches:
         """Of all clips: labels (B, A), 0 in clips that are not real, and segments (B, A, 2)."""
@@ -254,13 +229,14 @@ class VSGN(Localizer[VSGNOutputs]):
     def _evaluation_loss(self, logits: Tensor, truth: Truth, real: Tensor) -> Tensor:
         targets = torch.stack([evaluation_targets(segments, logits.shape[2]) for segments, _ in truth])
         mask = real[:, None].expand_as(targets[:, 0])
-        return torch.stack([balanced_bce(logits[:, kind], targets[:, kind], mask) for kind in range(3)]).sum()
+        bce = partial(balanced_bce, mask=mask, epsilon=1e-5 if self.config.variant == "original" else 0.0)
+        return torch.stack([bce(logits[:, kind], targets[:, kind]) for kind in range(3)]).sum()
 
     def _divisor(self, loss: str, positive: Tensor) -> Tensor:
         count = positive.sum().clamp(min=1)
         running = self.positives[loss]
         assert isinstance(running, RunningCount)
-        return running.update(count) if self.training else count
+        return running.update(count) if self.training and self.config.variant == "opentad" else count
 
 
 Truth = Sequence[tuple[Tensor, Tensor]]

@@ -45,38 +45,44 @@ class GraphConv(nn.Module):
         self.num_neighbours = num_neighbours
         self.linear = nn.Linear(2 * channels, channels)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, C, T) -> (B, C, T)."""
+    def forward(self, x: Tensor, copied: Tensor | None = None) -> Tensor:
+        """(B, C, T) -> (B, C, T); `copied` (B, T) is as in `nearest`."""
         steps = x.transpose(1, 2)
-        neighbours = nearest(steps, self.num_neighbours)
+        neighbours = nearest(steps, self.num_neighbours, copied)
         clip = torch.arange(len(steps), device=x.device)[:, None, None]
         centre = steps[:, :, None].expand(-1, -1, neighbours.shape[2], -1)
         return self.linear(torch.cat([steps[clip, neighbours], centre], dim=-1)).amax(dim=2).transpose(1, 2)
 
 
 @torch.no_grad()
-def nearest(steps: Tensor, num_neighbours: int) -> Tensor:
+def nearest(steps: Tensor, num_neighbours: int, copied: Tensor | None = None) -> Tensor:
     """(B, T, C) -> (B, T, num_neighbours): the indices of the steps at the smallest distance, a step itself among them.
 
     Fewer where there are not as many steps. Distances are exact differences, not products: neighbours change with the
-    last bits.
+    last bits. `copied` (B, T) is True in the magnified copy of a stitched clip, whose steps are much like their
+    neighbours: the second half of the neighbours of a step there lies outside the copy, so that edges cross scales.
     """
     distances = torch.cdist(steps.float(), steps.float(), compute_mode="donot_use_mm_for_euclid_dist")
-    return distances.topk(min(num_neighbours, steps.shape[1]), dim=2, largest=False).indices
+    count = min(num_neighbours, steps.shape[1])
+    if copied is None:
+        return distances.topk(count, dim=2, largest=False).indices
+    near = distances.topk((count + 1) // 2, dim=2, largest=False).indices
+    distances = distances.masked_fill(copied[:, :, None] & copied[:, None], torch.inf).scatter(2, near, torch.inf)
+    return torch.cat([near, distances.topk(count // 2, dim=2, largest=False).indices], dim=2)
 
 
 class GraphLevel(nn.Module):
     """One level of the cross-scale graph pyramid: convolution and graph, then half as many steps."""
 
-    def __init__(self, channels: int, *, num_neighbours: int) -> None:
+    def __init__(self, channels: int, *, num_neighbours: int, pool_size: int = 3) -> None:
         super().__init__()
         self.temporal = nn.Conv1d(channels, channels, 3, padding=1)
         self.graph = GraphConv(channels, num_neighbours=num_neighbours)
-        self.pool = nn.MaxPool1d(3, stride=2, padding=1)
+        self.pool = nn.MaxPool1d(pool_size, stride=2, padding=pool_size // 3)
 
-    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, mask: Tensor, copied: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(B, C, T), (B, T) -> the same with T / 2 steps; a step is real if any that it was pooled from is."""
-        pooled = self.pool(torch.relu(self.temporal(x) + self.graph(x)))
+        pooled = self.pool(torch.relu(self.temporal(x) + self.graph(x, copied)))
         mask = self.pool(mask.to(x.dtype)) > 0
         return blank(pooled, mask), mask
 
@@ -85,23 +91,39 @@ class PyramidEncoder(nn.Module):
     """(B, in_channels, T) -> L levels, the first of stride `first_stride`, each half as long as the one before."""
 
     def __init__(
-        self, in_channels: int, *, channels: int, num_levels: int, first_stride: int, num_neighbours: int | None
+        self,
+        in_channels: int,
+        *,
+        channels: int,
+        num_levels: int,
+        first_stride: int,
+        num_neighbours: int | None,
+        pool_size: int = 3,
     ) -> None:
         super().__init__()
         self.stem = MaskedConvReLU(in_channels, channels, stride=first_stride // 2)
+        self.has_graph = num_neighbours is not None
         self.levels = nn.ModuleList(
             MaskedConvReLU(channels, channels, stride=2)
             if num_neighbours is None
-            else GraphLevel(channels, num_neighbours=num_neighbours)
+            else GraphLevel(channels, num_neighbours=num_neighbours, pool_size=pool_size)
             for _ in range(num_levels)
         )
 
-    def forward(self, x: Tensor, mask: Tensor) -> Pyramid:
-        """(B, in_channels, T), (B, T) -> levels (B, channels, T_l) and their masks, finest first."""
+    def forward(self, x: Tensor, mask: Tensor, copied: Tensor | None = None) -> Pyramid:
+        """(B, in_channels, T), (B, T) -> levels (B, channels, T_l) and their masks, finest first.
+
+        `copied` (B, T): the steps of the magnified copies, where clips are stitched.
+        """
         x, mask = self.stem(x, mask)
         levels, masks = [], []
+        stride = self.stem.stride
         for level in self.levels:
-            x, mask = level(x, mask)
+            if self.has_graph and copied is not None:
+                x, mask = level(x, mask, copied[:, ::stride])
+            else:
+                x, mask = level(x, mask)
+            stride *= 2
             levels.append(x)
             masks.append(mask)
         return Pyramid(tuple(levels), tuple(masks))
@@ -133,13 +155,15 @@ class PyramidDecoder(nn.Module):
 class AnchorHead(nn.Module):
     """Group-normalised convolutions over every level, then `out_channels` numbers per anchor."""
 
-    def __init__(self, channels: int, *, num_convs: int, num_groups: int, num_scales: int, out_channels: int) -> None:
+    def __init__(
+        self, channels: int, *, num_convs: int, num_groups: int, num_scales: int, out_channels: int, bias: bool = False
+    ) -> None:
         super().__init__()
         self.out_channels = out_channels
         self.tower = nn.Sequential(
             *(
                 nn.Sequential(
-                    nn.Conv1d(channels, channels, 3, padding=1, bias=False),
+                    nn.Conv1d(channels, channels, 3, padding=1, bias=bias),
                     nn.GroupNorm(num_groups, channels),
                     nn.ReLU(),
                 )
@@ -157,14 +181,20 @@ class AnchorHead(nn.Module):
 class EvaluationHead(nn.Module):
     """Whether an action starts, ends, goes on at each step: logits (B, 3, T) from the finest level."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, *, upsamples_scores: bool = False) -> None:
+        """`upsamples_scores`: look at the finest level as it is and stretch the scores, as the original does; False
+        stretches the features."""
         super().__init__()
+        self.upsamples_scores = upsamples_scores
         self.branches = nn.ModuleList(
             nn.Sequential(*conv_relu(channels, channels), nn.Conv1d(channels, 1, 1)) for _ in range(3)
         )
 
     def forward(self, finest: Tensor, *, num_steps: int) -> Tensor:
         """(B, C, T_0) -> (B, 3, num_steps)."""
+        if self.upsamples_scores:
+            scores = torch.cat([branch(finest) for branch in self.branches], dim=1).sigmoid()
+            return F.interpolate(scores, size=num_steps, mode="linear", align_corners=True).logit(eps=1e-7)
         x = F.interpolate(finest, size=num_steps, mode="linear", align_corners=True)
         return torch.cat([branch(x) for branch in self.branches], dim=1)
 

@@ -1,0 +1,147 @@
+"""EPIC-Kitchens-100's detection score: mAP of verbs, of nouns and of actions, from one submission.
+
+    {"version": "0.2", "challenge": "action_detection", "sls_pt": 2, "sls_tl": 3, "sls_td": 3,
+     "results": {video: [{"verb": 3, "noun": 14, "action": "3,14", "segment": [start, end], "score": 0.5}, ...]}}
+
+A prediction takes part in all three tasks with its one score. Its action comes from "action", and need not repeat its
+verb and noun. Only classes with a true action count. Source: github.com/epic-kitchens/C2-Action-Detection.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from re2tal.evaluation.average_precision import MapReport, mean_average_precision
+from re2tal.evaluation.protocols import EPIC_KITCHENS
+from re2tal.strict_json import brief, read_json
+from re2tal.structures import Action, Detections, VideoRecord
+from re2tal.tables import text_table
+
+TASKS = ("verb", "noun", "action")
+
+
+@dataclass(frozen=True, slots=True)
+class EpicReport:
+    """The mAP of each task; `str()` is a table in percent."""
+
+    tasks: Mapping[str, MapReport]
+
+    @property
+    def average_map(self) -> float:
+        """Of actions, by which the challenge ranks."""
+        return self.tasks["action"].average_map
+
+    def to_json(self) -> dict[str, Any]:
+        """The figures by task, in types that `json` writes."""
+        return {task: one.to_json() for task, one in self.tasks.items()}
+
+    def __str__(self) -> str:
+        first = self.tasks["action"]
+        lines = [f"mAP in %, by tIoU; protocol {first.protocol}", first.coverage.facts()]
+        for task, one in self.tasks.items():
+            lines += [f"note: {task}: {note}" for note in one.coverage.notes()]
+        rows = [("task", "classes", "truths", "predictions", *first.map_by_tiou, "average")]
+        for task, one in self.tasks.items():
+            counts = (len(one.classes), sum(one.num_truths), sum(one.num_predictions))
+            values = [*one.map.tolist(), one.average_map]
+            rows.append((task, *map(str, counts), *(f"{100 * value:.2f}" for value in values)))
+        return "\n".join([*lines, text_table(rows, align="<>", rules=(1,))])
+
+
+@dataclass(frozen=True, slots=True)
+class Submission:
+    """Predictions by video; `classes[task][number]` is the name that the task's labels index."""
+
+    segments: Mapping[str, Detections]
+    """Their labels are 0"""
+    labels: Mapping[str, Mapping[str, torch.Tensor]]
+    """Task -> video -> (N,) index into `classes`"""
+    classes: Mapping[str, tuple[str, ...]]
+
+    def of(self, task: str) -> dict[str, Detections]:
+        """The predictions of one task."""
+        return {video: replace(one, labels=self.labels[task][video]) for video, one in self.segments.items()}
+
+
+def read_submission(path: Path | str) -> Submission:
+    """Read a submission, strictly. Raises ValueError naming file, key and value for anything else."""
+    document = read_json(path)
+    results = document.get("results") if isinstance(document, dict) else None
+    if not isinstance(results, dict):
+        raise ValueError(f'{path} needs an object "results" that maps video ids to lists of predictions, at the top')
+    numbers: dict[str, dict[str, int]] = {task: {} for task in TASKS}
+    segments, labels = {}, {task: {} for task in TASKS}  # type: ignore[var-annotated]
+    for video_id, rows in results.items():
+        if not isinstance(rows, list):
+            raise ValueError(f"{path}: results[{video_id!r}] is {brief(rows)}; it must be a list of predictions")
+        read = [_row(row, f"{path}: results[{video_id!r}][{number}]") for number, row in enumerate(rows)]
+        table = torch.tensor([(*segment, score) for segment, score, _ in read], dtype=torch.float64).reshape(-1, 3)
+        none = torch.zeros(len(read), dtype=torch.int64)
+        segments[video_id] = Detections(table[:, :2], table[:, 2], none)
+        for place, task in enumerate(TASKS):
+            index = numbers[task]
+            found = [index.setdefault(names[place], len(index)) for _, _, names in read]
+            labels[task][video_id] = torch.tensor(found, dtype=torch.int64)
+    return Submission(segments, labels, {task: tuple(index) for task, index in numbers.items()})
+
+
+def score_submission(
+    submission: Submission,
+    truths: Sequence[VideoRecord],
+    *,
+    tiou_thresholds: Sequence[float],
+    blocked_videos: Collection[str] = (),
+) -> EpicReport:
+    """The three tasks; an action of `truths` is labelled "verb,noun". Errors as `mean_average_precision`."""
+    return EpicReport(
+        {
+            task: mean_average_precision(
+                submission.of(task),
+                list(_truths_of(task, truths)),
+                classes=submission.classes[task],
+                protocol=EPIC_KITCHENS,
+                tiou_thresholds=tiou_thresholds,
+                blocked_videos=blocked_videos,
+            )
+            for task in TASKS
+        }
+    )
+
+
+def _truths_of(task: str, truths: Sequence[VideoRecord]) -> Iterator[VideoRecord]:
+    for record in truths:
+        yield replace(record, actions=tuple(_labelled(action, task) for action in record.actions))
+
+
+def _labelled(action: Action, task: str) -> Action:
+    verb, _, noun = action.label.partition(",")
+    return replace(action, label={"verb": verb, "noun": noun, "action": action.label}[task])
+
+
+def _row(row: Any, where: str) -> tuple[tuple[float, float], float, tuple[str, str, str]]:
+    """Segment, score, and the names of verb, noun and action."""
+    if not isinstance(row, dict) or not {"verb", "noun", "action", "segment", "score"} <= row.keys():
+        raise ValueError(f'{where} is {brief(row)}; it needs "verb", "noun", "action", "segment" and "score"')
+    for key in ("verb", "noun"):
+        if type(row[key]) is not int or row[key] < 0:
+            raise ValueError(f"{where}.{key} is {brief(row[key])}; give the number of a {key}, 0 or more")
+    pair = re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*", row["action"]) if isinstance(row["action"], str) else None
+    if pair is None:
+        raise ValueError(f'{where}.action is {brief(row["action"])}; give "VERB,NOUN", two numbers in one text')
+    segment = row["segment"]
+    if not isinstance(segment, list) or len(segment) != 2 or not all(map(_is_number, segment)):
+        raise ValueError(f"{where}.segment is {brief(segment)}; give [start, end] in finite seconds")
+    if not _is_number(row["score"]):
+        raise ValueError(f"{where}.score is {brief(row['score'])}; give a finite number")
+    action = f"{int(pair[1])},{int(pair[2])}"
+    return (segment[0], segment[1]), row["score"], (str(row["verb"]), str(row["noun"]), action)
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and -1e300 < value < 1e300

@@ -1,0 +1,163 @@
+"""Which true action each prediction takes: class by class, by falling score, the free one that it overlaps most."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+
+from re2tal.evaluation.ground_truth import ANY_CLASS, as_one_class
+from re2tal.evaluation.instances import Predictions, Truths, flatten_predictions, flatten_truths
+from re2tal.evaluation.protocols import Protocol, check_thresholds, find_protocol
+from re2tal.structures import Detections, VideoRecord
+
+MAX_PAIRS = 1 << 22
+"""(prediction, truth) pairs compared at once: bounds the memory to a few hundred megabytes"""
+
+
+@dataclass(frozen=True, slots=True)
+class Matches:
+    """Who takes which truth: all that the AP of these videos, or of a sample of them, needs."""
+
+    protocol: Protocol
+    thresholds: np.ndarray
+    """(T,) float64"""
+    truths: Truths
+    predictions: Predictions
+    ranked: Sequence[np.ndarray]
+    """By class: rows of the n predictions, best first"""
+    partners: Sequence[np.ndarray]
+    """By class: (T, n) the truth that each of these takes, or -1"""
+
+
+def match_predictions(
+    predictions: Mapping[str, Detections],
+    ground_truth: Sequence[VideoRecord],
+    *,
+    classes: Sequence[str],
+    protocol: Protocol | str,
+    tiou_thresholds: Sequence[float],
+    blocked_videos: Collection[str] = (),
+    class_agnostic: bool = False,
+    max_per_video: int | None = None,
+) -> Matches:
+    """Arguments and errors of `mean_average_precision`; `report` makes its result of this one's."""
+    rules = find_protocol(protocol) if isinstance(protocol, str) else protocol
+    thresholds = check_thresholds(tiou_thresholds)
+    if class_agnostic:
+        ground_truth, classes = as_one_class(ground_truth), (ANY_CLASS,) * len(classes)
+    truths = flatten_truths(ground_truth, protocol=rules, blocked_videos=blocked_videos)
+    flat = flatten_predictions(
+        predictions,
+        truths,
+        classes=classes,
+        blocked_videos=blocked_videos,
+        class_agnostic=class_agnostic,
+        max_per_video=max_per_video,
+    )
+    if rules.refuses_unknown_labels and (flat.labels < 0).any():
+        _refuse_unknown(predictions, classes, truths.classes, blocked_videos, rules.name)
+    ranked = ranked_by_class(flat, num_classes=len(truths.classes))
+    partners = partners_by_class(flat, truths, ranked, protocol=rules, thresholds=thresholds)
+    return Matches(rules, thresholds, truths, flat, ranked, partners)
+
+
+def ranked_by_class(flat: Predictions, *, num_classes: int) -> list[np.ndarray]:
+    """Rows of the predictions of each class, best first."""
+    by_score = np.argsort(-flat.scores, kind="stable")
+    by_class = by_score[np.argsort(flat.labels[by_score], kind="stable")]
+    bounds = np.searchsorted(flat.labels[by_class], np.arange(num_classes + 1))
+    return [by_class[first:end] for first, end in pairwise(bounds)]
+
+
+def partners_by_class(
+    flat: Predictions, truths: Truths, ranked: Sequence[np.ndarray], *, protocol: Protocol, thresholds: np.ndarray
+) -> list[np.ndarray]:
+    """By class, for its n predictions `ranked`, best first: (T, n) index of the truth that each takes, or -1."""
+    found = []
+    for label, rows in enumerate(ranked):
+        own = np.flatnonzero(truths.labels == label)
+        matches = find_matches(
+            flat.videos[rows],
+            flat.segments[rows],
+            truths.videos[own],
+            truths.segments[own],
+            protocol=protocol,
+            thresholds=thresholds,
+        )
+        found.append(np.where(matches >= 0, own[matches], -1))
+    return found
+
+
+def find_matches(
+    videos: np.ndarray,
+    segments: np.ndarray,
+    truth_videos: np.ndarray,
+    truth_segments: np.ndarray,
+    *,
+    protocol: Protocol,
+    thresholds: np.ndarray,
+) -> np.ndarray:
+    """The truth that each of N predictions of one class, given by falling score, takes: (T, N) index, or -1.
+
+    `truth_videos` (M,) must not decrease. Only pairs of one video are ever compared, and the greedy loop only sees
+    pairs that reach the threshold: in the order (rank of prediction, falling tIoU), a pair matches if both are free.
+    """
+    found = np.full((len(thresholds), len(videos)), -1)
+    ranks, partners, overlaps = _close_pairs(
+        videos, segments, truth_videos, truth_segments, protocol=protocol, least=float(thresholds.min())
+    )
+    for row, threshold in zip(found, thresholds, strict=True):
+        reached = overlaps >= threshold
+        free = bytearray(b"\x01") * len(truth_videos)
+        last_matched = -1
+        for rank, partner in zip(ranks[reached].tolist(), partners[reached].tolist(), strict=True):
+            if rank != last_matched and free[partner]:
+                free[partner] = 0
+                row[rank] = partner
+                last_matched = rank
+    return found
+
+
+def _close_pairs(
+    videos: np.ndarray,
+    segments: np.ndarray,
+    truth_videos: np.ndarray,
+    truth_segments: np.ndarray,
+    *,
+    protocol: Protocol,
+    least: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Prediction, truth and tIoU of all pairs of one video with tIoU >= `least`, in the order they are to be tried."""
+    first = np.searchsorted(truth_videos, videos, side="left")
+    counts = np.searchsorted(truth_videos, videos, side="right") - first
+    pieces = []
+    for piece in np.array_split(np.arange(len(videos)), 1 + int(counts.sum()) // MAX_PAIRS):
+        per_prediction = counts[piece]
+        ranks = np.repeat(piece, per_prediction)
+        nth_truth = np.arange(len(ranks)) - np.repeat(np.cumsum(per_prediction) - per_prediction, per_prediction)
+        partners = np.repeat(first[piece], per_prediction) + nth_truth
+        overlaps = protocol.tiou(segments[ranks], truth_segments[partners])
+        close = overlaps >= least
+        pieces.append((ranks[close], partners[close], overlaps[close]))
+    ranks, partners, overlaps = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
+    order = np.lexsort((-partners, -overlaps, ranks))
+    return ranks[order], partners[order], overlaps[order]
+
+
+def _refuse_unknown(
+    predictions: Mapping[str, Detections],
+    classes: Sequence[str],
+    known: Sequence[str],
+    blocked_videos: Collection[str],
+    protocol: str,
+) -> None:
+    for video_id, detections in predictions.items():
+        unknown = {classes[label] for label in set(detections.labels.tolist())} - set(known)
+        if unknown and video_id not in blocked_videos:
+            raise ValueError(
+                f"predictions for video {video_id!r} hold class {min(unknown)!r}, which has no truth in this "
+                f"subset; the {protocol!r} protocol refuses that: take them out, or use 'opentad', which ignores them"
+            )

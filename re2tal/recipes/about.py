@@ -1,0 +1,147 @@
+"""What is said of a recipe beside its settings: for how many ranks it was made, which mAP is published of its source,
+and in what it differs from that.
+
+Figures are those that sources publish of their own trained weights; none was reproduced here. Average mAP is over tIoU
+0.3 to 0.7 on THUMOS14, 0.5 to 0.95 on ActivityNet-1.3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from re2tal.config import RecognitionConfig, RunConfig
+from re2tal.data.streaming.windows import ResizeWhole
+from re2tal.localizers.vsgn.config import VSGNConfig
+
+RE2TAL, ADATAD, AF = "OpenTAD, configs/re2tal", "OpenTAD, configs/adatad", "ActionFormer's release"
+CUHK = "with CUHK's video classes"
+
+PUBLISHED: dict[str, tuple[str, str]] = {
+    "thumos14_swin_tiny": ("67.10", RE2TAL),
+    "thumos14_re2swin_tiny": ("66.89", RE2TAL),
+    "thumos14_slowfast_r101": ("69.97", RE2TAL),
+    "thumos14_re2slowfast_r101": ("70.19", RE2TAL),
+    "activitynet_swin_tiny": ("36.89", f"{RE2TAL}, {CUHK}"),
+    "activitynet_re2swin_tiny": ("36.47", f"{RE2TAL}, {CUHK}"),
+    "activitynet_slowfast_r101": ("37.35", f"{RE2TAL}, {CUHK}"),
+    "activitynet_re2slowfast_r101": ("37.55", f"{RE2TAL}, {CUHK}"),
+    "thumos14_actionformer_features": ("66.83", f"{AF}, on I3D"),
+    "activitynet_actionformer_features": ("36.56", f"{AF}, on TSP, {CUHK}"),
+    "thumos14_actionformer_opentad_features": ("68.44", "OpenTAD, on I3D"),
+    "thumos14_actionformer_internvideo2_features": ("71.86", "OpenTAD, on InternVideo2-6B"),
+    "activitynet_actionformer_internvideo2_features": ("41.19", "OpenTAD, on InternVideo2-6B"),
+    "thumos14_tridet_features": ("69.3", "TriDet, on I3D"),
+    "thumos14_tridet_videomae2_giant_features": ("70.1", "TriDet, on VideoMAE V2-g"),
+    "activitynet_tridet_features": ("36.8", "TriDet"),
+    "thumos14_vsgn_features": ("50.2", "VSGN, the paper, on TSN"),
+    "activitynet_vsgn_features": ("36.89", f"OpenTAD, on TSP, {CUHK}"),
+    **{
+        f"thumos14_adatad_videomae_{size}": (figure, ADATAD)
+        for size, figure in (
+            ("small", "69.03"),
+            ("base", "71.14"),
+            ("large", "73.51"),
+            ("huge", "74.95"),
+            ("giant", "75.06"),
+            ("giant_224", "77.07"),
+        )
+    },
+    **{
+        f"activitynet_adatad_videomae_{size}": (figure, f"{ADATAD}, {CUHK}")
+        for size, figure in (
+            ("small", "37.81"),
+            ("base", "38.35"),
+            ("large", "39.21"),
+            ("huge", "39.31"),
+            ("giant", "39.77"),
+            ("giant_224", "39.86"),
+        )
+    },
+}
+"""Recipe -> average mAP in percent, and whose."""
+
+_ROUNDING = "segments and scores are not rounded before windows are merged; OpenTAD rounds to 2 and 4 decimal places"
+_BEST = "the weights at the end are reported; OpenTAD reports the best of its evaluations, every {} epochs from {} on"
+_DECAY = "biases, norms and position tables of the backbone are not decayed; the source decays them"
+_BF16 = "bf16; the source trains in fp16 with loss scaling"
+_RATE = "frames are taken at a fixed rate; the source takes every second (or fourth) frame of each video's own rate"
+_BLOCKED = (
+    "every validation video of the shards counts; published figures are of 4,728 videos: give their list of blocked "
+    "ones to re2tal shards build --blocked"
+)
+_CHECKPOINTS = "the input of every block is kept, as the source's checkpoints do"
+_END_TO_END = {
+    "thumos14": (_RATE, _ROUNDING, _BEST.format(5, 79), _DECAY, _BF16),
+    "activitynet": (_BLOCKED, _ROUNDING, _BEST.format(1, 8), _DECAY, _BF16),
+}
+_ADATAD = {
+    "thumos14": (_RATE, _ROUNDING, _BEST.format(2, 40), _BF16),
+    "activitynet": (_BLOCKED, _ROUNDING, _BEST.format(1, 8), _BF16),
+}
+_AF = {
+    "thumos14": (
+        "test videos of more than 2304 steps are cut into windows that overlap by half; the source takes them whole",
+    ),
+    "activitynet": (_BLOCKED.replace("published figures", "OpenTAD's figures"),),
+}
+_UNTRIED = "untried: no source publishes settings for this combination; they are put together from those of its parts"
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What a recipe is made for, and what may be expected of it."""
+
+    ranks: int
+    """For how many it was made: together with its batch they set how many clips a step has."""
+    expected: str
+    """Published average mAP of its source, in percent; empty where there is none."""
+    source: str
+    """Whose settings, or figure."""
+    differs: tuple[str, ...]
+    """In what it differs from its source, sentence by sentence."""
+
+
+def about(name: str, run: RunConfig | RecognitionConfig) -> About:
+    """What is known of recipe `name`, whose settings are `run`."""
+    expected, source = PUBLISHED.get(name, ("", ""))
+    return About(ranks_of(name, run), expected, source, _differences(name, run))
+
+
+def ranks_of(name: str, run: RunConfig | RecognitionConfig) -> int:
+    """The number of ranks that recipe `name` was made for."""
+    if isinstance(run, RecognitionConfig):
+        return 8 if name.startswith("kinetics") else 2
+    if run.backbone.name == "features" or name.startswith("demo"):
+        return 1
+    if name == "activitynet_adatad_videomae_giant_224":
+        return 8
+    return 4 if isinstance(run.data.clips.windowing, ResizeWhole) else 2
+
+
+def _differences(name: str, run: RunConfig | RecognitionConfig) -> tuple[str, ...]:
+    if isinstance(run, RecognitionConfig) or name.startswith("demo"):
+        return ()
+    data = name.partition("_")[0]
+    if name in PUBLISHED and "adatad" in name:
+        return _ADATAD[data]
+    if name in PUBLISHED and run.backbone.name != "features":
+        plain = (_CHECKPOINTS,) if run.backbone.beta == 0 else ()
+        return (*_END_TO_END[data], *plain)
+    if "vsgn_features" in name and name in PUBLISHED:
+        return _vsgn_differences(run)
+    if "actionformer" in name or "tridet" in name or "temporalmaxer" in name:
+        other = "schedule, batch and suppression are those of the ActionFormer recipe"
+        return (*_AF.get(data, ()), *([] if name.endswith("actionformer_features") else [other]))
+    if name.endswith("_11gb"):
+        return (*_END_TO_END[data], "one clip at a time, in fp16, within 10 GB by plan; the sum of a step is the same")
+    return (_UNTRIED,)
+
+
+def _vsgn_differences(run: RunConfig) -> tuple[str, ...]:
+    assert isinstance(run.localizer, VSGNConfig)
+    if run.localizer.variant == "opentad":
+        return (_BLOCKED, "the head's batch is on one rank")
+    return (
+        "half of the windows are drawn short, at random; the source lists long and short ones, and takes each once",
+        "one soft-NMS per class; the source first drops overlaps above 0.4 within a window, and segments over 50 s",
+    )

@@ -1,0 +1,68 @@
+"""Compare two results files, or two settings with several seeds each, by a paired test over videos."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from re2tal.config import load_config
+from re2tal.data.contract.shards import open_any, subset_folder
+from re2tal.evaluation.comparison import Comparison, compare_runs
+from re2tal.evaluation.ground_truth import read_ground_truth
+from re2tal.evaluation.matching import Matches
+from re2tal.evaluation.results import read_results
+from re2tal.runs.evaluation import ScoringRules, match_results
+from re2tal.runs.folder import CONFIG_NAME
+from re2tal.structures import VideoRecord
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ComparisonOptions(ScoringRules):
+    """By which rules both are scored, and how often videos are drawn."""
+
+    draws: int = 1000
+    """How often as many videos as there are are drawn, with replacement."""
+    seed: int = 0
+    """Of the draws: the same seed gives the same intervals."""
+    seeds_of_a: tuple[Path, ...] = ()
+    """More results of A's setting, with other seeds: means over runs are compared, and runs are drawn too."""
+    seeds_of_b: tuple[Path, ...] = ()
+    """The same for B."""
+
+
+BY_DEFAULT = ComparisonOptions()
+
+
+def compare(
+    a: Path, b: Path, *, annotations: Path | None = None, options: ComparisonOptions = BY_DEFAULT
+) -> Comparison:
+    """The mAP of A and B, their difference, its interval and p.
+
+    Without `annotations`, those of the run folder that A lies in count. Raises ValueError, before anything is scored,
+    if there is none, and as `re2tal.evaluate`.
+    """
+    sides = [(a, *options.seeds_of_a), (b, *options.seeds_of_b)]
+    if missing := [path for side in sides for path in side if not path.is_file()]:
+        raise FileNotFoundError(f"{missing[0]} is not a file; give a results JSON")
+    truths, source = _truths(a, annotations, options)
+
+    def matched(paths: Sequence[Path]) -> list[tuple[str, Matches]]:
+        return [(str(path), match_results(read_results(path), truths, options, files=(path, source))) for path in paths]
+
+    return compare_runs(*map(matched, sides), num_draws=options.draws, seed=options.seed)
+
+
+def _truths(a: Path, annotations: Path | None, options: ComparisonOptions) -> tuple[Sequence[VideoRecord], Path]:
+    """The true actions, and where they are from."""
+    if annotations is not None:
+        return read_ground_truth(annotations, subset=options.subset), annotations
+    config_file = a.parent / CONFIG_NAME
+    if not config_file.is_file():
+        raise ValueError(
+            f"{a} lies in no run folder (no {CONFIG_NAME} beside it), so what is true is not known; give "
+            "--annotations FILE"
+        )
+    config = load_config(config_file)
+    folder = subset_folder(config.data.shards, config.data.validation_subset)
+    return [video.record for video in open_any(folder).videos], folder

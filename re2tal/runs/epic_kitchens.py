@@ -1,0 +1,72 @@
+"""Score a submission to EPIC-Kitchens-100's detection challenge against its table, such as EPIC_100_validation.csv."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator
+from pathlib import Path
+
+from re2tal.data.building.annotation_formats.found import as_seconds, subset_in_name
+from re2tal.data.building.annotations import read_video_ids
+from re2tal.evaluation.epic_kitchens import EpicReport, read_submission, score_submission
+from re2tal.evaluation.protocols import TIOU_THRESHOLDS
+from re2tal.runs.evaluation import ScoringOptions
+from re2tal.structures import Action, VideoRecord
+
+COLUMNS = ("video_id", "start_timestamp", "stop_timestamp", "verb_class", "noun_class")
+
+
+def evaluate_submission(predictions: Path, table: Path, options: ScoringOptions) -> EpicReport:
+    """The mAP of verbs, nouns and actions. Of `options`, thresholds and blocked videos count; others are refused."""
+    kept = ScoringOptions(
+        dataset=options.dataset, tiou_thresholds=options.tiou_thresholds, blocked_videos=options.blocked_videos
+    )
+    if options != kept or options.dataset not in ("thumos14", "epic-kitchens"):
+        raise ValueError(
+            f"{table} is scored by EPIC-Kitchens' own rules, with --tiou-thresholds and --blocked-videos at most; "
+            "leave the other options out"
+        )
+    truths = read_table(table)
+    report = score_submission(
+        read_submission(predictions),
+        truths,
+        tiou_thresholds=options.tiou_thresholds or TIOU_THRESHOLDS["epic-kitchens"],
+        blocked_videos=read_video_ids(options.blocked_videos) if options.blocked_videos else (),
+    )
+    try:
+        report.tasks["verb"].coverage.check()
+    except ValueError as error:
+        raise ValueError(f"{predictions} and {table} do not match: {error}") from None
+    return report
+
+
+def read_table(path: Path) -> list[VideoRecord]:
+    """The videos of a table of narrated segments; actions are labelled "verb,noun". ValueError names line and value."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is not a file; check the path")
+    by_video: dict[str, list[Action]] = {}
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        rows = csv.DictReader(file)
+        if missing := [name for name in COLUMNS if name not in (rows.fieldnames or ())]:
+            raise ValueError(
+                f"{path} has no column {missing[0]!r}; give EPIC_100_validation.csv, or annotations as JSON"
+            )
+        for number, row in enumerate(rows, start=2):
+            start, end, verb, noun = _values(row, f"{path}, line {number}")
+            by_video.setdefault(row["video_id"], []).append(Action(start, end, f"{verb},{noun}"))
+    subset = subset_in_name(path) or path.stem
+    return [
+        VideoRecord(video_id, subset, max(one.end_seconds for one in actions), tuple(actions))
+        for video_id, actions in by_video.items()
+    ]
+
+
+def _values(row: dict[str, str | None], where: str) -> Iterator[float | int]:
+    for name in ("start_timestamp", "stop_timestamp"):
+        if (seconds := as_seconds(row[name])) is None:
+            raise ValueError(f"{where}: {name} is {row[name]!r}; give HH:MM:SS.ss")
+        yield seconds
+    for name in ("verb_class", "noun_class"):
+        if not (row[name] or "").isdecimal():
+            raise ValueError(f"{where}: {name} is {row[name]!r}; give the number of a class")
+        yield int(row[name] or "")

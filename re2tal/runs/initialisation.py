@@ -1,0 +1,104 @@
+"""A first configuration for own data: each setting follows from the videos, the annotations and the memory at hand.
+
+videos, annotations -> facts (lengths, rates, classes) -> choices, each with its reason -> recipe.json
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from re2tal.config import RunConfig, save_config
+from re2tal.planning.choice import plan_step
+from re2tal.planning.free_memory import free_memory
+from re2tal.runs.deepspeed_presets import DEFAULT_PRESET, find_preset
+from re2tal.runs.initialisation_facts import DataFacts, look_at
+from re2tal.runs.initialisation_settings import Chosen, Start, choose, largest_batches
+from re2tal.runs.trained import default_device
+
+
+@dataclass(frozen=True, slots=True)
+class Initialisation:
+    """What to look at; `re2tal init --help` explains each."""
+
+    videos: Path
+    annotations: Path
+    out: Path
+    shards: Path | None
+    start: Start
+
+
+@dataclass(frozen=True, slots=True)
+class Initialised:
+    """A configuration that was written."""
+
+    config: RunConfig
+    reasons: Sequence[tuple[str, str, str]]
+    """Key, value, why."""
+    notes: Sequence[str]
+    """What about the data may disappoint."""
+    commands: Sequence[str]
+    """What to run next."""
+
+
+def initialise(options: Initialisation) -> Initialised:
+    """Look at the data and write a configuration that `re2tal train --config` takes.
+
+    Raises ValueError, before anything is written, for data that nothing can be learnt from.
+    """
+    out = options.out
+    if out.suffix != ".json":
+        raise ValueError(f"--out is {out}; a configuration is a .json file, such as recipe.json")
+    if out.exists():
+        raise ValueError(f"{out} is there already; choose another name, or remove it")
+    data = look_at(options.videos, options.annotations)
+    chosen = choose(data, options.start)
+    shards = options.shards or out.parent / "shards"
+    config = replace(chosen.config, name=out.stem, data=replace(chosen.config.data, shards=shards))
+    config, batch = _batch(config, data, default_device())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    save_config(out, config)
+    return Initialised(config, [*chosen.reasons, batch], data.notes, _commands(options, config, chosen, shards))
+
+
+def _batch(config: RunConfig, data: DataFacts, device: torch.device) -> tuple[RunConfig, tuple[str, str, str]]:
+    """The largest batch whose step fits into the memory at hand, of those that leave an epoch some steps."""
+    free = free_memory(device)
+    sizes = largest_batches(data.num_training)
+    if config.backbone.weights is not None:
+        sizes = [1]  # as the published recipes: clips are large
+    for size in sizes:
+        tried = replace(config, engine=replace(config.engine, batch_size=size))
+        # Weights change no sizes, and are not read for the count.
+        bare = replace(tried, backbone=replace(tried.backbone, weights=None, norm_eval=False))
+        counted = plan_step(
+            bare, find_preset(DEFAULT_PRESET), world_size=1, num_classes=len(data.classes), device=device
+        )
+        needed = counted.memory.peak
+        if needed <= free:
+            pieces = config.backbone.chunk_mebibytes
+            cut = f"branches in pieces of {pieces} MiB, " if pieces else "branches whole, "
+            why = f"a step needs {_gigabytes(needed)} of the {_gigabytes(free)} that are free on {device}; {cut}"
+            return tried, ("engine.batch_size", str(size), why + "re2tal plan --config shows it by part")
+    raise ValueError(
+        f"a step with one clip needs {_gigabytes(needed)}, but {device} has {_gigabytes(free)} free; use a machine "
+        "with more memory, or a smaller backbone (--backbone)"
+    )
+
+
+def _gigabytes(size: int) -> str:
+    return f"{size / 1e9:.1f} GB"
+
+
+def _commands(options: Initialisation, config: RunConfig, chosen: Chosen, shards: Path) -> list[str]:
+    rate = (
+        f" --fps {chosen.stored_fps:g}" if chosen.stored_fps else f" --frames {config.data.clips.windowing.num_frames}"
+    )
+    build = ["re2tal", "shards", "build", "--videos", str(options.videos), "--annotations", str(options.annotations)]
+    build += ["--out", str(shards), "--short-side", str(chosen.short_side)]
+    train = ["re2tal", "train", "--config", str(options.out), "--out", f"runs/{config.name}"]
+    return [shlex.join(build) + rate, shlex.join(train)]

@@ -1,0 +1,125 @@
+"""`re2tal merge-results`: the detections of several runs as one results file, and names for class-agnostic ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from re2tal.evaluation.coverage import name_some
+from re2tal.evaluation.results import Results, read_results, write_results
+from re2tal.evaluation.suppression import SuppressionConfig, suppress
+from re2tal.evaluation.video_classes import Fusion, read_video_classes
+from re2tal.inference import concatenate
+from re2tal.structures import Detections
+from re2tal.video_ids import match_ids
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MergeOptions:
+    """How results are merged."""
+
+    weights: tuple[float, ...] = ()
+    """What each file's scores are multiplied by, in the order of the files; by default all by 1."""
+    suppression: SuppressionConfig = field(default_factory=SuppressionConfig)
+    """Of repeated detections, among all files together. A single file is left as it is."""
+    video_classes: Path | None = None
+    """Scores of a classifier of whole videos that name class-agnostic detections, as for re2tal detect."""
+    top_k: int = 2
+    """With video_classes, each detection is written once for each of its video's so many best classes."""
+    fusion: Fusion = "product"
+    """With video_classes, a score is the detection's times its class's, or the square root of that."""
+
+
+AS_USUAL = MergeOptions()
+
+
+@dataclass(frozen=True, slots=True)
+class Merged:
+    """What was written."""
+
+    path: Path
+    num_videos: int
+    num_detections: int
+    notes: tuple[str, ...]
+    """What did not meet, a sentence each."""
+
+
+def merge_results(paths: Sequence[Path], out: Path, options: MergeOptions = AS_USUAL) -> Merged:
+    """Write the detections of all files, per video suppressed together, to `out`.
+
+    A video that only some of the files have is kept, and noted. Raises ValueError, before anything is written, for
+    weights that do not fit, files without a video in common, and video classes for detections that have classes.
+    """
+    weights = options.weights or (1.0,) * len(paths)
+    if not paths or len(weights) != len(paths):
+        raise ValueError(f"{len(paths)} results and {len(weights)} weights were given; give a weight for each, or none")
+    if not all(0 < weight < 1e6 for weight in weights):
+        raise ValueError(f"weights are {weights}; give positive numbers")
+    files = [read_results(path) for path in paths]
+    found, classes, notes = _together(files, paths, weights)
+    if len(files) > 1:
+        found = {video_id: _suppressed(one, video_id, options.suppression) for video_id, one in found.items()}
+        limit = options.suppression.max_per_video
+        if cut := [video_id for video_id, one in found.items() if len(one) >= limit]:
+            notes.append(
+                f"{len(cut)} videos reach the limit of {limit} detections (suppression.max_per_video); any more were "
+                f"cut: {name_some(cut)}"
+            )
+    if options.video_classes is not None:
+        if len(classes) > 1:
+            raise ValueError(
+                f"video classes, {options.video_classes}, were given, but {paths[0]} has classes of its own, such as "
+                f"{name_some(classes)}; leave the file out"
+            )
+        namer = read_video_classes(options.video_classes, fusion=options.fusion)
+        namer.check(found, top_k=options.top_k)
+        found, classes = namer.name(found, top_k=options.top_k), namer.classes
+    write_results(out, found, classes)
+    return Merged(out, len(found), sum(map(len, found.values())), tuple(notes))
+
+
+def _together(
+    files: Sequence[Results], paths: Sequence[Path], weights: Sequence[float]
+) -> tuple[dict[str, Detections], tuple[str, ...], list[str]]:
+    """All detections by video, weighted and with common labels; the labels' names; notes."""
+    index: dict[str, int] = {}
+    parts: dict[str, list[Detections]] = {}
+    seen: list[set[str]] = []
+    for results, weight in zip(files, weights, strict=True):
+        renamed = match_ids(results.predictions, parts) if parts else {}
+        labels = torch.tensor([index.setdefault(name, len(index)) for name in results.classes], dtype=torch.int64)
+        ours = {renamed.get(video_id, video_id): one for video_id, one in results.predictions.items()}
+        for video_id, one in ours.items():
+            parts.setdefault(video_id, []).append(replace(one, scores=one.scores * weight, labels=labels[one.labels]))
+        seen.append(set(ours))
+    if not set.intersection(*seen):
+        raise ValueError(
+            f"{', '.join(map(str, paths))} have no video in common: the first has {name_some(sorted(seen[0]))}; give "
+            "results of the same videos"
+        )
+    notes = [
+        f"{path} lacks {len(missing)} of the {len(parts)} videos, which have the others' detections alone: "
+        f"{name_some(missing)}"
+        for path, there in zip(paths, seen, strict=True)
+        if (missing := [video_id for video_id in parts if video_id not in there])
+    ]
+    notes += _label_notes(files, paths, index)
+    return {video_id: concatenate(some) for video_id, some in parts.items()}, tuple(index), notes
+
+
+def _label_notes(files: Sequence[Results], paths: Sequence[Path], index: Mapping[str, int]) -> list[str]:
+    return [
+        f"{path} never predicts {len(missing)} of the {len(index)} classes: {name_some(missing)}"
+        for path, results in zip(paths, files, strict=True)
+        if (missing := [name for name in index if name not in results.classes])
+    ]
+
+
+def _suppressed(found: Detections, video_id: str, config: SuppressionConfig) -> Detections:
+    try:
+        return suppress(found, config)
+    except ValueError as error:
+        raise ValueError(f"video {video_id!r}: {error}") from error

@@ -1,0 +1,145 @@
+"""The model card: what a model was trained on, what it reaches and by which protocol, as the hub reads it.
+
+The YAML head is what the hub's search and tables take; the text says the same to people.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
+
+import re2tal
+from re2tal.backbones.stored import NAME
+from re2tal.config import RunConfig
+from re2tal.data.streaming.windows import ResizeWhole, Slide
+
+MARK = "library_name: re2tal"
+"""In the head of each card that we write."""
+TASK = "temporal-action-localization"
+MOST_CLASSES = 40
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where the weights come from, and what they reach."""
+
+    source: str
+    """A sentence: what they were trained on, or converted from."""
+    dataset: str | None = None
+    """Name of the data set, if it is known."""
+    measured: Mapping[str, Any] | None = None
+    """Content of summary.json, as training writes it; None where nothing was measured."""
+    licence: str | None = None
+    """As the hub names licences, such as apache-2.0."""
+    notes: str = ""
+    """Paragraphs to add, in Markdown."""
+
+
+def model_card(config: RunConfig, classes: Sequence[str], origin: Origin) -> str:
+    """README.md of a model folder."""
+    head = ModelCardData(
+        library_name="re2tal",
+        license=origin.licence,
+        tags=[TASK, "video", config.backbone.name, config.localizer.name],
+        model_name=config.name,
+        eval_results=_results(origin),
+    )
+    parts = [
+        f"---\n{head.to_yaml().rstrip()}\n---",
+        f"# {config.name}",
+        f"A detector of {len(classes)} actions in video, for re2tal {re2tal.__version__}: {_network(config)}.",
+        _classes(classes),
+        f"## Input\n\n{_input(config)}",
+        f"## Training\n\n{origin.source}",
+        f"## Figures\n\n{_figures(config, origin)}",
+        _USE,
+        origin.notes,
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+_USE = """## Use
+
+```python
+import re2tal
+
+detector = re2tal.load_detector("FOLDER")  # or its name on the hub
+for action in detector.detect("party.mp4", min_score=0.3):
+    print(action.start_seconds, action.end_seconds, action.label, action.score)
+```"""
+
+
+def _network(config: RunConfig) -> str:
+    if config.backbone.name == NAME:
+        return f"{config.localizer.name} on stored features"
+    wired = "rewired (reversible)" if config.backbone.rewired else "plain"
+    return f"{config.localizer.name} on a {wired} {config.backbone.name}"
+
+
+def _classes(classes: Sequence[str]) -> str:
+    shown = ", ".join(f"`{_plain(name)}`" for name in classes[:MOST_CLASSES])
+    return f"Classes: {shown}{', ... (model.json has all)' if len(classes) > MOST_CLASSES else ''}."
+
+
+def _plain(name: str) -> str:
+    return "".join(one if one.isprintable() and one != "`" else "?" for one in name)
+
+
+def _input(config: RunConfig) -> str:
+    clips = config.data.clips
+    match clips.windowing:
+        case Slide(num_frames=frames, frames_per_second=rate):
+            taken = f"windows of {frames} frames" + (f" at {rate:g} per second ({frames / rate:g} s)" if rate else "")
+        case ResizeWhole(num_frames=frames):
+            taken = f"each video as {frames} frames, whatever its length"
+        case _:
+            raise AssertionError(clips.windowing)
+    if config.backbone.name == NAME:
+        return f"Stored features: {taken.replace('frames', 'steps')}."
+    how = "their middle square" if clips.fit == "crop" else "squeezed to a square"
+    return (
+        f"RGB pictures, {taken}, {how} at {clips.size} x {clips.size} pixels. `detect` does this with a video file of "
+        "any format and size."
+    )
+
+
+def _results(origin: Origin) -> list[EvalResult] | None:
+    if origin.measured is None or origin.dataset is None:
+        return None
+    measured = origin.measured
+    return [
+        EvalResult(
+            task_type=TASK,
+            dataset_type=origin.dataset,
+            dataset_name=origin.dataset,
+            dataset_split=measured["subset"],
+            metric_type="mAP",
+            metric_name=f"average mAP, tIoU {_thresholds(measured)}, protocol {measured['protocol']}",
+            metric_value=round(100 * measured["average_map"], 2),
+        )
+    ]
+
+
+def _thresholds(measured: Mapping[str, Any]) -> str:
+    return ", ".join(measured["map"])
+
+
+def _figures(config: RunConfig, origin: Origin) -> str:
+    if (measured := origin.measured) is None:
+        return "None was measured here. `re2tal evaluate` measures them."
+    names = list(measured["map"])
+    lines = [
+        f"Mean average precision in percent on the {measured['videos']} videos of `{measured['subset']}`, by temporal "
+        f"IoU, as protocol `{measured['protocol']}` counts (`re2tal evaluate --protocol {measured['protocol']}`); one "
+        f"training, seed {config.training.seed}.",
+        "",
+        "| " + " | ".join([*names, "average"]) + " |",
+        "| " + " | ".join(["---:"] * (len(names) + 1)) + " |",
+        "| " + " | ".join(f"{100 * one:.2f}" for one in [*measured["map"].values(), measured["average_map"]]) + " |",
+    ]
+    if measured.get("class_agnostic"):
+        lines.append("\nClass-agnostic: predictions and truths count as one class.")
+    return "\n".join(lines)

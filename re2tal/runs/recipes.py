@@ -1,0 +1,126 @@
+"""Recipes listed, described, and written into the page that people read."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from re2tal.config import RecognitionConfig, RunConfig
+from re2tal.data.streaming.windows import ResizeWhole, Slide, Trimmed
+from re2tal.planning.choice import plan_step
+from re2tal.recipes import RECIPES, find_recipe
+from re2tal.recipes.about import About, about
+from re2tal.runs.deepspeed_presets import DEFAULT_PRESET, find_preset
+from re2tal.strict_json import write_atomically
+from re2tal.tables import text_table
+
+BEGIN, END = "<!-- written by: re2tal recipes --write docs/recipes.md -->", "<!-- end of what it writes -->"
+NONE_PUBLISHED = "none published"
+
+
+def list_recipes() -> None:
+    """Print a line per recipe."""
+    rows = [("name", "backbone", "localizer", "mAP"), *(_row(name) for name in RECIPES)]
+    print(text_table(rows, align="<<<>", rules=(1,)))
+    print("mAP: what the source publishes; nothing here was reproduced. `re2tal recipes NAME` says more of one")
+
+
+def show_recipe(name: str, *, memory: bool) -> None:
+    """Print what is known of a recipe; with `memory`, plan its step too, which takes seconds."""
+    run = find_recipe(name)
+    lines = [*_lines(name, run, about(name, run))]
+    if memory:
+        lines.append(("memory", _planned(run, about(name, run))))
+    wrapped = ((key, textwrap.wrap(text, 96, break_long_words=False)) for key, text in lines)
+    print(text_table([("" if n else key, line) for key, parts in wrapped for n, line in enumerate(parts)], align="<"))
+
+
+def write_page(path: Path) -> None:
+    """Replace what lies between the two marks in a Markdown page; ValueError where they are not there."""
+    text = path.read_text()
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise ValueError(f"{path} has no place for the recipes: it needs the line {BEGIN!r} and, below it, {END!r}")
+    before, _, rest = text.partition(BEGIN)
+    write_atomically(path, f"{before}{BEGIN}\n{page()}{END}{rest.partition(END)[2]}")
+
+
+def page() -> str:
+    """All recipes as a Markdown table, and in what those with a published figure differ from their source."""
+    told = {name: about(name, find_recipe(name)) for name in RECIPES}
+    lines = ["", "| recipe | data | backbone | localizer | published |", "| --- | --- | --- | --- | --- |"]
+    for name in RECIPES:
+        run = find_recipe(name)
+        figure = f"{told[name].expected}: {told[name].source}" if told[name].expected else ""
+        lines.append(f"| `{name}` | {_data(run)} | {_backbone(run)} | {_localizer(run)} | {figure} |")
+    lines += ["", "Where they differ from their source:", ""]
+    groups: dict[str, list[str]] = {}
+    for name, one in told.items():
+        for sentence in one.differs:
+            groups.setdefault(sentence, []).append(f"`{name}`")
+    for sentence, names in groups.items():
+        whole = f"- {sentence[0].upper()}{sentence[1:]}: {', '.join(names)}."
+        lines += textwrap.wrap(whole, 108, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    return "\n".join([*lines, "", ""])
+
+
+def _row(name: str) -> tuple[str, str, str, str]:
+    run = find_recipe(name)
+    return name, _backbone(run), _localizer(run), about(name, run).expected or NONE_PUBLISHED
+
+
+def _lines(name: str, run: RunConfig | RecognitionConfig, told: About) -> Iterator[tuple[str, str]]:
+    program = "re2tal train" if told.ranks == 1 else f"deepspeed --num_gpus {told.ranks} launch/train.py"
+    yield "recipe", name
+    yield "command", f"{program} --recipe {name} --data.shards {run.data.shards}"
+    if run.backbone.name == "features":
+        yield "features", f"{run.backbone.feature_channels} channels, written by re2tal features extract or pack"
+    clips = run.engine.batch_size * run.engine.gradient_accumulation
+    yield "made for", f"{told.ranks} rank{'s' * (told.ranks > 1)} of {clips}: {told.ranks * clips} clips a step"
+    yield "data", _data(run)
+    yield "backbone", _backbone(run)
+    yield "localizer", _localizer(run)
+    yield "mAP", f"{told.expected} ({told.source}); not reproduced here" if told.expected else NONE_PUBLISHED
+    for sentence in told.differs:
+        yield "differs", sentence
+    if isinstance(run, RunConfig) and getattr(run.localizer, "class_agnostic", False):
+        yield "classes", "it finds actions without their class; name them: re2tal detect --video-classes FILE --top-k 2"
+
+
+def _planned(run: RunConfig | RecognitionConfig, told: About) -> str:
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    settings = find_preset(DEFAULT_PRESET)
+    planned = plan_step(run, settings, world_size=told.ranks, num_classes=20, device=device)
+    return f"{planned.memory.peak / 2**30:.2f} GiB a rank, planned for {told.ranks} on {device.type}"
+
+
+def _data(run: RunConfig | RecognitionConfig) -> str:
+    what = "steps" if run.backbone.name == "features" else "frames"
+    match run.data.clips.windowing:
+        case ResizeWhole(num_frames=count):
+            return f"whole videos as {count} {what}"
+        case Slide(num_frames=count, frames_per_second=None):
+            return f"windows of {count} {what}"
+        case Slide(num_frames=count, frames_per_second=float(rate)):
+            return f"windows of {count} {what}, {count / rate:.0f} s"
+        case Trimmed(num_frames=count):
+            return f"trimmed clips, {count} {what}"
+    raise AssertionError(run.data.clips.windowing)
+
+
+def _backbone(run: RunConfig | RecognitionConfig) -> str:
+    backbone = run.backbone
+    if backbone.name == "features":
+        return f"none: {backbone.feature_channels} channels"
+    if backbone.adapter != "none":
+        return f"{backbone.name}, adapters"
+    return f"{backbone.name}, {'rewired' if backbone.rewired and backbone.beta else 'plain'}"
+
+
+def _localizer(run: RunConfig | RecognitionConfig) -> str:
+    if isinstance(run, RecognitionConfig):
+        return "none: recognition"
+    agnostic = ", class-agnostic" if run.localizer.class_agnostic else ""
+    return f"{run.localizer.name}{agnostic}"

@@ -1,0 +1,65 @@
+"""`re2tal compare` on files: both are scored by the same rules, and the table says by which."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from parity.vectors import vectors_dir
+
+import re2tal
+from re2tal.cli import main
+
+GROUND_TRUTH = vectors_dir() / "eval_plain_gt.json"
+PREDICTIONS = vectors_dir() / "eval_plain_pred.json"
+
+
+def worse(folder: Path) -> Path:
+    """The same detections, two seconds late; one video is not there."""
+    results = json.loads(PREDICTIONS.read_text())["results"]
+    results.pop(next(video for video, rows in results.items() if rows))
+    for rows in results.values():
+        for row in rows:
+            row["segment"] = [value + 2 for value in row["segment"]]
+    path = folder / "worse.json"
+    path.write_text(json.dumps({"results": results}))
+    return path
+
+
+def test_two_files_are_compared_by_the_same_rules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    b, out = worse(tmp_path), tmp_path / "figures.json"
+    with pytest.raises(SystemExit, match="0"):
+        main(
+            [
+                "compare",
+                str(PREDICTIONS),
+                str(b),
+                "--annotations",
+                str(GROUND_TRUTH),
+                "--draws",
+                "50",
+                "--json",
+                str(out),
+            ]
+        )
+    figures = json.loads(out.read_text())["tiou"]
+    for side, path in (("a", PREDICTIONS), ("b", b)):
+        scored = re2tal.evaluate(path, GROUND_TRUTH)
+        assert figures["average"][side] == pytest.approx(scored.average_map)
+        assert figures["0.5"][side] == pytest.approx(scored.precision.map_by_tiou["0.5"])
+    printed = capsys.readouterr().out
+    assert "paired bootstrap, 50 draws of videos" in printed
+    assert "protocol opentad; subset validation: " in printed
+    assert "; no blocked list; by class" in printed
+    assert f"note: {b}: " in printed
+
+
+def test_what_is_missing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    b = worse(tmp_path)
+    with pytest.raises(SystemExit, match="2"):
+        main(["compare", str(b), str(b)])
+    assert "lies in no run folder (no config.json beside it)" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="2"):
+        main(["compare", str(b), str(tmp_path / "nothing.json"), "--annotations", str(GROUND_TRUTH)])
+    assert "nothing.json is not a file; give a results JSON" in capsys.readouterr().err
