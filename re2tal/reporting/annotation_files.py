@@ -90,7 +90,14 @@ def _tiers(actions: Iterable[FoundAction]) -> list[tuple[str, list[tuple[int, in
         while any(first < other[1] and other[0] < last for other in tiers.get((label, layer), [])):
             layer += 1
         tiers.setdefault((label, layer), []).append((first, last, label))
-    names = {(label, layer): label if layer == 0 else f"{label} ({layer + 1})" for label, layer in tiers}
+    taken = {label for label, _ in tiers}
+    names = {}
+    for label, layer in sorted(tiers):
+        name = f"{label} ({layer + 1})" if layer else label
+        while layer and name in taken:  # a class of this name, as ELAN refuses two tiers of one
+            name += "'"
+        taken.add(name)
+        names[label, layer] = name
     return [(names[key], sorted(tiers[key])) for key in sorted(tiers)] or [("actions", [])]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from re2tal.reporting.annotation_files import boris_events, csv_table, eaf
 from re2tal.reporting.found import FoundInVideo
 from re2tal.reporting.subtitles import srt, webvtt
 from re2tal.strict_json import write_atomically
+from re2tal.video_ids import MAX_BYTES
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +93,7 @@ class ResultsFile:
         target = self.out
         if self.out.suffix.lower() != row.suffix:
             target.mkdir(parents=True, exist_ok=True)
-            # Names of videos that are alike have their folders in them.
-            target = target / f"{video.name.replace('/', '%2F')}{row.suffix}"
+            target = target / f"{_file_name(video.name)}{row.suffix}"
         write_atomically(target, row.for_each(video))
 
     def write(self) -> None:
@@ -102,3 +103,12 @@ class ResultsFile:
             write_atomically(self.out, row.for_all(self.found))
         elif row.for_each is None:
             write_results(self.out, {one.name: one.detections for one in self.found}, self.classes)
+
+
+def _file_name(name: str) -> str:
+    """Of a video's own file: names of videos that are alike have their folders in them, which may be too many."""
+    whole = name.replace("/", "%2F")
+    if len(whole.encode()) <= MAX_BYTES:
+        return whole
+    digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+    return f"{digest} {whole.encode()[-(MAX_BYTES - 17) :].decode(errors='ignore')}"

@@ -12,8 +12,8 @@ from re2tal.data.building.annotations import (
     read_annotations,
     read_entry_ids,
     read_frame_rates,
-    read_video_ids,
 )
+from re2tal.data.building.blocked import read_blocked
 from re2tal.data.building.build_features import FeatureBuild
 from re2tal.data.building.catalog import DatasetSpec, find_dataset
 from re2tal.data.building.feature_files import FEATURE_SUFFIXES, FeatureFile, list_files
@@ -38,10 +38,9 @@ from re2tal.data.contract.feature_manifest import (
     StepsPerVideo,
     StoredType,
 )
-from re2tal.runs.shard_building import report_built, subsets_to_build
+from re2tal.runs.shard_building import print_some, report_built, subsets_to_build
 from re2tal.strict_json import sha256_of
 from re2tal.structures import VideoRecord
-from re2tal.video_ids import plain_id
 
 LEFT_OUT_SECONDS = 1e7
 """Stands in for the unknown length of a video whose file cannot be used, until it is left out for that."""
@@ -105,8 +104,12 @@ def pack(options: Pack) -> int:
     files = _files(options, spec)
     annotations = _annotations(options, spec, files, timing)
     subsets = options.subsets or subsets_to_build(annotations)
-    blocked = spec.blocked | {plain_id(one) for one in (read_video_ids(options.blocked) if options.blocked else ())}
-    records = {name: [one for one in annotations.subset(name) if one.video_id not in blocked] for name in subsets}
+    blocked, notes = read_blocked(options.blocked, annotations)
+    print_some([f"{options.blocked}: {note}" for note in notes], more="notes")
+    records = {
+        name: [one for one in annotations.subset(name) if one.video_id not in spec.blocked | blocked]
+        for name in subsets
+    }
     if empty := [name for name in subsets if not records[name]]:
         raise ValueError(f"every video of subset {empty[0]!r} is blocked; nothing is left to pack")
     packed = [record for name in subsets for record in records[name]]

@@ -12,7 +12,8 @@ from typing import Literal
 
 from tqdm import tqdm
 
-from re2tal.data.building.annotations import Annotations, read_annotations, read_video_ids
+from re2tal.data.building.annotations import Annotations, read_annotations
+from re2tal.data.building.blocked import read_blocked
 from re2tal.data.building.build import BuildConfig, build_shards, find_videos
 from re2tal.data.building.catalog import DatasetSpec, find_dataset
 from re2tal.data.building.clips import ClipList, read_clips
@@ -23,7 +24,6 @@ from re2tal.data.building.subset_names import rename_subsets
 from re2tal.data.contract.manifest import Encoding, FramesPerSecond, FramesPerVideo, Rejection
 from re2tal.runs.exit_status import TOO_MANY_REJECTED
 from re2tal.runs.shard_listing import describe
-from re2tal.video_ids import plain_id
 
 MAX_SHOWN = 20
 
@@ -92,6 +92,9 @@ def build(options: Build) -> int:
             raise ValueError(f"{name} is {share}; give a share from 0 to 1")
     config = _config(options, spec)
     listed, videos = _listed(options, spec)
+    blocked, notes = read_blocked(options.blocked, listed)
+    print_some([f"{options.blocked}: {note}" for note in notes], more="notes")
+    config = replace(config, blocked=config.blocked | blocked)
     status = 0
     for subset in options.subsets or subsets_to_build(listed):
         built = _build_with_bar(listed, videos, options.out, subset, config)
@@ -111,7 +114,7 @@ def _config(options: Build, spec: DatasetSpec) -> BuildConfig:
         dataset=options.dataset,
         encoding=_encoding(options, spec.encoding),
         file_names=spec.file_names,
-        blocked=spec.blocked | {plain_id(one) for one in (read_video_ids(options.blocked) if options.blocked else ())},
+        blocked=spec.blocked,
         max_damaged=options.max_damaged,
         copy=options.copy,
         shard_bytes=parse_size(options.shard_size),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
@@ -10,11 +11,12 @@ from re2tal.data.building.annotate import Annotated, annotate
 from re2tal.data.building.annotations import read_annotations
 from re2tal.data.building.catalog import DATASETS
 from re2tal.data.building.labels import read_class_list
-from re2tal.data.building.merge import check_ids, merge_shards, merged_classes
+from re2tal.data.building.merge import check_ids, merge_shards, merged_classes, same_pictures
 from re2tal.data.building.subset_names import rename_subsets
 from re2tal.data.contract.manifest import MANIFEST_NAME
 from re2tal.data.contract.shards import ShardSet, open_any, open_shards
 from re2tal.runs.exit_status import TOO_MANY_REJECTED
+from re2tal.runs.lock import locked
 from re2tal.runs.shard_building import print_some
 from re2tal.runs.shard_listing import describe
 
@@ -45,7 +47,10 @@ def relabel(
         read = rename_subsets(read, spec.subset_pairs)
     for note in read.notes:
         print(f"{annotations}: {note}")
-    changes = annotate(shards, read, blocked=spec.blocked if spec else frozenset())
+    with ExitStack() as locks:  # two that write at once would leave the index of one beside the manifest of the other
+        for one in subset_folders(shards):
+            locks.enter_context(locked(one))
+        changes = annotate(shards, read, blocked=spec.blocked if spec else frozenset())
     return max(_report(change, max_rejected) for change in changes)
 
 
@@ -88,6 +93,7 @@ def merge(folders: Sequence[Path], *, out: Path) -> int:
         subsets.setdefault(shards.subset, []).append(shards)
     if taken := [str(out / name) for name in subsets if (out / name / MANIFEST_NAME).is_file()]:
         raise ValueError(f"{taken[0]} holds shards already; give another --out")
+    print_some(same_pictures(opened), more="such videos")
     for name, found in subsets.items():
         for other in found[1:]:
             if other.manifest.encoding != found[0].manifest.encoding:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import nn
 
+from re2tal.data.contract.columns import shared_ids
 from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.data.streaming.stream import ClipStream, stream_clips
 from re2tal.distributed import World, value_of_each_rank
@@ -32,6 +34,17 @@ def stream_of(config: AnyRun, shards: ShardSet | FeatureSet, world: World, *, tr
         decoder=config.data.decoder,
         # torchrun and accelerate say it; under other launchers each rank counts for itself alone.
         ranks_on_host=int(on_host) if (on_host := os.environ.get("LOCAL_WORLD_SIZE", "")).isdecimal() else 1,
+    )
+
+
+def say_shared(training: ShardSet | FeatureSet, validation: ShardSet | FeatureSet) -> None:
+    """Warn of videos that a run is trained on and judged by."""
+    if training.root == validation.root or not (both := shared_ids(validation.videos, training.videos)):
+        return
+    print(
+        f"{len(both)} of {len(validation.videos)} videos of {validation.root} are in {training.root} too, such as "
+        f"{both[0]!r}: figures tell little of other videos; build, or annotate, both from one annotation file",
+        file=sys.stderr,
     )
 
 

@@ -33,11 +33,11 @@ from re2tal.runs.orphans import end_with_the_launcher
 from re2tal.runs.start import build_from, find_start
 from re2tal.runs.stored_features import check_kind, check_pair, describe, on_features
 from re2tal.runs.tasks import AnyRun, Outcome, judge
-from re2tal.runs.training_data import alike_on_any_ranks, prepare, stream_of
+from re2tal.runs.training_data import alike_on_any_ranks, prepare, say_shared, stream_of
 from re2tal.runs.training_end import TrainedRun, finish
 from re2tal.training.agreement import versions, weight_checksums
 from re2tal.training.annealing import beta_course
-from re2tal.training.checkpoint import CheckpointStore
+from re2tal.training.checkpoint import VALIDATION, CheckpointStore
 from re2tal.training.elastic import RANKS, same_clips_per_step
 from re2tal.training.engine import Engine, build_engine, join, leave, zero_stage
 from re2tal.training.finite import check_finite
@@ -54,6 +54,7 @@ from re2tal.training.zero_file import resolve_deepspeed_config
 
 STEPS_OF_EPOCH = "optimizer steps of an epoch"
 """In the identity of a run. The same for any number of ranks."""
+Pair = tuple[ShardSet | FeatureSet, ShardSet | FeatureSet]  # training, validation
 
 
 def train(
@@ -120,7 +121,7 @@ def _train(
     ranks.check()
     ds_file, settings = together(lambda: _engine_settings(ds, config, world))[world.rank]
     make_if_wanted(config, world)
-    training, validation = _open_both(config)
+    both = training, validation = _open_both(config)
     if isinstance(config, RunConfig) and isinstance(training, FeatureSet):
         config = on_features(config, training)
     check_kind(config, training)
@@ -140,7 +141,7 @@ def _train(
     earlier = folder / PLAN_NAME if resume else None
     plan = _plan(config, ds_file, world, classes=training.classes, device=device, earlier=earlier)
     ranks.check()
-    trainer = _build(config, settings, folder, world, build, training, evaluate=evaluate, device=device, plan=plan)
+    trainer = _build(config, settings, folder, world, build, both, evaluate=evaluate, device=device, plan=plan)
     resumed = resume and trainer.resume()
     if world.is_main:  # not before: a run that may not be resumed like this keeps the configuration it has
         save_config(folder / CONFIG_NAME, config)
@@ -191,6 +192,8 @@ def _open_both(config: AnyRun) -> tuple[ShardSet, ShardSet] | tuple[FeatureSet, 
             f"{training.root} has classes {list(training.classes)}, {validation.root} {list(validation.classes)}; "
             "build both from one annotation file"
         )
+    if is_main():
+        say_shared(training, validation)
     match training, validation:
         case ShardSet(), ShardSet():
             if isinstance(config, RecognitionConfig):
@@ -209,12 +212,13 @@ def _build(
     folder: Path,
     world: World,
     build: Callable[[], nn.Module],
-    shards: ShardSet | FeatureSet,
+    shards: Pair,
     *,
     evaluate: Callable[[Engine], Outcome],
     device: torch.device,
     plan: StepPlan | None,
 ) -> Trainer:
+    training, validation = shards
     seed = config.training.seed
     seed_generators(seed, rank=0)  # the same weights on all ranks
     model = build()
@@ -223,7 +227,7 @@ def _build(
     check_finite(model)
     if plan is not None:
         plan.apply(model)
-    clips = stream_of(config, shards, world, training=True)
+    clips = stream_of(config, training, world, training=True)
     accumulation = config.engine.gradient_accumulation
     # Earlier versions began a step with the last batches of one epoch and ended it with the first of the next.
     earlier = {STEPS_OF_EPOCH: clips.steps_per_epoch / accumulation}
@@ -231,7 +235,8 @@ def _build(
     refuse_differences(
         {
             **{f"DeepSpeed's {name}": value for name, value in flatten(settings)},
-            "training shards": shards.manifest_sha256,
+            "training shards": training.manifest_sha256,
+            VALIDATION: validation.manifest_sha256,
             "order of the first epoch": sha256(repr(clips.order(0)).encode()).hexdigest(),
             **weight_checksums(model),  # now: DeepSpeed will overwrite them with those of rank 0
         }
@@ -269,14 +274,16 @@ def _build(
     )
 
 
-def _identity(config: AnyRun, engine: Engine, shards: ShardSet | FeatureSet, world: World) -> dict[str, Any]:
+def _identity(config: AnyRun, engine: Engine, shards: Pair, world: World) -> dict[str, Any]:
     """What a checkpoint says of its run, by name; a run that resumes it has the same, but for what is resumable."""
+    training, validation = shards
     return {
         **dict(flatten(to_json(config))),
         RANKS: world.world_size,
         "ZeRO stage": zero_stage(engine),
-        "number of classes": len(shards.classes),
-        "training shards": shards.manifest_sha256,
+        "number of classes": len(training.classes),
+        "training shards": training.manifest_sha256,
+        VALIDATION: validation.manifest_sha256,
     }
 
 

@@ -34,6 +34,8 @@ from re2tal.training.watchdog import at
 
 SHAPE = (RANKS, ACCUMULATION, "ZeRO stage")
 """Of an identity: what may change as long as a step takes as many clips. See `elastic` and `reshard`."""
+VALIDATION = "validation shards"
+"""Of an identity: what may change, but not without a word. Checkpoints of earlier versions do not say it."""
 
 
 class CheckpointStore:
@@ -218,7 +220,7 @@ class CheckpointStore:
         changes = [
             f"{name} is {self.identity.get(name)!r}, the checkpoint has {saved.get(name)!r}"
             for name in sorted(self.identity.keys() | saved.keys())
-            if name not in (*SHAPE, *self.free) and not _alike(self.identity.get(name), saved.get(name))
+            if name not in (*SHAPE, VALIDATION, *self.free) and not _alike(self.identity.get(name), saved.get(name))
         ]
         batches, before = batches_of_step(self.identity), batches_of_step(saved)
         if batches != before:
@@ -227,6 +229,12 @@ class CheckpointStore:
             raise ValueError(
                 f"{checkpoint} is of another run: {'; '.join(changes)}. Resume with the config.json of its run folder "
                 "or choose another folder"
+            )
+        if saved.get(VALIDATION, self.identity.get(VALIDATION)) != self.identity.get(VALIDATION) and is_main():
+            print(
+                f"{VALIDATION} have changed since {checkpoint}: figures of before and after are of other videos or "
+                "labels",
+                file=sys.stderr,
             )
 
     def _changes(self, saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -362,14 +362,35 @@ def test_one_hdf5_file_may_hold_all_videos_under_their_names(tmp_path):
         pack(Pack(**{**given, "features": given["annotations"]}, stride_frames=4, window_frames=16))
 
 
-def test_blocked_videos_are_left_out_without_a_rejection(tmp_path):
+def test_a_file_is_never_two_videos(tmp_path):
+    write_given(tmp_path, fps={"a": 30.0, "v_a": 30.0}, steps={"a": 40, "v_a": 40})
+    (tmp_path / "a.npy").unlink()
+    with pytest.raises(ValueError, match=r"v_a\.npy would be video 'a' and video 'v_a'; keep one of them"):
+        pack(Pack(tmp_path, tmp_path / "annotations.json", tmp_path / "out", stride_frames=4, window_frames=16))
+
+
+def test_blocked_videos_are_left_out_without_a_rejection(tmp_path, capsys):
     steps = {"a": 40, "b": 33, "c": 35}
     write_given(tmp_path, fps=dict.fromkeys(steps, 30.0), steps=steps)
-    (tmp_path / "blocked.json").write_text('["b.mp4"]')
+    (tmp_path / "blocked.json").write_text('["v_b.mp4", "e"]')
     given = {"features": tmp_path, "annotations": tmp_path / "annotations.json", "out": tmp_path / "out"}
     assert pack(Pack(**given, stride_frames=4, window_frames=16, blocked=tmp_path / "blocked.json")) == 0
     found = features(tmp_path / "out" / "training")
     assert (sorted(found.by_id), found.manifest.rejected) == (["a", "c"], ())
+    assert "blocked.json: 1 of 2 ids to leave out are listed nowhere: 'e'" in capsys.readouterr().err
+
+
+def test_features_of_another_network_replace_those_of_the_same_size(tmp_path):
+    arrays = write_given(tmp_path / "f", fps=dict.fromkeys(STEPS, 30.0), steps=STEPS)
+    given = {"features": tmp_path / "f", "annotations": tmp_path / "f" / "annotations.json", "out": tmp_path / "out"}
+    again = Pack(**given, stride_frames=4, window_frames=16, dtype="float32", subsets=("training",))
+    assert pack(again) == 0
+    for name, array in arrays.items():
+        np.save(tmp_path / "f" / f"{name}.npy", array + 1)
+    assert pack(again) == 0
+    found = features(tmp_path / "out" / "training")
+    for video in found.videos:
+        assert torch.equal(read_features(found, video), torch.from_numpy(arrays[video.record.video_id] + 1).T)
 
 
 def test_a_subset_without_any_file_is_refused_before_the_others_are_packed(tmp_path):

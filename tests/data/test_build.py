@@ -17,7 +17,7 @@ from data.numbered import read_numbers
 from webdataset import WebDataset
 
 from re2tal.data.building.annotations import Annotations, read_annotations
-from re2tal.data.building.build import BuildConfig, build_shards, find_videos
+from re2tal.data.building.build import BuildConfig, build_shards, find_videos, list_items
 from re2tal.data.building.isolated import Isolated
 from re2tal.data.building.shard_plan import Item, Plan, extended
 from re2tal.data.contract.manifest import INDEX_NAME, MANIFEST_NAME
@@ -299,6 +299,9 @@ def test_a_video_with_two_files_is_an_error_that_names_both(tmp_path):
     with pytest.raises(ValueError, match=r"video 'a' is there as \['a.mp4', 'v_a.MKV'\]; keep one"):
         find_videos(tmp_path, ["b", "a"], file_names=("{id}", "v_{id}"))
     assert find_videos(tmp_path, ["b", "c"], file_names=("{id}", "v_{id}")) == {"b": tmp_path / "b.mp4"}
+    (tmp_path / "v_c.mp4").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"v_c\.mp4 would be video 'c' and video 'v_c'; keep one of them"):
+        find_videos(tmp_path, ["b", "c", "v_c"], file_names=("{id}", "v_{id}"))
 
 
 def test_a_subset_of_unusable_videos_only_is_an_error_with_a_reason(videos, annotations, tmp_path):
@@ -398,7 +401,7 @@ def test_an_encoder_that_dies_costs_its_video_and_not_the_build(videos, annotati
     config = replace(CONFIG, blocked=frozenset(BAD))
     built = build_shards(annotations, videos=videos, out=tmp_path, subset="training", config=config)
     (lost,) = built.rejected
-    assert lost.reason == "its process died (exit code -6)"
+    assert lost.reason == "its process died (exit code -6); to have it tried again, touch its file"
     assert len(open_shards(built.folder).videos) == len(GOOD) - 1
 
 
@@ -491,3 +494,15 @@ def test_a_copy_shows_the_colours_that_a_player_shows(tmp_path):
         shown = decode_frames(read_content(shards, video), [30]).numpy()[0].astype(int)
         for place, colour in (((24, 16), (255, 0, 0)), ((12, 48), (0, 255, 0)), ((36, 48), (0, 0, 255))):
             assert np.abs(shown[place] - colour).max() <= 4, (video.record.video_id, built.num_copies)
+
+
+def test_a_file_that_was_written_again_is_tried_again_if_it_was_refused_or_damaged(tmp_path):
+    """A download that was completed in place has the same length, and may have the same blocks."""
+    path = tmp_path / "a.mp4"
+    path.write_bytes(b"whatever it holds")
+    record = VideoRecord("a", "training", 2.0, ())
+    (before,) = list_items([record], {"a": path}, config=CONFIG)
+    os.utime(path, ns=(1, 1))
+    (after,) = list_items([record], {"a": path}, config=CONFIG)
+    assert before.fingerprint == after.fingerprint != ""
+    assert (before.terms != after.terms, after.modified_ns) == (True, 1)

@@ -1,5 +1,7 @@
 import sys
+from io import BytesIO
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -54,6 +56,29 @@ def test_parts_are_the_whole(video, decoder):
     parts = list(decode_parts(video, numbers, frame_bytes=(4 << 20) // 7, decoder=decoder))
     assert [len(part) for part in parts] == [7] * 14 + [2]
     assert torch.equal(torch.cat(parts), decode_frames(video, numbers))
+
+
+def coloured(matrix: int, *, full: bool) -> bytes:
+    """Three frames of two strong colours, in a file that names its matrix and range."""
+    file = BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        stream = container.add_stream("libx264", rate=30, options={"qp": "4"})
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuvj420p" if full else "yuv420p"
+        stream.codec_context.color_range, stream.codec_context.colorspace = 1 + full, matrix
+        pixels = np.full((64, 96, 3), (20, 90, 230), np.uint8)
+        pixels[:, :48] = 200, 30, 40
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(pixels, format="rgb24")))
+        container.mux(stream.encode(None))
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("full", [False, True], ids=["limited", "full"])
+@pytest.mark.parametrize("matrix", [1, 2, 4, 6, 7, 9])
+def test_colours_are_those_of_decord_whatever_matrix_a_copied_file_names(matrix, full):
+    mp4 = coloured(matrix, full=full)
+    one, other = (decode_frames(mp4, [0, 2], decoder=decoder) for decoder in ("decord", "pyav"))
+    assert torch.equal(one, other)
 
 
 def test_frames_are_counted(video):

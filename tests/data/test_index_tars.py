@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tarfile
 from io import BytesIO
 from pathlib import Path
@@ -14,7 +15,11 @@ from data.numbered import encode, encode_numbered, numbered_frame, read_numbers
 from webdataset.writer import TarWriter
 
 from re2tal.cli import main
-from re2tal.data.building.tar_samples import Sample, list_clips
+from re2tal.data.building import index_tars
+from re2tal.data.building.annotations import read_annotations
+from re2tal.data.building.match_samples import match_samples
+from re2tal.data.building.shard_plan import Item
+from re2tal.data.building.tar_samples import Sample, list_clips, read_samples
 from re2tal.data.contract.members import read_content, read_video
 from re2tal.data.contract.shards import open_shards
 from re2tal.data.contract.verify import damage
@@ -246,3 +251,18 @@ def test_tars_of_equal_names_and_sizes_are_told_apart_by_their_content(tmp_path,
 
 def test_a_key_that_stands_for_a_name_is_found_by_the_name():
     assert "my video.v2" in Sample(Path("a.tar"), "my%20video%2Ev2").names
+
+
+def test_a_tar_that_was_written_again_has_its_refused_videos_tried_again(tmp_path):
+    write_tars(tmp_path / "tars", a=[("one.mp4", b"whatever it holds")])
+    annotations = read_annotations(annotate(tmp_path / "a.json", "one"))
+
+    def item() -> Item:
+        return index_tars._item(annotations.subset("training")[0], match_samples(annotations, samples))
+
+    samples, _ = read_samples(tmp_path / "tars")
+    before = item()
+    os.utime(samples[0].tar, ns=(1, 1))
+    after = item()
+    assert before.fingerprint == after.fingerprint != ""
+    assert before.terms != after.terms

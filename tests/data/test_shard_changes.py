@@ -14,11 +14,13 @@ from data.folders import indexed, write_shards
 from data.numbered import encode_numbered, read_numbers
 
 from re2tal.cli import main
+from re2tal.data.building import annotate
 from re2tal.data.contract.commit import commit
 from re2tal.data.contract.members import read_video
 from re2tal.data.contract.shards import open_any, open_shards
 from re2tal.data.contract.verify import damage
 from re2tal.data.streaming.decode import decode_frames
+from re2tal.runs.lock import locked
 from re2tal.structures import Action
 
 SECONDS = 2.0
@@ -140,6 +142,49 @@ def test_annotations_of_other_videos_change_nothing(tmp_path, capsys):
     assert before == {path: path.read_bytes() for path in root.rglob("*.*") if path.is_file()}
 
 
+def test_an_id_in_another_unicode_form_is_the_same_video(tmp_path, capsys):
+    root = folder_of(tmp_path / "1", "caf\u00e9", "b")
+    given = annotations(tmp_path / "a.json", **{"cafe\u0301": ("training", SECONDS, [(0.5, 1.0, "y")])})
+    assert run(capsys, "annotate", root, given)[0] == 0
+    assert labels(root / "training") == {"caf\u00e9": ["y"]}
+    assert list(damage(open_shards(root / "training"))) == []
+
+
+def test_two_do_not_annotate_one_folder_at_once(tmp_path, capsys):
+    root = folder_of(tmp_path / "1", "a")
+    given = annotations(tmp_path / "a.json", a=("training", SECONDS, [(0.5, 1.0, "y")]))
+    with locked(root / "training"):
+        status, _, err = run(capsys, "annotate", root, given)
+    assert (status, f"{root}/training is in use by" in err, labels(root / "training")) == (2, True, {"a": ["x"]})
+    assert run(capsys, "annotate", root, given)[0] == 0
+    assert labels(root / "training") == {"a": ["y"]}
+    assert not (root / "training" / "lock").exists()
+
+
+def test_a_swap_of_subsets_that_was_broken_off_is_completed(tmp_path, capsys, monkeypatch):
+    root = folder_of(folder_of(tmp_path / "1", "a", "b"), "c", "d", subset="validation", first=90)
+    kind = {"a": "validation", "b": "training", "c": "training", "d": "validation"}
+    seconds = {"a": 2.0, "b": 61 / 30, "c": 3.0, "d": 91 / 30}
+    given = annotations(tmp_path / "a.json", **{k: (kind[k], seconds[k], [(0.5, 1.0, "x")]) for k in kind})
+    write = annotate._write
+    written = []
+
+    def once(change, classes):
+        if written:
+            raise KeyboardInterrupt
+        written.append(change.subset)
+        write(change, classes)
+
+    monkeypatch.setattr(annotate, "_write", once)
+    assert run(capsys, "annotate", root, given)[0] == 130
+    monkeypatch.undo()
+    for _ in range(2):
+        assert run(capsys, "annotate", root, given)[0] == 0
+        for subset, wanted in (("training", {"b": 60, "c": 89}), ("validation", {"a": 59, "d": 90})):
+            assert {name: last_frame(root / subset, name) for name in labels(root / subset)} == wanted
+            assert list(damage(open_shards(root / subset))) == []
+
+
 def test_merged_folders_hold_all_videos_with_their_labels(tmp_path, capsys):
     first, second = folder_of(tmp_path / "1", "a", "b", "c"), folder_of(tmp_path / "2", "d", first=90)
     given = annotations(tmp_path / "a.json", d=("training", 3.0, [(0.5, 1.0, "y")]))
@@ -162,6 +207,17 @@ def test_ids_that_two_folders_have_are_named_and_damaged_videos_left_out(tmp_pat
     assert status == 2
     assert f"1 videos are there twice: 'b' in {first}/training and in {second}/training" in err
     assert not (tmp_path / "out").exists()
+    status, _, err = run(capsys, "merge", first, tmp_path / "." / "1" / ".." / "1", "--out", tmp_path / "out")
+    assert (status, "is given twice" in err, (tmp_path / "out").exists()) == (2, True, False)
+    status, _, err = run(
+        capsys,
+        "merge",
+        folder_of(tmp_path / "c", "\u00e9"),
+        folder_of(tmp_path / "d", "e\u0301"),
+        "--out",
+        tmp_path / "out",
+    )
+    assert (status, "1 videos are there twice" in err) == (2, True)
     third = folder_of(tmp_path / "3", "d", "e")
     video = open_shards(third / "training").by_id["d"]
     tar = third / "training" / video.shard
@@ -170,6 +226,7 @@ def test_ids_that_two_folders_have_are_named_and_damaged_videos_left_out(tmp_pat
     tar.write_bytes(content)
     status, _, err = run(capsys, "merge", first, third, "--out", tmp_path / "out")
     assert (status, "rejected d: shard-000000.tar: crc32" in err) == (0, True)
+    assert f"'e' of {third}/training has the bytes of 'b' of {first}/training" in err
     assert [*labels(tmp_path / "out" / "training")] == ["a", "b", "e"]
     status, _, err = run(capsys, "merge", first, third, "--out", tmp_path / "out")
     assert (status, "holds shards already; give another --out" in err) == (2, True)

@@ -126,3 +126,22 @@ def test_a_video_that_moved_to_another_subset_is_not_made_again(tmp_path):
         assert sorted(open_shards(tmp_path / name).by_id) == sorted({one.video_id for one in wanted} - {"v3"})
     shards = open_shards(tmp_path / "validation")
     assert all(read_content(shards, one).startswith(one.record.video_id.encode()) for one in shards.videos)
+
+
+def test_damaged_and_refused_videos_are_made_again_once_their_file_was_written_again(tmp_path):
+    """The blocks that a fingerprint reads may all lie beside the hole that was filled."""
+    made = []
+
+    def holed(listed, path, isolated):
+        made.append(listed.video_id)
+        return replace(make(listed, path, isolated), damage="a hole" if listed.video_id == "v1" else "")
+
+    first = [replace(item, terms="1", modified_ns=1) for item in items(5)]
+    folder(tmp_path).build(first, holed)
+    folder(tmp_path).build(first, pytest.fail)
+    made.clear()
+    again = [replace(item, terms="2", modified_ns=2) for item in first]
+    folder(tmp_path).build(again, lambda one, *rest: (made.append(one.video_id), make(one, *rest))[1])
+    assert sorted(made) == ["v1", "v3"]
+    assert open_shards(tmp_path).manifest.damaged == ()
+    folder(tmp_path).build(again, pytest.fail)

@@ -11,6 +11,7 @@ import torch
 from re2tal.data.building.annotation_formats.formats import read_files
 from re2tal.data.building.annotation_formats.found import Found, Wanted
 from re2tal.evaluation.results import read_results
+from re2tal.reporting.annotation_files import eaf
 from re2tal.reporting.found import FoundInVideo
 from re2tal.reporting.result_files import RESULT_FORMATS, ResultsFile, choose_format
 from re2tal.reporting.subtitles import srt, webvtt
@@ -38,6 +39,22 @@ def test_subtitles_by_hand() -> None:
         "WEBVTT\n\n00:00:00.500 --> 00:00:01.750\n"
         'run &lt;b&gt;"fast"&lt;/b&gt; &amp; --&gt; away (0.50)\n\n00:00:01.000 --> 00:00:02.000\n'
     )
+
+
+def test_videos_deep_in_folders_have_files_of_their_own(tmp_path: Path) -> None:
+    results = ResultsFile(tmp_path / "out", "srt", CLASSES)
+    names = ["folder \u00e9/" * 40 + f"{side}/a.mp4" for side in ("left", "right")]
+    names.append("other/" * 60 + names[0])
+    for name in names:
+        results.add(video(name))
+    assert len([*(tmp_path / "out").iterdir()]) == 3
+    assert all(path.name.endswith("%2Fa.mp4.srt") for path in (tmp_path / "out").iterdir())
+
+
+def test_no_two_tiers_of_elan_have_one_name() -> None:
+    found = Detections(torch.tensor([[0.0, 2.0], [1.0, 3.0], [0.0, 2.0]]), torch.ones(3), torch.tensor([0, 0, 1]))
+    tree = ElementTree.fromstring(eaf(FoundInVideo("a", None, 4.0, found, ("jump", "jump (2)"))))
+    assert [tier.get("TIER_ID") for tier in tree.iter("TIER")] == ["jump", "jump (2)'", "jump (2)"]
 
 
 @pytest.mark.parametrize(("format_name", "reader"), [("csv", "csv"), ("boris", "boris"), ("eaf", "elan")])

@@ -156,6 +156,19 @@ def test_a_value_that_had_no_name_when_a_checkpoint_was_written_was_the_default(
         trained.resume()
 
 
+def test_other_validation_shards_may_be_resumed_with_but_not_without_a_word(trained, capsys):
+    saved = trained.checkpoints
+    before = CheckpointStore(saved.folder, identity={**saved.identity, "validation shards": "1"})
+    trained.checkpoints = before
+    assert trained.resume()  # of an earlier version, which did not say it
+    before.save(trained.engine, trained.average, trained.progress)
+    assert trained.resume()
+    assert capsys.readouterr().err == ""
+    trained.checkpoints = CheckpointStore(saved.folder, identity={**saved.identity, "validation shards": "2"})
+    assert trained.resume()
+    assert "validation shards have changed since" in capsys.readouterr().err
+
+
 def test_nothing_in_a_checkpoint_is_executed(trained, tmp_path):
     canary = tmp_path / "canary"
 

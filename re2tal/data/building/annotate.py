@@ -43,6 +43,7 @@ from re2tal.data.contract.shards import FeatureSet, ShardSet, open_any
 from re2tal.data.streaming.decode import DecodeError
 from re2tal.strict_json import sha256_of, write_atomically
 from re2tal.structures import VideoRecord, find_subset
+from re2tal.video_ids import composed
 
 UNLISTED_NAME = "unlisted.jsonl"
 ABSENT = "its pictures are in none of these shards; add them with `re2tal shards build`"
@@ -86,7 +87,9 @@ def annotate(folder: Path, annotations: Annotations, *, blocked: frozenset[str] 
     is_single = (folder / MANIFEST_NAME).is_file()
     earlier = {one.video_id: one.reason for found in opened for one in found.manifest.rejected}
     seen: set[str] = set()
-    records = [one for found in annotations.subsets.values() for one in found if one.video_id not in blocked]
+    as_here = {composed(video_id): video_id for video_id in stored}  # another program may write another Unicode form
+    listed = [one for found in annotations.subsets.values() for one in found if one.video_id not in blocked]
+    records = [replace(one, video_id=as_here.get(composed(one.video_id), one.video_id)) for one in listed]
     for record in sorted(records, key=lambda one: one.video_id not in stored):  # a new subset begins with a video
         name = find_subset(record.subset, changes)
         home, entry = stored.get(record.video_id, (None, None))

@@ -17,7 +17,7 @@ from re2tal.data.building.annotations import Annotations
 from re2tal.data.building.clips import ClipList
 from re2tal.data.building.content import content_id
 from re2tal.data.building.make_videos import OnVideo
-from re2tal.data.building.named_files import NamedFiles
+from re2tal.data.building.named_files import NamedFiles, refuse_shared
 from re2tal.data.building.pack_videos import VideoPacker
 from re2tal.data.building.probe import MAX_DAMAGED
 from re2tal.data.building.shard_folder import BuiltSubset, Listed, fingerprint
@@ -105,10 +105,12 @@ def list_items(records: Sequence[Listed], sources: Mapping[str, Path], *, config
             return Item(listed, "")
         seconds = f"{listed.duration_seconds} s, " if isinstance(listed, VideoRecord) else ""
         try:
-            mark, num_bytes = fingerprint(*base, content_id(source)), source.stat().st_size
+            mark, status = fingerprint(*base, content_id(source)), source.stat()
         except OSError as error:
             return Item(listed, "", fault=f"{source.name} cannot be read: {error.strerror}; copy it again")
-        return Item(listed, mark, num_bytes, terms=f"{seconds}{config.max_damaged:g} damaged")
+        modified_ns = status.st_mtime_ns
+        terms = f"{seconds}{config.max_damaged:g} damaged, {modified_ns}"
+        return Item(listed, mark, status.st_size, terms=terms, modified_ns=modified_ns)
 
     with ThreadPoolExecutor(8) as pool:  # on a disk of the network each file takes a while
         return list(pool.map(item, records))
@@ -143,4 +145,5 @@ def find_videos(folder: Path, video_ids: Sequence[str], *, file_names: Sequence[
             raise ValueError(f"{folder}: video {video_id!r} is there as {[p.name for p in matches]}; keep one of them")
         if matches:
             found[video_id] = matches[0]
+    refuse_shared(folder, {video_id: path.name for video_id, path in found.items()})
     return found

@@ -35,7 +35,7 @@ class FeatureShard:
     name: str
     records: tuple[VideoRecord, ...]
     sources: tuple[str, ...] = ()
-    """Identifies the state of the source files, for example by their sizes."""
+    """Identifies the state of the source files."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -54,7 +54,7 @@ def list_files(place: Path, *, suffix: str | None = None) -> tuple[FeatureFile, 
         wanted = (suffix,) if suffix else FEATURE_SUFFIXES
         inside = (one for one in sorted(place.iterdir()) if one.suffix.lower() in wanted)
         return tuple(FeatureFile(one) for one in inside if not one.name.startswith("._") and one.is_file())
-    if not place.is_file() or place.suffix.lower() not in (".h5", ".hdf5"):
+    if not place.is_file() or place.suffix.lower() not in HDF5_SUFFIXES:
         raise ValueError(f"{place} is not a folder; give the folder that holds the files of features, or one .h5 file")
     try:
         import h5py
@@ -185,9 +185,22 @@ def _csv(path: Path, key: str | None) -> np.ndarray:
             quotechar='"',
             encoding="utf-8-sig",
         )
-    if len(values) > 1 and values.shape[1] > 1 and (values[:, 0] == np.arange(len(values))).all():
-        raise _Unfit("begins with a column that counts the rows; write it without row numbers")
+    if not len(values):
+        raise _Unfit("has no row of numbers with a point before their decimals")
+    if values.shape[1] > 1 and _counts(values[:, 0]):
+        raise _Unfit("begins with a column that counts rows, frames or seconds; write it without this column")
+    if len(values) > 1 and _counts(values[0]):
+        raise _Unfit("begins with a row that counts columns, frames or seconds; write it without this row")
     return values
+
+
+def _counts(numbers: np.ndarray) -> bool:
+    """Whether these are numbers from 0 or 1, or rise by the same step, as times do: features do not."""
+    steps = np.diff(numbers)
+    if not len(steps):
+        return False
+    is_whole = numbers[0] in (0, 1) and (steps == 1).all()
+    return bool(is_whole or (len(steps) > 2 and steps.min() > 0 and np.ptp(steps) <= 0.05 * steps.mean()))
 
 
 def _number(text: str) -> float | None:
@@ -207,6 +220,7 @@ _READERS: dict[str, Callable[[Path, str | None], np.ndarray]] = {
     ".csv": _csv,
 }
 FEATURE_SUFFIXES = tuple(_READERS)
+HDF5_SUFFIXES = (".h5", ".hdf5")
 
 
 def _chosen(names: Sequence[str], load: Callable[[str], np.ndarray], key: str | None) -> np.ndarray:

@@ -67,10 +67,11 @@ def _item(listed: Listed, matches: Matches) -> Item:
     try:
         offset, size = _place(sample)
         mark = fingerprint("index 2", content_id(sample.tar, offset=offset, num_bytes=size))
+        modified_ns = sample.tar.stat().st_mtime_ns
     except (ValueError, OSError) as error:
         return Item(listed, "", fault=f"{sample.tar.name} {sample.key}: {error}")
-    seconds = f"{listed.duration_seconds} s" if isinstance(listed, VideoRecord) else ""
-    return Item(listed, mark, size, terms=seconds)
+    seconds = f"{listed.duration_seconds} s, " if isinstance(listed, VideoRecord) else ""
+    return Item(listed, mark, size, terms=f"{seconds}{modified_ns}")
 
 
 def _made(matches: Matches, listed: Listed, target: Path, isolated: Isolated) -> Made:

@@ -19,6 +19,7 @@ from re2tal.data.contract.commit import commit
 from re2tal.data.contract.manifest import MANIFEST_NAME, IndexedVideo, Manifest, Rejection, ShardFile
 from re2tal.data.contract.shards import ShardSet
 from re2tal.data.contract.verify import check_video
+from re2tal.video_ids import composed
 
 MAX_SHOWN = 10
 
@@ -32,12 +33,14 @@ def merged_classes(folders: Iterable[ShardSet]) -> tuple[str, ...]:
 
 
 def check_ids(folders: Sequence[ShardSet]) -> None:
-    """ValueError that names the videos which two folders have."""
+    """ValueError that names a folder that is given twice, and the videos which two have, in any Unicode form."""
+    if again := [one for one, count in Counter(shards.root.resolve() for shards in folders).items() if count > 1]:
+        raise ValueError(f"{again[0]} is given twice; give each folder once")
     first: dict[str, Path] = {}
     twice: list[str] = []
     for shards in folders:
         for video_id in shards.by_id:
-            other = first.setdefault(video_id, shards.root)
+            other = first.setdefault(composed(video_id), shards.root)
             if other != shards.root:
                 twice.append(f"{video_id!r} in {other} and in {shards.root}")
     if twice:
@@ -46,6 +49,18 @@ def check_ids(folders: Sequence[ShardSet]) -> None:
             f"{len(twice)} videos are there twice: {', '.join(twice[:MAX_SHOWN])}{more}; leave them out of one with "
             "`re2tal shards annotate`"
         )
+
+
+def same_pictures(folders: Sequence[ShardSet]) -> list[str]:
+    """What to say of videos that have the same bytes as one of another folder, under another id: a sentence each."""
+    first: dict[tuple[int, int], tuple[str, Path]] = {}
+    said = []
+    for shards in folders:
+        for video_id, video in shards.by_id.items():
+            other, root = first.setdefault((video.crc32, video.num_frames), (video_id, shards.root))
+            if root != shards.root:
+                said.append(f"{video_id!r} of {shards.root} has the bytes of {other!r} of {root}")
+    return said
 
 
 def merge_shards(folders: Sequence[ShardSet], out: Path, *, classes: tuple[str, ...]) -> Manifest:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Generic, TypeVar
 
 from re2tal.video_ids import composed, plain_id
@@ -30,3 +30,14 @@ class NamedFiles(Generic[File]):
             if found := [file for name in names for file in files.get(name, [])]:
                 return found
         return []
+
+
+def refuse_shared(place: object, files: Mapping[str, str]) -> None:
+    """ValueError where one file of `files`, video id -> its name, would be two videos: `a` and `v_a` by file v_a."""
+    owners: dict[str, str] = {}
+    for video_id, name in files.items():
+        if (other := owners.setdefault(name, video_id)) != video_id:
+            raise ValueError(
+                f"{place}: {name} would be video {other!r} and video {video_id!r}; keep one of them in the "
+                "annotations, or give both files"
+            )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -19,8 +20,9 @@ import torch
 
 from re2tal.data.building.annotations import duration_tolerance
 from re2tal.data.building.build_features import Computed, FeatureShard
-from re2tal.data.building.feature_files import FEATURE_SUFFIXES, FeatureFile
-from re2tal.data.building.named_files import NamedFiles
+from re2tal.data.building.content import content_id
+from re2tal.data.building.feature_files import FEATURE_SUFFIXES, HDF5_SUFFIXES, FeatureFile
+from re2tal.data.building.named_files import NamedFiles, refuse_shared
 from re2tal.data.building.shard_folder import share_out
 from re2tal.data.contract.feature_manifest import SourceFile
 from re2tal.strict_json import sha256_of
@@ -104,6 +106,7 @@ class FeatureFiles:
                 f"{', '.join(FEATURE_SUFFIXES[1:])}) and so on; {self._what_is_there()}; if only their ends differ, "
                 "give --prefix and --suffix"
             )
+        refuse_shared(self.place, {video_id: files[0].name for video_id, files in found.items()})
         return found
 
     def load(self, files: Sequence[FeatureFile]) -> np.ndarray:
@@ -230,9 +233,22 @@ def plan_feature_shards(
     videos_per_shard: int | None,
 ) -> list[FeatureShard]:
     """Put records into shards in an order that depends on the seed alone; videos without a file keep their place."""
+    paths = list(dict.fromkeys(one.path for record in records for one in found.get(record.video_id, ())))
+    with ThreadPoolExecutor(8) as pool:  # on a disk of the network each file takes a while
+        marks = dict(zip(paths, pool.map(_mark, paths), strict=True))
     shards = []
     for name, chosen in share_out(records, seed=seed, per_shard=videos_per_shard, most=256):
         files = (found.get(record.video_id, ()) for record in chosen)
-        sources = tuple(" ".join(f"{one.name} {one.path.stat().st_size}" for one in own) or "missing" for own in files)
+        sources = tuple(" ".join(f"{one.name} {marks[one.path]}" for one in own) or "missing" for own in files)
         shards.append(FeatureShard(name, chosen, sources))
     return shards
+
+
+def _mark(path: Path) -> str:
+    """What tells a file from the one that it replaced: features of another network have the same size."""
+    try:
+        mark = content_id(path)
+        # Of a file of many videos most lies between the blocks that were read.
+        return f"{mark} {path.stat().st_mtime_ns}" if path.suffix.lower() in HDF5_SUFFIXES else mark
+    except OSError as error:
+        return f"unreadable: {error.strerror}"

@@ -15,7 +15,7 @@ from re2tal.data.building.annotations import duration_tolerance
 from re2tal.data.building.check import MAX_DIFFERENCE, Normalised, check_normalised
 from re2tal.data.building.copy_video import COPY_DIFFERENCE, check_as_it_is
 from re2tal.data.building.encode import normalise_video
-from re2tal.data.building.isolated import Isolated
+from re2tal.data.building.isolated import Isolated, IsolationError
 from re2tal.data.building.make_videos import Made
 from re2tal.data.building.probe import probe_video
 from re2tal.data.building.shard_folder import Listed
@@ -64,6 +64,8 @@ class VideoPacker:
             raise
         except Exception as error:  # one video, whatever it does to us, never ends a build
             what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+            if isinstance(error, IsolationError):  # the system may have killed it for memory
+                what += "; to have it tried again, touch its file"
             raise ValueError(what.replace(str(source), source.name).replace(str(target), "as stored")) from None
         description = StoredVideo(
             num_frames=normalised.num_frames,

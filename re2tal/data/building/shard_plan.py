@@ -47,6 +47,9 @@ class Item:
     """Why there is nothing."""
     terms: str = ""
     """What else decides whether it is refused: once it changes, a refused video is tried again."""
+    modified_ns: int = 0
+    """When its source was written last: a damaged one is made again once that changes. A fingerprint need not show
+    that a hole in the middle of a file was filled."""
 
     @property
     def video_id(self) -> str:
@@ -94,6 +97,8 @@ class StoredPictures:
     """How long the source lasts."""
     damage: str
     is_copy: bool
+    modified_ns: int = 0
+    """Of a damaged one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,14 +185,16 @@ def places(plan: Plan, reports: Mapping[str, GroupReport | None], items: Sequenc
     found = {}
     for group in plan.groups:
         report = reports[group.name]
-        stored = {(one.video_id, one.fingerprint) for one in report.videos} if report else set()
+        stored = {(one.video_id, one.fingerprint): one for one in report.videos} if report else {}
         refused = {(one.video_id, one.fingerprint, one.terms) for one in report.refused} if report else set()
         for planned in group.videos:
             item = wanted.get(planned.video_id)
             if item is None or item.fingerprint != planned.fingerprint:
                 continue
             key = item.video_id, item.fingerprint
-            if report is None or key in stored or (*key, item.terms) in refused:
+            one = stored.get(key)
+            is_there = one is not None and not (one.damage and one.modified_ns not in (0, item.modified_ns))
+            if report is None or is_there or (*key, item.terms) in refused:
                 found[item.video_id] = group
     return found
 

@@ -176,7 +176,8 @@ class VideoFolder:
             files.append(ShardFile(name, tar.stat().st_size, sha256_of(tar), len(part)))
             for (item, one, _), crc32, (offset, num_bytes) in zip(part, sums, tar_places, strict=True):
                 kept = item.video_id, item.fingerprint, name, offset, num_bytes, crc32
-                videos.append(StoredPictures(*kept, one.description, one.seconds, one.damage, one.is_copy))
+                modified_ns = item.modified_ns if one.damage else 0
+                videos.append(StoredPictures(*kept, one.description, one.seconds, one.damage, one.is_copy, modified_ns))
         refused = tuple(one for _, one, _ in results if isinstance(one, Refused))
         write_report(self.root, group, GroupReport(tuple(files), tuple(videos), refused))
 

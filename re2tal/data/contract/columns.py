@@ -66,6 +66,20 @@ def columns_of(videos: Sequence[IndexedVideo | IndexedFeatures]) -> np.ndarray:
     return np.array(rows, ROW)
 
 
+def shared_ids(
+    some: Sequence[IndexedVideo | IndexedFeatures], others: Sequence[IndexedVideo | IndexedFeatures]
+) -> list[str]:
+    """Ids that two indexes have in common, without reading them whole."""
+    places = np.flatnonzero(np.isin(_id_numbers(some), _id_numbers(others)))
+    return [some[int(place)].record.video_id for place in places]
+
+
+def _id_numbers(videos: Sequence[IndexedVideo | IndexedFeatures]) -> np.ndarray:
+    if isinstance(videos, MappedIndex):
+        return videos.columns["id"]
+    return np.array([_id_number(video) for video in videos], ROW["id"])
+
+
 def write_columns(
     root: Path, videos: Sequence[IndexedVideo | IndexedFeatures], lines: Sequence[bytes], *, index_sha256: str
 ) -> None:

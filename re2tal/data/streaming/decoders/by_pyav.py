@@ -13,6 +13,15 @@ from torch import Tensor
 
 from re2tal.data.streaming.decoders.base import check_numbers, not_decoded, not_opened
 
+_MATRICES = {
+    1: Colorspace.ITU709,
+    4: Colorspace.FCC,
+    7: Colorspace.SMPTE240M,
+    9: Colorspace.BT2020,
+    10: Colorspace.BT2020,
+}
+"""By the number that the H.264 standard has for it; BT.601 for the others, and where the file names none."""
+
 
 def decode(video: bytes, numbers: np.ndarray, *, at_once: int) -> Iterator[Tensor]:
     """As `Decoder`."""
@@ -42,8 +51,9 @@ def _pictures(
     done = 0
     for frame in _decoded(stream, packets, numbers):
         if done < len(times) and frame.pts == times[done]:
-            # decord's conversion, whatever the file says of its colours.
-            rgb = frame.reformat(format="rgb24", src_colorspace=Colorspace.ITU601, interpolation=Interpolation.BICUBIC)
+            # decord's conversion: by the matrix that the file names, as copied files may name any.
+            matrix = _MATRICES.get(int(frame.colorspace), Colorspace.ITU601)
+            rgb = frame.reformat(format="rgb24", src_colorspace=matrix, interpolation=Interpolation.BICUBIC)
             found.append(rgb.to_ndarray())
             done += 1
             if len(found) == at_once or done == len(times):
