@@ -1,4 +1,4 @@
-"""benchmarks/claims.py: measurements are kept and not repeated, failures are named, and the page says what was not run."""
+"""benchmarks/claims.py: measurements are kept, failures are named, and the page says what was not run."""
 
 from __future__ import annotations
 
