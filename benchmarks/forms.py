@@ -38,7 +38,7 @@ from re2tal.planning.options import SAVING_ATTENTION
 from re2tal.planning.settings import Setting, configure, outputs_worth_saving
 from re2tal.reversible.fake import on_fake_tensors
 from re2tal.reversible.live_bytes import LiveBytes
-from re2tal.reversible.precision import Grid
+from re2tal.reversible.precision import GridStep
 from re2tal.rewire import RewiringConfig, residual_branches, rewire, stages_of, unrewire
 
 FORMS = (
@@ -155,7 +155,7 @@ class Network:
         *,
         doubled: str | None = None,
         recompute: bool = True,
-        grid: Grid = "auto",
+        grid: GridStep = "auto",
         offload: bool = False,
     ) -> nn.Module | None:
         """The backbone in one of FORMS, with the parameters of all others; None where a family has no such form.

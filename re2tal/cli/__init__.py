@@ -30,6 +30,10 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "shards": ("re2tal.cli.shards:shards", "pack videos and annotations into training data"),
     "features": ("re2tal.cli.features:features", "store a backbone's features of each video, to train on them instead"),
     "train": ("re2tal.cli.train:train", "train and evaluate a detector, or a recognizer to fine-tune a backbone"),
+    "reproduce": (
+        "re2tal.cli.reproduce:reproduce",
+        "train a published setting, and compare the score with the published one",
+    ),
     "plan": ("re2tal.cli.plan:plan", "print the memory of a training step by part, before anything is launched"),
     "detect": ("re2tal.cli.detect:detect", "find actions in video files or shards with a trained detector"),
     "classify": ("re2tal.cli.classify:classify", "classify trimmed videos with a trained recognizer"),

@@ -52,21 +52,38 @@ def show_dataset(name: str) -> int:
     return 0
 
 
+@dataclass(frozen=True, slots=True)
+class ComparedFile:
+    """An annotation file beside what is known of its data set."""
+
+    videos: int
+    actions: int
+    renamed: Mapping[str, str]
+    """Subset in the file -> what recipes call it, where the two differ."""
+    differences: tuple[str, ...]
+    """From the data set, a sentence each."""
+
+
+def compare_with_facts(name: str, path: Path) -> ComparedFile:
+    """Count what an annotation file holds, and what is different from the data set's known numbers."""
+    facts, spec = _find(name), find_dataset(name)
+    counted, renamed = _count(path, spec)
+    videos, actions = (sum(getattr(one, what) for one in counted.values()) for what in ("videos", "actions"))
+    differences = (*_differences(facts, counted), *_label_differences(facts, spec, counted))
+    return ComparedFile(videos, actions, {old: new for old, new in renamed.items() if old != new}, differences)
+
+
 def check_dataset(name: str, path: Path) -> int:
     """Compare an annotation file with what is known of a data set; gives the exit status."""
-    facts = _find(name)
-    spec = find_dataset(name)
-    counted, renamed = _count(path, spec)
-    for old, new in renamed.items():
-        if old != new:
-            print(f"{path}: subset {old!r} is what recipes call {new!r}")
-    differences = [*_differences(facts, counted), *_label_differences(facts, spec, counted)]
-    for line in differences:
+    compared = compare_with_facts(name, path)
+    for old, new in compared.renamed.items():
+        print(f"{path}: subset {old!r} is what recipes call {new!r}")
+    for line in compared.differences:
         print(f"{path}: {line}")
-    videos, actions = (sum(getattr(one, what) for one in counted.values()) for what in ("videos", "actions"))
-    said = f"{len(differences)} differences from" if differences else "as it should be for"
-    print(f"{path}: {videos} videos, {actions} actions; {said} {facts.title}")
-    return SOME_LEFT_OUT if differences else 0
+    number = len(compared.differences)
+    said = f"{number} differences from" if number else "as it should be for"
+    print(f"{path}: {compared.videos} videos, {compared.actions} actions; {said} {_find(name).title}")
+    return SOME_LEFT_OUT if number else 0
 
 
 def _facts() -> dict[str, DatasetFacts]:

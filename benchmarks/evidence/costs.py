@@ -1,0 +1,216 @@
+"""Parts `memory`, `resolution` and `precision`: what rewiring saves, what that buys, and what it costs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from evidence.cells import REPOSITORY, Cell, Figures, Options, mean_and_interval, table
+from evidence.pictures import lines as draw_lines
+from evidence.training import built, demo_run, trained
+from re2tal.config import RunConfig
+from re2tal.recipes import find_recipe
+from re2tal.rewire.config import SAVING
+
+MODELS = ("swin3d_tiny", "videomae_base", "videomae_large", "slowfast_r101_8x8")
+RECIPE = "thumos14_re2swin_tiny"
+BUDGET_GIB = {"thumos14_re2swin_tiny": 12.0, "demo": 0.5}
+FRAMES = (256, 512, 1024, 2048, 4096, 8192, 16384)
+PIXELS = (96, 128, 160, 224, 288, 384, 448, 512)
+
+
+def script(name: str, *arguments: str) -> Figures:
+    """What a benchmark of this folder writes with --json."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "figures.json"
+        command = [sys.executable, str(REPOSITORY / "benchmarks" / f"{name}.py"), *arguments, "--json", str(found)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"{name}.py ended with {done.returncode}: {done.stderr[-1500:]}")
+        return {**json.loads(found.read_text()), "printed": done.stdout}
+
+
+def memory_cells(options: Options) -> dict[str, Cell]:
+    """Peaks and times of each network; the peaks of the recipe for whole THUMOS windows."""
+    quick = ("--quick",) if options.quick else ()
+    found: dict[str, Cell] = {f"recipe {RECIPE}": partial(script, "recipes", "--recipe", RECIPE)}
+    for model in MODELS[:1] if options.quick else MODELS:
+        found[f"network {model}{' (quick)' * options.quick}"] = partial(script, "memory", "--model", model, *quick)
+    return found
+
+
+def show_memory(done: Mapping[str, Figures], _: Path) -> list[str]:
+    """The table of the recipe, and what the benchmark of each network printed."""
+    lines: list[str] = []
+    for key, figures in done.items():
+        kind, name, *_ = key.split()
+        if kind == "recipe":
+            row = figures[name]
+            head = ("recipe, peak of a step, GiB", *row)
+            lines += [*table(head, [(name, *(f"{value:.3f}" for value in row.values()))]), ""]
+        else:
+            lines += [
+                f"`{key.removeprefix('network ')}`",
+                "",
+                "```",
+                *figures["printed"].strip().splitlines(),
+                "```",
+                "",
+            ]
+    return [
+        *lines,
+        '"Whole" is the paper\'s one branch at a time; "in pieces" and "as it stands" cut branches too. OpenTAD\'s',
+        "memory and time beside: an outside run at the same Re2Swin-T weights, with a stand-in for its attention, gave",
+        "ours 0.65 x its time and 0.25 x its memory whole, 0.16 x in pieces; it is not repeated by this command.",
+    ]
+
+
+def _peak_gib(run: RunConfig, *, frames: int, pixels: int, rewired: bool) -> float:
+    from recipes import WHOLE, peak_gib
+
+    clips = run.data.clips
+    ratio = clips.windowing.num_frames // run.num_steps
+    localizer = run.localizer
+    if hasattr(localizer, "max_num_steps"):
+        localizer = replace(localizer, max_num_steps=frames // ratio)
+    run = replace(
+        run,
+        num_steps=frames // ratio,
+        localizer=localizer,
+        data=replace(
+            run.data, clips=replace(clips, size=pixels, windowing=replace(clips.windowing, num_frames=frames))
+        ),
+    )
+    changes: dict[str, Any] = {} if rewired else {"rewired": False, **WHOLE}
+    return peak_gib(run, **changes)
+
+
+def largest(recipe: str, *, rewired: bool) -> Figures:
+    """Peaks by frames at the recipe's pixels and by pixels at its frames, up to the first beyond the budget."""
+    assert set(SAVING)
+    run, budget = find_recipe(recipe), BUDGET_GIB[recipe]
+    assert isinstance(run, RunConfig)
+    clips = run.data.clips
+    found: Figures = {"budget": budget, "frames": {}, "pixels": {}}
+    for frames in FRAMES:
+        found["frames"][str(frames)] = _peak_gib(run, frames=frames, pixels=clips.size, rewired=rewired)
+        if found["frames"][str(frames)] > budget:
+            break
+    for pixels in PIXELS:
+        peak = _peak_gib(run, frames=clips.windowing.num_frames, pixels=pixels, rewired=rewired)
+        found["pixels"][str(pixels)] = peak
+        if peak > budget:
+            break
+    return found
+
+
+def resolution_cells(options: Options) -> dict[str, Cell]:
+    """What fits, predicted; without `quick`, the demo trained at what fits into a budget plain and rewired."""
+    found: dict[str, Cell] = {
+        f"fits / {'rewired' if rewired else 'plain'} / {RECIPE}": partial(largest, RECIPE, rewired=rewired)
+        for rewired in (False, True)
+    }
+    if not options.quick:
+        shards = built(options, "demo")
+        for seed in range(options.seeds):
+            # Of the demo's step at 8 clips: 32 pixels plain need about what 64 pixels need rewired.
+            for rewired, pixels in ((False, 32), (True, 64), (True, 32)):
+                run = demo_run(shards, epochs=12, seed=seed)
+                clips = replace(run.data.clips, size=pixels)
+                run = replace(
+                    run,
+                    data=replace(run.data, clips=clips),
+                    backbone=replace(run.backbone, rewired=rewired),
+                )
+                form = "rewired" if rewired else "plain"
+                found[f"mAP / {form} / {pixels} pixels / seed {seed}"] = partial(trained, run)
+    return found
+
+
+def show_resolution(done: Mapping[str, Figures], pictures: Path) -> list[str]:
+    """The largest that fits, the curves, and mAP by size."""
+    fits = {key.split(" / ")[1]: figures for key, figures in done.items() if key.startswith("fits")}
+    lines: list[str] = []
+    if fits:
+        budget = next(iter(fits.values()))["budget"]
+        rows = []
+        for form, figures in fits.items():
+            best = [
+                max((n for n in map(int, figures[what]) if figures[what][str(n)] <= budget), default=0)
+                for what in ("frames", "pixels")
+            ]
+            rows.append((form, *(str(one) if one else "none" for one in best)))
+        lines += [
+            f"`{RECIPE}`: the largest of the sizes tried whose step needs at most {budget:g} GiB of activations on one",
+            "rank (predicted by the dry run; parameters and optimizer come on top):",
+            "",
+            *table(("form", "frames at 224 x 224", "pixels a side at 1024 frames"), rows),
+            "",
+            f"![Peak of a step by frames]({pictures.name}/resolution.svg)",
+            "",
+        ]
+        curves = {form: {float(n): peak for n, peak in figures["frames"].items()} for form, figures in fits.items()}
+        draw_lines(pictures / "resolution.svg", curves, x="frames of 224 x 224", y="peak of a step, GiB", log=True)
+    trainings: dict[str, list[float]] = {}
+    for key, figures in done.items():
+        if key.startswith("mAP"):
+            trainings.setdefault(" / ".join(key.split(" / ")[1:3]), []).append(figures["average_map"])
+    if not trainings:
+        return [*lines, "mAP against size at equal memory, on the demo: not run."]
+    rows = [(name, mean_and_interval(values), str(len(values))) for name, values in trainings.items()]
+    return [*lines, *table(("demo, form and size", "average mAP, %", "seeds"), rows)]
+
+
+def precision_cells(options: Options) -> dict[str, Cell]:
+    """Error against depth and number format; without `quick`, the demo in bf16 and fp32 too."""
+    quick = ("--quick",) if options.quick else ()
+    found: dict[str, Cell] = {f"errors{' (quick)' * options.quick}": partial(script, "precision", *quick)}
+    if not options.quick:
+        shards = built(options, "demo")
+        grids: dict[str, dict[str, Any]] = {
+            "fp32": {},
+            "bf16 on a grid": {"precision": "bf16"},
+            "bf16 without a grid": {"precision": "bf16", "grid": None},
+        }
+        for seed in range(options.seeds):
+            for name, changes in grids.items():
+                run = demo_run(shards, epochs=12, seed=seed)
+                run = replace(
+                    run,
+                    engine=replace(run.engine, precision=changes.get("precision", "fp32")),
+                    backbone=replace(run.backbone, grid=changes.get("grid", "auto")),
+                )
+                found[f"mAP / {name} / seed {seed}"] = partial(trained, run)
+    return found
+
+
+def show_precision(done: Mapping[str, Figures], _: Path) -> list[str]:
+    """Errors by depth and states; mAP by number format."""
+    rows, trainings = [], {}
+    for key, figures in done.items():
+        if key.startswith("mAP"):
+            trainings.setdefault(key.split(" / ")[1], []).append(figures["average_map"])
+            continue
+        for depth, kinds in figures.items():
+            for states, row in kinds.items() if isinstance(kinds, dict) else ():
+                errors = (f"{row[name]:.1e}" for name in ("state", "gradient", "noise"))
+                rows.append((f"{depth} blocks, {states}", *errors, f"{row['time']:.2f}"))
+    head = ("depth and states", "rebuilt first state", "first gradient", "bfloat16's own noise", "time")
+    lines = [
+        "Transformer blocks that compute in bfloat16: relative errors against a run that keeps all activations, and",
+        "time against float32 states without a grid (times are of a busy machine).",
+        "",
+        *table(head, rows),
+        "",
+    ]
+    if not trainings:
+        return [*lines, "The effect on mAP: not run."]
+    scores = [(name, mean_and_interval(values), str(len(values))) for name, values in trainings.items()]
+    return [*lines, *table(("demo in", "average mAP, %", "seeds"), scores)]

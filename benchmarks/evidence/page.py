@@ -1,0 +1,103 @@
+"""docs/evidence.md from the parts' JSON files."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+from evidence.cells import Part, read_part
+from re2tal.strict_json import write_atomically
+
+HEAD = """\
+# Evidence
+
+The claims of the method, each measured by `python benchmarks/claims.py --part NAME`. This page is written by
+that command from the JSON files in [evidence](evidence): edit those parts of the benchmark, not the page. What
+has not been run has no figure here. Older figures and their log are in [results.md](results.md) and
+[experiments.md](experiments.md).
+
+Words: *average mAP* is over tIoU 0.3 to 0.7. *±* is a 95 % interval over seeds. Trainings start from random
+weights unless a line says otherwise. *Hours of its whole form* are of two idle cores, estimated from the times
+of single steps; the whole form has never been run.
+"""
+
+
+FOOT = """\
+
+## What this page does not show
+
+- No part has run on a GPU or in its whole form; figures with one seed have no interval and settle nothing.
+- Features that recognition fine-tuned first, and recognizers that are rewired and fine-tuned, are no cells yet.
+- THUMOS14, ActivityNet and Kinetics: `re2tal reproduce` compares with their published scores; it has run on
+  stand-ins only.
+- Peers: OpenTAD's evaluation and soft-NMS are held against ours by `tests/parity` and in
+  [experiments.md](experiments.md), not by this command.
+"""
+
+
+def write_page(out: Path, parts: Mapping[str, Part]) -> None:
+    """OUT.md, and the pictures in OUT; a part without figures says that it has not been run."""
+    lines = [HEAD]
+    hours = sum(part.hours for part in parts.values())
+    lines += [
+        "| part | hours of its whole form | cells done |",
+        "| --- | ---: | ---: |",
+    ]
+    found = {name: read_part(out / f"{name}.json") for name in parts}
+    lines += [f"| {name} | {part.hours:.2f} | {len(found[name])} |" for name, part in parts.items()]
+    lines += [f"| all | {hours:.2f} | {sum(map(len, found.values()))} |"]
+    for name, part in parts.items():
+        cells = found[name]
+        lines += ["", f"## {name}: {part.title}", ""]
+        if not cells:
+            lines.append(f"Not run yet: `python benchmarks/claims.py --part {name}`.")
+            continue
+        lines += part.show({key: cell["figures"] for key, cell in cells.items()}, out)
+        lines += ["", *_circumstances(cells)]
+    text = "\n".join(_narrow("\n".join([*lines, FOOT]).splitlines()))
+    text = text.replace("(evidence)", f"({out.name})")
+    write_atomically(out.with_suffix(".md"), text.rstrip() + "\n")
+
+
+def _narrow(lines: Iterable[str]) -> Iterator[str]:
+    """Wraps paragraphs and items of lists; headings, tables and code stay, and no two lines are empty."""
+    in_code, paragraph, before = False, "", ""
+    for line in [*lines, ""]:
+        fence = line.startswith("```")
+        if in_code or fence or not line or line.startswith(("|", "#", "!", "- ", "**", "Commands")):
+            yield from _wrapped(paragraph)
+            before, paragraph = (paragraph or before), ""
+            in_code ^= fence
+            if line.startswith("- "):
+                paragraph = line
+            elif line or (before and not in_code):
+                yield line
+                before = line
+        else:
+            paragraph = f"{paragraph} {line.strip()}".strip()
+
+
+def _wrapped(paragraph: str) -> list[str]:
+    indent = "  " * paragraph.startswith("- ")
+    return textwrap.wrap(paragraph, 108, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False)
+
+
+def _circumstances(cells: Mapping[str, Mapping[str, object]]) -> list[str]:
+    """When, where and how; each distinct value once."""
+
+    def distinct(name: str) -> str:
+        return "; ".join(dict.fromkeys(str(cell[name]) for cell in cells.values()))
+
+    loads = [str(cell["machine"]).partition(", load ")[2].partition(",")[0] for cell in cells.values()]
+    machines = dict.fromkeys(
+        ",".join(part for part in str(cell["machine"]).split(",") if not part.startswith(" load "))
+        for cell in cells.values()
+    )
+    seconds = sum(float(str(cell["seconds"])) for cell in cells.values())
+    text = (
+        f"Measured on {distinct('date')} in {seconds / 60:.0f} minutes; {'; '.join(machines)}; load when "
+        f"a measurement ended: {min(map(float, loads)):g} to {max(map(float, loads)):g}."
+    )
+    commands = [f"`{command}`" for command in dict.fromkeys(str(cell["command"]) for cell in cells.values())]
+    return [*textwrap.wrap(text, 108), "", "Commands: " + "\n".join(commands)]

@@ -1,0 +1,20 @@
+"""PARTS: name -> what it shows, how it is measured, and how it is shown."""
+
+from __future__ import annotations
+
+from evidence import costs, end_to_end, recognition, zero
+from evidence.cells import Part
+
+PARTS: dict[str, Part] = {
+    "recognition": Part("a pretrained network, rewired", recognition.cells, recognition.show, hours=0.2),
+    "features": Part(
+        "frozen features against end to end, on the demo", end_to_end.demo_cells, end_to_end.show_demo, hours=0.9
+    ),
+    "real": Part("the same on real video, UR Fall Detection", end_to_end.urfd_cells, end_to_end.show_urfd, hours=1.1),
+    "memory": Part("memory and time", costs.memory_cells, costs.show_memory, hours=0.1),
+    "resolution": Part(
+        "frames and pixels within a memory budget", costs.resolution_cells, costs.show_resolution, hours=0.3
+    ),
+    "precision": Part("errors by depth and number format", costs.precision_cells, costs.show_precision, hours=0.25),
+    "zero": Part("memory of a rank, and what ranks cost", zero.cells, zero.show, hours=0.15),
+}

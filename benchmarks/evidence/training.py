@@ -1,0 +1,142 @@
+"""Trainings that the parts compare: the demo recipe with one thing changed, each in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from evidence.cells import REPOSITORY, Cell, Figures, Options
+from re2tal.backbones import BackboneConfig
+from re2tal.config import RecognitionConfig, RunConfig, save_config
+from re2tal.localizers.pyramid.actionformer import ActionFormerConfig
+from re2tal.localizers.pyramid.tridet import TriDetConfig
+from re2tal.recipes.presets import demo
+from re2tal.strict_json import read_json
+
+SETTINGS = (("swin3d_nano", "actionformer"), ("videomae_nano", "tridet"))
+ADAPTERS: dict[str, dict[str, Any]] = {
+    "swin3d_nano": {"adapter": "lora", "lora_targets": ("qkv", "proj")},
+    "videomae_nano": {"adapter": "temporal"},
+}
+FORMS = ("frozen at random", "end to end, plain", "end to end, rewired", "adapters in a frozen backbone")
+QUICK_FORMS = ("end to end, rewired", "frozen at random", "end to end, plain")
+LIMIT_SECONDS = 4 * 3600
+
+
+def backbone_of(name: str, form: str) -> BackboneConfig:
+    """One of FORMS; of adapters, the frozen network is random too."""
+    changes: dict[str, dict[str, Any]] = {
+        "frozen at random": {"frozen": True},
+        "end to end, plain": {"rewired": False},
+        "end to end, rewired": {},
+        "adapters in a frozen backbone": ADAPTERS[name],
+    }
+    return BackboneConfig(name=name, **changes[form])
+
+
+def small_localizer(name: str) -> ActionFormerConfig | TriDetConfig:
+    """The demo's ActionFormer, or a TriDet of its size."""
+    small = demo().localizer
+    assert isinstance(small, ActionFormerConfig)
+    if name == "actionformer":
+        return small
+    return TriDetConfig(
+        channels=small.channels,
+        num_embedding_convs=1,
+        num_stem_blocks=1,
+        mlp_channels=2 * small.channels,
+        max_num_steps=small.max_num_steps,
+        regression_ranges=small.regression_ranges,
+        initial_positives=small.initial_positives,
+        step_supervision=small.step_supervision,
+        # At 0 the blocks stay MLPs, which pretrained features forgive and random ones do not.
+        initial_std=0.02,
+    )
+
+
+def trained(run: RunConfig | RecognitionConfig, *, keep: Path | None = None) -> Figures:
+    """Trains and evaluates `run` in one process; the run folder goes, or is `keep`. Gives its summary."""
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = keep or Path(temporary) / "run"
+        config = Path(temporary) / "config.json"
+        save_config(config, run)
+        command = [sys.executable, "-m", "re2tal", "train", "--config", str(config), "--out", str(folder)]
+        environment = os.environ | {
+            "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
+        }
+        done = subprocess.run(
+            [*command, "--overwrite"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_SECONDS,
+            check=False,
+        )
+        if done.returncode:
+            raise RuntimeError(f"training ended with {done.returncode}: {done.stderr[-1500:]}")
+        return read_json(folder / "summary.json")
+
+
+def demo_run(shards: Path, *, epochs: int, seed: int, **changes: Any) -> RunConfig:
+    """The demo recipe in one process, with as many clips a step as its two ranks take together."""
+    run = demo()
+    return replace(
+        run,
+        data=replace(run.data, shards=shards),
+        engine=replace(run.engine, batch_size=8),
+        training=replace(run.training, epochs=epochs, seed=seed, checkpoint_every_steps=100_000),
+        **changes,
+    )
+
+
+def comparison(
+    shards: Path, options: Options, *, epochs: int, clips: Mapping[str, Any] | None = None
+) -> dict[str, Cell]:
+    """Cells of every form, localizer, backbone and seed; with `quick`, of the demo's own localizer and backbone."""
+    settings, forms = (SETTINGS[:1], QUICK_FORMS) if options.quick else (SETTINGS, FORMS)
+    cells: dict[str, Cell] = {}
+    for seed in range(options.seeds):
+        for backbone, localizer in settings:
+            for form in forms:
+                run = demo_run(
+                    shards,
+                    epochs=epochs,
+                    seed=seed,
+                    backbone=backbone_of(backbone, form),
+                    localizer=small_localizer(localizer),
+                )
+                if clips:
+                    run = replace(run, data=replace(run.data, clips=replace(run.data.clips, **clips)))
+                key = f"{form} / {backbone} / {localizer} / {epochs} epochs / seed {seed}"
+                cells[key] = partial(trained, run)
+    return cells
+
+
+def built(options: Options, name: str) -> Path:
+    """Shards of "demo" or "urfd"; they are built where they are missing."""
+    folder = options.data / name
+    shards = folder / "shards"
+    if (shards / "validation" / "manifest.json").is_file():
+        return shards
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
+    source, extra = folder, ["--dataset", "demo"]
+    if name == "urfd":
+        source, extra = options.shared / "urfd", ["--dataset", "urfd", "--fps", "16", "--short-side", "96"]
+        if not (source / "annotations.json").is_file():
+            raise ValueError(
+                f"{source} has no annotations.json; fetch the data set (`re2tal datasets urfd` says where) and give "
+                "its parent folder as --shared"
+            )
+    steps = [["demo", "--out", str(folder)]] if name == "demo" else []
+    named = ["--videos", str(source / "videos"), "--annotations", str(source / "annotations.json")]
+    steps.append(["shards", "build", *extra, *named, "--out", str(shards)])
+    for step in steps:
+        subprocess.run([sys.executable, "-m", "re2tal", *step], env=environment, check=True)
+    return shards

@@ -1,0 +1,197 @@
+"""A published result, once more: data, weights and machine are checked, then it is trained, scored and compared.
+
+annotations, shards, weights, machine -> problems      recipe -> memory and hours -> train -> score -> card
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from re2tal.backbones import BackboneConfig
+from re2tal.config import RunConfig
+from re2tal.data.contract.shards import open_shards, subset_folder
+from re2tal.data.streaming.windows import ResizeWhole, Slide
+from re2tal.distributed import World, resolve_world
+from re2tal.localizers.pyramid.actionformer import ActionFormerConfig
+from re2tal.planning.choice import plan_step
+from re2tal.recipes import find_recipe
+from re2tal.runs.datasets import compare_with_facts
+from re2tal.runs.deepspeed_presets import DEFAULT_PRESET, find_preset
+from re2tal.runs.detection import Wanted, detect
+from re2tal.runs.evaluation import Evaluated, ScoringOptions, evaluate
+from re2tal.runs.exit_status import INTERRUPTED, SOME_LEFT_OUT
+from re2tal.runs.folder import RESULTS_NAME
+from re2tal.runs.published import PUBLISHED, BackboneFamily, Published, Target
+from re2tal.runs.reproduction_card import Card
+from re2tal.runs.reproduction_checks import (
+    Checked,
+    blocked_videos,
+    check_data,
+    check_machine,
+    check_weights,
+    estimate_hours,
+)
+from re2tal.runs.training_run import train
+from re2tal.strict_json import write_json
+
+BLOCKED_NAME, NAMED_RESULTS_NAME = "blocked.json", "named_results.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Reproduction:
+    """What to reproduce, from which files; `re2tal reproduce --help` explains each."""
+
+    dataset: Target
+    annotations: Path
+    shards: Path
+    weights: Path | None = None
+    backbone: BackboneFamily = "slowfast"
+    video_classes: Path | None = None
+    blocked: Path | None = None
+    ds: str = DEFAULT_PRESET
+    out: Path | None = None
+    dry_run: bool = False
+    tiny: bool = False
+    resume: bool = False
+    overwrite: bool = False
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.out or Path("runs") / f"reproduce_{self.dataset}_{self.backbone}{'_tiny' if self.tiny else ''}"
+
+
+def reproduce(asked: Reproduction) -> int:
+    """Every rank calls this. Prints what is found, and writes card.md and card.json; gives the exit status."""
+    world = resolve_world(os.environ)
+    published = PUBLISHED[asked.dataset, asked.backbone]
+    card = Card(asked.dataset, asked.tiny, published)
+    config = _configured(asked, published, world)
+    machine = check_machine(world)
+    if not asked.dry_run:
+        _refuse_what_cannot_be_compared(asked, published, machine)
+    card.add("machine", machine)
+    card.add("data", check_data(asked.dataset, asked.annotations, asked.shards, asked.blocked))
+    classes = open_shards(subset_folder(asked.shards, config.data.training_subset)).classes
+    card.add("weights", Checked({"file": None}) if asked.tiny else check_weights(asked.weights, config, classes))
+    if published.needs_video_classes and asked.video_classes is None:
+        card.problems.append("no --video-classes: actions cannot be named, so their score is of another task")
+    card.add("plan", Checked(_planned(config, asked, world, num_classes=len(classes))))
+    if world.is_main:
+        print(card, flush=True)
+    status = 0
+    if not asked.dry_run:
+        status = _train_and_compare(asked, config, card, world)
+    if world.is_main and status != INTERRUPTED:
+        card.write(asked.folder)
+        print(f"{asked.folder / 'card.md'} and card.json say all of this")
+    return status or (SOME_LEFT_OUT if card.problems else 0)
+
+
+def _refuse_what_cannot_be_compared(asked: Reproduction, published: Published, machine: Checked) -> None:
+    """ValueError where training would be in vain; a tiny rehearsal needs no accelerator, weights or classes."""
+    if asked.tiny:
+        return
+    if machine.facts["device"] == "cpu":
+        raise ValueError(
+            f"this machine has no accelerator, and {published.recipe} would train for months on a CPU; give --dry-run "
+            "to check all but the training, or --tiny to rehearse it with a small network"
+        )
+    if asked.weights is None:
+        raise ValueError(
+            "--weights is missing: the published network started from pretrained weights; give their file, or "
+            "--dry-run to check the rest"
+        )
+    if published.needs_video_classes and asked.video_classes is None:
+        raise ValueError(
+            "--video-classes is missing: the published score names actions by a classifier of whole videos; give its "
+            "JSON, or --dry-run to check the rest"
+        )
+
+
+def _configured(asked: Reproduction, published: Published, world: World) -> RunConfig:
+    """The recipe with these files, and as many clips a step on these ranks as were published."""
+    run = find_recipe(published.recipe)
+    assert isinstance(run, RunConfig)
+    run = replace(run, name=asked.folder.name, data=replace(run.data, shards=asked.shards))
+    if asked.tiny:
+        return tiny(run)
+    run = replace(run, backbone=replace(run.backbone, weights=str(asked.weights) if asked.weights else None))
+    batch = run.engine.batch_size
+    accumulation, rest = divmod(published.clips_per_step, batch * world.world_size)
+    if rest or not accumulation:
+        fitting = [n for n in range(1, published.clips_per_step + 1) if published.clips_per_step % (n * batch) == 0]
+        raise ValueError(
+            f"{published.recipe} takes {published.clips_per_step} clips a step in batches of {batch}, which "
+            f"{world.world_size} ranks cannot share evenly; start {' or '.join(map(str, fitting))} ranks"
+        )
+    return replace(run, engine=replace(run.engine, gradient_accumulation=accumulation))
+
+
+def tiny(run: RunConfig) -> RunConfig:
+    """The same course with a nano network from random weights, for one epoch: a rehearsal that any machine can do."""
+    windowing, clips, num_steps = run.data.clips.windowing, run.data.clips, 32
+    assert isinstance(windowing, Slide | ResizeWhole)
+    assert isinstance(run.localizer, ActionFormerConfig)
+    clips = replace(clips, windowing=replace(windowing, num_frames=num_steps), size=32, workers=1)
+    return replace(
+        run,
+        num_steps=num_steps,
+        data=replace(run.data, clips=clips),
+        backbone=BackboneConfig(name="swin3d_nano"),
+        localizer=replace(run.localizer, channels=16, max_num_steps=num_steps),
+        engine=replace(run.engine, batch_size=1, precision="fp32"),
+        schedule=replace(run.schedule, warmup_epochs=0.0),
+        training=replace(run.training, epochs=1, evaluate_every_epochs=None, log_every_steps=1),
+    )
+
+
+def _planned(config: RunConfig, asked: Reproduction, world: World, *, num_classes: int) -> dict[str, Any]:
+    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    ds = find_preset(asked.ds)
+    plan = plan_step(config, ds, world_size=world.world_size, num_classes=num_classes, device=device)
+    return {
+        "recipe": config.name,
+        "step": plan.headline,
+        "peak bytes of a rank": plan.memory.peak,
+        "clips a step": config.engine.batch_size * config.engine.gradient_accumulation * world.world_size,
+        "epochs": config.training.epochs,
+        "time": estimate_hours(config, asked.shards, world, on_cpu=asked.tiny),
+    }
+
+
+def _train_and_compare(asked: Reproduction, config: RunConfig, card: Card, world: World) -> int:
+    """Gives the exit status. Every rank calls this."""
+    published = card.published
+    trained = train(config, ds=asked.ds, out=asked.folder, resume=asked.resume, overwrite=asked.overwrite)
+    if trained.interrupted:
+        return INTERRUPTED
+    results = asked.folder / RESULTS_NAME
+    if published.needs_video_classes and asked.video_classes is not None:
+        results = asked.folder / NAMED_RESULTS_NAME
+        named = Wanted(out=results, video_classes=asked.video_classes)
+        detect(asked.folder, shards=asked.shards / config.data.validation_subset, wanted=named)
+    if world.is_main:
+        card.compare(_scored(asked, published, results), trained.summary)
+        print(card.verdicts(), flush=True)
+    return 0
+
+
+def _scored(asked: Reproduction, published: Published, results: Path) -> Evaluated:
+    blocked = asked.folder / BLOCKED_NAME
+    write_json(blocked, sorted(blocked_videos(asked.dataset, asked.blocked)))
+    renamed = compare_with_facts(asked.dataset, asked.annotations).renamed
+    subset = next((old for old, new in renamed.items() if new == "validation"), "validation")
+    options = ScoringOptions(
+        subset=subset,
+        protocol="opentad",
+        dataset=asked.dataset,
+        blocked_videos=blocked,
+        class_agnostic=published.needs_video_classes and asked.video_classes is None,
+    )
+    return evaluate(results, asked.annotations, options)

@@ -1,0 +1,182 @@
+"""`re2tal reproduce`: on tiny stand-ins for THUMOS14 and ActivityNet in their real layouts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from re2tal.cli import main
+from re2tal.data.building.catalog import DATASETS
+from re2tal.evaluation.average_precision import mean_average_precision
+from re2tal.evaluation.ground_truth import read_ground_truth
+from re2tal.evaluation.protocols import TIOU_THRESHOLDS
+from re2tal.evaluation.results import read_results
+from re2tal.strict_json import sha256_of
+
+SECONDS, RATE = 6, 15
+THUMOS_CLASSES = DATASETS["thumos14"].classes or ()
+ANET_CLASSES = ("Archery", "Zumba")
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as end:
+        main([*map(str, arguments)])
+    return end.value.code or 0
+
+
+def write_video(path: Path, *, seed: int) -> None:
+    pictures = np.random.default_rng(seed).integers(0, 255, (SECONDS * RATE, 1, 1, 3), dtype=np.uint8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=RATE)
+        stream.width = stream.height = 32
+        stream.pix_fmt = "yuv420p"
+        for picture in pictures:
+            frame = av.VideoFrame.from_ndarray(np.broadcast_to(picture, (32, 32, 3)).copy(), format="rgb24")
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def entry(subset: str, labels: list[str]) -> dict:
+    annotations = [
+        {"segment": [1.0 + 2 * place, 2.5 + 2 * place], "label": label} for place, label in enumerate(labels)
+    ]
+    return {"subset": subset, "duration": float(SECONDS), "annotations": annotations}
+
+
+@pytest.fixture(scope="module")
+def thumos(tmp_path_factory) -> Path:
+    """THUMOS14 in small: its names of subsets and videos, a blocked test video, and one that nobody has."""
+    folder = tmp_path_factory.mktemp("thumos")
+    database = {}
+    for number in range(2):
+        database[f"video_validation_000000{number}"] = entry("Validation", ["Diving", "CliffDiving"])
+        database[f"video_test_000000{number}"] = entry("Test", ["Diving", "Ambiguous"])
+    database["video_test_0000270"] = entry("Test", ["Diving"])
+    for number, name in enumerate(database):
+        write_video(folder / "videos" / f"{name}.mp4", seed=number)
+    database["video_test_0000009"] = entry("Test", ["Billiards"])
+    (folder / "annotations.json").write_text(json.dumps({"version": "THUMOS-14", "database": database}))
+    build(folder, "thumos14")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def activitynet(tmp_path_factory) -> Path:
+    """ActivityNet-1.3 in small: ids of 11 characters, files with v_ before them, and a classifier's scores."""
+    folder = tmp_path_factory.mktemp("activitynet")
+    training, validation = ("-aaaaaaaaa0", "_aaaaaaaaa1"), ("bbbbbbbbbb0", "bbbbbbbbbb1")
+    database = {name: entry("training", [ANET_CLASSES[place]]) for place, name in enumerate(training)}
+    database |= {name: entry("validation", [ANET_CLASSES[place]]) for place, name in enumerate(validation)}
+    for number, name in enumerate(database):
+        write_video(folder / "videos" / f"v_{name}.mp4", seed=number)
+    (folder / "annotations.json").write_text(json.dumps({"version": "VERSION 1.3", "database": database}))
+    scores = {name: [0.9 - 0.8 * place, 0.1 + 0.8 * place] for place, name in enumerate(validation)}
+    (folder / "classes.json").write_text(json.dumps({"results": scores, "class": ANET_CLASSES}))
+    build(folder, "activitynet")
+    return folder
+
+
+def build(folder: Path, dataset: str) -> None:
+    files = ["--videos", folder / "videos", "--annotations", folder / "annotations.json", "--out", folder / "shards"]
+    run("shards", "build", "--dataset", dataset, *files, "--workers", 1, "--max-rejected", 0.9)
+
+
+def reproduce(folder: Path, dataset: str, out: Path, *options: object) -> tuple[int, dict]:
+    files = ["--annotations", folder / "annotations.json", "--shards", folder / "shards", "--out", out]
+    code = run("reproduce", dataset, *files, *options)
+    card = json.loads((out / "card.json").read_text()) if (out / "card.json").is_file() else {}
+    return code, card
+
+
+def test_thumos_in_tiny_from_data_to_a_card(thumos, tmp_path, capsys):
+    code, card = reproduce(thumos, "thumos14", tmp_path / "run", "--tiny")
+    assert code == 1  # the data is not all of THUMOS14
+    said = "\n".join(card["problems"])
+    assert "training: 2 videos, 198 fewer than 200" in said
+    assert "1 of 3 listed videos are not in the shards: video_test_0000009" in said
+    assert "video_test_0000270" not in said
+    assert card["facts"]["data"]["validation"]["videos"] == 2
+    assert card["facts"]["plan"]["time"]["hours"] >= 0
+    assert card["training"]["steps"] >= 1
+
+    # The score, once more, of the written results against the file, without the blocked video.
+    results = read_results(tmp_path / "run" / "results.json")
+    truths = read_ground_truth(thumos / "annotations.json", subset="Test")
+    report = mean_average_precision(
+        results.predictions,
+        [one for one in truths if one.video_id != "video_test_0000270"],
+        classes=results.classes,
+        protocol="opentad",
+        tiou_thresholds=TIOU_THRESHOLDS["thumos14"],
+    )
+    rows = {(row["source"], row["tiou"]): row for row in card["comparison"]}
+    paper = rows["Re2TAL, abstract", "0.5"]
+    assert paper["published"] == 64.9
+    assert paper["here"] == pytest.approx(100 * report.map_by_tiou["0.5"])
+    assert paper["difference"] == pytest.approx(paper["here"] - 64.9)
+    assert rows["OpenTAD, same settings", "average"]["here"] == pytest.approx(100 * report.average_map)
+    text = (tmp_path / "run" / "card.md").read_text()
+    assert "64.90" in text
+    assert "only rehearses" in text
+
+
+def test_activitynet_in_tiny_is_scored_under_a_classifiers_names(activitynet, tmp_path):
+    classes = activitynet / "classes.json"
+    code, card = reproduce(activitynet, "activitynet", tmp_path / "run", "--tiny", "--video-classes", classes)
+    assert code == 1
+    results = read_results(tmp_path / "run" / "named_results.json")
+    assert results.classes == ANET_CLASSES
+    assert list(card["scores"]["classes"]) == list(ANET_CLASSES)
+    assert card["comparison"][0]["published"] == 37.01
+    assert card["comparison"][0]["here"] == pytest.approx(100 * card["scores"]["average_map"])
+    assert not any("video-classes" in problem for problem in card["problems"])
+
+
+def test_a_dry_run_checks_and_plans_the_published_network_and_trains_nothing(thumos, tmp_path):
+    code, card = reproduce(thumos, "thumos14", tmp_path / "run", "--dry-run", "--backbone", "swin")
+    assert code == 1
+    assert any("none were given" in problem for problem in card["problems"])
+    assert card["facts"]["plan"]["recipe"] == "run"
+    assert card["facts"]["plan"]["clips a step"] == 2
+    assert "swin3d_tiny" in card["facts"]["plan"]["step"]
+    assert card["facts"]["plan"]["peak bytes of a rank"] > 1e9
+    assert card["comparison"][0] == {
+        "source": "Re2TAL, as quoted by ViT-TAD",
+        "tiou": "0.5",
+        "published": 62.4,
+        "here": None,
+        "difference": None,
+    }
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["card.json", "card.md"]
+
+
+def test_what_cannot_be_compared_is_refused_before_any_work(thumos, activitynet, tmp_path, capsys, monkeypatch):
+    code, card = reproduce(thumos, "thumos14", tmp_path / "run")
+    assert (code, card) == (2, {})
+    assert "no accelerator" in capsys.readouterr().err
+    monkeypatch.setattr(
+        "re2tal.runs.reproduction_checks.default_device", lambda: type("Device", (), {"type": "other"})()
+    )
+    assert reproduce(thumos, "thumos14", tmp_path / "run")[0] == 2
+    assert "--weights is missing" in capsys.readouterr().err
+    weights = tmp_path / "swin-0123abcd.pth"
+    weights.write_bytes(b"something else")
+    assert reproduce(activitynet, "activitynet", tmp_path / "run", "--weights", weights)[0] == 2
+    assert "--video-classes is missing" in capsys.readouterr().err
+    assert reproduce(thumos, "thumos14", tmp_path / "run", "--weights", weights)[0] == 2
+    assert f"has SHA-256 {sha256_of(weights)[:16]}..., but its name says 0123abcd" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_ranks_that_cannot_share_a_step_are_refused(thumos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(
+        "re2tal.runs.reproduction.resolve_world",
+        lambda environ: __import__("re2tal.distributed", fromlist=["World"]).World(world_size=4),
+    )
+    assert reproduce(thumos, "thumos14", tmp_path / "run", "--dry-run")[0] == 2
+    assert "takes 2 clips a step in batches of 1, which 4 ranks cannot share evenly" in capsys.readouterr().err

@@ -1,0 +1,79 @@
+"""benchmarks/claims.py: measurements are kept, failures are named, and the page says what was not run."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def cells(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    from evidence import cells
+
+    yield cells
+    for name in [name for name in sys.modules if name.partition(".")[0] == "evidence"]:
+        del sys.modules[name]
+
+
+def test_what_is_measured_is_not_measured_again_and_a_failure_ends_nothing_else(cells, tmp_path, capsys):
+    calls = []
+
+    def measured(name):
+        calls.append(name)
+        if name == "bad" and calls.count("bad") == 1:
+            raise RuntimeError("broken on purpose")
+        return {"value": len(name)}
+
+    names = ("good", "bad", "better")
+    part = cells.Part(
+        "title", lambda options: {name: lambda name=name: measured(name) for name in names}, lambda *_: [], 0.1
+    )
+    options = cells.Options(1, True, tmp_path, tmp_path)
+    assert cells.run_part("p", part, options, tmp_path) == ["p: bad: RuntimeError: broken on purpose"]
+    assert {key: cell["figures"] for key, cell in cells.read_part(tmp_path / "p.json").items()} == {
+        "good": {"value": 4},
+        "better": {"value": 6},
+    }
+    assert cells.run_part("p", part, options, tmp_path) == []
+    assert calls == ["good", "bad", "better", "bad"]
+
+
+def test_an_interval_is_students(cells):
+    # 1, 2, 3 %: standard deviation 1, so 4.30 / sqrt(3) on either side.
+    assert cells.mean_and_interval([0.01, 0.02, 0.03]) == "2.0 ± 2.5"
+    assert cells.mean_and_interval([0.5]) == "50.0"
+
+
+def test_the_page_compares_pairs_and_says_what_was_not_run(cells, tmp_path):
+    from evidence.page import write_page
+    from evidence.parts import PARTS
+
+    def cell(form, seed, average):
+        figures = {"average_map": average, "map": {"0.3": average, "0.7": average}, "train_seconds": 1.0}
+        where = {
+            "date": "2026-01-01",
+            "seconds": 1.0,
+            "machine": "a machine, load 0.5",
+            "command": "c",
+            "revision": "r",
+        }
+        return {f"{form} / swin3d_nano / actionformer / 1 epochs / seed {seed}": {"figures": figures, **where}}
+
+    done = {}
+    for seed, (frozen, rewired) in enumerate([(0.10, 0.17), (0.20, 0.26)]):
+        done |= cell("frozen at random", seed, frozen) | cell("end to end, rewired", seed, rewired)
+    out = tmp_path / "evidence"
+    out.mkdir()
+    (out / "real.json").write_text(json.dumps({"cells": done}))
+    write_page(out, PARTS)
+    page = (tmp_path / "evidence.md").read_text()
+    # 7 and 6 points: mean 6.5, deviation 0.707, so 12.71 * 0.707 / sqrt(2) = 6.35 on either side.
+    assert "6.5 ± 6.4 points, paired by seed (aim: at least +5): reached." in page
+    assert "Not run yet: `python benchmarks/claims.py --part zero`." in page
+    assert (out / "real.svg").is_file()
