@@ -180,13 +180,19 @@ def _backward(ctx: Any, gradients: list[Tensor]) -> Tensor | None:
             previous, current = current if before is None else before, previous
     if ctx.observation is not None:
         ctx.observation.rebuilt(previous)
-    return _gradient_of_start(recording, previous, to_previous, to_current, gradient)
+    older = [to_previous]
+    del to_previous
+    return _gradient_of_start(recording, previous, older, to_current, gradient)
 
 
 def _gradient_of_start(
-    recording: Recording, x: Tensor, to_previous: Tensor, to_current: Tensor, gradient: Tensor | None
+    recording: Recording, x: Tensor, older: list[Tensor], to_current: Tensor, gradient: Tensor | None
 ) -> Tensor | None:
-    """Differentiates F_0 at x[0] = `x`. Returns the gradient of the run's input, if that wants one."""
+    """Differentiates F_0 at x[0] = `x`. Returns the gradient of the run's input, if that wants one.
+
+    `older` holds the gradient that comes before `to_current`. It is removed from the list, so that it can be freed.
+    """
+    to_previous = older.pop()
     run, coupling = recording.run, recording.run.coupling
     pieces = run.pieces(0, x)
     if run.streams:

@@ -28,14 +28,14 @@ SMALL = ["--localizer.channels", "16", "--engine.batch-size", "1", "--training.e
 SMALL += ["0", "--schedule.warmup-epochs", "0.5"]
 SHIFTED = """
 import os, sys, torch
-from re2tal.runs import training_run
-build = training_run.build_model
+from re2tal.runs import start
+build = start.build_model
 def shifted(*arguments):
     model = build(*arguments)
     with torch.no_grad():
         next(model.parameters()).view(-1)[0] += 1e-3
     return model
-training_run.build_model = shifted
+start.build_model = shifted
 from re2tal.cli import main
 main(["train", *sys.argv[1:]])
 """

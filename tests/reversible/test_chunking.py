@@ -262,6 +262,12 @@ def test_the_peak_is_that_of_a_piece(length) -> None:
     assert peak <= 1.02 * peak_in_states(run, length=6)
 
 
+def test_while_the_first_branch_is_differentiated_the_older_gradient_is_gone() -> None:
+    """Two states, dx[1] and what becomes dx[0], and the piece: the fifth state is the end of forward, or x's gradient."""
+    run = lambda branches, x: run_reversibly(chunked(branches, 64, axis=1), x, owner=branches)  # noqa: E731
+    assert peak_in_states(run, length=2) < 5.01
+
+
 def test_gradients_of_parameters_that_outweigh_states_are_held_once() -> None:
     """Two weights of 64 x 256 each, which is 64 KiB, and states of 4 KiB: their sums, and one part that is added."""
     branch = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
