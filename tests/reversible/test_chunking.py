@@ -263,7 +263,7 @@ def test_the_peak_is_that_of_a_piece(length) -> None:
 
 
 def test_while_the_first_branch_is_differentiated_the_older_gradient_is_gone() -> None:
-    """Two states, dx[1] and what becomes dx[0], and the piece: the fifth state is the end of forward, or x's gradient."""
+    """Of five states one is the end of forward, and later the gradient of x."""
     run = lambda branches, x: run_reversibly(chunked(branches, 64, axis=1), x, owner=branches)  # noqa: E731
     assert peak_in_states(run, length=2) < 5.01
 
