@@ -38,7 +38,7 @@ def test_help_names_the_commands_without_importing_them(capsys):
 def test_an_unknown_command_is_answered_with_the_known_ones(capsys):
     assert status_of(["trian"]) == 2
     assert (
-        "unknown command 'trian'; known: demo, annotations, datasets, doctor, init, shards, features, train"
+        "unknown command 'trian'; known: demo, annotations, recipes, datasets, doctor, init, shards, "
         in capsys.readouterr().err
     )
 
@@ -77,7 +77,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--recipe", "demos"], "unknown recipe 'demos'; known: ["),
+        (["--recipe", "demos"], "unknown recipe 'demos'; nearest: ['demo', "),
         (["--config", "/no/such.json"], "/no/such.json is not a file"),
         (["--ds", "/no/ds.json"], "/no/ds.json is not a file"),
         (["--data.shards", "/no/shards", "--out", "OUT"], "/no/shards/training is not a folder"),
