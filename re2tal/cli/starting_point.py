@@ -6,6 +6,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from re2tal.config import RecognitionConfig, RunConfig, load_run
@@ -61,10 +62,13 @@ def _without_what_options_rule_out(
     if reason is None:
         return run
     of_rewired = list(names_with(run.backbone, "of_rewired"))
-    run, left_out = without_settings(run, of_rewired if reason == NOT_REWIRED else SAVING)
+    run, replaced = without_settings(run, of_rewired if reason == NOT_REWIRED else SAVING)
+    left_out = [f"backbone.{name} {value}" for name, value in replaced.items()]
+    if reason == NOT_REWIRED and run.annealing.epochs > 0:
+        left_out.append(f"annealing.epochs {run.annealing.epochs:g}")
+        run = replace(run, annealing=replace(run.annealing, epochs=0.0))
     if left_out and os.environ.get("RANK", "0") == "0":
-        shown = ", ".join(f"backbone.{name} {value}" for name, value in left_out.items())
-        print(f"left out: {shown}: without meaning {reason}", file=sys.stderr)
+        print(f"left out: {', '.join(left_out)}: without meaning {reason}", file=sys.stderr)
     return run
 
 

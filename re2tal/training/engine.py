@@ -110,6 +110,8 @@ def join(world: World, config: EngineConfig) -> torch.device:
 
     Raises ConnectionError, naming the address, when the others cannot be reached in time or the port is taken.
     """
+    for name in world.variables():
+        _environment.setdefault(name, os.environ.get(name))
     world.export()
     # DeepSpeed would compile a shared-memory op for CPU groups: a compiler for something gloo does anyway, and a build
     # killed half-way leaves a lock that every later start waits on for ever.
@@ -146,8 +148,18 @@ def _why_not_joined(world: World, reason: str) -> str:
     )
 
 
+_environment: dict[str, str | None] = {}
+"""What `join` found where it put variables of its own."""
+
+
 def leave() -> None:
     """Every rank calls this at the end: leaves the process group, if there is one. The interpreter may end after it."""
+    # A process that this one starts later is no rank of the run, and must not look for it at its port.
+    while _environment:
+        name, value = _environment.popitem()
+        os.environ.pop(name, None)
+        if value is not None:
+            os.environ[name] = value
     # ZeRO-3 replaces `F.linear` in the whole process for good. Networks that this process rewires later would be slower
     # and keep more: the reversible engine recognizes only torch's.
     torch.nn.functional.linear = TORCH_LINEAR

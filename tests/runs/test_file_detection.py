@@ -195,14 +195,6 @@ def test_wrong_wishes_are_refused_before_anything_is_looked_at(model: Path, vide
         detect(model, [Path("https://example.org/x.mp4")])
     with pytest.raises(ValueError, match=r"model\.safetensors is a file; give the folder that holds it"):
         detect(model / "model.safetensors", files)
-    with pytest.raises(ValueError, match="give one --model"):
-        main_without_exit("detect", str(files[0]))
-
-
-def main_without_exit(*arguments: str) -> None:
-    from re2tal.cli.detect import detect as command
-
-    command(tuple(Path(one) for one in arguments[1:]))
 
 
 def test_a_stream_of_frames_gives_what_a_file_gives(model: Path, tmp_path: Path) -> None:
