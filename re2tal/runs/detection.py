@@ -18,7 +18,7 @@ from re2tal.inference import average_flips, predict
 from re2tal.reporting.found import FoundInVideo
 from re2tal.runs.detection_job import Detected, Job, Wanted
 from re2tal.runs.detection_sources import batches_with_bar, check_looks_at_videos
-from re2tal.runs.file_detection import Look, detect_in_files
+from re2tal.runs.file_detection import Look, detect_in_files, weights_of
 from re2tal.runs.model_folder import SHIPPED
 from re2tal.runs.model_folder_hub import find_model
 from re2tal.runs.progress import Progress
@@ -32,7 +32,7 @@ SAVE_SECONDS = 10.0
 
 def detect(
     model: Path = SHIPPED,
-    paths: Sequence[Path] = (),
+    paths: Sequence[Path | str] = (),
     *,
     recursive: bool = False,
     shards: Path | None = None,
@@ -42,7 +42,7 @@ def detect(
     max_damaged: float = MAX_DAMAGED,
     say: Callable[[FoundInVideo], str] | None = None,
 ) -> Detected:
-    """Detect actions in video files and folders of them, or in shards; write what is found.
+    """Detect actions in video files, folders of them and addresses, or in shards; write what is found.
 
     Every rank calls this. The arguments are those of `re2tal detect`; `say` makes of each video what is printed.
     """
@@ -72,7 +72,7 @@ def detect(
 
 def _look_at_files(job: Job, look: Look, world: World, say: Callable[[FoundInVideo], str] | None) -> None:
     mine = dict(list(job.files.names.items())[world.rank :: world.world_size])
-    progress = Progress(sum(path.stat().st_size for path in mine if path.exists()), shown=world.is_main)
+    progress = Progress(sum(weights_of(mine).values()), shown=world.is_main)
     saved, cost = time.monotonic(), 0.0
     try:
         for one in detect_in_files(look, mine, progress=progress):

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
+from re2tal.data.addresses.address import as_address
 from re2tal.data.contract.manifest import Rejection
 from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.distributed import World, together
@@ -25,17 +27,32 @@ class Wanted:
     """Which detections to write, and how."""
 
     out: Path | None = None
-    """None: a file in the model's folder, or in the working directory for the package's own model or one of the hub"""
-    format_name: str | None = None
+    """where to write; its suffix says the format: .json, .csv, .srt, .vtt, .eaf (ELAN), .tsv (BORIS). For srt, vtt and
+    eaf of several videos it is a folder. By default MODEL/detections.json, or MODEL/results.json for the validation
+    shards; for the model of the package or the hub in the working directory"""
+    format: Literal["json", "csv", "srt", "vtt", "eaf", "boris"] | None = None
+    """json is ActivityNet's layout, for re2tal evaluate; csv a table; srt and vtt are subtitles, for players; eaf and
+    boris (aggregated events) are for correcting in ELAN and BORIS"""
     min_score: float | None = None
-    """None: that of the format"""
+    """leave out what has a lower score; by default 0, and 0.3 for srt, vtt, eaf and boris"""
     top: int | None = None
-    classes: Sequence[str] = ()
+    """write at most so many of each video, the surest ones"""
+    classes: tuple[str, ...] = ()
+    """write only these classes"""
     video_classes: Path | None = None
+    """scores of a classifier of whole videos that name what a class-agnostic detector finds; without it the results'
+    only class is "action". JSON, {"results": {ID: [K scores]}, "class": [K names]} (CUHK, InternVideo; [[K logits]] for
+    TCANet), or UntrimmedNet's .npy for THUMOS-14"""
     top_k: int = 2
+    """with --video-classes, each detection is written once for each of its video's so many best classes"""
     fusion: Fusion = "product"
+    """with --video-classes, a score is the detection's times its class's, or the square root of that, as published for
+    InternVideo"""
     flip: bool = False
-    """Average what the network says of clips and of their mirror images."""
+    """look at each clip and its mirror image, and average what the network says of both; takes twice as long"""
+
+
+AS_USUAL = Wanted()
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +103,7 @@ class Job:
         cls,
         home: Path,
         model: Path,
-        paths: Sequence[Path],
+        paths: Sequence[Path | str],
         shards: Path | None,
         wanted: Wanted,
         world: World,
@@ -94,13 +111,14 @@ class Job:
         recursive: bool,
     ) -> Job:
         """All that can be wrong is found before any network runs."""
+        first = str(as_address(paths[0]) or paths[0]) if paths else ""
         if paths and shards is not None:
-            raise ValueError(f"videos {paths[0]} and shards {shards} were both given; give one of them")
-        format_name = choose_format(wanted.format_name, wanted.out)
+            raise ValueError(f"videos {first} and shards {shards} were both given; give one of them")
+        format_name = choose_format(wanted.format, wanted.out)
         row = RESULT_FORMATS[format_name]
         trained = open_detector(model)
         if paths:
-            check_looks_at_videos(model, trained.config, asked=f"{paths[0]}")
+            check_looks_at_videos(model, trained.config, asked=first)
         opened = None if paths else open_source(trained.config, videos=None, shards=shards)
         if isinstance(opened, FeatureSet):
             check_features(opened, trained.features, run=model)

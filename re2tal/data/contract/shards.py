@@ -19,15 +19,18 @@ import stat
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, Self, TypeVar
+from typing import Any
 
 import numpy as np
 from webdataset.writer import TarWriter
 
+from re2tal.data.addresses.address import Address, folder_address
+from re2tal.data.addresses.remote import RemoteError, check_ranges, describe
+from re2tal.data.addresses.shared import mirror
 from re2tal.data.contract.columns import MappedIndex, UnusableColumns, columns_of, columns_path, index_path
 from re2tal.data.contract.feature_manifest import FeatureManifest, IndexedFeatures
+from re2tal.data.contract.folder import AnyManifest, Entry, FeatureSet, ShardSet
 from re2tal.data.contract.manifest import (
     INDEX_NAME,
     MANIFEST_NAME,
@@ -37,56 +40,10 @@ from re2tal.data.contract.manifest import (
     read_manifest,
 )
 from re2tal.strict_json import read_json, sha256_of
-from re2tal.structures import find_subset
+from re2tal.structures import SUBSETS, find_subset
 from re2tal.video_ids import file_key, id_fault
 
 logger = logging.getLogger(__name__)
-
-AnyManifest = TypeVar("AnyManifest", Manifest, FeatureManifest)
-Entry = TypeVar("Entry", IndexedVideo, IndexedFeatures)
-
-
-@dataclass(frozen=True)
-class Folder(Generic[AnyManifest, Entry]):
-    """A complete, checked folder of shards of videos or of features."""
-
-    root: Path
-    manifest: AnyManifest
-    manifest_sha256: str
-    """Names this data set in the state that a resumed run compares."""
-    videos: Sequence[Entry]
-    """In shard order, within a shard in tar order."""
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Class names; a label's position is its index. The same in all subsets of one annotation file."""
-        return self.manifest.classes
-
-    @property
-    def subset(self) -> str:
-        """Lower-case subset name."""
-        return self.manifest.subset
-
-    @cached_property
-    def by_id(self) -> dict[str, Entry]:
-        """Videos by id."""
-        return {video.record.video_id: video for video in self.videos}
-
-    def only(self, video_ids: Iterable[str]) -> Self:
-        """The same folder, of which only these videos are seen, in this order."""
-        return replace(self, videos=tuple(self.by_id[video_id] for video_id in video_ids))
-
-    def path(self, shard: str) -> Path:
-        """Where the tar called `shard` is."""
-        return self.root / shard
-
-
-class ShardSet(Folder[Manifest, IndexedVideo]):
-    """A complete, checked folder of videos."""
-
-
-class FeatureSet(Folder[FeatureManifest, IndexedFeatures]):
-    """A complete, checked folder of features."""
 
 
 def open_shards(folder: Path | str) -> ShardSet:
@@ -103,15 +60,29 @@ def open_shards(folder: Path | str) -> ShardSet:
 
 def open_any(folder: Path | str) -> ShardSet | FeatureSet:
     """Open a folder of videos or of features, as its manifest says; the same checks as `open_shards`."""
-    root = Path(folder)
+    if (address := folder_address(folder)) is None:
+        return _open(Path(folder))
+    root = mirror(address)
+    try:
+        opened = replace(_open(root, has_shards=False), root=Path(folder), address=address)
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(root), str(address))) from None
+    for shard in {opened.manifest.shards[0], opened.manifest.shards[-1]}:
+        check_ranges(address / shard.name, file_bytes=shard.num_bytes)
+    return opened
+
+
+def _open(root: Path, *, has_shards: bool = True) -> ShardSet | FeatureSet:
     _check_is_shard_folder(root)
     content = read_json(root / MANIFEST_NAME)
     if isinstance(content, dict) and content.get("format") == FeatureManifest.FORMAT:
-        return FeatureSet(**_read(root, read_manifest(root / MANIFEST_NAME, FeatureManifest), IndexedFeatures))
-    return ShardSet(**_read(root, read_manifest(root / MANIFEST_NAME, Manifest), IndexedVideo))
+        features = read_manifest(root / MANIFEST_NAME, FeatureManifest)
+        return FeatureSet(**_read(root, features, IndexedFeatures, has_shards=has_shards))
+    manifest = read_manifest(root / MANIFEST_NAME, Manifest)
+    return ShardSet(**_read(root, manifest, IndexedVideo, has_shards=has_shards))
 
 
-def _read(root: Path, manifest: AnyManifest, kind: type[Entry]) -> dict[str, Any]:
+def _read(root: Path, manifest: AnyManifest, kind: type[Entry], *, has_shards: bool) -> dict[str, Any]:
     """The fields of a Folder, checked."""
     index, columns = index_path(root, manifest.index_sha256), columns_path(root, manifest.index_sha256)
     check = _EntryCheck(root, manifest)
@@ -119,7 +90,8 @@ def _read(root: Path, manifest: AnyManifest, kind: type[Entry]) -> dict[str, Any
     # Columns that are younger than the index were made from it; to read hundreds of megabytes again proves no more.
     if mapped is None or index.stat().st_mtime_ns >= columns.stat().st_mtime_ns:
         check_index_sha256(root, manifest)
-    _check_files(root, manifest)
+    if has_shards:
+        _check_files(root, manifest)
     videos: Sequence[Entry]
     if mapped is not None:
         videos = mapped
@@ -199,11 +171,27 @@ def write_tar(path: Path, pairs: Iterable[Pair], *, suffix: str = "mp4") -> list
 
 def subset_folder(shards: Path, subset: str) -> Path:
     """The folder of a subset, which may have its other name ("val", "validation"). ValueError lists what is there."""
+    if (address := folder_address(shards)) is not None:
+        return shards / _remote_subset(address, subset)
     complete = [one.name for one in sorted(shards.glob("*/")) if (one / MANIFEST_NAME).is_file()]
     found = find_subset(subset, complete)
     if found is None and complete and not (shards / subset).is_dir():
         raise ValueError(f"{shards} has no subset {subset!r}; it has {complete}: name one of them, or build {subset!r}")
     return shards / (found or subset)
+
+
+def _remote_subset(shards: Address, subset: str) -> str:
+    """The name that answers: a server need not tell what is in a folder."""
+    names = dict.fromkeys([subset, *(name for name in SUBSETS if find_subset(subset, [name]))])
+    for name in names:
+        try:
+            describe(shards / name / MANIFEST_NAME)
+        except RemoteError as error:
+            if error.status != 404:
+                raise
+        else:
+            return name
+    raise ValueError(f"{shards} has no {MANIFEST_NAME} in {', '.join(names)}; check the address, and the subset's name")
 
 
 def _check_is_shard_folder(root: Path) -> None:

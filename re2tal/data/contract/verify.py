@@ -22,12 +22,12 @@ from re2tal.strict_json import sha256_of
 
 def damage(shards: ShardSet | FeatureSet) -> Iterator[str]:
     """Problems of a folder, one line each; none where every byte is as it was built."""
+    tars = [(shard, shards.path(shard.name)) for shard in shards.manifest.shards]
     try:
         check_index_sha256(shards.root, shards.manifest)
     except ValueError as error:
         yield str(error)
-    for shard in shards.manifest.shards:
-        path = shards.path(shard.name)
+    for shard, path in tars:
         try:
             sha256 = sha256_of(path)
         except OSError as error:

@@ -31,8 +31,9 @@ class ClipConfig:
     augmentation: Augmentation = option("none", planned=False)
     """in training, what else happens to a clip's pixels: opentad draws two of ImgAug's fifteen operations, then
     mmaction2's ColorJitter, as OpenTAD's recipes do; none"""
-    shuffle_span: int = 1024
-    """in training, how many videos are shuffled together; more than there are: a plain shuffle"""
+    shuffle_span: int = 16384
+    """in training, how many videos are shuffled together; more than there are: a plain shuffle. A smaller span reads a
+    disk that is slow at random places nearer to one place, and its batches show more videos of one shard"""
     workers: int = option(2, resumable=True, planned=False)
     """processes per rank that read and decode; 0: the training process itself"""
     prefetch: int = option(2, resumable=True, planned=False)
