@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from re2tal.cli.say import say_trained
 from re2tal.runs import training_run
 from re2tal.runs.deepspeed_presets import DEFAULT_PRESET
 from re2tal.runs.exit_status import HUNG, INTERRUPTED
@@ -39,4 +40,5 @@ def train(
         return HUNG
     if trained.report is not None:
         print(trained.report)
+        say_trained(trained)
     return INTERRUPTED if trained.interrupted else 0

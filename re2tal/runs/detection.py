@@ -24,13 +24,13 @@ from re2tal.distributed import World, together
 from re2tal.evaluation.selection import Selection, labels_of
 from re2tal.evaluation.video_classes import Fusion, VideoClasses
 from re2tal.inference import average_flips, predict
+from re2tal.progress import Progress
 from re2tal.reporting.found import FoundInVideo
 from re2tal.reporting.result_files import RESULT_FORMATS, ResultsFile, choose_format
 from re2tal.runs.file_detection import Look, detect_in_files
 from re2tal.runs.model_folder import SHIPPED
 from re2tal.runs.model_folder_hub import find_model
 from re2tal.runs.naming import read_namer
-from re2tal.runs.progress import Progress
 from re2tal.runs.ranks import device_of, joined_ranks
 from re2tal.runs.stored_features import check_features, check_kind
 from re2tal.runs.trained import Trained, open_detector
