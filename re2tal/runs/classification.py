@@ -20,7 +20,7 @@ from re2tal.runs.detection import batches_with_bar, open_source
 from re2tal.runs.folder import CONFIG_NAME, RESULTS_NAME
 from re2tal.runs.trained import default_device, load_recognizer
 from re2tal.runs.video_files import list_videos, pack_videos
-from re2tal.training.engine import DTYPES
+from re2tal.training.config import DTYPES
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

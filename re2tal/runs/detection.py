@@ -36,7 +36,7 @@ from re2tal.runs.stored_features import check_features, check_kind
 from re2tal.runs.trained import Trained, open_detector
 from re2tal.runs.video_files import VideoFiles, encoding_for, find_videos
 from re2tal.structures import Batch
-from re2tal.training.engine import DTYPES
+from re2tal.training.config import DTYPES
 
 SAVE_SECONDS = 10.0
 """What is found is written at least so often, while videos are looked at."""

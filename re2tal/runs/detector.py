@@ -29,7 +29,7 @@ from re2tal.runs.trained import default_device, open_detector, started
 from re2tal.runs.video_files import encoding_for
 from re2tal.runs.watching import Closed, Opened, Seen, watch
 from re2tal.structures import Detections, Timeline
-from re2tal.training.engine import DTYPES
+from re2tal.training.config import DTYPES
 
 FRAMES_AT_ONCE = 16
 NEAR_WINDOWS = 2

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
@@ -23,8 +23,10 @@ from re2tal.evaluation.results import write_results
 from re2tal.evaluation.video_classes import write_video_classes
 from re2tal.inference import classify, predict
 from re2tal.structures import Batch, Detections, VideoRecord
-from re2tal.training.engine import Engine
 from re2tal.training.trackers import Figures
+
+if TYPE_CHECKING:
+    from re2tal.training.deepspeed_import import Engine
 
 AnyRun = RunConfig | RecognitionConfig
 DRAWN_VIDEOS = 3

@@ -15,7 +15,8 @@ from re2tal.rewire import wiring_of
 from re2tal.runs.folder import MODEL_NAME, RESULTS_NAME, SUMMARY_NAME
 from re2tal.runs.tasks import Outcome
 from re2tal.strict_json import write_json
-from re2tal.training.engine import Engine, gather_weights
+from re2tal.training.deepspeed_import import Engine
+from re2tal.training.engine_weights import gather_weights
 from re2tal.training.export import write_model
 from re2tal.training.interruption import Agreement
 from re2tal.training.metrics import peak_memory_gib

@@ -38,13 +38,16 @@ from re2tal.runs.training_end import TrainedRun, finish
 from re2tal.training.agreement import versions, weight_checksums
 from re2tal.training.annealing import beta_course
 from re2tal.training.checkpoint import VALIDATION, CheckpointStore
+from re2tal.training.deepspeed_import import Engine
 from re2tal.training.elastic import RANKS, same_clips_per_step
-from re2tal.training.engine import Engine, build_engine, join, leave, zero_stage
+from re2tal.training.engine import build_engine
+from re2tal.training.engine_weights import zero_stage
 from re2tal.training.finite import check_finite
 from re2tal.training.generators import seed_generators
 from re2tal.training.interruption import Agreement, Interrupted
 from re2tal.training.metrics import MetricsLog
 from re2tal.training.optimizer import build_optimizer, for_batch
+from re2tal.training.process_group import join, leave
 from re2tal.training.schedule import learning_rate_factor, num_optimizer_steps
 from re2tal.training.sharding import is_sharded_early
 from re2tal.training.signals import StopRequests, stop_requests

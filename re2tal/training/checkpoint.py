@@ -24,9 +24,10 @@ import torch.distributed as dist
 from re2tal.distributed import gather_objects, is_main, named_host
 from re2tal.strict_json import sha256_of, write_atomically
 from re2tal.training.agreement import refuse_drifted_replicas
+from re2tal.training.deepspeed_import import Engine
 from re2tal.training.elastic import ACCUMULATION, RANKS, batches_of_step, place_in_run
 from re2tal.training.ema import WeightAverage
-from re2tal.training.engine import Engine, all_finite, find_non_finite
+from re2tal.training.finite import all_finite, find_non_finite
 from re2tal.training.generators import generator_states, restore_generators
 from re2tal.training.manifest import FOLDER, Manifest, Progress, read_manifest, write_manifest
 from re2tal.training.reshard import resharded

@@ -11,20 +11,21 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from re2tal.distributed import any_rank, made_by_main
-from re2tal.options import option
 from re2tal.rewire import count_states, largest_drift, set_beta
 from re2tal.structures import Batch
 from re2tal.training.agreement import refuse_drifted_replicas, videos_by_rank
 from re2tal.training.checkpoint import CheckpointStore
+from re2tal.training.config import TrainingConfig
+from re2tal.training.deepspeed_import import Engine
 from re2tal.training.ema import WeightAverage
-from re2tal.training.engine import Engine, GradientWatch
+from re2tal.training.finite import GradientWatch
 from re2tal.training.interruption import Agreement, Interrupted
 from re2tal.training.manifest import Progress
 from re2tal.training.metrics import Meter, MetricsLog, peak_memory_gib
@@ -35,37 +36,6 @@ from re2tal.training.watchdog import at
 
 LOSS_SCALE_SEARCH = 40
 """Steps in a row that fp16 may skip while its loss scale is sought, beyond `max_non_finite`."""
-
-
-@dataclass(frozen=True)
-class TrainingConfig:
-    """Length of training, logging, evaluation and checkpoints."""
-
-    epochs: int = option(20, resumable=True)
-    """Passes over the training shards. A resumed run may be made longer: from there on, its learning rate follows the
-    course of the new length."""
-    seed: int = 0
-    """Seed of everything random: initial weights, data order, augmentation, drop path."""
-    average_decay: float | None = 0.999
-    """Decay of the moving average of the weights that evaluation and the exported model use; None averages nothing."""
-    log_every_steps: int = option(10, resumable=True)
-    """Optimizer steps between two log lines."""
-    evaluate_every_epochs: int | None = option(None, resumable=True)
-    """Epochs between two evaluations; None evaluates once, at the end."""
-    checkpoint_every_steps: int = option(500, resumable=True)
-    """Optimizer steps between two checkpoints; one more is written at the end, and when the run is told to stop."""
-    keep_checkpoints: int = option(2, resumable=True)
-    """How many of the newest checkpoints to keep."""
-    max_non_finite: int = option(10, resumable=True)
-    """Give up after this many batches or steps in a row that were not finite."""
-
-    def __post_init__(self) -> None:
-        counts = ("epochs", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "max_non_finite")
-        for name in (*counts, "evaluate_every_epochs"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"training.{name} is {value}; it must be at least 1")
-        if self.average_decay is not None and not 0 <= self.average_decay < 1:
-            raise ValueError(f"training.average_decay is {self.average_decay}; it lies in [0, 1), usually 0.999")
 
 
 class Clips(Protocol):

@@ -16,8 +16,11 @@ from distributed.ranks import run_ranks
 from re2tal.backbones import BACKBONES, BackboneConfig, build_backbone
 from re2tal.backbones.hub import image_towers
 from re2tal.distributed import resolve_world
-from re2tal.training.engine import EngineConfig, build_engine, gather_weights, join, leave
+from re2tal.training.config import EngineConfig
+from re2tal.training.engine import build_engine
+from re2tal.training.engine_weights import gather_weights
 from re2tal.training.optimizer import OptimizerConfig, build_optimizer
+from re2tal.training.process_group import join, leave
 from re2tal.training.zero_file import resolve_deepspeed_config
 
 FRAMES, STEPS = 2, 2

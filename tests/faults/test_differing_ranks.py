@@ -20,8 +20,8 @@ from training.tiny import tiny_trainer
 from re2tal.distributed import resolve_world
 from re2tal.structures import Action
 from re2tal.training.agreement import checksums
-from re2tal.training.engine import leave
-from re2tal.training.trainer import TrainingConfig
+from re2tal.training.config import TrainingConfig
+from re2tal.training.process_group import leave
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--localizer.channels", "16", "--engine.batch-size", "1", "--training.epochs", "2", "--data.clips.workers"]

@@ -28,7 +28,7 @@ from re2tal.runs import training_end, training_run
 from re2tal.runs.exit_status import INTERRUPTED
 from re2tal.structures import Action
 from re2tal.training.checkpoint import CheckpointStore
-from re2tal.training.engine import leave
+from re2tal.training.process_group import leave
 from re2tal.training.signals import STOP_SIGNALS
 from re2tal.training.trainer import Trainer
 
