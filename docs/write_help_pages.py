@@ -9,6 +9,7 @@ import argparse
 import json
 import re
 import warnings
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import tyro
@@ -20,9 +21,8 @@ from re2tal.cli.help import PAGES
 MOST_OPTIONS = 10
 
 
-def pages() -> dict[str, dict[str, Any]]:
-    """Page -> its usage, description, first options, and how many there are besides."""
-    found: dict[str, dict[str, Any]] = {}
+def parsers() -> Iterator[tuple[str, argparse.ArgumentParser]]:
+    """Page and parser of each command and, behind it, of each of its sub-commands."""
     for name in COMMANDS:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
@@ -32,24 +32,30 @@ def pages() -> dict[str, dict[str, Any]]:
                 config=(tyro.conf.AvoidSubcommands,),
                 registry=short_floats(),
             )
-        found[name] = _page(name, parser)
+        yield name, parser
         for action in parser._actions:
-            if isinstance(action, argparse._SubParsersAction):
-                for word, below in action.choices.items():
-                    found[f"{name} {word}"] = _page(f"{name} {word}", below)
-                found[name]["options"] = [
-                    [word, _plain(below.description).split("\n\n")[0]] for word, below in action.choices.items()
-                ]
+            if _is(action, "_SubParsersAction"):
+                yield from ((f"{name} {word}", below) for word, below in (action.choices or {}).items())
+
+
+def pages(parsers: Iterable[tuple[str, argparse.ArgumentParser]]) -> dict[str, dict[str, Any]]:
+    """Page -> its usage, description, first options, and how many there are besides."""
+    found: dict[str, dict[str, Any]] = {}
+    for page, parser in parsers:
+        found[page] = _page(page, parser)
+        name, _, word = page.partition(" ")
+        if word:
+            found[name]["options"].append([word, found[page]["about"]])
     return found
 
 
 def _page(page: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
     options: dict[str, list[str]] = {}
     for action in parser._actions:
-        if isinstance(action, argparse._HelpAction | argparse._SubParsersAction):
+        if _is(action, "_HelpAction") or _is(action, "_SubParsersAction"):
             continue
         flag, words = _flag(action)
-        options[flag] = [words, _plain(action.help)]
+        options[flag] = [words, _first_of(_plain(action.help))]
     wanted = MOST_USED.get(page) or [*options][:MOST_OPTIONS]
     starting = [
         ["--recipe NAME", f"begin with the settings that `re2tal recipes` lists under this name ({recipe})"]
@@ -62,24 +68,41 @@ def _page(page: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
     positional = "".join(f" {words}" for flag, (words, _) in options.items() if not flag.startswith("--"))
     return {
         "usage": f"usage: re2tal {page}{positional} [options]",
-        "about": _plain(parser.description),
+        "about": _plain(parser.description).split("\n\n")[0],
         "options": shown,
         "others": len(options) - len(wanted),
     }
 
 
+def _is(action: argparse.Action, kind: str) -> bool:
+    return type(action).__name__ == kind  # tyro has its own copy of argparse
+
+
+def _first_of(text: str) -> str:
+    """The first sentence, and the default."""
+    text, _, default = text.partition(" (default: ")
+    text = text.removesuffix(" (required)")
+    first = re.split(r"(?<=[a-z)])\. (?=[A-Z])", text)[0].rstrip(".")
+    return f"{first} (default: {default}" if default not in ("", ")", "False)") else first
+
+
 def _flag(action: argparse.Action) -> tuple[str, str]:
     """What an option is called, and that with its value."""
-    metavar = str(action.metavar or "")
+    metavar = _plain(str(action.metavar or "")).replace("{None}|", "").replace("{None,", "{")
+    metavar = re.sub(r"\[?\[?(\w+) \[\1 \.\.\.\]\]?\]?", r"\1 ...", metavar)
+    metavar = re.sub(r"\{([^}]*)\}", lambda found: found[1].replace(",", "|"), metavar)
     if not action.option_strings:
-        return metavar.split(" ")[-1].strip("[]{}"), metavar
-    flag = action.option_strings[0]
-    return flag, " ".join([", ".join(action.option_strings), metavar]).strip()
+        name = action.dest.rpartition(".")[2].replace("_", "-").upper()
+        return name, f"[{name} ...]" if action.nargs == "*" else f"[{name}]" if action.nargs == "?" else name
+    if action.option_strings[-1].startswith("--no-") and "(default: False)" in _plain(action.help):
+        return action.option_strings[0], action.option_strings[0]
+    return action.option_strings[0], f"{', '.join(action.option_strings)} {metavar}".strip()
 
 
 def _plain(text: str | None) -> str:
-    return re.sub(r"\x1b\[[0-9;]*m", "", text or "").strip()
+    text = re.sub(r"\x1b\[[0-9;]*m", "", text or "").replace(" (default: None)", "").replace("%%", "%")
+    return " ".join(text.replace("\n\n", "\0").split()).replace("\0", "\n\n").strip()
 
 
 if __name__ == "__main__":
-    PAGES.write_text(json.dumps(pages(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    PAGES.write_text(json.dumps(pages(parsers()), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")

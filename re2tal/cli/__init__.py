@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import re2tal
 from re2tal.cli.commands import COMMANDS, STARTING_POINTS
 from re2tal.cli.faults import end
-from re2tal.cli.help import commands_help, short_help
+from re2tal.cli.help import commands_help, examples, page_of, short_help
 from re2tal.runs.exit_status import DIVERGED, KEYBOARD, WRONG_INPUT
 from re2tal.training.signals import stop_requests
 
@@ -69,6 +69,8 @@ def _without_command(name: str, rest: Sequence[str]) -> None:
 
 
 def _run(name: str, arguments: Sequence[str]) -> int:
+    if "--help-all" in arguments:
+        print(f"{examples(page_of(name, arguments))}\n")
     function, arguments = command(name, ["--help" if word == "--help-all" else word for word in arguments])
     status = parsed(function, arguments, prog=f"re2tal {name}")
     return 0 if status is None else status

@@ -40,15 +40,24 @@ def commands_help() -> str:
 def short_help(name: str, arguments: Sequence[str]) -> str:
     """The page of a command, or of the sub-command that `arguments` begin with."""
     pages: dict[str, dict[str, Any]] = json.loads(PAGES.read_text("utf-8"))
-    page = next((page for word in arguments if (page := f"{name} {word}") in pages), name)
+    page = page_of(name, arguments)
     found = pages[page]
     width = min(MOST_COLUMNS, max(40, shutil.get_terminal_size().columns))
-    parts = [found["usage"], "\n".join(["examples:", *(f"  {example}" for example in EXAMPLES[page])])]
-    parts += [textwrap.fill(text, width) for text in found["about"].split("\n\n")]
+    parts = [found["usage"], examples(page), textwrap.fill(found["about"], width)]
     if found["options"]:
         parts.append(_options(found["options"], width))
-    more = f"; {found['others']} options are not shown here" if found["others"] else ""
+    more = f"; it has {found['others']} more options" if found["others"] else ""
     return "\n\n".join([*parts, f"re2tal {page} --help-all explains everything{more}"])
+
+
+def page_of(name: str, arguments: Sequence[str]) -> str:
+    """The command with its sub-command, if `arguments` name one."""
+    return next((page for word in arguments if (page := f"{name} {word}") in EXAMPLES), name)
+
+
+def examples(page: str) -> str:
+    """Two uses."""
+    return "\n".join(["examples:", *(f"  {example}" for example in EXAMPLES[page])])
 
 
 def _options(rows: Sequence[Sequence[str]], width: int) -> str:

@@ -24,7 +24,9 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
 ) -> int:
-    """Train a detector, or a recognizer, and evaluate it on the validation subset. Every rank calls this.
+    """Train a detector, or a recognizer, and evaluate it on the validation subset.
+
+    Every rank calls this: start several with `deepspeed launch/train.py` or torchrun.
 
     Args:
         run: the configuration, from --recipe NAME (demo by default) or --config FILE, with every field open to change

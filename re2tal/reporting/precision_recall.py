@@ -37,8 +37,8 @@ def draw_precision_recall(matches: Matches) -> Figure:
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     for index, (threshold, curve) in enumerate(zip(matches.thresholds, precision_at(matches), strict=True)):
-        look = {"color": COLOURS[index % len(COLOURS)], "linestyle": STYLES[index % len(STYLES)]}
-        axes.plot(RECALLS, curve, label=f"tIoU {threshold:.4g}", **look)
+        colour, style = COLOURS[index % len(COLOURS)], STYLES[index % len(STYLES)]
+        axes.plot(RECALLS, curve, label=f"tIoU {threshold:.4g}", color=colour, linestyle=style)
     axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="recall", ylabel="precision, mean over classes")
     axes.set_title(f"protocol {matches.protocol.name}", loc="left", fontsize=11)
     axes.grid(color="#E5E5E5", linewidth=0.8)

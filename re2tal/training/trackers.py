@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -72,12 +73,12 @@ class Trackers:
         PartialState()  # accelerate's trackers ask it which rank they are on
         self.say = say
         for name in self.names:
-            self._try(name, "start", lambda name=name: self._start(name, step))
+            self._try(name, "start", partial(self._start, name, step))
 
     def log(self, values: Mapping[str, float], *, step: int) -> None:
         """Figures by name, at an optimizer step."""
         for name, tracker in [*self._open.items()]:
-            self._try(name, "log", lambda tracker=tracker: tracker.log(dict(values), step=step))
+            self._try(name, "log", partial(tracker.log, dict(values), step=step))
 
     def draw(self, figures: Callable[[], Figures], *, step: int) -> None:
         """Pictures by name, at an optimizer step; they are drawn only if there is a tracker."""
@@ -89,7 +90,7 @@ class Trackers:
             self.say(f"the pictures of step {step} are left out: {type(error).__name__}: {error}")
             return
         for name, tracker in [*self._open.items()]:
-            self._try(name, "draw", lambda name=name, tracker=tracker: self._show(name, tracker, drawn, step))
+            self._try(name, "draw", partial(self._show, name, tracker, drawn, step))
 
     def close(self) -> None:
         """Ends them, and says how often each failed."""
@@ -102,16 +103,16 @@ class Trackers:
 
     def _start(self, name: str, step: int) -> None:
         """TensorBoard gets the configuration as a text: its own table of settings would be a second run beside this."""
-        own: dict[str, Any] = {
+        settings: dict[str, dict[str, Any]] = {
             "tensorboard": {"purge_step": step + 1 if step else None},
             "wandb": {"name": self.run_name, "dir": str(self.folder)},
             "mlflow": {"run_name": self.run_name},
             "swanlab": {"experiment_name": self.run_name},
             "dvclive": {"dir": str(self.folder / "dvclive")},
-        }.get(name, {})
+        }
         kind = _classes()[name]
         place = (str(self.folder),) if kind.requires_logging_directory else ()
-        tracker = kind(name if name == "tensorboard" else PROJECT, *place, **own)
+        tracker = kind(name if name == "tensorboard" else PROJECT, *place, **settings.get(name, {}))
         tracker.start()
         self._open[name] = tracker
         if name != "tensorboard":
