@@ -29,8 +29,7 @@ def detect(
 ) -> int:
     """Find actions in videos with a trained detector, and write them with their times.
 
-    Examples: re2tal detect party.mp4 --model runs/mine --out party.srt; re2tal detect VIDEOS --recursive --model
-    runs/mine --out found.json. Started by torchrun, the ranks share the videos.
+    Started by torchrun, the ranks share the videos.
 
     Exit status 0 if all videos were looked at, 1 if some could not be used (each is named; the others are written), 2
     for wrong input, or where no video could be used, 130 when stopped by the keyboard (what was found is written).

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import queue
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -26,6 +24,7 @@ import re2tal
 from re2tal.data.building.annotations import Annotations, duration_tolerance, read_annotations
 from re2tal.data.building.examine import Examined, examine_video
 from re2tal.data.building.isolated import Isolated
+from re2tal.machine import memory_bytes, num_cores, open_files
 from re2tal.runs.exit_status import SOME_LEFT_OUT
 from re2tal.strict_json import write_json
 from re2tal.structures import VideoRecord
@@ -111,7 +110,7 @@ def _video_files(folder: Path) -> tuple[dict[str, Path], list[str]]:
 
 def _examine(files: dict[str, Path], check: DataCheck) -> dict[str, Examined | str]:
     """Name -> what was found, or why the file cannot be used; each in a process that can be stopped."""
-    num_workers = max(1, min(check.workers or len(os.sched_getaffinity(0)), len(files)))
+    num_workers = max(1, min(check.workers or num_cores(), len(files)))
     with ExitStack() as stack:
         idle: queue.SimpleQueue[Isolated] = queue.SimpleQueue()
         for _ in range(num_workers):
@@ -235,8 +234,8 @@ def _machine() -> Iterator[tuple[str, Any]]:
             yield name, metadata.version(name)
         except metadata.PackageNotFoundError:
             yield name, "not installed"
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    yield "processor", f"{len(os.sched_getaffinity(0))} cores for this process, {memory / 2**30:.1f} GiB memory"
+    memory = "" if (size := memory_bytes()) is None else f", {size / 2**30:.1f} GiB memory"
+    yield "processor", f"{num_cores()} cores for this process{memory}"
     yield "devices", "; ".join(_devices()) or "none: training runs on the processor"
     yield "DeepSpeed operations", _deepspeed_operations()
     shared = Path("/dev/shm")
@@ -244,8 +243,9 @@ def _machine() -> Iterator[tuple[str, Any]]:
         usage = shutil.disk_usage(shared)
         remark = "; loader workers need more: docker run --shm-size=8g" if usage.free < 2**30 else ""
         yield "/dev/shm", f"{usage.free / 2**30:.2f} of {usage.total / 2**30:.2f} GiB free{remark}"
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    yield "open files", f"{soft} (at most {hard})" + ("; raise it: ulimit -n 4096" if soft < 4096 else "")
+    if (limits := open_files()) is not None:
+        soft, hard = limits
+        yield "open files", f"{soft} (at most {hard})" + ("; raise it: ulimit -n 4096" if soft < 4096 else "")
 
 
 def _devices() -> Iterator[str]:

@@ -16,8 +16,8 @@ from re2tal.data.streaming.live import LiveClip, collate_live
 from re2tal.detector import TemporalActionDetector
 from re2tal.evaluation.selection import Selection
 from re2tal.inference import Windows, detect_windows, merge_windows
+from re2tal.progress import Progress
 from re2tal.reporting.found import FoundInVideo
-from re2tal.runs.progress import Progress
 from re2tal.runs.watching import Closed, Fetching, Opened, Seen, watch
 from re2tal.structures import Detections
 

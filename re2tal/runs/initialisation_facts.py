@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -18,6 +17,7 @@ from re2tal.data.building.annotations import Annotations, read_annotations
 from re2tal.data.building.isolated import Isolated
 from re2tal.data.building.named_files import NamedFiles
 from re2tal.data.building.probe import VideoProbe, probe_video
+from re2tal.machine import num_cores
 from re2tal.runs.video_files import list_videos
 from re2tal.structures import VideoRecord
 
@@ -107,7 +107,7 @@ class _Files:
         self._files = files
         self._stack = ExitStack()
         self._idle: SimpleQueue[Isolated] = SimpleQueue()
-        self._num_workers = min(8, len(os.sched_getaffinity(0)))
+        self._num_workers = min(8, num_cores())
 
     def __enter__(self) -> _Files:
         for _ in range(self._num_workers):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from re2tal.data.building.probe import MAX_DAMAGED, probe_video
 from re2tal.data.building.shard_folder import BuiltSubset, Listed
 from re2tal.data.building.subset_names import rename_subsets
 from re2tal.data.contract.manifest import Encoding, FramesPerSecond, FramesPerVideo, Rejection
+from re2tal.machine import num_cores
 from re2tal.runs.exit_status import TOO_MANY_REJECTED
 from re2tal.runs.shard_listing import describe
 
@@ -120,7 +120,7 @@ def _config(options: Build, spec: DatasetSpec) -> BuildConfig:
         shard_bytes=parse_size(options.shard_size),
         videos_per_shard=options.videos_per_shard,
         seed=options.seed,
-        workers=options.workers or len(os.sched_getaffinity(0)),
+        workers=options.workers or num_cores(),
         part_index=part_index,
         num_parts=num_parts,
     )

@@ -32,6 +32,7 @@ from re2tal.training.metrics import MetricsLog
 from re2tal.training.optimizer import build_optimizer, for_batch
 from re2tal.training.schedule import learning_rate_factor, num_optimizer_steps
 from re2tal.training.sharding import is_sharded_early
+from re2tal.training.trackers import Trackers
 from re2tal.training.trainer import Trainer
 
 STEPS_OF_EPOCH = "optimizer steps of an epoch"
@@ -59,14 +60,22 @@ def build_trainer(
     begin_step = alike_on_any_ranks(model, clips, accumulation=accumulation)
     _refuse_other_starts(model, settings, shards, clips)
     seed_generators(seed, rank=world.rank)  # but different paths dropped
-    log = MetricsLog(folder, enabled=world.is_main)
+    shown = dict(flatten(to_json(config)))
+    trackers = Trackers(config.training.trackers, folder, run_name=config.name, config=shown)
+    log = MetricsLog(folder, enabled=world.is_main, trackers=trackers)
     engine, beta = _engine(config, settings, model, clips, world, log)
     identity = _identity(config, engine, shards, world)
     dtype = next(model.parameters()).dtype
-    return Trainer(
+
+    def validate(engine: Engine) -> Mapping[str, float]:
+        outcome = evaluate(engine)
+        log.draw(outcome.pictures, step=trainer.progress.step)
+        return outcome.figures
+
+    trainer = Trainer(
         engine,
         clips,
-        lambda engine: evaluate(engine).figures,
+        validate,
         config.training,
         prepare=partial(prepare, strength=config.data.clips.colour_jitter, seed=seed, world=world, dtype=dtype),
         checkpoints=CheckpointStore(
@@ -81,6 +90,7 @@ def build_trainer(
         planned_bytes=None if plan is None else plan.memory.peak,
         new_step=begin_step,
     )
+    return trainer
 
 
 def _network(

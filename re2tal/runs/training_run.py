@@ -38,6 +38,7 @@ from re2tal.training.elastic import same_clips_per_step
 from re2tal.training.interruption import Agreement, Interrupted
 from re2tal.training.process_group import join, leave
 from re2tal.training.signals import StopRequests, stop_requests
+from re2tal.training.trackers import check_trackers
 from re2tal.training.trainer import Trainer
 from re2tal.training.watchdog import at, watched
 from re2tal.training.zero_file import resolve_deepspeed_config
@@ -96,6 +97,7 @@ def _train(
     _same_start(config, {"out": folder.absolute(), "resume": resume, "overwrite": overwrite})
     ranks.check()
     together(lambda: _engine_settings(ds, config, world))  # a fault of the file is said before data is opened
+    check_trackers(config.training.trackers)
     make_if_wanted(config, world)
     shards = training, validation = open_both(config)
     config = _fitted(config, training)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -20,6 +19,7 @@ from re2tal.data.contract.manifest import Encoding, FramesPerSecond, FramesPerVi
 from re2tal.data.contract.shards import ShardSet, open_shards
 from re2tal.data.streaming.stream import ClipConfig
 from re2tal.data.streaming.windows import ResizeWhole, Slide, Trimmed
+from re2tal.machine import num_cores
 from re2tal.reporting.found import as_text
 from re2tal.structures import VideoRecord
 from re2tal.video_ids import VIDEO_SUFFIXES
@@ -124,7 +124,7 @@ def pack_videos(
         videos=links,
         out=scratch / "shards",
         subset=SUBSET,
-        config=BuildConfig(dataset=SUBSET, encoding=encoding_for(clips), workers=len(os.sched_getaffinity(0))),
+        config=BuildConfig(dataset=SUBSET, encoding=encoding_for(clips), workers=num_cores()),
     )
     rejected += [Rejection(names[one.video_id], one.reason) for one in built.rejected]
     for one in built.damaged:

@@ -8,7 +8,6 @@ why. Members that are no video and no label are ignored.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -38,6 +37,7 @@ from re2tal.data.contract.manifest import (
     read_manifest,
 )
 from re2tal.data.contract.mp4 import read_mp4
+from re2tal.machine import num_cores
 from re2tal.structures import VideoRecord
 
 
@@ -54,7 +54,7 @@ def index_tars(
         classes=listed.classes,
         shard_bytes=shard_bytes,
         kind="shards index",
-        workers=len(os.sched_getaffinity(0)),
+        workers=num_cores(),
     )
     return folder.build([_item(record, matches) for record in records], partial(_made, matches))
 

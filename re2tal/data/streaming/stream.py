@@ -30,6 +30,7 @@ from re2tal.data.streaming.workers import (
     check_shared_memory,
     heed_only_the_parent,
     no_garbage_to_inherit,
+    start_method,
     stop_signals_blocked,
 )
 from re2tal.structures import Batch
@@ -108,8 +109,7 @@ class ClipStream:
             pin_memory=torch.cuda.is_available(),
             prefetch_factor=config.prefetch if workers else None,
             persistent_workers=workers > 0,
-            # A forked child must not touch CUDA, and one that exists already could be touched by mistake.
-            multiprocessing_context=("spawn" if torch.cuda.is_initialized() else "fork") if workers else None,
+            multiprocessing_context=start_method() if workers else None,
             # Its own, or each epoch would draw a number from the global one.
             generator=torch.Generator(),
             worker_init_fn=heed_only_the_parent if workers else None,
