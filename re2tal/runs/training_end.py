@@ -12,6 +12,7 @@ from re2tal.distributed import is_main, made_by_main
 from re2tal.evaluation.accuracy import AccuracyReport
 from re2tal.evaluation.average_precision import MapReport
 from re2tal.rewire import wiring_of
+from re2tal.runs.clip_memory import approximation
 from re2tal.runs.folder import MODEL_NAME, RESULTS_NAME, SUMMARY_NAME
 from re2tal.runs.tasks import Outcome
 from re2tal.strict_json import write_json
@@ -75,6 +76,8 @@ def finish(
         "peak_memory_gib": round(peak_memory_gib(trainer.engine.device), 2),
         "ranks": int(trainer.engine.world_size),
     }
+    if (memory := getattr(model.backbone, "memory", None)) is not None:
+        summary["approximation"] = approximation(memory.share)
 
     def write() -> None:
         outcome.write(folder / RESULTS_NAME)

@@ -23,6 +23,7 @@ from re2tal.distributed import World, is_main, made_by_main, refuse_differences,
 from re2tal.options import defaults_of, names_with
 from re2tal.planning.shared import PLAN_NAME, save_plan, shared_plan
 from re2tal.planning.step_plan import StepPlan
+from re2tal.runs.clip_memory import approximation, remembering_clips
 from re2tal.runs.deepspeed_presets import DEFAULT_PRESET, find_preset
 from re2tal.runs.demo_data import make_if_wanted
 from re2tal.runs.exit_status import HUNG
@@ -48,7 +49,7 @@ from re2tal.training.optimizer import build_optimizer, for_batch
 from re2tal.training.schedule import learning_rate_factor, num_optimizer_steps
 from re2tal.training.sharding import is_sharded_early
 from re2tal.training.signals import StopRequests, stop_requests
-from re2tal.training.trainer import Trainer
+from re2tal.training.trainer import Prepare, Trainer
 from re2tal.training.watchdog import at, watched
 from re2tal.training.zero_file import resolve_deepspeed_config
 
@@ -254,12 +255,18 @@ def _build(
     log = MetricsLog(folder, enabled=world.is_main)
     if on_rates is not None:
         log.say(on_rates)
+    prepared: Prepare = partial(prepare, strength=config.data.clips.colour_jitter, seed=seed, world=world, dtype=dtype)
+    if config.backbone.trained_clips < 1:
+        prepared = remembering_clips(
+            prepared, model.get_submodule("backbone"), folder, config.backbone.trained_clips, seed=seed, world=world
+        )
+        log.say(approximation(config.backbone.trained_clips))
     return Trainer(
         engine,
         clips,
         lambda engine: evaluate(engine).figures,
         config.training,
-        prepare=partial(prepare, strength=config.data.clips.colour_jitter, seed=seed, world=world, dtype=dtype),
+        prepare=prepared,
         checkpoints=CheckpointStore(
             folder / CHECKPOINTS_NAME,
             identity=identity,
