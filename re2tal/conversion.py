@@ -78,10 +78,13 @@ def key_layouts(name: str) -> tuple[KeyLayout, ...]:
         return swin3d_layouts.KEY_LAYOUTS
     if name in slowfast.SIZES:
         return slowfast_layouts.KEY_LAYOUTS
+    from re2tal.backbones.hub.internvideo2 import SIZES, original
     from re2tal.backbones.hub.pretrained import OURS  # imports transformers, which takes seconds
     from re2tal.backbones.hub.videomae_layouts import MMACTION, ORIGINAL
     from re2tal.backbones.hub.vjepa2_layouts import ORIGINAL as VJEPA2
 
+    if name in SIZES:
+        return OURS, original(SIZES[name])
     families = {"videomae": (MMACTION, ORIGINAL), "vjepa2": (VJEPA2,)}
     return (OURS, *families.get(name.partition("_")[0], ()))
 

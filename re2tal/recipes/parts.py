@@ -91,7 +91,12 @@ BACKBONE_PARTS: dict[str, Part] = {
         )
         for size, width in (("base", 768), ("large", 1024), ("huge", 1280))
     },
+    "re2videomae_giant": Part("rewired VideoMAE V2-g", 1408, partial(_transformer, name="videomae_giant", size=224)),
     "re2vjepa2_large": Part("rewired V-JEPA 2-L", 1024, partial(_transformer, name="vjepa2_large", size=256)),
+    "re2vjepa2_giant": Part("rewired V-JEPA 2-g", 1408, partial(_transformer, name="vjepa2_giant", size=256)),
+    "re2internvideo2_1b": Part(
+        "rewired InternVideo2-1B", 1408, partial(_transformer, name="internvideo2_1b", size=224)
+    ),
 }
 
 

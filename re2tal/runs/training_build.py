@@ -16,6 +16,7 @@ from re2tal.data.streaming.stream import ClipStream
 from re2tal.distributed import World, refuse_differences
 from re2tal.options import defaults_of, names_with
 from re2tal.planning.step_plan import StepPlan
+from re2tal.runs.clip_memory import approximation, remembering_clips
 from re2tal.runs.folder import CHECKPOINTS_NAME
 from re2tal.runs.tasks import AnyRun, Outcome
 from re2tal.runs.training_data import Pair, alike_on_any_ranks, prepare, stream_of
@@ -33,7 +34,7 @@ from re2tal.training.optimizer import build_optimizer, for_batch
 from re2tal.training.schedule import learning_rate_factor, num_optimizer_steps
 from re2tal.training.sharding import is_sharded_early
 from re2tal.training.trackers import Trackers
-from re2tal.training.trainer import Trainer
+from re2tal.training.trainer import Prepare, Trainer
 
 STEPS_OF_EPOCH = "optimizer steps of an epoch"
 """In the identity of a run. The same for any number of ranks."""
@@ -66,6 +67,11 @@ def build_trainer(
     engine, beta = _engine(config, settings, model, clips, world, log)
     identity = _identity(config, engine, shards, world)
     dtype = next(model.parameters()).dtype
+    prepared: Prepare = partial(prepare, strength=config.data.clips.colour_jitter, seed=seed, world=world, dtype=dtype)
+    if (share := config.backbone.trained_clips) < 1:
+        backbone = model.get_submodule("backbone")
+        prepared = remembering_clips(prepared, backbone, folder, share, seed=seed, world=world)
+        log.say(approximation(share))
 
     def validate(engine: Engine) -> Mapping[str, float]:
         outcome = evaluate(engine)
@@ -77,7 +83,7 @@ def build_trainer(
         clips,
         validate,
         config.training,
-        prepare=partial(prepare, strength=config.data.clips.colour_jitter, seed=seed, world=world, dtype=dtype),
+        prepare=prepared,
         checkpoints=CheckpointStore(
             folder / CHECKPOINTS_NAME,
             identity=identity | {STEPS_OF_EPOCH: clips.steps_per_epoch / accumulation},

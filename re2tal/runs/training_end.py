@@ -14,6 +14,7 @@ from re2tal.distributed import is_main, made_by_main
 from re2tal.evaluation.accuracy import AccuracyReport
 from re2tal.evaluation.average_precision import MapReport
 from re2tal.rewire import wiring_of
+from re2tal.runs.clip_memory import approximation
 from re2tal.runs.folder import MODEL_NAME, RESULTS_NAME, SUMMARY_NAME
 from re2tal.runs.model_folder import describe_trained
 from re2tal.runs.stored_features import describe
@@ -82,6 +83,8 @@ def finish(
         "peak_memory_gib": round(peak_memory_gib(trainer.engine.device), 2),
         "ranks": int(trainer.engine.world_size),
     }
+    if (memory := getattr(model.backbone, "memory", None)) is not None:
+        summary["approximation"] = approximation(memory.share)
 
     def write() -> None:
         outcome.write(folder / RESULTS_NAME)
