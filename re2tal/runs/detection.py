@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -76,10 +76,8 @@ class Detected:
     odd: Sequence[Path]
     """Files in the folders that are no videos by their suffix."""
     min_score: float
-    max_per_video: int
-    """The limit of suppression."""
-    videos_at_max: Sequence[str]
-    """Videos with so many detections: any more were cut."""
+    cut_videos: Mapping[str, int]
+    """Videos with more detections than suppression.max_per_video -> how many it cut, at most."""
     is_main: bool = True
     """Whether this is the rank that tells."""
 
@@ -140,7 +138,7 @@ class _Job:
     top_k: int
     target: Path
     found: list[tuple[str, int]] = field(default_factory=list)
-    """Name of each video, and how many detections it had before selection by class, or after."""
+    """Name of each video, and how many detections the limit on their number left out, at most."""
     rejected: list[Rejection] = field(default_factory=list)
 
     @classmethod
@@ -188,7 +186,7 @@ class _Job:
 
     def add(self, video: FoundInVideo) -> FoundInVideo:
         """Name and write what was found in a video; gives what was written."""
-        self.found.append((video.name, len(video.detections)))
+        self.found.append((video.name, video.detections.num_cut or 0))
         if self.namer is not None:
             named = self.namer.name({video.name: video.detections}, top_k=self.top_k)[video.name]
             video = replace(video, detections=self.selection.after(named), classes=self.namer.classes)
@@ -205,7 +203,6 @@ class _Job:
             raise ValueError(
                 f"none of the {len(rejected)} videos can be used; {rejected[0].video_id}: {rejected[0].reason}"
             )
-        limit = self.trained.config.suppression.max_per_video
         if world.is_main:
             self.results.found = sorted(
                 (one for share in shares for one in share[2]), key=lambda one: order.get(one.name, 0)
@@ -222,8 +219,7 @@ class _Job:
             rejected=rejected,
             odd=self.files.odd,
             min_score=self.selection.min_score,
-            max_per_video=limit,
-            videos_at_max=[name for share in shares for name, count in share[0] if count >= limit],
+            cut_videos={name: count for share in shares for name, count in share[0] if count},
             is_main=world.is_main,
         )
 

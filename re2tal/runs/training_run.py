@@ -23,10 +23,12 @@ from re2tal.distributed import World, is_main, made_by_main, refuse_differences,
 from re2tal.options import defaults_of, names_with
 from re2tal.planning.shared import PLAN_NAME, save_plan, shared_plan
 from re2tal.planning.step_plan import StepPlan
+from re2tal.runs.best import BestModel
 from re2tal.runs.deepspeed_presets import DEFAULT_PRESET, find_preset
 from re2tal.runs.demo_data import make_if_wanted
+from re2tal.runs.evaluation import blocked_by
 from re2tal.runs.exit_status import HUNG
-from re2tal.runs.folder import CHECKPOINTS_NAME, CONFIG_NAME, claim
+from re2tal.runs.folder import BEST_NAME, CHECKPOINTS_NAME, CONFIG_NAME, claim
 from re2tal.runs.lock import locked
 from re2tal.runs.model_folder import describe_trained
 from re2tal.runs.orphans import end_with_the_launcher
@@ -129,6 +131,8 @@ def _train(
         config = on_features(config, training)
     check_kind(config, training)
     _check_norms(config)
+    if isinstance(config, RunConfig):
+        blocked_by(config.evaluation)  # raises where it is no list, before anything is built
     build = partial(build_from, config, training.classes, find_start(config, training))
     made_by_main(lambda: cleanup.enter_context(locked(folder)))
     claim(folder, resume=resume, overwrite=overwrite)
@@ -144,8 +148,20 @@ def _train(
     earlier = folder / PLAN_NAME if resume else None
     plan = _plan(config, ds_file, world, classes=training.classes, device=device, earlier=earlier)
     ranks.check()
-    trainer = _build(config, settings, folder, world, build, both, evaluate=evaluate, device=device, plan=plan)
+    features = describe(training) if isinstance(training, FeatureSet) else None
+    best = BestModel(folder / BEST_NAME, config, validation, features) if config.training.keep_best else None
+
+    def validate(engine: Engine) -> Mapping[str, float]:
+        outcome = evaluate(engine)
+        # Before the end of annealing it is another network than that of config.json.
+        if best is not None and trainer.is_annealed:
+            best.offer(outcome, engine, step=trainer.progress.step)
+        return outcome.figures
+
+    trainer = _build(config, settings, folder, world, build, both, validate=validate, device=device, plan=plan)
     resumed = resume and trainer.resume()
+    if best is not None:
+        best.start(step=trainer.progress.step, say=trainer.log.say)
     if world.is_main:  # not before: a run that may not be resumed like this keeps the configuration it has
         save_config(folder / CONFIG_NAME, config)
         if plan is not None:
@@ -155,14 +171,20 @@ def _train(
     with closing(trainer.log):
         if trainer.train() == "interrupted":
             raise Interrupted
-        features = describe(training) if isinstance(training, FeatureSet) else None
 
         def describe_run(summary: Mapping[str, Any]) -> None:
             if isinstance(config, RunConfig):
                 describe_trained(folder, config, trainer.engine.module.classes, summary=summary, training=training)
 
         return finish(
-            trainer, folder, evaluate, ranks=ranks, features=features, describe_run=describe_run, started=started
+            trainer,
+            folder,
+            evaluate,
+            ranks=ranks,
+            features=features,
+            describe_run=describe_run,
+            started=started,
+            best=best,
         )
 
 
@@ -217,7 +239,7 @@ def _build(
     build: Callable[[], nn.Module],
     shards: Pair,
     *,
-    evaluate: Callable[[Engine], Outcome],
+    validate: Callable[[Engine], Mapping[str, float]],
     device: torch.device,
     plan: StepPlan | None,
 ) -> Trainer:
@@ -260,7 +282,7 @@ def _build(
     return Trainer(
         engine,
         clips,
-        lambda engine: evaluate(engine).figures,
+        validate,
         config.training,
         prepare=partial(prepare, strength=config.data.clips.colour_jitter, seed=seed, world=world, dtype=dtype),
         checkpoints=CheckpointStore(

@@ -47,6 +47,9 @@ class Slide:
     """frames of a clip; a shorter video is padded"""
     frames_per_second: float | None = 15.0
     """rate at which frames are taken; at most the rate of the stored video, and None is that rate"""
+    frame_stride: int = 1
+    """with frames_per_second None: one of so many stored frames is taken, as OpenTAD does with videos of any rate (keep
+    theirs with `re2tal shards build --copy`)"""
     overlap: float = 0.5
     """in evaluation, share of a window that the next one sees again"""
     kept_share: float = 0.75
@@ -68,6 +71,13 @@ class Slide:
         if not 0 <= self.overlap < 1:
             raise ValueError(f"data.clips.windowing.overlap is {self.overlap}; give a share from 0 to below 1")
         _check_rate(self.frames_per_second)
+        _check_count("data.clips.windowing.frame_stride", self.frame_stride)
+        if self.frame_stride > 1 and self.frames_per_second is not None:
+            raise ValueError(
+                f"data.clips.windowing.frame_stride is {self.frame_stride}, but frames_per_second is "
+                f"{self.frames_per_second:g}, which says already what is taken; set that to null (None on the command "
+                "line), or frame_stride to 1"
+            )
 
     @property
     def short_frames(self) -> int:
@@ -226,7 +236,7 @@ def _whole(video: Stored, num_frames: int, actions: Sequence[Action]) -> Window:
 
 def _cut(video: Stored, windowing: Slide, *, window_id: int, start: int, count: int) -> Window:
     """`count` samples from number `start` on, padded to the window's length."""
-    rate = windowing.frames_per_second or video.samples_per_second
+    rate = _rate(video, windowing)
     samples = start + np.minimum(np.arange(windowing.num_frames), count - 1)
     start_seconds, end_seconds = (video.start_seconds + sample / rate for sample in (start, start + count))
     return Window(
@@ -296,7 +306,7 @@ def _short_slides(video: Stored, windowing: Slide, first_id: int) -> list[Window
 
 def _num_samples(video: Stored, windowing: Slide | Trimmed) -> int:
     """How many frames a video has at the window's rate."""
-    rate = windowing.frames_per_second or video.samples_per_second
+    rate = _rate(video, windowing)
     # Rates written with three digits, 29.97 for 30000/1001, are the same rate.
     if rate > video.samples_per_second * 1.001:
         raise ValueError(
@@ -304,6 +314,12 @@ def _num_samples(video: Stored, windowing: Slide | Trimmed) -> int:
             f"{video.samples_per_second:g} frames per second; lower it, or build the shards at a higher rate"
         )
     return int((video.num_samples - 1) / video.samples_per_second * rate + 1e-6) + 1
+
+
+def _rate(video: Stored, windowing: Slide | Trimmed) -> float:
+    """Frames of a clip in a second of the video."""
+    stride = windowing.frame_stride if isinstance(windowing, Slide) else 1
+    return windowing.frames_per_second or video.samples_per_second / stride
 
 
 def _inside(video: Stored, positions: np.ndarray) -> np.ndarray:
