@@ -71,6 +71,8 @@ def to_json(config: RunConfig | RecognitionConfig) -> dict[str, Any]:
     document["data"]["shards"] = str(address or config.data.shards.absolute())
     if config.start_from is not None:
         document["start_from"] = str(config.start_from.absolute())
+    if isinstance(config, RunConfig) and config.evaluation.blocked_videos is not None:
+        document["evaluation"]["blocked_videos"] = str(config.evaluation.blocked_videos.absolute())
     weights = config.backbone.weights
     if weights is not None and (weights.endswith(WEIGHTS_SUFFIXES) or Path(weights).exists()):  # not a hub's name
         document["backbone"]["weights"] = str(Path(weights).absolute())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -71,10 +71,8 @@ class Detected:
     odd: Sequence[Path]
     """Files in the folders that are no videos by their suffix."""
     min_score: float
-    max_per_video: int
-    """The limit of suppression."""
-    videos_at_max: Sequence[str]
-    """Videos with so many detections: any more were cut."""
+    cut_videos: Mapping[str, int]
+    """Videos with more detections than suppression.max_per_video -> how many it cut, at most."""
     is_main: bool = True
     """Whether this is the rank that tells."""
 
@@ -95,7 +93,7 @@ class Job:
     top_k: int
     target: Path
     found: list[tuple[str, int]] = field(default_factory=list)
-    """Name of each video, and how many detections it had before selection by class, or after."""
+    """Name of each video, and how many detections the limit on their number left out, at most."""
     rejected: list[Rejection] = field(default_factory=list)
 
     @classmethod
@@ -144,7 +142,7 @@ class Job:
 
     def add(self, video: FoundInVideo) -> FoundInVideo:
         """Name and write what was found in a video; gives what was written."""
-        self.found.append((video.name, len(video.detections)))
+        self.found.append((video.name, video.detections.num_cut or 0))
         if self.namer is not None:
             named = self.namer.name({video.name: video.detections}, top_k=self.top_k)[video.name]
             video = replace(video, detections=self.selection.after(named), classes=self.namer.classes)
@@ -161,7 +159,6 @@ class Job:
             raise ValueError(
                 f"none of the {len(rejected)} videos can be used; {rejected[0].video_id}: {rejected[0].reason}"
             )
-        limit = self.trained.config.suppression.max_per_video
         if world.is_main:
             self.results.found = sorted(
                 (one for share in shares for one in share[2]), key=lambda one: order.get(one.name, 0)
@@ -178,7 +175,6 @@ class Job:
             rejected=rejected,
             odd=self.files.odd,
             min_score=self.selection.min_score,
-            max_per_video=limit,
-            videos_at_max=[name for share in shares for name, count in share[0] if count >= limit],
+            cut_videos={name: count for share in shares for name, count in share[0] if count},
             is_main=world.is_main,
         )

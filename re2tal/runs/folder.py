@@ -6,6 +6,7 @@ runs/NAME/config.json        the whole configuration; `--config` starts from it 
           checkpoints/       to --resume from
           clip_features/     of backbone.trained_clips: what the backbone last gave for clips; a new run begins anew
           model.safetensors  float32 weights (the moving average, if there is one) and class names
+          best/              the best model so far, where training.keep_best is set; last.safetensors: then the last one
           model.json         what goes into the model and what comes out (`re2tal.runs.model_folder`)
           README.md          the model card: training and figures
           results.json       detections on the validation subset, or the probabilities of its classes
@@ -26,6 +27,8 @@ CONFIG_NAME = "config.json"
 METRICS_NAME = "metrics.jsonl"
 DAMAGED_METRICS_NAME = "metrics.damaged"
 MODEL_NAME = "model.safetensors"
+LAST_MODEL_NAME = "last.safetensors"
+BEST_NAME = "best"
 FACTS_NAME = "model.json"
 RESULTS_NAME = "results.json"
 SUMMARY_NAME = "summary.json"
@@ -41,7 +44,7 @@ def claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
 
     def make() -> None:
         if overwrite:
-            for left in (CHECKPOINTS_NAME, TENSORBOARD_NAME, REPORT_NAME):
+            for left in (CHECKPOINTS_NAME, TENSORBOARD_NAME, REPORT_NAME, BEST_NAME):
                 shutil.rmtree(folder / left, ignore_errors=True)
             for left in (
                 PLAN_NAME,
@@ -50,6 +53,7 @@ def claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
                 SUMMARY_NAME,
                 RESULTS_NAME,
                 MODEL_NAME,
+                LAST_MODEL_NAME,
                 FACTS_NAME,
             ):
                 (folder / left).unlink(missing_ok=True)

@@ -16,6 +16,7 @@ from re2tal.data.streaming.stream import ClipStream
 from re2tal.distributed import World, refuse_differences
 from re2tal.options import defaults_of, names_with
 from re2tal.planning.step_plan import StepPlan
+from re2tal.runs.best import BestModel
 from re2tal.runs.clip_memory import approximation, remembering_clips
 from re2tal.runs.folder import CHECKPOINTS_NAME
 from re2tal.runs.tasks import AnyRun, Outcome
@@ -49,6 +50,7 @@ def build_trainer(
     shards: Pair,
     *,
     evaluate: Callable[[Engine], Outcome],
+    best: BestModel | None,
     device: torch.device,
     plan: StepPlan | None,
 ) -> Trainer:
@@ -76,6 +78,9 @@ def build_trainer(
     def validate(engine: Engine) -> Mapping[str, float]:
         outcome = evaluate(engine)
         log.draw(outcome.pictures, step=trainer.progress.step)
+        # Before the end of annealing it is another network than that of config.json.
+        if best is not None and trainer.is_annealed:
+            best.offer(outcome, engine, step=trainer.progress.step)
         return outcome.figures
 
     trainer = Trainer(

@@ -140,6 +140,11 @@ class FeatureReader:
         match self.windowing:
             case Slide(frames_per_second=rate) if rate is not None:
                 self._check_rate(rate)
+            case Slide(frame_stride=stride) if stride > 1:
+                raise ValueError(
+                    f"data.clips.windowing.frame_stride is {stride}, but {self.folder.root} holds features, which are "
+                    "means over stretches of time and are all taken; set it to 1"
+                )
 
     def _check_rate(self, rate: float) -> None:
         rates = columns_of(self.folder.videos)["samples_per_second"]

@@ -38,6 +38,9 @@ class Slide:
     """frames of a clip; a shorter video is padded"""
     frames_per_second: float | None = 15.0
     """rate at which frames are taken; at most the rate of the stored video, and None is that rate"""
+    frame_stride: int = 1
+    """with frames_per_second None: one of so many stored frames is taken, as OpenTAD does with videos of any rate (keep
+    theirs with `re2tal shards build --copy`)"""
     overlap: float = 0.5
     """in evaluation, share of a window that the next one sees again"""
     kept_share: float = 0.75
@@ -59,6 +62,13 @@ class Slide:
         if not 0 <= self.overlap < 1:
             raise ValueError(f"data.clips.windowing.overlap is {self.overlap}; give a share from 0 to below 1")
         _check_rate(self.frames_per_second)
+        _check_count("data.clips.windowing.frame_stride", self.frame_stride)
+        if self.frame_stride > 1 and self.frames_per_second is not None:
+            raise ValueError(
+                f"data.clips.windowing.frame_stride is {self.frame_stride}, but frames_per_second is "
+                f"{self.frames_per_second:g}, which says already what is taken; set that to null (None on the command "
+                "line), or frame_stride to 1"
+            )
 
     @property
     def short_frames(self) -> int:

@@ -146,7 +146,7 @@ def _whole(video: Stored, num_frames: int, actions: Sequence[Action]) -> Window:
 
 def _cut(video: Stored, windowing: Slide, *, window_id: int, start: int, count: int) -> Window:
     """`count` samples from number `start` on, padded to the window's length."""
-    rate = windowing.frames_per_second or video.samples_per_second
+    rate = _rate(video, windowing)
     samples = start + np.minimum(np.arange(windowing.num_frames), count - 1)
     start_seconds, end_seconds = (video.start_seconds + sample / rate for sample in (start, start + count))
     return Window(
@@ -216,7 +216,7 @@ def _short_slides(video: Stored, windowing: Slide, first_id: int) -> list[Window
 
 def _num_samples(video: Stored, windowing: Slide | Trimmed) -> int:
     """How many frames a video has at the window's rate."""
-    rate = windowing.frames_per_second or video.samples_per_second
+    rate = _rate(video, windowing)
     # Rates written with three digits, 29.97 for 30000/1001, are the same rate.
     if rate > video.samples_per_second * 1.001:
         raise ValueError(
@@ -224,6 +224,12 @@ def _num_samples(video: Stored, windowing: Slide | Trimmed) -> int:
             f"{video.samples_per_second:g} frames per second; lower it, or build the shards at a higher rate"
         )
     return int((video.num_samples - 1) / video.samples_per_second * rate + 1e-6) + 1
+
+
+def _rate(video: Stored, windowing: Slide | Trimmed) -> float:
+    """Frames of a clip in a second of the video."""
+    stride = windowing.frame_stride if isinstance(windowing, Slide) else 1
+    return windowing.frames_per_second or video.samples_per_second / stride
 
 
 def _inside(video: Stored, positions: np.ndarray) -> np.ndarray:
