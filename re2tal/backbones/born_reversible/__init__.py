@@ -1,1 +1,1 @@
-"""Networks that were born reversible: RevViT and Rev-MViT."""
+"""Networks that were born reversible: RevNet, RevViT and Rev-MViT."""
