@@ -135,17 +135,20 @@ class Shown:
     cells: np.ndarray
     """(N, 16, 16, 3) means of the picture's cells"""
 
+    colours: np.ndarray = field(default_factory=lambda: np.array(COLOURS))
+    """(4, 3) RGB levels of the patches"""
+
     def wrong_colours(self, pictures: np.ndarray) -> int:
-        """Pictures whose patches are further than MAX_LEVELS from what was drawn."""
-        height, width = pictures.shape[1:3]
-        column = pictures[:, :, int(0.78 * width) : int(0.95 * width)]
-        off = [
-            np.abs(np.median(column[:, (8 * k + 3) * height // 32 : (8 * k + 6) * height // 32], (1, 2)) - colour).max(
-                1
-            )
-            for k, colour in enumerate(COLOURS)
-        ]
-        return int((np.max(off, 0) > MAX_LEVELS).sum())
+        """Pictures whose patches are further than MAX_LEVELS from these."""
+        return int((np.abs(patches(pictures) - self.colours).max((1, 2)) > MAX_LEVELS).sum())
+
+
+def patches(pictures: np.ndarray) -> np.ndarray:
+    """(T, H, W, 3) -> (T, 4, 3) levels of the coloured patches."""
+    height, width = pictures.shape[1:3]
+    column = pictures[:, :, int(0.78 * width) : int(0.95 * width)]
+    rows = [slice((8 * k + 3) * height // 32, (8 * k + 6) * height // 32) for k in range(len(COLOURS))]
+    return np.stack([np.median(column[:, one], (1, 2)) for one in rows], 1)
 
 
 def picture(number: int) -> np.ndarray:
@@ -201,7 +204,18 @@ def write_odd(path: Path, odd: Odd) -> Shown:
     numbers = np.arange(odd.cut, odd.num_frames)
     ticks = [odd.milliseconds[k] / 1000 if odd.milliseconds else float((odd.start + k) / odd.rate) for k in numbers]
     times = np.array(ticks) - (float(odd.cut / odd.rate))
-    return Shown(float(odd.rate), times, numbers, np.zeros(0))
+    seen = _seen(path, odd)
+    numbers = np.array(numbers_in(seen)) if len(seen) == len(numbers) else numbers  # an encoder may err too
+    return Shown(float(odd.rate), times, numbers, np.zeros(0), patches(seen)[0])
+
+
+def _seen(path: Path, odd: Odd) -> np.ndarray:
+    """(T, H, W, 3) of a file by PyAV."""
+    matrix = Colorspace.ITU709 if odd.is_709 else Colorspace.ITU601
+    with av.open(str(path)) as container:
+        frames = [frame.reformat(format="rgb24", src_colorspace=matrix) for frame in container.decode(video=0)]
+    seen = np.stack([frame.to_ndarray() for frame in frames])
+    return seen[:, ::-1, ::-1] if odd.upside_down else seen
 
 
 def _frame(number: int, odd: Odd) -> av.VideoFrame:

@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import av
@@ -21,8 +20,7 @@ from av.sidedata.sidedata import Type
 from av.video.reformatter import ColorRange
 from av.video.stream import VideoStream
 
-from re2tal.data.building.checksums import broken_clusters
-from re2tal.data.building.healed import Healed
+from re2tal.data.building.evidence import Evidence
 from re2tal.data.building.isolated import still_working
 
 # FFmpeg's own decoders of these show garbage without a word; libvpx, which browsers use, refuses damaged data.
@@ -32,12 +30,6 @@ _HEAD_PACKETS = 60
 """A recording of a broadcast begins between two key frames; what comes before the first one is not shown."""
 # A stream that was cut begins with frames whose references are gone: normal until its second key frame.
 _MISSING_REFERENCE = re.compile(r"[Mm]issing reference|reference picture missing|find ref with POC|non-existing")
-# Arithmetic coding and the escapes of H.264 and HEVC make long runs of zeros impossible: such a stretch was lost. Other
-# codecs fill up with zeros, but only at the end of a packet or before the next start code, 00 00 01.
-_ZEROS, _ZEROS_INSIDE = re.compile(rb"\0{32}"), re.compile(rb"\0{32}(?=\0*[^\0\x01])")
-_LOST = dict.fromkeys(("h264", "hevc", "libvpx", "libvpx-vp9", "vp8", "vp9"), _ZEROS) | dict.fromkeys(
-    ("mpeg4", "mpeg1video", "mpeg2video", "h263", "libdav1d", "av1"), _ZEROS_INSIDE
-)
 _MATRICES = {1: "bt709", 4: "fcc", 7: "smpte240m", 9: "bt2020"}
 """Numbers of the H.264 standard -> names of FFmpeg's scaler. Where nothing is said, FFmpeg takes BT.601."""
 
@@ -151,8 +143,7 @@ def _decoded(
         decoder = av.CodecContext.create(_STRICT_DECODERS[decoder.name], "r")  # type: ignore[assignment]
         decoder.thread_count = 1
     by_place = _Places() if container.format.name == "avi" else None
-    clusters = broken_clusters(Path(container.name)) if container.format.name.startswith("matroska") else []
-    interlaced, healed, told = False, Healed(), 0
+    evidence, interlaced = Evidence(container, stream), False
     broken, in_head, num_keys, num_head, num_sent, num_shown = False, False, 0, 0, 0, 0
     level, skips = av.logging.get_level(), av.logging.get_skip_repeated()
     av.logging.set_level(av.logging.WARNING)
@@ -177,17 +168,14 @@ def _decoded(
                     damage.undecodable += bool(packet.size) and not in_head
                     broken, frames = True, []
                 else:
-                    broken = broken or _is_lost(packet, decoder.name, clusters)
-                    broken = broken or _complains(complaints, decoder.name, num_keys < 2)
+                    is_lost = evidence.is_lost(packet)  # follows each packet
+                    broken = broken or is_lost or _complains(complaints, decoder.name, num_keys < 2)
                     damage.corrupt += broken and bool(packet.size) and not (packet.is_discard or in_head)
                 complaints.clear()
                 for frame in frames:
                     if frame.is_corrupt and not broken:
                         damage.corrupt += 1
                         broken = True
-                    if (silent := healed.add(frame)) or frame.key_frame:
-                        damage.corrupt += max(0, silent - (damage.undecodable + damage.corrupt - told))
-                        told = damage.undecodable + damage.corrupt
                     num_shown += 1
                     interlaced = interlaced or frame.interlaced_frame
                     time = frame.dts if frame.pts is None else frame.pts
@@ -200,14 +188,6 @@ def _decoded(
     damage.num_frames += num_sent
     # A decoder may also lose a frame and say nothing.
     damage.missing += max(0, num_sent - num_shown - damage.undecodable - damage.corrupt)
-
-
-def _is_lost(packet: av.Packet, decoder: str, clusters: Sequence[tuple[int, int]]) -> bool:
-    """Whether the container, a checksum or the bytes themselves say that a packet is not what was written."""
-    pattern = _LOST.get(decoder)
-    if packet.is_corrupt or (pattern and pattern.search(bytes(packet))):
-        return True
-    return any(start <= (packet.pos or 0) < end for start, end in clusters)
 
 
 def _complains(messages: Sequence[tuple[int, str, str]], decoder: str, first: bool) -> bool:
