@@ -13,9 +13,7 @@ writes those.
 from __future__ import annotations
 
 import logging
-import math
 import os
-import stat
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -31,8 +29,15 @@ from re2tal.data.addresses.shared import mirror
 from re2tal.data.contract.columns import MappedIndex, UnusableColumns, columns_of, columns_path, index_path
 from re2tal.data.contract.feature_manifest import FeatureManifest, IndexedFeatures
 from re2tal.data.contract.folder import AnyManifest, Entry, FeatureSet, ShardSet
+from re2tal.data.contract.folder_checks import (
+    EntryCheck,
+    check_entries,
+    check_files,
+    check_index,
+    check_index_sha256,
+    check_is_shard_folder,
+)
 from re2tal.data.contract.manifest import (
-    INDEX_NAME,
     MANIFEST_NAME,
     IndexedVideo,
     Manifest,
@@ -41,7 +46,7 @@ from re2tal.data.contract.manifest import (
 )
 from re2tal.strict_json import read_json, sha256_of
 from re2tal.structures import SUBSETS, find_subset
-from re2tal.video_ids import file_key, id_fault
+from re2tal.video_ids import file_key
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +78,7 @@ def open_any(folder: Path | str) -> ShardSet | FeatureSet:
 
 
 def _open(root: Path, *, has_shards: bool = True) -> ShardSet | FeatureSet:
-    _check_is_shard_folder(root)
+    check_is_shard_folder(root)
     content = read_json(root / MANIFEST_NAME)
     if isinstance(content, dict) and content.get("format") == FeatureManifest.FORMAT:
         features = read_manifest(root / MANIFEST_NAME, FeatureManifest)
@@ -85,13 +90,13 @@ def _open(root: Path, *, has_shards: bool = True) -> ShardSet | FeatureSet:
 def _read(root: Path, manifest: AnyManifest, kind: type[Entry], *, has_shards: bool) -> dict[str, Any]:
     """The fields of a Folder, checked."""
     index, columns = index_path(root, manifest.index_sha256), columns_path(root, manifest.index_sha256)
-    check = _EntryCheck(root, manifest)
+    check = EntryCheck(root, manifest)
     mapped = _mapped(root, manifest, kind, check)
     # Columns that are younger than the index were made from it; to read hundreds of megabytes again proves no more.
     if mapped is None or index.stat().st_mtime_ns >= columns.stat().st_mtime_ns:
         check_index_sha256(root, manifest)
     if has_shards:
-        _check_files(root, manifest)
+        check_files(root, manifest)
     videos: Sequence[Entry]
     if mapped is not None:
         videos = mapped
@@ -105,16 +110,16 @@ def _read(root: Path, manifest: AnyManifest, kind: type[Entry], *, has_shards: b
         )
         by_name = Counter(video.shard for video in videos)
         counts = [by_name.pop(shard.name, 0) for shard in manifest.shards] + list(by_name.values())
-    _check_index(root, manifest, counts, int(columns_of(videos)["num_samples"].sum()))
+    check_index(root, manifest, counts, int(columns_of(videos)["num_samples"].sum()))
     if mapped is None:
-        _check_entries(videos, check)
+        check_entries(videos, check)
     elif (twice := mapped.repeated()) is not None:
         raise check.error(twice, "is listed twice")
     return {"root": root, "manifest": manifest, "manifest_sha256": sha256_of(root / MANIFEST_NAME), "videos": videos}
 
 
 def _mapped(
-    root: Path, manifest: Manifest | FeatureManifest, kind: type[Entry], check: _EntryCheck
+    root: Path, manifest: Manifest | FeatureManifest, kind: type[Entry], check: EntryCheck
 ) -> MappedIndex[Entry] | None:
     """The index by its columns; None where there are none that can be used."""
     columns = columns_path(root, manifest.index_sha256)
@@ -125,16 +130,6 @@ def _mapped(
     except UnusableColumns as problem:
         logger.warning("%s is not used, and the index is read whole: %s", columns, problem)
         return None
-
-
-def check_index_sha256(root: Path, manifest: Manifest | FeatureManifest) -> None:
-    """ValueError where the index is not the one that the manifest was written for."""
-    index_sha256 = sha256_of(index_path(root, manifest.index_sha256))
-    if index_sha256 != manifest.index_sha256:
-        raise ValueError(
-            f"{root / INDEX_NAME} is not the one that {MANIFEST_NAME} was written for (sha256 {index_sha256[:12]}..., "
-            f"manifest says {manifest.index_sha256[:12]}...); {_rebuild(root, manifest)}"
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,99 +187,3 @@ def _remote_subset(shards: Address, subset: str) -> str:
         else:
             return name
     raise ValueError(f"{shards} has no {MANIFEST_NAME} in {', '.join(names)}; check the address, and the subset's name")
-
-
-def _check_is_shard_folder(root: Path) -> None:
-    if not root.is_dir():
-        raise ValueError(f"{root} is not a folder; {_rebuild(root)}")
-    has_index = (root / INDEX_NAME).is_file() or any(root.glob("index.*.jsonl"))
-    if (root / MANIFEST_NAME).is_file() and has_index:
-        return
-    inside = sorted(child.name for child in root.iterdir() if (child / MANIFEST_NAME).is_file())
-    if inside:
-        raise ValueError(f"{root} holds one shard folder per subset; give one of: {[str(root / n) for n in inside]}")
-    missing = [name for name in (MANIFEST_NAME, INDEX_NAME) if not (root / name).is_file()]
-    raise ValueError(f"{root} has no {' and no '.join(missing)}: it is no complete shard folder; {_rebuild(root)}")
-
-
-def _rebuild(root: Path, manifest: Manifest | FeatureManifest | None = None) -> str:
-    if isinstance(manifest, FeatureManifest):
-        return "run the re2tal features command that made it again; what is sound is kept"
-    return (
-        "build it (a stopped build goes on where it was) with: "
-        f"re2tal shards build --videos DIR --annotations FILE --out {root.parent} --subsets {root.name}"
-    )
-
-
-def _check_files(root: Path, manifest: Manifest | FeatureManifest) -> None:
-    for shard in manifest.shards:
-        path = f"{root}/{shard.name}"  # not a Path, and asked once: there may be 20,000 of them
-        try:
-            status = os.stat(path)
-        except FileNotFoundError:
-            status = None
-        if status is None or not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"{path} is missing, though {MANIFEST_NAME} lists it; {_rebuild(root, manifest)}")
-        size = status.st_size
-        if size != shard.num_bytes:
-            raise ValueError(
-                f"{path} has {size} bytes, {MANIFEST_NAME} says {shard.num_bytes}: it was cut or changed; "
-                f"delete it, then {_rebuild(root, manifest)}"
-            )
-
-
-def _check_index(root: Path, manifest: Manifest | FeatureManifest, counts: Sequence[int], num_samples: int) -> None:
-    """`counts`: videos of each shard."""
-    index, num_videos, totals = root / INDEX_NAME, sum(counts), manifest.totals
-    if counts != [shard.videos for shard in manifest.shards] or num_videos == 0:
-        raise ValueError(
-            f"{index} lists {num_videos} videos in {sum(map(bool, counts))} shards, {MANIFEST_NAME} "
-            f"{totals.videos} in {len(manifest.shards)}; {_rebuild(root, manifest)}"
-        )
-    if (num_videos, num_samples) != (totals.videos, totals.num_samples):
-        raise ValueError(
-            f"{index} holds {num_videos} videos of {num_samples} samples, {MANIFEST_NAME} says {totals.videos} of "
-            f"{totals.num_samples}; {_rebuild(root, manifest)}"
-        )
-
-
-def _check_entries(videos: Sequence[IndexedVideo | IndexedFeatures], check: _EntryCheck) -> None:
-    seen: set[str] = set()
-    for video in videos:
-        check(video)
-        if video.record.video_id in seen:
-            raise check.error(video, "is listed twice")
-        seen.add(video.record.video_id)
-
-
-class _EntryCheck:
-    """Whether an index entry is sound by itself and fits the manifest."""
-
-    def __init__(self, root: Path, manifest: Manifest | FeatureManifest) -> None:
-        self._root, self._manifest = root, manifest
-        self._sizes = {shard.name: shard.num_bytes for shard in manifest.shards}
-        self._classes = frozenset(manifest.classes)
-
-    def __call__(self, video: IndexedVideo | IndexedFeatures) -> None:
-        if problem := self._problem(video):
-            raise self.error(video, problem)
-
-    def error(self, video: IndexedVideo | IndexedFeatures, problem: str) -> ValueError:
-        """What to raise for a problem."""
-        name = repr(video.record.video_id[:80])
-        return ValueError(f"{self._root / INDEX_NAME}: {name} {problem}; {_rebuild(self._root, self._manifest)}")
-
-    def _problem(self, video: IndexedVideo | IndexedFeatures) -> str:
-        """What is wrong with an entry; nothing where it is sound."""
-        record = video.record
-        if fault := id_fault(record.video_id):
-            return f"is not an id: {fault}"
-        if record.subset != self._manifest.subset:
-            return f"belongs to subset {record.subset!r}, not to {self._manifest.subset!r}"
-        if video.offset + video.num_bytes > self._sizes.get(video.shard, 0):
-            return f"lies past the end of {video.shard}"
-        seconds = [t for action in record.actions for t in (action.start_seconds, action.end_seconds)]
-        if not all(map(math.isfinite, (video.samples_per_second, record.duration_seconds, *seconds))):
-            return "has a time that is not finite"
-        unknown = {action.label for action in record.actions} - self._classes
-        return f"has labels {sorted(unknown)} that are not among the classes of {MANIFEST_NAME}" if unknown else ""

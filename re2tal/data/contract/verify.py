@@ -13,10 +13,11 @@ from pathlib import Path
 
 from re2tal.data.contract.feature_manifest import FeatureSpec, IndexedFeatures, StoredFeatures
 from re2tal.data.contract.features import unpack_features
+from re2tal.data.contract.folder_checks import check_index_sha256
 from re2tal.data.contract.manifest import INDEX_NAME, IndexedVideo, StoredVideo, from_json
 from re2tal.data.contract.members import check_frames, read_pair
 from re2tal.data.contract.mp4 import read_mp4
-from re2tal.data.contract.shards import FeatureSet, ShardSet, check_index_sha256
+from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.strict_json import sha256_of
 
 
