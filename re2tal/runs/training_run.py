@@ -37,11 +37,12 @@ from re2tal.runs.training_data import alike_on_any_ranks, prepare, say_shared, s
 from re2tal.runs.training_end import TrainedRun, finish
 from re2tal.training.agreement import versions, weight_checksums
 from re2tal.training.annealing import beta_course
-from re2tal.training.checkpoint import VALIDATION, CheckpointStore
+from re2tal.training.checkpoint import CheckpointStore
 from re2tal.training.elastic import RANKS, same_clips_per_step
 from re2tal.training.engine import Engine, build_engine, join, leave, zero_stage
 from re2tal.training.finite import check_finite
 from re2tal.training.generators import seed_generators
+from re2tal.training.identity import VALIDATION
 from re2tal.training.interruption import Agreement, Interrupted
 from re2tal.training.metrics import MetricsLog
 from re2tal.training.optimizer import build_optimizer, for_batch

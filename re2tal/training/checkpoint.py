@@ -13,6 +13,7 @@ import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -24,18 +25,18 @@ import torch.distributed as dist
 from re2tal.distributed import gather_objects, is_main, named_host
 from re2tal.strict_json import sha256_of, write_atomically
 from re2tal.training.agreement import refuse_drifted_replicas
-from re2tal.training.elastic import ACCUMULATION, RANKS, batches_of_step, place_in_run
+from re2tal.training.elastic import place_in_run
 from re2tal.training.ema import WeightAverage
 from re2tal.training.engine import Engine, all_finite, find_non_finite
 from re2tal.training.generators import generator_states, restore_generators
+from re2tal.training.identity import SHAPE, changed_values, refuse_another_run
 from re2tal.training.manifest import FOLDER, Manifest, Progress, read_manifest, write_manifest
 from re2tal.training.reshard import resharded
+from re2tal.training.stall import Stall
 from re2tal.training.watchdog import at
 
-SHAPE = (RANKS, ACCUMULATION, "ZeRO stage")
-"""Of an identity: what may change as long as a step takes as many clips. See `elastic` and `reshard`."""
-VALIDATION = "validation shards"
-"""Of an identity: what may change, but not without a word. Checkpoints of earlier versions do not say it."""
+PAUSES_SECONDS = (2.0, 10.0)
+"""A save that fails is tried again after each of these: a disk may be full, or away, for a moment."""
 
 
 class CheckpointStore:
@@ -63,13 +64,17 @@ class CheckpointStore:
         self.changed: dict[str, tuple[Any, Any]] = {}
         self.defaults = json.loads(json.dumps(dict(defaults or {}), default=str))
         self.keep = keep
+        self.pauses_seconds = PAUSES_SECONDS
+        self._stall = Stall()
+        self._wrote = False
 
     def save(self, engine: Engine, average: WeightAverage | None, progress: Progress) -> Path:
         """Every rank calls this between two optimizer steps.
 
-        Raises OSError on all ranks, old checkpoints kept, if one fails, and FloatingPointError if there is anything in
-        the weights that no run should go on from.
+        Raises OSError on all ranks, old checkpoints kept, if one fails again and again, and FloatingPointError if there
+        is anything in the weights that no run should go on from.
         """
+        started = time.monotonic()
         at(f"the checkpoint of step {progress.step}", patient=True)
         refuse_drifted_replicas(engine, step=progress.step)
         if poison := _non_finite_by_rank(engine, average):
@@ -77,31 +82,23 @@ class CheckpointStore:
                 f"after step {progress.step} not all numbers are finite: {poison}; no checkpoint is written, earlier "
                 "ones are intact. Lower the learning rate or lengthen the warmup, then resume"
             )
-        name = f"step-{progress.step:08d}"
-        partial = self.folder / f"tmp-{name}"
-        failures: list[OSError] = []
-        if is_main():
+        for pause in (*self.pauses_seconds, None):
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self._remove_leftovers()
-                partial.mkdir()
+                written = self._write(engine, average, progress)
+                break
             except OSError as error:
-                failures.append(error)
-        # Also a barrier: no rank writes before the folder is there.
-        self._raise_together(failures, partial)
-        engine.save_checkpoint(str(self.folder), tag=partial.name, save_latest=False)
-        engine.checkpoint_engine.save(_rank_state(engine, average), str(partial / _rank_file()))
-        self._raise_together(engine.checkpoint_engine.take_failures(), partial)
-        # Of the files as they lie there: DeepSpeed wrote most of them, and nobody else knows their bytes.
-        sums = self._digests(partial)
-        if is_main():
-            try:
-                write_manifest(partial, run=self.identity, progress=progress, files=sums)
-                self._commit(partial, self.folder / name)
-            except OSError as error:
-                failures.append(error)
-        self._raise_together(failures, partial)
-        return self.folder / name
+                if pause is None:
+                    raise OSError(
+                        f"{error}. Earlier checkpoints are intact; free space or make the folder writable, then resume "
+                        "the run"
+                    ) from None
+                if is_main():
+                    print(f"{error}; trying again in {pause:g} s", file=sys.stderr, flush=True)
+                time.sleep(pause)
+        advice = self._stall.add(progress.step, started=started, ended=time.monotonic())
+        if advice and is_main():
+            print(advice, file=sys.stderr, flush=True)
+        return written
 
     def load_newest(self, engine: Engine, average: WeightAverage | None) -> Progress | None:
         """Every rank calls this: restores the newest checkpoint that verifies; None where there is none at all.
@@ -120,8 +117,9 @@ class CheckpointStore:
                 )
             if name is None or manifest is None:
                 return None
-            self._refuse_another_run(self.folder / name, manifest.run)
-            self.changed = self._changes(manifest.run)
+            saved = {key: self.defaults[key] for key in self.identity.keys() & self.defaults.keys()} | manifest.run
+            refuse_another_run(self.folder / name, saved, self.identity, free=self.free)
+            self.changed = changed_values(manifest.run, self.identity, free=self.free)
             self._restore(name, manifest.run, engine, average)
             # Versions before this one saved whatever there was.
             if not (poison := _non_finite_by_rank(engine, average)):
@@ -137,11 +135,55 @@ class CheckpointStore:
 
     # ---------------------------------------------------------------------------------------------------------- writing
 
+    def _write(self, engine: Engine, average: WeightAverage | None, progress: Progress) -> Path:
+        """Every rank calls this. OSError on all of them, and nothing left of it, where one fails."""
+        name = f"step-{progress.step:08d}"
+        partial = self.folder / f"tmp-{name}"
+        failures: list[OSError] = []
+        if is_main():
+            try:
+                if self._wrote and not self._names():
+                    print(
+                        f"the earlier checkpoints in {self.folder} are gone: somebody removed them, or their disk is "
+                        "no longer mounted there; this one is written all the same",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._remove_leftovers()
+                partial.mkdir()
+            except OSError as error:
+                failures.append(error)
+        # Also a barrier: no rank writes before the folder is there.
+        self._raise_together(failures, partial)
+        engine.save_checkpoint(str(self.folder), tag=partial.name, save_latest=False)
+        engine.checkpoint_engine.save(_rank_state(engine, average), str(partial / _rank_file()))
+        self._raise_together(engine.checkpoint_engine.take_failures(), partial)
+        sums = self._digests(partial)
+        if is_main():
+            try:
+                write_manifest(partial, run=self.identity, progress=progress, files=sums)
+                self._commit(partial, self.folder / name)
+            except OSError as error:
+                failures.append(error)
+        self._raise_together(failures, partial)
+        self._wrote = True
+        return self.folder / name
+
     def _digests(self, partial: Path) -> dict[str, dict[str, Any]]:
-        """Every rank calls this: name -> size and SHA-256 of every file, the work shared between the ranks."""
-        files = sorted(path for path in partial.iterdir() if path.is_file())
+        """Every rank calls this: name -> size and SHA-256 of every file, the work shared between the ranks.
+
+        Of the files as they lie there: DeepSpeed wrote most of them, and nobody else knows their bytes.
+        """
         rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        mine = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in files[rank::ranks]}
+        mine: dict[str, dict[str, Any]] = {}
+        failures: list[OSError] = []
+        try:
+            for path in sorted(path for path in partial.iterdir() if path.is_file())[rank::ranks]:
+                mine[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        except OSError as error:
+            failures.append(error)
+        self._raise_together(failures, partial)
         return {name: digest for part in gather_objects(mine) for name, digest in sorted(part.items())}
 
     def _commit(self, partial: Path, final: Path) -> None:
@@ -164,9 +206,7 @@ class CheckpointStore:
             if is_main():
                 shutil.rmtree(partial, ignore_errors=True)
             raise OSError(
-                f"checkpoint {partial.name.removeprefix('tmp-')} was not written to {self.folder}: "
-                f"{'; '.join(reports)}. Earlier checkpoints are intact; free space or make the folder writable, then "
-                "resume the run"
+                f"checkpoint {partial.name.removeprefix('tmp-')} was not written to {self.folder}: {'; '.join(reports)}"
             )
 
     def _remove_leftovers(self) -> None:
@@ -214,42 +254,6 @@ class CheckpointStore:
         loaded, _ = engine.load_checkpoint(str(self.folder), tag=name)
         assert loaded is not None
         _restore_rank_state(engine, average, load(str(self.folder / name / _rank_file()), map_location="cpu"))
-
-    def _refuse_another_run(self, checkpoint: Path, saved: dict[str, Any]) -> None:
-        saved = {name: self.defaults[name] for name in self.identity.keys() & self.defaults.keys()} | saved
-        changes = [
-            f"{name} is {self.identity.get(name)!r}, the checkpoint has {saved.get(name)!r}"
-            for name in sorted(self.identity.keys() | saved.keys())
-            if name not in (*SHAPE, VALIDATION, *self.free) and not _alike(self.identity.get(name), saved.get(name))
-        ]
-        batches, before = batches_of_step(self.identity), batches_of_step(saved)
-        if batches != before:
-            changes.append(f"a step takes {batches} batches of all ranks together, the checkpoint's {before}")
-        if changes:
-            raise ValueError(
-                f"{checkpoint} is of another run: {'; '.join(changes)}. Resume with the config.json of its run folder "
-                "or choose another folder"
-            )
-        if saved.get(VALIDATION, self.identity.get(VALIDATION)) != self.identity.get(VALIDATION) and is_main():
-            print(
-                f"{VALIDATION} have changed since {checkpoint}: figures of before and after are of other videos or "
-                "labels",
-                file=sys.stderr,
-            )
-
-    def _changes(self, saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Free values that are not those of the checkpoint: name -> what it has, what the run has now."""
-        return {
-            name: (saved[name], self.identity.get(name))
-            for name in sorted(self.free & saved.keys())
-            if not _alike(self.identity.get(name), saved[name])
-        }
-
-
-def _alike(ours: Any, saved: Any) -> bool:
-    # Checkpoints from before paths were written absolute have them as they were given.
-    paths = isinstance(ours, str) and isinstance(saved, str) and Path(ours).is_absolute()
-    return ours == saved or (paths and Path(ours) == Path(saved).absolute())
 
 
 def _non_finite_by_rank(engine: Engine, average: WeightAverage | None) -> str:

@@ -33,7 +33,7 @@ if not torch.accelerator.is_available():
 
 import deepspeed
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
-from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig, ZeroStageEnum
 from deepspeed.runtime.zero.offload_config import (
@@ -221,6 +221,9 @@ def build_engine(
     engine.checkpoint_engine = DurableCheckpointEngine()
     # It would put executable scripts beside every checkpoint, whose loading runs whatever a tampered file says.
     engine._copy_recovery_script = lambda folder: None
+    if engine.fp16_enabled():
+        # Else a bare exception ends the run at the first overflow there. The trainer counts overflows, and says more.
+        engine.optimizer.loss_scaler.raise_error_at_min_scale = False
     if zero_stage(engine) == 0:
         _skip_non_finite_steps(engine)
     if zero_stage(engine) == 3:
@@ -396,11 +399,11 @@ def whole(*parameters: nn.Parameter) -> Iterator[None]:
 class DurableCheckpointEngine(TorchCheckpointEngine):
     """Writes what DeepSpeed saves through to the disk, and reads it without executing anything.
 
-    DeepSpeed itself loads with `weights_only=False`, which runs whatever a tampered file says. Its files need three
+    DeepSpeed itself loads with `weights_only=False`, which runs whatever a tampered file says. Its files need four
     plain classes and no more.
     """
 
-    SAFE_CLASSES = (LossScaler, fragment_address, ZeroStageEnum, OrderedDict)
+    SAFE_CLASSES = (LossScaler, DynamicLossScaler, fragment_address, ZeroStageEnum, OrderedDict)
 
     def __init__(self) -> None:
         super().__init__()

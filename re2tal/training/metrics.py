@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import resource
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -29,6 +31,8 @@ class MetricsLog:
         self.enabled = enabled
         self.bar: tqdm | None = None
         self.writer: SummaryWriter | None = None
+        self._rows: list[str] = []
+        """Not written yet: of a disk that is full or away for a while."""
 
     def open(self, *, step: int, num_steps: int) -> None:
         """Starts, or continues at optimizer step `step` of `num_steps`."""
@@ -50,14 +54,35 @@ class MetricsLog:
         """Logs `values` of one kind ("train", "evaluation") at an optimizer step."""
         if not self.enabled:
             return
-        assert self.writer is not None
-        row = json.dumps({"step": step, "kind": kind, **values})
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(row + "\n")
-        for name, value in values.items():
-            self.writer.add_scalar(f"{kind}/{name}", value, global_step=step)
+        self._rows.append(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        self._write_rows()
+        self._show(kind, values, step=step)
         line = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if "/" not in name or kind != "train")
         self.say(f"step {step}/{self.num_steps}  {line}")
+
+    def _write_rows(self) -> None:
+        path, rows = self.folder / "metrics.jsonl", "".join(self._rows).encode()
+        try:
+            with path.open("ab", buffering=0) as file:
+                whole = file.tell()
+                if file.write(rows) < len(rows):  # half a line would spoil the next one
+                    os.truncate(path, whole)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            # Checkpoints decide whether a run may go on without its disk.
+            self.say(f"{path} cannot be written ({error}); training goes on, {len(self._rows)} lines wait until it can")
+        else:
+            self._rows.clear()
+
+    def _show(self, kind: str, values: Mapping[str, float], *, step: int) -> None:
+        if self.writer is None:
+            return
+        try:
+            for name, value in values.items():
+                self.writer.add_scalar(f"{kind}/{name}", value, global_step=step)
+        except OSError as error:
+            self.say(f"TensorBoard's events cannot be written ({error}); there are none from here on")
+            self.writer = None
 
     def has(self, kind: str, *, step: int) -> bool:
         """Whether values of a kind are logged for a step. On the rank that writes, of an open log."""
@@ -77,7 +102,8 @@ class MetricsLog:
     def close(self) -> None:
         """Flushes everything and ends the thread that writes the events."""
         if self.writer is not None:
-            self.writer.close()
+            with suppress(OSError):
+                self.writer.close()
         if self.bar is not None:
             self.bar.close()
 

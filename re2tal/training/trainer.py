@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from re2tal.distributed import any_rank, made_by_main
+from re2tal.distributed import any_rank, gather_objects, made_by_main, named_host
 from re2tal.options import option
 from re2tal.rewire import count_states, largest_drift, set_beta
 from re2tal.structures import Batch
@@ -26,6 +26,7 @@ from re2tal.training.checkpoint import CheckpointStore
 from re2tal.training.ema import WeightAverage
 from re2tal.training.engine import Engine, GradientWatch
 from re2tal.training.interruption import Agreement, Interrupted
+from re2tal.training.jumps import LossWatch
 from re2tal.training.manifest import Progress
 from re2tal.training.metrics import Meter, MetricsLog, peak_memory_gib
 from re2tal.training.micro_batch import MicroBatch, forward
@@ -124,6 +125,7 @@ class Trainer:
         self.non_finite_in_a_row = self.overflows_in_a_row = 0
         self._waited = 0.0
         self.watch = GradientWatch(engine)
+        self.losses = LossWatch()
         self.warm = False
 
     def resume(self) -> bool:
@@ -224,12 +226,14 @@ class Trainer:
                 self._skip_gradients()
                 break
             self._skip_non_finite(f"the loss is not finite: {videos_by_rank(lost)}")
+        for one in micro_batches:
+            self.losses.add(self.progress.step, one.losses["total"], one.video_ids)
         losses = [one.losses for one in micro_batches]
         return {name: torch.stack([each[name] for each in losses]).mean() for name in losses[0]}
 
     def _micro_batch(self, batches: Iterator[Batch]) -> MicroBatch:
         """Forward and backward of the next batch and, with the last of a step, the step itself."""
-        at(f"the data of step {self.progress.step}", patient=not self.warm)
+        at(f"step {self.progress.step}, waiting for its loader", patient=not self.warm)
         asked = time.perf_counter()
         batch = next(batches)
         self._waited += time.perf_counter() - asked
@@ -248,14 +252,19 @@ class Trainer:
 
     def _skip_gradients(self) -> None:
         """Every rank calls this after a step whose gradients DeepSpeed refused, though its losses are finite."""
+        who = videos_by_rank(self.watch.culprits())
         if self.engine.fp16_enabled():
             # Counted apart: DeepSpeed begins with a loss scale of 2^16 and halves it at every overflow, so a sound run
             # may skip a dozen steps in a row.
             self.overflows_in_a_row += 1
             in_a_row, limit = self.overflows_in_a_row, self.config.max_non_finite + LOSS_SCALE_SEARCH
-            self._skip(f"the gradients of step {self.progress.step} overflow", in_a_row=in_a_row, limit=limit)
+            self._skip(
+                f"the gradients of step {self.progress.step} overflow: {who}; the loss scale is "
+                f"{float(self.engine.optimizer.loss_scale):g} now",
+                in_a_row=in_a_row,
+                limit=limit,
+            )
         else:
-            who = videos_by_rank(self.watch.culprits())
             self._skip_non_finite(f"the gradients of step {self.progress.step} are not finite: {who}")
 
     def _skip_non_finite(self, reason: str) -> None:
@@ -298,6 +307,7 @@ class Trainer:
         refuse_drifted_replicas(self.engine, step=self.progress.step)
         losses, speed = meter.take(device=self.engine.device)
         self._compare_with_plan()
+        self._say_jumps()
         self.log.write(
             "train",
             {
@@ -313,6 +323,14 @@ class Trainer:
             },
             step=self.progress.step,
         )
+
+    def _say_jumps(self) -> None:
+        """Every rank calls this: names the losses that jumped since the last report."""
+        jumps = self.losses.found()
+        if any_rank(bool(jumps), device=self.engine.device):
+            for rank, (host, of_rank) in enumerate(gather_objects((named_host(), jumps))):
+                for jump in of_rank:
+                    self.log.say(f"the loss jumped on rank {rank} (host {host}) in {jump}")
 
     def _rewiring(self) -> dict[str, float]:
         """Beta and the number of kept states, where beta changes; the monitor's last error of rebuilt states."""
