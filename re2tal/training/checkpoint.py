@@ -14,7 +14,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -64,7 +64,7 @@ class CheckpointStore:
         self.changed: dict[str, tuple[Any, Any]] = {}
         self.defaults = json.loads(json.dumps(dict(defaults or {}), default=str))
         self.keep = keep
-        self.pauses_seconds = PAUSES_SECONDS
+        self.pauses_seconds: Sequence[float] = PAUSES_SECONDS
         self._stall = Stall()
         self._wrote = False
 

@@ -177,6 +177,8 @@ def faulty(folder: str, fault: str) -> dict:
     def hurt() -> None:
         torch.distributed.barrier()
         if is_main():
+            trainer.log.close()  # its file of events is open, and keeps the disk writable
+            trainer.log.writer = None
             match fault:
                 case "read-only":
                     mount("-o", "remount,ro", folder)

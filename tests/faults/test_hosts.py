@@ -9,10 +9,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from faults.runs import BIN, TRAIN, alone, small, wait_for
+from faults.runs import BIN, TRAIN, alone, end, small, wait_for
 
 from re2tal.runs.exit_status import HUNG
 
@@ -51,19 +52,26 @@ class Hosts:
     def lose(self, host: int) -> None:
         """As if its power failed: nobody gets a last word from it."""
         self.cut(host)
+        self.kill_all(host)
+
+    def kill_all(self, host: int) -> None:
+        """Whatever runs there, whoever started it."""
+        network = os.readlink(f"/proc/{self.holders[host + 1].pid}/ns/net")
+        assert network != os.readlink("/proc/self/ns/net")
+        for process in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                if os.readlink(process / "ns" / "net") == network and int(process.name) != self.holders[host + 1].pid:
+                    os.kill(int(process.name), signal.SIGKILL)
         for rank in self.ranks[host]:
-            os.killpg(rank.pid, signal.SIGKILL)
             rank.wait()
 
     def on(self, host: int, *command: str) -> list[str]:
         return ["nsenter", "--net", "--uts", "--target", str(self.holders[host + 1].pid), *command]
 
     def end(self) -> None:
-        for processes in (*self.ranks, self.holders):
-            for process in processes:
-                if process.poll() is None:
-                    os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
+        for host in range(len(self.holders) - 1):
+            self.kill_all(host)
+        end(self.holders)
 
     def _holder(self, *command: str) -> subprocess.Popen:
         holder = subprocess.Popen(command, start_new_session=True)
