@@ -90,6 +90,7 @@ def full(folder: str, free: list[int]) -> dict[str, dict]:
         except OSError as error:
             message = str(error)
         trainer.log.close()
+        torch.distributed.barrier()  # rank 0 removes what is half written
         left = sorted(path.name for path in (run / "checkpoints").iterdir())
         torch.distributed.barrier()
         (root / "ballast").unlink(missing_ok=True)
@@ -127,6 +128,7 @@ def limited(folder: str, limits: list[int]) -> dict[str, dict]:
         except OSError as error:
             message = str(error)
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        torch.distributed.barrier()  # rank 0 removes what is half written
         left = sorted(path.name for path in (run / "checkpoints").iterdir())
         again = tiny_trainer(run, stage=2, training=TRAINING)
         at = again.resume() and again.progress.step
@@ -207,6 +209,7 @@ def faulty(folder: str, fault: str) -> dict:
     except OSError as error:
         message = str(error)
     took = time.monotonic() - started
+    torch.distributed.barrier()  # rank 0 removes what is half written
     alike = ended == "no error" or same(weights(trainer), expected)
     left = [path.name for path in (run / "checkpoints").iterdir()] if (run / "checkpoints").exists() else []
     leave()

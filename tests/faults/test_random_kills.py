@@ -3,93 +3,98 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import signal
-import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from faults.runs import end, ends_of, small, start_ranks, wait_for
+from faults.runs import Forked, end, ends_of, fork_ranks, small, wait_for
 from safetensors.torch import load_file
 
+from re2tal.runs import training_run  # noqa: F401  # so that ranks need not import it
+from re2tal.runs.exit_status import HUNG
+from re2tal.training.checkpoint import CheckpointStore
 from re2tal.training.watchdog import GONE_SECONDS
 
 MOMENTS = ("start", "training", "training", "training", "training", "save 0", "save 0", "save 0", "save 1", "renamed")
 """Of the kills of one run: while it starts, while it trains and saves, at a random call of a save of one rank (rank 1
 dies when rank 0 has written its files), and after the last rename of a save, before old checkpoints are removed."""
 
-RUN = """
-import os, random, signal, sys, time
-moment, seed = sys.argv.pop(1), int(sys.argv.pop(1))
-from re2tal.training.checkpoint import CheckpointStore
-save, calls, left = CheckpointStore.save, [], random.Random(seed).randrange(2, 12 if moment == "save 0" else 4)
-def die():
-    if moment == "save 1":
-        time.sleep(0.3)
-    os.kill(os.getpid(), signal.SIGKILL)
-def counted(call):
-    def wrapped(*given, **named):
-        if moment.startswith("save") and calls:
-            calls.append(call)
-            if len(calls) == left:
+
+def dies(moment: str, seed: int) -> None:
+    """Called in each rank: kills one of them inside its second save, or a later one."""
+    victim = moment[-1] if moment.startswith("save") else "0"
+    if os.environ["RANK"] != victim or moment in ("none", "start", "training"):
+        return
+    save, replace_file = CheckpointStore.save, os.replace
+    saves, calls, last = [], [], random.Random(seed).randrange(1, 12 if victim == "0" else 4)
+
+    def die() -> None:
+        if moment == "save 1":
+            time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def counted(call):
+        def wrapped(*given, **named):
+            inside = len(saves) > 1
+            calls.extend([call] * inside)
+            if moment.startswith("save") and len(calls) == last:
                 die()
-        answer = call(*given, **named)
-        if moment == "renamed" and calls and call is replace and str(given[1]).endswith("latest"):
-            die()
-        return answer
-    return wrapped
-replace = os.replace
-def second_save(self, *given):
-    global saves
-    saves += 1
-    if saves > 1:
-        calls.append(save)
-    return save(self, *given)
-saves = 0
-victim = moment[-1] if moment.startswith("save") else "0"
-if os.environ["RANK"] == victim:
-    CheckpointStore.save = second_save
+            answer = call(*given, **named)
+            if moment == "renamed" and inside and call is replace_file and str(given[1]).endswith("latest"):
+                die()
+            return answer
+
+        return wrapped
+
+    def counting(self, *given):
+        saves.append(given)
+        return save(self, *given)
+
+    CheckpointStore.save = counting
     os.fsync, os.replace, os.mkdir = counted(os.fsync), counted(os.replace), counted(os.mkdir)
-from re2tal.cli import main
-main(["train", *sys.argv[1:]])
-"""
 
 
-def started(ds: str, features: Path, out: Path, *, moment: str = "none", seed: int = 0) -> list[subprocess.Popen]:
+def started(ds: str, features: Path, out: Path, *, moment: str = "none", seed: int = 0) -> list[Forked]:
     log = out.with_suffix(".log")
     with log.open("a") as file:
         file.write(f"--- {moment} {seed}\n")
     if ds == "zero0":
         ds = str(out.with_suffix(".json"))
         Path(ds).write_text(json.dumps({"zero_optimization": {"stage": 0}}))
-    options = ["--ds", ds, "--training.epochs", "40", "--training.checkpoint-every-steps", "1", "--resume"]
+    options = ["--ds", ds, "--training.epochs", "15", "--training.checkpoint-every-steps", "1", "--resume"]
     options += ["--schedule.warmup-epochs", "1"]
-    command = [sys.executable, "-c", RUN, moment, str(seed), *small(features, out, *options)]
-    return start_ranks([command] * 2, [log] * 2)
+    return fork_ranks(small(features, out, *options), log, partial(dies, moment, seed))
 
 
-def kill_one(processes: list[subprocess.Popen], out: Path, *, moment: str, dice: random.Random) -> bool:
+def kill_one(processes: list[Forked], out: Path, *, moment: str, dice: random.Random) -> bool:
     """Whether a rank was killed, by itself inside a save or from here; and the other one ended in time."""
     newest, log = out / "checkpoints" / "latest", out.with_suffix(".log")
-    before = newest.read_text() if newest.exists() else ""
+    before, victim = steps_of(newest), dice.randrange(2)
     if moment == "start":
-        time.sleep(dice.uniform(0.0, 8.0))
+        time.sleep(dice.uniform(0.0, 4.0))
     if moment == "training":
-        # It has come further than the one before it.
-        wait_for(lambda: newest.exists() and newest.read_text() != before, 150, log)
-        time.sleep(dice.uniform(0.0, 1.0))
+        wanted = before + dice.randrange(1, 7)
+        wait_for(lambda: steps_of(newest) >= wanted, 240, log)
+        time.sleep(dice.uniform(0.0, 0.2))
     if moment in ("start", "training"):
-        processes[dice.randrange(2)].send_signal(signal.SIGKILL)
-    wait_for(lambda: any(process.poll() is not None for process in processes), 150, log)
+        os.kill(processes[victim].pid or 0, signal.SIGKILL)
+    wait_for(lambda: any(process.poll() is not None for process in processes), 240, log)
     died = time.monotonic()
     if moment == "start":  # before the ranks have met, the one that is left waits for the other to start
         end(processes)
     statuses = ends_of(processes, log)
     assert time.monotonic() - died < GONE_SECONDS + 50, log.read_text()[-4000:]
+    assert moment == "start" or HUNG in statuses, log.read_text()[-4000:]
     return -signal.SIGKILL in statuses
+
+
+def steps_of(newest: Path) -> int:
+    return int(newest.read_text().strip().removeprefix("step-")) if newest.exists() else 0
 
 
 @pytest.mark.slow
