@@ -21,8 +21,9 @@ from re2tal.recipes.presets import demo
 from re2tal.reversible.live_bytes import LiveBytes
 from re2tal.runs.deepspeed_presets import find_preset
 from re2tal.strict_json import write_json
-from re2tal.training.engine import build_engine, join, leave
+from re2tal.training.engine import build_engine
 from re2tal.training.optimizer import build_optimizer
+from re2tal.training.process_group import join, leave
 from re2tal.training.zero_file import resolve_deepspeed_config
 
 

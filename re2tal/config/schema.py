@@ -24,10 +24,9 @@ from re2tal.localizers.pyramid.config import PaddedPyramidConfig
 from re2tal.options import names_with, option
 from re2tal.recognizer import RecognizerConfig
 from re2tal.training.annealing import AnnealingConfig
-from re2tal.training.engine import EngineConfig
+from re2tal.training.config import EngineConfig, TrainingConfig
 from re2tal.training.optimizer import OptimizerConfig
 from re2tal.training.schedule import ScheduleConfig
-from re2tal.training.trainer import TrainingConfig
 
 
 @dataclass(frozen=True)

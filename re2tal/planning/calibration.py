@@ -22,7 +22,7 @@ from re2tal.config import RecognitionConfig, RunConfig
 from re2tal.planning.dry_run import Event, marking
 from re2tal.planning.settings import Setting, configure
 from re2tal.rewire import stages_of
-from re2tal.training.engine import DTYPES
+from re2tal.training.config import DTYPES
 
 ROUNDS = 3
 LINK_BYTES = 64 * 2**20

@@ -35,7 +35,7 @@ from re2tal.planning.settings import Setting, can_be_cut, configure, outputs_wor
 from re2tal.planning.step_memory import StepMemory, step_memory
 from re2tal.planning.step_plan import GIGABYTE, StageSeconds, StepPlan
 from re2tal.planning.zero_memory import Weights, ZeroMemory, zero_memory
-from re2tal.training.engine import DTYPES
+from re2tal.training.config import DTYPES
 from re2tal.training.zero_file import resolve_deepspeed_config
 
 MOST_DRY_RUNS = 5

@@ -28,7 +28,7 @@ from re2tal.recognizer import Recognizer
 from re2tal.reversible.fake import on_fake_tensors
 from re2tal.reversible.live_bytes import LiveBytes
 from re2tal.rewire import RewiredStage, stages_of
-from re2tal.training.engine import DTYPES
+from re2tal.training.config import DTYPES
 from re2tal.training.frames import prepare_frames
 
 

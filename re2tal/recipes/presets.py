@@ -20,10 +20,9 @@ from re2tal.evaluation.protocols import TIOU_THRESHOLDS, EvaluationConfig
 from re2tal.evaluation.suppression import SuppressionConfig
 from re2tal.localizers.pyramid.actionformer import ActionFormerConfig
 from re2tal.recognizer import RecognizerConfig
-from re2tal.training.engine import EngineConfig
+from re2tal.training.config import EngineConfig, TrainingConfig
 from re2tal.training.optimizer import OptimizerConfig
 from re2tal.training.schedule import ScheduleConfig
-from re2tal.training.trainer import TrainingConfig
 
 
 def demo() -> RunConfig:

@@ -15,12 +15,12 @@ from torch import Tensor
 from re2tal.config import RunConfig
 from re2tal.data.contract.manifest import Rejection
 from re2tal.data.streaming.live import LiveClip, live_clips, shaped
-from re2tal.data.streaming.windows import ResizeWhole, Slide
+from re2tal.data.streaming.windowing import ResizeWhole, Slide
 from re2tal.detector import TemporalActionDetector
 from re2tal.evaluation.selection import Selection, Settling, labels_of
 from re2tal.reporting.found import FoundAction, found_actions
 from re2tal.rewire import wiring_of
-from re2tal.runs.detection import check_looks_at_videos
+from re2tal.runs.detection_sources import check_looks_at_videos
 from re2tal.runs.file_detection import Look, detect_in_files
 from re2tal.runs.model_folder import SHIPPED, read_card, save_model
 from re2tal.runs.model_folder_card import Origin, model_card
@@ -29,7 +29,7 @@ from re2tal.runs.trained import default_device, open_detector, started
 from re2tal.runs.video_files import encoding_for
 from re2tal.runs.watching import Closed, Opened, Seen, watch
 from re2tal.structures import Detections, Timeline
-from re2tal.training.engine import DTYPES
+from re2tal.training.config import DTYPES
 
 FRAMES_AT_ONCE = 16
 NEAR_WINDOWS = 2

@@ -38,7 +38,7 @@ from re2tal.runs.folder import CONFIG_NAME
 from re2tal.runs.shard_building import parse_part
 from re2tal.runs.trained import default_device, load_detector
 from re2tal.structures import VideoRecord
-from re2tal.training.engine import DTYPES, WeightType
+from re2tal.training.config import DTYPES, WeightType
 from re2tal.training.generators import seed_generators
 
 WINDOW_FRAMES, SIZE = 64, 224

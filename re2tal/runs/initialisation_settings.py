@@ -20,10 +20,9 @@ from re2tal.localizers.pyramid.actionformer import ActionFormerConfig
 from re2tal.recipes.presets import demo, thumos14_re2swin_tiny
 from re2tal.runs.initialisation_facts import DataFacts
 from re2tal.training.annealing import AnnealingConfig
-from re2tal.training.engine import EngineConfig
+from re2tal.training.config import EngineConfig, TrainingConfig
 from re2tal.training.optimizer import OptimizerConfig
 from re2tal.training.schedule import ScheduleConfig
-from re2tal.training.trainer import TrainingConfig
 
 RATES = (4.0, 6.0, 8.0, 10.0, 12.0, 15.0, 20.0, 25.0, 30.0)
 LEAST_FRAMES, MOST_FRAMES = 32, 1024

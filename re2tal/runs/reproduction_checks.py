@@ -23,7 +23,7 @@ from re2tal.runs.tasks import build_model
 from re2tal.runs.trained import default_device
 from re2tal.runs.training_data import stream_of
 from re2tal.strict_json import sha256_of
-from re2tal.training.engine import DTYPES
+from re2tal.training.config import DTYPES
 from re2tal.video_ids import composed, plain_id
 
 MAX_NAMED = 10

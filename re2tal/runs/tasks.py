@@ -21,7 +21,7 @@ from re2tal.evaluation.results import write_results
 from re2tal.evaluation.video_classes import write_video_classes
 from re2tal.inference import classify, predict
 from re2tal.structures import Batch
-from re2tal.training.engine import Engine
+from re2tal.training.deepspeed_import import Engine
 
 AnyRun = RunConfig | RecognitionConfig
 

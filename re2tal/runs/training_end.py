@@ -8,14 +8,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from re2tal.config import RunConfig
+from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.distributed import is_main, made_by_main
 from re2tal.evaluation.accuracy import AccuracyReport
 from re2tal.evaluation.average_precision import MapReport
 from re2tal.rewire import wiring_of
 from re2tal.runs.folder import MODEL_NAME, RESULTS_NAME, SUMMARY_NAME
-from re2tal.runs.tasks import Outcome
+from re2tal.runs.model_folder import describe_trained
+from re2tal.runs.stored_features import describe
+from re2tal.runs.tasks import AnyRun, Outcome
 from re2tal.strict_json import write_json
-from re2tal.training.engine import Engine, gather_weights
+from re2tal.training.deepspeed_import import Engine
+from re2tal.training.engine_weights import gather_weights
 from re2tal.training.export import write_model
 from re2tal.training.interruption import Agreement
 from re2tal.training.metrics import peak_memory_gib
@@ -39,12 +44,12 @@ class TrainedRun:
 
 def finish(
     trainer: Trainer,
+    config: AnyRun,
     folder: Path,
+    training: ShardSet | FeatureSet,
     evaluate: Callable[[Engine], Outcome],
     *,
     ranks: Agreement,
-    features: dict[str, Any] | None,
-    describe_run: Callable[[Mapping[str, Any]], None],
     started: float,
 ) -> TrainedRun:
     """Every rank calls this: evaluates and exports the trained model; rank 0 writes, and describes the run.
@@ -59,6 +64,7 @@ def finish(
     ranks.check()
     at("the export", patient=True)
     model = trainer.engine.module
+    features = describe(training) if isinstance(training, FeatureSet) else None
     made_by_main(
         lambda: write_model(
             folder / MODEL_NAME, weights, classes=model.classes, wiring=wiring_of(model), features=features
@@ -79,7 +85,8 @@ def finish(
     def write() -> None:
         outcome.write(folder / RESULTS_NAME)
         write_json(folder / SUMMARY_NAME, summary)
-        describe_run(summary)
+        if isinstance(config, RunConfig):
+            describe_trained(folder, config, model.classes, summary=summary, training=training)
 
     made_by_main(write)
     if not is_main():

@@ -21,7 +21,8 @@ from torch import Tensor
 
 import re2tal
 from re2tal.distributed import gather_objects, named_host
-from re2tal.training.engine import Engine, replicated_weights
+from re2tal.training.deepspeed_import import Engine
+from re2tal.training.engine_weights import replicated_weights
 
 INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Bytes of an element -> how its bits are read."""

@@ -25,9 +25,10 @@ import torch.distributed as dist
 from re2tal.distributed import gather_objects, is_main, named_host
 from re2tal.strict_json import sha256_of, write_atomically
 from re2tal.training.agreement import refuse_drifted_replicas
+from re2tal.training.deepspeed_import import Engine
 from re2tal.training.elastic import place_in_run
 from re2tal.training.ema import WeightAverage
-from re2tal.training.engine import Engine, all_finite, find_non_finite
+from re2tal.training.finite import all_finite, find_non_finite
 from re2tal.training.generators import generator_states, restore_generators
 from re2tal.training.identity import SHAPE, changed_values, refuse_another_run
 from re2tal.training.manifest import FOLDER, Manifest, Progress, read_manifest, write_manifest
@@ -35,6 +36,7 @@ from re2tal.training.reshard import resharded
 from re2tal.training.stall import Stall
 from re2tal.training.watchdog import at
 
+RANK_FILE = "rank-{:05d}.pt"
 PAUSES_SECONDS = (2.0, 10.0)
 """A save that fails is tried again after each of these: a disk may be full, or away, for a moment."""
 
@@ -123,7 +125,7 @@ class CheckpointStore:
             self._restore(name, manifest.run, engine, average)
             # Versions before this one saved whatever there was.
             if not (poison := _non_finite_by_rank(engine, average)):
-                return place_in_run(manifest.progress, manifest.run, num_ranks=_num_ranks())
+                return place_in_run(manifest.progress, manifest.run, num_ranks=_rank()[1])
             unfit[name] = f"not all numbers are finite: {poison}"
 
     def newest_run(self) -> dict[str, Any] | None:
@@ -157,7 +159,7 @@ class CheckpointStore:
         # Also a barrier: no rank writes before the folder is there.
         self._raise_together(failures, partial)
         engine.save_checkpoint(str(self.folder), tag=partial.name, save_latest=False)
-        engine.checkpoint_engine.save(_rank_state(engine, average), str(partial / _rank_file()))
+        engine.checkpoint_engine.save(_rank_state(engine, average), str(partial / RANK_FILE.format(_rank()[0])))
         self._raise_together(engine.checkpoint_engine.take_failures(), partial)
         sums = self._digests(partial)
         if is_main():
@@ -175,7 +177,7 @@ class CheckpointStore:
 
         Of the files as they lie there: DeepSpeed wrote most of them, and nobody else knows their bytes.
         """
-        rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        rank, ranks = _rank()
         mine: dict[str, dict[str, Any]] = {}
         failures: list[OSError] = []
         try:
@@ -253,7 +255,9 @@ class CheckpointStore:
             return
         loaded, _ = engine.load_checkpoint(str(self.folder), tag=name)
         assert loaded is not None
-        _restore_rank_state(engine, average, load(str(self.folder / name / _rank_file()), map_location="cpu"))
+        _restore_rank_state(
+            engine, average, load(str(self.folder / name / RANK_FILE.format(_rank()[0])), map_location="cpu")
+        )
 
 
 def _non_finite_by_rank(engine: Engine, average: WeightAverage | None) -> str:
@@ -284,12 +288,9 @@ def _restore_rank_state(engine: Engine, average: WeightAverage | None, state: di
         average.restore(state["average"])
 
 
-def _num_ranks() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _rank_file() -> str:
-    return f"rank-{dist.get_rank() if dist.is_initialized() else 0:05d}.pt"
+def _rank() -> tuple[int, int]:
+    """Its number, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def _flush_folder(folder: Path) -> None:

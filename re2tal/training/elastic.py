@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from re2tal.training.engine import EngineConfig
+from re2tal.training.config import EngineConfig
 from re2tal.training.manifest import Progress
 
 BATCH, ACCUMULATION, RANKS = "engine.batch_size", "engine.gradient_accumulation", "number of ranks"

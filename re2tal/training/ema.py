@@ -14,7 +14,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from re2tal.training.engine import Engine, master_weights, publish
+from re2tal.training.deepspeed_import import Engine
+from re2tal.training.engine_weights import master_weights, publish
 
 
 class WeightAverage:

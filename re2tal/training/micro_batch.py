@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from re2tal.structures import Batch
-from re2tal.training.engine import Engine
+from re2tal.training.deepspeed_import import Engine
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor, nn
 
+from re2tal.training.deepspeed_import import Engine
 from re2tal.training.ema import WeightAverage
-from re2tal.training.engine import Engine, master_weights, publish, zero_stage
+from re2tal.training.engine_weights import master_weights, publish, zero_stage
 from re2tal.training.generators import restore_generators
 
 Kind = Literal["weights", "average", "exp_avg", "exp_avg_sq"]

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from re2tal.training.deepspeed_import import deepspeed
+
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """Section of a DeepSpeed file that enables it -> the type of the weights in forward and backward."""
 
@@ -33,8 +35,6 @@ def shard(model: nn.Module, settings: Mapping[str, Any], *, device: torch.device
     Parameters stay the same objects, but are empty between steps: what looks at their shapes, such as the groups of the
     optimizer, comes before. A rank's device holds its shards and one whole parameter at most.
     """
-    import deepspeed  # not before `re2tal.training.engine` has named the accelerator
-
     dtype = next((kind for name, kind in TYPES.items() if settings.get(name, {}).get("enabled")), torch.float32)
     parameters: list[Any] = list(model.parameters())  # Any: DeepSpeed gives the first one the method that cuts others
     for parameter in parameters:

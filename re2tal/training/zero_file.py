@@ -16,7 +16,14 @@ import torch
 from pydantic import ValidationError
 
 from re2tal.strict_json import read_json
-from re2tal.training.engine import SECTIONS, EngineConfig
+from re2tal.training.config import EngineConfig
+from re2tal.training.deepspeed_import import (
+    DeepSpeedBF16Config,
+    DeepSpeedFP16Config,
+    DeepSpeedZeroConfig,
+    DeepSpeedZeroOffloadOptimizerConfig,
+    DeepSpeedZeroOffloadParamConfig,
+)
 
 TOP_LEVEL = (
     "train_batch_size",
@@ -40,6 +47,15 @@ TOP_LEVEL = (
     "comms_logger",
     "flops_profiler",
 )
+SECTIONS = {
+    "zero_optimization": DeepSpeedZeroConfig,
+    "zero_optimization.offload_optimizer": DeepSpeedZeroOffloadOptimizerConfig,
+    "zero_optimization.offload_param": DeepSpeedZeroOffloadParamConfig,
+    "bf16": DeepSpeedBF16Config,
+    "fp16": DeepSpeedFP16Config,
+}
+"""Section of a DeepSpeed file -> the schema that knows its keys."""
+
 OWNED_BY_THE_RUN = ("optimizer", "scheduler", "checkpoint", "tensorboard", "wandb", "csv_monitor", "training_data")
 
 

@@ -130,7 +130,7 @@ def _run_one_rank(path: str, name: str, arguments: str, folder: str) -> None:
     result = getattr(module, name)(**json.loads(arguments))
     torch.save(result, _result(folder, int(os.environ["RANK"])))
     if torch.distributed.is_initialized():
-        from re2tal.training.engine import leave  # here: it imports DeepSpeed, which few ranks need
+        from re2tal.training.process_group import leave  # here: it imports DeepSpeed, which few ranks need
 
         leave()
 

@@ -14,8 +14,8 @@ from training.tiny import RewiredTinyDetector, same, tiny_trainer, weights
 from re2tal.distributed import is_main
 from re2tal.rewire import beta_of
 from re2tal.training.annealing import AnnealingConfig, beta_course
-from re2tal.training.engine import leave
-from re2tal.training.trainer import TrainingConfig
+from re2tal.training.config import TrainingConfig
+from re2tal.training.process_group import leave
 
 
 def interrupted_on_the_way(folder: str, stage: int) -> dict:

@@ -17,8 +17,10 @@ from re2tal.distributed import resolve_world
 from re2tal.evaluation.suppression import SuppressionConfig
 from re2tal.inference import predict
 from re2tal.structures import ClipBatch, Detections, Timeline
-from re2tal.training.engine import EngineConfig, build_engine, join, leave
+from re2tal.training.config import EngineConfig
+from re2tal.training.engine import build_engine
 from re2tal.training.optimizer import OptimizerConfig, build_optimizer
+from re2tal.training.process_group import join, leave
 from re2tal.training.zero_file import resolve_deepspeed_config
 
 SUPPRESSION = SuppressionConfig(method="none")

@@ -14,8 +14,8 @@ from distributed.ranks import run_ranks
 from training.tiny import same, tiny_trainer, weights
 
 from re2tal.distributed import is_main
-from re2tal.training.engine import leave
-from re2tal.training.trainer import TrainingConfig
+from re2tal.training.config import TrainingConfig
+from re2tal.training.process_group import leave
 
 CASES = [(2, "fp32"), (3, "fp32"), (2, "bf16")]
 EVERY_THIRD = TrainingConfig(epochs=2, checkpoint_every_steps=3, keep_checkpoints=3, log_every_steps=1)

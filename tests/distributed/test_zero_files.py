@@ -10,7 +10,7 @@ import torch
 from distributed.ranks import run_ranks
 from training.tiny import TinyDetector, tiny_trainer, weights
 
-from re2tal.training.engine import leave
+from re2tal.training.process_group import leave
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"
 NAMES = sorted(path.stem for path in FOLDER.glob("*.json"))

@@ -15,8 +15,10 @@ from re2tal.distributed import resolve_world
 from re2tal.localizers import ActionFormerConfig, build_localizer
 from re2tal.rewire import RewiringConfig, rewire
 from re2tal.structures import Action, Timeline
-from re2tal.training.engine import EngineConfig, build_engine, join, leave
+from re2tal.training.config import EngineConfig
+from re2tal.training.engine import build_engine
 from re2tal.training.optimizer import OptimizerConfig, build_optimizer
+from re2tal.training.process_group import join, leave
 from re2tal.training.zero_file import resolve_deepspeed_config
 
 STEPS, FRAMES, STAGES = 20, 8, (0, 1, 2, 3)

@@ -19,8 +19,8 @@ from faults.runs import ROOT, TRAIN, alone, small, write_both_subsets
 from training.tiny import same, tiny_trainer, weights
 
 from re2tal.distributed import is_main
-from re2tal.training.engine import leave
-from re2tal.training.trainer import TrainingConfig
+from re2tal.training.config import TrainingConfig
+from re2tal.training.process_group import leave
 
 TRAINING = TrainingConfig(epochs=2, checkpoint_every_steps=3, keep_checkpoints=3, log_every_steps=1)
 DISK = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]

@@ -17,8 +17,9 @@ from training.tiny import TinyDetector, same, tiny_trainer, weights
 
 from re2tal.distributed import resolve_world
 from re2tal.training import zero_file
-from re2tal.training.engine import leave
-from re2tal.training.trainer import LOSS_SCALE_SEARCH, TrainingConfig
+from re2tal.training.config import TrainingConfig
+from re2tal.training.process_group import leave
+from re2tal.training.skips import LOSS_SCALE_SEARCH
 
 TRAINING = TrainingConfig(epochs=2, log_every_steps=1, checkpoint_every_steps=4, keep_checkpoints=3)
 

@@ -10,9 +10,9 @@ from distributed.ranks import run_ranks
 from training.tiny import TinyDetector, tiny_trainer, weights
 
 from re2tal.distributed import resolve_world
-from re2tal.training.engine import leave
+from re2tal.training.config import TrainingConfig
 from re2tal.training.jumps import FACTOR, LEAST, LossWatch
-from re2tal.training.trainer import TrainingConfig
+from re2tal.training.process_group import leave
 
 
 class Jumping(TinyDetector):

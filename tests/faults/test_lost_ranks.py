@@ -21,7 +21,7 @@ import os, sys, time
 rank, fault, limit = os.environ["RANK"], sys.argv.pop(1), float(sys.argv.pop(1))
 from re2tal.training.trainer import Trainer
 from re2tal.training.checkpoint import CheckpointStore
-from re2tal.training.engine import DurableCheckpointEngine
+from re2tal.training.checkpoint_files import DurableCheckpointEngine
 losses, batches = Trainer._forward, Trainer._batches
 digests, write = CheckpointStore._digests, DurableCheckpointEngine.save
 def late(self, batch):

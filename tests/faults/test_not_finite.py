@@ -11,8 +11,9 @@ from distributed.ranks import run_ranks
 from training.tiny import TinyDetector, tiny_trainer, weights
 
 from re2tal.distributed import resolve_world
-from re2tal.training.engine import leave, master_weights
-from re2tal.training.trainer import TrainingConfig
+from re2tal.training.config import TrainingConfig
+from re2tal.training.engine_weights import master_weights
+from re2tal.training.process_group import leave
 
 PLACES = ("loss", "gradient")
 BAD = {"nan": torch.nan, "inf": torch.inf}

@@ -21,11 +21,12 @@ from re2tal.cli.train import train
 from re2tal.localizers.losses import RunningCount
 from re2tal.runs import training_run
 from re2tal.structures import Action
+from re2tal.training.config import EngineConfig, TrainingConfig
 from re2tal.training.elastic import place_in_run, same_clips_per_step
-from re2tal.training.engine import EngineConfig, leave
 from re2tal.training.manifest import Progress, read_manifest, write_manifest
+from re2tal.training.process_group import leave
 from re2tal.training.reshard import resharded
-from re2tal.training.trainer import Trainer, TrainingConfig
+from re2tal.training.trainer import Trainer
 
 
 def part_of_a_run(features: str, folder: str, ds: str, stop_before: int | None, whole: bool) -> int:

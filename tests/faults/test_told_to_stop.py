@@ -22,15 +22,15 @@ from re2tal.cli.train import train
 from re2tal.config import RunConfig
 from re2tal.localizers.pyramid.config import PyramidConfig
 from re2tal.recipes import find_recipe
-from re2tal.runs import training_end, training_run
+from re2tal.runs import training_build, training_end, training_run
 from re2tal.runs.exit_status import INTERRUPTED
 from re2tal.training.checkpoint import CheckpointStore
-from re2tal.training.engine import leave
+from re2tal.training.process_group import leave
 from re2tal.training.signals import STOP_SIGNALS
 from re2tal.training.trainer import Trainer
 
 PHASES: list[tuple[str, Any, str, int, int]] = [
-    ("start-up", training_run, "_open_both", 1, 1),
+    ("start-up", training_run, "open_both", 1, 1),
     ("the first step", Trainer, "_forward", 1, 1),
     ("training", Trainer, "_forward", 2, 1),
     ("an evaluation on the way", inference, "detector_input", 2, 1),
@@ -44,8 +44,8 @@ PHASES: list[tuple[str, Any, str, int, int]] = [
 MORE_PHASES: list[tuple[str, Any, str, int, int]] = [
     ("the comparison of the ranks", training_run, "_same_start", 1, 0),
     ("the plan", training_run, "_plan", 1, 1),
-    ("the building of the network", training_run, "_build", 1, 0),
-    ("the building of the engine", training_run, "build_engine", 1, 1),
+    ("the building of the network", training_build, "_network", 1, 0),
+    ("the building of the engine", training_build, "build_engine", 1, 1),
     ("the resume", Trainer, "resume", 1, 0),
     ("the first step", Trainer, "_forward", 1, 0),
     ("a line of the log", Trainer, "_report", 1, 1),

@@ -21,8 +21,9 @@ from re2tal.distributed import resolve_world
 from re2tal.planning import choice, shared
 from re2tal.planning.shared import save_plan, shared_plan
 from re2tal.planning.step_plan import StepPlan
-from re2tal.training.engine import build_engine, join
+from re2tal.training.engine import build_engine
 from re2tal.training.optimizer import build_optimizer
+from re2tal.training.process_group import join
 from re2tal.training.zero_file import resolve_deepspeed_config
 
 NUM_CLASSES = 4

@@ -20,8 +20,10 @@ from re2tal.distributed import resolve_world
 from re2tal.planning.zero_memory import Weights, zero_memory
 from re2tal.reversible.live_bytes import LiveBytes
 from re2tal.training import engine as engine_module
-from re2tal.training.engine import DTYPES, EngineConfig, build_engine, join
+from re2tal.training.config import DTYPES, EngineConfig
+from re2tal.training.engine import build_engine
 from re2tal.training.optimizer import OptimizerConfig, build_optimizer
+from re2tal.training.process_group import join
 from re2tal.training.zero_file import resolve_deepspeed_config
 
 FOLDER = Path(__file__).parents[2] / "ds_configs"

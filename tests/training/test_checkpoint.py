@@ -20,9 +20,9 @@ from re2tal.distributed import World
 from re2tal.strict_json import sha256_of
 from re2tal.training import checkpoint
 from re2tal.training.checkpoint import CheckpointStore
-from re2tal.training.engine import master_weights
+from re2tal.training.config import TrainingConfig
+from re2tal.training.engine_weights import master_weights
 from re2tal.training.manifest import Progress, read_manifest, write_manifest
-from re2tal.training.trainer import TrainingConfig
 
 TRAINING = TrainingConfig(epochs=2, checkpoint_every_steps=3, keep_checkpoints=3, log_every_steps=1)
 
@@ -210,7 +210,7 @@ import os, sys
 sys.path.insert(0, sys.argv[1])
 from training.tiny import tiny_trainer
 from training.test_checkpoint import TRAINING
-from re2tal.training.engine import leave
+from re2tal.training.process_group import leave
 calls, last = 0, int(sys.argv[3])
 def dying(call):
     def wrapped(*arguments, **options):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from re2tal.training.engine import EngineConfig
+from re2tal.training.config import EngineConfig
 from re2tal.training.zero_file import resolve_deepspeed_config
 
 RUN = EngineConfig(batch_size=2, gradient_accumulation=3, gradient_clipping=0.5, precision="bf16")

@@ -12,7 +12,7 @@ from deepspeed.runtime.zero.linear import zero3_linear_wrap
 
 from re2tal.distributed import World, free_port
 from re2tal.reversible.linear import AddingProducts
-from re2tal.training.engine import leave
+from re2tal.training.process_group import leave
 
 # The group outlives `leave`, as those do that an engine refers to. The callback runs on gloo's own thread, and keeps it
 # at work in Python while the rank leaves.
@@ -20,7 +20,8 @@ LAST_COLLECTIVE = """
 import os, time
 import torch, torch.distributed as dist
 from re2tal.distributed import resolve_world
-from re2tal.training.engine import EngineConfig, join, leave
+from re2tal.training.config import EngineConfig
+from re2tal.training.process_group import join, leave
 
 def still_at_work(future):
     started.append(True)

@@ -18,9 +18,12 @@ from re2tal.backbones import BackboneConfig, build_backbone
 from re2tal.data.streaming.transforms import draw_colours, recolour
 from re2tal.distributed import resolve_world
 from re2tal.reversible.live_bytes import LiveBytes
-from re2tal.training.engine import DTYPES, EngineConfig, build_engine, gather_weights, join
+from re2tal.training.config import DTYPES, EngineConfig
+from re2tal.training.engine import build_engine
+from re2tal.training.engine_weights import gather_weights
 from re2tal.training.frames import prepare_frames
 from re2tal.training.optimizer import OptimizerConfig, build_optimizer
+from re2tal.training.process_group import join
 from re2tal.training.zero_file import resolve_deepspeed_config
 
 FAMILIES = ["swin3d_nano", "slowfast_nano", "videomae_nano"]

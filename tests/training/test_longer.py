@@ -8,9 +8,10 @@ import math
 import pytest
 from training.tiny import same, tiny_trainer, weights
 
-from re2tal.training.engine import leave
+from re2tal.training.config import TrainingConfig
+from re2tal.training.process_group import leave
 from re2tal.training.schedule import ScheduleConfig
-from re2tal.training.trainer import Trainer, TrainingConfig
+from re2tal.training.trainer import Trainer
 
 NAMES = ("training.epochs", "schedule.shape", "optimizer.learning_rate")
 

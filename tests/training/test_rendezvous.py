@@ -12,7 +12,7 @@ from distributed.ranks import free_port
 
 from re2tal.distributed import World
 from re2tal.training import rendezvous
-from re2tal.training.engine import _why_not_joined
+from re2tal.training.process_group import _why_not_joined
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,8 @@ from re2tal.distributed import World, free_port
 
 JOIN = """
 from re2tal.distributed import resolve_world
-from re2tal.training.engine import EngineConfig, join, leave
+from re2tal.training.config import EngineConfig
+from re2tal.training.process_group import join, leave
 import os, torch.distributed as dist
 join(resolve_world(os.environ), EngineConfig())
 print("joined", dist.get_world_size())

@@ -15,12 +15,15 @@ from re2tal.distributed import resolve_world
 from re2tal.rewire import Branch, RewiringConfig, residual_branches, rewire
 from re2tal.structures import ClipBatch, Timeline
 from re2tal.training.checkpoint import CheckpointStore
-from re2tal.training.engine import EngineConfig, build_engine, gather_weights, join
+from re2tal.training.config import EngineConfig, TrainingConfig
+from re2tal.training.engine import build_engine
+from re2tal.training.engine_weights import gather_weights
 from re2tal.training.generators import seed_generators
 from re2tal.training.metrics import MetricsLog
 from re2tal.training.optimizer import OptimizerConfig, build_optimizer
+from re2tal.training.process_group import join
 from re2tal.training.schedule import ScheduleConfig, learning_rate_factor
-from re2tal.training.trainer import Trainer, TrainingConfig
+from re2tal.training.trainer import Trainer
 from re2tal.training.zero_file import resolve_deepspeed_config
 
 FRAMES = 8

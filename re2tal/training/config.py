@@ -1,0 +1,84 @@
+"""The configuration of steps and of training.
+
+Apart from the engine and the trainer, so that commands that do not train need not import DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from re2tal.options import option
+
+WeightType = Literal["fp32", "bf16", "fp16"]
+
+DTYPES: dict[WeightType, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Batch, precision and limits of a step; they fill the "auto" entries of the ZeRO file."""
+
+    batch_size: int = 1
+    """Clips per rank in one forward."""
+    gradient_accumulation: int = 1
+    """Forwards and backwards per optimizer step."""
+    gradient_clipping: float = 1.0
+    """Largest L2 norm of all gradients together; 0 clips nothing."""
+    precision: WeightType = "fp32"
+    """Type of the weights in forward and backward; the optimizer keeps float32 masters."""
+    memory_budget_gb: float | Literal["auto"] | None = option(None, resumable=True)
+    """Gigabytes (10^9 bytes) of a rank's device that a step may need. The planner picks, per stage, the fastest way to
+    stay under this: store, recompute, or recompute in chunks. It overrides backbone.recompute, chunk_mebibytes, known,
+    keep_nonresidual and offload. "auto" takes most of the device's free memory at the start; on a CPU, of the system's,
+    shared by the ranks of a machine. None: no plan."""
+    timeout_minutes: float = option(10.0, resumable=True, planned=False)
+    """How long a rank waits for the others before it names who is missing and gives up; three times as long where one
+    rank may take its time: start-up, the first step, a checkpoint, the export."""
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "gradient_accumulation"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"engine.{name} is {getattr(self, name)}; it must be at least 1")
+        if not (self.memory_budget_gb in ("auto", None) or 0 < float(self.memory_budget_gb) < math.inf):
+            raise ValueError(
+                f"engine.memory_budget_gb is {self.memory_budget_gb}; give a positive number of gigabytes, auto or None"
+            )
+        if not self.gradient_clipping >= 0:
+            raise ValueError(f"engine.gradient_clipping is {self.gradient_clipping}; give a norm, or 0 to clip nothing")
+        if not 0 < self.timeout_minutes < math.inf:
+            raise ValueError(f"engine.timeout_minutes is {self.timeout_minutes}; give a positive number of minutes")
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Length of training, logging, evaluation and checkpoints."""
+
+    epochs: int = option(20, resumable=True)
+    """Passes over the training shards. A resumed run may be made longer: from there on, its learning rate follows the
+    course of the new length."""
+    seed: int = 0
+    """Seed of everything random: initial weights, data order, augmentation, drop path."""
+    average_decay: float | None = 0.999
+    """Decay of the moving average of the weights that evaluation and the exported model use; None averages nothing."""
+    log_every_steps: int = option(10, resumable=True)
+    """Optimizer steps between two log lines."""
+    evaluate_every_epochs: int | None = option(None, resumable=True)
+    """Epochs between two evaluations; None evaluates once, at the end."""
+    checkpoint_every_steps: int = option(500, resumable=True)
+    """Optimizer steps between two checkpoints; one more is written at the end, and when the run is told to stop."""
+    keep_checkpoints: int = option(2, resumable=True)
+    """How many of the newest checkpoints to keep."""
+    max_non_finite: int = option(10, resumable=True)
+    """Give up after this many batches or steps in a row that were not finite."""
+
+    def __post_init__(self) -> None:
+        counts = ("epochs", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "max_non_finite")
+        for name in (*counts, "evaluate_every_epochs"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"training.{name} is {value}; it must be at least 1")
+        if self.average_decay is not None and not 0 <= self.average_decay < 1:
+            raise ValueError(f"training.average_decay is {self.average_decay}; it lies in [0, 1), usually 0.999")
