@@ -145,12 +145,8 @@ class CheckpointStore:
         if is_main():
             try:
                 if self._wrote and not self._names():
-                    print(
-                        f"the earlier checkpoints in {self.folder} are gone: somebody removed them, or their disk is "
-                        "no longer mounted there; this one is written all the same",
-                        file=sys.stderr,
-                        flush=True,
-                    )
+                    gone = "are gone: somebody removed them, or their disk is no longer mounted there"
+                    print(f"the earlier checkpoints in {self.folder} {gone}; saving goes on", file=sys.stderr)
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self._remove_leftovers()
                 partial.mkdir()

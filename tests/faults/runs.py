@@ -100,7 +100,7 @@ def end(processes: Sequence[subprocess.Popen | Forked]) -> None:
         process.wait()
 
 
-def ends_of(processes: Sequence[subprocess.Popen | Forked], log: Path, *, seconds: float = 240) -> list[int]:
+def ends_of(processes: Sequence[subprocess.Popen | Forked], log: Path, *, seconds: float = 900) -> list[int]:
     """Their exit statuses, when all have ended."""
     try:
         wait_for(lambda: None not in [process.poll() for process in processes], seconds, log)

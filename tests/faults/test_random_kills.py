@@ -66,7 +66,7 @@ def started(ds: str, features: Path, out: Path, *, moment: str = "none", seed: i
     if ds == "zero0":
         ds = str(out.with_suffix(".json"))
         Path(ds).write_text(json.dumps({"zero_optimization": {"stage": 0}}))
-    options = ["--ds", ds, "--training.epochs", "15", "--training.checkpoint-every-steps", "1", "--resume"]
+    options = ["--ds", ds, "--training.epochs", "10", "--training.checkpoint-every-steps", "1", "--resume"]
     options += ["--schedule.warmup-epochs", "1"]
     return fork_ranks(small(features, out, *options), log, partial(dies, moment, seed))
 
@@ -78,12 +78,12 @@ def kill_one(processes: list[Forked], out: Path, *, moment: str, dice: random.Ra
     if moment == "start":
         time.sleep(dice.uniform(0.0, 4.0))
     if moment == "training":
-        wanted = before + dice.randrange(1, 7)
-        wait_for(lambda: steps_of(newest) >= wanted, 240, log)
+        wanted = before + dice.randrange(1, 5)
+        wait_for(lambda: steps_of(newest) >= wanted, 900, log)
         time.sleep(dice.uniform(0.0, 0.2))
     if moment in ("start", "training"):
         os.kill(processes[victim].pid or 0, signal.SIGKILL)
-    wait_for(lambda: any(process.poll() is not None for process in processes), 240, log)
+    wait_for(lambda: any(process.poll() is not None for process in processes), 900, log)
     died = time.monotonic()
     if moment == "start":  # before the ranks have met, the one that is left waits for the other to start
         end(processes)
