@@ -67,12 +67,13 @@ def build_trainer(
     identity = _identity(config, engine, shards, world)
     dtype = next(model.parameters()).dtype
 
+    # It must not refer to the trainer: a circle would keep the loader's processes alive when the run is over.
     def validate(engine: Engine) -> Mapping[str, float]:
         outcome = evaluate(engine)
-        log.draw(outcome.pictures, step=trainer.progress.step)
+        log.draw(outcome.pictures)
         return outcome.figures
 
-    trainer = Trainer(
+    return Trainer(
         engine,
         clips,
         validate,
@@ -90,7 +91,6 @@ def build_trainer(
         planned_bytes=None if plan is None else plan.memory.peak,
         new_step=begin_step,
     )
-    return trainer
 
 
 def _network(

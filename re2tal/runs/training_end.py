@@ -72,7 +72,7 @@ def finish(
     )
     ranks.check()
     trainer.log.write("evaluation", outcome.figures, step=trainer.progress.step)
-    trainer.log.draw(outcome.pictures, step=trainer.progress.step)
+    trainer.log.draw(outcome.pictures)
     summary = {
         **outcome.summary,
         "steps": trainer.progress.step,

@@ -97,7 +97,7 @@ def _train(
     _same_start(config, {"out": folder.absolute(), "resume": resume, "overwrite": overwrite})
     ranks.check()
     together(lambda: _engine_settings(ds, config, world))  # a fault of the file is said before data is opened
-    check_trackers(config.training.trackers)
+    made_by_main(lambda: check_trackers(config.training.trackers))
     make_if_wanted(config, world)
     shards = training, validation = open_both(config)
     config = _fitted(config, training)

@@ -15,7 +15,9 @@ from re2tal.runs.model_folder import SHIPPED
 SAMPLES = Path(__file__).parents[2] / "samples"
 
 WITHOUT = """
-import os, signal, sys
+import concurrent.futures.process, os, signal, subprocess, sys, torch  # on Linux, these need what goes now
+from multiprocessing import resource_tracker
+resource_tracker._HAVE_SIGMASK = False
 for module, names in {
     os: ("sched_getaffinity", "register_at_fork", "O_DIRECTORY", "sysconf"),
     signal: ("SIGUSR1", "SIGUSR2", "SIGHUP", "SIGRTMIN", "pthread_sigmask", "sigwaitinfo"),
