@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from re2tal.evaluation.average_precision import mean_average_precision
+from re2tal.evaluation.matching import match_predictions
 from re2tal.evaluation.protocols import TIOU_THRESHOLDS
 from re2tal.evaluation.results import read_results, write_results
 from re2tal.runs.evaluation import ScoringOptions
@@ -109,7 +110,7 @@ def timed(function, *arguments, **keywords):
 
 def evaluate(predictions: dict[str, Detections], records: list[VideoRecord]) -> float:
     report = mean_average_precision(
-        predictions, records, classes=CLASSES, protocol="opentad", tiou_thresholds=THRESHOLDS
+        match_predictions(predictions, records, classes=CLASSES, protocol="opentad", tiou_thresholds=THRESHOLDS)
     )
     return report.average_map
 

@@ -34,6 +34,7 @@ from re2tal.data.streaming.stream import ClipStream, stream_clips
 from re2tal.data.streaming.transforms import normalise
 from re2tal.detector import TemporalActionDetector
 from re2tal.evaluation.average_precision import mean_average_precision
+from re2tal.evaluation.matching import match_predictions
 from re2tal.inference import predict
 from re2tal.localizers import build_localizer
 from re2tal.recipes.presets import demo
@@ -143,11 +144,13 @@ class Bench:
         """Average mAP."""
         found = predict(detector, self.stream(training=False).epoch(0), suppression=self.run.suppression, device="cpu")
         return mean_average_precision(
-            found,
-            [video.record for video in self.validation.videos],
-            classes=detector.localizer.classes,
-            protocol=self.run.evaluation.protocol,
-            tiou_thresholds=self.run.evaluation.tiou_thresholds,
+            match_predictions(
+                found,
+                [video.record for video in self.validation.videos],
+                classes=detector.localizer.classes,
+                protocol=self.run.evaluation.protocol,
+                tiou_thresholds=self.run.evaluation.tiou_thresholds,
+            )
         ).average_map
 
     def features(self, detector: TemporalActionDetector) -> Tensor:

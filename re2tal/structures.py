@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -221,6 +221,8 @@ class Detections:
     """(N,) float in [0, 1]"""
     labels: Tensor
     """(N,) int64, index into the localizer's classes"""
+    num_cut: int | None = field(default=None, kw_only=True)
+    """how many more a limit on their number left out, at most; None where that is not known"""
 
     def __len__(self) -> int:
         return self.scores.shape[0]

@@ -65,6 +65,8 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "peft": ("re2tal.backbones.adapters.lora",),
     "av": ("re2tal.data.*",),
     "huggingface_hub": ("re2tal.runs.model_folder_card", "re2tal.runs.model_folder_hub"),
+    "fsspec": ("re2tal.data.addresses.remote",),
+    "aiohttp": ("re2tal.data.addresses.remote",),
     "h5py": ("re2tal.data.building.feature_files",),
     "matplotlib": ("re2tal.reporting.*",),
     "rich": ("re2tal.progress",),

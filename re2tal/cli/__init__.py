@@ -56,7 +56,7 @@ def _without_command(name: str, rest: Sequence[str]) -> None:
         print(commands_help())
     elif name == "--version":
         print(f"re2tal {re2tal.__version__}")
-    elif name == "--print-completion" and [*rest] in [[shell] for shell in SHELLS]:
+    elif name == "--print-completion" and list(rest) in [[shell] for shell in SHELLS]:
         from re2tal.cli.completion import print_completion
 
         print_completion(rest[0])

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from re2tal.data.contract.manifest import Rejection
+from re2tal.evaluation.coverage import cut_by_limit
 from re2tal.progress import clock_time
 from re2tal.reporting.found import FoundInVideo
 from re2tal.runs.detection import Detected
@@ -60,11 +61,8 @@ def say_detected(done: Detected) -> int:
         print(f"the run has not ended: its weights are those of {done.checkpoint}")
     if done.rejected:
         print(f"{len(done.rejected)} videos could not be used; they are named above")
-    if done.videos_at_max:
-        print(
-            f"{len(done.videos_at_max)} videos reach the limit of {done.max_per_video} detections; any more were cut "
-            "(suppression.max_per_video in the run's config.json)"
-        )
+    if done.cut_videos:
+        print(cut_by_limit(done.cut_videos))
     return status
 
 

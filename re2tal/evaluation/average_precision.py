@@ -11,15 +11,14 @@ move with it). Of truths overlapped equally, the later one is taken first, as pu
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from re2tal.evaluation.coverage import Coverage
-from re2tal.evaluation.matching import Matches, match_predictions
-from re2tal.evaluation.protocols import Protocol
-from re2tal.structures import Detections, VideoRecord
+from re2tal.evaluation.matching import Matches
+from re2tal.evaluation.protocols import threshold_names
 from re2tal.tables import text_table
 
 
@@ -53,14 +52,14 @@ class MapReport:
     @property
     def map_by_tiou(self) -> dict[str, float]:
         """{"0.3": ..., "0.4": ...}, for logs and JSON."""
-        return dict(zip(self._columns(), self.map.tolist(), strict=True))
+        return dict(zip(threshold_names(self.tiou_thresholds), self.map.tolist(), strict=True))
 
     def to_json(self) -> dict[str, object]:
         """Everything, in types that `json` writes."""
         per_class = {
             name: {
                 "average": float(column.mean()),
-                "tiou": dict(zip(self._columns(), column.tolist(), strict=True)),
+                "tiou": dict(zip(threshold_names(self.tiou_thresholds), column.tolist(), strict=True)),
                 "truths": truths,
                 "predictions": predictions,
             }
@@ -78,7 +77,7 @@ class MapReport:
 
     def rows(self) -> list[tuple[str, ...]]:
         """The table as text cells: a header, one row per class, the mean; AP in percent."""
-        header = ("class", "truths", "predictions", *self._columns(), "average")
+        header = ("class", "truths", "predictions", *threshold_names(self.tiou_thresholds), "average")
         body = [
             (name, str(truths), str(predictions), *_percent(column), *_percent([column.mean()]))
             for name, column, truths, predictions in zip(
@@ -93,49 +92,9 @@ class MapReport:
         heading = [f"AP in %, by tIoU; protocol {self.protocol}", self.coverage.facts()]
         return "\n".join([*heading, *(f"note: {note}" for note in self.coverage.notes()), table])
 
-    def _columns(self) -> tuple[str, ...]:
-        return tuple(f"{threshold:.4g}" for threshold in self.tiou_thresholds)
 
-
-def mean_average_precision(
-    predictions: Mapping[str, Detections],
-    ground_truth: Sequence[VideoRecord],
-    *,
-    classes: Sequence[str],
-    protocol: Protocol | str,
-    tiou_thresholds: Sequence[float],
-    blocked_videos: Collection[str] = (),
-    class_agnostic: bool = False,
-    max_per_video: int | None = None,
-) -> MapReport:
-    """Score `predictions` (seconds, suppressed) against `ground_truth`, which holds one subset.
-
-    `classes` are the names that the predictions' labels index; the classes of the result are those that have a truth.
-    Predictions on videos that are not in `ground_truth` are false positives; `blocked_videos` are left out of both.
-    `class_agnostic` takes all labels, predicted and true, for one. `max_per_video`: the limit that the predictions were
-    suppressed with; the report says where it cut.
-
-    Raises ValueError for an unknown protocol, thresholds outside (0, 1], ground truth without actions or with a
-    repeated video, NaN predictions, and, under "official", a predicted class that has no truth.
-
-    Source: Pascal VOC 2010 interpolation as in ActivityNet's eval_detection.
-    """
-    return report(
-        match_predictions(
-            predictions,
-            ground_truth,
-            classes=classes,
-            protocol=protocol,
-            tiou_thresholds=tiou_thresholds,
-            blocked_videos=blocked_videos,
-            class_agnostic=class_agnostic,
-            max_per_video=max_per_video,
-        )
-    )
-
-
-def report(matches: Matches) -> MapReport:
-    """AP by threshold and class."""
+def mean_average_precision(matches: Matches) -> MapReport:
+    """AP by threshold and class. Source: Pascal VOC 2010 interpolation as in ActivityNet's eval_detection."""
     truths, num_truths = matches.truths, np.bincount(matches.truths.labels).tolist()
     columns = [
         interpolated_average_precision(of_class >= 0, num_truths=count)

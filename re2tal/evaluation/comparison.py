@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from re2tal.evaluation.average_precision import report
+from re2tal.evaluation.average_precision import mean_average_precision
 from re2tal.evaluation.matching import Matches
+from re2tal.evaluation.protocols import threshold_names
 from re2tal.evaluation.resampling import LEVEL, Interval, centred, draw_maps, p_value
 from re2tal.tables import text_table
 
@@ -58,13 +59,13 @@ class Spread:
     def _values(self) -> list[tuple[str, float, Interval]]:
         means = [*self.maps.mean(axis=0).tolist(), float(self.maps.mean())]
         intervals = map(Interval.of, [*self.draws.T, self.draws.mean(axis=1)])
-        return list(zip(_names(self.tiou_thresholds), means, intervals, strict=True))
+        return list(zip((*threshold_names(self.tiou_thresholds), "average"), means, intervals, strict=True))
 
 
 def spread_of(runs: Sequence[Matches], *, num_draws: int, seed: int) -> Spread:
     """Intervals of the mean mAP of `runs`, which differ only by their seed; errors as `draw_maps`."""
     draws = draw_maps([runs], num_draws=num_draws, seed=seed)[:, 0]
-    reports = [report(run) for run in runs]
+    reports = [mean_average_precision(run) for run in runs]
     maps = np.stack([one.map for one in reports])
     return Spread(
         reports[0].tiou_thresholds,
@@ -125,7 +126,7 @@ class Comparison:
         first, second = (np.append(maps, maps.mean()).tolist() for maps in self.maps)
         draws = self.draws[:, 1] - self.draws[:, 0]
         columns = [*draws.T, draws.mean(axis=1)]
-        rows = zip(_names(self.tiou_thresholds), first, second, columns, strict=True)
+        rows = zip((*threshold_names(self.tiou_thresholds), "average"), first, second, columns, strict=True)
         return [(name, a, b, Interval.of(column), p_value(column)) for name, a, b, column in rows]
 
 
@@ -134,7 +135,7 @@ def compare_runs(
 ) -> Comparison:
     """Two settings, each as the names and matches of its runs, on the same draws; errors as `draw_maps`."""
     draws = draw_maps([[run for _, run in runs] for runs in (a, b)], num_draws=num_draws, seed=seed)
-    reports = [[report(run) for _, run in runs] for runs in (a, b)]
+    reports = [[mean_average_precision(run) for _, run in runs] for runs in (a, b)]
     named = zip([*a, *b], [*reports[0], *reports[1]], strict=True)
     first = reports[0][0]
     maps = np.stack([np.mean([one.map for one in of], axis=0) for of in reports])
@@ -147,7 +148,3 @@ def compare_runs(
         facts=f"protocol {first.protocol}; {first.coverage.facts()}",
         notes=tuple(f"{name}: {note}" for (name, _), one in named for note in one.coverage.notes()),
     )
-
-
-def _names(thresholds: Sequence[float]) -> list[str]:
-    return [*(f"{threshold:.4g}" for threshold in thresholds), "average"]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 MAX_NAMED = 5
@@ -56,10 +56,10 @@ class Coverage:
     """Labels that have a true action."""
     never_predicted: tuple[str, ...] = ()
     """Those of them that no prediction has."""
-    max_per_video: int | None = None
-    """The limit of suppression that the predictions were made under, where it is known."""
-    videos_at_max: tuple[str, ...] = ()
-    """Videos with so many predictions: any more were cut."""
+    cut_videos: Mapping[str, int] = field(default_factory=dict)
+    """Videos with more detections than suppression.max_per_video -> how many it cut, at most."""
+    is_limit_known: bool = False
+    """Whether it is known that no other video was cut; a file does not say it."""
     most_per_video: int = 0
     """The most predictions of any video."""
     videos_at_most: tuple[str, ...] = ()
@@ -131,12 +131,9 @@ class Coverage:
             notes.append(
                 f"{number} predictions end before they start, and count as false: {name_some(self.reversed_segments)}"
             )
-        if self.videos_at_max:
-            notes.append(
-                f"{len(self.videos_at_max)} videos reach the limit of {self.max_per_video} detections "
-                "(suppression.max_per_video); any more were cut"
-            )
-        if self.max_per_video is None and len(self.videos_at_most) > 1 and self.most_per_video >= LIKELY_LIMIT:
+        if self.cut_videos:
+            notes.append(cut_by_limit(self.cut_videos))
+        if not self.is_limit_known and len(self.videos_at_most) > 1 and self.most_per_video >= LIKELY_LIMIT:
             notes.append(
                 f"{len(self.videos_at_most)} videos have exactly {self.most_per_video} predictions, the most of any: "
                 "a limit seems to have cut them, long videos too"
@@ -150,6 +147,14 @@ class Coverage:
     def _hinted(self, label: str) -> str:
         near = [known for known in self.known_labels if _folded(known) == _folded(label)]
         return f"{label!r}, which is nearly {near[0]!r}" if near else repr(label)
+
+
+def cut_by_limit(videos: Mapping[str, int]) -> str:
+    """What the limit on detections did to these videos, each with how many more it had at most."""
+    return (
+        f"{len(videos)} videos reach the limit of detections (suppression.max_per_video), which left out up to "
+        f"{sum(videos.values())} more: {name_some(videos)}"
+    )
 
 
 def _folded(label: str) -> str:

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 
 from re2tal.evaluation.average_precision import MapReport, mean_average_precision
+from re2tal.evaluation.matching import match_predictions
 from re2tal.evaluation.protocols import EPIC_KITCHENS
+from re2tal.evaluation.results import read_detections
 from re2tal.strict_json import brief, read_json
 from re2tal.structures import Action, Detections, VideoRecord
 from re2tal.tables import text_table
@@ -78,15 +80,14 @@ def read_submission(path: Path | str) -> Submission:
     numbers: dict[str, dict[str, int]] = {task: {} for task in TASKS}
     segments, labels = {}, {task: {} for task in TASKS}  # type: ignore[var-annotated]
     for video_id, rows in results.items():
+        where = f"{path}: results[{video_id!r}]"
         if not isinstance(rows, list):
-            raise ValueError(f"{path}: results[{video_id!r}] is {brief(rows)}; it must be a list of predictions")
-        read = [_row(row, f"{path}: results[{video_id!r}][{number}]") for number, row in enumerate(rows)]
-        table = torch.tensor([(*segment, score) for segment, score, _ in read], dtype=torch.float64).reshape(-1, 3)
-        none = torch.zeros(len(read), dtype=torch.int64)
-        segments[video_id] = Detections(table[:, :2], table[:, 2], none)
+            raise ValueError(f"{where} is {brief(rows)}; it must be a list of predictions")
+        named = [_names(row, f"{where}[{number}]") for number, row in enumerate(rows)]
+        segments[video_id] = read_detections(where, [row | {"label": ""} for row in rows], {})
         for place, task in enumerate(TASKS):
             index = numbers[task]
-            found = [index.setdefault(names[place], len(index)) for _, _, names in read]
+            found = [index.setdefault(names[place], len(index)) for names in named]
             labels[task][video_id] = torch.tensor(found, dtype=torch.int64)
     return Submission(segments, labels, {task: tuple(index) for task, index in numbers.items()})
 
@@ -98,16 +99,18 @@ def score_submission(
     tiou_thresholds: Sequence[float],
     blocked_videos: Collection[str] = (),
 ) -> EpicReport:
-    """The three tasks; an action of `truths` is labelled "verb,noun". Errors as `mean_average_precision`."""
+    """The three tasks; an action of `truths` is labelled "verb,noun". Errors as `match_predictions`."""
     return EpicReport(
         {
             task: mean_average_precision(
-                submission.of(task),
-                list(_truths_of(task, truths)),
-                classes=submission.classes[task],
-                protocol=EPIC_KITCHENS,
-                tiou_thresholds=tiou_thresholds,
-                blocked_videos=blocked_videos,
+                match_predictions(
+                    submission.of(task),
+                    list(_truths_of(task, truths)),
+                    classes=submission.classes[task],
+                    protocol=EPIC_KITCHENS,
+                    tiou_thresholds=tiou_thresholds,
+                    blocked_videos=blocked_videos,
+                )
             )
             for task in TASKS
         }
@@ -124,8 +127,8 @@ def _labelled(action: Action, task: str) -> Action:
     return replace(action, label={"verb": verb, "noun": noun, "action": action.label}[task])
 
 
-def _row(row: Any, where: str) -> tuple[tuple[float, float], float, tuple[str, str, str]]:
-    """Segment, score, and the names of verb, noun and action."""
+def _names(row: Any, where: str) -> tuple[str, str, str]:
+    """Of verb, noun and action."""
     if not isinstance(row, dict) or not {"verb", "noun", "action", "segment", "score"} <= row.keys():
         raise ValueError(f'{where} is {brief(row)}; it needs "verb", "noun", "action", "segment" and "score"')
     for key in ("verb", "noun"):
@@ -134,14 +137,4 @@ def _row(row: Any, where: str) -> tuple[tuple[float, float], float, tuple[str, s
     pair = re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*", row["action"]) if isinstance(row["action"], str) else None
     if pair is None:
         raise ValueError(f'{where}.action is {brief(row["action"])}; give "VERB,NOUN", two numbers in one text')
-    segment = row["segment"]
-    if not isinstance(segment, list) or len(segment) != 2 or not all(map(_is_number, segment)):
-        raise ValueError(f"{where}.segment is {brief(segment)}; give [start, end] in finite seconds")
-    if not _is_number(row["score"]):
-        raise ValueError(f"{where}.score is {brief(row['score'])}; give a finite number")
-    action = f"{int(pair[1])},{int(pair[2])}"
-    return (segment[0], segment[1]), row["score"], (str(row["verb"]), str(row["noun"]), action)
-
-
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and -1e300 < value < 1e300
+    return str(row["verb"]), str(row["noun"]), f"{int(pair[1])},{int(pair[2])}"

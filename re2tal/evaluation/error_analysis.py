@@ -5,7 +5,8 @@
     false negatives   the share of these actions that no prediction finds
 
 AP is normalised: precision = R N / (R N + FP) with recall R, and N the mean number of true actions of a class, so that
-rare and frequent classes compare. Empty truths and those longer than their video are dropped.
+rare and frequent classes compare. Empty truths and those longer than their video are dropped. Lengths and shares are
+rounded to 1e-6, as in its own files: 0.3 - 0.2 is not to be longer than 0.1.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 
 from re2tal.evaluation.instances import Predictions, Truths, flatten_predictions, flatten_truths
 from re2tal.evaluation.matching import partners_by_class, ranked_by_class
-from re2tal.evaluation.protocols import PROTOCOLS, check_thresholds
+from re2tal.evaluation.protocols import OFFICIAL, check_thresholds
 from re2tal.structures import Detections, VideoRecord
 from re2tal.tables import text_table
 
@@ -30,6 +31,7 @@ BACKGROUND_TIOU = 0.1
 MIN_PRECISION_OF_FOUND = 0.05
 """Of the analysis of false negatives: an action that is found only at a lower precision counts as missed."""
 
+DECIMALS = 6
 _SIZES = ("XS", "S", "M", "L", "XL")
 _THUMOS14 = ((0, 0.02, 0.04, 0.06, 0.08, 1), (0, 3, 6, 12, 18, np.inf), (-1, 1, 40, 80, np.inf))
 _ACTIVITYNET = ((0, 0.2, 0.4, 0.6, 0.8, 1), (0, 30, 60, 120, 180, np.inf), (-1, 1, 4, 8, np.inf))
@@ -107,14 +109,14 @@ def analyse_errors(
     per_action: int = 10,
     blocked_videos: Collection[str] = (),
 ) -> ErrorReport:
-    """Diagnose `predictions` as DETAD does; arguments and errors as `mean_average_precision`.
+    """Diagnose `predictions` as DETAD does; arguments and errors as `match_predictions`.
 
     `sizes_of`: the data set whose limits between short and long, and so on, are taken. The analysis of false positives
     keeps, of each class, the best `per_action` times as many predictions as it has true actions.
     """
     thresholds = check_thresholds(tiou_thresholds)
     videos = [_without_odd_actions(video) for video in ground_truth]
-    truths = flatten_truths(videos, protocol=PROTOCOLS["official"], blocked_videos=blocked_videos)
+    truths = flatten_truths(videos, protocol=OFFICIAL, blocked_videos=blocked_videos)
     flat = flatten_predictions(predictions, truths, classes=classes, blocked_videos=blocked_videos)
     ranked = ranked_by_class(flat, num_classes=len(truths.classes))
     counts = np.bincount(truths.labels)
@@ -143,8 +145,9 @@ def analyse_errors(
 
 def _without_odd_actions(video: VideoRecord) -> VideoRecord:
     """Without empty actions, and those that are longer than their video."""
-    lengths = [(one, one.end_seconds - one.start_seconds) for one in video.actions]
-    return replace(video, actions=tuple(one for one, length in lengths if 0 < length <= video.duration_seconds))
+    lengths = [(one, round(one.end_seconds - one.start_seconds, DECIMALS)) for one in video.actions]
+    longest = round(video.duration_seconds, DECIMALS)
+    return replace(video, actions=tuple(one for one, length in lengths if 0 < length <= longest))
 
 
 def _profile(types: Sequence[np.ndarray], counts: np.ndarray, *, num_groups: int) -> tuple[np.ndarray, ...]:
@@ -170,7 +173,7 @@ class _Scores:
     @classmethod
     def of(cls, flat: Predictions, truths: Truths, rows: list[np.ndarray], thresholds: np.ndarray) -> _Scores:
         """`rows` of `flat`, by class and best first."""
-        counts, protocol = np.bincount(truths.labels), PROTOCOLS["official"]
+        counts, protocol = np.bincount(truths.labels), OFFICIAL
         partners = partners_by_class(flat, truths, rows, protocol=protocol, thresholds=thresholds)
         columns = [
             _average_precision(of_class >= 0, count, counts.mean())
@@ -239,7 +242,7 @@ def _types(
     places = np.repeat(np.arange(len(rows)), last - first)
     begins = np.cumsum(last - first) - (last - first)
     others = np.arange(len(places)) - begins[places] + first[places]
-    overlaps = PROTOCOLS["official"].tiou(flat.segments[rows[places]], truths.segments[others])
+    overlaps = OFFICIAL.tiou(flat.segments[rows[places]], truths.segments[others])
     # Of truths overlapped equally, the first one counts.
     order = np.lexsort((-overlaps, places))
     near, chosen = np.unique(places[order], return_index=True)
@@ -264,7 +267,8 @@ def _sizes(truths: Truths, records: Sequence[VideoRecord], edges: Sequence[Seque
     length = truths.segments[:, 1] - truths.segments[:, 0]
     of_video = np.array([duration[truths.video_ids[video]] for video in truths.videos])
     crowd = Counter(truths.videos.tolist())
-    values = (length / of_video, length, np.array([crowd[video] for video in truths.videos.tolist()]))
+    shares, lengths = (np.round(value, DECIMALS) for value in (length / of_video, length))
+    values = (shares, lengths, np.array([crowd[video] for video in truths.videos.tolist()]))
     return {
         name: np.array(_SIZES)[np.searchsorted(bounds[1:-1], value, side="left")]
         for name, value, bounds in zip(CHARACTERISTICS, values, edges, strict=True)

@@ -102,11 +102,10 @@ def flatten_predictions(
     classes: Sequence[str],
     blocked_videos: Collection[str],
     class_agnostic: bool = False,
-    max_per_video: int | None = None,
 ) -> Predictions:
     """Every prediction outside `blocked_videos`; `classes` are the names that its labels index.
 
-    `class_agnostic` and `max_per_video` are facts for the coverage, and change nothing.
+    `class_agnostic` is a fact for the coverage, and changes nothing.
 
     Raises ValueError for a label that is no index into `classes` and for NaN or infinite numbers, naming the video.
     """
@@ -148,7 +147,7 @@ def flatten_predictions(
         unknown_labels=unknown_labels,
         num_blocked_ids=len(blocked_videos),
         class_agnostic=class_agnostic,
-        max_per_video=max_per_video,
+        num_cut={video_id: one.num_cut for video_id, one in kept.items()},
     )
     return Predictions(videos, to_truth, segments, scores, owners, coverage)
 
@@ -163,7 +162,7 @@ def _coverage(
     unknown_labels: Mapping[str, int],
     num_blocked_ids: int,
     class_agnostic: bool,
-    max_per_video: int | None,
+    num_cut: Mapping[str, int | None],
 ) -> Coverage:
     """`to_truth` (N,): the true class of each prediction, video by video, or -1. `backwards` (N,): it is reversed."""
     known = to_truth >= 0
@@ -192,8 +191,8 @@ def _coverage(
         never_predicted=tuple(
             truths.classes[index] for index in np.setdiff1d(np.arange(len(truths.classes)), to_truth)
         ),
-        max_per_video=max_per_video,
-        videos_at_max=tuple(video_id for video_id, number in per_video.items() if number == max_per_video),
+        cut_videos={video_id: number for video_id, number in num_cut.items() if number},
+        is_limit_known=None not in num_cut.values(),
         most_per_video=most,
         videos_at_most=tuple(video_id for video_id, number in per_video.items() if number == most),
     )

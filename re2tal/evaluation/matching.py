@@ -41,21 +41,23 @@ def match_predictions(
     tiou_thresholds: Sequence[float],
     blocked_videos: Collection[str] = (),
     class_agnostic: bool = False,
-    max_per_video: int | None = None,
 ) -> Matches:
-    """Arguments and errors of `mean_average_precision`; `report` makes its result of this one's."""
-    rules = find_protocol(protocol) if isinstance(protocol, str) else protocol
+    """Match `predictions` (seconds, suppressed) with `ground_truth`, which holds one subset.
+
+    `classes` are the names that the predictions' labels index; the classes of the result are those that have a truth.
+    Predictions on videos that are not in `ground_truth` are false positives; `blocked_videos` are left out of both.
+    `class_agnostic` takes all labels, predicted and true, for one.
+
+    Raises ValueError for an unknown protocol, thresholds outside (0, 1], ground truth without actions or with a
+    repeated video, NaN predictions, and, under "official", a predicted class that has no truth.
+    """
+    rules = find_protocol(protocol)
     thresholds = check_thresholds(tiou_thresholds)
     if class_agnostic:
         ground_truth, classes = as_one_class(ground_truth), (ANY_CLASS,) * len(classes)
     truths = flatten_truths(ground_truth, protocol=rules, blocked_videos=blocked_videos)
     flat = flatten_predictions(
-        predictions,
-        truths,
-        classes=classes,
-        blocked_videos=blocked_videos,
-        class_agnostic=class_agnostic,
-        max_per_video=max_per_video,
+        predictions, truths, classes=classes, blocked_videos=blocked_videos, class_agnostic=class_agnostic
     )
     if rules.refuses_unknown_labels and (flat.labels < 0).any():
         _refuse_unknown(predictions, classes, truths.classes, blocked_videos, rules.name)

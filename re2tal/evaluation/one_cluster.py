@@ -44,8 +44,8 @@ class Cluster:
         penalties[one, other] = penalty(iou, lengths[one][None])[0]
         return cls(penalties, first.tolist(), last.tolist())
 
-    def pick(self, logs: Floats, *, log_min: float, max_picks: int) -> tuple[NDArray[np.int64], Floats]:
-        """(N,) log scores -> the picks in their order, and their lowered log scores."""
+    def pick(self, logs: Floats, *, log_min: float, max_picks: int) -> tuple[NDArray[np.int64], Floats, int]:
+        """(N,) log scores -> the picks in their order, their lowered log scores, and how many more reach it."""
         logs = logs.astype(np.float64)
         picks: list[int] = []
         values: list[float] = []
@@ -59,4 +59,4 @@ class Cluster:
             first, last = self.first[best], self.last[best]
             logs[first:last] -= self.penalties[best, first:last]
             logs[best] = -np.inf
-        return np.array(picks, dtype=np.int64), np.array(values)
+        return np.array(picks, dtype=np.int64), np.array(values), int((logs >= log_min).sum())

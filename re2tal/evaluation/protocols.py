@@ -10,7 +10,8 @@ a prediction and a truth can match at tIoU >= threshold, and classes are those t
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -61,50 +62,44 @@ class Protocol:
         return np.divide(overlap, union, out=np.full_like(overlap, np.inf), where=union != 0)
 
 
-PROTOCOLS = {
-    protocol.name: protocol
-    for protocol in (
-        Protocol(
-            name="official",
-            drops_empty_truths=False,
-            drops_duplicate_truths=False,
-            refuses_unknown_labels=True,
-            empty_union_matches=True,
-            recall_points="percent",
-        ),
-        Protocol(
-            name="opentad",
-            drops_empty_truths=True,
-            drops_duplicate_truths=True,
-            refuses_unknown_labels=False,
-            empty_union_matches=False,
-            recall_points="proposals",
-        ),
-    )
-}
-
-EPIC_KITCHENS = Protocol(
-    name="epic-kitchens",
+OFFICIAL = Protocol(
+    name="official",
     drops_empty_truths=False,
     drops_duplicate_truths=False,
-    refuses_unknown_labels=False,
-    empty_union_matches=False,
+    refuses_unknown_labels=True,
+    empty_union_matches=True,
     recall_points="percent",
 )
+OPENTAD = Protocol(
+    name="opentad",
+    drops_empty_truths=True,
+    drops_duplicate_truths=True,
+    refuses_unknown_labels=False,
+    empty_union_matches=False,
+    recall_points="proposals",
+)
+EPIC_KITCHENS = replace(OFFICIAL, name="epic-kitchens", refuses_unknown_labels=False, empty_union_matches=False)
 """EPIC-Kitchens-100's own evaluator of detected actions: all truths count, predicted classes without a truth do not."""
+PROTOCOLS = {protocol.name: protocol for protocol in (OFFICIAL, OPENTAD)}
 
 
-def find_protocol(name: str) -> Protocol:
-    """The row of that name; ValueError with the known names otherwise."""
-    try:
-        return PROTOCOLS[name]
-    except KeyError:
-        raise ValueError(f"unknown protocol {name!r}; known: {sorted(PROTOCOLS)}") from None
+def find_protocol(name: Protocol | str) -> Protocol:
+    """The row of that name, or a row of one's own as it is; ValueError with the known names otherwise."""
+    if isinstance(name, Protocol):
+        return name
+    if name not in PROTOCOLS:
+        raise ValueError(f"unknown protocol {name!r}; known: {sorted(PROTOCOLS)}")
+    return PROTOCOLS[name]
 
 
 def tiou_range(first: float, last: float, num: int) -> tuple[float, ...]:
     """`num` evenly spaced thresholds. As published code has them, 0.3:0.1:0.7 holds 0.39999999999999997, not 0.4."""
     return tuple(np.linspace(first, last, num).tolist())
+
+
+def threshold_names(tiou_thresholds: Sequence[float]) -> tuple[str, ...]:
+    """As tables, logs and JSON call them: "0.3", "0.4", ..."""
+    return tuple(f"{threshold:.4g}" for threshold in tiou_thresholds)
 
 
 Dataset = Literal[
@@ -133,6 +128,8 @@ class EvaluationConfig:
     """whose rules count, where the public evaluators differ"""
     tiou_thresholds: tuple[float, ...] = TIOU_THRESHOLDS["thumos14"]
     """a detection is right if its temporal IoU with a free true action is at least this; mAP is averaged over them"""
+    blocked_videos: Path | None = None
+    """video ids that are not scored, such as ActivityNet's blocked ones: a JSON list, or a text file with one a line"""
 
     def __post_init__(self) -> None:
         try:

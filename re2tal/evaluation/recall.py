@@ -81,10 +81,10 @@ def average_recall(
 ) -> RecallReport:
     """Recall of `predictions`, whatever their class, at 1 .. `proposals_per_video` proposals a video on average.
 
-    Arguments and errors as `mean_average_precision`; an unknown class is no error here. Without any proposal in a
+    Arguments and errors as `match_predictions`; an unknown class is no error here. Without any proposal in a
     video that has a truth, recall is 0. Source: ActivityNet's eval_proposal.
     """
-    rules = find_protocol(protocol) if isinstance(protocol, str) else protocol
+    rules = find_protocol(protocol)
     thresholds = check_thresholds(tiou_thresholds)
     if proposals_per_video < 1:
         raise ValueError(f"proposals_per_video is {proposals_per_video}; give at least 1")
@@ -124,10 +124,10 @@ def top_kx_recall(
     """Recall@kx (T, K): the share of the truths of a class that its best predictions overlap by more than the tIoU.
 
     Counted are, in each video, the k x best predictions of the class, where x is its number of truths there; the mean
-    over classes is returned. Arguments and errors as `mean_average_precision`. Source: Ego4D's moment queries (top 1x
+    over classes is returned. Arguments and errors as `match_predictions`. Source: Ego4D's moment queries (top 1x
     at tIoU 0.5) as in VSGN and OpenTAD; their comparison is strict, unlike that of AP.
     """
-    rules = find_protocol(protocol) if isinstance(protocol, str) else protocol
+    rules = find_protocol(protocol)
     thresholds = check_thresholds(tiou_thresholds)
     if not top_k or min(top_k) < 1:
         raise ValueError(f"top_k is {tuple(top_k)}; give numbers of at least 1")

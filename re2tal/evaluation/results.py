@@ -2,16 +2,19 @@
 
     {"version": "VERSION 1.3",
      "results": {video: [{"segment": [start, end], "label": ..., "score": ...}, ...]},
-     "external_data": {}}
+     "external_data": {},
+     "num_cut": {video: 12, ...}}
 
-Seconds and scores are written with all their digits: rounding, as some programs do, makes ties and empty segments.
+`num_cut`, which others leave out, says how many more detections of a video its limit cut, at most, where it cut any; a
+"note" what else a reader should know. Seconds and scores are written with all their digits: rounding, as some programs
+do, makes ties and empty segments.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +32,18 @@ class Results:
 
     predictions: dict[str, Detections]
     classes: tuple[str, ...]
+    note: str | None = None
+    """What its reader should know of it."""
 
     def of(self, video_id: str) -> Detections:
         """The predictions for a video; none if the file does not name it."""
-        return self.predictions.get(video_id) or _detections(video_id, [], {})
+        return self.predictions.get(video_id) or read_detections(video_id, [], {})
 
 
-def write_results(path: Path | str, predictions: Mapping[str, Detections], classes: Sequence[str]) -> None:
-    """Write detections to `path`, atomically; videos and detections keep their order.
+def write_results(
+    path: Path | str, predictions: Mapping[str, Detections], classes: Sequence[str], *, note: str | None = None
+) -> None:
+    """Write detections to `path`, atomically; videos and detections keep their order. `note`: see `Results`.
 
     Raises ValueError for a NaN or infinite number and for a label that is not an index into `classes`.
     """
@@ -45,7 +52,10 @@ def write_results(path: Path | str, predictions: Mapping[str, Detections], class
         f"{json.dumps(video_id)}: {json.dumps(_rows(video_id, detections, classes), allow_nan=False)}"
         for video_id, detections in predictions.items()
     )
-    write_atomically(path, f'{{"version": "{VERSION}", "results": {{\n{videos}\n}}, "external_data": {{}}}}\n')
+    tail = '"external_data": {}' + (f', "note": {json.dumps(note)}' if note else "")
+    if None not in (cut := {video_id: one.num_cut for video_id, one in predictions.items()}).values():
+        tail += f', "num_cut": {json.dumps({video_id: number for video_id, number in cut.items() if number})}'
+    write_atomically(path, f'{{"version": "{VERSION}", "results": {{\n{videos}\n}}, {tail}}}\n')
 
 
 def read_results(path: Path | str) -> Results:
@@ -62,10 +72,15 @@ def read_results(path: Path | str) -> Results:
         )
     indices: dict[str, int] = {}
     predictions = {
-        video_id: _detections(f"{path}: results[{video_id!r}]", rows, indices)
+        video_id: read_detections(f"{path}: results[{video_id!r}]", rows, indices)
         for video_id, rows in document["results"].items()
     }
-    return Results(predictions, tuple(indices))
+    if (cut := document.get("num_cut")) is not None:
+        if not isinstance(cut, dict) or not all(type(number) is int and number >= 0 for number in cut.values()):
+            raise ValueError(f"{path}: num_cut is {brief(cut)}; give an object that maps video ids to numbers, or none")
+        predictions = {video_id: replace(one, num_cut=cut.get(video_id, 0)) for video_id, one in predictions.items()}
+    note = document.get("note")
+    return Results(predictions, tuple(indices), note if isinstance(note, str) else None)
 
 
 def _rows(video_id: str, detections: Detections, classes: Sequence[str]) -> list[dict[str, Any]]:
@@ -84,7 +99,9 @@ def _rows(video_id: str, detections: Detections, classes: Sequence[str]) -> list
     ]
 
 
-def _detections(where: str, rows: Any, indices: dict[str, int]) -> Detections:
+def read_detections(where: str, rows: Any, indices: dict[str, int]) -> Detections:
+    """The predictions of a video; `indices` has the label of each class, and gets those of new ones. ValueError as
+    `read_results`; `where` they stand."""
     if not isinstance(rows, list):
         raise ValueError(f"{where} is {brief(rows)}; it must be a list of predictions")
     segments, scores, labels = [], [], []

@@ -7,7 +7,7 @@ end above it nor change one that does, and may go before suppression; only with 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -67,7 +67,9 @@ def labels_of(classes: Sequence[str], wanted: Sequence[str]) -> frozenset[int] |
 
 def pick(detections: Detections, keep: Tensor) -> Detections:
     """Those where `keep` (N,) is True."""
-    return Detections(detections.segments[keep], detections.scores[keep], detections.labels[keep])
+    return replace(
+        detections, segments=detections.segments[keep], scores=detections.scores[keep], labels=detections.labels[keep]
+    )
 
 
 class Settling:

@@ -37,14 +37,15 @@ def soft_nms(
     penalty: Penalty,
     min_score: float,
     max_per_group: int,
-) -> tuple[NDArray[np.int64], Floats]:
+) -> tuple[NDArray[np.int64], Floats, int]:
     """Suppression within each group of N segments: indices of what stays, and its lowered scores, float32.
 
     `segments` (N, 2) float32, `scores` (N,), `groups` (N,) any integers. A group ends when `max_per_group` are picked
-    or no lowered score is at least `min_score`; its first pick always counts.
+    or no lowered score is at least `min_score`; its first pick always counts. The third value is how many more had a
+    score of at least `min_score` when their group ended, so that the limit left out so many at most.
     """
     if len(scores) == 0:
-        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32)
+        return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32), 0
     log_min = math.log(min_score) if min_score > 0 else np.finfo(np.float64).min
     _, groups = np.unique(groups, return_inverse=True)
     limits = penalty, log_min, max_per_group
@@ -53,16 +54,18 @@ def soft_nms(
     if _is_local(penalty) and not _is_dense(segments, groups):
         tables = _cheapest(groups, find_clusters(segments, groups), max_picks=max_per_group)
     picks = [_pick_all(segments, scores, rows, row_of, *limits) for rows, row_of in tables]
-    index, logs = (np.concatenate(column) for column in zip(*picks, strict=True))
+    index, logs = (np.concatenate([pick[column] for pick in picks]) for column in (0, 1))
+    num_left = sum(pick[2] for pick in picks)
     if tables[0][1] is not groups:
-        index, logs = _best_of_groups(index, logs, groups, log_min, max_per_group)
-    return index, np.exp(logs).astype(np.float32)
+        index, logs, num_more = _best_of_groups(index, logs, groups, log_min, max_per_group)
+        num_left += num_more
+    return index, np.exp(logs).astype(np.float32), num_left
 
 
 def _best_of_groups(
     index: NDArray[np.int64], logs: Floats, groups: NDArray, log_min: float, max_per_group: int
-) -> tuple[NDArray[np.int64], Floats]:
-    """Those picks of clusters that are picks of their groups.
+) -> tuple[NDArray[np.int64], Floats, int]:
+    """Those picks of clusters that are picks of their groups, and how many others only the limit leaves out.
 
     Picks of a group come by falling score, so its first ones are the best of all its clusters.
     """
@@ -70,8 +73,9 @@ def _best_of_groups(
     index, logs = index[order], logs[order]
     of_group = groups[index]
     rank = np.arange(len(index)) - np.searchsorted(of_group, of_group)
-    stays = ((logs >= log_min) | (rank == 0)) & (rank < max_per_group)
-    return index[stays], logs[stays]
+    counts = (logs >= log_min) | (rank == 0)
+    stays = counts & (rank < max_per_group)
+    return index[stays], logs[stays], int(counts.sum() - stays.sum())
 
 
 def _is_local(penalty: Penalty) -> bool:
@@ -141,17 +145,18 @@ def _pick_all(
     penalty: Penalty,
     log_min: float,
     max_per_group: int,
-) -> tuple[NDArray[np.int64], Floats]:
-    """Picks of the `chosen` segments, and log scores; each row's first is there, whatever its score."""
+) -> tuple[NDArray[np.int64], Floats, int]:
+    """Picks of the `chosen` segments, and log scores; each row's first is there, whatever its score. The third value is
+    that of `soft_nms`."""
     rows = _Rows.of(segments[chosen], scores[chosen], row_of)
     num_rows, width = rows.logs.shape
     if width == 1:
-        return chosen, _logs(scores[chosen])
+        return chosen, _logs(scores[chosen]), 0
     if _is_local(penalty) and _is_one_by_one(num_rows, width, max_per_group):
-        picks = [rows.pick_row(row, penalty, log_min, max_per_group) for row in range(num_rows)]
-        index, logs = (np.concatenate(column) for column in zip(*picks, strict=True))
-        return chosen[index], logs
-    picks = []
+        of_rows = [rows.pick_row(row, penalty, log_min, max_per_group) for row in range(num_rows)]
+        index, logs = (np.concatenate([one[column] for one in of_rows]) for column in (0, 1))
+        return chosen[index], logs, sum(one[2] for one in of_rows)
+    picks: list[tuple[NDArray[np.int64], Floats]] = []
     while len(picks) < max_per_group and rows.logs.size:
         rounds = min(ROUNDS_BETWEEN_COMPACTIONS, max_per_group - len(picks), rows.logs.shape[1])
         picks += [rows.pick(penalty) for _ in range(rounds)]
@@ -159,7 +164,7 @@ def _pick_all(
     index, logs = (np.concatenate(column) for column in zip(*picks, strict=True))
     stays = logs >= log_min
     stays[:num_rows] = True
-    return chosen[index[stays]], logs[stays]
+    return chosen[index[stays]], logs[stays], int((rows.logs >= log_min).sum())
 
 
 def _logs(scores: Floats) -> Floats:
@@ -240,10 +245,12 @@ class _Rows:
         self.logs -= penalty(overlap, length)
         return picked
 
-    def pick_row(self, row: int, penalty: Penalty, log_min: float, max_picks: int) -> tuple[NDArray[np.int64], Floats]:
+    def pick_row(
+        self, row: int, penalty: Penalty, log_min: float, max_picks: int
+    ) -> tuple[NDArray[np.int64], Floats, int]:
         """All picks of one row, until no score is at least `log_min`; the first one in any case."""
         there = np.flatnonzero(self.logs[row] > -np.inf)
         order = there[np.argsort(self.starts[row, there], kind="stable")]
         cluster = Cluster.of(self.starts[row, order], self.ends[row, order], self.lengths[row, order], penalty)
-        picks, logs = cluster.pick(self.logs[row, order], log_min=log_min, max_picks=max_picks)
-        return self.index[row, order[picks]], logs
+        picks, logs, num_left = cluster.pick(self.logs[row, order], log_min=log_min, max_picks=max_picks)
+        return self.index[row, order[picks]], logs, num_left

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -35,6 +36,9 @@ class SuppressionConfig:
     drops every score that is not above."""
     max_per_video: int = 2000
     """At most this many detections, the best ones; also the limit per class."""
+    max_per_minute: float | None = None
+    """Where this is more, the limit is so many for each minute between the first start and the last end of what was
+    found in the video; None: `max_per_video` whatever the length."""
     per_class: bool = True
     """Only segments of the same class suppress each other."""
     voting_threshold: float | None = None
@@ -52,23 +56,35 @@ class SuppressionConfig:
             raise ValueError(f"suppression.sigma is {self.sigma}; give a positive number")
         if self.max_per_video < 1:
             raise ValueError(f"suppression.max_per_video is {self.max_per_video}; give 1 or more")
+        if self.max_per_minute is not None and not 0 < self.max_per_minute < math.inf:
+            raise ValueError(f"suppression.max_per_minute is {self.max_per_minute}; give a positive number")
+
+    def limit(self, segments: Floats) -> int:
+        """How many of a video's (N, 2) segments, in seconds, may stay."""
+        if self.max_per_minute is None or not len(segments):
+            return self.max_per_video
+        minutes = float(segments[:, 1].max() - segments[:, 0].min()) / 60
+        return max(self.max_per_video, math.ceil(self.max_per_minute * minutes))
 
 
 def suppress(detections: Detections, config: SuppressionConfig) -> Detections:
     """The detections of one video, thinned out and best first, on the CPU.
 
-    Any unit of time serves, save for `overlap_slope`. Raises ValueError for detections that are not finite.
+    Any unit of time serves, save for `overlap_slope` and `max_per_minute`. Raises ValueError for detections that are
+    not finite.
     """
     segments, scores, labels = (
         x.detach().cpu().numpy() for x in (detections.segments.float(), detections.scores.float(), detections.labels)
     )
     if not (np.isfinite(segments).all() and np.isfinite(scores).all()):
         raise ValueError("detections hold NaN or infinite times or scores; look for a loss that diverged in training")
+    limit = config.limit(segments)
     if config.method == "none":
-        kept, new_scores = np.arange(len(scores)), scores
+        kept, new_scores, num_left = np.arange(len(scores)), scores, 0
     else:
-        kept, new_scores = _thin_out(segments, scores, labels, config)
-    best = np.argsort(-new_scores, kind="stable")[: config.max_per_video]
+        kept, new_scores, num_left = _thin_out(segments, scores, labels, config, limit)
+    num_cut = num_left + max(0, len(kept) - limit)
+    best = np.argsort(-new_scores, kind="stable")[:limit]
     kept, new_scores = kept[best], new_scores[best]
     new_segments, new_labels = segments[kept], labels[kept]
     if (threshold := config.voting_threshold) is not None:
@@ -81,26 +97,30 @@ def suppress(detections: Detections, config: SuppressionConfig) -> Detections:
                 threshold=threshold,
                 weigh_by_overlap=config.weigh_votes_by_overlap,
             )
-    return Detections(torch.from_numpy(new_segments), torch.from_numpy(new_scores), torch.from_numpy(new_labels))
+    found = Detections(torch.from_numpy(new_segments), torch.from_numpy(new_scores), torch.from_numpy(new_labels))
+    return replace(found, num_cut=num_cut)
 
 
-def _thin_out(segments: Floats, scores: Floats, labels: NDArray, config: SuppressionConfig) -> tuple[NDArray, Floats]:
+def _thin_out(
+    segments: Floats, scores: Floats, labels: NDArray, config: SuppressionConfig, limit: int
+) -> tuple[NDArray, Floats, int]:
+    """Indices of what stays, its scores, and how many more might have, but for the limit."""
     eligible = np.arange(len(scores))
     min_score = config.min_score
     if config.method == "hard":
         if min_score > 0:
             eligible = np.flatnonzero(scores > min_score)
         min_score = 0.0
-    kept, new_scores = soft_nms(
+    kept, new_scores, num_left = soft_nms(
         segments[eligible],
         scores[eligible],
         labels[eligible] if config.per_class else np.zeros_like(eligible),
         penalty=_PENALTIES[config.method](config),
         min_score=min_score,
-        max_per_group=config.max_per_video,
+        max_per_group=limit,
     )
     kept = eligible[kept]
-    return kept, scores[kept] if config.method == "hard" else new_scores
+    return kept, scores[kept] if config.method == "hard" else new_scores, num_left
 
 
 def _gaussian(config: SuppressionConfig) -> Penalty:

@@ -32,28 +32,14 @@ logger = logging.getLogger(__name__)
 Fusion = Literal["product", "square-root"]
 """Of a detection's score and its class's: their product, or the square root of that."""
 
+# fmt: off
 UCF101_OF_THUMOS = {
-    "BaseballPitch": 7,
-    "BasketballDunk": 9,
-    "Billiards": 12,
-    "CleanAndJerk": 21,
-    "CliffDiving": 22,
-    "CricketBowling": 23,
-    "CricketShot": 24,
-    "Diving": 26,
-    "FrisbeeCatch": 31,
-    "GolfSwing": 33,
-    "HammerThrow": 36,
-    "HighJump": 40,
-    "JavelinThrow": 45,
-    "LongJump": 51,
-    "PoleVault": 68,
-    "Shotput": 79,
-    "SoccerPenalty": 85,
-    "TennisSwing": 92,
-    "ThrowDiscus": 93,
-    "VolleyballSpiking": 97,
+    "BaseballPitch": 7, "BasketballDunk": 9, "Billiards": 12, "CleanAndJerk": 21, "CliffDiving": 22,
+    "CricketBowling": 23, "CricketShot": 24, "Diving": 26, "FrisbeeCatch": 31, "GolfSwing": 33, "HammerThrow": 36,
+    "HighJump": 40, "JavelinThrow": 45, "LongJump": 51, "PoleVault": 68, "Shotput": 79, "SoccerPenalty": 85,
+    "TennisSwing": 92, "ThrowDiscus": 93, "VolleyballSpiking": 97,
 }
+# fmt: on
 """Classes of THUMOS-14's detection task -> their number in UCF101, from 1, as its annotation files are numbered."""
 
 
@@ -97,11 +83,11 @@ class VideoClasses:
         A video that the file does not know has none.
         """
         known = self._by_wanted_id(found.keys())
-        none = torch.zeros(len(self.classes))
+        none = Detections(torch.zeros(0, 2), torch.zeros(0), torch.zeros(0, dtype=torch.int64), num_cut=0)
         return {
-            video_id: fuse_video_classes(
-                one if video_id in known else _first(one, 0), known.get(video_id, none), top_k=top_k, fusion=self.fusion
-            )
+            video_id: fuse_video_classes(one, known[video_id], top_k=top_k, fusion=self.fusion)
+            if video_id in known
+            else none
             for video_id, one in found.items()
         }
 
@@ -110,10 +96,6 @@ class VideoClasses:
         renamed = match_ids(wanted := list(wanted), self.scores)
         as_there = {video_id: renamed.get(video_id, video_id) for video_id in wanted}
         return {ours: self.scores[theirs] for ours, theirs in as_there.items() if theirs in self.scores}
-
-
-def _first(detections: Detections, num: int) -> Detections:
-    return Detections(detections.segments[:num], detections.scores[:num], detections.labels[:num])
 
 
 def read_video_classes(path: Path | str, *, fusion: Fusion = "product") -> VideoClasses:
@@ -171,10 +153,12 @@ def _read_untrimmednet(path: Path) -> dict[str, Tensor]:
     return {f"video_test_{number:07d}": torch.from_numpy(row) for number, row in enumerate(used, start=1)}
 
 
-def write_video_classes(path: Path, scores: Mapping[str, Tensor], classes: Sequence[str]) -> None:
-    """The inverse of `read_video_classes`: `scores[video_id]` (K,) in the order of `classes`."""
+def write_video_classes(
+    path: Path, scores: Mapping[str, Tensor], classes: Sequence[str], *, note: str | None = None
+) -> None:
+    """The inverse of `read_video_classes`: `scores[video_id]` (K,) in the order of `classes`; `note`: for readers."""
     results = {video_id: row.tolist() for video_id, row in scores.items()}
-    write_json(path, {"class": list(classes), "results": results})
+    write_json(path, {"class": list(classes), "results": results} | ({"note": note} if note else {}))
 
 
 def _scores(row: Any, *, where: str, num_classes: int) -> Tensor:
@@ -212,4 +196,5 @@ def fuse_video_classes(
         detections.segments.repeat(top_k, 1),
         scores.sqrt() if fusion == "square-root" else scores,
         classes[:top_k].to(detections.labels.device).repeat_interleave(num),
+        num_cut=None if detections.num_cut is None else top_k * detections.num_cut,
     )

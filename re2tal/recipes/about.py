@@ -36,47 +36,38 @@ PUBLISHED: dict[str, tuple[str, str]] = {
     "thumos14_vsgn_features": ("50.2", "VSGN, the paper, on TSN"),
     "activitynet_vsgn_features": ("36.89", f"OpenTAD, on TSP, {CUHK}"),
     **{
-        f"thumos14_adatad_videomae_{size}": (figure, ADATAD)
-        for size, figure in (
-            ("small", "69.03"),
-            ("base", "71.14"),
-            ("large", "73.51"),
-            ("huge", "74.95"),
-            ("giant", "75.06"),
-            ("giant_224", "77.07"),
+        f"{data}_adatad_videomae_{size}": (figure, source)
+        for data, source, figures in (
+            ("thumos14", ADATAD, ("69.03", "71.14", "73.51", "74.95", "75.06", "77.07")),
+            ("activitynet", f"{ADATAD}, {CUHK}", ("37.81", "38.35", "39.21", "39.31", "39.77", "39.86")),
         )
-    },
-    **{
-        f"activitynet_adatad_videomae_{size}": (figure, f"{ADATAD}, {CUHK}")
-        for size, figure in (
-            ("small", "37.81"),
-            ("base", "38.35"),
-            ("large", "39.21"),
-            ("huge", "39.31"),
-            ("giant", "39.77"),
-            ("giant_224", "39.86"),
-        )
+        for size, figure in zip(("small", "base", "large", "huge", "giant", "giant_224"), figures, strict=True)
     },
 }
 """Recipe -> average mAP in percent, and whose."""
 
 _ROUNDING = "segments and scores are not rounded before windows are merged; OpenTAD rounds to 2 and 4 decimal places"
-_BEST = "the weights at the end are reported; OpenTAD reports the best of its evaluations, every {} epochs from {} on"
 _DECAY = "biases, norms and position tables of the backbone are not decayed; the source decays them"
 _BF16 = "bf16; the source trains in fp16 with loss scaling"
-_RATE = "frames are taken at a fixed rate; the source takes every second (or fourth) frame of each video's own rate"
+_RATE = (
+    "frames are taken at a fixed rate; the source takes every {} of each video's own rate. Of 30 a second they are "
+    "the same; of 25 or 24, as few videos have, its windows last 1.2 or 1.25 times as long. As it does: shards built "
+    "with --copy, --data.clips.windowing.frames-per-second None --data.clips.windowing.frame-stride {}"
+)
+_WHOLE_FRAMES = (
+    "starts and ends of true actions keep their fractions; the source cuts them to whole frames of the video"
+)
 _BLOCKED = (
     "every validation video of the shards counts; published figures are of 4,728 videos: give their list of blocked "
-    "ones to re2tal shards build --blocked"
+    "ones, which does not come with this package, as --evaluation.blocked-videos FILE"
 )
 _CHECKPOINTS = "the input of every block is kept, as the source's checkpoints do"
-_END_TO_END = {
-    "thumos14": (_RATE, _ROUNDING, _BEST.format(5, 79), _DECAY, _BF16),
-    "activitynet": (_BLOCKED, _ROUNDING, _BEST.format(1, 8), _DECAY, _BF16),
-}
+_THUMOS = (_RATE.format("second frame", 2), _WHOLE_FRAMES, _ROUNDING)
+_END_TO_END = {"thumos14": (*_THUMOS, _DECAY, _BF16), "activitynet": (_BLOCKED, _ROUNDING, _DECAY, _BF16)}
+_ADATAD_RATE = _RATE.format("fourth frame (second, at 1536 frames)", "4 (2)")
 _ADATAD = {
-    "thumos14": (_RATE, _ROUNDING, _BEST.format(2, 40), _BF16),
-    "activitynet": (_BLOCKED, _ROUNDING, _BEST.format(1, 8), _BF16),
+    "thumos14": (_ADATAD_RATE, _WHOLE_FRAMES, _ROUNDING, _BF16),
+    "activitynet": (_BLOCKED, _ROUNDING, _BF16),
 }
 _AF = {
     "thumos14": (
@@ -129,7 +120,7 @@ def _differences(name: str, run: RunConfig | RecognitionConfig) -> tuple[str, ..
         return (*_END_TO_END[data], *plain)
     if "vsgn_features" in name and name in PUBLISHED:
         return _vsgn_differences(run)
-    if "actionformer" in name or "tridet" in name or "temporalmaxer" in name:
+    if name.startswith(tuple(f"{data}_{one}" for one in ("actionformer", "tridet", "temporalmaxer"))):
         other = "schedule, batch and suppression are those of the ActionFormer recipe"
         return (*_AF.get(data, ()), *([] if name.endswith("actionformer_features") else [other]))
     if name.endswith("_11gb"):

@@ -8,12 +8,13 @@ from functools import partial
 
 from re2tal.config import RunConfig
 from re2tal.data.streaming.windows import Slide
-from re2tal.localizers import TemporalMaxerConfig, TriDetConfig, VSGNConfig
+from re2tal.localizers import VSGNConfig
 from re2tal.localizers.pyramid.actionformer import ActionFormerConfig
-from re2tal.recipes.parts import with_vsgn
+from re2tal.recipes.parts import LOCALIZER_PARTS, with_vsgn
 from re2tal.recipes.presets import (
     activitynet_actionformer_features,
     activitynet_re2swin_tiny,
+    demo,
     thumos14_actionformer_features,
     thumos14_re2swin_tiny,
 )
@@ -26,41 +27,7 @@ def thumos14_actionformer_opentad_features() -> RunConfig:
     localizer = replace(run.localizer, variant="opentad", candidate_min_steps=0.0, input_dropout=0.2)
     # It ignores its threshold of votes where it suppresses class by class.
     suppression = replace(run.suppression, voting_threshold=None)
-    name = "thumos14_actionformer_opentad_features"
-    return replace(run, name=name, localizer=localizer, suppression=suppression)
-
-
-def thumos14_tridet_features() -> RunConfig:
-    """TriDet, as OpenTAD builds it, on the features and with the schedule of the ActionFormer recipe."""
-    localizer = TriDetConfig(max_num_steps=2304)
-    return replace(thumos14_actionformer_features(), name="thumos14_tridet_features", localizer=localizer)
-
-
-def thumos14_temporalmaxer_features() -> RunConfig:
-    """TemporalMaxer, as OpenTAD builds it, on the features and with the schedule of the ActionFormer recipe."""
-    run = thumos14_actionformer_features()
-    return replace(run, name="thumos14_temporalmaxer_features", localizer=TemporalMaxerConfig())
-
-
-def activitynet_tridet_features() -> RunConfig:
-    """TriDet on ActivityNet-1.3 features, class-agnostic, with the schedule of the ActionFormer recipe."""
-    run = activitynet_actionformer_features()
-    localizer = TriDetConfig(
-        channels=256,
-        max_num_steps=192,
-        label_smoothing=0.1,
-        regression_weight=2.0,
-        initial_positives=200,
-        class_agnostic=True,
-    )
-    return replace(run, name="activitynet_tridet_features", localizer=localizer)
-
-
-def activitynet_temporalmaxer_features() -> RunConfig:
-    """TemporalMaxer on ActivityNet-1.3 features, class-agnostic, with the schedule of the ActionFormer recipe."""
-    run = activitynet_actionformer_features()
-    localizer = TemporalMaxerConfig(channels=256, initial_positives=200, class_agnostic=True)
-    return replace(run, name="activitynet_temporalmaxer_features", localizer=localizer)
+    return replace(run, localizer=localizer, suppression=suppression)
 
 
 def thumos14_vsgn_features() -> RunConfig:
@@ -72,7 +39,6 @@ def thumos14_vsgn_features() -> RunConfig:
     windowing = replace(windowing, num_frames=1280, overlap=0.75, short_share=0.5, short_length=0.38)
     return replace(
         run,
-        name="thumos14_vsgn_features",
         num_steps=1280,
         data=replace(run.data, clips=replace(run.data.clips, windowing=windowing)),
         localizer=VSGNConfig(
@@ -90,23 +56,24 @@ def thumos14_vsgn_features() -> RunConfig:
 def activitynet_vsgn_features() -> RunConfig:
     """VSGN as OpenTAD builds it, on ActivityNet-1.3 features such as TSP's (512 channels), class-agnostic."""
     run = with_vsgn(activitynet_actionformer_features())
-    return replace(run, name="activitynet_vsgn_features", engine=replace(run.engine, batch_size=32))
+    return replace(run, engine=replace(run.engine, batch_size=32))
 
 
-def internvideo2_features(run: Callable[[], RunConfig], name: str) -> RunConfig:
-    """ActionFormer on features of InternVideo2-6B (3200 channels)."""
+ACTIONFORMER_FEATURES = {"thumos14": thumos14_actionformer_features, "activitynet": activitynet_actionformer_features}
+
+
+def _on_features(data: str, localizer: str) -> RunConfig:
+    """Another localizer on the features and with the schedule of the ActionFormer recipe."""
+    return LOCALIZER_PARTS[localizer](ACTIONFORMER_FEATURES[data]())
+
+
+def on_channels(run: Callable[[], RunConfig], channels: int) -> RunConfig:
+    """`run` on features of another width: 1408 channels of VideoMAE V2-g, 3200 of InternVideo2-6B."""
     base = run()
-    return replace(base, name=name, backbone=replace(base.backbone, feature_channels=3200))
+    return replace(base, backbone=replace(base.backbone, feature_channels=channels))
 
 
-def thumos14_tridet_videomae2_giant_features() -> RunConfig:
-    """TriDet on features of VideoMAE V2-g (1408 channels)."""
-    run = thumos14_tridet_features()
-    backbone = replace(run.backbone, feature_channels=1408)
-    return replace(run, name="thumos14_tridet_videomae2_giant_features", backbone=backbone)
-
-
-def within_11_gb(run: Callable[[], RunConfig], name: str) -> RunConfig:
+def within_11_gb(run: Callable[[], RunConfig]) -> RunConfig:
     """`run` on cards of 11 GB: one clip at a time, as many of them to a step, and a plan that stays within 10 GB."""
     base = run()
     engine = replace(
@@ -117,24 +84,25 @@ def within_11_gb(run: Callable[[], RunConfig], name: str) -> RunConfig:
         # Cards of that size know no bf16.
         precision="fp16",
     )
-    return replace(base, name=name, engine=engine)
+    return replace(base, engine=engine)
 
 
 NAMED: dict[str, Callable[[], RunConfig]] = {
-    "thumos14_re2swin_tiny_11gb": partial(within_11_gb, thumos14_re2swin_tiny, "thumos14_re2swin_tiny_11gb"),
-    "activitynet_re2swin_tiny_11gb": partial(within_11_gb, activitynet_re2swin_tiny, "activitynet_re2swin_tiny_11gb"),
+    "demo": demo,
+    "thumos14_actionformer_features": thumos14_actionformer_features,
+    "activitynet_actionformer_features": activitynet_actionformer_features,
+    "thumos14_re2swin_tiny_11gb": partial(within_11_gb, thumos14_re2swin_tiny),
+    "activitynet_re2swin_tiny_11gb": partial(within_11_gb, activitynet_re2swin_tiny),
     "thumos14_actionformer_opentad_features": thumos14_actionformer_opentad_features,
-    "thumos14_actionformer_internvideo2_features": partial(
-        internvideo2_features, thumos14_actionformer_features, "thumos14_actionformer_internvideo2_features"
-    ),
-    "activitynet_actionformer_internvideo2_features": partial(
-        internvideo2_features, activitynet_actionformer_features, "activitynet_actionformer_internvideo2_features"
-    ),
-    "thumos14_tridet_features": thumos14_tridet_features,
-    "thumos14_tridet_videomae2_giant_features": thumos14_tridet_videomae2_giant_features,
-    "activitynet_tridet_features": activitynet_tridet_features,
-    "thumos14_temporalmaxer_features": thumos14_temporalmaxer_features,
-    "activitynet_temporalmaxer_features": activitynet_temporalmaxer_features,
+    "thumos14_actionformer_internvideo2_features": partial(on_channels, thumos14_actionformer_features, 3200),
+    "activitynet_actionformer_internvideo2_features": partial(on_channels, activitynet_actionformer_features, 3200),
+    **{
+        f"{data}_{localizer}_features": partial(_on_features, data, localizer)
+        for localizer in ("tridet", "temporalmaxer")
+        for data in ACTIONFORMER_FEATURES
+    },
+    "thumos14_tridet_videomae2_giant_features": partial(on_channels, partial(_on_features, "thumos14", "tridet"), 1408),
     "thumos14_vsgn_features": thumos14_vsgn_features,
     "activitynet_vsgn_features": activitynet_vsgn_features,
 }
+"""Name -> run; `find_recipe` gives the run its name."""

@@ -19,14 +19,11 @@ from re2tal.config import DataConfig, RunConfig
 from re2tal.data.streaming.stream import ClipConfig
 from re2tal.data.streaming.windows import ResizeWhole, Slide
 from re2tal.evaluation.protocols import TIOU_THRESHOLDS, Dataset, EvaluationConfig
+from re2tal.localizers import TemporalMaxerConfig, TriDetConfig
 from re2tal.localizers.pyramid.actionformer import ActionFormerConfig
 from re2tal.localizers.vsgn.config import VSGNConfig
-from re2tal.recipes.presets import (
-    activitynet_re2swin_tiny,
-    thumos14_adatad_videomae,
-    thumos14_re2slowfast_r101,
-    thumos14_re2swin_tiny,
-)
+from re2tal.recipes.adatad import thumos14_adatad_videomae
+from re2tal.recipes.presets import activitynet_re2swin_tiny, thumos14_re2swin_tiny
 from re2tal.training.annealing import AnnealingConfig
 
 
@@ -34,23 +31,25 @@ from re2tal.training.annealing import AnnealingConfig
 class Part:
     """A backbone as recipes take it."""
 
-    title: str
     channels: int
     """Of its features."""
     build: Callable[[RunConfig], RunConfig]
     """A run on a data set with another backbone -> with this one."""
 
 
-def _swin(run: RunConfig) -> RunConfig:
-    return run
-
-
 def _slowfast(run: RunConfig) -> RunConfig:
     # Both pathways are resampled to the localizer's grid before they are joined. Steps divide the slow pathway's four
     # frames; a grid between is reached from the next finer one.
     step = run.data.clips.windowing.num_frames // run.num_steps
-    source = thumos14_re2slowfast_r101()
-    return replace(run, backbone=replace(source.backbone, frames_per_step=max(n for n in (1, 2, 4) if n <= step)))
+    return replace(
+        run,
+        backbone=BackboneConfig(
+            name="slowfast_r101_8x8",
+            norm_eval=True,
+            frames_per_step=max(n for n in (1, 2, 4) if n <= step),
+            chunk_mebibytes=512,
+        ),
+    )
 
 
 def _plain(run: RunConfig, *, of: Part, drop_path: float) -> RunConfig:
@@ -61,9 +60,9 @@ def _plain(run: RunConfig, *, of: Part, drop_path: float) -> RunConfig:
 
 
 def _transformer(run: RunConfig, *, name: str, size: int) -> RunConfig:
-    """All of a large transformer trained, on AdaTAD's windows: on sliding windows, 768 frames at half the rate."""
+    """All of a large transformer trained; THUMOS14's windows become AdaTAD's, of 768 frames at half the rate."""
     windowing, num_steps = run.data.clips.windowing, run.num_steps
-    if isinstance(windowing, Slide):
+    if windowing == thumos14_re2swin_tiny().data.clips.windowing:
         source = thumos14_adatad_videomae("base")
         windowing, num_steps = source.data.clips.windowing, source.num_steps
     assert isinstance(run.localizer, ActionFormerConfig)
@@ -78,20 +77,21 @@ def _transformer(run: RunConfig, *, name: str, size: int) -> RunConfig:
     )
 
 
-_RE2SWIN = Part("rewired Video Swin-T", 768, _swin)
-_RE2SLOWFAST = Part("rewired SlowFast-101 8x8", 2304, _slowfast)
+_RE2SWIN = Part(768, lambda run: run)
+_RE2SLOWFAST = Part(2304, _slowfast)
 BACKBONE_PARTS: dict[str, Part] = {
     "re2swin_tiny": _RE2SWIN,
-    "swin_tiny": Part("Video Swin-T", 768, partial(_plain, of=_RE2SWIN, drop_path=0.1)),
+    "swin_tiny": Part(768, partial(_plain, of=_RE2SWIN, drop_path=0.1)),
     "re2slowfast_r101": _RE2SLOWFAST,
-    "slowfast_r101": Part("SlowFast-101 8x8", 2304, partial(_plain, of=_RE2SLOWFAST, drop_path=0.0)),
+    "slowfast_r101": Part(2304, partial(_plain, of=_RE2SLOWFAST, drop_path=0.0)),
     **{
-        f"re2videomae_{size}": Part(
-            f"rewired VideoMAE-{size[0].upper()}", width, partial(_transformer, name=f"videomae_{size}", size=160)
-        )
+        f"re2videomae_{size}": Part(width, partial(_transformer, name=f"videomae_{size}", size=160))
         for size, width in (("base", 768), ("large", 1024), ("huge", 1280))
     },
-    "re2vjepa2_large": Part("rewired V-JEPA 2-L", 1024, partial(_transformer, name="vjepa2_large", size=256)),
+    "re2videomae_giant": Part(1408, partial(_transformer, name="videomae_giant", size=224)),
+    "re2vjepa2_large": Part(1024, partial(_transformer, name="vjepa2_large", size=256)),
+    "re2vjepa2_giant": Part(1408, partial(_transformer, name="vjepa2_giant", size=256)),
+    "re2internvideo2_1b": Part(1408, partial(_transformer, name="internvideo2_1b", size=224)),
 }
 
 
@@ -139,23 +139,19 @@ def ego4d_mq() -> RunConfig:
     return _with_windows(_thumos_like("ego4d-mq", "ego4d-mq"), 1024, 2.0)
 
 
-DATA_PARTS: dict[str, tuple[str, Callable[[], RunConfig]]] = {
-    "thumos14": ("THUMOS14", thumos14_re2swin_tiny),
-    "activitynet": ("ActivityNet-1.3", activitynet_re2swin_tiny),
-    "hacs": ("HACS Segments", hacs),
-    "multithumos": ("MultiTHUMOS", partial(_thumos_like, "multithumos", "multithumos")),
+DATA_PARTS: dict[str, Callable[[], RunConfig]] = {
+    "thumos14": thumos14_re2swin_tiny,
+    "activitynet": activitynet_re2swin_tiny,
+    "hacs": hacs,
+    "multithumos": partial(_thumos_like, "multithumos", "multithumos"),
     # Many actions are shorter than 2 s, and a video has several classes: windows, not whole videos.
-    "fineaction": ("FineAction", partial(_thumos_like, "fineaction", "fineaction")),
-    "epic_kitchens_verb": ("EPIC-Kitchens-100, verbs", partial(epic_kitchens, "verb")),
-    "epic_kitchens_noun": ("EPIC-Kitchens-100, nouns", partial(epic_kitchens, "noun")),
-    "ego4d_mq": ("Ego4D moment queries", ego4d_mq),
-    "charades": ("Charades", charades),
+    "fineaction": partial(_thumos_like, "fineaction", "fineaction"),
+    "epic_kitchens_verb": partial(epic_kitchens, "verb"),
+    "epic_kitchens_noun": partial(epic_kitchens, "noun"),
+    "ego4d_mq": ego4d_mq,
+    "charades": charades,
 }
-"""Name -> title, and the run with rewired Video Swin-T and ActionFormer."""
-
-
-def _keep(run: RunConfig) -> RunConfig:
-    return run
+"""Name -> the run with rewired Video Swin-T and ActionFormer."""
 
 
 def with_vsgn(run: RunConfig) -> RunConfig:
@@ -186,9 +182,22 @@ def with_vsgn(run: RunConfig) -> RunConfig:
     )
 
 
-LOCALIZER_PARTS: dict[str, tuple[str, Callable[[RunConfig], RunConfig]]] = {
-    "actionformer": ("ActionFormer", _keep),
-    "vsgn": ("VSGN", with_vsgn),
+def with_pyramid(run: RunConfig, kind: type[TriDetConfig] | type[TemporalMaxerConfig]) -> RunConfig:
+    """`run` with that localizer, as OpenTAD builds it, in the place of ActionFormer: its width, classes and losses."""
+    source = run.localizer
+    assert isinstance(source, ActionFormerConfig)
+    names = ("channels", "label_smoothing", "regression_weight", "initial_positives", "class_agnostic")
+    localizer = kind(**{name: getattr(source, name) for name in names})
+    if isinstance(localizer, TriDetConfig):
+        localizer = replace(localizer, max_num_steps=run.num_steps)
+    return replace(run, localizer=localizer)
+
+
+LOCALIZER_PARTS: dict[str, Callable[[RunConfig], RunConfig]] = {
+    "actionformer": lambda run: run,
+    "vsgn": with_vsgn,
+    "tridet": partial(with_pyramid, kind=TriDetConfig),
+    "temporalmaxer": partial(with_pyramid, kind=TemporalMaxerConfig),
 }
 
 
@@ -214,16 +223,16 @@ def on_stored_features(run: RunConfig, *, channels: int, folder: str) -> RunConf
 
 
 def compose(data: str, backbone: str, localizer: str, *, features: bool) -> RunConfig:
-    """The recipe of three names from the tables; its own name is `composed_name`."""
+    """The recipe of three names from the tables."""
     part = BACKBONE_PARTS[backbone]
-    run = part.build(DATA_PARTS[data][1]())
+    run = part.build(DATA_PARTS[data]())
     # Once more where the localizer has another grid, for a backbone whose steps follow it.
-    run = LOCALIZER_PARTS[localizer][1](run)
+    run = LOCALIZER_PARTS[localizer](run)
     if run.backbone.frames_per_step is not None:
         run = part.build(run)
     if features:
         run = on_stored_features(run, channels=part.channels, folder=f"{data}_{backbone}")
-    return replace(run, name=composed_name(data, backbone, localizer, features=features))
+    return run
 
 
 def composed_name(data: str, backbone: str, localizer: str, *, features: bool) -> str:

@@ -1,25 +1,21 @@
-"""RECIPES: one function per setting, which returns a whole configuration, to train as it stands or to override.
+"""The demo, and the detectors that others derive from: a function per setting returns a whole configuration.
 
-Published settings: OpenTAD's configs/re2tal (ActionFormer on Video Swin-T or SlowFast-101, reversible); on features
-those of ActionFormer's release; for Kinetics mmaction2's configs/recognition/swin, with which the plain network was
-trained.
+Published settings: OpenTAD's configs/re2tal (ActionFormer on Video Swin-T, reversible); on features those of
+ActionFormer's release.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from re2tal.backbones import BackboneConfig
-from re2tal.config import DataConfig, RecognitionConfig, RunConfig
+from re2tal.config import DataConfig, RunConfig
 from re2tal.data.streaming.stream import ClipConfig
-from re2tal.data.streaming.windows import ResizeWhole, Slide, Trimmed
+from re2tal.data.streaming.windows import ResizeWhole, Slide
 from re2tal.evaluation.protocols import TIOU_THRESHOLDS, EvaluationConfig
 from re2tal.evaluation.suppression import SuppressionConfig
 from re2tal.localizers.pyramid.actionformer import ActionFormerConfig
-from re2tal.recognizer import RecognizerConfig
 from re2tal.training.config import EngineConfig, TrainingConfig
 from re2tal.training.optimizer import OptimizerConfig
 from re2tal.training.schedule import ScheduleConfig
@@ -28,7 +24,6 @@ from re2tal.training.schedule import ScheduleConfig
 def demo() -> RunConfig:
     """A rewired nano Swin and a small ActionFormer, both from random weights, on the demo videos: minutes on a CPU."""
     return RunConfig(
-        name="demo",
         # Windows of 8 seconds; the backbone gives four steps a second.
         num_steps=32,
         data=DataConfig(
@@ -66,7 +61,6 @@ def demo() -> RunConfig:
 def thumos14_re2swin_tiny() -> RunConfig:
     """Re2TAL on THUMOS-14: windows of 1024 frames at 15 per second (68 s), two clips per optimizer step."""
     return RunConfig(
-        name="thumos14_re2swin_tiny",
         # One cell of the head's grid is two sampled frames; a window is 512 cells.
         num_steps=512,
         data=DataConfig(
@@ -87,7 +81,14 @@ def thumos14_re2swin_tiny() -> RunConfig:
         schedule=ScheduleConfig(shape="constant", warmup_epochs=5.0),
         # Total batch 2: two ranks of one clip. The source trains in fp16 with loss scaling.
         engine=EngineConfig(batch_size=1, gradient_clipping=1.0, precision="bf16"),
-        training=TrainingConfig(epochs=120, average_decay=0.999, log_every_steps=50, evaluate_every_epochs=20),
+        training=TrainingConfig(
+            epochs=120,
+            average_decay=0.999,
+            log_every_steps=50,
+            evaluate_every_epochs=5,
+            evaluate_from_epoch=80,
+            keep_best=True,
+        ),
         suppression=SuppressionConfig(method="gaussian", sigma=0.7, min_score=0.001, max_per_video=2000),
         evaluation=EvaluationConfig(tiou_thresholds=TIOU_THRESHOLDS["thumos14"]),
     )
@@ -96,7 +97,6 @@ def thumos14_re2swin_tiny() -> RunConfig:
 def activitynet_re2swin_tiny() -> RunConfig:
     """Re2TAL on ActivityNet-1.3: every video as 768 frames; finds actions, which a video classifier then names."""
     return RunConfig(
-        name="activitynet_re2swin_tiny",
         num_steps=192,
         data=DataConfig(
             shards=Path("shards/activitynet"),
@@ -122,7 +122,14 @@ def activitynet_re2swin_tiny() -> RunConfig:
         schedule=ScheduleConfig(shape="cosine", warmup_epochs=5.0),
         # Total batch 8: four ranks of two clips.
         engine=EngineConfig(batch_size=2, gradient_clipping=1.0, precision="bf16"),
-        training=TrainingConfig(epochs=15, average_decay=0.999, log_every_steps=100, evaluate_every_epochs=1),
+        training=TrainingConfig(
+            epochs=15,
+            average_decay=0.999,
+            log_every_steps=100,
+            evaluate_every_epochs=1,
+            evaluate_from_epoch=8,
+            keep_best=True,
+        ),
         # The source votes at 0.9 among the proposals of a video, which are of one class.
         suppression=SuppressionConfig(
             method="gaussian", sigma=0.7, min_score=0.001, max_per_video=100, per_class=False, voting_threshold=0.9
@@ -131,30 +138,9 @@ def activitynet_re2swin_tiny() -> RunConfig:
     )
 
 
-def thumos14_re2slowfast_r101() -> RunConfig:
-    """Re2TAL on THUMOS-14 with a rewired SlowFast-101 in the place of Video Swin."""
-    return replace(
-        thumos14_re2swin_tiny(),
-        name="thumos14_re2slowfast_r101",
-        # Both pathways are resampled to the localizer's grid, 512 steps of two frames, before they are joined.
-        backbone=BackboneConfig(name="slowfast_r101_8x8", norm_eval=True, frames_per_step=2, chunk_mebibytes=512),
-    )
-
-
-def activitynet_re2slowfast_r101() -> RunConfig:
-    """Re2TAL on ActivityNet-1.3 with a rewired SlowFast-101 in the place of Video Swin."""
-    return replace(
-        activitynet_re2swin_tiny(),
-        name="activitynet_re2slowfast_r101",
-        # 192 steps of four frames.
-        backbone=BackboneConfig(name="slowfast_r101_8x8", norm_eval=True, frames_per_step=4, chunk_mebibytes=512),
-    )
-
-
 def thumos14_actionformer_features() -> RunConfig:
     """ActionFormer on THUMOS-14 features, such as I3D's every 4 frames of 16 (RGB and flow, 2048 channels)."""
     return RunConfig(
-        name="thumos14_actionformer_features",
         num_steps=2304,
         data=DataConfig(
             shards=Path("features/thumos14"),
@@ -188,7 +174,6 @@ def activitynet_actionformer_features() -> RunConfig:
     assert isinstance(videos.localizer, ActionFormerConfig)
     return replace(
         videos,
-        name="activitynet_actionformer_features",
         data=DataConfig(
             shards=Path("features/activitynet"),
             clips=ClipConfig(windowing=ResizeWhole(num_frames=192, shortest_action=0.0), workers=2),
@@ -205,161 +190,3 @@ def activitynet_actionformer_features() -> RunConfig:
         training=TrainingConfig(epochs=15, average_decay=0.999, log_every_steps=100),
         suppression=replace(videos.suppression, sigma=0.75, weigh_votes_by_overlap=True),
     )
-
-
-ADATAD_ADAPTER_RATES = {"small": 2e-4}
-"""Peak learning rate of AdaTAD's adapters on THUMOS-14 where it is not 1e-4, by size of VideoMAE."""
-
-
-def thumos14_adatad_videomae(size: str) -> RunConfig:
-    """AdaTAD on THUMOS-14: adapters in a frozen VideoMAE over windows of 768 frames at 7.5 per second (102 s)."""
-    swin = thumos14_re2swin_tiny()
-    assert isinstance(swin.localizer, ActionFormerConfig)
-    return replace(
-        swin,
-        name=f"thumos14_adatad_videomae_{size}",
-        num_steps=768,
-        # Every fourth of 30 frames a second. The source's giant sees 160 pixels, of which patches of 14 leave 6 out;
-        # here the whole picture has 154: as many patches.
-        data=replace(
-            swin.data,
-            clips=replace(
-                swin.data.clips,
-                windowing=Slide(num_frames=768, frames_per_second=7.5),
-                size=154 if size == "giant" else 160,
-            ),
-        ),
-        # With beta 0 it is the plain network of the source, frozen but for its adapters; of every block its input is
-        # kept, as the source's checkpoints do.
-        backbone=BackboneConfig(name=f"videomae_{size}", adapter="temporal", unit="block", beta=0.0, drop_path=0.1),
-        localizer=replace(swin.localizer, max_num_steps=768),
-        # The source decays all of the adapters; here their biases and scales are left out.
-        optimizer=OptimizerConfig(
-            learning_rate=1e-4, backbone_learning_rate=ADATAD_ADAPTER_RATES.get(size, 1e-4), weight_decay=0.05
-        ),
-        # The source's cosine is laid out for 100 epochs and stopped at 60, at 0.377 of the peak: here a half cosine
-        # ends there. It evaluates every second epoch from 40 on and reports the best.
-        schedule=ScheduleConfig(shape="cosine", warmup_epochs=5.0, final_factor=0.377),
-        # Total batch 2: two ranks of one clip. The source trains in fp16 with loss scaling.
-        training=replace(swin.training, epochs=60, evaluate_every_epochs=10),
-        suppression=replace(swin.suppression, min_score=0.0),
-    )
-
-
-def activitynet_adatad_videomae(size: str) -> RunConfig:
-    """AdaTAD on ActivityNet-1.3: adapters in a frozen VideoMAE, every video as 768 frames; finds actions, which a video
-    classifier then names."""
-    swin, thumos = activitynet_re2swin_tiny(), thumos14_adatad_videomae(size)
-    return replace(
-        swin,
-        name=f"activitynet_adatad_videomae_{size}",
-        data=replace(swin.data, clips=replace(swin.data.clips, size=thumos.data.clips.size)),
-        backbone=thumos.backbone,
-        optimizer=OptimizerConfig(learning_rate=1e-3, backbone_learning_rate=1e-4, weight_decay=0.05),
-        # Total batch 16: four ranks of four videos.
-        engine=replace(swin.engine, batch_size=4),
-    )
-
-
-def thumos14_adatad_videomae_giant_224() -> RunConfig:
-    """AdaTAD's best on THUMOS-14: VideoMAE V2-g on 1536 frames of 224 pixels at 15 per second, adapters in its upper
-    half."""
-    giant = thumos14_adatad_videomae("giant")
-    windowing = Slide(num_frames=1536, frames_per_second=15.0)
-    return replace(
-        giant,
-        name="thumos14_adatad_videomae_giant_224",
-        data=replace(giant.data, clips=replace(giant.data.clips, windowing=windowing, size=224)),
-        backbone=replace(giant.backbone, adapter_blocks=tuple(range(20, 40))),
-        # Stopped at 50 of 100 epochs, at 0.541 of the peak.
-        schedule=replace(giant.schedule, final_factor=0.541),
-        training=replace(giant.training, epochs=50),
-    )
-
-
-def activitynet_adatad_videomae_giant_224() -> RunConfig:
-    """AdaTAD's best on ActivityNet-1.3: VideoMAE V2-g on 768 frames of 224 pixels, adapters in its upper half."""
-    giant = activitynet_adatad_videomae("giant")
-    return replace(
-        giant,
-        name="activitynet_adatad_videomae_giant_224",
-        data=replace(giant.data, clips=replace(giant.data.clips, size=224)),
-        backbone=replace(giant.backbone, adapter_blocks=tuple(range(20, 40))),
-        # Total batch 16: eight ranks of two videos.
-        engine=replace(giant.engine, batch_size=2),
-    )
-
-
-def demo_clips() -> RecognitionConfig:
-    """The demo's backbone from random weights on trimmed clips of the same motions: 20 minutes on two busy cores.
-    It learns along which axis things move, and hardly in which sense (docs/experiments.md)."""
-    detector, one_second = demo(), Trimmed(num_frames=8, frames_per_second=8.0, num_views=4)
-    return RecognitionConfig(
-        name="demo_clips",
-        data=DataConfig(shards=Path("demo_clips/shards"), clips=replace(detector.data.clips, windowing=one_second)),
-        backbone=detector.backbone,
-        recognizer=RecognizerConfig(dropout=0.0),
-        optimizer=detector.optimizer,
-        schedule=ScheduleConfig(warmup_epochs=1.0),
-        # Total batch 32: two ranks of 16 clips.
-        engine=EngineConfig(batch_size=16),
-        training=replace(detector.training, epochs=40),
-    )
-
-
-def kinetics400_re2swin_tiny(epochs: int) -> RecognitionConfig:
-    """From plain Kinetics weights to a rewired Video Swin-T: 30 epochs more, as OpenTAD's were named ("ft_e30"), or
-    10."""
-    return RecognitionConfig(
-        name=f"kinetics400_re2swin_tiny_{epochs}",
-        data=DataConfig(
-            shards=Path("shards/kinetics400"),
-            # The source takes every second frame of about 30 a second. 4 views x 3 crops are what it reports.
-            clips=ClipConfig(windowing=Trimmed(num_frames=32, frames_per_second=15.0, num_crops=3), workers=8),
-        ),
-        backbone=BackboneConfig(name="swin3d_tiny", drop_path=0.1, chunk_mebibytes=128),
-        recognizer=RecognizerConfig(dropout=0.5),
-        optimizer=OptimizerConfig(learning_rate=1e-3, backbone_learning_rate=1e-4, weight_decay=0.02),
-        schedule=ScheduleConfig(shape="cosine", warmup_epochs=2.5 if epochs == 30 else 1.0),
-        # Total batch 64: eight ranks of eight clips. The source clips no gradients, and trains in fp16.
-        engine=EngineConfig(batch_size=8, gradient_clipping=0.0, precision="bf16"),
-        training=TrainingConfig(epochs=epochs, average_decay=None, log_every_steps=100, evaluate_every_epochs=5),
-    )
-
-
-def kinetics400_re2slowfast_r101(epochs: int) -> RecognitionConfig:
-    """From plain Kinetics weights to a rewired SlowFast-101 8x8, 30 or 10 epochs more. OpenTAD's settings for it are
-    not published, so optimizer and schedule are those of Video Swin."""
-    swin = kinetics400_re2swin_tiny(epochs)
-    windowing = Trimmed(num_frames=32, frames_per_second=15.0, num_views=10, num_crops=3)
-    return replace(
-        swin,
-        name=f"kinetics400_re2slowfast_r101_{epochs}",
-        # Every second frame of about 30 a second, and 10 views x 3 crops, as mmaction2 tests the plain network.
-        data=replace(swin.data, clips=replace(swin.data.clips, windowing=windowing)),
-        # Batch norms learn, their statistics over the eight clips of a rank: they need whole branches.
-        backbone=BackboneConfig(name="slowfast_r101_8x8"),
-    )
-
-
-RECIPES: dict[str, Callable[[], RunConfig] | Callable[[], RecognitionConfig]] = {
-    "demo": demo,
-    "demo_clips": demo_clips,
-    "thumos14_re2swin_tiny": thumos14_re2swin_tiny,
-    "activitynet_re2swin_tiny": activitynet_re2swin_tiny,
-    "thumos14_re2slowfast_r101": thumos14_re2slowfast_r101,
-    "activitynet_re2slowfast_r101": activitynet_re2slowfast_r101,
-    "thumos14_actionformer_features": thumos14_actionformer_features,
-    "activitynet_actionformer_features": activitynet_actionformer_features,
-    "kinetics400_re2swin_tiny_30": partial(kinetics400_re2swin_tiny, 30),
-    "kinetics400_re2swin_tiny_10": partial(kinetics400_re2swin_tiny, 10),
-    "kinetics400_re2slowfast_r101_30": partial(kinetics400_re2slowfast_r101, 30),
-    "kinetics400_re2slowfast_r101_10": partial(kinetics400_re2slowfast_r101, 10),
-    **{
-        f"{data}_adatad_videomae_{size}": partial(recipe, size)
-        for data, recipe in (("thumos14", thumos14_adatad_videomae), ("activitynet", activitynet_adatad_videomae))
-        for size in ("small", "base", "large", "huge", "giant")
-    },
-    "thumos14_adatad_videomae_giant_224": thumos14_adatad_videomae_giant_224,
-    "activitynet_adatad_videomae_giant_224": activitynet_adatad_videomae_giant_224,
-}

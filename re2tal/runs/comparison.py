@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from re2tal.config import load_config
@@ -45,7 +45,7 @@ def compare(
     sides = [(a, *options.seeds_of_a), (b, *options.seeds_of_b)]
     if missing := [path for side in sides for path in side if not path.is_file()]:
         raise FileNotFoundError(f"{missing[0]} is not a file; give a results JSON")
-    truths, source = _truths(a, annotations, options)
+    truths, source, options = _truths(a, annotations, options)
 
     def matched(paths: Sequence[Path]) -> list[tuple[str, Matches]]:
         return [(str(path), match_results(read_results(path), truths, options, files=(path, source))) for path in paths]
@@ -53,10 +53,12 @@ def compare(
     return compare_runs(*map(matched, sides), num_draws=options.draws, seed=options.seed)
 
 
-def _truths(a: Path, annotations: Path | None, options: ComparisonOptions) -> tuple[Sequence[VideoRecord], Path]:
-    """The true actions, and where they are from."""
+def _truths(
+    a: Path, annotations: Path | None, options: ComparisonOptions
+) -> tuple[Sequence[VideoRecord], Path, ComparisonOptions]:
+    """The true actions, where they are from, and the options with the blocked list of A's run, if none is given."""
     if annotations is not None:
-        return read_ground_truth(annotations, subset=options.subset), annotations
+        return read_ground_truth(annotations, subset=options.subset), annotations, options
     config_file = a.parent / CONFIG_NAME
     if not config_file.is_file():
         raise ValueError(
@@ -65,4 +67,5 @@ def _truths(a: Path, annotations: Path | None, options: ComparisonOptions) -> tu
         )
     config = load_config(config_file)
     folder = subset_folder(config.data.shards, config.data.validation_subset)
-    return [video.record for video in open_any(folder).videos], folder
+    options = replace(options, blocked_videos=options.blocked_videos or config.evaluation.blocked_videos)
+    return [video.record for video in open_any(folder).videos], folder, options

@@ -8,21 +8,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from re2tal.config import RunConfig
 from re2tal.data.building.annotations import read_video_ids
 from re2tal.data.building.clips import true_classes
 from re2tal.data.contract.shards import open_shards
 from re2tal.evaluation.accuracy import AccuracyReport, accuracy
-from re2tal.evaluation.average_precision import MapReport, report
+from re2tal.evaluation.average_precision import MapReport, mean_average_precision
 from re2tal.evaluation.comparison import Spread, spread_of
 from re2tal.evaluation.coverage import Coverage
 from re2tal.evaluation.error_analysis import ErrorReport, analyse_errors
 from re2tal.evaluation.ground_truth import ANY_CLASS, as_one_class, read_ground_truth, read_subsets
 from re2tal.evaluation.matching import Matches, match_predictions
-from re2tal.evaluation.protocols import TIOU_THRESHOLDS, Dataset
+from re2tal.evaluation.protocols import TIOU_THRESHOLDS, Dataset, EvaluationConfig
 from re2tal.evaluation.recall import RecallReport, average_recall, top_kx_recall
 from re2tal.evaluation.results import Results, read_results
 from re2tal.evaluation.video_classes import read_video_classes
-from re2tal.structures import VideoRecord
+from re2tal.structures import Detections, VideoRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,8 @@ class Evaluated:
     """Where mAP is lost, if asked for."""
     spread: Spread | None = None
     """Intervals of the mAP, if asked for."""
+    note: str | None = None
+    """What the results file says of itself."""
 
     @property
     def average_map(self) -> float:
@@ -59,6 +62,8 @@ class Evaluated:
             lines.append(f"\n{self.spread}")
         if self.errors is not None:
             lines = [f"errors as DETAD counts them; {facts}", f"{self.errors}\n", *lines]
+        if self.note is not None:
+            lines.append(f"note: {self.note}")
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
@@ -67,7 +72,8 @@ class Evaluated:
         top_kx = {"recall_at_kx": self.top_kx} if self.top_kx else {}
         errors = {} if self.errors is None else {"errors": self.errors.to_json()}
         spread = {} if self.spread is None else {"bootstrap": self.spread.to_json()}
-        return {**self.precision.to_json(), **top_kx, **recall, **errors, **spread}
+        note = {} if self.note is None else {"note": self.note}
+        return {**self.precision.to_json(), **top_kx, **recall, **errors, **spread, **note}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,13 +136,13 @@ def evaluate(predictions: Path | str, annotations: Path | str, options: ScoringO
     truths = read_ground_truth(Path(annotations), subset=options.subset)
     results = read_results(Path(predictions))
     matches = match_results(results, truths, options, files=(predictions, annotations))
-    precision = report(matches)
+    precision = mean_average_precision(matches)
     seeds = [match_results(read_results(path), truths, options, files=(path, annotations)) for path in options.seeds]
     classes = results.classes
     if options.class_agnostic:
         truths, classes = as_one_class(truths), (ANY_CLASS,) * len(classes)
     scored = results.predictions, truths
-    shared: dict[str, Any] = {"classes": classes, "blocked_videos": _blocked(options)}
+    shared: dict[str, Any] = {"classes": classes, "blocked_videos": blocked_by(options)}
     by_rules = {**shared, "protocol": options.protocol}
     thresholds = precision.tiou_thresholds
     recall = top_kx = errors = spread = None
@@ -154,7 +160,31 @@ def evaluate(predictions: Path | str, annotations: Path | str, options: ScoringO
     names = list(precision.map_by_tiou)
     columns = [] if top_kx is None else [dict(zip(names, column, strict=True)) for column in top_kx.T.tolist()]
     by_k = dict(zip(options.top_kx, columns, strict=True))
-    return Evaluated(precision, recall, by_k, errors, spread)
+    return Evaluated(precision, recall, by_k, errors, spread, results.note)
+
+
+def match_run(
+    predictions: Mapping[str, Detections],
+    truths: Sequence[VideoRecord],
+    config: RunConfig,
+    *,
+    classes: Sequence[str],
+    class_agnostic: bool | None = None,
+) -> Matches:
+    """A run's predictions against truths by the rules of its configuration; None: class-agnostic if its localizer is.
+
+    `mean_average_precision` scores them.
+    """
+    rules = config.evaluation
+    return match_predictions(
+        predictions,
+        truths,
+        classes=classes,
+        protocol=rules.protocol,
+        tiou_thresholds=rules.tiou_thresholds,
+        blocked_videos=blocked_by(rules),
+        class_agnostic=config.localizer.class_agnostic if class_agnostic is None else class_agnostic,
+    )
 
 
 def match_results(
@@ -167,14 +197,15 @@ def match_results(
         classes=results.classes,
         protocol=rules.protocol,
         tiou_thresholds=rules.tiou_thresholds or TIOU_THRESHOLDS[rules.dataset],
-        blocked_videos=_blocked(rules),
+        blocked_videos=blocked_by(rules),
         class_agnostic=rules.class_agnostic,
     )
     _check_match(matches.predictions.coverage, *files)
     return matches
 
 
-def _blocked(rules: ScoringRules) -> frozenset[str]:
+def blocked_by(rules: ScoringRules | EvaluationConfig) -> frozenset[str]:
+    """The videos to leave out; ValueError for a file that is no list of them."""
     return read_video_ids(Path(rules.blocked_videos)) if rules.blocked_videos else frozenset()
 
 

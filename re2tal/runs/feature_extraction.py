@@ -157,6 +157,11 @@ def _windowing(options: Extract, trained: Windowing | None, shards: ShardSet) ->
             num_frames, rate = windowing.num_frames, windowing.frames_per_second
         case _, sampling:
             num_frames, rate = WINDOW_FRAMES, None
+    if options.fps is None and isinstance(trained, Slide) and trained.frame_stride > 1:
+        raise ValueError(
+            f"{options.run} takes one of {trained.frame_stride} frames of each video's own rate, and features have one "
+            "rate for all; give fps"
+        )
     rate = options.fps or rate or (sampling.fps if isinstance(sampling, FramesPerSecond) else None)
     if rate is None:
         raise ValueError(f"{shards.root} stores whole videos as so many frames; give fps too, or whole")

@@ -4,7 +4,9 @@ runs/NAME/config.json        the whole configuration; `--config` starts from it 
           plan.json          how its stages run within a memory budget; a resumed run goes on with it
           metrics.jsonl      and tensorboard/: the course of the run; metrics.damaged: lines no longer readable
           checkpoints/       to --resume from
+          clip_features/     of backbone.trained_clips: what the backbone last gave for clips; a new run begins anew
           model.safetensors  float32 weights (the moving average, if there is one) and class names
+          best/              the best model so far, where training.keep_best is set; last.safetensors: then the last one
           model.json         what goes into the model and what comes out (`re2tal.runs.model_folder`)
           README.md          the model card: training and figures
           results.json       detections on the validation subset, or the probabilities of its classes
@@ -25,12 +27,15 @@ PLAN_NAME = "plan.json"
 METRICS_NAME = "metrics.jsonl"
 DAMAGED_METRICS_NAME = "metrics.damaged"
 MODEL_NAME = "model.safetensors"
+LAST_MODEL_NAME = "last.safetensors"
+BEST_NAME = "best"
 FACTS_NAME = "model.json"
 RESULTS_NAME = "results.json"
 SUMMARY_NAME = "summary.json"
 CHECKPOINTS_NAME = "checkpoints"
 TENSORBOARD_NAME = "tensorboard"
 REPORT_NAME = "report"
+CLIP_FEATURES_NAME = "clip_features"
 
 
 def claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
@@ -39,7 +44,7 @@ def claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
 
     def make() -> None:
         if overwrite:
-            for left in (CHECKPOINTS_NAME, TENSORBOARD_NAME, REPORT_NAME):
+            for left in (CHECKPOINTS_NAME, TENSORBOARD_NAME, REPORT_NAME, BEST_NAME):
                 shutil.rmtree(folder / left, ignore_errors=True)
             for left in (
                 PLAN_NAME,
@@ -48,6 +53,7 @@ def claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
                 SUMMARY_NAME,
                 RESULTS_NAME,
                 MODEL_NAME,
+                LAST_MODEL_NAME,
                 FACTS_NAME,
             ):
                 (folder / left).unlink(missing_ok=True)
@@ -56,6 +62,8 @@ def claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
                 f"{folder} holds the checkpoints of an earlier run; continue it (resume), replace it (overwrite), or "
                 "choose another folder"
             )
+        if not resume:  # features of other weights
+            shutil.rmtree(folder / CLIP_FEATURES_NAME, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
 
     made_by_main(make)

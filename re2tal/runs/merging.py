@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from re2tal.evaluation.coverage import name_some
+from re2tal.evaluation.coverage import cut_by_limit, name_some
 from re2tal.evaluation.results import Results, read_results, write_results
 from re2tal.evaluation.suppression import SuppressionConfig, suppress
 from re2tal.evaluation.video_classes import Fusion, read_video_classes
@@ -62,12 +62,8 @@ def merge_results(paths: Sequence[Path], out: Path, options: MergeOptions = AS_U
     found, classes, notes = _together(files, paths, weights)
     if len(files) > 1:
         found = {video_id: _suppressed(one, video_id, options.suppression) for video_id, one in found.items()}
-        limit = options.suppression.max_per_video
-        if cut := [video_id for video_id, one in found.items() if len(one) >= limit]:
-            notes.append(
-                f"{len(cut)} videos reach the limit of {limit} detections (suppression.max_per_video); any more were "
-                f"cut: {name_some(cut)}"
-            )
+        if cut := {video_id: one.num_cut for video_id, one in found.items() if one.num_cut}:
+            notes.append(cut_by_limit(cut))
     if options.video_classes is not None:
         if len(classes) > 1:
             raise ValueError(

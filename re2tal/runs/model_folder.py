@@ -45,6 +45,8 @@ def facts(config: RunConfig, classes: Sequence[str]) -> dict[str, Any]:
     """The content of model.json."""
     clips = to_json(config)["data"]["clips"]
     windowing = {name: clips["windowing"][name] for name in WINDOWING if name in clips["windowing"]}
+    if (stride := clips["windowing"].get("frame_stride", 1)) > 1:
+        windowing["frame_stride"] = stride
     taken = {"windowing": type(config.data.clips.windowing).__name__, **windowing}
     pictures = {"size": clips["size"], "fit": clips["fit"], "rgb_mean": list(MEAN), "rgb_std": list(STD)}
     input_facts = {"frames": taken} | ({} if config.backbone.name == NAME else {"pictures": pictures})

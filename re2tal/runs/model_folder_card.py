@@ -91,8 +91,11 @@ def _plain(name: str) -> str:
 def _input(config: RunConfig) -> str:
     clips = config.data.clips
     match clips.windowing:
-        case Slide(num_frames=frames, frames_per_second=rate):
-            taken = f"windows of {frames} frames" + (f" at {rate:g} per second ({frames / rate:g} s)" if rate else "")
+        case Slide(num_frames=frames, frames_per_second=rate, frame_stride=stride):
+            which = f", one of {stride} of each video's own rate" if stride > 1 else ""
+            taken = f"windows of {frames} frames" + (
+                f" at {rate:g} per second ({frames / rate:g} s)" if rate else which
+            )
         case ResizeWhole(num_frames=frames):
             taken = f"each video as {frames} frames, whatever its length"
         case _:
@@ -142,4 +145,6 @@ def _figures(config: RunConfig, origin: Origin) -> str:
     ]
     if measured.get("class_agnostic"):
         lines.append("\nClass-agnostic: predictions and truths count as one class.")
+    if chosen := measured.get("chosen"):
+        lines.append(f"\n{chosen['note'][0].upper()}{chosen['note'][1:]}.")
     return "\n".join(lines)

@@ -147,7 +147,7 @@ def tiny(run: RunConfig) -> RunConfig:
         localizer=replace(run.localizer, channels=16, max_num_steps=num_steps),
         engine=replace(run.engine, batch_size=1, precision="fp32"),
         schedule=replace(run.schedule, warmup_epochs=0.0),
-        training=replace(run.training, epochs=1, evaluate_every_epochs=None, log_every_steps=1),
+        training=replace(run.training, epochs=1, evaluate_every_epochs=None, keep_best=False, log_every_steps=1),
     )
 
 

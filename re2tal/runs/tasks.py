@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from re2tal.backbones import plain_start
 from re2tal.config import RecognitionConfig, RunConfig, build_detector, build_recognizer
@@ -16,12 +16,13 @@ from re2tal.data.building.clips import true_classes
 from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.distributed import is_main
 from re2tal.evaluation.accuracy import AccuracyReport, accuracy
-from re2tal.evaluation.average_precision import MapReport, report
+from re2tal.evaluation.average_precision import MapReport, mean_average_precision
 from re2tal.evaluation.ground_truth import as_one_class
-from re2tal.evaluation.matching import Matches, match_predictions
-from re2tal.evaluation.results import write_results
-from re2tal.evaluation.video_classes import write_video_classes
+from re2tal.evaluation.matching import Matches
+from re2tal.evaluation.results import read_results, write_results
+from re2tal.evaluation.video_classes import read_video_classes, write_video_classes
 from re2tal.inference import classify, predict
+from re2tal.runs.evaluation import match_run
 from re2tal.structures import Batch, Detections, VideoRecord
 from re2tal.training.trackers import Figures
 
@@ -42,10 +43,15 @@ class Outcome(NamedTuple):
     """For metrics.jsonl."""
     summary: dict[str, Any]
     """For summary.json."""
-    write: Callable[[Path], None]
-    """Writes results.json: detections, or the probabilities of all classes."""
+    write: Callable[..., None]
+    """Writes results.json, given its path and maybe a note: detections, or the probabilities of all classes."""
     pictures: Callable[[], Figures] = dict
     """Draws what trackers show: precision-recall curves, and timelines of a few videos."""
+
+    @property
+    def merit(self) -> tuple[str, float]:
+        """The figure by which one network is better than another: average mAP, or top-1 accuracy."""
+        return next(iter(self.figures.items()))
 
 
 def build_model(config: AnyRun, classes: Sequence[str]) -> nn.Module:
@@ -64,26 +70,26 @@ def build_model(config: AnyRun, classes: Sequence[str]) -> nn.Module:
 def judge(engine: Engine, *, config: AnyRun, shards: ShardSet | FeatureSet, batches: Iterable[Batch]) -> Outcome:
     """Every rank calls this: predicts all videos of `shards`, each rank its `batches`, and scores them."""
     if isinstance(config, RunConfig):
-        return _judge_detector(engine, config, shards, batches)
-    return _judge_recognizer(engine, shards, batches)
+        predictions = predict(engine, batches, suppression=config.suppression, device=engine.device)
+        return _of_detector(predictions, engine.module.localizer.classes, config, shards)
+    return _of_recognizer(classify(engine, batches, device=engine.device), engine.module.classes, shards)
 
 
-def _judge_detector(
-    engine: Engine, config: RunConfig, shards: ShardSet | FeatureSet, batches: Iterable[Batch]
+def judge_again(results: Path, *, config: AnyRun, shards: ShardSet | FeatureSet) -> Outcome:
+    """Scores what `Outcome.write` wrote."""
+    if isinstance(config, RunConfig):
+        found = read_results(results)
+        return _of_detector(found.predictions, found.classes, config, shards)
+    classified = read_video_classes(results)
+    return _of_recognizer(classified.scores, classified.classes, shards)
+
+
+def _of_detector(
+    predictions: Mapping[str, Detections], classes: Sequence[str], config: RunConfig, shards: ShardSet | FeatureSet
 ) -> Outcome:
-    predictions = predict(engine, batches, suppression=config.suppression, device=engine.device)
-    classes = engine.module.localizer.classes
     records = [video.record for video in shards.videos]
-    matches = match_predictions(
-        predictions,
-        records,
-        classes=classes,
-        protocol=config.evaluation.protocol,
-        tiou_thresholds=config.evaluation.tiou_thresholds,
-        class_agnostic=config.localizer.class_agnostic,
-        max_per_video=config.suppression.max_per_video,
-    )
-    scores = report(matches)
+    matches = match_run(predictions, records, config, classes=classes)
+    scores = mean_average_precision(matches)
     drawn = as_one_class(records) if config.localizer.class_agnostic else records
     return Outcome(
         scores,
@@ -94,7 +100,8 @@ def _judge_detector(
             "protocol": config.evaluation.protocol,
             "subset": scores.coverage.subset,
             "class_agnostic": config.localizer.class_agnostic,
-            "videos": len(predictions),
+            "videos": scores.coverage.num_videos,
+            "scored": scores.coverage.facts(),
             "notes": scores.coverage.notes(),
         },
         partial(write_results, predictions=predictions, classes=classes),
@@ -119,9 +126,7 @@ def _pictures(
     return {"precision_recall": draw_precision_recall(matches), **timelines}
 
 
-def _judge_recognizer(engine: Engine, shards: ShardSet | FeatureSet, batches: Iterable[Batch]) -> Outcome:
-    scores = classify(engine, batches, device=engine.device)
-    classes = engine.module.classes
+def _of_recognizer(scores: Mapping[str, Tensor], classes: Sequence[str], shards: ShardSet | FeatureSet) -> Outcome:
     scored = accuracy(scores, true_classes(shards), classes=classes)
     shares = {"top1": scored.top1, "top5": scored.top5, "mean_class_accuracy": scored.mean_class_accuracy}
     return Outcome(

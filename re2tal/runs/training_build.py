@@ -7,6 +7,7 @@ from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import nn
@@ -16,6 +17,8 @@ from re2tal.data.streaming.stream import ClipStream
 from re2tal.distributed import World, refuse_differences
 from re2tal.options import defaults_of, names_with
 from re2tal.planning.step_plan import StepPlan
+from re2tal.runs.best import BestModel
+from re2tal.runs.clip_memory import approximation, remembering_clips
 from re2tal.runs.folder import CHECKPOINTS_NAME
 from re2tal.runs.tasks import AnyRun, Outcome
 from re2tal.runs.training_data import Pair, alike_on_any_ranks, prepare, stream_of
@@ -33,7 +36,7 @@ from re2tal.training.optimizer import build_optimizer, for_batch
 from re2tal.training.schedule import learning_rate_factor, num_optimizer_steps
 from re2tal.training.sharding import is_sharded_early
 from re2tal.training.trackers import Trackers
-from re2tal.training.trainer import Trainer
+from re2tal.training.trainer import Prepare, Trainer
 
 STEPS_OF_EPOCH = "optimizer steps of an epoch"
 """In the identity of a run. The same for any number of ranks."""
@@ -48,6 +51,7 @@ def build_trainer(
     shards: Pair,
     *,
     evaluate: Callable[[Engine], Outcome],
+    best: BestModel | None,
     device: torch.device,
     plan: StepPlan | None,
 ) -> Trainer:
@@ -66,19 +70,28 @@ def build_trainer(
     engine, beta = _engine(config, settings, model, clips, world, log)
     identity = _identity(config, engine, shards, world)
     dtype = next(model.parameters()).dtype
+    prepared: Prepare = partial(prepare, strength=config.data.clips.colour_jitter, seed=seed, world=world, dtype=dtype)
+    if (share := config.backbone.trained_clips) < 1:
+        backbone = model.get_submodule("backbone")
+        prepared = remembering_clips(prepared, backbone, folder, share, seed=seed, world=world)
+        log.say(approximation(share))
 
-    # It must not refer to the trainer: a circle would keep the loader's processes alive when the run is over.
     def validate(engine: Engine) -> Mapping[str, float]:
         outcome = evaluate(engine)
         log.draw(outcome.pictures)
+        trainer = ours()
+        assert trainer is not None
+        # Before the end of annealing it is another network than that of config.json.
+        if best is not None and trainer.is_annealed:
+            best.offer(outcome, engine, step=trainer.progress.step)
         return outcome.figures
 
-    return Trainer(
+    trainer = Trainer(
         engine,
         clips,
         validate,
         config.training,
-        prepare=partial(prepare, strength=config.data.clips.colour_jitter, seed=seed, world=world, dtype=dtype),
+        prepare=prepared,
         checkpoints=CheckpointStore(
             folder / CHECKPOINTS_NAME,
             identity=identity | {STEPS_OF_EPOCH: clips.steps_per_epoch / accumulation},
@@ -91,6 +104,8 @@ def build_trainer(
         planned_bytes=None if plan is None else plan.memory.peak,
         new_step=begin_step,
     )
+    ours = ref(trainer)  # a circle would keep the loader's processes alive when the run is over
+    return trainer
 
 
 def _network(

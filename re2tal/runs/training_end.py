@@ -14,7 +14,9 @@ from re2tal.distributed import is_main, made_by_main
 from re2tal.evaluation.accuracy import AccuracyReport
 from re2tal.evaluation.average_precision import MapReport
 from re2tal.rewire import wiring_of
-from re2tal.runs.folder import MODEL_NAME, RESULTS_NAME, SUMMARY_NAME
+from re2tal.runs.best import BestModel
+from re2tal.runs.clip_memory import approximation
+from re2tal.runs.folder import LAST_MODEL_NAME, MODEL_NAME, RESULTS_NAME, SUMMARY_NAME
 from re2tal.runs.model_folder import describe_trained
 from re2tal.runs.stored_features import describe
 from re2tal.runs.tasks import AnyRun, Outcome
@@ -51,30 +53,62 @@ def finish(
     *,
     ranks: Agreement,
     started: float,
+    best: BestModel | None = None,
 ) -> TrainedRun:
     """Every rank calls this: evaluates and exports the trained model; rank 0 writes, and describes the run.
 
-    Interrupted on all ranks when one was told to stop before the last file; all of it is done again after a resume.
+    With `best`, the model is that of the best evaluation, and the trained one lies beside it. Interrupted on all ranks
+    when one was told to stop before the last file; all of it is done again after a resume.
     """
     ranks.check()
     with trainer.averaged_weights():
         outcome = evaluate(trainer.engine)
         ranks.check()
         weights = gather_weights(trainer.engine)
+        if best is not None:
+            best.offer(outcome, trainer.engine, step=trainer.progress.step)
     ranks.check()
     at("the export", patient=True)
     model = trainer.engine.module
     features = describe(training) if isinstance(training, FeatureSet) else None
-    made_by_main(
-        lambda: write_model(
-            folder / MODEL_NAME, weights, classes=model.classes, wiring=wiring_of(model), features=features
-        )
-    )
+
+    def export() -> None:
+        own = folder / (MODEL_NAME if best is None else LAST_MODEL_NAME)
+        write_model(own, weights, classes=model.classes, wiring=wiring_of(model), features=features)
+        if best is not None:
+            best.export(folder / MODEL_NAME)
+
+    made_by_main(export)
     ranks.check()
     trainer.log.write("evaluation", outcome.figures, step=trainer.progress.step)
     trainer.log.draw(outcome.pictures)
-    summary = {
-        **outcome.summary,
+    summary = _summary(trainer, started)
+    written: list[Outcome] = []
+
+    def write() -> None:
+        final, note = outcome, None
+        if best is not None:
+            final = best.outcome()
+            summary["chosen"] = best.chosen(last=outcome.merit[1], steps_per_epoch=trainer.steps_per_epoch)
+            note = summary["chosen"]["note"]
+            trainer.log.say(note)
+        final.write(folder / RESULTS_NAME, note=note)
+        write_json(folder / SUMMARY_NAME, final.summary | summary)
+        if isinstance(config, RunConfig):
+            describe_trained(folder, config, model.classes, summary=final.summary | summary, training=training)
+        written.append(final)
+
+    made_by_main(write)
+    if not is_main():
+        return TrainedRun(folder, interrupted=False, summary={})
+    return TrainedRun(folder, interrupted=False, summary=written[0].summary | summary, report=written[0].report)
+
+
+def _summary(trainer: Trainer, started: float) -> dict[str, Any]:
+    """What summary.json says of the training."""
+    memory = getattr(trainer.engine.module.backbone, "memory", None)
+    return {
+        **({} if memory is None else {"approximation": approximation(memory.share)}),
         "steps": trainer.progress.step,
         "skipped": trainer.progress.skipped,
         "train_seconds": round(trainer.progress.seconds, 1),
@@ -82,14 +116,3 @@ def finish(
         "peak_memory_gib": round(peak_memory_gib(trainer.engine.device), 2),
         "ranks": int(trainer.engine.world_size),
     }
-
-    def write() -> None:
-        outcome.write(folder / RESULTS_NAME)
-        write_json(folder / SUMMARY_NAME, summary)
-        if isinstance(config, RunConfig):
-            describe_trained(folder, config, model.classes, summary=summary, training=training)
-
-    made_by_main(write)
-    if not is_main():
-        return TrainedRun(folder, interrupted=False, summary={})
-    return TrainedRun(folder, interrupted=False, summary=summary, report=outcome.report)

@@ -19,14 +19,16 @@ from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.distributed import World, is_main, made_by_main, refuse_differences, resolve_world, together
 from re2tal.planning.shared import save_plan, shared_plan
 from re2tal.planning.step_plan import StepPlan
+from re2tal.runs.best import BestModel
 from re2tal.runs.deepspeed_presets import DEFAULT_PRESET, find_preset
 from re2tal.runs.demo_data import make_if_wanted
+from re2tal.runs.evaluation import blocked_by
 from re2tal.runs.exit_status import HUNG
-from re2tal.runs.folder import CHECKPOINTS_NAME, CONFIG_NAME, PLAN_NAME, claim
+from re2tal.runs.folder import BEST_NAME, CHECKPOINTS_NAME, CONFIG_NAME, PLAN_NAME, claim
 from re2tal.runs.lock import locked
 from re2tal.runs.orphans import end_with_the_launcher
 from re2tal.runs.start import build_from, find_start
-from re2tal.runs.stored_features import check_kind, on_features
+from re2tal.runs.stored_features import check_kind, describe, on_features
 from re2tal.runs.tasks import AnyRun, Outcome, judge
 from re2tal.runs.training_build import build_trainer
 from re2tal.runs.training_data import open_both, stream_of
@@ -116,12 +118,16 @@ def _train(
     earlier = folder / PLAN_NAME if resume else None
     plan = _plan(config, ds_file, world, classes=training.classes, device=device, earlier=earlier)
     ranks.check()
-    trainer = build_trainer(config, settings, folder, world, build, shards, evaluate=evaluate, device=device, plan=plan)
-    _resume(trainer, config, folder, plan, resume=resume)
+    features = describe(training) if isinstance(training, FeatureSet) else None
+    best = BestModel(folder / BEST_NAME, config, validation, features) if config.training.keep_best else None
+    trainer = build_trainer(
+        config, settings, folder, world, build, shards, evaluate=evaluate, best=best, device=device, plan=plan
+    )
+    _resume(trainer, config, folder, plan, best, resume=resume)
     with closing(trainer.log):
         if trainer.train() == "interrupted":
             raise Interrupted
-        return finish(trainer, config, folder, training, evaluate, ranks=ranks, started=started)
+        return finish(trainer, config, folder, training, evaluate, ranks=ranks, started=started, best=best)
 
 
 def _join(config: AnyRun, folder: Path, cleanup: ExitStack) -> tuple[World, torch.device]:
@@ -146,6 +152,8 @@ def _fitted(config: AnyRun, training: ShardSet | FeatureSet) -> AnyRun:
             "backbone.norm_eval freezes the norms of a pretrained backbone, but backbone.weights names no weights; "
             "set it to a weights file, or set backbone.norm_eval to false to train from random weights"
         )
+    if isinstance(config, RunConfig):
+        blocked_by(config.evaluation)  # raises where it is no list, before anything is built
     return config
 
 
@@ -157,9 +165,13 @@ def _on_these_ranks(config: AnyRun, folder: Path, world: World) -> AnyRun:
     return replace(config, engine=same_clips_per_step(config.engine, saved, num_ranks=world.world_size))
 
 
-def _resume(trainer: Trainer, config: AnyRun, folder: Path, plan: StepPlan | None, *, resume: bool) -> None:
+def _resume(
+    trainer: Trainer, config: AnyRun, folder: Path, plan: StepPlan | None, best: BestModel | None, *, resume: bool
+) -> None:
     """Every rank calls this: continues the earlier run, if `resume` and there is one; rank 0 writes config and plan."""
     resumed = resume and trainer.resume()
+    if best is not None:
+        best.start(step=trainer.progress.step, say=trainer.log.say)
     if is_main():  # not before: a run that may not be resumed like this keeps the configuration it has
         save_config(folder / CONFIG_NAME, config)
         if plan is not None:

@@ -68,6 +68,11 @@ class TrainingConfig:
     """Optimizer steps between two log lines."""
     evaluate_every_epochs: int | None = option(None, resumable=True)
     """Epochs between two evaluations; None evaluates once, at the end."""
+    evaluate_from_epoch: int = option(0, resumable=True)
+    """No evaluation before so many epochs are done."""
+    keep_best: bool = option(False, resumable=True)
+    """Export the weights of the best evaluation, by average mAP or top-1 accuracy, and the last ones beside them
+    (last.safetensors). They are chosen on the validation subset, so their figures there are biased upwards."""
     checkpoint_every_steps: int = option(500, resumable=True)
     """Optimizer steps between two checkpoints; one more is written at the end, and when the run is told to stop."""
     keep_checkpoints: int = option(2, resumable=True)
@@ -83,5 +88,12 @@ class TrainingConfig:
         for name in (*counts, "evaluate_every_epochs"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"training.{name} is {value}; it must be at least 1")
+        if self.evaluate_from_epoch < 0:
+            raise ValueError(f"training.evaluate_from_epoch is {self.evaluate_from_epoch}; give 0 or more")
+        if self.keep_best and self.evaluate_every_epochs is None:
+            raise ValueError(
+                "training.keep_best is true, but training.evaluate_every_epochs is null, so that there is one "
+                "evaluation and nothing to choose from; set the latter, or keep_best to false"
+            )
         if self.average_decay is not None and not 0 <= self.average_decay < 1:
             raise ValueError(f"training.average_decay is {self.average_decay}; it lies in [0, 1), usually 0.999")

@@ -84,6 +84,7 @@ class Trainer:
         self.beta = beta
         self.new_step = new_step
         self.accumulation = int(engine.gradient_accumulation_steps())
+        self.steps_per_epoch = clips.steps_per_epoch / self.accumulation
         self.num_steps = num_optimizer_steps(config.epochs, clips.steps_per_epoch, accumulation=self.accumulation)
         decay = config.average_decay
         self.average = None if decay is None else WeightAverage(engine, decay=decay)
@@ -97,6 +98,7 @@ class Trainer:
             planned_bytes=planned_bytes,
         )
         self._waited = 0.0
+        self._saved_step = -1
         self.warm = False
 
     def resume(self) -> bool:
@@ -143,11 +145,14 @@ class Trainer:
                 self._advance(seconds=time.perf_counter() - started)
                 self._report()
                 stop = ranks.told()
-                if self._due_every_epochs(self.config.evaluate_every_epochs) and not stop:
+                if self._evaluation_is_due() and not stop:
+                    if self.config.keep_best:
+                        # A run that goes on from before the best evaluation might not come to these weights again.
+                        self._save()
                     # An evaluation takes minutes, and a job that was told to stop has few.
                     stop = not self.evaluate() or ranks.told()
                 if stop or self._last() or self.progress.step % self.config.checkpoint_every_steps == 0:
-                    self.checkpoints.save(self.engine, self.average, self.progress)
+                    self._save()
                     stop = stop or ranks.told()
             batches.close()  # ends the stream's worker processes
         return "finished" if self._last() else "interrupted"
@@ -167,7 +172,7 @@ class Trainer:
 
     def _evaluation_is_left(self) -> bool:
         """Every rank calls this: whether the run stopped after a step whose evaluation was due and is not logged."""
-        if not self.progress.step or not self._due_every_epochs(self.config.evaluate_every_epochs):
+        if not self.progress.step or not self._evaluation_is_due():
             return False
         return made_by_main(lambda: not self.log.has("evaluation", step=self.progress.step))
 
@@ -230,6 +235,11 @@ class Trainer:
         self._couple()
         self.log.advance()
 
+    @property
+    def is_annealed(self) -> bool:
+        """Whether a rewired network is coupled as it will be at the end."""
+        return self.beta is None or self.beta(self.progress.step) == self.beta(self.num_steps)
+
     def _couple(self) -> None:
         """Sets the coupling of a rewired network, which depends on the step alone."""
         if self.beta is not None:
@@ -241,13 +251,20 @@ class Trainer:
         refuse_drifted_replicas(self.engine, step=self.progress.step)
         self.report.write(self.progress)
 
-    def _due_every_epochs(self, epochs: int | None) -> bool:
-        """True if the step just done completed a multiple of `epochs`, unless it is the last one."""
-        if epochs is None or self._last():
+    def _evaluation_is_due(self) -> bool:
+        """True if the step just done completed an epoch to evaluate after, unless it is the last step."""
+        epochs, before = self.config.evaluate_every_epochs, self.config.evaluate_from_epoch
+        done = self.progress.step * self.accumulation
+        if epochs is None or self._last() or done < before * self.clips.steps_per_epoch:
             return False
         micro_batches = epochs * self.clips.steps_per_epoch
-        done = self.progress.step * self.accumulation
         return done // micro_batches > (done - self.accumulation) // micro_batches
+
+    def _save(self) -> None:
+        """Every rank calls this: a checkpoint of this step, if there is none yet."""
+        if self._saved_step != self.progress.step:
+            self.checkpoints.save(self.engine, self.average, self.progress)
+            self._saved_step = self.progress.step
 
     def _last(self) -> bool:
         return self.progress.step >= self.num_steps

@@ -13,6 +13,7 @@ from re2tal.cli import main
 from re2tal.data.building.catalog import DATASETS
 from re2tal.evaluation.average_precision import mean_average_precision
 from re2tal.evaluation.ground_truth import read_ground_truth
+from re2tal.evaluation.matching import match_predictions
 from re2tal.evaluation.protocols import TIOU_THRESHOLDS
 from re2tal.evaluation.results import read_results
 from re2tal.strict_json import sha256_of
@@ -108,11 +109,13 @@ def test_thumos_in_tiny_from_data_to_a_card(thumos, tmp_path, capsys):
     results = read_results(tmp_path / "run" / "results.json")
     truths = read_ground_truth(thumos / "annotations.json", subset="Test")
     report = mean_average_precision(
-        results.predictions,
-        [one for one in truths if one.video_id != "video_test_0000270"],
-        classes=results.classes,
-        protocol="opentad",
-        tiou_thresholds=TIOU_THRESHOLDS["thumos14"],
+        match_predictions(
+            results.predictions,
+            [one for one in truths if one.video_id != "video_test_0000270"],
+            classes=results.classes,
+            protocol="opentad",
+            tiou_thresholds=TIOU_THRESHOLDS["thumos14"],
+        )
     )
     rows = {(row["source"], row["tiou"]): row for row in card["comparison"]}
     paper = rows["Re2TAL, abstract", "0.5"]

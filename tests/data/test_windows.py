@@ -222,6 +222,18 @@ def test_training_draws_every_stretch_of_a_trimmed_video():
     assert all(np.all(np.diff(w.indices) == 2) and w.actions == video.record.actions for w in windows)
 
 
+def test_a_stride_counts_frames_of_each_video_whatever_their_rate() -> None:
+    for fps in (25.0, 30.0):
+        windows = plan_windows(indexed(101, fps=fps), Slide(20, frames_per_second=None, frame_stride=2, overlap=0.5))
+        # 51 frames are taken; the last window ends with the last of them.
+        assert [window.indices.tolist() for window in windows] == [
+            list(range(2 * start, 2 * (start + 20), 2)) for start in (0, 10, 20, 30, 31)
+        ]
+        assert windows[1].timeline.to_seconds(3.0) == pytest.approx((20 + 3 * 2) / fps)
+    with pytest.raises(ValueError, match=r"frame_stride is 2, but frames_per_second is 15, .* set that to null"):
+        Slide(frame_stride=2)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

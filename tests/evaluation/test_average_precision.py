@@ -11,6 +11,7 @@ import torch
 
 from re2tal.evaluation import matching as module
 from re2tal.evaluation.average_precision import MapReport, interpolated_average_precision, mean_average_precision
+from re2tal.evaluation.matching import match_predictions
 from re2tal.evaluation.protocols import PROTOCOLS
 from re2tal.structures import Action, Detections, VideoRecord
 
@@ -37,12 +38,14 @@ def score(
     blocked_videos: tuple[str, ...] = (),
 ) -> MapReport:
     return mean_average_precision(
-        predictions,
-        ground_truth,
-        classes=classes,
-        protocol=protocol,
-        tiou_thresholds=thresholds,
-        blocked_videos=blocked_videos,
+        match_predictions(
+            predictions,
+            ground_truth,
+            classes=classes,
+            protocol=protocol,
+            tiou_thresholds=thresholds,
+            blocked_videos=blocked_videos,
+        )
     )
 
 
@@ -222,11 +225,13 @@ def test_interpolation_with_one_hit_in_four_ranks() -> None:
 def test_a_row_of_ones_own_is_a_protocol_too() -> None:
     protocol = replace(PROTOCOLS["official"], name="strict", refuses_unknown_labels=False)
     report = mean_average_precision(
-        {"a": detected((0, 10, 0.9, 1))},
-        [record("a", (0, 10, "jump"))],
-        classes=("jump", "run"),
-        protocol=protocol,
-        tiou_thresholds=(0.5,),
+        match_predictions(
+            {"a": detected((0, 10, 0.9, 1))},
+            [record("a", (0, 10, "jump"))],
+            classes=("jump", "run"),
+            protocol=protocol,
+            tiou_thresholds=(0.5,),
+        )
     )
     assert report.protocol == "strict"
     assert report.average_map == 0.0

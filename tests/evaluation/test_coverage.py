@@ -120,6 +120,22 @@ def test_the_blocked_list_is_named_and_matched_like_other_ids(tmp_path: Path) ->
     )
 
 
+def test_what_the_limit_cut_is_counted_and_a_common_number_looks_like_one(tmp_path: Path) -> None:
+    many = [JUMP[0]] * 20
+    predictions, annotations = write(tmp_path, {"a": many, "b": many}, {"a": JUMP, "b": JUMP})
+    assert "2 videos have exactly 20 predictions, the most of any" in str(re2tal.evaluate(predictions, annotations))
+    document = json.loads(predictions.read_text())
+    predictions.write_text(json.dumps(document | {"num_cut": {}}))
+    assert "note" not in str(re2tal.evaluate(predictions, annotations))
+    predictions.write_text(json.dumps(document | {"num_cut": {"b": 7}}))
+    scored = re2tal.evaluate(predictions, annotations)
+    assert scored.to_json()["coverage"]["cut_videos"] == {"b": 7}
+    assert (
+        "note: 1 videos reach the limit of detections (suppression.max_per_video), which left out up to 7 more: 'b'"
+        in str(scored)
+    )
+
+
 def test_videos_of_another_subset_are_recognized(tmp_path: Path) -> None:
     predictions, annotations = write(tmp_path, {"a": JUMP}, {"a": JUMP, "b": JUMP})
     document = json.loads(annotations.read_text())

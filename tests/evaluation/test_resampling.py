@@ -59,7 +59,7 @@ def test_a_video_that_counts_twice_is_two_videos(seed: int) -> None:
     # Copies stand side by side, so that the stable order of their equal scores keeps a prediction's copies together.
     doubled = [replace(record, video_id=f"{record.video_id}-{copy}") for copy, record in copies]
     again = {f"{record.video_id}-{copy}": found[record.video_id] for copy, record in copies}
-    expected = mean_average_precision(again | {"elsewhere": found["elsewhere"]}, doubled, **RULES)
+    expected = mean_average_precision(match_predictions(again | {"elsewhere": found["elsewhere"]}, doubled, **RULES))
     ours = WeightedMap.of(matches).maps(weights)
     np.testing.assert_allclose(ours, expected.map, rtol=0, atol=1e-11)
 
@@ -67,7 +67,9 @@ def test_a_video_that_counts_twice_is_two_videos(seed: int) -> None:
 def test_all_videos_once_give_the_map_itself() -> None:
     matches, found, records = matched(0)
     ours = WeightedMap.of(matches).maps(np.ones(len(records), dtype=int))
-    np.testing.assert_allclose(ours, mean_average_precision(found, records, **RULES).map, rtol=0, atol=1e-11)
+    np.testing.assert_allclose(
+        ours, mean_average_precision(match_predictions(found, records, **RULES)).map, rtol=0, atol=1e-11
+    )
 
 
 def test_the_same_seed_draws_the_same_videos_for_all_runs() -> None:

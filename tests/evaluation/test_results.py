@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -54,6 +55,17 @@ def test_the_layout_is_that_of_activitynet(tmp_path: Path) -> None:
         "results": {"v": [{"segment": [1.0, 2.5], "label": "jump", "score": 0.75}]},
         "external_data": {},
     }
+
+
+def test_what_a_limit_cut_is_kept_where_it_is_known(tmp_path: Path) -> None:
+    path, found = tmp_path / "r.json", detections((1, 2.5, 0.75, 0))
+    write_results(path, {"v": replace(found, num_cut=12), "w": replace(found, num_cut=0)}, CLASSES)
+    assert [one.num_cut for one in read_results(path).predictions.values()] == [12, 0]
+    write_results(path, {"v": replace(found, num_cut=12), "w": found}, CLASSES)
+    assert read_results(path).of("v").num_cut is None
+    path.write_text('{"results": {"v": []}, "num_cut": {"v": -1}}')
+    with pytest.raises(ValueError, match=r"r\.json: num_cut is \{'v': -1\}; give an object that maps video ids"):
+        read_results(path)
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -39,9 +39,9 @@ def by_definition(
     *,
     min_score: float,
     most: int,
-) -> dict[int, float]:
-    """Index -> lowered score, of one group after the other."""
-    kept = {}
+) -> tuple[dict[int, float], int]:
+    """Index -> lowered score, of one group after the other; how many were still high enough when it ended."""
+    kept, num_left = {}, 0
     for group in set(groups.tolist()):
         left = {int(index): float(scores[index]) for index in np.flatnonzero(groups == group)}
         picks = 0
@@ -57,7 +57,8 @@ def by_definition(
                 overlap = max(0.0, min(end, segments[index][1]) - max(start, segments[index][0]))
                 union = length + segments[index][1] - segments[index][0] + 1e-6 - overlap
                 left[index] *= decay(overlap / union, length, config)
-    return kept
+        num_left += sum(score >= max(min_score, 1e-300) for score in left.values())
+    return kept, num_left
 
 
 @pytest.mark.parametrize("config", METHODS, ids=lambda config: f"{config.method}-{config.iou_threshold}")
@@ -72,12 +73,15 @@ def test_however_segments_cluster_the_picks_are_those_of_the_definition(
     segments = np.stack([centres - lengths / 2, centres + lengths / 2], axis=1).astype(np.float32)
     scores, groups = random.random(num).astype(np.float32), random.integers(num_groups, size=num)
     min_score = 0.0 if config.method == "hard" else 0.05
-    index, lowered = soft_nms(
+    index, lowered, num_left = soft_nms(
         segments, scores, groups, penalty=_PENALTIES[config.method](config), min_score=min_score, max_per_group=most
     )
-    expected = by_definition(segments.astype(float), scores, groups, config, min_score=min_score, most=most)
+    limits = {"min_score": min_score, "most": most}
+    expected, most_left = by_definition(segments.astype(float), scores, groups, config, **limits)
+    everything, _ = by_definition(segments.astype(float), scores, groups, config, **limits | {"most": num})
     assert set(index.tolist()) == set(expected)
     np.testing.assert_allclose(lowered, [expected[one] for one in index.tolist()], rtol=2e-5)
+    assert len(everything) - len(expected) <= num_left <= most_left
 
 
 def test_clusters_are_chains_of_overlaps_in_one_group() -> None:

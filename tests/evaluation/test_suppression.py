@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -106,6 +107,18 @@ def test_at_most_so_many_stay_the_best_ones() -> None:
     everything, few = suppress(found, SuppressionConfig()), suppress(found, SuppressionConfig(max_per_video=7))
     assert len(few) == 7
     assert torch.equal(few.scores, everything.scores[:7])
+    assert everything.num_cut == 0
+    assert len(everything) - 7 <= (few.num_cut or 0) <= 193
+
+
+def test_the_limit_may_grow_with_the_length() -> None:
+    found = random_detections(200, num_classes=3, seed=0)
+    minutes = (found.segments[:, 1].max() - found.segments[:, 0].min()).item() / 60
+    config = SuppressionConfig(method="none", max_per_video=20, max_per_minute=40 / minutes - 1e-6)
+    ours = suppress(found, config)
+    assert (len(ours), ours.num_cut) == (40, 160)
+    assert len(suppress(found, replace(config, max_per_minute=1e-3))) == 20  # never below the fixed limit
+    assert len(suppress(detections(), config)) == 0
 
 
 def test_without_suppression_detections_are_only_sorted_and_cut() -> None:
@@ -171,6 +184,7 @@ def test_times_that_are_not_numbers_are_an_error() -> None:
         ({"method": "softest"}, r"suppression\.method is 'softest', .* known: \['gaussian', .*'none'\]"),
         ({"sigma": 0.0}, r"suppression\.sigma is 0\.0; give a positive number"),
         ({"max_per_video": 0}, r"suppression\.max_per_video is 0; give 1 or more"),
+        ({"max_per_minute": -1.0}, r"suppression\.max_per_minute is -1\.0; give a positive number"),
     ],
 )
 def test_settings_without_sense_are_refused(settings: dict, message: str) -> None:

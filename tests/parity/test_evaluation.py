@@ -7,6 +7,7 @@ import pytest
 from parity.vectors import load, read_json, vectors_dir
 
 from re2tal.evaluation.average_precision import MapReport, mean_average_precision
+from re2tal.evaluation.matching import match_predictions
 from re2tal.evaluation.protocols import PROTOCOLS
 from re2tal.evaluation.recall import average_recall
 from re2tal.evaluation.results import Results, read_results
@@ -53,11 +54,13 @@ def predictions(dataset: str) -> Results:
 def evaluate(dataset: str, thresholds: np.ndarray, protocol: str) -> MapReport:
     results = predictions(dataset)
     return mean_average_precision(
-        results.predictions,
-        ground_truth(dataset),
-        classes=results.classes,
-        protocol=protocol,
-        tiou_thresholds=thresholds,
+        match_predictions(
+            results.predictions,
+            ground_truth(dataset),
+            classes=results.classes,
+            protocol=protocol,
+            tiou_thresholds=thresholds,
+        )
     )
 
 

@@ -23,8 +23,10 @@ from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.data.streaming.stream import stream_clips
 from re2tal.data.streaming.windows import Slide
 from re2tal.evaluation.average_precision import mean_average_precision
+from re2tal.evaluation.matching import match_predictions
 from re2tal.inference import detector_input, predict
 from re2tal.recipes import RECIPES, find_recipe
+from re2tal.recipes.parts import DATA_PARTS, LOCALIZER_PARTS
 from re2tal.structures import Action, FeatureBatch
 from re2tal.training.frames import prepare_frames
 from re2tal.training.optimizer import build_optimizer
@@ -34,18 +36,27 @@ CLASSES = ("jump", "run")
 CHOSEN = (
     "thumos14_re2swin_tiny",
     "thumos14_swin_tiny_vsgn",
-    "activitynet_re2slowfast_r101_vsgn",
-    "activitynet_slowfast_r101",
-    "thumos14_re2videomae_base",
-    "activitynet_adatad_videomae_large",
-    "epic_kitchens_verb_re2swin_tiny",
-    "charades_re2swin_tiny_features",
     "thumos14_vsgn_features",
-    "activitynet_vsgn_features",
     "thumos14_tridet_features",
-    "activitynet_temporalmaxer_features",
+    "activitynet_slowfast_r101",
+    "activitynet_adatad_videomae_large",
+    "activitynet_re2slowfast_r101_vsgn",
+    "activitynet_vsgn_features",
     "activitynet_actionformer_features",
+    "hacs_re2swin_tiny_temporalmaxer",
+    "hacs_re2videomae_base_vsgn_features",
+    "multithumos_re2videomae_base",
+    "multithumos_re2swin_tiny_tridet_features",
+    "fineaction_re2swin_tiny_vsgn",
+    "fineaction_swin_tiny_temporalmaxer_features",
+    "epic_kitchens_verb_re2swin_tiny_tridet",
+    "epic_kitchens_noun_re2slowfast_r101_features",
+    "ego4d_mq_re2vjepa2_large",
+    "ego4d_mq_re2swin_tiny_vsgn_features",
+    "charades_re2slowfast_r101_temporalmaxer",
+    "charades_re2swin_tiny_features",
 )
+EPIC = {"epic_kitchens_verb", "epic_kitchens_noun"}
 LOCALIZATION = [name for name in RECIPES if isinstance(find_recipe(name), RunConfig)]
 
 
@@ -54,6 +65,16 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> ShardSet:
     root = tmp_path_factory.mktemp("videos")
     given = {name: (encode_numbered(64), indexed(64, actions=ACTIONS)) for name in ("a", "b")}
     return write_shards(root / "training", given, per_shard=1, classes=CLASSES)
+
+
+def test_the_chosen_ones_cover_every_data_set_both_inputs_and_every_localizer() -> None:
+    runs = [(name, find_recipe(name)) for name in CHOSEN]
+    for features in (False, True):
+        these = [(name, run) for name, run in runs if (run.backbone.name == "features") is features]
+        assert {data for data in DATA_PARTS for name, _ in these if name.startswith(data)} >= {*DATA_PARTS} - EPIC
+        assert any(name.startswith("epic_kitchens") for name, _ in these)
+        localizers = {run.localizer.name for _, run in these if isinstance(run, RunConfig)}
+        assert localizers == set(LOCALIZER_PARTS)
 
 
 @pytest.mark.parametrize("name", CHOSEN)
@@ -95,11 +116,13 @@ def check(name: str, videos: ShardSet, folder: Path) -> None:
     assert all(torch.isfinite(one.scores).all() for one in found.values())
     if not getattr(run.localizer, "class_agnostic", False):
         report = mean_average_precision(
-            found,
-            [video.record for video in shards.videos],
-            classes=detector.classes,
-            protocol=run.evaluation.protocol,
-            tiou_thresholds=run.evaluation.tiou_thresholds,
+            match_predictions(
+                found,
+                [video.record for video in shards.videos],
+                classes=detector.classes,
+                protocol=run.evaluation.protocol,
+                tiou_thresholds=run.evaluation.tiou_thresholds,
+            )
         )
         assert 0 <= report.average_map <= 1
 

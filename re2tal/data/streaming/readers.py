@@ -24,7 +24,8 @@ from re2tal.data.streaming.augmentation import AUGMENTATIONS, Augmentation
 from re2tal.data.streaming.collate import Clip, collate, collate_features
 from re2tal.data.streaming.decode import DecoderName, decode_parts
 from re2tal.data.streaming.transforms import Box, crop_and_resize, draw_box, square_box
-from re2tal.data.streaming.windows import Slide, Window, Windowing
+from re2tal.data.streaming.windowing import Slide, Windowing
+from re2tal.data.streaming.windows import Window
 from re2tal.structures import Batch
 
 
@@ -139,6 +140,11 @@ class FeatureReader:
         match self.windowing:
             case Slide(frames_per_second=rate) if rate is not None:
                 self._check_rate(rate)
+            case Slide(frame_stride=stride) if stride > 1:
+                raise ValueError(
+                    f"data.clips.windowing.frame_stride is {stride}, but {self.folder.root} holds features, which are "
+                    "means over stretches of time and are all taken; set it to 1"
+                )
 
     def _check_rate(self, rate: float) -> None:
         rates = columns_of(self.folder.videos)["samples_per_second"]
