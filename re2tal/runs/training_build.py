@@ -7,6 +7,7 @@ from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+from weakref import ref
 
 import torch
 from torch import nn
@@ -78,7 +79,9 @@ def build_trainer(
 
     def validate(engine: Engine) -> Mapping[str, float]:
         outcome = evaluate(engine)
-        log.draw(outcome.pictures, step=trainer.progress.step)
+        log.draw(outcome.pictures)
+        trainer = ours()
+        assert trainer is not None
         # Before the end of annealing it is another network than that of config.json.
         if best is not None and trainer.is_annealed:
             best.offer(outcome, engine, step=trainer.progress.step)
@@ -102,6 +105,7 @@ def build_trainer(
         planned_bytes=None if plan is None else plan.memory.peak,
         new_step=begin_step,
     )
+    ours = ref(trainer)  # a circle would keep the loader's processes alive when the run is over
     return trainer
 
 

@@ -81,7 +81,7 @@ def finish(
     made_by_main(export)
     ranks.check()
     trainer.log.write("evaluation", outcome.figures, step=trainer.progress.step)
-    trainer.log.draw(outcome.pictures, step=trainer.progress.step)
+    trainer.log.draw(outcome.pictures)
     summary = _summary(trainer, started)
     written: list[Outcome] = []
 

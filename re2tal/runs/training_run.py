@@ -17,14 +17,14 @@ import torch
 from re2tal.config import RunConfig, flatten, save_config, to_json
 from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.distributed import World, is_main, made_by_main, refuse_differences, resolve_world, together
-from re2tal.planning.shared import PLAN_NAME, save_plan, shared_plan
+from re2tal.planning.shared import save_plan, shared_plan
 from re2tal.planning.step_plan import StepPlan
 from re2tal.runs.best import BestModel
 from re2tal.runs.deepspeed_presets import DEFAULT_PRESET, find_preset
 from re2tal.runs.demo_data import make_if_wanted
 from re2tal.runs.evaluation import blocked_by
 from re2tal.runs.exit_status import HUNG
-from re2tal.runs.folder import BEST_NAME, CHECKPOINTS_NAME, CONFIG_NAME, claim
+from re2tal.runs.folder import BEST_NAME, CHECKPOINTS_NAME, CONFIG_NAME, PLAN_NAME, claim
 from re2tal.runs.lock import locked
 from re2tal.runs.orphans import end_with_the_launcher
 from re2tal.runs.start import build_from, find_start
@@ -99,7 +99,7 @@ def _train(
     _same_start(config, {"out": folder.absolute(), "resume": resume, "overwrite": overwrite})
     ranks.check()
     together(lambda: _engine_settings(ds, config, world))  # a fault of the file is said before data is opened
-    check_trackers(config.training.trackers)
+    made_by_main(lambda: check_trackers(config.training.trackers))
     make_if_wanted(config, world)
     shards = training, validation = open_both(config)
     config = _fitted(config, training)

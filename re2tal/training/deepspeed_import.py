@@ -14,7 +14,7 @@ if not torch.accelerator.is_available():
 try:
     import deepspeed
 except ImportError as error:
-    raise ValueError(f"training needs deepspeed, and deepspeed Linux ({error}); pip install deepspeed") from error
+    raise ValueError(f"training needs DeepSpeed, and DeepSpeed needs Linux: pip install deepspeed ({error})") from error
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config

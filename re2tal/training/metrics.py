@@ -75,10 +75,10 @@ class MetricsLog:
         line = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if "/" not in name or kind != "train")
         self.say(f"step {step}/{self.progress.total:.0f}, {self.progress.left()}  {line}")
 
-    def draw(self, figures: Callable[[], Figures], *, step: int) -> None:
-        """Shows pictures, which are drawn only where there is something to show them, at an optimizer step."""
-        if self.enabled and self.trackers is not None:
-            self.trackers.draw(figures, step=step)
+    def draw(self, figures: Callable[[], Figures]) -> None:
+        """Shows pictures of the step that was done last; they are drawn only where there is something to show them."""
+        if self.enabled and self.trackers is not None and self.progress is not None:
+            self.trackers.draw(figures, step=int(self.progress.done))
 
     def _write_rows(self) -> None:
         path, rows = self.folder / "metrics.jsonl", "".join(self._rows).encode()

@@ -98,6 +98,7 @@ def stop_requests() -> Iterator[StopRequests]:
         for number, handler in previous.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(earlier_fd)
+        writer.shutdown(socket.SHUT_RDWR)  # closed alone, it would stay open in each process that was forked meanwhile
         writer.close()
         listener.join()
         reader.close()

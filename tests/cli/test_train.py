@@ -14,8 +14,10 @@ import numpy as np
 import pytest
 from distributed.ranks import launch_ranks
 from safetensors.torch import save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from re2tal.backbones import BackboneConfig, build_backbone
+from re2tal.cli import main
 from re2tal.config import load_config, save_config
 from re2tal.data.building.annotations import read_annotations
 from re2tal.data.streaming.windows import ResizeWhole
@@ -143,8 +145,17 @@ def test_a_run_that_names_relative_paths_goes_on_from_another_folder(shards, tmp
     weights = build_backbone(BackboneConfig(name="swin3d_nano")).state_dict()
     save_file(weights, here / "swin.safetensors")
     paths = ["--data.shards", "shards", "--backbone.weights", "swin.safetensors", "--out", "run"]
-    re2tal("train", *SMALL, *paths, cwd=here)
+    printed = re2tal("train", *SMALL, *paths, "--training.evaluate-every-epochs", 1, cwd=here)
     out = here / "run"
+    assert f"model: {Path('run') / 'model.safetensors'}; average mAP" in printed
+    assert "(protocol opentad, subset validation)" in printed
+    next_commands = [line.split()[:2] for line in printed.splitlines()[-3:]]
+    assert next_commands == [["re2tal", "view"], ["re2tal", "detect"], ["re2tal", "evaluate"]]
+    seen = EventAccumulator(str(out / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    assert [one.step for one in seen.Scalars("train/loss")] == list(range(1, 13))
+    assert [one.step for one in seen.Images("precision_recall")] == [6, 12]
+    assert {"evaluation/map/0.5", "train/loader_wait", "train/skipped"} <= set(seen.Tags()["scalars"])
+    assert {"timeline/1", "timeline/2"} <= set(seen.Tags()["images"])
     whole = read_model(out / "model.safetensors")
 
     shutil.rmtree(out / "checkpoints" / "step-00000012")
@@ -170,6 +181,14 @@ def test_a_run_that_names_relative_paths_goes_on_from_another_folder(shards, tmp
         re2tal(*again, "--backbone.weights", "other.safetensors", cwd=there)
 
 
-def re2tal(*arguments: object, cwd: Path | None = None) -> None:
+def re2tal(*arguments: object, cwd: Path | None = None) -> str:
     command = [sys.executable, "-m", "re2tal", *map(str, arguments)]
-    subprocess.run(command, check=True, cwd=cwd, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, check=True, cwd=cwd, env=environment, stdout=subprocess.PIPE, text=True).stdout
+
+
+def test_a_tracker_without_its_package_is_refused_before_anything_is_read(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "--training.trackers", "comet_ml", "--out", str(tmp_path / "run")])
+    assert "'comet_ml', whose package is not installed; run `pip install comet-ml`" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
 import subprocess
 import sys
@@ -77,3 +78,14 @@ def test_a_hangup_that_nohup_ignores_stays_ignored():
             assert not requests
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def test_a_process_that_was_forked_meanwhile_and_lives_on_holds_up_nobody():
+    """It has a copy of the socket, which would keep the listener waiting."""
+    with stop_requests():
+        child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+        child.start()
+    left = child.is_alive()
+    child.kill()
+    child.join()
+    assert left

@@ -79,9 +79,10 @@ def logged(folder: Path, names: tuple[str, ...], *, start: int, until: int) -> N
     log = MetricsLog(folder, enabled=True, trackers=trackers)
     log.open(step=start, num_steps=9)
     for step in range(start + 1, until + 1):
+        log.advance()
         log.write("train", {"loss": 1 / step, "loss/boundary": 0.5, "lr/backbone": 1e-4}, step=step)
     log.write("evaluation", {"average_map": 0.25, "map/0.5": 0.5}, step=until)
-    log.draw(lambda: {"precision_recall": picture(), "timeline/1": picture()}, step=until)
+    log.draw(lambda: {"precision_recall": picture(), "timeline/1": picture()})
     log.close()
 
 
