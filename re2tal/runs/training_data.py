@@ -1,4 +1,7 @@
-"""The batches of a training run: the same ones in the same order, with the same losses, on any number of ranks."""
+"""The data of a training run: its subsets and their batches.
+
+The batches are the same ones in the same order, with the same losses, on any number of ranks.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,56 @@ import numpy as np
 import torch
 from torch import nn
 
+from re2tal.config import RecognitionConfig
+from re2tal.data.building.clips import true_classes
 from re2tal.data.contract.columns import shared_ids
-from re2tal.data.contract.shards import FeatureSet, ShardSet
+from re2tal.data.contract.shards import FeatureSet, ShardSet, open_any, subset_folder
 from re2tal.data.streaming.stream import ClipStream, stream_clips
-from re2tal.distributed import World, value_of_each_rank
+from re2tal.distributed import World, is_main, value_of_each_rank
 from re2tal.inference import detector_input
 from re2tal.localizers.losses import RunningCount
+from re2tal.runs.stored_features import check_pair
 from re2tal.runs.tasks import AnyRun
 from re2tal.structures import Batch, FeatureBatch
 from re2tal.training.frames import prepare_frames
+
+Pair = tuple[ShardSet, ShardSet] | tuple[FeatureSet, FeatureSet]
+"""The training and the validation subset."""
+
+
+def open_both(config: AnyRun) -> Pair:
+    """Both of videos, or, for a detector, both of the same features; rank 0 says which videos are in both."""
+    data = config.data
+    training = open_any(subset_folder(data.shards, data.training_subset))
+    validation = open_any(subset_folder(data.shards, data.validation_subset))
+    if training.classes != validation.classes:
+        raise ValueError(
+            f"{training.root} has classes {list(training.classes)}, {validation.root} {list(validation.classes)}; "
+            "build both from one annotation file"
+        )
+    if is_main():
+        _say_shared(training, validation)
+    match training, validation:
+        case ShardSet(), ShardSet():
+            if isinstance(config, RecognitionConfig):
+                for shards in (training, validation):
+                    true_classes(shards)  # refuses those that are not trimmed clips
+            return training, validation
+        case FeatureSet(), FeatureSet():
+            check_pair(training, validation)
+            return training, validation
+    raise ValueError(f"one of {training.root} and {validation.root} holds videos, the other features; give two alike")
+
+
+def _say_shared(training: ShardSet | FeatureSet, validation: ShardSet | FeatureSet) -> None:
+    """Warn of videos that a run is trained on and judged by."""
+    if training.root == validation.root or not (both := shared_ids(validation.videos, training.videos)):
+        return
+    print(
+        f"{len(both)} of {len(validation.videos)} videos of {validation.root} are in {training.root} too, such as "
+        f"{both[0]!r}: figures tell little of other videos; build, or annotate, both from one annotation file",
+        file=sys.stderr,
+    )
 
 
 def stream_of(config: AnyRun, shards: ShardSet | FeatureSet, world: World, *, training: bool) -> ClipStream:
@@ -34,17 +78,6 @@ def stream_of(config: AnyRun, shards: ShardSet | FeatureSet, world: World, *, tr
         decoder=config.data.decoder,
         # torchrun and accelerate say it; under other launchers each rank counts for itself alone.
         ranks_on_host=int(on_host) if (on_host := os.environ.get("LOCAL_WORLD_SIZE", "")).isdecimal() else 1,
-    )
-
-
-def say_shared(training: ShardSet | FeatureSet, validation: ShardSet | FeatureSet) -> None:
-    """Warn of videos that a run is trained on and judged by."""
-    if training.root == validation.root or not (both := shared_ids(validation.videos, training.videos)):
-        return
-    print(
-        f"{len(both)} of {len(validation.videos)} videos of {validation.root} are in {training.root} too, such as "
-        f"{both[0]!r}: figures tell little of other videos; build, or annotate, both from one annotation file",
-        file=sys.stderr,
     )
 
 

@@ -8,13 +8,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from re2tal.config import RunConfig
+from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.distributed import is_main, made_by_main
 from re2tal.evaluation.accuracy import AccuracyReport
 from re2tal.evaluation.average_precision import MapReport
 from re2tal.rewire import wiring_of
 from re2tal.runs.best import BestModel
 from re2tal.runs.folder import LAST_MODEL_NAME, MODEL_NAME, RESULTS_NAME, SUMMARY_NAME
-from re2tal.runs.tasks import Outcome
+from re2tal.runs.model_folder import describe_trained
+from re2tal.runs.stored_features import describe
+from re2tal.runs.tasks import AnyRun, Outcome
 from re2tal.strict_json import write_json
 from re2tal.training.deepspeed_import import Engine
 from re2tal.training.engine_weights import gather_weights
@@ -41,12 +45,12 @@ class TrainedRun:
 
 def finish(
     trainer: Trainer,
+    config: AnyRun,
     folder: Path,
+    training: ShardSet | FeatureSet,
     evaluate: Callable[[Engine], Outcome],
     *,
     ranks: Agreement,
-    features: dict[str, Any] | None,
-    describe_run: Callable[[Mapping[str, Any]], None],
     started: float,
     best: BestModel | None = None,
 ) -> TrainedRun:
@@ -65,6 +69,7 @@ def finish(
     ranks.check()
     at("the export", patient=True)
     model = trainer.engine.module
+    features = describe(training) if isinstance(training, FeatureSet) else None
 
     def export() -> None:
         own = folder / (MODEL_NAME if best is None else LAST_MODEL_NAME)
@@ -86,14 +91,16 @@ def finish(
             note = summary["chosen"]["note"]
             trainer.log.say(note)
         final.write(folder / RESULTS_NAME, note=note)
-        write_json(folder / SUMMARY_NAME, final.summary | summary)
-        describe_run(final.summary | summary)
+        summary.update(final.summary)
+        write_json(folder / SUMMARY_NAME, summary)
+        if isinstance(config, RunConfig):
+            describe_trained(folder, config, model.classes, summary=summary, training=training)
         written.append(final)
 
     made_by_main(write)
     if not is_main():
         return TrainedRun(folder, interrupted=False, summary={})
-    return TrainedRun(folder, interrupted=False, summary=written[0].summary | summary, report=written[0].report)
+    return TrainedRun(folder, interrupted=False, summary=summary, report=written[0].report)
 
 
 def _summary(trainer: Trainer, started: float) -> dict[str, Any]:

@@ -5,22 +5,19 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+import weakref
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
-from re2tal.config import RecognitionConfig, RunConfig, flatten, save_config, to_json
-from re2tal.data.building.clips import true_classes
-from re2tal.data.contract.shards import FeatureSet, ShardSet, open_any, subset_folder
+from re2tal.config import RunConfig, flatten, save_config, to_json
+from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.distributed import World, is_main, made_by_main, refuse_differences, resolve_world, together
-from re2tal.options import defaults_of, names_with
 from re2tal.planning.shared import PLAN_NAME, save_plan, shared_plan
 from re2tal.planning.step_plan import StepPlan
 from re2tal.runs.best import BestModel
@@ -30,36 +27,23 @@ from re2tal.runs.evaluation import blocked_by
 from re2tal.runs.exit_status import HUNG
 from re2tal.runs.folder import BEST_NAME, CHECKPOINTS_NAME, CONFIG_NAME, claim
 from re2tal.runs.lock import locked
-from re2tal.runs.model_folder import describe_trained
 from re2tal.runs.orphans import end_with_the_launcher
 from re2tal.runs.start import build_from, find_start
-from re2tal.runs.stored_features import check_kind, check_pair, describe, on_features
+from re2tal.runs.stored_features import check_kind, on_features
 from re2tal.runs.tasks import AnyRun, Outcome, judge
-from re2tal.runs.training_data import alike_on_any_ranks, prepare, say_shared, stream_of
+from re2tal.runs.training_build import build_trainer
+from re2tal.runs.training_data import open_both, stream_of
 from re2tal.runs.training_end import TrainedRun, finish
-from re2tal.training.agreement import versions, weight_checksums
-from re2tal.training.annealing import beta_course
-from re2tal.training.checkpoint import VALIDATION, CheckpointStore
+from re2tal.training.agreement import versions
+from re2tal.training.checkpoint import CheckpointStore
 from re2tal.training.deepspeed_import import Engine
-from re2tal.training.elastic import RANKS, same_clips_per_step
-from re2tal.training.engine import build_engine
-from re2tal.training.engine_weights import zero_stage
-from re2tal.training.finite import check_finite
-from re2tal.training.generators import seed_generators
+from re2tal.training.elastic import same_clips_per_step
 from re2tal.training.interruption import Agreement, Interrupted
-from re2tal.training.metrics import MetricsLog
-from re2tal.training.optimizer import build_optimizer, for_batch
 from re2tal.training.process_group import join, leave
-from re2tal.training.schedule import learning_rate_factor, num_optimizer_steps
-from re2tal.training.sharding import is_sharded_early
 from re2tal.training.signals import StopRequests, stop_requests
 from re2tal.training.trainer import Trainer
 from re2tal.training.watchdog import at, watched
 from re2tal.training.zero_file import resolve_deepspeed_config
-
-STEPS_OF_EPOCH = "optimizer steps of an epoch"
-"""In the identity of a run. The same for any number of ranks."""
-Pair = tuple[ShardSet | FeatureSet, ShardSet | FeatureSet]  # training, validation
 
 
 def train(
@@ -110,35 +94,20 @@ def _train(
 ) -> TrainedRun:
     """Interrupted on all ranks when one was told to stop. `cleanup` unwinds when this is over."""
     started = time.perf_counter()
-    world = resolve_world(os.environ)
-    device = join(world, config.engine)
-    cleanup.callback(leave)
+    world, device = _join(config, folder, cleanup)
     ranks = Agreement(requests, device)
-    at("start-up", patient=True)
-    watch = watched(
-        folder,
-        limit_seconds=60 * config.engine.timeout_minutes,
-        master_addr=world.master_addr,
-        exit_status=HUNG,
-    )
-    cleanup.enter_context(watch)
     _same_start(config, {"out": folder.absolute(), "resume": resume, "overwrite": overwrite})
     ranks.check()
-    ds_file, settings = together(lambda: _engine_settings(ds, config, world))[world.rank]
+    together(lambda: _engine_settings(ds, config, world))  # a fault of the file is said before data is opened
     make_if_wanted(config, world)
-    both = training, validation = _open_both(config)
-    if isinstance(config, RunConfig) and isinstance(training, FeatureSet):
-        config = on_features(config, training)
-    check_kind(config, training)
-    _check_norms(config)
-    if isinstance(config, RunConfig):
-        blocked_by(config.evaluation)  # raises where it is no list, before anything is built
+    shards = training, validation = open_both(config)
+    config = _fitted(config, training)
     build = partial(build_from, config, training.classes, find_start(config, training))
     made_by_main(lambda: cleanup.enter_context(locked(folder)))
     claim(folder, resume=resume, overwrite=overwrite)
-    if resume and (saved := made_by_main(CheckpointStore(folder / CHECKPOINTS_NAME, identity={}).newest_run)):
-        config = replace(config, engine=same_clips_per_step(config.engine, saved, num_ranks=world.world_size))
-        ds_file, settings = together(lambda: _engine_settings(ds, config, world))[world.rank]
+    if resume:
+        config = _on_these_ranks(config, folder, world)
+    ds_file, settings = together(lambda: _engine_settings(ds, config, world))[world.rank]
     ranks.check()
     clips = stream_of(config, validation, world, training=False)
 
@@ -148,44 +117,70 @@ def _train(
     earlier = folder / PLAN_NAME if resume else None
     plan = _plan(config, ds_file, world, classes=training.classes, device=device, earlier=earlier)
     ranks.check()
-    features = describe(training) if isinstance(training, FeatureSet) else None
-    best = BestModel(folder / BEST_NAME, config, validation, features) if config.training.keep_best else None
+    best = BestModel(folder / BEST_NAME, config, *shards) if config.training.keep_best else None
 
     def validate(engine: Engine) -> Mapping[str, float]:
-        outcome = evaluate(engine)
+        outcome, now = evaluate(engine), running()
         # Before the end of annealing it is another network than that of config.json.
-        if best is not None and trainer.is_annealed:
-            best.offer(outcome, engine, step=trainer.progress.step)
+        if best is not None and now is not None and now.is_annealed:
+            best.offer(outcome, engine, step=now.progress.step)
         return outcome.figures
 
-    trainer = _build(config, settings, folder, world, build, both, validate=validate, device=device, plan=plan)
-    resumed = resume and trainer.resume()
+    trainer = build_trainer(config, settings, folder, world, build, shards, validate=validate, device=device, plan=plan)
+    running = weakref.ref(trainer)  # a cycle would keep the streams' workers alive beyond the run
+    _resume(trainer, config, folder, plan, resume=resume)
     if best is not None:
         best.start(step=trainer.progress.step, say=trainer.log.say)
-    if world.is_main:  # not before: a run that may not be resumed like this keeps the configuration it has
+    with closing(trainer.log):
+        if trainer.train() == "interrupted":
+            raise Interrupted
+        return finish(trainer, config, folder, training, evaluate, ranks=ranks, started=started, best=best)
+
+
+def _join(config: AnyRun, folder: Path, cleanup: ExitStack) -> tuple[World, torch.device]:
+    """The ranks meet, and are watched from here on."""
+    world = resolve_world(os.environ)
+    device = join(world, config.engine)
+    cleanup.callback(leave)
+    at("start-up", patient=True)
+    limit = 60 * config.engine.timeout_minutes
+    watch = watched(folder, limit_seconds=limit, master_addr=world.master_addr, exit_status=HUNG)
+    cleanup.enter_context(watch)
+    return world, device
+
+
+def _fitted(config: AnyRun, training: ShardSet | FeatureSet) -> AnyRun:
+    """`config` with what the data decides. ValueError where it does not fit the data, or itself."""
+    if isinstance(config, RunConfig) and isinstance(training, FeatureSet):
+        config = on_features(config, training)
+    check_kind(config, training)
+    if config.backbone.norm_eval and config.backbone.weights is None and config.start_from is None:
+        raise ValueError(
+            "backbone.norm_eval freezes the norms of a pretrained backbone, but backbone.weights names no weights; "
+            "set it to a weights file, or set backbone.norm_eval to false to train from random weights"
+        )
+    if isinstance(config, RunConfig):
+        blocked_by(config.evaluation)  # raises where it is no list, before anything is built
+    return config
+
+
+def _on_these_ranks(config: AnyRun, folder: Path, world: World) -> AnyRun:
+    """Every rank calls this: `config` with as many clips per step as the run that is resumed."""
+    saved = made_by_main(CheckpointStore(folder / CHECKPOINTS_NAME, identity={}).newest_run)
+    if not saved:
+        return config
+    return replace(config, engine=same_clips_per_step(config.engine, saved, num_ranks=world.world_size))
+
+
+def _resume(trainer: Trainer, config: AnyRun, folder: Path, plan: StepPlan | None, *, resume: bool) -> None:
+    """Every rank calls this: continues the earlier run, if `resume` and there is one; rank 0 writes config and plan."""
+    resumed = resume and trainer.resume()
+    if is_main():  # not before: a run that may not be resumed like this keeps the configuration it has
         save_config(folder / CONFIG_NAME, config)
         if plan is not None:
             save_plan(folder / PLAN_NAME, plan)
     if resumed:
         trainer.log.say(f"resumed at step {trainer.progress.step} of {trainer.num_steps}")
-    with closing(trainer.log):
-        if trainer.train() == "interrupted":
-            raise Interrupted
-
-        def describe_run(summary: Mapping[str, Any]) -> None:
-            if isinstance(config, RunConfig):
-                describe_trained(folder, config, trainer.engine.module.classes, summary=summary, training=training)
-
-        return finish(
-            trainer,
-            folder,
-            evaluate,
-            ranks=ranks,
-            features=features,
-            describe_run=describe_run,
-            started=started,
-            best=best,
-        )
 
 
 def _same_start(config: AnyRun, options: Mapping[str, object]) -> None:
@@ -197,119 +192,6 @@ def _engine_settings(ds: Path | str, config: AnyRun, world: World) -> tuple[Path
     """The DeepSpeed file, and what it means for this run."""
     ds_file = find_preset(ds)
     return ds_file, resolve_deepspeed_config(ds_file, config.engine, world_size=world.world_size)
-
-
-def _check_norms(config: AnyRun) -> None:
-    if config.backbone.norm_eval and config.backbone.weights is None and config.start_from is None:
-        raise ValueError(
-            "backbone.norm_eval freezes the norms of a pretrained backbone, but backbone.weights names no weights; "
-            "set it to a weights file, or set backbone.norm_eval to false to train from random weights"
-        )
-
-
-def _open_both(config: AnyRun) -> tuple[ShardSet, ShardSet] | tuple[FeatureSet, FeatureSet]:
-    """The training and the validation subset: both of videos, or, for a detector, both of the same features."""
-    data = config.data
-    training = open_any(subset_folder(data.shards, data.training_subset))
-    validation = open_any(subset_folder(data.shards, data.validation_subset))
-    if training.classes != validation.classes:
-        raise ValueError(
-            f"{training.root} has classes {list(training.classes)}, {validation.root} {list(validation.classes)}; "
-            "build both from one annotation file"
-        )
-    if is_main():
-        say_shared(training, validation)
-    match training, validation:
-        case ShardSet(), ShardSet():
-            if isinstance(config, RecognitionConfig):
-                for shards in (training, validation):
-                    true_classes(shards)  # refuses those that are not trimmed clips
-            return training, validation
-        case FeatureSet(), FeatureSet():
-            check_pair(training, validation)
-            return training, validation
-    raise ValueError(f"one of {training.root} and {validation.root} holds videos, the other features; give two alike")
-
-
-def _build(
-    config: AnyRun,
-    settings: dict[str, Any],
-    folder: Path,
-    world: World,
-    build: Callable[[], nn.Module],
-    shards: Pair,
-    *,
-    validate: Callable[[Engine], Mapping[str, float]],
-    device: torch.device,
-    plan: StepPlan | None,
-) -> Trainer:
-    training, validation = shards
-    seed = config.training.seed
-    seed_generators(seed, rank=0)  # the same weights on all ranks
-    model = build()
-    if not is_sharded_early(settings):  # there, parameters go to the device one by one
-        model = model.to(device)
-    check_finite(model)
-    if plan is not None:
-        plan.apply(model)
-    clips = stream_of(config, training, world, training=True)
-    accumulation = config.engine.gradient_accumulation
-    # Earlier versions began a step with the last batches of one epoch and ended it with the first of the next.
-    earlier = {STEPS_OF_EPOCH: clips.steps_per_epoch / accumulation}
-    begin_step = alike_on_any_ranks(model, clips, accumulation=accumulation)
-    refuse_differences(
-        {
-            **{f"DeepSpeed's {name}": value for name, value in flatten(settings)},
-            "training shards": training.manifest_sha256,
-            VALIDATION: validation.manifest_sha256,
-            "order of the first epoch": sha256(repr(clips.order(0)).encode()).hexdigest(),
-            **weight_checksums(model),  # now: DeepSpeed will overwrite them with those of rank 0
-        }
-    )
-    seed_generators(seed, rank=world.rank)  # but different paths dropped
-    steps_per_epoch = clips.steps_per_epoch / accumulation
-    num_steps = num_optimizer_steps(config.training.epochs, clips.steps_per_epoch, accumulation=accumulation)
-    factor = learning_rate_factor(config.schedule, steps_per_epoch=steps_per_epoch, num_steps=num_steps)
-    beta = beta_course(config.annealing, end=config.backbone.beta, steps_per_epoch=steps_per_epoch, num_steps=num_steps)
-    clips_per_step = config.engine.batch_size * accumulation * world.world_size
-    optimizer, on_rates = for_batch(config.optimizer, clips=clips_per_step)
-    engine = build_engine(model, build_optimizer(model, optimizer), factor=factor, settings=settings)
-    identity = _identity(config, engine, shards, world) | {STEPS_OF_EPOCH: steps_per_epoch}
-    dtype = next(model.parameters()).dtype
-    log = MetricsLog(folder, enabled=world.is_main)
-    if on_rates is not None:
-        log.say(on_rates)
-    return Trainer(
-        engine,
-        clips,
-        validate,
-        config.training,
-        prepare=partial(prepare, strength=config.data.clips.colour_jitter, seed=seed, world=world, dtype=dtype),
-        checkpoints=CheckpointStore(
-            folder / CHECKPOINTS_NAME,
-            identity=identity,
-            free=set(names_with(config, "resumable")),
-            defaults=dict(defaults_of(config)) | earlier,
-            keep=config.training.keep_checkpoints,
-        ),
-        log=log,
-        beta=beta,
-        planned_bytes=None if plan is None else plan.memory.peak,
-        new_step=begin_step,
-    )
-
-
-def _identity(config: AnyRun, engine: Engine, shards: Pair, world: World) -> dict[str, Any]:
-    """What a checkpoint says of its run, by name; a run that resumes it has the same, but for what is resumable."""
-    training, validation = shards
-    return {
-        **dict(flatten(to_json(config))),
-        RANKS: world.world_size,
-        "ZeRO stage": zero_stage(engine),
-        "number of classes": len(training.classes),
-        "training shards": training.manifest_sha256,
-        VALIDATION: validation.manifest_sha256,
-    }
 
 
 def _plan(

@@ -17,25 +17,23 @@ from typing import Literal, Protocol
 import torch
 from torch import Tensor
 
-from re2tal.distributed import any_rank, made_by_main
-from re2tal.rewire import count_states, largest_drift, set_beta
+from re2tal.distributed import made_by_main
+from re2tal.rewire import set_beta
 from re2tal.structures import Batch
-from re2tal.training.agreement import refuse_drifted_replicas, videos_by_rank
+from re2tal.training.agreement import refuse_drifted_replicas
 from re2tal.training.checkpoint import CheckpointStore
 from re2tal.training.config import TrainingConfig
 from re2tal.training.deepspeed_import import Engine
 from re2tal.training.ema import WeightAverage
-from re2tal.training.finite import GradientWatch
 from re2tal.training.interruption import Agreement, Interrupted
 from re2tal.training.manifest import Progress
-from re2tal.training.metrics import Meter, MetricsLog, peak_memory_gib
+from re2tal.training.metrics import MetricsLog
 from re2tal.training.micro_batch import MicroBatch, forward
 from re2tal.training.schedule import PeakRates, num_optimizer_steps
 from re2tal.training.signals import stop_requests
+from re2tal.training.skips import Skips
+from re2tal.training.step_report import StepReport
 from re2tal.training.watchdog import at
-
-LOSS_SCALE_SEARCH = 40
-"""Steps in a row that fp16 may skip while its loss scale is sought, beyond `max_non_finite`."""
 
 
 class Clips(Protocol):
@@ -84,7 +82,6 @@ class Trainer:
         self.checkpoints = checkpoints
         self.log = log
         self.beta = beta
-        self.planned_bytes = planned_bytes
         self.new_step = new_step
         self.accumulation = int(engine.gradient_accumulation_steps())
         self.steps_per_epoch = clips.steps_per_epoch / self.accumulation
@@ -92,10 +89,16 @@ class Trainer:
         decay = config.average_decay
         self.average = None if decay is None else WeightAverage(engine, decay=decay)
         self.progress = Progress()
-        self.non_finite_in_a_row = self.overflows_in_a_row = 0
+        self.skips = Skips(engine, log, max_non_finite=config.max_non_finite)
+        self.report = StepReport(
+            engine,
+            log,
+            steps_per_epoch=self.steps_per_epoch,
+            beta=beta,
+            planned_bytes=planned_bytes,
+        )
         self._waited = 0.0
         self._saved_step = -1
-        self.watch = GradientWatch(engine)
         self.warm = False
 
     def resume(self) -> bool:
@@ -128,7 +131,6 @@ class Trainer:
         self.log.open(step=self.progress.step, num_steps=self.num_steps)
         self.engine.train()
         self._couple()
-        meter = Meter(clips_per_step=int(self.engine.train_batch_size()))
         with stop_requests() as requests:
             # Signals reach ranks at different times: all ranks agree, or some would save while others train.
             ranks = Agreement(requests, self.engine.device)
@@ -139,9 +141,9 @@ class Trainer:
                 started = time.perf_counter()
                 self._waited = 0.0
                 losses = self._step(batches)
-                meter.add(losses, seconds=time.perf_counter() - started, waited=self._waited)
+                self.report.add(losses, seconds=time.perf_counter() - started, waited=self._waited)
                 self._advance(seconds=time.perf_counter() - started)
-                self._report(meter)
+                self._report()
                 stop = ranks.told()
                 if self._evaluation_is_due() and not stop:
                     if self.config.keep_best:
@@ -185,20 +187,18 @@ class Trainer:
         of the batches that follow.
         """
         while True:
-            self.watch.new_step()
+            self.skips.watch.new_step()
             self.new_step()
             micro_batches = [self._micro_batch(batches) for _ in range(self.accumulation)]
             if self.engine.was_step_applied():
                 # Only now: after a skipped step the weights are the old ones, and would count twice.
-                self.non_finite_in_a_row = self.overflows_in_a_row = 0
+                self.skips.applied()
                 if self.average is not None:
                     self.average.update()
                 break
-            lost = [video for one in micro_batches if bool(one.lost) for video in one.video_ids]
-            if not any_rank(bool(lost), device=self.engine.device):
-                self._skip_gradients()
+            self.progress = replace(self.progress, skipped=self.progress.skipped + 1)
+            if not self.skips.is_lost(micro_batches, step=self.progress.step):
                 break
-            self._skip_non_finite(f"the loss is not finite: {videos_by_rank(lost)}")
         losses = [one.losses for one in micro_batches]
         return {name: torch.stack([each[name] for each in losses]).mean() for name in losses[0]}
 
@@ -208,7 +208,7 @@ class Trainer:
         asked = time.perf_counter()
         batch = next(batches)
         self._waited += time.perf_counter() - asked
-        self.watch.new_batch(batch.video_ids)
+        self.skips.watch.new_batch(batch.video_ids)
         micro_batch = self._forward(batch)
         self.progress = replace(self.progress, micro_batches=self.progress.micro_batches + 1)
         at(f"step {self.progress.step}, backward", patient=not self.warm)
@@ -220,33 +220,6 @@ class Trainer:
         at(f"step {self.progress.step}, forward", patient=not self.warm)  # the first one may compile
         batch = batch.to(self.engine.device)
         return forward(self.engine, batch, self.prepare(batch, self.progress.micro_batches))
-
-    def _skip_gradients(self) -> None:
-        """Every rank calls this after a step whose gradients DeepSpeed refused, though its losses are finite."""
-        if self.engine.fp16_enabled():
-            # Counted apart: DeepSpeed begins with a loss scale of 2^16 and halves it at every overflow, so a sound run
-            # may skip a dozen steps in a row.
-            self.overflows_in_a_row += 1
-            in_a_row, limit = self.overflows_in_a_row, self.config.max_non_finite + LOSS_SCALE_SEARCH
-            self._skip(f"the gradients of step {self.progress.step} overflow", in_a_row=in_a_row, limit=limit)
-        else:
-            who = videos_by_rank(self.watch.culprits())
-            self._skip_non_finite(f"the gradients of step {self.progress.step} are not finite: {who}")
-
-    def _skip_non_finite(self, reason: str) -> None:
-        self.non_finite_in_a_row += 1
-        self._skip(reason, in_a_row=self.non_finite_in_a_row, limit=self.config.max_non_finite)
-
-    def _skip(self, reason: str, *, in_a_row: int, limit: int) -> None:
-        """Every rank calls this: counts what is not applied, and gives up when it happens too often in a row."""
-        self.progress = replace(self.progress, skipped=self.progress.skipped + 1)
-        self.log.say(f"skipped: {reason}")
-        if in_a_row >= limit:
-            raise FloatingPointError(
-                f"{in_a_row} batches or steps in a row were not finite, the last because {reason}; "
-                "the run has diverged: lower the learning rate, lengthen the warmup, or train in fp32. "
-                "Checkpoints are intact"
-            )
 
     def _batches(self) -> Generator[Batch]:
         """Batches without end, from where the run stands."""
@@ -272,45 +245,11 @@ class Trainer:
         if self.beta is not None:
             set_beta(self.engine.module, self.beta(self.progress.step))
 
-    def _report(self, meter: Meter) -> None:
+    def _report(self) -> None:
         if self.progress.step % self.config.log_every_steps and not self._last():
             return
         refuse_drifted_replicas(self.engine, step=self.progress.step)
-        losses, speed = meter.take(device=self.engine.device)
-        self._compare_with_plan()
-        self.log.write(
-            "train",
-            {
-                "epoch": self.progress.step / self.steps_per_epoch,
-                "loss": losses.pop("total"),
-                **{f"loss/{name}": loss for name, loss in losses.items()},
-                "lr": max(group["lr"] for group in self.engine.optimizer.param_groups),
-                **{f"lr/{group['name']}": group["lr"] for group in self.engine.optimizer.param_groups},
-                **self._rewiring(),
-                **speed,
-                "peak_memory_gib": peak_memory_gib(self.engine.device),
-                "skipped": self.progress.skipped,
-            },
-            step=self.progress.step,
-        )
-
-    def _rewiring(self) -> dict[str, float]:
-        """Beta and the number of kept states, where beta changes; the monitor's last error of rebuilt states."""
-        figures: dict[str, float] = {}
-        if self.beta is not None:
-            figures |= {"beta": self.beta(self.progress.step), "kept_states": count_states(self.engine.module).kept}
-        if (reading := largest_drift(self.engine.module)) is not None:
-            figures |= {"drift": reading.drift, "outside_grid": reading.outside}
-        return figures
-
-    def _compare_with_plan(self) -> None:
-        """Once, after the first steps."""
-        if self.planned_bytes is None:
-            return
-        measured = peak_memory_gib(self.engine.device) * 2**30 / 1e9
-        what = "resident, with libraries and data" if self.engine.device.type == "cpu" else "allocated on the device"
-        self.log.say(f"peak memory: {self.planned_bytes / 1e9:.3f} GB planned, {measured:.3f} GB {what}")
-        self.planned_bytes = None
+        self.report.write(self.progress)
 
     def _evaluation_is_due(self) -> bool:
         """True if the step just done completed an epoch to evaluate after, unless it is the last step."""

@@ -103,7 +103,7 @@ def test_ranks_that_differ_all_end_before_the_first_step_and_say_in_what(what, f
             manifest = tmp_path / "theirs" / "training" / "manifest.json"
             document = json.loads(manifest.read_text())
             manifest.write_text(json.dumps(document, indent=1))
-            redirect = "import re2tal.runs.training_run as t; o = t.open_any; import pathlib, sys; "
+            redirect = "import re2tal.runs.training_data as t; o = t.open_any; import pathlib, sys; "
             redirect += f"t.open_any = lambda p: o(pathlib.Path({str(tmp_path / 'theirs')!r}) / p.name); "
             redirect += "from re2tal.cli import main; main(['train', *sys.argv[1:]])"
             other = [sys.executable, "-c", redirect, *base[2:]]

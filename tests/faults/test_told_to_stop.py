@@ -35,7 +35,7 @@ from re2tal.training.trainer import Trainer
 ROOT = Path(__file__).parents[2]
 
 PHASES: list[tuple[str, Any, str, int, int]] = [
-    ("start-up", training_run, "_open_both", 1, 1),
+    ("start-up", training_run, "open_both", 1, 1),
     ("the first step", Trainer, "_forward", 1, 1),
     ("training", Trainer, "_forward", 2, 1),
     ("an evaluation on the way", inference, "detector_input", 2, 1),

@@ -10,7 +10,7 @@ from data.numbered import encode_numbered
 
 from re2tal.data.contract.columns import shared_ids
 from re2tal.data.contract.shards import ShardSet
-from re2tal.runs.training_data import say_shared
+from re2tal.runs.training_data import _say_shared
 
 
 def folder(root: Path, *video_ids: str) -> ShardSet:
@@ -20,9 +20,9 @@ def folder(root: Path, *video_ids: str) -> ShardSet:
 
 def test_videos_that_are_in_both_subsets_are_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     training, validation = folder(tmp_path / "t", "a", "b", "c"), folder(tmp_path / "v", "d", "b")
-    say_shared(training, validation)
+    _say_shared(training, validation)
     assert f"1 of 2 videos of {validation.root} are in {training.root} too, such as 'b'" in capsys.readouterr().err
     assert shared_ids(tuple(validation.videos), training.videos) == ["b"]  # entries without columns
-    say_shared(training, training)  # meant so
-    say_shared(training, folder(tmp_path / "w", "e"))
+    _say_shared(training, training)  # meant so
+    _say_shared(training, folder(tmp_path / "w", "e"))
     assert capsys.readouterr().err == ""

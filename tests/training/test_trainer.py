@@ -11,7 +11,7 @@ import torch
 from training.tiny import TinyClips, same, tiny_trainer, weights
 
 from re2tal.training.config import TrainingConfig
-from re2tal.training.trainer import LOSS_SCALE_SEARCH
+from re2tal.training.skips import LOSS_SCALE_SEARCH
 
 
 @pytest.fixture(autouse=True)

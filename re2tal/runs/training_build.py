@@ -1,0 +1,144 @@
+"""The trainer of a run: its network, its engine, and the identity that its checkpoints carry."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from re2tal.config import flatten, to_json
+from re2tal.data.streaming.stream import ClipStream
+from re2tal.distributed import World, refuse_differences
+from re2tal.options import defaults_of, names_with
+from re2tal.planning.step_plan import StepPlan
+from re2tal.runs.folder import CHECKPOINTS_NAME
+from re2tal.runs.tasks import AnyRun
+from re2tal.runs.training_data import Pair, alike_on_any_ranks, prepare, stream_of
+from re2tal.training.agreement import weight_checksums
+from re2tal.training.annealing import beta_course
+from re2tal.training.checkpoint import VALIDATION, CheckpointStore
+from re2tal.training.deepspeed_import import Engine
+from re2tal.training.elastic import RANKS
+from re2tal.training.engine import build_engine
+from re2tal.training.engine_weights import zero_stage
+from re2tal.training.finite import check_finite
+from re2tal.training.generators import seed_generators
+from re2tal.training.metrics import MetricsLog
+from re2tal.training.optimizer import build_optimizer, for_batch
+from re2tal.training.schedule import learning_rate_factor, num_optimizer_steps
+from re2tal.training.sharding import is_sharded_early
+from re2tal.training.trainer import Trainer
+
+STEPS_OF_EPOCH = "optimizer steps of an epoch"
+"""In the identity of a run. The same for any number of ranks."""
+
+
+def build_trainer(
+    config: AnyRun,
+    settings: dict[str, Any],
+    folder: Path,
+    world: World,
+    build: Callable[[], nn.Module],
+    shards: Pair,
+    *,
+    validate: Callable[[Engine], Mapping[str, float]],
+    device: torch.device,
+    plan: StepPlan | None,
+) -> Trainer:
+    """Every rank calls this. ValueError on all of them where settings, data or initial weights differ."""
+    seed, accumulation = config.training.seed, config.engine.gradient_accumulation
+    model = _network(config, settings, build, device=device, plan=plan)
+    clips = stream_of(config, shards[0], world, training=True)
+    # Earlier versions began a step with the last batches of one epoch and ended it with the first of the next.
+    earlier = {STEPS_OF_EPOCH: clips.steps_per_epoch / accumulation}
+    begin_step = alike_on_any_ranks(model, clips, accumulation=accumulation)
+    _refuse_other_starts(model, settings, shards, clips)
+    seed_generators(seed, rank=world.rank)  # but different paths dropped
+    log = MetricsLog(folder, enabled=world.is_main)
+    engine, beta = _engine(config, settings, model, clips, world, log)
+    identity = _identity(config, engine, shards, world)
+    dtype = next(model.parameters()).dtype
+    return Trainer(
+        engine,
+        clips,
+        validate,
+        config.training,
+        prepare=partial(prepare, strength=config.data.clips.colour_jitter, seed=seed, world=world, dtype=dtype),
+        checkpoints=CheckpointStore(
+            folder / CHECKPOINTS_NAME,
+            identity=identity | {STEPS_OF_EPOCH: clips.steps_per_epoch / accumulation},
+            free=set(names_with(config, "resumable")),
+            defaults=dict(defaults_of(config)) | earlier,
+            keep=config.training.keep_checkpoints,
+        ),
+        log=log,
+        beta=beta,
+        planned_bytes=None if plan is None else plan.memory.peak,
+        new_step=begin_step,
+    )
+
+
+def _network(
+    config: AnyRun,
+    settings: Mapping[str, Any],
+    build: Callable[[], nn.Module],
+    *,
+    device: torch.device,
+    plan: StepPlan | None,
+) -> nn.Module:
+    seed_generators(config.training.seed, rank=0)  # the same weights on all ranks
+    model = build()
+    if not is_sharded_early(settings):  # there, parameters go to the device one by one
+        model = model.to(device)
+    check_finite(model)
+    if plan is not None:
+        plan.apply(model)
+    return model
+
+
+def _refuse_other_starts(model: nn.Module, settings: dict[str, Any], shards: Pair, clips: ClipStream) -> None:
+    training, validation = shards
+    refuse_differences(
+        {
+            **{f"DeepSpeed's {name}": value for name, value in flatten(settings)},
+            "training shards": training.manifest_sha256,
+            VALIDATION: validation.manifest_sha256,
+            "order of the first epoch": sha256(repr(clips.order(0)).encode()).hexdigest(),
+            **weight_checksums(model),  # now: DeepSpeed will overwrite them with those of rank 0
+        }
+    )
+
+
+def _engine(
+    config: AnyRun, settings: dict[str, Any], model: nn.Module, clips: ClipStream, world: World, log: MetricsLog
+) -> tuple[Engine, Callable[[int], float] | None]:
+    """And the course of beta, where it changes."""
+    accumulation = config.engine.gradient_accumulation
+    steps_per_epoch = clips.steps_per_epoch / accumulation
+    num_steps = num_optimizer_steps(config.training.epochs, clips.steps_per_epoch, accumulation=accumulation)
+    factor = learning_rate_factor(config.schedule, steps_per_epoch=steps_per_epoch, num_steps=num_steps)
+    beta = beta_course(config.annealing, end=config.backbone.beta, steps_per_epoch=steps_per_epoch, num_steps=num_steps)
+    clips_per_step = config.engine.batch_size * accumulation * world.world_size
+    optimizer, on_rates = for_batch(config.optimizer, clips=clips_per_step)
+    engine = build_engine(model, build_optimizer(model, optimizer), factor=factor, settings=settings)
+    if on_rates is not None:
+        log.say(on_rates)
+    return engine, beta
+
+
+def _identity(config: AnyRun, engine: Engine, shards: Pair, world: World) -> dict[str, Any]:
+    """What a checkpoint says of its run, by name; a run that resumes it has the same, but for what is resumable."""
+    training, validation = shards
+    return {
+        **dict(flatten(to_json(config))),
+        RANKS: world.world_size,
+        "ZeRO stage": zero_stage(engine),
+        "number of classes": len(training.classes),
+        "training shards": training.manifest_sha256,
+        VALIDATION: validation.manifest_sha256,
+    }
