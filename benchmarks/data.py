@@ -7,7 +7,8 @@ turns), leak (growth of memory over 10,000 clips, as a share), open_million_s an
 a million videos: seconds, and memory that no other process shares), order_million_s and order_million_mib (one epoch's
 order), path_vs_decord (CPU-seconds of training clips of 256 frames as a ClipBatch over decord's for the same frames,
 handed over by dlpack, in turns), path_vs_torchcodec (the same with torchcodec, where it is installed), loader_wait
-(share of its time that a consumer as slow as decoding waits for 2 workers), relabel_share (see relabel.py).
+(share of its time that a consumer as slow as decoding waits for 2 workers), relabel_share (see relabel.py),
+shuffle_mates, shuffle_mates_chance and shuffle_reading (see shuffle.py).
 `--quick`: 10 min, 1,000 clips and 100,000 videos; the keys stay.
 """
 
@@ -34,6 +35,7 @@ import av
 import decord
 import numpy as np
 import relabel
+import shuffle
 import torch
 from torch import Tensor
 
@@ -51,10 +53,11 @@ from re2tal.data.contract.manifest import (
 )
 from re2tal.data.contract.members import read_content
 from re2tal.data.contract.shards import Pair, open_shards, write_tar
+from re2tal.data.streaming.clip_config import ClipConfig
 from re2tal.data.streaming.decode import DecoderName
 from re2tal.data.streaming.epoch_order import training_order
-from re2tal.data.streaming.stream import ClipConfig, stream_clips
-from re2tal.data.streaming.windows import Slide
+from re2tal.data.streaming.stream import stream_clips
+from re2tal.data.streaming.windowing import Slide
 from re2tal.structures import Action, VideoRecord
 
 SHARD = "shard-000000.tar"
@@ -230,7 +233,7 @@ def measure_open(root: Path, result) -> None:
     shards = open_shards(root)
     opened, grown = time.perf_counter() - start, private_mib() - before
     before, start = private_mib(), time.perf_counter()
-    order = training_order(columns_of(shards.videos)["shard"], shuffle_span=1024, seed=0, epoch=0)
+    order = training_order(columns_of(shards.videos)["shard"], shuffle_span=ClipConfig().shuffle_span, seed=0, epoch=0)
     result.put((opened, grown, time.perf_counter() - start, private_mib() - before, len(order)))
 
 
@@ -263,6 +266,7 @@ def main() -> None:
         found |= {"open_million_s": opened, "open_million_mib": open_mib}
         found |= {"order_million_s": order, "order_million_mib": order_mib}
     found["relabel_share"] = relabel.measure(quick=options.quick)["relabel_share"]
+    found |= shuffle.measure(quick=options.quick)
     print(json.dumps(found, indent=2))
     options.json.write_text(json.dumps(found))
 

@@ -19,6 +19,7 @@ mode in all forms, as its recipes have it and pieces need it.
 from __future__ import annotations
 
 import copy
+import ctypes
 import gc
 import statistics
 import time
@@ -26,6 +27,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -259,6 +261,22 @@ def peak_bytes(step: Step, device: torch.device) -> int:
     return live.peak
 
 
+def resident_bytes(step: Step) -> int:
+    """The most that this process held of the machine's memory during one step, beyond what it held before: Linux's."""
+    step()  # libraries keep what they prepare for its shapes
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)  # else the step fills what earlier ones left
+    status = Path("/proc/self/status")
+
+    def kibibytes(key: str) -> int:
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith(key))
+
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+    before = kibibytes("VmRSS")
+    step()
+    return 1024 * (kibibytes("VmHWM") - before)
+
+
 def seconds(step: Step, device: torch.device) -> float:
     """Of one step."""
     synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
@@ -269,11 +287,13 @@ def seconds(step: Step, device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def rounds(steps: Mapping[str, Step], device: torch.device, *, num: int) -> Iterator[dict[str, float]]:
+def rounds(
+    steps: Mapping[str, Step], device: torch.device, *, num: int, warm: bool = False
+) -> Iterator[dict[str, float]]:
     """Seconds of every step, all in turn in every round, the other way round in every second one, after a first round
-    that does not count."""
+    that does not count; `warm` if each has run before."""
     names = list(steps)
-    for number in range(num + 1):
+    for number in range(1 if warm else 0, num + 1):
         names.reverse()
         found = {name: seconds(steps[name], device) for name in names}
         if number:

@@ -25,13 +25,14 @@ pinned() {
 }
 
 # What each of the pinned ones needs beyond torch, numpy and transformers, line by line.
-direct=$(pinned accelerate webdataset decord av pydantic tyro tensorboard pytest pytest-timeout)
+direct=$(pinned accelerate webdataset decord av pydantic tyro rich tensorboard pytest pytest-timeout)
 mapfile -t wheels <<<"$direct"
 wheels+=(
     einops hjson msgpack ninja psutil py-cpuinfo # deepspeed
     braceexpand                                  # webdataset
     annotated-types pydantic-core typing-inspection typing-extensions # pydantic
     docstring-parser typeguard # tyro
+    markdown-it-py mdurl # rich
     absl-py protobuf # tensorboard, to write its files; what shows them needs more
     iniconfig pluggy pygments # pytest
 )

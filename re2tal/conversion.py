@@ -78,10 +78,13 @@ def key_layouts(name: str) -> tuple[KeyLayout, ...]:
         return swin3d_layouts.KEY_LAYOUTS
     if name in slowfast.SIZES:
         return slowfast_layouts.KEY_LAYOUTS
+    from re2tal.backbones.hub.internvideo2 import SIZES, original
     from re2tal.backbones.hub.pretrained import OURS  # imports transformers, which takes seconds
     from re2tal.backbones.hub.videomae_layouts import MMACTION, ORIGINAL
     from re2tal.backbones.hub.vjepa2_layouts import ORIGINAL as VJEPA2
 
+    if name in SIZES:
+        return OURS, original(SIZES[name])
     families = {"videomae": (MMACTION, ORIGINAL), "vjepa2": (VJEPA2,)}
     return (OURS, *families.get(name.partition("_")[0], ()))
 
@@ -135,10 +138,9 @@ def import_detector(
     else:
         loaded = _load_backbone(detector.backbone, checkpoint.tensors, config.backbone, path)
     try:
-        weights = import_weights(state, localizer=localizer, layout=layout)
+        localizer.load_state_dict(import_weights(state, localizer=localizer, layout=layout))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    localizer.load_state_dict(weights)
     ignored = tuple(key for key in loaded.ignored if key.removeprefix(outer) not in theirs)
     return detector, ImportReport(
         path, checkpoint.taken_from, loaded.layout, loaded.prefix, len(loaded.loaded), len(theirs), ignored
@@ -278,16 +280,15 @@ def _check_rewiring(layout: str, config: BackboneConfig, path: Path) -> None:
 
 
 def _find_layout(name: str, to: str) -> KeyLayout:
-    layouts = key_layouts(name)
-    try:
-        return next(layout for layout in layouts if layout.name.lower().startswith(to.lower()))
-    except StopIteration:
-        raise ValueError(f"{name} has no layout {to!r}; known (the beginning suffices): {_known(name)}") from None
+    found = [layout for layout in key_layouts(name) if layout.name.lower().startswith(to.lower())]
+    if not found:
+        raise ValueError(f"{name} has no layout {to!r}; known (the beginning suffices): {_known(name)}")
+    return found[0]
 
 
 def _known(name: str) -> list[str]:
-    of_the_library = [] if name in (*swin3d.SIZES, *slowfast.SIZES) else ["transformers"]
-    return [layout.name for layout in key_layouts(name)] + of_the_library
+    ours = name in (*swin3d.SIZES, *slowfast.SIZES)
+    return [layout.name for layout in key_layouts(name)] + ([] if ours else ["transformers"])
 
 
 def _position_indices(backbone: nn.Module, layout: KeyLayout) -> dict[str, Tensor]:
@@ -298,6 +299,5 @@ def _position_indices(backbone: nn.Module, layout: KeyLayout) -> dict[str, Tenso
     for place, attention in backbone.named_modules():
         if isinstance(attention, swin3d.WindowAttention):
             theirs = names[f"{place}.relative_position_bias_table"].replace("bias_table", "index")
-            num_tokens = math.prod(attention.window)
-            tables[theirs] = torch.from_numpy(relative_position_index(attention.window, num_tokens))
+            tables[theirs] = torch.from_numpy(relative_position_index(attention.window, math.prod(attention.window)))
     return tables

@@ -62,3 +62,9 @@ def test_the_drawing_of_packages_is_what_the_code_imports() -> None:
     script = runpy.run_path(str(ROOT / "docs/draw_packages.py"))
     drawn = script["draw"](script["packages"](ROOT / "re2tal"))
     assert (ROOT / "docs/packages.svg").read_text() == drawn, "imports changed: run `python docs/draw_packages.py`"
+
+
+@pytest.mark.slow
+def test_the_drawing_of_a_step_is_what_is_counted() -> None:
+    script = runpy.run_path(str(ROOT / "docs/draw_step.py"))
+    assert (ROOT / "docs/memory_of_a_step.svg").read_text() == script["draw"](script["curves"]())

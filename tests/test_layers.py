@@ -21,7 +21,7 @@ from re2tal.cli import COMMANDS
 
 ROOT = Path(__file__).resolve().parents[1] / "re2tal"
 
-LEAVES = ("structures", "strict_json", "tables", "options", "video_ids")
+LEAVES = ("structures", "strict_json", "tables", "options", "video_ids", "machine", "progress")
 """What every package may import, and which import nothing of ours."""
 
 BELOW: dict[str, tuple[str, ...]] = {
@@ -30,6 +30,8 @@ BELOW: dict[str, tuple[str, ...]] = {
     "tables": (),
     "options": (),
     "video_ids": (),
+    "machine": (),
+    "progress": (),
     "distributed": (),
     "reversible": (),
     "rewire": ("reversible",),
@@ -55,7 +57,7 @@ BELOW: dict[str, tuple[str, ...]] = {
 
 OWNERS: dict[str, tuple[str, ...]] = {
     "deepspeed": ("re2tal.training.deepspeed_import",),
-    "accelerate": ("re2tal.distributed",),
+    "accelerate": ("re2tal.training.trackers",),
     "decord": ("re2tal.data.streaming.decoders.by_decord",),
     "torchcodec": ("re2tal.data.streaming.decoders.by_torchcodec",),
     "webdataset": ("re2tal.data.contract.shards",),
@@ -63,10 +65,12 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "peft": ("re2tal.backbones.adapters.lora",),
     "av": ("re2tal.data.*",),
     "huggingface_hub": ("re2tal.runs.model_folder_card", "re2tal.runs.model_folder_hub"),
+    "fsspec": ("re2tal.data.addresses.remote",),
+    "aiohttp": ("re2tal.data.addresses.remote",),
     "h5py": ("re2tal.data.building.feature_files",),
     "matplotlib": ("re2tal.reporting.*",),
-    "tensorboard": ("re2tal.training.metrics",),
-    "tqdm": ("re2tal.training.metrics", "re2tal.runs.*"),
+    "rich": ("re2tal.progress",),
+    "tqdm": ("re2tal.runs.*",),
     "tyro": ("re2tal.cli", "re2tal.cli.*"),
 }
 

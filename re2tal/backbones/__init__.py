@@ -10,6 +10,7 @@ from typing import Any
 from re2tal.backbones import stored
 from re2tal.backbones.adapters.temporal import TemporalAdapter
 from re2tal.backbones.base import BackboneConfig, VideoBackbone, freeze, freeze_but, freeze_norms
+from re2tal.backbones.hub.tiling import ClipwiseBackbone
 from re2tal.backbones.slowfast import layouts as slowfast_layouts
 from re2tal.backbones.slowfast import network as slowfast
 from re2tal.backbones.swin3d import layouts as swin3d_layouts
@@ -51,6 +52,7 @@ BACKBONES: dict[str, Builder] = {
     **_rows("videomae", "nano", "small", "base", "large", "huge", "giant", module="videomae"),
     **_rows("vivit", "nano", "base", module="vivit"),
     **_rows("vjepa2", "nano", "large", "huge", "giant", module="vjepa2"),
+    **_rows("internvideo2", "nano", "1b", "6b", module="internvideo2"),
     **_rows("timesformer", "nano", "base", module="timesformer"),
     **_rows("videoprism", "nano", "base", "large", module="videoprism"),
     **_rows("vit", "nano", "base", "large", module="image_towers"),
@@ -158,6 +160,7 @@ def build_backbone(config: BackboneConfig) -> VideoBackbone:
             f"{config.name} gives a step per {backbone.frames_per_step} frames, but backbone.frames_per_step is "
             f"{config.frames_per_step}; leave it out"
         )
+    _set_clips(backbone, config)
     _adapt(backbone, config)
     if config.frozen:
         freeze(backbone)
@@ -166,6 +169,26 @@ def build_backbone(config: BackboneConfig) -> VideoBackbone:
     if config.rewired:
         rewire(backbone, config=config.rewiring())
     return backbone
+
+
+def _set_clips(backbone: VideoBackbone, config: BackboneConfig) -> None:
+    """Sets how clips are encoded; ValueError where there are none, or where they depend on each other."""
+    for name in ("clips_at_once", "trained_clips"):
+        key = f"backbone.{name} is {(value := getattr(config, name))}"
+        if value == getattr(BackboneConfig(), name):
+            continue
+        if not isinstance(backbone, ClipwiseBackbone):
+            raise ValueError(
+                f"{key}, but {config.name} takes a video as one clip; leave it out, or choose a family that cuts video "
+                "into clips (docs/backbones.md)"
+            )
+        if backbone.encoder.crosses_clips:
+            raise ValueError(
+                f"{key}, but the adapters of this backbone convolve over all clips of a window, so all are encoded "
+                "together; leave it out, or set backbone.adapter to 'lora' or 'none'"
+            )
+    if isinstance(backbone, ClipwiseBackbone):
+        backbone.clips_at_once = config.clips_at_once
 
 
 def take_parts_of(backbone: VideoBackbone, names: Iterable[str]) -> None:

@@ -44,6 +44,14 @@ class BackboneConfig(RewiringConfig):
     frames_per_step: int | None = None
     """How many frames one step of the features stands for, in a family that offers a choice (SlowFast: divisors of its
     slow stride); None is the family's own."""
+    clips_at_once: int | None = None
+    """Of families that cut video into clips: encode so many at a time, at least one of each video of a batch, and again
+    in backward. Memory then grows with the length of videos by their frames and features alone, for one more forward;
+    gradients are the same, and drop-path draws in another order. None is all at once."""
+    trained_clips: float = 1.0
+    """Of the same families: the share of a video's clips that a step trains, as TALLFormer does. The others take their
+    features from a memory in the run folder, which is an approximation. For whole videos (ResizeWhole): windows that
+    start at random places show no clip twice. A resumed run goes on with the memory as it is, so not to the bit."""
     frozen: bool = False
     """Train nothing in the backbone and keep all of it in evaluation mode."""
     norm_eval: bool = False
@@ -64,10 +72,12 @@ class BackboneConfig(RewiringConfig):
     """Of "lora": the last names of the linear layers that it updates; for Video Swin, for example, qkv and proj."""
 
     def __post_init__(self) -> None:
-        for name in ("feature_channels", "frames_per_step"):
+        for name in ("feature_channels", "frames_per_step", "clips_at_once"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"backbone.{name} is {value}; give at least 1, or None")
+        if not 0 < self.trained_clips <= 1:
+            raise ValueError(f"backbone.trained_clips is {self.trained_clips}; give a share above 0, and at most 1")
         if not 0 <= self.drop_path < 1:
             raise ValueError(f"backbone.drop_path is {self.drop_path}; give a rate of at least 0 and below 1")
         self._check_adapter()

@@ -35,6 +35,11 @@ def build(config: BackboneConfig) -> StoredFeatures:
             f"backbone.feature_channels is {config.feature_channels}; give the number of channels of the features, as "
             "`re2tal shards list FEATURES/training` says it"
         )
+    if config.clips_at_once is not None or config.trained_clips != 1:
+        raise ValueError(
+            f"backbone.name is {NAME!r}: there are no clips to encode; leave out backbone.clips_at_once and "
+            "backbone.trained_clips"
+        )
     if config.weights is not None or config.rewired:
         raise ValueError(
             f"backbone.name is {NAME!r}: there is no network to load weights into or to rewire; leave out "

@@ -3,113 +3,100 @@
 from __future__ import annotations
 
 import importlib
-import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from difflib import get_close_matches
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import re2tal
+from re2tal.cli.commands import COMMANDS, STARTING_POINTS
+from re2tal.cli.faults import end
+from re2tal.cli.help import commands_help, examples, page_of, short_help
 from re2tal.runs.exit_status import DIVERGED, KEYBOARD, WRONG_INPUT
 from re2tal.training.signals import stop_requests
 
 if TYPE_CHECKING:
     from tyro.constructors import ConstructorRegistry
 
-COMMANDS: dict[str, tuple[str, str]] = {
-    "demo": ("re2tal.cli.demo:demo", "write a small data set of real videos to try everything on"),
-    "annotations": (
-        "re2tal.cli.annotations:annotation_files",
-        "convert files of annotation tools and data sets",
-    ),
-    "recipes": ("re2tal.cli.recipes:recipes", "list settings to train with, and what is published of them"),
-    "datasets": ("re2tal.cli.datasets:datasets", "list published data sets, and compare annotations with them"),
-    "doctor": ("re2tal.cli.doctor:doctor", "check videos and annotations before a build, or this machine"),
-    "init": ("re2tal.cli.init:init", "look at your videos and annotations, and write a configuration to train with"),
-    "shards": ("re2tal.cli.shards:shards", "pack videos and annotations into training data"),
-    "features": ("re2tal.cli.features:features", "store a backbone's features of each video, to train on them instead"),
-    "train": ("re2tal.cli.train:train", "train and evaluate a detector, or a recognizer to fine-tune a backbone"),
-    "reproduce": (
-        "re2tal.cli.reproduce:reproduce",
-        "train a published setting, and compare the score with the published one",
-    ),
-    "plan": ("re2tal.cli.plan:plan", "print the memory of a training step by part, before anything is launched"),
-    "detect": ("re2tal.cli.detect:detect", "find actions in video files or shards with a trained detector"),
-    "classify": ("re2tal.cli.classify:classify", "classify trimmed videos with a trained recognizer"),
-    "evaluate": (
-        "re2tal.cli.evaluate:evaluate",
-        "score detections against annotations, or class scores against shards",
-    ),
-    "merge-results": (
-        "re2tal.cli.merge_results:merge_results",
-        "merge the detections of several runs, or name class-agnostic ones",
-    ),
-    "compare": ("re2tal.cli.compare:compare", "test whether two results differ in mAP by more than chance"),
-    "rewire": (
-        "re2tal.cli.rewire:rewire",
-        "show which parts of a backbone become reversible, and the memory that saves",
-    ),
-    "import": ("re2tal.cli.import_weights:import_weights", "take over a detector or a backbone trained elsewhere"),
-    "export": ("re2tal.cli.export:export", "write weights under the names of another code base"),
-    "view": ("re2tal.cli.view:view", "look at detections beside their videos, and correct them into annotations"),
-    "report": ("re2tal.cli.report:report", "draw a run's curves and detections on one page"),
-}
-"""Name -> where its function is, and what it does."""
-
-STARTING_POINTS = {"train": "demo", "plan": "demo", "import": "thumos14_re2swin_tiny"}
-"""Commands that take --recipe or --config and any change to it, and the recipe they begin with by default."""
+HELP = {"-h", "--help"}
+SHELLS = ("bash", "zsh", "fish")
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of the `re2tal` command; `arguments` without the program's name, from the command line by default.
 
     A fault in what the user gave (ValueError, OSError) ends in one line on stderr and exit status 2, never in a
-    traceback.
+    traceback, unless --debug asks for it.
     """
-    name, *rest = [*(sys.argv[1:] if arguments is None else arguments)] or ["--help"]
-    if name in ("-h", "--help"):
-        print(_usage())
-        return
-    if name == "--version":
-        print(f"re2tal {re2tal.__version__}")
-        return
+    words = [*(sys.argv[1:] if arguments is None else arguments)]
+    debug = "--debug" in words
+    name, *rest = [word for word in words if word != "--debug"] or ["--help"]
     if name not in COMMANDS:
-        _exit(f"unknown command {name!r}; known: {', '.join(COMMANDS)}", WRONG_INPUT)
+        return _without_command(name, rest)
+    if HELP & {*rest}:
+        print(short_help(name, rest))
+        sys.exit(0)
     try:
         # From the first line on: torch takes seconds to import, and a scheduler may not wait for it.
         with stop_requests() if name == "train" else nullcontext():
             status = _run(name, rest)
     except (ValueError, OSError) as error:
-        _exit(str(error), WRONG_INPUT)
+        end(str(error), WRONG_INPUT, debug=debug)
     except FloatingPointError as error:
-        _exit(str(error), DIVERGED)
+        end(str(error), DIVERGED, debug=debug)
     except KeyboardInterrupt:
-        _exit("stopped by the keyboard; finished files are kept, a training run goes on with --resume", KEYBOARD)
+        end("stopped by the keyboard; finished files are kept, a training run goes on with --resume", KEYBOARD)
     sys.exit(status)
 
 
+def _without_command(name: str, rest: Sequence[str]) -> None:
+    if name in HELP | {"--help-all"}:
+        print(commands_help())
+    elif name == "--version":
+        print(f"re2tal {re2tal.__version__}")
+    elif name == "--print-completion" and list(rest) in [[shell] for shell in SHELLS]:
+        from re2tal.cli.completion import print_completion
+
+        print_completion(rest[0])
+    elif name == "--print-completion":
+        end(f"--print-completion takes a shell: {', '.join(SHELLS)}", WRONG_INPUT)
+    else:
+        near = get_close_matches(name, COMMANDS, n=1)
+        perhaps = f"; did you mean {near[0]!r}?" if near else ""
+        end(f"unknown command {name!r}; known: {', '.join(COMMANDS)}{perhaps}", WRONG_INPUT)
+
+
 def _run(name: str, arguments: Sequence[str]) -> int:
-    import tyro
-
-    function = _load(COMMANDS[name][0])
-    if name in STARTING_POINTS:
-        from re2tal.cli.starting_point import starting_point
-
-        run, arguments = starting_point(arguments, default=STARTING_POINTS[name])
-        function = partial(function, run=run)
-    status = tyro.cli(
-        function,
-        args=arguments,
-        prog=f"re2tal {name}",
-        config=(tyro.conf.AvoidSubcommands,),
-        registry=short_floats(),
-    )
+    if "--help-all" in arguments:
+        print(f"{examples(page_of(name, arguments))}\n")
+    function, arguments = command(name, ["--help" if word == "--help-all" else word for word in arguments])
+    status = parsed(function, arguments, prog=f"re2tal {name}")
     return 0 if status is None else status
 
 
+def command(name: str, arguments: Sequence[str]) -> tuple[Callable, Sequence[str]]:
+    """The function of a command, and the arguments for it."""
+    module, _, place = COMMANDS[name][0].partition(":")
+    function = getattr(importlib.import_module(module), place)
+    if name not in STARTING_POINTS:
+        return function, arguments
+    from re2tal.cli.starting_point import starting_point
+
+    run, arguments = starting_point(arguments, default=STARTING_POINTS[name])
+    return partial(function, run=run), arguments
+
+
+def parsed(function: Callable, arguments: Sequence[str], *, prog: str) -> Any:
+    """What `function` returns for the arguments, parsed by its signature."""
+    import tyro
+
+    return tyro.cli(function, args=arguments, prog=prog, config=(tyro.conf.AvoidSubcommands,), registry=short_floats())
+
+
 def short_floats() -> ConstructorRegistry:
-    """Lets --help show 0.39999999999999997, the published threshold to the last bit, as 0.4.
+    """Lets help show 0.39999999999999997, the published threshold to the last bit, as 0.4.
 
     The value stays what it is.
     """
@@ -130,27 +117,3 @@ def short_floats() -> ConstructorRegistry:
         )
 
     return registry
-
-
-def _load(place: str) -> Callable:
-    module, _, function = place.partition(":")
-    return getattr(importlib.import_module(module), function)
-
-
-def _usage() -> str:
-    lines = [f"  {name:<12} {about}" for name, (_, about) in COMMANDS.items()]
-    return "\n".join(
-        [
-            "usage: re2tal COMMAND [options]      (re2tal COMMAND --help tells them)",
-            "       re2tal --version",
-            "",
-            *lines,
-        ]
-    )
-
-
-def _exit(message: str, status: int) -> None:
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    rank = f" (rank {os.environ.get('RANK')})" if ranks > 1 else ""
-    print(f"re2tal{rank}: {message}", file=sys.stderr)
-    sys.exit(status)

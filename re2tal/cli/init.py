@@ -24,8 +24,6 @@ def init(
 ) -> None:
     """Look at videos and annotations, and write a configuration that re2tal train --config takes.
 
-    Example: re2tal init videos annotations.json --out recipe.json
-
     Prints each choice with its reason, what about the data may disappoint, and the commands that come next. Only the
     headers and packets of videos are read: re2tal doctor looks at their pictures.
 

@@ -20,9 +20,6 @@ def merge_results(
 ) -> None:
     """Write the detections of several runs as one results JSON: together, repeats suppressed, best first.
 
-    Examples: re2tal merge-results rgb.json flow.json --out both.json; re2tal merge-results agnostic.json
-    --video-classes cuhk_val_simp_7.json --out named.json.
-
     Args:
         results: results JSON files of the same videos, in ActivityNet's layout
         out: results JSON to write

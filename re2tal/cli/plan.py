@@ -11,6 +11,7 @@ import tyro
 
 from re2tal.planning.choice import plan_step
 from re2tal.runs.deepspeed_presets import DEFAULT_PRESET, find_preset
+from re2tal.runs.planning_tables import print_forms, write_page
 from re2tal.runs.tasks import AnyRun
 from re2tal.strict_json import write_json
 
@@ -24,6 +25,8 @@ def plan(
     classes: int = 20,
     device: str | None = None,
     json: Path | None = None,
+    forms: bool = False,
+    write: Path | None = None,
 ) -> None:
     """Print the memory of a training step by part, without allocating it; with a budget, how its stages would run.
 
@@ -37,7 +40,14 @@ def plan(
         classes: how many classes the localizer tells apart
         device: "cpu" or "cuda"; the accelerator by default, where there is one
         json: a file for the figures, in bytes
+        forms: print a table instead: plain, checkpointed, rewired and with adapters, on 1, 8 and 64 ranks
+        write: a Markdown page in which the tables of chosen recipes are brought up to date, between their marks; of the
+            other options none counts
     """
+    if write is not None:
+        return write_page(write)
+    if forms:
+        return print_forms(run, ds, num_classes=classes, device=_device(device))
     if ranks < 1:
         raise ValueError(f"--ranks is {ranks}; give the number of processes, at least 1")
     run = _within(run, memory_budget_gb)

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from re2tal.data.contract.manifest import Rejection
 from re2tal.evaluation.coverage import cut_by_limit
+from re2tal.progress import clock_time
 from re2tal.reporting.found import FoundInVideo
 from re2tal.runs.detection import Detected
 from re2tal.runs.exit_status import SOME_LEFT_OUT
+from re2tal.runs.folder import MODEL_NAME, RESULTS_NAME
 from re2tal.runs.model_folder import CARD_NAME, SHIPPED
-from re2tal.runs.progress import clock_time
 from re2tal.tables import text_table
+
+if TYPE_CHECKING:
+    from re2tal.runs.training_end import TrainedRun
 
 MOST_SHOWN = 5
 """Actions of a video that are printed."""
@@ -67,6 +73,27 @@ def say_shipped() -> None:
         f"videos, so it shows how detection works and little more ({SHIPPED / CARD_NAME})",
         file=sys.stderr,
     )
+
+
+def say_trained(trained: TrainedRun) -> None:
+    """Print where the trained model is, how good, and what comes next."""
+    summary, folder = trained.summary, shlex.quote(str(trained.folder))
+    model = f"model: {trained.folder / MODEL_NAME}"
+    if "average_map" not in summary:
+        figures = f"top-1 {100 * summary['top1']:.2f} %, top-5 {100 * summary['top5']:.2f} %"
+        following = [
+            f"re2tal classify --run {folder} --videos VIDEOS",
+            f"re2tal train --backbone.weights {folder}/{MODEL_NAME}",
+        ]
+    else:
+        protocol = f"protocol {summary['protocol']}, subset {summary['subset']}"
+        figures = f"average mAP {100 * summary['average_map']:.2f} % ({protocol})"
+        following = [
+            f"re2tal view {folder}",
+            f"re2tal detect VIDEOS --model {folder}",
+            f"re2tal evaluate --predictions {folder}/{RESULTS_NAME} --annotations annotations.json",
+        ]
+    print("\n".join([f"{model}; {figures}", "next:", *(f"    {one}" for one in following)]))
 
 
 def say_left_out(rejected: Iterable[Rejection]) -> None:

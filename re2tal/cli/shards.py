@@ -68,7 +68,10 @@ class Annotate:
 
 @dataclass(frozen=True, slots=True)
 class Merge:
-    """Join shard folders: tars are linked or copied, each video checked; ids must differ, classes add up."""
+    """Join shard folders: tars are linked or copied, each video checked; classes add up.
+
+    Of videos with one id that are the same, one is taken; of those that differ, none, and they are named.
+    """
 
     folders: tyro.conf.Positional[tuple[Path, ...]]
     """Folders of a subset, or folders that hold one per subset."""

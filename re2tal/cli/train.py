@@ -8,6 +8,7 @@ from typing import Annotated
 
 import tyro
 
+from re2tal.cli.say import say_trained
 from re2tal.runs import training_run
 from re2tal.runs.deepspeed_presets import DEFAULT_PRESET
 from re2tal.runs.exit_status import HUNG, INTERRUPTED
@@ -23,7 +24,9 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
 ) -> int:
-    """Train a detector, or a recognizer, and evaluate it on the validation subset. Every rank calls this.
+    """Train a detector, or a recognizer, and evaluate it on the validation subset.
+
+    Every rank calls this: start several with `deepspeed launch/train.py` or torchrun.
 
     Args:
         run: the configuration, from --recipe NAME (demo by default) or --config FILE, with every field open to change
@@ -39,4 +42,5 @@ def train(
         return HUNG
     if trained.report is not None:
         print(trained.report)
+        say_trained(trained)
     return INTERRUPTED if trained.interrupted else 0

@@ -22,10 +22,6 @@ def view(
 
     The page is served on 127.0.0.1 to this machine only, until Ctrl-C; docs/view.md tells its keys.
 
-    re2tal view runs/demo --videos videos/
-
-    re2tal view results.json --videos videos/ --annotations annotations.json
-
     Args:
         source: folder of a training run, or a results JSON in ActivityNet's layout
         options: what is shown beside the predictions, and where corrections go

@@ -18,6 +18,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 from re2tal.backbones.weights import WEIGHTS_SUFFIXES
 from re2tal.config.schema import RUNS, RecognitionConfig, RunConfig
 from re2tal.config.unions import CHOICES, Choice
+from re2tal.data.addresses.address import folder_address
 from re2tal.strict_json import read_json, write_atomically
 
 T = TypeVar("T")
@@ -66,7 +67,8 @@ def to_json(config: RunConfig | RecognitionConfig) -> dict[str, Any]:
     Paths are absolute, so that a run may go on from another working directory.
     """
     document = _adapter(type(config)).dump_python(config, mode="json")
-    document["data"]["shards"] = str(config.data.shards.absolute())
+    address = folder_address(config.data.shards)
+    document["data"]["shards"] = str(address or config.data.shards.absolute())
     if config.start_from is not None:
         document["start_from"] = str(config.start_from.absolute())
     if isinstance(config, RunConfig) and config.evaluation.blocked_videos is not None:

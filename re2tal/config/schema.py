@@ -74,6 +74,12 @@ class Run:
     def __post_init__(self) -> None:
         if Path(self.name).name != self.name or self.name in {"", ".", ".."}:
             raise ValueError(f"name is {self.name!r}; it names a folder in runs/, so give one plain name")
+        if self.backbone.trained_clips < 1 and not isinstance(self.data.clips.windowing, ResizeWhole):
+            raise ValueError(
+                f"backbone.trained_clips is {self.backbone.trained_clips}, but data.clips.windowing is "
+                f"{type(self.data.clips.windowing).__name__}, which draws other clips in every epoch, so none would be "
+                "found in the memory; set it to ResizeWhole, or trained_clips to 1"
+            )
         if self.annealing.epochs > 0 and not self.backbone.rewired:
             raise ValueError(
                 f"annealing.epochs is {self.annealing.epochs}, but the backbone is not rewired; set backbone.rewired, "

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from re2tal.backbones import stored
 from re2tal.config import RecognitionConfig, RunConfig, flatten, to_json
@@ -85,24 +86,35 @@ def plan_step(
     """
     settings = resolve_deepspeed_config(ds, run.engine, world_size=world_size)
     zero_stage, budget = settings["zero_optimization"].get("stage", 0), _budget(run, device, free_bytes, world_size)
-    _refuse_stored_features(run)
     if budget is not None:
         _refuse_what_cannot_be_planned(run)
     dry_run = DryRun(run, device=device, num_classes=num_classes, free_gradients=zero_stage >= 2)
-    zero = zero_memory(
-        Weights.of(dry_run.network, run.optimizer, settings),
-        settings,
-        bytes_each=DTYPES[run.engine.precision].itemsize,
-        world_size=world_size,
-        averaged=run.training.average_decay is not None,
-        on_cpu=device.type == "cpu",
-    )
+    zero = zero_memory_of(run, dry_run.network, settings, world_size=world_size, device=device)
     purpose = made_for(run, settings, world_size=world_size, num_classes=num_classes, device=device)
     if budget is None:
         return StepPlan(step_memory(dry_run.trace(), zero), None, {}, {}, purpose)
     planner = _Planner(run, dry_run, zero, budget)
     found, memory, seconds = planner.plan()
     return StepPlan(memory, budget, found, seconds, purpose)
+
+
+def zero_memory_of(
+    run: RunConfig | RecognitionConfig,
+    network: nn.Module,
+    settings: Mapping[str, Any],
+    *,
+    world_size: int,
+    device: torch.device,
+) -> ZeroMemory:
+    """What DeepSpeed holds of a step of `network`, besides activations; `settings` are resolved for as many ranks."""
+    return zero_memory(
+        Weights.of(network, run.optimizer, settings),
+        settings,
+        bytes_each=DTYPES[run.engine.precision].itemsize,
+        world_size=world_size,
+        averaged=run.training.average_decay is not None,
+        on_cpu=device.type == "cpu",
+    )
 
 
 def _budget(
@@ -117,22 +129,22 @@ def _budget(
             return floor(gigabytes * GIGABYTE)
 
 
-def _refuse_stored_features(run: RunConfig | RecognitionConfig) -> None:
-    if run.backbone.name == stored.NAME:
-        raise ValueError(
-            f"backbone.name is {stored.NAME!r}: a run on stored features has no network whose memory could be planned; "
-            "give the recipe of one on videos, and leave engine.memory_budget_gb out of this one"
-        )
-
-
 def _refuse_what_cannot_be_planned(run: RunConfig | RecognitionConfig) -> None:
     key, backbone = f"engine.memory_budget_gb is {run.engine.memory_budget_gb!r}", run.backbone
+    if backbone.name == stored.NAME:
+        raise ValueError(f"{key}, but a run on stored features has no backbone that could be rebuilt; leave it out")
     if not backbone.rewired:
         raise ValueError(f"{key}, but the backbone is not rewired, so nothing can be rebuilt; set backbone.rewired")
     if backbone.frozen:
         raise ValueError(f"{key}, but a frozen backbone keeps nothing; leave the budget out")
     if run.annealing.epochs > 0:
         raise ValueError(f"{key}, but annealing changes what is kept; leave annealing.epochs or the budget out")
+    if backbone.clips_at_once is not None or backbone.trained_clips < 1:
+        raise ValueError(
+            f"{key}, but with backbone.clips_at_once {backbone.clips_at_once} and trained_clips "
+            f"{backbone.trained_clips} its stages run many times a step, for which there are no plans; leave the "
+            "budget out, or both of them"
+        )
     if backbone.states == "int32":
         raise ValueError(
             f"{key}, but stages with backbone.states 'int32' cannot keep their activations, which a plan may want; set "

@@ -17,10 +17,12 @@ from functools import partial
 from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from re2tal.backbones.clip_memory import ClipMemory
 from re2tal.config import RecognitionConfig, RunConfig, build_detector, build_recognizer
 from re2tal.detector import TemporalActionDetector
 from re2tal.planning.search import Ground
@@ -109,7 +111,11 @@ class DryRun:
         if free_gradients:
             for parameter in self.parameters:
                 parameter.register_post_accumulate_grad_hook(_free)
-        self._stages = stages_of(self.network.backbone)
+        self._memory = _FullMemory(run.backbone.trained_clips) if run.backbone.trained_clips < 1 else None
+        if self._memory is not None:
+            self.network.backbone.memory = self._memory  # type: ignore[assignment]
+        # Where clips are encoded in groups, stages run once a group: the backbone then counts as one stage.
+        self._stages = {} if run.backbone.clips_at_once else stages_of(self.network.backbone)
         begun: list[RewiredStage] = []
         with self._mode, torch.no_grad(), ExitStack() as stack:
             for stage in self._stages.values():
@@ -151,14 +157,32 @@ class DryRun:
         return sum(one.grad.untyped_storage().nbytes() for one in self.parameters if one.grad is not None)
 
     def _clips(self) -> tuple[Tensor, Tensor]:
-        """A batch as the backbone gets it; as in training, the uint8 frames stay alive until the next one."""
+        """A batch as the backbone gets it; as in training, the stored one stays alive until the next."""
         clips, size = self.run.data.clips, self.run.data.clips.size
-        shape = (self.run.engine.batch_size, 3, clips.windowing.num_frames, size, size)
-        self._frames = torch.zeros(shape, dtype=torch.uint8, device=self.device)
-        colours = torch.Generator()
-        pixels = prepare_frames(self._frames, strength=clips.colour_jitter, generator=colours, dtype=self.dtype)
-        self._pixels, self._pixels_bytes = weakref.ref(pixels.untyped_storage()), pixels.nbytes
-        return pixels, torch.ones(shape[0], shape[2], dtype=torch.bool, device=self.device)
+        batch, length = self.run.engine.batch_size, clips.windowing.num_frames
+        channels = self.run.backbone.feature_channels
+        if channels is not None:
+            self._frames = torch.zeros((batch, channels, length), device=self.device)
+            pixels = self._frames.to(self.dtype)
+        else:
+            self._frames = torch.zeros((batch, 3, length, size, size), dtype=torch.uint8, device=self.device)
+            colours = torch.Generator()
+            pixels = prepare_frames(self._frames, strength=clips.colour_jitter, generator=colours, dtype=self.dtype)
+        if self._memory is not None:
+            self._memory.next_batch([None] * batch, seed=0)
+        self._pixels = weakref.ref(pixels.untyped_storage())
+        self._pixels_bytes = 0 if pixels is self._frames else pixels.nbytes
+        return pixels, torch.ones(batch, length, dtype=torch.bool, device=self.device)
+
+
+class _FullMemory(ClipMemory):
+    """A memory of clips in which all are known, without a folder."""
+
+    def __init__(self, share: float) -> None:
+        self.share = share
+
+    def _read(self, video_id: str | None, shape: tuple[int, ...]) -> np.ndarray:
+        return np.zeros(shape, dtype=np.float32)
 
 
 def _network(run: RunConfig | RecognitionConfig, classes: Sequence[str]) -> TemporalActionDetector | Recognizer:

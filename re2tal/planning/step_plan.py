@@ -74,10 +74,11 @@ class StepPlan:
     def headline(self) -> str:
         """The step in one line."""
         clips, size = self.made_for["engine.batch_size"], self.made_for["data.clips.size"]
-        ranks = self.made_for["number of ranks"]
+        ranks, length = self.made_for["number of ranks"], self.made_for["data.clips.windowing.num_frames"]
+        channels = self.made_for["backbone.feature_channels"]
+        what = f"{length} frames of {size} x {size}" if channels is None else f"{length} steps of {channels} channels"
         return (
-            f"{self.made_for['backbone.name']}, {clips} clip{'s' * (clips != 1)} of "
-            f"{self.made_for['data.clips.windowing.num_frames']} frames of {size} x {size} in "
+            f"{self.made_for['backbone.name']}, {clips} clip{'s' * (clips != 1)} of {what} in "
             f"{self.made_for['engine.precision']}, ZeRO {self.made_for.get('zero_optimization.stage', 0)} on {ranks} "
             f"rank{'s' * (ranks != 1)}, {self.made_for['device']}"
         )

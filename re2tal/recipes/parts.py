@@ -88,7 +88,10 @@ BACKBONE_PARTS: dict[str, Part] = {
         f"re2videomae_{size}": Part(width, partial(_transformer, name=f"videomae_{size}", size=160))
         for size, width in (("base", 768), ("large", 1024), ("huge", 1280))
     },
+    "re2videomae_giant": Part(1408, partial(_transformer, name="videomae_giant", size=224)),
     "re2vjepa2_large": Part(1024, partial(_transformer, name="vjepa2_large", size=256)),
+    "re2vjepa2_giant": Part(1408, partial(_transformer, name="vjepa2_giant", size=256)),
+    "re2internvideo2_1b": Part(1408, partial(_transformer, name="internvideo2_1b", size=224)),
 }
 
 

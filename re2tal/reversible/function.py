@@ -16,7 +16,7 @@ from re2tal.reversible.buffers import BufferWatch, buffers_restored
 from re2tal.reversible.differentiation import differentiate, differentiate_pieces, run_with_graph
 from re2tal.reversible.monitor import Observation
 from re2tal.reversible.record import Graph, Recording
-from re2tal.reversible.replay_context import same_kernels
+from re2tal.reversible.replay_context import ModuleState, same_kernels
 from re2tal.reversible.rng import GeneratorState
 from re2tal.reversible.run import BranchFunction, Run
 
@@ -30,7 +30,7 @@ class ReversibleRun(torch.autograd.Function):
     ) -> Tensor:
         """Returns the output of the run, and leaves its last two states on the node, as `ends`."""
         del anchor
-        ctx.owner, ctx.parameters = owner, None if owner is None else list(owner.parameters())
+        ctx.modules = ModuleState(owner)
         before = GeneratorState.now(x.device)
         watch = BufferWatch(owner)
         found = _run_forward(ctx, x, run, watch, observation)
@@ -66,34 +66,21 @@ class ReversibleRun(torch.autograd.Function):
                 "and call backward once, or run with recompute=False"
             )
         ctx.spent = True
-        is_trained = ctx.parameters is None or any(one.requires_grad for one in ctx.parameters)
-        if is_trained and not torch._C._will_engine_execute_node(ctx.next_functions[1][0]):
+        ctx.modules.check()
+        if ctx.modules.is_trained and not torch._C._will_engine_execute_node(ctx.next_functions[1][0]):
             raise RuntimeError(
                 "gradients of chosen tensors were asked for (autograd.grad, or backward(inputs=..)), but a reversible "
                 "run gives those of its parameters to their .grad only; call backward() for all, freeze the "
                 "parameters, or run with recompute=False"
             )
-        if ctx.parameters is not None and _exchanged(ctx.parameters, list(ctx.owner.parameters())):
-            raise RuntimeError(
-                "a module of a reversible run has other parameters in backward than in forward (functional_call?), "
-                "and its branches would run again with these; call backward where they are in place, or run with "
-                "recompute=False"
-            )
         gradients = gradients if isinstance(gradients, list) else [gradients]
         try:
-            with buffers_restored(ctx.changed_modules), same_kernels():
+            with buffers_restored(ctx.changed_modules), ctx.modules.modes_restored(), same_kernels():
                 return _backward(ctx, gradients), None, None, None, None
         except RuntimeError as error:
             if "mark a variable ready only once" in str(error):
                 raise RuntimeError(_DDP_REMEDY) from error
             raise
-
-
-def _exchanged(before: list[Tensor], now: list[Tensor]) -> bool:
-    """Whether a parameter is another tensor. FSDP exchanges sharded ones, of a type of their own, for whole ones."""
-    plain = (Tensor, nn.Parameter)
-    pairs = ((one, other) for one, other in zip(before, now, strict=False) if one is not other)
-    return any(type(one) in plain and type(other) in plain for one, other in pairs)
 
 
 _DDP_REMEDY = (
@@ -149,8 +136,8 @@ def _backward(ctx: Any, gradients: list[Tensor]) -> Tensor | None:
     saved = dict(zip(run.saved_states(), ctx.saved_tensors, strict=True))
     previous, current = saved.pop(run.rebuilt - 1), saved.pop(run.rebuilt, None)
     to_output = gradients.pop().to(run.precision.gradients)
-    if run.streams:
-        to_previous, to_current = (gradient.clone() for gradient in to_output)  # they are written
+    if run.streams is not None:
+        to_previous, to_current = (gradient.clone() for gradient in to_output.chunk(2, run.streams))  # to be written
     else:  # dx[n+1] = dx[n], as x[-1] = x[0] in forward
         to_previous = to_current = coupling.gradient_of_end(to_output, merge=run.merge)
     # Only "extrapolate" needs the output's gradient again, at the start; there it is dx[n] itself. A mean frees it now.
@@ -195,12 +182,12 @@ def _gradient_of_start(
     to_previous = older.pop()
     run, coupling = recording.run, recording.run.coupling
     pieces = run.pieces(0, x)
-    if run.streams:
+    if run.streams is not None:
         if pieces:
             differentiate_pieces(recording, 0, pieces, x, None, to_current, to_previous)
         elif (to_input := differentiate(recording, 0, x, None, to_current)) is not None:
             to_previous = to_previous.add_(to_input)
-        return torch.stack((to_current, to_previous)) if recording.x_wants_gradient else None
+        return torch.cat((to_current, to_previous), run.streams) if recording.x_wants_gradient else None
     if pieces:
         to_x = coupling.gradient_of_start(to_previous, to_current, gradient, merge=run.merge)
         del to_previous

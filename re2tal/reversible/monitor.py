@@ -11,7 +11,7 @@ compared with that range.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import lru_cache
 
 import torch
@@ -37,10 +37,13 @@ class Reading:
     """Relative error of the rebuilt first state of a run; the largest of all runs."""
     outside: float
     """Share of elements of states beyond the range in which the grid makes sums exact; the largest of all runs."""
+    largest: float = 0.0
+    """Element of any state; only of the first step, and where there is a grid."""
 
     def or_worse(self, other: Reading | None) -> Reading:
         """The worse of each figure."""
-        return self if other is None else Reading(max(self.drift, other.drift), max(self.outside, other.outside))
+        pairs = zip(astuple(self), astuple(other or self), strict=True)
+        return Reading(*(max(mine, its) for mine, its in pairs))
 
 
 class Monitor:
@@ -99,16 +102,29 @@ class FirstCheck(Monitor):
     def __init__(self, name: str) -> None:
         super().__init__(name, every=1)
         self.done = False
+        self.monitor: Monitor | None = None
+        """Is told what was found, and warns of what is no error."""
 
     def note(self, reading: Reading, *, step: int, precision: StateFormat) -> None:
-        """Raises RuntimeError where the first state was not rebuilt at all."""
+        """Raises RuntimeError where the first state was rebuilt with a larger error than its numbers explain."""
         self.done = True
-        if not reading.drift <= REPEAT_LIMIT:
+        if not reading.drift <= _explained(reading, precision):
             raise RuntimeError(
-                f"rewired stage {self.name or 'without a name'}: backward rebuilt a state that is {reading.drift:.0%} "
-                "off, so a branch gives something else when it runs again: it reads an attribute or a cache that it "
-                "writes, draws from a generator of its own, or its states overflow; correct it, or set recompute=False"
+                f"rewired stage {self.name or 'without a name'}: backward rebuilt a state that is {reading.drift:.1e} "
+                "of its size off, so a branch gives something else when it runs again: it reads an attribute or a "
+                "cache that it writes, draws from a generator of its own, its states overflow, or its kernels do not "
+                "repeat bit for bit (on a CPU, those of attention with a trained mask under bfloat16); correct it, or "
+                "set recompute=False"
             )
+        if self.monitor is not None:
+            self.monitor.note(reading, step=step, precision=precision)
+
+
+def _explained(reading: Reading, precision: StateFormat) -> float:
+    """The drift that the numbers of a run explain: none on a grid, within its range; some roundings without one."""
+    if precision.exact_range is not None:
+        return 0.0 if reading.largest < precision.exact_range else REPEAT_LIMIT
+    return REPEAT_LIMIT if precision.jumps else 2**10 * torch.finfo(precision.states).eps
 
 
 class Observation:
@@ -118,6 +134,7 @@ class Observation:
         self._monitor, self._step, self._precision = monitor, step, precision
         self._first: Tensor | None = None
         self._outside: list[Tensor] = []
+        self._largest: list[Tensor] = []
 
     def see(self, index: int, state: Tensor) -> None:
         """Forward calls it with x[index]."""
@@ -127,14 +144,18 @@ class Observation:
         if (limit := self._precision.exact_range) is not None:
             # The count stays on the device, so that forward does not wait for it.
             self._outside.append((sample.abs() >= limit).float().mean())
+            if isinstance(self._monitor, FirstCheck) and state.is_floating_point():
+                # Of all elements: one that a sample misses is enough to be rebuilt with an error.
+                self._largest.append(torch.linalg.vector_norm(state, ord=torch.inf))
 
     def rebuilt(self, state: Tensor) -> None:
         """Backward calls it with the rebuilt x[0]."""
         assert self._first is not None
         error = (self._precision.real(_sample(state)) - self._first).double().norm()
         drift = error / self._first.double().norm().clamp_min(1e-30)
-        outside = torch.stack(self._outside).mean() if self._outside else torch.zeros_like(drift)
-        reading = Reading(*torch.stack([drift, outside.double()]).tolist())
+        nothing = [torch.zeros_like(drift)]
+        outside, largest = torch.stack(self._outside or nothing).mean(), torch.stack(self._largest or nothing).max()
+        reading = Reading(*torch.stack([drift, outside.double(), largest.double()]).tolist())
         self._monitor.note(reading, step=self._step, precision=self._precision)
 
 

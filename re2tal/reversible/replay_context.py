@@ -1,6 +1,7 @@
-"""The context that a replayed branch must see, besides its input, random draws and buffers: autocast and kernels.
+"""The context that a replayed branch must see, besides its input, random draws and buffers.
 
-Backward runs a branch under the autocast state of its forward, wherever `backward` is called.
+Backward runs a branch under the autocast state, in the modes and with the kernels of its forward, wherever and whenever
+`backward` is called. Parameters that are others by then are an error.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +38,55 @@ class AutocastState:
             for kind, dtype, enabled in self.enabled:
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
             yield
+
+
+class ModuleState:
+    """The modules that branches use, as forward found them: their modes and their parameters."""
+
+    def __init__(self, owner: nn.Module | None) -> None:
+        self._owner = owner
+        self._modes = [] if owner is None else [(module, module.training) for module in owner.modules()]
+        self._parameters = self._now()
+        self.is_trained = owner is None or any(wanted for _, _, wanted, _ in self._parameters)
+
+    def _now(self) -> list[tuple[str, Tensor, bool, int]]:
+        named = [] if self._owner is None else self._owner.named_parameters()
+        return [(name, one, one.requires_grad, 0 if one.is_inference() else one._version) for name, one in named]
+
+    def check(self) -> None:
+        """Raises RuntimeError where backward would differentiate other branches than forward ran.
+
+        FSDP exchanges sharded parameters, of a type of their own, for whole ones.
+        """
+        plain = (Tensor, nn.Parameter)
+        for (name, before, wanted, version), (_, now, wanted_now, version_now) in zip(
+            self._parameters, self._now(), strict=False
+        ):
+            if wanted != wanted_now:
+                change = f"requires_grad was {wanted}, and is {wanted_now}"
+            elif before is now and version != version_now:
+                change = "it was written to in place: an optimizer's step, load_state_dict?"
+            elif before is not now and type(before) in plain and type(now) in plain:
+                change = "it is another tensor: functional_call?"
+            else:
+                continue
+            raise RuntimeError(
+                f"{name}, a parameter of a module of a reversible run, has changed between forward and backward "
+                f"({change}), and branches would run again with it as it is now; call backward before, or run with "
+                "recompute=False"
+            )
+
+    @contextmanager
+    def modes_restored(self) -> Iterator[None]:
+        """Inside, modules are in the modes of forward, whatever `train` and `eval` have done since."""
+        changed = [(module, mode) for module, mode in self._modes if module.training != mode]
+        for module, mode in changed:
+            module.training = mode
+        try:
+            yield
+        finally:
+            for module, mode in changed:
+                module.training = not mode
 
 
 @contextmanager

@@ -45,8 +45,17 @@ class Run:
     merge: Merge
     coupling: Coupling
     precision: StateFormat
-    streams: bool = False
-    """Whether it starts with x[-1] and x[0], and returns x[n-1] and x[n], stacked; nothing is merged."""
+    streams: int | None = None
+    """The axis along which x[-1] and x[0] lie side by side in x, and x[n-1] and x[n] in the output: nothing is merged.
+    None for a run that starts with x alone."""
+
+    def check_streams(self, x: Tensor) -> None:
+        """Raises ValueError where `x` does not hold two streams that sums couple."""
+        if self.streams is not None and (not self.coupling.is_sum or x.shape[self.streams] % 2):
+            raise ValueError(
+                f"two streams are coupled by sums, and lie side by side along axis {self.streams}; x has shape "
+                f"{tuple(x.shape)}, and is coupled by {self.coupling}"
+            )
 
     def saved_states(self) -> list[int]:
         """Indices of the states that are saved for backward, in rising order. Backward rebuilds the others."""
@@ -70,9 +79,10 @@ class Run:
         Without autograd, x[i+1] reuses the buffer of x[i-1], unless that state is saved, or is the input of a branch
         that saves its graph.
         """
-        start = previous = current = self.precision.state(x[1] if self.streams else x)
-        if self.streams:
-            previous = self.precision.state(x[0])
+        older, newer = (x, x) if self.streams is None else x.chunk(2, self.streams)
+        start = previous = current = self.precision.state(newer)
+        if self.streams is not None:
+            previous = self.precision.state(older)
         needed = x if self.merge == "mean" else start
         found = []
         for index in range(len(self.branches)):
@@ -83,7 +93,7 @@ class Run:
             # x[i-1] must survive if it is also x[i] (at the start), if the merge needs it, if it is saved, or if the
             # saved graph of branch i-1 holds it.
             lent = previous is current or previous is needed or index - 1 in saved or index > self.rebuilt
-            lent = lent or (self.streams and index < 2)  # views of x
+            lent = lent or (self.streams is not None and index < 2)  # they may be views of x
             owned = not (torch.is_grad_enabled() or lent)
             previous, current = current, self.following(index, previous, current, update, owned=owned)
         if len(self.branches) in saved:
@@ -145,7 +155,7 @@ class Run:
         length = len(self.branches)
         return (
             self.merge == "mean"
-            and not self.streams
+            and self.streams is None
             and self.rebuilt == length
             and {length - 1, length} <= set(self.saved_states())
         )
@@ -153,8 +163,8 @@ class Run:
     def merged(self, start: Tensor, previous: Tensor, current: Tensor) -> Tensor:
         """The output of the run, from x[0], x[n-1] and x[n]."""
         start, previous, current = (self.precision.real(state) for state in (start, previous, current))
-        if self.streams:
-            return torch.stack((previous, current)).to(self.precision.output)
+        if self.streams is not None:
+            return torch.cat((previous, current), self.streams).to(self.precision.output)
         return self.coupling.merged(start, previous, current, merge=self.merge).to(self.precision.output)
 
     def mean(self, previous: Tensor, current: Tensor) -> Tensor:

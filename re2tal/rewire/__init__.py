@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from re2tal.rewire import torch_layers  # noqa: F401  (registers them)
 from re2tal.rewire.beta import beta_of, count_states, same_wiring, set_beta, wiring_of
-from re2tal.rewire.branches import Branch, residual_branches, why_not_residual, wrap_output
+from re2tal.rewire.branches import Branch, residual_branches, stream_axis, why_not_residual, wrap_output
 from re2tal.rewire.config import RewiringConfig
 from re2tal.rewire.cuts import Cut, Part, by_samples, by_tokens
 from re2tal.rewire.discover import Example
@@ -42,6 +42,7 @@ __all__ = [
     "same_wiring",
     "set_beta",
     "stages_of",
+    "stream_axis",
     "unrewire",
     "why_not_residual",
     "wiring_of",

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import nn
 
 from re2tal.options import names_with
+from re2tal.rewire.runs_of_stage import StateCount, states_of
 from re2tal.rewire.stage import stages_of
 
 
@@ -54,21 +55,7 @@ def same_wiring(wiring: Mapping[str, Any] | None, recorded: Mapping[str, Any]) -
     return wiring is not None and all(wiring.get(name) == value for name, value in recorded.items())
 
 
-class StateCount(NamedTuple):
-    """States of all runs of a network, in one forward."""
-
-    kept: int
-    """Kept for backward, which rebuilds the others."""
-    needed: int
-    """Inputs of functions: what backward needs, and checkpointing every function would keep."""
-
-
 def count_states(model: nn.Module) -> StateCount:
     """For states of the dtype of the parameters, outside of autocast."""
-    kept = needed = 0
-    for stage in stages_of(model).values():
-        dtype = next(stage.parameters()).dtype
-        for _, lengths in stage.runs():
-            kept += sum(len(stage.saved_states(length, dtype=dtype)) for length in lengths)
-            needed += sum(lengths)
-    return StateCount(kept, needed)
+    counts = [states_of(stage) for stage in stages_of(model).values()]
+    return StateCount(sum(count.kept for count in counts), sum(count.needed for count in counts))

@@ -78,6 +78,19 @@ def wrap_output(block: nn.Module, x: Tensor) -> Any:
     return x
 
 
+def hidden_state(output: Any) -> Any:
+    """The hidden state in what a block returns: all of it, or the first of a tuple."""
+    return output[0] if isinstance(output, tuple) else output
+
+
+@singledispatch
+def stream_axis(block: nn.Module) -> int | None:
+    """Register it for blocks that were born reversible: y1 = x1 + F(x2), y2 = x2 + G(y1). It is the axis along which
+    their two streams lie side by side, in what they are given and in what they return. Such blocks compute the same
+    rewired, whatever `RewiringConfig` says."""
+    return None
+
+
 @dataclass(frozen=True, slots=True)
 class Residual:
     """A block that is x -> x + F(x), once or more."""
@@ -87,6 +100,8 @@ class Residual:
     """(block, x) -> x in the form in which the block returns it."""
     kinks: bool
     """Whether the slope of a branch jumps somewhere."""
+    streams: int | None = None
+    """Its `stream_axis`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +125,8 @@ def registered(block: nn.Module) -> Residual | NotResidual:
     branches = residual_branches(block)
     if not branches:
         return NotResidual(why_not_residual(block))
-    return Residual(branches, wrap_output, kinks=any(branch.kinks for branch in branches) or holds_kinks(block))
+    kinks = any(branch.kinks for branch in branches) or holds_kinks(block)
+    return Residual(branches, wrap_output, kinks=kinks, streams=stream_axis(block))
 
 
 def is_unregistered(block: nn.Module) -> bool:

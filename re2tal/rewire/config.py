@@ -85,12 +85,9 @@ class RewiringConfig:
                 f"chunk_mebibytes is {self.chunk_mebibytes}, but the whole blocks of unit 'block' cannot be cut; set "
                 "unit to 'branch', or chunk_mebibytes to None"
             )
-        if self.stored < 0:
-            raise ValueError(f"stored is {self.stored}; give a number of units, 0 for none")
-        if self.known < 0:
-            raise ValueError(f"known is {self.known}; give a number of branches, 0 for none")
-        if self.saved_attention < 0:
-            raise ValueError(f"saved_attention is {self.saved_attention}; give a number of branches, 0 for none")
+        for name, counted in (("stored", "units"), ("known", "branches"), ("saved_attention", "branches")):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; give a number of {counted}, 0 for none")
         if self.known and self.unit == "block":
             raise ValueError(
                 f"known is {self.known}, but whole blocks, unit 'block', save nothing by it; set unit to "

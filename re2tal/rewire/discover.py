@@ -23,9 +23,9 @@ from torch.utils._pytree import tree_flatten
 
 from re2tal.reversible.buffers import buffers_restored
 from re2tal.reversible.rng import GeneratorState
-from re2tal.rewire.branches import Branch, NotResidual, Residual
+from re2tal.rewire.branches import Branch, NotResidual, Residual, hidden_state
 from re2tal.rewire.kinks import KinkFinder
-from re2tal.rewire.pending import RewireError
+from re2tal.rewire.pending import RewireError, split_call
 from re2tal.rewire.sums import steps_of
 from re2tal.rewire.traced import RefusedError, Step, may_be_entered
 
@@ -59,8 +59,9 @@ def record_calls(model: nn.Module, blocks: Iterable[nn.Module], *, example: Exam
     calls: dict[nn.Module, Call] = {}
 
     def record(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        if args and isinstance(args[0], Tensor):
-            calls.setdefault(block, Call(args[0].clone(), args[1:], kwargs))
+        x, args, kwargs = split_call(block, args, kwargs)
+        if isinstance(x, Tensor):
+            calls.setdefault(block, Call(x.clone(), args, kwargs))
 
     handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
     try:
@@ -78,8 +79,7 @@ def take_apart(block: nn.Module, call: Call) -> Residual | NotResidual:
     They take what the block takes: tensors of any size where `call` has tensors, and its constants.
     """
     with _undisturbed(block, call, training=False):
-        result = block(call.x.clone(), *call.args, **call.kwargs)
-    result = result[0] if isinstance(result, tuple) else result
+        result = hidden_state(block(call.x.clone(), *call.args, **call.kwargs))
     if isinstance(result, Tensor) and result.shape != call.x.shape:
         shapes = f"{tuple(call.x.shape)} into {tuple(result.shape)}"
         return NotResidual(f"it changes width or resolution (downsampling): it turns {shapes}")
@@ -108,8 +108,7 @@ def as_a_whole(block: nn.Module, call: Call) -> Residual | None:
 
 
 def _less_x(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    output = block(x, *args, **kwargs)
-    return (output[0] if isinstance(output, tuple) else output) - x
+    return hidden_state(block(x, *args, **kwargs)) - x
 
 
 class _SumFinder(TorchDispatchMode):
@@ -248,8 +247,7 @@ def _check(block: nn.Module, branches: Sequence[Branch], call: Call) -> None:
 
 
 def _run_block(block: nn.Module, branches: Sequence[Branch], call: Call) -> Tensor:
-    output = block(call.x, *call.args, **call.kwargs)
-    return output[0] if isinstance(output, tuple) else output
+    return hidden_state(block(call.x, *call.args, **call.kwargs))
 
 
 def _run_branches(block: nn.Module, branches: Sequence[Branch], call: Call) -> Tensor:

@@ -4,22 +4,29 @@
     loss = task + balance(logits)     forward ran without a graph, so the router would learn nothing from the balance
 
 While a branch is checked, every result of torch that depends on its input or on trained parameters, other than through
-`detach` or `no_grad`, is noted by a weak reference. Those alive when the branch has ended are kept by somebody.
+`detach` or `no_grad`, is noted by a weak reference. Those alive when the branch has ended are kept by somebody. What
+custom autograd Functions return is noted too, and what transforms of `torch.func` hide. TorchScript is not looked into.
 """
 
 from __future__ import annotations
 
 import gc
+import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from threading import active_count, get_ident
 from typing import Any
 
 import torch
+from numpy.random import get_state
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from re2tal.reversible.buffers import SavedBuffer, buffers_restored, save_buffers
 from re2tal.reversible.fake import is_counted
+from re2tal.reversible.rng import GeneratorState
 from re2tal.rewire.pending import RewireError
 
 _WITHOUT_GRADIENT = (
@@ -37,22 +44,40 @@ _OF_THE_FIRST = ("to", "type_as", "expand_as", "view_as", "reshape_as")
 """Of the other tensor they take the form only."""
 
 
-def checked_for_escapes(function: Callable[[Tensor], Tensor], name: str) -> Callable[[Tensor], Tensor]:
+def checked_for_escapes(
+    function: Callable[[Tensor], Tensor], name: str, *, repeated: nn.Module | None
+) -> Callable[[Tensor], Tensor]:
     """`function`, a branch called `name`, which raises RewireError if it leaves anything behind.
 
-    Where a graph is kept there is nothing to find: what is left behind has its gradient.
+    Where a graph is kept there is nothing to find: what is left behind has its gradient. `repeated` holds the buffers
+    of a branch that must also give the same when it runs once more.
     """
 
     def checked(x: Tensor) -> Tensor:
         if torch.is_grad_enabled() or is_counted(x):
             return function(x)
-        given, escapes = x.detach(), _Escapes()
+        given, escapes, draws = x.detach(), _Escapes(), GeneratorState.now(x.device)
+        others, buffers = _other_generators(), [one for module in _modules(repeated) for one in save_buffers(module)]
         escapes.made[given] = "its input"
-        with torch.enable_grad(), escapes:  # on, so that a no_grad of the branch's own shows
-            output = function(given)
+        try:
+            with torch.enable_grad(), escapes, escapes.custom_functions():  # on, so that a no_grad of its own shows
+                output = function(given)
+        except RewireError:
+            raise
+        except Exception:
+            # A branch that differentiates something itself finds no graph here. If it is at fault, it fails once more.
+            draws.restore()
+            return function(x)
+        if _other_generators() != others and active_count() == 1:  # other threads may have drawn
+            raise RewireError(
+                f"{name} draws from the generator of Python or of NumPy, with which backward could not run it again; "
+                "draw from torch's, or set recompute=False"
+            )
         # Another tensor of the same memory: the one that the branch returned is alive only if somebody keeps it.
         output = output.detach() if isinstance(output, Tensor) else output
         del given
+        if repeated is not None:
+            _run_again(function, name, x, output, draws=draws, buffers=buffers)
         for _ in range(2):
             left = [f"{made}, of shape {tuple(tensor.shape)}" for tensor, made in escapes.made.items()]
             if not left:
@@ -65,6 +90,37 @@ def checked_for_escapes(function: Callable[[Tensor], Tensor], name: str) -> Call
         )
 
     return checked
+
+
+def _modules(module: nn.Module | None) -> list[nn.Module]:
+    return [] if module is None else list(module.modules())
+
+
+def _run_again(
+    function: Callable[[Tensor], Tensor],
+    name: str,
+    x: Tensor,
+    output: Any,
+    *,
+    draws: GeneratorState,
+    buffers: list[SavedBuffer],
+) -> None:
+    with draws.replayed(), buffers_restored({one.module for one in buffers}):
+        for one in buffers:
+            one.restore()
+        again = function(x.detach())
+    if isinstance(output, Tensor) and output.shape == again.shape:
+        error, scale = (one.abs().max().double() for one in (output - again, output))
+        if output.numel() and error > 2**10 * torch.finfo(output.dtype).eps * scale:
+            raise RewireError(
+                f"{name} gives another output when it runs again, {float(error / scale):.1e} of its largest element "
+                "off: it reads an attribute or a cache that it writes, or draws from a generator of its own; correct "
+                "it, or set recompute=False"
+            )
+
+
+def _other_generators() -> tuple:
+    return random.getstate(), *(state.tobytes() if hasattr(state, "tobytes") else state for state in get_state())
 
 
 def is_compiled(block: nn.Module) -> bool:
@@ -83,13 +139,18 @@ class _Escapes(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Runs `func` without a graph, as a run does."""
-        wanted = torch.is_grad_enabled()
         name = getattr(func, "__name__", "")
         name = func.__self__.__name__ if name == "__get__" else name  # type: ignore[attr-defined]
         if name == "_set_grad_enabled":
             return func(*args, **(kwargs or {}))
-        with torch.no_grad():
-            output = func(*args, **(kwargs or {}))
+        return self._noted(name, func, args, kwargs or {})
+
+    def _noted(self, name: str, func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        wanted = torch.is_grad_enabled()
+        # Inside a transform of torch.func, no_grad would be the transformed function's own.
+        transformed = torch._C._functorch.peek_interpreter_stack() is not None
+        with nullcontext() if transformed else torch.no_grad():
+            output = func(*args, **kwargs)
         if wanted and not name.endswith(_WITHOUT_GRADIENT):
             sources = args[:1] if name in _OF_THE_FIRST else (args, kwargs)
             if any(one.requires_grad or one in self.made for one in _floating(sources)):
@@ -97,7 +158,27 @@ class _Escapes(TorchFunctionMode):
                 self.made.update((one, name) for one in _floating(targets) if not isinstance(one, nn.Parameter))
         return output
 
+    @contextmanager
+    def custom_functions(self) -> Iterator[None]:
+        """Inside, autograd Functions that this thread applies are seen as one operation each."""
+        usual, thread = vars(torch.autograd.Function)["apply"], get_ident()
+
+        def apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+            run = usual.__get__(None, cls)
+            return run(*args, **kwargs) if get_ident() != thread else self._noted(cls.__name__, run, args, kwargs)
+
+        torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
+        try:
+            yield
+        finally:
+            torch.autograd.Function.apply = usual  # type: ignore[method-assign]
+
 
 def _floating(values: Any) -> Iterator[Tensor]:
-    tensors = (leaf for leaf in tree_leaves(values) if isinstance(leaf, Tensor))
-    return (one for one in tensors if one.is_floating_point() or one.is_complex())
+    """The tensors among `values`, and what those of torch.func wrap."""
+    for leaf in tree_leaves(values):
+        while isinstance(leaf, Tensor) and (leaf.is_floating_point() or leaf.is_complex()):
+            yield leaf
+            if not torch._C._functorch.is_functorch_wrapped_tensor(leaf):
+                break
+            leaf = torch._C._functorch.get_unwrapped(leaf)

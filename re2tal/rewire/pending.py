@@ -11,8 +11,9 @@ would be another network each time.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from types import NoneType
 from typing import TYPE_CHECKING, Any
 
@@ -49,9 +50,21 @@ class BlockCall:
         plain = (bool, int, float, str, NoneType)
         return tuple(leaf for leaf in tree_leaves((self.args, self.kwargs)) if isinstance(leaf, plain))
 
-    def unchanged(self) -> bool:
-        """Whether nobody has written into its arguments since."""
-        return self.versions == _versions(self.args, self.kwargs)
+    def check(self, block: str) -> None:
+        """Raises RewireError where somebody has written into its arguments since."""
+        if self.versions != _versions(self.args, self.kwargs):
+            raise RewireError(
+                f"an argument of block {block} was written to after the block was called: before its run ended, or "
+                "before backward, which runs it again; give every call a tensor of its own"
+            )
+
+
+def split_call(block: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> tuple[Any, tuple, dict[str, Any]]:
+    """(hidden state, other arguments, others by name) of a call; the state is the first argument, or None."""
+    if args:
+        return args[0], args[1:], dict(kwargs)
+    name = next(iter(signature(block.forward).parameters), None)
+    return kwargs.get(name) if name else None, (), {key: value for key, value in kwargs.items() if key != name}
 
 
 @dataclass(slots=True, eq=False)
@@ -86,9 +99,13 @@ class PendingState(Tensor):
     ) -> PendingState:
         """After the last of `calls`."""
         state: PendingState = Tensor._make_wrapper_subclass(
-            PendingState, start.size(), strides=start.stride(), dtype=start.dtype, device=start.device
+            PendingState,
+            start.size(),
+            strides=start.stride(),
+            dtype=start.dtype,
+            device=start.device,
+            requires_grad=torch.is_grad_enabled(),
         )
-        state.requires_grad_(torch.is_grad_enabled())
         state.run = PendingRun(stage, start, calls, computed, _settings(start))
         return state
 
@@ -129,9 +146,9 @@ def values_of(state: Any) -> Any:
     if run.computed is None:
         raise RewireError(
             f"the state behind block {stage.name_of(name)} is used by something else than the next block (a hidden "
-            "state that is returned, a hook that reads it, a skip across blocks, a block that is left out), but the "
-            "run goes on there; rewire the plain model with an example in which it is used, rewire(model, example=..), "
-            "so that a run ends there"
+            "state that is returned, a hook that reads it, a skip across blocks, a block that is left out, a "
+            "checkpoint around blocks, which they need no more), but the run goes on there; rewire the plain model "
+            "with an example in which it is used, rewire(model, example=..), so that a run ends there"
         )
     assert stage.recorder is not None
     stage.recorder.end_run_behind(stage, name)
@@ -146,8 +163,9 @@ class BlockHandle:
         self.__dict__.update(_stage=stage, _name=name, _block=block)
 
     @torch._disable_dynamo
-    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Returns what the block would, with a pending state in the place of its hidden state while the run goes on."""
+        x, args, kwargs = split_call(self._block, args, kwargs)
         return self._stage.call_block(self._name, x, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from re2tal.reversible.buffers import buffers_restored
 from re2tal.reversible.precision import dense
 from re2tal.reversible.rng import GeneratorState
+from re2tal.rewire.branches import hidden_state
 from re2tal.rewire.discover import in_mode
 from re2tal.rewire.outputs import relative_error
-from re2tal.rewire.pending import BlockCall, RewireError
+from re2tal.rewire.pending import BlockCall, RewireError, split_call
 from re2tal.rewire.stage import RewiredStage
 
 
@@ -100,8 +101,8 @@ def plain_calls(stages: Sequence[RewiredStage], *, save_states: bool) -> Iterato
     calls: list[Called] = []
 
     def note(block: nn.Module, args: tuple, kwargs: dict[str, Any], output: Any) -> None:
-        hidden = output[0] if isinstance(output, tuple) else output
-        calls.append(Called.now(block, names[block], *((args[0], hidden) if save_states else ())))
+        states = (split_call(block, args, kwargs)[0], hidden_state(output)) if save_states else ()
+        calls.append(Called.now(block, names[block], *states))
 
     def lay_out(block: nn.Module, args: tuple) -> tuple:
         """As a run does: sums in float32 inside of a block depend on it."""

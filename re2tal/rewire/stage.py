@@ -11,7 +11,7 @@ It takes the place of an `nn.Sequential`, which is called, or of an `nn.ModuleLi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from itertools import pairwise
@@ -22,24 +22,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from re2tal.reversible import run_reversibly
-from re2tal.reversible.coupling import Coupling
 from re2tal.reversible.monitor import FirstCheck, Monitor
 from re2tal.reversible.offload import offloaded
-from re2tal.reversible.precision import StateFormat
-from re2tal.rewire.branches import Residual, is_unregistered
+from re2tal.rewire.branches import Residual, hidden_state, is_unregistered
 from re2tal.rewire.config import RewiringConfig
 from re2tal.rewire.escapes import is_compiled
-from re2tal.rewire.hooks import (
-    called_with,
-    check_hooks,
-    guard,
-    has_forward_hooks,
-    has_hooks,
-    unguard,
-)
+from re2tal.rewire.hooks import called_with, check_hooks, guard, has_forward_hooks, has_hooks, unguard
 from re2tal.rewire.nonresidual import recomputed
 from re2tal.rewire.pending import BlockCall, BlockHandle, PendingState, RewireError, values_of
-from re2tal.rewire.units import Unit, hidden_state, unit_checked_for_escapes, units_of
+from re2tal.rewire.runs_of_stage import bounds_of, coupling_of, lengths_of_runs, names_of_runs
+from re2tal.rewire.units import Unit, unit_checked_for_escapes, units_of
 
 if TYPE_CHECKING:
     from re2tal.rewire.recorded_calls import CallRecorder
@@ -73,6 +65,7 @@ class RewiredStage(nn.Module):
         self.training = plain.training
         for name, block in plain._modules.items():  # a block that hangs there twice has two names
             self.add_module(name, block)
+        self._kinds = {name: type(self.get_submodule(name)) for name in residual}
         self.guard()
 
     def guard(self) -> None:
@@ -80,50 +73,10 @@ class RewiredStage(nn.Module):
         for name in self.residual:
             guard(self.get_submodule(name), self.name_of(name))
 
-    @property
-    def coupling(self) -> Coupling:
-        """From `config.beta`, with alpha = 1 - beta, so that states neither grow nor shrink."""
-        return Coupling(1 - self.config.beta, self.config.beta)
-
     def runs(self) -> Iterator[tuple[list[nn.Module], list[int]]]:
-        """The blocks of each unbroken residual sequence, and the number of units in each of its reversible runs.
-
-        A first run in which nothing is trained is left out: it keeps nothing."""
-        names: list[str] = []
-        ends = self.run_ends()
-        for name in self._modules:
-            names += [name] if name in self.residual else []
-            if name in ends:
-                numbers = [1 if self.config.unit == "block" else len(self.residual[one].branches) for one in names]
-                blocks = [self.get_submodule(one) for one in names]
-                units = [block for block, number in zip(blocks, numbers, strict=True) for _ in range(number)]
-                bounds = self._bounds(units)
-                lengths = [last - first for first, last in pairwise(bounds)]
-                yield blocks, lengths[1:] if self._num_frozen(units) in range(1, len(units)) else lengths
-                names = []
-
-    def _bounds(self, units: Sequence[nn.Module]) -> list[int]:
-        """Where reversible runs over these units begin, and the end; `units` holds the block of each.
-
-        At beta 0 blocks before the first trained one are a run of their own. It keeps nothing where x wants no
-        gradient, and a run that ends changes nothing there, as it ends in the last of its states.
-        """
-        frozen, total = self._num_frozen(units), len(units)
-        start = frozen if frozen < total else 0
-        return sorted({0, *range(start, total, self.config.segment or total), total})
-
-    def _num_frozen(self, units: Sequence[nn.Module]) -> int:
-        if self.config.beta != 0:
-            return 0
-        trained = [any(one.requires_grad for one in block.parameters()) for block in units]
-        return trained.index(True) if any(trained) else len(trained)
-
-    def saved_states(self, length: int, *, dtype: torch.dtype) -> list[int]:
-        """Which of its states 0 .. `length` a run of that many functions keeps, if it starts with one of `dtype`."""
-        x, config = torch.empty(0, dtype=dtype), self.config
-        precision = StateFormat.of(x, config.grid, states=config.states, kinks=self.kinks)
-        rebuilt = length - self.config.stored
-        return self.coupling.saved_states(rebuilt, room=precision.room) if self.config.recompute and rebuilt > 0 else []
+        """The blocks of each unbroken residual sequence, and the number of units in each of its reversible runs."""
+        for names in names_of_runs(self):
+            yield [self.get_submodule(name) for name in names], lengths_of_runs(self, names)
 
     def can_checkpoint_nonresidual(self) -> bool:
         """Whether `keep_nonresidual` changes anything here."""
@@ -139,9 +92,11 @@ class RewiredStage(nn.Module):
 
     def run_ends(self) -> set[str]:
         """The residual blocks that end a run."""
-        names = self.names()
-        following = dict(pairwise(names))
-        return {name for name in self.residual if name in self.ends or following.get(name) not in self.residual}
+        following = dict(pairwise(self.names()))
+        return {name for name in self.residual if name in self.ends or not self._is_one_run(name, following.get(name))}
+
+    def _is_one_run(self, name: str, following: str | None) -> bool:
+        return following in self.residual and self.residual[following].streams == self.residual[name].streams
 
     @torch._disable_dynamo
     def forward(self, x: Tensor, *args: Any, _calls: tuple[BlockCall, ...] | None = None, **kwargs: Any) -> Any:
@@ -164,10 +119,23 @@ class RewiredStage(nn.Module):
         `compute` is how to run what ends here: by a call of this module, for its hooks, unless it is being called.
         """
         block, call = self.get_submodule(name), partial(self._call_block, name, compute or self._call)
+        self._check_kind(name, block)
         if name not in self.residual or not has_hooks(block):
             return call(x, *args, **kwargs)
         check_hooks(block, self.name_of(name))
         return called_with(block, call, x, args, kwargs)
+
+    def _check_kind(self, name: str, block: nn.Module) -> None:
+        """Raises RewireError where something else hangs there now than the branches were found for.
+
+        FSDP gives a block another class, which has the same forward.
+        """
+        kind = self._kinds.get(name, nn.Module)
+        if not isinstance(block, kind) or (name in self._kinds and type(block).forward is not kind.forward):
+            raise RewireError(
+                f"block {self.name_of(name)} is a {type(block).__name__}, and was a {kind.__name__} when its branches "
+                "were found; unrewire the model, change it, and rewire it once more"
+            )
 
     def _call(self, x: Tensor, calls: tuple[BlockCall, ...]) -> Any:
         return self(x, _calls=calls)
@@ -178,7 +146,7 @@ class RewiredStage(nn.Module):
         calls: tuple[BlockCall, ...] = (BlockCall.of(name, args, kwargs),)
         if name not in self.residual:
             return compute(values_of(x), calls)
-        if isinstance(x, PendingState) and x.run.goes_on(self):
+        if isinstance(x, PendingState) and x.run.goes_on(self) and self._is_one_run(x.run.calls[-1].name, name):
             x.run.taken = True
             start, calls = (x.run.start, (*x.run.calls, *calls)) if x.run.computed is None else (x.run.computed, calls)
         else:
@@ -190,11 +158,6 @@ class RewiredStage(nn.Module):
 
     def _compute(self, x: Tensor, calls: tuple[BlockCall, ...]) -> Any:
         first = calls[0]
-        if any(not call.unchanged() for call in calls):
-            raise RewireError(
-                f"an argument of a block in the run from {self.name_of(first.name)} to {self.name_of(calls[-1].name)} "
-                "was written to before the run ended; give every block a tensor of its own"
-            )
         if self.config.recompute and torch.is_grad_enabled():
             place = self.names().index(first.name)
             if place <= self._first:  # not the second run of one forward
@@ -210,8 +173,8 @@ class RewiredStage(nn.Module):
 
     def _monitor(self) -> Monitor | None:
         """The first step is checked in any case: it keeps a sample of a state, and its backward waits for it."""
-        every_step = self.monitor is not None and self.monitor.every == 1
-        return self.monitor if every_step or self._first_check.done else self._first_check
+        self._first_check.monitor = self.monitor
+        return self.monitor if self._first_check.done else self._first_check
 
     def run(self, calls: tuple[BlockCall, ...], x: Tensor) -> Tensor:
         """Computes a reversible run over the branches of some blocks; its segments, where the configuration has any."""
@@ -221,9 +184,15 @@ class RewiredStage(nn.Module):
                 _refuse_gradients(call.args, call.kwargs)
             kind = self._to_be_checked(calls)
         units = [(self.get_submodule(call.name), unit) for call in calls for unit in self._units(call)]
+        streams = self.residual[calls[0].name].streams
         if kind is not None:
-            units = [(block, unit_checked_for_escapes(unit, stage=self.path)) for block, unit in units]
-        for first, last in pairwise(self._bounds([block for block, _ in units])):
+            # Where states are saved and not rebuilt, backward does not show that a branch gives something else.
+            again = not (coupling_of(self.config, streams=streams).is_sum or self._is_hooked(calls))
+            units = [
+                (block, unit_checked_for_escapes(unit, stage=self.path, repeated=block if again else None))
+                for block, unit in units
+            ]
+        for first, last in pairwise(bounds_of(self.config, [block for block, _ in units], streams=streams)):
             blocks, branches = zip(*units[first:last], strict=True)
             # One context per run: prefetching follows the order of runs.
             with offloaded(x) if self.config.offload else nullcontext():
@@ -235,7 +204,8 @@ class RewiredStage(nn.Module):
                     saved_outputs=self.config.known,
                     saved_attention=self.config.saved_attention,
                     merge=self.config.merge,
-                    coupling=self.coupling,
+                    streams=streams,
+                    coupling=coupling_of(self.config, streams=streams),
                     states=self.config.states,
                     grid=self.config.grid,
                     kinks=self.kinks,
@@ -250,14 +220,16 @@ class RewiredStage(nn.Module):
         """What says how these blocks run, if they did not run so before, or if hooks inside may collect outputs."""
         blocks = [self.get_submodule(call.name) for call in calls]
         kind = (self.training, *((call.name, call.constants()) for call in calls))
-        hooked = any(has_forward_hooks(module) for block in blocks for module in block.modules() if module is not block)
-        if self.recorder is not None or (kind in self._checked and not hooked) or any(map(is_compiled, blocks)):
-            return None
-        return kind
+        done = kind in self._checked and not self._is_hooked(calls)
+        return None if self.recorder is not None or done or any(map(is_compiled, blocks)) else kind
+
+    def _is_hooked(self, calls: tuple[BlockCall, ...]) -> bool:
+        blocks = [self.get_submodule(call.name) for call in calls]
+        return any(has_forward_hooks(module) for block in blocks for module in block.modules() if module is not block)
 
     def _units(self, call: BlockCall) -> list[Unit]:
         block, name = self.get_submodule(call.name), self.name_of(call.name)
-        return units_of(block, self.residual[call.name], self.config, args=call.args, kwargs=call.kwargs, name=name)
+        return units_of(block, self.residual[call.name], self.config, call=call, name=name)
 
     def plain(self) -> nn.Module:
         """The container that this stage stands for, with this stage's blocks in it."""

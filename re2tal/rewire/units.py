@@ -5,94 +5,88 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import partial
 from math import ceil
-from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from re2tal.reversible.chunking import ChunkedBranch, Piece, WholeBranch
-from re2tal.rewire.branches import Branch, Residual
+from re2tal.rewire.branches import Branch, Residual, hidden_state
 from re2tal.rewire.config import RewiringConfig
 from re2tal.rewire.escapes import checked_for_escapes
 from re2tal.rewire.hooks import called_with, is_sharded, without_hooks
-from re2tal.rewire.pending import RewireError
+from re2tal.rewire.pending import BlockCall, RewireError
 
 Unit = WholeBranch | ChunkedBranch
 
 
-def units_of(
-    block: nn.Module, residual: Residual, config: RewiringConfig, *, args: tuple, kwargs: dict[str, Any], name: str
-) -> list[Unit]:
-    """The units of `block`, called `name`, which is called with x, `args` and `kwargs`.
+def units_of(block: nn.Module, residual: Residual, config: RewiringConfig, *, call: BlockCall, name: str) -> list[Unit]:
+    """The units of `block`, called `name`, in a call with x and what `call` notes.
 
     Raises RewireError for a unit of FSDP that would run branch by branch.
     """
-    if config.unit == "block":
-        return [WholeBranch(type(block).__name__, partial(_whole, block, args, kwargs))]
+    if config.unit == "block" and residual.streams is None:
+        return [WholeBranch(type(block).__name__, partial(_whole, block, call, name))]
     if is_sharded(block):
         raise RewireError(
             f"block {name} is a unit of FSDP, which gathers and reduces its parameters once, but it is run branch by "
             "branch, and branches would lose gradients: give fully_shard the stage, the whole model, or modules "
             "inside of one branch, or rewire with unit 'block'"
         )
-    return [_unit(block, branch, args, kwargs, chunk_mebibytes=config.chunk_mebibytes) for branch in residual.branches]
+    return [_unit(block, branch, call, name, chunk_mebibytes=config.chunk_mebibytes) for branch in residual.branches]
 
 
-def _unit(block: nn.Module, branch: Branch, args: tuple, kwargs: dict, *, chunk_mebibytes: float | None) -> Unit:
-    name, function = f"{type(block).__name__} {branch.name}", partial(_part, block, branch, args, kwargs)
+def _unit(block: nn.Module, branch: Branch, call: BlockCall, path: str, *, chunk_mebibytes: float | None) -> Unit:
+    name, function = f"{type(block).__name__} {branch.name}", partial(_part, block, branch, call, path)
     last = branch.last_in(block)
     if chunk_mebibytes is None or branch.cut is None:
         return WholeBranch(name, function, last)
     _refuse_batch_statistics(block, name)
-    pieces = partial(_pieces, block, branch, args, kwargs, chunk_bytes=chunk_mebibytes * 2**20)
+    pieces = partial(_pieces, block, branch, call, path, chunk_bytes=chunk_mebibytes * 2**20)
     return ChunkedBranch(name, function, pieces, same_draws=not branch.cut.samples, last=last)
 
 
-def unit_checked_for_escapes(unit: Unit, *, stage: str) -> Unit:
-    """`unit`, whole or in pieces, which raises RewireError if it leaves anything behind."""
-    name = f"a branch of rewired stage {stage} ({unit.name})"
-    checked = replace(unit, function=checked_for_escapes(unit.function, name))
+def unit_checked_for_escapes(unit: Unit, *, stage: str, repeated: nn.Module | None) -> Unit:
+    """`unit`, whole or in pieces, which raises RewireError if it leaves anything behind; see `checked_for_escapes`."""
+    check = partial(checked_for_escapes, name=f"a branch of rewired stage {stage} ({unit.name})", repeated=repeated)
+    checked = replace(unit, function=check(unit.function))
     if isinstance(checked, WholeBranch):
         return checked
     cut = checked.cut
     return replace(
         checked,
-        cut=lambda state: [replace(one, function=checked_for_escapes(one.function, name)) for one in cut(state)],
+        cut=lambda state: [replace(one, function=check(one.function)) for one in cut(state)],
     )
 
 
-def hidden_state(output: Any) -> Tensor:
-    """The hidden state in what a block returns: all of it, or the first of a tuple."""
-    return output[0] if isinstance(output, tuple) else output
-
-
-def _whole(block: nn.Module, args: tuple, kwargs: dict, x: Tensor) -> Tensor:
+def _whole(block: nn.Module, call: BlockCall, path: str, x: Tensor) -> Tensor:
+    call.check(path)
     with without_hooks(block):
-        return hidden_state(called_with(block, block.forward, x, args, kwargs)) - x
+        return hidden_state(called_with(block, block.forward, x, call.args, call.kwargs)) - x
 
 
-def _part(block: nn.Module, branch: Branch, args: tuple, kwargs: dict, x: Tensor) -> Tensor:
+def _part(block: nn.Module, branch: Branch, call: BlockCall, path: str, x: Tensor) -> Tensor:
+    call.check(path)
     if not branch.through_block:
-        return branch.function(block, x, *args, **kwargs)
+        return branch.function(block, x, *call.args, **call.kwargs)
     # The block must be called as a module, so that ZeRO-3's hooks gather its own parameters. For this one call its
     # forward is the branch.
     with without_hooks(block):
-        return called_with(block, partial(branch.function, block), x, args, kwargs)
+        return called_with(block, partial(branch.function, block), x, call.args, call.kwargs)
 
 
 def _pieces(
-    block: nn.Module, branch: Branch, args: tuple, kwargs: dict, state: Tensor, *, chunk_bytes: float
+    block: nn.Module, branch: Branch, call: BlockCall, path: str, state: Tensor, *, chunk_bytes: float
 ) -> list[Piece]:
     """Cuts `branch` into enough pieces for each to need about `chunk_bytes` while it is differentiated."""
     assert branch.cut is not None
     inner_bytes = branch.cut.inner_states(block, state.shape) * state.numel() * state.element_size()
     parts = branch.cut.parts(block, state.shape, ceil(inner_bytes / chunk_bytes))
     if branch.cut.samples and len(parts) > 1:
-        _refuse_rows(args, kwargs, num_samples=len(state), name=f"{type(block).__name__} {branch.name}")
+        _refuse_rows(call, num_samples=len(state), name=f"{type(block).__name__} {branch.name}")
     branches = [replace(branch, function=part.function or branch.function) for part in parts]
     return [
-        Piece(part.axis, part.spans, partial(_part, block, branch, args, kwargs))
+        Piece(part.axis, part.spans, partial(_part, block, branch, call, path))
         for part, branch in zip(parts, branches, strict=True)
     ]
 
@@ -106,8 +100,8 @@ def _refuse_batch_statistics(block: nn.Module, name: str) -> None:
             )
 
 
-def _refuse_rows(args: tuple, kwargs: dict, *, num_samples: int, name: str) -> None:
-    for leaf in tree_leaves((args, kwargs)):
+def _refuse_rows(call: BlockCall, *, num_samples: int, name: str) -> None:
+    for leaf in tree_leaves((call.args, call.kwargs)):
         if isinstance(leaf, Tensor) and leaf.ndim and len(leaf) == num_samples:
             raise ValueError(
                 f"{name} cannot be run sample by sample: besides {num_samples} samples its block is called with a "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import io
+import os
 import re
 import sys
 from collections import Counter
@@ -13,17 +14,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from re2tal.data.building.annotation_entries import duration_tolerance
 from re2tal.data.building.annotation_formats.formats import FORMATS, read_files
 from re2tal.data.building.annotation_formats.found import Found, FoundVideo, Wanted
-from re2tal.data.building.annotations import duration_tolerance
 from re2tal.data.building.isolated import Isolated
 from re2tal.data.building.labels import fold_notes, one_spelling, read_class_list, twin_problems
-from re2tal.data.building.named_files import NamedFiles
+from re2tal.data.building.named_files import NamedFiles, videos_in
 from re2tal.data.building.probe import probe_video
 from re2tal.runs.shard_building import print_some
 from re2tal.strict_json import write_atomically, write_json
 from re2tal.tables import text_table
-from re2tal.video_ids import VIDEO_SUFFIXES, id_fault
+from re2tal.video_ids import id_fault
 
 SILENT_SECONDS = 60.0
 """Stop reading a video file after this time without progress."""
@@ -68,10 +69,10 @@ def convert(options: Conversion) -> int:
             if one.duration_seconds is None:
                 measured = videos.measure(video_id) if options.videos else None
                 one.duration_seconds = found.durations.get(video_id, measured[0] if measured else None)
+    for video_id, why in found.clashes.items():
+        found.leave_out(f"video {video_id!r}", why)
+        found.videos.pop(video_id, None)
     print_some([f"left out {line}" for line in found.left_out], more="left out")
-    if found.clashes:
-        said = "; ".join([*found.clashes][:10])
-        raise ValueError(f"{len(found.clashes)} videos are not told apart, {options.out} is not written: {said}")
     if not any(one.actions for one in found.videos.values()):
         names = ", ".join(sorted(set(read.values()))) or "no known format"
         raise ValueError(f"{len(found.left_out)} left out and no action found ({names}); {options.out} is not written")
@@ -133,7 +134,7 @@ def _files(inputs: tuple[Path, ...]) -> Iterator[Path]:
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist; check the path")
         inside = sorted(path.iterdir()) if path.is_dir() else [path]
-        yield from (one for one in inside if one == path or not (one.name.startswith(".") or one.is_dir()))
+        yield from (one for one in inside if one == path or not (one.name.startswith(".") or os.path.isdir(one)))
 
 
 @dataclass(slots=True)
@@ -147,11 +148,7 @@ class _Videos:
     _isolated: Isolated = field(default_factory=Isolated)
 
     def __enter__(self) -> _Videos:
-        files: list[tuple[str, Path]] = []
-        for path in sorted(self.folder.iterdir()) if self.folder else ():
-            if path.suffix.lower() in VIDEO_SUFFIXES and not path.name.startswith("."):
-                files.append((path.stem, path))
-        self._files = NamedFiles(files)
+        self._files = NamedFiles(videos_in(self.folder)[0] if self.folder else ())
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -160,7 +157,7 @@ class _Videos:
     def measure(self, video_id: str) -> tuple[float, float] | None:
         """(duration in seconds, frames per second); None, and a problem noted, where there is no sound file."""
         if video_id not in self._known:
-            paths = self._files.of(video_id) or self._files.of(f"v_{video_id}")
+            paths = self._files.of(video_id)
             self._known[video_id] = None
             try:
                 if len(paths) != 1:

@@ -13,21 +13,22 @@ import torch
 from torch import Tensor
 
 from re2tal.config import RunConfig
+from re2tal.data.addresses.address import Source, as_address
 from re2tal.data.contract.manifest import Rejection
 from re2tal.data.streaming.live import LiveClip, live_clips, shaped
-from re2tal.data.streaming.windows import ResizeWhole, Slide
+from re2tal.data.streaming.windowing import ResizeWhole, Slide
 from re2tal.detector import TemporalActionDetector
 from re2tal.evaluation.selection import Selection, Settling, labels_of
 from re2tal.reporting.found import FoundAction, found_actions
 from re2tal.rewire import wiring_of
-from re2tal.runs.detection import check_looks_at_videos
+from re2tal.runs.detection_sources import check_looks_at_videos
 from re2tal.runs.file_detection import Look, detect_in_files
 from re2tal.runs.model_folder import SHIPPED, read_card, save_model
 from re2tal.runs.model_folder_card import Origin, model_card
 from re2tal.runs.model_folder_hub import find_model, push_folder
 from re2tal.runs.trained import default_device, open_detector, started
 from re2tal.runs.video_files import encoding_for
-from re2tal.runs.watching import Closed, Opened, Seen, watch
+from re2tal.runs.watching import Closed, Fetching, Opened, Seen, watch
 from re2tal.structures import Detections, Timeline
 from re2tal.training.config import DTYPES
 
@@ -110,7 +111,7 @@ class Detector:
         """Find the actions in a video file of any format, size and length, the surest first: as `re2tal detect`.
 
         Args:
-            video_path: the file
+            video_path: the file, or its address
             min_score: leave out actions with a lower score
             top: at most so many, the surest ones
             classes: only these; all if none is named
@@ -142,7 +143,7 @@ class Detector:
         actions, not for the video) or lets actions vote (suppression.voting_threshold).
 
         Args:
-            video: a video file; or frames (H, W, 3) uint8 RGB, all of one size, at `frames_per_second`
+            video: a video file, or its address; or frames (H, W, 3) uint8 RGB, all of one size, at `frames_per_second`
             min_score: leave out actions with a lower score; the higher it is, the sooner actions are final
             classes: only these; all if none is named
 
@@ -166,10 +167,10 @@ class Detector:
     def _look(self, selection: Selection) -> Look:
         return Look(self.network, self.config, self.device, self.batch_size, selection)
 
-    def _clips_of_file(self, path: Path) -> Iterator[LiveClip]:
+    def _clips_of_file(self, path: Source) -> Iterator[LiveClip]:
         for event in watch([path], self.config.data.clips):
             match event:
-                case Opened():
+                case Opened() | Fetching():
                     pass
                 case Seen(clip):
                     yield clip
@@ -209,8 +210,10 @@ class Detector:
         return found_actions(detections, self.classes)
 
 
-def _existing(path: Path | str) -> Path:
-    path = Path(path)
+def _existing(given: Path | str) -> Source:
+    if (address := as_address(given)) is not None:
+        return address
+    path = Path(given)
     if not path.is_file():
         raise ValueError(f"{path} is not a file; give a video file")
     return path

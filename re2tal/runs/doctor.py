@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import queue
 import re
-import resource
 import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -23,14 +21,17 @@ import torch
 from tqdm import tqdm
 
 import re2tal
-from re2tal.data.building.annotations import Annotations, duration_tolerance, read_annotations
+from re2tal.data.building.annotation_entries import UNKNOWN_SECONDS, misfit
+from re2tal.data.building.annotations import Annotations, read_annotations, read_keys
 from re2tal.data.building.examine import Examined, examine_video
 from re2tal.data.building.isolated import Isolated
+from re2tal.data.building.named_files import Chosen, NamedFiles, videos_in
+from re2tal.machine import memory_bytes, num_cores, open_files
 from re2tal.runs.exit_status import SOME_LEFT_OUT
 from re2tal.strict_json import write_json
 from re2tal.structures import VideoRecord
 from re2tal.tables import text_table
-from re2tal.video_ids import VIDEO_SUFFIXES, composed, id_fault
+from re2tal.video_ids import composed, id_fault
 
 SILENT_SECONDS = 120.0
 """Stop reading a file after this time without progress."""
@@ -65,22 +66,26 @@ class _Row:
 
 def check_data(check: DataCheck) -> int:
     """Print what is wrong; gives the exit status."""
-    if not check.videos.is_dir():
-        raise ValueError(f"{check.videos} is not a folder; give the folder that holds the videos")
     if not 0 <= check.max_damaged <= 1:
         raise ValueError(f"--max-damaged is {check.max_damaged}; give a share from 0 to 1")
     files, odd = _video_files(check.videos)
     examined = _examine(files, check)
+    named = NamedFiles(files)
     problems: list[str] = []
     records: dict[str, VideoRecord] = {}
+    keys: Mapping[str, str] = {}
     if check.annotations is not None:
-        annotations = _read(check.annotations, examined, problems)
+        annotations = _read(check.annotations, named, examined, problems)
         if annotations is not None:
             records = {record.video_id: record for records in annotations.subsets.values() for record in records}
-    wanted = records or dict.fromkeys(files)
-    rows = [_row(one, files, examined, records.get(one), check.max_damaged) for one in wanted]
-    if unused := sorted(set(files) - {name for one in wanted for name in (composed(one), f"v_{composed(one)}")}):
-        odd.append(f"{len(unused)} files belong to no entry, such as {files[unused[0]].name}")
+            keys = annotations.keys
+    wanted = list(records or dict.fromkeys(composed(path.stem) for path in files))
+    chosen = named.choose(wanted, keys=keys) if records else named.choose(wanted, ("{id}",))
+    odd += chosen.notes
+    rows = [_row(one, chosen, examined, records.get(one), check.max_damaged) for one in wanted]
+    used = {path for one in wanted for path in named.of(one)}
+    if unused := [path.name for path in files if path not in used]:
+        odd.append(f"{len(unused)} files belong to no entry, such as {unused[0]}")
     _print(rows, problems, odd)
     if check.json is not None:
         videos = [{**asdict(row), "num_damaged": _num_damaged(row)} for row in rows]
@@ -88,30 +93,17 @@ def check_data(check: DataCheck) -> int:
     return SOME_LEFT_OUT if problems or any(row.state != "ok" for row in rows) else 0
 
 
-def _video_files(folder: Path) -> tuple[dict[str, Path], list[str]]:
-    """(name without suffix, composed -> file, what is odd about the folder)."""
-    files: dict[str, Path] = {}
-    odd = []
-    for path in sorted(folder.iterdir()):
-        if path.suffix.lower() not in VIDEO_SUFFIXES:
-            continue
-        name = composed(path.stem)
-        if fault := id_fault(name):
-            odd.append(f"{path.name!a} cannot be used: {fault}")
-        elif path.name.startswith("._"):
-            odd.append(f"{path.name} is a file of macOS beside another, not a video")
-        elif not path.is_file():
-            odd.append(f"{path.name} is no file, or a link that leads nowhere")
-        elif name in files:
-            odd.append(f"{path.name} and {files[name].name} have one id; keep one of them")
-        else:
-            files[name] = path
-    return files, odd
+def _video_files(folder: Path) -> tuple[list[Path], list[str]]:
+    """(files that may be videos, what is odd about the folder)."""
+    files, odd = videos_in(folder)
+    faults = {path: id_fault(composed(path.stem)) for path in files}
+    odd += [f"{path.name!a} cannot be used: {fault}" for path, fault in faults.items() if fault]
+    return [path for path in files if not faults[path]], odd
 
 
-def _examine(files: dict[str, Path], check: DataCheck) -> dict[str, Examined | str]:
-    """Name -> what was found, or why the file cannot be used; each in a process that can be stopped."""
-    num_workers = max(1, min(check.workers or len(os.sched_getaffinity(0)), len(files)))
+def _examine(files: Sequence[Path], check: DataCheck) -> dict[Path, Examined | str]:
+    """File -> what was found, or why the file cannot be used; each in a process that can be stopped."""
+    num_workers = max(1, min(check.workers or num_cores(), len(files)))
     with ExitStack() as stack:
         idle: queue.SimpleQueue[Isolated] = queue.SimpleQueue()
         for _ in range(num_workers):
@@ -127,18 +119,23 @@ def _examine(files: dict[str, Path], check: DataCheck) -> dict[str, Examined | s
                 idle.put(isolated)
 
         pool = stack.enter_context(ThreadPoolExecutor(num_workers))
-        found = tqdm(pool.map(one, files.values()), total=len(files), unit="video", disable=not sys.stderr.isatty())
+        found = tqdm(pool.map(one, files), total=len(files), unit="video", disable=not sys.stderr.isatty())
         return dict(zip(files, found, strict=True))
 
 
-def _read(path: Path, examined: dict[str, Examined | str], problems: list[str]) -> Annotations | None:
+def _read(
+    path: Path, named: NamedFiles[Path], examined: dict[Path, Examined | str], problems: list[str]
+) -> Annotations | None:
     """The annotations without what is wrong in them, which goes to `problems`; None where nothing can be read."""
 
+    seconds: dict[str, float] = {}
+
     def measured(video_id: str) -> float:
-        found = _of(video_id, examined)
-        if not isinstance(found, Examined):
-            raise ValueError("there is no sound file of this name")
-        return found.seconds
+        if not seconds:
+            keys = read_keys(path)
+            found = {one: examined[file] for one, file in named.choose(list(keys), keys=keys).found.items()}
+            seconds.update({one: what.seconds for one, what in found.items() if isinstance(what, Examined)})
+        return seconds.get(video_id, UNKNOWN_SECONDS)
 
     try:
         annotations = read_annotations(path, duration_of=measured)
@@ -154,21 +151,18 @@ def _read(path: Path, examined: dict[str, Examined | str], problems: list[str]) 
         return None
 
 
-def _of(video_id: str, examined: dict[str, Examined | str]) -> Examined | str | None:
-    name = composed(video_id)
-    return examined.get(name, examined.get(f"v_{name}"))
-
-
 def _row(
     video_id: str,
-    files: dict[str, Path],
-    examined: dict[str, Examined | str],
+    chosen: Chosen[Path],
+    examined: dict[Path, Examined | str],
     record: VideoRecord | None,
     max_damaged: float,
 ) -> _Row:
-    found = _of(video_id, examined)
-    if found is None:
+    if video_id in chosen.faults:
+        return _Row(video_id, "unusable", [chosen.faults[video_id]])
+    if video_id not in chosen.found:
         return _Row(video_id, "missing", ["there is no file of this name"])
+    found = examined[chosen.found[video_id]]
     if isinstance(found, str):
         return _Row(video_id, "unusable", [found])
     row = _Row(video_id, "ok", examined=found)
@@ -178,10 +172,9 @@ def _row(
     if found.has_variable_rate:
         row.remarks.append("its frame rate varies")
     if record is not None:
-        away = found.seconds - record.duration_seconds
-        if abs(away) > duration_tolerance(record.duration_seconds):
+        if why := misfit(found.seconds, record.duration_seconds):
             row.state = "other length" if row.state == "ok" else row.state
-            row.remarks.append(f"lasts {found.seconds:.2f} s, the annotations say {record.duration_seconds:.2f} s")
+            row.remarks.append(why)
         beyond = [action for action in record.actions if action.end_seconds > found.seconds + 0.5 / found.fps]
         if beyond:
             last = max(action.end_seconds for action in beyond)
@@ -235,8 +228,8 @@ def _machine() -> Iterator[tuple[str, Any]]:
             yield name, metadata.version(name)
         except metadata.PackageNotFoundError:
             yield name, "not installed"
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    yield "processor", f"{len(os.sched_getaffinity(0))} cores for this process, {memory / 2**30:.1f} GiB memory"
+    memory = "" if (size := memory_bytes()) is None else f", {size / 2**30:.1f} GiB memory"
+    yield "processor", f"{num_cores()} cores for this process{memory}"
     yield "devices", "; ".join(_devices()) or "none: training runs on the processor"
     yield "DeepSpeed operations", _deepspeed_operations()
     shared = Path("/dev/shm")
@@ -244,8 +237,9 @@ def _machine() -> Iterator[tuple[str, Any]]:
         usage = shutil.disk_usage(shared)
         remark = "; loader workers need more: docker run --shm-size=8g" if usage.free < 2**30 else ""
         yield "/dev/shm", f"{usage.free / 2**30:.2f} of {usage.total / 2**30:.2f} GiB free{remark}"
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    yield "open files", f"{soft} (at most {hard})" + ("; raise it: ulimit -n 4096" if soft < 4096 else "")
+    if (limits := open_files()) is not None:
+        soft, hard = limits
+        yield "open files", f"{soft} (at most {hard})" + ("; raise it: ulimit -n 4096" if soft < 4096 else "")
 
 
 def _devices() -> Iterator[str]:

@@ -163,26 +163,27 @@ def evaluate(predictions: Path | str, annotations: Path | str, options: ScoringO
     return Evaluated(precision, recall, by_k, errors, spread, results.note)
 
 
-def score_run(
+def match_run(
     predictions: Mapping[str, Detections],
     truths: Sequence[VideoRecord],
     config: RunConfig,
     *,
     classes: Sequence[str],
     class_agnostic: bool | None = None,
-) -> MapReport:
-    """The scores of a run's predictions by the rules of its configuration; None: class-agnostic if its localizer is."""
+) -> Matches:
+    """A run's predictions against truths by the rules of its configuration; None: class-agnostic if its localizer is.
+
+    `mean_average_precision` scores them.
+    """
     rules = config.evaluation
-    return mean_average_precision(
-        match_predictions(
-            predictions,
-            truths,
-            classes=classes,
-            protocol=rules.protocol,
-            tiou_thresholds=rules.tiou_thresholds,
-            blocked_videos=blocked_by(rules),
-            class_agnostic=config.localizer.class_agnostic if class_agnostic is None else class_agnostic,
-        )
+    return match_predictions(
+        predictions,
+        truths,
+        classes=classes,
+        protocol=rules.protocol,
+        tiou_thresholds=rules.tiou_thresholds,
+        blocked_videos=blocked_by(rules),
+        class_agnostic=config.localizer.class_agnostic if class_agnostic is None else class_agnostic,
     )
 
 

@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Literal
 
-from re2tal.data.building.annotations import (
-    Annotations,
-    read_annotations,
-    read_entry_ids,
-    read_frame_rates,
-)
+from re2tal.data.building.annotation_entries import UNKNOWN_SECONDS
+from re2tal.data.building.annotations import Annotations, read_annotations, read_frame_rates, read_keys
 from re2tal.data.building.blocked import read_blocked
 from re2tal.data.building.build_features import FeatureBuild
 from re2tal.data.building.catalog import DatasetSpec, find_dataset
@@ -38,12 +35,9 @@ from re2tal.data.contract.feature_manifest import (
     StepsPerVideo,
     StoredType,
 )
-from re2tal.runs.shard_building import print_some, report_built, subsets_to_build
+from re2tal.runs.shard_building import for_each, print_some, report_built, subsets_to_build
 from re2tal.strict_json import sha256_of
 from re2tal.structures import VideoRecord
-
-LEFT_OUT_SECONDS = 1e7
-"""Stands in for the unknown length of a video whose file cannot be used, until it is left out for that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +107,11 @@ def pack(options: Pack) -> int:
     if empty := [name for name in subsets if not records[name]]:
         raise ValueError(f"every video of subset {empty[0]!r} is blocked; nothing is left to pack")
     packed = [record for name in subsets for record in records[name]]
-    found = files.find([record.video_id for record in packed])
-    if absent := [name for name in subsets if not any(record.video_id in found for record in records[name])]:
+    chosen = files.find([record.video_id for record in packed])
+    there = chosen.found.keys() | chosen.faults.keys()
+    if absent := [name for name in subsets if not any(record.video_id in there for record in records[name])]:
         raise ValueError(f"no video of subset {absent[0]!r} has features in {options.features}; choose with --subsets")
-    shapes = sample_shapes(files, found)
+    shapes = sample_shapes(chosen.found, key=options.key)
     layout = options.layout or _layout(shapes, packed, timing)
     channels = count_channels(shapes, layout=layout)
     print(f"{options.features}: files are read as {'(T, C)' if layout == 'tc' else '(C, T)'}, {channels} channels")
@@ -126,24 +121,27 @@ def pack(options: Pack) -> int:
         grid=_grid(timing),
         origin=Packed(options.window_frames, options.fps, sha256_of(options.annotations)),
     )
-    status = 0
-    for name in subsets:
+
+    def one(name: str) -> int:
         subset = records[name][0].subset  # "val" where the file says "validation", or the other way round
         build = FeatureBuild(options.out / subset, options.dataset, subset, annotations.classes, features)
-        shards = plan_feature_shards(records[name], found, seed=options.seed, videos_per_shard=options.videos_per_shard)
-        built = build.run(shards, Packer(files, found, layout, timing).run)
-        status = max(status, report_built(built, subset=subset, max_rejected=options.max_rejected))
-    return status
+        shards = plan_feature_shards(
+            records[name], chosen, seed=options.seed, videos_per_shard=options.videos_per_shard
+        )
+        built = build.run(shards, Packer(chosen, options.key, layout, timing).run)
+        return report_built(built, subset=subset, max_rejected=options.max_rejected)
+
+    return for_each(subsets, one)
 
 
 def _files(options: Pack, spec: DatasetSpec) -> FeatureFiles:
     if options.prefix is None and options.suffix is None:
-        return FeatureFiles(options.features, spec.file_names, options.key, list_files(options.features))
+        return FeatureFiles(options.features, spec.file_names, list_files(options.features))
     after = options.suffix or ""
     form = next((one for one in FEATURE_SUFFIXES if after.lower().endswith(one)), None)
     before, after = ((options.prefix or ""), after[: -len(form)] if form else after)
     name = "{id}".join(part.replace("{", "{{").replace("}", "}}") for part in (before, after))
-    return FeatureFiles(options.features, (name,), options.key, list_files(options.features, suffix=form))
+    return FeatureFiles(options.features, (name,), list_files(options.features, suffix=form))
 
 
 def _annotations(options: Pack, spec: DatasetSpec, files: FeatureFiles, timing: Strided | Resized) -> Annotations:
@@ -163,21 +161,21 @@ def _annotations(options: Pack, spec: DatasetSpec, files: FeatureFiles, timing: 
 
 def _duration_of(options: Pack, files: FeatureFiles, timing: Strided | Resized) -> Callable[[str], float]:
     """The seconds of a video, from its number of steps."""
-    known: tuple[dict[str, Sequence[FeatureFile]], Layout] | None = None
+
+    @cache
+    def known() -> tuple[Mapping[str, FeatureFile], Layout]:
+        found = files.find(list(read_keys(options.annotations))).found
+        return found, options.layout or find_layout(sample_shapes(found, key=options.key))
 
     def duration_of(video_id: str) -> float:
-        nonlocal known
         if isinstance(timing, Resized):
             raise ValueError("features of --resized videos do not tell it")
-        if known is None:
-            found = files.find(read_entry_ids(options.annotations))
-            known = found, options.layout or find_layout(sample_shapes(files, found))
-        found, layout = known
+        found, layout = known()
         try:
-            rows, columns = files.load(found.get(video_id, ())).shape
-        except ValueError:
-            return LEFT_OUT_SECONDS
-        return timing.seconds(video_id, rows if layout == "tc" else columns)
+            rows, columns = found[video_id].load(key=options.key).shape
+            return timing.seconds(video_id, rows if layout == "tc" else columns)
+        except (KeyError, ValueError):  # it is left out for that
+            return UNKNOWN_SECONDS
 
     return duration_of
 

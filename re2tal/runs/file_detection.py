@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from re2tal.config import RunConfig
+from re2tal.data.addresses.address import Address, Source
 from re2tal.data.building.probe import MAX_DAMAGED
 from re2tal.data.contract.manifest import Rejection
 from re2tal.data.streaming.live import LiveClip, collate_live
 from re2tal.detector import TemporalActionDetector
 from re2tal.evaluation.selection import Selection
 from re2tal.inference import Windows, detect_windows, merge_windows
+from re2tal.progress import Progress
 from re2tal.reporting.found import FoundInVideo
-from re2tal.runs.progress import Progress
-from re2tal.runs.watching import Closed, Opened, Seen, watch
+from re2tal.runs.watching import Closed, Fetching, Opened, Seen, watch
 from re2tal.structures import Detections
 
 EVERYTHING = Selection()
@@ -41,15 +42,17 @@ class Look:
 
 
 def detect_in_files(
-    look: Look, names: Mapping[Path, str], *, progress: Progress | None = None
+    look: Look, names: Mapping[Source, str], *, progress: Progress | None = None
 ) -> Iterator[FoundInVideo | Rejection]:
     """What is found in each file, or why it cannot be used, as soon as it is known, in the order of `names`."""
     progress = progress or Progress(0, shown=False)
-    sizes = {path: path.stat().st_size if path.exists() else 0 for path in names}
-    before = 0  # bytes of the files that are done: known at once, unlike their seconds
+    sizes = weights_of(names)
+    before = 0  # of the files that are done
     duration, windows, waiting = 0.0, Windows(), list[LiveClip]()
     for event in watch(names, look.config.data.clips, max_damaged=look.max_damaged):
         match event:
+            case Fetching(path, share):
+                progress.to(before, f"{names[path]}, {share:.0%} fetched")
             case Opened(path, duration):
                 windows, waiting = {}, []
             case Seen(clip):
@@ -70,10 +73,20 @@ def detect_in_files(
                 progress.to(before, names[path])
 
 
-def _merged(look: Look, path: Path, name: str, duration_seconds: float, windows: Windows) -> FoundInVideo | Rejection:
+def weights_of(files: Iterable[Source]) -> dict[Source, int]:
+    """How much of the work each file is: its bytes, which are known at once, unlike its seconds. Files at addresses
+    are not asked for their size: then all count alike."""
+    files = list(files)
+    if any(isinstance(one, Address) for one in files):
+        return dict.fromkeys(files, 1)
+    return {path: path.stat().st_size if path.exists() else 0 for path in files if isinstance(path, Path)}
+
+
+def _merged(look: Look, path: Source, name: str, duration_seconds: float, windows: Windows) -> FoundInVideo | Rejection:
     try:
         (found,) = merge_windows(windows, suppression=look.config.suppression).values()
     except ValueError as error:  # numbers that are not finite
         return Rejection(name, str(error).removeprefix(f"video {str(path)!r}: "))
     chosen: Detections = look.selection.after(found)
-    return FoundInVideo(name, path, duration_seconds, chosen, tuple(look.network.classes))
+    file = path if isinstance(path, Path) else None
+    return FoundInVideo(name, file, duration_seconds, chosen, tuple(look.network.classes))

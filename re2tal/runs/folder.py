@@ -4,6 +4,7 @@ runs/NAME/config.json        the whole configuration; `--config` starts from it 
           plan.json          how its stages run within a memory budget; a resumed run goes on with it
           metrics.jsonl      and tensorboard/: the course of the run; metrics.damaged: lines no longer readable
           checkpoints/       to --resume from
+          clip_features/     of backbone.trained_clips: what the backbone last gave for clips; a new run begins anew
           model.safetensors  float32 weights (the moving average, if there is one) and class names
           best/              the best model so far, where training.keep_best is set; last.safetensors: then the last one
           model.json         what goes into the model and what comes out (`re2tal.runs.model_folder`)
@@ -34,6 +35,7 @@ SUMMARY_NAME = "summary.json"
 CHECKPOINTS_NAME = "checkpoints"
 TENSORBOARD_NAME = "tensorboard"
 REPORT_NAME = "report"
+CLIP_FEATURES_NAME = "clip_features"
 
 
 def claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
@@ -60,6 +62,8 @@ def claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
                 f"{folder} holds the checkpoints of an earlier run; continue it (resume), replace it (overwrite), or "
                 "choose another folder"
             )
+        if not resume:  # features of other weights
+            shutil.rmtree(folder / CLIP_FEATURES_NAME, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
 
     made_by_main(make)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -18,6 +17,7 @@ from re2tal.data.building.annotations import Annotations, read_annotations
 from re2tal.data.building.isolated import Isolated
 from re2tal.data.building.named_files import NamedFiles
 from re2tal.data.building.probe import VideoProbe, probe_video
+from re2tal.machine import num_cores
 from re2tal.runs.video_files import list_videos
 from re2tal.structures import VideoRecord
 
@@ -55,12 +55,12 @@ def look_at(videos: Path, annotations: Path) -> DataFacts:
 
     ValueError where there is no action, no file of an annotated video, or no subset to train on or to score.
     """
-    files = NamedFiles((path.stem, path) for path in list_videos(videos))
+    files = NamedFiles(list_videos(videos))
     with _Files(files) as measure:
         read = read_annotations(annotations, duration_of=lambda name: float(measure(name).duration_seconds))
         training, validation = _subset(annotations, read, "training"), _subset(annotations, read, "validation")
         records = [*training, *validation]
-        with_file = [one for one in records if files.of(one.video_id) or files.of(f"v_{one.video_id}")]
+        with_file = [one for one in records if files.of(one.video_id)]
         if not with_file:
             raise ValueError(
                 f"{videos} has no file of the {len(records)} videos in {annotations}, such as "
@@ -107,7 +107,7 @@ class _Files:
         self._files = files
         self._stack = ExitStack()
         self._idle: SimpleQueue[Isolated] = SimpleQueue()
-        self._num_workers = min(8, len(os.sched_getaffinity(0)))
+        self._num_workers = min(8, num_cores())
 
     def __enter__(self) -> _Files:
         for _ in range(self._num_workers):
@@ -118,7 +118,7 @@ class _Files:
         self._stack.close()
 
     def __call__(self, video_id: str) -> VideoProbe:
-        paths = self._files.of(video_id) or self._files.of(f"v_{video_id}")
+        paths = self._files.of(video_id)
         if len(paths) != 1:
             raise ValueError(f"there are {len(paths)} files of video {video_id!r}, and one is needed")
         isolated = self._idle.get()

@@ -15,14 +15,14 @@ from pathlib import Path
 
 from re2tal.config import RunConfig, load_config
 from re2tal.data.contract.shards import open_any, subset_folder
-from re2tal.evaluation.average_precision import MapReport
+from re2tal.evaluation.average_precision import MapReport, mean_average_precision
 from re2tal.evaluation.ground_truth import as_one_class, read_ground_truth
 from re2tal.evaluation.results import Results, read_results
 from re2tal.localizers.class_map import AGNOSTIC_CLASS
 from re2tal.reporting.curves import draw_curves, read_metrics
 from re2tal.reporting.page import Picture, to_png, write_page
 from re2tal.reporting.timelines import draw_timeline
-from re2tal.runs.evaluation import score_run
+from re2tal.runs.evaluation import match_run
 from re2tal.runs.folder import CONFIG_NAME, METRICS_NAME, REPORT_NAME, RESULTS_NAME
 from re2tal.structures import VideoRecord
 from re2tal.video_ids import match_ids
@@ -44,7 +44,8 @@ def write_report(
     drawn = _drawn(results, as_one_class(truths) if class_agnostic else truths)
     scores = None
     if any(one.is_predicted and one.has_truth for one in drawn):
-        scores = score_run(results.predictions, truths, config, classes=results.classes, class_agnostic=class_agnostic)
+        matches = match_run(results.predictions, truths, config, classes=results.classes, class_agnostic=class_agnostic)
+        scores = mean_average_precision(matches)
         scores.coverage.check()
     else:
         drawn = [one for one in drawn if one.is_predicted]

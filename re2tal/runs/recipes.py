@@ -40,11 +40,16 @@ def show_recipe(name: str, *, memory: bool) -> None:
 
 def write_page(path: Path) -> None:
     """Replace what lies between the two marks in a Markdown page; ValueError where they are not there."""
+    replace_between(path, BEGIN, END, page())
+
+
+def replace_between(path: Path, begin: str, end: str, written: str) -> None:
+    """Replace what lies between two lines of a page; ValueError where they are not there, each once."""
     text = path.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"{path} has no place for the recipes: it needs the line {BEGIN!r} and, below it, {END!r}")
-    before, _, rest = text.partition(BEGIN)
-    write_atomically(path, f"{before}{BEGIN}\n{page()}{END}{rest.partition(END)[2]}")
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"{path} has no place for what is written: it needs the line {begin!r} and, below it, {end!r}")
+    before, _, rest = text.partition(begin)
+    write_atomically(path, f"{before}{begin}\n{written}{end}{rest.partition(end)[2]}")
 
 
 def page() -> str:

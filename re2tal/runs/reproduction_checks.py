@@ -14,7 +14,8 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 from re2tal.config import RunConfig
-from re2tal.data.building.annotations import duration_tolerance, read_database, read_video_ids
+from re2tal.data.building.annotation_entries import duration_tolerance
+from re2tal.data.building.annotations import read_database, read_video_ids
 from re2tal.data.building.catalog import find_dataset
 from re2tal.data.contract.shards import ShardSet, open_shards, subset_folder
 from re2tal.distributed import World

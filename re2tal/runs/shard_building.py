@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-import os
 import re
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from tqdm import tqdm
 
-from re2tal.data.building.annotations import Annotations, read_annotations
+from re2tal.data.building.annotation_entries import UNKNOWN_SECONDS
+from re2tal.data.building.annotations import Annotations, read_annotations, read_keys
 from re2tal.data.building.blocked import read_blocked
-from re2tal.data.building.build import BuildConfig, build_shards, find_videos
+from re2tal.data.building.build import BuildConfig, build_shards, find_sources
 from re2tal.data.building.catalog import DatasetSpec, find_dataset
 from re2tal.data.building.clips import ClipList, read_clips
+from re2tal.data.building.isolated import Isolated
 from re2tal.data.building.labels import read_class_list
+from re2tal.data.building.named_files import NamedFiles, videos_in
+from re2tal.data.building.pack_videos import SILENT_SECONDS
 from re2tal.data.building.probe import MAX_DAMAGED, probe_video
-from re2tal.data.building.shard_folder import BuiltSubset, Listed
+from re2tal.data.building.shard_folder import BuiltSubset, Listed, NothingUsableError
 from re2tal.data.building.subset_names import rename_subsets
 from re2tal.data.contract.manifest import Encoding, FramesPerSecond, FramesPerVideo, Rejection
+from re2tal.machine import num_cores
 from re2tal.runs.exit_status import TOO_MANY_REJECTED
 from re2tal.runs.shard_listing import describe
 
@@ -66,8 +70,8 @@ class Build:
     fix_labels: bool = False
     """Read labels that differ by case, space or Unicode form as one class, and say so; otherwise they are an error."""
     copy: bool = False
-    """Keep the bytes of files that can be read by frame number as they are (H.264 in an mp4, constant rate, closed
-    groups, upright, undamaged); the others are encoded."""
+    """Keep the pictures of files that can be read by frame number as they are (H.264, HEVC or VP9 in mp4, mov, mkv or
+    webm, constant rate, closed groups, upright, undamaged); the others are encoded, and the reason is said."""
     shard_size: str = "2GB"
     """How large a shard may be, such as 500MB, unless a single video is larger."""
     videos_per_shard: int | None = None
@@ -91,17 +95,34 @@ def build(options: Build) -> int:
         if not 0 <= share <= 1:
             raise ValueError(f"{name} is {share}; give a share from 0 to 1")
     config = _config(options, spec)
-    listed, videos = _listed(options, spec)
+    listed = _listed(options, spec)
     blocked, notes = read_blocked(options.blocked, listed)
     print_some([f"{options.blocked}: {note}" for note in notes], more="notes")
     config = replace(config, blocked=config.blocked | blocked)
-    status = 0
-    for subset in options.subsets or subsets_to_build(listed):
-        built = _build_with_bar(listed, videos, options.out, subset, config)
-        status = max(status, report_built(built, subset=subset, max_rejected=options.max_rejected))
+    subsets = options.subsets or subsets_to_build(listed)
+    for subset in subsets:  # before the first one takes hours
+        find_sources(listed, options.videos, subset=subset, config=config)
+
+    def one(subset: str) -> int:
+        built = _build_with_bar(listed, options.videos, options.out, subset, config)
         if options.copy and built.is_complete:
             num_stored = built.num_videos - len(built.rejected)
             print(f"{subset}: {built.num_copies} videos stored as they came, {num_stored - built.num_copies} encoded")
+        return report_built(built, subset=subset, max_rejected=options.max_rejected)
+
+    return for_each(subsets, one)
+
+
+def for_each(subsets: Sequence[str], one: Callable[[str], int]) -> int:
+    """The highest exit status of `one`; a subset of which nothing can be used is an error once the others are done."""
+    status, empty = 0, []
+    for subset in subsets:
+        try:
+            status = max(status, one(subset))
+        except NothingUsableError as error:
+            empty.append(f"{subset}: {error}")
+    if empty:
+        raise ValueError("; ".join(empty))
     return status
 
 
@@ -120,7 +141,7 @@ def _config(options: Build, spec: DatasetSpec) -> BuildConfig:
         shard_bytes=parse_size(options.shard_size),
         videos_per_shard=options.videos_per_shard,
         seed=options.seed,
-        workers=options.workers or len(os.sched_getaffinity(0)),
+        workers=options.workers or num_cores(),
         part_index=part_index,
         num_parts=num_parts,
     )
@@ -166,8 +187,8 @@ def _encoding(options: Build, encoding: Encoding) -> Encoding:
     return encoding
 
 
-def _listed(options: Build, spec: DatasetSpec) -> tuple[Annotations | ClipList, Path | Mapping[str, Path]]:
-    """What is to be packed, and where its files are."""
+def _listed(options: Build, spec: DatasetSpec) -> Annotations | ClipList:
+    """What is to be packed."""
     if bool(options.clips) == bool(options.annotations):
         raise ValueError("give either --annotations FILE with --videos FOLDER, or --clips FOLDER_OR_FILES")
     if options.clips:
@@ -175,33 +196,48 @@ def _listed(options: Build, spec: DatasetSpec) -> tuple[Annotations | ClipList, 
         clips = read_clips(options.clips, videos=options.videos, classes=classes, fix_labels=options.fix_labels)
         print_some(clips.notes, more="labels")
         print_some([f"left out {line}" for line in clips.left_out], more="files")
-        return clips, clips.paths
+        return clips
     assert options.annotations is not None
     if options.videos is None:
         raise ValueError(f"--annotations {options.annotations} needs --videos; give the folder that holds the videos")
     if options.classes is not None:
         raise ValueError(f"--classes {options.classes} is for --clips; the annotation file names its classes itself")
-    return _annotations(options.annotations, options.videos, options, spec), options.videos
+    return _annotations(options.annotations, options.videos, options, spec)
 
 
 def _annotations(path: Path, videos: Path, options: Build, spec: DatasetSpec) -> Annotations:
-    def measured(video_id: str) -> float:
-        found = find_videos(videos, [video_id], file_names=spec.file_names)
-        if not found:
-            raise ValueError(f"there is no file of this name in {videos}")
-        return float(probe_video(found[video_id]).duration_seconds)
-
-    annotations = read_annotations(
-        path,
-        classes=spec.classes,
-        invalid_segments=options.invalid_segments,
-        duration_of=measured,
-        fix_labels=options.fix_labels,
-    )
+    files, odd = videos_in(videos)
+    print_some(odd, more="files")
+    with Isolated() as isolated:
+        annotations = read_annotations(
+            path,
+            classes=spec.classes,
+            invalid_segments=options.invalid_segments,
+            duration_of=_measure(path, NamedFiles(files), spec.file_names, isolated),
+            fix_labels=options.fix_labels,
+        )
     annotations = rename_subsets(annotations, spec.subset_pairs)
     for note in annotations.notes:
         print(f"{path}: {note}")
     return annotations
+
+
+def _measure(
+    annotations: Path, files: NamedFiles[Path], file_names: Sequence[str], isolated: Isolated
+) -> Callable[[str], float]:
+    """Gives the seconds of a video; of one without a sound file, which the build leaves out, UNKNOWN_SECONDS."""
+    found: dict[str, Path] = {}
+
+    def measured(video_id: str) -> float:
+        if not found:
+            keys = read_keys(annotations)
+            found.update(files.choose(list(keys), file_names, keys=keys).found)
+        try:
+            return float(isolated.call(SILENT_SECONDS, probe_video, found[video_id]).duration_seconds)
+        except (KeyError, ValueError):
+            return UNKNOWN_SECONDS
+
+    return measured
 
 
 def subsets_to_build(listed: Annotations | ClipList) -> list[str]:
@@ -212,7 +248,7 @@ def subsets_to_build(listed: Annotations | ClipList) -> list[str]:
 
 
 def _build_with_bar(
-    listed: Annotations | ClipList, videos: Path | Mapping[str, Path], out: Path, subset: str, config: BuildConfig
+    listed: Annotations | ClipList, videos: Path | None, out: Path, subset: str, config: BuildConfig
 ) -> BuiltSubset:
     with tqdm(unit="video", desc=subset, disable=not sys.stderr.isatty()) as bar:
 
@@ -232,6 +268,7 @@ def print_some(lines: Sequence[str], *, more: str) -> None:
 
 def report_built(built: BuiltSubset, *, subset: str, max_rejected: float) -> int:
     """Print what became of a subset, of videos or of features; gives the exit status."""
+    print_some(built.notes, more="notes")
     rejected = [f"rejected {one.video_id}: {one.reason}" for one in built.rejected]
     damaged = [f"damaged {one.video_id}: {one.damage}" for one in built.damaged]
     for lines in (rejected, damaged):

@@ -8,17 +8,19 @@ from pathlib import Path
 from typing import Literal
 
 from re2tal.data.building.annotate import Annotated, annotate
+from re2tal.data.building.annotation_entries import UNKNOWN_SECONDS
 from re2tal.data.building.annotations import read_annotations
 from re2tal.data.building.catalog import DATASETS
 from re2tal.data.building.labels import read_class_list
-from re2tal.data.building.merge import check_ids, merge_shards, merged_classes, same_pictures
+from re2tal.data.building.merge import merge_shards, merged_classes, same_pictures, skipped_videos
 from re2tal.data.building.subset_names import rename_subsets
 from re2tal.data.contract.manifest import MANIFEST_NAME
 from re2tal.data.contract.shards import ShardSet, open_any, open_shards
 from re2tal.runs.exit_status import TOO_MANY_REJECTED
 from re2tal.runs.lock import locked
-from re2tal.runs.shard_building import print_some
+from re2tal.runs.shard_building import for_each, print_some
 from re2tal.runs.shard_listing import describe
+from re2tal.video_ids import composed
 
 
 def relabel(
@@ -35,9 +37,7 @@ def relabel(
     spec = DATASETS.get(first)
 
     def measured(video_id: str) -> float:
-        if video_id not in seconds:
-            raise ValueError("its video is not in these shards")
-        return seconds[video_id]
+        return seconds.get(composed(video_id), UNKNOWN_SECONDS)  # what is in no shard is left out for that
 
     names = read_class_list(classes) if classes else spec.classes if spec else None
     read = read_annotations(
@@ -60,7 +60,7 @@ def _stored_seconds(folder: Path) -> tuple[str, dict[str, float]]:
         raise ValueError(f"{folder} is not a folder; give the one that `re2tal shards build --out` wrote")
     opened = [open_any(one) for one in subset_folders(folder)]
     found = {
-        video.record.video_id: video.num_samples / video.samples_per_second
+        composed(video.record.video_id): video.num_samples / video.samples_per_second
         for shards in opened
         for video in shards.videos
     }
@@ -86,7 +86,7 @@ def merge(folders: Sequence[Path], *, out: Path) -> int:
     opened = [open_shards(root) for folder in folders for root in subset_folders(folder)]
     if len(opened) < 2:
         raise ValueError(f"{len(opened)} folders to merge; give two or more")
-    check_ids(opened)
+    skipped = skipped_videos(opened)
     classes = merged_classes(opened)
     subsets: dict[str, list[ShardSet]] = {}
     for shards in opened:
@@ -94,13 +94,20 @@ def merge(folders: Sequence[Path], *, out: Path) -> int:
     if taken := [str(out / name) for name in subsets if (out / name / MANIFEST_NAME).is_file()]:
         raise ValueError(f"{taken[0]} holds shards already; give another --out")
     print_some(same_pictures(opened), more="such videos")
-    for name, found in subsets.items():
-        for other in found[1:]:
-            if other.manifest.encoding != found[0].manifest.encoding:
-                print(f"{other.root} has another encoding than {found[0].root}; the manifest will name the first")
-        manifest = merge_shards(found, out / name, classes=classes)
+    twice = [f"{name!r} of {root}" for root, names in skipped.items() for name, why in names.items() if not why]
+    print_some([f"not taken again: {one}" for one in twice], more="such videos")
+
+    def one(name: str) -> int:
+        first, *others = subsets[name]
+        for other in others:
+            if other.manifest.encoding != first.manifest.encoding:
+                print(f"{other.root} has another encoding than {first.root}; the manifest will name the first")
+        manifest = merge_shards([first, *others], out / name, classes=classes, skipped=skipped)
         print_some([f"rejected {one.video_id}: {one.reason}" for one in manifest.rejected], more="videos")
-    return describe([out / name for name in subsets])
+        return 0
+
+    status = for_each(list(subsets), one)
+    return max(status, describe([out / name for name in subsets]))
 
 
 def subset_folders(folder: Path) -> list[Path]:

@@ -6,11 +6,11 @@ from pathlib import Path
 
 from re2tal.data.building.annotations import Annotations, read_annotations
 from re2tal.data.building.clips import ClipList
-from re2tal.data.building.index_tars import index_tars
+from re2tal.data.building.index_tars import index_tars, measured_in
 from re2tal.data.building.labels import read_class_list
 from re2tal.data.building.match_samples import match_samples
 from re2tal.data.building.tar_samples import Sample, list_clips, read_samples
-from re2tal.runs.shard_building import parse_size, print_some, report_built, subsets_to_build
+from re2tal.runs.shard_building import for_each, parse_size, print_some, report_built, subsets_to_build
 
 
 def index(
@@ -30,7 +30,9 @@ def index(
     print_some([f"cannot be read to its end: {line}" for line in broken], more="tars")
     names = read_class_list(classes) if classes else None
     if annotations:
-        listed: Annotations | ClipList = read_annotations(annotations, classes=names, fix_labels=fix_labels)
+        listed: Annotations | ClipList = read_annotations(
+            annotations, classes=names, duration_of=measured_in(samples), fix_labels=fix_labels
+        )
     else:
         listed = _clips(samples, subset, names, fix_labels)
     for note in listed.notes:
@@ -40,11 +42,12 @@ def index(
         taken = {id(sample) for sample in matches.found.values()}
         others = [f"no video of {annotations}: {one.tar.name} {one.key}" for one in samples if id(one) not in taken]
         print_some(others, more="samples")
-    status = 0
-    for name in subsets_to_build(listed):
+
+    def one(name: str) -> int:
         built = index_tars(listed, matches, out=out, subset=name, dataset=dataset, shard_bytes=parse_size(shard_size))
-        status = max(status, report_built(built, subset=name, max_rejected=max_rejected))
-    return status
+        return report_built(built, subset=name, max_rejected=max_rejected)
+
+    return for_each(subsets_to_build(listed), one)
 
 
 def _clips(samples: list[Sample], subset: str, classes: tuple[str, ...] | None, fix_labels: bool) -> ClipList:

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -16,15 +16,22 @@ from re2tal.data.building.clips import true_classes
 from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.distributed import is_main
 from re2tal.evaluation.accuracy import AccuracyReport, accuracy
-from re2tal.evaluation.average_precision import MapReport
+from re2tal.evaluation.average_precision import MapReport, mean_average_precision
+from re2tal.evaluation.ground_truth import as_one_class
+from re2tal.evaluation.matching import Matches
 from re2tal.evaluation.results import read_results, write_results
 from re2tal.evaluation.video_classes import read_video_classes, write_video_classes
 from re2tal.inference import classify, predict
-from re2tal.runs.evaluation import score_run
-from re2tal.structures import Batch, Detections
-from re2tal.training.deepspeed_import import Engine
+from re2tal.runs.evaluation import match_run
+from re2tal.structures import Batch, Detections, VideoRecord
+from re2tal.training.trackers import Figures
+
+if TYPE_CHECKING:
+    from re2tal.training.deepspeed_import import Engine
 
 AnyRun = RunConfig | RecognitionConfig
+DRAWN_VIDEOS = 3
+"""Validation videos whose timelines are drawn for trackers: the first that have actions."""
 
 
 class Outcome(NamedTuple):
@@ -38,6 +45,8 @@ class Outcome(NamedTuple):
     """For summary.json."""
     write: Callable[..., None]
     """Writes results.json, given its path and maybe a note: detections, or the probabilities of all classes."""
+    pictures: Callable[[], Figures] = dict
+    """Draws what trackers show: precision-recall curves, and timelines of a few videos."""
 
     @property
     def merit(self) -> tuple[str, float]:
@@ -78,27 +87,48 @@ def judge_again(results: Path, *, config: AnyRun, shards: ShardSet | FeatureSet)
 def _of_detector(
     predictions: Mapping[str, Detections], classes: Sequence[str], config: RunConfig, shards: ShardSet | FeatureSet
 ) -> Outcome:
-    report = score_run(predictions, [video.record for video in shards.videos], config, classes=classes)
+    records = [video.record for video in shards.videos]
+    matches = match_run(predictions, records, config, classes=classes)
+    scores = mean_average_precision(matches)
+    drawn = as_one_class(records) if config.localizer.class_agnostic else records
     return Outcome(
-        report,
-        {"average_map": report.average_map, **{f"map/{tiou}": value for tiou, value in report.map_by_tiou.items()}},
+        scores,
+        {"average_map": scores.average_map, **{f"map/{tiou}": value for tiou, value in scores.map_by_tiou.items()}},
         {
-            "average_map": report.average_map,
-            "map": report.map_by_tiou,
+            "average_map": scores.average_map,
+            "map": scores.map_by_tiou,
             "protocol": config.evaluation.protocol,
-            "subset": report.coverage.subset,
+            "subset": scores.coverage.subset,
             "class_agnostic": config.localizer.class_agnostic,
-            "videos": report.coverage.num_videos,
-            "scored": report.coverage.facts(),
-            "notes": report.coverage.notes(),
+            "videos": scores.coverage.num_videos,
+            "scored": scores.coverage.facts(),
+            "notes": scores.coverage.notes(),
         },
         partial(write_results, predictions=predictions, classes=classes),
+        partial(_pictures, matches, drawn, predictions, classes),
     )
 
 
+def _pictures(
+    matches: Matches, records: Sequence[VideoRecord], predictions: Mapping[str, Detections], classes: Sequence[str]
+) -> Figures:
+    # Imported late: matplotlib takes a second, and most ranks draw nothing.
+    from re2tal.reporting.precision_recall import draw_precision_recall
+    from re2tal.reporting.timelines import draw_timeline
+
+    shown = sorted(
+        (one for one in records if one.actions and one.video_id in predictions), key=lambda one: one.video_id
+    )
+    timelines = {
+        f"timeline/{number}": draw_timeline(one, predictions[one.video_id], classes=classes)
+        for number, one in enumerate(shown[:DRAWN_VIDEOS], start=1)
+    }
+    return {"precision_recall": draw_precision_recall(matches), **timelines}
+
+
 def _of_recognizer(scores: Mapping[str, Tensor], classes: Sequence[str], shards: ShardSet | FeatureSet) -> Outcome:
-    report = accuracy(scores, true_classes(shards), classes=classes)
-    shares = {"top1": report.top1, "top5": report.top5, "mean_class_accuracy": report.mean_class_accuracy}
+    scored = accuracy(scores, true_classes(shards), classes=classes)
+    shares = {"top1": scored.top1, "top5": scored.top5, "mean_class_accuracy": scored.mean_class_accuracy}
     return Outcome(
-        report, shares, {**shares, "videos": len(scores)}, partial(write_video_classes, scores=scores, classes=classes)
+        scored, shares, {**shares, "videos": len(scores)}, partial(write_video_classes, scores=scores, classes=classes)
     )

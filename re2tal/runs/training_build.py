@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping
 from functools import partial
 from hashlib import sha256
@@ -16,8 +17,10 @@ from re2tal.data.streaming.stream import ClipStream
 from re2tal.distributed import World, refuse_differences
 from re2tal.options import defaults_of, names_with
 from re2tal.planning.step_plan import StepPlan
+from re2tal.runs.best import BestModel
+from re2tal.runs.clip_memory import approximation, remembering_clips
 from re2tal.runs.folder import CHECKPOINTS_NAME
-from re2tal.runs.tasks import AnyRun
+from re2tal.runs.tasks import AnyRun, Outcome
 from re2tal.runs.training_data import Pair, alike_on_any_ranks, prepare, stream_of
 from re2tal.training.agreement import weight_checksums
 from re2tal.training.annealing import beta_course
@@ -32,7 +35,8 @@ from re2tal.training.metrics import MetricsLog
 from re2tal.training.optimizer import build_optimizer, for_batch
 from re2tal.training.schedule import learning_rate_factor, num_optimizer_steps
 from re2tal.training.sharding import is_sharded_early
-from re2tal.training.trainer import Trainer
+from re2tal.training.trackers import Trackers
+from re2tal.training.trainer import Prepare, Trainer
 
 STEPS_OF_EPOCH = "optimizer steps of an epoch"
 """In the identity of a run. The same for any number of ranks."""
@@ -46,7 +50,8 @@ def build_trainer(
     build: Callable[[], nn.Module],
     shards: Pair,
     *,
-    validate: Callable[[Engine], Mapping[str, float]],
+    evaluate: Callable[[Engine], Outcome],
+    best: BestModel | None,
     device: torch.device,
     plan: StepPlan | None,
 ) -> Trainer:
@@ -59,16 +64,33 @@ def build_trainer(
     begin_step = alike_on_any_ranks(model, clips, accumulation=accumulation)
     _refuse_other_starts(model, settings, shards, clips)
     seed_generators(seed, rank=world.rank)  # but different paths dropped
-    log = MetricsLog(folder, enabled=world.is_main)
+    shown = dict(flatten(to_json(config)))
+    trackers = Trackers(config.training.trackers, folder, run_name=config.name, config=shown)
+    log = MetricsLog(folder, enabled=world.is_main, trackers=trackers)
     engine, beta = _engine(config, settings, model, clips, world, log)
     identity = _identity(config, engine, shards, world)
     dtype = next(model.parameters()).dtype
-    return Trainer(
+    prepared: Prepare = partial(prepare, strength=config.data.clips.colour_jitter, seed=seed, world=world, dtype=dtype)
+    if (share := config.backbone.trained_clips) < 1:
+        backbone = model.get_submodule("backbone")
+        prepared = remembering_clips(prepared, backbone, folder, share, seed=seed, world=world)
+        log.say(approximation(share))
+
+    def validate(engine: Engine) -> Mapping[str, float]:
+        outcome, now = evaluate(engine), running()
+        assert now is not None
+        log.draw(outcome.pictures, step=now.progress.step)
+        # Before the end of annealing it is another network than that of config.json.
+        if best is not None and now.is_annealed:
+            best.offer(outcome, engine, step=now.progress.step)
+        return outcome.figures
+
+    trainer = Trainer(
         engine,
         clips,
         validate,
         config.training,
-        prepare=partial(prepare, strength=config.data.clips.colour_jitter, seed=seed, world=world, dtype=dtype),
+        prepare=prepared,
         checkpoints=CheckpointStore(
             folder / CHECKPOINTS_NAME,
             identity=identity | {STEPS_OF_EPOCH: clips.steps_per_epoch / accumulation},
@@ -81,6 +103,8 @@ def build_trainer(
         planned_bytes=None if plan is None else plan.memory.peak,
         new_step=begin_step,
     )
+    running = weakref.ref(trainer)  # a cycle would keep the streams' workers alive beyond the run
+    return trainer
 
 
 def _network(

@@ -15,6 +15,7 @@ from re2tal.evaluation.accuracy import AccuracyReport
 from re2tal.evaluation.average_precision import MapReport
 from re2tal.rewire import wiring_of
 from re2tal.runs.best import BestModel
+from re2tal.runs.clip_memory import approximation
 from re2tal.runs.folder import LAST_MODEL_NAME, MODEL_NAME, RESULTS_NAME, SUMMARY_NAME
 from re2tal.runs.model_folder import describe_trained
 from re2tal.runs.stored_features import describe
@@ -80,6 +81,7 @@ def finish(
     made_by_main(export)
     ranks.check()
     trainer.log.write("evaluation", outcome.figures, step=trainer.progress.step)
+    trainer.log.draw(outcome.pictures, step=trainer.progress.step)
     summary = _summary(trainer, started)
     written: list[Outcome] = []
 
@@ -91,21 +93,22 @@ def finish(
             note = summary["chosen"]["note"]
             trainer.log.say(note)
         final.write(folder / RESULTS_NAME, note=note)
-        summary.update(final.summary)
-        write_json(folder / SUMMARY_NAME, summary)
+        write_json(folder / SUMMARY_NAME, final.summary | summary)
         if isinstance(config, RunConfig):
-            describe_trained(folder, config, model.classes, summary=summary, training=training)
+            describe_trained(folder, config, model.classes, summary=final.summary | summary, training=training)
         written.append(final)
 
     made_by_main(write)
     if not is_main():
         return TrainedRun(folder, interrupted=False, summary={})
-    return TrainedRun(folder, interrupted=False, summary=summary, report=written[0].report)
+    return TrainedRun(folder, interrupted=False, summary=written[0].summary | summary, report=written[0].report)
 
 
 def _summary(trainer: Trainer, started: float) -> dict[str, Any]:
     """What summary.json says of the training."""
+    memory = getattr(trainer.engine.module.backbone, "memory", None)
     return {
+        **({} if memory is None else {"approximation": approximation(memory.share)}),
         "steps": trainer.progress.step,
         "skipped": trainer.progress.skipped,
         "train_seconds": round(trainer.progress.seconds, 1),

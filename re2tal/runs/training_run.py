@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import time
-import weakref
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import replace
@@ -41,6 +40,7 @@ from re2tal.training.elastic import same_clips_per_step
 from re2tal.training.interruption import Agreement, Interrupted
 from re2tal.training.process_group import join, leave
 from re2tal.training.signals import StopRequests, stop_requests
+from re2tal.training.trackers import check_trackers
 from re2tal.training.trainer import Trainer
 from re2tal.training.watchdog import at, watched
 from re2tal.training.zero_file import resolve_deepspeed_config
@@ -99,6 +99,7 @@ def _train(
     _same_start(config, {"out": folder.absolute(), "resume": resume, "overwrite": overwrite})
     ranks.check()
     together(lambda: _engine_settings(ds, config, world))  # a fault of the file is said before data is opened
+    check_trackers(config.training.trackers)
     make_if_wanted(config, world)
     shards = training, validation = open_both(config)
     config = _fitted(config, training)
@@ -118,19 +119,10 @@ def _train(
     plan = _plan(config, ds_file, world, classes=training.classes, device=device, earlier=earlier)
     ranks.check()
     best = BestModel(folder / BEST_NAME, config, *shards) if config.training.keep_best else None
-
-    def validate(engine: Engine) -> Mapping[str, float]:
-        outcome, now = evaluate(engine), running()
-        # Before the end of annealing it is another network than that of config.json.
-        if best is not None and now is not None and now.is_annealed:
-            best.offer(outcome, engine, step=now.progress.step)
-        return outcome.figures
-
-    trainer = build_trainer(config, settings, folder, world, build, shards, validate=validate, device=device, plan=plan)
-    running = weakref.ref(trainer)  # a cycle would keep the streams' workers alive beyond the run
-    _resume(trainer, config, folder, plan, resume=resume)
-    if best is not None:
-        best.start(step=trainer.progress.step, say=trainer.log.say)
+    trainer = build_trainer(
+        config, settings, folder, world, build, shards, evaluate=evaluate, best=best, device=device, plan=plan
+    )
+    _resume(trainer, config, folder, plan, best, resume=resume)
     with closing(trainer.log):
         if trainer.train() == "interrupted":
             raise Interrupted
@@ -172,9 +164,13 @@ def _on_these_ranks(config: AnyRun, folder: Path, world: World) -> AnyRun:
     return replace(config, engine=same_clips_per_step(config.engine, saved, num_ranks=world.world_size))
 
 
-def _resume(trainer: Trainer, config: AnyRun, folder: Path, plan: StepPlan | None, *, resume: bool) -> None:
+def _resume(
+    trainer: Trainer, config: AnyRun, folder: Path, plan: StepPlan | None, best: BestModel | None, *, resume: bool
+) -> None:
     """Every rank calls this: continues the earlier run, if `resume` and there is one; rank 0 writes config and plan."""
     resumed = resume and trainer.resume()
+    if best is not None:
+        best.start(step=trainer.progress.step, say=trainer.log.say)
     if is_main():  # not before: a run that may not be resumed like this keeps the configuration it has
         save_config(folder / CONFIG_NAME, config)
         if plan is not None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+from re2tal.data.addresses.address import Source, as_address
+from re2tal.data.addresses.remote import check_library
 from re2tal.data.building.annotations import Annotations
 from re2tal.data.building.build import BuildConfig, build_shards
 from re2tal.data.building.isolated import Isolated
@@ -17,9 +19,12 @@ from re2tal.data.contract.manifest import Encoding, FramesPerSecond, FramesPerVi
 from re2tal.data.contract.shards import ShardSet, open_shards
 from re2tal.data.streaming.stream import ClipConfig
 from re2tal.data.streaming.windows import ResizeWhole, Slide, Trimmed
+from re2tal.machine import num_cores
 from re2tal.reporting.found import as_text
 from re2tal.structures import VideoRecord
 from re2tal.video_ids import VIDEO_SUFFIXES
+
+F = TypeVar("F", Path, Source)
 
 logger = logging.getLogger(__name__)
 
@@ -30,24 +35,28 @@ PROBE_SECONDS = 120.0
 
 @dataclass(frozen=True, slots=True)
 class VideoFiles:
-    """What a user's paths come to."""
+    """What a user's paths and addresses come to."""
 
-    names: dict[Path, str]
+    names: dict[Source, str]
     """File -> its name in results: the file's without suffix; with it, or with its folders too, where two are alike."""
     odd: list[Path]
     """Files of the folders that are no videos by their suffix."""
 
 
-def find_videos(paths: Sequence[Path], *, recursive: bool = False) -> VideoFiles:
+def find_videos(paths: Sequence[Path | str], *, recursive: bool = False) -> VideoFiles:
     """Files as they are given, and the video files of folders, by name; with `recursive` those of their folders too.
 
-    ValueError for an address, for a path that does not exist, and where there is no video at all.
+    An address is of one video; whether it is there turns out when it is read. ValueError for an address that cannot be
+    opened, for a path that does not exist, and where there is no video at all.
     """
-    files, odd = [], []
-    for path in paths:
-        if "://" in str(path) or str(path).startswith(("http:/", "https:/")):
-            raise ValueError(f"{path} is an address; download the video, and give the file")
-        if path.is_dir():
+    files: list[Source] = []
+    odd = []
+    for given in paths:
+        path = Path(given)
+        if (address := as_address(given)) is not None:
+            check_library(address)
+            files.append(address)
+        elif path.is_dir():
             inside = sorted(one for one in (path.rglob("*") if recursive else path.iterdir()) if not one.is_dir())
             files += [one for one in inside if _is_video(one)]
             odd += [one for one in inside if not _is_video(one)]
@@ -59,14 +68,17 @@ def find_videos(paths: Sequence[Path], *, recursive: bool = False) -> VideoFiles
     if not files:
         wanted = f"wanted one of {', '.join(VIDEO_SUFFIXES)}{'' if recursive else ', or --recursive for its folders'}"
         raise ValueError(f"{', '.join(map(str, paths))} holds no video file; {wanted}")
-    return VideoFiles(_names(files), odd)
+    names = _names(files)
+    if twice := [name for name, count in Counter(names.values()).items() if count > 1]:
+        raise ValueError(f"two addresses are both called {twice[0]} in results; give one of them at a time")
+    return VideoFiles(names, odd)
 
 
 def list_videos(folder: Path) -> list[Path]:
     """The video files of a folder, by name; ValueError if there are none."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give one that holds video files")
-    return list(find_videos([folder]).names)
+    return [path for path in find_videos([folder]).names if isinstance(path, Path)]
 
 
 def _is_video(path: Path) -> bool:
@@ -74,7 +86,7 @@ def _is_video(path: Path) -> bool:
     return path.suffix.lower() in VIDEO_SUFFIXES and not path.name.startswith("._")
 
 
-def _names(files: Sequence[Path]) -> dict[Path, str]:
+def _names(files: Sequence[F]) -> dict[F, str]:
     names = {path: path.stem for path in files}
     for longer in (lambda path: path.name, lambda path: path.as_posix()):
         given = Counter(names.values())
@@ -112,7 +124,7 @@ def pack_videos(
         videos=links,
         out=scratch / "shards",
         subset=SUBSET,
-        config=BuildConfig(dataset=SUBSET, encoding=encoding_for(clips), workers=len(os.sched_getaffinity(0))),
+        config=BuildConfig(dataset=SUBSET, encoding=encoding_for(clips), workers=num_cores()),
     )
     rejected += [Rejection(names[one.video_id], one.reason) for one in built.rejected]
     for one in built.damaged:

@@ -161,7 +161,9 @@ def _shards_of(run: Path) -> tuple[ShardSet | FeatureSet | None, list[str]]:
     """A run's validation shards, or a note where they cannot be used."""
     try:
         config = load_config(run / CONFIG_NAME)
-        return open_any(subset_folder(config.data.shards, config.data.validation_subset)), []
+        opened = open_any(subset_folder(config.data.shards, config.data.validation_subset))
+        opened.path(opened.manifest.shards[0].name)  # an error where they are not on this machine
+        return opened, []
     except (ValueError, OSError) as error:
         return None, [f"The run's validation shards are not used: {error}"]
 

@@ -14,6 +14,8 @@ from pathlib import Path
 from queue import Empty, Full, Queue
 from typing import Any, Generic, TypeVar
 
+from re2tal.data.addresses.address import Address, Source
+from re2tal.data.addresses.shared import local_copy
 from re2tal.data.building.encode import sampling_grid
 from re2tal.data.building.isolated import Isolated
 from re2tal.data.building.pictures import pictures
@@ -31,10 +33,19 @@ CLIPS_AHEAD = 2
 
 
 @dataclass(frozen=True, slots=True)
+class Fetching:
+    """A video comes from its address."""
+
+    path: Source
+    share: float
+    """So much of it is here."""
+
+
+@dataclass(frozen=True, slots=True)
 class Opened:
     """A video begins."""
 
-    path: Path
+    path: Source
     duration_seconds: float
 
 
@@ -49,36 +60,51 @@ class Seen:
 class Closed:
     """A video ends: whole, or left out for a `reason`."""
 
-    path: Path
+    path: Source
     reason: str | None = None
 
 
-Event = Opened | Seen | Closed
+Event = Fetching | Opened | Seen | Closed
 
 
-def watch(files: Iterable[Path], clips: ClipConfig, *, max_damaged: float = MAX_DAMAGED) -> Iterator[Event]:
+def watch(files: Iterable[Source], clips: ClipConfig, *, max_damaged: float = MAX_DAMAGED) -> Iterator[Event]:
     """Each file is opened, seen in clips, and closed; one that cannot be used may be closed at any time."""
     return iter(Ahead(_events(files, clips, max_damaged), depth=CLIPS_AHEAD))
 
 
-def _events(files: Iterable[Path], clips: ClipConfig, max_damaged: float) -> Iterator[Event]:
+def _events(files: Iterable[Source], clips: ClipConfig, max_damaged: float) -> Iterator[Event]:
     with Isolated() as isolated:
-        for path in files:
+        for source in files:
             try:
-                yield from _events_of(path, clips, max_damaged, isolated)
+                if isinstance(source, Path):
+                    yield from _events_of(source, source, clips, max_damaged, isolated)
+                else:
+                    yield from _events_from_afar(source, clips, max_damaged, isolated)
             except (ValueError, OSError) as error:
-                yield Closed(path, _without(path, str(error)))
+                yield Closed(source, _without(source, str(error)))
             else:
-                yield Closed(path)
+                yield Closed(source)
 
 
-def _events_of(path: Path, clips: ClipConfig, max_damaged: float, isolated: Isolated) -> Iterator[Event]:
+def _events_from_afar(address: Address, clips: ClipConfig, max_damaged: float, isolated: Isolated) -> Iterator[Event]:
+    with local_copy(address) as copy:
+        for share in copy.fetch():
+            yield Fetching(address, share)
+        try:
+            yield from _events_of(copy.path, address, clips, max_damaged, isolated)
+        except ValueError as error:
+            raise ValueError(_without(copy.path, str(error))) from None
+
+
+def _events_of(
+    path: Path, source: Source, clips: ClipConfig, max_damaged: float, isolated: Isolated
+) -> Iterator[Event]:
     windowing, encoding = clips.windowing, encoding_for(clips)
     assert not isinstance(windowing, Trimmed)
     probe = isolated.call(PROBE_SECONDS, probe_video, path, max_missing=max_damaged)
     rate, num_frames = sampling_grid(probe.duration_seconds, encoding)
     duration_seconds = float(probe.duration_seconds)
-    yield Opened(path, duration_seconds)
+    yield Opened(source, duration_seconds)
     shown = isolated.iterate(
         SILENT_SECONDS,
         pictures,
@@ -92,7 +118,7 @@ def _events_of(path: Path, clips: ClipConfig, max_damaged: float, isolated: Isol
     pieces = (shaped(piece, size=clips.size, fit=clips.fit) for piece in shown)
     num_clips = 0
     for clip in live_clips(
-        pieces, windowing, frames_per_second=float(rate), video_id=str(path), duration_seconds=duration_seconds
+        pieces, windowing, frames_per_second=float(rate), video_id=str(source), duration_seconds=duration_seconds
     ):
         num_clips += 1
         yield Seen(clip)
@@ -100,7 +126,7 @@ def _events_of(path: Path, clips: ClipConfig, max_damaged: float, isolated: Isol
         raise ValueError(f"{path}: no frame of it can be shown; replace the file")
 
 
-def _without(path: Path, reason: str) -> str:
+def _without(path: Source, reason: str) -> str:
     """The reason alone, where it begins with the file's name."""
     return reason.removeprefix(f"{path}: ").removeprefix(f"{path} ")
 

@@ -77,6 +77,9 @@ class TrainingConfig:
     """Optimizer steps between two checkpoints; one more is written at the end, and when the run is told to stop."""
     keep_checkpoints: int = option(2, resumable=True)
     """How many of the newest checkpoints to keep."""
+    trackers: tuple[str, ...] = option(("tensorboard",), resumable=True)
+    """Where the course of the run can be watched, besides its folder: tensorboard, wandb, mlflow, comet_ml, aim,
+    clearml, dvclive, swanlab or trackio, whose package has to be installed. Give none to watch nowhere else."""
     max_non_finite: int = option(10, resumable=True)
     """Give up after this many batches or steps in a row that were not finite."""
 

@@ -11,7 +11,10 @@ import torch
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import deepspeed
+try:
+    import deepspeed
+except ImportError as error:
+    raise ValueError(f"training needs deepspeed, and deepspeed Linux ({error}); pip install deepspeed") from error
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
 from deepspeed.runtime.fp16.loss_scaler import LossScaler
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config

@@ -1,4 +1,4 @@
-"""The log of a run, on rank 0: a progress bar or plain lines, metrics.jsonl, and TensorBoard events.
+"""The log of a run, on rank 0: a bar on a terminal or plain lines elsewhere, metrics.jsonl, and trackers.
 
 {"step": 40, "kind": "train", "loss": 0.82, "loss/classification": 0.51, "lr": 1e-4, "lr/backbone": 1e-5, ...}
 """
@@ -7,28 +7,39 @@ from __future__ import annotations
 
 import json
 import os
-import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from re2tal.distributed import mean_over_ranks
+from re2tal.machine import peak_resident_bytes
+from re2tal.progress import Progress
+from re2tal.training.trackers import Figures, Trackers
+
+ON_THE_BAR = {
+    "epoch": "epoch {:.1f}",
+    "loss": "loss {:.4g}",
+    "clips_per_second": "{:.3g} clips/s",
+    "loader_wait": "wait {:.0%}",
+    "peak_memory_gib": "{:.1f} GiB",
+    "skipped": "{:.0f} skipped",
+}
+"""Figures of training that the bar shows, as they were logged last: to ask the device at each step would cost time."""
 
 
 class MetricsLog:
     """Appends to the logs of one run folder. A resumed run first forgets what came after the step it resumes from."""
 
-    def __init__(self, folder: Path, *, enabled: bool) -> None:
+    def __init__(self, folder: Path, *, enabled: bool, trackers: Trackers | None = None) -> None:
         """`enabled`: whether this rank writes."""
         self.folder = folder
         self.enabled = enabled
-        self.bar: tqdm | None = None
-        self.writer: SummaryWriter | None = None
+        self.trackers = trackers
+        self.progress: Progress | None = None
+        self._about = ""
 
     def open(self, *, step: int, num_steps: int) -> None:
         """Starts, or continues at optimizer step `step` of `num_steps`."""
@@ -36,28 +47,36 @@ class MetricsLog:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         self._forget_after(step)
-        self.writer = SummaryWriter(str(self.folder / "tensorboard"), purge_step=step + 1 if step else None)
-        if sys.stderr.isatty():
-            self.bar = tqdm(total=num_steps, initial=step, unit="step", dynamic_ncols=True)
-        self.num_steps = num_steps
+        if self.trackers is not None:
+            self.trackers.open(step=step, say=self.say)
+        self.progress = Progress(num_steps, start=step, lines=False)
 
     def advance(self) -> None:
         """One optimizer step is done."""
-        if self.bar is not None:
-            self.bar.update()
+        if self.progress is not None:
+            done = int(self.progress.done) + 1
+            self.progress.to(done, f"step {done}/{self.progress.total:.0f}  {self._about}")
 
     def write(self, kind: str, values: Mapping[str, float], *, step: int) -> None:
         """Logs `values` of one kind ("train", "evaluation") at an optimizer step."""
         if not self.enabled:
             return
-        assert self.writer is not None
+        assert self.progress is not None
         row = json.dumps({"step": step, "kind": kind, **values})
         with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
             file.write(row + "\n")
-        for name, value in values.items():
-            self.writer.add_scalar(f"{kind}/{name}", value, global_step=step)
+        if self.trackers is not None:
+            self.trackers.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
+        if kind == "train" and self.progress.has_bar:
+            self._about = "  ".join(text.format(values[name]) for name, text in ON_THE_BAR.items() if name in values)
+            return
         line = "  ".join(f"{name} {value:.4g}" for name, value in values.items() if "/" not in name or kind != "train")
-        self.say(f"step {step}/{self.num_steps}  {line}")
+        self.say(f"step {step}/{self.progress.total:.0f}, {self.progress.left()}  {line}")
+
+    def draw(self, figures: Callable[[], Figures], *, step: int) -> None:
+        """Shows pictures, which are drawn only where there is something to show them, at an optimizer step."""
+        if self.enabled and self.trackers is not None:
+            self.trackers.draw(figures, step=step)
 
     def has(self, kind: str, *, step: int) -> bool:
         """Whether values of a kind are logged for a step. On the rank that writes, of an open log."""
@@ -69,17 +88,18 @@ class MetricsLog:
         """A line for the reader, above the bar if there is one."""
         if not self.enabled:
             return
-        if self.bar is not None:
-            self.bar.write(line, file=sys.stderr)
-        else:
+        if self.progress is None:
             print(line, file=sys.stderr, flush=True)
+        else:
+            self.progress.say(line, file=sys.stderr)
 
     def close(self) -> None:
-        """Flushes everything and ends the thread that writes the events."""
-        if self.writer is not None:
-            self.writer.close()
-        if self.bar is not None:
-            self.bar.close()
+        """Takes the bar away, and ends the trackers."""
+        if self.progress is not None:
+            self.progress.close()
+            self.progress = None
+        if self.trackers is not None and self.enabled:
+            self.trackers.close()
 
     def _forget_after(self, step: int) -> None:
         path = self.folder / "metrics.jsonl"
@@ -136,6 +156,5 @@ class Meter:
 def peak_memory_gib(device: torch.device) -> float:
     """The most memory used so far, in GiB: allocated on the device, or resident in this process on a CPU."""
     if device.type == "cpu":
-        kibibytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return kibibytes / 2**20 if sys.platform != "darwin" else kibibytes / 2**30
+        return peak_resident_bytes() / 2**30
     return torch.get_device_module(device).max_memory_allocated(device) / 2**30

@@ -18,7 +18,10 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP") if hasattr(signal, name)
+)
+"""Windows has only the first two."""
 ENDS_AT_ONCE = 3
 """So many requests: whoever sends them will not wait for a checkpoint."""
 ONE_REQUEST_SECONDS = 0.1
@@ -79,13 +82,14 @@ def stop_requests() -> Iterator[StopRequests]:
     if threading.current_thread() is not threading.main_thread():
         yield requests
         return
-    numbers = [n for n in STOP_SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+    hangup = getattr(signal, "SIGHUP", None)
+    numbers = [n for n in STOP_SIGNALS if n != hangup or signal.getsignal(n) != signal.SIG_IGN]
     reader, writer = socket.socketpair()
     writer.setblocking(False)
     listener = threading.Thread(target=_listen, args=(reader, requests, {*numbers, PARENT_IS_GONE}), daemon=True)
     listener.start()
     earlier_fd = signal.set_wakeup_fd(writer.fileno())
-    previous = {number: signal.signal(number, lambda *_: requests.add()) for number in (*numbers, PARENT_IS_GONE)}
+    previous = {number: signal.signal(number, lambda *_: requests.add()) for number in {*numbers, PARENT_IS_GONE}}
     _listening = requests
     try:
         yield requests
@@ -120,4 +124,5 @@ def _forget_in_child() -> None:
         signal.set_wakeup_fd(-1)
 
 
-os.register_at_fork(after_in_child=_forget_in_child)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_in_child)

@@ -94,7 +94,7 @@ def _read(path: Path) -> dict[str, Any]:
 def _refuse_unknown_keys(path: Path, settings: dict[str, Any]) -> None:
     for key in settings:
         if key in OWNED_BY_THE_RUN:
-            raise ValueError(f"{path}: remove {key!r}; the run's own config decides it (see `re2tal train --help`)")
+            raise ValueError(f"{path}: remove {key!r}; the run's own config decides it (see `re2tal train --help-all`)")
     _refuse_unknown(path, settings, known=TOP_LEVEL, prefix="")
     for name, schema in SECTIONS.items():
         section: Any = settings

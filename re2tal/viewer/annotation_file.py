@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from re2tal.data.building.annotations import SUBSET_NAME
+from re2tal.data.building.annotation_entries import SUBSET_NAME
 from re2tal.data.building.labels import folded, is_label
 from re2tal.strict_json import brief, read_json, write_atomically
 from re2tal.structures import Action, VideoRecord

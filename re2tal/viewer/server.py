@@ -40,7 +40,19 @@ PAGE = {
     "style.css": "text/css",
     **{
         f"{name}.js": "text/javascript"
-        for name in ("app", "api", "details", "edits", "filters", "keys", "list", "player", "saving", "timeline")
+        for name in (
+            "app",
+            "api",
+            "buttons",
+            "details",
+            "edits",
+            "filters",
+            "keys",
+            "list",
+            "player",
+            "saving",
+            "timeline",
+        )
     },
 }
 """The page's own files, and what they are."""

@@ -8,18 +8,22 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from re2tal.backbones.rev_mvit.network import PYSLOWFAST, SIZES, RevMViT
+from re2tal.backbones.born_reversible.rev_mvit import PYSLOWFAST, SIZES, RevMViT
 from re2tal.backbones.weights import load_weights
 from re2tal.reversible.live_bytes import LiveBytes
+from re2tal.rewire import RewiringConfig, rewire
 
 NANO = ["rev_mvit_nano", "rev_vit_nano"]
 
 
-def build(name: str, **options) -> RevMViT:
+def build(name: str, wiring: RewiringConfig | None = None, **options) -> RevMViT:
+    """Plain without `wiring`."""
     torch.manual_seed(0)
     model = RevMViT(**SIZES[name] | options)
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, mean=float(parameter.ndim == 1), std=0.2)
+    if wiring is not None:
+        rewire(model, config=wiring)
     return model
 
 
@@ -92,13 +96,51 @@ def written_out(
     return x.reshape(len(x), grid[0], -1, x.shape[-1]).mean(dim=2).permute(0, 2, 1)
 
 
-@pytest.mark.parametrize("recompute", [True, False])
-def test_video_is_the_equations_written_out_with_pyslowfast_s_names(recompute) -> None:
-    model = build("rev_mvit_nano").double()
-    model.recompute = recompute
-    frames, mask = clips("rev_mvit_nano")
+def pictures_written_out(entries: dict[str, Tensor], frames: Tensor, *, depth: int, heads: int) -> Tensor:
+    """RevViT, frame by frame: (B, 3, T, H, W) -> (B, 2 C, T). No layer pools."""
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        return F.layer_norm(x, x.shape[-1:], entries[f"{name}.weight"], entries[f"{name}.bias"], eps=1e-6)
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return x @ entries[f"{name}.weight"].T + entries[f"{name}.bias"]
+
+    weight, features = entries["patch_embed.proj.weight"], []
+    for picture in frames.unbind(2):
+        x = F.conv2d(picture, weight, entries["patch_embed.proj.bias"], stride=weight.shape[-1])
+        first = second = x.flatten(2).permute(0, 2, 1) + entries["pos_embed"]
+        for index in range(depth):
+            name = f"rev_backbone.layers.{index}"
+            normed = norm(second, f"{name}.F.norm")
+            q, k, v = (linear(normed, f"{name}.F.attn.{one}").unflatten(-1, (heads, -1)) for one in "qkv")
+            weights = torch.einsum("bihc,bjhc->bhij", q, k).div(q.shape[-1] ** 0.5).softmax(dim=-1)
+            first = first + linear(torch.einsum("bhij,bjhc->bihc", weights, v).flatten(2), f"{name}.F.attn.proj")
+            hidden = F.gelu(linear(norm(first, f"{name}.G.norm"), f"{name}.G.mlp.fc1"))
+            second = second + linear(hidden, f"{name}.G.mlp.fc2")
+        features.append(norm(torch.cat([first, second], dim=-1), "norm").mean(dim=1))
+    return torch.stack(features, dim=-1)
+
+
+WRITTEN_OUT = {
+    "rev_mvit_nano": lambda entries, frames: written_out(entries, frames, strides={1: 2, 3: 2}, depth=5, heads=1),
+    "rev_vit_nano": lambda entries, frames: pictures_written_out(entries, frames, depth=4, heads=2),
+}
+WIRINGS = {
+    "plain": None,
+    "rewired": RewiringConfig(),
+    "in pieces": RewiringConfig(chunk_mebibytes=0.01),
+    "saving outputs": RewiringConfig(known=3, saved_attention=2),
+    "whatever else it says": RewiringConfig(unit="block", beta=0.3, segment=1, merge="extrapolate"),
+}
+
+
+@pytest.mark.parametrize("name", NANO)
+@pytest.mark.parametrize("wiring", WIRINGS)
+def test_it_is_the_equations_written_out_with_pyslowfast_s_names(name, wiring) -> None:
+    model = build(name, WIRINGS[wiring]).double()
+    frames, mask = clips(name)
     entries = {name: value.detach().clone().requires_grad_() for name, value in model.state_dict().items()}
-    wanted = written_out(entries, frames, strides={1: 2, 3: 2}, depth=5, heads=1)
+    wanted = WRITTEN_OUT[name](entries, frames)
     found = model(frames, mask).values
     torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-10)
     for output in (wanted, found):
@@ -108,11 +150,19 @@ def test_video_is_the_equations_written_out_with_pyslowfast_s_names(recompute) -
 
 
 @pytest.mark.parametrize("name", NANO)
-def test_gradients_with_drop_path_are_those_of_kept_activations(name) -> None:
+def test_with_an_example_it_is_shown_to_be_the_same_network(name) -> None:
+    model = build(name)
+    frames, mask = clips(name, torch.float32)
+    report = rewire(model, example=(frames[:1], mask[:1]))
+    assert report.ends == ()
+    assert sum(stage.rewired_blocks for stage in report.stages) == {"rev_mvit_nano": 3, "rev_vit_nano": 4}[name]
+
+
+@pytest.mark.parametrize("name", NANO)
+def test_gradients_with_drop_path_are_those_of_the_plain_network(name) -> None:
     results = []
-    for recompute in (True, False):
-        model = build(name, drop_path=0.5).double()
-        model.recompute = recompute
+    for wiring in (RewiringConfig(), None):
+        model = build(name, wiring, drop_path=0.5).double()
         torch.manual_seed(3)
         model(*clips(name)).values.square().mean().backward()
         results.append({key: parameter.grad for key, parameter in model.named_parameters()})
@@ -146,16 +196,15 @@ def test_pictures_are_taken_one_by_one() -> None:
 
 def test_memory_hardly_grows_with_depth() -> None:
     peaks = {}
-    for recompute in (True, False):
+    for rewired in (True, False):
         for depth in (4, 12):
-            model = build("rev_vit_nano", depth=depth)
-            model.recompute = recompute
+            model = build("rev_vit_nano", RewiringConfig() if rewired else None, depth=depth)
             for parameter in model.parameters():
                 parameter.grad = torch.zeros_like(parameter)
             frames, mask = clips("rev_vit_nano", torch.float32)
             with LiveBytes() as live:
                 model(frames, mask).values.sum().backward()
-            peaks[recompute, depth] = live.peak
+            peaks[rewired, depth] = live.peak
     assert peaks[True, 12] < 1.1 * peaks[True, 4]
     assert peaks[True, 12] < 0.5 * peaks[False, 12]
 

@@ -61,7 +61,7 @@ def test_a_clip_without_any_valid_frame_gives_finite_features() -> None:
 
 def test_cutting_keeps_every_frame_in_place() -> None:
     frames = torch.randn(2, 3, 7, 4, 4)
-    clips = cut(frames, valid(7, 3, total=7), clip_frames=4)
+    clips = cut(frames, valid(7, 3, total=7), clip_frames=4, clips=range(2))
     assert clips.shape == (2, 2, 4, 3, 4, 4)
     sources = [[0, 1, 2, 3, 4, 5, 6, 6], [0, 1, 2, 2, 2, 2, 2, 2]]
     for index, frame in enumerate(sources):

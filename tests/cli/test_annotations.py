@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from data.files import write_video
 
 from re2tal.cli import main
+from re2tal.data.building.annotation_formats.formats import FORMATS
 from re2tal.data.building.annotations import read_annotations
 from re2tal.structures import Action, VideoRecord
 
@@ -110,12 +112,32 @@ def test_nothing_is_written_where_no_action_is_found(capsys, tmp_path):
         assert message in err
 
 
-def test_nothing_is_written_where_two_videos_would_be_one(capsys, tmp_path):
-    (tmp_path / "a.csv").write_text("train/0001.mp4,1,2,run\ntest/0001.mp4,1,2,run\n")
-    status, _, err = run(capsys, "annotations", "convert", tmp_path / "a.csv", "--out", tmp_path / "o.json")
-    assert status == 2
-    assert "'train/0001.mp4' and 'test/0001.mp4' both give the id '0001': rename one" in err
-    assert not (tmp_path / "o.json").exists()
+def test_videos_that_are_not_told_apart_are_left_out_and_the_others_written(capsys, tmp_path):
+    rows = ["train/0001.mp4,1,2,run", "test/0001.mp4,1,2,run", "b,1,2,run", "c,1,2,run,train", "c,3,4,run,test"]
+    (tmp_path / "a.csv").write_text("video,start,end,label,subset\n" + "\n".join(rows))
+    status, out, err = run(capsys, "annotations", "convert", tmp_path / "a.csv", "--out", tmp_path / "o.json")
+    assert status == 0
+    assert "left out video '0001': 'train/0001.mp4' and 'test/0001.mp4' both give this id: rename one" in err
+    assert "left out video 'c': it is in 'train' and in 'test': keep one" in err
+    assert "1 videos (1 training), 1 actions, 1 classes, 2 left out" in out
+    assert list(json.loads((tmp_path / "o.json").read_text())["database"]) == ["b"]
+
+
+def test_a_file_that_its_reader_cannot_take_is_left_out(capsys, tmp_path, monkeypatch):
+    row = FORMATS["csv"]
+
+    def read(source, found):
+        if source.path.name == "bad.csv":
+            raise RecursionError("too deep")
+        row.read(source, found)
+
+    monkeypatch.setitem(FORMATS, "csv", replace(row, read=read))
+    for name in ("bad.csv", "good.csv"):
+        (tmp_path / name).write_text("a,1,2,run\n")
+    status, out, err = run(capsys, "annotations", "convert", tmp_path, "--out", tmp_path / "out" / "o.json")
+    assert status == 0
+    assert "bad.csv: it is not read past what its reader cannot take (RecursionError: too deep)" in err
+    assert "1 actions" in out
 
 
 def test_two_files_of_one_video_give_no_frame_rate(capsys, tmp_path):

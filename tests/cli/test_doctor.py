@@ -66,7 +66,7 @@ def test_videos_against_annotations(capsys, folder, tmp_path):
     assert status == 1
     assert "labels 'run' (4 times) and 'Run ' (1 times) differ only by case" in out
     assert "there is no file of this name" in out
-    assert "lasts 2.00 s, the annotations say 10.00 s; 1 actions end after the video, the last at 9.00 s" in out
+    assert "it lasts 2.00 s, the annotation file says 10.00 s; 1 actions end after the video, the last at 9.00 s" in out
     assert "4 videos: 2 ok, " in out
     assert "1 faults of the annotations" in out
     assert "3 files belong to no entry, such as cut.mkv" in out

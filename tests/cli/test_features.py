@@ -195,16 +195,13 @@ def test_files_that_cannot_be_used_are_left_out_with_the_reason(tmp_path, capsys
     assert "6 of 8 videos cannot be used" in capsys.readouterr().err
 
 
-def test_a_video_with_two_files_and_a_rate_that_is_no_number_are_refused(tmp_path):
-    write_given(tmp_path, fps={"a": 30.0}, steps={"a": 40})
-    given = {"features": tmp_path, "annotations": tmp_path / "annotations.json", "out": tmp_path / "out"}
-    (tmp_path / "v_a.npy").write_bytes((tmp_path / "a.npy").read_bytes())
-    with pytest.raises(ValueError, match=r"a\.npy and v_a\.npy are one video's; keep one"):
-        pack(Pack(**given, stride_frames=4, window_frames=16))
+def test_a_rate_that_is_no_number_costs_its_video_alone(tmp_path):
+    write_given(tmp_path, fps={"a": 30.0, "b": 30.0}, steps={"a": 40, "b": 33})
     path = tmp_path / "annotations.json"
-    path.write_text(path.read_text().replace('"fps": 30.0', '"fps": "fast"'))
-    with pytest.raises(ValueError, match=r"annotations\.json: a: \{'fps': 'fast', .* or give --fps"):
-        pack(Pack(**given, stride_frames=4, window_frames=16))
+    path.write_text(path.read_text().replace('"fps": 30.0', '"fps": "fast"', 1))
+    assert pack(Pack(tmp_path, path, tmp_path / "out", stride_frames=4, window_frames=16)) == 3
+    (left_out,) = features(tmp_path / "out" / "training").manifest.rejected
+    assert (left_out.video_id, left_out.reason[-10:]) == ("a", "give --fps")
 
 
 @pytest.mark.parametrize(
@@ -336,7 +333,7 @@ def test_prefix_suffix_and_format_choose_the_files(tmp_path):
         save(tmp_path / f"v_{name}_rgb.csv", values)
     given = {"features": tmp_path, "annotations": tmp_path / "annotations.json", "out": tmp_path / "out"}
     given |= {"stride_frames": 4, "window_frames": 16, "dtype": "float32"}
-    with pytest.raises(ValueError, match=r"v_a_rgb\.csv and v_a_rgb\.npy are one video's; keep one, or choose"):
+    with pytest.raises(ValueError, match=r"v_a_rgb\.csv and v_a_rgb\.npy are files of one video; keep one"):
         pack(Pack(**given, prefix="v_", suffix="_rgb"))
     assert pack(Pack(**given, prefix="v_", suffix="_rgb.npy")) == 0
     found = features(tmp_path / "out" / "training")
@@ -362,11 +359,22 @@ def test_one_hdf5_file_may_hold_all_videos_under_their_names(tmp_path):
         pack(Pack(**{**given, "features": given["annotations"]}, stride_frames=4, window_frames=16))
 
 
-def test_a_file_is_never_two_videos(tmp_path):
-    write_given(tmp_path, fps={"a": 30.0, "v_a": 30.0}, steps={"a": 40, "v_a": 40})
+def test_a_file_is_never_two_videos_and_no_video_is_chosen_among_two_files(tmp_path):
+    steps = {"a": 40, "v_a": 40, "v_g": 38, "b": 33, "c": 35, "d": 36}
+    write_given(tmp_path, fps=dict.fromkeys(steps, 30.0), steps=steps)
     (tmp_path / "a.npy").unlink()
-    with pytest.raises(ValueError, match=r"v_a\.npy would be video 'a' and video 'v_a'; keep one of them"):
-        pack(Pack(tmp_path, tmp_path / "annotations.json", tmp_path / "out", stride_frames=4, window_frames=16))
+    np.savez(tmp_path / "v_b.npz", np.zeros((33, 6), np.float32))
+    (tmp_path / "e.npy").symlink_to("x" * 300)
+    given = {"features": tmp_path, "annotations": tmp_path / "annotations.json", "out": tmp_path / "out"}
+    assert pack(Pack(**given, stride_frames=4, window_frames=16)) == 3
+    training, validation = (features(tmp_path / "out" / name) for name in ("training", "validation"))
+    assert (sorted(training.by_id), sorted(validation.by_id)) == (["c", "d"], ["v_g"])
+    shared = "v_a.npy would be video 'a' and video 'v_a'; keep one of them"
+    assert {one.video_id: one.reason for one in (*training.manifest.rejected, *validation.manifest.rejected)} == {
+        "a": shared,
+        "v_a": shared,
+        "b": "b.npy and v_b.npz are files of one video; keep one of them",
+    }
 
 
 def test_blocked_videos_are_left_out_without_a_rejection(tmp_path, capsys):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 
@@ -37,30 +38,73 @@ def test_help_names_the_commands_without_importing_them(capsys):
 
 def test_an_unknown_command_is_answered_with_the_known_ones(capsys):
     assert status_of(["trian"]) == 2
-    assert (
-        "unknown command 'trian'; known: demo, annotations, recipes, datasets, doctor, init, shards, "
-        in capsys.readouterr().err
-    )
+    printed = capsys.readouterr().err
+    assert "unknown command 'trian'; known: demo, annotations, recipes, datasets, doctor, init, shards, " in printed
+    assert printed.endswith("; did you mean 'train'?\n")
+
+
+def test_an_option_that_is_mistyped_is_answered_with_the_nearest(capsys):
+    assert status_of(["evaluate", "--predictions", "a.json", "--anotations", "b.json"]) == 2
+    assert "--annotations" in capsys.readouterr().err
+
+
+def test_an_unknown_shell_is_answered_with_the_known_ones(capsys):
+    assert status_of(["--print-completion", "tcsh"]) == 2
+    assert "--print-completion takes a shell: bash, zsh, fish" in capsys.readouterr().err
+
+
+def runs_instead(function: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every command is `function`."""
+    monkeypatch.setattr(cli, "command", lambda name, arguments: (function, arguments))
 
 
 @pytest.mark.parametrize(
     ("error", "status"),
     [(ValueError("wrong key"), 2), (FileNotFoundError("no such file"), 2), (FloatingPointError("diverged"), 78)],
 )
-def test_a_fault_of_the_input_is_one_line_and_a_status(error, status, monkeypatch, capsys):
+def test_a_fault_of_the_input_is_one_line_and_a_status_and_its_traceback_is_kept(
+    error, status, monkeypatch, capsys, tmp_path
+):
     def command() -> None:
         raise error
 
-    monkeypatch.setattr(cli, "_load", lambda place: command)
+    runs_instead(command, monkeypatch)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kept = tmp_path / "re2tal" / "last_error.txt"
     assert status_of(["demo"]) == status
-    assert capsys.readouterr().err == f"re2tal: {error}\n"
+    assert capsys.readouterr().err == f"re2tal: {error} (traceback in {kept}; --debug prints it)\n"
+    assert kept.read_text().startswith("Traceback (most recent call last):")
+    kept.unlink()
+    assert status_of(["demo", "--debug"]) == status
+    printed = capsys.readouterr().err
+    assert printed.startswith("Traceback (most recent call last):")
+    assert printed.endswith(f"re2tal: {error}\n")
+    assert not kept.exists()
+
+
+def test_a_message_of_ours_is_the_line_alone(capsys):
+    assert status_of(["detect", "--model", "a", "--run", "b"]) == 2
+    assert capsys.readouterr().err == (
+        "re2tal: --model and --run mean the same; give one, the folder of a trained detector\n"
+    )
+
+
+def test_a_home_that_cannot_be_written_to_is_no_second_fault(monkeypatch, capsys, tmp_path):
+    def command() -> None:
+        raise OSError("no space")
+
+    runs_instead(command, monkeypatch)
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert status_of(["demo"]) == 2
+    assert capsys.readouterr().err == "re2tal: no space\n"
 
 
 def test_the_keyboard_stops_a_command_in_one_line(monkeypatch, capsys):
     def command() -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "_load", lambda place: command)
+    runs_instead(command, monkeypatch)
     assert status_of(["demo"]) == 130
     assert "stopped by the keyboard" in capsys.readouterr().err
 
@@ -69,7 +113,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
     def command() -> None:
         raise RuntimeError("ours")
 
-    monkeypatch.setattr(cli, "_load", lambda place: command)
+    runs_instead(command, monkeypatch)
     with pytest.raises(RuntimeError, match="ours"):
         main(["demo"])
 

@@ -129,7 +129,7 @@ def test_help_lists_the_kinds(capsys):
 
 def test_help_rounds_the_numbers_that_it_shows(capsys):
     with pytest.raises(SystemExit):
-        main(["train", "--help"])
+        main(["train", "--help-all"])
     assert "(default: 0.3 0.4 0.5 0.6 0.7)" in capsys.readouterr().out
 
 

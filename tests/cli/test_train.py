@@ -7,16 +7,20 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from distributed.ranks import launch_ranks
 from safetensors.torch import save_file
 
 from re2tal.backbones import BackboneConfig, build_backbone
-from re2tal.config import load_config
+from re2tal.config import load_config, save_config
 from re2tal.data.building.annotations import read_annotations
+from re2tal.data.streaming.windows import ResizeWhole
 from re2tal.evaluation.results import read_results
+from re2tal.recipes import find_recipe
 from re2tal.training.export import read_model
 
 ROOT = Path(__file__).parents[2]
@@ -99,6 +103,36 @@ def test_from_videos_to_a_score_and_the_same_weights_after_a_restart(shards, tmp
     with pytest.raises(RuntimeError, match=r"backbone.norm_eval freezes the norms of a pretrained backbone"):
         launch_ranks([*again, "--overwrite", "--backbone.norm-eval"], world_size=1)
     assert (out / "model.safetensors").is_file(), "what was refused removed the earlier run"
+
+
+def test_a_share_of_the_clips_trains_on_two_ranks_and_the_summary_says_so(shards, tmp_path):
+    """Two of eight clips a step, under ZeRO-3; an epoch later, the others come from the memory in the run folder."""
+    out, run = tmp_path / "run", find_recipe("demo")
+    small = replace(
+        run,
+        num_steps=16,
+        data=replace(
+            run.data,
+            shards=shards,
+            clips=replace(run.data.clips, windowing=ResizeWhole(num_frames=32), size=32, workers=1),
+        ),
+        backbone=BackboneConfig(name="videomae_nano", trained_clips=0.25, clips_at_once=1),
+        localizer=replace(run.localizer, channels=16, max_num_steps=16),
+        engine=replace(run.engine, batch_size=1),
+        schedule=replace(run.schedule, warmup_epochs=0.5),
+        training=replace(run.training, epochs=2, log_every_steps=1, checkpoint_every_steps=100),
+    )
+    save_config(tmp_path / "config.json", small)
+    command = [sys.executable, str(ROOT / "launch" / "train.py"), "--ds", str(ROOT / "ds_configs" / "zero3.json")]
+    command += ["--config", str(tmp_path / "config.json"), "--out", str(out)]
+    said = launch_ranks(command, world_size=2, timeout_seconds=280)
+    assert "approximation: a step trains 0.25 of the clips of a video" in said[0]
+    assert json.loads((out / "summary.json").read_text())["approximation"].startswith("approximation: a step trains")
+    remembered = [np.load(path) for path in (out / "clip_features").iterdir()]
+    assert len(remembered) == 6
+    assert all(one.shape == (8, 2, 48) and np.isfinite(one).all() for one in remembered)
+    with pytest.raises(RuntimeError, match="which draws other clips in every epoch"):
+        launch_ranks([*command[:4], "--recipe", "demo", "--backbone.trained-clips", "0.5"], world_size=1)
 
 
 def test_a_run_that_names_relative_paths_goes_on_from_another_folder(shards, tmp_path):

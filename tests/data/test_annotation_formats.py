@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from re2tal.data.building.annotation_formats.formats import FORMATS, read_files, recognise
-from re2tal.data.building.annotation_formats.found import Found, Source, Wanted, as_seconds, video_id_of
+from re2tal.data.building.annotation_formats.found import Found, Wanted, as_seconds, video_id_of
+from re2tal.data.building.annotation_formats.source import Source
 
 Actions = dict[str, list[tuple[float, float, str]]]
 
@@ -77,11 +78,11 @@ def test_the_id_in_a_name(name: str, video_id: str) -> None:
 @pytest.mark.parametrize(
     ("names", "clash"),
     [
-        (("train/0001.mp4", "test/0001.mp4"), "'train/0001.mp4' and 'test/0001.mp4' both give the id '0001'"),
+        (("train/0001.mp4", "test/0001.mp4"), "'train/0001.mp4' and 'test/0001.mp4' both give this id"),
         (("0001", "train/0001.mp4", "test/0001.mp4"), "'train/0001.mp4' and 'test/0001.mp4' both give"),
-        (("a.mp4", "a.mkv"), "'a.mp4' and 'a.mkv' both give the id 'a'"),
-        (("https://h/get?id=1", "https://h/get?id=2"), "both give the id 'get'"),
-        (("/data/upload/1/0a1b2c3d-a.mp4", "/data/upload/1/1a1b2c3d-a.mp4"), "both give the id 'a'"),
+        (("a.mp4", "a.mkv"), "'a.mp4' and 'a.mkv' both give this id"),
+        (("https://h/get?id=1", "https://h/get?id=2"), "both give this id"),
+        (("/data/upload/1/0a1b2c3d-a.mp4", "/data/upload/1/1a1b2c3d-a.mp4"), "both give this id"),
         (("a", "../a.mp4", "x/a.MP4", "/y/x/a.mp4", "a"), None),
         (("https://www.youtube.com/watch?v=AAA", "https://youtu.be/AAA", "AAA"), None),
         (("https://h/a.mp4?signed=1", "https://h/a.mp4?signed=2"), None),
@@ -92,13 +93,13 @@ def test_two_names_that_give_one_id_are_told(names, clash):
     for name in names:
         found.action("here", name, 1, 2, "run")
     assert len(found.clashes) == (clash is not None)
-    assert not clash or clash in next(iter(found.clashes))
+    assert not clash or clash in next(iter(found.clashes.values()))
 
 
 def test_a_video_in_two_subsets_is_told(tmp_path):
     text = "video,start,end,label,subset\na,1,2,run,train\na,2,3,run,training\na,3,4,run,test\n"
     found = found_in(tmp_path, "l.csv", text, expect="csv")
-    assert list(found.clashes) == ["video 'a' is in 'train' and in 'test': keep one"]
+    assert found.clashes == {"a": "it is in 'train' and in 'test': keep one"}
 
 
 def test_an_unusable_address_costs_its_row_only(tmp_path):

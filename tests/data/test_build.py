@@ -17,15 +17,18 @@ from data.numbered import read_numbers
 from webdataset import WebDataset
 
 from re2tal.data.building.annotations import Annotations, read_annotations
-from re2tal.data.building.build import BuildConfig, build_shards, find_videos, list_items
+from re2tal.data.building.build import BuildConfig, build_shards, list_items
+from re2tal.data.building.copy_video import check_as_it_is, mp4_of
 from re2tal.data.building.isolated import Isolated
+from re2tal.data.building.named_files import Chosen, NamedFiles
+from re2tal.data.building.probe import probe_video
 from re2tal.data.building.shard_plan import Item, Plan, extended
 from re2tal.data.contract.manifest import INDEX_NAME, MANIFEST_NAME
 from re2tal.data.contract.members import read_content, read_video
 from re2tal.data.contract.shards import open_shards
 from re2tal.data.contract.verify import damage
 from re2tal.data.streaming.decode import decode_frames
-from re2tal.runs.shard_building import report_built
+from re2tal.runs.shard_building import Build, build, report_built
 from re2tal.structures import Action, VideoRecord
 
 CONFIG = BuildConfig(dataset="own", encoding=encoding(fps=15), videos_per_shard=3)
@@ -33,7 +36,7 @@ GOOD = {"a": 30, "b": 24, "c-1": 30, "_d": 25, "e": 30}
 BAD = {
     "cut": "is cut short: its header promises 300 frames",
     "gone": "there is no file of this name",
-    "long": "long.mp4 lasts 2.00 s, the annotation file says 9.00 s",
+    "long": "long.mp4: it lasts 2.00 s, the annotation file says 9.00 s",
     "mute": "mute.mp4 has no video stream, only audio",
     "text": "text.mkv cannot be read as a video",
 }
@@ -290,18 +293,27 @@ def test_no_video_at_all_is_an_error_that_says_where_it_looked(annotations, tmp_
     with pytest.raises(ValueError, match=r"none of the 10 videos of subset 'training' is in .*_d\.mp4, v__d\.mp4"):
         build_shards(annotations, videos=tmp_path, out=tmp_path / "out", subset="training", config=CONFIG)
     with pytest.raises(ValueError, match="nowhere is not a folder"):
-        find_videos(tmp_path / "nowhere", ["a"], file_names=("{id}",))
+        build_shards(annotations, videos=tmp_path / "nowhere", out=tmp_path, subset="training", config=CONFIG)
 
 
-def test_a_video_with_two_files_is_an_error_that_names_both(tmp_path):
-    for name in ("a.mp4", "v_a.MKV", "b.mp4", "b.txt", "b.json"):
-        (tmp_path / name).write_bytes(b"")
-    with pytest.raises(ValueError, match=r"video 'a' is there as \['a.mp4', 'v_a.MKV'\]; keep one"):
-        find_videos(tmp_path, ["b", "a"], file_names=("{id}", "v_{id}"))
-    assert find_videos(tmp_path, ["b", "c"], file_names=("{id}", "v_{id}")) == {"b": tmp_path / "b.mp4"}
-    (tmp_path / "v_c.mp4").write_bytes(b"")
-    with pytest.raises(ValueError, match=r"v_c\.mp4 would be video 'c' and video 'v_c'; keep one of them"):
-        find_videos(tmp_path, ["b", "c", "v_c"], file_names=("{id}", "v_{id}"))
+def test_of_two_files_with_one_id_none_is_taken_unless_the_annotations_name_one():
+    names = ["a.mp4", "v_a.MKV", "b.mp4", "c.mkv", "c.mp4", "v_d.mp4", "cafe\u0301.mp4"]
+    files = NamedFiles(Path("videos", name) for name in names)
+    wanted = ["a", "b", "c", "d", "v_d", "café", "gone"]
+    chosen = files.choose(wanted, keys={"c": "c.mp4", "b": "b.avi"})
+    assert {video_id: path.name for video_id, path in chosen.found.items()} == {
+        "b": "b.mp4",
+        "c": "c.mp4",
+        "café": "cafe\u0301.mp4",
+    }
+    assert chosen.faults == {
+        "a": "a.mp4 and v_a.MKV are files of one video; keep one of them",
+        "d": "v_d.mp4 would be video 'd' and video 'v_d'; keep one of them",
+        "v_d": "v_d.mp4 would be video 'd' and video 'v_d'; keep one of them",
+    }
+    assert chosen.notes == ["c.mp4 is taken as 'c', not c.mkv"]
+    assert files.choose(["a"], keys={"a": "a.mkv"}).found["a"].name == "v_a.MKV"
+    assert "c" in files.choose(["c"], keys={"c": "c.avi"}).faults
 
 
 def test_a_subset_of_unusable_videos_only_is_an_error_with_a_reason(videos, annotations, tmp_path):
@@ -370,22 +382,41 @@ def test_a_video_with_little_damage_is_kept_and_named_and_one_with_much_is_left_
     assert (len(built.rejected), len(built.damaged)) == (0, 2)
 
 
-def test_odd_items_in_a_folder_of_videos_do_not_end_a_build(tmp_path):
+def test_odd_items_in_a_folder_of_videos_do_not_end_a_build(tmp_path, capsys):
     videos = tmp_path / "videos"
     videos.mkdir()
     write_video(videos / "a.mp4")
     (videos / "b.mp4").symlink_to(tmp_path / "nowhere.mp4")
     (videos / "c.mp4").symlink_to(videos / "c.mp4")
     (videos / "d.mp4").mkdir()
+    os.mkfifo(videos / "e.mp4")
+    (videos / "f.mp4").symlink_to("x" * 300)
+    for name in ("g.mp4", "g.mkv", "h.mkv"):
+        shutil.copyfile(videos / "a.mp4", videos / name)
+    write_video(videos / "h.mp4", num_frames=90)
+    (videos / "i.mp4").write_bytes(b"no video" * 200)
     (videos / "._a.mp4").write_bytes(b"\x00\x05\x16\x07 of macOS")
     (videos / "two words ü.mp4").write_bytes(b"")
-    entry = {"subset": "training", "duration": 2.0, "annotations": [{"segment": [0.5, 1.5], "label": "run"}]}
-    (tmp_path / "a.json").write_text(json.dumps({"database": dict.fromkeys("abcd", entry)}))
-    listed = read_annotations(tmp_path / "a.json")
-    built = build_shards(listed, videos=videos, out=tmp_path / "out", subset="training", config=CONFIG)
-    assert sorted(open_shards(built.folder).by_id) == ["a"]
-    reasons = {one.video_id: one.reason for one in built.rejected}
-    assert reasons == dict.fromkeys("bcd", "there is no file of this name, or a link that leads nowhere")
+    (videos / os.fsdecode(b"not \xff utf-8.mp4")).write_bytes(b"")
+    entry = {"subset": "training", "annotations": [{"segment": [0.5, 1.5], "label": "run"}]}
+    database = {name: {**entry, "duration": 2.0} for name in "abcdefg"}
+    database |= {"h.mp4": {**entry, "duration": 0}, "i": entry}
+    other = {**entry, "subset": "validation", "duration": 2.0}
+    (tmp_path / "a.json").write_text(json.dumps({"database": {**database, "z": other, "y": other}}))
+    (videos / "y.mp4").write_bytes(b"no video")
+    given = {"out": tmp_path / "out", "annotations": tmp_path / "a.json", "videos": videos, "fps": 15, "short_side": 48}
+    with pytest.raises(ValueError, match=r"validation: none of the 2 videos can be used; the first, [yz]: "):
+        build(Build(**given, workers=1))
+    shards = open_shards(tmp_path / "out" / "training")
+    assert {name: video.num_frames for name, video in shards.by_id.items()} == {"a": 30, "h": 45}
+    reasons = {one.video_id: one.reason for one in shards.manifest.rejected}
+    two = reasons.pop("g")
+    assert two == "g.mkv and g.mp4 are files of one video; keep one of them"
+    assert reasons.pop("i").startswith("i.mp4 cannot be read as a video")
+    assert reasons == dict.fromkeys("bcdef", "there is no file of this name, or a link that leads nowhere")
+    said = capsys.readouterr().err
+    for line in ("h.mp4 is taken as 'h', not h.mkv", "rejected g: ", "f.mp4 is no file", "._a.mp4 is a file of macOS"):
+        assert line in said
 
 
 def test_an_encoder_that_dies_costs_its_video_and_not_the_build(videos, annotations, tmp_path, monkeypatch):
@@ -456,8 +487,12 @@ def test_copies_keep_their_bytes_and_what_a_decoder_would_number_wrong_is_encode
         if read_content(shards, video) == next(videos.glob(f"{video_id}.*")).read_bytes()
     }  # fmt: skip
     assert kept == {"sound", "whole"}
-    assert (built.num_copies, len(shards.videos) + len(built.rejected)) == (2, len(ids))
-    for video_id in kept:
+    assert (built.num_copies, len(shards.videos) + len(built.rejected)) == (3, len(ids))
+    reasons = {note.split(":")[0].removeprefix("encoded "): note for note in built.notes}
+    assert sorted(reasons) == ["broken", "open", "turned", "uneven"]
+    assert "groups of pictures are open" in reasons["open"]
+    assert "it is to be turned" in reasons["turned"]
+    for video_id in (*kept, "matroska"):
         mp4 = read_video(shards, shards.by_id[video_id])
         assert read_numbers(decode_frames(*mp4.cut([59, 3, 31])).numpy()) == [59, 3, 31]
     assert list(damage(shards)) == []
@@ -465,6 +500,46 @@ def test_copies_keep_their_bytes_and_what_a_decoder_would_number_wrong_is_encode
         ValueError, match=r"was built with `re2tal shards build --copy`, now it is `re2tal shards build`"
     ):
         build_shards(listed, videos=videos, out=tmp_path / "out", subset="training", config=replace(config, copy=False))
+
+
+HEVC = "log-level=none:keyint=20:open-gop={}"
+FAST = {"g": "20", "deadline": "realtime", "cpu-used": "8"}
+COPIES = {
+    "hevc.mp4": ("libx265", {"x265-params": HEVC.format(0), "tag": "hvc1"}, ""),
+    "hevc.mkv": ("libx265", {"x265-params": HEVC.format(0)}, ""),
+    "vp9.mp4": ("libvpx-vp9", FAST, ""),
+    "vp9.webm": ("libvpx-vp9", FAST, ""),
+    "h264.mov": ("libx264", {"g": "20", "bf": "2"}, ""),
+    "h264.mkv": ("libx264", {"g": "20", "bf": "2"}, ""),
+    "open.mkv": ("libx265", {"x265-params": HEVC.format(1)}, "groups of pictures are open"),
+    "av1.mp4": ("libsvtav1", {"g": "20", "preset": "12"}, r"its codec is 'av01' .* only H\.264, HEVC and VP9"),
+    "av1.webm": ("libsvtav1", {"g": "20", "preset": "12"}, "it is libdav1d in matroska; H.264, HEVC, VP9 in mp4"),
+    "vp8.webm": ("libvpx", FAST, "it is vp8 in matroska; "),
+    "mpeg4.mp4": ("mpeg4", {"g": "20"}, "its codec is 'mp4v'"),
+    "h264.ts": ("libx264", {"g": "20"}, "it is h264 in mpegts; H.264, HEVC, VP9 in mp4, mov, mkv or webm can be kept"),
+}
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_what_is_kept_is_read_frame_by_frame_as_the_source_and_the_rest_is_refused_by_name(tmp_path, name):
+    codec, options, refused = COPIES[name]
+    source = write_video(tmp_path / name, codec=codec, options=options)
+    probe = probe_video(source)
+    if refused:
+        with pytest.raises(ValueError, match=refused):
+            mp4_of(source, probe=probe)
+        return
+    mp4 = mp4_of(source, probe=probe)
+    result = check_as_it_is(source, mp4, probe=probe)
+    assert (result.num_frames, result.fps) == (60, 30)
+    with av.open(str(source)) as container:
+        shown = np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+    assert read_numbers(shown) == list(range(60))
+    for wanted in (range(60), [0, 19, 20, 21, 59], [33], [59, 0, 40]):
+        part, places = mp4.cut(list(wanted))
+        for decoder in ("decord", "pyav"):
+            frames = decode_frames(part, places, decoder=decoder).numpy()
+            assert np.abs(frames.astype(int) - shown[list(wanted)]).max() <= 2, decoder
 
 
 def test_a_copy_shows_the_colours_that_a_player_shows(tmp_path):
@@ -501,8 +576,8 @@ def test_a_file_that_was_written_again_is_tried_again_if_it_was_refused_or_damag
     path = tmp_path / "a.mp4"
     path.write_bytes(b"whatever it holds")
     record = VideoRecord("a", "training", 2.0, ())
-    (before,) = list_items([record], {"a": path}, config=CONFIG)
+    (before,) = list_items([record], Chosen({"a": path}), config=CONFIG)
     os.utime(path, ns=(1, 1))
-    (after,) = list_items([record], {"a": path}, config=CONFIG)
+    (after,) = list_items([record], Chosen({"a": path}), config=CONFIG)
     assert before.fingerprint == after.fingerprint != ""
     assert (before.terms != after.terms, after.modified_ns) == (True, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from data.files import cut_short, encoding, write_video
 from data.folders import indexed, write_shards
 from data.numbered import encode_numbered
 
-from re2tal.data.building.build import BuildConfig, build_shards
+from re2tal.data.building.build import BuildConfig, build_shards, find_sources
 from re2tal.data.building.clips import ClipList, TrimmedClip, read_clips, true_classes
 from re2tal.data.contract.shards import open_shards
 from re2tal.data.contract.verify import damage
@@ -117,14 +118,29 @@ def test_faulty_lists_name_line_value_and_remedy(tmp_path, lines, classes, messa
         (",aaaaaaaaaaa,0,10,train", "line 2: the class is '': give a name"),
         ("run,../aaaaaaaa,0,10,train", r"line 2: youtube_id is '\.\./aaaaaaaa': a slash"),
         ("run,aaaaaaaaaaa,0,10,my set", "line 2: the subset is 'my set': give a name such as train or val"),
-        ("run,ccccccccccc,0,10,train", "ccccccccccc_000000_000010 is there as .*one.*two.*: keep one of them"),
     ],
 )
 def test_faulty_rows_of_kinetics_name_line_value_and_remedy(tmp_path, row, message):
-    touch(*(tmp_path / place / "ccccccccccc_000000_000010.mp4" for place in ("one", "two")))
     table = text(tmp_path / "all.csv", "label,youtube_id,time_start,time_end,split", row)
     with pytest.raises(ValueError, match=message):
         read_clips([table], videos=tmp_path)
+
+
+def test_files_with_one_id_are_left_out_and_named_and_the_other_clips_are_taken(tmp_path):
+    twins = ["train/run/b.mp4", "train/jump/b.mkv", "val/run/cafe\u0301.mp4", "train/run/café.mp4"]
+    touch(*(tmp_path / "clips" / name for name in ("train/run/a.mp4", *twins)))
+    clips = read_clips([tmp_path / "clips"])
+    assert sorted(clips.faults) == sorted(["b", "café", "cafe\u0301"])
+    assert re.search(r"jump/b\.mkv and \S+run/b\.mp4 have one id: rename them, or keep one", clips.faults["b"])
+    assert set(clips.left_out) == set(clips.faults.values())
+    touch(*(tmp_path / place / "ccccccccccc_000000_000010.mp4" for place in ("one", "two")))
+    rows = ("run,ccccccccccc,0,10,train", "run,ddddddddddd,0,10,train")
+    clips = read_clips([text(tmp_path / "k.csv", "label,youtube_id,time_start,time_end,split", *rows)], videos=tmp_path)
+    assert list(clips.faults) == ["ccccccccccc_000000_000010"]
+    assert len(clips.subset("training")) == 2
+    config = BuildConfig(dataset="own", encoding=encoding(fps=15))
+    _, chosen = find_sources(clips, None, subset="train", config=config)
+    assert (chosen.found, chosen.faults) == ({}, dict(clips.faults))
 
 
 def test_faulty_places_say_what_is_wanted(tmp_path):
@@ -160,7 +176,7 @@ def test_clips_are_measured_packed_and_what_is_unsound_or_missing_is_left_out(tm
     names = text(tmp_path / "train.txt", "short.mp4 run", "longer.mp4 jump", "cut.mp4 run", "gone.mp4 run")
     clips = read_clips([names], videos=folder)
     config = BuildConfig(dataset="own", encoding=encoding(fps=15))
-    built = build_shards(clips, videos=clips.paths, out=tmp_path / "out", subset="training", config=config)
+    built = build_shards(clips, out=tmp_path / "out", subset="training", config=config)
     assert sorted((one.video_id, one.reason[:34]) for one in built.rejected) == [
         ("cut", "cut.mp4 is cut short: its header p"),
         ("gone", "there is no file of this name, or "),
@@ -173,14 +189,14 @@ def test_clips_are_measured_packed_and_what_is_unsound_or_missing_is_left_out(tm
         "short": (1.6, (Action(0.0, 1.6, "run"),)),
         "longer": (3.0, (Action(0.0, 3.0, "jump"),)),
     }
-    again = build_shards(clips, videos=clips.paths, out=tmp_path / "out", subset="training", config=config)
+    again = build_shards(clips, out=tmp_path / "out", subset="training", config=config)
     assert again == built
     val = read_clips([text(tmp_path / "val.txt", "short.mp4 run")], videos=folder)
-    built = build_shards(val, videos=val.paths, out=tmp_path / "out", subset="val", config=config)
+    built = build_shards(val, out=tmp_path / "out", subset="val", config=config)
     assert open_shards(tmp_path / "out" / "validation").root == built.folder
     gone = read_clips([text(tmp_path / "val.txt", "gone.mp4 run")], videos=folder)
     with pytest.raises(ValueError, match=r"none of the 1 videos of subset 'validation' is where it should be; looked"):
-        build_shards(gone, videos=gone.paths, out=tmp_path / "out", subset="validation", config=config)
+        build_shards(gone, out=tmp_path / "out", subset="validation", config=config)
 
 
 def test_shards_of_videos_with_several_actions_are_no_trimmed_clips(tmp_path):

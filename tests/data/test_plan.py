@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from re2tal.data.streaming import epoch_order
+from re2tal.data.streaming.clip_config import ClipConfig
 from re2tal.data.streaming.epoch_order import Unit, batch_units, count_steps, evaluation_order, training_order
 
 WORLDS = (1, 2, 3, 4, 5, 8)
@@ -130,6 +131,18 @@ def test_shuffling_within_a_span_keeps_reading_near_one_place():
     place = {video: number for number, video in enumerate(order)}
     # A video leaves the buffer at the earliest when it enters it: at most 10 places early.
     assert max(place[video] - number for number, video in enumerate(shuffled)) <= 10
+
+
+def test_by_default_a_batch_shows_videos_of_one_shard_as_often_as_chance_does():
+    """20,000 videos, 64 a shard, batches of 64."""
+    names = np.arange(20_000) // 64
+    order = training_order(names, shuffle_span=ClipConfig().shuffle_span, seed=0, epoch=0).videos
+    beside = []
+    for first in range(0, 19_968, 64):
+        batch = names[order[first : first + 64]].tolist()
+        beside += [batch.count(shard) > 1 for shard in batch]
+    chance = 1 - (1 - 64 / 20_000) ** 63
+    assert abs(np.mean(beside) - chance) < 0.02
 
 
 @pytest.mark.parametrize(("world_size", "batch_size"), [(8, 1), (2, 4), (1, 8)])

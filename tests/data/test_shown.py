@@ -283,6 +283,56 @@ def test_a_part_that_is_gone_leaves_a_gap_in_time_that_counts(tmp_path):
     assert probe.num_frames + probe.num_missing == pytest.approx(90, abs=3)
 
 
+def copied(source: Path, target: Path, *, without: range) -> Path:
+    """The same packets but some, with their times."""
+    with av.open(str(source)) as container, av.open(str(target), "w") as written:
+        stream = container.streams.video[0]
+        copy = written.add_stream_from_template(stream)
+        for number, packet in enumerate(packet for packet in container.demux(stream) if packet.size):
+            if number not in without:
+                packet.stream = copy
+                written.mux(packet)
+    return target
+
+
+LOST = {
+    "baseline.mp4": ("libx264", {"g": "30", "profile": "baseline"}),
+    "pyramid.mkv": ("libx264", {"g": "30", "bf": "3"}),
+    "vp8.webm": ("libvpx", {"g": "30", **FAST}),
+    "vp9.mkv": ("libvpx-vp9", {"g": "30", **FAST}),
+    "mpeg4.mkv": ("mpeg4", {"g": "30"}),
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_packets_that_are_missing_are_told_though_the_decoder_is_silent(tmp_path, name):
+    codec, options = LOST[name]
+    source = write_moving(tmp_path / f"whole-{name}", codec, **options)
+    same = copied(source, tmp_path / f"same-{name}", without=range(0))
+    for sound in (source, same):
+        assert stored(sound)[1].damage.num_damaged == 0
+    with pytest.raises(ValueError, match=rf"{name} is (damaged: \d+ of \d+ frames|cut short or has holes)"):
+        stored(copied(source, tmp_path / name, without=range(40, 44)))
+
+
+def test_a_short_gap_in_a_stream_that_is_numbered_is_a_camera_that_dropped_a_frame(tmp_path):
+    source = write_video(tmp_path / "v.mkv", milliseconds=[33 * n + (66 if n > 30 else 0) for n in range(60)])
+    assert stored(source)[1].damage.num_damaged == 0
+
+
+def test_a_picture_that_contradicts_its_own_checksum_is_damaged(tmp_path):
+    options = {"x265-params": "log-level=none:keyint=20:hash=1"}
+    source = write_moving(tmp_path / "v.mp4", "libx265", num_frames=60, **options)
+    assert stored(source)[1].damage.num_damaged == 0
+    with av.open(str(source)) as container:
+        place, size = [(packet.pos, packet.size) for packet in container.demux(video=0) if packet.size][25]
+    content = bytearray(source.read_bytes())
+    content[place + size - 60] ^= 0x10
+    source.write_bytes(content)
+    with pytest.raises(ValueError, match=r"v.mp4 is damaged: \d+ of 60 frames .* corrupt"):
+        stored(source)
+
+
 def test_a_recording_that_begins_between_key_frames_is_not_damaged(tmp_path):
     source = write_video(tmp_path / "whole.ts", num_frames=90, options={"g": "30", "bf": "0"})
     with av.open(str(source)) as container, av.open(str(tmp_path / "v.ts"), "w") as target:

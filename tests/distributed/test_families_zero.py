@@ -16,6 +16,8 @@ from re2tal.training.frames import prepare_frames
 
 # Rows of a builder share every line of code, so its first row, the smallest, stands for it.
 FAMILIES = sorted({build: name for name, build in reversed(BACKBONES.items())}.values())
+# Clips encoded in groups.
+FAMILIES += ["videomae_nano grouped"]
 # A frozen backbone, of which adapters train.
 FAMILIES += ["videomae_nano temporal", *(["videomae_nano lora"] if find_spec("peft") else [])]
 STAGES = (2, 3)
@@ -26,8 +28,11 @@ STEPS = 2
 def build(name: str, *, recompute: bool = True) -> nn.Module:
     """Random parameters everywhere: several are zero or one by default, which would hide mistakes."""
     torch.manual_seed(0)
-    row, _, adapter = name.partition(" ")
-    backbone = build_backbone(BackboneConfig(name=row, recompute=recompute, adapter=adapter or "none"))
+    row, _, form = name.partition(" ")
+    options = {"adapter": form} if form in ("temporal", "lora") else {}
+    if form == "grouped" and recompute:
+        options = {"clips_at_once": 1}
+    backbone = build_backbone(BackboneConfig(name=row, recompute=recompute, **options))
     with torch.no_grad():
         for parameter in backbone.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.02)

@@ -299,11 +299,18 @@ def test_what_no_plan_can_hold_is_refused(change, message, ds) -> None:
         plan_step(run, ds, world_size=1, num_classes=4, device=CPU)
 
 
-def test_a_run_on_stored_features_is_refused(ds) -> None:
+def test_a_run_on_stored_features_is_counted_and_takes_no_budget(ds) -> None:
     run = small_run()
     features = replace(run, backbone=BackboneConfig(name="features", feature_channels=8, rewired=False))
-    with pytest.raises(ValueError, match="a run on stored features has no network whose memory could be planned"):
-        plan_step(features, ds, world_size=1, num_classes=4, device=CPU)
+    plan = plan_step(features, ds, world_size=1, num_classes=4, device=CPU)
+    assert "features, 2 clips of 16 steps of 8 channels in fp32" in str(plan)
+    assert plan.memory.most["batch"] == 4 * 2 * 8 * 16
+    parameters = sum(parameter.numel() for parameter in build_detector(features, list("abcd")).parameters())
+    assert plan.memory.most["parameters"] == 4 * parameters
+    assert plan.memory.peak > 4 * 4 * parameters
+    within = replace(features, engine=replace(run.engine, memory_budget_gb=1.0))
+    with pytest.raises(ValueError, match="a run on stored features has no backbone that could be rebuilt"):
+        plan_step(within, ds, world_size=1, num_classes=4, device=CPU)
 
 
 @pytest.mark.parametrize("budget", [-1, float("inf")])

@@ -124,7 +124,7 @@ def test_the_page_is_what_the_command_writes() -> None:
 def test_a_page_without_marks_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
     path = tmp_path / "page.md"
     path.write_text("# Mine\n")
-    with pytest.raises(ValueError, match=r"page\.md has no place for the recipes: it needs the line '<!-- written by"):
+    with pytest.raises(ValueError, match=r"page\.md has no place for what is written: it needs the line '<!--"):
         write_page(path)
     assert path.read_text() == "# Mine\n"
 

@@ -13,15 +13,17 @@ from reversible.test_precision import autocast
 from torch import Tensor
 
 from re2tal.reversible import run_reversibly
-from re2tal.reversible.monitor import Monitor, Reading
+from re2tal.reversible.monitor import FirstCheck, Monitor, Reading
 from re2tal.reversible.precision import StateFormat
 
 X = torch.randn(16, 32, CHANNELS, generator=torch.Generator().manual_seed(0))  # 4096 elements: all are sampled
 
 
-def watched(branches, x: Tensor = X, *, steps: int = 1, every: int = 1, narrow: bool = True, **options) -> Monitor:
+def watched(
+    branches, x: Tensor = X, *, steps: int = 1, every: int = 1, narrow: bool = True, kind=Monitor, **options
+) -> Monitor:
     """The monitor after some steps of training."""
-    monitor = Monitor("layers.2", every=every)
+    monitor = kind("layers.2", every=every)
     for _ in range(steps):
         monitor.step()
         run = partial(run_reversibly, branches, monitor=monitor, **options)
@@ -69,13 +71,36 @@ def test_float32_drifts_by_roundings_which_nobody_needs_to_know(caplog) -> None:
 
 
 def test_kernels_that_do_not_repeat_are_noticed_on_a_grid(caplog) -> None:
+    assert watched([restless(0.01)] * 6).reading.drift > 1e-3
+    assert "kernels that do not repeat bit for bit" in warnings_of(caplog)[0]
+
+
+def restless(size: float):
     calls: list[int] = []
 
-    def restless(x: Tensor) -> Tensor:
+    def branch(x: Tensor) -> Tensor:
         calls.append(1)
-        return x * 0.01 * len(calls)
+        return x * size * len(calls)
 
-    assert watched([restless] * 6).reading.drift > 1e-3
+    return branch
+
+
+@pytest.mark.parametrize("numbers", [{}, {"narrow": False}, {"narrow": False, "kinks": True}], ids=str)
+@pytest.mark.parametrize("size", [1e-3, 1e-4])
+def test_in_the_first_step_what_numbers_do_not_explain_is_an_error(numbers, size) -> None:
+    options = numbers | {"kind": lambda name, every: FirstCheck(name)}
+    with pytest.raises(RuntimeError, match=r"stage layers.2: backward rebuilt a state .* something else when it runs"):
+        watched([restless(size)] * 6, **options)
+    watched([lambda x: x * size] * 6, **options)
+
+
+def test_one_element_beyond_the_range_explains_a_drift_which_is_then_a_warning(caplog) -> None:
+    first, told = FirstCheck("layers.2"), Monitor("layers.2", every=1)
+    first.monitor = told
+    x = torch.cat([X, X])  # of which half of the elements are sampled
+    x[-1, -1, -1] = 3000.0
+    watched([restless(1e-4)] * 6, x, kind=lambda name, every: first)
+    assert told.reading.largest >= 3000
     assert "kernels that do not repeat bit for bit" in warnings_of(caplog)[0]
 
 

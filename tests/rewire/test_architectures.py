@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -10,16 +10,15 @@ from types import ModuleType
 import pytest
 import torch
 
+BENCHMARKS = str(Path(__file__).parents[2] / "benchmarks")
+
 
 def load() -> ModuleType:
-    path = Path(__file__).parents[2] / "benchmarks" / "architectures.py"
-    spec = importlib.util.spec_from_file_location("architectures", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["architectures"] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module
+    sys.path.insert(0, BENCHMARKS)
+    try:
+        return importlib.import_module("architectures")
+    finally:
+        sys.path.remove(BENCHMARKS)
 
 
 architectures = load()

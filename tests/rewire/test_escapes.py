@@ -38,7 +38,25 @@ def _(block: Routed) -> tuple[Branch, ...]:
     return Branch("mix", Block.mix), Branch("mlp", Routed.transform)
 
 
+class Doubled(torch.autograd.Function):
+    """Twice its input, which it notes, and one more output."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x * 2, x * 3
+
+    @staticmethod
+    def backward(ctx, first, second):
+        return first * 2 + second * 3
+
+
 KEPT = {
+    "what a custom function returned": lambda logits, x, notes: notes.append(Doubled.apply(logits)[1]),
+    "what was mapped": lambda logits, x, notes: notes.append(torch.vmap(lambda row: row.exp())(logits)),
+    "what was mapped from inside": lambda logits, x, notes: torch.vmap(lambda row: notes.append(row.exp()) or row)(x),
+    "what a reentrant checkpoint returned": lambda logits, x, notes: notes.append(
+        torch.utils.checkpoint.checkpoint(torch.exp, logits, use_reentrant=True)
+    ),
     "logits": lambda logits, x, notes: notes.append(logits),
     "a view of them": lambda logits, x, notes: notes.append(logits[0]),
     "the input": lambda logits, x, notes: notes.append(x),
@@ -46,6 +64,11 @@ KEPT = {
     "what is written into a table": lambda logits, x, notes: notes.append(torch.zeros(logits.shape).copy_(logits)),
 }
 HARMLESS = {
+    "a custom function": lambda logits, x, notes: Doubled.apply(logits),
+    "mapped and detached": lambda logits, x, notes: notes.append(torch.vmap(torch.exp)(logits).detach()),
+    "a gradient of its own": lambda logits, x, notes: notes.append(
+        torch.func.grad(lambda rows: rows.exp().sum())(logits).detach()
+    ),
     "nothing": lambda logits, x, notes: None,
     "detached": lambda logits, x, notes: notes.append(logits.detach() * 2),
     "data": lambda logits, x, notes: notes.append(logits.data.mean()),
@@ -107,6 +130,40 @@ def test_a_hook_that_collects_later_is_found(monkeypatch) -> None:
     asked = True
     with pytest.raises(RewireError, match=r"\(Block mix\) leaves a tensor behind \(from linear"):
         net(frames())
+
+
+class Forced(Block):
+    """Its MLP is the gradient of an energy, found inside."""
+
+    how = "autograd"
+
+    def transform(self, x, mask=None):
+        def energy(x):
+            return self.mlp(self.norm2(x)).square().sum()
+
+        if type(self).how == "func":
+            return torch.func.grad(energy)(x)
+        with torch.enable_grad():
+            x = x if x.requires_grad else x.detach().requires_grad_()
+            return torch.autograd.grad(energy(x), x, create_graph=True)[0]
+
+
+@residual_branches.register
+def _(block: Forced) -> tuple[Branch, ...]:
+    return Branch("mix", Block.mix), Branch("forces", Forced.transform)
+
+
+@pytest.mark.parametrize("how", ["autograd", "func"])
+def test_a_branch_may_differentiate_something_itself(how, monkeypatch) -> None:
+    monkeypatch.setattr(Forced, "how", how)
+    found = []
+    for recompute in (True, False):
+        net = seeded(lambda: Walker(Block(), Forced(), Block())).train()
+        rewire(net, config=RewiringConfig(recompute=recompute))
+        output = net(frames())
+        output.square().sum().backward()
+        found.append([output, *(parameter.grad for parameter in net.parameters())])
+    torch.testing.assert_close(*found, rtol=1e-9, atol=1e-11)
 
 
 def test_watching_changes_no_bit(monkeypatch) -> None:

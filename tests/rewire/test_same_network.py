@@ -454,6 +454,35 @@ def test_a_branch_that_does_not_repeat_is_an_error_in_the_first_backward_without
         loss.backward()
 
 
+class Centred(Walker):
+    """Returns a mean that a norm has made zero: all that is left of it is rounding."""
+
+    def forward(self, x):
+        x = super().forward(x)
+        return nn.functional.layer_norm(x, x.shape[-1:]).mean(dim=-1)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_outputs_that_are_nothing_but_rounding_are_no_difference(seed) -> None:
+    """Whole blocks add and subtract x, so that roundings differ."""
+    net = seeded(lambda: Centred(Block(), Block(), Block()), seed=seed)
+    assert float(net(frames()).abs().max()) < 1e-14
+    rewire(net, config=RewiringConfig(unit="block"), example=(frames(),))
+
+
+class Whisper(Walker):
+    """Returns something as small, of which every digit counts."""
+
+    def forward(self, x):
+        return super().forward(x) * 1e-17
+
+
+def test_small_outputs_that_are_no_rounding_are_compared() -> None:
+    rewire(seeded(lambda: Whisper(Block(), Block())), config=RewiringConfig(unit="block"), example=(frames(),))
+    with pytest.raises(RewireError, match="output differs"):
+        rewire(seeded(lambda: Whisper(Block(), Lying())), example=(frames(),))
+
+
 # --------------------------------------------------------------------------------------------------------------- hooks
 
 
@@ -514,7 +543,9 @@ class Rewriting(Walker):
 def test_an_argument_that_is_written_before_its_run_ends_is_an_error() -> None:
     net = seeded(lambda: Rewriting(Block(), Block()))
     rewire(net)
-    with pytest.raises(RewireError, match=r"of a block in the run from layers\.0 to layers\.1 was written to before"):
+    with pytest.raises(
+        RewireError, match=r"an argument of block layers\.0 was written to after .*: before its run ended"
+    ):
         net(frames())
 
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 from data.files import cut_short, write_sound, write_video
 from data.numbered import encode_numbered
+from data.served import served
 from distributed.ranks import launch_ranks
 
 from re2tal.backbones import BackboneConfig
@@ -150,6 +151,48 @@ def test_a_bad_file_is_named_and_the_others_go_on(
     assert "start s  end s  score  label" in said.out
 
 
+@pytest.mark.parametrize("ranges", [True, False])
+def test_videos_at_addresses_are_detected_as_files_are(
+    model: Path,
+    videos: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    ranges: bool,
+) -> None:
+    monkeypatch.setenv("RE2TAL_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    out = tmp_path / "found.json"
+    with served({"/v/page.html": b"<html>"}) as server:
+        server.add(videos, "v")
+        server.ranges = ranges
+        names = ("turned.mkv?sig=hunter2", "none.mp4?sig=hunter2", "page.html", "ends%20early.mkv")
+        addresses = [f"{server.address}/v/{name}" for name in names]
+        with pytest.raises(SystemExit) as ended:
+            main(["detect", *addresses, "--model", str(model), "--out", str(out), "--device", "cpu"])
+        assert ended.value.code == 1
+        detector = load_detector(model, device="cpu")
+        actions = detector.detect(addresses[0], top=5)
+        with pytest.raises(ValueError, match=r"none\.mp4\?\.\.\. cannot be used: status 404; check the address"):
+            detector.detect(addresses[1])
+    assert actions == detector.detect(videos / "turned.mkv", top=5)
+    found = read_results(out)
+    assert list(found.predictions) == ["turned"]
+    wanted = detect(model, [videos / "turned.mkv"], wanted=Wanted(tmp_path / "here.json"), device="cpu")
+    assert torch.equal(found.of("turned").segments, read_results(wanted.path).of("turned").segments)
+    said = capsys.readouterr()
+    assert "left out: none: status 404; check the address" in said.err
+    assert "left out: page: is a web page; give the address of the file itself" in said.err
+    assert "left out: ends early: is cut short" in said.err
+    assert "hunter2" not in said.out + said.err + out.read_text()
+    assert not list((tmp_path / "cache" / "in-use").iterdir())
+
+
+def test_addresses_with_one_name_are_refused(model: Path) -> None:
+    with pytest.raises(ValueError, match=r"two addresses are both called https://h\.org/v\?\.\.\. in results"):
+        detect(model, ["https://h.org/v?id=1", "https://h.org/v?id=2"], device="cpu")
+
+
 @pytest.mark.parametrize("format_name", ["csv", "srt", "vtt", "eaf", "boris", "json"])
 def test_what_is_written_is_what_was_wanted(model: Path, videos: Path, tmp_path: Path, format_name: str) -> None:
     wanted = Wanted(tmp_path / "out", format_name, min_score=0.0, top=3, classes=("run",))
@@ -191,8 +234,8 @@ def test_wrong_wishes_are_refused_before_anything_is_looked_at(model: Path, vide
     ):
         with pytest.raises(ValueError, match=message):
             detect(model, files, wanted=wanted, device="cpu")
-    with pytest.raises(ValueError, match=r"https:/.*is an address; download the video"):
-        detect(model, [Path("https://example.org/x.mp4")])
+    with pytest.raises(ValueError, match=r"addresses that begin with ftp: are not read; give one of http://"):
+        detect(model, [Path("ftp://example.org/x.mp4")])
     with pytest.raises(ValueError, match=r"model\.safetensors is a file; give the folder that holds it"):
         detect(model / "model.safetensors", files)
 

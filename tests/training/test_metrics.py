@@ -35,7 +35,8 @@ def test_a_resumed_run_forgets_what_came_after_its_checkpoint_and_half_a_line(
     assert last == {"step": 3, "kind": "train", "loss": 1 / 3, "loss/boundary": 0.5}
     assert (tmp_path / "metrics.damaged").read_text() == '{"step": 5, "kind": "tr\n'
     printed = capsys.readouterr().err.splitlines()
-    assert printed[-1] == "step 3/9  loss 0.3333"  # parts of the loss are for the files
+    # Parts of the loss are for the files.
+    assert printed[-1] == "step 3/9, time left not known yet  loss 0.3333"
     assert not list(tmp_path.glob("*.tmp"))
 
 

@@ -1,7 +1,7 @@
-"""Any vision or video model of the transformers library, to see what of it can be rewired; never with code of its own.
+"""Loads any vision or video model of the transformers library, to show which parts of it can be rewired.
 
-It need be no row of BACKBONES, and is no backbone: nothing is said of its features. Its blocks are taken apart by what
-they do, for which it is run once on an example built from its config.
+The model is no backbone and needs no row in BACKBONES. Its blocks are taken apart by what they do in one run on an
+example, whose shape comes from its config. Code that comes with a model is never run.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from re2tal.backbones.hub.pretrained import SAFELY, check_complete, check_folder
 def load_any_model(name: str) -> PreTrainedModel:
     """The model of a local folder or a hub name, in float32 and training mode, from safetensors only.
 
-    Raises ValueError, which says what to do, for what cannot be read, has no safetensors, brings its own code, or takes
-    anything else than `pixel_values` first.
+    Raises ValueError, with a remedy, if it cannot be read, has no safetensors, needs its own code, or does not take
+    `pixel_values` first.
     """
     check_folder(name)
     with readable(name):
@@ -55,7 +55,7 @@ def _model_class(kind: str, name: str, *, brings_code: bool) -> Any:
 def example_shape(model: PreTrainedModel, *, num_frames: int | None, size: tuple[int, int] | None) -> tuple[int, ...]:
     """(1, num_frames, 3, H, W) for a model of video, (1, 3, H, W) for one of pictures, as its config says.
 
-    `num_frames` and `size` (rows, columns) are taken instead where they are given; a config without a size means 224.
+    `num_frames` and `size` (rows, columns) override the config. A config without a size means 224.
     Raises ValueError for `num_frames` of a model of pictures.
     """
     config = model.config

@@ -40,7 +40,7 @@ from re2tal.rewire import Branch, residual_branches
 
 @dataclass(frozen=True)
 class Tower:
-    """What differs between the image families."""
+    """The differences between the image families."""
 
     model: type[PreTrainedModel]
     config: type[PreTrainedConfig]
@@ -49,11 +49,11 @@ class Tower:
     blocks: str
     """Path of the list of blocks."""
     branch_end: str | None
-    """The submodule that ends both branches of a block, where drop-path fits; None where there is none."""
+    """The submodule that ends both branches of a block, behind which drop-path goes; None if there is none."""
     optional: tuple[str, ...] = ()
-    """Beginnings of entries that weights may lack."""
+    """Entries whose names begin so may be missing from weights."""
     resize: bool = True
-    """Whether its forward takes other picture sizes only with `interpolate_pos_encoding`."""
+    """Whether its forward needs `interpolate_pos_encoding` to take other picture sizes."""
 
 
 VIT = Tower(ViTModel, ViTConfig, ("vit",), "layers", "dropout", optional=("pooler.",))

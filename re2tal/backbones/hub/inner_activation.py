@@ -1,10 +1,9 @@
-"""ResNet and RegNet of the transformers library as the paper rewires convolutions: activations inside of branches.
+"""ResNet and RegNet of the transformers library, with activations inside of branches, as the paper rewires them.
 
     as released    activation(x + F(x))          only whole blocks can be rewired, RewiringConfig(unit="block")
     as rewired     x + activation(F(x))          so that what is added can be subtracted again
 
-That is another network with the same weights. It must be fine-tuned before it is of use, and nothing but a call of
-`move_activations_inside` makes it.
+That is another network with the same weights, which must be fine-tuned. Only `move_activations_inside` makes it.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     x = x + end(attention(norm(x), ...));  x = x + end(mlp(norm(x)))
 
-Parts are called as modules, one by one, so that hooks run: a block that adds to its input inside one of them is named
-by the parts of that part ("output.dense", "output.dropout"). What branches need inside was measured on VideoMAE-S.
+Parts are called as modules, one by one, so that hooks run. If a part adds to its input itself, name its own parts
+instead ("output.dense", "output.dropout"). The memory that branches need inside was measured on VideoMAE-S.
 """
 
 from __future__ import annotations

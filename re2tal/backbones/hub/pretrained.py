@@ -1,4 +1,4 @@
-"""Models of the transformers library: random, from the hub, or from a local folder; never with code of their own.
+"""Models of the transformers library: random, from the hub, or from a local folder. Their own code is never run.
 
 name or folder -> config.json: the right kind and size? -> safetensors only -> every parameter found? -> model
 """
@@ -34,10 +34,10 @@ SAFELY: dict[str, Any] = {
     "output_loading_info": True,
 }
 
-# A size that a CPU trains in seconds, for tests and first tries; every family adds its own patches and clips to it.
+# A size that a CPU trains in seconds, for tests and first tries. Every family adds its patches and clips.
 NANO = {"hidden_size": 48, "num_attention_heads": 2, "num_hidden_layers": 4}
 
-# What tells one size of a family from another; a family has some of them.
+# Fields that differ between the sizes of a family; each family has some of them.
 SIZE_FIELDS = ("hidden_size", "num_hidden_layers", "num_spatial_layers", "num_temporal_layers", "num_attention_heads")
 
 
@@ -45,7 +45,7 @@ SIZE_FIELDS = ("hidden_size", "num_hidden_layers", "num_spatial_layers", "num_te
 OURS = KeyLayout(
     "re2tal",
     anchor=r"encoder\.model\..+",
-    # VideoMAE's sinusoid was not always part of it, and a network without adapters is where one with adapters starts.
+    # Older files lack VideoMAE's sinusoid, and a network with adapters starts from a file without them.
     optional=(
         r"encoder\.model\.videomae\.embeddings\.position_embeddings",
         r"encoder\.model\.videomae\.encoder\.layer\.\d+\.adapter\..*",
@@ -61,12 +61,12 @@ def load_model(
     kinds: tuple[str, ...],
     optional: tuple[str, ...] = (),
 ) -> Model:
-    """`model_class` as `config` says with random weights, or with those of a hub name or a local folder.
+    """`model_class` with random weights and the sizes of `config`, or with the weights of a hub name or a local folder.
 
     Number of frames, picture size and the like come with the weights; width and depth must be those of `config`.
-    `kinds` are the model types that may stand in the weights' config.json; entries of the model whose names begin with
-    one of `optional` may be missing from the weights. Raises ValueError, which says what to do, for anything else.
-    A single file is left to `clipwise`.
+    `kinds` are the model types that the weights' config.json may name. Entries whose names begin with one of `optional`
+    may be missing from the weights. Raises ValueError, with a remedy, for anything else. A single file is loaded later,
+    by `clipwise`.
     """
     if weights is None or weights_file(weights) is not None:
         return model_class(config)
@@ -86,7 +86,7 @@ def load_model(
 
 @contextmanager
 def readable(weights: str) -> Iterator[None]:
-    """Turns what the library raises for weights that are out of reach or damaged into a ValueError with a remedy."""
+    """Turns the library's errors for unreachable or damaged weights into a ValueError with a remedy."""
     try:
         yield
     except OSError as error:
@@ -99,7 +99,7 @@ def readable(weights: str) -> Iterator[None]:
 
 
 def check_folder(weights: str) -> None:
-    """ValueError for a folder without a config or complete safetensors, and for what can be no hub name."""
+    """ValueError for a folder without a config or with incomplete safetensors, and for an impossible hub name."""
     folder = Path(weights)
     if folder.is_file():
         raise ValueError(f"{weights!r} is a file of no kind that is read; give one of {', '.join(WEIGHTS_SUFFIXES)}")
@@ -140,9 +140,9 @@ def _check_size(found: PreTrainedConfig, wanted: PreTrainedConfig, weights: str)
 
 
 def check_complete(report: dict, weights: str, *, network: str, optional: tuple[str, ...]) -> None:
-    """ValueError where the library's loading `report` says that entries are missing or of another shape.
+    """ValueError if the library's loading `report` names entries that are missing or of another shape.
 
-    Entries that begin with one of `optional` may be.
+    Entries that begin with one of `optional` are let pass.
     """
     missing = sorted(key for key in report["missing_keys"] if not key.startswith(optional))
     misshapen = sorted(str(entry[0]) for entry in report["mismatched_keys"] if not entry[0].startswith(optional))
@@ -159,7 +159,7 @@ def _first_line(error: Exception) -> str:
 
 
 def clipwise(encoder: ClipEncoder, config: BackboneConfig, *, layouts: tuple[KeyLayout, ...] = ()) -> ClipwiseBackbone:
-    """The backbone around `encoder`; where `config.weights` is a file, ours or in one of `layouts`, it is loaded."""
+    """The backbone around `encoder`. If `config.weights` is a file, ours or in one of `layouts`, it is loaded."""
     backbone = ClipwiseBackbone(encoder)
     if (file := weights_file(config.weights)) is not None:
         try:
@@ -178,14 +178,14 @@ def _is_of_the_library(folder: Path) -> bool:
 
 
 def weights_file(weights: str | None) -> Path | None:
-    """The path, where `weights` is a single file and not a folder or a hub name. It need not exist."""
+    """The path if `weights` names a single file, and no folder or hub name. It need not exist."""
     return Path(weights) if weights is not None and weights.endswith(WEIGHTS_SUFFIXES) else None
 
 
 def add_drop_path(blocks: Iterable[nn.Module], rate: float, *, after: tuple[str, ...]) -> None:
-    """Drop-path after the named last submodules of every block's branches, growing linearly from 0 to `rate`.
+    """Adds drop-path after the named last submodules of every block's branches, with rates from 0 to `rate`.
 
-    The libraries' own blocks have either none or one fixed when they were configured. No parameter is renamed.
+    Blocks of the library have none, or one whose rate was fixed by their configuration. No parameter is renamed.
     """
     if rate == 0:
         return

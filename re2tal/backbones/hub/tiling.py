@@ -2,17 +2,18 @@
 
     frames (B, 3, T, H, W) -> B * ceil(T / L) clips of L frames -> encoder -> ceil(T / tubelet) steps (B, C, T')
 
-Clips are neighbours and do not overlap. What lies past the last valid frame of a video is replaced by that frame, so
-the features of a video do not depend on how far its batch was padded. Those of an encoder that crosses clips do: its
-last steps see what follows, so give it windows of the length that it was trained on, as all commands here do.
+Clips are neighbours and do not overlap. They are encoded all together, or in groups (`clip_groups`). What lies past the
+last valid frame of a video is replaced by that frame, so the features of a video do not depend on how far its batch was
+padded. Those of an encoder that crosses clips do: its last steps see what follows, so give it windows of the length
+that it was trained on, as all commands here do.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from math import ceil
 from typing import Literal
 
 import torch
@@ -20,12 +21,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from re2tal.backbones.base import VideoBackbone, steps_mask
+from re2tal.backbones.clip_groups import encode_in_groups
+from re2tal.backbones.clip_memory import ClipMemory
+from re2tal.reversible.chunking import even_spans
 from re2tal.rewire import CheckpointedModule, recompute_conv_inputs
 from re2tal.structures import Features
 
 
 class ClipEncoder(nn.Module, ABC):
-    """A network for clips of one fixed length: what a family of clip-wise backbones has to provide."""
+    """A network for clips of one fixed length, which each family of clip-wise backbones provides."""
 
     out_channels: int
     clip_frames: int
@@ -47,10 +51,16 @@ class ClipEncoder(nn.Module, ABC):
 
 
 class ClipwiseBackbone(VideoBackbone, CheckpointedModule):
-    """Video of any length: cut into clips, all clips of a batch encoded together, steps put back in order.
+    """Cuts video of any length into clips, encodes them, and puts their steps back in order.
 
-    Clips are a copy of the frames. Rewired to recompute, it keeps only the frames, and cuts them once more in backward.
+    Clips are a copy of the frames. A network that is rewired to recompute keeps only the frames, and cuts them again in
+    backward.
     """
+
+    clips_at_once: int | None = None
+    """How many clips of a batch are encoded at a time, at least one of each video; None for all. See `clip_groups`."""
+    memory: ClipMemory | None = None
+    """Where training takes the features of clips that it does not train; None trains all."""
 
     def __init__(self, encoder: ClipEncoder) -> None:
         super().__init__()
@@ -70,17 +80,35 @@ class ClipwiseBackbone(VideoBackbone, CheckpointedModule):
         no multiple of the patch.
         """
         check_size(frames.shape, patch=self.encoder.patch, network=type(self.encoder).__name__)
-        with self._clips(frames, mask) as clips:
-            neighbours = {"clips_per_video": clips.shape[1]} if self.encoder.crosses_clips else {}
-            steps = self.encoder(clips.flatten(0, 1), **neighbours).unflatten(0, clips.shape[:2]).flatten(1, 2)
+        every = range(ceil(frames.shape[2] / self.encoder.clip_frames))
+        encoded, per_clip = partial(self._encoded, frames, mask), self.encoder.clip_frames // self.frames_per_step
+        if self.memory is not None and self.training and torch.is_grad_enabled():
+            steps = self.memory.features(encoded, num_clips=len(every), steps=per_clip, channels=self.out_channels)
+        else:
+            steps = encoded(every)
         valid = steps_mask(mask, frames_per_step=self.frames_per_step)
-        return Features(steps[:, : valid.shape[1]].transpose(1, 2), valid)
+        return Features(steps.flatten(1, 2)[:, : valid.shape[1]].transpose(1, 2), valid)
 
-    def _clips(self, frames: Tensor, mask: Tensor) -> AbstractContextManager[Tensor]:
-        gather = partial(cut, clip_frames=self.encoder.clip_frames)
+    def _encoded(self, frames: Tensor, mask: Tensor, clips: Sequence[int]) -> Tensor:
+        """Steps of these clips of every video, (B, clips, L / tubelet, C)."""
+        at_once = len(clips) if self.clips_at_once is None else max(1, self.clips_at_once // len(frames))
+        groups = even_spans(len(clips), ceil(len(clips) / at_once))
+        cuts = [
+            partial(cut, mask=mask, clip_frames=self.encoder.clip_frames, clips=clips[start:stop])
+            for start, stop in groups
+        ]
+        if len(groups) > 1:
+            spans = [slice(*group) for group in groups]
+            return encode_in_groups(self._encode, cuts, frames, spans=spans, owner=self.encoder)
         if self.checkpointing and torch.is_grad_enabled():
-            return recompute_conv_inputs(self.encoder, gather, frames, mask)
-        return nullcontext(gather(frames, mask))
+            with recompute_conv_inputs(self.encoder, cuts[0], frames) as cut_once:
+                return self._encode(cut_once)
+        return self._encode(cuts[0](frames))
+
+    def _encode(self, clips: Tensor) -> Tensor:
+        """(B, clips, L, 3, H, W) -> (B, clips, L / tubelet, C)."""
+        neighbours = {"clips_per_video": clips.shape[1]} if self.encoder.crosses_clips else {}
+        return self.encoder(clips.flatten(0, 1), **neighbours).unflatten(0, clips.shape[:2])
 
 
 def check_size(shape: torch.Size, *, patch: tuple[int, int, int], network: str) -> None:
@@ -99,18 +127,21 @@ def _nearest(size: int, patch: int) -> int:
     return max(patch, round(size / patch) * patch)
 
 
-def cut(frames: Tensor, mask: Tensor, *, clip_frames: int) -> Tensor:
-    """(B, 3, T, H, W), (B, T) bool -> (B, ceil(T / L), L, 3, H, W); past the last valid frame, that frame."""
+def cut(frames: Tensor, mask: Tensor, *, clip_frames: int, clips: Sequence[int]) -> Tensor:
+    """(B, 3, T, H, W), (B, T) bool -> (B, clips, L, 3, H, W): these clips; past the last valid frame, that frame."""
     time = torch.arange(mask.shape[1], device=mask.device)
     last_valid = (time * mask).amax(dim=1, keepdim=True)
-    num_clips = -(-mask.shape[1] // clip_frames)
-    source = torch.arange(num_clips * clip_frames, device=mask.device).minimum(last_valid)
+    # Not `tensor` for a range, too: the host would wait for the copy.
+    is_range, device = isinstance(clips, range), mask.device
+    numbers = torch.arange(clips[0], clips[-1] + 1, device=device) if is_range else torch.tensor(clips, device=device)
+    first = numbers * clip_frames
+    source = (first[:, None] + torch.arange(clip_frames, device=mask.device)).flatten().minimum(last_valid)
     videos = torch.arange(len(frames), device=mask.device)[:, None]
-    return frames.transpose(1, 2)[videos, source].unflatten(1, (num_clips, clip_frames))
+    return frames.transpose(1, 2)[videos, source].unflatten(1, (len(clips), clip_frames))
 
 
 def pair(size: int | Sequence[int]) -> tuple[int, int]:
-    """Rows and columns of a size that configurations give as one number where both are equal."""
+    """Rows and columns of a size; configurations give one number if both are equal."""
     rows, columns = (size, size) if isinstance(size, int) else size
     return rows, columns
 
@@ -122,9 +153,10 @@ def resize_positions(
     new_grid: tuple[int, int, int],
     mode: Literal["bicubic", "nearest"] = "bicubic",
 ) -> Tensor:
-    """Position table of a (time, rows, columns) grid, (1, time * rows * columns, C), resampled to `new_grid`.
+    """Resamples a position table (1, time * rows * columns, C) from one (time, rows, columns) grid to another.
 
-    Over rows and columns, one time slice after another; time stays. Bicubic is how image ViTs are moved to other sizes.
+    Rows and columns only, in each time slice: image ViTs move to other sizes so, with "bicubic". ValueError for another
+    number of time steps.
     """
     if grid == new_grid:
         return table

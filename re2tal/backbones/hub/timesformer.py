@@ -3,8 +3,8 @@
     class token, 16 x 16 patches + positions in space and time -> blocks -> norm -> mean over H and W
     block:  x = x + temporal(x);  x = x + spatial(x);  x = x + output(intermediate(layernorm_after(x)))
 
-Tokens are ordered (class, patch, frame). `temporal` leaves the class token alone; `spatial` attends within each frame,
-the class token with all of them, and averages what it is given.
+Tokens are ordered (class, patch, frame). `temporal` leaves the class token alone. `spatial` attends within each frame,
+with a copy of the class token in each; the copies are then averaged.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SIZES: dict[str, dict] = {
 
 
 def build(config: BackboneConfig) -> ClipwiseBackbone:
-    """The size that `config.name` names, random or as facebook/timesformer-base-finetuned-k400 or a folder has it."""
+    """The size that `config.name` names, random or from `config.weights` (facebook/timesformer-base-finetuned-k400)."""
     model = load_model(
         TimesformerModel, TimesformerConfig(**SIZES[config.name]), weights=config.weights, kinds=("timesformer",)
     )
@@ -55,8 +55,8 @@ class TimesformerEncoder(ClipEncoder):
         self.clip_frames = config.num_frames
         self.size = pair(config.image_size)
         self.patch = (1, *pair(config.patch_size))
-        # Blocks read the picture's width from their configuration, only to fold columns and rows into one axis again:
-        # one column of patches will do for every picture. The model's own keeps the width of its position table.
+        # Blocks use the picture's width only to fold rows and columns into one axis, so one column of patches fits
+        # every picture. The model's own configuration keeps the width of its position table.
         block_config = copy.copy(config)
         block_config.image_size = self.patch[2]
         for block in model.encoder.layer:
@@ -69,7 +69,7 @@ class TimesformerEncoder(ClipEncoder):
 
 
 class ResizableEmbeddings(TimesformerEmbeddings):
-    """Resamples positions wherever frames have another shape; the library's own looks at the number of patches only."""
+    """Resamples positions for frames of another shape. The library's own does so only for another number of patches."""
 
     def forward(self, pixel_values: Tensor) -> Tensor:
         """(N, L, 3, H, W) -> (N, 1 + patches * L, C)."""

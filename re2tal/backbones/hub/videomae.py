@@ -4,9 +4,9 @@
     block:  x = x + attention(layernorm_before(x));  x = x + output(intermediate(layernorm_after(x)))
             x = x + adapter(x), with AdaTAD's adapters
 
-Checkpoints fine-tuned for recognition have no final norm on the tokens but one after pooling, `fc_norm`. It is kept,
-per step; where the weights hold none, it starts as the identity that it starts fine-tuning from. With AdaTAD's adapters
-features end without it, as AdaTAD's do. VideoMAE V2's giant differs in its sizes alone.
+Pre-trained checkpoints end in a norm over tokens. Those fine-tuned for recognition have one after pooling instead,
+`fc_norm`, which is applied to every step; where the weights hold neither, it starts as the identity. With AdaTAD's
+adapters features have no such norm, as AdaTAD's have none. VideoMAE V2's giant differs only in its sizes.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ SIZES: dict[str, dict] = {
     | {"intermediate_size": 6144, "patch_size": 14},
 }
 EPS = 1e-6
-"""Of every norm, in the code bases that trained these networks; the library's default is another."""
+"""Of every norm in the code bases that trained these networks. The library's default differs."""
 
 
 def build(config: BackboneConfig) -> ClipwiseBackbone:
@@ -89,8 +89,7 @@ class VideoMAEEncoder(ClipEncoder):
         self.patch = (config.tubelet_size, *pair(config.patch_size))
 
     def add_adapters(self, blocks: Sequence[int] | None, *, ratio: float) -> None:
-        """Puts a `TemporalAdapter` behind each of these blocks, or behind all for None. ValueError for blocks that are
-        not there."""
+        """Puts a `TemporalAdapter` behind each of these blocks; None means all. ValueError for unknown blocks."""
         layers = self.model.videomae.encoder.layer
         chosen = range(len(layers)) if blocks is None else blocks
         if not chosen or not set(chosen) <= set(range(len(layers))):
@@ -106,7 +105,7 @@ class VideoMAEEncoder(ClipEncoder):
         self.crosses_clips = True
 
     def forward(self, clips: Tensor, clips_per_video: int | None = None) -> Tensor:
-        """(N, L, 3, H, W) -> (N, L / 2, C). `clips_per_video` is for adapters, whose time is the whole video's."""
+        """(N, L, 3, H, W) -> (N, L / 2, C). Adapters need `clips_per_video`: they convolve over the whole video."""
         tokens = self.tokens(clips, clips_per_video)
         pooled = tokens.unflatten(1, (self.clip_frames // self.patch[0], -1)).mean(dim=2)
         # Pre-trained checkpoints have normed the tokens instead, and AdaTAD's features are not normed behind the mean.
@@ -123,7 +122,7 @@ class VideoMAEEncoder(ClipEncoder):
         return tokens if videomae.layernorm is None else videomae.layernorm(tokens)
 
     def take_last_norm(self, names: Iterable[str]) -> None:
-        """Ends in a norm over tokens where the network did that wrote entries of these names, of this size."""
+        """Ends in a norm over tokens if the network that wrote entries of these names did."""
         if self.model.videomae.layernorm is None and ends_in_token_norm(names):
             config = self.model.config
             self.model.videomae.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
@@ -131,13 +130,13 @@ class VideoMAEEncoder(ClipEncoder):
             config.use_mean_pooling = False
 
     def draws_its_positions(self) -> bool:
-        """Whether its positions are the sinusoid, which other code draws anew and does not keep in files."""
+        """Whether its positions are the sinusoid, which other code computes and does not store in files."""
         table = self.model.videomae.embeddings.position_embeddings
         return torch.allclose(table.float().cpu(), get_sinusoid_encoding_table(*table.shape[1:]), rtol=0, atol=1e-5)
 
 
 class ResizableEmbeddings(VideoMAEEmbeddings):
-    """Tubelets plus their positions, which are resampled where frames are not of the size trained on."""
+    """Tubelets plus positions, which are resampled for frames of another size than the trained one."""
 
     def forward(self, pixel_values: Tensor, bool_masked_pos: None) -> Tensor:
         """(N, L, 3, H, W) -> (N, tokens, C)."""

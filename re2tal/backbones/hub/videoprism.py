@@ -26,7 +26,7 @@ SIZES: dict[str, dict] = {
 
 
 def build(config: BackboneConfig) -> ClipwiseBackbone:
-    """The size that `config.name` names, random or as google/videoprism-base-f16r288 or a folder has it."""
+    """The size that `config.name` names, random or from `config.weights` (google/videoprism-base-f16r288)."""
     size, kinds = VideoPrismVisionConfig(**SIZES[config.name]), ("videoprism_vision_model", "videoprism")
     model = load_model(VideoPrismVisionModel, size, weights=config.weights, kinds=kinds)
     add_drop_path([*model.spatial_layers, *model.temporal_layers], config.drop_path, after=("dropout",))

@@ -24,7 +24,7 @@ SIZES: dict[str, dict] = {
 
 
 def build(config: BackboneConfig) -> ClipwiseBackbone:
-    """The size that `config.name` names, random or as google/vivit-b-16x2-kinetics400 or a folder has it."""
+    """The size that `config.name` names, random or from `config.weights` (google/vivit-b-16x2-kinetics400)."""
     model = load_model(
         VivitModel, VivitConfig(**SIZES[config.name]), weights=config.weights, kinds=("vivit",), optional=("pooler.",)
     )
@@ -52,7 +52,7 @@ class VivitEncoder(ClipEncoder):
 
 
 class ResizableEmbeddings(VivitEmbeddings):
-    """Interpolates the positions over (time, rows, columns); the library's own takes them for one square picture."""
+    """Interpolates the positions over (time, rows, columns); the library's own assumes one square picture."""
 
     def interpolate_pos_encoding(self, embeddings: Tensor, height: int, width: int) -> Tensor:
         """(1, 1 + tokens, C) positions for frames of height x width pixels."""

@@ -4,8 +4,8 @@
     block:  x = x + drop_path(attention(norm1(x)));  x = x + drop_path(mlp(norm2(x)))
 
 The rotary positions are those of each token's step, row and column, counted from 0 and not stretched to other sizes,
-as in the released networks of 256 and 384 pixels. The library counts them on the square picture of its configuration;
-here they are counted on the frames that come.
+as in the released networks of 256 and 384 pixels. The library takes rows and columns from its configuration, which
+knows square pictures only; here they come from the frames.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def grid_positions(steps: int, rows: int, columns: int, *, device: torch.device)
 
 
 class AttentionAtPositions(VJEPA2RopeAttention):
-    """Is called with the positions of its tokens, of `grid_positions`; without them it counts as the library does."""
+    """Takes the positions of its tokens, from `grid_positions`; without them it counts as the library does."""
 
     def get_position_ids(self, x: Tensor, masks: Tensor | None = None) -> tuple[Tensor, ...]:
         """Steps, rows and columns, each (tokens,)."""

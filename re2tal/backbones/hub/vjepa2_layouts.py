@@ -6,8 +6,8 @@
     blocks.i.{norm1,attn.proj,norm2,mlp.fc1,mlp.fc2}    layer.i.{norm1,attention.proj,norm2,mlp.fc1,mlp.fc2}
     norm                                        layernorm
 
-Its files hold the encoder twice, trained and averaged, and its predictor. The first V-JEPA has a table of positions in
-the place of rotary ones; its `pos_embed` is unexpected here, and such a file is refused.
+Its files hold the encoder twice, as trained and as a moving average, and the predictor. The first V-JEPA has a table of
+positions instead of rotary ones: its `pos_embed` is unexpected here, so such a file is refused.
 """
 
 from __future__ import annotations

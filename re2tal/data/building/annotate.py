@@ -16,8 +16,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from re2tal.data.building.annotation_entries import misfit
 from re2tal.data.building.annotations import Annotations
-from re2tal.data.building.shard_folder import REPORTS, misfit
+from re2tal.data.building.shard_folder import REPORTS
 from re2tal.data.building.shard_plan import adopt, read_plan
 from re2tal.data.contract.commit import commit
 from re2tal.data.contract.feature_manifest import (

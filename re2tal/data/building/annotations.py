@@ -12,21 +12,18 @@ of OpenTAD, ActionFormer, VSGN; OpenTAD's EPIC-Kitchens and Ego4D.
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from re2tal.data.building.annotation_entries import EntryReader, finite_number, raise_together
 from re2tal.data.building.annotation_formats.formats import hint
-from re2tal.data.building.labels import check_class_list, fold_notes, folded, is_label, one_spelling, twin_problems
+from re2tal.data.building.labels import check_class_list, fold_notes, one_spelling, twin_problems
 from re2tal.strict_json import read_json
-from re2tal.structures import AMBIGUOUS, Action, VideoRecord, find_subset
-from re2tal.video_ids import composed, id_fault, plain_id
-
-MAX_SHOWN = 20
-SUBSET_NAME = re.compile(r"[a-z0-9_-]{1,40}")
+from re2tal.structures import VideoRecord, find_subset
+from re2tal.video_ids import plain_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +42,8 @@ class Annotations:
     """Invalid segments left out because the caller said so."""
     notes: tuple[str, ...] = ()
     """What was left out, changed, or is there twice: a sentence each, for people."""
+    keys: Mapping[str, str] = field(default_factory=dict)
+    """Video id -> its key in the file, where that has the suffix of a file: it tells which of two files is meant."""
 
     def subset(self, name: str) -> tuple[VideoRecord, ...]:
         """The videos of a subset, in any case and by either of its names; ValueError where there are none."""
@@ -71,39 +70,23 @@ def read_video_ids(path: Path) -> frozenset[str]:
     return frozenset(ids)
 
 
-def read_entry_ids(path: Path) -> list[str]:
-    """The ids of all entries of an annotation file, whatever else they hold."""
-    return [plain_id(key) for key in read_database(path)]
+def read_keys(path: Path) -> dict[str, str]:
+    """Video id -> key of all entries of an annotation file, whatever else they hold."""
+    return {plain_id(key): key for key in read_database(path)}
 
 
 def read_frame_rates(path: Path) -> dict[str, float]:
-    """Frames per second of the videos of an annotation file whose entries say them: "fps", or "frame" / "duration".
-
-    Raises ValueError for a rate that is no number.
-    """
+    """Frames per second of the videos of an annotation file whose entries say them: "fps", or "frame" / "duration"."""
     rates = {}
     for key, entry in read_database(path).items():
-        video_id = plain_id(key)
         if not isinstance(entry, dict):
             continue
-        try:
-            fps = entry.get("fps")
-            if fps is None and "frame" in entry and entry.get("duration"):
-                fps = float(entry["frame"]) / float(entry["duration"])
-            if fps is not None and 0 < float(fps) < math.inf:
-                rates[video_id] = float(fps)
-        except (TypeError, ValueError, ZeroDivisionError):
-            given = {key: entry.get(key) for key in ("fps", "frame", "duration")}
-            raise ValueError(f"{path}: {video_id}: {given} give no frame rate; correct them, or give --fps") from None
+        fps, frames, seconds = (finite_number(entry.get(name)) for name in ("fps", "frame", "duration"))
+        if fps is None and frames and seconds:
+            fps = frames / seconds
+        if fps and 0 < fps < math.inf:
+            rates[plain_id(key)] = fps
     return rates
-
-
-def duration_tolerance(duration_seconds: float) -> float:
-    """How far two durations of one video may differ: one second, or 2 % of a long video.
-
-    Published files need it: they were made from other copies of the videos, and round.
-    """
-    return max(1.0, 0.02 * duration_seconds)
 
 
 def read_annotations(
@@ -118,14 +101,15 @@ def read_annotations(
 
     A segment that ends after the video by no more than `duration_tolerance` is clipped; one that is reversed, empty,
     negative or longer than that is refused, or dropped and counted if `invalid_segments` says so. `classes` fixes the
-    class list and refuses other labels. `duration_of(video_id)` gives the seconds of a video whose entry has none.
+    class list and refuses other labels. `duration_of(video_id)` gives the seconds of a video whose entry has none, or
+    UNKNOWN_SECONDS where the video will be left out for its file.
     Labels that differ by case, space or Unicode form are refused, or with `fix_labels` read as one.
     Raises ValueError naming the file, and for each problem the key, the value and the remedy.
     """
     database = read_database(path)
     known = check_class_list(classes)
     replaced = one_spelling(_raw_labels(database), classes=known or ()) if fix_labels else {}
-    reader = _Reader(known, invalid_segments == "drop", duration_of, replaced)
+    reader = EntryReader(known, invalid_segments == "drop", duration_of, replaced)
     records = list(reader.videos(database))
     labels = {action.label for record in records for action in record.actions}
     if not labels and not reader.problems:
@@ -142,6 +126,7 @@ def read_annotations(
         num_clipped=reader.num_clipped,
         num_dropped=reader.num_dropped,
         notes=(*reader.notes(), *fold_notes(replaced), *_repeated(records)),
+        keys={video_id: key for key in database if (video_id := plain_id(key)) != key},
     )
 
 
@@ -184,173 +169,3 @@ def _repeated(records: Sequence[VideoRecord]) -> Iterator[str]:
     if found:
         more = f" and {len(found) - 3} more" if len(found) > 3 else ""
         yield f"{len(found)} segments are there twice, and are kept: {', '.join(found[:3])}{more}"
-
-
-def raise_together(path: Path | str, problems: Sequence[str], *, hint: str = "") -> None:
-    """Raise one ValueError that lists all problems of `path`, if there are any; `hint` ends the message."""
-    if len(problems) == 1:
-        raise ValueError(f"{path}: {problems[0]}" + (f"; {hint}" if hint else ""))
-    if problems:
-        more = f"\n  and {len(problems) - MAX_SHOWN} more" if len(problems) > MAX_SHOWN else ""
-        shown = "".join(f"\n  {problem}" for problem in problems[:MAX_SHOWN])
-        raise ValueError(f"{path} has {len(problems)} problems:{shown}{more}" + (f"\n{hint}" if hint else ""))
-
-
-@dataclass(slots=True)
-class _Reader:
-    """Turns entries into records and collects the problems."""
-
-    classes: frozenset[str] | None
-    drop_invalid: bool
-    duration_of: Callable[[str], float] | None
-    replaced: Mapping[str, str]
-    problems: list[str] = field(default_factory=list)
-    unknown_label: bool = False
-    num_ambiguous: int = 0
-    num_clipped: int = 0
-    num_dropped: int = 0
-    num_unknown: int = 0
-
-    def notes(self) -> Iterator[str]:
-        """What was counted, a sentence each."""
-        for count, what in (
-            (self.num_ambiguous, 'segments labelled "Ambiguous" skipped'),
-            (self.num_clipped, "segments that end a little after their video cut to its end"),
-            (self.num_dropped, "invalid segments dropped"),
-            (self.num_unknown, "entries have no annotations: videos of which no action is known"),
-        ):
-            if count:
-                yield f"{count} {what}"
-
-    def hint(self) -> str:
-        """Lists the classes if a label was not among them; otherwise empty."""
-        if not self.unknown_label:
-            return ""
-        names = sorted(self.classes or ())
-        more = f" and {len(names) - 30} more" if len(names) > 30 else ""
-        return f"the classes are {', '.join(names[:30])}{more}"
-
-    def videos(self, database: dict[str, Any]) -> Iterator[VideoRecord]:
-        keys: dict[str, str] = {}
-        for key, entry in database.items():
-            video_id = plain_id(key)
-            try:
-                if (other := keys.setdefault(composed(video_id), key)) != key:
-                    raise _Problem("id", key, f"{other!r} is the same video; keep one entry")
-                yield self._video(video_id, entry)
-            except _Problem as problem:
-                self.problems.append(f"database.{_shown(key)}: {problem}")
-
-    def _video(self, video_id: str, entry: Any) -> VideoRecord:
-        if fault := id_fault(video_id):
-            raise _Problem("id", video_id, fault)
-        if not isinstance(entry, dict):
-            raise _Problem("entry", entry, "give an object with subset, duration and annotations")
-        subset, annotations = entry.get("subset"), entry.get("annotations")
-        if not isinstance(subset, str) or not SUBSET_NAME.fullmatch(subset.lower()):
-            raise _Problem(
-                "subset",
-                subset,
-                'give a name such as "training", or use `re2tal annotations convert`',
-            )
-        if "annotations" not in entry:
-            self.num_unknown += 1
-            annotations = []
-        if not isinstance(annotations, list):
-            raise _Problem("annotations", annotations, "give a list, empty where nothing happens")
-        duration = self._duration(video_id, entry)
-        return VideoRecord(
-            video_id=video_id,
-            subset=subset.lower(),
-            duration_seconds=duration,
-            actions=tuple(self._actions(f"database.{_shown(video_id)}", annotations, duration)),
-        )
-
-    def _duration(self, video_id: str, entry: dict[str, Any]) -> float:
-        given = entry.get("duration")
-        duration = _number(given)
-        if duration is not None and duration > 0:
-            return duration
-        if given is not None and duration != 0:  # 0 stands for an unknown length in many exports
-            raise _Problem("duration", given, "give the video's length in seconds")
-        frames, fps = _number(entry.get("frame")), _number(entry.get("fps"))
-        if frames is not None and fps is not None and frames > 0 and fps > 0:
-            return frames / fps
-        if self.duration_of is None:
-            raise _Problem("duration", given, "give the video's length in seconds")
-        try:
-            return self.duration_of(video_id)
-        except ValueError as error:
-            raise _Problem("duration", given, f"it is not given, and cannot be measured either: {error}") from None
-
-    def _actions(self, where: str, annotations: list[Any], duration: float) -> Iterator[Action]:
-        for number, item in enumerate(annotations):
-            try:
-                label = self._label(item)
-                if label == AMBIGUOUS and AMBIGUOUS not in (self.classes or ()):
-                    self.num_ambiguous += 1
-                elif (segment := self._segment(item.get("segment"), duration)) is not None:
-                    yield Action(*segment, label)
-            except _Problem as problem:
-                self.problems.append(f"{where}.annotations[{number}]: {problem}")
-
-    def _label(self, item: Any) -> str:
-        if not isinstance(item, dict):
-            raise _Problem("annotation", item, "give an object with segment and label")
-        label = item.get("label")
-        label = self.replaced.get(label, label) if isinstance(label, str) else label
-        if not is_label(label):
-            raise _Problem("label", label, "give a class name of 1 to 200 printable characters")
-        if self.classes is not None and label not in self.classes and label != AMBIGUOUS:
-            if twin := {folded(name): name for name in self.classes}.get(folded(label)):
-                raise _Problem("label", label, f"the class is spelled {twin!r}; correct it, or use --fix-labels")
-            self.unknown_label = True
-            raise _Problem("label", label, "it is not among the classes; correct it, or choose another --dataset")
-        return label
-
-    def _segment(self, segment: Any, duration: float) -> tuple[float, float] | None:
-        times = [_number(value) for value in segment] if isinstance(segment, list) else []
-        if len(times) != 2 or times[0] is None or times[1] is None:
-            raise _Problem(
-                "segment", segment, "give [start, end] in seconds; `re2tal annotations convert` reads clock times"
-            )
-        start, end = times[0], times[1]
-        if fault := _fault(start, end, duration):
-            if not self.drop_invalid:
-                raise _Problem("segment", segment, f"{fault}; correct it, or use --invalid-segments drop")
-            self.num_dropped += 1
-            return None
-        self.num_clipped += end > duration
-        return start, min(end, duration)
-
-
-def _shown(key: str) -> str:
-    return key[:100] if key.isprintable() else ascii(key[:100])
-
-
-class _Problem(ValueError):
-    """One key whose value does not fit."""
-
-    def __init__(self, key: str, value: Any, remedy: str) -> None:
-        super().__init__(f"{key} is {repr(value)[:120]}: {remedy}")
-
-
-def _fault(start: float, end: float, duration: float) -> str:
-    if start < 0:
-        return "it starts before the video"
-    if end <= start:
-        return "it is reversed" if end < start else "it lasts no time"
-    if start >= duration or end > duration + duration_tolerance(duration):
-        return f"the video lasts {duration:g} s"
-    return ""
-
-
-def _number(value: Any) -> float | None:
-    """A finite number, also one written as a string; None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None

@@ -8,24 +8,24 @@ Other annotations change the index only. A video that cannot be used is left out
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from re2tal.data.building.annotations import Annotations
 from re2tal.data.building.clips import ClipList
 from re2tal.data.building.content import content_id
 from re2tal.data.building.make_videos import OnVideo
-from re2tal.data.building.named_files import NamedFiles, refuse_shared
+from re2tal.data.building.named_files import Chosen, NamedFiles, videos_in
 from re2tal.data.building.pack_videos import VideoPacker
 from re2tal.data.building.probe import MAX_DAMAGED
 from re2tal.data.building.shard_folder import BuiltSubset, Listed, fingerprint
-from re2tal.data.building.shard_plan import Item
+from re2tal.data.building.shard_plan import NO_FILE, Item
 from re2tal.data.building.video_folder import SHARD_BYTES, VideoFolder
 from re2tal.data.contract.manifest import Encoding, Manifest, to_json
 from re2tal.structures import VideoRecord
-from re2tal.video_ids import VIDEO_SUFFIXES
 
 PICTURES = "pictures 2"
 """Increase it whenever the same files give other pictures: older shards are then rebuilt."""
@@ -59,29 +59,26 @@ class BuildConfig:
 
 
 def build_shards(
-    annotations: Annotations | ClipList,
+    listed: Annotations | ClipList,
     *,
-    videos: Path | Mapping[str, Path],
+    videos: Path | None = None,
     out: Path,
     subset: str,
     config: BuildConfig,
     on_video: OnVideo = lambda record, rejection: None,
 ) -> BuiltSubset:
-    """Build `out/subset` from the files in the folder `videos`, or from the file of each video id.
+    """Build `out/subset` from the files in the folder `videos`, or from those that the clips name.
 
     Raises ValueError where nothing can be built, or where `out` holds shards of the same subset that were made with
     other settings. Videos that cannot be used do not raise: see `BuiltSubset.rejected`.
     """
-    records: list[Listed] = [record for record in annotations.subset(subset) if record.video_id not in config.blocked]
-    if not records:
-        raise ValueError(f"every video of subset {subset!r} is blocked; nothing is left to build")
-    sources = _find_sources(records, videos, subset=subset, config=config)
+    records, chosen = find_sources(listed, videos, subset=subset, config=config)
     subset = records[0].subset  # "val" of clips is their "validation"
     folder = VideoFolder(
         out / subset,
         subset,
         settings={"dataset": config.dataset, "encoding": config.encoding},
-        classes=annotations.classes,
+        classes=listed.classes,
         seed=config.seed,
         shard_bytes=config.shard_bytes,
         per_shard=config.videos_per_shard,
@@ -91,18 +88,19 @@ def build_shards(
         part_index=config.part_index,
         num_parts=config.num_parts,
     )
-    packer = VideoPacker(sources, config.encoding, config.max_damaged, config.copy)
-    return folder.build(list_items(records, sources, config=config), packer.make, on_video=on_video)
+    packer = VideoPacker(chosen.found, config.encoding, config.max_damaged, config.copy)
+    built = folder.build(list_items(records, chosen, config=config), packer.make, on_video=on_video)
+    return replace(built, notes=(*chosen.notes, *sorted(packer.encoded)))
 
 
-def list_items(records: Sequence[Listed], sources: Mapping[str, Path], *, config: BuildConfig) -> list[Item]:
+def list_items(records: Sequence[Listed], chosen: Chosen[Path], *, config: BuildConfig) -> list[Item]:
     """The records with what tells their sources, and how these are stored, from others."""
     base = [str(Manifest.VERSION), PICTURES, to_json(config.encoding), "copy" if config.copy else "encode"]
 
     def item(listed: Listed) -> Item:
-        source = sources.get(listed.video_id)
+        source = chosen.found.get(listed.video_id)
         if source is None:
-            return Item(listed, "")
+            return Item(listed, "", fault=chosen.faults.get(listed.video_id, NO_FILE))
         seconds = f"{listed.duration_seconds} s, " if isinstance(listed, VideoRecord) else ""
         try:
             mark, status = fingerprint(*base, content_id(source)), source.stat()
@@ -116,34 +114,25 @@ def list_items(records: Sequence[Listed], sources: Mapping[str, Path], *, config
         return list(pool.map(item, records))
 
 
-def _find_sources(
-    records: Sequence[Listed], videos: Path | Mapping[str, Path], *, subset: str, config: BuildConfig
-) -> dict[str, Path]:
+def find_sources(
+    listed: Annotations | ClipList, videos: Path | None, *, subset: str, config: BuildConfig
+) -> tuple[list[Listed], Chosen[Path]]:
+    """(the videos of a subset that are not blocked, their files); ValueError where there are none."""
+    records: list[Listed] = [record for record in listed.subset(subset) if record.video_id not in config.blocked]
+    if not records:
+        raise ValueError(f"every video of subset {subset!r} is blocked; nothing is left to build")
     video_ids = [record.video_id for record in records]
-    if isinstance(videos, Path):
-        sources = find_videos(videos, video_ids, file_names=config.file_names)
+    if isinstance(listed, Annotations):
+        if videos is None:
+            raise ValueError("the folder of the videos is not given")
+        chosen = NamedFiles(videos_in(videos)[0]).choose(video_ids, config.file_names, keys=listed.keys)
         looked = ", ".join(name.format(id=video_ids[0]) + ".mp4" for name in config.file_names)
         fault = f"is in {videos}; looked for {looked}"
     else:
-        sources = {video_id: videos[video_id] for video_id in video_ids if videos[video_id].is_file()}
-        fault = f"is where it should be; looked for {videos[video_ids[0]]}"
-    if not sources:
+        faults = {video_id: listed.faults[video_id] for video_id in video_ids if video_id in listed.faults}
+        paths = {video_id: listed.paths[video_id] for video_id in video_ids if video_id not in faults}
+        chosen = Chosen({video_id: path for video_id, path in paths.items() if os.path.isfile(path)}, faults)
+        fault = f"is where it should be; looked for {listed.paths[video_ids[0]]}"
+    if not chosen.found and not chosen.faults:
         raise ValueError(f"none of the {len(records)} videos of subset {subset!r} {fault}")
-    return sources
-
-
-def find_videos(folder: Path, video_ids: Sequence[str], *, file_names: Sequence[str]) -> dict[str, Path]:
-    """Video id -> its file, for those that are there; ValueError where an id has two files."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder; give the folder that holds the videos")
-    inside = (path for path in sorted(folder.iterdir()) if path.suffix.lower() in VIDEO_SUFFIXES)
-    files = NamedFiles((path.stem, path) for path in inside if path.is_file())  # a link may lead nowhere
-    found = {}
-    for video_id in video_ids:
-        matches = files.of(video_id, file_names)
-        if len(matches) > 1:
-            raise ValueError(f"{folder}: video {video_id!r} is there as {[p.name for p in matches]}; keep one of them")
-        if matches:
-            found[video_id] = matches[0]
-    refuse_shared(folder, {video_id: path.name for video_id, path in found.items()})
-    return found
+    return records, chosen

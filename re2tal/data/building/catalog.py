@@ -63,74 +63,34 @@ _THUMOS_CLASSES = (
     "VolleyballSpiking",
 )
 
+_AT_15, _AT_30 = Encoding(FramesPerSecond(15.0)), Encoding(FramesPerSecond(30.0))
+
 DATASETS: dict[str, DatasetSpec] = {
-    "own": DatasetSpec(
-        encoding=Encoding(FramesPerSecond(15.0)),
-    ),
+    "own": DatasetSpec(_AT_15),
     # What `re2tal demo` writes.
-    "demo": DatasetSpec(
-        encoding=Encoding(FramesPerSecond(16.0), short_side=96),
-    ),
-    "activitynet": DatasetSpec(
-        # 15 per second and a short side of 256 is what published end-to-end work trains on.
-        encoding=Encoding(FramesPerSecond(15.0)),
-        # Ids have 11 characters and the common packages put v_ before them.
-        file_names=("v_{id}", "{id}"),
-        facts=dataset_facts.ACTIVITYNET,
-        # Which 198 validation videos the 4,728-video protocol leaves out is in a file that comes with that protocol's
-        # features: give it to `re2tal shards build --blocked`.
-    ),
+    "demo": DatasetSpec(Encoding(FramesPerSecond(16.0), short_side=96)),
+    # 15 per second and a short side of 256 is what published end-to-end work trains on. Ids have 11 characters and the
+    # common packages put v_ before them. Which 198 validation videos the 4,728-video protocol leaves out is in a file
+    # that comes with that protocol's features: give it to `re2tal shards build --blocked`.
+    "activitynet": DatasetSpec(_AT_15, ("v_{id}", "{id}"), facts=dataset_facts.ACTIVITYNET),
     "thumos14": DatasetSpec(
-        encoding=Encoding(FramesPerSecond(30.0)),
-        file_names=("{id}",),
+        _AT_30,
+        ("{id}",),
         classes=_THUMOS_CLASSES,
         # Wrong annotations, and none at all: OpenTAD leaves out both, and evaluates 211 of the 213.
         blocked=frozenset({"video_test_0000270", "video_test_0001292"}),
         subset_pairs=(("validation", "test"), ("training", "test")),
         facts=dataset_facts.THUMOS14,
     ),
-    "hacs": DatasetSpec(
-        encoding=Encoding(FramesPerSecond(15.0)),
-        file_names=("v_{id}", "{id}"),
-        facts=dataset_facts.HACS,
-    ),
+    "hacs": DatasetSpec(_AT_15, ("v_{id}", "{id}"), facts=dataset_facts.HACS),
     "multithumos": DatasetSpec(
-        encoding=Encoding(FramesPerSecond(30.0)),
-        file_names=("{id}",),
-        subset_pairs=(("training", "test"),),
-        facts=dataset_facts.MULTITHUMOS,
+        _AT_30, ("{id}",), subset_pairs=(("training", "test"),), facts=dataset_facts.MULTITHUMOS
     ),
-    "fineaction": DatasetSpec(
-        encoding=Encoding(FramesPerSecond(15.0)),
-        facts=dataset_facts.FINEACTION,
-    ),
-    "epic-kitchens-verb": DatasetSpec(
-        encoding=Encoding(FramesPerSecond(30.0)),
-        file_names=("{id}",),
-        facts=dataset_facts.EPIC_VERBS,
-    ),
-    "epic-kitchens-noun": DatasetSpec(
-        encoding=Encoding(FramesPerSecond(30.0)),
-        file_names=("{id}",),
-        facts=dataset_facts.EPIC_NOUNS,
-    ),
-    "ego4d-mq": DatasetSpec(
-        encoding=Encoding(FramesPerSecond(30.0)),
-        file_names=("{id}",),
-        facts=dataset_facts.EGO4D_MQ,
-    ),
-    "charades": DatasetSpec(
-        encoding=Encoding(FramesPerSecond(30.0)),
-        file_names=("{id}",),
-        subset_pairs=(("training", "test"),),
-        facts=dataset_facts.CHARADES,
-    ),
-    "urfd": DatasetSpec(
-        encoding=Encoding(FramesPerSecond(30.0)),
-        facts=dataset_facts.URFD,
-    ),
-    "gmdcsa24": DatasetSpec(
-        encoding=Encoding(FramesPerSecond(30.0)),
-        facts=dataset_facts.GMDCSA24,
-    ),
+    "fineaction": DatasetSpec(_AT_15, facts=dataset_facts.FINEACTION),
+    "epic-kitchens-verb": DatasetSpec(_AT_30, ("{id}",), facts=dataset_facts.EPIC_VERBS),
+    "epic-kitchens-noun": DatasetSpec(_AT_30, ("{id}",), facts=dataset_facts.EPIC_NOUNS),
+    "ego4d-mq": DatasetSpec(_AT_30, ("{id}",), facts=dataset_facts.EGO4D_MQ),
+    "charades": DatasetSpec(_AT_30, ("{id}",), subset_pairs=(("training", "test"),), facts=dataset_facts.CHARADES),
+    "urfd": DatasetSpec(_AT_30, facts=dataset_facts.URFD),
+    "gmdcsa24": DatasetSpec(_AT_30, facts=dataset_facts.GMDCSA24),
 }

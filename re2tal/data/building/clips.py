@@ -14,23 +14,15 @@ import csv
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from re2tal.data.building.annotations import SUBSET_NAME, raise_together
-from re2tal.data.building.labels import (
-    OR_FIX,
-    check_class_list,
-    fold_notes,
-    folded,
-    is_label,
-    one_spelling,
-    twin_problems,
-)
+from re2tal.data.building.annotation_entries import SUBSET_NAME, raise_together
+from re2tal.data.building.labels import Classes, fold_notes, one_spelling, twin_problems
 from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.structures import SUBSETS, Action, VideoRecord
-from re2tal.video_ids import VIDEO_SUFFIXES, id_fault
+from re2tal.video_ids import VIDEO_SUFFIXES, composed, id_fault
 
 KINETICS_COLUMNS = ("label", "youtube_id", "time_start", "time_end")
 _LISTED = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, VIDEO_SUFFIXES))}))(?:\s*,\s*|\s+)(.+)", re.IGNORECASE)
@@ -60,6 +52,8 @@ class ClipList:
     """Class names; sorted, unless the caller gave them."""
     paths: Mapping[str, Path]
     """Video id -> where its file is, or should be."""
+    faults: Mapping[str, str] = field(default_factory=dict)
+    """Video id -> why none of its files is taken, though there are several."""
     left_out: tuple[str, ...] = ()
     """Files of a folder that are no clips, with the reason: a folder may hold anything."""
     notes: tuple[str, ...] = ()
@@ -81,6 +75,8 @@ class _Entry(NamedTuple):
     subset: str
     label: str
     path: Path
+    fault: str = ""
+    """Why its file is not taken."""
 
 
 def read_clips(
@@ -107,6 +103,7 @@ def read_clips(
     names = Classes((entry.label for entry in entries), classes)
     clips: list[TrimmedClip] = []
     paths: dict[str, Path] = {}
+    faults = {entry.path.stem: entry.fault for entry in entries if entry.fault}
     for entry in entries:
         video_id = entry.path.stem
         try:
@@ -115,7 +112,9 @@ def read_clips(
             problems.append(f"{entry.where}: {problem}")
             continue
         if video_id in paths:
-            problems.append(f"{entry.where}: {entry.path} has the id of {paths[video_id]}: rename one, or list it once")
+            if video_id not in faults:
+                what = f"{entry.path} has the id of {paths[video_id]}: rename one, or list it once"
+                problems.append(f"{entry.where}: {what}")
             continue
         paths[video_id] = entry.path
         clips.append(clip)
@@ -132,7 +131,8 @@ def read_clips(
         subsets={name: tuple(found) for name, found in subsets.items()},
         classes=tuple(sorted({clip.label for clip in clips})) if classes is None else tuple(classes),
         paths=paths,
-        left_out=tuple(left_out),
+        faults=faults,
+        left_out=(*left_out, *faults.values()),
         notes=tuple(fold_notes(replaced)),
     )
 
@@ -153,7 +153,7 @@ def _entries(place: Path, videos: Path | None, problems: list[str], left_out: li
     if place.is_dir():
         if videos is not None:
             raise ValueError(f"--clips {place} is a folder that holds the clips itself; leave --videos {videos} out")
-        return list(_in_folder(place, left_out))
+        return _without_twins(_in_folder(place, left_out))
     try:
         lines = place.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
@@ -179,6 +179,19 @@ def _in_folder(root: Path, left_out: list[str]) -> Iterator[_Entry]:
             yield _Entry(str(path), parts[0], parts[1], path)
 
 
+def _without_twins(found: Iterable[_Entry]) -> list[_Entry]:
+    """The same clips; those whose files have one id are marked."""
+    entries = list(found)
+    by_id: dict[str, list[Path]] = {}
+    for entry in entries:
+        by_id.setdefault(composed(entry.path.stem), []).append(entry.path)
+    return [entry._replace(fault=_twins(by_id[composed(entry.path.stem)])) for entry in entries]
+
+
+def _twins(paths: Sequence[Path]) -> str:
+    return f"{' and '.join(map(str, paths))} have one id: rename them, or keep one" if len(paths) > 1 else ""
+
+
 def _in_kinetics(
     place: Path, lines: Sequence[str], header: Sequence[str], videos: Path | None, problems: list[str]
 ) -> Iterator[_Entry]:
@@ -202,11 +215,9 @@ def _in_kinetics(
             problems.append(f"{where}: youtube_id is {row['youtube_id']!r:.100}: {fault}")
             continue
         found = files.get(stem, [])
-        if len(found) > 1:
-            problems.append(f"{where}: {stem} is there as {', '.join(map(str, found))}: keep one of them")
-            continue
         path = found[0] if found else videos / f"{stem}.mp4"
-        yield _Entry(where, subset or (row["split"] or "").strip(), (row["label"] or "").strip(), path)
+        label = (row["label"] or "").strip()
+        yield _Entry(where, subset or (row["split"] or "").strip(), label, path, _twins(found))
 
 
 def _in_list(place: Path, lines: Sequence[str], videos: Path, problems: list[str]) -> Iterator[_Entry]:
@@ -254,35 +265,3 @@ def _checked_id(video_id: str, path: Path) -> str:
     if fault := id_fault(video_id):
         raise ValueError(f"{path.name!r} gives no id: {fault}")
     return video_id
-
-
-class Classes:
-    """From labels as they are written to class names."""
-
-    def __init__(self, written: Iterable[str], classes: Sequence[str] | None, *, or_fix: str = OR_FIX) -> None:
-        """ValueError where all labels are numbers, and no class list says what they stand for."""
-        self.known = check_class_list(classes)
-        self.order = tuple(classes or ())
-        self.hint = ""
-        self._or_fix = or_fix
-        labels = set(written)
-        if classes is None and labels and all(label.isdecimal() for label in labels):
-            raise ValueError(
-                f"the labels are numbers ({', '.join(sorted(labels)[:3])}, ...), which name no class; give --classes "
-                "FILE, with the name of class 0 in its first line, that of class 1 in the next, ..."
-            )
-
-    def name(self, label: str) -> str:
-        """The class that `label` stands for; ValueError for one that is not among those given."""
-        if not is_label(label):
-            raise ValueError(f"the class is {label[:100]!r}: give a name of 1 to 200 printable characters")
-        if self.known is None or label in self.known:
-            return label
-        if label.isdecimal():
-            if int(label) < len(self.order):
-                return self.order[int(label)]
-            raise ValueError(f"the class is number {label[:20]}, and {len(self.order)} were given, counted from 0")
-        if twin := {folded(name): name for name in self.order}.get(folded(label)):
-            raise ValueError(f"class {label!r} is spelled {twin!r} in the list; correct it{self._or_fix}")
-        self.hint = f"the {len(self.order)} classes are {', '.join(self.order[:30])}"
-        raise ValueError(f"class {label!r} is not among those given: correct it, or add it")

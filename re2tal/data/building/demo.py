@@ -7,7 +7,6 @@ Mirroring a picture turns one class into another: train on this with flips off.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import TypeVar
 import av
 
 from re2tal.data.building.demo_scenes import CLASSES, SUBSETS, Scene, draw_clip, draw_scene
+from re2tal.machine import num_cores
 from re2tal.strict_json import read_json, write_json
 
 T = TypeVar("T")
@@ -88,7 +88,7 @@ def _is_written(listing: Path, version: str) -> bool:
 def _in_processes(write: Callable[[tuple[str, int]], T], config: DemoConfig, *, workers: int | None) -> list[T]:
     counts = (config.num_training, config.num_validation)
     jobs = [(subset, number) for subset, count in zip(SUBSETS, counts, strict=True) for number in range(count)]
-    with ProcessPoolExecutor(workers or len(os.sched_getaffinity(0)), mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(workers or num_cores(), mp_context=get_context("spawn")) as pool:
         return list(pool.map(write, jobs, chunksize=2))
 
 

@@ -9,6 +9,7 @@ transport streams, mpeg-4 with B-frames), so this is what makes training data tr
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -23,6 +24,9 @@ from re2tal.data.building.pictures import SMPTE_170M, naming, nearest_in_time, s
 from re2tal.data.building.probe import MAX_DAMAGED, VideoProbe, open_video
 from re2tal.data.building.shown import Damage, shown_frames
 from re2tal.data.contract.manifest import Encoding, FramesPerSecond, FramesPerVideo
+
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.ENOENT)
+"""What writing may meet; everything else comes from the encoder, and concerns this video alone."""
 
 
 def normalise_video(
@@ -76,7 +80,9 @@ def _write(
             container.mux(stream.encode(None))
             return stream.width, stream.height
     except av.FFmpegError as error:
-        raise OSError(f"{target} cannot be written: {error.strerror}; is the disk full?") from None
+        if error.errno in _DISK:
+            raise OSError(f"{target} cannot be written: {error.strerror}; is the disk full?") from None
+        raise ValueError(f"its pictures cannot be encoded: {error.strerror}; convert the file") from None
 
 
 def _add_stream(

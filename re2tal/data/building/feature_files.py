@@ -9,6 +9,7 @@ One HDF5 file may hold all videos, each under its name.
 from __future__ import annotations
 
 import math
+import os
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -53,7 +54,7 @@ def list_files(place: Path, *, suffix: str | None = None) -> tuple[FeatureFile, 
     if place.is_dir():
         wanted = (suffix,) if suffix else FEATURE_SUFFIXES
         inside = (one for one in sorted(place.iterdir()) if one.suffix.lower() in wanted)
-        return tuple(FeatureFile(one) for one in inside if not one.name.startswith("._") and one.is_file())
+        return tuple(FeatureFile(one) for one in inside if not one.name.startswith("._") and os.path.isfile(one))
     if not place.is_file() or place.suffix.lower() not in HDF5_SUFFIXES:
         raise ValueError(f"{place} is not a folder; give the folder that holds the files of features, or one .h5 file")
     try:

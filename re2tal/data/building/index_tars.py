@@ -8,14 +8,14 @@ why. Members that are no video and no label are ignored.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
+from re2tal.data.building.annotation_entries import UNKNOWN_SECONDS, misfit
 from re2tal.data.building.annotations import Annotations
 from re2tal.data.building.check import check_normalised
 from re2tal.data.building.clips import ClipList
@@ -24,8 +24,8 @@ from re2tal.data.building.copy_video import COPY_DIFFERENCE
 from re2tal.data.building.isolated import Isolated
 from re2tal.data.building.make_videos import Made
 from re2tal.data.building.match_samples import Matches
-from re2tal.data.building.pack_videos import SILENT_SECONDS, prepare_video
-from re2tal.data.building.shard_folder import BuiltSubset, Listed, fingerprint, misfit
+from re2tal.data.building.pack_videos import SILENT_SECONDS, one_video, prepare_video
+from re2tal.data.building.shard_folder import BuiltSubset, Listed, fingerprint
 from re2tal.data.building.shard_plan import Item
 from re2tal.data.building.tar_samples import Sample
 from re2tal.data.building.video_folder import VideoFolder
@@ -38,6 +38,7 @@ from re2tal.data.contract.manifest import (
     read_manifest,
 )
 from re2tal.data.contract.mp4 import read_mp4
+from re2tal.machine import num_cores
 from re2tal.structures import VideoRecord
 
 
@@ -54,7 +55,7 @@ def index_tars(
         classes=listed.classes,
         shard_bytes=shard_bytes,
         kind="shards index",
-        workers=len(os.sched_getaffinity(0)),
+        workers=num_cores(),
     )
     return folder.build([_item(record, matches) for record in records], partial(_made, matches))
 
@@ -77,9 +78,10 @@ def _item(listed: Listed, matches: Matches) -> Item:
 def _made(matches: Matches, listed: Listed, target: Path, isolated: Isolated) -> Made:
     sample = matches.found[listed.video_id]
     try:
-        return _made_one(listed, sample, target, isolated)
+        with one_video({str(target): "its video"}):
+            return _made_one(listed, sample, target, isolated)
     except ValueError as error:
-        raise ValueError(f"{sample.tar.name} {sample.key}: {str(error).replace(str(target), 'its video')}") from None
+        raise ValueError(f"{sample.tar.name} {sample.key}: {error}") from None
 
 
 def _made_one(listed: Listed, sample: Sample, target: Path, isolated: Isolated) -> Made:
@@ -93,8 +95,27 @@ def _made_one(listed: Listed, sample: Sample, target: Path, isolated: Isolated) 
         SILENT_SECONDS, prepare_video, target, target, encoding=None, expected_seconds=None, max_damaged=0.0
     )
     isolated.call(SILENT_SECONDS, check_normalised, target, checked, max_difference=COPY_DIFFERENCE)
-    source = replace(made_from, file=f"{sample.tar.name}/{sample.key}")
+    name = f"{sample.tar.name}/{sample.key}".encode(errors="backslashreplace").decode()  # it need not be UTF-8
+    source = replace(made_from, file=name)
     return Made(StoredVideo(mp4.num_frames, mp4.fps, mp4.width, mp4.height, source), seconds, is_copy=True)
+
+
+def measured_in(samples: Sequence[Sample]) -> Callable[[str], float]:
+    """Gives the seconds of the sample that a video is; UNKNOWN_SECONDS where it will be left out for its sample."""
+    by_name: dict[str, list[Sample]] = {}
+    for sample in samples:
+        for name in set(sample.names):
+            by_name.setdefault(name, []).append(sample)
+
+    def measured(video_id: str) -> float:
+        try:
+            (sample,) = by_name.get(video_id, [])
+            mp4 = read_mp4(_content(sample))
+        except ValueError:
+            return UNKNOWN_SECONDS
+        return mp4.num_frames / mp4.fps
+
+    return measured
 
 
 def _place(sample: Sample) -> tuple[int, int]:

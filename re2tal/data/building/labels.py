@@ -99,3 +99,35 @@ def _shown(label: str, group: Iterable[str]) -> str:
     """Quoted; with escapes where another spelling would look the same."""
     alike = [one for one in group if unicodedata.normalize("NFC", one) == unicodedata.normalize("NFC", label)]
     return ascii(label) if len(set(alike)) > 1 else repr(label)
+
+
+class Classes:
+    """From labels as they are written to class names."""
+
+    def __init__(self, written: Iterable[str], classes: Sequence[str] | None, *, or_fix: str = OR_FIX) -> None:
+        """ValueError where all labels are numbers, and no class list says what they stand for."""
+        self.known = check_class_list(classes)
+        self.order = tuple(classes or ())
+        self.hint = ""
+        self._or_fix = or_fix
+        labels = set(written)
+        if classes is None and labels and all(label.isdecimal() for label in labels):
+            raise ValueError(
+                f"the labels are numbers ({', '.join(sorted(labels)[:3])}, ...), which name no class; give --classes "
+                "FILE, with the name of class 0 in its first line, that of class 1 in the next, ..."
+            )
+
+    def name(self, label: str) -> str:
+        """The class that `label` stands for; ValueError for one that is not among those given."""
+        if not is_label(label):
+            raise ValueError(f"the class is {label[:100]!r}: give a name of 1 to 200 printable characters")
+        if self.known is None or label in self.known:
+            return label
+        if label.isdecimal():
+            if int(label) < len(self.order):
+                return self.order[int(label)]
+            raise ValueError(f"the class is number {label[:20]}, and {len(self.order)} were given, counted from 0")
+        if twin := {folded(name): name for name in self.order}.get(folded(label)):
+            raise ValueError(f"class {label!r} is spelled {twin!r} in the list; correct it{self._or_fix}")
+        self.hint = f"the {len(self.order)} classes are {', '.join(self.order[:30])}"
+        raise ValueError(f"class {label!r} is not among those given: correct it, or add it")

@@ -8,13 +8,13 @@ from __future__ import annotations
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 from re2tal.data.building.labels import twin_problems
-from re2tal.data.building.shard_folder import totals_of
+from re2tal.data.building.shard_folder import NothingUsableError, totals_of
 from re2tal.data.contract.commit import commit
 from re2tal.data.contract.manifest import MANIFEST_NAME, IndexedVideo, Manifest, Rejection, ShardFile
 from re2tal.data.contract.shards import ShardSet
@@ -32,23 +32,30 @@ def merged_classes(folders: Iterable[ShardSet]) -> tuple[str, ...]:
     return classes
 
 
-def check_ids(folders: Sequence[ShardSet]) -> None:
-    """ValueError that names a folder that is given twice, and the videos which two have, in any Unicode form."""
+Skipped = Mapping[Path, Mapping[str, str]]
+"""Folder -> video id -> why the video is not taken from there; empty where another folder has the very same."""
+
+
+def skipped_videos(folders: Sequence[ShardSet]) -> Skipped:
+    """Videos that are in several folders: of equal ones the first is taken, of those that differ none.
+
+    Raises ValueError for a folder that is given twice.
+    """
     if again := [one for one, count in Counter(shards.root.resolve() for shards in folders).items() if count > 1]:
         raise ValueError(f"{again[0]} is given twice; give each folder once")
-    first: dict[str, Path] = {}
-    twice: list[str] = []
+    homes: dict[str, list[tuple[Path, IndexedVideo]]] = {}
     for shards in folders:
-        for video_id in shards.by_id:
-            other = first.setdefault(composed(video_id), shards.root)
-            if other != shards.root:
-                twice.append(f"{video_id!r} in {other} and in {shards.root}")
-    if twice:
-        more = f" and {len(twice) - MAX_SHOWN} more" if len(twice) > MAX_SHOWN else ""
-        raise ValueError(
-            f"{len(twice)} videos are there twice: {', '.join(twice[:MAX_SHOWN])}{more}; leave them out of one with "
-            "`re2tal shards annotate`"
-        )
+        for video in shards.videos:
+            homes.setdefault(composed(video.record.video_id), []).append((shards.root, video))
+    skipped: dict[Path, dict[str, str]] = {}
+    for found in homes.values():
+        _, first = found[0]
+        is_one = all((video.record, video.crc32) == (first.record, first.crc32) for _, video in found)
+        places = " and in ".join(str(root) for root, _ in found)
+        why = "" if is_one else f"it is in {places}, and differs; leave it out of one with `re2tal shards annotate`"
+        for root, video in found[is_one:] if len(found) > 1 else ():
+            skipped.setdefault(root, {})[video.record.video_id] = why
+    return skipped
 
 
 def same_pictures(folders: Sequence[ShardSet]) -> list[str]:
@@ -58,13 +65,15 @@ def same_pictures(folders: Sequence[ShardSet]) -> list[str]:
     for shards in folders:
         for video_id, video in shards.by_id.items():
             other, root = first.setdefault((video.crc32, video.num_frames), (video_id, shards.root))
-            if root != shards.root:
+            if root != shards.root and other != video_id:
                 said.append(f"{video_id!r} of {shards.root} has the bytes of {other!r} of {root}")
     return said
 
 
-def merge_shards(folders: Sequence[ShardSet], out: Path, *, classes: tuple[str, ...]) -> Manifest:
-    """Write `out` from folders of one subset whose ids differ; gives its manifest."""
+def merge_shards(
+    folders: Sequence[ShardSet], out: Path, *, classes: tuple[str, ...], skipped: Skipped | None = None
+) -> Manifest:
+    """Write `out` from folders of one subset, without what is skipped; gives its manifest."""
     if (out / MANIFEST_NAME).is_file():
         raise ValueError(f"{out} holds shards already; give another --out")
     out.mkdir(parents=True, exist_ok=True)
@@ -72,7 +81,7 @@ def merge_shards(folders: Sequence[ShardSet], out: Path, *, classes: tuple[str, 
     files: list[ShardFile] = []
     rejected: list[Rejection] = []
     for shards in folders:
-        sound = _sound(shards, rejected)
+        sound = _sound(shards, (skipped or {}).get(shards.root, {}), rejected)
         counts = Counter(video.shard for video in sound)
         names: dict[str, str] = {}
         for file in (file for file in shards.manifest.shards if counts[file.name]):
@@ -81,7 +90,7 @@ def merge_shards(folders: Sequence[ShardSet], out: Path, *, classes: tuple[str, 
             files.append(replace(file, name=names[file.name], videos=counts[file.name]))
         entries += [replace(video, shard=names[video.shard]) for video in sound]
     if not entries:
-        raise ValueError(f"no video of {', '.join(str(shards.root) for shards in folders)} is sound; verify them")
+        raise NothingUsableError(rejected)
     manifests = [shards.manifest for shards in folders]
     stored = {entry.record.video_id for entry in entries}
     manifest = replace(
@@ -98,8 +107,10 @@ def merge_shards(folders: Sequence[ShardSet], out: Path, *, classes: tuple[str, 
     return manifest
 
 
-def _sound(shards: ShardSet, rejected: list[Rejection]) -> list[IndexedVideo]:
+def _sound(shards: ShardSet, skipped: Mapping[str, str], rejected: list[Rejection]) -> list[IndexedVideo]:
     def problem(video: IndexedVideo) -> str:
+        if video.record.video_id in skipped:
+            return skipped[video.record.video_id]
         try:
             check_video(shards.path(video.shard), video)
         except (ValueError, OSError) as error:
@@ -109,8 +120,13 @@ def _sound(shards: ShardSet, rejected: list[Rejection]) -> list[IndexedVideo]:
     videos = list(shards.videos)
     with ThreadPoolExecutor(8) as pool:
         problems = list(pool.map(problem, videos))
-    rejected += [Rejection(v.record.video_id, why) for v, why in zip(videos, problems, strict=True) if why]
-    return [video for video, why in zip(videos, problems, strict=True) if not why]
+    named = {one.video_id for one in rejected}
+    for video, why in zip(videos, problems, strict=True):
+        if why and video.record.video_id not in named:
+            rejected.append(Rejection(video.record.video_id, why))
+    return [
+        video for video, why in zip(videos, problems, strict=True) if not why and video.record.video_id not in skipped
+    ]
 
 
 def _link(source: Path, target: Path) -> None:

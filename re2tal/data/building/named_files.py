@@ -2,27 +2,57 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Generic, TypeVar
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Generic, Protocol, TypeVar
 
-from re2tal.video_ids import composed, plain_id
+from re2tal.video_ids import VIDEO_SUFFIXES, composed, plain_id
 
-File = TypeVar("File")
+
+class Named(Protocol):
+    """A file, or an entry of one."""
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        ...
+
+    @property
+    def stem(self) -> str:
+        """What names the video."""
+        ...
+
+
+File = TypeVar("File", bound=Named)
+
+
+@dataclass(frozen=True, slots=True)
+class Chosen(Generic[File]):
+    """The file of each video."""
+
+    found: dict[str, File] = field(default_factory=dict)
+    """By video id."""
+    faults: dict[str, str] = field(default_factory=dict)
+    """Video id -> why none of its files is taken."""
+    notes: list[str] = field(default_factory=list)
+    """Files that are not taken beside one that is: a sentence for each video."""
 
 
 class NamedFiles(Generic[File]):
     """Files by their names without suffix, in any Unicode form."""
 
-    def __init__(self, files: Iterable[tuple[str, File]]) -> None:
+    def __init__(self, files: Iterable[File]) -> None:
         self._by_name: dict[str, list[File]] = {}
         self._by_plain_name: dict[str, list[File]] = {}
-        for stem, file in files:
-            name = composed(stem)
+        for file in files:
+            name = composed(file.stem)
             self._by_name.setdefault(name, []).append(file)
             if (plain := plain_id(name)) != name:
                 self._by_plain_name.setdefault(plain, []).append(file)
 
-    def of(self, video_id: str, file_names: Sequence[str] = ("{id}",)) -> list[File]:
+    def of(self, video_id: str, file_names: Sequence[str] = ("{id}", "v_{id}")) -> list[File]:
         """The files of a video under any of `file_names`; of those called so with another suffix inside (a.mp4.npy),
         if there are no others."""
         names = [composed(name.format(id=video_id)) for name in file_names]
@@ -31,13 +61,62 @@ class NamedFiles(Generic[File]):
                 return found
         return []
 
+    def choose(
+        self,
+        video_ids: Sequence[str],
+        file_names: Sequence[str] = ("{id}", "v_{id}"),
+        *,
+        keys: Mapping[str, str] | None = None,
+    ) -> Chosen[File]:
+        """The file of each video that has one. `keys`: video id -> the name with suffix that an annotation file gives.
 
-def refuse_shared(place: object, files: Mapping[str, str]) -> None:
-    """ValueError where one file of `files`, video id -> its name, would be two videos: `a` and `v_a` by file v_a."""
-    owners: dict[str, str] = {}
-    for video_id, name in files.items():
-        if (other := owners.setdefault(name, video_id)) != video_id:
-            raise ValueError(
-                f"{place}: {name} would be video {other!r} and video {video_id!r}; keep one of them in the "
-                "annotations, or give both files"
-            )
+        Of two files the one that is called as the key is taken. Without it, none is; nor is a file that would be two
+        videos (`a` and `v_a` by file v_a).
+        """
+        chosen: Chosen[File] = Chosen()
+        owners: dict[str, list[str]] = {}
+        for video_id in video_ids:
+            files = self.of(video_id, file_names)
+            named = _called(files, (keys or {}).get(video_id)) if len(files) > 1 else files
+            if len(named) == 1:
+                chosen.found[video_id] = named[0]
+                owners.setdefault(named[0].name, []).append(video_id)
+                if len(files) > 1:
+                    others = ", ".join(file.name for file in files if file is not named[0])
+                    chosen.notes.append(f"{named[0].name} is taken as {video_id!r}, not {others}")
+            elif files:
+                names = " and ".join(file.name for file in files)
+                chosen.faults[video_id] = f"{names} are files of one video; keep one of them"
+        for name, ids in owners.items():
+            for video_id in ids if len(ids) > 1 else ():
+                del chosen.found[video_id]
+                chosen.faults[video_id] = (
+                    f"{name} would be video {' and video '.join(map(repr, ids))}; keep one of them"
+                )
+        return chosen
+
+
+def _called(files: Sequence[File], key: str | None) -> list[File]:
+    """The files that are called as the key, else those that have its suffix."""
+    if key is None:
+        return []
+    name = composed(key)
+    suffix = name[len(plain_id(name)) :].lower()
+    same = [file for file in files if composed(file.name) == name]
+    return same or [file for file in files if file.name.lower().endswith(suffix)]
+
+
+def videos_in(folder: Path) -> tuple[list[Path], list[str]]:
+    """(the video files of a folder by name, what is called so and is none: a sentence each)."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder; give the folder that holds the videos")
+    files, odd = [], []
+    for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in VIDEO_SUFFIXES):
+        name = path.name.encode(errors="backslashreplace").decode()  # it need not be UTF-8
+        if name.startswith("._"):
+            odd.append(f"{name} is a file of macOS beside another, not a video")
+        elif not os.path.isfile(path):  # pathlib's own raises for some links
+            odd.append(f"{name} is no file, or a link that leads nowhere")
+        else:
+            files.append(path)
+    return files, odd

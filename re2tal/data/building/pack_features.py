@@ -18,11 +18,11 @@ from typing import Literal
 import numpy as np
 import torch
 
-from re2tal.data.building.annotations import duration_tolerance
+from re2tal.data.building.annotation_entries import duration_tolerance
 from re2tal.data.building.build_features import Computed, FeatureShard
 from re2tal.data.building.content import content_id
 from re2tal.data.building.feature_files import FEATURE_SUFFIXES, HDF5_SUFFIXES, FeatureFile
-from re2tal.data.building.named_files import NamedFiles, refuse_shared
+from re2tal.data.building.named_files import Chosen, NamedFiles
 from re2tal.data.building.shard_folder import share_out
 from re2tal.data.contract.feature_manifest import SourceFile
 from re2tal.strict_json import sha256_of
@@ -30,6 +30,7 @@ from re2tal.structures import VideoRecord
 
 Layout = Literal["tc", "ct"]
 """Order of a file's axes: (T, C) or (C, T)."""
+NO_FILE = "there is no file of this name"
 SAMPLE = 64
 """Files that are opened to learn the order of their axes and the number of channels, before any is packed."""
 
@@ -82,39 +83,29 @@ class Resized:
 
 @dataclass(frozen=True, slots=True)
 class FeatureFiles:
-    """The files of features in a folder, or in one HDF5 file, and how each is read."""
+    """The files of features in a folder, or in one HDF5 file."""
 
     place: Path
     file_names: tuple[str, ...]
     """Names that a video's file may have, without the suffix of its format."""
-    key: str | None
-    """Name of the array in files that hold several."""
     files: tuple[FeatureFile, ...]
     """All whose format can be read."""
 
-    def find(self, video_ids: Sequence[str]) -> dict[str, Sequence[FeatureFile]]:
-        """Video id -> its files, for those that have any; ValueError where none has, with what lies in the folder."""
-        named = NamedFiles((one.stem, one) for one in self.files)
-        found: dict[str, Sequence[FeatureFile]] = {}
-        for one in video_ids:
-            if files := named.of(one, self.file_names):
-                found[one] = files
-        if not found:
+    def find(self, video_ids: Sequence[str]) -> Chosen[FeatureFile]:
+        """The file of each video; ValueError where none has one, with what lies in the folder."""
+        chosen = NamedFiles(self.files).choose(video_ids, self.file_names)
+        if not chosen.found and not chosen.faults:
             looked = ", ".join(name.format(id=video_ids[0]) + ".npy" for name in self.file_names)
             raise ValueError(
                 f"none of the {len(video_ids)} videos has features in {self.place}; looked for {looked} (or "
                 f"{', '.join(FEATURE_SUFFIXES[1:])}) and so on; {self._what_is_there()}; if only their ends differ, "
                 "give --prefix and --suffix"
             )
-        refuse_shared(self.place, {video_id: files[0].name for video_id, files in found.items()})
-        return found
-
-    def load(self, files: Sequence[FeatureFile]) -> np.ndarray:
-        """The array in the file of a video; ValueError where it can't be used, or where there are two files."""
-        if len(files) != 1:
-            names = " and ".join(file.name for file in files)
-            raise ValueError(f"{names} are one video's; keep one, or choose with --prefix and --suffix")
-        return files[0].load(key=self.key)
+        if not chosen.found:
+            raise ValueError(
+                f"{self.place}: {next(iter(chosen.faults.values()))}, or choose with --prefix and --suffix"
+            )
+        return chosen
 
     def _what_is_there(self) -> str:
         if self.files:
@@ -128,9 +119,9 @@ class FeatureFiles:
 class Packer:
     """Reads the files of videos."""
 
-    files: FeatureFiles
-    found: Mapping[str, Sequence[FeatureFile]]
-    """Of each video id."""
+    chosen: Chosen[FeatureFile]
+    key: str | None
+    """Name of the array in files that hold several."""
     layout: Layout
     timing: Strided | Resized
 
@@ -139,17 +130,19 @@ class Packer:
         for record in records:
             try:
                 yield self._computed(record)
+            except OSError as error:
+                yield f"its file cannot be read: {error.strerror}"
             except ValueError as error:
                 yield str(error)
 
     def _computed(self, record: VideoRecord) -> Computed:
-        files = self.found.get(record.video_id)
-        if files is None:
-            raise ValueError("there is no file of this name")
-        values = self.files.load(files)
+        file = self.chosen.found.get(record.video_id)
+        if file is None:
+            raise ValueError(self.chosen.faults.get(record.video_id, NO_FILE))
+        values = file.load(key=self.key)
         values = values.T if self.layout == "tc" else values
         start_seconds, seconds_per_step = self.timing.place(record, values.shape[1])
-        source = SourceFile(files[0].path.name, _sha256(files[0].path, files[0].path.stat().st_mtime_ns))
+        source = SourceFile(file.path.name, _sha256(file.path, file.path.stat().st_mtime_ns))
         tensor = torch.from_numpy(np.array(values, dtype=np.float32, order="C"))
         return Computed(tensor, seconds_per_step, start_seconds, source)
 
@@ -160,7 +153,7 @@ def _sha256(path: Path, modified: int) -> str:
     return sha256_of(path)
 
 
-def sample_shapes(files: FeatureFiles, found: Mapping[str, Sequence[FeatureFile]]) -> dict[str, tuple[int, int]]:
+def sample_shapes(found: Mapping[str, FeatureFile], *, key: str | None) -> dict[str, tuple[int, int]]:
     """Video id -> shape of its array, for some of the videos, spread over all; ValueError if no file can be used."""
     shapes: dict[str, tuple[int, int]] = {}
     unusable: list[str] = []
@@ -171,7 +164,7 @@ def sample_shapes(files: FeatureFiles, found: Mapping[str, Sequence[FeatureFile]
         if video_id in shapes:
             continue
         try:
-            rows, columns = files.load(found[video_id]).shape
+            rows, columns = found[video_id].load(key=key).shape
             shapes[video_id] = rows, columns
         except ValueError as error:  # the video is left out for it when its turn comes
             unusable.append(str(error))
@@ -226,22 +219,21 @@ def _most_common(shapes: Mapping[str, tuple[int, int]], axis: int) -> tuple[int,
 
 
 def plan_feature_shards(
-    records: Sequence[VideoRecord],
-    found: Mapping[str, Sequence[FeatureFile]],
-    *,
-    seed: int,
-    videos_per_shard: int | None,
+    records: Sequence[VideoRecord], chosen: Chosen[FeatureFile], *, seed: int, videos_per_shard: int | None
 ) -> list[FeatureShard]:
     """Put records into shards in an order that depends on the seed alone; videos without a file keep their place."""
-    paths = list(dict.fromkeys(one.path for record in records for one in found.get(record.video_id, ())))
+    paths = list({one.path: None for record in records if (one := chosen.found.get(record.video_id))})
     with ThreadPoolExecutor(8) as pool:  # on a disk of the network each file takes a while
         marks = dict(zip(paths, pool.map(_mark, paths), strict=True))
-    shards = []
-    for name, chosen in share_out(records, seed=seed, per_shard=videos_per_shard, most=256):
-        files = (found.get(record.video_id, ()) for record in chosen)
-        sources = tuple(" ".join(f"{one.name} {marks[one.path]}" for one in own) or "missing" for own in files)
-        shards.append(FeatureShard(name, chosen, sources))
-    return shards
+
+    def mark(video_id: str) -> str:
+        one = chosen.found.get(video_id)
+        return f"{one.name} {marks[one.path]}" if one else chosen.faults.get(video_id, "missing")
+
+    return [
+        FeatureShard(name, some, tuple(mark(record.video_id) for record in some))
+        for name, some in share_out(records, seed=seed, per_shard=videos_per_shard, most=256)
+    ]
 
 
 def _mark(path: Path) -> str:

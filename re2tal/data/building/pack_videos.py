@@ -5,15 +5,15 @@ A thread asks for it; encoding and checking run in a process of their own, becau
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+import errno
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from re2tal.data.building.annotations import duration_tolerance
+from re2tal.data.building.annotation_entries import misfit
 from re2tal.data.building.check import MAX_DIFFERENCE, Normalised, check_normalised
-from re2tal.data.building.copy_video import COPY_DIFFERENCE, check_as_it_is
+from re2tal.data.building.copy_video import COPY_DIFFERENCE, check_as_it_is, mp4_of
 from re2tal.data.building.encode import normalise_video
 from re2tal.data.building.isolated import Isolated, IsolationError
 from re2tal.data.building.make_videos import Made
@@ -23,6 +23,7 @@ from re2tal.data.contract.manifest import Encoding, SourceVideo, StoredVideo
 from re2tal.strict_json import sha256_of
 from re2tal.structures import VideoRecord
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, None)
 SILENT_SECONDS = 300.0
 """Kill the encoding process after this time without a new frame, whatever the length of the video."""
 
@@ -37,18 +38,25 @@ class VideoPacker:
     max_damaged: float
     copy: bool
     """Whether files that are sound as they are, are copied."""
+    encoded: list[str] = field(default_factory=list)
+    """With `copy`: the videos that were encoded, and why, a sentence each."""
 
     def make(self, listed: Listed, target: Path, isolated: Isolated) -> Made:
         """Write one video to `target` and check it; ValueError says why it cannot be used."""
         source = self.sources[listed.video_id]
         if self.copy:
-            with suppress(ValueError):  # it is encoded then
+            try:
                 return self._made(listed, source, target, isolated, copy=True)
-        return self._made(listed, source, target, isolated, copy=False)
+            except ValueError as error:
+                why = str(error)
+        made = self._made(listed, source, target, isolated, copy=False)
+        if self.copy:
+            self.encoded.append(f"encoded {listed.video_id}: {why}")
+        return made
 
     def _made(self, listed: Listed, source: Path, target: Path, isolated: Isolated, *, copy: bool) -> Made:
         expected = listed.duration_seconds if isinstance(listed, VideoRecord) else None
-        try:
+        with one_video({str(source): source.name, str(target): "as stored"}):
             made_from, normalised = isolated.call(
                 SILENT_SECONDS,
                 prepare_video,
@@ -60,13 +68,6 @@ class VideoPacker:
             )
             difference = COPY_DIFFERENCE if copy else MAX_DIFFERENCE
             isolated.call(SILENT_SECONDS, check_normalised, target, normalised, max_difference=difference)
-        except OSError:  # a disk that is full is no fault of the video
-            raise
-        except Exception as error:  # one video, whatever it does to us, never ends a build
-            what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
-            if isinstance(error, IsolationError):  # the system may have killed it for memory
-                what += "; to have it tried again, touch its file"
-            raise ValueError(what.replace(str(source), source.name).replace(str(target), "as stored")) from None
         description = StoredVideo(
             num_frames=normalised.num_frames,
             fps=normalised.fps,
@@ -79,6 +80,25 @@ class VideoPacker:
         return Made(description, made_from.duration_seconds, damage, is_copy=copy)
 
 
+@contextmanager
+def one_video(names: Mapping[str, str]) -> Iterator[None]:
+    """Whatever a video does to its process is a ValueError about it, which never ends a job; a full disk does.
+
+    `names`: path -> what the message says instead of it.
+    """
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in DISK_FULL:
+            raise
+        what = str(error) if isinstance(error, ValueError) else f"{type(error).__name__}: {error}"
+        if isinstance(error, IsolationError):  # the system may have killed it for memory
+            what += "; to have it tried again, touch its file"
+        for path, name in names.items():
+            what = what.replace(path, name)
+        raise ValueError(what) from None
+
+
 def prepare_video(
     source: Path, target: Path, *, encoding: Encoding | None, expected_seconds: float | None, max_damaged: float
 ) -> tuple[SourceVideo, Normalised]:
@@ -86,12 +106,13 @@ def prepare_video(
     lasts another time than is expected, or cannot be copied."""
     probe = probe_video(source, max_missing=max_damaged)
     seconds = float(probe.duration_seconds)
-    if expected_seconds is not None and abs(seconds - expected_seconds) > duration_tolerance(expected_seconds):
-        raise ValueError(f"{source} lasts {seconds:.2f} s, the annotation file says {expected_seconds:.2f} s")
+    if expected_seconds is not None and (why := misfit(seconds, expected_seconds)):
+        raise ValueError(f"{source}: {why}")
     if encoding is None:
-        normalised = check_as_it_is(source, probe=probe)
+        mp4 = mp4_of(source, probe=probe)
+        normalised = check_as_it_is(source, mp4, probe=probe)
         if source != target:
-            shutil.copyfile(source, target)
+            target.write_bytes(mp4.content)
     else:
         normalised = normalise_video(source, target, probe=probe, encoding=encoding, max_damaged=max_damaged)
     made_from = SourceVideo(

@@ -16,7 +16,6 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from re2tal.data.building.annotations import duration_tolerance
 from re2tal.data.building.clips import TrimmedClip
 from re2tal.data.contract.commit import commit
 from re2tal.data.contract.feature_manifest import FeatureManifest, IndexedFeatures, StoredFeatures
@@ -92,6 +91,8 @@ class BuiltSubset:
     """Stored in spite of it; known so far."""
     num_copies: int = 0
     """Videos that are stored as they came, so that rate and size may differ from the manifest's `encoding`."""
+    notes: tuple[str, ...] = ()
+    """Files that were not taken beside others of their video, and those that --copy did not keep: a sentence each."""
 
     @property
     def is_complete(self) -> bool:
@@ -102,6 +103,15 @@ class BuiltSubset:
     def rejected_share(self) -> float:
         """Share of the videos that could not be used."""
         return len(self.rejected) / self.num_videos
+
+
+class NothingUsableError(ValueError):
+    """No video of a subset can be used."""
+
+    def __init__(self, rejected: Sequence[Rejection]) -> None:
+        first = rejected[0]
+        what = f"the first, {first.video_id}: {first.reason}"
+        super().__init__(f"none of the {len(rejected)} videos can be used; {what}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,10 +211,7 @@ class FeatureFolder:
         rejected = tuple(rejection for report in reports for rejection in report.rejected)
         head: dict[str, Any] = {"format": FeatureManifest.FORMAT, "version": FeatureManifest.VERSION}
         if not videos:
-            first = rejected[0]
-            raise ValueError(
-                f"none of the {len(rejected)} videos can be used; the first, {first.video_id}: {first.reason}"
-            )
+            raise NothingUsableError(rejected)
         commit(
             self.root,
             videos,
@@ -254,13 +261,6 @@ def refuse_other_settings(root: Path, manifest: Manifest | FeatureManifest, sett
                 f"{root} was built with {name} {theirs[:600]}, now it is {ours[:600]}; "
                 "give another --out, or delete that folder"
             )
-
-
-def misfit(seconds: float, annotated_seconds: float) -> str:
-    """Why a video that lasts so long is not the one that was annotated; nothing where it may be."""
-    if abs(seconds - annotated_seconds) <= duration_tolerance(annotated_seconds):
-        return ""
-    return f"it lasts {seconds:.2f} s, the annotation file says {annotated_seconds:.2f} s"
 
 
 def shards_in_use(files: Sequence[ShardFile], entries: Sequence[IndexedVideo]) -> list[ShardFile]:

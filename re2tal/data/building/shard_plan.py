@@ -29,6 +29,7 @@ from re2tal.data.contract.manifest import (
 from re2tal.strict_json import write_atomically
 
 PLAN_NAME = "plan.json"
+NO_FILE = "there is no file of this name, or a link that leads nowhere"
 
 Kind = Literal["shards build", "shards build --copy", "shards index"]
 """What makes the videos of a folder."""
@@ -43,7 +44,7 @@ class Item:
     """Of what its pictures are made from; empty where there is nothing to make them from."""
     num_bytes: int = 0
     """Of its source."""
-    fault: str = "there is no file of this name, or a link that leads nowhere"
+    fault: str = NO_FILE
     """Why there is nothing."""
     terms: str = ""
     """What else decides whether it is refused: once it changes, a refused video is tried again."""

@@ -20,6 +20,7 @@ from av.sidedata.sidedata import Type
 from av.video.reformatter import ColorRange
 from av.video.stream import VideoStream
 
+from re2tal.data.building.evidence import Evidence
 from re2tal.data.building.isolated import still_working
 
 # FFmpeg's own decoders of these show garbage without a word; libvpx, which browsers use, refuses damaged data.
@@ -29,9 +30,6 @@ _HEAD_PACKETS = 60
 """A recording of a broadcast begins between two key frames; what comes before the first one is not shown."""
 # A stream that was cut begins with frames whose references are gone: normal until its second key frame.
 _MISSING_REFERENCE = re.compile(r"[Mm]issing reference|reference picture missing|find ref with POC|non-existing")
-# Arithmetic coding and the escapes of H.264 and HEVC make long runs of zeros impossible: such a stretch was lost.
-_NEVER_ZERO = frozenset({"h264", "hevc", "libvpx", "libvpx-vp9", "vp8", "vp9"})
-_LOST = bytes(32)
 _MATRICES = {1: "bt709", 4: "fcc", 7: "smpte240m", 9: "bt2020"}
 """Numbers of the H.264 standard -> names of FFmpeg's scaler. Where nothing is said, FFmpeg takes BT.601."""
 
@@ -145,7 +143,7 @@ def _decoded(
         decoder = av.CodecContext.create(_STRICT_DECODERS[decoder.name], "r")  # type: ignore[assignment]
         decoder.thread_count = 1
     by_place = _Places() if container.format.name == "avi" else None
-    interlaced = False
+    evidence, interlaced = Evidence(container, stream), False
     broken, in_head, num_keys, num_head, num_sent, num_shown = False, False, 0, 0, 0, 0
     level, skips = av.logging.get_level(), av.logging.get_skip_repeated()
     av.logging.set_level(av.logging.WARNING)
@@ -170,8 +168,8 @@ def _decoded(
                     damage.undecodable += bool(packet.size) and not in_head
                     broken, frames = True, []
                 else:
-                    lost = decoder.name in _NEVER_ZERO and _LOST in bytes(packet)
-                    broken = broken or lost or packet.is_corrupt or _complains(complaints, decoder.name, num_keys < 2)
+                    is_lost = evidence.is_lost(packet)  # follows each packet
+                    broken = broken or is_lost or _complains(complaints, decoder.name, num_keys < 2)
                     damage.corrupt += broken and bool(packet.size) and not (packet.is_discard or in_head)
                 complaints.clear()
                 for frame in frames:

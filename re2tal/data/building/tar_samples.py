@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
-from re2tal.data.building.clips import Classes, ClipList, TrimmedClip
-from re2tal.data.building.labels import OR_FIX, fold_notes, is_label, one_spelling, twin_problems
+from re2tal.data.building.clips import ClipList, TrimmedClip
+from re2tal.data.building.labels import OR_FIX, Classes, fold_notes, is_label, one_spelling, twin_problems
 from re2tal.video_ids import VIDEO_SUFFIXES, id_fault
 
 MAX_LABEL_BYTES = 1 << 20
@@ -74,7 +74,7 @@ def read_samples(folder: Path) -> tuple[list[Sample], list[str]]:
             with tarfile.open(path, "r:") as tar, path.open("rb") as file:
                 for member in tar:
                     _add_member(samples, path, member, file)
-        except (tarfile.TarError, OSError) as error:
+        except Exception as error:  # one tar, whatever it does to its reader, never ends a job
             broken.append(f"{path}: {error}")
     return [sample for sample in samples.values() if sample.videos or sample.fault], broken
 

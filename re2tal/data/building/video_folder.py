@@ -15,11 +15,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from re2tal.data.building.annotation_entries import misfit
 from re2tal.data.building.make_videos import SCRATCH, Made, Make, OnVideo, Result, Workshop, tools
 from re2tal.data.building.shard_folder import (
     REPORTS,
     BuiltSubset,
-    misfit,
+    NothingUsableError,
     refuse_other_settings,
     shards_in_use,
     totals_of,
@@ -103,10 +104,7 @@ class VideoFolder:
         found = self._found(items, plan, reports)
         if not missing:
             if not found.entries:
-                first = found.rejected[0]
-                raise ValueError(
-                    f"none of the {len(items)} videos can be used; the first, {first.video_id}: {first.reason}"
-                )
+                raise NothingUsableError(found.rejected)
             self._finish(found)
             self._remove_leftovers(plan, {file.name for file in found.files})
         return BuiltSubset(

@@ -60,7 +60,7 @@ def read_features(features: FeatureSet, video: IndexedFeatures) -> Tensor:
     try:
         values = unpack_features(content, channels=spec.channels, num_steps=video.num_steps, dtype=spec.dtype)
     except ValueError as error:
-        raise DecodeError(f"{features.path(video.shard)}: {video.record.video_id}.{video.SUFFIX} {error}") from None
+        raise DecodeError(f"{features.place(video.shard)}: {video.record.video_id}.{video.SUFFIX} {error}") from None
     return values.float()
 
 

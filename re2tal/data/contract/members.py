@@ -9,10 +9,11 @@ import tarfile
 import zlib
 from pathlib import Path
 
+from re2tal.data.addresses.remote import RemoteError
 from re2tal.data.contract.feature_manifest import IndexedFeatures
+from re2tal.data.contract.folder import FeatureSet, ShardSet, read_stretch
 from re2tal.data.contract.manifest import IndexedVideo
 from re2tal.data.contract.mp4 import Mp4, read_mp4
-from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.data.streaming.decode import DecodeError
 from re2tal.video_ids import file_key
 
@@ -23,11 +24,12 @@ MAX_DRIFT_SECONDS = 0.005
 
 def read_pair(path: Path, video: IndexedVideo | IndexedFeatures) -> tuple[bytes, bytes]:
     """The json and the other member of a video; ValueError where other members are there."""
-    with path.open("rb") as file:
-        file.seek(video.offset)
-        stretch = memoryview(file.read(video.num_bytes))  # slices of it copy nothing
+    return _pair(read_stretch(path, video), video)
+
+
+def _pair(stretch: bytes, video: IndexedVideo | IndexedFeatures) -> tuple[bytes, bytes]:
     key = file_key(video.record.video_id)
-    description, rest = _member(stretch, f"{key}.json")
+    description, rest = _member(memoryview(stretch), f"{key}.json")  # whose slices copy nothing
     content, rest = _member(rest, f"{key}.{video.SUFFIX}")
     if rest:
         raise ValueError(f"{len(rest)} bytes lie between this video and the next")
@@ -40,16 +42,19 @@ def read_content(shards: ShardSet | FeatureSet, video: IndexedVideo | IndexedFea
     Raises:
         DecodeError: if it cannot be read, or is not what the index describes.
     """
-    path = shards.path(video.shard)
+    place = shards.place(video.shard)
     try:
-        _, content = read_pair(path, video)
-    except ValueError as error:
-        raise DecodeError(f"{path} is damaged at byte {video.offset}: {error}") from None
+        _, content = _pair(shards.stretch(video), video)
+        if zlib.crc32(content) != video.crc32:
+            name = f"{video.record.video_id}.{video.SUFFIX}"
+            raise ValueError(f"the checksum of {name} is not the one in the index; the file was changed")
+    except RemoteError as error:
+        raise DecodeError(str(error)) from None
     except OSError as error:  # deleted, or a disk that fails
-        raise DecodeError(f"{path} cannot be read: {error.strerror or error}") from None
-    if zlib.crc32(content) != video.crc32:
-        name = f"{video.record.video_id}.{video.SUFFIX}"
-        raise DecodeError(f"{path}: the checksum of {name} is not the one in the index; the file was changed")
+        raise DecodeError(f"{place} cannot be read: {error.strerror or error}") from None
+    except ValueError as error:
+        shards.forget(video)
+        raise DecodeError(f"{place} is damaged at byte {video.offset}: {error}") from None
     return content
 
 
@@ -64,7 +69,7 @@ def read_video(shards: ShardSet, video: IndexedVideo) -> Mp4:
         mp4 = read_mp4(content)
         check_frames(mp4, video)
     except ValueError as error:
-        raise DecodeError(f"{shards.path(video.shard)}: {video.record.video_id}.mp4: {error}") from None
+        raise DecodeError(f"{shards.place(video.shard)}: {video.record.video_id}.mp4: {error}") from None
     return mp4
 
 

@@ -1,8 +1,8 @@
 """The sample tables of an mp4: proof that frame i is the i-th picture shown, and the few groups that a clip needs.
 
-decord numbers frames right only in H.264 at a constant rate with closed groups of pictures, no delay and no edits. All
-of this stands in the tables, so it is checked, without decoding, each time that a video is opened. As groups are
-closed, a small mp4 of those that hold the wanted frames decodes to the same pictures as the whole file.
+decord numbers frames right only in H.264, HEVC and VP9 at a constant rate with closed groups of pictures, no delay and
+no edits. All of this stands in the tables, so it is checked, without decoding, each time that a video is opened. As
+groups are closed, a small mp4 of those that hold the wanted frames decodes to the same pictures as the whole file.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 _UPRIGHT = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+_CODECS = (b"avc1", b"hvc1", b"hev1", b"vp09")
+"""What decord decodes right. It has no decoder for AV1, and drops or moves frames of MPEG-4 part 2."""
 _MAX_OFF_SECONDS = 0.001
 _REBUILD = "build the shards again with re2tal shards build, which re-encodes it"
 
@@ -139,7 +141,7 @@ def _track(content: bytes, place: tuple[int, int]) -> dict[str, tuple[int, int]]
     found = dict(_boxes(content, *place))
     for parent in ("edts", "mdia", "minf", "stbl"):
         if parent in found:
-            found |= dict(_boxes(content, *found[parent]))
+            found = dict(_boxes(content, *found[parent])) | found  # QuickTime has a second hdlr, of the data
     return found
 
 
@@ -169,10 +171,10 @@ def _rows(content: bytes, start: int, end: int, *, columns: int = 1) -> np.ndarr
 def _description(content: bytes, start: int, end: int) -> tuple[bytes, tuple[int, int]]:
     (count,) = struct.unpack_from(">I", content, start + 4)
     codec = content[start + 12 : start + 16]
-    if count != 1 or codec != b"avc1":
+    if count != 1 or codec not in _CODECS:
         raise ValueError(
-            f"its codec is {codec.decode('latin-1')!r} ({count} of them), and only H.264 (avc1) can be read by frame "
-            f"number; {_REBUILD}"
+            f"its codec is {codec.decode('latin-1')!r} ({count} of them), and only H.264, HEVC and VP9 "
+            f"({', '.join(one.decode() for one in _CODECS)}) can be read by frame number; {_REBUILD}"
         )
     entry = start + 8
     (entry_bytes,) = struct.unpack_from(">I", content, entry)

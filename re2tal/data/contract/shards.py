@@ -13,23 +13,31 @@ writes those.
 from __future__ import annotations
 
 import logging
-import math
 import os
-import stat
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from pathlib import Path
-from typing import Any, Generic, Self, TypeVar
+from typing import Any
 
 import numpy as np
 from webdataset.writer import TarWriter
 
+from re2tal.data.addresses.address import Address, folder_address
+from re2tal.data.addresses.remote import RemoteError, check_ranges, describe
+from re2tal.data.addresses.shared import mirror
 from re2tal.data.contract.columns import MappedIndex, UnusableColumns, columns_of, columns_path, index_path
 from re2tal.data.contract.feature_manifest import FeatureManifest, IndexedFeatures
+from re2tal.data.contract.folder import AnyManifest, Entry, FeatureSet, ShardSet
+from re2tal.data.contract.folder_checks import (
+    EntryCheck,
+    check_entries,
+    check_files,
+    check_index,
+    check_index_sha256,
+    check_is_shard_folder,
+)
 from re2tal.data.contract.manifest import (
-    INDEX_NAME,
     MANIFEST_NAME,
     IndexedVideo,
     Manifest,
@@ -37,56 +45,10 @@ from re2tal.data.contract.manifest import (
     read_manifest,
 )
 from re2tal.strict_json import read_json, sha256_of
-from re2tal.structures import find_subset
-from re2tal.video_ids import file_key, id_fault
+from re2tal.structures import SUBSETS, find_subset
+from re2tal.video_ids import file_key
 
 logger = logging.getLogger(__name__)
-
-AnyManifest = TypeVar("AnyManifest", Manifest, FeatureManifest)
-Entry = TypeVar("Entry", IndexedVideo, IndexedFeatures)
-
-
-@dataclass(frozen=True)
-class Folder(Generic[AnyManifest, Entry]):
-    """A complete, checked folder of shards of videos or of features."""
-
-    root: Path
-    manifest: AnyManifest
-    manifest_sha256: str
-    """Names this data set in the state that a resumed run compares."""
-    videos: Sequence[Entry]
-    """In shard order, within a shard in tar order."""
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        """Class names; a label's position is its index. The same in all subsets of one annotation file."""
-        return self.manifest.classes
-
-    @property
-    def subset(self) -> str:
-        """Lower-case subset name."""
-        return self.manifest.subset
-
-    @cached_property
-    def by_id(self) -> dict[str, Entry]:
-        """Videos by id."""
-        return {video.record.video_id: video for video in self.videos}
-
-    def only(self, video_ids: Iterable[str]) -> Self:
-        """The same folder, of which only these videos are seen, in this order."""
-        return replace(self, videos=tuple(self.by_id[video_id] for video_id in video_ids))
-
-    def path(self, shard: str) -> Path:
-        """Where the tar called `shard` is."""
-        return self.root / shard
-
-
-class ShardSet(Folder[Manifest, IndexedVideo]):
-    """A complete, checked folder of videos."""
-
-
-class FeatureSet(Folder[FeatureManifest, IndexedFeatures]):
-    """A complete, checked folder of features."""
 
 
 def open_shards(folder: Path | str) -> ShardSet:
@@ -103,23 +65,38 @@ def open_shards(folder: Path | str) -> ShardSet:
 
 def open_any(folder: Path | str) -> ShardSet | FeatureSet:
     """Open a folder of videos or of features, as its manifest says; the same checks as `open_shards`."""
-    root = Path(folder)
-    _check_is_shard_folder(root)
+    if (address := folder_address(folder)) is None:
+        return _open(Path(folder))
+    root = mirror(address)
+    try:
+        opened = replace(_open(root, has_shards=False), root=Path(folder), address=address)
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(root), str(address))) from None
+    for shard in {opened.manifest.shards[0], opened.manifest.shards[-1]}:
+        check_ranges(address / shard.name, file_bytes=shard.num_bytes)
+    return opened
+
+
+def _open(root: Path, *, has_shards: bool = True) -> ShardSet | FeatureSet:
+    check_is_shard_folder(root)
     content = read_json(root / MANIFEST_NAME)
     if isinstance(content, dict) and content.get("format") == FeatureManifest.FORMAT:
-        return FeatureSet(**_read(root, read_manifest(root / MANIFEST_NAME, FeatureManifest), IndexedFeatures))
-    return ShardSet(**_read(root, read_manifest(root / MANIFEST_NAME, Manifest), IndexedVideo))
+        features = read_manifest(root / MANIFEST_NAME, FeatureManifest)
+        return FeatureSet(**_read(root, features, IndexedFeatures, has_shards=has_shards))
+    manifest = read_manifest(root / MANIFEST_NAME, Manifest)
+    return ShardSet(**_read(root, manifest, IndexedVideo, has_shards=has_shards))
 
 
-def _read(root: Path, manifest: AnyManifest, kind: type[Entry]) -> dict[str, Any]:
+def _read(root: Path, manifest: AnyManifest, kind: type[Entry], *, has_shards: bool) -> dict[str, Any]:
     """The fields of a Folder, checked."""
     index, columns = index_path(root, manifest.index_sha256), columns_path(root, manifest.index_sha256)
-    check = _EntryCheck(root, manifest)
+    check = EntryCheck(root, manifest)
     mapped = _mapped(root, manifest, kind, check)
     # Columns that are younger than the index were made from it; to read hundreds of megabytes again proves no more.
     if mapped is None or index.stat().st_mtime_ns >= columns.stat().st_mtime_ns:
         check_index_sha256(root, manifest)
-    _check_files(root, manifest)
+    if has_shards:
+        check_files(root, manifest)
     videos: Sequence[Entry]
     if mapped is not None:
         videos = mapped
@@ -133,16 +110,16 @@ def _read(root: Path, manifest: AnyManifest, kind: type[Entry]) -> dict[str, Any
         )
         by_name = Counter(video.shard for video in videos)
         counts = [by_name.pop(shard.name, 0) for shard in manifest.shards] + list(by_name.values())
-    _check_index(root, manifest, counts, int(columns_of(videos)["num_samples"].sum()))
+    check_index(root, manifest, counts, int(columns_of(videos)["num_samples"].sum()))
     if mapped is None:
-        _check_entries(videos, check)
+        check_entries(videos, check)
     elif (twice := mapped.repeated()) is not None:
         raise check.error(twice, "is listed twice")
     return {"root": root, "manifest": manifest, "manifest_sha256": sha256_of(root / MANIFEST_NAME), "videos": videos}
 
 
 def _mapped(
-    root: Path, manifest: Manifest | FeatureManifest, kind: type[Entry], check: _EntryCheck
+    root: Path, manifest: Manifest | FeatureManifest, kind: type[Entry], check: EntryCheck
 ) -> MappedIndex[Entry] | None:
     """The index by its columns; None where there are none that can be used."""
     columns = columns_path(root, manifest.index_sha256)
@@ -153,16 +130,6 @@ def _mapped(
     except UnusableColumns as problem:
         logger.warning("%s is not used, and the index is read whole: %s", columns, problem)
         return None
-
-
-def check_index_sha256(root: Path, manifest: Manifest | FeatureManifest) -> None:
-    """ValueError where the index is not the one that the manifest was written for."""
-    index_sha256 = sha256_of(index_path(root, manifest.index_sha256))
-    if index_sha256 != manifest.index_sha256:
-        raise ValueError(
-            f"{root / INDEX_NAME} is not the one that {MANIFEST_NAME} was written for (sha256 {index_sha256[:12]}..., "
-            f"manifest says {manifest.index_sha256[:12]}...); {_rebuild(root, manifest)}"
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,6 +166,8 @@ def write_tar(path: Path, pairs: Iterable[Pair], *, suffix: str = "mp4") -> list
 
 def subset_folder(shards: Path, subset: str) -> Path:
     """The folder of a subset, which may have its other name ("val", "validation"). ValueError lists what is there."""
+    if (address := folder_address(shards)) is not None:
+        return shards / _remote_subset(address, subset)
     complete = [one.name for one in sorted(shards.glob("*/")) if (one / MANIFEST_NAME).is_file()]
     found = find_subset(subset, complete)
     if found is None and complete and not (shards / subset).is_dir():
@@ -206,97 +175,15 @@ def subset_folder(shards: Path, subset: str) -> Path:
     return shards / (found or subset)
 
 
-def _check_is_shard_folder(root: Path) -> None:
-    if not root.is_dir():
-        raise ValueError(f"{root} is not a folder; {_rebuild(root)}")
-    has_index = (root / INDEX_NAME).is_file() or any(root.glob("index.*.jsonl"))
-    if (root / MANIFEST_NAME).is_file() and has_index:
-        return
-    inside = sorted(child.name for child in root.iterdir() if (child / MANIFEST_NAME).is_file())
-    if inside:
-        raise ValueError(f"{root} holds one shard folder per subset; give one of: {[str(root / n) for n in inside]}")
-    missing = [name for name in (MANIFEST_NAME, INDEX_NAME) if not (root / name).is_file()]
-    raise ValueError(f"{root} has no {' and no '.join(missing)}: it is no complete shard folder; {_rebuild(root)}")
-
-
-def _rebuild(root: Path, manifest: Manifest | FeatureManifest | None = None) -> str:
-    if isinstance(manifest, FeatureManifest):
-        return "run the re2tal features command that made it again; what is sound is kept"
-    return (
-        "build it (a stopped build goes on where it was) with: "
-        f"re2tal shards build --videos DIR --annotations FILE --out {root.parent} --subsets {root.name}"
-    )
-
-
-def _check_files(root: Path, manifest: Manifest | FeatureManifest) -> None:
-    for shard in manifest.shards:
-        path = f"{root}/{shard.name}"  # not a Path, and asked once: there may be 20,000 of them
+def _remote_subset(shards: Address, subset: str) -> str:
+    """The name that answers: a server need not tell what is in a folder."""
+    names = dict.fromkeys([subset, *(name for name in SUBSETS if find_subset(subset, [name]))])
+    for name in names:
         try:
-            status = os.stat(path)
-        except FileNotFoundError:
-            status = None
-        if status is None or not stat.S_ISREG(status.st_mode):
-            raise ValueError(f"{path} is missing, though {MANIFEST_NAME} lists it; {_rebuild(root, manifest)}")
-        size = status.st_size
-        if size != shard.num_bytes:
-            raise ValueError(
-                f"{path} has {size} bytes, {MANIFEST_NAME} says {shard.num_bytes}: it was cut or changed; "
-                f"delete it, then {_rebuild(root, manifest)}"
-            )
-
-
-def _check_index(root: Path, manifest: Manifest | FeatureManifest, counts: Sequence[int], num_samples: int) -> None:
-    """`counts`: videos of each shard."""
-    index, num_videos, totals = root / INDEX_NAME, sum(counts), manifest.totals
-    if counts != [shard.videos for shard in manifest.shards] or num_videos == 0:
-        raise ValueError(
-            f"{index} lists {num_videos} videos in {sum(map(bool, counts))} shards, {MANIFEST_NAME} "
-            f"{totals.videos} in {len(manifest.shards)}; {_rebuild(root, manifest)}"
-        )
-    if (num_videos, num_samples) != (totals.videos, totals.num_samples):
-        raise ValueError(
-            f"{index} holds {num_videos} videos of {num_samples} samples, {MANIFEST_NAME} says {totals.videos} of "
-            f"{totals.num_samples}; {_rebuild(root, manifest)}"
-        )
-
-
-def _check_entries(videos: Sequence[IndexedVideo | IndexedFeatures], check: _EntryCheck) -> None:
-    seen: set[str] = set()
-    for video in videos:
-        check(video)
-        if video.record.video_id in seen:
-            raise check.error(video, "is listed twice")
-        seen.add(video.record.video_id)
-
-
-class _EntryCheck:
-    """Whether an index entry is sound by itself and fits the manifest."""
-
-    def __init__(self, root: Path, manifest: Manifest | FeatureManifest) -> None:
-        self._root, self._manifest = root, manifest
-        self._sizes = {shard.name: shard.num_bytes for shard in manifest.shards}
-        self._classes = frozenset(manifest.classes)
-
-    def __call__(self, video: IndexedVideo | IndexedFeatures) -> None:
-        if problem := self._problem(video):
-            raise self.error(video, problem)
-
-    def error(self, video: IndexedVideo | IndexedFeatures, problem: str) -> ValueError:
-        """What to raise for a problem."""
-        name = repr(video.record.video_id[:80])
-        return ValueError(f"{self._root / INDEX_NAME}: {name} {problem}; {_rebuild(self._root, self._manifest)}")
-
-    def _problem(self, video: IndexedVideo | IndexedFeatures) -> str:
-        """What is wrong with an entry; nothing where it is sound."""
-        record = video.record
-        if fault := id_fault(record.video_id):
-            return f"is not an id: {fault}"
-        if record.subset != self._manifest.subset:
-            return f"belongs to subset {record.subset!r}, not to {self._manifest.subset!r}"
-        if video.offset + video.num_bytes > self._sizes.get(video.shard, 0):
-            return f"lies past the end of {video.shard}"
-        seconds = [t for action in record.actions for t in (action.start_seconds, action.end_seconds)]
-        if not all(map(math.isfinite, (video.samples_per_second, record.duration_seconds, *seconds))):
-            return "has a time that is not finite"
-        unknown = {action.label for action in record.actions} - self._classes
-        return f"has labels {sorted(unknown)} that are not among the classes of {MANIFEST_NAME}" if unknown else ""
+            describe(shards / name / MANIFEST_NAME)
+        except RemoteError as error:
+            if error.status != 404:
+                raise
+        else:
+            return name
+    raise ValueError(f"{shards} has no {MANIFEST_NAME} in {', '.join(names)}; check the address, and the subset's name")

@@ -13,21 +13,22 @@ from pathlib import Path
 
 from re2tal.data.contract.feature_manifest import FeatureSpec, IndexedFeatures, StoredFeatures
 from re2tal.data.contract.features import unpack_features
+from re2tal.data.contract.folder_checks import check_index_sha256
 from re2tal.data.contract.manifest import INDEX_NAME, IndexedVideo, StoredVideo, from_json
 from re2tal.data.contract.members import check_frames, read_pair
 from re2tal.data.contract.mp4 import read_mp4
-from re2tal.data.contract.shards import FeatureSet, ShardSet, check_index_sha256
+from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.strict_json import sha256_of
 
 
 def damage(shards: ShardSet | FeatureSet) -> Iterator[str]:
     """Problems of a folder, one line each; none where every byte is as it was built."""
+    tars = [(shard, shards.path(shard.name)) for shard in shards.manifest.shards]
     try:
         check_index_sha256(shards.root, shards.manifest)
     except ValueError as error:
         yield str(error)
-    for shard in shards.manifest.shards:
-        path = shards.path(shard.name)
+    for shard, path in tars:
         try:
             sha256 = sha256_of(path)
         except OSError as error:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -11,14 +13,16 @@ from torch import Tensor
 
 from re2tal.data.streaming.decoders import by_decord, by_pyav, by_torchcodec
 from re2tal.data.streaming.decoders.base import DecodeError, Decoder
-from re2tal.data.streaming.decoders.by_decord import count_frames
 
 __all__ = ["DECODERS", "DecodeError", "DecoderName", "check_decoder", "count_frames", "decode_frames", "decode_parts"]
 
 DecoderName = Literal["decord", "pyav", "torchcodec"]
 
+_IN_PLACE_OF_DECORD = by_pyav if by_decord.decord is None else by_decord
+count_frames = _IN_PLACE_OF_DECORD.count_frames
+
 DECODERS: dict[DecoderName, Decoder] = {
-    "decord": by_decord.decode,
+    "decord": _IN_PLACE_OF_DECORD.decode,
     "pyav": by_pyav.decode,
     "torchcodec": by_torchcodec.decode,
 }
@@ -32,6 +36,17 @@ def check_decoder(name: DecoderName) -> None:
         raise ValueError(f"data.decoder is {name!r}; known: {', '.join(DECODERS)}")
     if name == "torchcodec":
         by_torchcodec.check()
+    if name == "decord" and by_decord.decord is None:
+        _say_pyav_decodes()
+
+
+@cache
+def _say_pyav_decodes() -> None:
+    print(
+        "decord is not installed, as it has no package for this machine: PyAV decodes the same pictures, more slowly "
+        "(--data.decoder torchcodec is faster, where torchcodec is installed)",
+        file=sys.stderr,
+    )
 
 
 def decode_parts(

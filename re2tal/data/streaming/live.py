@@ -18,7 +18,7 @@ from torch import Tensor
 
 from re2tal.data.streaming.collate import Clip, collate
 from re2tal.data.streaming.transforms import Box, crop_and_resize, square_box
-from re2tal.data.streaming.windows import ResizeWhole, Slide
+from re2tal.data.streaming.windowing import ResizeWhole, Slide
 from re2tal.structures import ClipBatch, Timeline
 
 ENDLESS_SECONDS = 1e12

@@ -24,7 +24,8 @@ from re2tal.data.streaming.augmentation import AUGMENTATIONS, Augmentation
 from re2tal.data.streaming.collate import Clip, collate, collate_features
 from re2tal.data.streaming.decode import DecoderName, decode_parts
 from re2tal.data.streaming.transforms import Box, crop_and_resize, draw_box, square_box
-from re2tal.data.streaming.windows import Slide, Window, Windowing
+from re2tal.data.streaming.windowing import Slide, Windowing
+from re2tal.data.streaming.windows import Window
 from re2tal.structures import Batch
 
 

@@ -21,6 +21,8 @@ MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
 """Of ImageNet's RGB values from 0 to 255, as the published backbones take them."""
 GREY = (0.299, 0.587, 0.114)
+FRAMES_AT_ONCE = 64
+"""How many frames of a batch are coloured at a time."""
 # RGB -> YIQ (NTSC); a rotation of I and Q is a change of hue. Its first row is GREY.
 _YIQ = torch.tensor([GREY, (0.595716, -0.274453, -0.321263), (0.211456, -0.522591, 0.311135)], dtype=torch.float64)
 _RGB = torch.linalg.inv(_YIQ)
@@ -104,9 +106,12 @@ def draw_colours(frames: Tensor, *, strength: float, generator: torch.Generator)
 
 def recolour(frames: Tensor, matrix: Tensor, bias: Tensor, *, dtype: torch.dtype = torch.float32) -> Tensor:
     """(B, 3, T, H, W) uint8 -> matrix @ RGB + bias, the same shape in `dtype`, and the same bits under autocast too."""
+    mapped = frames.new_empty(frames.shape, dtype=dtype)
     with torch.autocast(frames.device.type, enabled=False):
-        mapped = torch.baddbmm(bias[:, :, None], matrix, frames.flatten(2).float())
-    return mapped.view(frames.shape).to(dtype)
+        # In parts: all of it in float32, twice, would take eight bytes a number more.
+        for part, place in zip(frames.split(FRAMES_AT_ONCE, 2), mapped.split(FRAMES_AT_ONCE, 2), strict=True):
+            place.copy_(torch.baddbmm(bias[:, :, None], matrix, part.flatten(2).float()).view(part.shape))
+    return mapped
 
 
 def colour_map(changes: Tensor, mean_grey: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,113 +1,23 @@
-"""Which frames of a stored video make a clip, and their times: arithmetic only, no video is read.
-
-    ResizeWhole   the whole video at a fixed number of frames          |. . . . . . . . . . .|
-    Slide         windows at a fixed rate, the last one flush          |........|
-                  with the video's end                                      |........|
-                                                                              |........|
+"""Which frames make a clip, known from a video's description before any video is read; windowing.py has the kinds.
 
 Stored frame i shows the video at i / fps seconds: shards are written so. `plan_windows` covers a video for evaluation,
-`draw_window` draws one window of it for training. The window lengths and the rules for cut actions are those of the
-published Re2TAL recipes; views and crops those of Video Swin and SlowFast on Kinetics. Steps of stored features are cut
-by the same rules, and are called frames here.
+`draw_window` draws one window of it for training. Steps of stored features are cut by the same rules, and are called
+frames here.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal, Protocol
+from typing import Protocol
 
 import numpy as np
 
+from re2tal.data.streaming.windowing import ResizeWhole, Slide, Trimmed, Windowing
 from re2tal.structures import Action, Timeline, VideoRecord
 
 MAX_TRIES = 200
 """How often a window that shows no action is drawn again. A video may have none, or only actions too long for it."""
-
-
-@dataclass(frozen=True)
-class ResizeWhole:
-    """The whole video as one clip: `num_frames` frames from the centres of as many equal stretches."""
-
-    num_frames: int = 768
-    """frames of a clip"""
-    shortest_action: float = 0.01
-    """in training, actions shorter than this share of the video are left out"""
-
-    def __post_init__(self) -> None:
-        _check_count("data.clips.windowing.num_frames", self.num_frames)
-        _check_share("data.clips.windowing.shortest_action", self.shortest_action, least=0.0)
-
-
-@dataclass(frozen=True)
-class Slide:
-    """Clips of a fixed length in time, at a fixed rate."""
-
-    num_frames: int = 1024
-    """frames of a clip; a shorter video is padded"""
-    frames_per_second: float | None = 15.0
-    """rate at which frames are taken; at most the rate of the stored video, and None is that rate"""
-    frame_stride: int = 1
-    """with frames_per_second None: one of so many stored frames is taken, as OpenTAD does with videos of any rate (keep
-    theirs with `re2tal shards build --copy`)"""
-    overlap: float = 0.5
-    """in evaluation, share of a window that the next one sees again"""
-    kept_share: float = 0.75
-    """an action belongs to a window that shows at least this share of it"""
-    shortest_crop: float = 0.9
-    """in training, a video shorter than a window is cut to a random share between this and 1"""
-    short_share: float = 0.0
-    """for localizers that magnify short clips (localizer.stitch_below): in training, this share of the windows shows
-    `short_length` of a window; above 0, evaluation looks at such short windows too"""
-    short_length: float = 0.38
-    """length of a short window, as a share of a whole one; the rest is padding"""
-
-    def __post_init__(self) -> None:
-        _check_count("data.clips.windowing.num_frames", self.num_frames)
-        _check_share("data.clips.windowing.short_share", self.short_share, least=0.0)
-        _check_share("data.clips.windowing.short_length", self.short_length, least=0.01)
-        _check_share("data.clips.windowing.kept_share", self.kept_share, least=0.0)
-        _check_share("data.clips.windowing.shortest_crop", self.shortest_crop, least=0.01)
-        if not 0 <= self.overlap < 1:
-            raise ValueError(f"data.clips.windowing.overlap is {self.overlap}; give a share from 0 to below 1")
-        _check_rate(self.frames_per_second)
-        _check_count("data.clips.windowing.frame_stride", self.frame_stride)
-        if self.frame_stride > 1 and self.frames_per_second is not None:
-            raise ValueError(
-                f"data.clips.windowing.frame_stride is {self.frame_stride}, but frames_per_second is "
-                f"{self.frames_per_second:g}, which says already what is taken; set that to null (None on the command "
-                "line), or frame_stride to 1"
-            )
-
-    @property
-    def short_frames(self) -> int:
-        """Frames of a short window that are not padding."""
-        return max(1, round(self.num_frames * self.short_length))
-
-
-@dataclass(frozen=True)
-class Trimmed:
-    """Clips of a fixed length in time from a video that shows one action from end to end. Where the video is shorter,
-    it starts again, as mmaction2 does it."""
-
-    num_frames: int = 32
-    """frames of a clip"""
-    frames_per_second: float = 15.0
-    """rate at which frames are taken, such as every second one of 30; at most the rate of the stored video"""
-    num_views: int = 4
-    """in evaluation, clips spread evenly over the video (Video Swin: 4, SlowFast: 10); in training it is one"""
-    num_crops: Literal[1, 3] = 1
-    """in evaluation, squares that are cut from each of them: the middle, or both ends of the longer side too"""
-
-    def __post_init__(self) -> None:
-        _check_count("data.clips.windowing.num_frames", self.num_frames)
-        _check_count("data.clips.windowing.num_views", self.num_views)
-        _check_rate(self.frames_per_second)
-        if self.num_crops not in (1, 3):
-            raise ValueError(f"data.clips.windowing.num_crops is {self.num_crops}; give 1 or 3")
-
-
-Windowing = ResizeWhole | Slide | Trimmed
 
 
 class Stored(Protocol):
@@ -324,18 +234,3 @@ def _rate(video: Stored, windowing: Slide | Trimmed) -> float:
 
 def _inside(video: Stored, positions: np.ndarray) -> np.ndarray:
     return np.clip(positions, 0, video.num_samples - 1)
-
-
-def _check_count(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name} is {value}; give 1 or more")
-
-
-def _check_rate(value: float | None) -> None:
-    if value is not None and not 0 < value < float("inf"):
-        raise ValueError(f"data.clips.windowing.frames_per_second is {value}; give a positive number")
-
-
-def _check_share(name: str, value: float, *, least: float) -> None:
-    if not least <= value <= 1:
-        raise ValueError(f"{name} is {value}; give a share from {least:g} to 1")

@@ -7,6 +7,7 @@ import gc
 import os
 import shutil
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -17,17 +18,30 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakSet
 
+import torch
 from torch.utils.data import DataLoader
 from torch.utils.data._utils import signal_handling
 from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDataLoaderIter
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP)
+HAS_MASKS = hasattr(signal, "pthread_sigmask") and hasattr(signal, "sigwaitinfo")
+"""Windows and macOS lack the one or the other; there, workers end as soon as they are told to."""
+STOP_SIGNALS = tuple(
+    getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP") if hasattr(signal, name)
+)
 """What schedulers, and Ctrl-C, send to every process of a job that has to end. The trainer needs its workers a little
 longer then, to reach the step after which all ranks save."""
 
 
+def start_method() -> str:
+    """How worker processes begin; macOS has forks too, but its libraries do not bear them."""
+    # A forked child must not touch CUDA, and one that exists already could be touched by mistake.
+    return "fork" if sys.platform == "linux" and not torch.cuda.is_initialized() else "spawn"
+
+
 def heed_only_the_parent(worker: int) -> None:
     """What a worker process does first: from then on these signals end it only where its parent sent them."""
+    if not HAS_MASKS:
+        return
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
 
@@ -43,6 +57,9 @@ def _end_when_told(parent: int) -> None:
 def stop_signals_blocked() -> Iterator[None]:
     """Block them in this context. A process started here inherits that in all its threads, also in those that libraries
     start on import, before `heed_only_the_parent` is called."""
+    if not HAS_MASKS:
+        yield
+        return
     ensure_running()  # multiprocessing's resource tracker: to start it inside would unblock SIGTERM
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:

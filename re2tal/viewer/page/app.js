@@ -1,5 +1,6 @@
 // The page: which video is open, what of it is shown, and what its buttons do.
 import { byId, element, request } from "./api.js";
+import { listenToButtons } from "./buttons.js";
 import { Details } from "./details.js";
 import { Edits, toAction } from "./edits.js";
 import { drawLegend, fill, leftActions, leftPredictions } from "./filters.js";
@@ -33,16 +34,11 @@ class Page {
     });
     this.details = new Details(this);
     this.saving = new Saving(this);
-    this.listen();
+    listenToButtons(this);
+    listenToKeys(this);
   }
 
   async start() {
-    const stored = localStorage.getItem("re2tal-theme");
-    const dark = stored ? stored === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
-    document.documentElement.dataset.theme = dark ? "dark" : "light";
-    const wide = matchMedia("(min-width: 761px)");
-    byId("filter-box").open = wide.matches;
-    wide.addEventListener("change", () => { byId("filter-box").open = wide.matches; });
     await this.refresh();
     const list = byId("notes").querySelector("ul");
     list.replaceChildren(...this.notes.map((note) => element("li", "", note)));
@@ -270,42 +266,9 @@ class Page {
     if (open) this.list.draw();
   }
 
-  toggleTheme() {
-    const theme = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
-    document.documentElement.dataset.theme = theme;
-    localStorage.setItem("re2tal-theme", theme);
-  }
-
   toVideo(step) {
     const index = this.list.neighbour(step);
     if (index >= 0) this.open(index);
-  }
-
-  listen() {
-    const clicks = {
-      play: () => this.player.toggle(),
-      loop: () => this.loop(),
-      previous: () => this.step(-1),
-      next: () => this.step(1),
-      "next-error": () => this.nextError(),
-      undo: () => this.history("undo"),
-      redo: () => this.history("redo"),
-      theme: () => this.toggleTheme(),
-      menu: () => this.showSidebar(!byId("sidebar").classList.contains("open")),
-      "help-button": () => byId("help").showModal(),
-      "zoom-in": () => this.timeline.setZoom(this.timeline.zoom * 1.5),
-      "zoom-out": () => this.timeline.setZoom(this.timeline.zoom / 1.5),
-      "zoom-all": () => this.timeline.setZoom(1),
-    };
-    for (const [id, act] of Object.entries(clicks)) byId(id).addEventListener("click", act);
-    byId("filters").addEventListener("submit", (event) => event.preventDefault());
-    byId("filters").addEventListener("input", () => {
-      byId("score-shown").textContent = Number(byId("score-filter").value).toFixed(2);
-      if (this.detail) this.draw();
-    });
-    byId("type-filter").addEventListener("input", () => this.list.arrange());
-    byId("sidebar").addEventListener("keydown", (event) => { if (event.key === "Escape") this.showSidebar(false); });
-    listenToKeys(this);
   }
 }
 

@@ -1,5 +1,6 @@
 // What each key does, and the list of keys in the help.
 import { byId, element } from "./api.js";
+import { toggleTheme } from "./buttons.js";
 
 const FRAME_SECONDS = 1 / 25;
 
@@ -56,7 +57,7 @@ const ACTIONS = {
     page.showSidebar(true);
     byId("search").focus();
   },
-  t: (page) => page.toggleTheme(),
+  t: toggleTheme,
   "?": () => byId("help").showModal(),
   Escape: (page) => page.choose(null),
 };

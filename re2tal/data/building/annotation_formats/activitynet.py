@@ -8,14 +8,8 @@ HACS writes durations as strings. Test entries without `annotations` are videos 
 
 from __future__ import annotations
 
-from re2tal.data.building.annotation_formats.found import (
-    Found,
-    Source,
-    as_number,
-    dictionary,
-    items,
-    subset_in_name,
-)
+from re2tal.data.building.annotation_formats.found import Found, as_number, dictionary, items, subset_in_name
+from re2tal.data.building.annotation_formats.source import Source
 
 _KEYS = {"annotations", "duration", "duration_second"}
 

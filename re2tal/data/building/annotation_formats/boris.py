@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from re2tal.data.building.annotation_formats.found import Found, Source, as_number, dictionary, items
+from re2tal.data.building.annotation_formats.found import Found, as_number, dictionary, items
+from re2tal.data.building.annotation_formats.source import Source
 
 _STATUS = ("behavior type", "status")
 _PLAYERS = re.compile(r"player #\d+:")
@@ -90,7 +91,7 @@ def _of_one_video(
     """(where, row, media file) in their order. Several media files in an observation are one after the other in time:
     no row says where each begins, so their rows are left out."""
     files: dict[str, set[str | None]] = {}
-    rows = [(where, row, _video(row, found, where)) for where, row in source.records(*table, found)]
+    rows = [(where, row, _video(row, found, where)) for where, row in source.records(*table, found.leave_out)]
     for _, row, name in rows:
         files.setdefault(row.get("observation id", ""), set()).add(name)
     for where, row, name in rows:

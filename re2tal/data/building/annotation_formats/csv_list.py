@@ -12,7 +12,8 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from re2tal.data.building.annotation_formats.found import Found, Source, as_number, as_seconds, video_id_of
+from re2tal.data.building.annotation_formats.found import Found, as_number, as_seconds, video_id_of
+from re2tal.data.building.annotation_formats.source import Source
 
 _NAMES: dict[str, tuple[str, ...]] = {
     "video": (

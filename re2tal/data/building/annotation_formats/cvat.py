@@ -11,7 +11,8 @@ import re
 from collections.abc import Iterator
 from xml.etree.ElementTree import Element
 
-from re2tal.data.building.annotation_formats.found import Found, Source, as_number, video_id_of
+from re2tal.data.building.annotation_formats.found import Found, as_number, video_id_of
+from re2tal.data.building.annotation_formats.source import Source
 
 
 def is_cvat(source: Source) -> bool:

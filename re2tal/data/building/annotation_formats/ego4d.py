@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from re2tal.data.building.annotation_formats.found import Found, Source, as_number, dictionary, items
+from re2tal.data.building.annotation_formats.found import Found, as_number, dictionary, items
+from re2tal.data.building.annotation_formats.source import Source
 
 
 def is_ego4d(source: Source) -> bool:

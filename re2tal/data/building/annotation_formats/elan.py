@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from xml.etree.ElementTree import Element
 
-from re2tal.data.building.annotation_formats.found import Found, Source, as_number, as_seconds
+from re2tal.data.building.annotation_formats.found import Found, as_number, as_seconds
+from re2tal.data.building.annotation_formats.source import Source
 
 
 def is_elan(source: Source) -> bool:

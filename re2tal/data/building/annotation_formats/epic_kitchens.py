@@ -6,7 +6,8 @@ A label is the number of the verb or noun as OpenTAD writes it, such as id_003. 
 
 from __future__ import annotations
 
-from re2tal.data.building.annotation_formats.found import Found, Source, as_number, subset_in_name
+from re2tal.data.building.annotation_formats.found import Found, as_number, subset_in_name
+from re2tal.data.building.annotation_formats.source import Source
 
 _TIMES = ("video_id", "start_timestamp", "stop_timestamp")
 _INFO = ("video_id", "duration", "fps", "resolution")
@@ -33,7 +34,7 @@ def read_epic(source: Source, found: Found) -> None:
     if has_labels and f"{kind}_class" not in table[1]:
         raise ValueError(f"{source.path} has no column {kind}_class; it has {', '.join(table[1])}")
     subset = subset_in_name(source.path)
-    for where, row in source.records(*table, found):
+    for where, row in source.records(*table, found.leave_out):
         if not has_labels:
             found.video(row["video_id"], subset=subset, is_known=False)
             continue
@@ -46,6 +47,6 @@ def read_epic_info(source: Source, found: Found) -> None:
     """Remember durations; a video without a segment is in no subset and comes in none."""
     table = source.table(*_INFO)
     assert table is not None
-    for _, row in source.records(*table, found):
+    for _, row in source.records(*table, found.leave_out):
         if (seconds := as_number(row["duration"])) is not None:
             found.durations[row["video_id"]] = seconds

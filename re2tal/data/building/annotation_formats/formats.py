@@ -19,7 +19,8 @@ from re2tal.data.building.annotation_formats import (
     thumos,
     via,
 )
-from re2tal.data.building.annotation_formats.found import Found, Source
+from re2tal.data.building.annotation_formats.found import Found
+from re2tal.data.building.annotation_formats.source import Source
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,6 +91,9 @@ def read_files(paths: Iterable[Path], *, format_name: str | None, found: Found) 
             read[path] = name
         except ValueError as error:  # an option is missing, or what it names
             found.leave_out(str(path), str(error).removeprefix(f"{path} "))
+        except Exception as error:  # one file, whatever is in it, never ends a job
+            what = f"{type(error).__name__}: {error}"
+            found.leave_out(str(path), f"it is not read past what its reader cannot take ({what[:200]})")
     return read
 
 

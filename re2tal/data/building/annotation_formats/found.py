@@ -5,121 +5,22 @@ A row that cannot be read is left out and named; it never ends the job.
 
 from __future__ import annotations
 
-import codecs
-import csv
-import io
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
-from xml.etree import ElementTree
 
 from re2tal.data.building.labels import is_label
-from re2tal.strict_json import brief, read_json
+from re2tal.strict_json import brief
 from re2tal.structures import SUBSETS, find_subset
 from re2tal.video_ids import VIDEO_SUFFIXES, plain_id
-
-MAX_BYTES = 1 << 28
-"""An export of this size holds millions of rows."""
 
 _CLOCK = re.compile(r"(?:(\d+):)?(\d+):(\d{1,2}(?:[.,]\d+)?)")
 _NUMBER = re.compile(r"[+-]?\d+(?:[.,]\d+)?(?:[eE][+-]?\d+)?")
 _SUBSET_WORD = re.compile(rf"(?<![a-z])({'|'.join(sorted(SUBSETS, key=len, reverse=True))})(?![a-z])")
-
-
-class Source:
-    """An annotation file, parsed as it is asked for. ValueError says why it cannot be."""
-
-    def __init__(self, path: Path) -> None:
-        if not path.is_file():
-            raise FileNotFoundError(f"{path} is not a file; check the path")
-        if (size := path.stat().st_size) > MAX_BYTES:
-            raise ValueError(f"{path} has {size} bytes, more than the limit of {MAX_BYTES}; split it")
-        self.path = path
-        with path.open("rb") as file:
-            head = file.read(4096).lstrip(codecs.BOM_UTF8).replace(b"\0", b"").lstrip(b"\xff\xfe \t\r\n")
-        self.kind = {b"<": "xml", b"{": "json", b"[": "json"}.get(head[:1], "text")
-
-    @cached_property
-    def text(self) -> str:
-        """The file as text; UTF-16 where a byte order mark says so."""
-        content = self.path.read_bytes()
-        marks = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-        try:
-            return content.decode("utf-16" if content.startswith(marks) else "utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{self.path} is not text in UTF-8 ({error}); save it as UTF-8") from None
-
-    @cached_property
-    def json(self) -> Any:
-        """The file as JSON; None for another kind."""
-        return read_json(self.path, max_bytes=MAX_BYTES) if self.kind == "json" else None
-
-    @cached_property
-    def xml(self) -> ElementTree.Element | None:
-        """The root of an XML file; None for another kind. A document type is refused: entities come with it."""
-        if self.kind != "xml":
-            return None
-        content = self.path.read_bytes()
-        parser = ElementTree.XMLParser(target=_WithoutDoctype())
-        try:
-            if b"<!DOCTYPE" in content.replace(b"\0", b""):  # expat would expand entities up to the end of a chunk
-                _WithoutDoctype().doctype("", None, None)
-            parser.feed(content)
-            root = parser.close()
-        except (ElementTree.ParseError, LookupError) as error:
-            raise ValueError(f"{self.path} is not usable XML: {error}") from None
-        except ValueError as error:
-            raise ValueError(f"{self.path}: {error}") from None
-        assert isinstance(root, ElementTree.Element)
-        return root
-
-    @cached_property
-    def rows(self) -> list[list[str]]:
-        """The cells of a table; empty for another kind. The first rows tell what stands between the cells."""
-        if self.kind != "text":
-            return []
-        lines, text = self.text.splitlines(), io.StringIO(self.text, newline="")
-        delimiter = max("\t;,", key=lambda one: sum(line.count(one) >= 2 for line in lines[:100]))
-        try:
-            rows = [[cell.strip() for cell in row] for row in csv.reader(text, delimiter=delimiter)]
-        except csv.Error as error:
-            raise ValueError(f"{self.path} is not usable as a table: {error}") from None
-        for number, row in enumerate(rows, start=1):
-            lines = [line for cell in row if "\n" in cell for line in cell.splitlines()[1:]]
-            if any(line.count(delimiter) >= max(3, len(rows[0])) - 1 for line in lines):
-                raise ValueError(f"{self.path} row {number} holds whole rows: a quote opens and does not close")
-        return rows
-
-    def table(self, *wanted: str) -> tuple[int, list[str]] | None:
-        """(index of its row, cells in small letters) of the first header with all these columns; None without one."""
-        for number, row in enumerate(self.rows[:100]):
-            header = [cell.lower() for cell in row]
-            if set(wanted) <= set(header):
-                return number, header
-        return None
-
-    def records(self, number: int, header: Sequence[str], found: Found) -> Iterator[tuple[str, dict[str, str]]]:
-        """(where, cells by column) of every row that is not empty, below the header in row `number`.
-
-        A row that has more cells than the header is left out.
-        """
-        for line, row in enumerate(self.rows[number + 1 :], start=number + 2):
-            where = f"{self.path.name} row {line}"
-            if any(row[len(header) :]):
-                found.leave_out(where, f"it has {len(row)} cells, more than the header's {len(header)}: quote commas")
-            elif any(row):
-                padded = [*row, *[""] * (len(header) - len(row))]
-                yield where, dict(zip(header, padded, strict=False))
-
-
-class _WithoutDoctype(ElementTree.TreeBuilder):
-    def doctype(self, name: str, public_id: str | None, system_id: str | None) -> None:
-        raise ValueError("it has a document type (<!DOCTYPE>), which could name entities and other files; remove it")
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,8 +68,8 @@ class Found:
     """Where, and why: a sentence for each row that is not in the result."""
     notes: dict[str, None] = field(default_factory=dict)
     """What else a person should know; each once."""
-    clashes: dict[str, None] = field(default_factory=dict)
-    """Two names that give one id, and videos in two subsets: nothing may be written while there are any."""
+    clashes: dict[str, str] = field(default_factory=dict)
+    """Id -> what stands in the way of writing it: two names that give it, or two subsets."""
     _names: dict[str, str] = field(default_factory=dict)
     """Id -> the longest name it came from."""
 
@@ -190,7 +91,7 @@ class Found:
         one = self.videos.setdefault(video_id, FoundVideo())
         self._check_name(video_id, name)
         if one.subset and subset and find_subset(subset, [one.subset]) is None:
-            self.clashes[f"video {video_id!r} is in {one.subset!r} and in {subset!r}: keep one"] = None
+            self.clashes.setdefault(video_id, f"it is in {one.subset!r} and in {subset!r}: keep one")
         one.subset = one.subset or subset
         seconds = as_seconds(duration)
         if one.duration_seconds is None and seconds is not None and seconds > 0:
@@ -233,7 +134,7 @@ class Found:
         (_, *said, folders), (_, *new, more) = _parts(known), _parts(name)
         count = min(len(folders), len(more))
         if folders[:count] != more[:count] or any(a and b and a != b for a, b in zip(said, new, strict=True)):
-            self.clashes[f"{known!r} and {name!r} both give the id {video_id!r}: rename one"] = None
+            self.clashes.setdefault(video_id, f"{known!r} and {name!r} both give this id: rename one")
         elif (len(more), new) > (len(folders), said):
             self._names[video_id] = name
 

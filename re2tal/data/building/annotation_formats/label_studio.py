@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from re2tal.data.building.annotation_formats.found import Found, Source, as_number, dictionary, items
+from re2tal.data.building.annotation_formats.found import Found, as_number, dictionary, items
+from re2tal.data.building.annotation_formats.source import Source
 from re2tal.strict_json import brief
 from re2tal.video_ids import VIDEO_SUFFIXES
 

@@ -13,7 +13,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from re2tal.data.building.annotation_formats.found import Found, Source, dictionary, items, subset_in_name
+from re2tal.data.building.annotation_formats.found import Found, dictionary, items, subset_in_name
+from re2tal.data.building.annotation_formats.source import Source
 
 _SUBSETS = {"testing": "validation"}
 """Neither has a third subset, and recipes look for this name."""
@@ -53,7 +54,7 @@ def read_charades(source: Source, found: Found) -> None:
     table = source.table("id", "actions", "length")
     assert table is not None
     subset = subset_in_name(source.path)
-    for where, row in source.records(*table, found):
+    for where, row in source.records(*table, found.leave_out):
         found.video(row["id"], subset="validation" if subset == "test" else subset, duration=row["length"])
         for part in filter(None, (part.strip() for part in row["actions"].split(";"))):
             words = part.split()

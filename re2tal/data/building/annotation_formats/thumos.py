@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 
-from re2tal.data.building.annotation_formats.found import Found, Source
+from re2tal.data.building.annotation_formats.found import Found
+from re2tal.data.building.annotation_formats.source import Source
 
 _LINE = re.compile(r"(\S+)\s+(\d+(?:\.\d+)?)\s+(\d+(?:\.\d+)?)")
 _SUBSETS = {"val": "training", "test": "validation"}

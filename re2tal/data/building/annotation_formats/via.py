@@ -11,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from re2tal.data.building.annotation_formats.found import Found, Source, dictionary, items
+from re2tal.data.building.annotation_formats.found import Found, dictionary, items
+from re2tal.data.building.annotation_formats.source import Source
 
 _CHECKBOX = 2
 

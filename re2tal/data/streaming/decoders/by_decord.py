@@ -12,14 +12,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from io import BytesIO
 
-import decord
 import numpy as np
 import torch
 from torch import Tensor
 
 from re2tal.data.streaming.decoders.base import check_numbers, not_decoded, not_opened
 
-decord.logging.set_level(decord.logging.QUIET)  # every failure raises; FFmpeg's own lines would only drown it
+try:
+    import decord
+except (ImportError, OSError):  # it is published for Linux and Windows on x86-64 alone
+    decord = None
+else:
+    decord.logging.set_level(decord.logging.QUIET)  # every failure raises; FFmpeg's own lines would only drown it
 
 
 def count_frames(video: bytes) -> int:

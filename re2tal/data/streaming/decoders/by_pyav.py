@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from io import BytesIO
 
 import av
@@ -23,8 +24,21 @@ _MATRICES = {
 """By the number that the H.264 standard has for it; BT.601 for the others, and where the file names none."""
 
 
+def count_frames(video: bytes) -> int:
+    """How many frames the file holds; DecodeError if the bytes cannot be opened as a video."""
+    with _opened(video) as (_, packets):
+        return len(packets)
+
+
 def decode(video: bytes, numbers: np.ndarray, *, at_once: int) -> Iterator[Tensor]:
     """As `Decoder`."""
+    with _opened(video) as (stream, packets):
+        check_numbers(numbers, len(packets))
+        yield from _pictures(stream, packets, numbers, at_once=at_once)
+
+
+@contextmanager
+def _opened(video: bytes) -> Iterator[tuple[av.VideoStream, list[av.Packet]]]:
     try:
         container = av.open(BytesIO(video), "r", options={"ignore_editlist": "1"})
     except (av.FFmpegError, ValueError) as error:
@@ -37,8 +51,7 @@ def decode(video: bytes, numbers: np.ndarray, *, at_once: int) -> Iterator[Tenso
             packets = [packet for packet in container.demux(stream) if packet.size]
         except av.FFmpegError as error:
             raise not_opened(video, error) from None
-        check_numbers(numbers, len(packets))
-        yield from _pictures(stream, packets, numbers, at_once=at_once)
+        yield stream, packets
 
 
 def _pictures(

@@ -4,30 +4,23 @@
     between such runs    mean of both streams -> attention whose queries are pooled, twice the channels -> MLP
     at the end           norm of both, side by side -> mean over H and W
 
-The two streams are the first states of a run and its last, so `run_reversibly` runs them as they are; nothing is
-merged, and no weight means anything else than in PySlowFast, whose names these are.
+`rewire(model)` keeps the function and runs its blocks reversibly, with the two streams as the first states of a run and
+its last. No weight means anything else than in PySlowFast, whose names these are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from itertools import groupby
 from math import prod
 from typing import cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from re2tal.backbones.base import VideoBackbone, steps_mask
-from re2tal.backbones.swin3d.network import DropPath, Mlp
+from re2tal.backbones.born_reversible.rev_mvit_blocks import Attention, ReversibleBlock, Size, TransitionBlock
 from re2tal.backbones.weights import KeyLayout, each
-from re2tal.reversible import run_reversibly
-from re2tal.rewire import CheckpointedModule, checkpointed
 from re2tal.structures import Features
-
-Size = tuple[int, int, int]
-"""Of a grid of tokens: T, H, W."""
 
 PYSLOWFAST = KeyLayout("PySlowFast", r"rev_backbone\.layers\.0\.F\.norm\.weight", to_ours=each(without=r"head\."))
 
@@ -46,9 +39,6 @@ SIZES: dict[str, dict] = {
 
 class RevMViT(VideoBackbone):
     """Clips of one length and size: (B, 3, T, H, W) -> features (B, 2 x last channels, T / frames_per_step)."""
-
-    recompute: bool = True
-    """Rebuild activations in backward instead of saving them."""
 
     def __init__(
         self,
@@ -121,7 +111,7 @@ class RevMViT(VideoBackbone):
         else:
             spatial, temporal = self.pos_embed_spatial, self.pos_embed_temporal
             x = x + (spatial[:, None] + temporal[:, :, None]).flatten(1, 2)
-        x, grid = self.rev_backbone(x, recompute=self.recompute)
+        x, grid = self.rev_backbone(x)
         steps = self.norm(x).unflatten(1, (grid[0], -1)).mean(dim=2)
         values = steps.reshape(batch, -1, self.out_channels).transpose(1, 2)
         return Features(values, steps_mask(mask, frames_per_step=self.frames_per_step))
@@ -181,21 +171,11 @@ class RevBackbone(nn.Module):
             self.layers.append(make(width, channels, attention, drop_path=drop_path * index / max(1, depth - 1)))
         self.out_channels = channels
 
-    def forward(self, x: Tensor, *, recompute: bool) -> tuple[Tensor, Size]:
+    def forward(self, x: Tensor) -> tuple[Tensor, Size]:
         """(B, tokens, C) -> both streams side by side (B, tokens', 2 C'), and their grid."""
-        grid = self.grid
-        for is_transition, group in groupby(self.layers, key=lambda layer: isinstance(layer, TransitionBlock)):
-            if is_transition:
-                for layer in group:
-                    layer.checkpointing = recompute  # type: ignore[assignment]
-                    x = layer(x, grid)
-                    grid = layer.pooled(grid)  # type: ignore[operator]
-            else:
-                branches = [branch for layer in group for branch in layer.branches(grid)]  # type: ignore[operator]
-                pair = run_reversibly(
-                    branches, torch.stack((x, x)), streams=True, recompute=recompute, owner=self.layers
-                )
-                x = torch.cat((pair[0], pair[1]), dim=-1)
+        x, grid = torch.cat((x, x), dim=-1), self.grid
+        for layer in self.layers:
+            x, grid = layer(x, grid), layer.pooled(grid)  # type: ignore[operator]
         return x, grid
 
 
@@ -204,118 +184,6 @@ def _less(kv_stride: Size | None, q_stride: Size) -> Size | None:
     if kv_stride is None:
         return None
     return cast("Size", tuple(max(k // q, 1) for k, q in zip(kv_stride, q_stride, strict=True)))
-
-
-class ReversibleBlock(nn.Module):
-    """y1 = x1 + F(x2), y2 = x2 + G(y1)."""
-
-    def __init__(self, width: int, channels: int, attention: Attention, *, drop_path: float) -> None:
-        super().__init__()
-        self.F, self.G = AttentionHalf(width, attention), MlpHalf(channels)
-        self.drop_path = DropPath(drop_path)
-
-    def branches(self, grid: Size) -> tuple:
-        """F and G, for a reversible run."""
-        return (lambda x: self.drop_path(self.F(x, grid))), (lambda x: self.drop_path(self.G(x)))
-
-
-class TransitionBlock(CheckpointedModule):
-    """Where channels and resolution change: an ordinary block of the mean of both streams."""
-
-    def __init__(self, width: int, channels: int, attention: Attention, *, drop_path: float) -> None:
-        super().__init__()
-        self.F, self.G = AttentionHalf(width, attention), MlpHalf(channels)
-        self.res_proj = nn.Linear(width, channels)
-        self.drop_path = DropPath(drop_path)
-
-    @checkpointed
-    def forward(self, x: Tensor, grid: Size) -> Tensor:
-        """(B, tokens, 2 C) -> (B, fewer tokens, C')."""
-        first, second = x.chunk(2, dim=-1)
-        x = (first + second) / 2
-        skip = self.F.attn.pooled_skip(self.res_proj(x), grid)
-        x = skip + self.F(x, grid)
-        return self.drop_path(x + self.G(x))
-
-    def pooled(self, grid: Size) -> Size:
-        """The grid of what it returns."""
-        stride = cast("nn.Conv3d", self.F.attn.pool_q).stride
-        return cast("Size", tuple(-(-side // step) for side, step in zip(grid, stride, strict=True)))
-
-
-class AttentionHalf(nn.Module):
-    """A norm and attention."""
-
-    def __init__(self, width: int, attention: Attention) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(width, eps=1e-6)
-        self.attn = attention
-
-    def forward(self, x: Tensor, grid: Size) -> Tensor:
-        """(B, tokens, C) -> (B, pooled tokens, C')."""
-        return self.attn(self.norm(x), grid)
-
-
-class MlpHalf(nn.Module):
-    """A norm and an MLP of four times the width."""
-
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(channels, eps=1e-6)
-        self.mlp = Mlp(channels, hidden=4 * channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, tokens, C) -> the same shape."""
-        return self.mlp(self.norm(x))
-
-
-class Attention(nn.Module):
-    """Attention whose queries, keys and values are pooled head by head, each by a depthwise convolution and a norm."""
-
-    def __init__(
-        self,
-        width: int,
-        channels: int,
-        *,
-        heads: int,
-        q_stride: Size | None,
-        kv_stride: Size | None,
-        bias: bool,
-        separate: bool,
-    ) -> None:
-        """`separate`: queries, keys and values are three layers, not one."""
-        super().__init__()
-        self.heads = heads
-        if separate:
-            self.q, self.k, self.v = (nn.Linear(width, channels, bias=bias) for _ in "qkv")
-        else:
-            self.qkv = nn.Linear(width, 3 * channels, bias=bias)
-        self.proj = nn.Linear(channels, channels)
-        for name, stride in (("q", q_stride), ("k", kv_stride), ("v", kv_stride)):
-            each_head = channels // heads
-            pool = stride and nn.Conv3d(each_head, each_head, 3, stride, padding=1, groups=each_head, bias=False)
-            self.add_module(f"pool_{name}", pool)
-            self.add_module(f"norm_{name}", nn.LayerNorm(each_head, eps=1e-6) if pool else None)
-
-    def forward(self, x: Tensor, grid: Size) -> Tensor:
-        """(B, tokens, C) -> (B, pooled tokens, C')."""
-        parts = self.qkv(x).chunk(3, dim=-1) if hasattr(self, "qkv") else (self.q(x), self.k(x), self.v(x))
-        q, k, v = (self._pool(name, self._by_head(part), grid) for name, part in zip("qkv", parts, strict=True))
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-
-    def pooled_skip(self, x: Tensor, grid: Size) -> Tensor:
-        """(B, tokens, C') pooled as queries are."""
-        return self._pool("q", self._by_head(x), grid).transpose(1, 2).flatten(2)
-
-    def _by_head(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-
-    def _pool(self, name: str, x: Tensor, grid: Size) -> Tensor:
-        pool, norm = getattr(self, f"pool_{name}"), getattr(self, f"norm_{name}")
-        if pool is None:
-            return x
-        video = x.flatten(0, 1).transpose(1, 2).unflatten(2, grid)
-        return norm(pool(video).flatten(2).transpose(1, 2).unflatten(0, x.shape[:2]))
 
 
 def _initialise(module: nn.Module) -> None:

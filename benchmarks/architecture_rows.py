@@ -1,0 +1,269 @@
+"""The architectures that architectures.py rewires: small configurations with random weights, and examples for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+Example = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """An architecture."""
+
+    name: str
+    library: str
+    build: Callable[[], nn.Module]
+    example: Callable[[], Any]
+    """Draws it, in float64."""
+    tolerance: float = 1e-9
+    """At beta 0, of the largest element."""
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
+IMAGE = SMALL | {"image_size": 32, "patch_size": 8}
+STAGES = {"depths": [2, 2, 2, 2], "embed_dim": 16, "num_heads": [1, 2, 4, 8], "image_size": 64, "patch_size": 4}
+CONVS = {"depths": [2, 2, 2, 2], "hidden_sizes": [16, 32, 48, 64], "embedding_size": 16}
+TEXT = SMALL | {"vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+LANGUAGE = TEXT | {"num_key_value_heads": 2, "head_dim": 16}
+QWEN = {"depth": 4, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 4, "out_hidden_size": 16}
+
+
+def picture(size: int = 32) -> Callable[[], Example]:
+    """Two of them."""
+    return lambda: {"pixel_values": torch.randn(2, 3, size, size, dtype=torch.float64)}
+
+
+def video(frames: int, size: int = 32, *, name: str = "pixel_values") -> Callable[[], Example]:
+    """Two of them."""
+    return lambda: {name: torch.randn(2, frames, 3, size, size, dtype=torch.float64)}
+
+
+def frames_as_pictures(frames: int, size: int = 32) -> Callable[[], Example]:
+    """Of two videos, one after the other."""
+    return lambda: {"pixel_values": torch.randn(2 * frames, 3, size, size, dtype=torch.float64)}
+
+
+def words(**more: Any) -> Callable[[], Example]:
+    """Two sentences, one of them padded."""
+
+    def draw() -> Example:
+        mask = torch.ones(2, 12, dtype=torch.long)
+        mask[1, 9:] = 0
+        return {"input_ids": torch.randint(3, 99, (2, 12)), "attention_mask": mask, **more}
+
+    return draw
+
+
+def patches() -> Example:
+    """Of a picture, as Qwen's vision towers take them."""
+    return {"hidden_states": torch.randn(64, 96, dtype=torch.float64), "grid_thw": torch.tensor([[1, 8, 8]])}
+
+
+def sound() -> Example:
+    """Two waves."""
+    return {"input_values": torch.randn(2, 1600, dtype=torch.float64)}
+
+
+def states() -> tuple[Tensor]:
+    """Of tokens."""
+    return (torch.randn(2, 9, 32, dtype=torch.float64),)
+
+
+def hub(name: str, options: Mapping[str, Any], example: Callable[[], Any], model: str | None = None) -> Row:
+    """`NameConfig(options)` and `NameModel`, or what `model` is called."""
+
+    def build() -> nn.Module:
+        config, cls = (
+            getattr(transformers, kind, None) or _inner(kind) for kind in (f"{name}Config", model or f"{name}Model")
+        )
+        return cls(config(**options))
+
+    return Row(model or f"{name}Model", "transformers", build, example)
+
+
+def _inner(kind: str) -> Any:
+    """Classes that transformers does not export."""
+    for modules in (
+        transformers.models.qwen2_5_vl.modeling_qwen2_5_vl,
+        transformers.models.qwen3_vl.modeling_qwen3_vl,
+        transformers.models.qwen2_5_vl.configuration_qwen2_5_vl,
+        transformers.models.qwen3_vl.configuration_qwen3_vl,
+        transformers.models.whisper.modeling_whisper,
+        transformers.models.x_clip.modeling_x_clip,
+    ):
+        if hasattr(modules, kind):
+            return getattr(modules, kind)
+    raise ValueError(f"transformers has no {kind}")
+
+
+def timm(name: str, size: int = 64, **options: Any) -> Row:
+    """A model of timm, without its classifier."""
+
+    def build() -> nn.Module:
+        import timm
+
+        return timm.create_model(name, num_classes=0, **options)
+
+    return Row(name, "timm", build, lambda: (torch.randn(2, 3, size, size, dtype=torch.float64),))
+
+
+def encoder(*, norm_first: bool) -> Row:
+    """torch.nn.TransformerEncoder."""
+
+    def build() -> nn.Module:
+        layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True, norm_first=norm_first, dropout=0.0)
+        return nn.ModuleDict({"encoder": nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)})
+
+    class Encoder(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = build()["encoder"]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x)
+
+    return Row(f"nn.TransformerEncoder({'pre' if norm_first else 'post'}-norm)", "torch", Encoder, states)
+
+
+ROWS: tuple[Row, ...] = (
+    encoder(norm_first=True),
+    encoder(norm_first=False),
+    # Vision transformers.
+    hub("ViT", IMAGE, picture()),
+    hub("DeiT", IMAGE, picture()),
+    hub("Beit", IMAGE | {"use_relative_position_bias": True}, picture()),
+    hub("Data2VecVision", IMAGE, picture()),
+    hub("Dinov2", IMAGE, picture()),
+    hub("Dinov2WithRegisters", IMAGE, picture()),
+    hub("DINOv3ViT", IMAGE, picture()),
+    hub("IJepa", IMAGE, picture()),
+    hub("CLIPVision", IMAGE, picture()),
+    hub("SiglipVision", IMAGE, picture()),
+    # Its norms compute in float32, and a mean depends on how a state lies in memory.
+    replace(hub("Aimv2Vision", IMAGE, picture()), tolerance=1e-5),
+    hub("VitDet", IMAGE | {"residual_block_indices": [1], "window_block_indices": [0, 2], "window_size": 2}, picture()),
+    hub(
+        "Hiera",
+        {"embed_dim": 16, "image_size": [64, 64], "depths": [1, 2, 2, 1], "num_heads": [1, 2, 4, 8]},
+        picture(64),
+    ),
+    hub("Swin", STAGES | {"window_size": 2}, picture(64)),
+    hub("Swinv2", STAGES | {"window_size": 4}, picture(64)),
+    hub(
+        "Qwen2_5_VLVision",
+        QWEN | {"window_size": 16, "fullatt_block_indexes": [1, 3]},
+        patches,
+        "Qwen2_5_VisionTransformerPretrainedModel",
+    ),
+    hub("Qwen3VLVision", QWEN | {"deepstack_visual_indexes": [1, 2]}, patches),
+    # Video.
+    hub("VideoMAE", IMAGE | {"num_frames": 4}, video(4)),
+    hub("Vivit", IMAGE | {"num_frames": 4, "tubelet_size": [2, 8, 8]}, video(4)),
+    hub(
+        "VJEPA2",
+        IMAGE
+        | {
+            "crop_size": 32,
+            "frames_per_clip": 4,
+            "mlp_ratio": 2.0,
+            "pred_hidden_size": 32,
+            "pred_num_attention_heads": 2,
+            "pred_num_hidden_layers": 2,
+        },
+        video(4, name="pixel_values_videos"),
+    ),
+    hub("Timesformer", IMAGE | {"num_frames": 4}, video(4)),
+    hub(
+        "VideoPrismVision",
+        {
+            "hidden_size": 48,
+            "num_attention_heads": 2,
+            "intermediate_size": 96,
+            "num_frames": 4,
+            "num_spatial_layers": 4,
+            "num_temporal_layers": 2,
+            "image_size": 32,
+            "tubelet_size": (1, 8, 8),
+        },
+        video(4, name="pixel_values_videos"),
+    ),
+    hub(
+        "XCLIPVision",
+        IMAGE | {"num_frames": 4, "mit_hidden_size": 32, "mit_num_hidden_layers": 1},
+        frames_as_pictures(4),
+    ),
+    # Convolutions.
+    hub("ConvNext", {"depths": [2, 2, 3, 2], "hidden_sizes": [16, 32, 48, 64]}, picture(64)),
+    hub("ConvNextV2", {"depths": [2, 2, 3, 2], "hidden_sizes": [16, 32, 48, 64]}, picture(64)),
+    hub("DINOv3ConvNext", {"depths": [2, 2, 3, 2], "hidden_sizes": [16, 32, 48, 64]}, picture(64)),
+    hub("ResNet", CONVS, picture(64)),
+    hub("RegNet", CONVS | {"groups_width": 8}, picture(64)),
+    hub("Bit", CONVS | {"num_groups": 8}, picture(64)),
+    hub("MobileNetV2", {"depth_multiplier": 0.35}, picture(64)),
+    hub("EfficientNet", {"width_coefficient": 0.3, "depth_coefficient": 1.0, "hidden_dim": 384}, picture(64)),
+    hub("PoolFormer", {"depths": [2, 2, 2, 2], "hidden_sizes": [16, 32, 48, 64]}, picture(64)),
+    hub("FocalNet", {"embed_dim": 16, "depths": [2, 2, 2, 2], "image_size": 64}, picture(64)),
+    hub(
+        "PvtV2", {"image_size": 64, "hidden_sizes": [16, 32, 48, 64], "num_attention_heads": [1, 2, 3, 4]}, picture(64)
+    ),
+    hub("Segformer", {"hidden_sizes": [16, 32, 48, 64], "num_attention_heads": [1, 2, 3, 4]}, picture(64)),
+    # Language and sound.
+    hub("Bert", TEXT, words()),
+    hub("ModernBert", TEXT, words()),
+    hub("DebertaV2", TEXT | {"relative_attention": True, "pos_att_type": ["p2c", "c2p"]}, words()),
+    hub("Albert", TEXT | {"embedding_size": 16}, words()),
+    hub("GPT2", {"n_embd": 32, "n_layer": 4, "n_head": 2, "vocab_size": 99}, words(use_cache=False)),
+    hub("GPTNeoX", TEXT, words(use_cache=False)),
+    hub("Llama", LANGUAGE, words(use_cache=False)),
+    hub("Qwen3", LANGUAGE, words(use_cache=False)),
+    hub("Gemma2", LANGUAGE, words(use_cache=False)),
+    hub("Mamba", TEXT, lambda: {"input_ids": torch.randint(3, 99, (2, 12)), "use_cache": False}),
+    hub(
+        "T5",
+        {"d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 4, "num_heads": 2, "vocab_size": 99},
+        words(),
+        "T5EncoderModel",
+    ),
+    hub(
+        "Wav2Vec2",
+        SMALL
+        | {
+            "conv_dim": [16, 16],
+            "conv_kernel": [10, 3],
+            "conv_stride": [8, 4],
+            "num_conv_pos_embeddings": 16,
+            "num_conv_pos_embedding_groups": 2,
+            "num_feat_extract_layers": 2,
+        },
+        sound,
+    ),
+    # timm.
+    timm("vit_tiny_patch16_224", depth=4, img_size=64),
+    timm("deit3_small_patch16_224", depth=4, num_heads=2, embed_dim=64, img_size=64),
+    timm("eva02_tiny_patch14_224", 56, depth=4, img_size=56),
+    timm("swin_tiny_patch4_window7_224", embed_dim=24, depths=(2, 2, 2, 2), img_size=64, window_size=4),
+    timm("convnext_atto", depths=(2, 2, 2, 2), dims=(16, 32, 48, 64)),
+    timm("convnextv2_atto", depths=(2, 2, 2, 2), dims=(16, 32, 48, 64)),
+    timm("resnet18"),
+    timm("resnet26d"),
+    timm("resnetv2_50", layers=(2, 2, 2, 2)),
+    timm("regnetx_002"),
+    timm("mobilenetv2_035"),
+    timm("mobilenetv3_small_050"),
+    timm("efficientnet_b0"),
+    timm("mixer_s32_224", img_size=64),
+    timm("xcit_nano_12_p16_224", depth=4, img_size=64),
+    timm("cait_xxs24_224", depth=4, img_size=64),
+    timm("poolformer_s12"),
+    timm("densenet121", block_config=(2, 2, 2, 2)),
+)
+
+QUICK = ("ViTModel", "Dinov2Model", "XCLIPVisionModel", "ConvNextModel", "ResNetModel", "MobileNetV2Model",
+    "SwinModel", "BertModel", "nn.TransformerEncoder(pre-norm)", "nn.TransformerEncoder(post-norm)")  # fmt: skip

@@ -1,0 +1,1 @@
+"""Networks that were born reversible: RevNet, RevViT and Rev-MViT."""

@@ -1,0 +1,193 @@
+"""Encodes the clips of long videos group by group, so that memory does not grow with their number.
+
+    forward     for every group:  features[group] = encode(clips[group]), which saves nothing but the generators' state
+    backward    for every group:  encodes it again, this time with a graph, and differentiates it
+
+It costs one more forward, and gives the gradients of one graph over all groups: sums over groups are in float32 at
+least. What is alive at once is the inside of one group, the features of all, and those sums.
+
+A hook on a parameter must fire once per backward, with the whole gradient: ZeRO and DDP start to reduce it then. So the
+gradients of all groups but the last are taken off the parameters as soon as they are there, with hooks silenced, and
+are added to the last group's on their way in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from re2tal.reversible.fake import is_counted
+from re2tal.reversible.recompute import save_recipes
+from re2tal.reversible.replay_context import AutocastState, same_kernels
+from re2tal.reversible.rng import GeneratorState
+
+Cut = Callable[[Tensor], Tensor]
+"""All frames -> the clips of one group."""
+
+
+def encode_in_groups(
+    encode: Callable[[Tensor], Tensor], cuts: Sequence[Cut], frames: Tensor, *, spans: Sequence[slice], owner: nn.Module
+) -> Tensor:
+    """Features of all groups, (B, clips, ..).
+
+    Args:
+        encode: (B, clips of the group, ..) -> (B, clips of the group, ..); clips must not depend on each other.
+        cuts: one function per group, from `frames` to its clips. They must give the same bits each time.
+        frames: what they cut. Autograd saves it, or its `Recipe` where it has one: writing to it before backward is an
+            error.
+        spans: the place of each group in the second axis of the result; the last ends it.
+        owner: the module that holds every parameter that `encode` uses.
+
+    Raises ValueError for parameters that FSDP holds, and RuntimeError, in backward, for a second one, one with
+    `create_graph`, and one for chosen tensors.
+    """
+    trained = [parameter for parameter in owner.parameters() if parameter.requires_grad]
+    if not torch.is_grad_enabled() or not (trained or frames.requires_grad):
+        return _features(partial(_encoded, encode, cuts, frames), spans)
+    if any(isinstance(parameter, DTensor) for parameter in trained):
+        raise ValueError(
+            "clips are encoded in groups (backbone.clips_at_once), which needs whole gradients, but FSDP holds the "
+            "parameters in parts; train under ZeRO, or leave clips_at_once out"
+        )
+    anchor = torch.empty(0, requires_grad=True)
+    return _Groups.apply(frames, anchor, encode, cuts, spans, trained, save_recipes(frames))
+
+
+def _features(encoded: Callable[[int], Tensor], spans: Sequence[slice]) -> Tensor:
+    """Puts the groups together. Where only bytes are counted, equal groups are left out."""
+    first = encoded(0)
+    features = first.new_empty(first.shape[0], spans[-1].stop, *first.shape[2:])
+    features[:, spans[0]] = first
+    for index in _decisive(len(spans), counted=is_counted(first))[1:]:
+        features[:, spans[index]] = encoded(index)
+    return features
+
+
+def _decisive(number: int, *, counted: bool) -> list[int]:
+    """The groups that run: all, or those that differ, which are the first, when sums begin, and the last."""
+    return [index for index in range(number) if not counted or index in (0, 1, number - 2, number - 1)]
+
+
+def _encoded(encode: Callable[[Tensor], Tensor], cuts: Sequence[Cut], frames: Tensor, index: int) -> Tensor:
+    return encode(cuts[index](frames))
+
+
+class _Groups(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        frames: Tensor,
+        anchor: Tensor,
+        encode: Callable[[Tensor], Tensor],
+        cuts: Sequence[Cut],
+        spans: Sequence[slice],
+        trained: list[Tensor],
+        again: Callable[[], tuple[Tensor, ...]],
+    ) -> Tensor:
+        ctx.encode, ctx.cuts, ctx.spans, ctx.trained, ctx.again = encode, cuts, spans, trained, again
+        ctx.autocast, ctx.draws = AutocastState.now(frames.device), {}
+        frames = frames.detach()
+
+        def encoded(index: int) -> Tensor:
+            before = GeneratorState.now(frames.device)
+            features = _encoded(encode, cuts, frames, index)
+            # Most draw nothing: states of some kilobytes each need not be kept.
+            ctx.draws[index] = None if before.same_as(GeneratorState.now(frames.device)) else before
+            return features
+
+        with same_kernels():
+            return _features(encoded, spans)
+
+    @staticmethod
+    @torch._disable_dynamo
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "clips that are encoded in groups have no second derivatives: backward was called with "
+                "create_graph=True; call it without, or leave backbone.clips_at_once out"
+            )
+        if ctx.trained and not torch._C._will_engine_execute_node(ctx.next_functions[1][0]):
+            raise RuntimeError(
+                "gradients of chosen tensors were asked for (autograd.grad, or backward(inputs=..)), but clips that "
+                "are encoded in groups give those of parameters to their .grad only; call backward() for all, freeze "
+                "the parameters, or leave backbone.clips_at_once out"
+            )
+        (frames,) = ctx.again()
+        frames = frames.detach().requires_grad_(ctx.needs_input_grad[0])
+        chosen = _decisive(len(ctx.spans), counted=is_counted(gradient))
+        sums: dict[Tensor, Tensor] = {}
+        with same_kernels():
+            with _collecting(ctx.trained, sums):
+                for index in chosen[:-1]:
+                    _differentiate(ctx, index, frames, gradient)
+            with _delivering(sums):
+                _differentiate(ctx, chosen[-1], frames, gradient)
+        if sums:
+            raise RuntimeError(f"the last group of clips does not use {len(sums)} parameters that other groups use")
+        return frames.grad, *[None] * 6
+
+
+def _differentiate(ctx: Any, index: int, frames: Tensor, gradient: Tensor) -> None:
+    draws = ctx.draws[index]
+    with torch.enable_grad(), ctx.autocast.replayed(), draws.replayed() if draws else nullcontext():
+        output = _encoded(ctx.encode, ctx.cuts, frames, index)
+    torch.autograd.backward((output,), (gradient[:, ctx.spans[index]].to(output.dtype),))
+
+
+@contextmanager
+def _collecting(parameters: Sequence[Tensor], sums: dict[Tensor, Tensor]) -> Iterator[None]:
+    """Inside, what comes to `.grad` goes into `sums` at once, and no other hook sees it."""
+
+    def take(parameter: Tensor) -> None:
+        part, parameter.grad = parameter.grad, None
+        assert part is not None
+        if parameter in sums:
+            sums[parameter].add_(part)
+        else:  # a copy, because autograd may give one tensor to several parameters
+            sums[parameter] = part.to(torch.promote_types(part.dtype, torch.float32), copy=True)
+
+    before = {parameter: parameter.grad for parameter in parameters}
+    with ExitStack() as stack:
+        for parameter in parameters:
+            parameter.grad = None
+            for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
+                stack.enter_context(_emptied(getattr(parameter, name)))
+            stack.callback(parameter.register_post_accumulate_grad_hook(take).remove)
+        yield
+    for parameter, gradient in before.items():
+        parameter.grad = gradient
+
+
+@contextmanager
+def _delivering(sums: dict[Tensor, Tensor]) -> Iterator[None]:
+    """Inside, the gradient of each parameter gets its sum added before any hook sees it."""
+
+    def complete(parameter: Tensor, part: Tensor) -> Tensor:
+        return sums.pop(parameter).add_(part).to(part.dtype) if parameter in sums else part
+
+    with ExitStack() as stack:
+        for parameter in list(sums):
+            # Hooks fire in the order of registration: taking the others out and putting them back makes ours the first.
+            with _emptied(parameter._backward_hooks):
+                handle = parameter.register_hook(partial(complete, parameter))
+            stack.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def _emptied(hooks: dict | None) -> Iterator[None]:
+    """Takes hooks out of their registry, and puts them back behind those that were added meanwhile."""
+    those = dict(hooks) if hooks else {}
+    if hooks:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        if hooks is not None:
+            hooks.update(those)

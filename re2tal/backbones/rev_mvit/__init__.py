@@ -1,1 +1,0 @@
-"""Networks that were born reversible: RevViT and Rev-MViT."""

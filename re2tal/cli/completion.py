@@ -1,0 +1,19 @@
+"""Completion of commands and options in a shell."""
+
+from __future__ import annotations
+
+import tyro
+
+from re2tal.cli import command, short_floats
+from re2tal.cli.commands import COMMANDS
+
+
+def print_completion(shell: str) -> None:
+    """Print a script for bash, zsh or fish; the options of train are those of the recipe that it begins with."""
+    tyro.extras.subcommand_cli_from_dict(
+        {name: command(name, [])[0] for name in COMMANDS},
+        prog="re2tal",
+        args=["--tyro-write-completion", shell, "-"],
+        config=(tyro.conf.AvoidSubcommands,),
+        registry=short_floats(),
+    )

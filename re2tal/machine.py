@@ -1,0 +1,40 @@
+"""What this machine gives a process, asked the same way on Linux, macOS and Windows."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+
+def num_cores() -> int:
+    """How many cores this process may use; where the system does not tell, how many the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def peak_resident_bytes() -> int:
+    """The most memory that this process held so far; 0 where the system does not tell, as on Windows."""
+    try:
+        import resource
+    except ImportError:
+        return 0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def memory_bytes() -> int | None:
+    """The machine's memory; None where the system does not tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return None
+
+
+def open_files() -> tuple[int, int] | None:
+    """How many files this process may have open, and how high it may raise that; None on Windows."""
+    try:
+        import resource
+    except ImportError:
+        return None
+    return resource.getrlimit(resource.RLIMIT_NOFILE)
