@@ -78,13 +78,12 @@ def build_trainer(
         log.say(approximation(share))
 
     def validate(engine: Engine) -> Mapping[str, float]:
-        outcome = evaluate(engine)
+        outcome, now = evaluate(engine), ours()
+        assert now is not None
         log.draw(outcome.pictures)
-        trainer = ours()
-        assert trainer is not None
         # Before the end of annealing it is another network than that of config.json.
-        if best is not None and trainer.is_annealed:
-            best.offer(outcome, engine, step=trainer.progress.step)
+        if best is not None and now.is_annealed:
+            best.offer(outcome, engine, step=now.progress.step)
         return outcome.figures
 
     trainer = Trainer(

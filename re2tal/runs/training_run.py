@@ -28,7 +28,7 @@ from re2tal.runs.folder import BEST_NAME, CHECKPOINTS_NAME, CONFIG_NAME, PLAN_NA
 from re2tal.runs.lock import locked
 from re2tal.runs.orphans import end_with_the_launcher
 from re2tal.runs.start import build_from, find_start
-from re2tal.runs.stored_features import check_kind, describe, on_features
+from re2tal.runs.stored_features import check_kind, on_features
 from re2tal.runs.tasks import AnyRun, Outcome, judge
 from re2tal.runs.training_build import build_trainer
 from re2tal.runs.training_data import open_both, stream_of
@@ -118,8 +118,7 @@ def _train(
     earlier = folder / PLAN_NAME if resume else None
     plan = _plan(config, ds_file, world, classes=training.classes, device=device, earlier=earlier)
     ranks.check()
-    features = describe(training) if isinstance(training, FeatureSet) else None
-    best = BestModel(folder / BEST_NAME, config, validation, features) if config.training.keep_best else None
+    best = BestModel(folder / BEST_NAME, config, *shards) if config.training.keep_best else None
     trainer = build_trainer(
         config, settings, folder, world, build, shards, evaluate=evaluate, best=best, device=device, plan=plan
     )

@@ -93,7 +93,7 @@ class Trainer:
         self.report = StepReport(
             engine,
             log,
-            steps_per_epoch=clips.steps_per_epoch / self.accumulation,
+            steps_per_epoch=self.steps_per_epoch,
             beta=beta,
             planned_bytes=planned_bytes,
         )

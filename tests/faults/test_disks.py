@@ -179,8 +179,9 @@ def faulty(folder: str, fault: str) -> dict:
     def hurt() -> None:
         torch.distributed.barrier()
         if is_main():
-            trainer.log.close()  # its file of events is open, and keeps the disk writable
-            trainer.log.writer = None
+            if trainer.log.trackers is not None:  # a file of events is open, and keeps the disk writable
+                trainer.log.trackers.close()
+                trainer.log.trackers = None
             match fault:
                 case "read-only":
                     mount("-o", "remount,ro", folder)
