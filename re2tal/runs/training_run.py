@@ -23,7 +23,7 @@ from re2tal.distributed import World, is_main, made_by_main, refuse_differences,
 from re2tal.options import defaults_of, names_with
 from re2tal.planning.shared import PLAN_NAME, save_plan, shared_plan
 from re2tal.planning.step_plan import StepPlan
-from re2tal.runs.clip_memory import approximation, remembering_clips
+from re2tal.runs.clip_memory import approximation, forget_clips, remembering_clips
 from re2tal.runs.deepspeed_presets import DEFAULT_PRESET, find_preset
 from re2tal.runs.demo_data import make_if_wanted
 from re2tal.runs.exit_status import HUNG
@@ -144,6 +144,8 @@ def _train(
     ranks.check()
     trainer = _build(config, settings, folder, world, build, both, evaluate=evaluate, device=device, plan=plan)
     resumed = resume and trainer.resume()
+    if not resumed:
+        forget_clips(folder)
     if world.is_main:  # not before: a run that may not be resumed like this keeps the configuration it has
         save_config(folder / CONFIG_NAME, config)
         if plan is not None:
