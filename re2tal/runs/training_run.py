@@ -20,6 +20,7 @@ from re2tal.distributed import World, is_main, made_by_main, refuse_differences,
 from re2tal.planning.shared import save_plan, shared_plan
 from re2tal.planning.step_plan import StepPlan
 from re2tal.runs.best import BestModel
+from re2tal.runs.clip_memory import forget_clips
 from re2tal.runs.deepspeed_presets import DEFAULT_PRESET, find_preset
 from re2tal.runs.demo_data import make_if_wanted
 from re2tal.runs.evaluation import blocked_by
@@ -169,6 +170,8 @@ def _resume(
 ) -> None:
     """Every rank calls this: continues the earlier run, if `resume` and there is one; rank 0 writes config and plan."""
     resumed = resume and trainer.resume()
+    if not resumed:
+        forget_clips(folder)
     if best is not None:
         best.start(step=trainer.progress.step, say=trainer.log.say)
     if is_main():  # not before: a run that may not be resumed like this keeps the configuration it has
