@@ -252,17 +252,26 @@ def compare(wanted: Sequence[Cell]) -> list[dict[str, Any]]:
     return rows
 
 
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
+def table(rows: Sequence[Mapping[str, Any]], precision: str) -> str:
     """Markdown: stage and offload down, the rest across; loss / weight, or "refused"."""
-    across = list(product(PRECISIONS, WIRINGS, ACCUMULATIONS))
-    shown = {(row["stage"], row["offload"], row["precision"], row["wiring"], row["accumulation"]): row for row in rows}
-    heads = [f"{precision} {wiring} x{accumulation}" for precision, wiring, accumulation in across]
-    lines = ["| stage, offload | " + " | ".join(heads) + " |", "|---" * (1 + len(heads)) + "|"]
+    across = list(product(WIRINGS, ACCUMULATIONS))
+    shown = {
+        (row["stage"], row["offload"], row["wiring"], row["accumulation"]): row
+        for row in rows
+        if row["precision"] == precision
+    }
+    heads = [f"{wiring}, {accumulation} batch{'es' * (accumulation > 1)}" for wiring, accumulation in across]
+    lines = [f"| {precision}: stage, offload | {' | '.join(heads)} |", "|---" * (1 + len(heads)) + "|"]
     for stage, offload in product(STAGES, OFFLOADS):
-        of_row = [shown.get((stage, offload, *rest)) for rest in across]
-        texts = ["" if row is None else "refused" if "refused" in row else _figures(row) for row in of_row]
-        if any(texts):
-            lines.append(f"| {stage}, {offload} | " + " | ".join(texts) + " |")
+        of_row = [shown[stage, offload, *rest] for rest in across]
+        texts = ["refused" if "refused" in row else _figures(row) for row in of_row]
+        lines.append(f"| {stage}, {offload} | {' | '.join(texts)} |")
+    if precision == "bf16":
+        texts = [
+            " / ".join(f"{value:.0e}" for value in row["plain bf16"].values())
+            for row in (shown[3, "none", *rest] for rest in across)
+        ]
+        lines.append(f"| plain torch | {' | '.join(texts)} |")
     return "\n".join(lines)
 
 
@@ -276,7 +285,7 @@ def main() -> int:
     given = parser.parse_args()
     rows = compare(list(cells()))
     given.json.write_text(json.dumps(rows, indent=1) + "\n")
-    print(table(rows))
+    print("\n\n".join(table(rows, precision) for precision in PRECISIONS))
     for message in dict.fromkeys(row["refused"] for row in rows if "refused" in row):
         print(f"refused: {message}")
     return 0 if all(row.get("held", True) for row in rows) else 1
