@@ -19,7 +19,6 @@ from re2tal.planning.step_plan import GIGABYTE, StepPlan
 from re2tal.strict_json import brief, read_json, write_json
 from re2tal.training.zero_file import resolve_deepspeed_config
 
-PLAN_NAME = "plan.json"
 FORMAT = 1
 
 

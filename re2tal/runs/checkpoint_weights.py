@@ -23,7 +23,6 @@ from re2tal.data.contract.shards import FeatureSet, open_any, subset_folder
 from re2tal.rewire import wiring_of
 from re2tal.runs.folder import CHECKPOINTS_NAME
 from re2tal.runs.stored_features import describe
-from re2tal.training.checkpoint_files import DurableCheckpointEngine
 from re2tal.training.export import ModelFile
 from re2tal.training.manifest import FOLDER, Manifest, read_manifest
 
@@ -171,4 +170,6 @@ def _float(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read(path: Path) -> Any:
+    from re2tal.training.checkpoint_files import DurableCheckpointEngine  # imports DeepSpeed, which takes seconds
+
     return DurableCheckpointEngine().load(str(path), map_location="cpu")

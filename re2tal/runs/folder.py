@@ -19,9 +19,9 @@ import shutil
 from pathlib import Path
 
 from re2tal.distributed import made_by_main
-from re2tal.planning.shared import PLAN_NAME
 
 CONFIG_NAME = "config.json"
+PLAN_NAME = "plan.json"
 METRICS_NAME = "metrics.jsonl"
 DAMAGED_METRICS_NAME = "metrics.damaged"
 MODEL_NAME = "model.safetensors"

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 
@@ -21,7 +21,9 @@ from re2tal.evaluation.results import write_results
 from re2tal.evaluation.video_classes import write_video_classes
 from re2tal.inference import classify, predict
 from re2tal.structures import Batch
-from re2tal.training.deepspeed_import import Engine
+
+if TYPE_CHECKING:  # what reads a trained model needs no DeepSpeed
+    from re2tal.training.deepspeed_import import Engine
 
 AnyRun = RunConfig | RecognitionConfig
 

@@ -17,12 +17,12 @@ import torch
 from re2tal.config import RunConfig, flatten, save_config, to_json
 from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.distributed import World, is_main, made_by_main, refuse_differences, resolve_world, together
-from re2tal.planning.shared import PLAN_NAME, save_plan, shared_plan
+from re2tal.planning.shared import save_plan, shared_plan
 from re2tal.planning.step_plan import StepPlan
 from re2tal.runs.deepspeed_presets import DEFAULT_PRESET, find_preset
 from re2tal.runs.demo_data import make_if_wanted
 from re2tal.runs.exit_status import HUNG
-from re2tal.runs.folder import CHECKPOINTS_NAME, CONFIG_NAME, claim
+from re2tal.runs.folder import CHECKPOINTS_NAME, CONFIG_NAME, PLAN_NAME, claim
 from re2tal.runs.lock import locked
 from re2tal.runs.orphans import end_with_the_launcher
 from re2tal.runs.start import build_from, find_start
