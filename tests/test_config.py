@@ -244,6 +244,7 @@ def test_what_may_change_on_resume(run):
         "training.checkpoint_every_steps",
         "training.keep_checkpoints",
         "training.max_non_finite",
+        "training.trackers",
     }
 
 
