@@ -7,7 +7,7 @@ sound ones, whose frames PyAV gives; a stored picture that is far from all frame
 
     wrong_times, wrong_colours   stored pictures of odd files (3 levels)
     silent                       damaged files that are kept though more of their pictures are wrong than --max-damaged
-    over                         sound files that are left out, and harmless damage that leaves a file out
+    refused_odd                  sound files that are left out
     crashes, hangs               files that end the process that reads them, or stop it
 """
 
@@ -25,7 +25,8 @@ from queue import SimpleQueue
 
 import av
 import numpy as np
-from wild_files import CODECS, ODD, Shown, decoded, mutations, numbers_in, write_moving, write_odd
+from wild_damage import CODECS, decoded, mutations, write_moving
+from wild_files import ODD, Shown, numbers_in, write_odd
 
 from re2tal.data.building.check import small
 from re2tal.data.building.clips import TrimmedClip

@@ -1,6 +1,6 @@
 """Train a detector: `deepspeed launch/train.py --ds zero2`, or with torchrun, srun or plain python.
 
-The same as `re2tal train`; launchers want a file. `--help` tells the options, re2tal/recipes/presets.py the recipes.
+The same as `re2tal train`; launchers want a file. `--help` tells the options, `re2tal recipes` the recipes.
 """
 
 import sys

@@ -104,10 +104,8 @@ def _from_launcher(environ: Mapping[str, str]) -> World:
 
 
 def _from_srun(environ: Mapping[str, str]) -> World:
-    tasks = next((name for name in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS") if name in environ), "")
-    nodes = next(
-        (name for name in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST") if name in environ), ""
-    )
+    tasks = _first_of(environ, "SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "SLURM_NPROCS")
+    nodes = _first_of(environ, "SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
     wanted = {"SLURM_NTASKS": tasks, "SLURM_JOB_NODELIST": nodes, "SLURM_LOCALID": "SLURM_LOCALID" in environ}
     if missing := [name for name, found in wanted.items() if not found]:
         raise ValueError(f"SLURM_PROCID is set but not {missing}; start the ranks with `srun python launch/train.py`")

@@ -11,8 +11,9 @@ compared with that range.
 from __future__ import annotations
 
 import logging
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from functools import lru_cache
+from math import isnan
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class Reading:
     """Relative error of the rebuilt first state of a run; the largest of all runs."""
     outside: float
     """Share of elements of states beyond the range in which the grid makes sums exact; the largest of all runs."""
-    largest: float = 0.0
+    largest: float = field(default=0.0, compare=False)
     """Element of any state; only of the first step, and where there is a grid."""
 
     def or_worse(self, other: Reading | None) -> Reading:
@@ -103,11 +104,16 @@ class FirstCheck(Monitor):
         super().__init__(name, every=1)
         self.done = False
         self.monitor: Monitor | None = None
-        """Is told what was found, and warns of what is no error."""
+        """Of the stage: one that looks at every step is told of this one."""
 
     def note(self, reading: Reading, *, step: int, precision: StateFormat) -> None:
         """Raises RuntimeError where the first state was rebuilt with a larger error than its numbers explain."""
         self.done = True
+        if isnan(reading.drift):
+            raise RuntimeError(
+                f"rewired stage {self.name or 'without a name'}: a state holds NaN or infinity in the first step: look "
+                "at what the network is given and at its weights, or lower the scale of the loss"
+            )
         if not reading.drift <= _explained(reading, precision):
             raise RuntimeError(
                 f"rewired stage {self.name or 'without a name'}: backward rebuilt a state that is {reading.drift:.1e} "
@@ -116,7 +122,7 @@ class FirstCheck(Monitor):
                 "repeat bit for bit (on a CPU, those of attention with a trained mask under bfloat16); correct it, or "
                 "set recompute=False"
             )
-        if self.monitor is not None:
+        if self.monitor is not None and self.monitor.every == 1:
             self.monitor.note(reading, step=step, precision=precision)
 
 

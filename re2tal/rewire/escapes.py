@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from numpy.random import get_state
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -57,7 +58,7 @@ def checked_for_escapes(
         if torch.is_grad_enabled() or is_counted(x):
             return function(x)
         given, escapes, draws = x.detach(), _Escapes(), GeneratorState.now(x.device)
-        others, buffers = _other_generators(), [one for module in _modules(repeated) for one in save_buffers(module)]
+        others, buffers = _other_generators(), _buffers_of(repeated)
         escapes.made[given] = "its input"
         try:
             with torch.enable_grad(), escapes, escapes.custom_functions():  # on, so that a no_grad of its own shows
@@ -76,7 +77,7 @@ def checked_for_escapes(
         # Another tensor of the same memory: the one that the branch returned is alive only if somebody keeps it.
         output = output.detach() if isinstance(output, Tensor) else output
         del given
-        if repeated is not None:
+        if repeated is not None and not isinstance(x, FakeTensor):
             _run_again(function, name, x, output, draws=draws, buffers=buffers)
         for _ in range(2):
             left = [f"{made}, of shape {tuple(tensor.shape)}" for tensor, made in escapes.made.items()]
@@ -92,8 +93,8 @@ def checked_for_escapes(
     return checked
 
 
-def _modules(module: nn.Module | None) -> list[nn.Module]:
-    return [] if module is None else list(module.modules())
+def _buffers_of(module: nn.Module | None) -> list[SavedBuffer]:
+    return [] if module is None else [one for inner in module.modules() for one in save_buffers(inner)]
 
 
 def _run_again(
@@ -105,8 +106,9 @@ def _run_again(
     draws: GeneratorState,
     buffers: list[SavedBuffer],
 ) -> None:
-    with draws.replayed(), buffers_restored({one.module for one in buffers}):
-        for one in buffers:
+    written = [one for one in buffers if one.was_written() or one.differs()]  # others must keep their version
+    with draws.replayed(), buffers_restored({one.module for one in written}):
+        for one in written:
             one.restore()
         again = function(x.detach())
     if isinstance(output, Tensor) and output.shape == again.shape:

@@ -8,7 +8,7 @@ the calls in which these are used.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -53,9 +53,10 @@ def has_hooks(block: nn.Module) -> bool:
     return "forward" in vars(block) or any(map(_of_users, hooks))
 
 
-def has_forward_hooks(module: nn.Module) -> bool:
-    """Whether a user has put forward hooks on `module`, which may collect what it returns."""
-    return _of_users(module._forward_hooks) or _of_users(module._forward_pre_hooks)
+def hooked_inside(blocks: Iterable[nn.Module]) -> bool:
+    """Whether a user has put forward hooks on modules inside of `blocks`, which may collect what they return."""
+    inside = (module for block in blocks for module in block.modules() if module is not block)
+    return any(_of_users(module._forward_hooks) or _of_users(module._forward_pre_hooks) for module in inside)
 
 
 def check_hooks(block: nn.Module, name: str) -> None:
@@ -69,6 +70,18 @@ def check_hooks(block: nn.Module, name: str) -> None:
         raise RewireError(
             f"block {name} has a backward hook, but is differentiated branch by branch; put the hook on a module "
             "inside it, or on a parameter"
+        )
+
+
+def check_kind(block: nn.Module, kind: type[nn.Module], name: str) -> None:
+    """Raises RewireError where `block` is not of the `kind` that its branches were found for.
+
+    FSDP gives a block another class, which has the same forward.
+    """
+    if not isinstance(block, kind) or type(block).forward is not kind.forward:
+        raise RewireError(
+            f"block {name} is a {type(block).__name__}, and was a {kind.__name__} when its branches were found; "
+            "unrewire the model, change it, and rewire it once more"
         )
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import nullcontext
+from copy import deepcopy
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -24,10 +25,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 from re2tal.reversible import run_reversibly
 from re2tal.reversible.monitor import FirstCheck, Monitor
 from re2tal.reversible.offload import offloaded
-from re2tal.rewire.branches import Residual, hidden_state, is_unregistered
+from re2tal.rewire.branches import Residual, hidden_state, is_unregistered, registered
 from re2tal.rewire.config import RewiringConfig
 from re2tal.rewire.escapes import is_compiled
-from re2tal.rewire.hooks import called_with, check_hooks, guard, has_forward_hooks, has_hooks, unguard
+from re2tal.rewire.hooks import called_with, check_hooks, check_kind, guard, has_hooks, hooked_inside, unguard
 from re2tal.rewire.nonresidual import recomputed
 from re2tal.rewire.pending import BlockCall, BlockHandle, PendingState, RewireError, values_of
 from re2tal.rewire.runs_of_stage import bounds_of, coupling_of, lengths_of_runs, names_of_runs
@@ -67,6 +68,31 @@ class RewiredStage(nn.Module):
             self.add_module(name, block)
         self._kinds = {name: type(self.get_submodule(name)) for name in residual}
         self.guard()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickles: registrations are asked once more where they are loaded, as their functions need have no name.
+
+        Raises TypeError for blocks that were taken apart, whose branches are code without a file.
+        """
+        found = {name: registered(self.get_submodule(name)) for name in self.residual}
+        if lost := [self.name_of(name) for name, one in found.items() if not isinstance(one, Residual)]:
+            raise TypeError(
+                f"a rewired model cannot be pickled where blocks were taken apart by what they do ({lost[0]}): save "
+                "its state_dict(), unrewire it before, or register residual_branches for its type of block"
+            )
+        return vars(self) | {"residual": list(self.residual)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        found = {name: registered(self.get_submodule(name)) for name in state["residual"]}
+        self.residual = {name: one for name, one in found.items() if isinstance(one, Residual)}
+        if len(self.residual) < len(found):
+            raise TypeError(f"a block of rewired stage {self.path} is registered as residual no more; rewire it anew")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RewiredStage:
+        other = memo[id(self)] = type(self).__new__(type(self))
+        vars(other).update(deepcopy(vars(self), memo))
+        return other
 
     def guard(self) -> None:
         """Makes calls of residual blocks that do not come from here an error."""
@@ -119,23 +145,12 @@ class RewiredStage(nn.Module):
         `compute` is how to run what ends here: by a call of this module, for its hooks, unless it is being called.
         """
         block, call = self.get_submodule(name), partial(self._call_block, name, compute or self._call)
-        self._check_kind(name, block)
+        if name in self.residual:
+            check_kind(block, self._kinds[name], self.name_of(name))
         if name not in self.residual or not has_hooks(block):
             return call(x, *args, **kwargs)
         check_hooks(block, self.name_of(name))
         return called_with(block, call, x, args, kwargs)
-
-    def _check_kind(self, name: str, block: nn.Module) -> None:
-        """Raises RewireError where something else hangs there now than the branches were found for.
-
-        FSDP gives a block another class, which has the same forward.
-        """
-        kind = self._kinds.get(name, nn.Module)
-        if not isinstance(block, kind) or (name in self._kinds and type(block).forward is not kind.forward):
-            raise RewireError(
-                f"block {self.name_of(name)} is a {type(block).__name__}, and was a {kind.__name__} when its branches "
-                "were found; unrewire the model, change it, and rewire it once more"
-            )
 
     def _call(self, x: Tensor, calls: tuple[BlockCall, ...]) -> Any:
         return self(x, _calls=calls)
@@ -187,7 +202,7 @@ class RewiredStage(nn.Module):
         streams = self.residual[calls[0].name].streams
         if kind is not None:
             # Where states are saved and not rebuilt, backward does not show that a branch gives something else.
-            again = not (coupling_of(self.config, streams=streams).is_sum or self._is_hooked(calls))
+            again = not (coupling_of(self.config, streams=streams).is_sum or hooked_inside(self._blocks(calls)))
             units = [
                 (block, unit_checked_for_escapes(unit, stage=self.path, repeated=block if again else None))
                 for block, unit in units
@@ -218,14 +233,13 @@ class RewiredStage(nn.Module):
 
     def _to_be_checked(self, calls: tuple[BlockCall, ...]) -> tuple | None:
         """What says how these blocks run, if they did not run so before, or if hooks inside may collect outputs."""
-        blocks = [self.get_submodule(call.name) for call in calls]
+        blocks = self._blocks(calls)
         kind = (self.training, *((call.name, call.constants()) for call in calls))
-        done = kind in self._checked and not self._is_hooked(calls)
+        done = kind in self._checked and not hooked_inside(blocks)
         return None if self.recorder is not None or done or any(map(is_compiled, blocks)) else kind
 
-    def _is_hooked(self, calls: tuple[BlockCall, ...]) -> bool:
-        blocks = [self.get_submodule(call.name) for call in calls]
-        return any(has_forward_hooks(module) for block in blocks for module in block.modules() if module is not block)
+    def _blocks(self, calls: tuple[BlockCall, ...]) -> list[nn.Module]:
+        return [self.get_submodule(call.name) for call in calls]
 
     def _units(self, call: BlockCall) -> list[Unit]:
         block, name = self.get_submodule(call.name), self.name_of(call.name)

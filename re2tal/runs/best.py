@@ -9,7 +9,7 @@ best.json is written after the files that it names, so that a crash leaves it wi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.distributed import made_by_main
 from re2tal.rewire import wiring_of
 from re2tal.runs.folder import LAST_MODEL_NAME
+from re2tal.runs.stored_features import describe
 from re2tal.runs.tasks import AnyRun, Outcome, judge_again
 from re2tal.strict_json import read_json, write_json
 from re2tal.training.deepspeed_import import Engine
@@ -34,16 +35,15 @@ class BestModel:
 
     folder: Path
     config: AnyRun
-    shards: ShardSet | FeatureSet
+    training: ShardSet | FeatureSet
+    validation: ShardSet | FeatureSet
     """On which it is evaluated."""
-    features: Mapping[str, Any] | None
-    """The stored features of the training, if there are any."""
 
     @property
     def scored(self) -> dict[str, Any]:
         """What figures depend on beside the weights: those of other videos or rules do not compare."""
         rules = {name: to_json(self.config).get(name) for name in ("suppression", "evaluation")}
-        return {"shards": self.shards.manifest_sha256, **rules}
+        return {"shards": self.validation.manifest_sha256, **rules}
 
     def start(self, *, step: int, say: Callable[[str], None]) -> None:
         """Every rank calls this before it trains on from `step`: forgets evaluations that no longer count."""
@@ -69,11 +69,12 @@ class BestModel:
         if made_by_main(lambda: self._is_beaten(by, value, step)):
             return
         weights, model = gather_weights(engine), engine.module
+        features = describe(self.training) if isinstance(self.training, FeatureSet) else None
 
         def write() -> None:
             self.folder.mkdir(exist_ok=True)
             path = self.folder / f"step-{step:08d}.safetensors"
-            write_model(path, weights, classes=model.classes, wiring=wiring_of(model), features=self.features)
+            write_model(path, weights, classes=model.classes, wiring=wiring_of(model), features=features)
             outcome.write(path.with_suffix(".json"))
             figures = {**(self.read() or {"figures": {}})["figures"], str(step): value}
             known = {"step": step, "by": by, "figures": figures, "scored": self.scored}
@@ -98,7 +99,7 @@ class BestModel:
 
     def outcome(self) -> Outcome:
         """The best evaluation once more, from its results."""
-        return judge_again(self.results, config=self.config, shards=self.shards)
+        return judge_again(self.results, config=self.config, shards=self.validation)
 
     def export(self, path: Path) -> None:
         """Write the best model as that of the run."""

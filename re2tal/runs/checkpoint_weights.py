@@ -170,6 +170,6 @@ def _float(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _read(path: Path) -> Any:
-    from re2tal.training.checkpoint_files import DurableCheckpointEngine  # DeepSpeed wrote the file
+    from re2tal.training.checkpoint_files import DurableCheckpointEngine  # imports DeepSpeed, which takes seconds
 
     return DurableCheckpointEngine().load(str(path), map_location="cpu")

@@ -31,6 +31,12 @@ def remembering_clips(
     return prepared
 
 
+def forget_clips(folder: Path) -> None:
+    """Every rank calls this before the first step of a new run: an earlier one left features of other weights."""
+    for path in (folder / CLIP_FEATURES_NAME).glob("*"):
+        path.unlink(missing_ok=True)
+
+
 def approximation(share: float) -> str:
     """What a share of the clips means, for the log and the summary."""
     return (

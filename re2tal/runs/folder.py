@@ -62,8 +62,6 @@ def claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
                 f"{folder} holds the checkpoints of an earlier run; continue it (resume), replace it (overwrite), or "
                 "choose another folder"
             )
-        if not resume:  # features of other weights
-            shutil.rmtree(folder / CLIP_FEATURES_NAME, ignore_errors=True)
         folder.mkdir(parents=True, exist_ok=True)
 
     made_by_main(make)

@@ -21,9 +21,8 @@ BEGIN, END = "<!-- written by: re2tal plan --write docs/backbones.md -->", "<!--
 RANKS = (1, 8, 64)
 PRESET = "zero3"
 CHOSEN = (
-    *("thumos14_re2swin_tiny", "thumos14_re2slowfast_r101", "thumos14_adatad_videomae_base"),
-    *("thumos14_adatad_videomae_large", "thumos14_adatad_videomae_giant", "thumos14_adatad_videomae_giant_224"),
-    *("thumos14_re2vjepa2_giant", "thumos14_re2internvideo2_1b"),
+    *("thumos14_re2swin_tiny", "thumos14_adatad_videomae_base", "thumos14_adatad_videomae_giant"),
+    *("thumos14_adatad_videomae_giant_224", "thumos14_re2vjepa2_giant", "thumos14_re2internvideo2_1b"),
 )
 LONG, LENGTHS, CLIPS_AT_ONCE = "thumos14_adatad_videomae_giant", (768, 3072, 9984, 29952), 16
 CPU = torch.device("cpu")

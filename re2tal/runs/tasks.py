@@ -26,7 +26,7 @@ from re2tal.runs.evaluation import match_run
 from re2tal.structures import Batch, Detections, VideoRecord
 from re2tal.training.trackers import Figures
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # what reads a trained model needs no DeepSpeed
     from re2tal.training.deepspeed_import import Engine
 
 AnyRun = RunConfig | RecognitionConfig

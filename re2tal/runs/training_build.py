@@ -24,13 +24,14 @@ from re2tal.runs.tasks import AnyRun, Outcome
 from re2tal.runs.training_data import Pair, alike_on_any_ranks, prepare, stream_of
 from re2tal.training.agreement import weight_checksums
 from re2tal.training.annealing import beta_course
-from re2tal.training.checkpoint import VALIDATION, CheckpointStore
+from re2tal.training.checkpoint import CheckpointStore
 from re2tal.training.deepspeed_import import Engine
 from re2tal.training.elastic import RANKS
 from re2tal.training.engine import build_engine
 from re2tal.training.engine_weights import zero_stage
 from re2tal.training.finite import check_finite
 from re2tal.training.generators import seed_generators
+from re2tal.training.identity import VALIDATION
 from re2tal.training.metrics import MetricsLog
 from re2tal.training.optimizer import build_optimizer, for_batch
 from re2tal.training.schedule import learning_rate_factor, num_optimizer_steps
@@ -77,13 +78,12 @@ def build_trainer(
         log.say(approximation(share))
 
     def validate(engine: Engine) -> Mapping[str, float]:
-        outcome = evaluate(engine)
+        outcome, now = evaluate(engine), ours()
+        assert now is not None
         log.draw(outcome.pictures)
-        trainer = ours()
-        assert trainer is not None
         # Before the end of annealing it is another network than that of config.json.
-        if best is not None and trainer.is_annealed:
-            best.offer(outcome, engine, step=trainer.progress.step)
+        if best is not None and now.is_annealed:
+            best.offer(outcome, engine, step=now.progress.step)
         return outcome.figures
 
     trainer = Trainer(

@@ -20,6 +20,7 @@ from re2tal.distributed import World, is_main, made_by_main, refuse_differences,
 from re2tal.planning.shared import save_plan, shared_plan
 from re2tal.planning.step_plan import StepPlan
 from re2tal.runs.best import BestModel
+from re2tal.runs.clip_memory import forget_clips
 from re2tal.runs.deepspeed_presets import DEFAULT_PRESET, find_preset
 from re2tal.runs.demo_data import make_if_wanted
 from re2tal.runs.evaluation import blocked_by
@@ -28,7 +29,7 @@ from re2tal.runs.folder import BEST_NAME, CHECKPOINTS_NAME, CONFIG_NAME, PLAN_NA
 from re2tal.runs.lock import locked
 from re2tal.runs.orphans import end_with_the_launcher
 from re2tal.runs.start import build_from, find_start
-from re2tal.runs.stored_features import check_kind, describe, on_features
+from re2tal.runs.stored_features import check_kind, on_features
 from re2tal.runs.tasks import AnyRun, Outcome, judge
 from re2tal.runs.training_build import build_trainer
 from re2tal.runs.training_data import open_both, stream_of
@@ -118,8 +119,7 @@ def _train(
     earlier = folder / PLAN_NAME if resume else None
     plan = _plan(config, ds_file, world, classes=training.classes, device=device, earlier=earlier)
     ranks.check()
-    features = describe(training) if isinstance(training, FeatureSet) else None
-    best = BestModel(folder / BEST_NAME, config, validation, features) if config.training.keep_best else None
+    best = BestModel(folder / BEST_NAME, config, *shards) if config.training.keep_best else None
     trainer = build_trainer(
         config, settings, folder, world, build, shards, evaluate=evaluate, best=best, device=device, plan=plan
     )
@@ -170,6 +170,8 @@ def _resume(
 ) -> None:
     """Every rank calls this: continues the earlier run, if `resume` and there is one; rank 0 writes config and plan."""
     resumed = resume and trainer.resume()
+    if not resumed:
+        forget_clips(folder)
     if best is not None:
         best.start(step=trainer.progress.step, say=trainer.log.say)
     if is_main():  # not before: a run that may not be resumed like this keeps the configuration it has

@@ -13,7 +13,8 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Collection, Mapping
+import time
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,18 +26,19 @@ from re2tal.distributed import gather_objects, is_main, named_host
 from re2tal.strict_json import sha256_of, write_atomically
 from re2tal.training.agreement import refuse_drifted_replicas
 from re2tal.training.deepspeed_import import Engine
-from re2tal.training.elastic import ACCUMULATION, RANKS, batches_of_step, place_in_run
+from re2tal.training.elastic import place_in_run
 from re2tal.training.ema import WeightAverage
 from re2tal.training.finite import all_finite, find_non_finite
 from re2tal.training.generators import generator_states, restore_generators
+from re2tal.training.identity import SHAPE, changed_values, refuse_another_run
 from re2tal.training.manifest import FOLDER, Manifest, Progress, read_manifest, write_manifest
 from re2tal.training.reshard import resharded
+from re2tal.training.stall import Stall
 from re2tal.training.watchdog import at
 
-SHAPE = (RANKS, ACCUMULATION, "ZeRO stage")
-"""Of an identity: what may change as long as a step takes as many clips. See `elastic` and `reshard`."""
-VALIDATION = "validation shards"
-"""Of an identity: what may change, but not without a word. Checkpoints of earlier versions do not say it."""
+RANK_FILE = "rank-{:05d}.pt"
+PAUSES_SECONDS = (2.0, 10.0)
+"""A save that fails is tried again after each of these: a disk may be full, or away, for a moment."""
 
 
 class CheckpointStore:
@@ -64,13 +66,17 @@ class CheckpointStore:
         self.changed: dict[str, tuple[Any, Any]] = {}
         self.defaults = json.loads(json.dumps(dict(defaults or {}), default=str))
         self.keep = keep
+        self.pauses_seconds: Sequence[float] = PAUSES_SECONDS
+        self._stall = Stall()
+        self._wrote = False
 
     def save(self, engine: Engine, average: WeightAverage | None, progress: Progress) -> Path:
         """Every rank calls this between two optimizer steps.
 
-        Raises OSError on all ranks, old checkpoints kept, if one fails, and FloatingPointError if there is anything in
-        the weights that no run should go on from.
+        Raises OSError on all ranks, old checkpoints kept, if one fails again and again, and FloatingPointError if there
+        is anything in the weights that no run should go on from.
         """
+        started = time.monotonic()
         at(f"the checkpoint of step {progress.step}", patient=True)
         refuse_drifted_replicas(engine, step=progress.step)
         if poison := _non_finite_by_rank(engine, average):
@@ -78,31 +84,23 @@ class CheckpointStore:
                 f"after step {progress.step} not all numbers are finite: {poison}; no checkpoint is written, earlier "
                 "ones are intact. Lower the learning rate or lengthen the warmup, then resume"
             )
-        name = f"step-{progress.step:08d}"
-        partial = self.folder / f"tmp-{name}"
-        failures: list[OSError] = []
-        if is_main():
+        for pause in (*self.pauses_seconds, None):
             try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self._remove_leftovers()
-                partial.mkdir()
+                written = self._write(engine, average, progress)
+                break
             except OSError as error:
-                failures.append(error)
-        # Also a barrier: no rank writes before the folder is there.
-        self._raise_together(failures, partial)
-        engine.save_checkpoint(str(self.folder), tag=partial.name, save_latest=False)
-        engine.checkpoint_engine.save(_rank_state(engine, average), str(partial / _rank_file()))
-        self._raise_together(engine.checkpoint_engine.take_failures(), partial)
-        # Of the files as they lie there: DeepSpeed wrote most of them, and nobody else knows their bytes.
-        sums = self._digests(partial)
-        if is_main():
-            try:
-                write_manifest(partial, run=self.identity, progress=progress, files=sums)
-                self._commit(partial, self.folder / name)
-            except OSError as error:
-                failures.append(error)
-        self._raise_together(failures, partial)
-        return self.folder / name
+                if pause is None:
+                    raise OSError(
+                        f"{error}. Earlier checkpoints are intact; free space or make the folder writable, then resume "
+                        "the run"
+                    ) from None
+                if is_main():
+                    print(f"{error}; trying again in {pause:g} s", file=sys.stderr, flush=True)
+                time.sleep(pause)
+        advice = self._stall.add(progress.step, started=started, ended=time.monotonic())
+        if advice and is_main():
+            print(advice, file=sys.stderr, flush=True)
+        return written
 
     def load_newest(self, engine: Engine, average: WeightAverage | None) -> Progress | None:
         """Every rank calls this: restores the newest checkpoint that verifies; None where there is none at all.
@@ -121,12 +119,13 @@ class CheckpointStore:
                 )
             if name is None or manifest is None:
                 return None
-            self._refuse_another_run(self.folder / name, manifest.run)
-            self.changed = self._changes(manifest.run)
+            saved = {key: self.defaults[key] for key in self.identity.keys() & self.defaults.keys()} | manifest.run
+            refuse_another_run(self.folder / name, saved, self.identity, free=self.free)
+            self.changed = changed_values(manifest.run, self.identity, free=self.free)
             self._restore(name, manifest.run, engine, average)
             # Versions before this one saved whatever there was.
             if not (poison := _non_finite_by_rank(engine, average)):
-                return place_in_run(manifest.progress, manifest.run, num_ranks=_num_ranks())
+                return place_in_run(manifest.progress, manifest.run, num_ranks=_rank()[1])
             unfit[name] = f"not all numbers are finite: {poison}"
 
     def newest_run(self) -> dict[str, Any] | None:
@@ -138,11 +137,51 @@ class CheckpointStore:
 
     # ---------------------------------------------------------------------------------------------------------- writing
 
+    def _write(self, engine: Engine, average: WeightAverage | None, progress: Progress) -> Path:
+        """Every rank calls this. OSError on all of them, and nothing left of it, where one fails."""
+        name = f"step-{progress.step:08d}"
+        partial = self.folder / f"tmp-{name}"
+        failures: list[OSError] = []
+        if is_main():
+            try:
+                if self._wrote and not self._names():
+                    gone = "are gone: somebody removed them, or their disk is no longer mounted there"
+                    print(f"the earlier checkpoints in {self.folder} {gone}; saving goes on", file=sys.stderr)
+                self.folder.mkdir(parents=True, exist_ok=True)
+                self._remove_leftovers()
+                partial.mkdir()
+            except OSError as error:
+                failures.append(error)
+        # Also a barrier: no rank writes before the folder is there.
+        self._raise_together(failures, partial)
+        engine.save_checkpoint(str(self.folder), tag=partial.name, save_latest=False)
+        engine.checkpoint_engine.save(_rank_state(engine, average), str(partial / RANK_FILE.format(_rank()[0])))
+        self._raise_together(engine.checkpoint_engine.take_failures(), partial)
+        sums = self._digests(partial)
+        if is_main():
+            try:
+                write_manifest(partial, run=self.identity, progress=progress, files=sums)
+                self._commit(partial, self.folder / name)
+            except OSError as error:
+                failures.append(error)
+        self._raise_together(failures, partial)
+        self._wrote = True
+        return self.folder / name
+
     def _digests(self, partial: Path) -> dict[str, dict[str, Any]]:
-        """Every rank calls this: name -> size and SHA-256 of every file, the work shared between the ranks."""
-        files = sorted(path for path in partial.iterdir() if path.is_file())
-        rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        mine = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in files[rank::ranks]}
+        """Every rank calls this: name -> size and SHA-256 of every file, the work shared between the ranks.
+
+        Of the files as they lie there: DeepSpeed wrote most of them, and nobody else knows their bytes.
+        """
+        rank, ranks = _rank()
+        mine: dict[str, dict[str, Any]] = {}
+        failures: list[OSError] = []
+        try:
+            for path in sorted(path for path in partial.iterdir() if path.is_file())[rank::ranks]:
+                mine[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
+        except OSError as error:
+            failures.append(error)
+        self._raise_together(failures, partial)
         return {name: digest for part in gather_objects(mine) for name, digest in sorted(part.items())}
 
     def _commit(self, partial: Path, final: Path) -> None:
@@ -165,9 +204,7 @@ class CheckpointStore:
             if is_main():
                 shutil.rmtree(partial, ignore_errors=True)
             raise OSError(
-                f"checkpoint {partial.name.removeprefix('tmp-')} was not written to {self.folder}: "
-                f"{'; '.join(reports)}. Earlier checkpoints are intact; free space or make the folder writable, then "
-                "resume the run"
+                f"checkpoint {partial.name.removeprefix('tmp-')} was not written to {self.folder}: {'; '.join(reports)}"
             )
 
     def _remove_leftovers(self) -> None:
@@ -214,43 +251,9 @@ class CheckpointStore:
             return
         loaded, _ = engine.load_checkpoint(str(self.folder), tag=name)
         assert loaded is not None
-        _restore_rank_state(engine, average, load(str(self.folder / name / _rank_file()), map_location="cpu"))
-
-    def _refuse_another_run(self, checkpoint: Path, saved: dict[str, Any]) -> None:
-        saved = {name: self.defaults[name] for name in self.identity.keys() & self.defaults.keys()} | saved
-        changes = [
-            f"{name} is {self.identity.get(name)!r}, the checkpoint has {saved.get(name)!r}"
-            for name in sorted(self.identity.keys() | saved.keys())
-            if name not in (*SHAPE, VALIDATION, *self.free) and not _alike(self.identity.get(name), saved.get(name))
-        ]
-        batches, before = batches_of_step(self.identity), batches_of_step(saved)
-        if batches != before:
-            changes.append(f"a step takes {batches} batches of all ranks together, the checkpoint's {before}")
-        if changes:
-            raise ValueError(
-                f"{checkpoint} is of another run: {'; '.join(changes)}. Resume with the config.json of its run folder "
-                "or choose another folder"
-            )
-        if saved.get(VALIDATION, self.identity.get(VALIDATION)) != self.identity.get(VALIDATION) and is_main():
-            print(
-                f"{VALIDATION} have changed since {checkpoint}: figures of before and after are of other videos or "
-                "labels",
-                file=sys.stderr,
-            )
-
-    def _changes(self, saved: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Free values that are not those of the checkpoint: name -> what it has, what the run has now."""
-        return {
-            name: (saved[name], self.identity.get(name))
-            for name in sorted(self.free & saved.keys())
-            if not _alike(self.identity.get(name), saved[name])
-        }
-
-
-def _alike(ours: Any, saved: Any) -> bool:
-    # Checkpoints from before paths were written absolute have them as they were given.
-    paths = isinstance(ours, str) and isinstance(saved, str) and Path(ours).is_absolute()
-    return ours == saved or (paths and Path(ours) == Path(saved).absolute())
+        _restore_rank_state(
+            engine, average, load(str(self.folder / name / RANK_FILE.format(_rank()[0])), map_location="cpu")
+        )
 
 
 def _non_finite_by_rank(engine: Engine, average: WeightAverage | None) -> str:
@@ -281,12 +284,9 @@ def _restore_rank_state(engine: Engine, average: WeightAverage | None, state: di
         average.restore(state["average"])
 
 
-def _num_ranks() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def _rank_file() -> str:
-    return f"rank-{dist.get_rank() if dist.is_initialized() else 0:05d}.pt"
+def _rank() -> tuple[int, int]:
+    """Its number, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def _flush_folder(folder: Path) -> None:

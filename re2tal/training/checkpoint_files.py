@@ -9,17 +9,23 @@ from typing import IO, Any
 
 import torch
 
-from re2tal.training.deepspeed_import import LossScaler, TorchCheckpointEngine, ZeroStageEnum, fragment_address
+from re2tal.training.deepspeed_import import (
+    DynamicLossScaler,
+    LossScaler,
+    TorchCheckpointEngine,
+    ZeroStageEnum,
+    fragment_address,
+)
 
 
 class DurableCheckpointEngine(TorchCheckpointEngine):
     """Writes what DeepSpeed saves through to the disk, and reads it without executing anything.
 
-    DeepSpeed itself loads with `weights_only=False`, which runs whatever a tampered file says. Its files need three
+    DeepSpeed itself loads with `weights_only=False`, which runs whatever a tampered file says. Its files need four
     plain classes and no more.
     """
 
-    SAFE_CLASSES = (LossScaler, fragment_address, ZeroStageEnum, OrderedDict)
+    SAFE_CLASSES = (LossScaler, DynamicLossScaler, fragment_address, ZeroStageEnum, OrderedDict)
 
     def __init__(self) -> None:
         super().__init__()

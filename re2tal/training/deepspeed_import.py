@@ -16,7 +16,7 @@ try:
 except ImportError as error:
     raise ValueError(f"training needs DeepSpeed, and DeepSpeed needs Linux: pip install deepspeed ({error})") from error
 from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
-from deepspeed.runtime.fp16.loss_scaler import LossScaler
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
 from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig, ZeroStageEnum
 from deepspeed.runtime.zero.offload_config import (
@@ -33,6 +33,7 @@ __all__ = [
     "DeepSpeedZeroConfig",
     "DeepSpeedZeroOffloadOptimizerConfig",
     "DeepSpeedZeroOffloadParamConfig",
+    "DynamicLossScaler",
     "Engine",
     "LossScaler",
     "TorchCheckpointEngine",

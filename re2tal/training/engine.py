@@ -43,6 +43,9 @@ def build_engine(
     engine.checkpoint_engine = DurableCheckpointEngine()
     # It would put executable scripts beside every checkpoint, whose loading runs whatever a tampered file says.
     engine._copy_recovery_script = lambda folder: None
+    if engine.fp16_enabled():
+        # Else a bare exception ends the run at the first overflow there. The trainer counts overflows, and says more.
+        engine.optimizer.loss_scaler.raise_error_at_min_scale = False
     if zero_stage(engine) == 0:
         _skip_non_finite_steps(engine)
     if zero_stage(engine) == 3:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -40,6 +41,8 @@ class MetricsLog:
         self.trackers = trackers
         self.progress: Progress | None = None
         self._about = ""
+        self._rows: list[str] = []
+        """Not written yet: of a disk that is full or away for a while."""
 
     def open(self, *, step: int, num_steps: int) -> None:
         """Starts, or continues at optimizer step `step` of `num_steps`."""
@@ -62,9 +65,8 @@ class MetricsLog:
         if not self.enabled:
             return
         assert self.progress is not None
-        row = json.dumps({"step": step, "kind": kind, **values})
-        with (self.folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
-            file.write(row + "\n")
+        self._rows.append(json.dumps({"step": step, "kind": kind, **values}) + "\n")
+        self._write_rows()
         if self.trackers is not None:
             self.trackers.log({f"{kind}/{name}": value for name, value in values.items()}, step=step)
         if kind == "train" and self.progress.has_bar:
@@ -77,6 +79,20 @@ class MetricsLog:
         """Shows pictures of the step that was done last; they are drawn only where there is something to show them."""
         if self.enabled and self.trackers is not None and self.progress is not None:
             self.trackers.draw(figures, step=int(self.progress.done))
+
+    def _write_rows(self) -> None:
+        path, rows = self.folder / "metrics.jsonl", "".join(self._rows).encode()
+        try:
+            with path.open("ab", buffering=0) as file:
+                whole = file.tell()
+                if file.write(rows) < len(rows):  # half a line would spoil the next one
+                    os.truncate(path, whole)
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            # Checkpoints decide whether a run may go on without its disk.
+            self.say(f"{path} cannot be written ({error}); training goes on, {len(self._rows)} lines wait until it can")
+        else:
+            self._rows.clear()
 
     def has(self, kind: str, *, step: int) -> bool:
         """Whether values of a kind are logged for a step. On the rank that writes, of an open log."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -34,21 +34,10 @@ def resharded(checkpoint: Path, engine: Engine, average: WeightAverage | None, *
 
     `read`: loads a file without executing anything. ValueError where the checkpoint cannot be taken apart.
     """
-    saved = _Saved(checkpoint, read)
-    here = zero_stage(engine)
-    if 0 in (saved.stage, here) and saved.stage != here:
-        raise ValueError(
-            f"{checkpoint} was written under ZeRO stage {saved.stage}, this run has stage {here}: between stage 0 and "
-            "the others nothing is converted; resume with stage " + ("0" if saved.stage == 0 else "1, 2 or 3")
-        )
-    if here == 0:  # every rank holds all of it
-        engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name)
-        if average is not None:
-            average.restore(saved.ranks[0]["average"])
-    else:
-        with torch.no_grad():
-            _fill(engine, average, saved)
-            _advance(engine, saved)
+    saved = _Saved(checkpoint, read, trained=_trained(engine), grouped=_grouped(engine))
+    with torch.no_grad():
+        _fill(engine, average, saved)
+        _advance(engine, saved)
     restore_generators(saved.ranks[engine.global_rank % len(saved.ranks)]["generators"], engine.device)
     for name, buffer in engine.module.named_buffers():
         values = [state["buffers"][name].double() for state in saved.ranks]
@@ -59,8 +48,12 @@ def resharded(checkpoint: Path, engine: Engine, average: WeightAverage | None, *
 class _Saved:
     """The files of a checkpoint, read."""
 
-    def __init__(self, checkpoint: Path, read: Read) -> None:
+    def __init__(self, checkpoint: Path, read: Read, *, trained: Sequence[str], grouped: Sequence[str]) -> None:
+        """The names of the trained parameters in the network's order, and in that of the optimizer's groups; files of
+        stage 0 do not say them."""
         self.checkpoint = checkpoint
+        self.trained = trained
+        self.grouped = grouped
         self.ranks = [read(path) for path in _by_rank(checkpoint, "rank-*.pt")]
         shards = _by_rank(checkpoint, "*zero_pp_rank_*_optim_states.pt")
         self.optimizers = [read(path)["optimizer_state_dict"] for path in shards]
@@ -73,10 +66,14 @@ class _Saved:
 
     def base(self, rank: int) -> dict[str, Any]:
         """The state of torch's optimizer on a rank."""
+        if self.stage == 0:
+            return self.model["optimizer"]
         return self.optimizers[rank]["optimizer_state_dict" if self.stage == 3 else "base_optimizer_state"]
 
     def whole(self, kind: Kind) -> Whole | None:
         """None where the checkpoint holds nothing of this kind: moments before the first step, or no average."""
+        if self.stage == 0:
+            return self._whole_of_0(kind)
         flats = [self._flats(kind, rank) for rank in range(len(self.ranks))]
         if any(flat is None for flat in flats):
             return None
@@ -93,6 +90,25 @@ class _Saved:
                     f"({kind}); resume with as many ranks and the ZeRO stage it was written with"
                 )
         return joined
+
+    def _whole_of_0(self, kind: Kind) -> Whole | None:
+        """Of the first rank: without ZeRO, each holds all of it."""
+        weights = {name: self.model["module"][name] for name in self.trained}
+        if kind == "weights":
+            values = weights
+        elif kind == "average":
+            if (shards := self.ranks[0]["average"]) is None:
+                return None
+            values = dict(zip(self.trained, shards, strict=True))
+        else:
+            if not (states := self.base(0)["state"]):
+                return None
+            # A parameter that no loss reaches has no moments, or, under ZeRO, zeros.
+            values = {
+                name: states[place][kind] if place in states else torch.zeros_like(weights[name])
+                for place, name in enumerate(self.grouped)
+            }
+        return {name: value.flatten() for name, value in values.items()}
 
     def frozen(self, names: Collection[str]) -> Whole:
         """The parameters of these names, which nothing trains, in the type of the weights."""
@@ -148,25 +164,38 @@ def _by_rank(checkpoint: Path, pattern: str) -> list[Path]:
 
 
 def _fill(engine: Engine, average: WeightAverage | None, saved: _Saved) -> None:
-    """Weights, moments and average of this rank's shards."""
-    flats = master_weights(engine)
+    """Weights, moments and average of this rank's shards; without ZeRO, the parameters are the shards."""
+    shards = master_weights(engine)
     parameters = dict(engine.module.named_parameters())
-    base = engine.optimizer.optimizer
     for kind in get_args(Kind):
         if (kind == "average" and average is None) or (whole := saved.whole(kind)) is None:
             continue
-        targets: list[Tensor] = flats if kind == "weights" else [torch.zeros_like(flat) for flat in flats]
+        flats = [shard.new_zeros(shard.numel()) for shard in shards]
         for name, values in whole.items():
-            for group, start, piece in _places(engine, parameters[name], values):
-                targets[group][start : start + piece.numel()] = piece.to(targets[group])
+            for place, start, piece in _places(engine, name, parameters[name], values):
+                flats[place][start : start + piece.numel()] = piece.to(flats[place])
+        targets = [flat.view(shard.shape) for flat, shard in zip(flats, shards, strict=True)]
         if kind == "average":
             assert average is not None
             average.restore(targets)
-        elif kind != "weights":
+        elif kind == "weights":
+            torch._foreach_copy_(shards, targets)
+        else:
             for weight, target in zip(_flat_parameters(engine), targets, strict=True):
-                base.state[weight][kind] = target
+                engine.basic_optimizer.state[weight][kind] = target
     _fill_frozen(engine, saved)
     publish(engine)
+
+
+def _trained(engine: Engine) -> list[str]:
+    return [name for name, weight in engine.module.named_parameters() if weight.requires_grad]
+
+
+def _grouped(engine: Engine) -> list[str]:
+    if zero_stage(engine) > 0:
+        return [name for group in engine._get_zero_param_shapes() for name in group]
+    names = {weight: name for name, weight in engine.module.named_parameters()}
+    return [names[weight] for group in engine.optimizer.param_groups for weight in group["params"]]
 
 
 def _fill_frozen(engine: Engine, saved: _Saved) -> None:
@@ -185,6 +214,8 @@ def _fill_frozen(engine: Engine, saved: _Saved) -> None:
 def _flat_parameters(engine: Engine) -> list[nn.Parameter]:
     """The shards themselves, by which torch's optimizer keeps its state."""
     optimizer = engine.optimizer
+    if zero_stage(engine) == 0:
+        return [weight for weight in engine.module.parameters() if weight.requires_grad]
     if zero_stage(engine) == 3:
         return list(optimizer.fp32_partitioned_groups_flat)
     if hasattr(optimizer, "single_partition_of_fp32_groups"):
@@ -192,9 +223,11 @@ def _flat_parameters(engine: Engine) -> list[nn.Parameter]:
     return list(optimizer.fp32_groups_flat_partition)
 
 
-def _places(engine: Engine, weight: nn.Parameter, values: Tensor) -> Iterator[tuple[int, int, Tensor]]:
+def _places(engine: Engine, name: str, weight: nn.Parameter, values: Tensor) -> Iterator[tuple[int, int, Tensor]]:
     """Where a parameter lies in this rank's shards: number of the shard, start, and what belongs there."""
-    if zero_stage(engine) == 3:
+    if zero_stage(engine) == 0:
+        yield _trained(engine).index(name), 0, values
+    elif zero_stage(engine) == 3:
         group, start, length = engine.optimizer.grad_position[engine.optimizer.get_param_id(weight)]
         first = engine.global_rank * length
         yield group, start, values[first : first + length]
@@ -205,11 +238,11 @@ def _places(engine: Engine, weight: nn.Parameter, values: Tensor) -> Iterator[tu
 
 def _advance(engine: Engine, saved: _Saved) -> None:
     """Counters, learning rates and loss scale, which are the same on all ranks."""
-    base, states = engine.optimizer.optimizer, saved.base(0)["state"]
+    states = saved.base(0)["state"]
     if states:
         step = next(iter(states.values()))["step"]
         for weight in _flat_parameters(engine):
-            base.state[weight]["step"] = step.clone()
+            engine.basic_optimizer.state[weight]["step"] = step.clone()
     engine.lr_scheduler.load_state_dict(saved.model["lr_scheduler"])
     for group, rate in zip(engine.optimizer.param_groups, saved.model["lr_scheduler"]["_last_lr"], strict=True):
         group["lr"] = rate

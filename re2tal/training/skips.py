@@ -41,14 +41,16 @@ class Skips:
         if any_rank(bool(lost), device=self.engine.device):
             self._non_finite(f"the loss is not finite: {videos_by_rank(lost)}")
             return True
+        who = videos_by_rank(self.watch.culprits())
         if self.engine.fp16_enabled():
             # Counted apart: DeepSpeed begins with a loss scale of 2^16 and halves it at every overflow, so a sound run
             # may skip a dozen steps in a row.
             self.overflows_in_a_row += 1
             in_a_row, limit = self.overflows_in_a_row, self.max_non_finite + LOSS_SCALE_SEARCH
-            self._skip(f"the gradients of step {step} overflow", in_a_row=in_a_row, limit=limit)
+            scale = float(self.engine.optimizer.loss_scale)
+            reason = f"the gradients of step {step} overflow: {who}; the loss scale is {scale:g} now"
+            self._skip(reason, in_a_row=in_a_row, limit=limit)
         else:
-            who = videos_by_rank(self.watch.culprits())
             self._non_finite(f"the gradients of step {step} are not finite: {who}")
         return False
 

@@ -6,8 +6,10 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from re2tal.distributed import any_rank, gather_objects, named_host
 from re2tal.rewire import count_states, largest_drift
 from re2tal.training.deepspeed_import import Engine
+from re2tal.training.jumps import LossWatch
 from re2tal.training.manifest import Progress
 from re2tal.training.metrics import Meter, MetricsLog, peak_memory_gib
 
@@ -31,6 +33,7 @@ class StepReport:
         self.beta = beta
         self.planned_bytes = planned_bytes
         self.meter = Meter(clips_per_step=int(engine.train_batch_size()))
+        self.watch = LossWatch()
 
     def add(self, losses: dict[str, Tensor], *, seconds: float, waited: float) -> None:
         """One optimizer step; `waited`: how many of its `seconds` this rank waited for the loader."""
@@ -40,6 +43,7 @@ class StepReport:
         """Every rank calls this: the line of the steps since the last one."""
         losses, speed = self.meter.take(device=self.engine.device)
         self._compare_with_plan()
+        self._say_jumps()
         groups = self.engine.optimizer.param_groups
         self.log.write(
             "train",
@@ -56,6 +60,14 @@ class StepReport:
             },
             step=progress.step,
         )
+
+    def _say_jumps(self) -> None:
+        """Every rank calls this: names the losses that jumped since the last line."""
+        jumps = self.watch.found()
+        if any_rank(bool(jumps), device=self.engine.device):
+            for rank, (host, of_rank) in enumerate(gather_objects((named_host(), jumps))):
+                for jump in of_rank:
+                    self.log.say(f"the loss jumped on rank {rank} (host {host}) in {jump}")
 
     def _rewiring(self, step: int) -> dict[str, float]:
         """Beta and the number of kept states, where beta changes; the monitor's last error of rebuilt states."""

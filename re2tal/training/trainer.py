@@ -93,7 +93,7 @@ class Trainer:
         self.report = StepReport(
             engine,
             log,
-            steps_per_epoch=clips.steps_per_epoch / self.accumulation,
+            steps_per_epoch=self.steps_per_epoch,
             beta=beta,
             planned_bytes=planned_bytes,
         )
@@ -199,12 +199,14 @@ class Trainer:
             self.progress = replace(self.progress, skipped=self.progress.skipped + 1)
             if not self.skips.is_lost(micro_batches, step=self.progress.step):
                 break
+        for one in micro_batches:
+            self.report.watch.add(self.progress.step, one.losses["total"], one.video_ids)
         losses = [one.losses for one in micro_batches]
         return {name: torch.stack([each[name] for each in losses]).mean() for name in losses[0]}
 
     def _micro_batch(self, batches: Iterator[Batch]) -> MicroBatch:
         """Forward and backward of the next batch and, with the last of a step, the step itself."""
-        at(f"the data of step {self.progress.step}", patient=not self.warm)
+        at(f"step {self.progress.step}, waiting for its loader", patient=not self.warm)
         asked = time.perf_counter()
         batch = next(batches)
         self._waited += time.perf_counter() - asked

@@ -98,6 +98,9 @@ def judge(reports: Sequence[Report], silent_seconds: Sequence[float], *, limit_s
     if len(late) in (0, len(reports)):
         least = min(report.progress for report in reports)
         late = [rank for rank, report in enumerate(reports) if report.progress == least]
+    # Others may wait long for a rank that takes several steps meanwhile: it is slow, and hangs only if it goes on so.
+    if max(reports[rank].stays_seconds for rank in late) <= limit_seconds and waited <= PATIENCE * limit:
+        return None
     if len(late) == len(reports):
         return f"no rank made progress for {waited:.0f} s, and none is behind the others: {', '.join(names)}"
     return f"{', '.join(names[rank] for rank in late)} holds up the others for {waited:.0f} s"

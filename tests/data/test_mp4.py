@@ -19,12 +19,14 @@ OPEN = {"g": "12", "bf": "3", "x264-params": "open-gop=1:scenecut=0:keyint=12:mi
 CLOSED = {"g": "12", "bf": "3", "x264-params": "open-gop=0:scenecut=0"}
 RATE = Fraction(30000, 1001)
 
+X265 = {"x265-params": "log-level=none:keyint=20:open-gop=1"}
 FOREIGN: dict[str, tuple[Callable[[Path], Path], str]] = {
     "MPEG-4 with B-frames": (
         lambda path: write_video(path, codec="mpeg4", options={"bf": "2", "g": "12"}),
         r"codec is 'mp4v' .* only H\.264",
     ),
-    "HEVC": (lambda path: write_video(path, codec="libx265"), "codec is 'hev1'"),
+    "HEVC in open groups": (lambda path: write_video(path, codec="libx265", options=X265), "of pictures are open"),
+    "AV1": (lambda path: write_video(path, codec="libsvtav1", options={"preset": "12"}), "codec is 'av01'"),
     "open groups": (lambda path: write_video(path, options=OPEN), "groups of pictures are open"),
     "a rate that varies": (
         lambda path: write_video(path, milliseconds=[40 * n + 9 * (n % 3) for n in range(60)]),

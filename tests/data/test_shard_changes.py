@@ -256,3 +256,14 @@ def test_features_get_other_annotations_too_but_not_another_length(tmp_path, cap
     assert (status, "rejected b: it lasts" in err, tars(tmp_path)) == (3, True, before)
     assert {name: [one.label for one in entry.record.actions] for name, entry in found.by_id.items()} == {"a": ["y"]}
     assert list(damage(found)) == []
+
+
+def test_an_entry_without_a_duration_is_measured_in_the_shards_or_left_out_alone(tmp_path, capsys):
+    shards = folder_of(tmp_path / "1", "a", "b")
+    entry = {"subset": "training", "duration": 0, "annotations": [{"segment": [0.5, 1.0], "label": "y"}]}
+    (tmp_path / "a.json").write_text(json.dumps({"database": {"a": entry, "b.mp4": entry, "gone": entry}}))
+    status, _, err = run(capsys, "annotate", shards, tmp_path / "a.json")
+    assert status == 3
+    assert "rejected gone: its pictures are in none of these shards" in err
+    assert labels(shards / "training") == {"a": ["y"], "b": ["y"]}
+    assert open_shards(shards / "training").by_id["a"].record.duration_seconds == 2.0

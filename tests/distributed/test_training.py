@@ -117,6 +117,7 @@ def test_a_rank_that_is_told_to_stop_stops_all_with_a_checkpoint(tmp_path):
 def write_fails_on_one_rank(folder: str) -> dict:
     """Rank 1's disk is full at the second checkpoint."""
     trainer = tiny_trainer(folder, stage=2)
+    trainer.checkpoints.pauses_seconds = ()
     engine = trainer.engine.checkpoint_engine
     save, calls = engine.save, []
 

@@ -3,39 +3,31 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-import torch
-from data.feature_folders import write_features
 from distributed.ranks import free_port
-
-from re2tal.distributed import World
-from re2tal.structures import Action
-
-ROOT = Path(__file__).parents[2]
+from faults.runs import BIN, TRAIN, alone, small
 
 
 @pytest.fixture
-def accelerate(tmp_path):
+def accelerate(features, tmp_path):
     """Runs a training of two ranks by `accelerate launch` with more options."""
-    for number, subset in enumerate(("training", "validation")):
-        generator = torch.Generator().manual_seed(number)
-        values = {f"{subset}{n}": torch.randn(12, 20 + n, generator=generator) for n in range(4)}
-        write_features(tmp_path / "features" / subset, values, actions=[Action(1.0, 3.0, "jump")], classes=("jump",))
 
     def launch(*options: str) -> subprocess.CompletedProcess:
-        command = [str(Path(sys.executable).parent / "accelerate"), "launch", "--num_processes", "2"]
-        command += ["--num_machines", "1", "--dynamo_backend", "no", "--main_process_port", str(free_port()), *options]
-        command += [str(ROOT / "launch" / "train.py"), "--ds", "zero2", "--data.shards", str(tmp_path / "features")]
-        command += ["--localizer.channels", "16", "--engine.batch-size", "1", "--data.clips.workers", "0"]
-        command += ["--training.epochs", "2", "--schedule.warmup-epochs", "0.5", "--out", str(tmp_path / "run")]
-        alone = {name: value for name, value in os.environ.items() if name not in World().variables()}
-        environment = {**alone, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-        return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=280)
+        command = [str(BIN / "accelerate"), "launch", "--num_processes", "2", "--num_machines", "1"]
+        command += [
+            "--dynamo_backend",
+            "no",
+            "--main_process_port",
+            str(free_port()),
+            *options,
+            TRAIN[1],
+            "--ds",
+            "zero2",
+        ]
+        command += small(features, tmp_path / "run", "--training.epochs", "2", "--schedule.warmup-epochs", "0.5")
+        return subprocess.run(command, env=alone(), capture_output=True, text=True, check=False, timeout=280)
 
     return launch
 

@@ -6,26 +6,22 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from data.feature_folders import write_features
-from distributed.ranks import free_port, run_ranks
+from distributed.ranks import run_ranks
+from faults.runs import ROOT, TRAIN, ends_of, small, start_ranks
 from training.tiny import tiny_trainer
 
 from re2tal.distributed import resolve_world
-from re2tal.structures import Action
 from re2tal.training.agreement import checksums
 from re2tal.training.config import TrainingConfig
 from re2tal.training.process_group import leave
 
-ROOT = Path(__file__).parents[2]
-SMALL = ["--localizer.channels", "16", "--engine.batch-size", "1", "--training.epochs", "2", "--data.clips.workers"]
-SMALL += ["0", "--schedule.warmup-epochs", "0.5"]
+EPOCHS = ["--training.epochs", "2", "--schedule.warmup-epochs", "0.5"]
 SHIFTED = """
 import os, sys, torch
 from re2tal.runs import start
@@ -41,38 +37,11 @@ main(["train", *sys.argv[1:]])
 """
 
 
-@pytest.fixture(scope="module")
-def features(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("features")
-    for number, subset in enumerate(("training", "validation")):
-        generator = torch.Generator().manual_seed(number)
-        values = {f"{subset}{n}": torch.randn(12, 20 + n, generator=generator) for n in range(4)}
-        write_features(folder / subset, values, actions=[Action(1.0, 3.0, "jump")], classes=("jump",))
-    return folder
-
-
-def two_runs(commands: list[list[str]], *, timeout_seconds: float = 200) -> tuple[list[int | None], list[str], float]:
+def two_runs(commands: list[list[str]], folder: Path) -> tuple[list[int], list[str], float]:
     """Two ranks of one world, each with its command; how they ended, what they said, and after how long."""
-    shared = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
-    shared |= {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    started = time.monotonic()
-    ranks = [
-        subprocess.Popen(
-            command,
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank, command in enumerate(commands)
-    ]
-    try:
-        said = [rank.communicate(timeout=timeout_seconds)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-            rank.wait()
-    return [rank.returncode for rank in ranks], said, time.monotonic() - started
+    started, logs = time.monotonic(), [folder / f"log{rank}" for rank in range(2)]
+    statuses = ends_of(start_ranks(commands, logs), logs[0], seconds=200)
+    return statuses, [log.read_text() for log in logs], time.monotonic() - started
 
 
 OTHER = {
@@ -93,8 +62,7 @@ OTHER = {
 )
 def test_ranks_that_differ_all_end_before_the_first_step_and_say_in_what(what, features, tmp_path):
     given, message = OTHER[what]
-    base = [sys.executable, str(ROOT / "launch" / "train.py"), "--ds", "zero2"]
-    base += ["--data.shards", str(features), "--out", str(tmp_path / "run"), *SMALL]
+    base = [*TRAIN, "--ds", "zero2", *small(features, tmp_path / "run", *EPOCHS)]
     other = [*base, *given]
     match what:
         case "manifest":
@@ -116,7 +84,7 @@ def test_ranks_that_differ_all_end_before_the_first_step_and_say_in_what(what, f
             other += base[2:]
         case "weight":
             other = [sys.executable, "-c", SHIFTED, *base[2:]]
-    statuses, said, seconds = two_runs([base, other])
+    statuses, said, seconds = two_runs([base, other], tmp_path)
     assert statuses == [2, 2], said
     for text in said:
         assert "Traceback" not in text

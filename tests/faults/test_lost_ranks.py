@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import torch
-from data.feature_folders import write_features
-from distributed.ranks import free_port
+from faults.runs import end, ends_of, small, start_ranks, wait_for
 
-from re2tal.distributed import World
 from re2tal.runs.exit_status import HUNG
-from re2tal.structures import Action
 from re2tal.training.watchdog import Report, judge
 
-ROOT = Path(__file__).parents[2]
 LIMIT_SECONDS = 6.0
 
 FAULTY = """
@@ -28,7 +21,9 @@ import os, sys, time
 rank, fault, limit = os.environ["RANK"], sys.argv.pop(1), float(sys.argv.pop(1))
 from re2tal.training.trainer import Trainer
 from re2tal.training.checkpoint import CheckpointStore
-losses, digests = Trainer._forward, CheckpointStore._digests
+from re2tal.training.checkpoint_files import DurableCheckpointEngine
+losses, batches = Trainer._forward, Trainer._batches
+digests, write = CheckpointStore._digests, DurableCheckpointEngine.save
 def late(self, batch):
     if self.progress.step == 3:
         print("here", flush=True)
@@ -42,7 +37,21 @@ def slow(self, partial):
     if fault == "slow save" and rank == "0":
         time.sleep(1.6 * limit)
     return digests(self, partial)
-Trainer._forward, CheckpointStore._digests = late, slow
+def late_batches(self):
+    for number, batch in enumerate(batches(self)):
+        if fault == "slow loader" and rank == "1" and number in (2, 3, 5):
+            time.sleep(0.7 * limit)
+        if fault == "hung loader" and rank == "1" and number == 3:
+            print("here", flush=True)
+            time.sleep(1e6)
+        yield batch
+def stalled(self, state, path):
+    if fault == "stalled disk" and rank == "1":
+        os.mkfifo(path)  # nobody reads it: to open it waits in the kernel, as for a server that does not answer
+        print("here", flush=True)
+    return write(self, state, path)
+Trainer._forward, CheckpointStore._digests, Trainer._batches = late, slow, late_batches
+DurableCheckpointEngine.save = stalled
 from re2tal.cli import main
 main(["train", *sys.argv[1:]])
 """
@@ -66,46 +75,37 @@ def test_the_rank_that_the_others_wait_for_is_blamed():
     assert "none is behind" in str(judge([waiting, waiting], [0.1, 0.1], limit_seconds=10.0))
     # Progress on one rank, such as reading the weights of a large model, is no hang while nobody waits.
     assert judge([report("step 8, forward", 31), busy], [0.1, 0.1], limit_seconds=10.0) is None
+    # Nor is a rank hung that others wait for while it makes progress, as one with a slow loader does, for a while.
+    moving = report("step 7, waiting for its loader", 29, stays=7.0)
+    assert judge([waiting, moving], [0.1, 0.1], limit_seconds=10.0) is None
+    endless = report("step 7, backward", 30, stays=31.0, waits=30.5)
+    assert "rank 1" in str(judge([endless, moving], [0.1, 0.1], limit_seconds=10.0))
     silent = judge([waiting, busy], [11.0, 0.1], limit_seconds=10.0)
     assert str(silent).startswith("rank 0 (host gpu1, at 'step 7, backward') gave no sign of life for 11 s")
 
 
-@pytest.fixture(scope="module")
-def features(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("features")
-    for number, subset in enumerate(("training", "validation")):
-        generator = torch.Generator().manual_seed(number)
-        values = {f"{subset}{n}": torch.randn(12, 20 + n, generator=generator) for n in range(8)}
-        write_features(folder / subset, values, actions=[Action(1.0, 3.0, "jump")], classes=("jump",))
-    return folder
-
-
 def started(fault: str, features: Path, folder: Path) -> list[subprocess.Popen]:
-    command = [sys.executable, "-c", FAULTY, fault, str(LIMIT_SECONDS), "--ds", "zero2", "--data.shards", str(features)]
-    command += ["--localizer.channels", "16", "--engine.batch-size", "1", "--data.clips.workers", "0"]
-    command += ["--training.epochs", "2", "--schedule.warmup-epochs", "0.5", "--out", str(folder / "run")]
-    command += ["--engine.timeout-minutes", str(LIMIT_SECONDS / 60)]
-    shared = {**os.environ, **World(world_size=2, master_port=free_port()).variables(), "OMP_NUM_THREADS": "1"}
-    shared |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    processes = []
-    for rank in range(2):
-        with (folder / f"log{rank}").open("w") as log:
-            environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log))
-    return processes
+    options = ["--ds", "zero2", "--training.epochs", "2", "--schedule.warmup-epochs", "0.5"]
+    options += ["--engine.timeout-minutes", str(LIMIT_SECONDS / 60)]
+    command = [sys.executable, "-c", FAULTY, fault, str(LIMIT_SECONDS), *small(features, folder / "run", *options)]
+    return start_ranks([command] * 2, logs_of(folder))
 
 
-def wait_for(condition, folder: Path, running: Sequence[subprocess.Popen] = ()) -> None:
-    deadline = time.monotonic() + 150
-    while not condition():
-        logs = [(folder / f"log{rank}").read_text()[-3000:] for rank in range(2)]
-        ended = any(process.poll() is not None for process in running)
-        assert not ended, "\n---\n".join(logs)
-        assert time.monotonic() < deadline, "\n---\n".join(logs)
-        time.sleep(0.1)
+def logs_of(folder: Path) -> list[Path]:
+    return [folder / f"log{rank}" for rank in range(2)]
 
 
-CASES = [("stopped", 0), ("stopped", 1), ("killed", 0), ("killed", 1)]
+def wait_until_here(victim: int, folder: Path, processes: list[subprocess.Popen]) -> None:
+    log = folder / f"log{victim}"
+
+    def ended() -> bool:
+        return any(process.poll() is not None for process in processes)
+
+    wait_for(lambda: "here" in log.read_text() or ended(), 150, *logs_of(folder))
+    assert not ended(), log.read_text()[-3000:]
+
+
+CASES = [(fault, victim) for fault in ("stopped", "killed") for victim in (0, 1)]
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ CASES = [("stopped", 0), ("stopped", 1), ("killed", 0), ("killed", 1)]
 def test_a_lost_rank_is_named_by_the_other(fault, victim, features, tmp_path):
     processes = started(fault, features, tmp_path)
     try:
-        wait_for(lambda: "here" in (tmp_path / f"log{victim}").read_text(), tmp_path, processes)
+        wait_until_here(victim, tmp_path, processes)
         began = time.monotonic()
         match fault:
             case "stopped":
@@ -122,7 +122,7 @@ def test_a_lost_rank_is_named_by_the_other(fault, victim, features, tmp_path):
             case "killed":
                 processes[victim].kill()
         other = processes[1 - victim]
-        wait_for(lambda: other.poll() is not None, tmp_path)
+        wait_for(lambda: other.poll() is not None, 150, *logs_of(tmp_path))
         took = time.monotonic() - began
         said = (tmp_path / f"log{1 - victim}").read_text()
         assert other.returncode == HUNG, said[-3000:]
@@ -136,18 +136,36 @@ def test_a_lost_rank_is_named_by_the_other(fault, victim, features, tmp_path):
             assert processes[victim].wait(timeout=60) == HUNG
             assert "in late" in (stacks / f"rank-{victim:05d}.txt").read_text()
     finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+        end(processes)
+
+
+def run_until_it_hangs(fault: str, features: Path, folder: Path) -> list[str]:
+    """What the ranks said of a run in which rank 1 hangs, after both have ended."""
+    statuses = ends_of(started(fault, features, folder), folder / "log0")
+    said = [log.read_text() for log in logs_of(folder)]
+    assert "here" in said[1]
+    assert statuses == [HUNG, HUNG], said
+    assert "Traceback" not in said[0] + said[1]
+    return said
 
 
 @pytest.mark.slow
-def test_a_save_that_is_slow_on_one_rank_is_waited_for(features, tmp_path):
-    processes = started("slow save", features, tmp_path)
-    try:
-        wait_for(lambda: None not in [process.poll() for process in processes], tmp_path)
-        assert [process.returncode for process in processes] == [0, 0], (tmp_path / "log0").read_text()[-3000:]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+def test_a_loader_that_hangs_is_named_with_its_rank(features, tmp_path):
+    for said in run_until_it_hangs("hung loader", features, tmp_path):
+        assert "rank 1 (host " in said
+        assert "at 'step 3, waiting for its loader') holds up the others for" in said, said[-3000:]
+    assert "in late_batches" in (tmp_path / "run" / "stacks" / "rank-00001.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_disk_that_stalls_ends_the_run_and_is_named(features, tmp_path):
+    for said in run_until_it_hangs("stalled disk", features, tmp_path):
+        assert "rank 1 (host " in said
+        assert "at 'the checkpoint of step 8') holds up the others for" in said, said[-3000:]
+    assert "in save" in (tmp_path / "run" / "stacks" / "rank-00001.txt").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fault", ["slow save", "slow loader"])
+def test_a_rank_that_is_slow_is_waited_for(fault, features, tmp_path):
+    assert ends_of(started(fault, features, tmp_path), tmp_path / "log0") == [0, 0], (tmp_path / "log0").read_text()

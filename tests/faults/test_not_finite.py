@@ -83,7 +83,10 @@ def poisoned(folder: str, stage: int, precision: str, accumulation: int) -> dict
         pytest.param(3, "bf16", 1, marks=pytest.mark.slow),
     ],
 )
-def test_what_is_not_finite_on_one_rank_reaches_nothing_and_is_named(stage, precision, accumulation, tmp_path):
+def test_what_is_not_finite_on_one_rank_reaches_nothing_and_is_named(
+    stage, precision, accumulation, tmp_path, record_property
+):
+    record_property("tried", len(PLACES) * len(BAD))
     ranks = run_ranks(
         poisoned,
         world_size=2,

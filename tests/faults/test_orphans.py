@@ -5,30 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-import torch
-from data.feature_folders import write_features
 from distributed.ranks import free_port
-
-from re2tal.distributed import World
-from re2tal.structures import Action
-
-ROOT = Path(__file__).parents[2]
-BIN = Path(sys.executable).parent
-
-
-@pytest.fixture(scope="module")
-def features(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("features")
-    for number, subset in enumerate(("training", "validation")):
-        generator = torch.Generator().manual_seed(number)
-        values = {f"{subset}{n}": torch.randn(12, 20 + n, generator=generator) for n in range(4)}
-        write_features(folder / subset, values, actions=[Action(1.0, 3.0, "jump")], classes=("jump",))
-    return folder
+from faults.runs import BIN, TRAIN, alone, small, wait_for
 
 
 def processes_of(out: Path) -> dict[int, str]:
@@ -51,22 +33,12 @@ def launched(launcher: str, features: Path, out: Path) -> subprocess.Popen:
         "deepspeed": [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", port],
         "torchrun": [str(BIN / "torchrun"), "--nproc-per-node", "2", "--master-port", port],
     }[launcher]
-    command = [*start, str(ROOT / "launch" / "train.py"), "--ds", "zero2", "--data.shards", str(features)]
-    command += ["--localizer.channels", "16", "--engine.batch-size", "1", "--data.clips.workers", "1"]
-    command += ["--training.epochs", "100000", "--training.checkpoint-every-steps", "1000000"]
-    command += ["--training.log-every-steps", "2", "--out", str(out)]
-    alone = {name: value for name, value in os.environ.items() if name not in World().variables()}
-    environment = {**alone, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    environment["PATH"] = f"{BIN}:{environment['PATH']}"
+    options = ["--ds", "zero2", "--training.epochs", "100000", "--training.checkpoint-every-steps", "1000000"]
+    options += ["--training.log-every-steps", "2"]
+    command = [*start, TRAIN[1], *small(features, out, *options, workers=1)]
+    environment = {**alone(), "PATH": f"{BIN}:{os.environ['PATH']}"}
     with (out.parent / "log").open("w") as log:
         return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
-
-
-def wait_for(condition, seconds: float, what: str, log: Path) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, f"{what}: {log.read_text()[-3000:]}"
-        time.sleep(0.2)
 
 
 CASES = [
@@ -78,19 +50,28 @@ CASES = [
     ("deepspeed", "group", signal.SIGINT),
     ("torchrun", "runner", signal.SIGKILL),
     ("torchrun", "runner", signal.SIGTERM),
+    ("torchrun", "runner", signal.SIGINT),
+    ("torchrun", "runner", signal.SIGHUP),
 ]
+MOMENTS = (0.0, 1.3)
+"""Seconds after the first line of the log: in a step, and later."""
 
 
 @pytest.mark.parametrize(
-    ("launcher", "victim", "number"),
-    [case if case == CASES[0] else pytest.param(*case, marks=pytest.mark.slow) for case in CASES],
+    ("launcher", "victim", "number", "after"),
+    [
+        pytest.param(*case, after, marks=() if (case, after) == (CASES[0], 0.0) else pytest.mark.slow)
+        for case in CASES
+        for after in MOMENTS
+    ],
 )
-def test_ranks_save_and_end_with_their_launcher(launcher, victim, number, features, tmp_path):
+def test_ranks_save_and_end_with_their_launcher(launcher, victim, number, after, features, tmp_path):
     out = tmp_path / "run"
     runner = launched(launcher, features, out)
     log = tmp_path / "log"
     try:
-        wait_for(lambda: (out / "metrics.jsonl").exists(), 150, "never trained", log)
+        wait_for(lambda: (out / "metrics.jsonl").exists(), 150, log)
+        time.sleep(after)
         match victim:
             case "runner":
                 runner.send_signal(number)
@@ -99,7 +80,7 @@ def test_ranks_save_and_end_with_their_launcher(launcher, victim, number, featur
                 os.kill(launch, number)
             case "group":
                 os.killpg(runner.pid, number)
-        wait_for(lambda: runner.poll() is not None and not processes_of(out), 60, "still there", log)
+        wait_for(lambda: runner.poll() is not None and not processes_of(out), 60, log)
         assert list((out / "checkpoints").glob("step-*")), log.read_text()[-3000:]
         assert not (out / "lock").exists()
     finally:

@@ -1,81 +1,114 @@
-"""kill -9 of a random rank at a random moment: the run that goes on ends with the same bits."""
+"""kill -9 of a random rank at a random moment, inside saves too: the run that goes on ends with the same bits."""
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from data.feature_folders import write_features
-from distributed.ranks import free_port
+from faults.runs import Forked, end, ends_of, fork_ranks, small, wait_for
 from safetensors.torch import load_file
 
-from re2tal.distributed import World
-from re2tal.structures import Action
+from re2tal.runs import training_run  # noqa: F401  # so that ranks need not import it
+from re2tal.runs.exit_status import HUNG
+from re2tal.training.checkpoint import CheckpointStore
+from re2tal.training.watchdog import GONE_SECONDS
 
-ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def features(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("features")
-    for number, subset in enumerate(("training", "validation")):
-        generator = torch.Generator().manual_seed(number)
-        values = {f"{subset}{n}": torch.randn(12, 20 + n, generator=generator) for n in range(8)}
-        write_features(folder / subset, values, actions=[Action(1.0, 3.0, "jump")], classes=("jump",))
-    return folder
+MOMENTS = ("start", "training", "training", "training", "training", "save 0", "save 0", "save 0", "save 1", "renamed")
+"""Of the kills of one run: while it starts, while it trains and saves, at a random call of a save of one rank (rank 1
+dies when rank 0 has written its files), and after the last rename of a save, before old checkpoints are removed."""
 
 
-def started(ds: str, features: Path, out: Path) -> list[subprocess.Popen]:
-    command = [sys.executable, str(ROOT / "launch" / "train.py"), "--ds", ds, "--data.shards", str(features)]
-    command += ["--localizer.channels", "16", "--engine.batch-size", "1", "--data.clips.workers", "0"]
-    command += ["--training.epochs", "10", "--training.checkpoint-every-steps", "1", "--schedule.warmup-epochs", "1"]
-    command += ["--out", str(out), "--resume"]
-    shared = {**os.environ, **World(world_size=2, master_port=free_port()).variables(), "OMP_NUM_THREADS": "1"}
-    shared |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-    with out.with_suffix(".log").open("a") as log:
-        return [
-            subprocess.Popen(
-                command, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=log, stderr=log
-            )
-            for rank in range(2)
-        ]
+def dies(moment: str, seed: int) -> None:
+    """Called in each rank: kills one of them inside its second save, or a later one."""
+    victim = moment[-1] if moment.startswith("save") else "0"
+    if os.environ["RANK"] != victim or moment in ("none", "start", "training"):
+        return
+    save, replace_file = CheckpointStore.save, os.replace
+    saves, calls, last = [], [], random.Random(seed).randrange(1, 12 if victim == "0" else 4)
+
+    def die() -> None:
+        if moment == "save 1":
+            time.sleep(0.3)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def counted(call):
+        def wrapped(*given, **named):
+            inside = len(saves) > 1
+            calls.extend([call] * inside)
+            if moment.startswith("save") and len(calls) == last:
+                die()
+            answer = call(*given, **named)
+            if moment == "renamed" and inside and call is replace_file and str(given[1]).endswith("latest"):
+                die()
+            return answer
+
+        return wrapped
+
+    def counting(self, *given):
+        saves.append(given)
+        return save(self, *given)
+
+    CheckpointStore.save = counting
+    os.fsync, os.replace, os.mkdir = counted(os.fsync), counted(os.replace), counted(os.mkdir)
 
 
-def ended(processes: list[subprocess.Popen], log: Path) -> list[int]:
-    try:
-        return [process.wait(timeout=240) for process in processes]
-    except subprocess.TimeoutExpired:
-        raise AssertionError(log.read_text()[-4000:]) from None
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+def started(ds: str, features: Path, out: Path, *, moment: str = "none", seed: int = 0) -> list[Forked]:
+    log = out.with_suffix(".log")
+    with log.open("a") as file:
+        file.write(f"--- {moment} {seed}\n")
+    if ds == "zero0":
+        ds = str(out.with_suffix(".json"))
+        Path(ds).write_text(json.dumps({"zero_optimization": {"stage": 0}}))
+    options = ["--ds", ds, "--training.epochs", "10", "--training.checkpoint-every-steps", "1", "--resume"]
+    options += ["--schedule.warmup-epochs", "1"]
+    return fork_ranks(small(features, out, *options), log, partial(dies, moment, seed))
+
+
+def kill_one(processes: list[Forked], out: Path, *, moment: str, dice: random.Random) -> bool:
+    """Whether a rank was killed, by itself inside a save or from here; and the other one ended in time."""
+    newest, log = out / "checkpoints" / "latest", out.with_suffix(".log")
+    before, victim = steps_of(newest), dice.randrange(2)
+    if moment == "start":
+        time.sleep(dice.uniform(0.0, 4.0))
+    if moment == "training":
+        wanted = before + dice.randrange(1, 5)
+        wait_for(lambda: steps_of(newest) >= wanted, 900, log)
+        time.sleep(dice.uniform(0.0, 0.2))
+    if moment in ("start", "training"):
+        os.kill(processes[victim].pid or 0, signal.SIGKILL)
+    wait_for(lambda: any(process.poll() is not None for process in processes), 900, log)
+    died = time.monotonic()
+    if moment == "start":  # before the ranks have met, the one that is left waits for the other to start
+        end(processes)
+    statuses = ends_of(processes, log)
+    assert time.monotonic() - died < GONE_SECONDS + 50, log.read_text()[-4000:]
+    assert moment == "start" or HUNG in statuses, log.read_text()[-4000:]
+    return -signal.SIGKILL in statuses
+
+
+def steps_of(newest: Path) -> int:
+    return int(newest.read_text().strip().removeprefix("step-")) if newest.exists() else 0
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ds", ["zero1", "zero2", "zero3", "zero2_offload", "zero3_offload"])
-def test_killed_at_random_moments_it_ends_with_the_same_bits(ds, features, tmp_path):
-    assert ended(started(ds, features, tmp_path / "whole"), tmp_path / "whole.log") == [0, 0]
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("ds", ["zero0", "zero1", "zero2", "zero3", "zero2_offload"])
+def test_killed_at_random_moments_it_ends_with_the_same_bits(ds, features, tmp_path, record_property):
+    assert ends_of(started(ds, features, tmp_path / "whole"), tmp_path / "whole.log") == [0, 0]
+    expected, held = load_file(tmp_path / "whole" / "model.safetensors"), 0
+    record_property("tried", len(MOMENTS))
     out, dice = tmp_path / "killed", random.Random(ds)
-    for _ in range(2):
-        processes = started(ds, features, out)
-        newest = out / "checkpoints" / "latest"
-        before, deadline = newest.read_text() if newest.exists() else "", time.monotonic() + 150
-        while not newest.exists() or newest.read_text() == before:  # it has come further than the one before it
-            assert time.monotonic() < deadline, out.with_suffix(".log").read_text()[-4000:]
-            time.sleep(0.02)
-        time.sleep(dice.uniform(0.0, 1.0))
-        victim = dice.randrange(2)
-        processes[victim].send_signal(signal.SIGKILL)
-        statuses = ended(processes, out.with_suffix(".log"))
-        assert statuses[victim] in (-signal.SIGKILL, 0)  # 0: it was done before
-    assert ended(started(ds, features, out), out.with_suffix(".log")) == [0, 0]
-    expected, weights = (load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", out))
+    for number, moment in enumerate(MOMENTS):
+        processes = started(ds, features, out, moment=moment, seed=number)
+        held += kill_one(processes, out, moment=moment, dice=dice)
+    assert held == len(MOMENTS), out.with_suffix(".log").read_text()[-4000:]
+    assert ends_of(started(ds, features, out), out.with_suffix(".log")) == [0, 0]
+    weights = load_file(out / "model.safetensors")
     assert all(torch.equal(weights[name], expected[name]) for name in expected)

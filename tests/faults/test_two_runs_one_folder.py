@@ -11,14 +11,11 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
-from data.feature_folders import write_features
+from faults.runs import TRAIN, alone, end, small, wait_for
 
-from re2tal.distributed import World
 from re2tal.runs import lock
-from re2tal.structures import Action
+from re2tal.runs.exit_status import INTERRUPTED
 
-ROOT = Path(__file__).parents[2]
 HOLDER = """
 import sys, time
 from re2tal.runs import lock
@@ -133,57 +130,32 @@ def test_of_many_that_take_over_at_once_one_wins(hold, tmp_path):
             taker.communicate()
 
 
-def test_a_second_run_on_a_live_folder_is_refused_and_one_on_a_dead_goes_on(tmp_path):
-    for number, subset in enumerate(("training", "validation")):
-        generator = torch.Generator().manual_seed(number)
-        values = {f"{subset}{n}": torch.randn(12, 20 + n, generator=generator) for n in range(4)}
-        write_features(tmp_path / "features" / subset, values, actions=[Action(1.0, 3.0, "jump")], classes=("jump",))
-    out = tmp_path / "run"
-    command = [sys.executable, str(ROOT / "launch" / "train.py"), "--data.shards", str(tmp_path / "features")]
-    command += ["--localizer.channels", "16", "--engine.batch-size", "1", "--data.clips.workers", "0"]
-    command += ["--training.checkpoint-every-steps", "5", "--out", str(out)]
-    alone = {name: value for name, value in os.environ.items() if name not in World().variables()}
-    first = subprocess.Popen(
-        [*command, "--training.epochs", "100000"], env=alone, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    )
+def test_a_second_run_on_a_live_folder_is_refused_and_one_on_a_dead_goes_on(features, tmp_path):
+    out, log = tmp_path / "run", tmp_path / "log"
+    options = ["--training.checkpoint-every-steps", "5", "--training.epochs", "100000"]
+    command, environment = [*TRAIN, *small(features, out, *options)], alone()
+    first = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 120
-        while not (out / "checkpoints" / "latest").exists():
-            assert first.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        wait_for(lambda: (out / "checkpoints" / "latest").exists() or first.poll() is not None, 120)
         for how in ("--resume", "--overwrite"):
-            second = subprocess.run(
-                [*command, "--training.epochs", "100000", how],
-                env=alone,
-                capture_output=True,
-                text=True,
-                check=False,
-                timeout=120,
-            )
-            assert second.returncode == 2
-            assert f"process {first.pid}; wait for it or end it" in second.stderr
+            with pytest.raises(subprocess.CalledProcessError) as refused:
+                subprocess.run(
+                    [*command, how], env=environment, capture_output=True, text=True, check=True, timeout=120
+                )
+            assert refused.value.returncode == 2
+            assert f"process {first.pid}; wait for it or end it" in refused.value.stderr
         assert first.poll() is None
         assert (out / "metrics.jsonl").exists()
     finally:
-        first.kill()
-        first.wait()
-    third = subprocess.Popen(
-        [*command, "--training.epochs", "100000", "--resume"], env=alone, stderr=subprocess.PIPE, text=True
-    )
+        end([first])
+    with log.open("w") as file:
+        third = subprocess.Popen([*command, "--resume"], env=environment, stderr=file)
     try:
-        assert third.stderr is not None
-        said = ""
-        while "\nstep " not in said:
-            line = third.stderr.readline()
-            assert line, said
-            said += line
-        assert f"taking over {out} from process {first.pid}" in said
-        assert "resumed at step" in said
+        wait_for(lambda: "\nstep " in log.read_text(), 120, log)
+        assert f"taking over {out} from process {first.pid}" in log.read_text()
+        assert "resumed at step" in log.read_text()
         third.send_signal(signal.SIGTERM)
-        third.communicate(timeout=120)
-        assert third.returncode == 75
+        assert third.wait(timeout=120) == INTERRUPTED
         assert not (out / "lock").exists()
     finally:
-        third.kill()
-        third.wait()
+        end([third])

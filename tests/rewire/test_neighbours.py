@@ -8,11 +8,11 @@ import pickle
 
 import pytest
 import torch
-from rewire.networks import Block, Caller, frames, seeded, walker
+from rewire.networks import CHANNELS, Block, Caller, frames, seeded, walker
 from torch import nn
 from torch.func import functional_call
 
-from re2tal.rewire import RewiringConfig, rewire
+from re2tal.rewire import RewiringConfig, rewire, stages_of
 
 
 def rewired(*, example: bool = False, recompute: bool = True) -> nn.Module:
@@ -56,6 +56,41 @@ def test_a_copy_is_the_same_network_and_stands_alone(name, example) -> None:
         for parameter in net.parameters():
             parameter.zero_()
     assert same(gradients(other), wanted)
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_a_copy_of_blocks_whose_branches_have_no_name(name) -> None:
+    """A RevNet's cuts are local functions."""
+    from re2tal.backbones.born_reversible.revnet import SIZES, RevNet
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = RevNet(**SIZES["revnet_nano"]).eval()
+    pictures, mask = torch.randn(1, 3, 1, 16, 16), torch.ones(1, 1, dtype=torch.bool)
+    rewire(net)
+    other = COPIES[name](net)
+    assert len(stages_of(other)) == 2
+    found = [one(pictures, mask).values for one in (net, other)]
+    assert torch.equal(*found)
+
+
+class Unknown(nn.Module):
+    """A block that nobody registered."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(CHANNELS, CHANNELS)
+
+    def forward(self, x, mask=None):
+        return x + self.f(x).tanh()
+
+
+def test_blocks_that_were_taken_apart_are_copied_but_not_pickled() -> None:
+    net = walker(Unknown, Unknown)
+    rewire(net, example=(frames(),))
+    assert torch.equal(copy.deepcopy(net)(frames()), net(frames()))
+    with pytest.raises(TypeError, match=r"blocks were taken apart by what they do \(layers\.0\): save its state_dict"):
+        pickle.dumps(net)
 
 
 class LowRank(nn.Module):

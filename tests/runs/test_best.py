@@ -44,7 +44,7 @@ class Shards:
 
 
 def best_in(folder: Path, config: RunConfig | None = None) -> BestModel:
-    return BestModel(folder / "best", config or RunConfig(), Shards(), None)  # type: ignore[arg-type]
+    return BestModel(folder / "best", config or RunConfig(), Shards(), Shards())  # type: ignore[arg-type]
 
 
 def outcome(value: float) -> Outcome:

@@ -173,6 +173,7 @@ def test_videos_at_addresses_are_detected_as_files_are(
         assert ended.value.code == 1
         detector = load_detector(model, device="cpu")
         actions = detector.detect(addresses[0], top=5)
+        assert any(detector.stream(addresses[0], min_score=0.0))
         with pytest.raises(ValueError, match=r"none\.mp4\?\.\.\. cannot be used: status 404; check the address"):
             detector.detect(addresses[1])
     assert actions == detector.detect(videos / "turned.mkv", top=5)

@@ -65,8 +65,9 @@ def test_a_copy_under_another_name_is_neither_loaded_nor_removed(trained, tmp_pa
 
 
 @pytest.mark.parametrize("damage", ["bit", "cut", "gone", "manifest"])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_loaded(trained, tmp_path, damage, capsys):
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_loaded(trained, tmp_path, damage, capsys, record_property):
     newest = tmp_path / "checkpoints" / "step-00000008"
+    record_property("tried", 1 if damage == "manifest" else len(list(newest.iterdir())) - 1)
     for victim in sorted(newest.iterdir()):
         content = victim.read_bytes()
         if (victim.name == "manifest.json") != (damage == "manifest"):
@@ -88,11 +89,12 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_loaded(trained, tmp
     assert read_manifest(newest).progress.step == 8
 
 
-def test_a_flipped_bit_anywhere_in_a_checkpoint_is_found(trained, tmp_path):
+def test_a_flipped_bit_anywhere_in_a_checkpoint_is_found(trained, tmp_path, record_property):
     newest = tmp_path / "checkpoints" / "step-00000008"
     generator = random.Random(0)
     files = sorted(newest.iterdir())
     found = 0
+    record_property("tried", 1000)
     for number in range(1000):
         victim = files[number % len(files)]
         content = victim.read_bytes()
@@ -234,7 +236,7 @@ leave()
 
 
 @pytest.mark.slow
-def test_a_run_killed_anywhere_inside_a_save_goes_on_from_a_sound_checkpoint(tmp_path):
+def test_a_run_killed_anywhere_inside_a_save_goes_on_from_a_sound_checkpoint(tmp_path, record_property):
     alone = {name: value for name, value in os.environ.items() if name not in World().variables()}
     whole = tiny_trainer(tmp_path / "whole", stage=2, training=TRAINING)
     whole.train()
@@ -252,4 +254,5 @@ def test_a_run_killed_anywhere_inside_a_save_goes_on_from_a_sound_checkpoint(tmp
         again.train()
         assert same(weights(again), expected), call
         assert not list((folder / "checkpoints").glob("tmp-*"))
+    record_property("tried", call - 1)
     assert call > 8  # the files of the rank, its folders, the manifest, the rename and the pointer were all met

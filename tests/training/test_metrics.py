@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -73,3 +74,24 @@ def test_memory_on_a_cpu_is_what_the_process_held_at_most() -> None:
     before = peak_memory_gib(torch.device("cpu"))
     held = torch.ones(1 << 27)  # half a GiB
     assert peak_memory_gib(torch.device("cpu")) >= max(before, held.nbytes / 2**30)
+
+
+def test_lines_wait_for_a_disk_that_cannot_be_written_and_none_is_halved(tmp_path, capsys) -> None:
+    log = MetricsLog(tmp_path, enabled=True)
+    log.open(step=0, num_steps=3)
+    log.write("train", {"loss": 1.0}, step=1)
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Room for a few bytes of the second line.
+    resource.setrlimit(resource.RLIMIT_FSIZE, ((tmp_path / "metrics.jsonl").stat().st_size + 5, before[1]))
+    try:
+        log.write("train", {"loss": 2.0}, step=2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = capsys.readouterr().err
+    assert "metrics.jsonl cannot be written" in said
+    assert "training goes on, 1 lines wait" in said
+    assert (tmp_path / "metrics.jsonl").read_bytes().count(b"\n") == 1
+    log.write("train", {"loss": 3.0}, step=3)
+    log.close()
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(row["step"], row["loss"]) for row in rows] == [(1, 1.0), (2, 2.0), (3, 3.0)]

@@ -126,6 +126,7 @@ def test_fp16_may_skip_more_steps_while_its_loss_scale_is_sought_but_each_is_cou
     trainer = tiny_trainer(tmp_path, training=TrainingConfig(epochs=20, max_non_finite=3))
     monkeypatch.setattr(trainer.engine, "was_step_applied", lambda: False)
     monkeypatch.setattr(trainer.engine, "fp16_enabled", lambda: True)
+    monkeypatch.setattr(trainer.engine.optimizer, "loss_scale", 1.0, raising=False)
     with pytest.raises(FloatingPointError, match=f"{LOSS_SCALE_SEARCH + 3} batches or steps in a row"):
         trainer.train()
     assert trainer.progress.skipped == LOSS_SCALE_SEARCH + 3
@@ -138,5 +139,6 @@ def test_a_search_for_a_loss_scale_is_not_counted_with_losses_that_are_not_finit
     applied, steps = trainer.engine.was_step_applied, iter(range(1000))
     monkeypatch.setattr(trainer.engine, "was_step_applied", lambda: next(steps) >= 10 and applied())
     monkeypatch.setattr(trainer.engine, "fp16_enabled", lambda: True)
+    monkeypatch.setattr(trainer.engine.optimizer, "loss_scale", 1.0, raising=False)
     assert trainer.train() == "finished"
     assert trainer.progress.skipped == 11

@@ -1,0 +1,119 @@
+"""Real runs of the training command in processes of their own: small, on CPUs, for the tests to hurt."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from data.feature_folders import write_features
+from distributed.ranks import free_port
+
+from re2tal.cli import main
+from re2tal.distributed import World
+from re2tal.structures import Action
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+TRAIN = [sys.executable, str(ROOT / "launch" / "train.py")]
+
+
+def write_both_subsets(folder: Path, *, videos: int = 8, channels: int = 12, steps: int = 20) -> Path:
+    """Features of a few videos for training and for validation."""
+    for number, subset in enumerate(("training", "validation")):
+        generator = torch.Generator().manual_seed(number)
+        values = {f"{subset}{n}": torch.randn(channels, steps + n, generator=generator) for n in range(videos)}
+        write_features(folder / subset, values, actions=[Action(1.0, 3.0, "jump")], classes=("jump",))
+    return folder
+
+
+def small(features: Path, out: Path, *options: str, workers: int = 0) -> list[str]:
+    """Options of a small run; those given win."""
+    usual = ["--data.shards", str(features), "--out", str(out), "--localizer.channels", "16"]
+    return [*usual, "--engine.batch-size", "1", "--data.clips.workers", str(workers), *options]
+
+
+def alone() -> dict[str, str]:
+    """The environment of a process that nobody has told a rank."""
+    environment = {name: value for name, value in os.environ.items() if name not in World().variables()}
+    return {**environment, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+
+
+def start_ranks(commands: Sequence[Sequence[str]], logs: Sequence[Path], **environment: str) -> list[subprocess.Popen]:
+    """One world, a rank for each command; what each says is added to its log."""
+    shared = {**alone(), **World(world_size=len(commands), master_port=free_port()).variables(), **environment}
+    ranks = []
+    for rank, (command, log) in enumerate(zip(commands, logs, strict=True)):
+        with log.open("a") as file:
+            own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+            ranks.append(subprocess.Popen(command, env=own, stdout=file, stderr=subprocess.STDOUT))
+    return ranks
+
+
+class Forked(multiprocessing.get_context("fork").Process):  # type: ignore[name-defined,misc]
+    """A process that has imported all that its parent has, with the interface of subprocess.Popen."""
+
+    def poll(self) -> int | None:
+        return self.exitcode
+
+    @property
+    def returncode(self) -> int | None:
+        return self.exitcode
+
+    def wait(self) -> int | None:
+        self.join()
+        return self.exitcode
+
+
+def fork_ranks(arguments: Sequence[str], log: Path, prepare: Callable[[], None], *, ranks: int = 2) -> list[Forked]:
+    """The training command as so many forks of this process: they start in a tenth of the time that imports take.
+
+    `prepare` is called in each of them first. This process must not have run a backward.
+    """
+    shared = {**alone(), **World(world_size=ranks, master_port=free_port()).variables()}
+
+    def run(rank: int) -> None:
+        os.environ.clear()
+        os.environ.update({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        with log.open("a") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
+        prepare()
+        main(["train", *arguments])
+
+    processes = [Forked(target=run, args=(rank,)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def end(processes: Sequence[subprocess.Popen | Forked]) -> None:
+    """None of them outlives this."""
+    for process in processes:
+        process.kill()
+        process.wait()
+
+
+def ends_of(processes: Sequence[subprocess.Popen | Forked], log: Path, *, seconds: float = 900) -> list[int]:
+    """Their exit statuses, when all have ended."""
+    try:
+        wait_for(lambda: None not in [process.poll() for process in processes], seconds, log)
+        return [process.returncode for process in processes]
+    finally:
+        end(processes)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float, *logs: Path) -> float:
+    """Seconds until it is true; AssertionError with the ends of the logs when they are over."""
+    began = time.monotonic()
+    while not condition():
+        said = "\n".join(f"--- {log.name}\n{log.read_text()[-4000:]}" for log in logs if log.exists())
+        assert time.monotonic() - began < seconds, said
+        time.sleep(0.05)
+    return time.monotonic() - began
