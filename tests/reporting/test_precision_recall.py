@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from re2tal.evaluation.average_precision import report
+from re2tal.evaluation.average_precision import mean_average_precision
 from re2tal.evaluation.matching import match_predictions
 from re2tal.reporting.precision_recall import RECALLS, draw_precision_recall, precision_at
 from re2tal.structures import Action, Detections, VideoRecord
@@ -47,7 +47,7 @@ def test_the_area_is_the_mean_average_precision() -> None:
     shifted = [(float(s) + i % 5, float(s) + i % 5 + 5, 1 - i / 50, i % 2) for i, s in enumerate(starts)]
     matches = matched(truths, detections(shifted), (0.3, 0.5, 0.7))
     fine = np.linspace(0, 1, 20_001)[1:]
-    np.testing.assert_allclose(precision_at(matches, fine).mean(axis=1), report(matches).map, atol=1e-4)
+    np.testing.assert_allclose(precision_at(matches, fine).mean(axis=1), mean_average_precision(matches).map, atol=1e-4)
 
 
 def test_the_drawing_has_a_curve_for_each_threshold() -> None:
