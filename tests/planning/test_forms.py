@@ -87,6 +87,13 @@ def test_a_budget_and_groups_of_clips_exclude_each_other() -> None:
         plan_step(run, find_preset("zero3"), world_size=1, num_classes=4, device=CPU)
 
 
+@pytest.mark.slow
+def test_all_of_a_giant_trains_on_1536_frames_in_less_than_16_gb_on_eight_ranks() -> None:
+    run = in_form(find_recipe("thumos14_adatad_videomae_giant_224"), "rewired")
+    (peak,) = peaks(run, ranks=[8])
+    assert peak < 16e9
+
+
 def test_the_command_prints_all_forms(capsys, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     save_config(path, transformer_run(16))
