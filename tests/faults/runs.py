@@ -113,7 +113,7 @@ def wait_for(condition: Callable[[], bool], seconds: float, *logs: Path) -> floa
     """Seconds until it is true; AssertionError with the ends of the logs when they are over."""
     began = time.monotonic()
     while not condition():
-        said = "\n".join(f"--- {log.name}\n{log.read_text()[-4000:]}" for log in logs if log.exists())
-        assert time.monotonic() - began < seconds, said
+        if time.monotonic() - began > seconds:
+            raise AssertionError("\n".join(f"--- {log}\n{log.read_text()[-4000:]}" for log in logs if log.exists()))
         time.sleep(0.05)
     return time.monotonic() - began

@@ -10,7 +10,6 @@ import os
 from pathlib import Path
 
 import deepspeed
-import pytest
 import torch
 from distributed.ranks import run_ranks
 from training.tiny import TinyDetector, same, tiny_trainer, weights
@@ -85,10 +84,9 @@ def overflown(folder: str, stage: int) -> dict:
     return answers
 
 
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(3, marks=pytest.mark.slow)])
-def test_an_overflow_on_one_rank_is_agreed_on_named_and_counted(stage, tmp_path, record_property):
+def test_an_overflow_on_one_rank_is_agreed_on_named_and_counted(tmp_path, record_property):
     record_property("tried", len(CASES))
-    ranks = run_ranks(overflown, world_size=2, timeout_seconds=280, folder=str(tmp_path), stage=stage)
+    ranks = run_ranks(overflown, world_size=2, timeout_seconds=280, folder=str(tmp_path), stage=2)
     for of_rank in ranks:
         for case, answer in of_rank.items():
             assert (answer["ended"], answer["finite"], answer["skipped"]) == ("finished", True, 2), case
@@ -115,12 +113,9 @@ def at_the_smallest_scale(folder: str, stage: int) -> dict:
     return {"message": message, "scale": scale, "skipped": trainer.progress.skipped}
 
 
-@pytest.mark.parametrize("stage", [pytest.param(2, marks=pytest.mark.slow), 3])
-def test_a_scale_that_can_fall_no_further_ends_the_run_in_words_on_all_ranks(stage, tmp_path):
+def test_a_scale_that_can_fall_no_further_ends_the_run_in_words_on_all_ranks(tmp_path):
     limit = LOSS_SCALE_SEARCH + 2
-    for of_rank in run_ranks(
-        at_the_smallest_scale, world_size=2, timeout_seconds=200, folder=str(tmp_path), stage=stage
-    ):
+    for of_rank in run_ranks(at_the_smallest_scale, world_size=2, timeout_seconds=200, folder=str(tmp_path), stage=2):
         assert (of_rank["scale"], of_rank["skipped"]) == (1.0, limit)
         assert f"{limit} batches or steps in a row were not finite" in of_rank["message"]
         assert "the loss scale is 1 now" in of_rank["message"]
@@ -149,9 +144,8 @@ def resumed(folder: str, stage: int) -> dict:
     return {"at": at, "scales": scales, "alike": alike}
 
 
-@pytest.mark.parametrize("stage", [pytest.param(1, marks=pytest.mark.slow), 2, 3])
-def test_a_resumed_run_goes_on_with_the_loss_scale_it_had(stage, tmp_path):
-    for of_rank in run_ranks(resumed, world_size=2, timeout_seconds=280, folder=str(tmp_path), stage=stage):
+def test_a_resumed_run_goes_on_with_the_loss_scale_it_had(tmp_path):
+    for of_rank in run_ranks(resumed, world_size=2, timeout_seconds=280, folder=str(tmp_path), stage=2):
         first, at_resume, last = of_rank["scales"]
         assert (of_rank["at"], of_rank["alike"]) == (4, True), json.dumps(of_rank)
         assert at_resume not in (2**8, 2**16)

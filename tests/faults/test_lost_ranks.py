@@ -101,7 +101,7 @@ def wait_until_here(victim: int, folder: Path, processes: list[subprocess.Popen]
     def ended() -> bool:
         return any(process.poll() is not None for process in processes)
 
-    wait_for(lambda: "here" in log.read_text() or ended(), 150, *logs_of(folder))
+    wait_for(lambda: "here" in log.read_text() or ended(), 250, *logs_of(folder))
     assert not ended(), log.read_text()[-3000:]
 
 

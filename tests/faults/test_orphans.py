@@ -50,8 +50,6 @@ CASES = [
     ("deepspeed", "group", signal.SIGINT),
     ("torchrun", "runner", signal.SIGKILL),
     ("torchrun", "runner", signal.SIGTERM),
-    ("torchrun", "runner", signal.SIGINT),
-    ("torchrun", "runner", signal.SIGHUP),
 ]
 MOMENTS = (0.0, 1.3)
 """Seconds after the first line of the log: in a step, and later."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 
 import pytest
 from faults.runs import TRAIN, alone, ends_of, small, start_ranks
@@ -31,7 +30,6 @@ def test_locks_of_all_operators_of_deepspeed_stop_no_run(ds, features, tmp_path)
     )
     assert int(locked.stdout.splitlines()[-1]) == len(list(extensions.rglob("lock"))) > 5
     options = ["--ds", ds, "--training.epochs", "1", "--schedule.warmup-epochs", "0.5"]
-    command, log, started = [*TRAIN, *small(features, tmp_path / "run", *options)], tmp_path / "log", time.monotonic()
+    command, log = [*TRAIN, *small(features, tmp_path / "run", *options)], tmp_path / "log"
     assert ends_of(start_ranks([command] * 2, [log] * 2, **environment), log) == [0, 0], log.read_text()[-4000:]
-    assert time.monotonic() - started < 150  # a whole run, on a busy machine
     assert not list(extensions.rglob("*.so"))

@@ -6,12 +6,10 @@ import json
 import os
 import signal
 import subprocess
-import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from distributed.ranks import run_ranks
 from faults.runs import TRAIN, alone, end, small, wait_for
@@ -22,7 +20,7 @@ from re2tal.cli.train import train
 from re2tal.config import RunConfig
 from re2tal.localizers.pyramid.config import PyramidConfig
 from re2tal.recipes import find_recipe
-from re2tal.runs import training_build, training_end, training_run
+from re2tal.runs import training_end, training_run
 from re2tal.runs.exit_status import INTERRUPTED
 from re2tal.training.checkpoint import CheckpointStore
 from re2tal.training.process_group import leave
@@ -41,19 +39,6 @@ PHASES: list[tuple[str, Any, str, int, int]] = [
     ("the export", training_end, "write_model", 1, 0),
 ]
 """Phase, whose function is called in it, the function, the call in which the signal comes, and the rank it goes to."""
-MORE_PHASES: list[tuple[str, Any, str, int, int]] = [
-    ("the comparison of the ranks", training_run, "_same_start", 1, 0),
-    ("the plan", training_run, "_plan", 1, 1),
-    ("the building of the network", training_build, "_network", 1, 0),
-    ("the building of the engine", training_build, "build_engine", 1, 1),
-    ("the resume", Trainer, "resume", 1, 0),
-    ("the first step", Trainer, "_forward", 1, 0),
-    ("a line of the log", Trainer, "_report", 1, 1),
-    ("the rename of a checkpoint", CheckpointStore, "_commit", 1, 0),
-    ("an evaluation on the way", inference, "detector_input", 3, 0),
-    ("the vote on a checkpoint", CheckpointStore, "_raise_together", 2, 1),
-    ("the export", training_end, "write_model", 1, 0),
-]
 
 
 def small_run(features: str) -> RunConfig:
@@ -71,15 +56,14 @@ def small_run(features: str) -> RunConfig:
     )
 
 
-def interrupted_in_every_phase(features: str, folder: str, more: bool) -> dict[str, int]:
+def interrupted_in_every_phase(features: str, folder: str) -> dict[str, int]:
     """Phase -> how the run ended that got a signal in it; each goes on with what the one before it left."""
     run, rank = small_run(features), int(os.environ["RANK"])
-    phases = MORE_PHASES if more else PHASES
     training_run.leave = lambda: None  # the ranks stay together for the next run
     train(run=run, ds="zero2", out=Path(folder) / "whole")
     ended = {}
-    for place, (phase, home, name, when, receiver) in enumerate(phases):
-        number, calls, function = STOP_SIGNALS[(place + 3 * more) % len(STOP_SIGNALS)], [], getattr(home, name)
+    for place, (phase, home, name, when, receiver) in enumerate(PHASES):
+        number, calls, function = STOP_SIGNALS[place % len(STOP_SIGNALS)], [], getattr(home, name)
 
         def signalled(*given, **named):
             calls.append(name)  # noqa: B023
@@ -95,12 +79,10 @@ def interrupted_in_every_phase(features: str, folder: str, more: bool) -> dict[s
     return ended
 
 
-@pytest.mark.parametrize("more", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_a_signal_in_any_phase_is_heard_by_all_ranks_and_changes_nothing(more, features, tmp_path, record_property):
-    phases = MORE_PHASES if more else PHASES
-    record_property("tried", len(phases))
-    expected = {**{phase: INTERRUPTED for phase, *_ in phases}, "none": 0}
-    given = {"features": str(features), "folder": str(tmp_path), "more": more}
+def test_a_signal_in_any_phase_is_heard_by_all_ranks_and_changes_nothing(features, tmp_path, record_property):
+    record_property("tried", len(PHASES))
+    expected = {**{phase: INTERRUPTED for phase, *_ in PHASES}, "none": 0}
+    given = {"features": str(features), "folder": str(tmp_path)}
     for of_rank in run_ranks(interrupted_in_every_phase, world_size=2, timeout_seconds=280, **given):
         assert of_rank == expected
     whole, halved = tmp_path / "whole", tmp_path / "halved"
@@ -111,39 +93,6 @@ def test_a_signal_in_any_phase_is_heard_by_all_ranks_and_changes_nothing(more, f
     logs = [(folder / "metrics.jsonl").read_text().splitlines() for folder in (whole, halved)]
     courses = [[(row["step"], row["kind"], row.get("loss")) for row in map(json.loads, log)] for log in logs]
     assert courses[0] == courses[1]
-
-
-def signalled_twice(features: str, folder: str, times: int) -> list[int]:
-    """How a run ended that got two signals in each save, and was resumed each time."""
-    run, rank = small_run(features), int(os.environ["RANK"])
-    run = replace(run, training=replace(run.training, epochs=times, evaluate_every_epochs=None))
-    training_run.leave = lambda: None  # the ranks stay together for the next run
-    digests = CheckpointStore._digests
-    ended = []
-    for place in range(times):
-
-        def signalled(self, partial):
-            if rank == place % 2:  # noqa: B023
-                for number in (STOP_SIGNALS[place % 5], STOP_SIGNALS[(place + 1) % 5]):  # noqa: B023
-                    os.kill(os.getpid(), number)
-                    time.sleep(0.2)
-            return digests(self, partial)
-
-        CheckpointStore._digests = signalled
-        ended.append(train(run=run, ds="zero2", out=Path(folder) / "run", resume=True))
-    leave()
-    return ended
-
-
-@pytest.mark.slow
-def test_another_signal_while_a_checkpoint_is_written_is_waited_for(features, tmp_path, record_property):
-    record_property("tried", 10)
-    given = {"features": str(features), "folder": str(tmp_path), "times": 10}
-    for of_rank in run_ranks(signalled_twice, world_size=2, timeout_seconds=280, **given):
-        assert of_rank == [INTERRUPTED] * 10
-    found = CheckpointStore(tmp_path / "run" / "checkpoints", identity={}).newest_run()
-    assert found is not None
-    assert (tmp_path / "run" / "checkpoints" / "latest").read_text() == "step-00000030\n"
 
 
 def listens_for(process: subprocess.Popen, number: int) -> bool:
