@@ -139,7 +139,8 @@ def test_with_adapters(name: str, dtype: torch.dtype, frozen: bool, build) -> No
     frames = (raw - MEAN.to(dtype)[:, None, None, None]) / STD.to(dtype)[:, None, None, None]
     mask = torch.ones(len(raw), raw.shape[2], dtype=torch.bool)
 
-    clips = cut(frames, mask, clip_frames=size["num_frames"])
+    num_frames = size["num_frames"]
+    clips = cut(frames, mask, clip_frames=num_frames, clips=range(-(-frames.shape[2] // num_frames)))
     tokens = backbone.encoder.tokens(clips.flatten(0, 1), clips.shape[1])
     feature_map = as_map(tokens, clips.flatten(0, 1).shape, size["patch_size"])
     steps = feature_map.mean(dim=(3, 4)).unflatten(0, clips.shape[:2]).transpose(1, 2).flatten(2)

@@ -124,17 +124,29 @@ class PatchEmbedding(nn.Module):
         return self.proj(frames)
 
 
+class RMSNorm(nn.RMSNorm):
+    """torch's, whose input has one gradient however torch computes the norm.
+
+    In mixed precision torch takes the norm apart and uses the input twice. Its gradients would join those of the skip
+    one by one, and a sum of three depends on the order: recomputing would not give the bits of stored activations.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(.., C) -> the same shape."""
+        return super().forward(x.view_as(x))
+
+
 class Block(nn.Module):
     """A pre-norm block with layer scale."""
 
     def __init__(self, size: Size, *, number: int) -> None:
         """`number` is its place, from 1: later blocks start with smaller weights."""
         super().__init__()
-        self.norm1 = nn.RMSNorm(size.width, eps=EPS)
+        self.norm1 = RMSNorm(size.width, eps=EPS)
         self.attn = Attention(size.width, size.heads)
         self.ls1 = LayerScale(size.width)
         self.drop_path1 = nn.Identity()
-        self.norm2 = nn.RMSNorm(size.width, eps=EPS)
+        self.norm2 = RMSNorm(size.width, eps=EPS)
         self.mlp = MLP(size.width, size.hidden)
         self.ls2 = LayerScale(size.width)
         self.drop_path2 = nn.Identity()
@@ -158,8 +170,8 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width, bias=False)
-        self.q_norm = nn.RMSNorm(width, eps=EPS)
-        self.k_norm = nn.RMSNorm(width, eps=EPS)
+        self.q_norm = RMSNorm(width, eps=EPS)
+        self.k_norm = RMSNorm(width, eps=EPS)
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor) -> Tensor:
