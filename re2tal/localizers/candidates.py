@@ -56,8 +56,10 @@ def best_of_each_level(
 
 def _best(segments: Tensor, scores: Tensor, *, min_score: float, top_k: int) -> Candidates:
     flat = scores.flatten()
+    # Before sorting, because most of the P * K scores are near 0.
     above = (flat > min_score).nonzero()[:, 0]
     best, order = flat[above].sort(descending=True)
+    # Place p * K + k of `flat` is class k at point p.
     chosen = above[order[:top_k]]
     num_classes = scores.shape[1]
     found = segments[chosen // num_classes] if segments.ndim == 2 else segments.flatten(0, 1)[chosen]

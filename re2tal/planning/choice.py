@@ -179,7 +179,7 @@ class _Planner:
         bandwidth = link_bytes_per_second(self.dry_run.device)
         link = None if on_the_host is None or bandwidth is None else Link(bandwidth, on_the_host)
         choices = options_of(self.stages, traces, seconds, link)
-        chosen = self._search(traces[REBUILT].ground(), choices) or least
+        chosen = self._search(traces[REBUILT].ground(), choices) or least  # which fits, however slow
         stored = dict(zip(self.stages, seconds[STORED], strict=True))
         found = dict(zip(self.stages, chosen, strict=True))
         planned = (dict(of_stage)[setting].seconds for of_stage, setting in zip(choices, chosen, strict=True))
@@ -194,6 +194,7 @@ class _Planner:
         alike = [min(traces, key=lambda setting: traces[setting].peak)] * len(self.stages)
         if self._memory(alike).peak <= self.budget:
             return alike
+        # Nothing is timed yet, and only bytes matter here.
         no_time = dict.fromkeys(traces, [0.0] * len(self.stages))
         link = None if on_the_host is None else Link(inf, on_the_host)
         choices = [undominated(of_stage) for of_stage in options_of(self.stages, traces, no_time, link)]
@@ -214,6 +215,8 @@ class _Planner:
             excess = self._memory(settings).peak - self.budget
             if excess <= 0:
                 return settings
+            # The search takes options of stages for independent of each other; a dry run does not. Next time it gets
+            # that much less.
             room -= excess
         settings = _settings(choices, smallest(ground, _options(choices)))
         return settings if self._memory(settings).peak <= self.budget else None
@@ -222,10 +225,10 @@ class _Planner:
         return step_memory(self._traced(settings), self.zero)
 
     def _traces(self) -> dict[Setting, Trace]:
-        """Dry runs with one setting for all stages; pieces are a quarter and a 32nd of the largest branch.
+        """Dry runs with one setting for all stages; `options` interpolates between them.
 
-        One of them keeps the blocks that are not residual, and one saves attention, if there are any. `options`
-        interpolates between them.
+        Pieces are a quarter and a 32nd of the largest branch. One dry run keeps the blocks that are not residual, and
+        one saves attention, where there are any.
         """
         traces = {setting: self._traced([setting] * len(self.stages)) for setting in (REBUILT, STORED)}
         rebuilt = [REBUILT]

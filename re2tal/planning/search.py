@@ -104,6 +104,8 @@ def _extended(ground: Ground, partial: _Partial, number: int, option: Option) ->
 def _undominated(partials: Sequence[_Partial], cost: Callable[[_Partial], float]) -> list[_Partial]:
     """Those that no other one beats in both what it keeps and what it costs."""
     found: list[_Partial] = []
+    # In this order a partial choice survives only if it costs less than all that keep no more. Peaks need no
+    # comparison: each that is here is within the budget, or is the cost itself.
     for partial in sorted(partials, key=lambda one: (one.kept, cost(one), one.options)):
         if not found or cost(partial) < cost(found[-1]):
             found.append(partial)

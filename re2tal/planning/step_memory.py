@@ -63,6 +63,7 @@ def step_memory(trace: Trace, zero: ZeroMemory) -> StepMemory:
         for kind, name in WHILE.items()
         if trace.of(kind)
     }
+    # Activations are free by then.
     phases[STEPPING] = zero.standing + zero.step
     standing = {"parameters": zero.parameters, "optimizer": zero.optimizer, "moving average": zero.average}
     always = {"gathered parameters": zero.gathered, "communication": zero.buckets}
@@ -81,7 +82,7 @@ def step_memory(trace: Trace, zero: ZeroMemory) -> StepMemory:
 
 
 def _at_the_peak(trace: Trace, zero: ZeroMemory) -> dict[str, int]:
-    """Bytes by part at the peak of a step, without the optimizer's."""
+    """Bytes by part at the peak of a step, without what the optimizer holds."""
     worst = max(trace.phases, key=lambda phase: phase.peak)
     kept, s, rise = trace.kept(), worst.event.stage, worst.peak - worst.live
     batch = trace.batch - (trace.prepared_again if worst.event.kind == "backward" else 0)
@@ -90,6 +91,8 @@ def _at_the_peak(trace: Trace, zero: ZeroMemory) -> dict[str, int]:
         case "start":
             inside = {"augmentation": worst.peak - batch}
         case "forward":
+            # Of what the forward of a stage adds, what it will keep counts as states, and only the rest as one branch's
+            # inside.
             inside = {STATES: sum(kept[:s]) + min(kept[s], rise), CHUNK: max(0, rise - kept[s])}
         case "between":
             inside = {STATES: sum(kept), "localizer": rise}

@@ -60,6 +60,7 @@ class Weights:
             frozen=sum(parameter.numel() for parameter in every if not parameter.requires_grad),
             largest=max(trained),
             largest_group=max(sum(parameter.numel() for parameter in group["params"]) for group in groups),
+            # Small parameters stay whole: to gather each would cost more time than its bytes are worth.
             persistent=sum(parameter.numel() for parameter in every if parameter.numel() <= threshold),
             largest_of_all=max(parameter.numel() for parameter in every),
         )
@@ -142,7 +143,7 @@ def zero_memory(
 
 
 def _loading(weights: Weights, settings: Mapping[str, Any], *, bytes_each: int, world_size: int) -> int:
-    """Whole in float32, then narrowed one by one; or, cut early, the shards and one whole parameter."""
+    """All parameters in float32, narrowed one by one; if sharded early, the shards and one whole parameter."""
     every = weights.trained + weights.frozen
     if not is_sharded_early(settings):
         return 4 * every + (bytes_each * weights.largest_of_all if bytes_each < 4 else 0)

@@ -168,6 +168,7 @@ class GradientSums:
 
     def add_product(self, leaf: Tensor, left: Tensor, right: Tensor) -> Tensor | None:
         """Adds a product to a leaf's sum without writing it first; returns the sum once it is complete."""
+        # Taken out, because autograd gets the complete sum as this gradient, and `_complete` must not add it again.
         total = self.sums.pop(leaf, None)
         total = left @ right if total is None else total.addmm_(left, right)
         if self.delivers:
@@ -216,6 +217,7 @@ def _silenced(leaves: Sequence[Tensor]) -> Iterator[None]:
     """Inside, hooks on `leaves` do not fire: `autograd.grad` would call them with the gradient of a single piece."""
     hooks = [(leaf._backward_hooks, dict(leaf._backward_hooks)) for leaf in leaves if leaf._backward_hooks]
     for registered, _ in hooks:
+        # In place, because autograd holds this very dictionary.
         registered.clear()
     try:
         yield

@@ -88,6 +88,7 @@ class Coupling:
         if self.is_sum:
             return previous if owned else previous.clone()
         if self.beta == 0:
+            # A new tensor, even where alpha is 1: the caller adds to it, and x[i] is still needed.
             return current * self.alpha
         carried = previous.mul_(self.beta) if owned else previous * self.beta
         return carried.add_(current, alpha=self.alpha)
@@ -140,6 +141,8 @@ class Coupling:
         last two states are saved.
         """
         in_a_row = self._in_a_row(room)
+        # Counted from the end: a pair that is saved, then `in_a_row` states that are rebuilt. For length 6 and 2 in a
+        # row: [1, 2, 5, 6].
         saved = [index for index in range(length + 1) if in_a_row is None or (length - index) % (in_a_row + 2) < 2]
         if in_a_row is None:
             saved = saved[-2:]

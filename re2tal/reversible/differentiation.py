@@ -41,8 +41,10 @@ def differentiate(
         # Its memory is free for the backward below, which needs only the graph.
         del update
     if graph.edge is not None:
+        # Under autocast a branch's output is narrower than the states; autograd wants its gradient in its own dtype.
         gradient = gradient.to(graph.dtype)
         torch.autograd.backward((graph.edge,), (gradient,))
+    # No gradient: the output of this branch does not depend on its input.
     return torch.zeros_like(graph.point) if graph.point.grad is None else graph.point.grad
 
 
@@ -118,6 +120,8 @@ def _rebuilt(
     """
     run, record = recording.run, recording.branches[index]
     draws, is_saved = record.draws.popleft(), record.saves == "output"
+    # The call must find the buffers that it found in forward. So first undo what the later call wrote, which has just
+    # run again, then put back what this call itself wrote.
     for saved in [*recording.restored, *record.buffers[0]]:
         saved.restore()
     recording.restored = record.buffers.popleft()
@@ -138,6 +142,8 @@ def run_with_graph(
     draws: GeneratorState | None,
 ) -> tuple[Tensor, Tensor]:
     """Returns (leaf, output): a leaf copy of `state`, and `returned(index, function, leaf)` with its graph."""
+    # Gradients of earlier branches' parameters go through every state but the first, whose gradient only the caller may
+    # want.
     point = recording.run.precision.real(state).detach().requires_grad_(index > 0 or recording.x_wants_gradient)
     saved = recording.branches[index].attention
     attention = replaying_attention(saved.popleft()) if saved else nullcontext()

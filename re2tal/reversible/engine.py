@@ -84,6 +84,7 @@ def run_reversibly(
     _check(x, merge, saved_branches=saved_branches, saved_outputs=saved_outputs, saved_attention=saved_attention)
     if not branches:
         return x
+    # The last branches save: backward comes to them first, so their memory is free before it rebuilds a state.
     rebuilt = max(0, len(branches) - saved_branches) if recompute else 0
     precision = StateFormat.of(x, grid, coupling, states=states, kinks=kinks)
     run = Run(tuple(branches), rebuilt, saved_outputs, saved_attention, merge, coupling, precision, streams)
@@ -95,6 +96,7 @@ def run_reversibly(
         _refuse_transforms()
         return _recomputed(run, x, owner, monitor)
     with same_kernels():
+        # Nothing is rebuilt: plain operations, which autograd records if it is on.
         return run.merged(*run.states(x, run.output)[:3])
 
 

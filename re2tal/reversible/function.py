@@ -29,6 +29,7 @@ class ReversibleRun(torch.autograd.Function):
         ctx: Any, x: Tensor, anchor: Tensor, run: Run, owner: nn.Module | None, observation: Observation | None
     ) -> Tensor:
         """Returns the output of the run, and leaves its last two states on the node, as `ends`."""
+        # It only makes autograd record this node; see `_recomputed` in engine.py.
         del anchor
         ctx.modules = ModuleState(owner)
         before = GeneratorState.now(x.device)
@@ -60,6 +61,8 @@ class ReversibleRun(torch.autograd.Function):
                 "a reversible run forgets its activations, so it has no second derivatives: backward was called with "
                 "create_graph=True; call it without, or run with recompute=False"
             )
+        # Autograd itself allows a second backward under retain_graph=True, but the first one rebuilt states in the
+        # buffers of the saved ones.
         if ctx.spent:
             raise RuntimeError(
                 "backward went through a reversible run twice, but the first time consumed its states; add the losses "
@@ -67,13 +70,15 @@ class ReversibleRun(torch.autograd.Function):
             )
         ctx.spent = True
         ctx.modules.check()
+        # Input 1 is the anchor, which nobody outside can name: the engine executes its node only if backward() goes to
+        # all leaves.
         if ctx.modules.is_trained and not torch._C._will_engine_execute_node(ctx.next_functions[1][0]):
             raise RuntimeError(
                 "gradients of chosen tensors were asked for (autograd.grad, or backward(inputs=..)), but a reversible "
                 "run gives those of its parameters to their .grad only; call backward() for all, freeze the "
                 "parameters, or run with recompute=False"
             )
-        gradients = gradients if isinstance(gradients, list) else [gradients]
+        gradients = gradients if isinstance(gradients, list) else [gradients]  # before torch 2.12
         try:
             with buffers_restored(ctx.changed_modules), ctx.modules.modes_restored(), same_kernels():
                 return _backward(ctx, gradients), None, None, None, None
@@ -134,6 +139,8 @@ def _backward(ctx: Any, gradients: list[Tensor]) -> Tensor | None:
     run = recording.run
     length, coupling = len(run.branches), run.coupling
     saved = dict(zip(run.saved_states(), ctx.saved_tensors, strict=True))
+    # Behind x[rebuilt] nothing is rebuilt, so backward starts from this pair. Its second state is needed only to
+    # rebuild x[rebuilt - 2], and is not saved where that is.
     previous, current = saved.pop(run.rebuilt - 1), saved.pop(run.rebuilt, None)
     to_output = gradients.pop().to(run.precision.gradients)
     if run.streams is not None:
@@ -187,6 +194,7 @@ def _gradient_of_start(
             differentiate_pieces(recording, 0, pieces, x, None, to_current, to_previous)
         elif (to_input := differentiate(recording, 0, x, None, to_current)) is not None:
             to_previous = to_previous.add_(to_input)
+        # dx[-1] = dx[1], because x[1] = x[-1] + F_0(x[0]); dx[0] = dx[2] + dF_0^T dx[1].
         return torch.cat((to_current, to_previous), run.streams) if recording.x_wants_gradient else None
     if pieces:
         to_x = coupling.gradient_of_start(to_previous, to_current, gradient, merge=run.merge)

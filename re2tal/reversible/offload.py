@@ -47,6 +47,7 @@ class _KeptRun:
     def keep(self, state: Tensor) -> Callable[[], Tensor]:
         """Copies a state to the host. The function returned fetches it."""
         if not self._hosts:
+            # Weak: a run whose graph is dropped without a backward must not stay for the next one's sake.
             self._earlier, self._lane.last_kept = self._lane.last_kept, weakref.ref(self)
         # The caller may write to the run's input right after forward, so its stream must wait for the copy.
         owned = state.untyped_storage()._cdata != self._input
@@ -59,6 +60,7 @@ class _KeptRun:
         if (earlier := self._earlier()) is not None:
             earlier._set_out()
         assert self._arriving is not None
+        # Taken out, because the caller may overwrite what it gets: if a state is fetched again, it is copied again.
         arrival = self._arriving.pop(index, None) or self._lane.bring(self._hosts[index])
         return self._lane.received(arrival)
 
@@ -107,6 +109,7 @@ class _Lane:
         with torch.cuda.stream(self._stream):
             state.copy_(host, non_blocking=True)
             complete = self._stream.record_event()
+        # For a backward that fails and frees the state before it has arrived.
         state.record_stream(self._stream)
         return _Arrival(state, complete)
 

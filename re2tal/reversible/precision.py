@@ -86,6 +86,7 @@ class StateFormat:
         check_numbers(states, grid)
         autocast = torch.is_autocast_enabled(x.device.type)
         wide = torch.float32 if x.dtype in NARROW else x.dtype
+        # Autocast leaves float64 alone.
         inside = torch.get_autocast_dtype(x.device.type) if autocast and wide == torch.float32 else x.dtype
         branches = wide if autocast else x.dtype
         narrow = inside in NARROW or (inside == torch.float32 and _short_factors(x.device))
@@ -141,9 +142,12 @@ class StateFormat:
             return values
         offset = self._offset(self.grid)
         state = values.to(self.states)
+        # In place only in a copy: where `to` had nothing to convert, `values` belongs to the branch.
         return (state + offset if state is values else state.add_(offset)).sub_(offset)
 
     def _offset(self, grid: float) -> float:
+        # The middle of [step / eps, 2 step / eps), where neighbouring floats are `step` apart. There `update + c` is
+        # rounded to a multiple of `step`, whichever sign `update` has.
         return 1.5 * grid / torch.finfo(self.states).eps
 
     def _count(self, values: Tensor) -> Tensor:

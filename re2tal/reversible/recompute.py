@@ -47,6 +47,7 @@ class Recipe(NamedTuple):
         references, make, values, place = found
         if values != _values(tensor):
             return None
+        # `tensor` may be a view; parts that have no recipe are cut out of the whole.
         whole = tensor.detach().as_strided(*place)
         tensors = tuple(one for reference in references if (one := reference(whole)) is not None)
         if len(tensors) < len(references):
@@ -89,6 +90,7 @@ def save_recipes(*tensors: Tensor) -> Callable[[], tuple[Tensor, ...]]:
     makers = [(recipe.make, len(recipe.tensors)) for recipe in recipes]
     sources = (source.detach() for recipe in recipes for source in recipe.tensors)
     # Before torch 2.12 a node frees what it saved when the last of its outputs is gone: the node alone is not enough.
+    # The anchor wants a gradient, or autograd would record no node.
     kept = _Keep.apply(torch.empty(0, requires_grad=True), *sources)
 
     def again() -> tuple[Tensor, ...]:
@@ -120,6 +122,7 @@ class _Keep(torch.autograd.Function):
 
 def _with_references(tensor: Tensor, references: Sequence[_Reference], make: Callable[..., Tensor]) -> Tensor:
     if torch.is_grad_enabled() and not _hooked():
+        # On the storage, because views share that.
         setattr(tensor.untyped_storage(), _NAME, (references, make, _values(tensor), _place(tensor)))
     return tensor
 
@@ -165,6 +168,7 @@ def saved_tensors_seen_by(look: Callable[[Tensor], object]) -> Iterator[None]:
 
 
 def _weakly(tensor: Tensor) -> _Reference:
+    # Weak, because a recipe must not keep alive what backward has consumed.
     reference, version = TensorWeakRef(tensor), tensor._version
 
     def unchanged(_: Tensor) -> Tensor | None:

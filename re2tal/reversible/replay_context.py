@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True, slots=True)
 class AutocastState:
-    """Whether, and to what, operations on a device type and on the CPU are cast."""
+    """Whether autocast is on for a device type and for the CPU, and its dtypes."""
 
     enabled: tuple[tuple[str, torch.dtype, bool], ...]
     """(device type, dtype, on)"""
@@ -81,7 +81,7 @@ class ModuleState:
         """Inside, modules are in the modes of forward, whatever `train` and `eval` have done since."""
         changed = [(module, mode) for module, mode in self._modes if module.training != mode]
         for module, mode in changed:
-            module.training = mode
+            module.training = mode  # not `train(mode)`, which sets all modules inside as well
         try:
             yield
         finally:

@@ -66,9 +66,11 @@ class Run:
 
         A branch i whose x[i-1] is saved is left out: nothing is rebuilt there, so its output is not needed.
         """
+        # -1, because x[-1] is x[0]: at the first branch there is nothing to rebuild.
         saved = {-1, *self.saved_states()}
         lasts = {index: last_of(self.branches[index]) for index in range(self.rebuilt) if index - 1 not in saved}
         sizes = {index: last.in_features * last.out_features for index, last in lasts.items() if last is not None}
+        # Every saved output costs one state, so the largest layers are skipped first: they save the most time.
         return sorted(sizes, key=lambda index: (sizes[index], index), reverse=True)[: self.saved_outputs]
 
     def states(
@@ -83,6 +85,8 @@ class Run:
         start = previous = current = self.precision.state(newer)
         if self.streams is not None:
             previous = self.precision.state(older)
+        # Must survive the run: the caller's x, which may be the first state itself, or x[0], which "extrapolate"
+        # subtracts.
         needed = x if self.merge == "mean" else start
         found = []
         for index in range(len(self.branches)):
@@ -105,6 +109,7 @@ class Run:
         branch = self.branches[index]
         pieces = self.pieces(index, current)
         precision = self.precision
+        # One sum, which autograd can record. On a grid, rounding is fused with the sum, below.
         if not pieces and (torch.is_grad_enabled() or precision.grid is None):
             increment = precision.increment(precision.round(update(index, branch, current)))
             return self.coupling.advance(previous, current, increment, owned=owned)
@@ -133,6 +138,7 @@ class Run:
         Raises ValueError if the branch writes to its input, changes shape or widens the dtype.
         """
         given = self.precision.real(state).to(self.precision.branches)
+        # Inference tensors count no versions: under inference_mode a write is not noticed.
         version = None if given.is_inference() else given._version
         output = function(given)
         if version is not None and given._version != version:
@@ -154,7 +160,7 @@ class Run:
         """Whether the output can be recomputed from the states that the run saves."""
         length = len(self.branches)
         return (
-            self.merge == "mean"
+            self.merge == "mean"  # "extrapolate" also needs x, which is not saved
             and self.streams is None
             and self.rebuilt == length
             and {length - 1, length} <= set(self.saved_states())

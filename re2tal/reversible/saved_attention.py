@@ -45,7 +45,7 @@ class KernelCall(NamedTuple):
 
 
 Calls = deque[KernelCall]
-"""Of one run of a branch, or of a piece of it, in the order in which forward made them."""
+"""The calls in one run of a branch, or of a piece of it, in the order of forward."""
 
 
 @contextmanager
@@ -99,6 +99,7 @@ class _Replaying(TorchDispatchMode):
         if not self._calls:
             raise RuntimeError(f"a branch that runs again calls {func} once more than in forward; {_REMEDY}")
         call = self._calls.popleft()
+        # The last axes may differ: that of queries is their width, that of the output is the width of the values.
         if call.kernel is not func or call.outputs[0].shape[:-1] != args[0].shape[:-1]:
             raise RuntimeError(
                 f"a branch that runs again calls {func} on queries of shape {tuple(args[0].shape)}, where forward "

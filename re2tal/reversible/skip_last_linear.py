@@ -37,6 +37,7 @@ def without_last_linear(linear: nn.Linear | None, *, add_product: AddProduct | N
 def _without_values(linear: nn.Linear, add_product: AddProduct | None, x: Tensor) -> Tensor:
     operands = (x, linear.weight, linear.bias)
     kind = x.device.type
+    # Autocast casts in F.linear, which is not called here; the graph must have the dtypes it would have.
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         x, weight, bias = (each if each is None or each.dtype == torch.float64 else each.to(dtype) for each in operands)

@@ -61,6 +61,7 @@ def record_calls(model: nn.Module, blocks: Iterable[nn.Module], *, example: Exam
     def record(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         x, args, kwargs = split_call(block, args, kwargs)
         if isinstance(x, Tensor):
+            # A copy, because the model may write into the state later.
             calls.setdefault(block, Call(x.clone(), args, kwargs))
 
     handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
@@ -76,7 +77,7 @@ def record_calls(model: nn.Module, blocks: Iterable[nn.Module], *, example: Exam
 def take_apart(block: nn.Module, call: Call) -> Residual | NotResidual:
     """The branches found in the forward of `block`, or why there are none.
 
-    They take what the block takes: tensors of any size where `call` has tensors, and its constants.
+    Branches accept what the block accepts: tensors of any size where `call` has tensors, and the constants of `call`.
     """
     with _undisturbed(block, call, training=False):
         result = hidden_state(block(call.x.clone(), *call.args, **call.kwargs))
@@ -85,6 +86,8 @@ def take_apart(block: nn.Module, call: Call) -> Residual | NotResidual:
         return NotResidual(f"it changes width or resolution (downsampling): it turns {shapes}")
     children = [child for child in block.children() if may_be_entered(child)]
     refusals = []
+    # As little as possible is entered, because a module left whole is called, with its hooks. The first refusal is
+    # reported: it speaks of the block's own code.
     for entered in ([], *([child] for child in children), children):
         try:
             return _take_apart(block, call, entered)
@@ -99,6 +102,7 @@ def as_a_whole(block: nn.Module, call: Call) -> Residual | None:
         for training in (True, False):
             with _undisturbed(block, call, training=training):
                 result = _run_block(block, (), Call(call.x.clone(), call.args, call.kwargs))
+    # Any block of equal shapes can be written as x + (block(x) - x). Only one that adds somewhere was meant so.
     if not (isinstance(result, Tensor) and result.shape == call.x.shape and sums.found):
         return None
     try:
@@ -112,7 +116,7 @@ def _less_x(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 
 class _SumFinder(TorchDispatchMode):
-    """While it is entered: `found` becomes True when two tensors as large as one of `shape` are added."""
+    """Inside, `found` becomes True when two tensors with as many elements as `shape` are added."""
 
     def __init__(self, shape: torch.Size) -> None:
         super().__init__()
@@ -153,7 +157,7 @@ class TracedError(ValueError):
 
 
 Traced = Mapping[str, Mapping[str, Any]]
-"""Module that was traced into -> its attributes that are numbers, flags or strings: code that was traced holds them."""
+"""Module that was traced into -> its numbers, flags and strings: its code holds them as constants."""
 
 
 def _traced(block: nn.Module, entered: Sequence[nn.Module]) -> Traced:
@@ -162,6 +166,7 @@ def _traced(block: nn.Module, entered: Sequence[nn.Module]) -> Traced:
 
 def _settings(module: nn.Module) -> dict[str, Any]:
     own = vars(module).items()
+    # `training` may change: both modes were traced.
     return {name: value for name, value in own if type(value) in (bool, int, float, str) and name != "training"}
 
 
@@ -221,9 +226,9 @@ def _wrapping(block: nn.Module, call: Call) -> Callable[[nn.Module, Tensor], Any
 
 
 def _check(block: nn.Module, branches: Sequence[Branch], call: Call) -> None:
-    """Both modes, the same draws: x + F(x) + G(x + F(x)) .. must be what the block returns.
+    """Raises RefusedError unless the block returns x + F(x) + G(x + F(x)) .. in both modes, with the same draws.
 
-    Not of the example's x alone: of one that is the same everywhere, another layout would look like none.
+    Noise is added to the example's x: if all its elements were equal, a wrong layout would not show.
     """
     noise = torch.randn(call.x.shape, generator=torch.Generator().manual_seed(0)).to(call.x)
     call = Call(call.x + noise * (0.1 * float(call.x.abs().max()) or 1.0), call.args, call.kwargs)
@@ -242,6 +247,7 @@ def _check(block: nn.Module, branches: Sequence[Branch], call: Call) -> None:
         if wanted.shape != found.shape:
             raise RefusedError(f"the branches found give {tuple(found.shape)} in place of {tuple(wanted.shape)}")
         error = (found - wanted).abs().max() / wanted.abs().max().clamp_min(1e-30)
+        # Not 0: the block may add its terms in another order. `not <=` refuses NaN too.
         if not error <= 64 * torch.finfo(wanted.dtype).eps:
             raise RefusedError(f"the branches found miss its result by {error:.1e} of the largest element")
 

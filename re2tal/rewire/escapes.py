@@ -42,7 +42,7 @@ _WITHOUT_GRADIENT = (
     "data",
 )
 _OF_THE_FIRST = ("to", "type_as", "expand_as", "view_as", "reshape_as")
-"""Of the other tensor they take the form only."""
+"""They use only the form of their other tensor, not its values."""
 
 
 def checked_for_escapes(
@@ -76,9 +76,11 @@ def checked_for_escapes(
             )
         # Another tensor of the same memory: the one that the branch returned is alive only if somebody keeps it.
         output = output.detach() if isinstance(output, Tensor) else output
+        # Else this frame would keep the input alive, which counts as one that escaped.
         del given
         if repeated is not None and not isinstance(x, FakeTensor):
             _run_again(function, name, x, output, draws=draws, buffers=buffers)
+        # What only a reference cycle keeps is no escape: it is gone after a collection.
         for _ in range(2):
             left = [f"{made}, of shape {tuple(tensor.shape)}" for tensor, made in escapes.made.items()]
             if not left:
@@ -131,7 +133,7 @@ def is_compiled(block: nn.Module) -> bool:
 
 
 class _Escapes(TorchFunctionMode):
-    """While it is entered: `made` has what depends on its first entries, or on parameters, and what made it."""
+    """Inside, `made` maps each tensor that depends on its first entries, or on parameters, to what made it."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -67,12 +67,14 @@ def recomputed(function: Callable[..., Any], *args: Any, owner: nn.Module, **kwa
         nonlocal written, read
         if written is not None:
             again = [remade[number]() if number in remade else arg for number, arg in enumerate(given)]
+            # It finds buffers as it did the first time; afterwards they have their present values again.
             with buffers_restored(written):
                 for one in read:
                     one.restore()
                 return function(*again, **kwargs)
         watch = BufferWatch(owner)
         saved = watch.save()
+        # Taken out of `fresh`, which the checkpoint would otherwise hold until backward, with the inputs in it.
         output = function(*(fresh.pop(number, arg) for number, arg in enumerate(given)), **kwargs)
         read = [*watch.changed_since(saved), *watch.find_writers()]
         written = list(dict.fromkeys([*watch.changed_modules(), *(one.module for one in read)]))

@@ -69,7 +69,7 @@ def split_call(block: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> tupl
 
 @dataclass(slots=True, eq=False)
 class PendingRun:
-    """A run that goes on behind its last block."""
+    """A run that has not ended yet."""
 
     stage: RewiredStage
     start: Tensor
@@ -135,9 +135,9 @@ class PendingState(Tensor):
 
 
 def values_of(state: Any) -> Any:
-    """The values of a pending state, which ends a run while an example is run, and is an error in one that runs.
+    """The values of a pending state; anything else is returned as it is.
 
-    Anything else is returned as it is.
+    While an example is run, asking for them ends the run there. At any other time it raises RewireError.
     """
     if not isinstance(state, PendingState):
         return state
@@ -169,6 +169,7 @@ class BlockHandle:
         return self._stage.call_block(self._name, x, args, kwargs)
 
     def __getattr__(self, name: str) -> Any:
+        # A parent that calls `layer.forward(x)` must not run the block on a state without values.
         return self if name == "forward" else getattr(self._block, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -194,7 +195,7 @@ def _versions(args: tuple, kwargs: dict[str, Any]) -> tuple[int, ...]:
 
 
 def _settings(x: Tensor) -> tuple:
-    """What a parent may switch between two blocks of a run, which then would see only the last setting."""
+    """What a parent may switch between two blocks. One run would compute both under the last setting."""
     kind = x.device.type
     return torch.is_grad_enabled(), torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)
 

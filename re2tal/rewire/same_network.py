@@ -4,8 +4,8 @@
     rewired(example), every block at once           finds where states are used inside runs: runs end there
     rewired(example), in runs, at beta = 0          must return the same tensors, all of them
 
-In float64 where the model can be cast to it, in evaluation mode and with fixed draws. Of the numbers of the model, its
-buffers, its modes and the generators nothing changes.
+All three run in float64 where the model can be cast to it, in evaluation mode, with the same random draws. Parameters,
+buffers, modes and generators are left as they were.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ def check_same_network(model: nn.Module, example: Example) -> None:
     """
     failed, stages = None, list(stages_of(model).values())
     own = sum(parameter.numel() for parameter in model.parameters()) > FLOAT64_PARAMETERS
+    # Some models cast inside, and fail in float64: then their own dtype has to do.
     for dtype in (None,) if own else (torch.float64, None):
         with undisturbed(model, dtype):
             given = cast(example, dtype)
@@ -134,6 +135,8 @@ def _difference(
             return f"{about}: {path} has shape and dtype {mine} in place of {its}"
         if (error := relative_error(want, have)) > _tolerance(dtype):
             noise = noise or _noise(model, example, dtype, wanted)
+            # Excused only where a rounding of the weights changes as much, to a factor of 50, and where the difference
+            # is small, or within the rounding of the largest state.
             if not (error <= 50 * noise[number] and (error <= 1e-3 or _is_rounding(model, example, want, have))):
                 return f"{about}: {path} differs by {error:.1e} of its largest element"
     return ""
@@ -144,8 +147,10 @@ def _tolerance(dtype: torch.dtype) -> float:
 
 
 def _is_rounding(model: nn.Module, example: Example, want: Tensor, have: Tensor) -> bool:
-    """Whether a difference is within the rounding of the largest state: of an output that is nothing but a difference
-    of such numbers, as a mean behind a norm is, not a digit stands."""
+    """Whether a difference is within the rounding of the largest state.
+
+    An output that is a difference of such numbers, as a mean behind a norm is, may have no correct digit at all.
+    """
     stages = list(stages_of(model).values())
     with plainly(model), plain_calls(stages, save_states=True) as calls:
         call_model(model, example)
@@ -154,7 +159,7 @@ def _is_rounding(model: nn.Module, example: Example, want: Tensor, have: Tensor)
 
 
 def _noise(model: nn.Module, example: Example, dtype: torch.dtype, wanted: list[Output]) -> list[float]:
-    """By leaf of the output: by how much one rounding of every parameter changes it, up or down."""
+    """For each leaf of the output: how much it changes if every parameter changes by one rounding, up or down."""
     found = [_noise_of(model, example, wanted, factor=1 + sign * torch.finfo(dtype).eps) for sign in (2, -2)]
     return [max(pair) for pair in zip(*found, strict=True)]
 

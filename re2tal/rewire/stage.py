@@ -39,10 +39,7 @@ if TYPE_CHECKING:
 
 
 class RewiredStage(nn.Module):
-    """The blocks of one stage under their old names; each unbroken sequence of residual ones is run reversibly.
-
-    Called like the `nn.Sequential` that it replaces, or walked along like the `nn.ModuleList`.
-    """
+    """The blocks of one stage under their old names; each unbroken sequence of residual ones is run reversibly."""
 
     def __init__(
         self, plain: nn.Module, config: RewiringConfig, *, residual: Mapping[str, Residual], path: str = ""
@@ -90,6 +87,7 @@ class RewiredStage(nn.Module):
             raise TypeError(f"a block of rewired stage {self.path} is registered as residual no more; rewire it anew")
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RewiredStage:
+        # Not by way of `__getstate__`: in one process a copy may keep branches that are code without a file.
         other = memo[id(self)] = type(self).__new__(type(self))
         vars(other).update(deepcopy(vars(self), memo))
         return other
@@ -128,7 +126,7 @@ class RewiredStage(nn.Module):
     def forward(self, x: Tensor, *args: Any, _calls: tuple[BlockCall, ...] | None = None, **kwargs: Any) -> Any:
         """Runs all blocks on x, with the same further arguments; or computes the `_calls` that a run is made of.
 
-        The result has the form in which the last block returns it, but the hidden state alone for `_calls`.
+        Returns what the last block returns; for `_calls` of a run, the hidden state alone.
         """
         if _calls is not None:
             return self._compute(x, _calls)
@@ -142,7 +140,7 @@ class RewiredStage(nn.Module):
     ) -> Any:
         """What the block called `name` returns for x: computed where it ends a run, and else pending.
 
-        `compute` is how to run what ends here: by a call of this module, for its hooks, unless it is being called.
+        `compute` runs what ends here. By default it calls this module, so that the module's hooks run too.
         """
         block, call = self.get_submodule(name), partial(self._call_block, name, compute or self._call)
         if name in self.residual:
@@ -156,13 +154,15 @@ class RewiredStage(nn.Module):
         return self(x, _calls=calls)
 
     def _call_block(self, name: str, compute: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # A state that is passed besides x is used for its values: a run must end there.
         if any(isinstance(leaf, PendingState) for leaf in tree_leaves((args, kwargs))):
             args, kwargs = tree_map(values_of, (args, kwargs))
         calls: tuple[BlockCall, ...] = (BlockCall.of(name, args, kwargs),)
         if name not in self.residual:
             return compute(values_of(x), calls)
         if isinstance(x, PendingState) and x.run.goes_on(self) and self._is_one_run(x.run.calls[-1].name, name):
-            x.run.taken = True
+            x.run.taken = True  # a second block that is called with this state needs its values
+            # While an example is run, every block is computed when it is called, from the state before it.
             start, calls = (x.run.start, (*x.run.calls, *calls)) if x.run.computed is None else (x.run.computed, calls)
         else:
             start = values_of(x)
@@ -228,11 +228,11 @@ class RewiredStage(nn.Module):
                     monitor=self._monitor(),
                 )
         if kind is not None:
-            self._checked.add(kind)
+            self._checked.add(kind)  # only now: a run that raised is checked again
         return x
 
     def _to_be_checked(self, calls: tuple[BlockCall, ...]) -> tuple | None:
-        """What says how these blocks run, if they did not run so before, or if hooks inside may collect outputs."""
+        """A key for how these blocks run, if that must be checked: the first time, or if hooks may collect outputs."""
         blocks = self._blocks(calls)
         kind = (self.training, *((call.name, call.constants()) for call in calls))
         done = kind in self._checked and not hooked_inside(blocks)
@@ -270,7 +270,7 @@ class RewiredStage(nn.Module):
         if isinstance(index, int):
             return handles[index]
         if range(len(self))[index] == range(len(self)):
-            return self
+            return self  # as for `self.layers[:num_layers]`
         if isinstance(self._plain[0], nn.Sequential):
             raise RewireError(
                 f"{index} of the rewired nn.Sequential {self.path} cannot be run; iterate over the blocks"

@@ -123,12 +123,15 @@ def _split(total: Any, x: fx.Node, layouts: set[fx.Node]) -> tuple[fx.Node, list
     if (parts := _split_cut(total, x)) is not None:
         return parts
     terms = [total]
+    # Sums are opened one by one, the last of the forward first. So the state found is the latest one, and parallel
+    # branches, x + A(x) + B(x), are one F.
     while any(_is_sum(term) for term in terms):
         first = next(index for index, term in enumerate(terms) if _is_sum(term))
         terms[first : first + 1] = terms[first].args
         for state in terms:
             added = [term for term in terms if term is not state]
             if (
+                # The state is a term once: x + x is no skip. Without it nothing else may lead to x.
                 len(added) == len(terms) - 1
                 and _reaches(state, x, {})
                 and not any(_reaches(term, x, _cut(state, layouts)) for term in added)
@@ -207,7 +210,7 @@ def _split_pieces(state: fx.Node, pieces: Sequence[_Piece], x: fx.Node) -> tuple
 
 
 def _cut(state: fx.Node, layouts: set[fx.Node]) -> dict[fx.Node, bool]:
-    """What no longer leads to x for somebody who knows `state`."""
+    """Nodes whose values follow from `state` alone: `_reaches` does not look behind them for x."""
     below: list[fx.Node] = []
     core = _without_layouts(state, layouts, below)
     return dict.fromkeys((core, *below), False) | {piece.node: False for piece in _pieces(state)}
@@ -239,6 +242,7 @@ def _reaches(node: fx.Node, x: fx.Node, known: dict[fx.Node, bool]) -> bool:
     """Whether `node` depends on the values of `x`, other than through nodes that are `known` to be cut."""
     if node is x:
         return known.get(node, True)
+    # `known` starts with the cuts, and remembers answers, or graphs with many skips would take exponential time.
     if node not in known:
         known[node] = not _is_metadata(node) and any(_reaches(source, x, known) for source in node.all_input_nodes)
     return known[node]

@@ -48,6 +48,7 @@ class CalledBlock(nn.Module):
 class _Tracer(fx.Tracer):
     """Enters only the modules it is told to."""
 
+    # Else what is computed from buffers alone would be computed once, when traced, and be a constant from then on.
     proxy_buffer_attributes = True
 
     def __init__(self, entered: Sequence[nn.Module]) -> None:
@@ -92,6 +93,7 @@ def step_of(
         if node not in needed and node not in states and node is not tensors:
             needed.add(node)
             view = views.get(node, node)
+            # Of a piece of a later state only the view of x is copied, not what was added to it.
             pending.extend(node.all_input_nodes if view is node else [view])
     branch = fx.Graph()
     state = branch.placeholder("x")

@@ -21,10 +21,11 @@ Unit = WholeBranch | ChunkedBranch
 
 
 def units_of(block: nn.Module, residual: Residual, config: RewiringConfig, *, call: BlockCall, name: str) -> list[Unit]:
-    """The units of `block`, called `name`, in a call with x and what `call` notes.
+    """The units of `block`, called `name`, for the arguments that `call` noted.
 
     Raises RewireError for a unit of FSDP that would run branch by branch.
     """
+    # A block that was born reversible changes one stream after the other, so it is no single branch.
     if config.unit == "block" and residual.streams is None:
         return [WholeBranch(type(block).__name__, partial(_whole, block, call, name))]
     if is_sharded(block):
@@ -62,6 +63,7 @@ def unit_checked_for_escapes(unit: Unit, *, stage: str, repeated: nn.Module | No
 def _whole(block: nn.Module, call: BlockCall, path: str, x: Tensor) -> Tensor:
     call.check(path)
     with without_hooks(block):
+        # The coupling adds the skip, so the block's own is taken off. That costs one rounding.
         return hidden_state(called_with(block, block.forward, x, call.args, call.kwargs)) - x
 
 

@@ -61,7 +61,7 @@ class CheckpointStore:
         if keep < 1:
             raise ValueError(f"training.keep_checkpoints is {keep}; it must be at least 1")
         self.folder = folder
-        self.identity = json.loads(json.dumps(dict(identity)))
+        self.identity = json.loads(json.dumps(dict(identity)))  # as manifests give it back: tuples are lists
         self.free = frozenset(free)
         self.changed: dict[str, tuple[Any, Any]] = {}
         self.defaults = json.loads(json.dumps(dict(defaults or {}), default=str))
@@ -86,7 +86,7 @@ class CheckpointStore:
             )
         for pause in (*self.pauses_seconds, None):
             try:
-                written = self._write(engine, average, progress)
+                written = self._write(engine, average, progress)  # raises on all ranks or on none: all try again
                 break
             except OSError as error:
                 if pause is None:
@@ -154,8 +154,10 @@ class CheckpointStore:
                 failures.append(error)
         # Also a barrier: no rank writes before the folder is there.
         self._raise_together(failures, partial)
+        # `latest` is ours: it changes when the folder is complete, not before.
         engine.save_checkpoint(str(self.folder), tag=partial.name, save_latest=False)
         engine.checkpoint_engine.save(_rank_state(engine, average), str(partial / RANK_FILE.format(_rank()[0])))
+        # Collected until here, because DeepSpeed has barriers inside its own saving.
         self._raise_together(engine.checkpoint_engine.take_failures(), partial)
         sums = self._digests(partial)
         if is_main():
@@ -177,6 +179,7 @@ class CheckpointStore:
         mine: dict[str, dict[str, Any]] = {}
         failures: list[OSError] = []
         try:
+            # All ranks list the same files: they have just agreed that everything is written.
             for path in sorted(path for path in partial.iterdir() if path.is_file())[rank::ranks]:
                 mine[path.name] = {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         except OSError as error:
@@ -193,7 +196,7 @@ class CheckpointStore:
         _flush_folder(self.folder)
         write_atomically(self.folder / "latest", final.name + "\n")
         _flush_folder(self.folder)
-        for old in self._names()[self.keep :]:
+        for old in self._names()[self.keep :]:  # last: a crash until here falls back to these
             shutil.rmtree(self.folder / old)
         self._remove_leftovers()
 

@@ -14,7 +14,7 @@ from re2tal.training.config import EngineConfig
 from re2tal.training.manifest import Progress
 
 BATCH, ACCUMULATION, RANKS = "engine.batch_size", "engine.gradient_accumulation", "number of ranks"
-"""Names in the identity of a run."""
+"""Names of these values in the identity of a run."""
 
 
 def same_clips_per_step(config: EngineConfig, saved: Mapping[str, Any], *, num_ranks: int) -> EngineConfig:
@@ -41,7 +41,7 @@ def batches_of_step(run: Mapping[str, Any]) -> int:
 
 
 def place_in_run(progress: Progress, saved: Mapping[str, Any], *, num_ranks: int) -> Progress:
-    """Progress counts the batches of each rank: as many clips, counted in those of `num_ranks`.
+    """The same place in the run for `num_ranks`: progress counts the batches of each rank.
 
     After batches that were skipped, a number that does not come out even is rounded up: up to a batch per rank is left
     out.

@@ -1,4 +1,4 @@
-"""The DeepSpeed engine around a network, and what is mended in it.
+"""Builds the DeepSpeed engine around a network, and repairs some of what it does.
 
 `re2tal.training.zero_file` turns a file of ds_configs/ and an EngineConfig into the settings the engine is built with.
 """
@@ -38,6 +38,7 @@ def build_engine(
         optimizer=optimizer,
         lr_scheduler=lambda wrapped: torch.optim.lr_scheduler.LambdaLR(wrapped, factor),
         config=settings,
+        # `process_group.join` has joined it.
         dist_init_required=False,
     )
     engine.checkpoint_engine = DurableCheckpointEngine()
@@ -55,7 +56,8 @@ def build_engine(
 
 @torch.no_grad()
 def _clear_padding(engine: Engine) -> None:
-    """ZeRO-3 shards are of one size, and DeepSpeed leaves what a rank's shard has beyond the weight uninitialized.
+    """Sets the padding of ZeRO-3 shards to 0. All shards have one size; DeepSpeed leaves what lies beyond the weight
+    uninitialized.
 
     Such memory may hold NaN: it would pass for a weight that is not finite, and checkpoints would differ by chance.
     """
@@ -77,6 +79,7 @@ def _skip_non_finite_steps(engine: Engine) -> None:
     def step() -> None:
         gradients = [weight.grad for group in optimizer.param_groups for weight in group["params"]]
         here = not all_finite(gradient for gradient in gradients if gradient is not None)
+        # All ranks or none: one that skipped alone would have other weights from then on.
         optimizer.overflow = any_rank(here, device=engine.device)
         if not optimizer.overflow:
             apply()

@@ -1,4 +1,4 @@
-"""Forward and losses of one batch, with nothing that waits for the device.
+"""Forward and losses of one batch. Nothing here waits for the device.
 
 No rank asks the others before backward whether their loss is finite. DeepSpeed skips a step on all ranks when a
 gradient of one is not, and here a loss that is not finite gets such gradients, whatever its own would be.
@@ -18,7 +18,7 @@ from re2tal.training.deepspeed_import import Engine
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What the network learns from a batch."""
+    """The losses of one batch."""
 
     video_ids: tuple[str, ...]
     total: Tensor
@@ -48,6 +48,7 @@ def forward(engine: Engine, batch: Batch, frames: Tensor) -> MicroBatch:
     losses = engine.module.loss(outputs, batch.actions, batch.timelines, num_frames=batch.mask.shape[1])
     lost = ~torch.isfinite(losses["total"].detach())
     for output in tree_leaves(outputs):
+        # A loss that is not finite may have finite gradients. NaN in those of one rank makes all ranks skip the step.
         if output.requires_grad:
             output.register_hook(lambda gradient: torch.where(lost, torch.nan, gradient))
     apart = {name: loss.detach().float() for name, loss in losses.items()}

@@ -38,8 +38,10 @@ def resharded(checkpoint: Path, engine: Engine, average: WeightAverage | None, *
     with torch.no_grad():
         _fill(engine, average, saved)
         _advance(engine, saved)
+    # With more ranks than before, two may go on from the same draws, on different clips.
     restore_generators(saved.ranks[engine.global_rank % len(saved.ranks)]["generators"], engine.device)
     for name, buffer in engine.module.named_buffers():
+        # Statistics of norms differ by rank: each saw other clips.
         values = [state["buffers"][name].double() for state in saved.ranks]
         mean = torch.stack(values).mean(dim=0)
         buffer.copy_(mean if buffer.is_floating_point() else mean.round())
@@ -49,8 +51,8 @@ class _Saved:
     """The files of a checkpoint, read."""
 
     def __init__(self, checkpoint: Path, read: Read, *, trained: Sequence[str], grouped: Sequence[str]) -> None:
-        """The names of the trained parameters in the network's order, and in that of the optimizer's groups; files of
-        stage 0 do not say them."""
+        """`trained`, `grouped`: names of the trained parameters, in the order of the network and in that of the
+        optimizer's groups. Files of stage 0 do not hold them."""
         self.checkpoint = checkpoint
         self.trained = trained
         self.grouped = grouped
@@ -82,6 +84,7 @@ class _Saved:
         for name, piece in parts:
             wholes.setdefault(name, []).append(piece)
         shapes = {name: shape for group in self.model["param_shapes"] for name, shape in group.items()}
+        # Cut, because the last piece of stage 3 is padded.
         joined = {name: torch.cat(wholes.get(name, [torch.zeros(0)]))[: math.prod(shapes[name])] for name in shapes}
         for name, values in joined.items():
             if values.numel() != math.prod(shapes[name]):
@@ -131,6 +134,7 @@ class _Saved:
         if kind == "average":
             return self.ranks[rank]["average"]
         if kind == "weights":
+            # Stage 3 saves the first, stages 1 and 2 the second.
             for key in ("fp32_flat_groups", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
                 if key in optimizer:
                     return list(optimizer[key])
@@ -231,6 +235,7 @@ def _places(engine: Engine, name: str, weight: nn.Parameter, values: Tensor) -> 
         group, start, length = engine.optimizer.grad_position[engine.optimizer.get_param_id(weight)]
         first = engine.global_rank * length
         yield group, start, values[first : first + length]
+    # None: nothing of this parameter is in this rank's part of the row.
     elif (here := weight._hp_mapping) is not None:  # type: ignore[attr-defined]
         part, place = here.lp_fragment_address, here.hp_fragment_address
         yield here.param_group_index, place.start, values[part.start : part.start + part.numel]
@@ -244,11 +249,13 @@ def _advance(engine: Engine, saved: _Saved) -> None:
         for weight in _flat_parameters(engine):
             engine.basic_optimizer.state[weight]["step"] = step.clone()
     engine.lr_scheduler.load_state_dict(saved.model["lr_scheduler"])
+    # Loading a schedule sets no rate in the optimizer.
     for group, rate in zip(engine.optimizer.param_groups, saved.model["lr_scheduler"]["_last_lr"], strict=True):
         group["lr"] = rate
     engine.global_steps = saved.model["global_steps"]
     engine.global_samples = saved.model["global_samples"]
     engine.skipped_steps = saved.model["skipped_steps"]
+    # DeepSpeed steps where these are a multiple of the accumulation, which may be another one now.
     engine.micro_steps = engine.global_steps * engine.gradient_accumulation_steps()
     if engine.fp16_enabled():
         engine.optimizer.loss_scaler = saved.optimizers[0]["loss_scaler"]

@@ -1,4 +1,4 @@
-"""Steps that are not applied: why, whose videos were at fault, and when it happens too often in a row to go on.
+"""Steps that are not applied: the reason, the videos at fault, and an error if too many come in a row.
 
 Every rank calls all of it at the same places; what is said and raised is the same on all.
 """
@@ -33,10 +33,11 @@ class Skips:
         self.non_finite_in_a_row = self.overflows_in_a_row = 0
 
     def is_lost(self, micro_batches: Sequence[MicroBatch], *, step: int) -> bool:
-        """After a step that was not applied: whether a loss of a rank was not finite, rather than gradients alone.
+        """After a step that was not applied: True if a rank's loss was not finite, False if only gradients were not.
 
         FloatingPointError when there were too many such steps in a row.
         """
+        # `bool` waits for the device, so this is asked only after a step that was not applied.
         lost = [video for one in micro_batches if bool(one.lost) for video in one.video_ids]
         if any_rank(bool(lost), device=self.engine.device):
             self._non_finite(f"the loss is not finite: {videos_by_rank(lost)}")

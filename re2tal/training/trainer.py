@@ -84,7 +84,7 @@ class Trainer:
         self.beta = beta
         self.new_step = new_step
         self.accumulation = int(engine.gradient_accumulation_steps())
-        self.steps_per_epoch = clips.steps_per_epoch / self.accumulation
+        self.steps_per_epoch = clips.steps_per_epoch / self.accumulation  # not whole where a step spans two epochs
         self.num_steps = num_optimizer_steps(config.epochs, clips.steps_per_epoch, accumulation=self.accumulation)
         decay = config.average_decay
         self.average = None if decay is None else WeightAverage(engine, decay=decay)
@@ -106,6 +106,8 @@ class Trainer:
 
         ValueError where the run is shorter now than what it has trained already.
         """
+        # Before loading, which replaces them by the checkpoint's: a rate that was changed for the resumed run has to
+        # win.
         peaks = PeakRates.of(self.engine.lr_scheduler)
         restored = self.checkpoints.load_newest(self.engine, self.average)
         if restored is None:
@@ -153,7 +155,7 @@ class Trainer:
                     stop = not self.evaluate() or ranks.told()
                 if stop or self._last() or self.progress.step % self.config.checkpoint_every_steps == 0:
                     self._save()
-                    stop = stop or ranks.told()
+                    stop = stop or ranks.told()  # `stop` is agreed, so all ranks ask, or none does
             batches.close()  # ends the stream's worker processes
         return "finished" if self._last() else "interrupted"
 
@@ -171,9 +173,10 @@ class Trainer:
         return True
 
     def _evaluation_is_left(self) -> bool:
-        """Every rank calls this: whether the run stopped after a step whose evaluation was due and is not logged."""
+        """Every rank calls this: whether the evaluation after the last step was due, but is not in the log."""
         if not self.progress.step or not self._evaluation_is_due():
             return False
+        # Only rank 0 has the log.
         return made_by_main(lambda: not self.log.has("evaluation", step=self.progress.step))
 
     def averaged_weights(self) -> AbstractContextManager[None]:
@@ -183,8 +186,9 @@ class Trainer:
     # --------------------------------------------------------------------------------------------------------- one step
 
     def _step(self, batches: Iterator[Batch]) -> dict[str, Tensor]:
-        """One optimizer step; the mean of its losses, by name. A step with a loss that is not finite is taken again,
-        of the batches that follow.
+        """Takes one optimizer step; returns the mean of its losses, by name.
+
+        If a loss is not finite, the step is taken again with the batches that follow.
         """
         while True:
             self.skips.watch.new_step()
@@ -197,10 +201,13 @@ class Trainer:
                     self.average.update()
                 break
             self.progress = replace(self.progress, skipped=self.progress.skipped + 1)
+            # Without a loss the step is taken again. If only gradients were not finite it counts, though DeepSpeed
+            # leaves weights and schedule as they were.
             if not self.skips.is_lost(micro_batches, step=self.progress.step):
                 break
         for one in micro_batches:
             self.report.watch.add(self.progress.step, one.losses["total"], one.video_ids)
+        # They stay on the device: a number in Python would make every step wait for it.
         losses = [one.losses for one in micro_batches]
         return {name: torch.stack([each[name] for each in losses]).mean() for name in losses[0]}
 
@@ -212,6 +219,7 @@ class Trainer:
         self._waited += time.perf_counter() - asked
         self.skips.watch.new_batch(batch.video_ids)
         micro_batch = self._forward(batch)
+        # Applied or not: a resumed run must not draw the batches of a skipped step again.
         self.progress = replace(self.progress, micro_batches=self.progress.micro_batches + 1)
         at(f"step {self.progress.step}, backward", patient=not self.warm)
         self.engine.backward(micro_batch.total)
@@ -234,7 +242,7 @@ class Trainer:
     def _advance(self, *, seconds: float) -> None:
         self.progress = replace(self.progress, step=self.progress.step + 1, seconds=self.progress.seconds + seconds)
         self.warm = True
-        self._couple()
+        self._couple()  # so that what is evaluated next is the network that the next step trains
         self.log.advance()
 
     @property
@@ -260,10 +268,12 @@ class Trainer:
         if epochs is None or self._last() or done < before * self.clips.steps_per_epoch:
             return False
         micro_batches = epochs * self.clips.steps_per_epoch
+        # Not `done % micro_batches == 0`: where accumulation does not divide an epoch, a step lies across its end.
         return done // micro_batches > (done - self.accumulation) // micro_batches
 
     def _save(self) -> None:
         """Every rank calls this: a checkpoint of this step, if there is none yet."""
+        # `keep_best` and the interval may ask for the same step.
         if self._saved_step != self.progress.step:
             self.checkpoints.save(self.engine, self.average, self.progress)
             self._saved_step = self.progress.step

@@ -30,9 +30,9 @@ import torch.distributed as dist
 from re2tal.distributed import free_port, gather_objects, named_host
 
 PATIENCE = 3
-"""What may take long on one rank alone, such as a compilation or a save, may take so many times the limit."""
+"""Phases that may take long on one rank alone, such as a compilation or a save, get this many times the limit."""
 GONE_SECONDS = 10.0
-"""A rank whose connection is closed has so long to be the end of the whole run."""
+"""From the moment when a rank's connection closes to the end of the run."""
 STACKS_NAME = "stacks"
 
 
@@ -89,6 +89,7 @@ def judge(reports: Sequence[Report], silent_seconds: Sequence[float], *, limit_s
     # The rank that is late decides how late it may be.
     limit = limit_seconds * max(PATIENCE if report.patient else 1 for report in reports)
     waited = max(report.waits_seconds for report in reports)
+    # With NCCL devices wait, and no host is in a collective. Then only that no rank makes progress shows it.
     if not any(report.patient for report in reports):
         waited = max(waited, min(report.stays_seconds for report in reports))
     if waited <= limit:
@@ -155,6 +156,7 @@ class Watchdog:
             wait_for_workers=False,
             timeout=timedelta(seconds=max(60.0, limit_seconds)),
         )
+        # Two, because a call of the store blocks where rank 0 is stopped, and somebody must still see the time pass.
         self._threads = [threading.Thread(target=work, daemon=True) for work in (self._exchange, self._watch_rank_0)]
         for thread in self._threads:
             thread.start()
@@ -172,6 +174,7 @@ class Watchdog:
         deadline = time.monotonic() + GONE_SECONDS
         while time.monotonic() < deadline and not self.cut:
             time.sleep(self.interval_seconds)
+        # Whoever lives has reported several times in the seconds just waited.
         quiet = 0.8 * GONE_SECONDS
         if self.cut or time.monotonic() - self.contact > quiet:
             who = f"rank 0 (host {self.hosts[0]})"
@@ -219,6 +222,7 @@ class Watchdog:
         call = (id(frame), here.progress)  # not the frame itself, which would keep its tensors
         if call != self._collective[0]:
             self._collective = (call, now)
+        # A millisecond more, because 0 stands for no collective.
         waits = 0.0 if frame is None else now - self._collective[1] + 1e-3
         return named_host(), here.phase, here.patient, here.progress, now - here.since, waits
 
@@ -249,6 +253,7 @@ class Watchdog:
         if self.rank == 0:  # serves the verdict to the others
             time.sleep(2 * self.interval_seconds + 1.0)
         if not self.closed.is_set():
+            # Not sys.exit, which ends this thread only: the main one may never return from native code.
             os._exit(self.exit_status)
 
 

@@ -96,6 +96,8 @@ def training_order(shards: Sequence[str] | np.ndarray, *, shuffle_span: int, see
     order = np.argsort(shuffled[inverse], kind="stable").astype(np.int32)
     del inverse
     buffer = order[:shuffle_span].tolist()
+    # Each video that comes takes a random place in the buffer, and the one that was there goes. Places are drawn in
+    # blocks, because one call per video is slow for millions of them.
     for start in range(len(buffer), len(order), _DRAWN_AT_ONCE):
         given = order[start : start + _DRAWN_AT_ONCE].tolist()
         for number, place in enumerate(generator.integers(len(buffer), size=len(given)).tolist()):

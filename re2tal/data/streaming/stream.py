@@ -6,7 +6,7 @@
 A worker process makes whole steps, and step b is the same batch whoever makes it: everything random is drawn from
 (seed, epoch, video). So the number of workers changes nothing, and an epoch is entered at any step without reading
 what came before. A video that cannot be read is replaced by a blank clip that is not `valid`, and reported; the
-number of steps stands. So is the clip at which a worker dies or hangs; the workers are then started anew.
+number of steps stays the same. So is the clip that a worker reads when it dies or hangs; all workers are then replaced.
 """
 
 from __future__ import annotations
@@ -104,6 +104,7 @@ class ClipStream:
         loader = PatientLoader(
             self._batches,
             sampler=self._keys,
+            # `Batches` makes whole batches: nothing is put together here.
             batch_size=None,
             num_workers=workers,
             pin_memory=torch.cuda.is_available(),
@@ -138,7 +139,7 @@ class ClipStream:
         return self._batches._epoch_order(epoch)
 
     def _made(self, epoch: int, step: int) -> Iterator[tuple[Batch, list[Failure]]]:
-        """Batches and what failed in them; where a worker is lost, all are replaced, and go on with the same step."""
+        """Batches and what failed in them. If a worker is lost, all are replaced, and go on with the same step."""
         while step < self.steps_per_epoch:
             self._keys.steps = [(epoch, later) for later in range(step, self.steps_per_epoch)]
             try:
@@ -149,14 +150,17 @@ class ClipStream:
                 self._replace_workers(epoch, error)
 
     def _replace_workers(self, epoch: int, error: RuntimeError) -> None:
-        """Leave out the clips that lost workers were at; raises `error` where no worker was lost, or again and again
-        without a clip."""
+        """Replaces all workers, and leaves out the clips that lost ones were reading.
+
+        Raises `error` if no worker was lost, or if workers are lost too often while they read no clip.
+        """
         workers = self._loader.workers
         dead = [number for number, worker in enumerate(workers) if not worker.is_alive()]
         if not dead:
             raise error
         clips = [(epoch, *self._batches.at_work(number)) for number in dead]
         lost = [clip for clip in clips if clip[1] >= 0]
+        # Without a clip to leave out, the same may happen for ever.
         self._losses += not lost
         if self._losses > MAX_FAILED_CLIPS:
             raise error

@@ -53,7 +53,7 @@ class Window:
     """(T,) float64, in stored frames, in order, inside the video; padding repeats the last valid one, and a trimmed
     video starts again"""
     num_valid: int
-    """the first so many of the T frames are not padding"""
+    """how many of the T frames, from the first, are not padding"""
     timeline: Timeline
     """counts frames: frame t of the clip lies at timeline.to_seconds(t)"""
     actions: tuple[Action, ...]
@@ -123,6 +123,7 @@ def _truncate(video: Stored, windowing: Slide, *, generator: np.random.Generator
         longest = windowing.short_frames
     for _ in range(MAX_TRIES):
         count = longest
+        # A video that fits has no random stretch of full length: a shorter one is taken, so that it is varied too.
         if total <= count:
             count = max(1, round(total * generator.uniform(windowing.shortest_crop, 1)))
         start = int(generator.integers(total - count, endpoint=True))
@@ -166,6 +167,7 @@ def _loop(video: Stored, windowing: Trimmed, *, window_id: int, start: int, crop
         window_id=window_id,
         positions=_inside(video, samples * (video.samples_per_second / windowing.frames_per_second)),
         num_valid=windowing.num_frames,
+        # Time does not start again where the video does: of a trimmed video only the class is asked for.
         timeline=Timeline(start * seconds_per_frame, seconds_per_frame, video.record.duration_seconds),
         actions=video.record.actions,
         crop=crop,
@@ -200,6 +202,7 @@ def _slides(
     """The windows that cover a video; their first samples are multiples of `multiple`."""
     total, length = _num_samples(video, windowing), length or windowing.num_frames
     step = max(1, round(length * (1 - windowing.overlap) / multiple)) * multiple
+    # The last window reaches the end of the video, so it may overlap more than was asked for.
     last = max(0, -(-(total - length) // multiple) * multiple)
     return [
         _cut(video, windowing, window_id=n, start=start, count=min(length, total - start))
@@ -223,6 +226,7 @@ def _num_samples(video: Stored, windowing: Slide | Trimmed) -> int:
             f"data.clips.windowing.frames_per_second is {rate}, but {video.record.video_id} is stored at "
             f"{video.samples_per_second:g} frames per second; lower it, or build the shards at a higher rate"
         )
+    # As many as lie at or before the last stored one; the millionth is for rounding, as in 29.999999.
     return int((video.num_samples - 1) / video.samples_per_second * rate + 1e-6) + 1
 
 

@@ -146,6 +146,7 @@ def check_shared_memory(batch_bytes: int, *, workers: int, prefetch: int, ranks:
     folder = Path("/dev/shm")
     if not folder.is_dir():
         return
+    # One more than is prefetched: the batch that is being made.
     needed = ranks * workers * (prefetch + 1) * batch_bytes
     free = shutil.disk_usage(folder).free
     if free < needed:

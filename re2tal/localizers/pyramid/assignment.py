@@ -99,7 +99,7 @@ class SimOTA:
         matched, _ = near_centre(points, segments, distances, radius=self.radius)
         # Ranks start at 0. An action keeps floor(share * count), as the public implementation rounds.
         num_kept = (inside.sum(dim=0) * self.keep_share).to(torch.int64)
-        rank = cost.argsort(dim=0, stable=True).argsort(dim=0)
+        rank = cost.argsort(dim=0, stable=True).argsort(dim=0)  # the place of each point in the order of costs
         kept = (inside & (rank < num_kept)).any(dim=1)
         weights = torch.where(inside.any(dim=1) & ~kept, self.confused_weight, 1.0)
         return _targets(points, distances, labels, matched & inside, cost.argmin(dim=1), weights, num_classes)
@@ -160,7 +160,7 @@ def _targets(
 ) -> Targets:
     """`matched` (P, N) gives the classes, `regressed` (P,) the segment whose distances count."""
     one_hot = F.one_hot(labels, num_classes).to(points.dtype)
-    classes = (matched.to(points.dtype) @ one_hot).clamp(max=1.0)
+    classes = (matched.to(points.dtype) @ one_hot).clamp(max=1.0)  # several actions may be of one class
     return Targets(
         classes, distances[torch.arange(len(points), device=points.device), regressed] / points[:, 3:], weights
     )

@@ -66,6 +66,7 @@ def match(segments: Tensor, actions: Tensor, labels: Tensor, *, min_iou: float) 
     lengths = segments[:, None, 1] - segments[:, None, 0] + 1
     iou = overlap / (lengths + actions[:, 1] - actions[:, 0] - overlap).clamp(min=0)
     best_iou, best = iou.max(dim=1)
+    # > 0, or an action that no segment overlaps would match all of them: each has its best IoU, 0.
     best_for_an_action = ((iou == iou.amax(dim=0)) & (iou > 0)).any(dim=1)
     matched = (best_iou >= min_iou) | best_for_an_action
     return Matches(torch.where(matched, labels[best] + 1, 0), actions[best])

@@ -170,6 +170,7 @@ class VSGN(Localizer[VSGNOutputs]):
         starts, ends, _ = outputs.evaluation.float().sigmoid().unbind(dim=1)
         centres, num_steps = outputs.anchors.mean(dim=1), outputs.mask.shape[1]
         copied = layout.in_copy(centres)
+        # `_between` needs a step on both sides of a boundary, and no segment may reach from a clip into its copy.
         segments = layout.confined(outputs.adjusted.float(), copied, num_steps=num_steps)
         weights = _between(starts, segments[..., 0]) * _between(ends, segments[..., 1])
         scores = scores * weights[..., None]
