@@ -138,7 +138,8 @@ class Run:
         Raises ValueError if the branch writes to its input, changes shape or widens the dtype.
         """
         given = self.precision.real(state).to(self.precision.branches)
-        # Inference tensors count no versions: under inference_mode a write is not noticed.
+        if given is state and state.is_inference():
+            given = state.clone()  # inference tensors count no versions, so a write to the state would not be noticed
         version = None if given.is_inference() else given._version
         output = function(given)
         if version is not None and given._version != version:

@@ -89,3 +89,21 @@ def test_a_branch_that_writes_to_its_input_is_refused(recompute, place) -> None:
     branches[place] = lambda x: x.mul_(3) * weight
     with pytest.raises((ValueError, RuntimeError), match=r"writes to its input, a state of the run|in-place operation"):
         run_reversibly(branches, torch.ones(2, 3), recompute=recompute, owner=nn.ParameterList([weight]))
+
+
+def test_under_inference_mode_a_branch_that_writes_to_its_input_spoils_no_state() -> None:
+    """Inference tensors count no versions, so such a write cannot be refused there."""
+
+    def doubles(x: torch.Tensor) -> torch.Tensor:
+        return x.mul_(2).sin()
+
+    branches = [doubles, torch.cos, doubles]
+    x = torch.linspace(-1, 1, 12, dtype=torch.float64).view(1, 3, 4)
+    with torch.inference_mode():
+        given = x.clone()
+        found = run_reversibly(branches, given)
+    assert torch.equal(given, x)
+    first = x + (2 * x).sin()
+    second = x + first.cos()
+    third = first + (2 * second).sin()
+    torch.testing.assert_close(found, (second + third) / 2)
