@@ -32,7 +32,8 @@ from re2tal.training.schedule import ScheduleConfig
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # so that it is taken away again after the test, whoever sets it
+        monkeypatch.delenv(name)
 
 
 class Named(TinyDetector):
