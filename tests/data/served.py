@@ -21,6 +21,10 @@ class Server:
     etag: str | None = "1"
     statuses: list[int] = field(default_factory=list)
     """Answers to the next GETs, instead of content."""
+    shift: int = 0
+    """Ranges begin so many bytes too early, and say so."""
+    head_bytes: int | None = None
+    """What answers to HEAD say of the length, instead of the truth."""
     cuts: int = 0
     """So many of the next answers end early."""
     asked: list[tuple[str, str, str | None]] = field(default_factory=list)
@@ -64,10 +68,13 @@ def served(files: dict[str, bytes] | None = None) -> Iterator[Server]:
             whole, part = content or b"", content or b""
             if status == 200 and wanted and server.ranges:
                 first, last = (int(one) for one in wanted.removeprefix("bytes=").split("-"))
+                shift = min(first, server.shift)
+                first, last = first - shift, last - shift
                 part, status = whole[first : last + 1], 206
             part = part if status < 300 else b""
             self.send_response(status)
-            self.send_header("Content-Length", str(len(part)))
+            is_wrong = not body and server.head_bytes is not None
+            self.send_header("Content-Length", str(server.head_bytes if is_wrong else len(part)))
             if status == 206:
                 self.send_header("Content-Range", f"bytes {first}-{first + len(part) - 1}/{len(whole)}")
             if self.path.endswith(".html"):

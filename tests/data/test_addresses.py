@@ -194,6 +194,22 @@ def test_a_file_comes_whole_where_there_are_no_ranges(
     assert fetched(Address(f"{server.address}/a.bin")) == CONTENT
 
 
+@pytest.mark.parametrize(
+    ("shift", "head_bytes", "message"),
+    [
+        (100, None, "sent bytes from 5900 on, asked for those from 6000 on"),
+        (0, 13_000, "has 20000 bytes, and 13000 were expected"),
+    ],
+)
+def test_an_answer_that_is_another_part_or_of_a_longer_file_is_an_error(
+    server: Server, monkeypatch: pytest.MonkeyPatch, shift: int, head_bytes: int | None, message: str
+) -> None:
+    monkeypatch.setattr(remote, "CHUNK", 6_000)
+    server.shift, server.head_bytes = shift, head_bytes
+    with pytest.raises(RemoteError, match=rf"a\.bin.* {message}"):
+        fetched(Address(f"{server.address}/a.bin"))
+
+
 def test_content_that_changes_meanwhile_is_an_error(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "CHUNK", 6_000)
     with local_copy(Address(f"{server.address}/a.bin")) as copy:

@@ -17,6 +17,7 @@ from re2tal.data.streaming.decode import decode_frames
 
 OPEN = {"g": "12", "bf": "3", "x264-params": "open-gop=1:scenecut=0:keyint=12:min-keyint=12"}
 CLOSED = {"g": "12", "bf": "3", "x264-params": "open-gop=0:scenecut=0"}
+REFRESH = {"g": "12", "bf": "0", "x264-params": "intra-refresh=1"}
 RATE = Fraction(30000, 1001)
 
 X265 = {"x265-params": "log-level=none:keyint=20:open-gop=1"}
@@ -27,6 +28,7 @@ FOREIGN: dict[str, tuple[Callable[[Path], Path], str]] = {
     ),
     "HEVC in open groups": (lambda path: write_video(path, codec="libx265", options=X265), "of pictures are open"),
     "AV1": (lambda path: write_video(path, codec="libsvtav1", options={"preset": "12"}), "codec is 'av01'"),
+    "a gradual refresh": (lambda path: write_video(path, options=REFRESH), "key frames need pictures before them"),
     "open groups": (lambda path: write_video(path, options=OPEN), "groups of pictures are open"),
     "a rate that varies": (
         lambda path: write_video(path, milliseconds=[40 * n + 9 * (n % 3) for n in range(60)]),

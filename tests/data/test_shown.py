@@ -333,6 +333,21 @@ def test_a_picture_that_contradicts_its_own_checksum_is_damaged(tmp_path):
         stored(source)
 
 
+@pytest.mark.parametrize("codec", ["libx264", "libx265"])
+def test_zeros_that_fill_up_a_picture_before_the_next_start_code_are_no_damage(tmp_path, codec):
+    options = {"x265-params": "log-level=none"} if codec == "libx265" else {}
+    source = write_video(tmp_path / "whole.ts", codec=codec, options=options)
+    with av.open(str(source)) as whole, av.open(str(tmp_path / "a.ts"), "w") as filled:
+        stream = filled.add_stream_from_template(whole.streams.video[0])
+        for packet in whole.demux(video=0):
+            if packet.size:
+                longer = av.Packet(bytes(packet) + bytes(40))
+                longer.pts, longer.dts, longer.time_base = packet.pts, packet.dts, packet.time_base
+                longer.is_keyframe, longer.stream = packet.is_keyframe, stream
+                filled.mux(longer)
+    assert stored(tmp_path / "a.ts")[1].damage.num_damaged == 0
+
+
 def test_a_recording_that_begins_between_key_frames_is_not_damaged(tmp_path):
     source = write_video(tmp_path / "whole.ts", num_frames=90, options={"g": "30", "bf": "0"})
     with av.open(str(source)) as container, av.open(str(tmp_path / "v.ts"), "w") as target:

@@ -6,6 +6,7 @@ Everything goes through fsspec's file systems, which take credentials from where
 from __future__ import annotations
 
 import random
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -29,6 +30,9 @@ CHUNK = 8 << 20
 
 _PASSING = frozenset({408, 425, 429})
 """Statuses below 500 that another try may not meet again."""
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-\d+/(\d+|\*)")
+_TRACES: list[Any] = []
+"""What looks at each answer of the web: one object, since fsspec keeps a file system for each set of options."""
 _REMEDIES = {
     401: "it wants credentials, see docs/own_data.md",
     403: "these credentials, or none, give no access; see docs/own_data.md",
@@ -82,7 +86,8 @@ def read_range(address: Address, start: int, count: int, *, file_bytes: int) -> 
 
     def read(system: Any) -> bytes:
         # With its size the file is opened without another question to the server.
-        with system.open(_path(address), "rb", size=file_bytes, cache_type="none") as file:
+        asked = {"trace_request_ctx": _Asked(address, start, file_bytes)} if address.scheme in ("http", "https") else {}
+        with system.open(_path(address), "rb", size=file_bytes, cache_type="none", **asked) as file:
             file.seek(start)
             content = file.read(count)
         if len(content) != count:
@@ -90,6 +95,30 @@ def read_range(address: Address, start: int, count: int, *, file_bytes: int) -> 
         return content
 
     return _patiently(address, read)
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    address: Address
+    start: int
+    file_bytes: int
+
+
+async def _check_answer(_: object, context: Any, params: Any) -> None:
+    """fsspec takes any part that comes as the one it asked for, though the answer says which one it is."""
+    asked, said = context.trace_request_ctx, params.response.headers.get("Content-Range", "")
+    if not isinstance(asked, _Asked) or not (match := _CONTENT_RANGE.match(said)):
+        return
+    if match[2] not in ("*", str(asked.file_bytes)):
+        raise RemoteError(
+            f"{asked.address} has {match[2]} bytes, and {asked.file_bytes} were expected: it was changed, or the "
+            "server says wrong sizes; try again, or copy the file to this machine"
+        )
+    if int(match[1]) != asked.start and params.response.status == 206:
+        raise RemoteError(
+            f"{asked.address}: the server sent bytes from {match[1]} on, asked for those from {asked.start} on; copy "
+            "the file to this machine"
+        )
 
 
 def fetch(address: Address, path: Path, before: Described) -> Iterator[int]:
@@ -210,10 +239,13 @@ def _system(address: Address) -> Any:
     if address.scheme in ("http", "https"):
         import aiohttp
 
+        if not _TRACES:
+            _TRACES.append(aiohttp.TraceConfig())
+            _TRACES[0].on_request_end.append(_check_answer)
         timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS, sock_read=SILENT_SECONDS)
         # trust_env: proxies, and ~/.netrc. identity: the bytes of the file, not of a compressed copy of it.
         options = {
-            "client_kwargs": {"timeout": timeout, "trust_env": True},
+            "client_kwargs": {"timeout": timeout, "trust_env": True, "trace_configs": _TRACES},
             "headers": {"Accept-Encoding": "identity"},
         }
     elif address.scheme == "s3":

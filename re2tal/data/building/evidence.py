@@ -19,7 +19,7 @@ from re2tal.data.building.checksums import broken_clusters
 from re2tal.data.building.frame_numbers import FrameNumbers
 
 _ZEROS, _ZEROS_INSIDE = re.compile(rb"\0{32}"), re.compile(rb"\0{32}(?=\0*[^\0\x01])")
-# Some codecs fill up with zeros, but only at the end of a packet or before the next start code, 00 00 01.
+# Zeros may fill up the end of a packet, and what is before the next start code, 00 00 01, where there are such codes.
 _LOST = dict.fromkeys(("h264", "hevc", "libvpx", "libvpx-vp9", "vp8", "vp9"), _ZEROS) | dict.fromkeys(
     ("mpeg4", "mpeg1video", "mpeg2video", "h263", "libdav1d", "av1"), _ZEROS_INSIDE
 )
@@ -32,7 +32,8 @@ class Evidence:
         codec = stream.codec_context
         is_matroska = container.format.name.startswith("matroska")
         self._clusters = broken_clusters(Path(container.name)) if is_matroska else []
-        self._zeros = _LOST.get(codec.name)
+        has_start_codes = codec.name in ("h264", "hevc") and bytes(codec.extradata or b"")[:1] != b"\1"
+        self._zeros = _ZEROS_INSIDE if has_start_codes else _LOST.get(codec.name)
         self._numbers = FrameNumbers(bytes(codec.extradata or b"")) if codec.name == "h264" else None
 
     def is_lost(self, packet: av.Packet) -> bool:

@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from re2tal.data.contract.key_frames import KEY_SLICE, SLICE, Bits, with_lengths
+
 _HIGH_PROFILES = frozenset({44, 83, 86, 100, 110, 118, 122, 128, 134, 135, 138, 139, 244})
-_SLICE, _KEY_SLICE, _SEQUENCE = 1, 5, 7
+_SEQUENCE = 7
 
 
 class FrameNumbers:
@@ -27,19 +29,19 @@ class FrameNumbers:
 
     def lacks_frames(self, packet: bytes) -> bool:
         """Whether frames that others need are missing between this packet and the one before it."""
-        units = _with_lengths(packet, self._length_bytes) if self._length_bytes else _between_start_codes(packet)
+        units = with_lengths(packet, self._length_bytes) if self._length_bytes else _between_start_codes(packet)
         for unit in units:
             kind = unit[0] & 31
             if kind == _SEQUENCE:
                 self._read_sequence(unit)
-            elif kind in (_SLICE, _KEY_SLICE):
-                return self._is_gap(unit, is_reference=bool(unit[0] & 96), is_key=kind == _KEY_SLICE)
+            elif kind in (SLICE, KEY_SLICE):
+                return self._is_gap(unit, is_reference=bool(unit[0] & 96), is_key=kind == KEY_SLICE)
         return False
 
     def _is_gap(self, unit: bytes, *, is_reference: bool, is_key: bool) -> bool:
         if self._bits is None or self._is_off:
             return False
-        bits = _Bits(unit[1:24])
+        bits = Bits(unit[1:24])
         for _ in range(3):  # first macroblock, type, parameters
             bits.number()
         bits.take(2 * self._has_planes)
@@ -52,7 +54,7 @@ class FrameNumbers:
         return number not in (before, (before + 1) % (1 << self._bits), 0, 1)
 
     def _read_sequence(self, unit: bytes) -> None:
-        bits = _Bits(unit[1:64])
+        bits = Bits(unit[1:64])
         profile = bits.take(8)
         bits.take(16)
         bits.number()
@@ -82,27 +84,6 @@ class FrameNumbers:
         self._bits, self._has_planes = num_bits, has_planes
 
 
-class _Bits:
-    """Reads the first bits of a unit, without the bytes that keep start codes out of it."""
-
-    def __init__(self, unit: bytes) -> None:
-        content = unit.replace(b"\0\0\3", b"\0\0")
-        self._left = 8 * len(content)
-        self._value = int.from_bytes(content, "big")
-
-    def take(self, count: int) -> int:
-        """A number of so many bits; zeros behind the end."""
-        self._left -= count
-        return (self._value >> self._left if self._left >= 0 else 0) & ((1 << count) - 1)
-
-    def number(self) -> int:
-        """A number with as many zeros before it as it has bits."""
-        zeros = 0
-        while self._left > 0 and not self.take(1):
-            zeros += 1
-        return (1 << zeros) - 1 + self.take(zeros) if zeros < 32 else 0
-
-
 def _sets_of(extradata: bytes) -> Iterator[bytes]:
     """The sequence parameters in the header of an mp4 or Matroska file."""
     place = 6
@@ -111,16 +92,6 @@ def _sets_of(extradata: bytes) -> Iterator[bytes]:
         if unit := extradata[place + 2 : place + 2 + size]:
             yield unit
         place += 2 + size
-
-
-def _with_lengths(packet: bytes, length_bytes: int) -> Iterator[bytes]:
-    place = 0
-    while place + length_bytes < len(packet):
-        size = int.from_bytes(packet[place : place + length_bytes], "big")
-        place += length_bytes
-        if unit := packet[place : min(place + size, place + 64)]:
-            yield unit
-        place += size
 
 
 def _between_start_codes(packet: bytes) -> Iterator[bytes]:

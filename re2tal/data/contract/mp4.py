@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from re2tal.data.contract.key_frames import stands_alone
+
 _UPRIGHT = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
 _CODECS = (b"avc1", b"hvc1", b"hev1", b"vp09")
 """What decord decodes right. It has no decoder for AV1, and drops or moves frames of MPEG-4 part 2."""
@@ -124,6 +126,7 @@ def _read(content: bytes) -> Mp4:
     ranks[order] = np.arange(len(order))
     keys = _rows(content, *boxes["stss"])[:, 0] - 1 if "stss" in boxes else np.arange(len(sizes))
     _check_groups(keys, ranks)
+    _check_keys(content, description, offsets[keys], sizes[keys])
     timescale = _scale(content, *boxes["mdhd"])
     shown = times[order] - times[order[0]]
     fps = _rate(shown / timescale, timescale / int(_rows(content, *boxes["stts"], columns=2)[0, 1] or 1))
@@ -233,6 +236,19 @@ def _check_groups(keys: np.ndarray, ranks: np.ndarray) -> None:
     # With the key frame first in each group, and nothing in a group shown before it, groups are shown one by one.
     if (ranks[keys] != keys).any() or (np.minimum.reduceat(ranks, keys) != keys).any():
         raise ValueError(f"its groups of pictures are open: frames after a key frame are shown before it; {_REBUILD}")
+
+
+def _check_keys(content: bytes, description: bytes, offsets: np.ndarray, sizes: np.ndarray) -> None:
+    """The list of key frames is the encoder's word; what a clip starts with has to be one."""
+    codec, (entry_bytes,) = description[20:24], struct.unpack_from(">I", description, 16)
+    boxes = dict(_boxes(description, 16 + 86, min(16 + entry_bytes, len(description))))
+    length_bytes = 0
+    if codec != b"vp09":
+        place = boxes["avcC"][0] + 4 if codec == b"avc1" else boxes["hvcC"][0] + 21
+        length_bytes = (description[place] & 3) + 1
+    for offset, size in zip(offsets.tolist(), sizes.tolist(), strict=True):
+        if not stands_alone(content[offset : offset + size], codec=codec, length_bytes=length_bytes):
+            raise ValueError(f"some of its key frames need pictures before them, as in live video; {_REBUILD}")
 
 
 def _rate(seconds: np.ndarray, single: float) -> float:
