@@ -41,6 +41,7 @@ class ReversibleRun(torch.autograd.Function):
                 saved.restore()
             before.restore()
             found = _run_forward(ctx, x, run, BufferWatch(owner), observation)
+        ctx.modules.ran()
         start, previous, current, states = found
         # Saved, not kept as attributes: autograd then notices writes to x, and hooks on saved tensors see the states.
         ctx.save_for_backward(*states)
