@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from re2tal.reversible.ddp import takes_first_parts
 from re2tal.reversible.fake import is_counted
 from re2tal.reversible.recompute import save_recipes
 from re2tal.reversible.replay_context import AutocastState, same_kernels
@@ -44,8 +45,8 @@ def encode_in_groups(
         spans: the place of each group in the second axis of the result; the last ends it.
         owner: the module that holds every parameter that `encode` uses.
 
-    Raises ValueError for parameters that FSDP holds, and RuntimeError, in backward, for a second one, one with
-    `create_graph`, and one for chosen tensors.
+    Raises ValueError for parameters that FSDP holds, or DDP without a static graph, and RuntimeError, in backward, for
+    a second one, one with `create_graph`, and one for chosen tensors.
     """
     trained = [parameter for parameter in owner.parameters() if parameter.requires_grad]
     if not torch.is_grad_enabled() or not (trained or frames.requires_grad):
@@ -54,6 +55,12 @@ def encode_in_groups(
         raise ValueError(
             "clips are encoded in groups (backbone.clips_at_once), which needs whole gradients, but FSDP holds the "
             "parameters in parts; train under ZeRO, or leave clips_at_once out"
+        )
+    if trained and takes_first_parts():
+        raise ValueError(
+            "clips are encoded in groups (backbone.clips_at_once), each of which has a part of every gradient, but "
+            "DistributedDataParallel would reduce the first part alone; give it static_graph=True, or leave "
+            "clips_at_once out"
         )
     anchor = torch.empty(0, requires_grad=True)
     return _Groups.apply(frames, anchor, encode, cuts, spans, trained, save_recipes(frames))

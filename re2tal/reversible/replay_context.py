@@ -53,6 +53,10 @@ class ModuleState:
         for name, one in () if self._owner is None else self._owner.named_parameters():
             yield name, (one, one.requires_grad, 0 if one.is_inference() else one._version)
 
+    def parameters(self) -> list[Tensor]:
+        """As forward found them."""
+        return [one for one, _, _ in self._parameters.values()]
+
     def ran(self) -> None:
         """After forward. What branches write themselves (a weight that they clamp, one made lazily), they write again:
         its version says nothing.
