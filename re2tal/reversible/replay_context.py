@@ -84,9 +84,9 @@ class ModuleState:
             else:
                 continue
             raise RuntimeError(
-                f"{name}, a parameter of a module of a reversible run, has changed between forward and backward "
-                f"({change}), and branches would run again with it as it is now; call backward before, or run with "
-                "recompute=False"
+                f"{name}, a parameter of a module of a reversible run or of clips in groups, has changed between "
+                f"forward and backward ({change}), and what runs again in backward would find it as it is now; call "
+                "backward before, or run with recompute=False and without backbone.clips_at_once"
             )
 
     @contextmanager
