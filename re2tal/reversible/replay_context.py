@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,8 @@ class ModuleState:
 
     def _now(self) -> Iterator[tuple[str, tuple[Tensor, bool, int]]]:
         for name, one in () if self._owner is None else self._owner.named_parameters():
-            yield name, (one, one.requires_grad, 0 if one.is_inference() else one._version)
+            counts = not is_lazy(one) and not one.is_inference()
+            yield name, (one, one.requires_grad, one._version if counts else 0)
 
     def parameters(self) -> list[Tensor]:
         """As forward found them."""

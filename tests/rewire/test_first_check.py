@@ -92,3 +92,15 @@ def test_whoever_catches_the_error_of_the_first_step_gets_it_again_in_the_second
     for _ in range(2):
         with pytest.raises(RuntimeError, match="gives something else when it runs again"):
             net(x()).sum().backward()
+
+
+def test_weights_that_are_made_in_the_first_forward() -> None:
+    found = []
+    for recompute in (True, False):
+        net = network(1, 1, recompute=recompute)
+        for block in net["blocks"].children():
+            block.linear = nn.LazyLinear(CHANNELS)
+        torch.manual_seed(0)
+        net(x()).square().sum().backward()
+        found.append([parameter.grad for parameter in net.parameters()])
+    torch.testing.assert_close(*found)
