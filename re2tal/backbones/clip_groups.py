@@ -21,10 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from re2tal.reversible.ddp import takes_first_parts
 from re2tal.reversible.fake import is_counted
 from re2tal.reversible.recompute import save_recipes
-from re2tal.reversible.replay_context import AutocastState, same_kernels
+from re2tal.reversible.replay_context import AutocastState, ModuleState, same_kernels
 from re2tal.reversible.rng import GeneratorState
 
 Cut = Callable[[Tensor], Tensor]
@@ -44,9 +46,14 @@ def encode_in_groups(
         spans: the place of each group in the second axis of the result; the last ends it.
         owner: the module that holds every parameter that `encode` uses.
 
-    Raises ValueError for parameters that FSDP holds, and RuntimeError, in backward, for a second one, one with
-    `create_graph`, and one for chosen tensors.
+    Raises ValueError for parameters that FSDP holds, or DDP without a static graph, and for BatchNorm in training; and
+    RuntimeError, in backward, for a second one, one with `create_graph`, one for chosen tensors, and other parameters.
     """
+    if any(isinstance(module, _BatchNorm) and module.training for module in owner.modules()):
+        raise ValueError(
+            "clips are encoded in groups (backbone.clips_at_once), but a BatchNorm takes its statistics from all clips "
+            "of a batch; set backbone.norm_eval, or leave clips_at_once out"
+        )
     trained = [parameter for parameter in owner.parameters() if parameter.requires_grad]
     if not torch.is_grad_enabled() or not (trained or frames.requires_grad):
         return _features(partial(_encoded, encode, cuts, frames), spans)
@@ -55,8 +62,14 @@ def encode_in_groups(
             "clips are encoded in groups (backbone.clips_at_once), which needs whole gradients, but FSDP holds the "
             "parameters in parts; train under ZeRO, or leave clips_at_once out"
         )
+    if trained and takes_first_parts():
+        raise ValueError(
+            "clips are encoded in groups (backbone.clips_at_once), each of which has a part of every gradient, but "
+            "DistributedDataParallel would reduce the first part alone; give it static_graph=True, or leave "
+            "clips_at_once out"
+        )
     anchor = torch.empty(0, requires_grad=True)
-    return _Groups.apply(frames, anchor, encode, cuts, spans, trained, save_recipes(frames))
+    return _Groups.apply(frames, anchor, encode, cuts, spans, owner, save_recipes(frames))
 
 
 def _features(encoded: Callable[[int], Tensor], spans: Sequence[slice]) -> Tensor:
@@ -87,10 +100,10 @@ class _Groups(torch.autograd.Function):
         encode: Callable[[Tensor], Tensor],
         cuts: Sequence[Cut],
         spans: Sequence[slice],
-        trained: list[Tensor],
+        owner: nn.Module,
         again: Callable[[], tuple[Tensor, ...]],
     ) -> Tensor:
-        ctx.encode, ctx.cuts, ctx.spans, ctx.trained, ctx.again = encode, cuts, spans, trained, again
+        ctx.encode, ctx.cuts, ctx.spans, ctx.again, ctx.modules = encode, cuts, spans, again, ModuleState(owner)
         ctx.autocast, ctx.draws = AutocastState.now(frames.device), {}
         frames = frames.detach()
 
@@ -102,7 +115,9 @@ class _Groups(torch.autograd.Function):
             return features
 
         with same_kernels():
-            return _features(encoded, spans)
+            features = _features(encoded, spans)
+        ctx.modules.ran()
+        return features
 
     @staticmethod
     @torch._disable_dynamo
@@ -112,7 +127,9 @@ class _Groups(torch.autograd.Function):
                 "clips that are encoded in groups have no second derivatives: backward was called with "
                 "create_graph=True; call it without, or leave backbone.clips_at_once out"
             )
-        if ctx.trained and not torch._C._will_engine_execute_node(ctx.next_functions[1][0]):
+        ctx.modules.check()
+        trained = [one for one in ctx.modules.parameters() if one.requires_grad]
+        if trained and not torch._C._will_engine_execute_node(ctx.next_functions[1][0]):
             raise RuntimeError(
                 "gradients of chosen tensors were asked for (autograd.grad, or backward(inputs=..)), but clips that "
                 "are encoded in groups give those of parameters to their .grad only; call backward() for all, freeze "
@@ -122,8 +139,8 @@ class _Groups(torch.autograd.Function):
         frames = frames.detach().requires_grad_(ctx.needs_input_grad[0])
         chosen = _decisive(len(ctx.spans), counted=is_counted(gradient))
         sums: dict[Tensor, Tensor] = {}
-        with same_kernels():
-            with _collecting(ctx.trained, sums):
+        with same_kernels(), ctx.modules.modes_restored():
+            with _collecting(trained, sums):
                 for index in chosen[:-1]:
                     _differentiate(ctx, index, frames, gradient)
             with _delivering(sums):
@@ -159,9 +176,11 @@ def _collecting(parameters: Sequence[Tensor], sums: dict[Tensor, Tensor]) -> Ite
             for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
                 stack.enter_context(_emptied(getattr(parameter, name)))
             stack.callback(parameter.register_post_accumulate_grad_hook(take).remove)
-        yield
-    for parameter, gradient in before.items():
-        parameter.grad = gradient
+        try:
+            yield
+        finally:
+            for parameter, gradient in before.items():
+                parameter.grad = gradient
 
 
 @contextmanager

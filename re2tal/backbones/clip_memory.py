@@ -11,15 +11,19 @@ Evaluation encodes all clips.
 
 from __future__ import annotations
 
-import os
+import logging
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from hashlib import sha256
 from math import ceil
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import numpy as np
 import torch
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 Encoded = Callable[[Sequence[int]], Tensor]
 """Numbers of clips -> their features, (B, clips, steps, C)."""
@@ -28,7 +32,8 @@ Encoded = Callable[[Sequence[int]], Tensor]
 class ClipMemory:
     """The last features of every clip of every video, a file per video: (clips, steps, C) float16, NaN where unknown.
 
-    Ranks may share the folder. A file that is damaged, or of another shape, counts as unknown.
+    Ranks may share the folder. A file that is damaged, or of another shape, counts as unknown. Where the disk is full,
+    files stay as they are.
     """
 
     def __init__(self, folder: Path, *, share: float, most: Callable[[int], int] = int) -> None:
@@ -39,6 +44,7 @@ class ClipMemory:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.share = folder, share
         self._most = most
+        self._told = False
         self._next: tuple[tuple[str | None, ...], int] | None = None
 
     def next_batch(self, video_ids: Sequence[str | None], *, seed: int) -> None:
@@ -105,8 +111,16 @@ class ClipMemory:
             return
         narrow = values.to("cpu", torch.float16)
         narrow[~narrow.isfinite()] = torch.nan
-        path = self._path(video_id)
-        partial = path.with_suffix(f".{os.getpid()}.partial")
-        with partial.open("wb") as file:
-            np.save(file, narrow.numpy(), allow_pickle=False)
-        partial.replace(path)
+        path, partial = self._path(video_id), None
+        try:
+            with NamedTemporaryFile(dir=self.folder, suffix=".partial", delete=False) as file:
+                partial = Path(file.name)
+                np.save(file, narrow.numpy(), allow_pickle=False)
+            partial.replace(path)
+        except OSError as error:  # checkpoints decide whether a run may go on without its disk
+            if not self._told:
+                logger.warning("%s keeps what it had: %s; training goes on with that", self.folder, error)
+            self._told = True
+            with suppress(OSError):
+                if partial is not None:
+                    partial.unlink(missing_ok=True)

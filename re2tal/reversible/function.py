@@ -7,12 +7,14 @@ because ZeRO-3 keeps them partitioned, hence empty, outside their modules.
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from re2tal.reversible.buffers import BufferWatch, buffers_restored
+from re2tal.reversible.ddp import REMEDY, one_part_each, takes_first_parts
 from re2tal.reversible.differentiation import differentiate, differentiate_pieces, run_with_graph
 from re2tal.reversible.monitor import Observation
 from re2tal.reversible.record import Graph, Recording
@@ -31,7 +33,7 @@ class ReversibleRun(torch.autograd.Function):
         """Returns the output of the run, and leaves its last two states on the node, as `ends`."""
         # It only makes autograd record this node; see `_recomputed` in engine.py.
         del anchor
-        ctx.modules = ModuleState(owner)
+        ctx.modules, ctx.first_parts = ModuleState(owner), takes_first_parts()
         before = GeneratorState.now(x.device)
         watch = BufferWatch(owner)
         found = _run_forward(ctx, x, run, watch, observation)
@@ -42,6 +44,7 @@ class ReversibleRun(torch.autograd.Function):
                 saved.restore()
             before.restore()
             found = _run_forward(ctx, x, run, BufferWatch(owner), observation)
+        ctx.modules.ran()
         start, previous, current, states = found
         # Saved, not kept as attributes: autograd then notices writes to x, and hooks on saved tensors see the states.
         ctx.save_for_backward(*states)
@@ -79,20 +82,14 @@ class ReversibleRun(torch.autograd.Function):
                 "parameters, or run with recompute=False"
             )
         gradients = gradients if isinstance(gradients, list) else [gradients]  # before torch 2.12
+        counted = one_part_each(ctx.modules.parameters()) if ctx.first_parts else nullcontext()
         try:
-            with buffers_restored(ctx.changed_modules), ctx.modules.modes_restored(), same_kernels():
+            with buffers_restored(ctx.changed_modules), ctx.modules.modes_restored(), same_kernels(), counted:
                 return _backward(ctx, gradients), None, None, None, None
         except RuntimeError as error:
             if "mark a variable ready only once" in str(error):
-                raise RuntimeError(_DDP_REMEDY) from error
+                raise RuntimeError(REMEDY) from error
             raise
-
-
-_DDP_REMEDY = (
-    "DistributedDataParallel took a parameter of a reversible run for ready before its gradient was: it sees no way "
-    "from the output to parameters inside a run, nor that two branches share one; give it static_graph=True, or, where "
-    "no branches share parameters, leave find_unused_parameters out"
-)
 
 
 def _run_forward(

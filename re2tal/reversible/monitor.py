@@ -2,6 +2,7 @@
 
     forward     samples a few thousand elements of a run's first state, at fixed places
     backward    samples the rebuilt first state at the same places:  drift = |rebuilt - original| / |original|
+                (of an original that is 0, relative to the largest state)
 
 The first state is rebuilt last, so it collects the errors of all others. On a grid the drift is 0, unless a kernel does
 not repeat bit for bit, or a state is beyond the grid's exact range. To detect the latter, a sample of every state is
@@ -40,6 +41,8 @@ class Reading:
     """Share of elements of states beyond the range in which the grid makes sums exact; the largest of all runs."""
     largest: float = field(default=0.0, compare=False)
     """Element of any state; only of the first step, and where there is a grid."""
+    growth: float = field(default=1.0, compare=False)
+    """The norm of the largest state, relative to the first."""
 
     def or_worse(self, other: Reading | None) -> Reading:
         """The worse of each figure."""
@@ -72,6 +75,15 @@ class Monitor:
         """Takes the figures of one run of a checked step, after its backward, and warns if they are bad."""
         self.reading = reading.or_worse(self.reading if self._noted == step else None)
         self._noted = step
+        self._warn_of_drift(reading, precision)
+        if reading.outside > 0:
+            self._warn(
+                "range",
+                f"has {reading.outside:.1%} of its states beyond {precision.exact_range:.0f}, up to which its grid of "
+                f"{precision.grid:g} is exact; set grid to a larger step, or states to 'int32'",
+            )
+
+    def _warn_of_drift(self, reading: Reading, precision: StateFormat) -> None:
         if reading.drift > DRIFT_LIMIT:
             remedy = (
                 "kernels that do not repeat bit for bit, or states outside of the grid: see the other warnings, and "
@@ -83,12 +95,6 @@ class Monitor:
                 "drift",
                 f"rebuilds its first state with a relative error of {reading.drift:.1e}, and gradients are off by "
                 f"more; it comes from {remedy}; or merge more often, by `segment`",
-            )
-        if reading.outside > 0:
-            self._warn(
-                "range",
-                f"has {reading.outside:.1%} of its states beyond {precision.exact_range:.0f}, up to which its grid of "
-                f"{precision.grid:g} is exact; set grid to a larger step, or states to 'int32'",
             )
 
     def _warn(self, kind: str, message: str) -> None:
@@ -108,29 +114,45 @@ class FirstCheck(Monitor):
 
     def note(self, reading: Reading, *, step: int, precision: StateFormat) -> None:
         """Raises RuntimeError where the first state was rebuilt with a larger error than its numbers explain."""
+        # One that fails is not done: whoever catches the error must not train on unchecked.
+        self.done = False
+        self._check(reading, precision)
         self.done = True
+        if self.monitor is not None and self.monitor.every == 1:
+            self.monitor.note(reading, step=step, precision=precision)
+        else:
+            self._warn_of_drift(reading, precision)
+
+    def _check(self, reading: Reading, precision: StateFormat) -> None:
+        stage = f"rewired stage {self.name or 'without a name'}"
         if isnan(reading.drift):
             raise RuntimeError(
-                f"rewired stage {self.name or 'without a name'}: a state holds NaN or infinity in the first step: look "
-                "at what the network is given and at its weights, or lower the scale of the loss"
+                f"{stage}: a state holds NaN or infinity in the first step: look at what the network is given and at "
+                "its weights, or lower the scale of the loss"
             )
         if not reading.drift <= _explained(reading, precision):
             raise RuntimeError(
-                f"rewired stage {self.name or 'without a name'}: backward rebuilt a state that is {reading.drift:.1e} "
-                "of its size off, so a branch gives something else when it runs again: it reads an attribute or a "
-                "cache that it writes, draws from a generator of its own, its states overflow, or its kernels do not "
-                "repeat bit for bit (on a CPU, those of attention with a trained mask under bfloat16); correct it, or "
-                "set recompute=False"
+                f"{stage}: backward rebuilt a state that is {reading.drift:.1e} of its size off, so a branch gives "
+                "something else when it runs again: it reads an attribute or a cache that it writes, draws from a "
+                "generator of its own, its states overflow, or its kernels do not repeat bit for bit (on a CPU, those "
+                "of attention with a trained mask under bfloat16); correct it, or set recompute=False"
             )
-        if self.monitor is not None and self.monitor.every == 1:
-            self.monitor.note(reading, step=step, precision=precision)
+        if reading.drift > REPEAT_LIMIT:
+            raise RuntimeError(
+                f"{stage}: backward rebuilt a state that is {reading.drift:.1e} of its size off, because later states "
+                f"are {reading.growth:.1e} times as large and their roundings hide it; set grid to a step such as "
+                "2**-18 or states to 'int32', scale the input up, or set recompute=False"
+            )
 
 
 def _explained(reading: Reading, precision: StateFormat) -> float:
     """The drift that the numbers of a run explain: none on a grid, within its range; some roundings without one."""
     if precision.exact_range is not None:
-        return 0.0 if reading.largest < precision.exact_range else REPEAT_LIMIT
-    return REPEAT_LIMIT if precision.jumps else 2**10 * torch.finfo(precision.states).eps
+        # What is beyond a quarter of the range, and is added to a state, may be a multiple of half a step only; sums of
+        # such are exact below half the range.
+        return 0.0 if 2 * reading.largest < precision.exact_range else REPEAT_LIMIT
+    roundings = 2**10 * torch.finfo(precision.states).eps * max(1.0, reading.growth)
+    return REPEAT_LIMIT if precision.jumps else roundings
 
 
 class Observation:
@@ -141,10 +163,12 @@ class Observation:
         self._first: Tensor | None = None
         self._outside: list[Tensor] = []
         self._largest: list[Tensor] = []
+        self._norms: list[Tensor] = []
 
     def see(self, index: int, state: Tensor) -> None:
-        """Forward calls it with x[index]."""
+        """Forward calls it with x[index], the last one too."""
         sample = self._precision.real(_sample(state))
+        self._norms.append(sample.double().norm())
         if index == 0:
             self._first = sample
         if (limit := self._precision.exact_range) is not None:
@@ -158,10 +182,12 @@ class Observation:
         """Backward calls it with the rebuilt x[0]."""
         assert self._first is not None
         error = (self._precision.real(_sample(state)) - self._first).double().norm()
-        drift = error / self._first.double().norm().clamp_min(1e-30)
-        nothing = [torch.zeros_like(drift)]
+        first, most = self._norms[0], torch.stack(self._norms).max()
+        base = torch.where(first > 0, first, most).clamp_min(1e-30)
+        nothing = [torch.zeros_like(error)]
         outside, largest = torch.stack(self._outside or nothing).mean(), torch.stack(self._largest or nothing).max()
-        reading = Reading(*torch.stack([drift, outside.double(), largest.double()]).tolist())
+        figures = error / base, outside.double(), largest.double(), most / base
+        reading = Reading(*torch.stack(figures).tolist())
         self._monitor.note(reading, step=self._step, precision=self._precision)
 
 

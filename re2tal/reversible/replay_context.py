@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,12 +47,27 @@ class ModuleState:
     def __init__(self, owner: nn.Module | None) -> None:
         self._owner = owner
         self._modes = [] if owner is None else [(module, module.training) for module in owner.modules()]
-        self._parameters = self._now()
-        self.is_trained = owner is None or any(wanted for _, _, wanted, _ in self._parameters)
+        self._parameters: dict[str, tuple[Tensor, bool, int | None]] = dict(self._now())
+        self.is_trained = owner is None or any(wanted for _, wanted, _ in self._parameters.values())
 
-    def _now(self) -> list[tuple[str, Tensor, bool, int]]:
-        named = [] if self._owner is None else self._owner.named_parameters()
-        return [(name, one, one.requires_grad, 0 if one.is_inference() else one._version) for name, one in named]
+    def _now(self) -> Iterator[tuple[str, tuple[Tensor, bool, int]]]:
+        for name, one in () if self._owner is None else self._owner.named_parameters():
+            counts = not is_lazy(one) and not one.is_inference()
+            yield name, (one, one.requires_grad, one._version if counts else 0)
+
+    def parameters(self) -> list[Tensor]:
+        """As forward found them."""
+        return [one for one, _, _ in self._parameters.values()]
+
+    def ran(self) -> None:
+        """After forward. What branches write themselves (a weight that they clamp, one made lazily), they write again:
+        its version says nothing.
+        """
+        before = self._parameters
+        self._parameters = {
+            name: (one, wanted, version if name in before and before[name][2] == version else None)
+            for name, (one, wanted, version) in self._now()
+        }
 
     def check(self) -> None:
         """Raises RuntimeError where backward would differentiate other branches than forward ran.
@@ -59,21 +75,20 @@ class ModuleState:
         FSDP exchanges sharded parameters, of a type of their own, for whole ones.
         """
         plain = (Tensor, nn.Parameter)
-        for (name, before, wanted, version), (_, now, wanted_now, version_now) in zip(
-            self._parameters, self._now(), strict=False
-        ):
+        for name, (now, wanted_now, version_now) in self._now():
+            before, wanted, version = self._parameters.get(name, (now, wanted_now, None))
             if wanted != wanted_now:
                 change = f"requires_grad was {wanted}, and is {wanted_now}"
-            elif before is now and version != version_now:
+            elif before is now and version not in (None, version_now):
                 change = "it was written to in place: an optimizer's step, load_state_dict?"
             elif before is not now and type(before) in plain and type(now) in plain:
                 change = "it is another tensor: functional_call?"
             else:
                 continue
             raise RuntimeError(
-                f"{name}, a parameter of a module of a reversible run, has changed between forward and backward "
-                f"({change}), and branches would run again with it as it is now; call backward before, or run with "
-                "recompute=False"
+                f"{name}, a parameter of a module of a reversible run or of clips in groups, has changed between "
+                f"forward and backward ({change}), and what runs again in backward would find it as it is now; call "
+                "backward before, or run with recompute=False and without backbone.clips_at_once"
             )
 
     @contextmanager
@@ -96,13 +111,17 @@ def same_kernels() -> Iterator[None]:
     cuDNN's attention has different plans for inference and training. `nn.MultiheadAttention` and
     `nn.TransformerEncoderLayer` have a fast path for inference. Other kernels are chosen by shapes, dtypes and flags,
     which are the same both times. One is not: on a CPU, attention with a mask that wants a gradient has a kernel of its
-    own, which no flag chooses for the forward. Under bfloat16 its rounding differs.
+    own, which no flag chooses for the forward. Under bfloat16 its rounding differs. Nor are they chosen by what was
+    fastest: `cudnn.benchmark` measures in each thread anew, and on a GPU autograd runs backward in threads of its own.
     """
     cudnn, fast_path = torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.mha.get_fastpath_enabled()
+    measured = torch.backends.cudnn.benchmark
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.backends.mha.set_fastpath_enabled(False)
+    torch.backends.cudnn.benchmark = False
     try:
         yield
     finally:
+        torch.backends.cudnn.benchmark = measured
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
         torch.backends.mha.set_fastpath_enabled(fast_path)

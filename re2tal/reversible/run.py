@@ -102,6 +102,8 @@ class Run:
             previous, current = current, self.following(index, previous, current, update, owned=owned)
         if len(self.branches) in saved:
             found.append(current)
+        if observation is not None:
+            observation.see(len(self.branches), current)
         return start, previous, current, found
 
     def following(self, index: int, previous: Tensor, current: Tensor, update: Update, *, owned: bool) -> Tensor:

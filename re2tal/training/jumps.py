@@ -6,6 +6,7 @@ a loss has jumped  <=>  it is FACTOR times the mean of those before it, of the s
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 
 import torch
 from torch import Tensor
@@ -37,6 +38,8 @@ class LossWatch:
             if self._count >= LEAST and 0 < FACTOR * self._mean < loss:
                 jumps.append(f"step {step}: {loss:.3g}, {loss / self._mean:.0f} times the mean, from {list(videos)}")
                 loss = FACTOR * self._mean  # one jump must not hide the next
+            if not isfinite(loss):  # its step is skipped, or ends the run; in the mean it would hide all that follow
+                continue
             self._count += 1
             self._mean += (loss - self._mean) * max(1 - DECAY, 1 / self._count)
         self._seen = []

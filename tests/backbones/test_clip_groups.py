@@ -176,6 +176,34 @@ def test_writing_to_frames_before_backward_is_noticed() -> None:
         value.backward()
 
 
+@pytest.mark.parametrize("form", ["plain", "rewired"])
+def test_backward_finds_modes_and_weights_of_forward_or_says_so(form: str) -> None:
+    found = []
+    for evaluated in (False, True):
+        backbone = build(form, drop_path=0.5, clips_at_once=4).train()
+        torch.manual_seed(3)
+        value = uneven(backbone(*videos()).values)
+        backbone.train(not evaluated)
+        value.backward()
+        assert all(module.training != evaluated for module in backbone.modules())
+        found.append({key: one.grad for key, one in backbone.named_parameters() if one.grad is not None})
+    assert_close(*found)
+    value = uneven(backbone(*videos()).values)
+    with torch.no_grad():
+        for parameter in backbone.parameters():
+            parameter.mul_(1.1)
+    with pytest.raises(RuntimeError, match=r"has changed between forward and backward .* written to in place"):
+        value.backward()
+
+
+def test_statistics_of_a_batch_cannot_be_those_of_a_group() -> None:
+    backbone = build(clips_at_once=4).train()
+    backbone.encoder.norm = torch.nn.BatchNorm1d(3)
+    with pytest.raises(ValueError, match="a BatchNorm takes its statistics from all clips of a batch"):
+        backbone(*videos())
+    backbone.eval()(*videos())
+
+
 def test_what_has_no_gradient_in_groups_is_an_error() -> None:
     backbone = build(clips_at_once=4)
     frames, mask = videos()

@@ -124,6 +124,22 @@ def test_videos_that_could_not_be_decoded_are_not_remembered(tmp_path: Path) -> 
     assert len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_full_disk_keeps_what_there_was_and_is_told_once(tmp_path: Path, monkeypatch, caplog) -> None:
+    backbone = build(tmp_path)
+    before = forward(backbone).detach()
+
+    def full(file: Any, *args: Any, **kwargs: Any) -> None:
+        file.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("re2tal.backbones.clip_memory.np.save", full)
+    for _ in range(2):
+        torch.testing.assert_close(forward(backbone).detach(), before, rtol=1e-2, atol=1e-3)
+    assert all(path.suffix == ".npy" for path in tmp_path.iterdir())
+    (record,) = caplog.records
+    assert "No space left on device" in record.message
+
+
 def test_names_of_videos_stay_inside_the_folder(tmp_path: Path) -> None:
     folder = tmp_path / "memory"
     forward(build(folder), ids=("../../escape", "/etc/x"))

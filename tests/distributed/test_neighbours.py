@@ -15,6 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from re2tal.backbones import BackboneConfig, build_backbone
 from re2tal.rewire import RewiringConfig, rewire
 
 
@@ -79,6 +80,29 @@ def tied() -> nn.Module:
     return net
 
 
+class Twice(nn.Module):
+    """Calls a stage twice, and nothing else is trained, so that all parameters have a part after one call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.walker = rewired()
+        self.walker.stem.requires_grad_(False)
+
+    def forward(self, x):
+        return self.walker(x) + self.walker(2 * x)
+
+
+def clips_in_groups(**options) -> str:
+    backbone = build_backbone(BackboneConfig(name="videomae_nano", clips_at_once=1))
+    net = DistributedDataParallel(backbone, **options)
+    video, mask = torch.randn(1, 3, 8, 32, 32), torch.ones(1, 8, dtype=torch.bool)
+    try:
+        net(video, mask).values.sum().backward()
+    except ValueError as error:
+        return str(error)
+    return "no error"
+
+
 def try_all() -> dict[str, str]:
     dist.init_process_group("gloo")
     blocks = ["layers.0", "layers.1", "layers.2"]
@@ -95,6 +119,10 @@ def try_all() -> dict[str, str]:
         "ddp": attempt(rewired, DistributedDataParallel),
         "unused": attempt(rewired, lambda net: DistributedDataParallel(net, find_unused_parameters=True)),
         "tied": attempt(tied, DistributedDataParallel),
+        "twice": attempt(Twice, DistributedDataParallel),
+        "twice, static": attempt(Twice, lambda net: DistributedDataParallel(net, static_graph=True)),
+        "groups": clips_in_groups(),
+        "groups, static": clips_in_groups(static_graph=True),
         "tied, static": attempt(tied, lambda net: DistributedDataParallel(net, static_graph=True)),
     }
     dist.destroy_process_group()
@@ -110,6 +138,10 @@ FOUND = {
     "two runs": "True",
     "ddp": "True",
     "tied, static": "True",
+    "twice, static": "True",
+    "groups, static": "no error",
+    "groups": "clips are encoded in groups .* give it static_graph=True",
+    "twice": "RuntimeError: DistributedDataParallel took .* give it static_graph=True",
     "blocks": "RewireError: block layers.0 is a unit of FSDP, .* or rewire with unit 'block'",
     "one block": "RewireError: block layers.1 is a unit of FSDP, .* give fully_shard the stage",
     "handle": "TypeError: block 0 of layers is no module here .*fully_shard",

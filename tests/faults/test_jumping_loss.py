@@ -66,3 +66,11 @@ def test_the_limit_is_a_multiple_of_the_mean_of_what_came_before(largest):
     found = watch.found()
     assert found == ([] if largest < 1 else ["step 10: 27.5, 11 times the mean, from ['large', 'other']"])
     assert watch.found() == []
+
+
+def test_a_loss_that_is_not_finite_does_not_hide_the_next_jump():
+    watch = LossWatch()
+    for step in range(2 * LEAST):
+        watch.add(step, torch.tensor({3: torch.inf}.get(step, torch.nan if step % 3 == 1 else 1.0)), ("usual",))
+    watch.add(20, torch.tensor(100.0), ("large",))
+    assert watch.found() == ["step 20: 100, 100 times the mean, from ['large']"]

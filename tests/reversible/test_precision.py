@@ -230,6 +230,22 @@ def test_kernels_of_a_device_repeat_bit_for_bit(kind) -> None:
     assert all(torch.equal(one, other) for one, other in zip(grads(True), grads(False), strict=True))
 
 
+def test_convolutions_are_not_chosen_by_what_was_fastest_in_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+
+    class Convolution(nn.Conv1d):
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(torch.backends.cudnn.benchmark)
+            return super().forward(x)
+
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    branches = nn.ModuleList([Convolution(4, 4, 3, padding=1)])
+    run_reversibly(branches, torch.randn(2, 4, 8)).sum().backward()
+    assert len(seen) > 1
+    assert not any(seen)
+    assert torch.backends.cudnn.benchmark
+
+
 class FastInEvaluation(nn.Module):
     """torch's own attention; in evaluation mode, where no gradient is wanted, it has another kernel."""
 
