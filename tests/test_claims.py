@@ -77,3 +77,44 @@ def test_the_page_compares_pairs_and_says_what_was_not_run(cells, tmp_path):
     assert "6.5 ± 6.4 points, paired by seed (aim: at least +5): reached." in page
     assert "Not run yet: `python benchmarks/claims.py --part zero`." in page
     assert (out / "real.svg").is_file()
+
+
+def test_recognizers_are_compared_with_their_original(cells):
+    from evidence import recognizers
+
+    done = {}
+    for seed, (original, tuned) in enumerate([(0.90, 0.88), (0.80, 0.79), (0.85, 0.82)]):
+        for form, top1 in (("original", original), ("rewired, + 1 epochs", 0.1), ("rewired, + 3 epochs", tuned)):
+            key = f"recognizer / {form} / swin3d_nano / 30 epochs / seed {seed}"
+            done[key] = {"top1": top1, "train_seconds": 60.0}
+    lines = recognizers.show(done)
+    # 2, 1 and 3 points less: mean 2, standard deviation 1, so 4.30 / sqrt(3) on either side.
+    assert lines[-1].endswith("-2.0 ± 2.5 points (aim: no less than -1), paired by seed: **not reached**.")
+    assert "| original | 85.0 ± 12.4 | 60 | 3 |" in lines
+    one_seed = {key: figures for key, figures in done.items() if key.endswith("seed 1")}
+    assert recognizers.show(one_seed)[-1].endswith(
+        "-1.0 points (aim: no less than -1). One seed, so no interval and no verdict."
+    )
+
+
+def test_rewired_recognizers_start_from_the_original_that_was_kept(cells, monkeypatch, tmp_path):
+    from evidence import recognizers
+
+    trained = []
+
+    def stand_in(run, *, keep=None):
+        trained.append((run.backbone.rewired, run.training.epochs, run.start_from))
+        if keep is not None:
+            keep.mkdir()
+            (keep / "summary.json").write_text("{}")
+        return {}
+
+    monkeypatch.setattr(recognizers, "trained", stand_in)
+    monkeypatch.setattr(recognizers, "built_clips", lambda options, size: tmp_path / "shards")
+    made = recognizers.cells(cells.Options(1, False, tmp_path, tmp_path))
+    assert len(made) == 2 * 6
+    tuned = next(measure for key, measure in made.items() if "rewired, + 3 epochs / swin3d_nano" in key)
+    tuned()
+    tuned()
+    kept = tmp_path / "original-swin3d_nano-30-0"
+    assert trained == [(False, 30, None), (True, 3, kept), (True, 3, kept)]

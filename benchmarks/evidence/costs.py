@@ -17,13 +17,16 @@ from evidence.pictures import lines as draw_lines
 from evidence.training import built, demo_run, trained
 from re2tal.config import RunConfig
 from re2tal.recipes import find_recipe
-from re2tal.rewire.config import SAVING
 
 MODELS = ("swin3d_tiny", "videomae_base", "videomae_large", "slowfast_r101_8x8")
 RECIPE = "thumos14_re2swin_tiny"
 BUDGET_GIB = {"thumos14_re2swin_tiny": 12.0, "demo": 0.5}
-FRAMES = (256, 512, 1024, 2048, 4096, 8192, 16384)
-PIXELS = (96, 128, 160, 224, 288, 384, 448, 512)
+SIZES = {"frames": (256, 512, 1024, 2048, 4096, 8192, 16384), "pixels": (96, 128, 160, 224, 288, 384, 448, 512)}
+FORMATS: dict[str, dict[str, Any]] = {
+    "fp32": {},
+    "bf16 on a grid": {"precision": "bf16"},
+    "bf16 without a grid": {"precision": "bf16", "grid": None},
+}
 
 
 def script(name: str, *arguments: str) -> Figures:
@@ -92,30 +95,27 @@ def _peak_gib(run: RunConfig, *, frames: int, pixels: int, rewired: bool) -> flo
     return peak_gib(run, **changes)
 
 
-def largest(recipe: str, *, rewired: bool) -> Figures:
-    """Peaks by frames at the recipe's pixels and by pixels at its frames, up to the first beyond the budget."""
-    assert set(SAVING)
+def largest(recipe: str, *, rewired: bool, along: str) -> Figures:
+    """Peaks by frames at the recipe's pixels, or by pixels at its frames, up to the first beyond the budget."""
     run, budget = find_recipe(recipe), BUDGET_GIB[recipe]
     assert isinstance(run, RunConfig)
     clips = run.data.clips
-    found: Figures = {"budget": budget, "frames": {}, "pixels": {}}
-    for frames in FRAMES:
-        found["frames"][str(frames)] = _peak_gib(run, frames=frames, pixels=clips.size, rewired=rewired)
-        if found["frames"][str(frames)] > budget:
+    size, peaks = {"frames": clips.windowing.num_frames, "pixels": clips.size}, {}
+    for tried in SIZES[along]:
+        peaks[str(tried)] = _peak_gib(run, **{**size, along: tried}, rewired=rewired)
+        if peaks[str(tried)] > budget:
             break
-    for pixels in PIXELS:
-        peak = _peak_gib(run, frames=clips.windowing.num_frames, pixels=pixels, rewired=rewired)
-        found["pixels"][str(pixels)] = peak
-        if peak > budget:
-            break
-    return found
+    return {"budget": budget, "peaks": peaks}
 
 
 def resolution_cells(options: Options) -> dict[str, Cell]:
     """What fits, predicted; without `quick`, the demo trained at what fits into a budget plain and rewired."""
     found: dict[str, Cell] = {
-        f"fits / {'rewired' if rewired else 'plain'} / {RECIPE}": partial(largest, RECIPE, rewired=rewired)
+        f"fits / {'rewired' if rewired else 'plain'} / {along} / {RECIPE}": partial(
+            largest, RECIPE, rewired=rewired, along=along
+        )
         for rewired in (False, True)
+        for along in SIZES
     }
     if not options.quick:
         shards = built(options, "demo")
@@ -136,27 +136,28 @@ def resolution_cells(options: Options) -> dict[str, Cell]:
 
 def show_resolution(done: Mapping[str, Figures], pictures: Path) -> list[str]:
     """The largest that fits, the curves, and mAP by size."""
-    fits = {key.split(" / ")[1]: figures for key, figures in done.items() if key.startswith("fits")}
+    fits: dict[str, dict[str, Figures]] = {"plain": {}, "rewired": {}}
+    for key, figures in done.items():
+        if key.startswith("fits"):
+            _, form, along, _ = key.split(" / ")
+            fits[form][along] = figures
     lines: list[str] = []
-    if fits:
-        budget = next(iter(fits.values()))["budget"]
-        rows = []
-        for form, figures in fits.items():
-            best = [
-                max((n for n in map(int, figures[what]) if figures[what][str(n)] <= budget), default=0)
-                for what in ("frames", "pixels")
-            ]
-            rows.append((form, *(str(one) if one else "none" for one in best)))
+    if any(fits.values()):
+        rows = [(form, *(_most(found.get(along)) for along in SIZES)) for form, found in fits.items()]
         lines += [
-            f"`{RECIPE}`: the largest of the sizes tried whose step needs at most {budget:g} GiB of activations on one",
-            "rank (predicted by the dry run; parameters and optimizer come on top):",
+            f"`{RECIPE}`: the largest of the sizes tried whose step needs at most {BUDGET_GIB[RECIPE]:g} GiB of "
+            "activations on one rank (predicted by the dry run; parameters and optimizer come on top):",
             "",
             *table(("form", "frames at 224 x 224", "pixels a side at 1024 frames"), rows),
             "",
-            f"![Peak of a step by frames]({pictures.name}/resolution.svg)",
-            "",
         ]
-        curves = {form: {float(n): peak for n, peak in figures["frames"].items()} for form, figures in fits.items()}
+    curves = {
+        form: {float(size): peak for size, peak in found["frames"]["peaks"].items()}
+        for form, found in fits.items()
+        if "frames" in found
+    }
+    if curves:
+        lines += [f"![Peak of a step by frames]({pictures.name}/resolution.svg)", ""]
         draw_lines(pictures / "resolution.svg", curves, x="frames of 224 x 224", y="peak of a step, GiB", log=True)
     trainings: dict[str, list[float]] = {}
     for key, figures in done.items():
@@ -168,19 +169,21 @@ def show_resolution(done: Mapping[str, Figures], pictures: Path) -> list[str]:
     return [*lines, *table(("demo, form and size", "average mAP, %", "seeds"), rows)]
 
 
+def _most(figures: Figures | None) -> str:
+    """The largest size within the budget."""
+    if figures is None:
+        return "not run"
+    return str(max((int(size) for size, peak in figures["peaks"].items() if peak <= figures["budget"]), default="none"))
+
+
 def precision_cells(options: Options) -> dict[str, Cell]:
     """Error against depth and number format; without `quick`, the demo in bf16 and fp32 too."""
     quick = ("--quick",) if options.quick else ()
     found: dict[str, Cell] = {f"errors{' (quick)' * options.quick}": partial(script, "precision", *quick)}
     if not options.quick:
         shards = built(options, "demo")
-        grids: dict[str, dict[str, Any]] = {
-            "fp32": {},
-            "bf16 on a grid": {"precision": "bf16"},
-            "bf16 without a grid": {"precision": "bf16", "grid": None},
-        }
         for seed in range(options.seeds):
-            for name, changes in grids.items():
+            for name, changes in FORMATS.items():
                 run = demo_run(shards, epochs=12, seed=seed)
                 run = replace(
                     run,
@@ -212,5 +215,10 @@ def show_precision(done: Mapping[str, Figures], _: Path) -> list[str]:
     ]
     if not trainings:
         return [*lines, "The effect on mAP: not run."]
-    scores = [(name, mean_and_interval(values), str(len(values))) for name, values in trainings.items()]
-    return [*lines, *table(("demo in", "average mAP, %", "seeds"), scores)]
+    scores = [
+        (name, mean_and_interval(trainings[name]), str(len(trainings[name])))
+        if name in trainings
+        else (name, "not run", "")
+        for name in FORMATS
+    ]
+    return [*lines, *table(("demo, 12 epochs, in", "average mAP, %", "seeds"), scores)]

@@ -16,6 +16,7 @@ import av
 import torch
 from torch import Tensor, nn
 
+from evidence import recognizers
 from evidence.cells import Cell, Figures, Options, table
 from re2tal.data.building.annotations import read_annotations
 from re2tal.rewire import RewiringConfig, rewire, set_beta
@@ -139,13 +140,23 @@ def measure_gap(options: Options, form: str) -> Figures:
 
 
 def cells(options: Options) -> dict[str, Cell]:
-    """One for each way to merge."""
+    """One for each way to merge, and those of recognizers."""
     steps = STEPS[options.quick]
-    return {f"MobileNetV2 / {form} / {steps} steps": partial(measure_gap, options, form) for form in FORMS}
+    gaps: dict[str, Cell] = {
+        f"MobileNetV2 / {form} / {steps} steps": partial(measure_gap, options, form) for form in FORMS
+    }
+    return gaps | recognizers.cells(options)
 
 
 def show(done: Mapping[str, Figures], _: Path) -> list[str]:
-    """A table of gaps."""
+    """A table of gaps, and the recognizers."""
+    trained = {key: figures for key, figures in done.items() if key.startswith("recognizer")}
+    gaps = {key: figures for key, figures in done.items() if key not in trained}
+    lines = _show_gaps(gaps) if gaps else []
+    return [*lines, "", *recognizers.show(trained)] if trained else lines
+
+
+def _show_gaps(done: Mapping[str, Figures]) -> list[str]:
     rows = []
     for key, figures in done.items():
         values = (f"{figures[name]:.3f}" for name in ("before", "at once", "annealed"))
@@ -159,6 +170,5 @@ def show(done: Mapping[str, Figures], _: Path) -> list[str]:
         *table(("merge", "as it stands", "trained at once", "annealed", "steps", "frames"), rows),
         "",
         "Where a trained gap is wider than the one as it stands, this training did harm: its rate (3e-4) is too high",
-        "for so few steps, and it says nothing of annealing. Recognizers that are trained on classes and then rewired",
-        "are not part of this command; [experiments.md](experiments.md) has those of the demo's clips.",
+        "for so few steps, and it says nothing of annealing.",
     ]

@@ -67,21 +67,17 @@ def trained(run: RunConfig | RecognitionConfig, *, keep: Path | None = None) -> 
         folder = keep or Path(temporary) / "run"
         config = Path(temporary) / "config.json"
         save_config(config, run)
-        command = [sys.executable, "-m", "re2tal", "train", "--config", str(config), "--out", str(folder)]
-        environment = os.environ | {
-            "PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")]),
-        }
-        done = subprocess.run(
-            [*command, "--overwrite"],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=LIMIT_SECONDS,
-            check=False,
-        )
-        if done.returncode:
-            raise RuntimeError(f"training ended with {done.returncode}: {done.stderr[-1500:]}")
+        command_line("train", "--config", str(config), "--out", str(folder), "--overwrite")
         return read_json(folder / "summary.json")
+
+
+def command_line(*arguments: str) -> None:
+    """The command line, of this repository; RuntimeError with the end of what it said if it fails."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "re2tal", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=LIMIT_SECONDS, check=False)
+    if done.returncode:
+        raise RuntimeError(f"re2tal {arguments[0]} ended with {done.returncode}: {done.stderr[-1500:]}")
 
 
 def demo_run(shards: Path, *, epochs: int, seed: int, **changes: Any) -> RunConfig:
@@ -125,7 +121,6 @@ def built(options: Options, name: str) -> Path:
     shards = folder / "shards"
     if (shards / "validation" / "manifest.json").is_file():
         return shards
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
     source, extra = folder, ["--dataset", "demo"]
     if name == "urfd":
         source, extra = options.shared / "urfd", ["--dataset", "urfd", "--fps", "16", "--short-side", "96"]
@@ -138,5 +133,5 @@ def built(options: Options, name: str) -> Path:
     named = ["--videos", str(source / "videos"), "--annotations", str(source / "annotations.json")]
     steps.append(["shards", "build", *extra, *named, "--out", str(shards)])
     for step in steps:
-        subprocess.run([sys.executable, "-m", "re2tal", *step], env=environment, check=True)
+        command_line(*step)
     return shards

@@ -42,6 +42,10 @@ class Spread:
             },
         }
 
+    def intervals(self) -> dict[str, Interval]:
+        """tIoU, as reports call it, or "average" -> interval, from 0 to 1."""
+        return {name: interval for name, _, interval in self._values()}
+
     def __str__(self) -> str:
         runs = len(self.maps)
         of_what = "videos" if runs == 1 else f"videos and of the {runs} runs"

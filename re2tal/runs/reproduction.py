@@ -27,7 +27,7 @@ from re2tal.runs.evaluation import Evaluated, ScoringOptions, evaluate
 from re2tal.runs.exit_status import INTERRUPTED, SOME_LEFT_OUT
 from re2tal.runs.folder import RESULTS_NAME
 from re2tal.runs.published import PUBLISHED, BackboneFamily, Published, Target
-from re2tal.runs.reproduction_card import Card
+from re2tal.runs.reproduction_card import DRAWS, Card
 from re2tal.runs.reproduction_checks import (
     Checked,
     blocked_videos,
@@ -193,5 +193,6 @@ def _scored(asked: Reproduction, published: Published, results: Path) -> Evaluat
         dataset=asked.dataset,
         blocked_videos=blocked,
         class_agnostic=published.needs_video_classes and asked.video_classes is None,
+        bootstrap=DRAWS,
     )
     return evaluate(results, asked.annotations, options)

@@ -14,13 +14,16 @@ from pathlib import Path
 from typing import Any
 
 import re2tal
+from re2tal.evaluation.resampling import LEVEL
 from re2tal.runs.evaluation import Evaluated
-from re2tal.runs.published import AVERAGE, Published
+from re2tal.runs.published import AVERAGE, Published, PublishedScore
 from re2tal.runs.reproduction_checks import Checked
 from re2tal.strict_json import write_atomically, write_json
 from re2tal.tables import text_table
 
 WIDTH = 110
+DRAWS = 1000
+"""Of test videos, for the intervals."""
 PACKAGES = ("torch", "deepspeed", "numpy", "transformers")
 
 
@@ -44,32 +47,47 @@ class Card:
         self.problems += checked.problems
 
     def compare(self, scored: Evaluated, summary: Mapping[str, Any]) -> None:
-        """The scores of the trained network."""
+        """The scores of the trained network, with their spread."""
         self.scored, self.summary = scored, summary
 
     def rows(self) -> list[dict[str, Any]]:
-        """Published scores beside those that were reached, in percent; None before the training."""
-        rows = []
-        for one in self.published.scores:
-            reached = None if self.scored is None else 100 * self._score(self.scored, one.tiou)
-            away = None if reached is None else reached - one.percent
-            rows.append(
-                {"source": one.source, "tiou": one.tiou, "published": one.percent, "here": reached, "difference": away}
-            )
-        return rows
+        """Published scores beside those that were reached, in percent; None before the training.
 
-    @staticmethod
-    def _score(scored: Evaluated, tiou: str) -> float:
-        return scored.average_map if tiou == AVERAGE else scored.precision.map_by_tiou[tiou]
+        "interval" is that of the score reached here, and "inside" says whether it holds the published one.
+        """
+        return [
+            {"source": one.source, "tiou": one.tiou, "published": one.percent, **self._reached(one)}
+            for one in self.published.scores
+        ]
+
+    def _reached(self, one: PublishedScore) -> dict[str, Any]:
+        if self.scored is None:
+            return dict.fromkeys(("here", "difference", "interval", "inside"))
+        scored = self.scored
+        assert scored.spread is not None
+        reached = 100 * (scored.average_map if one.tiou == AVERAGE else scored.precision.map_by_tiou[one.tiou])
+        interval = scored.spread.intervals()[one.tiou]
+        low, high = 100 * interval.low, 100 * interval.high
+        inside = low <= one.percent <= high
+        return {"here": reached, "difference": reached - one.percent, "interval": [low, high], "inside": inside}
 
     def verdicts(self) -> str:
         """The comparison as a table, and what it is worth."""
-        rows = [("published by", "tIoU", "published, %", "here, %", "difference")]
+        head = "published by", "tIoU", "published, %", "here, %", "difference", f"{100 * LEVEL:.0f} % interval"
+        rows = [(*head, "holds the published")]
         for row in self.rows():
-            trained = row["here"] is not None
-            here, away = (f"{row['here']:.2f}", f"{row['difference']:+.2f}") if trained else ("not trained", "")
-            rows.append((row["source"], row["tiou"], f"{row['published']:.2f}", here, away))
-        lines = [text_table(rows, align="<<>>>", rules=(1,))]
+            here: tuple[str, ...] = ("not trained", "", "", "")
+            if row["here"] is not None:
+                low, high = row["interval"]
+                inside = "yes" if row["inside"] else "no"
+                here = f"{row['here']:.2f}", f"{row['difference']:+.2f}", f"[{low:.2f}, {high:.2f}]", inside
+            rows.append((row["source"], row["tiou"], f"{row['published']:.2f}", *here))
+        lines = [text_table(rows, align="<<>>>>>", rules=(1,))]
+        if self.scored is not None:
+            lines += [
+                f"the interval is of the score here, over draws of the test videos ({DRAWS} of them, bootstrap);",
+                "one seed was trained: how far seeds differ is in no interval here, and the published scores give none",
+            ]
         if self.tiny:
             lines.append("a tiny network in place of the published one: the comparison only rehearses the real one")
         elif self.problems:

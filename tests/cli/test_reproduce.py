@@ -11,11 +11,15 @@ import pytest
 
 from re2tal.cli import main
 from re2tal.data.building.catalog import DATASETS
-from re2tal.evaluation.average_precision import mean_average_precision
+from re2tal.evaluation.average_precision import MapReport, mean_average_precision
+from re2tal.evaluation.comparison import Spread
 from re2tal.evaluation.ground_truth import read_ground_truth
 from re2tal.evaluation.matching import match_predictions
 from re2tal.evaluation.protocols import TIOU_THRESHOLDS
 from re2tal.evaluation.results import read_results
+from re2tal.runs.evaluation import Evaluated
+from re2tal.runs.published import PUBLISHED
+from re2tal.runs.reproduction_card import Card
 from re2tal.strict_json import sha256_of
 
 SECONDS, RATE = 6, 15
@@ -123,9 +127,31 @@ def test_thumos_in_tiny_from_data_to_a_card(thumos, tmp_path, capsys):
     assert paper["here"] == pytest.approx(100 * report.map_by_tiou["0.5"])
     assert paper["difference"] == pytest.approx(paper["here"] - 64.9)
     assert rows["OpenTAD, same settings", "average"]["here"] == pytest.approx(100 * report.average_map)
+    assert paper["interval"][0] <= paper["here"] <= paper["interval"][1]
+    assert paper["inside"] is False  # a network of one epoch
+    assert card["scores"]["bootstrap"]["draws"] == 1000
     text = (tmp_path / "run" / "card.md").read_text()
     assert "64.90" in text
+    assert "one seed was trained: how far seeds differ is in no interval here" in text
     assert "only rehearses" in text
+
+
+def test_a_card_says_whether_the_interval_holds_what_was_published():
+    # At each tIoU 101 draws, from 60 % in steps of 0.1: the middle 95 % of them are 60.25 to 69.75 %.
+    thresholds = (0.3, 0.5)
+    precision = MapReport("opentad", thresholds, ("Diving",), np.full((2, 1), 0.65), (1,), (1,), coverage=None)
+    draws = np.linspace(0.60, 0.70, 101)
+    spread = Spread(thresholds, np.full((1, 2), 0.65), np.stack([draws, draws], axis=1), "all")
+    card = Card("thumos14", tiny=False, published=PUBLISHED["thumos14", "slowfast"])
+    card.compare(Evaluated(precision, None, spread=spread), {})
+    paper, opentad, average = card.rows()
+    assert (paper["published"], paper["inside"]) == (64.9, True)
+    assert paper["interval"] == pytest.approx([60.25, 69.75])
+    assert (opentad["published"], opentad["inside"]) == (74.27, False)
+    assert average["interval"] == pytest.approx([60.25, 69.75])
+    lines = card.verdicts().splitlines()
+    assert lines[2].split()[-6:] == ["64.90", "65.00", "+0.10", "[60.25,", "69.75]", "yes"]
+    assert lines[3].split()[-1] == "no"
 
 
 def test_activitynet_in_tiny_is_scored_under_a_classifiers_names(activitynet, tmp_path):
@@ -154,6 +180,8 @@ def test_a_dry_run_checks_and_plans_the_published_network_and_trains_nothing(thu
         "published": 62.4,
         "here": None,
         "difference": None,
+        "interval": None,
+        "inside": None,
     }
     assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["card.json", "card.md"]
 
