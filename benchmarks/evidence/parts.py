@@ -6,7 +6,7 @@ from evidence import costs, end_to_end, recognition, zero
 from evidence.cells import Part
 
 PARTS: dict[str, Part] = {
-    "recognition": Part("trained networks, rewired", recognition.cells, recognition.show, hours=0.2),
+    "recognition": Part("trained networks, rewired", recognition.cells, recognition.show, hours=0.65),
     "features": Part(
         "frozen features against end to end, on the demo", end_to_end.demo_cells, end_to_end.show_demo, hours=0.9
     ),

@@ -56,12 +56,12 @@ class Size:
         return sorted({max(1, round(share * self.epochs)) for share in SHARES})
 
 
-SIZES = {True: Size((240, 120), batch=16, epochs=10), False: Size((480, 240), batch=32, epochs=30)}
+SIZES = {True: Size((240, 120), batch=16, epochs=10), False: Size((240, 240), batch=32, epochs=30)}
 
 
 def built_clips(options: Options, size: Size) -> Path:
     """Shards of the demo's clips with PATHS for classes; they are built where they are missing."""
-    folder = options.data / f"clips-{size.clips[0]}"
+    folder = options.data / f"clips-{size.clips[0]}-{size.clips[1]}"
     if (folder / "shards" / "validation" / "manifest.json").is_file():
         return folder / "shards"
     training, validation = map(str, size.clips)
