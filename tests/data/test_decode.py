@@ -1,3 +1,4 @@
+import subprocess
 import sys
 from io import BytesIO
 
@@ -129,3 +130,19 @@ def test_a_decoder_that_is_unknown_or_not_there_is_refused(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchcodec.decoders", None)
     with pytest.raises(ValueError, match=r"data.decoder is torchcodec, which cannot be loaded .*re2tal\[torchcodec\]"):
         check_decoder("torchcodec")
+
+
+def test_decord_leaves_pyav_its_own_libraries() -> None:
+    """libvpx of both has the same symbols: the first that is loaded serves both."""
+    code = """
+import io
+import re2tal.data.streaming.decode
+import av
+with av.open(io.BytesIO(), "w", format="webm") as file:
+    stream = file.add_stream("libvpx-vp9", rate=30)
+    stream.width = stream.height = 64
+    file.mux(stream.encode(av.VideoFrame(64, 64, "yuv420p")))
+    file.mux(stream.encode())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

@@ -12,6 +12,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from io import BytesIO
 
+# Before decord, whose old libvpx would otherwise take the place of PyAV's in the whole process.
+import av  # noqa: F401
 import numpy as np
 import torch
 from torch import Tensor
