@@ -129,7 +129,7 @@ def test_the_check_finds_a_file_with_open_groups(tmp_path):
         tmp_path / "v.mp4", num_frames=300, options={"g": "30", "x264-params": "open-gop=1:bframes=3:scenecut=0"}
     )
     samples = {number: small(numbered_frame(number)) for number in spread(300)}
-    with pytest.raises(ValueError, match=r"is another one|cannot be decoded|encoded"):
+    with pytest.raises(ValueError, match=r"groups of pictures are open"):
         check_normalised(path, Normalised(300, 30.0, 64, 48, samples=samples))
 
 
