@@ -107,6 +107,7 @@ def test_from_videos_to_a_score_and_the_same_weights_after_a_restart(shards, tmp
     assert (out / "model.safetensors").is_file(), "what was refused removed the earlier run"
 
 
+@pytest.mark.slow
 def test_a_share_of_the_clips_trains_on_two_ranks_and_the_summary_says_so(shards, tmp_path):
     """Two of eight clips a step, under ZeRO-3; an epoch later, the others come from the memory in the run folder."""
     out, run = tmp_path / "run", find_recipe("demo")
