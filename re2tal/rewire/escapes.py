@@ -11,6 +11,7 @@ custom autograd Functions return is noted too, and what transforms of `torch.fun
 from __future__ import annotations
 
 import gc
+import logging
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -29,6 +30,8 @@ from re2tal.reversible.buffers import SavedBuffer, buffers_restored, save_buffer
 from re2tal.reversible.fake import is_counted
 from re2tal.reversible.rng import GeneratorState
 from re2tal.rewire.pending import RewireError
+
+logger = logging.getLogger(__name__)
 
 _WITHOUT_GRADIENT = (
     "_like",
@@ -65,10 +68,12 @@ def checked_for_escapes(
                 output = function(given)
         except RewireError:
             raise
-        except Exception:
+        except RuntimeError as error:
             # A branch that differentiates something itself finds no graph here. If it is at fault, it fails once more.
             draws.restore()
-            return function(x)
+            output = function(x)
+            logger.warning("%s could not be checked for tensors that it leaves behind: %s", name, error)
+            return output
         if _other_generators() != others and active_count() == 1:  # other threads may have drawn
             raise RewireError(
                 f"{name} draws from the generator of Python or of NumPy, with which backward could not run it again; "

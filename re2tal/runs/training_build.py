@@ -70,12 +70,6 @@ def build_trainer(
     log = MetricsLog(folder, enabled=world.is_main, trackers=trackers)
     engine, beta = _engine(config, settings, model, clips, world, log)
     identity = _identity(config, engine, shards, world)
-    dtype = next(model.parameters()).dtype
-    prepared: Prepare = partial(prepare, strength=config.data.clips.colour_jitter, seed=seed, world=world, dtype=dtype)
-    if (share := config.backbone.trained_clips) < 1:
-        backbone = model.get_submodule("backbone")
-        prepared = remembering_clips(prepared, backbone, folder, share, seed=seed, world=world)
-        log.say(approximation(share))
 
     def validate(engine: Engine) -> Mapping[str, float]:
         outcome, now = evaluate(engine), ours()
@@ -91,7 +85,7 @@ def build_trainer(
         clips,
         validate,
         config.training,
-        prepare=prepared,
+        prepare=_prepare(config, model, folder, world, log),
         checkpoints=CheckpointStore(
             folder / CHECKPOINTS_NAME,
             identity=identity | {STEPS_OF_EPOCH: clips.steps_per_epoch / accumulation},
@@ -154,6 +148,16 @@ def _engine(
     if on_rates is not None:
         log.say(on_rates)
     return engine, beta
+
+
+def _prepare(config: AnyRun, model: nn.Module, folder: Path, world: World, log: MetricsLog) -> Prepare:
+    """What makes a batch ready for the network, and says so where that is an approximation."""
+    seed, dtype = config.training.seed, next(model.parameters()).dtype
+    prepared: Prepare = partial(prepare, strength=config.data.clips.colour_jitter, seed=seed, world=world, dtype=dtype)
+    if (share := config.backbone.trained_clips) == 1:
+        return prepared
+    log.say(approximation(share))
+    return remembering_clips(prepared, model.get_submodule("backbone"), folder, share, seed=seed, world=world)
 
 
 def _identity(config: AnyRun, engine: Engine, shards: Pair, world: World) -> dict[str, Any]:

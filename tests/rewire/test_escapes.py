@@ -154,7 +154,7 @@ def _(block: Forced) -> tuple[Branch, ...]:
 
 
 @pytest.mark.parametrize("how", ["autograd", "func"])
-def test_a_branch_may_differentiate_something_itself(how, monkeypatch) -> None:
+def test_a_branch_may_differentiate_something_itself(how, monkeypatch, caplog) -> None:
     monkeypatch.setattr(Forced, "how", how)
     found = []
     for recompute in (True, False):
@@ -164,6 +164,8 @@ def test_a_branch_may_differentiate_something_itself(how, monkeypatch) -> None:
         output.square().sum().backward()
         found.append([output, *(parameter.grad for parameter in net.parameters())])
     torch.testing.assert_close(*found, rtol=1e-9, atol=1e-11)
+    said = "(Forced forces) could not be checked for tensors that it leaves behind" in caplog.text
+    assert said == (how == "autograd")
 
 
 def test_watching_changes_no_bit(monkeypatch) -> None:
