@@ -57,6 +57,10 @@ def say_detected(done: Detected) -> int:
         print(f"{len(done.odd)} files are no videos by their suffix, and were not looked at: {names}{more}")
     scores = f" with a score of {done.min_score:g} or more" if done.min_score else ""
     print(f"{done.num_detections} detections{scores} in {done.num_videos} videos; {done.path}")
+    if done.num_kept:
+        print(f"{done.num_kept} videos were there already, and were not looked at again")
+    if done.spared:
+        print(f"{done.spared} was written by another program meanwhile, and stays as it left it", file=sys.stderr)
     if done.checkpoint:
         print(f"the run has not ended: its weights are those of {done.checkpoint}")
     if done.rejected:
