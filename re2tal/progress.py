@@ -45,8 +45,8 @@ class Progress:
         return self._bar is not None
 
     def to(self, done: float, about: str) -> None:
-        """So much is done; `about` says what is at work, without characters that would steer a terminal."""
-        about = "".join(one if one.isprintable() else "?" for one in about)
+        """So much is done; `about` says what is at work."""
+        about = printable(about)
         self.done = min(max(done, self.done), self.total)
         now = self._clock()
         elapsed = now - self._start
@@ -134,6 +134,11 @@ class _Bar:
 
     def close(self) -> None:
         self._rich.stop()
+
+
+def printable(text: str) -> str:
+    """Without characters that would steer a terminal."""
+    return "".join(one if one.isprintable() else "?" for one in text)
 
 
 def clock_time(seconds: float) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from re2tal.cli.say import printable
+from re2tal.progress import printable
 from re2tal.runs.initialisation import Initialisation, initialise
 from re2tal.runs.initialisation_settings import Start
 

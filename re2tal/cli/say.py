@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from re2tal.data.contract.manifest import Rejection
 from re2tal.evaluation.coverage import cut_by_limit
-from re2tal.progress import clock_time
+from re2tal.progress import clock_time, printable
 from re2tal.reporting.found import FoundInVideo
 from re2tal.runs.detection import Detected
 from re2tal.runs.exit_status import SOME_LEFT_OUT
@@ -38,11 +38,6 @@ def say_found(video: FoundInVideo) -> str:
     table = text_table([("start s", "end s", "score", "label"), *rows], align=">>><")
     more = f"\n... {len(actions) - MOST_SHOWN} more" if len(actions) > MOST_SHOWN else ""
     return f"{head}\n{table}{more}"
-
-
-def printable(text: str) -> str:
-    """Without characters that would steer a terminal."""
-    return "".join(one if one.isprintable() else "?" for one in text)
 
 
 def say_detected(done: Detected) -> int:

@@ -92,6 +92,11 @@ class ResultsFile:
             raise ValueError(
                 f"{self.out} cannot be written: {error.strerror}; give another place for the results (out)"
             ) from None
+        if self.format_name == "json" and self.out.is_file():
+            with self.out.open("rb") as file:
+                start = file.read(4096)
+            if start and b'"results"' not in start:
+                raise ValueError(f"{self.out} is there already and holds no results; give another place (out)")
         self._written = _mark(self.out)
 
     def take_up(self, names: Iterable[str]) -> set[str]:

@@ -9,20 +9,17 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from re2tal.config import RunConfig, save_config
-from re2tal.machine import memory_bytes
-from re2tal.planning.choice import plan_step
 from re2tal.planning.free_memory import free_memory
 from re2tal.runs.deepspeed_presets import DEFAULT_PRESET, find_preset
 from re2tal.runs.initialisation_facts import DataFacts, look_at
 from re2tal.runs.initialisation_settings import Chosen, Start, choose, largest_batches
 from re2tal.runs.trained import default_device
-
-UNKNOWN_MEMORY = 4 * 10**9
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,10 +68,16 @@ def initialise(options: Initialisation) -> Initialised:
 
 def _batch(config: RunConfig, data: DataFacts, device: torch.device) -> tuple[RunConfig, tuple[str, str, str]]:
     """The largest batch whose step fits into the memory at hand, of those that leave an epoch some steps."""
-    free, about_free = _free(device)
     sizes = largest_batches(data.num_training)
     if config.backbone.weights is not None:
         sizes = [1]  # as the published recipes: clips are large
+    if not sys.platform.startswith("linux") or find_spec("deepspeed") is None:
+        chosen = replace(config, engine=replace(config.engine, batch_size=sizes[0]))
+        why = "what a step needs is not known here, without DeepSpeed; where you train, re2tal plan --config shows it"
+        return chosen, ("engine.batch_size", str(sizes[0]), why)
+    from re2tal.planning.choice import plan_step  # imports DeepSpeed
+
+    free = free_memory(device)
     for size in sizes:
         tried = replace(config, engine=replace(config.engine, batch_size=size))
         # Weights change no sizes, and are not read for the count.
@@ -86,21 +89,12 @@ def _batch(config: RunConfig, data: DataFacts, device: torch.device) -> tuple[Ru
         if needed <= free:
             pieces = config.backbone.chunk_mebibytes
             cut = f"branches in pieces of {pieces} MiB, " if pieces else "branches whole, "
-            why = f"a step needs {_gigabytes(needed)} of the {_gigabytes(free)} {about_free}; {cut}"
+            why = f"a step needs {_gigabytes(needed)} of the {_gigabytes(free)} that are free on {device}; {cut}"
             return tried, ("engine.batch_size", str(size), why + "re2tal plan --config shows it by part")
     raise ValueError(
-        f"a step with one clip needs {_gigabytes(needed)}, more than the {_gigabytes(free)} {about_free}; use a "
-        "machine with more memory, or a smaller backbone (--backbone)"
+        f"a step with one clip needs {_gigabytes(needed)}, but {device} has {_gigabytes(free)} free; use a machine "
+        "with more memory, or a smaller backbone (--backbone)"
     )
-
-
-def _free(device: torch.device) -> tuple[int, str]:
-    """Bytes that a step may take, and what they are: macOS and Windows do not say what is free."""
-    if device.type != "cpu" or sys.platform.startswith("linux"):
-        return free_memory(device), f"that are free on {device}"
-    if (memory := memory_bytes()) is not None:
-        return memory // 2, "that are half of this machine's memory"
-    return UNKNOWN_MEMORY, "that are assumed to be free, as this system does not say"
 
 
 def _gigabytes(size: int) -> str:

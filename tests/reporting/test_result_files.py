@@ -119,6 +119,9 @@ def test_a_place_that_takes_no_file_is_refused_at_once(tmp_path: Path) -> None:
     for place in (tmp_path / "a.json", Path("/proc/a.json")):
         with pytest.raises(ValueError, match=r"a\.json cannot be written: .*; give another place"):
             ResultsFile(place, "json", CLASSES)
+    (tmp_path / "annotations.json").write_text('{"database": {}}')
+    with pytest.raises(ValueError, match=r"annotations\.json is there already and holds no results"):
+        ResultsFile(tmp_path / "annotations.json", "json", CLASSES)
 
 
 def test_each_video_has_its_own_subtitles_in_a_folder(tmp_path: Path) -> None:
