@@ -10,7 +10,6 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -159,7 +158,7 @@ def _end(name: str, tracker: Any, *, failed: bool) -> None:
     if failed and name == "wandb":
         tracker.run.finish(exit_code=1)
     elif failed and name == "mlflow":
-        import_module("mlflow").end_run(status="FAILED")
+        sys.modules["mlflow"].end_run(status="FAILED")  # its tracker has imported it
     else:
         tracker.finish()
 
