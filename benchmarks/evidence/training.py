@@ -98,8 +98,8 @@ def comparison(
     """Cells of every form, localizer, backbone and seed; with `quick`, of the demo's own localizer and backbone."""
     settings, forms = (SETTINGS[:1], QUICK_FORMS) if options.quick else (SETTINGS, FORMS)
     cells: dict[str, Cell] = {}
-    for seed in range(options.seeds):
-        for backbone, localizer in settings:
+    for backbone, localizer in settings:
+        for seed in range(options.seeds):
             for form in forms:
                 run = demo_run(
                     shards,
