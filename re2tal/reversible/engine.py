@@ -90,7 +90,7 @@ def run_reversibly(
     run = Run(tuple(branches), rebuilt, saved_outputs, saved_attention, merge, coupling, precision, streams)
     run.check_streams(x)
     is_trained = torch.is_grad_enabled() and (x.requires_grad or _is_trained(owner))
-    if is_trained and not rebuilt and not precision.states.is_floating_point:
+    if is_trained and not rebuilt and not precision.dtype.is_floating_point:
         raise ValueError("autograd keeps no gradient of int32 states; set recompute, or states to 'float32'")
     if rebuilt and is_trained:
         _refuse_transforms()
