@@ -152,16 +152,14 @@ class RewiredStage(nn.Module):
 
         `compute` runs what ends here. By default it calls this module, so that the module's hooks run too.
         """
-        block, call = self.get_submodule(name), partial(self._call_block, name, compute or self._call)
+        compute = compute or (lambda x, calls: self(x, _calls=calls))
+        block, call = self.get_submodule(name), partial(self._call_block, name, compute)
         if name in self.residual:
             check_kind(block, self._kinds[name], self.name_of(name))
         if name not in self.residual or not has_hooks(block):
             return call(x, *args, **kwargs)
         check_hooks(block, self.name_of(name))
         return called_with(block, call, x, args, kwargs)
-
-    def _call(self, x: Tensor, calls: tuple[BlockCall, ...]) -> Any:
-        return self(x, _calls=calls)
 
     def _call_block(self, name: str, compute: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         # A state that is passed besides x is used for its values: a run must end there.
@@ -194,9 +192,11 @@ class RewiredStage(nn.Module):
             return self.run(calls, x) if self.recorder is None else self.recorder.run(self, calls, x)
         block = self.get_submodule(first.name)
         # A block must compute the same when it runs twice. Only a registration says that it does.
-        if self.config.recompute and not self.config.keep_nonresidual and not is_unregistered(block):
+        if not self.config.recompute or is_unregistered(block):
+            return block(x, *first.args, **first.kwargs)
+        if not self.config.keep_nonresidual:
             return recomputed(block, x, *first.args, owner=block, **first.kwargs)
-        with saving_recipe(block, x) if self.config.recompute else nullcontext():
+        with saving_recipe(block, x):
             return block(x, *first.args, **first.kwargs)
 
     def _monitor(self) -> Monitor | None:
