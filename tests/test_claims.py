@@ -48,6 +48,9 @@ def test_an_interval_is_students(cells):
     # 1, 2, 3 %: standard deviation 1, so 4.30 / sqrt(3) on either side.
     assert cells.mean_and_interval([0.01, 0.02, 0.03]) == "2.0 ± 2.5"
     assert cells.mean_and_interval([0.5]) == "50.0"
+    assert cells.verdict([0.01, 0.02, 0.03], aim=-1).endswith("reached.")  # from -0.5 on
+    assert cells.verdict([0.01, 0.02, 0.03], aim=4).endswith("**not settled**.")  # up to 4.5
+    assert cells.verdict([0.01, 0.02, 0.03], aim=5).endswith("**not reached**.")
 
 
 def test_the_page_compares_pairs_and_says_what_was_not_run(cells, tmp_path):
@@ -74,7 +77,7 @@ def test_the_page_compares_pairs_and_says_what_was_not_run(cells, tmp_path):
     write_page(out, PARTS)
     page = (tmp_path / "evidence.md").read_text()
     # 7 and 6 points: mean 6.5, deviation 0.707, so 12.71 * 0.707 / sqrt(2) = 6.35 on either side.
-    assert "6.5 ± 6.4 points, paired by seed (aim: at least +5): reached." in page
+    assert "+6.5 ± 6.4 points (aim: at least +5), paired by seed: **not settled**." in " ".join(page.split())
     assert "Not run yet: `python benchmarks/claims.py --part zero`." in page
     assert (out / "real.svg").is_file()
 
@@ -89,16 +92,16 @@ def test_recognizers_are_compared_with_their_original(cells):
             done[key] = {"top1": top1, "train_seconds": 60.0}
     lines = recognizers.show(done)
     # 2, 1 and 3 points less: mean 2, standard deviation 1, so 4.30 / sqrt(3) on either side.
-    assert lines[-1].endswith("-2.0 ± 2.5 points (aim: no less than -1), paired by seed: **not reached**.")
+    assert lines[-1].endswith("-2.0 ± 2.5 points (aim: at least -1), paired by seed: **not settled**.")
     assert "| original | 85.0 ± 12.4 | 60 | 3 |" in lines
     one_seed = {key: figures for key, figures in done.items() if key.endswith("seed 1")}
     assert recognizers.show(one_seed)[-1].endswith(
-        "-1.0 points (aim: no less than -1). One seed, so no interval and no verdict."
+        "-1.0 points (aim: at least -1). One seed, so no interval and no verdict."
     )
 
 
 def test_rewired_recognizers_start_from_the_original_that_was_kept(cells, monkeypatch, tmp_path):
-    from evidence import recognizers
+    from evidence import recognizers, training
 
     trained = []
 
@@ -110,6 +113,7 @@ def test_rewired_recognizers_start_from_the_original_that_was_kept(cells, monkey
         return {}
 
     monkeypatch.setattr(recognizers, "trained", stand_in)
+    monkeypatch.setattr(training, "trained", stand_in)
     monkeypatch.setattr(recognizers, "built_clips", lambda options, size: tmp_path / "shards")
     made = recognizers.cells(cells.Options(1, False, tmp_path, tmp_path))
     assert len(made) == 2 * 6

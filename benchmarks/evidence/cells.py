@@ -12,6 +12,7 @@ import subprocess
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,6 +39,8 @@ class Options:
     """Folder of demo and URFD shards; those that are missing are built there."""
     shared: Path
     """Folder with `urfd`, `gmdcsa24` and `weights`, as data sets and weights were fetched."""
+    jobs: int = 1
+    """How many cells are measured side by side, in parts that have no figures of time or memory to disturb."""
 
 
 @dataclass(frozen=True)
@@ -51,26 +54,37 @@ class Part:
     """Figures of the cells that are done, and the folder for pictures -> lines of Markdown."""
     hours: float
     """Estimate of the whole form on two idle cores."""
+    alone: bool = False
+    """Whether its cells measure time or memory in a way that a neighbour would disturb."""
 
 
 def run_part(name: str, part: Part, options: Options, folder: Path) -> list[str]:
     """Measures the cells that are not done yet; gives a line for each that failed."""
     path, failed = folder / f"{name}.json", []
-    for key, measure in part.cells(options).items():
-        done = read_part(path)
-        if key in done:
-            print(f"{name}: {key}: done before", flush=True)
-            continue
+    done = read_part(path)
+
+    def timed(key: str, measure: Cell) -> tuple[Figures, float]:
         print(f"{name}: {key} ...", flush=True)
         start = time.perf_counter()
-        try:
-            figures = measure()
-        except Exception as error:  # one cell never ends the others; it is named, and the exit status says so
-            traceback.print_exc()
-            failed.append(f"{name}: {key}: {type(error).__name__}: {str(error)[-300:]}")
-            continue
-        done[key] = {"figures": figures, **circumstances(name, options, time.perf_counter() - start)}
-        write_json(path, {"cells": done})
+        return measure(), time.perf_counter() - start
+
+    with ThreadPoolExecutor(1 if part.alone else options.jobs) as pool:
+        running = {}
+        for key, measure in part.cells(options).items():
+            if key in done:
+                print(f"{name}: {key}: done before", flush=True)
+            else:
+                running[pool.submit(timed, key, measure)] = key
+        for future in as_completed(running):
+            key = running[future]
+            try:
+                figures, seconds = future.result()
+            except Exception as error:  # one cell never ends the others; it is named, and the exit status says so
+                traceback.print_exception(error)
+                failed.append(f"{name}: {key}: {type(error).__name__}: {str(error)[-300:]}")
+                continue
+            done[key] = {"figures": figures, **circumstances(name, options, seconds)}
+            write_json(path, {"cells": done})
     return failed
 
 
@@ -104,13 +118,28 @@ def machine() -> str:
     return f"{device}, {threads}{load}, Python {platform.python_version()}, torch {torch.__version__}"
 
 
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """Mean of two values or more and half the width of its 95 % interval by Student's distribution, in percent."""
+    half = STUDENT.get(len(values) - 1, 1.96) * statistics.stdev(values) / len(values) ** 0.5
+    return 100 * statistics.fmean(values), 100 * half
+
+
 def mean_and_interval(values: Sequence[float]) -> str:
-    """In percent; the 95 % interval by Student's distribution where there are two values or more."""
-    mean = 100 * statistics.fmean(values)
+    """In percent; with the interval where there are two values or more."""
     if len(values) < 2:
-        return f"{mean:.1f}"
-    half = STUDENT.get(len(values) - 1, 1.96) * 100 * statistics.stdev(values) / len(values) ** 0.5
+        return f"{100 * values[0]:.1f}"
+    mean, half = interval(values)
     return f"{mean:.1f} ± {half:.1f}"
+
+
+def verdict(away: Sequence[float], *, aim: float) -> str:
+    """Differences of pairs, as shares, against an aim in points: settled only where the interval leaves the aim out."""
+    said = f"points (aim: at least {aim:+.0f})"
+    if len(away) < 2:
+        return f"{100 * away[0]:+.1f} {said}. One seed, so no interval and no verdict."
+    mean, half = interval(away)
+    found = "reached" if mean - half >= aim else "**not reached**" if mean + half < aim else "**not settled**"
+    return f"{mean:+.1f} ± {half:.1f} {said}, paired by seed: {found}."
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:

@@ -6,15 +6,17 @@ from evidence import costs, end_to_end, recognition, zero
 from evidence.cells import Part
 
 PARTS: dict[str, Part] = {
-    "recognition": Part("trained networks, rewired", recognition.cells, recognition.show, hours=0.65),
+    "recognition": Part("trained networks, rewired", recognition.cells, recognition.show, hours=0.35),
     "features": Part(
-        "frozen features against end to end, on the demo", end_to_end.demo_cells, end_to_end.show_demo, hours=0.9
+        "frozen features against end to end, on the demo", end_to_end.demo_cells, end_to_end.show_demo, hours=1.0
     ),
-    "real": Part("the same on real video, UR Fall Detection", end_to_end.urfd_cells, end_to_end.show_urfd, hours=1.1),
-    "memory": Part("memory and time", costs.memory_cells, costs.show_memory, hours=0.1),
+    "real": Part("the same on real video, UR Fall Detection", end_to_end.urfd_cells, end_to_end.show_urfd, hours=0.75),
+    "memory": Part("memory and time", costs.memory_cells, costs.show_memory, hours=0.1, alone=True),
     "resolution": Part(
-        "frames and pixels within a memory budget", costs.resolution_cells, costs.show_resolution, hours=0.3
+        "frames and pixels within a memory budget", costs.resolution_cells, costs.show_resolution, hours=0.2
     ),
-    "precision": Part("errors by depth and number format", costs.precision_cells, costs.show_precision, hours=0.25),
-    "zero": Part("memory of a rank, and what ranks cost", zero.cells, zero.show, hours=0.15),
+    "precision": Part(
+        "errors by depth and number format", costs.precision_cells, costs.show_precision, hours=0.25, alone=True
+    ),
+    "zero": Part("memory of a rank, and what ranks cost", zero.cells, zero.show, hours=0.15, alone=True),
 }

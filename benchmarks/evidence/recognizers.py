@@ -20,7 +20,7 @@ from pathlib import Path
 
 from rewired_recognition import judge
 
-from evidence.cells import Cell, Figures, Options, mean_and_interval, table
+from evidence.cells import Cell, Figures, Options, mean_and_interval, table, verdict
 from evidence.training import command_line, kept, trained
 from re2tal.config import RecognitionConfig
 from re2tal.recipes.recognition import demo_clips
@@ -162,8 +162,4 @@ def _verdict(forms: Mapping[str, Mapping[str, Figures]]) -> Sequence[str]:
     best = max(tuned, key=lambda form: int(form.split()[2]))
     seeds = sorted(set(forms[best]) & set(forms["original"]))
     away = [forms[best][seed]["top1"] - forms["original"][seed]["top1"] for seed in seeds]
-    said = f"- {best.capitalize()}, less original: {{}} points (aim: no less than -1)"
-    if len(away) > 1:
-        reached = "reached" if statistics.fmean(away) >= -0.01 else "**not reached**"
-        return [f"{said.format(mean_and_interval(away))}, paired by seed: {reached}."]
-    return [f"{said.format(f'{100 * away[0]:+.1f}')}. One seed, so no interval and no verdict."] if away else []
+    return [f"- {best.capitalize()}, less original: {verdict(away, aim=-1.0)}"] if away else []

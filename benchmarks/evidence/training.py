@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -31,6 +32,7 @@ FROM_DEMO_FORMS = tuple(form + FROM_DEMO for form in ("frozen", "end to end, pla
 QUICK_FORMS = ("end to end, rewired", "frozen at random", "end to end, plain")
 DEMO_EPOCHS = {True: 12, False: 32}
 LIMIT_SECONDS = 4 * 3600
+_KEEPING = threading.Lock()
 
 
 def backbone_of(name: str, form: str) -> BackboneConfig:
@@ -76,9 +78,10 @@ def trained(run: RunConfig | RecognitionConfig, *, keep: Path | None = None) -> 
 
 
 def kept(run: RunConfig | RecognitionConfig, folder: Path) -> Path:
-    """The run folder of `run`; it is trained where that is missing."""
-    if not (folder / "summary.json").is_file():
-        trained(run, keep=folder)
+    """The run folder of `run`; it is trained where that is missing, once for all cells that start from it."""
+    with _KEEPING:
+        if not (folder / "summary.json").is_file():
+            trained(run, keep=folder)
     return folder
 
 
