@@ -76,8 +76,8 @@ def show_demo(done: Mapping[str, Figures], pictures: Path) -> list[str]:
     """Of the demo."""
     note = (
         "Learning begins suddenly on these videos, and the rewired network begins sooner: after 22 epochs the plain",
-        "one is where it started. End to end, rewired, for 12 epochs is the training of `precision` in fp32, and stands in",
-        "both parts.",
+        "one is where it started. End to end, rewired, for 12 epochs is the training of `precision` in fp32, and",
+        "stands in both parts.",
     )
     return [*note, *_show(done, pictures, "features")]
 
