@@ -366,6 +366,12 @@ def test_a_picture_that_an_avi_lost_is_told_by_the_times_of_the_others(tmp_path)
     assert damage_of(copied(source, tmp_path / "v.avi", without=range(40, 44))).corrupt == 16
 
 
+def test_pictures_that_a_broadcast_lost_damage_those_up_to_the_next_key_frame(tmp_path):
+    source = write_moving(tmp_path / "whole.ts", "mpeg2video", g="15", bf="0")
+    assert damage_of(source).num_damaged == 0
+    assert damage_of(copied(source, tmp_path / "v.ts", without=range(35, 38))).corrupt == 7
+
+
 def test_an_avi_that_begins_without_its_key_frame_is_damaged_up_to_the_next(tmp_path):
     source = write_moving(tmp_path / "whole.avi", "mpeg4", g="30", bf="0")
     assert damage_of(copied(source, tmp_path / "v.avi", without=range(1))).num_damaged == 29

@@ -5,6 +5,7 @@ Then the pictures jump at the next key frame. Where that comes after a gap witho
 AVI            says no times, but pictures of MPEG-4 part 2 do (ISO 14496-2, 6.3.5). A program that captures leaves
                places of the AVI empty, and its encoder, which knows nothing of them, counts time without them.
 Matroska       a long gap is a pause of the recording
+broadcasts     of MPEG-2 come at an even pace, and nothing else numbers their pictures
 """
 
 from __future__ import annotations
@@ -55,7 +56,10 @@ class LostPictures:
 
     def __init__(self, container: InputContainer, stream: VideoStream) -> None:
         self._has_own_times = container.format.name == "avi" and stream.codec_context.name == "mpeg4"
-        self._is_of_use = self._has_own_times or container.format.name.startswith("matroska")
+        is_matroska = container.format.name.startswith("matroska")
+        is_broadcast = container.format.name in ("mpegts", "mpeg") and stream.codec_context.name == "mpeg2video"
+        self._is_of_use = self._has_own_times or is_matroska or is_broadcast
+        self._is_even = is_broadcast
         self._pause = PAUSE_SECONDS / (stream.time_base or 1)
         self._time: int | None = None
         self._has_gaps = False
@@ -87,9 +91,8 @@ class LostPictures:
                 del self._groups[0]
         if self._has_own_times:
             self._read(bytes(packet), self._groups[-1])
-        elif packet.pts is not None and not packet.is_keyframe:
-            self._see_pause(packet.pts, self._groups[-1])
-        self._time = packet.pts
+        else:
+            self._see_gap(packet, self._groups[-1])
         self._groups[-1].is_counted.append(is_counted)
         return found
 
@@ -98,10 +101,16 @@ class LostPictures:
         is_smooth = any(0 < self._jumps.at(one.key) < SUDDEN for one in following)
         return 0 if is_smooth or group.gap is None else group.is_counted[group.gap :].count(False)
 
-    def _see_pause(self, time: int, group: _Group) -> None:
+    def _see_gap(self, packet: av.Packet, group: _Group) -> None:
         """Whether so long nothing comes that a part may be lost as well as never recorded."""
-        if self._time is not None and time - self._time >= self._pause and group.gap is None:
-            group.gap, self._has_gaps = len(group.is_counted), True
+        before, self._time = self._time, packet.dts if self._is_even else packet.pts
+        if before is None or self._time is None:
+            return
+        step, usual = self._time - before, float(np.median(self._steps)) if self._steps else float("inf")
+        if step > (_ODD_STEP * usual if self._is_even else self._pause) and group.gap is None:
+            # What comes before a key frame, nothing behind it needs.
+            group.gap, self._has_gaps = (None if packet.is_keyframe else len(group.is_counted)), True
+        self._steps.append(step)
 
     def _settle(self) -> None:
         """See whether time is whole before the latest reference, whose B-pictures have all come."""

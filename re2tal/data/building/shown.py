@@ -183,10 +183,11 @@ def _decoded(
                     broken = broken or is_lost or _complains(complaints, decoder.name, num_keys < 2)
                     damage.corrupt += broken and bool(packet.size) and not (packet.is_discard or in_head)
                 damage.corrupt += consumption.follow(packet, is_counted=broken)
-                damage.corrupt += lost.follow(packet, is_counted=broken)
+                num_unsound = sum(consumption.needs_more(frame) for frame in frames)
+                damage.corrupt += 0 if broken else num_unsound
+                damage.corrupt += lost.follow(packet, is_counted=broken or num_unsound > 0)
                 complaints.clear()
                 for frame in frames:
-                    damage.corrupt += consumption.needs_more(frame) and not broken
                     if frame.is_corrupt and not broken:
                         damage.corrupt += 1
                         broken = True
