@@ -13,6 +13,7 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from av.bitstream import BitStreamFilterContext
 from data.files import encoding, write_video
 from data.numbered import numbered_frame, read_numbers
 
@@ -177,6 +178,22 @@ def test_an_avi_holds_pictures_where_it_dropped_frames(tmp_path):
     assert result.damage.num_damaged == 0
     wanted = [min(kept, key=lambda number, i=i: (abs(number - i), number)) for i in range(60)]
     assert read_numbers(frames) == wanted
+
+
+def test_an_avi_whose_pictures_come_at_every_twentieth_place_lacks_none(tmp_path):
+    """As a copy of an mp4's packets is, whose clock is finer than its rate."""
+    source = write_video(tmp_path / "v.mp4", num_frames=60, options={"bf": "3", "g": "30"})
+    with av.open(str(source)) as container, av.open(str(tmp_path / "v.avi"), "w") as target:
+        stream = container.streams.video[0]
+        copy = target.add_stream_from_template(stream)
+        lengths_to_codes = BitStreamFilterContext("h264_mp4toannexb", stream, copy)
+        for packet in container.demux(stream):
+            for one in lengths_to_codes.filter(packet if packet.size else None):
+                one.stream = copy
+                target.mux(one)
+    frames, result = stored(tmp_path / "v.avi")
+    assert (result.damage.num_frames, result.damage.num_damaged) == (60, 0)
+    assert read_numbers(frames) == list(range(60))
 
 
 def test_an_avi_whose_header_counts_fields_is_timed_by_its_rate(tmp_path):

@@ -172,6 +172,9 @@ def _scan(path: Path, container: InputContainer, stream: VideoStream) -> tuple[i
             shown.append((time, packet.duration or 0))
     if not shown:
         raise ValueError(f"{path} has a video stream without frames; replace the file")
+    if is_avi:  # a picture may be followed by places without one, the last picture too
+        usual = int(np.median(np.diff([time for time, _ in shown]))) if len(shown) > 1 else 1
+        shown = [(time, max(1, usual)) for time, _ in shown]
     seconds, still = _span_seconds(path, shown, container, stream), 0.0
     if is_avi:
         missing = _missing_of_avi(path, shown, stream)
@@ -195,7 +198,7 @@ def _missing_of_avi(path: Path, shown: list[tuple[int, int]], stream: VideoStrea
     promised = 8 + int.from_bytes(head[4:], "little") if head[:4] == b"RIFF" else 0
     if promised > path.stat().st_size:
         return round(len(shown) * (promised / path.stat().st_size - 1))
-    places = max(shown)[0] + 1
+    places = sum(max(shown))
     missing = stream.frames - places
     if missing <= 0 or abs(stream.frames - 2 * places) <= 2:
         return 0
@@ -204,7 +207,7 @@ def _missing_of_avi(path: Path, shown: list[tuple[int, int]], stream: VideoStrea
             f"{path} is damaged: its header promises {stream.frames} frames, {places} are there, and nothing tells "
             "when they are shown; replace the file"
         )
-    return missing
+    return missing // max(shown)[1]
 
 
 def _missing_in_gaps(shown: list[tuple[int, int]], stream: VideoStream) -> tuple[int, float]:
