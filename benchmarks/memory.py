@@ -54,15 +54,15 @@ LATE = (0, 1, 6, 2)
 MODELS = {
     "swin3d_tiny": Model(
         "layers.2.blocks",
-        Case(256, 224, 384, known=LATE),
-        quick=Case(64, 112, 24, known=LATE),
+        Case(256, 224, 192, known=LATE),
+        quick=Case(64, 112, 12, known=LATE),
         real=Case(768, 224, 512, known=LATE),
     ),
     "videomae_base": Model(
-        VIDEOMAE, Case(256, 112, 64, known=8), quick=Case(32, 112, 64, known=8), real=Case(768, 224, 256, known=9)
+        VIDEOMAE, Case(256, 112, 32, known=7), quick=Case(32, 112, 64, known=7), real=Case(768, 224, 128, known=8)
     ),
     "videomae_large": Model(
-        VIDEOMAE, Case(128, 112, 64, known=12), quick=Case(16, 64, 16, known=12), real=Case(768, 224, 256, known=16)
+        VIDEOMAE, Case(128, 112, 32, known=12), quick=Case(16, 64, 16, known=12), real=Case(768, 224, 128, known=15)
     ),
     "slowfast_r101_8x8": Model(
         "slow_path.layer3",

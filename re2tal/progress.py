@@ -46,6 +46,7 @@ class Progress:
 
     def to(self, done: float, about: str) -> None:
         """So much is done; `about` says what is at work."""
+        about = printable(about)
         self.done = min(max(done, self.done), self.total)
         now = self._clock()
         elapsed = now - self._start
@@ -53,10 +54,9 @@ class Progress:
             if now - self._drawn >= BAR_SECONDS or self.done == self.total:
                 self._drawn = now
                 self._bar.draw(self.done, f"{clock_time(elapsed)}, {self.left()}  {about}")
-        elif self._lines and elapsed >= self._next_line:
+        elif self._lines and elapsed >= self._next_line and self.done < self.total:
             self._next_line = elapsed + min(MOST_SECONDS_BETWEEN_LINES, max(FIRST_LINE_SECONDS, elapsed))
-            share = self.done / self.total if self.total else 1.0
-            line = f"{share:4.0%} after {clock_time(elapsed)}, {self.left()}: {about}"
+            line = f"{self.done / self.total:4.0%} after {clock_time(elapsed)}, {self.left()}: {about}"
             print(line, file=self._stream, flush=True)
 
     def left(self) -> str:
@@ -134,6 +134,11 @@ class _Bar:
 
     def close(self) -> None:
         self._rich.stop()
+
+
+def printable(text: str) -> str:
+    """Without characters that would steer a terminal."""
+    return "".join(one if one.isprintable() else "?" for one in text)
 
 
 def clock_time(seconds: float) -> str:

@@ -70,7 +70,6 @@ OWNERS: dict[str, tuple[str, ...]] = {
     "h5py": ("re2tal.data.building.feature_files",),
     "matplotlib": ("re2tal.reporting.*",),
     "rich": ("re2tal.progress",),
-    "tqdm": ("re2tal.runs.*",),
     "tyro": ("re2tal.cli", "re2tal.cli.*"),
 }
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from rewired_recognition import judge
 
 from evidence.cells import Cell, Figures, Options, mean_and_interval, table
-from evidence.training import command_line, trained
+from evidence.training import command_line, kept, trained
 from re2tal.config import RecognitionConfig
 from re2tal.recipes.recognition import demo_clips
 from re2tal.training.schedule import ScheduleConfig
@@ -86,24 +86,16 @@ def recognizer_run(shards: Path, size: Size, *, backbone: str, rewired: bool, se
     )
 
 
-def _kept(run: RecognitionConfig, folder: Path) -> Path:
-    """The original's run folder; it is trained where that is missing."""
-    if not (folder / "summary.json").is_file():
-        trained(run, keep=folder)
-    return folder
-
-
 def as_it_stands(run: RecognitionConfig, folder: Path) -> Figures:
     """The original's weights in the rewired network."""
-    kept = _kept(run, folder)
-    return judge(kept, replace(run, backbone=replace(run.backbone, rewired=True))).to_json()
+    return judge(kept(run, folder), replace(run, backbone=replace(run.backbone, rewired=True))).to_json()
 
 
 def trained_on(run: RecognitionConfig, folder: Path, *, rewired: bool, epochs: int) -> Figures:
     """The original, or its weights in the rewired network, after `epochs` more."""
     tuned = replace(
         run,
-        start_from=_kept(run, folder),
+        start_from=kept(run, folder),
         backbone=replace(run.backbone, rewired=rewired),
         optimizer=replace(run.optimizer, learning_rate=TUNING_RATE, backbone_learning_rate=TUNING_RATE),
         schedule=ScheduleConfig(warmup_epochs=0.0),

@@ -6,13 +6,12 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from evidence.cells import REPOSITORY, Cell, Figures, Options
+from evidence.cells import REPOSITORY, Figures, Options
 from re2tal.backbones import BackboneConfig
 from re2tal.config import RecognitionConfig, RunConfig, save_config
 from re2tal.localizers.pyramid.actionformer import ActionFormerConfig
@@ -26,19 +25,24 @@ ADAPTERS: dict[str, dict[str, Any]] = {
     "videomae_nano": {"adapter": "temporal"},
 }
 FORMS = ("frozen at random", "end to end, plain", "end to end, rewired", "adapters in a frozen backbone")
+FROM_DEMO = ", from the demo"
+"""What a form's name ends in if a training on the demo came before: end to end, rewired unless the form is plain."""
+FROM_DEMO_FORMS = tuple(form + FROM_DEMO for form in ("frozen", "end to end, plain", "end to end, rewired"))
 QUICK_FORMS = ("end to end, rewired", "frozen at random", "end to end, plain")
+DEMO_EPOCHS = {True: 12, False: 32}
 LIMIT_SECONDS = 4 * 3600
 
 
 def backbone_of(name: str, form: str) -> BackboneConfig:
-    """One of FORMS; of adapters, the frozen network is random too."""
+    """One of FORMS, from the demo or not; of adapters, the frozen network is random too."""
     changes: dict[str, dict[str, Any]] = {
         "frozen at random": {"frozen": True},
+        "frozen": {"frozen": True},
         "end to end, plain": {"rewired": False},
         "end to end, rewired": {},
         "adapters in a frozen backbone": ADAPTERS[name],
     }
-    return BackboneConfig(name=name, **changes[form])
+    return BackboneConfig(name=name, **changes[form.removesuffix(FROM_DEMO)])
 
 
 def small_localizer(name: str) -> ActionFormerConfig | TriDetConfig:
@@ -71,6 +75,13 @@ def trained(run: RunConfig | RecognitionConfig, *, keep: Path | None = None) -> 
         return read_json(folder / "summary.json")
 
 
+def kept(run: RunConfig | RecognitionConfig, folder: Path) -> Path:
+    """The run folder of `run`; it is trained where that is missing."""
+    if not (folder / "summary.json").is_file():
+        trained(run, keep=folder)
+    return folder
+
+
 def command_line(*arguments: str) -> None:
     """The command line, of this repository; RuntimeError with the end of what it said if it fails."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(REPOSITORY), os.environ.get("PYTHONPATH", "")])}
@@ -92,27 +103,34 @@ def demo_run(shards: Path, *, epochs: int, seed: int, **changes: Any) -> RunConf
     )
 
 
-def comparison(
-    shards: Path, options: Options, *, epochs: int, clips: Mapping[str, Any] | None = None
-) -> dict[str, Cell]:
-    """Cells of every form, localizer, backbone and seed; with `quick`, of the demo's own localizer and backbone."""
-    settings, forms = (SETTINGS[:1], QUICK_FORMS) if options.quick else (SETTINGS, FORMS)
-    cells: dict[str, Cell] = {}
-    for seed in range(options.seeds):
-        for backbone, localizer in settings:
-            for form in forms:
-                run = demo_run(
-                    shards,
-                    epochs=epochs,
-                    seed=seed,
-                    backbone=backbone_of(backbone, form),
-                    localizer=small_localizer(localizer),
-                )
-                if clips:
-                    run = replace(run, data=replace(run.data, clips=replace(run.data.clips, **clips)))
-                key = f"{form} / {backbone} / {localizer} / {epochs} epochs / seed {seed}"
-                cells[key] = partial(trained, run)
-    return cells
+def detector_run(shards: Path, form: str, setting: tuple[str, str], *, epochs: int, seed: int) -> RunConfig:
+    """The demo recipe with one of FORMS, and the backbone and localizer of a setting."""
+    backbone, localizer = setting
+    return demo_run(
+        shards, epochs=epochs, seed=seed, backbone=backbone_of(backbone, form), localizer=small_localizer(localizer)
+    )
+
+
+def cell_key(form: str, setting: tuple[str, str], *, epochs: int, seed: int) -> str:
+    """Form, backbone, localizer, epochs, seed."""
+    return f"{form} / {' / '.join(setting)} / {epochs} epochs / seed {seed}"
+
+
+def on_demo(options: Options, form: str, setting: tuple[str, str], *, seed: int) -> tuple[RunConfig, Path]:
+    """A training on the demo, and where its run folder stays for those that start from it."""
+    run = detector_run(built(options, "demo"), form, setting, epochs=DEMO_EPOCHS[options.quick], seed=seed)
+    name = "-".join((*form.replace(",", "").split(), *setting, str(run.training.epochs), str(seed)))
+    return run, options.data / "detectors" / name
+
+
+def started(run: RunConfig, first: RunConfig, folder: Path) -> Figures:
+    """`run`, from the detector that `first` trained, which stays in `folder`; the classes are new."""
+    return trained(replace(run, start_from=kept(first, folder)))
+
+
+def settings(options: Options) -> Sequence[tuple[str, str]]:
+    """Backbones and their localizers; with `quick`, the demo's own."""
+    return SETTINGS[:1] if options.quick else SETTINGS
 
 
 def built(options: Options, name: str) -> Path:

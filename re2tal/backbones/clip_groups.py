@@ -77,14 +77,19 @@ def _features(encoded: Callable[[int], Tensor], spans: Sequence[slice]) -> Tenso
     first = encoded(0)
     features = first.new_empty(first.shape[0], spans[-1].stop, *first.shape[2:])
     features[:, spans[0]] = first
-    for index in _decisive(len(spans), counted=is_counted(first))[1:]:
+    for index in _decisive(spans, counted=is_counted(first))[1:]:
         features[:, spans[index]] = encoded(index)
     return features
 
 
-def _decisive(number: int, *, counted: bool) -> list[int]:
-    """The groups that run: all, or those that differ, which are the first, when sums begin, and the last."""
-    return [index for index in range(number) if not counted or index in (0, 1, number - 2, number - 1)]
+def _decisive(spans: Sequence[slice], *, counted: bool) -> list[int]:
+    """The groups that run: all, or those that differ: the first two, as sums begin there, and the last.
+
+    The one before the last is there as well, unless it is as long as the second.
+    """
+    number, lengths = len(spans), [span.stop - span.start for span in spans]
+    chosen = {0, 1, number - 1} | ({number - 2} if lengths[number - 2] != lengths[:2][-1] else set())
+    return [index for index in range(number) if not counted or index in chosen]
 
 
 def _encoded(encode: Callable[[Tensor], Tensor], cuts: Sequence[Cut], frames: Tensor, index: int) -> Tensor:
@@ -137,7 +142,7 @@ class _Groups(torch.autograd.Function):
             )
         (frames,) = ctx.again()
         frames = frames.detach().requires_grad_(ctx.needs_input_grad[0])
-        chosen = _decisive(len(ctx.spans), counted=is_counted(gradient))
+        chosen = _decisive(ctx.spans, counted=is_counted(gradient))
         sums: dict[Tensor, Tensor] = {}
         with same_kernels(), ctx.modules.modes_restored():
             with _collecting(trained, sums):

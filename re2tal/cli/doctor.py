@@ -26,7 +26,7 @@ def doctor(
     Exit status 1 if something would be left out or refused.
 
     Args:
-        videos: folder of video files
+        videos: folder of video files, sub-folders too
         annotations: annotation JSON; only its videos are looked at then
         json: file to write all findings to
         quick: read packets only, and decode nothing: damaged pictures are not seen

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import tyro
 
-from re2tal.cli.say import printable
+from re2tal.progress import printable
 from re2tal.runs.initialisation import Initialisation, initialise
 from re2tal.runs.initialisation_settings import Start
 
@@ -28,7 +28,7 @@ def init(
     headers and packets of videos are read: re2tal doctor looks at their pictures.
 
     Args:
-        videos: folder of the video files
+        videos: folder of the video files, sub-folders too
         annotations: JSON in ActivityNet's layout, with a training and a validation subset
         out: file to write
         shards: folder where shards will be; "shards" beside the file by default

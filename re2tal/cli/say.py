@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from re2tal.data.contract.manifest import Rejection
 from re2tal.evaluation.coverage import cut_by_limit
-from re2tal.progress import clock_time
+from re2tal.progress import clock_time, printable
 from re2tal.reporting.found import FoundInVideo
 from re2tal.runs.detection import Detected
 from re2tal.runs.exit_status import SOME_LEFT_OUT
@@ -40,11 +40,6 @@ def say_found(video: FoundInVideo) -> str:
     return f"{head}\n{table}{more}"
 
 
-def printable(text: str) -> str:
-    """Without characters that would steer a terminal."""
-    return "".join(one if one.isprintable() else "?" for one in text)
-
-
 def say_detected(done: Detected) -> int:
     """Print what was found where; gives the exit status."""
     status = SOME_LEFT_OUT if done.rejected else 0
@@ -57,6 +52,10 @@ def say_detected(done: Detected) -> int:
         print(f"{len(done.odd)} files are no videos by their suffix, and were not looked at: {names}{more}")
     scores = f" with a score of {done.min_score:g} or more" if done.min_score else ""
     print(f"{done.num_detections} detections{scores} in {done.num_videos} videos; {done.path}")
+    if done.num_kept:
+        print(f"{done.num_kept} videos were there already, and were not looked at again")
+    if done.spared:
+        print(f"{done.spared} was written by another program meanwhile, and stays as it left it", file=sys.stderr)
     if done.checkpoint:
         print(f"the run has not ended: its weights are those of {done.checkpoint}")
     if done.rejected:

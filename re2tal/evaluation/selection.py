@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 
 import torch
 from torch import Tensor
@@ -61,7 +62,9 @@ def labels_of(classes: Sequence[str], wanted: Sequence[str]) -> frozenset[int] |
     """Indices of the classes named `wanted`; None where none is named. ValueError for an unknown one."""
     unknown = [name for name in wanted if name not in classes]
     if unknown:
-        raise ValueError(f"classes has {unknown[0]!r}, which the model does not know; it knows {', '.join(classes)}")
+        near = get_close_matches(unknown[0], classes, n=1)
+        known = f"{f'did you mean {near[0]!r}? It' if near else 'it'} knows {', '.join(classes)}"
+        raise ValueError(f"classes has {unknown[0]!r}, which the model does not know; {known}")
     return frozenset(classes.index(name) for name in wanted) or None
 
 

@@ -91,7 +91,7 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], *, protocol: str = "") -> Fig
             case _:
                 axes.plot(*_series(train, panel), **_look(0))
                 axes.set_ylabel(RESOURCES[panel])
-                axes.set_ylim(bottom=0)
+                axes.set_ylim(0, 1.05 * axes.get_ylim()[1])  # a level line is not the edge
     grid[-1].set_xlabel("optimizer step")
     grid[-1].xaxis.set_major_locator(MaxNLocator(10, integer=True))
     grid[-1].set_xlim(left=0)

@@ -85,9 +85,9 @@ def write_page(
 <title>{escape(title)}</title>
 <style>{STYLE}</style>
 </head>
-<body>
+<body><main>
 {body}
-</body>
+</main></body>
 </html>
 """,
     )

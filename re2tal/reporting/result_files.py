@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from itertools import count
 from pathlib import Path
+from tempfile import TemporaryFile
 
-from re2tal.evaluation.results import write_results
+import torch
+
+from re2tal.evaluation.results import read_results, write_results
 from re2tal.reporting.annotation_files import boris_events, csv_table, eaf
 from re2tal.reporting.found import FoundInVideo
 from re2tal.reporting.subtitles import srt, webvtt
@@ -72,11 +77,48 @@ class ResultsFile:
     """What goes into a file for all."""
     num_written: int = 0
     """Detections."""
+    spared: Path | None = None
+    """The file for all, where another program wrote it meanwhile: it stays, and `out` is another one from there on."""
+    _written: tuple[int, ...] | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self.out.parent.mkdir(parents=True, exist_ok=True)
-        if not os.access(self.out.parent, os.W_OK):
-            raise ValueError(f"{self.out.parent} cannot be written to; give another place for the results (out)")
+        try:
+            self.out.parent.mkdir(parents=True, exist_ok=True)
+            with TemporaryFile(dir=self.out.parent):
+                pass
+            if not self.is_per_video and self.out.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        except OSError as error:
+            raise ValueError(
+                f"{self.out} cannot be written: {error.strerror}; give another place for the results (out)"
+            ) from None
+        if self.format_name == "json" and self.out.is_file():
+            with self.out.open("rb") as file:
+                start = file.read(4096)
+            if start and b'"results"' not in start:
+                raise ValueError(f"{self.out} is there already and holds no results; give another place (out)")
+        self._written = _mark(self.out)
+
+    def take_up(self, names: Iterable[str]) -> set[str]:
+        """The results that are there already stay; gives those of `names` that they are of.
+
+        ValueError for a file of another model, and for a format that cannot be read back.
+        """
+        row = RESULT_FORMATS[self.format_name]
+        if row.for_each is not None:
+            return {name for name in names if self._own_file(name).is_file()}
+        if row.for_all is not None:
+            raise ValueError(f"add cannot read {self.format_name} back; give json, srt, vtt or eaf, or leave it out")
+        if not self.out.exists():
+            return set()
+        results = read_results(self.out)
+        if unknown := sorted({*results.classes} - {*self.classes}):
+            raise ValueError(f"add: {self.out} has {unknown[0]!r}, which the model does not know; give another out")
+        ours = torch.tensor([self.classes.index(one) for one in results.classes], dtype=torch.long)
+        for name, one in results.predictions.items():
+            one = replace(one, labels=ours[one.labels])
+            self.found.append(FoundInVideo(name, None, 0.0, one, tuple(self.classes)))
+        return {*names} & {*results.predictions}
 
     @property
     def is_per_video(self) -> bool:
@@ -90,19 +132,35 @@ class ResultsFile:
         if row.for_each is None:
             self.found.append(video)
             return
-        target = self.out
-        if self.out.suffix.lower() != row.suffix:
-            target.mkdir(parents=True, exist_ok=True)
-            target = target / f"{_file_name(video.name)}{row.suffix}"
-        write_atomically(target, row.for_each(video))
+        write_atomically(self._own_file(video.name), row.for_each(video))
+
+    def _own_file(self, name: str) -> Path:
+        suffix = RESULT_FORMATS[self.format_name].suffix
+        return self.out if self.out.suffix.lower() == suffix else self.out / f"{_file_name(name)}{suffix}"
 
     def write(self) -> None:
         """The file for all, with what was added so far."""
+        if self.is_per_video:
+            return
+        if (now := _mark(self.out)) is not None and now != self._written:
+            self.spared = self.out
+            places = (self.out.with_name(f"{self.out.stem}-{number}{self.out.suffix}") for number in count(2))
+            self.out = next(one for one in places if not one.exists())
         row = RESULT_FORMATS[self.format_name]
         if row.for_all is not None:
             write_atomically(self.out, row.for_all(self.found))
-        elif row.for_each is None:
+        else:
             write_results(self.out, {one.name: one.detections for one in self.found}, self.classes)
+        self._written = _mark(self.out)
+
+
+def _mark(path: Path) -> tuple[int, ...] | None:
+    """What changes when a file is written; None where there is none."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _file_name(name: str) -> str:

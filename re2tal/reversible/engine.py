@@ -77,9 +77,9 @@ def run_reversibly(
     Raises ValueError for a branch that changes shape or dtype, and for options that are unknown or exclude each other;
     in backward, RuntimeError for what is not supported. Supported: `backward()`, several losses in one, accumulation,
     hooks on modules inside branches and on parameters, checkpoints around the run, autocast, copies and pickles, ZeRO-1
-    to ZeRO-3, DDP, FSDP2 of a module that holds the run, `torch.compile` around it and of modules inside. Not: second
-    derivatives, a second backward, `autograd.grad` and `backward(inputs=..)` while parameters are trained, parameters
-    exchanged before backward. See the top of this module for what branches may reach.
+    to ZeRO-3, DDP, FSDP2 of a module that holds the run, `torch.compile` around it and of modules inside. Not: FSDP1,
+    second derivatives, a second backward, `autograd.grad` and `backward(inputs=..)` while parameters are trained,
+    parameters exchanged before backward. See the top of this module for what branches may reach.
     """
     _check(x, merge, saved_branches=saved_branches, saved_outputs=saved_outputs, saved_attention=saved_attention)
     if not branches:
@@ -90,7 +90,7 @@ def run_reversibly(
     run = Run(tuple(branches), rebuilt, saved_outputs, saved_attention, merge, coupling, precision, streams)
     run.check_streams(x)
     is_trained = torch.is_grad_enabled() and (x.requires_grad or _is_trained(owner))
-    if is_trained and not rebuilt and not precision.states.is_floating_point:
+    if is_trained and not rebuilt and not precision.dtype.is_floating_point:
         raise ValueError("autograd keeps no gradient of int32 states; set recompute, or states to 'float32'")
     if rebuilt and is_trained:
         _refuse_transforms()

@@ -151,7 +151,7 @@ def _explained(reading: Reading, precision: StateFormat) -> float:
         # What is beyond a quarter of the range, and is added to a state, may be a multiple of half a step only; sums of
         # such are exact below half the range.
         return 0.0 if 2 * reading.largest < precision.exact_range else REPEAT_LIMIT
-    roundings = 2**10 * torch.finfo(precision.states).eps * max(1.0, reading.growth)
+    roundings = 2**10 * torch.finfo(precision.dtype).eps * max(1.0, reading.growth)
     return REPEAT_LIMIT if precision.jumps else roundings
 
 

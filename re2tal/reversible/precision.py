@@ -59,7 +59,7 @@ States = Literal["float32", "int32"]
 class StateFormat:
     """Dtypes of one run, and the step of its grid."""
 
-    states: torch.dtype
+    dtype: torch.dtype
     """x[i]: never narrower than float32, because a narrow state cannot be rebuilt."""
     branches: torch.dtype
     """What a branch is given, and the widest it may return."""
@@ -113,11 +113,11 @@ class StateFormat:
         if self.grid is None:
             return None
         # Of integers half of what there is: a sum that has wrapped around can no longer be told from another.
-        return self.grid * (2 / torch.finfo(self.states).eps if self.states.is_floating_point else 2**30)
+        return self.grid * (2 / torch.finfo(self.dtype).eps if self.dtype.is_floating_point else 2**30)
 
     def state(self, x: Tensor) -> Tensor:
         """Real numbers as a state."""
-        return self.round(dense(x).to(self.states)) if self.states.is_floating_point else self._count(dense(x))
+        return self.round(dense(x).to(self.dtype)) if self.dtype.is_floating_point else self._count(dense(x))
 
     def real(self, state: Tensor) -> Tensor:
         """A state, or a piece of one, in real numbers; itself where it is in such."""
@@ -128,31 +128,31 @@ class StateFormat:
 
     def add(self, state: Tensor, update: Tensor, *, sign: int = 1) -> Tensor:
         """Adds F_i(x[i]), rounded, to `state` in place, or subtracts it; `update` is not rounded yet."""
-        if torch.is_grad_enabled() or self.grid is None or not self.states.is_floating_point:
+        if torch.is_grad_enabled() or self.grid is None or not self.dtype.is_floating_point:
             return state.add_(self.increment(self.round(update)), alpha=sign)
         return add_rounded(state, update, offset=self._offset(self.grid), sign=sign)
 
     def increment(self, update: Tensor) -> Tensor:
         """A rounded update in the form that is added to a state: for integer states, its number of steps."""
-        return update if self.states.is_floating_point else self._count(update)
+        return update if self.dtype.is_floating_point else self._count(update)
 
     def round(self, values: Tensor) -> Tensor:
         """Rounds to the grid, in the states' dtype. Without a grid, and for integers, returns `values` itself."""
-        if self.grid is None or not self.states.is_floating_point:
+        if self.grid is None or not self.dtype.is_floating_point:
             return values
         offset = self._offset(self.grid)
-        state = values.to(self.states)
+        state = values.to(self.dtype)
         # In place only in a copy: where `to` had nothing to convert, `values` belongs to the branch.
         return (state + offset if state is values else state.add_(offset)).sub_(offset)
 
     def _offset(self, grid: float) -> float:
         # The middle of [step / eps, 2 step / eps), where neighbouring floats are `step` apart. There `update + c` is
         # rounded to a multiple of `step`, whichever sign `update` has.
-        return 1.5 * grid / torch.finfo(self.states).eps
+        return 1.5 * grid / torch.finfo(self.dtype).eps
 
     def _count(self, values: Tensor) -> Tensor:
         assert self.grid is not None
-        return (values.detach().to(self.gradients) / self.grid).round_().to(self.states)
+        return (values.detach().to(self.gradients) / self.grid).round_().to(self.dtype)
 
 
 def _short_factors(device: torch.device) -> bool:

@@ -23,7 +23,7 @@ from re2tal.reversible.buffers import SavedBuffer
 from re2tal.reversible.replay_context import AutocastState
 from re2tal.reversible.rng import GeneratorState
 from re2tal.reversible.run import Run
-from re2tal.reversible.saved_attention import Calls, saving_attention
+from re2tal.reversible.saved_attention import KernelCalls, saving_attention
 
 
 class Graph(NamedTuple):
@@ -56,7 +56,7 @@ class BranchRecord:
     """What a call returned, before rounding. Only where `saves` is "output"."""
     graphs: deque[Graph] = field(default_factory=deque)
     """Only where `saves` is "graph"."""
-    attention: deque[Calls] = field(default_factory=deque)
+    attention: deque[KernelCalls] = field(default_factory=deque)
     """What attention kernels returned in a call, where forward saved that."""
 
 
@@ -98,7 +98,7 @@ class Recording:
         if not (record.attention or self.attention_left):
             yield
             return
-        calls: Calls = deque()
+        calls: KernelCalls = deque()
         with saving_attention(calls):
             yield
         if record.attention:

@@ -44,19 +44,19 @@ class KernelCall(NamedTuple):
     """As the kernel returned them: tensors, and a few numbers."""
 
 
-Calls = deque[KernelCall]
+KernelCalls = deque[KernelCall]
 """The calls in one run of a branch, or of a piece of it, in the order of forward."""
 
 
 @contextmanager
-def saving_attention(calls: Calls) -> Iterator[None]:
+def saving_attention(calls: KernelCalls) -> Iterator[None]:
     """Inside, calls of attention kernels are added to `calls`."""
     with _Saving(calls):
         yield
 
 
 @contextmanager
-def replaying_attention(calls: Calls) -> Iterator[None]:
+def replaying_attention(calls: KernelCalls) -> Iterator[None]:
     """Inside, attention kernels return what they returned when `calls` was filled, and are not run."""
     with _Replaying(calls):
         yield
@@ -65,7 +65,7 @@ def replaying_attention(calls: Calls) -> Iterator[None]:
 
 
 class _Saving(TorchDispatchMode):
-    def __init__(self, calls: Calls) -> None:
+    def __init__(self, calls: KernelCalls) -> None:
         super().__init__()
         self._calls = calls
         self._kernels: dict[int, OpOverload] = {}
@@ -89,7 +89,7 @@ class _Saving(TorchDispatchMode):
 
 
 class _Replaying(TorchDispatchMode):
-    def __init__(self, calls: Calls) -> None:
+    def __init__(self, calls: KernelCalls) -> None:
         super().__init__()
         self._calls = calls
 

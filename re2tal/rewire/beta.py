@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from re2tal.options import names_with
-from re2tal.rewire.runs_of_stage import StateCount, states_of
+from re2tal.rewire.runs_of_stage import StateCount, state_count
 from re2tal.rewire.stage import stages_of
 
 
@@ -57,5 +57,5 @@ def same_wiring(wiring: Mapping[str, Any] | None, recorded: Mapping[str, Any]) -
 
 def count_states(model: nn.Module) -> StateCount:
     """For states of the dtype of the parameters, outside of autocast."""
-    counts = [states_of(stage) for stage in stages_of(model).values()]
+    counts = [state_count(stage) for stage in stages_of(model).values()]
     return StateCount(sum(count.kept for count in counts), sum(count.needed for count in counts))

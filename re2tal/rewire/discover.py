@@ -31,8 +31,8 @@ from re2tal.rewire.traced import RefusedError, Step, may_be_entered
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class Call:
-    """How a block was called: `block(x, *args, **kwargs)`."""
+class BlockInputs:
+    """What a block was called with: `block(x, *args, **kwargs)`."""
 
     x: Tensor
     args: tuple
@@ -54,15 +54,15 @@ def call_model(model: nn.Module, example: Example) -> Any:
         raise ValueError(f"the example does not run through this {type(model).__name__}: {kind}") from error
 
 
-def record_calls(model: nn.Module, blocks: Iterable[nn.Module], *, example: Example) -> dict[nn.Module, Call]:
+def record_calls(model: nn.Module, blocks: Iterable[nn.Module], *, example: Example) -> dict[nn.Module, BlockInputs]:
     """How each of `blocks` is called on `example`; those that are not called with a tensor first are left out."""
-    calls: dict[nn.Module, Call] = {}
+    calls: dict[nn.Module, BlockInputs] = {}
 
     def record(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         x, args, kwargs = split_call(block, args, kwargs)
         if isinstance(x, Tensor):
             # A copy, because the model may write into the state later.
-            calls.setdefault(block, Call(x.clone(), args, kwargs))
+            calls.setdefault(block, BlockInputs(x.clone(), args, kwargs))
 
     handles = [block.register_forward_pre_hook(record, with_kwargs=True) for block in blocks]
     try:
@@ -74,7 +74,7 @@ def record_calls(model: nn.Module, blocks: Iterable[nn.Module], *, example: Exam
     return calls
 
 
-def take_apart(block: nn.Module, call: Call) -> Residual | NotResidual:
+def take_apart(block: nn.Module, call: BlockInputs) -> Residual | NotResidual:
     """The branches found in the forward of `block`, or why there are none.
 
     Branches accept what the block accepts: tensors of any size where `call` has tensors, and the constants of `call`.
@@ -96,12 +96,12 @@ def take_apart(block: nn.Module, call: Call) -> Residual | NotResidual:
     return NotResidual(refusals[0])
 
 
-def as_a_whole(block: nn.Module, call: Call) -> Residual | None:
+def as_a_whole(block: nn.Module, call: BlockInputs) -> Residual | None:
     """The block as one branch, F(x) = block(x) - x; None where it changes shapes, or adds nothing to anything."""
     with KinkFinder() as kinks, _SumFinder(call.x.shape) as sums:
         for training in (True, False):
             with _undisturbed(block, call, training=training):
-                result = _run_block(block, (), Call(call.x.clone(), call.args, call.kwargs))
+                result = _run_block(block, (), BlockInputs(call.x.clone(), call.args, call.kwargs))
     # Any block of equal shapes can be written as x + (block(x) - x). Only one that adds somewhere was meant so.
     if not (isinstance(result, Tensor) and result.shape == call.x.shape and sums.found):
         return None
@@ -131,7 +131,7 @@ class _SumFinder(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def _take_apart(block: nn.Module, call: Call, entered: Sequence[nn.Module]) -> Residual:
+def _take_apart(block: nn.Module, call: BlockInputs, entered: Sequence[nn.Module]) -> Residual:
     leaves, spec = tree_flatten((call.args, call.kwargs))
     steps = {}
     for training in (True, False):
@@ -211,7 +211,7 @@ def _described(leaves: Sequence[Any]) -> str:
     return "(" + ", ".join("a tensor" if isinstance(leaf, Tensor) else repr(leaf) for leaf in leaves) + ")"
 
 
-def _wrapping(block: nn.Module, call: Call) -> Callable[[nn.Module, Tensor], Any]:
+def _wrapping(block: nn.Module, call: BlockInputs) -> Callable[[nn.Module, Tensor], Any]:
     """How the block returns its hidden state: as it is, or first in a tuple whose rest is None."""
     with _undisturbed(block, call, training=False):
         output = block(call.x, *call.args, **call.kwargs)
@@ -225,20 +225,20 @@ def _wrapping(block: nn.Module, call: Call) -> Callable[[nn.Module, Tensor], Any
     return lambda block, x: (x, *rest)
 
 
-def _check(block: nn.Module, branches: Sequence[Branch], call: Call) -> None:
+def _check(block: nn.Module, branches: Sequence[Branch], call: BlockInputs) -> None:
     """Raises RefusedError unless the block returns x + F(x) + G(x + F(x)) .. in both modes, with the same draws.
 
     Noise is added to the example's x: if all its elements were equal, a wrong layout would not show.
     """
     noise = torch.randn(call.x.shape, generator=torch.Generator().manual_seed(0)).to(call.x)
-    call = Call(call.x + noise * (0.1 * float(call.x.abs().max()) or 1.0), call.args, call.kwargs)
+    call = BlockInputs(call.x + noise * (0.1 * float(call.x.abs().max()) or 1.0), call.args, call.kwargs)
     for training in (True, False):
         results = []
         for run in (_run_block, _run_branches):
             with _undisturbed(block, call, training=training):
                 x = call.x.clone()
                 try:
-                    results.append(run(block, branches, Call(x, call.args, call.kwargs)))
+                    results.append(run(block, branches, BlockInputs(x, call.args, call.kwargs)))
                 except TracedError as changed:
                     raise RefusedError(str(changed)) from None
             if not torch.equal(x, call.x):
@@ -252,11 +252,11 @@ def _check(block: nn.Module, branches: Sequence[Branch], call: Call) -> None:
             raise RefusedError(f"the branches found miss its result by {error:.1e} of the largest element")
 
 
-def _run_block(block: nn.Module, branches: Sequence[Branch], call: Call) -> Tensor:
+def _run_block(block: nn.Module, branches: Sequence[Branch], call: BlockInputs) -> Tensor:
     return hidden_state(block(call.x, *call.args, **call.kwargs))
 
 
-def _run_branches(block: nn.Module, branches: Sequence[Branch], call: Call) -> Tensor:
+def _run_branches(block: nn.Module, branches: Sequence[Branch], call: BlockInputs) -> Tensor:
     x = call.x
     for branch in branches:
         x = x + branch.function(block, x, *call.args, **call.kwargs)
@@ -264,7 +264,7 @@ def _run_branches(block: nn.Module, branches: Sequence[Branch], call: Call) -> T
 
 
 @contextmanager
-def _undisturbed(block: nn.Module, call: Call, *, training: bool) -> Iterator[None]:
+def _undisturbed(block: nn.Module, call: BlockInputs, *, training: bool) -> Iterator[None]:
     """Runs in a mode, without gradients, and leaves generators, buffers and modes as they were."""
     generators = GeneratorState.now(call.x.device)
     with torch.no_grad(), generators.replayed(), in_mode(block, training=training), buffers_restored(block.modules()):

@@ -2,14 +2,16 @@
 
     frames -> gather -> clips -> patch embedding        its convolution needs clips for the gradient of its weights;
                                                         frames and the gather, which costs a copy, are as good
+    run -> (+ lateral) -> downsampling block            its convolutions need what the run returned, which is the mean
+                                                        of two states that the run keeps
 
 Only the input is computed twice; the layer's own operations are not.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.conv import _ConvNd
 
-from re2tal.reversible.recompute import save_recipes
+from re2tal.reversible.recompute import Recipe, save_recipes
 
 
 @contextmanager
@@ -28,11 +30,27 @@ def recompute_conv_inputs(model: nn.Module, make: Callable[..., Tensor], *source
     as writing to any saved tensor does.
     """
     made = make(*sources)
+    with _convolutions_remake(model, made, make, sources):
+        yield made
+
+
+def saving_recipe(block: nn.Module, x: Any) -> AbstractContextManager[None]:
+    """Inside, convolutions of `block` that are called with `x` save its `Recipe`, if it has one."""
+    recipe = Recipe.of(x) if isinstance(x, Tensor) and torch.is_grad_enabled() else None
+    return nullcontext() if recipe is None else _convolutions_remake(block, x, recipe.make, recipe.tensors)
+
+
+@contextmanager
+def _convolutions_remake(
+    model: nn.Module, made: Tensor, make: Callable[..., Tensor], sources: Sequence[Tensor]
+) -> Iterator[None]:
+    """Inside, convolutions of `model` that are called with `made`, or a view of it, save what it is made of."""
     kept_sources = save_recipes(*sources)
+    storage = _storage(made)
     with ExitStack() as handles, ExitStack() as inside:
 
         def before(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            if not args or _storage(args[0]) != _storage(made):
+            if not args or _storage(args[0]) != storage:
                 return None
             x, *others = args
             view, dtype = (x.size(), x.stride(), x.storage_offset()), _dtype_inside(x)
@@ -49,7 +67,7 @@ def recompute_conv_inputs(model: nn.Module, make: Callable[..., Tensor], *source
             if isinstance(layer, _ConvNd):
                 handles.callback(layer.register_forward_pre_hook(before).remove)
                 handles.callback(layer.register_forward_hook(lambda *_: inside.close()).remove)
-        yield made
+        yield
 
 
 def _remade(x: Tensor, again: Callable[[], Tensor]) -> saved_tensors_hooks:

@@ -21,7 +21,7 @@ from re2tal.rewire.branches import NotResidual, Residual, is_explained, is_unreg
 from re2tal.rewire.conditions import tensors_restored
 from re2tal.rewire.config import RewiringConfig
 from re2tal.rewire.cuts import Cut
-from re2tal.rewire.discover import Call, Example, as_a_whole, record_calls, take_apart
+from re2tal.rewire.discover import BlockInputs, Example, as_a_whole, record_calls, take_apart
 from re2tal.rewire.nonresidual import CheckpointedModule
 from re2tal.rewire.report import RewireReport, StageReport
 from re2tal.rewire.same_network import check_same_network
@@ -149,7 +149,7 @@ def _analyst(model: nn.Module, example: Example | None, *, whole_blocks: bool) -
     containers = [module for module in model.modules() if isinstance(module, nn.Sequential | nn.ModuleList)]
     blocks = {block for container in containers for block in container.children() if _has_children(block)}
     unknown = {block for block in blocks if isinstance(registered(block), NotResidual)}
-    calls: dict[nn.Module, Call] = {}
+    calls: dict[nn.Module, BlockInputs] = {}
     if example is not None and unknown:
         with tensors_restored(model):
             calls = record_calls(model, unknown, example=example)

@@ -84,7 +84,7 @@ class StateCount(NamedTuple):
     """Inputs of functions: what backward needs, and checkpointing every function would keep."""
 
 
-def states_of(stage: RewiredStage) -> StateCount:
+def state_count(stage: RewiredStage) -> StateCount:
     """For states of the dtype of the parameters, outside of autocast."""
     config, x = stage.config, torch.empty(0, dtype=next(stage.parameters()).dtype)
     room = StateFormat.of(x, config.grid, states=config.states, kinks=stage.kinks).room

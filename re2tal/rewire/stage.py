@@ -28,9 +28,19 @@ from re2tal.reversible.offload import offloaded
 from re2tal.rewire.branches import Residual, hidden_state, is_unregistered, registered
 from re2tal.rewire.config import RewiringConfig
 from re2tal.rewire.escapes import is_compiled
-from re2tal.rewire.hooks import called_with, check_hooks, check_kind, guard, has_hooks, hooked_inside, unguard
+from re2tal.rewire.hooks import (
+    called_with,
+    check_hooks,
+    check_kind,
+    guard,
+    has_hooks,
+    hooked_inside,
+    unguard,
+)
+from re2tal.rewire.lost_gradients import refuse_lost_gradients
 from re2tal.rewire.nonresidual import recomputed
 from re2tal.rewire.pending import BlockCall, BlockHandle, PendingState, RewireError, values_of
+from re2tal.rewire.recomputed_inputs import saving_recipe
 from re2tal.rewire.runs_of_stage import bounds_of, coupling_of, lengths_of_runs, names_of_runs
 from re2tal.rewire.units import Unit, unit_checked_for_escapes, units_of
 
@@ -104,7 +114,7 @@ class RewiredStage(nn.Module):
 
     def can_checkpoint_nonresidual(self) -> bool:
         """Whether `keep_nonresidual` changes anything here."""
-        return any(_can_checkpoint(block) for name, block in self.named_children() if name not in self.residual)
+        return any(not is_unregistered(one) for name, one in self.named_children() if name not in self.residual)
 
     def names(self) -> list[str]:
         """Of the blocks, in order."""
@@ -142,16 +152,14 @@ class RewiredStage(nn.Module):
 
         `compute` runs what ends here. By default it calls this module, so that the module's hooks run too.
         """
-        block, call = self.get_submodule(name), partial(self._call_block, name, compute or self._call)
+        compute = compute or (lambda x, calls: self(x, _calls=calls))
+        block, call = self.get_submodule(name), partial(self._call_block, name, compute)
         if name in self.residual:
             check_kind(block, self._kinds[name], self.name_of(name))
         if name not in self.residual or not has_hooks(block):
             return call(x, *args, **kwargs)
         check_hooks(block, self.name_of(name))
         return called_with(block, call, x, args, kwargs)
-
-    def _call(self, x: Tensor, calls: tuple[BlockCall, ...]) -> Any:
-        return self(x, _calls=calls)
 
     def _call_block(self, name: str, compute: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         # A state that is passed besides x is used for its values: a run must end there.
@@ -183,8 +191,13 @@ class RewiredStage(nn.Module):
         if first.name in self.residual:
             return self.run(calls, x) if self.recorder is None else self.recorder.run(self, calls, x)
         block = self.get_submodule(first.name)
-        again = self.config.recompute and not self.config.keep_nonresidual and _can_checkpoint(block)
-        return (partial(recomputed, block, owner=block) if again else block)(x, *first.args, **first.kwargs)
+        # A block must compute the same when it runs twice. Only a registration says that it does.
+        if not self.config.recompute or is_unregistered(block):
+            return block(x, *first.args, **first.kwargs)
+        if not self.config.keep_nonresidual:
+            return recomputed(block, x, *first.args, owner=block, **first.kwargs)
+        with saving_recipe(block, x):
+            return block(x, *first.args, **first.kwargs)
 
     def _monitor(self) -> Monitor | None:
         """The first step is checked in any case: it keeps a sample of a state, and its backward waits for it."""
@@ -196,7 +209,7 @@ class RewiredStage(nn.Module):
         kind = None
         if self.config.recompute and torch.is_grad_enabled():
             for call in calls:
-                _refuse_gradients(call.args, call.kwargs)
+                refuse_lost_gradients(self.get_submodule(call.name), call, self.name_of(call.name))
             kind = self._to_be_checked(calls)
         units = [(self.get_submodule(call.name), unit) for call in calls for unit in self._units(call)]
         streams = self.residual[calls[0].name].streams
@@ -285,16 +298,3 @@ class RewiredStage(nn.Module):
 def stages_of(model: nn.Module) -> dict[str, RewiredStage]:
     """The rewired stages in `model` by name, in the order of its modules."""
     return {name: module for name, module in model.named_modules() if isinstance(module, RewiredStage)}
-
-
-def _can_checkpoint(block: nn.Module) -> bool:
-    # A block must compute the same when it runs twice. Only a registration says that it does.
-    return not is_unregistered(block)
-
-
-def _refuse_gradients(args: tuple, kwargs: dict) -> None:
-    if any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves((args, kwargs))):
-        raise ValueError(
-            "a rewired stage was called with a further argument that wants a gradient, which a reversible run cannot "
-            "give; compute it inside the block from the block's own parameters, detach it, or set recompute=False"
-        )

@@ -7,7 +7,6 @@ import hashlib
 import io
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -41,7 +40,7 @@ class Conversion:
     format: str | None = None
     """Format of all inputs, in place of what their content says; `re2tal annotations formats` lists them."""
     videos: Path | None = None
-    """Folder of the video files: gives durations, and frame rates for files that count frames."""
+    """Folder of the video files, sub-folders too: gives durations, and frame rates for files that count frames."""
     fps: float | None = None
     """Frames per second, where files count frames; numbers in tables are then frames too."""
     subset: str | None = None
@@ -82,10 +81,9 @@ def convert(options: Conversion) -> int:
         write_atomically(options.out, _table(found))
     else:
         write_json(options.out, _document(found))
-    for note in notes:
-        print(f"note: {note}", file=sys.stderr)
+    print_some([f"note: {note}" for note in notes], more="notes")
     for name, count in sorted(Counter(read.values()).items()):
-        print(f"{count} files read as {name}: {FORMATS[name].about}")
+        print(f"{count} file{'s' * (count > 1)} read as {name}: {FORMATS[name].about}")
     print(f"{options.out}: {_summary(found)}, {len(found.left_out)} left out")
     return 0
 

@@ -30,7 +30,7 @@ class ClassificationOptions:
     run: Path
     """Folder of a recognizer's training run: config.json and model.safetensors."""
     videos: Path | None = None
-    """Folder of trimmed video files, of any format and size; each one's best classes are printed."""
+    """Folder of trimmed video files, sub-folders too, of any format and size; each one's best classes are printed."""
     shards: Path | None = None
     """Folder of one subset's shards instead, by default the run's validation shards; top-1, top-5 and mean class
     accuracy are printed."""

@@ -89,7 +89,11 @@ def _look_at_files(job: Job, look: Look, world: World, say: Callable[[FoundInVid
     except KeyboardInterrupt:
         if job.found:
             job.results.write()
-            print(f"{len(job.found)} of {len(mine)} videos are in {job.results.out}", file=sys.stderr)
+            print(
+                f"{len(job.found)} of {len(mine)} videos are in {job.results.out}; the same command with --add goes on "
+                "with the others",
+                file=sys.stderr,
+            )
         raise
     finally:
         progress.close()

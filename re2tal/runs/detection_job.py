@@ -48,6 +48,9 @@ class Wanted:
     fusion: Fusion = "product"
     """with --video-classes, a score is the detection's times its class's, or the square root of that, as published for
     InternVideo"""
+    add: bool = False
+    """keep the results that are there already, and look only at the videos that they lack: goes on where a command was
+    stopped. With the same model and options; json, srt, vtt and eaf"""
     flip: bool = False
     """look at each clip and its mirror image, and average what the network says of both; takes twice as long"""
 
@@ -73,6 +76,10 @@ class Detected:
     min_score: float
     cut_videos: Mapping[str, int]
     """Videos with more detections than suppression.max_per_video -> how many it cut, at most."""
+    num_kept: int = 0
+    """Videos whose results were there already, and were kept."""
+    spared: Path | None = None
+    """The file that was to be written, where another program wrote it meanwhile: it stays as that left it."""
     is_main: bool = True
     """Whether this is the rank that tells."""
 
@@ -91,7 +98,7 @@ class Job:
     shards: ShardSet | FeatureSet | None
     namer: VideoClasses | None
     top_k: int
-    target: Path
+    num_kept: int = 0
     found: list[tuple[str, int]] = field(default_factory=list)
     """Name of each video, and how many detections the limit on their number left out, at most."""
     rejected: list[Rejection] = field(default_factory=list)
@@ -138,7 +145,9 @@ class Job:
             )
         mine = target if world.is_main else target.with_name(f"{target.stem}.rank{world.rank}{target.suffix}")
         results = ResultsFile(target if row.for_each else mine, format_name, classes)
-        return cls(trained, results, selection, early, files, opened, namer, wanted.top_k, target)
+        kept = _kept(results, files) if wanted.add else set()
+        files = replace(files, names={path: name for path, name in files.names.items() if name not in kept})
+        return cls(trained, results, selection, early, files, opened, namer, wanted.top_k, len(kept))
 
     def add(self, video: FoundInVideo) -> FoundInVideo:
         """Name and write what was found in a video; gives what was written."""
@@ -167,7 +176,7 @@ class Job:
         elif not self.results.is_per_video:
             self.results.out.unlink(missing_ok=True)
         return Detected(
-            path=self.target,
+            path=self.results.out,
             format_name=self.results.format_name,
             checkpoint=self.trained.checkpoint,
             num_videos=num_videos,
@@ -176,5 +185,14 @@ class Job:
             odd=self.files.odd,
             min_score=self.selection.min_score,
             cut_videos={name: count for share in shares for name, count in share[0] if count},
+            num_kept=self.num_kept,
+            spared=self.results.spared,
             is_main=world.is_main,
         )
+
+
+def _kept(results: ResultsFile, files: VideoFiles) -> set[str]:
+    """Every rank calls this: names of the videos that need not be looked at again."""
+    if not files.names:
+        raise ValueError("add is for videos; leave it out for shards")
+    return set(together(lambda: sorted(results.take_up(files.names.values())))[0])

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable
 from pathlib import Path
-
-from tqdm import tqdm
 
 from re2tal.backbones.stored import NAME
 from re2tal.config import DataConfig, RecognitionConfig, RunConfig
 from re2tal.data.contract.shards import FeatureSet, ShardSet, open_any, subset_folder
 from re2tal.data.streaming.stream import stream_clips
 from re2tal.distributed import World
+from re2tal.progress import counted
 from re2tal.runs.stored_features import check_kind
 from re2tal.structures import Batch
 
@@ -30,7 +28,7 @@ def check_looks_at_videos(run: Path, config: RunConfig, *, asked: str) -> None:
 def batches_with_bar(
     shards: ShardSet | FeatureSet, data: DataConfig, *, batch_size: int, world: World | None = None
 ) -> Iterable[Batch]:
-    """This rank's clips of `shards`, once, with a progress bar on a terminal."""
+    """This rank's clips of `shards`, once, with their progress."""
     world = world or World()
     stream = stream_clips(
         shards,
@@ -41,8 +39,7 @@ def batches_with_bar(
         world_size=world.world_size,
         decoder=data.decoder,
     )
-    hidden = not (world.is_main and sys.stderr.isatty())
-    return tqdm(stream.epoch(0), total=stream.steps_per_epoch, unit="batch", disable=hidden)
+    return counted(stream.epoch(0), total=stream.steps_per_epoch, about=shards.subset, shown=world.is_main)
 
 
 def open_source(

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 import re2tal
 from re2tal.data.building.annotation_entries import UNKNOWN_SECONDS, misfit
@@ -27,6 +26,7 @@ from re2tal.data.building.examine import Examined, examine_video
 from re2tal.data.building.isolated import Isolated
 from re2tal.data.building.named_files import Chosen, NamedFiles, videos_in
 from re2tal.machine import memory_bytes, num_cores, open_files
+from re2tal.progress import counted
 from re2tal.runs.exit_status import SOME_LEFT_OUT
 from re2tal.strict_json import write_json
 from re2tal.structures import VideoRecord
@@ -119,7 +119,7 @@ def _examine(files: Sequence[Path], check: DataCheck) -> dict[Path, Examined | s
                 idle.put(isolated)
 
         pool = stack.enter_context(ThreadPoolExecutor(num_workers))
-        found = tqdm(pool.map(one, files), total=len(files), unit="video", disable=not sys.stderr.isatty())
+        found = counted(pool.map(one, files), total=len(files), about="videos")
         return dict(zip(files, found, strict=True))
 
 

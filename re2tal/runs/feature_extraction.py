@@ -6,7 +6,6 @@ other backbone and weights.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from itertools import groupby
@@ -14,7 +13,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from tqdm import tqdm
 
 from re2tal.backbones import BackboneConfig, VideoBackbone, build_backbone, check_wiring
 from re2tal.backbones.stored import NAME
@@ -34,6 +32,7 @@ from re2tal.data.contract.shards import ShardSet, open_shards
 from re2tal.data.streaming.stream import ClipConfig
 from re2tal.data.streaming.windows import ResizeWhole, Slide, Trimmed, Windowing
 from re2tal.extraction import Extractor, weights_sha256
+from re2tal.progress import counted
 from re2tal.runs.folder import CONFIG_NAME
 from re2tal.runs.shard_building import parse_part
 from re2tal.runs.trained import default_device, load_detector
@@ -207,12 +206,11 @@ def shards_like(shards: ShardSet) -> list[FeatureShard]:
 
 @dataclass(frozen=True)
 class _Bar:
-    """An extractor with a progress bar on a terminal."""
+    """An extractor with its progress."""
 
     extractor: Extractor
     shards: ShardSet
 
     def run(self, records: Sequence[VideoRecord]) -> Iterator[Computed | str]:
         found = self.extractor.run(self.shards, records)
-        quiet = not sys.stderr.isatty()
-        yield from tqdm(found, total=len(records), unit="video", desc=self.shards.subset, disable=quiet)
+        yield from counted(found, total=len(records), about=self.shards.subset)

@@ -6,14 +6,15 @@ videos, annotations -> facts (lengths, rates, classes) -> choices, each with its
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 from re2tal.config import RunConfig, save_config
-from re2tal.planning.choice import plan_step
 from re2tal.planning.free_memory import free_memory
 from re2tal.runs.deepspeed_presets import DEFAULT_PRESET, find_preset
 from re2tal.runs.initialisation_facts import DataFacts, look_at
@@ -67,10 +68,16 @@ def initialise(options: Initialisation) -> Initialised:
 
 def _batch(config: RunConfig, data: DataFacts, device: torch.device) -> tuple[RunConfig, tuple[str, str, str]]:
     """The largest batch whose step fits into the memory at hand, of those that leave an epoch some steps."""
-    free = free_memory(device)
     sizes = largest_batches(data.num_training)
     if config.backbone.weights is not None:
         sizes = [1]  # as the published recipes: clips are large
+    if not sys.platform.startswith("linux") or find_spec("deepspeed") is None:
+        chosen = replace(config, engine=replace(config.engine, batch_size=sizes[0]))
+        why = "what a step needs is not known here, without DeepSpeed; where you train, re2tal plan --config shows it"
+        return chosen, ("engine.batch_size", str(sizes[0]), why)
+    from re2tal.planning.choice import plan_step  # imports DeepSpeed
+
+    free = free_memory(device)
     for size in sizes:
         tried = replace(config, engine=replace(config.engine, batch_size=size))
         # Weights change no sizes, and are not read for the count.

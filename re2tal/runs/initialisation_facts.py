@@ -15,10 +15,9 @@ import numpy as np
 
 from re2tal.data.building.annotations import Annotations, read_annotations
 from re2tal.data.building.isolated import Isolated
-from re2tal.data.building.named_files import NamedFiles
+from re2tal.data.building.named_files import NamedFiles, videos_in
 from re2tal.data.building.probe import VideoProbe, probe_video
 from re2tal.machine import num_cores
-from re2tal.runs.video_files import list_videos
 from re2tal.structures import VideoRecord
 
 SILENT_SECONDS = 60.0
@@ -55,7 +54,7 @@ def look_at(videos: Path, annotations: Path) -> DataFacts:
 
     ValueError where there is no action, no file of an annotated video, or no subset to train on or to score.
     """
-    files = NamedFiles(list_videos(videos))
+    files = NamedFiles(videos_in(videos)[0])
     with _Files(files) as measure:
         read = read_annotations(annotations, duration_of=lambda name: float(measure(name).duration_seconds))
         training, validation = _subset(annotations, read, "training"), _subset(annotations, read, "validation")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import re2tal
 from re2tal.backbones.stored import NAME
-from re2tal.config import RunConfig, save_config, to_json
+from re2tal.config import RecognitionConfig, RunConfig, save_config, to_json
 from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.data.streaming.transforms import MEAN, STD
 from re2tal.runs.folder import CHECKPOINTS_NAME, CONFIG_NAME, FACTS_NAME, METRICS_NAME, MODEL_NAME
@@ -35,13 +35,13 @@ SHIPPED = Path(__file__).resolve().parents[1] / "models" / "everyday_actions_nan
 """The small model that comes with the package, as package data."""
 SHARDS = "shards"
 """What config.json of a model says of the shards of its training, which are elsewhere."""
-WINDOWING = ("num_frames", "frames_per_second", "overlap")
+WINDOWING = ("num_frames", "frames_per_second", "overlap", "num_views", "num_crops")
 """How windows are cut where nothing is trained."""
 LAYOUT = 1
 """Rises with each change after which older versions would misread the folder."""
 
 
-def facts(config: RunConfig, classes: Sequence[str]) -> dict[str, Any]:
+def facts(config: RunConfig | RecognitionConfig, classes: Sequence[str]) -> dict[str, Any]:
     """The content of model.json."""
     clips = to_json(config)["data"]["clips"]
     windowing = {name: clips["windowing"][name] for name in WINDOWING if name in clips["windowing"]}
@@ -58,7 +58,7 @@ def facts(config: RunConfig, classes: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def describe(folder: Path, config: RunConfig, classes: Sequence[str], *, card: str) -> None:
+def describe(folder: Path, config: RunConfig | RecognitionConfig, classes: Sequence[str], *, card: str) -> None:
     """Write model.json and the card beside weights and configuration; a README.md of another kind stays as it is."""
     write_atomically(folder / FACTS_NAME, json.dumps(facts(config, classes), indent=2) + "\n")
     if not (folder / CARD_NAME).exists() or is_card(folder / CARD_NAME):
@@ -91,7 +91,7 @@ def check_layout(folder: Path) -> None:
         )
 
 
-def check_facts(folder: Path, config: RunConfig, classes: Sequence[str]) -> None:
+def check_facts(folder: Path, config: RunConfig | RecognitionConfig, classes: Sequence[str]) -> None:
     """ValueError where model.json says something else than weights and configuration."""
     if not (folder / FACTS_NAME).is_file():
         return
@@ -137,7 +137,7 @@ def save_model(
 
 def describe_trained(
     folder: Path,
-    config: RunConfig,
+    config: RunConfig | RecognitionConfig,
     classes: Sequence[str],
     *,
     summary: Mapping[str, Any],

@@ -13,12 +13,15 @@ from huggingface_hub import EvalResult, ModelCardData
 
 import re2tal
 from re2tal.backbones.stored import NAME
-from re2tal.config import RunConfig
-from re2tal.data.streaming.windows import ResizeWhole, Slide
+from re2tal.config import RecognitionConfig, RunConfig
+from re2tal.data.streaming.windows import ResizeWhole, Slide, Trimmed
 
 MARK = "library_name: re2tal"
 """In the head of each card that we write."""
 TASK = "temporal-action-localization"
+RECOGNITION = "video-classification"
+SHARES = {"top1": "top-1", "top5": "top-5", "mean_class_accuracy": "mean class accuracy"}
+"""The figures of a recognizer, as summary.json names them."""
 MOST_CLASSES = 40
 
 
@@ -38,24 +41,28 @@ class Origin:
     """Paragraphs to add, in Markdown."""
 
 
-def model_card(config: RunConfig, classes: Sequence[str], origin: Origin) -> str:
+def model_card(config: RunConfig | RecognitionConfig, classes: Sequence[str], origin: Origin) -> str:
     """README.md of a model folder."""
+    if isinstance(config, RunConfig):
+        kind, tags, use = "detector", [TASK, "video", config.backbone.name, config.localizer.name], _USE
+    else:
+        kind, tags, use = "recognizer", [RECOGNITION, "video", config.backbone.name], _USE_RECOGNIZER
     head = ModelCardData(
         library_name="re2tal",
         license=origin.licence,
-        tags=[TASK, "video", config.backbone.name, config.localizer.name],
+        tags=tags,
         model_name=config.name,
         eval_results=_results(origin),
     )
     parts = [
         f"---\n{head.to_yaml().rstrip()}\n---",
         f"# {config.name}",
-        f"A detector of {len(classes)} actions in video, for re2tal {re2tal.__version__}: {_network(config)}.",
+        f"A {kind} of {len(classes)} actions in video, for re2tal {re2tal.__version__}: {_network(config)}.",
         _classes(classes),
         f"## Input\n\n{_input(config)}",
         f"## Training\n\n{origin.source}",
         f"## Figures\n\n{_figures(config, origin)}",
-        _USE,
+        use,
         origin.notes,
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
@@ -72,11 +79,22 @@ for action in detector.detect("party.mp4", min_score=0.3):
 ```"""
 
 
-def _network(config: RunConfig) -> str:
+_USE_RECOGNIZER = """## Use
+
+It says which of its actions a trimmed video shows: `re2tal classify --run FOLDER --videos VIDEOS`. A detector starts
+from its backbone: `re2tal train --backbone.weights FOLDER/model.safetensors`."""
+
+
+def _network(config: RunConfig | RecognitionConfig) -> str:
+    if not isinstance(config, RunConfig):
+        return f"a {_wiring(config)} {config.backbone.name} and a classifier"
     if config.backbone.name == NAME:
         return f"{config.localizer.name} on stored features"
-    wired = "rewired (reversible)" if config.backbone.rewired else "plain"
-    return f"{config.localizer.name} on a {wired} {config.backbone.name}"
+    return f"{config.localizer.name} on a {_wiring(config)} {config.backbone.name}"
+
+
+def _wiring(config: RunConfig | RecognitionConfig) -> str:
+    return "rewired (reversible)" if config.backbone.rewired else "plain"
 
 
 def _classes(classes: Sequence[str]) -> str:
@@ -88,7 +106,7 @@ def _plain(name: str) -> str:
     return "".join(one if one.isprintable() and one != "`" else "?" for one in name)
 
 
-def _input(config: RunConfig) -> str:
+def _input(config: RunConfig | RecognitionConfig) -> str:
     clips = config.data.clips
     match clips.windowing:
         case Slide(num_frames=frames, frames_per_second=rate, frame_stride=stride):
@@ -98,14 +116,15 @@ def _input(config: RunConfig) -> str:
             )
         case ResizeWhole(num_frames=frames):
             taken = f"each video as {frames} frames, whatever its length"
-        case _:
-            raise AssertionError(clips.windowing)
+        case Trimmed(num_frames=frames, frames_per_second=rate, num_views=views, num_crops=crops):
+            taken = f"clips of {frames} frames at {rate:g} per second, {views} by {crops} views of each video"
     if config.backbone.name == NAME:
         return f"Stored features: {taken.replace('frames', 'steps')}."
     how = "their middle square" if clips.fit == "crop" else "squeezed to a square"
+    command = "detect" if isinstance(config, RunConfig) else "classify"
     return (
-        f"RGB pictures, {taken}, {how} at {clips.size} x {clips.size} pixels. `detect` does this with a video file of "
-        "any format and size."
+        f"RGB pictures, {taken}, {how} at {clips.size} x {clips.size} pixels. `re2tal {command}` does this with a "
+        "video file of any format and size."
     )
 
 
@@ -113,6 +132,18 @@ def _results(origin: Origin) -> list[EvalResult] | None:
     if origin.measured is None or origin.dataset is None:
         return None
     measured = origin.measured
+    if "average_map" not in measured:
+        return [
+            EvalResult(
+                task_type=RECOGNITION,
+                dataset_type=origin.dataset,
+                dataset_name=origin.dataset,
+                metric_type="accuracy",
+                metric_name=name,
+                metric_value=round(100 * measured[key], 2),
+            )
+            for key, name in SHARES.items()
+        ]
     return [
         EvalResult(
             task_type=TASK,
@@ -130,9 +161,15 @@ def _thresholds(measured: Mapping[str, Any]) -> str:
     return ", ".join(measured["map"])
 
 
-def _figures(config: RunConfig, origin: Origin) -> str:
+def _figures(config: RunConfig | RecognitionConfig, origin: Origin) -> str:
     if (measured := origin.measured) is None:
         return "None was measured here. `re2tal evaluate` measures them."
+    if "average_map" not in measured:
+        shares = ", ".join(f"{name} {100 * measured[key]:.2f} %" for key, name in SHARES.items())
+        return (
+            f"Of the {measured['videos']} validation videos: {shares}; one training, seed {config.training.seed}."
+            + _chosen(measured)
+        )
     names = list(measured["map"])
     lines = [
         f"Mean average precision in percent on the {measured['videos']} videos of `{measured['subset']}`, by temporal "
@@ -145,6 +182,10 @@ def _figures(config: RunConfig, origin: Origin) -> str:
     ]
     if measured.get("class_agnostic"):
         lines.append("\nClass-agnostic: predictions and truths count as one class.")
-    if chosen := measured.get("chosen"):
-        lines.append(f"\n{chosen['note'][0].upper()}{chosen['note'][1:]}.")
-    return "\n".join(lines)
+    return "\n".join(lines) + _chosen(measured)
+
+
+def _chosen(measured: Mapping[str, Any]) -> str:
+    if not (chosen := measured.get("chosen")):
+        return ""
+    return f"\n\n{chosen['note'][0].upper()}{chosen['note'][1:]}."

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -27,6 +28,9 @@ CHOSEN = (
 LONG, LENGTHS, CLIPS_AT_ONCE = "thumos14_adatad_videomae_giant", (768, 3072, 9984, 29952), 16
 CPU = torch.device("cpu")
 
+Table = tuple[str, str, dict[str, Callable[[], list[str]]]]
+"""Head, rule, and what makes the other cells of a row, by its first."""
+
 
 def print_forms(run: AnyRun, ds: str, *, num_classes: int, device: torch.device) -> None:
     """Print GiB of a rank of `run`, in every form, on 1, 8 and 64 ranks."""
@@ -35,39 +39,64 @@ def print_forms(run: AnyRun, ds: str, *, num_classes: int, device: torch.device)
 
 
 def write_page(path: Path, *, recipes: Sequence[str] = CHOSEN, lengths: Sequence[int] = LENGTHS) -> None:
-    """Replace what lies between the marks in a Markdown page by the tables of chosen recipes; takes minutes."""
-    replace_between(path, BEGIN, END, "\n".join(["", *_recipes(recipes), "", *_lengths(lengths), "", ""]))
+    """Replace what lies between the marks in a Markdown page by the tables of chosen recipes; takes minutes.
+
+    The page is written after each row: where somebody stops it, rows that were not reached stay as they were.
+    """
+    tables = [_recipes(recipes), _lengths(lengths)]
+    rows = {_first_cell(line): line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("|")}
+
+    def write() -> None:
+        lines = [""]
+        for head, rule, makers in tables:
+            lines += [head, rule, *(rows[first] for first in makers if first in rows), ""]
+        replace_between(path, BEGIN, END, "\n".join([*lines, ""]))
+
+    write()  # which finds out at once whether the page has a place for them
+    for _, _, makers in tables:
+        for first, make in makers.items():
+            rows[first] = f"| {first} | {' | '.join(make())} |"
+            print(rows[first], flush=True)
+            write()
 
 
-def _recipes(names: Sequence[str]) -> Iterator[str]:
-    yield f"| GiB of a rank, {' / '.join(map(str, RANKS))} ranks | frames | {' | '.join(FORMS)} |"
-    yield f"| --- | --- |{' --- |' * len(FORMS)}"
+def _first_cell(row: str) -> str:
+    return row.split("|")[1].strip()
+
+
+def _recipes(names: Sequence[str]) -> Table:
+    makers: dict[str, Callable[[], list[str]]] = {}
     for name in names:
         run = find_recipe(name)
-        clips = run.data.clips
-        cells = [" / ".join(_on_ranks(in_form(run, form), PRESET, 20, CPU)) for form in FORMS]
-        frames = f"{clips.windowing.num_frames} x {clips.size} x {clips.size}"
-        yield f"| `{name}`, {run.backbone.name} | {frames} | {' | '.join(cells)} |"
+        makers[f"`{name}`, {run.backbone.name}"] = partial(_in_all_forms, run)
+    head = f"| GiB of a rank, {' / '.join(map(str, RANKS))} ranks | frames | {' | '.join(FORMS)} |"
+    return head, f"| --- | --- |{' --- |' * len(FORMS)}", makers
 
 
-def _lengths(lengths: Sequence[int]) -> Iterator[str]:
+def _in_all_forms(run: AnyRun) -> list[str]:
+    clips = run.data.clips
+    cells = [" / ".join(_on_ranks(in_form(run, form), PRESET, 20, CPU)) for form in FORMS]
+    return [f"{clips.windowing.num_frames} x {clips.size} x {clips.size}", *cells]
+
+
+def _lengths(lengths: Sequence[int]) -> Table:
     run = in_form(find_recipe(LONG), "rewired")
     assert isinstance(run, RunConfig)
     size = run.data.clips.size
-    yield f"| frames of {size} x {size}, {run.backbone.name} rewired, 8 ranks | all clips at once | 16 clips at once |"
-    yield "| --- | --- | --- |"
-    for length in lengths:
-        cells = [_gib(_of_length(run, length, clips)) for clips in (None, CLIPS_AT_ONCE)]
-        yield f"| {length:,} | {' | '.join(cells)} |"
+    head = f"| frames of {size} x {size}, {run.backbone.name} rewired, 8 ranks | all clips at once | 16 clips at once |"
+    return head, "| --- | --- | --- |", {f"{length:,}": partial(_of_length, run, length) for length in lengths}
 
 
-def _of_length(run: RunConfig, length: int, clips_at_once: int | None) -> int:
-    """Bytes of a rank of 8, with windows of so many frames; the localizer's grid stays that of the recipe."""
+def _of_length(run: RunConfig, length: int) -> list[str]:
+    """GiB of a rank of 8, with windows of so many frames; the localizer's grid stays that of the recipe."""
     clips = replace(run.data.clips, windowing=Slide(num_frames=length, frames_per_second=7.5))
-    backbone = replace(run.backbone, clips_at_once=clips_at_once)
-    longer = replace(run, data=replace(run.data, clips=clips), backbone=backbone)
-    (memory,) = memory_on_ranks(longer, find_preset(PRESET), ranks=[8], num_classes=20, device=CPU)
-    return memory.peak
+    longer = replace(run, data=replace(run.data, clips=clips))
+    cells = []
+    for clips_at_once in (None, CLIPS_AT_ONCE):
+        one = replace(longer, backbone=replace(run.backbone, clips_at_once=clips_at_once))
+        (memory,) = memory_on_ranks(one, find_preset(PRESET), ranks=[8], num_classes=20, device=CPU)
+        cells.append(_gib(memory.peak))
+    return cells
 
 
 def _on_ranks(run: AnyRun | None, ds: str, num_classes: int, device: torch.device) -> list[str]:

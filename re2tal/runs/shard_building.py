@@ -6,10 +6,9 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import count
 from pathlib import Path
 from typing import Literal
-
-from tqdm import tqdm
 
 from re2tal.data.building.annotation_entries import UNKNOWN_SECONDS
 from re2tal.data.building.annotations import Annotations, read_annotations, read_keys
@@ -26,6 +25,7 @@ from re2tal.data.building.shard_folder import BuiltSubset, Listed, NothingUsable
 from re2tal.data.building.subset_names import rename_subsets
 from re2tal.data.contract.manifest import Encoding, FramesPerSecond, FramesPerVideo, Rejection
 from re2tal.machine import num_cores
+from re2tal.progress import Progress
 from re2tal.runs.exit_status import TOO_MANY_REJECTED
 from re2tal.runs.shard_listing import describe
 
@@ -49,8 +49,8 @@ class Build:
     """In place of annotations: a folder SUBSET/CLASS/ID.mp4, or text files, such as train.csv val.csv: Kinetics' own,
     or with a path and a class in each line."""
     videos: Path | None = None
-    """Folder of video files called ID.mp4 or v_ID.mp4 (or .mkv, .webm, .avi, ...); of clips in a CSV, the folder that
-    holds them, however deep, or that paths start from."""
+    """Folder of video files, sub-folders too, called ID.mp4 or v_ID.mp4 (or .mkv, .webm, .avi, ...); of clips in a CSV,
+    the folder that holds them, however deep, or that paths start from."""
     classes: Path | None = None
     """With --clips: text file with one class per line. It fixes their order; labels that are numbers count in it."""
     dataset: str = "own"
@@ -250,12 +250,21 @@ def subsets_to_build(listed: Annotations | ClipList) -> list[str]:
 def _build_with_bar(
     listed: Annotations | ClipList, videos: Path | None, out: Path, subset: str, config: BuildConfig
 ) -> BuiltSubset:
-    with tqdm(unit="video", desc=subset, disable=not sys.stderr.isatty()) as bar:
+    progress = Progress(1)
+    done = count(1)
 
-        def on_video(one: Listed, rejection: Rejection | None) -> None:
-            bar.update()
+    def on_start(num_videos: int) -> None:
+        progress.total = num_videos
 
-        return build_shards(listed, videos=videos, out=out, subset=subset, config=config, on_video=on_video)
+    def on_video(one: Listed, rejection: Rejection | None) -> None:
+        progress.to(next(done), f"{subset}, {one.video_id}")
+
+    try:
+        return build_shards(
+            listed, videos=videos, out=out, subset=subset, config=config, on_start=on_start, on_video=on_video
+        )
+    finally:
+        progress.close()
 
 
 def print_some(lines: Sequence[str], *, more: str) -> None:

@@ -78,7 +78,9 @@ def load_detector(run: Path, config: RunConfig) -> TemporalActionDetector:
 
 def load_recognizer(run: Path, config: RecognitionConfig) -> Recognizer:
     """The recognizer of a run folder with its trained weights, on the CPU."""
+    check_layout(run)
     model = read_model(run / MODEL_NAME)
+    check_facts(run, config, model.classes)
     recognizer, _ = build_recognizer(started(config), model.classes)
     take_parts_of(recognizer.backbone, model.weights)
     model.load_into(recognizer, classes=recognizer.classes)

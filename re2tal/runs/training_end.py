@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from re2tal.config import RunConfig
 from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.distributed import is_main, made_by_main
 from re2tal.evaluation.accuracy import AccuracyReport
@@ -94,8 +93,7 @@ def finish(
             trainer.log.say(note)
         final.write(folder / RESULTS_NAME, note=note)
         write_json(folder / SUMMARY_NAME, final.summary | summary)
-        if isinstance(config, RunConfig):
-            describe_trained(folder, config, model.classes, summary=final.summary | summary, training=training)
+        describe_trained(folder, config, model.classes, summary=final.summary | summary, training=training)
         written.append(final)
 
     made_by_main(write)

@@ -25,7 +25,7 @@ from re2tal.runs.deepspeed_presets import DEFAULT_PRESET, find_preset
 from re2tal.runs.demo_data import make_if_wanted
 from re2tal.runs.evaluation import blocked_by
 from re2tal.runs.exit_status import HUNG
-from re2tal.runs.folder import BEST_NAME, CHECKPOINTS_NAME, CONFIG_NAME, PLAN_NAME, claim
+from re2tal.runs.folder import BEST_NAME, CHECKPOINTS_NAME, CONFIG_NAME, METRICS_NAME, PLAN_NAME, claim
 from re2tal.runs.lock import locked
 from re2tal.runs.orphans import end_with_the_launcher
 from re2tal.runs.start import build_from, find_start
@@ -178,8 +178,9 @@ def _resume(
         save_config(folder / CONFIG_NAME, config)
         if plan is not None:
             save_plan(folder / PLAN_NAME, plan)
-    if resumed:
-        trainer.log.say(f"resumed at step {trainer.progress.step} of {trainer.num_steps}")
+    start = "resumed at" if resumed else "beginning with"
+    said = f"{start} step {trainer.progress.step} of {trainer.num_steps}; figures go to {folder / METRICS_NAME}"
+    trainer.log.say(said)
 
 
 def _same_start(config: AnyRun, options: Mapping[str, object]) -> None:

@@ -89,10 +89,10 @@ def _at(address: Address, *, recursive: bool) -> list[Address]:
 
 
 def list_videos(folder: Path) -> list[Path]:
-    """The video files of a folder, by name; ValueError if there are none."""
+    """The video files of a folder and its sub-folders, by name; ValueError if there are none."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give one that holds video files")
-    return [path for path in find_videos([folder]).names if isinstance(path, Path)]
+    return [path for path in find_videos([folder], recursive=True).names if isinstance(path, Path)]
 
 
 def _is_video(path: Path) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from re2tal.config import load_config
 from re2tal.data.addresses.address import as_address
+from re2tal.data.building.named_files import videos_in
 from re2tal.data.building.probe import probe_video
 from re2tal.data.contract.shards import FeatureSet, ShardSet, open_any, subset_folder
 from re2tal.evaluation.results import read_results
@@ -79,7 +80,7 @@ def open_viewer(source: Path, options: ViewOptions = ViewOptions()) -> ViewerSer
     )
     notes += _earlier(annotations)
     catalog = make_catalog(
-        source.resolve().name,
+        source.resolve().name if source.is_dir() else f"{source.resolve().parent.name}/{source.name}",
         results,
         annotations,
         files=files,
@@ -114,13 +115,9 @@ def find_videos(folder: Path) -> tuple[dict[str, Media], list[str]]:
 
     Of files with one id the first by path is taken, and a note names one of the others.
     """
-    if not folder.is_dir():
-        raise ValueError(f"--videos {folder} is not a folder; give one that holds video files")
     files: dict[str, Media] = {}
     twice = []
-    for path in sorted(path for path in folder.rglob("*") if path.suffix.lower() in VIDEO_SUFFIXES):
-        if path.name.startswith("._") or not path.is_file():
-            continue
+    for path in videos_in(folder)[0]:
         if files.setdefault(composed(path.stem), Media(path)).path != path:
             twice.append(path)
     if not files:

@@ -30,7 +30,7 @@ def test_a_table_and_its_videos_become_what_a_build_reads(capsys, tmp_path):
     out = tmp_path / "out.json"
     status, said, err = run(capsys, "annotations", "convert", table, "--out", out, "--videos", tmp_path / "videos")
     assert status == 0
-    assert "1 files read as csv" in said
+    assert "1 file read as csv" in said
     assert f"{out}: 1 videos (1 training), 1 actions, 1 classes, 1 left out" in said
     assert "left out list.csv row 3: its segment 1.5 to 1.5 s lasts no time" in err
     (record,) = read_annotations(out).subset("training")

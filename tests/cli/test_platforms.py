@@ -49,6 +49,7 @@ call("detect", {str(video)!r}, "--out", "run/results.json", "--device", "cpu")
 call("evaluate", "--predictions", "run/results.json", "--annotations", {str(SAMPLES / "annotations.json")!r})
 call("report", "--run", "run", "--annotations", {str(SAMPLES / "annotations.json")!r})
 call("doctor", {str(SAMPLES)!r}, "--quick")
+call("init", {str(SAMPLES)!r}, {str(SAMPLES / "annotations.json")!r}, "--out", "recipe.json")
 from re2tal.runs.viewing import ViewOptions, open_viewer
 open_viewer(__import__("pathlib").Path("run/results.json"), ViewOptions(port=0)).server_close()
 from re2tal.data.streaming.workers import heed_only_the_parent, stop_signals_blocked
@@ -61,6 +62,7 @@ main(["train", "--recipe", "demo"])
     assert done.stderr.splitlines()[-1].startswith("re2tal: training needs DeepSpeed, and DeepSpeed needs Linux")
     assert list(json.loads((tmp_path / "run" / "results.json").read_text())["results"]) == [video.stem]
     assert (tmp_path / "run" / "report" / "index.html").is_file()
+    assert "what a step needs is not known here, without DeepSpeed" in done.stdout
     assert len(list((tmp_path / "demo_data" / "videos").iterdir())) == 2
 
 

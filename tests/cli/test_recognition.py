@@ -12,6 +12,7 @@ import av
 import numpy as np
 import pytest
 import torch
+import yaml
 from distributed.ranks import launch_ranks
 from safetensors.torch import load_file
 
@@ -107,6 +108,16 @@ def test_two_ranks_learn_and_one_rank_finds_the_same_in_their_weights(trained, s
     assert alone.keys() == found.scores.keys()
     for video_id, probabilities in alone.items():
         torch.testing.assert_close(found.scores[video_id].float(), probabilities)
+
+    facts = json.loads((out / "model.json").read_text())
+    assert facts["classes"] == sorted(COLOURS)
+    assert facts["preprocessing"]["frames"]["num_views"] == 4
+    card = (out / "README.md").read_text()
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["tags"][0] == "video-classification"
+    assert [one["value"] for one in head["model-index"][0]["results"][0]["metrics"]] == [100.0] * 3
+    assert "A recognizer of 2 actions in video" in card
+    assert "top-1 100.00 %, top-5 100.00 %" in card
 
     evaluate(predictions=out / "results.json", shards=shards / "validation", json=out / "figures.json")
     assert capsys.readouterr().out.startswith("top-1 100.00 %   top-5 100.00 %   mean class accuracy 100.00 %")

@@ -314,6 +314,8 @@ def test_of_two_files_with_one_id_none_is_taken_unless_the_annotations_name_one(
     assert chosen.notes == ["c.mp4 is taken as 'c', not c.mkv"]
     assert files.choose(["a"], keys={"a": "a.mkv"}).found["a"].name == "v_a.MKV"
     assert "c" in files.choose(["c"], keys={"c": "c.avi"}).faults
+    faults = NamedFiles([Path("day 1", "a.mp4"), Path("day 2", "a.mp4")]).choose(["a"], keys={"a": "a.mp4"}).faults
+    assert faults == {"a": "day 1/a.mp4 and day 2/a.mp4 are files of one video; keep one of them"}
 
 
 def test_a_subset_of_unusable_videos_only_is_an_error_with_a_reason(videos, annotations, tmp_path):
@@ -437,7 +439,8 @@ def test_an_encoder_that_dies_costs_its_video_and_not_the_build(videos, annotati
 
 
 def test_names_with_spaces_dots_and_any_script_are_kept_from_the_file_to_the_shard(tmp_path):
-    names = {"my video.v2": "my video.v2.mp4", "cafe\u0301.mp4": "café.mp4", "録画 1": "v_録画 1.mkv"}
+    names = {"my video.v2": "my video.v2.mp4", "cafe\u0301.mp4": "Küche/1. Tag/café.mp4", "録画 1": "v_録画 1.mkv"}
+    (tmp_path / "Küche" / "1. Tag").mkdir(parents=True)
     database = {}
     for name, file_name in names.items():
         write_video(tmp_path / file_name, num_frames=20)

@@ -12,7 +12,7 @@ from distributed.ranks import run_ranks
 from rewire.networks import Block, Downsample, Walker, frames, seeded, walker
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from re2tal.backbones import BackboneConfig, build_backbone
@@ -44,6 +44,10 @@ def sharded(parts: list[str]):
         return net
 
     return wrap
+
+
+def flat(**options):
+    return lambda net: FullyShardedDataParallel(net, device_id=torch.device("cpu"), **options)
 
 
 def attempt(build, wrap) -> str:
@@ -115,6 +119,8 @@ def try_all() -> dict[str, str]:
         "whole blocks": attempt(lambda: rewired(unit="block"), sharded([*blocks, ""])),
         "segments": attempt(lambda: rewired(segment=2), sharded(["layers", ""])),
         "two runs": attempt(two_runs, sharded(["layers", ""])),
+        "flat": attempt(rewired, flat()),
+        "flat, parameters kept": attempt(rewired, flat(use_orig_params=True)),
         "handle": attempt(rewired, lambda net: fully_shard(net.layers[0])),
         "ddp": attempt(rewired, DistributedDataParallel),
         "unused": attempt(rewired, lambda net: DistributedDataParallel(net, find_unused_parameters=True)),
@@ -144,6 +150,8 @@ FOUND = {
     "twice": "RuntimeError: DistributedDataParallel took .* give it static_graph=True",
     "blocks": "RewireError: block layers.0 is a unit of FSDP, .* or rewire with unit 'block'",
     "one block": "RewireError: block layers.1 is a unit of FSDP, .* give fully_shard the stage",
+    "flat": "RewireError: the parameters of block layers.0 .* use torch.distributed.fsdp.fully_shard",
+    "flat, parameters kept": "RewireError: the parameters of block layers.0 .* use torch.distributed.fsdp.fully_shard",
     "handle": "TypeError: block 0 of layers is no module here .*fully_shard",
     "unused": "RuntimeError: DistributedDataParallel took .* or, .* leave find_unused_parameters out",
     "tied": "RuntimeError: DistributedDataParallel took .* give it static_graph=True",

@@ -112,6 +112,11 @@ def test_the_page_is_written_between_its_marks(tmp_path: Path, monkeypatch) -> N
     assert lines[0] == "# Mine"
     assert lines[-1] == "more"
     assert "old" not in lines
+    written = path.read_text()
+    monkeypatch.setattr(planning_tables, "memory_on_ranks", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write_page(path, recipes=["one"], lengths=[16, 64])
+    assert path.read_text() == written  # rows that were not reached
     row = next(line for line in lines if line.startswith("| `one`, videomae_nano | 16 x 48 x 48 |"))
     assert len(row.split("|")[3:-1]) == len(FORMS)
     assert any(line.startswith("| 64 | ") for line in lines)

@@ -93,6 +93,35 @@ def test_json_is_activitynets_and_grows_video_by_video(tmp_path: Path) -> None:
         results.write()
         assert len(read_results(tmp_path / "found.json").predictions) == number
     assert results.num_written == 8
+    again = ResultsFile(tmp_path / "found.json", "json", CLASSES[::-1])  # whatever their order, names are kept
+    assert again.take_up(["two", "three"]) == {"two"}
+    again.write()
+    one, two = read_results(tmp_path / "found.json").of("two"), video("two").detections
+    names = read_results(tmp_path / "found.json").classes
+    assert [names[label] for label in one.labels] == [CLASSES[label] for label in two.labels]
+    with pytest.raises(ValueError, match=r"add: .*found\.json has '.*', which the model does not know"):
+        ResultsFile(tmp_path / "found.json", "json", ("other",)).take_up(["two"])
+
+
+def test_what_another_program_writes_meanwhile_stays(tmp_path: Path) -> None:
+    ours, theirs = (ResultsFile(tmp_path / "found.json", "json", CLASSES) for _ in range(2))
+    for results, name in ((theirs, "one"), (ours, "two"), (theirs, "three"), (ours, "four")):
+        results.add(video(name))
+        results.write()
+    assert theirs.spared is None
+    assert (ours.spared, ours.out) == (tmp_path / "found.json", tmp_path / "found-2.json")
+    assert list(read_results(theirs.out).predictions) == ["one", "three"]
+    assert list(read_results(ours.out).predictions) == ["two", "four"]
+
+
+def test_a_place_that_takes_no_file_is_refused_at_once(tmp_path: Path) -> None:
+    (tmp_path / "a.json").mkdir()
+    for place in (tmp_path / "a.json", Path("/proc/a.json")):
+        with pytest.raises(ValueError, match=r"a\.json cannot be written: .*; give another place"):
+            ResultsFile(place, "json", CLASSES)
+    (tmp_path / "annotations.json").write_text('{"database": {}}')
+    with pytest.raises(ValueError, match=r"annotations\.json is there already and holds no results"):
+        ResultsFile(tmp_path / "annotations.json", "json", CLASSES)
 
 
 def test_each_video_has_its_own_subtitles_in_a_folder(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from re2tal.rewire import RewiringConfig, rewire
 from re2tal.rewire.branches import NotResidual, Residual
-from re2tal.rewire.discover import Call, take_apart
+from re2tal.rewire.discover import BlockInputs, take_apart
 
 
 class Parts(nn.Module):
@@ -172,7 +172,7 @@ def test_masks_are_inputs_not_constants() -> None:
 
 
 def test_parameters_of_the_block_itself_are_used_inside_a_call_of_the_block() -> None:
-    found = take_apart(Scaled(), Call(torch.ones(2, 3, CHANNELS), (), {}))
+    found = take_apart(Scaled(), BlockInputs(torch.ones(2, 3, CHANNELS), (), {}))
     assert isinstance(found, Residual)
     assert [branch.through_block for branch in found.branches] == [True, False]
 
@@ -295,7 +295,7 @@ REFUSED = {
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_is_no_chain_of_sums_is_refused_with_the_reason(kind) -> None:
     x = torch.randn(2, 6, CHANNELS, generator=torch.Generator().manual_seed(0))
-    found = take_apart(kind(), Call(x, (), {}))
+    found = take_apart(kind(), BlockInputs(x, (), {}))
     assert isinstance(found, NotResidual)
     assert re.search(REFUSED[kind], found.reason), found.reason
 
@@ -321,7 +321,7 @@ class LayerDrop(Parts):
 def test_a_number_that_is_changed_later_is_an_error() -> None:
     block = Damped()
     x = torch.randn(2, 6, CHANNELS)
-    found = take_apart(block, Call(x, (), {}))
+    found = take_apart(block, BlockInputs(x, (), {}))
     assert isinstance(found, Residual)
     (branch,) = found.branches
     torch.testing.assert_close(x + branch.function(block, x), block(x))
@@ -333,7 +333,7 @@ def test_a_number_that_is_changed_later_is_an_error() -> None:
 @pytest.mark.parametrize("seed", range(8))
 def test_a_block_that_draws_whether_it_runs_is_refused_whatever_the_draw(seed) -> None:
     torch.manual_seed(seed)
-    found = take_apart(LayerDrop(), Call(torch.randn(2, 6, CHANNELS), (), {}))
+    found = take_apart(LayerDrop(), BlockInputs(torch.randn(2, 6, CHANNELS), (), {}))
     assert isinstance(found, NotResidual)
     assert "it draws a random number to decide what it computes" in found.reason
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from math import prod
@@ -15,6 +16,7 @@ from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import checkpoint
 
 from re2tal.backbones import BackboneConfig, build_backbone
+from re2tal.backbones.slowfast.network import SIZES
 from re2tal.reversible.live_bytes import LiveBytes
 from re2tal.reversible.recompute import saved_tensors_seen_by
 from re2tal.rewire import (
@@ -58,6 +60,31 @@ def test_what_is_kept_of_other_blocks_changes_no_bit_and_writes_buffers_once() -
     found, wanted = (trained("slowfast_nano", keep_nonresidual=keep) for keep in (True, False))
     assert [key for key, want in wanted.items() if not torch.equal(found[key], want)] == []
     assert {int(found[key]) for key in found if key.endswith("num_batches_tracked")} == {2}
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+def test_a_kept_block_saves_what_its_input_is_made_of_to_the_same_bits(autocast: bool, monkeypatch) -> None:
+    def step(seen: dict[str, tuple[int, ...]]) -> tuple[list[tuple[int, ...]], list[Tensor | None]]:
+        torch.manual_seed(0)
+        backbone = build_backbone(BackboneConfig(name="slowfast_nano", keep_nonresidual=True)).eval()
+        block = backbone.get_submodule("slow_path.layer2.0")
+        block.register_forward_pre_hook(lambda _, args: seen.update(input=tuple(args[0].shape)))
+        saved: list[tuple[int, ...]] = []
+        look = saved_tensors_seen_by(lambda tensor: saved.append(tuple(tensor.shape)))
+        with look, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            values = backbone(frames(), MASK).values
+        values.float().square().mean().backward()
+        return saved, [parameter.grad for parameter in backbone.parameters()]
+
+    # A run of one branch keeps its input alone.
+    monkeypatch.setitem(SIZES, "slowfast_nano", SIZES["slowfast_nano"] | {"depths": (3, 2, 2, 2)})
+    seen: dict[str, tuple[int, ...]] = {}
+    saved, found = step(seen)
+    assert seen["input"] not in saved
+    monkeypatch.setattr("re2tal.rewire.stage.saving_recipe", lambda block, x: nullcontext())
+    saved, wanted = step(seen)
+    assert seen["input"] in saved
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
 
 
 def kept_outside_runs(net: nn.Module, x: Tensor) -> list[tuple[int, ...]]:

@@ -214,7 +214,7 @@ def test_a_run_that_is_stopped_has_written_what_it_found(
 
     def stop(video: FoundInVideo) -> str:
         shown.append(video.name)
-        if len(shown) == 2:
+        if len(shown) == 1:
             raise KeyboardInterrupt
         return ""
 
@@ -222,8 +222,15 @@ def test_a_run_that_is_stopped_has_written_what_it_found(
     out = tmp_path / "found.json"
     with pytest.raises(KeyboardInterrupt):
         detect(model, [videos / name for name in SOUND], wanted=Wanted(out), device="cpu", say=stop)
-    assert len(read_results(out).predictions) == 2
-    assert "2 of 2 videos are in" in capsys.readouterr().err
+    assert len(read_results(out).predictions) == 1
+    assert "1 of 2 videos are in" in capsys.readouterr().err
+    files = [videos / name for name in SOUND]
+    rest = detect(model, files, wanted=Wanted(out, add=True), device="cpu")
+    assert (rest.num_videos, rest.num_kept) == (1, 1)
+    whole = read_results(detect(model, files, wanted=Wanted(tmp_path / "whole.json"), device="cpu").path)
+    assert read_results(out).predictions.keys() == whole.predictions.keys()
+    for name, one in whole.predictions.items():
+        assert torch.equal(one.scores, read_results(out).of(name).scores)
 
 
 def test_wrong_wishes_are_refused_before_anything_is_looked_at(model: Path, videos: Path, tmp_path: Path) -> None:

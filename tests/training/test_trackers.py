@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import closing, suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -131,6 +134,27 @@ def test_one_that_fails_again_and_again_is_counted_and_left_out(tmp_path, fake, 
     assert f"tracker fake failed {MOST_FAILURES} times in a row and is left out from here on" in printed
     assert f"tracker fake failed {MOST_FAILURES} times in this run" in printed
     assert printed.count("ConnectionError") == 1
+
+
+@pytest.mark.parametrize("fails", [True, False])
+def test_a_run_that_fails_is_no_success(fails: bool, tmp_path, fake, monkeypatch) -> None:
+    ended = []
+    run = SimpleNamespace(finish=lambda exit_code=0: ended.append(("wandb", exit_code)))
+    module = SimpleNamespace(end_run=lambda status="FINISHED": ended.append(("mlflow", status)))
+    monkeypatch.setitem(sys.modules, "mlflow", module)
+    kinds = {
+        "wandb": type("W", (Fake,), {"run": run, "finish": lambda self: self.run.finish()}),
+        "mlflow": type("M", (Fake,), {"finish": lambda self: module.end_run()}),
+    }
+    for kind in kinds.values():
+        kind.__init__ = lambda self, project, **settings: Fake.__init__(self, project)
+    monkeypatch.setattr(tracking, "LOGGER_TYPE_TO_CLASS", {**tracking.LOGGER_TYPE_TO_CLASS, **kinds})
+    trackers = Trackers(("wandb", "mlflow"), tmp_path, run_name="mine", config=CONFIG)
+    with suppress(RuntimeError), closing(trackers):
+        trackers.open(step=0, say=pytest.fail)
+        if fails:
+            raise RuntimeError("out of memory")
+    assert ended == ([("wandb", 1), ("mlflow", "FAILED")] if fails else [("wandb", 0), ("mlflow", "FINISHED")])
 
 
 def test_a_drawing_that_fails_ends_nothing(tmp_path, fake, capsys) -> None:

@@ -152,6 +152,8 @@ def test_names_are_text_and_never_markup(browser: Any, tmp_path: Path) -> None:
         assert NASTY in [one.strip() for one in visit.page.locator(".row-name").all_inner_texts()]
         assert NASTY in visit.page.locator(".video b").all_inner_texts()
         visit.page.click(".bar.prediction >> nth=-1")
+        visit.page.reload()  # comes back to the same video
+        visit.shows("#name", NASTY)
         assert visit.page.evaluate("window.broken") is None
         assert visit.page.evaluate("document.querySelectorAll('img, main script').length") == 0
         assert visit.problems == []

@@ -9,7 +9,7 @@ Other annotations change the index only. A video that cannot be used is left out
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -65,12 +65,14 @@ def build_shards(
     out: Path,
     subset: str,
     config: BuildConfig,
+    on_start: Callable[[int], None] = lambda num_videos: None,
     on_video: OnVideo = lambda record, rejection: None,
 ) -> BuiltSubset:
     """Build `out/subset` from the files in the folder `videos`, or from those that the clips name.
 
     Raises ValueError where nothing can be built, or where `out` holds shards of the same subset that were made with
-    other settings. Videos that cannot be used do not raise: see `BuiltSubset.rejected`.
+    other settings. Videos that cannot be used do not raise: see `BuiltSubset.rejected`. `on_start` is told how many
+    videos are to be made, `on_video` of each that was.
     """
     records, chosen = find_sources(listed, videos, subset=subset, config=config)
     subset = records[0].subset  # "val" of clips is their "validation"
@@ -89,7 +91,8 @@ def build_shards(
         num_parts=config.num_parts,
     )
     packer = VideoPacker(chosen.found, config.encoding, config.max_damaged, config.copy)
-    built = folder.build(list_items(records, chosen, config=config), packer.make, on_video=on_video)
+    items = list_items(records, chosen, config=config)
+    built = folder.build(items, packer.make, on_start=on_start, on_video=on_video)
     return replace(built, notes=(*chosen.notes, *sorted(packer.encoded)))
 
 

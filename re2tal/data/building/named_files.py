@@ -85,7 +85,7 @@ class NamedFiles(Generic[File]):
                     others = ", ".join(file.name for file in files if file is not named[0])
                     chosen.notes.append(f"{named[0].name} is taken as {video_id!r}, not {others}")
             elif files:
-                names = " and ".join(file.name for file in files)
+                names = " and ".join(_told_apart(files))
                 chosen.faults[video_id] = f"{names} are files of one video; keep one of them"
         for name, ids in owners.items():
             for video_id in ids if len(ids) > 1 else ():
@@ -106,12 +106,23 @@ def _called(files: Sequence[File], key: str | None) -> list[File]:
     return same or [file for file in files if file.name.lower().endswith(suffix)]
 
 
+def _told_apart(files: Sequence[File]) -> list[str]:
+    """Names of files, or their paths where they are called alike."""
+    names = [file.name for file in files]
+    return names if len(set(names)) == len(names) else [str(file) for file in files]
+
+
 def videos_in(folder: Path) -> tuple[list[Path], list[str]]:
-    """(the video files of a folder by name, what is called so and is none: a sentence each)."""
+    """(the video files of a folder and its sub-folders, what is called so and is none: a sentence each)."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give the folder that holds the videos")
-    files, odd = [], []
-    for path in sorted(path for path in folder.iterdir() if path.suffix.lower() in VIDEO_SUFFIXES):
+    files: list[Path] = []
+    odd: list[str] = []
+    found: list[Path] = []
+    for root, folders, names in os.walk(folder, onerror=lambda error: odd.append(f"cannot be looked at: {error}")):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        found += [Path(root, name) for name in [*folders, *names]]
+    for path in sorted(path for path in found if path.suffix.lower() in VIDEO_SUFFIXES):
         name = path.name.encode(errors="backslashreplace").decode()  # it need not be UTF-8
         if name.startswith("._"):
             odd.append(f"{name} is a file of macOS beside another, not a video")

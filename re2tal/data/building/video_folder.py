@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import shutil
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,14 @@ class VideoFolder:
     """This run makes the groups whose number is `part_index` modulo `num_parts`."""
     num_parts: int = 1
 
-    def build(self, items: Sequence[Item], make: Make, *, on_video: OnVideo = lambda listed, why: None) -> BuiltSubset:
+    def build(
+        self,
+        items: Sequence[Item],
+        make: Make,
+        *,
+        on_start: Callable[[int], None] = lambda num_videos: None,
+        on_video: OnVideo = lambda listed, why: None,
+    ) -> BuiltSubset:
         """Make what is missing of this part; the run that completes the folder writes the manifest.
 
         Raises ValueError where the folder holds shards of other settings or of an earlier version, and where no video
@@ -98,6 +105,7 @@ class VideoFolder:
         todo = [group for group in plan.groups[self.part_index :: self.num_parts] if reports[group.name] is None]
         if todo:
             self._forget_manifest({group.name for group in todo})
+            on_start(sum(len(group.videos) for group in todo))
             Workshop(self.root, self.workers, self.write, items, make, on_video).run(todo)
             reports = {group.name: read_report(self.root, group) for group in plan.groups}
         missing = sum(report is None for report in reports.values())

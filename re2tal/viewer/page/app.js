@@ -46,7 +46,8 @@ class Page {
     byId("notes").querySelector("summary").textContent = this.notes.length === 1 ? this.notes[0] : `${this.notes.length} notes`;
     byId("notes").classList.toggle("single", this.notes.length === 1);
     list.hidden = this.notes.length === 1;
-    if (this.videos.length) await this.open(this.list.order[0]);
+    const before = location.hash ? Number(location.hash.slice(1)) : -1; // the page was reloaded
+    if (this.videos.length) await this.open(this.videos[before] ? before : this.list.order[0]);
     else this.say("The results name no video, and neither do the annotations.", true);
   }
 
@@ -89,6 +90,7 @@ class Page {
     }
     if (this.wanted !== index) return; // another one was opened meanwhile
     this.index = index;
+    history.replaceState(null, "", `#${index}`);
     this.chosen = null;
     const actions = this.edits.actions(index) ?? detail.actions.map(toAction);
     const predictions = detail.predictions
