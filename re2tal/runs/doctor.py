@@ -166,7 +166,7 @@ def _row(
     if isinstance(found, str):
         return _Row(video_id, "unusable", [found])
     row = _Row(video_id, "ok", examined=found)
-    if found.damage.num_damaged:
+    if str(found.damage):
         row.remarks.append(str(found.damage))
         row.state = "damaged" if found.damage.share > max_damaged else "ok"
     if found.has_variable_rate:

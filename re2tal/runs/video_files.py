@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from re2tal.data.addresses.address import Source, as_address
-from re2tal.data.addresses.remote import check_library
+from re2tal.data.addresses.address import Address, Source, as_address
+from re2tal.data.addresses.remote import check_library, list_folder
 from re2tal.data.building.annotations import Annotations
 from re2tal.data.building.build import BuildConfig, build_shards
 from re2tal.data.building.isolated import Isolated
@@ -46,16 +46,17 @@ class VideoFiles:
 def find_videos(paths: Sequence[Path | str], *, recursive: bool = False) -> VideoFiles:
     """Files as they are given, and the video files of folders, by name; with `recursive` those of their folders too.
 
-    An address is of one video; whether it is there turns out when it is read. ValueError for an address that cannot be
-    opened, for a path that does not exist, and where there is no video at all.
+    The address of a folder in a bucket is listed; whether a video is there turns out when it is read. ValueError for an
+    address that cannot be opened, for a path that does not exist, and where there is no video at all.
     """
     files: list[Source] = []
     odd = []
     for given in paths:
         path = Path(given)
         if (address := as_address(given)) is not None:
-            check_library(address)
-            files.append(address)
+            inside_there = _at(address, recursive=recursive)
+            files += [one for one in inside_there if one == address or _is_video(Path(one.name))]
+            odd += [Path(str(one)) for one in inside_there if one != address and not _is_video(Path(one.name))]
         elif path.is_dir():
             inside = sorted(one for one in (path.rglob("*") if recursive else path.iterdir()) if not one.is_dir())
             files += [one for one in inside if _is_video(one)]
@@ -72,6 +73,19 @@ def find_videos(paths: Sequence[Path | str], *, recursive: bool = False) -> Vide
     if twice := [name for name, count in Counter(names.values()).items() if count > 1]:
         raise ValueError(f"two addresses are both called {twice[0]} in results; give one of them at a time")
     return VideoFiles(names, odd)
+
+
+def _at(address: Address, *, recursive: bool) -> list[Address]:
+    """A video's address itself, or those in a folder."""
+    check_library(address)
+    is_folder = address.url.endswith("/")
+    if _is_video(Path(address.name)) and not is_folder:
+        return [address]
+    if address.scheme not in ("http", "https"):
+        return list_folder(address, recursive=recursive)
+    if is_folder:
+        raise ValueError(f"{address} is a folder on the web, which cannot be listed; give the address of each video")
+    return [address]
 
 
 def list_videos(folder: Path) -> list[Path]:

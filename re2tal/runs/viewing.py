@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from re2tal.config import load_config
+from re2tal.data.addresses.address import as_address
 from re2tal.data.building.named_files import videos_in
 from re2tal.data.building.probe import probe_video
 from re2tal.data.contract.shards import FeatureSet, ShardSet, open_any, subset_folder
@@ -55,6 +56,9 @@ def open_viewer(source: Path, options: ViewOptions = ViewOptions()) -> ViewerSer
     """
     if not 0 < options.tiou <= 1:
         raise ValueError(f"--tiou is {options.tiou:g}; give a number above 0 and up to 1")
+    for name, given in (("", source), ("--videos ", options.videos), ("--annotations ", options.annotations)):
+        if given is not None and (address := as_address(given)) is not None:
+            raise ValueError(f"{name}{address}: the page shows files of this machine; copy it here, and give its path")
     if options.annotations is not None and not options.annotations.is_file():
         raise FileNotFoundError(f"--annotations {options.annotations} is not a file; check the path")
     path = _results_path(source)

@@ -25,6 +25,10 @@ class Server:
     """Ranges begin so many bytes too early, and say so."""
     head_bytes: int | None = None
     """What answers to HEAD say of the length, instead of the truth."""
+    says_length: bool = True
+    """Else an answer ends where the connection does."""
+    is_chunked: bool = False
+    """An answer without a length comes in pieces that have one, the last of them empty."""
     cuts: int = 0
     """So many of the next answers end early."""
     asked: list[tuple[str, str, str | None]] = field(default_factory=list)
@@ -74,7 +78,13 @@ def served(files: dict[str, bytes] | None = None) -> Iterator[Server]:
             part = part if status < 300 else b""
             self.send_response(status)
             is_wrong = not body and server.head_bytes is not None
-            self.send_header("Content-Length", str(server.head_bytes if is_wrong else len(part)))
+            if server.says_length:
+                self.send_header("Content-Length", str(server.head_bytes if is_wrong else len(part)))
+            elif server.is_chunked:
+                self.send_header("Transfer-Encoding", "chunked")
+                part = b"%x\r\n%b\r\n0\r\n\r\n" % (len(part), part)
+            else:
+                self.close_connection = True
             if status == 206:
                 self.send_header("Content-Range", f"bytes {first}-{first + len(part) - 1}/{len(whole)}")
             if self.path.endswith(".html"):

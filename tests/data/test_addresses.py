@@ -28,6 +28,8 @@ from re2tal.data.contract.shards import ShardSet, open_any, open_shards, subset_
 from re2tal.data.contract.verify import damage
 from re2tal.data.streaming.stream import ClipConfig, stream_clips
 from re2tal.data.streaming.windows import Slide
+from re2tal.runs.video_files import find_videos
+from re2tal.runs.viewing import ViewOptions, open_viewer
 from re2tal.structures import Action
 
 LENGTHS = (40, 61, 100, 33)
@@ -210,6 +212,20 @@ def test_an_answer_that_is_another_part_or_of_a_longer_file_is_an_error(
         fetched(Address(f"{server.address}/a.bin"))
 
 
+def test_an_answer_without_a_length_is_taken_only_where_its_end_is_marked(server: Server) -> None:
+    server.ranges, server.etag, server.says_length, server.is_chunked = False, None, False, True
+    address = Address(f"{server.address}/a.bin")
+    with local_copy(address) as copy:
+        assert list(copy.fetch())
+        assert copy.path.read_bytes() == CONTENT
+        server.cuts = 9
+        with pytest.raises(RemoteError, match="no answer, or one that ended early"):
+            list(copy.fetch())
+        server.is_chunked = False
+        with pytest.raises(RemoteError, match="does not say how long the file is, so a part of it would pass"):
+            list(copy.fetch())
+
+
 def test_content_that_changes_meanwhile_is_an_error(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(remote, "CHUNK", 6_000)
     with local_copy(Address(f"{server.address}/a.bin")) as copy:
@@ -377,7 +393,22 @@ def test_buckets_are_opened_by_bucket_and_key(monkeypatch: pytest.MonkeyPatch) -
     assert fetched(address) == CONTENT
     with pytest.raises(RemoteError, match=r"s3://bucket/none: status 404; check the address"):
         describe(Address("s3://bucket/none"))
+    for name in ("b.mp4", "a c.MKV", "notes.txt", "more/d.webm"):
+        memory.pipe_file(f"bucket/folder/{name}", b"x")
+    found = find_videos([Path("s3://bucket/folder")])
+    assert list(map(str, found.names)) == ["s3://bucket/folder/a c.MKV", "s3://bucket/folder/b.mp4"]
+    assert [path.name for path in found.odd] == ["a b.bin", "notes.txt"]
+    assert list(find_videos(["s3://bucket/folder/"], recursive=True).names.values()) == ["a c", "b", "d"]
+    with pytest.raises(ValueError, match=r"s3://bucket/none holds no video file"):
+        find_videos(["s3://bucket/none"])
     memory.rm("bucket", recursive=True)
+
+
+def test_folders_on_the_web_and_addresses_for_the_viewer_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"https://h.org/a/ is a folder on the web, which cannot be listed; give the"):
+        find_videos(["https://h.org/a/"])
+    with pytest.raises(ValueError, match=r"--videos s3://b/a: the page shows files of this machine; copy it here"):
+        open_viewer(Path("results.json"), ViewOptions(videos=Path("s3://b/a")))
 
 
 def test_a_library_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,8 +1,10 @@
 """Files of features that are not what they seem are refused by name, and nothing in them runs."""
 
 import io
+import json
 import pickle
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +12,8 @@ import torch
 
 from re2tal.data.building.feature_files import load_array
 from re2tal.data.building.pack_features import find_layout
+from re2tal.data.contract.shards import open_any
+from re2tal.runs.feature_packing import Pack, pack
 
 STEPS = np.arange(12, dtype=np.float32).reshape(4, 3) / 8
 
@@ -130,3 +134,69 @@ def test_the_axis_that_most_files_share_is_that_of_channels(shapes, wanted):
     else:
         with pytest.raises(ValueError, match=wanted):
             find_layout(named)
+
+
+def write(path: Path, values: np.ndarray) -> None:
+    """Features in the format that the name ends in."""
+    match path.suffix:
+        case ".npy":
+            np.save(path, values)
+        case ".npz":
+            np.savez(path, values)
+        case ".pt":
+            torch.save(torch.from_numpy(values), path)
+        case ".h5":
+            with pytest.importorskip("h5py").File(path, "w") as file:
+                file["x"] = values
+        case ".csv":
+            np.savetxt(path, values.reshape(len(values), -1), delimiter=",")
+
+
+@pytest.mark.parametrize("suffix", [".npy", ".npz", ".pt", ".h5", ".csv"])
+def test_one_odd_item_of_any_format_is_left_out_and_named(tmp_path, suffix):
+    rng = np.random.default_rng(0)
+    good = rng.standard_normal((21, 8)).astype(np.float32)
+    (tmp_path / "f").mkdir()
+    odd = {
+        "empty": b"",
+        "noise": rng.integers(0, 256, 500, dtype=np.uint8).tobytes(),
+        "text": b"no numbers\nat all\n",
+        "flat": good.ravel(),
+        "deep": good.reshape(3, 7, 8),
+        "wide": np.ones((21, 9), np.float32),
+        "nan": np.where(good == good[2, 3], np.float32("nan"), good),
+        "infinite": np.where(good == good[2, 3], np.float32("inf"), good),
+        "short": good[:3],
+    }
+    items = {**odd, "cut": None, "folder": None, **{f"good{number}": good[: 19 + number % 3] for number in range(30)}}
+    database = {}
+    for name, content in items.items():
+        path = tmp_path / "f" / f"{name}{suffix}"
+        if isinstance(content, bytes):
+            path.write_bytes(content)
+        elif content is not None:
+            write(path, content)
+        seconds = (len(content) if name.startswith("good") else 21) * 4 / 25
+        action = {"segment": [0.2, 1.0], "label": "x"}
+        database[name] = {"subset": "training", "duration": seconds, "annotations": [action]}
+    write(tmp_path / "f" / f"cut{suffix}", good)
+    cut = tmp_path / "f" / f"cut{suffix}"
+    cut.write_bytes(cut.read_bytes()[:400])
+    (tmp_path / "f" / f"folder{suffix}").mkdir()
+    (tmp_path / "a.json").write_text(json.dumps({"database": database}))
+    options = Pack(
+        features=tmp_path / "f",
+        annotations=tmp_path / "a.json",
+        out=tmp_path / "out",
+        stride_frames=4,
+        window_frames=4,
+        fps=25.0,
+        max_rejected=1.0,
+    )
+    assert pack(options) == 0
+    manifest = open_any(tmp_path / "out" / "training").manifest
+    reasons = {one.video_id: one.reason for one in manifest.rejected}
+    assert reasons.keys() == {*odd, "cut", "folder"}
+    assert manifest.totals.videos == 30
+    assert all(reasons.values())
+    assert not any("unsafe" in reason for reason in reasons.values())

@@ -148,6 +148,25 @@ def test_annotations_of_other_videos_change_nothing(tmp_path, capsys):
     assert before == {path: path.read_bytes() for path in root.rglob("*.*") if path.is_file()}
 
 
+def test_an_id_that_stands_for_two_videos_is_left_out_and_named_each_time(tmp_path, capsys):
+    root = folder_of(tmp_path / "s", "a", "b")
+    folder_of(tmp_path / "s", "b", "c", subset="validation", first=70)
+    before = tars(root / "training"), tars(root / "validation")
+    new = annotations(
+        tmp_path / "new.json",
+        a=("training", SECONDS, [(0.1, 0.4, "x")]),
+        b=("training", SECONDS, [(0.1, 0.4, "x")]),
+        c=("validation", 71 / 30, [(0.1, 0.4, "x")]),
+    )
+    for _ in range(2):  # those that are not listed any more are not taken for known either
+        code, out, err = run(capsys, "annotate", root, new, "--max-rejected", 0.5)
+        assert code == 0
+        assert f"rejected b: other pictures have its name in {root / 'training'} and in {root / 'validation'}" in err
+        assert "training: 1 of 1 videos" in out or "training: 0 of 1 videos" in out
+        assert [sorted(labels(root / name)) for name in ("training", "validation")] == [["a"], ["c"]]
+    assert (tars(root / "training"), tars(root / "validation")) == before
+
+
 def test_an_id_in_another_unicode_form_is_the_same_video(tmp_path, capsys):
     root = folder_of(tmp_path / "1", "caf\u00e9", "b")
     given = annotations(tmp_path / "a.json", **{"cafe\u0301": ("training", SECONDS, [(0.5, 1.0, "y")])})

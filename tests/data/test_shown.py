@@ -13,12 +13,14 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from av.bitstream import BitStreamFilterContext
 from data.files import encoding, write_video
 from data.numbered import numbered_frame, read_numbers
 
 from re2tal.data.building.check import Normalised, check_normalised
 from re2tal.data.building.encode import normalise_video
-from re2tal.data.building.probe import probe_video
+from re2tal.data.building.probe import open_video, probe_video
+from re2tal.data.building.shown import Damage, shown_frames
 from re2tal.data.streaming.decode import decode_frames
 
 
@@ -172,9 +174,26 @@ def test_an_avi_holds_pictures_where_it_dropped_frames(tmp_path):
             frame.pts, frame.time_base = number, Fraction(1, 30)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
-    frames, _ = stored(tmp_path / "v.avi")
+    frames, result = stored(tmp_path / "v.avi")
+    assert result.damage.num_damaged == 0
     wanted = [min(kept, key=lambda number, i=i: (abs(number - i), number)) for i in range(60)]
     assert read_numbers(frames) == wanted
+
+
+def test_an_avi_whose_pictures_come_at_every_twentieth_place_lacks_none(tmp_path):
+    """As a copy of an mp4's packets is, whose clock is finer than its rate."""
+    source = write_video(tmp_path / "v.mp4", num_frames=60, options={"bf": "3", "g": "30"})
+    with av.open(str(source)) as container, av.open(str(tmp_path / "v.avi"), "w") as target:
+        stream = container.streams.video[0]
+        copy = target.add_stream_from_template(stream)
+        lengths_to_codes = BitStreamFilterContext("h264_mp4toannexb", stream, copy)
+        for packet in container.demux(stream):
+            for one in lengths_to_codes.filter(packet if packet.size else None):
+                one.stream = copy
+                target.mux(one)
+    frames, result = stored(tmp_path / "v.avi")
+    assert (result.damage.num_frames, result.damage.num_damaged) == (60, 0)
+    assert read_numbers(frames) == list(range(60))
 
 
 def test_an_avi_whose_header_counts_fields_is_timed_by_its_rate(tmp_path):
@@ -221,8 +240,8 @@ def test_the_stream_that_is_marked_as_the_default_is_taken(tmp_path):
     assert read_numbers(stored(tmp_path / "v.mkv")[0]) == list(range(30))
 
 
-def write_moving(path: Path, codec: str, *, num_frames: int = 90, **options: str) -> Path:
-    """A pattern that moves, so that a lost packet shows."""
+def write_moving(path: Path, codec: str, *, num_frames: int = 90, pause: int = 0, **options: str) -> Path:
+    """A pattern that moves, so that a lost packet shows; frame 40 comes `pause` frames late."""
     noise = np.random.default_rng(0).integers(0, 255, (40, 60, 3)).astype(np.uint8)
     texture = np.kron(noise, np.ones((8, 8, 1), np.uint8))
     with av.open(str(path), "w") as container:
@@ -230,7 +249,9 @@ def write_moving(path: Path, codec: str, *, num_frames: int = 90, **options: str
         stream.width, stream.height, stream.pix_fmt = 160, 120, "yuv420p"
         for number in range(num_frames):
             picture = np.ascontiguousarray(texture[number : number + 120, 2 * number : 2 * number + 160])
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = number + pause * (number >= 40), Fraction(1, 30)
+            container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return path
 
@@ -313,6 +334,79 @@ def test_packets_that_are_missing_are_told_though_the_decoder_is_silent(tmp_path
         assert stored(sound)[1].damage.num_damaged == 0
     with pytest.raises(ValueError, match=rf"{name} is (damaged: \d+ of \d+ frames|cut short or has holes)"):
         stored(copied(source, tmp_path / name, without=range(40, 44)))
+
+
+def damage_of(source: Path) -> Damage:
+    """What is found by decoding alone."""
+    damage = Damage()
+    with open_video(source) as (container, stream):
+        for _ in shown_frames(container, stream, damage):
+            pass
+    return damage
+
+
+X265 = {"x265-params": "log-level=none:keyint=30:open-gop=0:bframes=0"}
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options", "number"),
+    [
+        ("key.mp4", "libx265", X265, 30),
+        ("between.ts", "libx265", X265, 36),
+        ("last.mkv", "libx265", X265, 70),
+        ("vp8.webm", "libvpx", {"g": "30", "b:v": "600k", **FAST}, 30),
+    ],
+)
+def test_a_picture_made_of_other_bytes_is_told_though_the_decoder_is_silent(tmp_path, name, codec, options, number):
+    source = write_moving(tmp_path / f"whole-{name}", codec, num_frames=75, **options)
+    changed = tmp_path / name
+    with av.open(str(source)) as container, av.open(str(changed), "w") as written:
+        stream = container.streams.video[0]
+        copy = written.add_stream_from_template(stream)
+        for place, packet in enumerate(one for one in container.demux(stream) if one.size):
+            content = bytearray(bytes(packet))
+            if place == number:
+                half = len(content) // 2
+                content[half : half + 24] = np.random.default_rng(1).integers(1, 256, 24).astype(np.uint8).tobytes()
+            other = av.Packet(bytes(content))
+            other.pts, other.dts, other.time_base = packet.pts, packet.dts, packet.time_base
+            other.is_keyframe, other.stream = packet.is_keyframe, copy
+            written.mux(other)
+    assert damage_of(source).num_damaged == 0
+    end = -(-number // 30) * 30 if number % 30 else number + 30
+    assert damage_of(changed).corrupt == pytest.approx(min(end, 75) - number, abs=1)
+
+
+def test_a_picture_that_an_avi_lost_is_told_by_the_times_of_the_others(tmp_path):
+    source = write_moving(tmp_path / "whole.avi", "mpeg4", g="30", bf="0")
+    assert damage_of(source).num_damaged == 0
+    assert damage_of(copied(source, tmp_path / "v.avi", without=range(40, 44))).corrupt == 16
+
+
+def test_pictures_that_a_broadcast_lost_damage_those_up_to_the_next_key_frame(tmp_path):
+    source = write_moving(tmp_path / "whole.ts", "mpeg2video", g="15", bf="0")
+    assert damage_of(source).num_damaged == 0
+    assert damage_of(copied(source, tmp_path / "v.ts", without=range(35, 38))).corrupt == 7
+
+
+def test_an_avi_that_begins_without_its_key_frame_is_damaged_up_to_the_next(tmp_path):
+    source = write_moving(tmp_path / "whole.avi", "mpeg4", g="30", bf="0")
+    assert damage_of(copied(source, tmp_path / "v.avi", without=range(1))).num_damaged == 29
+
+
+@pytest.mark.parametrize(
+    ("name", "codec", "options"),
+    [("v.webm", "libvpx", {"g": "30", "deadline": "realtime"}), ("v.mkv", "libx264", {"g": "30", "bf": "0"})],
+)
+def test_a_recording_that_paused_stands_still_and_one_that_lost_a_part_is_damaged(tmp_path, name, codec, options):
+    paused = stored(write_moving(tmp_path / name, codec, num_frames=75, pause=90, **options))[1]
+    assert paused.damage.num_damaged == 0
+    assert str(paused.damage) == "its picture stands still for 3.0 s, in which it has no frames"
+    assert paused.num_frames == pytest.approx(165, abs=1)
+    whole = write_moving(tmp_path / f"whole-{name}", codec, num_frames=195, **options)
+    lost = tmp_path / f"lost-{name}"
+    with pytest.raises(ValueError, match=r"is damaged: \d+ of \d+ frames .*; its picture stands still for [23]\.\d s"):
+        stored(copied(whole, lost, without=range(40, 130)))
 
 
 def test_a_short_gap_in_a_stream_that_is_numbered_is_a_camera_that_dropped_a_frame(tmp_path):

@@ -106,7 +106,14 @@ class _Asked:
 
 async def _check_answer(_: object, context: Any, params: Any) -> None:
     """fsspec takes any part that comes as the one it asked for, though the answer says which one it is."""
-    asked, said = context.trace_request_ctx, params.response.headers.get("Content-Range", "")
+    asked, headers = context.trace_request_ctx, params.response.headers
+    is_endless = "Content-Length" not in headers and "chunked" not in headers.get("Transfer-Encoding", "")
+    if isinstance(asked, Address) and params.response.status == 200 and is_endless:
+        raise RemoteError(
+            f"{asked}: the server does not say how long the file is, so a part of it would pass for the whole; copy it "
+            "to this machine, or to a server that says the length"
+        )
+    said = headers.get("Content-Range", "")
     if not isinstance(asked, _Asked) or not (match := _CONTENT_RANGE.match(said)):
         return
     if match[2] not in ("*", str(asked.file_bytes)):
@@ -155,7 +162,8 @@ def _fetch_in_one(address: Address, file: Any, *, most: int) -> Iterator[int]:
         file.seek(0)
         file.truncate()
         try:
-            with _system(address).open(_path(address), "rb", block_size=0) as remote:
+            asked = {"trace_request_ctx": address} if address.scheme in ("http", "https") else {}
+            with _system(address).open(_path(address), "rb", block_size=0, **asked) as remote:
                 while content := remote.read(CHUNK):
                     file.write(content)
                     yield file.tell()
@@ -164,6 +172,17 @@ def _fetch_in_one(address: Address, file: Any, *, most: int) -> Iterator[int]:
             return
         except Exception as error:
             _wait_or_raise(address, error, number)
+
+
+def list_folder(address: Address, *, recursive: bool) -> list[Address]:
+    """The files in a folder of a bucket or a data set, by name, with `recursive` those in its folders too; of a file
+    itself. Raises RemoteError."""
+
+    def ask(system: Any) -> list[str]:
+        system.invalidate_cache()
+        return system.find(_path(address).rstrip("/"), maxdepth=None if recursive else 1)
+
+    return [Address(f"{address.scheme}://{name.lstrip('/')}") for name in sorted(_patiently(address, ask))]
 
 
 def check_ranges(address: Address, *, file_bytes: int) -> None:
@@ -188,8 +207,9 @@ def _patiently(address: Address, work: Callable[[Any], T]) -> T:
 
 def _wait_or_raise(address: Address, error: Exception, number: int) -> None:
     """After try `number`: waits where another one may go well, else raises RemoteError without what may be secret."""
-    if isinstance(error, RemoteError):
-        raise error
+    for known in (error, error.__cause__):  # fsspec hides what it meets
+        if isinstance(known, RemoteError):
+            raise known from None
     if isinstance(error, ValueError) and "range requests" in str(error):
         raise NoRanges(
             f"{address}: the server sends files only whole, so that videos cannot be read out of a shard there; copy "

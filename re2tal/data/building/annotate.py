@@ -82,13 +82,15 @@ def annotate(folder: Path, annotations: Annotations, *, blocked: frozenset[str] 
     to another subset, where a single one is given. Each folder changes as a whole.
     """
     opened = _opened(folder)
-    stored = _stored(opened)
+    stored, twice = _stored(opened)
     changes = {one.manifest.subset: Annotated(one.root, one, one.manifest.subset) for one in opened}
     damaged = {one.video_id: one for found in opened if isinstance(found, ShardSet) for one in found.manifest.damaged}
     is_single = (folder / MANIFEST_NAME).is_file()
     earlier = {one.video_id: one.reason for found in opened for one in found.manifest.rejected}
+    earlier |= {video_id: _which([home for home, _ in all_of]) for video_id, all_of in twice.items()}
     seen: set[str] = set()
-    as_here = {composed(video_id): video_id for video_id in stored}  # another program may write another Unicode form
+    # Another program may write another Unicode form.
+    as_here = {composed(video_id): video_id for video_id in (*stored, *twice)}
     listed = [one for found in annotations.subsets.values() for one in found if one.video_id not in blocked]
     records = [replace(one, video_id=as_here.get(composed(one.video_id), one.video_id)) for one in listed]
     for record in sorted(records, key=lambda one: one.video_id not in stored):  # a new subset begins with a video
@@ -101,6 +103,8 @@ def annotate(folder: Path, annotations: Annotations, *, blocked: frozenset[str] 
                     "folder of all subsets"
                 )
             continue
+        if name is None and record.video_id in twice:  # a folder that is not there yet would hold nothing of it
+            name = twice[record.video_id][0][0].manifest.subset
         if name is None:
             if entry is None:
                 continue
@@ -114,6 +118,11 @@ def annotate(folder: Path, annotations: Annotations, *, blocked: frozenset[str] 
             changes[home.manifest.subset].unlisted.append(entry)
         if video_id not in seen and video_id in home.by_id:
             changes[home.manifest.subset].gone.append(video_id)
+    for video_id, all_of in twice.items():
+        for home, entry in all_of:
+            changes[home.manifest.subset].unlisted.append(entry)
+        if video_id not in seen:
+            changes[all_of[0][0].manifest.subset].gone.append(video_id)
     _check([*changes.values()], seen)
     # What moves is taken from its old folder first, and can be found there until it is in the new one.
     for change in sorted(changes.values(), key=lambda change: bool(change.moved)):
@@ -129,20 +138,31 @@ def _opened(folder: Path) -> list[AnySet]:
     return [open_any(root) for root in roots or [folder]]
 
 
-def _stored(opened: Sequence[AnySet]) -> dict[str, tuple[AnySet, Entry]]:
-    """Video id -> (folder, entry) of all videos, those that are not listed too."""
-    stored: dict[str, tuple[AnySet, Entry]] = {}
+Place = tuple[AnySet, Entry]
+"""A folder and a video in it."""
+
+
+def _stored(opened: Sequence[AnySet]) -> tuple[dict[str, Place], dict[str, list[Place]]]:
+    """(video id -> where it is, listed or not; the same for ids that stand for different pictures).
+
+    Listed videos come before others. The same pictures are in two folders after a change that was broken off.
+    """
+    places: dict[str, list[Place]] = {}
     for shards in opened:
         for entry in shards.videos:
-            other, first = stored.setdefault(entry.record.video_id, (shards, entry))
-            if first.crc32 != entry.crc32:  # the same pictures are in two after a change that was broken off
-                raise ValueError(
-                    f"{entry.record.video_id!r} is in {other.root} and in {shards.root}; remove one folder"
-                )
+            places.setdefault(entry.record.video_id, []).append((shards, entry))
+    listed = set(places)
     for shards in opened:
         for entry in _unlisted(shards):
-            stored.setdefault(entry.record.video_id, (shards, entry))
-    return stored
+            if entry.record.video_id not in listed:
+                places.setdefault(entry.record.video_id, []).append((shards, entry))
+    twice = {video_id: one for video_id, one in places.items() if len({entry.crc32 for _, entry in one}) > 1}
+    return {video_id: one[0] for video_id, one in places.items() if video_id not in twice}, twice
+
+
+def _which(homes: Sequence[AnySet]) -> str:
+    roots = " and in ".join(dict.fromkeys(str(one.root) for one in homes))
+    return f"other pictures have its name in {roots}: which are meant is not known; rename one and build it again"
 
 
 def _unlisted(shards: AnySet) -> Iterator[Entry]:

@@ -17,7 +17,7 @@ import numpy as np
 from re2tal.data.building.check import Normalised, Samples
 from re2tal.data.building.isolated import still_working
 from re2tal.data.building.probe import VideoProbe, displayed_size, open_video
-from re2tal.data.building.shown import Damage, Orientation, shown_frames
+from re2tal.data.building.shown import Orientation, shown_frames
 from re2tal.data.contract.mp4 import Mp4, read_mp4
 
 COPY_DIFFERENCE = 2.0
@@ -78,7 +78,7 @@ def _constant_rate(seconds: np.ndarray) -> Fraction:
 
 def check_as_it_is(source: Path, mp4: Mp4, *, probe: VideoProbe) -> Normalised:
     """What an mp4 of the source's packets holds; ValueError says why the source has to be encoded instead."""
-    damage = Damage(num_frames=probe.num_missing, missing=probe.num_missing)
+    damage = probe.damage
     samples = Samples(Fraction(mp4.fps), mp4.num_frames, probe.orientation)
     count = 0
     with open_video(source) as (container, stream):

@@ -22,7 +22,7 @@ from av.video.stream import VideoStream
 from re2tal.data.building.check import Normalised, Samples
 from re2tal.data.building.pictures import SMPTE_170M, naming, nearest_in_time, scaled
 from re2tal.data.building.probe import MAX_DAMAGED, VideoProbe, open_video
-from re2tal.data.building.shown import Damage, shown_frames
+from re2tal.data.building.shown import shown_frames
 from re2tal.data.contract.manifest import Encoding, FramesPerSecond, FramesPerVideo
 
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EIO, errno.EACCES, errno.ENOENT)
@@ -37,7 +37,7 @@ def normalise_video(
     Raises ValueError where more than the share `max_damaged` of the source's frames is damaged or missing.
     """
     rate, num_frames = sampling_grid(probe.duration_seconds, encoding)
-    damage = Damage(num_frames=probe.num_missing, missing=probe.num_missing)
+    damage = probe.damage
     samples = Samples(rate, num_frames, probe.orientation)
     with open_video(source) as (container, stream):
         shown = samples.taken_from(shown_frames(container, stream, damage))

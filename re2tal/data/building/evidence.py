@@ -4,6 +4,8 @@ the container     marks packets: a transport stream numbers its pieces
 checksums         of Matroska files (checksums.py)
 zeros             arithmetic coding, and the escapes of H.264 and HEVC, make long runs of them impossible
 frame numbers     of H.264 (frame_numbers.py)
+
+consumption.py and picture_times.py find more when the pictures around are known.
 """
 
 from __future__ import annotations

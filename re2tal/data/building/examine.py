@@ -37,7 +37,7 @@ class Examined:
 def examine_video(path: Path, *, decode: bool) -> Examined:
     """Read all packets, and with `decode` all frames. ValueError says why a file cannot be used at all."""
     probe = probe_video(path, max_missing=1.0)
-    damage = Damage(num_frames=probe.num_missing, missing=probe.num_missing)
+    damage = probe.damage
     with open_video(path) as (container, stream):
         packets = [packet for packet in container.demux(stream) if packet.size]
         times = np.sort([packet.pts for packet in packets if packet.pts is not None])

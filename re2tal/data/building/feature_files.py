@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import warnings
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -83,6 +84,8 @@ def load_array(path: Path, *, key: str | None = None, entry: str = "") -> np.nda
         raise ValueError(f"{shown} needs h5py to be read: pip install 're2tal[h5]'") from None
     except Exception as error:  # one file, whatever it does to its reader, never ends a job
         what = str(error).splitlines()[0][:120] if str(error) else type(error).__name__
+        if re.search(r"pickle|weights.only", what, re.IGNORECASE):  # their advice is to run what the file says
+            what = "what it holds is not numbers alone"
         raise ValueError(f"{shown} is no sound {path.suffix} file of numbers ({what})") from None
     values = _two_axes(values)
     if values.ndim != 2 or values.dtype.kind != "f":

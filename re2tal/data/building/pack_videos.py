@@ -76,8 +76,7 @@ class VideoPacker:
             source=made_from,
             damaged_share=normalised.damage.share,
         )
-        damage = str(normalised.damage) if normalised.damage.num_damaged else ""
-        return Made(description, made_from.duration_seconds, damage, is_copy=copy)
+        return Made(description, made_from.duration_seconds, str(normalised.damage), is_copy=copy)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from av.video.stream import VideoStream
 
 from re2tal.data.building.probe import MAX_DAMAGED, VideoProbe, displayed_size, open_video
-from re2tal.data.building.shown import Damage, Orientation, colours_of, orientation_of, shown_frames
+from re2tal.data.building.shown import Orientation, colours_of, orientation_of, shown_frames
 
 T = TypeVar("T")
 PICTURES_AT_ONCE = 16
@@ -47,7 +47,7 @@ def pictures(
     They are those that `encode` would store, before they are compressed. Raises ValueError where the source cannot be
     decoded, and at its end where more than the share `max_damaged` of its frames is damaged or missing.
     """
-    damage = Damage(num_frames=probe.num_missing, missing=probe.num_missing)
+    damage = probe.damage
     with open_video(source) as (container, stream):
         frames = nearest_in_time(shown_frames(container, stream, damage), rate=rate, num_frames=num_frames)
         yuv = scaled(frames, stream, orientation=probe.orientation, short_side=short_side)

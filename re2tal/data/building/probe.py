@@ -18,7 +18,8 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 
 from re2tal.data.building.isolated import still_working
-from re2tal.data.building.shown import Orientation, orientation_of, origin_seconds
+from re2tal.data.building.picture_times import PAUSE_SECONDS
+from re2tal.data.building.shown import Damage, Orientation, orientation_of, origin_seconds
 
 _OPEN_OPTIONS = {
     "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,flv,asf",
@@ -44,6 +45,8 @@ class VideoProbe:
     """Packets that are shown; decoding may give a few less."""
     num_missing: int
     """Frames that are not there, according to gaps in time or to the header."""
+    still_seconds: float
+    """In which the recording paused."""
     duration_seconds: Fraction
     """From the start of a player's clock, possibly before the first frame, to the end of the last frame."""
     width: int
@@ -51,6 +54,11 @@ class VideoProbe:
     height: int
     orientation: Orientation
     """How the first frame is turned."""
+
+    @property
+    def damage(self) -> Damage:
+        """What is known before any frame is decoded."""
+        return Damage(num_frames=self.num_missing, missing=self.num_missing, still_seconds=self.still_seconds)
 
 
 def probe_video(path: Path, *, max_missing: float = MAX_DAMAGED) -> VideoProbe:
@@ -61,7 +69,7 @@ def probe_video(path: Path, *, max_missing: float = MAX_DAMAGED) -> VideoProbe:
     """
     with open_video(path) as (container, stream):
         codec = stream.codec_context.name
-        num_frames, num_missing, duration = _scan(path, container, stream)
+        num_frames, num_missing, still_seconds, duration = _scan(path, container, stream)
     if num_missing > max_missing * (num_frames + num_missing):
         raise ValueError(
             f"{path} is cut short{'' if stream.frames else ' or has holes'}: its header promises "
@@ -77,6 +85,7 @@ def probe_video(path: Path, *, max_missing: float = MAX_DAMAGED) -> VideoProbe:
         codec=codec,
         num_frames=num_frames,
         num_missing=num_missing,
+        still_seconds=still_seconds,
         duration_seconds=duration,
         width=width,
         height=height,
@@ -130,7 +139,9 @@ def _video_stream(path: Path, container: InputContainer) -> VideoStream:
     stream = best if best in moving else max(moving, key=_preference)
     assert isinstance(stream, VideoStream)
     stream.codec_context.thread_count = 1  # work is spread over processes
-    stream.codec_context.options = {"err_detect": "crccheck"}  # of pictures that carry a checksum: HEVC, FFV1
+    # Checksums of pictures that carry one (HEVC, FFV1), and whether those of MPEG-4 end where their bytes do.
+    checks = "crccheck+bitstream+buffer" if stream.codec_context.name == "mpeg4" else "crccheck"
+    stream.codec_context.options = {"err_detect": checks}
     return stream
 
 
@@ -140,8 +151,8 @@ def _preference(stream: VideoStream) -> tuple[bool, int]:
     return is_default, stream.codec_context.width * stream.codec_context.height
 
 
-def _scan(path: Path, container: InputContainer, stream: VideoStream) -> tuple[int, int, Fraction]:
-    """(packets that are shown, frames that should be there besides, seconds that all last)."""
+def _scan(path: Path, container: InputContainer, stream: VideoStream) -> tuple[int, int, float, Fraction]:
+    """(packets that are shown, frames that should be there besides, seconds of pauses, seconds that all last)."""
     is_avi, is_mkv = container.format.name == "avi", container.format.name.startswith("matroska")
     total, shown, end_seconds = 0, [], 0.0
     for packet in container.demux() if is_mkv else container.demux(stream):
@@ -161,16 +172,19 @@ def _scan(path: Path, container: InputContainer, stream: VideoStream) -> tuple[i
             shown.append((time, packet.duration or 0))
     if not shown:
         raise ValueError(f"{path} has a video stream without frames; replace the file")
-    seconds = _span_seconds(path, shown, container, stream)
+    if is_avi:  # a picture may be followed by places without one, the last picture too
+        usual = int(np.median(np.diff([time for time, _ in shown]))) if len(shown) > 1 else 1
+        shown = [(time, max(1, usual)) for time, _ in shown]
+    seconds, still = _span_seconds(path, shown, container, stream), 0.0
     if is_avi:
         missing = _missing_of_avi(path, shown, stream)
     elif container.format.name.startswith("mov"):  # says how long each frame is shown, so it has no gaps
         missing = stream.frames - total
     else:
         absent_seconds = (container.duration or 0) / av.time_base - end_seconds if is_mkv else 0
-        missing = stream.frames - total if stream.frames else _missing_in_gaps(shown, stream)
+        missing, still = (stream.frames - total, 0.0) if stream.frames else _missing_in_gaps(shown, stream)
         missing += round(absent_seconds * len(shown) / float(seconds)) if absent_seconds > LEAST_GAP_SECONDS else 0
-    return len(shown), max(0, missing), seconds
+    return len(shown), max(0, missing), still, seconds
 
 
 def _missing_of_avi(path: Path, shown: list[tuple[int, int]], stream: VideoStream) -> int:
@@ -184,7 +198,7 @@ def _missing_of_avi(path: Path, shown: list[tuple[int, int]], stream: VideoStrea
     promised = 8 + int.from_bytes(head[4:], "little") if head[:4] == b"RIFF" else 0
     if promised > path.stat().st_size:
         return round(len(shown) * (promised / path.stat().st_size - 1))
-    places = max(shown)[0] + 1
+    places = sum(max(shown))
     missing = stream.frames - places
     if missing <= 0 or abs(stream.frames - 2 * places) <= 2:
         return 0
@@ -193,27 +207,32 @@ def _missing_of_avi(path: Path, shown: list[tuple[int, int]], stream: VideoStrea
             f"{path} is damaged: its header promises {stream.frames} frames, {places} are there, and nothing tells "
             "when they are shown; replace the file"
         )
-    return missing
+    return missing // max(shown)[1]
 
 
-def _missing_in_gaps(shown: list[tuple[int, int]], stream: VideoStream) -> int:
-    """Frames that a stream of constant rate lacks; of streams whose rate varies nothing can be said.
+def _missing_in_gaps(shown: list[tuple[int, int]], stream: VideoStream) -> tuple[int, float]:
+    """(frames that a stream of constant rate lacks, seconds in which it paused).
 
-    Cameras drop a frame now and then: where the container is not made for broadcast, a short gap is no damage. But in a
-    steady stream it is, if nothing else could tell that a packet was lost.
+    Of streams whose rate varies nothing can be said. Cameras drop a frame now and then: where the container is not made
+    for broadcast, a short gap is no damage. But in a steady stream it is, if nothing else could tell that a packet was
+    lost.
     """
     times = np.sort(np.array([time for time, _ in shown]))
     steps = np.diff(times)
     if len(steps) < 20 or stream.time_base is None:
-        return 0
+        return 0, 0.0
     usual = float(np.median(steps))
     if usual <= 0 or np.mean(np.abs(steps - usual) <= 0.5 * usual) < 0.95:
-        return 0
+        return 0, 0.0
     least, name = 1.5 * usual, stream.codec_context.name
     is_steady = np.mean(np.abs(steps - usual) <= max(0.1 * usual, 0.0015 / float(stream.time_base))) >= 0.98
-    if stream.container.format.name not in ("mpegts", "mpeg") and not (is_steady and name in _UNNUMBERED):
+    is_broadcast = stream.container.format.name in ("mpegts", "mpeg")
+    if not is_broadcast and not (is_steady and name in _UNNUMBERED):
         least = max(4.5 * usual, LEAST_GAP_SECONDS / float(stream.time_base))
-    return int(np.rint(steps[steps > least] / usual - 1).sum())
+    gaps = steps[steps > least]
+    pause = float("inf") if is_broadcast else PAUSE_SECONDS / float(stream.time_base)
+    still = float((gaps[gaps >= pause] - usual).sum()) * float(stream.time_base)
+    return int(np.rint(gaps[gaps < pause] / usual - 1).sum()), still
 
 
 def _span_seconds(path: Path, shown: list[tuple[int, int]], container: InputContainer, stream: VideoStream) -> Fraction:

@@ -20,14 +20,17 @@ from av.sidedata.sidedata import Type
 from av.video.reformatter import ColorRange
 from av.video.stream import VideoStream
 
+from re2tal.data.building.consumption import Consumption
 from re2tal.data.building.evidence import Evidence
 from re2tal.data.building.isolated import still_working
+from re2tal.data.building.picture_times import LostPictures
 
 # FFmpeg's own decoders of these show garbage without a word; libvpx, which browsers use, refuses damaged data.
 _STRICT_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 _BENIGN = re.compile(r"mmco|number of reference frames|co located|SEI|VUI|vui")
 _HEAD_PACKETS = 60
-"""A recording of a broadcast begins between two key frames; what comes before the first one is not shown."""
+"""A recording of a broadcast begins between two key frames; what comes before the first one is not shown. An AVI is
+none, and its decoders would show it."""
 # A stream that was cut begins with frames whose references are gone: normal until its second key frame.
 _MISSING_REFERENCE = re.compile(r"[Mm]issing reference|reference picture missing|find ref with POC|non-existing")
 _MATRICES = {1: "bt709", 4: "fcc", 7: "smpte240m", 9: "bt2020"}
@@ -67,6 +70,8 @@ class Damage:
     """Frames that gaps in time, or the header, say should be there."""
     misplaced: int = 0
     """Frames that come after a later one; they are left out."""
+    still_seconds: float = 0.0
+    """No damage by itself: where a recording paused, a player goes on showing the picture before."""
 
     @property
     def num_damaged(self) -> int:
@@ -79,6 +84,11 @@ class Damage:
         return self.num_damaged / max(1, self.num_frames)
 
     def __str__(self) -> str:
+        still = f"its picture stands still for {self.still_seconds:.1f} s, in which it has no frames"
+        parts = [self._counts()] * bool(self.num_damaged) + [still] * bool(self.still_seconds)
+        return "; ".join(parts)
+
+    def _counts(self) -> str:
         kinds = ("undecodable", "corrupt", "missing", "misplaced")
         parts = ", ".join(f"{count} {kind}" for kind in kinds if (count := getattr(self, kind)))
         return f"{self.num_damaged} of {self.num_frames} frames ({self.share:.1%}) are damaged: {parts}"
@@ -144,6 +154,7 @@ def _decoded(
         decoder.thread_count = 1
     by_place = _Places() if container.format.name == "avi" else None
     evidence, interlaced = Evidence(container, stream), False
+    consumption, lost = Consumption(stream, decoder.name), LostPictures(container, stream)
     broken, in_head, num_keys, num_head, num_sent, num_shown = False, False, 0, 0, 0, 0
     level, skips = av.logging.get_level(), av.logging.get_skip_repeated()
     av.logging.set_level(av.logging.WARNING)
@@ -154,7 +165,7 @@ def _decoded(
                 still_working()
                 if packet.size:
                     num_keys += packet.is_keyframe
-                    in_head = not num_keys and num_sent + num_head < _HEAD_PACKETS
+                    in_head = not (num_keys or by_place) and num_sent + num_head < _HEAD_PACKETS
                     num_head += in_head
                     num_sent += not (packet.is_discard or in_head)
                     broken = broken and not packet.is_keyframe
@@ -171,12 +182,17 @@ def _decoded(
                     is_lost = evidence.is_lost(packet)  # follows each packet
                     broken = broken or is_lost or _complains(complaints, decoder.name, num_keys < 2)
                     damage.corrupt += broken and bool(packet.size) and not (packet.is_discard or in_head)
+                damage.corrupt += consumption.follow(packet, is_counted=broken)
+                num_unsound = sum(consumption.needs_more(frame) for frame in frames)
+                damage.corrupt += 0 if broken else num_unsound
+                damage.corrupt += lost.follow(packet, is_counted=broken or num_unsound > 0)
                 complaints.clear()
                 for frame in frames:
                     if frame.is_corrupt and not broken:
                         damage.corrupt += 1
                         broken = True
                     num_shown += 1
+                    lost.add_shown(frame)
                     interlaced = interlaced or frame.interlaced_frame
                     time = frame.dts if frame.pts is None else frame.pts
                     yield by_place.next() if by_place else time, frame
