@@ -11,7 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from re2tal.evaluation.soft_nms import Floats, Penalty, soft_nms
+from re2tal.evaluation.overlaps import Floats, Penalty
+from re2tal.evaluation.soft_nms import soft_nms
 from re2tal.structures import Detections
 
 
@@ -125,7 +126,7 @@ def _thin_out(
 
 def _gaussian(config: SuppressionConfig) -> Penalty:
     scale = np.float32(1 / config.sigma)
-    return lambda iou, length: np.multiply(np.multiply(iou, iou, out=iou), scale, out=iou)
+    return Penalty(lambda iou, length: np.multiply(np.multiply(iou, iou, out=iou), scale, out=iou))
 
 
 def _gaussian_above(config: SuppressionConfig) -> Penalty:
@@ -133,22 +134,30 @@ def _gaussian_above(config: SuppressionConfig) -> Penalty:
 
     def penalty(iou: Floats, length: Floats) -> Floats:
         mild = iou < base + slope * length
-        iou = gaussian(iou, length)
+        iou = gaussian.of(iou, length)
         iou[mild] = 0.0
         return iou
 
-    return penalty
+    return Penalty(penalty, uses_length=True)
 
 
 def _linear(config: SuppressionConfig) -> Penalty:
     smallest = np.finfo(np.float32).tiny
-    return lambda iou, length: np.where(
-        iou >= config.iou_threshold, -np.log(np.maximum(np.float32(1) - iou, smallest)), np.float32(0)
-    )
+
+    def penalty(iou: Floats, length: Floats) -> Floats:
+        lowers = iou >= config.iou_threshold
+        np.subtract(np.float32(1), iou, out=iou)
+        np.log(np.maximum(iou, smallest, out=iou), out=iou)
+        return np.multiply(iou, np.negative(lowers, dtype=np.float32), out=iou)
+
+    return Penalty(penalty)
 
 
 def _hard(config: SuppressionConfig) -> Penalty:
-    return lambda iou, length: np.where(iou >= config.iou_threshold, np.float32(np.inf), np.float32(0))
+    threshold = config.iou_threshold
+    return Penalty(
+        lambda iou, length: np.where(iou >= threshold, np.float32(np.inf), np.float32(0)), is_local=threshold > 0
+    )
 
 
 _PENALTIES: dict[str, Callable[[SuppressionConfig], Penalty]] = {
