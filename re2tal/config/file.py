@@ -143,7 +143,8 @@ def _explain(error: ValidationError, kind: Any, *, inside: str | None) -> str:
         parts = [str(part) for part in fault["loc"]]
         key = ".".join(parts if inside is None else [inside, *parts]) or "the document"
         if fault["type"] == "unexpected_keyword_argument":
-            known = [name for name, _ in flatten(_adapter(kind).dump_python(kind(), mode="json"))]
+            leaves = (name.split(".") for name, _ in flatten(_adapter(kind).dump_python(kind(), mode="json")))
+            known = {".".join(parts[:depth]) for parts in leaves for depth in range(1, len(parts) + 1)}
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             lines.append(f"unknown key {key}" + (f"; did you mean {nearest[0]}?" if nearest else ""))
         elif fault["type"] == "value_error":  # raised by a component, which names its field, or the whole key

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from re2tal.evaluation.overlaps import Floats, Penalty
 from re2tal.evaluation.soft_nms import soft_nms
+from re2tal.options import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, check_ranges
 from re2tal.structures import Detections
 
 
@@ -53,12 +54,16 @@ class SuppressionConfig:
         known = sorted([*_PENALTIES, "none"])
         if self.method not in known:
             raise ValueError(f"suppression.method is {self.method!r}, which is unknown; known: {known}")
-        if self.sigma <= 0:
-            raise ValueError(f"suppression.sigma is {self.sigma}; give a positive number")
-        if self.max_per_video < 1:
-            raise ValueError(f"suppression.max_per_video is {self.max_per_video}; give 1 or more")
-        if self.max_per_minute is not None and not 0 < self.max_per_minute < math.inf:
-            raise ValueError(f"suppression.max_per_minute is {self.max_per_minute}; give a positive number")
+        check_ranges(
+            self,
+            "suppression",
+            sigma=POSITIVE,
+            iou_threshold=SHARE,
+            min_score=NOT_NEGATIVE,
+            max_per_video=COUNT,
+            max_per_minute=POSITIVE,
+            voting_threshold=SHARE,
+        )
 
     def limit(self, segments: Floats) -> int:
         """How many of a video's (N, 2) segments, in seconds, may stay."""
