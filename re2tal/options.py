@@ -26,6 +26,7 @@ class Range(NamedTuple):
     """What to give, for the error."""
 
 
+FINITE = Range(math.isfinite, "a finite number")
 COUNT = Range(lambda value: 1 <= value < math.inf, "1 or more")
 NOT_NEGATIVE = Range(lambda value: 0 <= value < math.inf, "0 or more")
 POSITIVE = Range(lambda value: 0 < value < math.inf, "a positive number")

@@ -204,6 +204,8 @@ def test_what_a_file_does_not_mention_keeps_its_default(tmp_path):
             "config.json: unknown key localizer.anchor_scale; did you mean localizer.anchor_scales.$",
         ),
         ('{"localizer": {"name": "actionformer", "num_heads": 0}}', "localizer.num_heads is 0; give 1 or more$"),
+        ('{"data": {"clips": {"colour_jitter": -1}}}', "data.clips.colour_jitter is -1.0; give a number from 0 to 1$"),
+        ('{"training": {"seed": -1}}', "config.json: training.seed is -1; give 0 or more$"),
         ('{"traning": {"epochs": 3}}', "config.json: unknown key traning; did you mean training.$"),
         ('{"task": "recognition", "localizer": {"name": "vsgn"}}', "unknown key localizer"),
         ('{"name": 1', "not usable JSON"),

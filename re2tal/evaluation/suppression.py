@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from re2tal.evaluation.overlaps import Floats, Penalty
 from re2tal.evaluation.soft_nms import soft_nms
-from re2tal.options import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, check_ranges
+from re2tal.options import COUNT, FINITE, NOT_NEGATIVE, POSITIVE, SHARE, check_ranges
 from re2tal.structures import Detections
 
 
@@ -59,6 +59,8 @@ class SuppressionConfig:
             "suppression",
             sigma=POSITIVE,
             iou_threshold=SHARE,
+            overlap_base=SHARE,
+            overlap_slope=FINITE,
             min_score=NOT_NEGATIVE,
             max_per_video=COUNT,
             max_per_minute=POSITIVE,
