@@ -17,7 +17,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
 from re2tal.backbones.weights import WEIGHTS_SUFFIXES
 from re2tal.config.schema import RUNS, RecognitionConfig, RunConfig
-from re2tal.config.unions import CHOICES, Choice
+from re2tal.config.unions import CHOICES, KindChoice
 from re2tal.data.addresses.address import folder_address
 from re2tal.strict_json import read_json, write_atomically
 
@@ -88,7 +88,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield prefix + key, value
 
 
-def _read_choice(document: Any, choice: Choice) -> None:
+def _read_choice(document: Any, choice: KindChoice) -> None:
     """Puts the configuration that JSON values mean in their place in `document`, if they are there."""
     holder, last = _holder(document, choice.key)
     if last not in holder:
