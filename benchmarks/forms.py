@@ -43,20 +43,8 @@ from re2tal.reversible.live_bytes import LiveBytes
 from re2tal.reversible.precision import GridStep
 from re2tal.rewire import RewiringConfig, residual_branches, rewire, stages_of, unrewire
 
-FORMS = (
-    "plain",
-    "checkpoint",
-    "keep attention",
-    "checkpoint, on host",
-    "family's own",
-    "reversible",
-    "in pieces",
-    "pieces, known",
-    "pieces, attention",
-    "pieces, both",
-)
-
 CUT = ("in pieces", "pieces, known", "pieces, attention", "pieces, both")
+FORMS = ("plain", "checkpoint", "keep attention", "checkpoint, on host", "family's own", "reversible", *CUT)
 
 ATTENTION_KERNELS = {
     getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}").default

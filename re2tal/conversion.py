@@ -129,7 +129,8 @@ def import_detector(
     on_features = config.backbone.name == stored.NAME
     localizer = _localizer_of(detector, any_variant=on_features)
     layout: Variant = getattr(localizer.config, "variant", "opentad") if on_features else "opentad"
-    outer = _wrapper_of(checkpoint.tensors)
+    # The prefix of torch's data-parallel wrapper, if every name has it.
+    outer = "module." if all(key.startswith("module.") for key in checkpoint.tensors) else ""
     state = {key.removeprefix(outer): value for key, value in checkpoint.tensors.items()}
     theirs = {key for key in state if key.startswith(public_prefixes(localizer, layout))}
     _check_detector(state, theirs, localizer, path, layout=layout)
@@ -237,11 +238,6 @@ def _localizer_of(detector: TemporalActionDetector, *, any_variant: bool = False
     if variant != "opentad" and not any_variant:
         raise ValueError(f"localizer.variant is {variant!r}, and whole detectors are OpenTAD's; set it to 'opentad'")
     return localizer
-
-
-def _wrapper_of(state: Mapping[str, Tensor]) -> str:
-    """The prefix of torch's data-parallel wrapper, if every name has it."""
-    return "module." if all(key.startswith("module.") for key in state) else ""
 
 
 def _check_detector(

@@ -1,18 +1,47 @@
-"""Flags of a configuration's fields, in addition to type and default, and the names of the fields that have a flag.
+"""Flags and ranges of a configuration's fields, in addition to type and default.
 
     workers: int = option(2, resumable=True)
     names_with(run, "resumable")                    -> name, data.shards, data.clips.workers, ...
 
 A field without a value for a flag inherits it from the field that holds its configuration.
+
+    check_ranges(self, "localizer", channels=COUNT, dropout=RATE)      in __post_init__
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, field, fields, is_dataclass
-from typing import Any, Literal, TypeVar, overload
+from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 T = TypeVar("T")
+
+
+class Range(NamedTuple):
+    """Which numbers a field takes."""
+
+    accepts: Callable[[float], bool]
+    words: str
+    """What to give, for the error."""
+
+
+FINITE = Range(math.isfinite, "a finite number")
+COUNT = Range(lambda value: 1 <= value < math.inf, "1 or more")
+NOT_NEGATIVE = Range(lambda value: 0 <= value < math.inf, "0 or more")
+POSITIVE = Range(lambda value: 0 < value < math.inf, "a positive number")
+SHARE = Range(lambda value: 0 <= value <= 1, "a number from 0 to 1")
+RATE = Range(lambda value: 0 <= value < 1, "a number from 0 to below 1")
+INSIDE = Range(lambda value: 0 < value < 1, "a number between 0 and 1")
+
+
+def check_ranges(config: Any, part: str, **ranges: Range) -> None:
+    """Raises ValueError for a field that is outside its range; None is inside. `part` is where `config` stands."""
+    for name, one in ranges.items():
+        value = getattr(config, name)
+        if value is not None and not one.accepts(value):
+            raise ValueError(f"{part}.{name} is {value}; give {one.words}")
+
 
 Flag = Literal["resumable", "planned", "wiring", "of_rewired"]
 

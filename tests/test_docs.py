@@ -39,7 +39,7 @@ def test_lines_of_prose_are_narrow(page: Path) -> None:
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_between_pages_lead_somewhere(page: Path) -> None:
     lost = []
-    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+    for target in re.findall(r"(?:\]\(|^\[[^\]]+\]: )([^)\s]+)", page.read_text(), re.MULTILINE):
         path, _, anchor = target.partition("#")
         found = page.parent / path if path else page
         if "://" in target:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from re2tal.backbones import build_backbone, check_wiring
-from re2tal.config.schema import RecognitionConfig, Run, RunConfig
+from re2tal.config.schema import RecognitionConfig, RunConfig, SharedConfig
 from re2tal.detector import TemporalActionDetector
 from re2tal.localizers import build_localizer
 from re2tal.recognizer import Recognizer, load_classifier
@@ -40,10 +40,10 @@ def build_recognizer(config: RecognitionConfig, classes: Sequence[str]) -> tuple
     return recognizer, load_classifier(recognizer, Path(weights))
 
 
-def check_start_wiring(config: Run, file: Path) -> None:
+def check_start_wiring(config: SharedConfig, file: Path) -> None:
     """Raises ValueError where the model in `file` was trained with another wiring than that of `config`."""
     check_wiring(replace(config.backbone, weights=str(file)), first_beta=_first_beta(config))
 
 
-def _first_beta(config: Run) -> float | None:
+def _first_beta(config: SharedConfig) -> float | None:
     return config.annealing.start if config.annealing.epochs > 0 else None

@@ -17,7 +17,7 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
 from re2tal.backbones.weights import WEIGHTS_SUFFIXES
 from re2tal.config.schema import RUNS, RecognitionConfig, RunConfig
-from re2tal.config.unions import CHOICES, Choice
+from re2tal.config.unions import CHOICES, KindChoice
 from re2tal.data.addresses.address import folder_address
 from re2tal.strict_json import read_json, write_atomically
 
@@ -88,7 +88,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield prefix + key, value
 
 
-def _read_choice(document: Any, choice: Choice) -> None:
+def _read_choice(document: Any, choice: KindChoice) -> None:
     """Puts the configuration that JSON values mean in their place in `document`, if they are there."""
     holder, last = _holder(document, choice.key)
     if last not in holder:
@@ -143,7 +143,8 @@ def _explain(error: ValidationError, kind: Any, *, inside: str | None) -> str:
         parts = [str(part) for part in fault["loc"]]
         key = ".".join(parts if inside is None else [inside, *parts]) or "the document"
         if fault["type"] == "unexpected_keyword_argument":
-            known = [name for name, _ in flatten(_adapter(kind).dump_python(kind(), mode="json"))]
+            leaves = (name.split(".") for name, _ in flatten(_adapter(kind).dump_python(kind(), mode="json")))
+            known = {".".join(parts[:depth]) for parts in leaves for depth in range(1, len(parts) + 1)}
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             lines.append(f"unknown key {key}" + (f"; did you mean {nearest[0]}?" if nearest else ""))
         elif fault["type"] == "value_error":  # raised by a component, which names its field, or the whole key

@@ -48,7 +48,7 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
-class Run:
+class SharedConfig:
     """What makes a run, whatever it trains."""
 
     name: str = option("run", resumable=True)
@@ -100,7 +100,7 @@ def _refuse_settings_of_rewired(backbone: BackboneConfig) -> None:
             )
 
 
-AnyRun = TypeVar("AnyRun", bound=Run)
+AnyRun = TypeVar("AnyRun", bound=SharedConfig)
 
 
 def without_settings(run: AnyRun, names: Collection[str]) -> tuple[AnyRun, dict[str, Any]]:
@@ -111,7 +111,7 @@ def without_settings(run: AnyRun, names: Collection[str]) -> tuple[AnyRun, dict[
 
 
 @dataclass(frozen=True)
-class RunConfig(Run):
+class RunConfig(SharedConfig):
     """One training run of a detector and its evaluation."""
 
     task: Literal["localization"] = option("localization", planned=True)
@@ -146,7 +146,7 @@ class RunConfig(Run):
 
 
 @dataclass(frozen=True)
-class RecognitionConfig(Run):
+class RecognitionConfig(SharedConfig):
     """One training run of a recognizer and its evaluation: what a rewired backbone is fine-tuned by."""
 
     data: DataConfig = field(default_factory=lambda: DataConfig(clips=ClipConfig(windowing=Trimmed())))

@@ -21,7 +21,7 @@ R = TypeVar("R")
 
 
 @dataclass(frozen=True, slots=True)
-class Choice:
+class KindChoice:
     """One of several kinds of configuration at one place."""
 
     key: str
@@ -92,8 +92,10 @@ def _unchecked(config: R, path: Sequence[str], value: object) -> R:
     return changed
 
 
-WINDOWING = Choice("data.clips.windowing", "kind", {"resize_whole": ResizeWhole, "slide": Slide, "trimmed": Trimmed})
-LOCALIZER = Choice("localizer", "name", {kind.name: kind for kind in get_args(LocalizerConfig)})
+WINDOWING = KindChoice(
+    "data.clips.windowing", "kind", {"resize_whole": ResizeWhole, "slide": Slide, "trimmed": Trimmed}
+)
+LOCALIZER = KindChoice("localizer", "name", {kind.name: kind for kind in get_args(LocalizerConfig)})
 
-CHOICES: dict[str, tuple[Choice, ...]] = {"localization": (WINDOWING, LOCALIZER), "recognition": (WINDOWING,)}
+CHOICES: dict[str, tuple[KindChoice, ...]] = {"localization": (WINDOWING, LOCALIZER), "recognition": (WINDOWING,)}
 """Task -> all places of its configuration that hold one of several kinds."""

@@ -92,6 +92,27 @@ def read_submission(path: Path | str) -> Submission:
     return Submission(segments, labels, {task: tuple(index) for task, index in numbers.items()})
 
 
+def pair_verbs_with_nouns(
+    verbs: Detections, nouns: Detections, *, min_tiou: float, most: int
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Actions of one video: segments (N, 2), scores (N,), and of which verb and which noun each is, best first.
+
+    Each verb and each noun that overlap by at least `min_tiou` are one action: its score is the product of theirs, its
+    segment their mean weighted by score. At most `most`.
+    """
+    start, end = nouns.segments.double().T
+    first, last = (x[:, None] for x in verbs.segments.double().T)
+    overlap = (torch.minimum(last, end) - torch.maximum(first, start)).clamp_min(0)
+    union = (last - first) + (end - start) - overlap
+    verb, noun = ((overlap >= min_tiou * union) & (overlap > 0)).nonzero(as_tuple=True)
+    of_verb, of_noun = verbs.scores.double()[verb], nouns.scores.double()[noun]
+    best = (of_verb * of_noun).argsort(descending=True, stable=True)[:most]
+    verb, noun, of_verb, of_noun = (x[best] for x in (verb, noun, of_verb, of_noun))
+    share = torch.nan_to_num(of_verb / (of_verb + of_noun), nan=0.5)[:, None]
+    segments = share * verbs.segments.double()[verb] + (1 - share) * nouns.segments.double()[noun]
+    return segments, of_verb * of_noun, verb, noun
+
+
 def score_submission(
     submission: Submission,
     truths: Sequence[VideoRecord],

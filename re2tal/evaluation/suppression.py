@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from re2tal.evaluation.soft_nms import Floats, Penalty, soft_nms
+from re2tal.evaluation.overlaps import Floats, Penalty
+from re2tal.evaluation.soft_nms import soft_nms
+from re2tal.options import COUNT, FINITE, NOT_NEGATIVE, POSITIVE, SHARE, check_ranges
 from re2tal.structures import Detections
 
 
@@ -52,12 +54,18 @@ class SuppressionConfig:
         known = sorted([*_PENALTIES, "none"])
         if self.method not in known:
             raise ValueError(f"suppression.method is {self.method!r}, which is unknown; known: {known}")
-        if self.sigma <= 0:
-            raise ValueError(f"suppression.sigma is {self.sigma}; give a positive number")
-        if self.max_per_video < 1:
-            raise ValueError(f"suppression.max_per_video is {self.max_per_video}; give 1 or more")
-        if self.max_per_minute is not None and not 0 < self.max_per_minute < math.inf:
-            raise ValueError(f"suppression.max_per_minute is {self.max_per_minute}; give a positive number")
+        check_ranges(
+            self,
+            "suppression",
+            sigma=POSITIVE,
+            iou_threshold=SHARE,
+            overlap_base=SHARE,
+            overlap_slope=FINITE,
+            min_score=NOT_NEGATIVE,
+            max_per_video=COUNT,
+            max_per_minute=POSITIVE,
+            voting_threshold=SHARE,
+        )
 
     def limit(self, segments: Floats) -> int:
         """How many of a video's (N, 2) segments, in seconds, may stay."""
@@ -125,7 +133,7 @@ def _thin_out(
 
 def _gaussian(config: SuppressionConfig) -> Penalty:
     scale = np.float32(1 / config.sigma)
-    return lambda iou, length: np.multiply(np.multiply(iou, iou, out=iou), scale, out=iou)
+    return Penalty(lambda iou, length: np.multiply(np.multiply(iou, iou, out=iou), scale, out=iou))
 
 
 def _gaussian_above(config: SuppressionConfig) -> Penalty:
@@ -133,22 +141,30 @@ def _gaussian_above(config: SuppressionConfig) -> Penalty:
 
     def penalty(iou: Floats, length: Floats) -> Floats:
         mild = iou < base + slope * length
-        iou = gaussian(iou, length)
+        iou = gaussian.of(iou, length)
         iou[mild] = 0.0
         return iou
 
-    return penalty
+    return Penalty(penalty, uses_length=True)
 
 
 def _linear(config: SuppressionConfig) -> Penalty:
     smallest = np.finfo(np.float32).tiny
-    return lambda iou, length: np.where(
-        iou >= config.iou_threshold, -np.log(np.maximum(np.float32(1) - iou, smallest)), np.float32(0)
-    )
+
+    def penalty(iou: Floats, length: Floats) -> Floats:
+        lowers = iou >= config.iou_threshold
+        np.subtract(np.float32(1), iou, out=iou)
+        np.log(np.maximum(iou, smallest, out=iou), out=iou)
+        return np.multiply(iou, np.negative(lowers, dtype=np.float32), out=iou)
+
+    return Penalty(penalty)
 
 
 def _hard(config: SuppressionConfig) -> Penalty:
-    return lambda iou, length: np.where(iou >= config.iou_threshold, np.float32(np.inf), np.float32(0))
+    threshold = config.iou_threshold
+    return Penalty(
+        lambda iou, length: np.where(iou >= threshold, np.float32(np.inf), np.float32(0)), is_local=threshold > 0
+    )
 
 
 _PENALTIES: dict[str, Callable[[SuppressionConfig], Penalty]] = {

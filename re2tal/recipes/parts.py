@@ -28,7 +28,7 @@ from re2tal.training.annealing import AnnealingConfig
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class BackbonePart:
     """A backbone as recipes take it."""
 
     channels: int
@@ -52,7 +52,7 @@ def _slowfast(run: RunConfig) -> RunConfig:
     )
 
 
-def _plain(run: RunConfig, *, of: Part, drop_path: float) -> RunConfig:
+def _plain(run: RunConfig, *, of: BackbonePart, drop_path: float) -> RunConfig:
     run = of.build(run)
     # With beta 0 it is the plain network.
     backbone = replace(run.backbone, drop_path=drop_path, unit="block", beta=0.0, chunk_mebibytes=None)
@@ -77,21 +77,21 @@ def _transformer(run: RunConfig, *, name: str, size: int) -> RunConfig:
     )
 
 
-_RE2SWIN = Part(768, lambda run: run)
-_RE2SLOWFAST = Part(2304, _slowfast)
-BACKBONE_PARTS: dict[str, Part] = {
+_RE2SWIN = BackbonePart(768, lambda run: run)
+_RE2SLOWFAST = BackbonePart(2304, _slowfast)
+BACKBONE_PARTS: dict[str, BackbonePart] = {
     "re2swin_tiny": _RE2SWIN,
-    "swin_tiny": Part(768, partial(_plain, of=_RE2SWIN, drop_path=0.1)),
+    "swin_tiny": BackbonePart(768, partial(_plain, of=_RE2SWIN, drop_path=0.1)),
     "re2slowfast_r101": _RE2SLOWFAST,
-    "slowfast_r101": Part(2304, partial(_plain, of=_RE2SLOWFAST, drop_path=0.0)),
+    "slowfast_r101": BackbonePart(2304, partial(_plain, of=_RE2SLOWFAST, drop_path=0.0)),
     **{
-        f"re2videomae_{size}": Part(width, partial(_transformer, name=f"videomae_{size}", size=160))
+        f"re2videomae_{size}": BackbonePart(width, partial(_transformer, name=f"videomae_{size}", size=160))
         for size, width in (("base", 768), ("large", 1024), ("huge", 1280))
     },
-    "re2videomae_giant": Part(1408, partial(_transformer, name="videomae_giant", size=224)),
-    "re2vjepa2_large": Part(1024, partial(_transformer, name="vjepa2_large", size=256)),
-    "re2vjepa2_giant": Part(1408, partial(_transformer, name="vjepa2_giant", size=256)),
-    "re2internvideo2_1b": Part(1408, partial(_transformer, name="internvideo2_1b", size=224)),
+    "re2videomae_giant": BackbonePart(1408, partial(_transformer, name="videomae_giant", size=224)),
+    "re2vjepa2_large": BackbonePart(1024, partial(_transformer, name="vjepa2_large", size=256)),
+    "re2vjepa2_giant": BackbonePart(1408, partial(_transformer, name="vjepa2_giant", size=256)),
+    "re2internvideo2_1b": BackbonePart(1408, partial(_transformer, name="internvideo2_1b", size=224)),
 }
 
 

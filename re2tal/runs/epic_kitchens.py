@@ -1,19 +1,53 @@
-"""Score a submission to EPIC-Kitchens-100's detection challenge against its table, such as EPIC_100_validation.csv."""
+"""Submissions to EPIC-Kitchens-100's detection challenge: made of verbs and nouns, and scored against its table."""
 
 from __future__ import annotations
 
 import csv
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
 from re2tal.data.building.annotation_formats.found import as_seconds, subset_in_name
 from re2tal.data.building.annotations import read_video_ids
-from re2tal.evaluation.epic_kitchens import EpicReport, read_submission, score_submission
+from re2tal.evaluation.epic_kitchens import EpicReport, pair_verbs_with_nouns, read_submission, score_submission
 from re2tal.evaluation.protocols import TIOU_THRESHOLDS
+from re2tal.evaluation.results import Results
 from re2tal.runs.evaluation import ScoringOptions
+from re2tal.strict_json import write_json
 from re2tal.structures import Action, VideoRecord
 
+SUBMISSION = {"version": "0.2", "challenge": "action_detection", "sls_pt": -1, "sls_tl": -1, "sls_td": -1}
+"""Head of a file. The three levels of supervision are the submitter's to fill in."""
 COLUMNS = ("video_id", "start_timestamp", "stop_timestamp", "verb_class", "noun_class")
+
+
+def write_submission(verbs: Results, nouns: Results, out: Path, *, min_tiou: float, max_per_video: int) -> int:
+    """Writes a submission of the detections of two runs, in videos that both have; gives the number of actions.
+
+    Raises ValueError for a label that is no number of a verb or noun, such as 3 or id_003.
+    """
+    numbers = [[_number(label) for label in results.classes] for results in (verbs, nouns)]
+    submitted = {}
+    for video_id in verbs.predictions.keys() & nouns.predictions.keys():
+        one, other = verbs.predictions[video_id], nouns.predictions[video_id]
+        found = pair_verbs_with_nouns(one, other, min_tiou=min_tiou, most=max_per_video)
+        segments, scores, verb, noun = (values.tolist() for values in found)
+        labels = [
+            (numbers[0][one.labels[which].item()], numbers[1][other.labels[whose].item()])  # type: ignore[index]
+            for which, whose in zip(verb, noun, strict=True)
+        ]
+        submitted[video_id] = [
+            {"verb": v, "noun": n, "action": f"{v},{n}", "segment": segment, "score": score}
+            for (v, n), segment, score in zip(labels, segments, scores, strict=True)
+        ]
+    write_json(out, {**SUBMISSION, "results": dict(sorted(submitted.items()))})
+    return sum(map(len, submitted.values()))
+
+
+def _number(label: str) -> int:
+    if (found := re.fullmatch(r"(?:id_)?(\d+)", label)) is None:
+        raise ValueError(f"label {label!r} is no number of a verb or noun; give results whose labels are like id_003")
+    return int(found[1])
 
 
 def evaluate_submission(predictions: Path, table: Path, options: ScoringOptions) -> EpicReport:

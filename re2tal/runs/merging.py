@@ -13,6 +13,7 @@ from re2tal.evaluation.results import Results, read_results, write_results
 from re2tal.evaluation.suppression import SuppressionConfig, suppress
 from re2tal.evaluation.video_classes import Fusion, read_video_classes
 from re2tal.inference import concatenate
+from re2tal.runs.epic_kitchens import write_submission
 from re2tal.structures import Detections
 from re2tal.video_ids import match_ids
 
@@ -31,6 +32,9 @@ class MergeOptions:
     """With video_classes, each detection is written once for each of its video's so many best classes."""
     fusion: Fusion = "product"
     """With video_classes, a score is the detection's times its class's, or the square root of that."""
+    verb_noun_tiou: float | None = None
+    """Make a submission to EPIC-Kitchens-100 of two files, of verbs and of nouns: a verb and a noun that overlap by at
+    least this tIoU are an action, whose score is the product of theirs. At most suppression.max_per_video a video."""
 
 
 AS_USUAL = MergeOptions()
@@ -59,6 +63,8 @@ def merge_results(paths: Sequence[Path], out: Path, options: MergeOptions = AS_U
     if not all(0 < weight < 1e6 for weight in weights):
         raise ValueError(f"weights are {weights}; give positive numbers")
     files = [read_results(path) for path in paths]
+    if options.verb_noun_tiou is not None:
+        return _as_submission(files, paths, out, options)
     found, classes, notes = _together(files, paths, weights)
     if len(files) > 1:
         found = {video_id: _suppressed(one, video_id, options.suppression) for video_id, one in found.items()}
@@ -75,6 +81,29 @@ def merge_results(paths: Sequence[Path], out: Path, options: MergeOptions = AS_U
         found, classes = namer.name(found, top_k=options.top_k), namer.classes
     write_results(out, found, classes)
     return Merged(out, len(found), sum(map(len, found.values())), tuple(notes))
+
+
+def _as_submission(files: Sequence[Results], paths: Sequence[Path], out: Path, options: MergeOptions) -> Merged:
+    tiou, limit = options.verb_noun_tiou, options.suppression.max_per_video
+    others = MergeOptions(verb_noun_tiou=tiou, suppression=SuppressionConfig(max_per_video=limit))
+    if len(files) != 2 or options != others or tiou is None or not 0 < tiou <= 1:
+        raise ValueError(
+            f"verb_noun_tiou is {tiou}, with {len(files)} files; give a number above 0, at most 1, two files, verbs "
+            "first, and no other option but suppression.max_per_video"
+        )
+    verbs, nouns = files
+    renamed = match_ids(nouns.predictions, verbs.predictions)
+    nouns = replace(nouns, predictions={renamed.get(name, name): one for name, one in nouns.predictions.items()})
+    videos = [set(results.predictions) for results in (verbs, nouns)]
+    if not videos[0] & videos[1]:
+        raise ValueError(f"{paths[0]} and {paths[1]} have no video in common; give results of the same videos")
+    notes = [
+        f"{path} lacks {len(missing)} videos of the other file, which are left out: {name_some(sorted(missing))}"
+        for path, missing in zip(paths, (videos[1] - videos[0], videos[0] - videos[1]), strict=True)
+        if missing
+    ]
+    number = write_submission(verbs, nouns, out, min_tiou=tiou, max_per_video=limit)
+    return Merged(out, len(videos[0] & videos[1]), number, tuple(notes))
 
 
 def _together(

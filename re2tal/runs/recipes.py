@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -58,17 +58,22 @@ def page() -> str:
     lines = ["", "| recipe | data | backbone | localizer | published |", "| --- | --- | --- | --- | --- |"]
     for name in RECIPES:
         run = find_recipe(name)
-        figure = f"{told[name].expected}: {told[name].source}" if told[name].expected else ""
-        lines.append(f"| `{name}` | {_data(run)} | {_backbone(run)} | {_localizer(run)} | {figure} |")
-    lines += ["", "Where they differ from their source:", ""]
+        data, localizer = _data(run).replace("whole videos as", "whole,"), _localizer(run).replace("class-", "")
+        lines.append(f"| `{name}` | {data} | {_backbone(run)} | {localizer} | {told[name].expected} |")
+    lines += ["", "Who published the figures:", "", *_grouped({name: (one.source,) for name, one in told.items()})]
+    lines += ["", "Where they differ from their source:", "", *_grouped({n: one.differs for n, one in told.items()})]
+    return "\n".join([*lines, "", ""])
+
+
+def _grouped(told: Mapping[str, Iterable[str]]) -> Iterator[str]:
+    """Lines of a Markdown list: each sentence, and the names of what it is said of."""
     groups: dict[str, list[str]] = {}
-    for name, one in told.items():
-        for sentence in one.differs:
+    for name, sentences in told.items():
+        for sentence in filter(None, sentences):
             groups.setdefault(sentence, []).append(f"`{name}`")
     for sentence, names in groups.items():
         whole = f"- {sentence[0].upper()}{sentence[1:]}: {', '.join(names)}."
-        lines += textwrap.wrap(whole, 108, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
-    return "\n".join([*lines, "", ""])
+        yield from textwrap.wrap(whole, 108, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _row(name: str) -> tuple[str, str, str, str]:

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from re2tal.options import option
+from re2tal.options import NOT_NEGATIVE, check_ranges, option
 
 WeightType = Literal["fp32", "bf16", "fp16"]
 
@@ -88,8 +88,7 @@ class TrainingConfig:
         for name in (*counts, "evaluate_every_epochs"):
             if (value := getattr(self, name)) is not None and value < 1:
                 raise ValueError(f"training.{name} is {value}; it must be at least 1")
-        if self.evaluate_from_epoch < 0:
-            raise ValueError(f"training.evaluate_from_epoch is {self.evaluate_from_epoch}; give 0 or more")
+        check_ranges(self, "training", seed=NOT_NEGATIVE, evaluate_from_epoch=NOT_NEGATIVE)
         if self.keep_best and self.evaluate_every_epochs is None:
             raise ValueError(
                 "training.keep_best is true, but training.evaluate_every_epochs is null, so that there is one "

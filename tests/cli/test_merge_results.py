@@ -10,6 +10,8 @@ import pytest
 from re2tal.cli import main
 from re2tal.evaluation.results import read_results
 from re2tal.evaluation.suppression import SuppressionConfig
+from re2tal.runs.epic_kitchens import evaluate_submission
+from re2tal.runs.evaluation import ScoringOptions
 from re2tal.runs.merging import MergeOptions, merge_results
 
 Rows = list[tuple[float, float, str, float]]
@@ -69,3 +71,35 @@ def test_files_that_do_not_fit_are_refused_before_anything_is_written(tmp_path: 
     with pytest.raises(ValueError, match=r"video classes, .*b\.json, were given, but .*a\.json has classes of its own"):
         merge_results([a], out, MergeOptions(video_classes=b))
     assert not out.exists()
+
+
+def test_verbs_and_nouns_that_overlap_become_a_submission_that_the_challenge_scores(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verbs = write(tmp_path / "v.json", {"P01_11": [(0, 10, "id_003", 0.8), (20, 30, "id_004", 0.5)], "P02_1": []})
+    nouns = write(tmp_path / "n.json", {"P01_11": [(0, 8, "id_014", 0.4), (0, 4, "id_015", 0.9), (22, 30, "5", 0.2)]})
+    out = tmp_path / "submission.json"
+    with pytest.raises(SystemExit, match="0"):
+        main(["merge-results", str(verbs), str(nouns), "--out", str(out), "--verb-noun-tiou", "0.5"])
+    printed = capsys.readouterr()
+    assert printed.out == f"2 detections in 1 videos; {out}\n"
+    assert printed.err == f"note: {nouns} lacks 1 videos of the other file, which are left out: 'P02_1'\n"
+    rows = json.loads(out.read_text())["results"]["P01_11"]
+    assert [(row["verb"], row["noun"], row["action"]) for row in rows] == [(3, 14, "3,14"), (4, 5, "4,5")]
+    # 0.8 of the verb's [0, 10] and 0.4 of the noun's [0, 8]; 0.5 of [20, 30] and 0.2 of [22, 30].
+    assert rows[0]["segment"] == pytest.approx([0, (0.8 * 10 + 0.4 * 8) / 1.2], rel=1e-6)
+    assert rows[1]["segment"] == pytest.approx([(0.5 * 20 + 0.2 * 22) / 0.7, 30], rel=1e-6)
+    assert [row["score"] for row in rows] == pytest.approx([0.32, 0.1])
+    table = tmp_path / "EPIC_100_validation.csv"
+    table.write_text(
+        "video_id,start_timestamp,stop_timestamp,verb_class,noun_class\nP01_11,00:00:00.00,00:00:10.00,3,14\n"
+    )
+    assert evaluate_submission(out, table, ScoringOptions()).average_map == pytest.approx(1)
+
+    words = write(tmp_path / "words.json", {"P01_11": [(0, 10, "take", 0.8)]})
+    with pytest.raises(ValueError, match="label 'take' is no number of a verb or noun; give results whose labels"):
+        merge_results([words, nouns], tmp_path / "none.json", MergeOptions(verb_noun_tiou=0.5))
+    for options in (MergeOptions(verb_noun_tiou=0.0), MergeOptions(verb_noun_tiou=0.5, weights=(1.0, 2.0))):
+        with pytest.raises(ValueError, match=r"verbs first, and no other option but suppression\.max_per_video"):
+            merge_results([verbs, nouns], tmp_path / "none.json", options)
+    assert not (tmp_path / "none.json").exists()

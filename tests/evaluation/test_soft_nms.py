@@ -7,7 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from re2tal.evaluation.soft_nms import _cheapest, find_clusters, soft_nms
+from re2tal.evaluation import soft_nms as module
+from re2tal.evaluation.overlaps import reach
+from re2tal.evaluation.soft_nms import soft_nms
 from re2tal.evaluation.suppression import _PENALTIES, SuppressionConfig
 
 METHODS = [
@@ -61,42 +63,57 @@ def by_definition(
     return kept, num_left
 
 
+WAYS = {
+    "as chosen": {},
+    "rounds": {"MAX_OVERLAPS_IN_ROUNDS": math.inf},
+    "one by one": {"MAX_OVERLAPS_IN_ROUNDS": -1, "MAX_ONE_BY_ONE": 99, "MAX_OVERLAPS_ONE_BY_ONE": math.inf},
+    "table": {"MAX_OVERLAPS_IN_ROUNDS": -1, "MAX_ONE_BY_ONE": 0},
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("config", METHODS, ids=lambda config: f"{config.method}-{config.iou_threshold}")
 @pytest.mark.parametrize("mean_length", [0.2, 2.0, 30.0])
-@pytest.mark.parametrize(("num_groups", "most"), [(1, 500), (1, 7), (5, 500), (5, 3)])
-def test_however_segments_cluster_the_picks_are_those_of_the_definition(
-    config: SuppressionConfig, mean_length: float, num_groups: int, most: int
+def test_in_every_way_and_however_segments_lie_the_picks_are_those_of_the_definition(
+    config: SuppressionConfig, mean_length: float, way: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    random = np.random.default_rng(int(10 * mean_length) + num_groups)
-    num = 150
-    centres, lengths = random.uniform(0, 100, num), random.exponential(mean_length, num) + 0.01
-    segments = np.stack([centres - lengths / 2, centres + lengths / 2], axis=1).astype(np.float32)
-    scores, groups = random.random(num).astype(np.float32), random.integers(num_groups, size=num)
+    for name, value in WAYS[way].items():
+        monkeypatch.setattr(module, name, value)
+    random = np.random.default_rng(int(10 * mean_length))
+    num = 70
     min_score = 0.0 if config.method == "hard" else 0.05
-    index, lowered, num_left = soft_nms(
-        segments, scores, groups, penalty=_PENALTIES[config.method](config), min_score=min_score, max_per_group=most
+    penalty = _PENALTIES[config.method](config)
+    for num_groups, most in [(1, 500), (1, 7), (5, 500), (5, 3)]:
+        centres, lengths = random.uniform(0, 100, num), random.exponential(mean_length, num) + 0.01
+        groups = random.integers(num_groups, size=num)
+        lengths[groups % 2 == 1] *= 20  # some groups are dense, some sparse
+        segments = np.stack([centres - lengths / 2, centres + lengths / 2], axis=1).astype(np.float32)
+        scores = random.random(num).astype(np.float32)
+        scores[groups == 4] *= 0.05  # only the best one of this group stays
+        index, lowered, num_left = soft_nms(
+            segments, scores, groups, penalty=penalty, min_score=min_score, max_per_group=most
+        )
+        limits = {"min_score": min_score, "most": most}
+        expected, most_left = by_definition(segments.astype(float), scores, groups, config, **limits)
+        everything, _ = by_definition(segments.astype(float), scores, groups, config, **limits | {"most": num})
+        assert set(index.tolist()) == set(expected)
+        np.testing.assert_allclose(lowered, [expected[one] for one in index.tolist()], rtol=2e-5)
+        assert len(everything) - len(expected) <= num_left <= most_left
+
+
+def test_of_equal_scores_the_first_one_suppresses_the_other() -> None:
+    starts = np.arange(0, 90, 3, dtype=np.float32)[::-1]
+    segments, scores = np.stack([starts, starts + 4], axis=1), np.full(30, 0.5, dtype=np.float32)
+    config = SuppressionConfig(method="linear", iou_threshold=0.1)
+    index, lowered, _ = soft_nms(
+        segments, scores, np.zeros(30), penalty=_PENALTIES["linear"](config), min_score=0.001, max_per_group=99
     )
-    limits = {"min_score": min_score, "most": most}
-    expected, most_left = by_definition(segments.astype(float), scores, groups, config, **limits)
-    everything, _ = by_definition(segments.astype(float), scores, groups, config, **limits | {"most": num})
-    assert set(index.tolist()) == set(expected)
-    np.testing.assert_allclose(lowered, [expected[one] for one in index.tolist()], rtol=2e-5)
-    assert len(everything) - len(expected) <= num_left <= most_left
+    # Each overlaps with the next by 1 of 7: the first in the list is picked, then the third, and so on.
+    assert dict(zip(index.tolist(), lowered.tolist(), strict=True)) == pytest.approx(
+        {number: 0.5 if number % 2 == 0 else 0.5 * (6 / 7) ** (2 if number < 29 else 1) for number in range(30)}
+    )
 
 
-def test_clusters_are_chains_of_overlaps_in_one_group() -> None:
-    segments = np.array([[0, 2], [1, 5], [4, 6], [6, 7], [1, 2], [9, 8]], dtype=np.float32)
-    clusters = find_clusters(segments, np.array([0, 0, 0, 0, 1, 0]))
-    assert clusters[0] == clusters[1] == clusters[2]
-    assert len({clusters[0], *clusters[3:].tolist()}) == 4  # touching is no overlap
-
-
-def test_many_small_clusters_are_not_one_wide_table() -> None:
-    random = np.random.default_rng(0)
-    starts = random.uniform(0, 600, 2000).astype(np.float32)
-    groups = np.zeros(2000, dtype=np.int64)
-    clusters = find_clusters(np.stack([starts, starts + 0.4], axis=1), groups)
-    tables = _cheapest(groups, clusters, max_picks=2000)
-    assert len(tables) > 1
-    assert len(_cheapest(groups, clusters, max_picks=50)) == 1  # few picks of one row are cheaper than all of many
-    assert sorted(np.concatenate([rows for rows, _ in tables]).tolist()) == list(range(2000))
+def test_a_segment_reaches_as_far_as_others_start_before_it_ends() -> None:
+    segments = np.array([[0, 2], [1, 5], [2, 3], [4, 6], [9, 8], [1, 2], [1, 3]], dtype=np.float32)
+    assert reach(segments, np.array([0, 0, 0, 0, 0, 3, 3])).tolist() == [2, 4, 3, 4, 5, 7, 7]  # touching is no overlap

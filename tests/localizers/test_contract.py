@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 from typing import get_args
 
 import pytest
@@ -53,6 +53,17 @@ def features(*lengths: int, dtype: torch.dtype = torch.float32) -> Features:
 
 def test_every_configuration_names_a_builder_and_every_builder_has_a_configuration() -> None:
     assert list(KINDS) == list(LOCALIZERS)
+
+
+@every_localizer
+def test_every_number_has_a_range_and_is_named_with_it(name: str) -> None:
+    config = KINDS[name]()
+    numbers = [field.name for field in fields(config) if type(getattr(config, field.name)) in (int, float)]
+    assert len(numbers) > 10
+    for field in numbers:
+        for value in (-1, float("nan")):
+            with pytest.raises(ValueError, match=rf"^(localizer\.)?{field}( is |=){value}"):
+                replace(config, **{field: value})
 
 
 @every_localizer

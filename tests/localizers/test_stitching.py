@@ -118,8 +118,8 @@ def test_every_action_of_a_window_trains_an_anchor(length: float) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"stitch_below": 1.0}, r"localizer\.stitch_below is 1\.0; give a share of the grid between 0 and 1"),
-        ({"stitch_gap": -1}, r"localizer\.stitch_gap is -1; give a number of steps"),
+        ({"stitch_below": 1.0}, r"localizer\.stitch_below is 1\.0; give a number between 0 and 1"),
+        ({"stitch_gap": -1}, r"localizer\.stitch_gap is -1; give 0 or more"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(changes: dict, message: str) -> None:

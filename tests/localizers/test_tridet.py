@@ -194,7 +194,7 @@ def test_the_loss_of_a_segment_without_any_length_has_finite_gradients() -> None
         ({"window": 4}, "window=4 must be odd"),
         ({"head_kernel_size": 2}, "head_kernel_size=2 must be odd"),
         ({"boundary_kernel_size": 2}, "boundary_kernel_size=2 must be odd"),
-        ({"num_bins": 0}, "num_bins=0 must be at least 1"),
+        ({"num_bins": 0}, "localizer.num_bins is 0; give 1 or more"),
         ({"max_num_steps": 30}, "max_num_steps=30 must be a multiple of 4"),
     ],
 )

@@ -20,25 +20,29 @@ STEPS = Timeline(start_seconds=0.0, seconds_per_step=1.0, duration_seconds=1e6)
 
 
 def opentad_config(config: dict[str, Any]) -> ActionFormerConfig:
-    projection, head = config["projection"], config["rpn_head"]
+    """Where an argument is not given, OpenTAD's default."""
+    projection, head, processing = config["projection"], config["rpn_head"], config.get("post_processing", {})
+    num_convs, num_stem_blocks, _ = projection.get("arch", (2, 2, 5))
     return ActionFormerConfig(
         channels=projection["out_channels"],
         num_heads=projection["attn_cfg"]["n_head"],
-        num_embedding_convs=projection["arch"][0],
-        num_stem_blocks=projection["arch"][1],
+        num_embedding_convs=num_convs,
+        num_stem_blocks=num_stem_blocks,
         head_channels=head["feat_channels"],
-        num_head_convs=head["num_convs"],
+        num_head_convs=head.get("num_convs", 3),
         kernel_size=projection["conv_cfg"]["kernel_size"],
-        attention_window=_window(projection["attn_cfg"]["n_mha_win_size"]),
-        position_encoding=projection["use_abs_pe"],
-        max_num_steps=projection["max_seq_len"],
+        attention_window=_window(projection["attn_cfg"].get("n_mha_win_size", -1)),
+        position_encoding=projection.get("use_abs_pe", False),
+        max_num_steps=projection.get("max_seq_len", 2304),
         regression_ranges=_pairs(head["prior_generator"]["regression_range"]),
-        centre_radius=head["center_sample_radius"],
-        label_smoothing=head["label_smoothing"],
+        centre_radius=head.get("center_sample_radius", 1.5),
+        label_smoothing=head.get("label_smoothing", 0.0),
         regression_weight=head.get("loss_weight", 1.0),
-        initial_positives=head["loss_normalizer"],
-        positives_momentum=head["loss_normalizer_momentum"],
+        initial_positives=head.get("loss_normalizer", 100),
+        positives_momentum=head.get("loss_normalizer_momentum", 0.9),
         path_drop=0.0,
+        candidate_min_score=processing.get("pre_nms_thresh", 0.001),
+        candidate_top_k=processing.get("pre_nms_topk", 2000),
     )
 
 
@@ -51,6 +55,7 @@ def original_config(config: dict[str, Any]) -> ActionFormerConfig:
         num_heads=arguments["n_head"],
         num_embedding_convs=arguments["backbone_arch"][0],
         num_stem_blocks=arguments["backbone_arch"][1],
+        head_channels=arguments["head_dim"],
         num_head_convs=arguments["head_num_layers"] - 1,
         kernel_size=arguments["embd_kernel_size"],
         attention_window=_window(arguments["n_mha_win_size"]),
@@ -119,6 +124,14 @@ def actions(segments: torch.Tensor, labels: torch.Tensor) -> list[Action]:
     """Ground truth in steps, for use with `STEPS`."""
     return [
         Action(start, end, str(label)) for (start, end), label in zip(segments.tolist(), labels.tolist(), strict=True)
+    ]
+
+
+def batch_actions(case: Case) -> list[list[Action]]:
+    """The actions of every clip of a case, in steps."""
+    return [
+        actions(case.tensor(f"gt_segments_{clip}"), case.tensor(f"gt_labels_{clip}"))
+        for clip in case.clips("gt_segments_")
     ]
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 from parity.vectors import Case
 
+DEPTHS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
+
 
 def swin_size(config: dict[str, Any]) -> dict[str, Any]:
     """Arguments of VideoSwin for OpenTAD's configuration of one."""
@@ -23,7 +25,7 @@ def slowfast_size(config: dict[str, Any]) -> dict[str, Any]:
     """Arguments of SlowFast for OpenTAD's configuration of one, but for its block and `frames_per_step`."""
     slow = config["slow_pathway"]
     return {
-        "depths": {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}[slow["depth"]],
+        "depths": DEPTHS[slow["depth"]],
         "base_channels": slow["base_channels"],
         "slow_stride": config["resample_rate"],
         "speed_ratio": config["speed_ratio"],
@@ -44,8 +46,10 @@ def videomae_size(config: dict[str, Any]) -> dict[str, Any]:
         "hidden_size": config["embed_dims"],
         "num_hidden_layers": config["depth"],
         "num_attention_heads": config["num_heads"],
-        "intermediate_size": config["embed_dims"] * config.get("mlp_ratio", 4),
+        "intermediate_size": int(config["embed_dims"] * config.get("mlp_ratio", 4)),
         "image_size": config["img_size"],
         "patch_size": config["patch_size"],
         "num_frames": config["num_frames"],
+        "tubelet_size": config.get("tubelet_size", 2),
+        "layer_norm_eps": config.get("norm_cfg", {}).get("eps", 1e-6),
     }

@@ -44,7 +44,7 @@ both_precisions = pytest.mark.parametrize("dtype", [torch.float32, torch.float64
 def training_batch(case: Case, layout: str, dtype: torch.dtype) -> Features:
     if layout == "opentad":
         return Features(case.tensor("feat_backbone").to(dtype), case.tensor("masks"))
-    clips = [case.tensor(f"feats_{clip}").to(dtype) for clip in range(2)]
+    clips = [case.tensor(f"feats_{clip}").to(dtype) for clip in range(len(case.arrays["train_mask"]))]
     longest = max(clip.shape[1] for clip in clips)
     padded = [torch.nn.functional.pad(clip, (0, longest - clip.shape[1])) for clip in clips]
     lengths = torch.tensor([[clip.shape[1]] for clip in clips])
@@ -57,7 +57,7 @@ def ground_truth(case: Case, clip: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def batch_actions(case: Case) -> list[list[Action]]:
-    return [actions(*ground_truth(case, clip)) for clip in range(2)]
+    return [actions(*ground_truth(case, clip)) for clip in range(len(case.arrays["target_cls"]))]
 
 
 def check_outputs(ours: torch.Tensor, reference: np.ndarray, mask: torch.Tensor, dtype: torch.dtype) -> None:
@@ -96,12 +96,8 @@ def test_predictions_of_the_original_on_a_padded_batch(name: str, dtype: torch.d
         check_outputs(outputs.offsets, case.arrays["train_offsets"], outputs.mask, dtype)
 
 
-def original_clips(name: str) -> list[int]:
-    return [clip for clip in range(8) if f"feats_{clip}" in load(name).arrays]
-
-
 @pytest.mark.parametrize(
-    ("name", "clip"), [(name, clip) for name in cases("actionformer_") for clip in original_clips(name)]
+    ("name", "clip"), [(name, clip) for name in cases("actionformer_") for clip in load(name).clips("feats_")]
 )
 def test_detections_of_the_original_on_clips_of_any_length(name: str, clip: int) -> None:
     case = load(name)
@@ -142,7 +138,7 @@ def test_targets_exactly(name: str, layout: str) -> None:
     case = load(name)
     localizer = build(case, layout=layout)
     points = pyramid_points(localizer.config.max_num_steps, localizer.config.regression_ranges)
-    for clip in range(2):
+    for clip in range(len(case.arrays["target_cls"])):
         classes, offsets, _ = localizer.assign(
             points,
             *ground_truth(case, clip),
@@ -169,7 +165,8 @@ def test_losses_and_gradients_of_a_training_step(name: str, layout: str, dtype: 
     case = load(name)
     localizer = build(case, layout=layout).to(dtype).train()
     features = training_batch(case, layout, dtype)
-    losses = localizer.loss(localizer(features), batch_actions(case), [STEPS, STEPS])
+    truth = batch_actions(case)
+    losses = localizer.loss(localizer(features), truth, [STEPS] * len(truth))
     reference = case.arrays["loss_train" if dtype == torch.float32 else "loss_train_f64"]
     check_losses(case, localizer, losses, reference, layout)
     assert localizer.positives.value().item() == pytest.approx(reference[3], rel=LOSS_TOLERANCE)
@@ -193,13 +190,14 @@ def test_losses_in_evaluation_and_of_a_clip_without_actions(name: str) -> None:
     case = load(name)
     localizer = build(case, layout="opentad")
     outputs = localizer(training_batch(case, "opentad", torch.float32))
-    losses = localizer.eval().loss(outputs, batch_actions(case), [STEPS, STEPS])
+    truth = batch_actions(case)
+    losses = localizer.eval().loss(outputs, truth, [STEPS] * len(truth))
     check_losses(case, localizer, losses, case.arrays["loss_eval"], "opentad")
     before = case.arrays["loss_normalizer_initial"]
     assert localizer.positives.value().item() == pytest.approx(before, rel=LOSS_TOLERANCE), "updated in evaluation"
 
     reference = case.arrays["loss_train_empty"]
-    losses = localizer.train().loss(outputs, [batch_actions(case)[0], []], [STEPS, STEPS])
+    losses = localizer.train().loss(outputs, [*truth[:-1], []], [STEPS] * len(truth))
     check_losses(case, localizer, losses, reference, "opentad")
     assert localizer.positives.value().item() == pytest.approx(reference[3], rel=LOSS_TOLERANCE)
 
@@ -268,17 +266,13 @@ def test_results_of_windows_merged_into_one_video(name: str) -> None:
     video = results["metas"][0]["video_name"]
     assert sum(map(len, windows)) == results["results_before_nms_count"][video]
     first = results["results_before_nms_first50"][video]
-    check_same(
-        Detections(*(getattr(rounded(windows[0]), part)[: len(first)] for part in ("segments", "scores", "labels"))),
-        from_results(first, classes),
-        score=1.01e-4,
-        segment=0.0101,
-    )
     parts = [rounded(window) for window in windows]
     merged = Detections(
         torch.cat([part.segments for part in parts]),
         torch.cat([part.scores for part in parts]),
         torch.cat([part.labels for part in parts]),
     )
+    columns = (getattr(merged, part)[: len(first)] for part in ("segments", "scores", "labels"))
+    check_same(Detections(*columns), from_results(first, classes), score=1.01e-4, segment=0.0101)
     ours = suppress(merged, suppression(case.config["nms"]))
     check_same(rounded(ours), from_results(results["results"][video], classes), score=1.01e-4, segment=0.0101)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from parity.actionformers import STEPS, actions, build, suppression
+from parity.actionformers import STEPS, batch_actions, build, suppression
 from parity.compare import Tolerances, check_gradients, largest_error
 from parity.detections import check_same, stored
 from parity.sizes import frames_per_step, slowfast_size, swin_size
@@ -128,10 +128,10 @@ def test_losses_and_gradients_of_a_training_step(name: str, recompute: bool, dty
     case = load(name)
     detector = build_detector(case, recompute=recompute, dtype=dtype).train()
     frames, mask = inputs(case, dtype)
-    truth = [actions(case.tensor(f"gt_segments_{clip}"), case.tensor(f"gt_labels_{clip}")) for clip in range(2)]
+    truth = batch_actions(case)
     # Ground truth is stored in grid steps: a timeline of one second per step, told in frames.
     per_frame = STEPS.coarsen(detector.num_steps / frames.shape[2])
-    losses = detector.loss(detector(frames, mask), truth, [per_frame] * 2, num_frames=frames.shape[2])
+    losses = detector.loss(detector(frames, mask), truth, [per_frame] * len(truth), num_frames=frames.shape[2])
     reference = case.arrays["loss_train" if dtype == torch.float32 else "loss_train_f64"]
     ours = [losses[part].item() for part in ("classification", "regression", "total")]
     np.testing.assert_allclose(ours, reference[:3], rtol=LOSS_TOLERANCE)

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from parity.actionformers import STEPS, actions, suppression, timeline
+from parity.actionformers import STEPS, batch_actions, suppression, timeline
 from parity.compare import Tolerances, check_gradients
 from parity.detections import check_same, from_results, rounded, stored
 from parity.pyramids import build
@@ -19,7 +19,7 @@ from re2tal.localizers.pyramid.localizer import PyramidLocalizer
 from re2tal.localizers.pyramid.points import PyramidOutputs
 from re2tal.localizers.pyramid.tridet import TridentHead
 from re2tal.localizers.weights import export_weights, public_name
-from re2tal.structures import Action, Detections, Features
+from re2tal.structures import Detections, Features
 
 OUTPUT_TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-6}
 LOSS_TOLERANCE = 1e-5
@@ -38,10 +38,6 @@ both_precisions = pytest.mark.parametrize("dtype", [torch.float32, torch.float64
 
 def batch(case: Case, dtype: torch.dtype) -> Features:
     return Features(case.tensor("feats").to(dtype).requires_grad_(), case.tensor("masks"))
-
-
-def batch_actions(case: Case) -> list[list[Action]]:
-    return [actions(case.tensor(f"gt_segments_{clip}"), case.tensor(f"gt_labels_{clip}")) for clip in range(2)]
 
 
 def outputs_of(localizer: PyramidLocalizer, features: Features) -> dict[str, tuple[Tensor, Tensor]]:
@@ -104,7 +100,7 @@ def stored_outputs(case: Case) -> PyramidOutputs:
 def test_targets_exactly(name: str) -> None:
     case = load(name)
     localizer, outputs = build(case), stored_outputs(case)
-    for clip in range(2):
+    for clip in case.clips("gt_segments_"):
         classes, offsets, weights = localizer.assign(
             outputs.points,
             case.tensor(f"gt_segments_{clip}"),
@@ -150,7 +146,8 @@ def test_losses_and_gradients_of_a_training_step(name: str, dtype: torch.dtype) 
     case = load(name)
     localizer = build(case).to(dtype).train()
     features = batch(case, dtype)
-    losses = localizer.loss(localizer(features), batch_actions(case), [STEPS, STEPS])
+    truth = batch_actions(case)
+    losses = localizer.loss(localizer(features), truth, [STEPS] * len(truth))
     reference = case.arrays["loss_train" if dtype == torch.float32 else "loss_train_f64"]
     check_losses(losses, reference)
     assert localizer.positives.value().item() == pytest.approx(reference[3], rel=LOSS_TOLERANCE)
@@ -163,10 +160,11 @@ def test_losses_in_evaluation_and_of_a_clip_without_actions(name: str) -> None:
     case = load(name)
     localizer = build(case)
     outputs = localizer(batch(case, torch.float32))
-    check_losses(localizer.eval().loss(outputs, batch_actions(case), [STEPS, STEPS]), case.arrays["loss_eval"])
+    truth = batch_actions(case)
+    check_losses(localizer.eval().loss(outputs, truth, [STEPS] * len(truth)), case.arrays["loss_eval"])
     before = case.arrays["loss_normalizer_initial"]
     assert localizer.positives.value().item() == pytest.approx(before, rel=LOSS_TOLERANCE), "updated in evaluation"
-    losses = localizer.train().loss(outputs, [batch_actions(case)[0], []], [STEPS, STEPS])
+    losses = localizer.train().loss(outputs, [*truth[:-1], []], [STEPS] * len(truth))
     assert losses["total"].isfinite()
     if "loss_train_empty" in case.arrays:  # TemporalMaxer's peer stops at such a clip
         check_losses(losses, case.arrays["loss_train_empty"])

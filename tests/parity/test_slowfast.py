@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from parity.compare import Tolerances, check_gradients, check_loss, check_values
+from parity.sizes import slowfast_size
 from parity.vectors import Case, cases, load
 from torch import Tensor
 
@@ -26,22 +27,11 @@ TOLERANCES = Tolerances(
     probe={torch.float32: 1e-4, torch.float64: 1e-7},
 )
 LAYOUTS = {layout.name.split()[0]: layout for layout in KEY_LAYOUTS}
-DEPTHS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 both_precisions = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
 
 
 def build(case: Case, layout: str, block: type[Bottleneck], dtype: torch.dtype) -> SlowFast:
-    arguments = case.config["arguments"]
-    slow = arguments["slow_pathway"]
-    slowfast = SlowFast(
-        depths=DEPTHS[slow["depth"]],
-        base_channels=slow["base_channels"],
-        slow_stride=arguments["resample_rate"],
-        speed_ratio=arguments["speed_ratio"],
-        channel_ratio=arguments["channel_ratio"],
-        fusion_kernel=slow["fusion_kernel"],
-        block=block,
-    )
+    slowfast = SlowFast(**slowfast_size(case.config["arguments"]), block=block)
     slowfast.load_state_dict({ours: case.state[theirs] for theirs, ours in names(case, layout).items()})
     return slowfast.to(dtype).eval()
 

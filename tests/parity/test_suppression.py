@@ -16,8 +16,7 @@ CLIPS = [
     (name, clip)
     for prefix in ("det_", "actionformer_", "vsgn_opentad")
     for name in cases(prefix)
-    for clip in range(8)
-    if f"pre_nms_segments_{clip}" in load(name).arrays
+    for clip in load(name).clips("pre_nms_segments_")
 ]
 VOTING_TOLERANCE = 1e-4
 

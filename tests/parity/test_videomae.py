@@ -73,9 +73,9 @@ def peer_gradients(case: Case, backbone: Any, *, prefix: str = "") -> list[Tenso
     return [found.get(name.removeprefix(prefix)) for name in case.arrays["param_names"].tolist()]
 
 
-def as_map(tokens: Tensor, shape: torch.Size, patch: int) -> Tensor:
-    """(N, tokens, C) -> (N, C, T / 2, h, w), for clips of (N, T, 3, H, W)."""
-    grid = (shape[1] // 2, shape[3] // patch, shape[4] // patch)
+def as_map(tokens: Tensor, shape: torch.Size, size: dict[str, Any]) -> Tensor:
+    """(N, tokens, C) -> (N, C, T', h, w), for clips of (N, T, 3, H, W)."""
+    grid = (shape[1] // size.get("tubelet_size", 2), *(pixels // size["patch_size"] for pixels in shape[3:]))
     return tokens.transpose(1, 2).unflatten(2, grid)
 
 
@@ -97,7 +97,7 @@ def test_the_plain_network(name: str, dtype: torch.dtype, build) -> None:
     x = case.tensor("x").to(dtype).requires_grad_()
     clips = x.transpose(1, 2)
     tokens = backbone.encoder.tokens(clips)
-    outputs = {"map": as_map(tokens, clips.shape, size["patch_size"])}
+    outputs = {"map": as_map(tokens, clips.shape, size)}
     if backbone.encoder.model.fc_norm is None:
         outputs["token"] = tokens[:, 0]
     else:
@@ -142,7 +142,7 @@ def test_with_adapters(name: str, dtype: torch.dtype, frozen: bool, build) -> No
     num_frames = size["num_frames"]
     clips = cut(frames, mask, clip_frames=num_frames, clips=range(-(-frames.shape[2] // num_frames)))
     tokens = backbone.encoder.tokens(clips.flatten(0, 1), clips.shape[1])
-    feature_map = as_map(tokens, clips.flatten(0, 1).shape, size["patch_size"])
+    feature_map = as_map(tokens, clips.flatten(0, 1).shape, size)
     steps = feature_map.mean(dim=(3, 4)).unflatten(0, clips.shape[:2]).transpose(1, 2).flatten(2)
     feat = resample(steps, num_steps=case.config["interpolate_size"])
     key = suffix(dtype)

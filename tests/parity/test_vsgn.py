@@ -7,7 +7,7 @@ from copy import deepcopy
 import numpy as np
 import pytest
 import torch
-from parity.actionformers import STEPS, actions, suppression
+from parity.actionformers import STEPS, batch_actions, suppression
 from parity.compare import Tolerances, check_gradients, largest_error
 from parity.detections import check_same, from_results, rounded, stored
 from parity.vectors import Case, cases, load, read_json
@@ -100,8 +100,8 @@ def test_predictions(name: str, dtype: torch.dtype) -> None:
 def test_losses_and_gradients_of_a_training_step(name: str) -> None:
     case = load(name)
     localizer = build(case).train()
-    truth = [actions(case.tensor(f"gt_segments_{clip}"), case.tensor(f"gt_labels_{clip}")) for clip in range(2)]
-    losses = localizer.loss(localizer(features(case)), truth, [STEPS, STEPS])
+    truth = batch_actions(case)
+    losses = localizer.loss(localizer(features(case)), truth, [STEPS] * len(truth))
     for theirs, value in zip(case.arrays["loss_names"].tolist(), case.arrays["loss_train"].tolist(), strict=True):
         assert losses[LOSS_NAMES[theirs]].item() == pytest.approx(value, rel=LOSS_TOLERANCE), theirs
     counts = [localizer.positives[loss].value().item() for loss in ("regression", "classification", "adjustment")]
@@ -171,7 +171,7 @@ def original(request) -> tuple[Case, VSGN]:
         channels=options["bb_hidden_dim"],
         num_levels=options["num_levels"],
         first_stride=options["base_stride"],
-        num_neighbours=options["num_neigh"],
+        num_neighbours=options["num_neigh"] if options.get("use_xGPN", True) else None,
         num_head_convs=options["num_head_layers"],
         anchor_scales=tuple(options["anchor_scale"]),
         anchor_iou=options["iou_thr"][0],

@@ -13,6 +13,7 @@ import lzma
 import os
 from dataclasses import dataclass
 from functools import cache
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,10 @@ class Case:
 
     def tensor(self, key: str) -> torch.Tensor:
         return torch.from_numpy(self.arrays[key])
+
+    def clips(self, prefix: str) -> range:
+        """The clips for which there is an array called `prefix` and their number: 0, 1, ..."""
+        return range(next(number for number in count() if f"{prefix}{number}" not in self.arrays))
 
 
 def cases(prefix: str) -> list[str]:

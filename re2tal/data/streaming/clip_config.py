@@ -7,7 +7,7 @@ from typing import Literal
 
 from re2tal.data.streaming.augmentation import AUGMENTATIONS, Augmentation
 from re2tal.data.streaming.windowing import Slide, Trimmed, Windowing
-from re2tal.options import option
+from re2tal.options import COUNT, NOT_NEGATIVE, SHARE, check_ranges, option
 
 
 @dataclass(frozen=True)
@@ -44,9 +44,9 @@ class ClipConfig:
     """in evaluation, go on without videos that cannot be read; they then count as without detections"""
 
     def __post_init__(self) -> None:
-        for name, least in (("size", 1), ("workers", 0), ("prefetch", 1), ("timeout_seconds", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"data.clips.{name} is {getattr(self, name)}; give {least} or more")
+        counts = {"size": COUNT, "shuffle_span": COUNT, "prefetch": COUNT}
+        counts |= {"workers": NOT_NEGATIVE, "timeout_seconds": NOT_NEGATIVE}
+        check_ranges(self, "data.clips", **counts, colour_jitter=SHARE)
         for name in ("crop_area", "crop_aspect"):
             least_share, most = getattr(self, name)
             if not 0 < least_share <= most or (name == "crop_area" and most > 1):

@@ -22,6 +22,7 @@ from re2tal.localizers.pyramid.heads import Head, RegressionHead
 from re2tal.localizers.pyramid.localizer import PyramidLocalizer, embedding_convs, head_convs, logit
 from re2tal.localizers.pyramid.loss import PointLoss
 from re2tal.localizers.pyramid.transformer import TransformerBlock
+from re2tal.options import COUNT, NOT_NEGATIVE, RATE, check_ranges
 
 Variant = Literal["opentad", "original"]
 
@@ -54,10 +55,18 @@ class ActionFormerConfig(PaddedPyramidConfig):
     def __post_init__(self) -> None:
         if self.variant not in get_args(Variant):
             raise ValueError(f"unknown variant {self.variant!r}; known: {list(get_args(Variant))}")
+        check_ranges(
+            self,
+            "localizer",
+            num_heads=COUNT,
+            num_stem_blocks=NOT_NEGATIVE,
+            dropout=RATE,
+            path_drop=RATE,
+            input_dropout=RATE,
+            candidate_min_steps=NOT_NEGATIVE,
+        )
         if self.channels % self.num_heads:
             raise ValueError(f"channels={self.channels} must be a multiple of num_heads={self.num_heads}")
-        if not 0 <= self.input_dropout < 1:
-            raise ValueError(f"input_dropout={self.input_dropout} must lie in [0, 1)")
         super().__post_init__()
         if isinstance(self.attention_window, tuple) and len(self.attention_window) != self.num_levels:
             raise ValueError(

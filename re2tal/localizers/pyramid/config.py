@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+from re2tal.options import COUNT, INSIDE, NOT_NEGATIVE, POSITIVE, RATE, SHARE, check_ranges
+
 
 @dataclass(frozen=True)
 class PyramidConfig:
@@ -47,6 +49,26 @@ class PyramidConfig:
     """Predictions that go further, per clip; all of them with a single class."""
 
     def __post_init__(self) -> None:
+        check_ranges(
+            self,
+            "localizer",
+            channels=COUNT,
+            num_embedding_convs=NOT_NEGATIVE,
+            num_head_convs=NOT_NEGATIVE,
+            head_channels=COUNT,
+            kernel_size=COUNT,
+            centre_radius=POSITIVE,
+            label_smoothing=RATE,
+            regression_weight=NOT_NEGATIVE,
+            initial_positives=COUNT,
+            positives_momentum=SHARE,
+            prior_probability=INSIDE,
+            step_supervision=NOT_NEGATIVE,
+            candidate_min_score=SHARE,
+            candidate_top_k=COUNT,
+        )
+        if not self.regression_ranges:
+            raise ValueError("localizer.regression_ranges is empty; give (low, high) for each level, finest first")
         if self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size={self.kernel_size} must be odd, or sequences change their length")
         if self.num_head_convs == 0 and self.head_width != self.channels:
@@ -84,6 +106,7 @@ class PaddedPyramidConfig(PyramidConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_ranges(self, "localizer", max_num_steps=COUNT)
         if self.max_num_steps % 2 ** (self.num_levels - 1):
             raise ValueError(
                 f"max_num_steps={self.max_num_steps} must be a multiple of {2 ** (self.num_levels - 1)}, the stride of "

@@ -23,6 +23,7 @@ from re2tal.localizers.pyramid.encoder import Encoder
 from re2tal.localizers.pyramid.heads import Head, RegressionHead
 from re2tal.localizers.pyramid.localizer import PyramidLocalizer, embedding_convs, head_convs, logit
 from re2tal.localizers.pyramid.loss import PointLoss
+from re2tal.options import COUNT, NOT_NEGATIVE, RATE, SHARE, check_ranges
 
 LevelNorm = Literal["layer", "group", "none"]
 
@@ -53,15 +54,22 @@ class TemporalMaxerConfig(PyramidConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_ranges(
+            self,
+            "localizer",
+            level_norm_groups=COUNT,
+            input_dropout=RATE,
+            match_class_weight=NOT_NEGATIVE,
+            match_iou_weight=NOT_NEGATIVE,
+            match_keep_share=SHARE,
+            match_confused_weight=SHARE,
+        )
         if self.level_norm not in get_args(LevelNorm):
             raise ValueError(f"unknown level_norm {self.level_norm!r}; known: {list(get_args(LevelNorm))}")
         if self.level_norm == "group" and self.channels % self.level_norm_groups:
             raise ValueError(
                 f"channels={self.channels} must be a multiple of level_norm_groups={self.level_norm_groups}"
             )
-        for name in ("input_dropout", "match_keep_share", "match_confused_weight"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must lie in [0, 1]")
 
 
 class MaxPool(nn.Module):

@@ -28,6 +28,7 @@ from re2tal.localizers.pyramid.encoder import Encoder
 from re2tal.localizers.pyramid.heads import Head, RegressionHead
 from re2tal.localizers.pyramid.localizer import PyramidLocalizer, embedding_convs, head_convs, logit
 from re2tal.localizers.pyramid.loss import PointLoss
+from re2tal.options import COUNT, NOT_NEGATIVE, POSITIVE, RATE, check_ranges
 from re2tal.structures import Pyramid
 
 Downsampling = Literal["max", "average"]
@@ -68,6 +69,20 @@ class TriDetConfig(PaddedPyramidConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_ranges(
+            self,
+            "localizer",
+            num_stem_blocks=NOT_NEGATIVE,
+            wide_ratio=POSITIVE,
+            mlp_channels=COUNT,
+            initial_std=NOT_NEGATIVE,
+            path_drop=RATE,
+            input_noise=NOT_NEGATIVE,
+            head_kernel_size=COUNT,
+            boundary_kernel_size=COUNT,
+            num_bins=COUNT,
+            iou_power=NOT_NEGATIVE,
+        )
         if self.channels % NORM_GROUPS:
             raise ValueError(f"channels={self.channels} must be a multiple of {NORM_GROUPS}, the groups of its norms")
         if self.downsampling not in get_args(Downsampling):
@@ -77,13 +92,11 @@ class TriDetConfig(PaddedPyramidConfig):
                 f"window={self.window} must have one entry per level; there are {self.num_levels}, one per regression "
                 "range"
             )
-        if any(window < 1 or window % 2 == 0 for window in self.windows):
+        if not all(window >= 1 and window % 2 == 1 for window in self.windows):
             raise ValueError(f"window={self.window} must be odd, or sequences change their length")
         for name in ("head_kernel_size", "boundary_kernel_size"):
             if getattr(self, name) % 2 == 0:
                 raise ValueError(f"{name}={getattr(self, name)} must be odd, or sequences change their length")
-        if self.num_bins < 1:
-            raise ValueError(f"num_bins={self.num_bins} must be at least 1: points cannot reach a start or an end")
 
     @property
     def windows(self) -> tuple[int, ...]:

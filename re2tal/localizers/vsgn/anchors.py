@@ -41,7 +41,7 @@ def decode(anchors: Tensor, offsets: Tensor) -> Tensor:
     return torch.stack([centre - half, centre + half], dim=-1)
 
 
-class Matches(NamedTuple):
+class AnchorTargets(NamedTuple):
     """What each of A segments must predict for one clip."""
 
     labels: Tensor
@@ -51,14 +51,14 @@ class Matches(NamedTuple):
 
 
 @torch.no_grad()
-def match(segments: Tensor, actions: Tensor, labels: Tensor, *, min_iou: float) -> Matches:
+def match(segments: Tensor, actions: Tensor, labels: Tensor, *, min_iou: float) -> AnchorTargets:
     """Each segment with the action it overlaps most, if by `min_iou`; besides, each action with its best segments.
 
     `segments` (A, 2), `actions` (N, 2), both in steps; `labels` (N,) int64 classes. Segments are a step longer than
     end - start, actions are not, as in the public implementations.
     """
     if len(actions) == 0:
-        return Matches(
+        return AnchorTargets(
             torch.zeros(len(segments), dtype=torch.int64, device=segments.device), torch.zeros_like(segments)
         )
     overlap = torch.minimum(segments[:, None, 1], actions[:, 1]) - torch.maximum(segments[:, None, 0], actions[:, 0])
@@ -69,7 +69,7 @@ def match(segments: Tensor, actions: Tensor, labels: Tensor, *, min_iou: float) 
     # > 0, or an action that no segment overlaps would match all of them: each has its best IoU, 0.
     best_for_an_action = ((iou == iou.amax(dim=0)) & (iou > 0)).any(dim=1)
     matched = (best_iou >= min_iou) | best_for_an_action
-    return Matches(torch.where(matched, labels[best] + 1, 0), actions[best])
+    return AnchorTargets(torch.where(matched, labels[best] + 1, 0), actions[best])
 
 
 def giou_loss(segments: Tensor, targets: Tensor) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from re2tal.options import COUNT, INSIDE, NOT_NEGATIVE, SHARE, check_ranges
+
 Variant = Literal["opentad", "original"]
 
 
@@ -59,14 +61,29 @@ class VSGNConfig:
     def __post_init__(self) -> None:
         if self.variant not in get_args(Variant):
             raise ValueError(f"unknown variant {self.variant!r}; known: {list(get_args(Variant))}")
+        check_ranges(
+            self,
+            "localizer",
+            channels=COUNT,
+            num_groups=COUNT,
+            num_levels=COUNT,
+            num_neighbours=COUNT,
+            num_head_convs=NOT_NEGATIVE,
+            anchor_iou=SHARE,
+            boundary_iou=SHARE,
+            focal_alpha=SHARE,
+            evaluation_weight=NOT_NEGATIVE,
+            initial_positives=COUNT,
+            positives_momentum=SHARE,
+            stitch_below=INSIDE,
+            stitch_gap=NOT_NEGATIVE,
+            candidate_min_score=SHARE,
+            candidate_top_k=COUNT,
+        )
+        if not self.anchor_scales or min(self.anchor_scales) <= 0:
+            raise ValueError(f"localizer.anchor_scales is {self.anchor_scales}; give positive numbers, at least one")
         if self.channels % self.num_groups:
             raise ValueError(f"channels={self.channels} must be a multiple of num_groups={self.num_groups}")
-        if self.stitch_below is not None and not 0 < self.stitch_below < 1:
-            raise ValueError(
-                f"localizer.stitch_below is {self.stitch_below}; give a share of the grid between 0 and 1, or None"
-            )
-        if self.stitch_gap < 0:
-            raise ValueError(f"localizer.stitch_gap is {self.stitch_gap}; give a number of steps, 0 or more")
         if self.first_stride < 2 or self.first_stride % 2:
             raise ValueError(f"first_stride={self.first_stride} must be even: the first level halves the stem's output")
 

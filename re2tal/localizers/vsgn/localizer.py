@@ -22,7 +22,7 @@ from re2tal.localizers.candidates import Candidates, best_of_clip
 from re2tal.localizers.class_map import ClassMap
 from re2tal.localizers.losses import RunningCount, focal_of_chosen
 from re2tal.localizers.vsgn.anchors import (
-    Matches,
+    AnchorTargets,
     balanced_bce,
     decode,
     evaluation_targets,
@@ -197,11 +197,11 @@ class VSGN(Localizer[VSGNOutputs]):
             truth.append((segments, labels))
         return truth
 
-    def _matches(self, segments: Tensor, truth: Truth, real: Tensor, min_iou: float) -> Matches:
+    def _matches(self, segments: Tensor, truth: Truth, real: Tensor, min_iou: float) -> AnchorTargets:
         """Of all clips: labels (B, A), 0 in clips that are not real, and segments (B, A, 2)."""
         matches = [match(of_clip, *known, min_iou=min_iou) for of_clip, known in zip(segments, truth, strict=True)]
         labels, found = (torch.stack(column) for column in zip(*matches, strict=True))
-        return Matches(torch.where(real[:, None], labels, 0), found)
+        return AnchorTargets(torch.where(real[:, None], labels, 0), found)
 
     def _segment_loss(
         self, name: str, predicted: Tensor, matched: Tensor, truth: Truth, real: Tensor, min_iou: float
