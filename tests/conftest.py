@@ -1,29 +1,38 @@
-"""What keeps files of tests apart, one after the other and under `pytest --numprocesses N --dist loadgroup`."""
+"""What keeps files of tests apart, one after the other and under `pytest --numprocesses N --dist loadscope`."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch.distributed as dist
 
 from re2tal.distributed import World
 
-TESTS = Path(__file__).parent
 
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+@pytest.hookimpl(optionalhook=True)  # where pytest-xdist is installed
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     """Tests of several ranks run one after the other, all others file by file, so that what a file shares is made once.
 
     Ranks that compete for the cores with other ranks wait in each collective for one that is not running.
     """
-    for item in items:
-        file = item.path.relative_to(TESTS)
-        starters = (hasattr(getattr(item, "module", None), name) for name in ("run_ranks", "launch_ranks"))
-        ranks = file.parts[0] in ("distributed", "faults") or any(starters)
-        item.add_marker(pytest.mark.xdist_group("ranks" if ranks else str(file)))
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Rooms(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.partition("::")[0]
+            return "ranks" if starts_ranks(config.rootpath / file) else file
+
+    return Rooms(config, log) if config.getvalue("dist") == "loadscope" else None
+
+
+@cache
+def starts_ranks(file: Path) -> bool:
+    return file.parent.name in ("distributed", "faults") or "from distributed.ranks import" in file.read_text()
 
 
 @pytest.fixture(scope="module", autouse=True)
