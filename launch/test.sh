@@ -9,5 +9,10 @@ ruff check .
 ruff format --check .
 mypy
 shellcheck -x launch/*.sh launch/*.slurm .ci/run
+# The whole suite takes two processes; tests/conftest.py says what runs side by side. Arguments may choose tests that need
+# the machine for themselves (-m gpu, -m slow), or a debugger: then pytest gets them, and nothing else.
+if [[ $# -eq 0 && $(nproc) -ge 2 ]]; then
+    set -- --numprocesses 2 --dist loadscope
+fi
 # Two ranks share the machine in many tests: one thread each keeps them from fighting over cores.
 OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" python -m pytest "$@"

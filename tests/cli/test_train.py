@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import subprocess
 import sys
+from contextlib import redirect_stdout
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
-from distributed.ranks import launch_ranks
+from distributed.ranks import launch_ranks, run_ranks
 from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -20,7 +21,9 @@ from re2tal.backbones import BackboneConfig, build_backbone
 from re2tal.cli import main
 from re2tal.config import load_config, save_config
 from re2tal.data.building.annotations import read_annotations
+from re2tal.data.building.demo import DemoConfig, write_demo
 from re2tal.data.streaming.windows import ResizeWhole
+from re2tal.distributed import World
 from re2tal.evaluation.results import read_results
 from re2tal.recipes import find_recipe
 from re2tal.training.export import read_model
@@ -60,9 +63,10 @@ SMALL = [
 def shards(tmp_path_factory) -> Path:
     """Six training and two validation videos of the demo."""
     folder = tmp_path_factory.mktemp("data")
-    re2tal("demo", "--out", folder, "--num-training", 6, "--num-validation", 2, "--workers", 1)
+    write_demo(folder, DemoConfig(num_training=6, num_validation=2), workers=1)
     arguments = ["--dataset", "demo", "--videos", folder / "videos", "--annotations", folder / "annotations.json"]
-    re2tal("shards", "build", *arguments, "--out", folder / "shards", "--workers", 1)
+    with pytest.raises(SystemExit):
+        main(["shards", "build", *map(str, arguments), "--out", str(folder / "shards"), "--workers", "1"])
     return folder / "shards"
 
 
@@ -89,10 +93,10 @@ def test_from_videos_to_a_score_and_the_same_weights_after_a_restart(shards, tmp
 
     # As if it had been killed after step 3. Its own config.json starts it again.
     shutil.rmtree(out / "checkpoints" / "step-00000006")
-    again = [*command[:4], "--config", str(out / "config.json"), "--out", str(out)]
+    again = ["train", *command[2:4], "--config", str(out / "config.json"), "--out", str(out)]
     with pytest.raises(RuntimeError, match="holds the checkpoints of an earlier run; continue it"):
-        launch_ranks(again, world_size=2, timeout_seconds=280)
-    launch_ranks([*again, "--resume"], world_size=2, timeout_seconds=280)
+        re2tal(*again, cwd=tmp_path, world_size=2)
+    re2tal(*again, "--resume", cwd=tmp_path, world_size=2)
     resumed = read_model(out / "model.safetensors")
     assert all(value.equal(resumed.weights[name]) for name, value in whole.weights.items())
     results = read_results(out / "results.json").predictions
@@ -100,10 +104,10 @@ def test_from_videos_to_a_score_and_the_same_weights_after_a_restart(shards, tmp
     assert all(len(detections) > 0 for detections in results.values())
 
     with pytest.raises(RuntimeError, match=r"training.seed is 7, the checkpoint has 0"):
-        launch_ranks([*again, "--training.seed", "7", "--resume"], world_size=1)
+        re2tal(*again, "--training.seed", "7", "--resume", cwd=tmp_path)
     assert load_config(out / "config.json").training.seed == 0, "what was refused replaced the run's own configuration"
     with pytest.raises(RuntimeError, match=r"backbone.norm_eval freezes the norms of a pretrained backbone"):
-        launch_ranks([*again, "--overwrite", "--backbone.norm-eval"], world_size=1)
+        re2tal(*again, "--overwrite", "--backbone.norm-eval", cwd=tmp_path)
     assert (out / "model.safetensors").is_file(), "what was refused removed the earlier run"
 
 
@@ -178,14 +182,28 @@ def test_a_run_that_names_relative_paths_goes_on_from_another_folder(shards, tmp
     manifest["run"]["backbone.weights"] = "swin.safetensors"
     path.write_text(json.dumps(manifest))
     re2tal("train", "--config", "run/config.json", "--out", "run", "--resume", cwd=here)
-    with pytest.raises(subprocess.CalledProcessError):
+    with pytest.raises(RuntimeError, match=r"other\.safetensors"):
         re2tal(*again, "--backbone.weights", "other.safetensors", cwd=there)
 
 
-def re2tal(*arguments: object, cwd: Path | None = None) -> str:
-    command = [sys.executable, "-m", "re2tal", *map(str, arguments)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, check=True, cwd=cwd, env=environment, stdout=subprocess.PIPE, text=True).stdout
+def re2tal(*arguments: object, cwd: Path, world_size: int = 1) -> str:
+    """What the command says, in processes of its own that have imported everything already."""
+    given = {"folder": str(cwd), "arguments": [*map(str, arguments)]}
+    return run_ranks(said_in, world_size=world_size, timeout_seconds=280, **given)[0]["output"]
+
+
+def said_in(folder: str, arguments: list[str]) -> dict[str, str]:
+    os.chdir(folder)
+    if os.environ["WORLD_SIZE"] == "1":  # as where nobody launched it
+        for name in World().variables():
+            del os.environ[name]
+    with redirect_stdout(StringIO()) as output:
+        try:
+            main(arguments)
+        except SystemExit as end:
+            if end.code:
+                raise
+    return {"output": output.getvalue()}
 
 
 def test_a_tracker_without_its_package_is_refused_before_anything_is_read(tmp_path, capsys):

@@ -86,8 +86,8 @@ def test_the_users_script_needs_no_guard(tmp_path):
     assert (done.stdout, done.returncode) == ("(3, 2)\n", 0), done.stderr
 
 
-def test_threads_that_start_processes_at_once_leave_the_users_script_as_it_was():
-    before = sys.modules["__main__"].__file__
+def test_threads_that_start_processes_at_once_leave_the_users_script_as_it_was(monkeypatch):
+    monkeypatch.setattr(sys.modules["__main__"], "__file__", "the users script", raising=False)
 
     def start(number):
         with Isolated() as isolated:
@@ -95,5 +95,4 @@ def test_threads_that_start_processes_at_once_leave_the_users_script_as_it_was()
 
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(start, range(8))) == [divmod(number, 5) for number in range(8)]
-    assert before is not None
-    assert sys.modules["__main__"].__file__ == before
+    assert sys.modules["__main__"].__file__ == "the users script"

@@ -1,5 +1,8 @@
 """Runs a function, or any command, as N ranks on this machine: gloo, CPU, a free port, one process group per rank.
 
+A function's ranks are forks of processes that have imported torch and DeepSpeed already: imports take longer than most
+of what is tested. Each number of rank has its own such process, with its own order of sets, as on several machines.
+
     results = run_ranks(train, world_size=2, stage=3)      # train(stage=3) in every rank; one result per rank
 
 The function must be at the top level of its file (the ranks load that file by path), take JSON values as keyword
@@ -10,10 +13,14 @@ it need not leave it.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import importlib.util
 import inspect
 import json
 import os
+import random
+import select
 import signal
 import socket
 import subprocess
@@ -21,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +44,14 @@ def run_ranks(function: Callable[..., Any], *, world_size: int, timeout_seconds:
     """
     with tempfile.TemporaryDirectory() as folder:
         call = [inspect.getfile(function), function.__qualname__, json.dumps(arguments), folder]
-        launch_ranks([sys.executable, __file__, *call], world_size=world_size, timeout_seconds=timeout_seconds)
+        shared = _shared_environment(world_size)
+        servers = [_server(rank, shared) for rank in range(world_size)]
+        _watch(
+            lambda rank, log: _Fork(servers[rank], {**shared, **_of_rank(rank)}, log, call),
+            world_size=world_size,
+            timeout_seconds=timeout_seconds,
+            what=f"{function.__module__}.{function.__qualname__}",
+        )
         return [torch.load(_result(folder, rank), weights_only=True) for rank in range(world_size)]
 
 
@@ -51,7 +66,37 @@ def launch_ranks(
 
     RuntimeError with the output of the ranks if one fails or the time is up; no process outlives the call.
     """
-    shared = {
+    shared = {**_shared_environment(world_size), **(environment or {})}
+
+    def start(rank: int, log: Path) -> subprocess.Popen:
+        with log.open("w") as output:
+            return subprocess.Popen(
+                command,
+                env={**shared, **_of_rank(rank)},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,  # so that _end reaches the rank's own children too
+            )
+
+    return _watch(start, world_size=world_size, timeout_seconds=timeout_seconds, what=" ".join(command))
+
+
+def free_port() -> int:
+    """A TCP port that nobody listens on just now, and that no connection nor a neighbour of this process is given.
+
+    The system gives connections ports from 32768 on, and pytest-xdist's workers each choose among 1000 of their own.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    ports = range(20000 + 1000 * (worker % 9), 21000 + 1000 * (worker % 9))
+    for port in random.SystemRandom().sample(ports, len(ports)):
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise RuntimeError(f"none of the TCP ports {ports} is free")
+
+
+def _shared_environment(world_size: int) -> dict[str, str]:
+    return {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")])),
         "MASTER_ADDR": "127.0.0.1",
@@ -61,12 +106,21 @@ def launch_ranks(
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
         "CUDA_VISIBLE_DEVICES": "",
-        **(environment or {}),
     }
+
+
+def _of_rank(rank: int) -> dict[str, str]:
+    return {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+
+
+def _watch(
+    start: Callable[[int, Path], subprocess.Popen | _Fork], *, world_size: int, timeout_seconds: float, what: str
+) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder) / f"rank{rank}.log" for rank in range(world_size)]
-        processes = [_start(command, log, shared, rank) for rank, log in enumerate(logs)]
+        processes: list[subprocess.Popen | _Fork] = []
         try:
+            processes += [start(rank, log) for rank, log in enumerate(logs)]
             failure = _wait(processes, timeout_seconds)
         finally:
             for process in processes:
@@ -74,29 +128,11 @@ def launch_ranks(
         outputs = [log.read_text(errors="replace") for log in logs]
     if failure:
         tails = "".join(f"\n--- rank {rank}\n{output[-4000:]}" for rank, output in enumerate(outputs))
-        raise RuntimeError(f"{failure}: {' '.join(command)}{tails}")
+        raise RuntimeError(f"{failure}: {what}{tails}")
     return outputs
 
 
-def free_port() -> int:
-    """A TCP port that nobody listens on just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def _start(command: Sequence[str], log: Path, shared: Mapping[str, str], rank: int) -> subprocess.Popen:
-    with log.open("w") as output:
-        return subprocess.Popen(
-            command,
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,  # so that _end reaches the rank's own children too
-        )
-
-
-def _wait(processes: Sequence[subprocess.Popen], timeout_seconds: float) -> str:
+def _wait(processes: Sequence[subprocess.Popen | _Fork], timeout_seconds: float) -> str:
     """What went wrong, or "" if all ended well. A failed rank leaves the others waiting: do not wait for them."""
     deadline = time.monotonic() + timeout_seconds
     while True:
@@ -109,7 +145,7 @@ def _wait(processes: Sequence[subprocess.Popen], timeout_seconds: float) -> str:
         time.sleep(0.05)
 
 
-def _end(process: subprocess.Popen) -> None:
+def _end(process: subprocess.Popen | _Fork) -> None:
     if process.poll() is None:
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()
@@ -117,6 +153,89 @@ def _end(process: subprocess.Popen) -> None:
 
 def _result(folder: str, rank: int) -> Path:
     return Path(folder) / f"rank{rank}.pt"
+
+
+class _Fork:
+    """A rank that a server forked, with what is needed here of Popen's interface."""
+
+    def __init__(self, server: subprocess.Popen, environment: Mapping[str, str], log: Path, call: list[str]) -> None:
+        assert server.stdin is not None
+        self._answers = server.stdout
+        order = {"environment": environment, "log": str(log), "cwd": os.getcwd(), "call": call}
+        server.stdin.write(json.dumps(order).encode() + b"\n")
+        self.pid = int(self._answers.readline())  # type: ignore[union-attr]
+        self.returncode: int | None = None
+
+    def poll(self) -> int | None:
+        if self.returncode is None and select.select([self._answers], [], [], 0)[0]:
+            self.wait()
+        return self.returncode
+
+    def wait(self) -> int:
+        if self.returncode is None:
+            self.returncode = int(self._answers.readline())  # type: ignore[union-attr]
+        return self.returncode
+
+
+_servers: dict[int, tuple[dict[str, str], subprocess.Popen]] = {}
+"""By number of rank: the environment that it was started in, and the process."""
+
+
+def _server(rank: int, environment: Mapping[str, str]) -> subprocess.Popen:
+    """The process that forks this rank; a new one if it would have read other variables when it imported things."""
+    own = ("MASTER_PORT", "WORLD_SIZE", "LOCAL_SIZE", "PYTEST_CURRENT_TEST")
+    read = {name: value for name, value in environment.items() if name not in own}
+    started_in, server = _servers.get(rank, ({}, None))
+    if server is None or started_in != read or server.poll() is not None:
+        if server is not None:
+            server.communicate()  # the end of its input ends it
+        server = subprocess.Popen(
+            [sys.executable, __file__],
+            env=read,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            bufsize=0,
+            start_new_session=True,
+        )
+        _servers[rank] = (read, server)
+    return server
+
+
+@atexit.register
+def _end_servers() -> None:
+    for _, server in _servers.values():
+        server.communicate()
+
+
+def _become_a_rank() -> list[str]:
+    """Forks for each line of standard input, and returns the call in the fork. Answers its pid, then its status."""
+    import numpy
+    import pytest  # noqa: F401
+    import transformers  # noqa: F401
+
+    import re2tal.runs.training_run
+    import re2tal.training.trainer  # noqa: F401
+
+    gc.freeze()  # a collection in a fork would write to, and so copy, every page of what was imported
+    assert len(os.listdir("/proc/self/task")) == 1, "a process that has threads cannot be forked safely"
+    for line in sys.stdin:
+        if pid := os.fork():
+            _, status = os.waitpid(pid, 0)
+            print(os.waitstatus_to_exitcode(status), flush=True)
+            continue
+        order = json.loads(line)
+        os.setsid()  # so that _end reaches the rank's own children too
+        print(os.getpid(), flush=True)
+        with open(os.devnull) as nothing, open(order["log"], "w") as log:
+            for file, number in ((nothing, 0), (log, 1), (log, 2)):
+                os.dup2(file.fileno(), number)
+        os.chdir(order["cwd"])
+        os.environ.clear()
+        os.environ.update(order["environment"])
+        random.seed()
+        numpy.random.seed()  # else all ranks that one server forks draw the same
+        return order["call"]
+    sys.exit()
 
 
 def _run_one_rank(path: str, name: str, arguments: str, folder: str) -> None:
@@ -133,7 +252,11 @@ def _run_one_rank(path: str, name: str, arguments: str, folder: str) -> None:
         from re2tal.training.process_group import leave  # here: it imports DeepSpeed, which few ranks need
 
         leave()
+    # What was imported is not taken apart: it takes a second, and ranks that end as they do for users are in tests/cli.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
-    _run_one_rank(*sys.argv[1:])
+    _run_one_rank(*_become_a_rank())

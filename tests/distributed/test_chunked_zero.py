@@ -87,7 +87,7 @@ def optimizer(net: nn.Module) -> torch.optim.Optimizer:
 def batches(rank: int) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(100 + rank)
     return [
-        (torch.randn(2, 3, 10, 20, 28, generator=generator), torch.randn(2, 4, generator=generator))
+        (torch.randn(2, 3, 6, 12, 20, generator=generator), torch.randn(2, 4, generator=generator))
         for _ in range(NUM_STEPS * ACCUMULATION)
     ]
 

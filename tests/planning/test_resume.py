@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from re2tal.cli import main
+from re2tal.data.building.demo import DemoConfig, write_demo
 from re2tal.planning import choice
 from re2tal.planning.settings import Setting
 from re2tal.planning.step_plan import StepPlan
@@ -35,9 +34,10 @@ SMALL = {
 @pytest.fixture
 def shards(tmp_path) -> Path:
     """Two training videos and a validation video of the demo."""
-    re2tal("demo", "--out", tmp_path, "--num-training", 2, "--num-validation", 1, "--workers", 1)
+    write_demo(tmp_path, DemoConfig(num_training=2, num_validation=1), workers=1)
     arguments = ["--dataset", "demo", "--videos", tmp_path / "videos", "--annotations", tmp_path / "annotations.json"]
-    re2tal("shards", "build", *arguments, "--out", tmp_path / "shards", "--workers", 1)
+    with pytest.raises(SystemExit):
+        main(["shards", "build", *map(str, arguments), "--out", str(tmp_path / "shards"), "--workers", "1"])
     return tmp_path / "shards"
 
 
@@ -100,7 +100,3 @@ def settings_in(out: Path) -> list[Setting]:
     document = read_json(out / "plan.json")
     del document["format"]
     return list(StepPlan.from_json(document).settings.values())
-
-
-def re2tal(*arguments: object) -> None:
-    subprocess.run([sys.executable, "-m", "re2tal", *map(str, arguments)], check=True)
