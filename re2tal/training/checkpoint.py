@@ -29,7 +29,6 @@ from re2tal.training.deepspeed_import import Engine
 from re2tal.training.elastic import place_in_run
 from re2tal.training.ema import WeightAverage
 from re2tal.training.finite import all_finite, find_non_finite
-from re2tal.training.generators import generator_states, restore_generators
 from re2tal.training.identity import SHAPE, changed_values, refuse_another_run
 from re2tal.training.manifest import FOLDER, Manifest, Progress, read_manifest, write_manifest
 from re2tal.training.reshard import resharded
@@ -269,9 +268,8 @@ def _non_finite_by_rank(engine: Engine, average: WeightAverage | None) -> str:
 
 
 def _rank_state(engine: Engine, average: WeightAverage | None) -> dict[str, Any]:
-    """State of this rank that DeepSpeed does not save: generators, buffers, its shards of the average."""
+    """State of this rank that DeepSpeed does not save: buffers, its shards of the average."""
     return {
-        "generators": generator_states(engine.device),
         "buffers": {name: buffer.cpu() for name, buffer in engine.module.named_buffers()},
         "average": None if average is None else average.state(),
     }
@@ -279,7 +277,6 @@ def _rank_state(engine: Engine, average: WeightAverage | None) -> dict[str, Any]
 
 @torch.no_grad()
 def _restore_rank_state(engine: Engine, average: WeightAverage | None, state: dict[str, Any]) -> None:
-    restore_generators(state["generators"], engine.device)
     buffers = dict(engine.module.named_buffers())
     for name, saved in state["buffers"].items():
         buffers[name].copy_(saved)

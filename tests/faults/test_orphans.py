@@ -48,8 +48,10 @@ CASES = [
     ("deepspeed", "launch", signal.SIGKILL),
     ("deepspeed", "launch", signal.SIGTERM),
     ("deepspeed", "group", signal.SIGINT),
+    ("deepspeed", "group", signal.SIGTERM),
     ("torchrun", "runner", signal.SIGKILL),
     ("torchrun", "runner", signal.SIGTERM),
+    ("torchrun", "group", signal.SIGINT),
 ]
 MOMENTS = (0.0, 1.3)
 """Seconds after the first line of the log: in a step, and later."""
