@@ -203,7 +203,8 @@ class Observation:
         figures = error / base, outside.double(), largest.double(), most / base
         here = [_hash(one) for one in (state, following) if one is not None] if self._hashes else []
         changed = not all(map(torch.equal, here, self._hashes))
-        reading = Reading(*torch.stack(figures).tolist(), changed=changed)
+        drift, beyond, largest_element, growth = torch.stack(figures).tolist()
+        reading = Reading(drift, beyond, largest_element, growth, changed)
         self._monitor.note(reading, step=self._step, precision=self._precision)
 
 

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from re2tal.distributed import gather_objects, is_main, named_host
 from re2tal.strict_json import sha256_of, write_atomically
 from re2tal.training.agreement import refuse_drifted_replicas
+from re2tal.training.checkpoint_files import PAUSES_SECONDS, with_retries
 from re2tal.training.deepspeed_import import Engine
 from re2tal.training.elastic import place_in_run
 from re2tal.training.ema import WeightAverage
@@ -36,8 +37,6 @@ from re2tal.training.stall import Stall
 from re2tal.training.watchdog import at
 
 RANK_FILE = "rank-{:05d}.pt"
-PAUSES_SECONDS = (2.0, 10.0)
-"""A save that fails is tried again after each of these: a disk may be full, or away, for a moment."""
 
 
 class CheckpointStore:
@@ -83,19 +82,8 @@ class CheckpointStore:
                 f"after step {progress.step} not all numbers are finite: {poison}; no checkpoint is written, earlier "
                 "ones are intact. Lower the learning rate or lengthen the warmup, then resume"
             )
-        for pause in (*self.pauses_seconds, None):
-            try:
-                written = self._write(engine, average, progress)  # raises on all ranks or on none: all try again
-                break
-            except OSError as error:
-                if pause is None:
-                    raise OSError(
-                        f"{error}. Earlier checkpoints are intact; free space or make the folder writable, then resume "
-                        "the run"
-                    ) from None
-                if is_main():
-                    print(f"{error}; trying again in {pause:g} s", file=sys.stderr, flush=True)
-                time.sleep(pause)
+        # It raises on all ranks or on none: all try again.
+        written = with_retries(lambda: self._write(engine, average, progress), pauses_seconds=self.pauses_seconds)
         advice = self._stall.add(progress.step, started=started, ended=time.monotonic())
         if advice and is_main():
             print(advice, file=sys.stderr, flush=True)
