@@ -32,6 +32,8 @@ from re2tal.training.verdict import PATIENCE, Report, judge
 
 GONE_SECONDS = 10.0
 """From the moment when a rank's connection closes to the end of the run."""
+COMPUTES = 0.02
+"""Share of a core above which a process computes, even on a machine that many share."""
 STACKS_NAME = "stacks"
 GO_ON = "checkpoints are intact, go on with --resume"
 
@@ -90,11 +92,15 @@ def _watched_alone(folder: Path, *, limit_seconds: float, exit_status: int) -> I
     closed, interval = threading.Event(), min(2.0, limit_seconds / 10)
 
     def watch() -> None:
-        place, stays, now = _here, 0.0, time.monotonic()
+        place, stays, now, used = _here, 0.0, time.monotonic(), time.process_time()
         while not closed.wait(interval):
             earlier, now = now, time.monotonic()
+            before, used = used, time.process_time()
             # A process that was stopped for a while, as by Ctrl-Z, or a machine that slept, hangs no more than it did.
-            stays = stays + min(now - earlier, 2 * interval) if _here is place else 0.0
+            seconds = min(now - earlier, 2 * interval)
+            if _here.patient and used - before > COMPUTES * (now - earlier):
+                seconds = 0.0  # the scores of a large evaluation may take any time
+            stays = stays + seconds if _here is place else 0.0
             place = _here
             if stays > limit_seconds * (PATIENCE if place.patient else 1):
                 _write_stacks(folder, rank=0)

@@ -10,23 +10,28 @@ import pytest
 from re2tal.training.watchdog import _watched_alone, at
 
 CASES = [
-    # steps, seconds of each, whether they may take long, whether the run is ended
-    (1, 2.0, False, True),
-    (20, 0.1, False, False),
-    (1, 2.0, True, False),
+    # steps, seconds of each, whether they may take long, whether they compute, whether the run is ended
+    (1, 1.0, False, True, True),
+    (20, 0.05, False, False, False),
+    (1, 0.7, True, False, False),
+    (1, 2.3, True, False, True),
+    (1, 2.3, True, True, False),
 ]
 
 
-@pytest.mark.parametrize(("steps", "pause_seconds", "patient", "ended"), CASES)
+@pytest.mark.parametrize(("steps", "seconds", "patient", "computes", "ended"), CASES)
 def test_who_makes_no_progress_is_ended_with_its_stacks(
-    steps, pause_seconds, patient, ended, tmp_path, monkeypatch, capsys
+    steps, seconds, patient, computes, ended, tmp_path, monkeypatch, capsys
 ):
     statuses: list[int] = []
     monkeypatch.setattr(os, "_exit", statuses.append)
-    with _watched_alone(tmp_path, limit_seconds=1.0, exit_status=77):
+    with _watched_alone(tmp_path, limit_seconds=0.5, exit_status=77):
         for step in range(steps):
             at(f"step {step}", patient=patient)
-            time.sleep(pause_seconds)
+            deadline = time.monotonic() + seconds
+            while computes and time.monotonic() < deadline:
+                pass
+            time.sleep(max(deadline - time.monotonic(), 0))
     assert bool(statuses) == ended
     assert set(statuses) <= {77}
     assert ("at 'step 0', and the run ends. Its stacks are in" in capsys.readouterr().err) == ended
