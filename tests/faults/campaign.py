@@ -4,7 +4,8 @@
 
 Every row is a set of tests, each of which injects faults for real: processes that are killed, launchers that end, bits
 that flip, disks that fill up, links that are cut. --quick leaves out those marked slow. A row that held is not run
-again, so a campaign goes on where it stopped. Exit status 1 if one did not hold.
+again, so a campaign goes on where it stopped. Exit status 1 if one did not hold. --table prints what FILE has, for
+docs/cluster.md; words that someone wrote there by hand come along: "part", what alone was run, and "note".
 """
 
 from __future__ import annotations
@@ -108,14 +109,27 @@ def main() -> int:
     parser.add_argument("--json", type=Path, required=True, help="file to write the counts to")
     parser.add_argument("--rows", nargs="*", help="these, by the beginning of their names, even if they held")
     parser.add_argument("--patience", type=float, default=1.0, help="times as long to wait, on a busy machine")
+    parser.add_argument("--table", action="store_true", help="print the counts as a table, and run nothing")
     given = parser.parse_args()
     counts: dict[str, dict[str, Any]] = json.loads(given.json.read_text()) if given.json.exists() else {}
+    if given.table:
+        print(table(counts))
+        return 0
     rows = [row for row in ROWS if row.startswith(tuple(given.rows))] if given.rows else _left(counts)
     for row in rows:
         counts[row] = run_row(ROWS[row], quick=given.quick, patience=given.patience)
         print(f"{row}: {counts[row]['held']} of {counts[row]['tried']} held", flush=True)
         given.json.write_text(json.dumps({name: counts[name] for name in ROWS if name in counts}, indent=1) + "\n")
     return 1 if set(rows) & set(_left(counts)) else 0
+
+
+def table(counts: dict[str, dict[str, Any]]) -> str:
+    """In Markdown."""
+    lines = ["| Row | Tried | Held | What of it |", "|---|---:|---:|---|"]
+    for row, count in counts.items():
+        words = "; ".join([count.get("part", "all"), *([count["note"]] if "note" in count else [])])
+        lines.append(f"| {row} | {count['tried']:,} | {count['held']:,} | {words} |")
+    return "\n".join(lines)
 
 
 def _left(counts: dict[str, dict[str, Any]]) -> list[str]:

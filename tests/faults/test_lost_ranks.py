@@ -153,7 +153,7 @@ def test_a_lost_rank_without_others_ends_itself_but_not_for_being_stopped_for_a_
         assert process.poll() is None, log.read_text()[-3000:]
         wait_for(lambda: process.poll() is not None, 60, log)
         assert process.returncode == HUNG
-        assert "at 'step 3, forward', and the run ends. Its stacks are in" in log.read_text()
+        assert "at 'step 3, waiting for its loader', and the run ends. Its stacks are in" in log.read_text()
         assert "in late" in (tmp_path / "run" / "stacks" / "rank-00000.txt").read_text()
     finally:
         end([process])
