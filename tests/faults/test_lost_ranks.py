@@ -46,11 +46,11 @@ def late_batches(self):
             print("here", flush=True)
             time.sleep(1e6)
         yield batch
-def stalled(self, state, path):
+def stalled(self, state_dict, path):
     if fault == "stalled disk" and rank == "1":
         os.mkfifo(path)  # nobody reads it: to open it waits in the kernel, as for a server that does not answer
         print("here", flush=True)
-    return write(self, state, path)
+    return write(self, state_dict, path)
 Trainer._forward, CheckpointStore._digests, Trainer._batches = late, slow, late_batches
 DurableCheckpointEngine.save = stalled
 from re2tal.cli import main
