@@ -1,6 +1,6 @@
 """Clips in, detections per video out: forward, decode, merge the windows of each video, suppress. Or its class.
 
-    rank: batches -> {(video, window): Detections} --gather once--> all ranks: merged by video -> suppressed, best first
+    rank: batches -> {(video, window): Detections} -> the rank of the video: merged, suppressed, best first -> all ranks
 
 Nothing in the loop waits for another rank except the forward itself (under ZeRO-3 it is a collective, and streams have
 the same number of batches on every rank). What a window found is keyed by (video, window), never by position, so
@@ -10,18 +10,22 @@ neither the number of ranks nor a clip that was seen twice changes the result.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
+from operator import itemgetter
 from typing import Any, TypeVar
+from zlib import crc32
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from re2tal.data.streaming.transforms import normalise
-from re2tal.distributed import gather_objects
+from re2tal.distributed import exchange_objects, gather_objects, together
 from re2tal.evaluation.suppression import SuppressionConfig, suppress
 from re2tal.structures import Batch, ClipBatch, Detections, FeatureBatch
 
 Found = TypeVar("Found")
+Whole = TypeVar("Whole")
 
 Windows = dict[tuple[str, int], Detections]
 """Detections of one clip, on the CPU and not suppressed, by (video id, window id)."""
@@ -38,8 +42,8 @@ def predict(
 
     Raises ValueError, naming the video, for detections that are not finite.
     """
-    windows = gather_windows(detect_windows(detector, batches, device=device))
-    return merge_windows(windows, suppression=suppression)
+    windows = detect_windows(detector, batches, device=device)
+    return finish_videos(windows, partial(merge_windows, suppression=suppression))
 
 
 def classify(recognizer: nn.Module, batches: Iterable[Batch], *, device: torch.device | str) -> dict[str, Tensor]:
@@ -50,22 +54,34 @@ def classify(recognizer: nn.Module, batches: Iterable[Batch], *, device: torch.d
     windows = look_at_windows(
         recognizer, batches, lambda inner, outputs, batch: list(outputs.logits.softmax(1).cpu()), device=device
     )
-    views: dict[str, list[Tensor]] = {}
-    for (video_id, _), probabilities in sorted(gather_windows(windows).items()):
-        views.setdefault(video_id, []).append(probabilities)
-    means = {video_id: torch.stack(of_video).mean(dim=0) for video_id, of_video in views.items()}
+    means = finish_videos(windows, _mean_of_views)
     for video_id, mean in means.items():
         if not bool(mean.isfinite().all()):
             raise ValueError(f"video {video_id!r}: its probabilities are not finite: {mean.tolist()[:5]}")
     return means
 
 
-def gather_windows(windows: dict[tuple[str, int], Found]) -> dict[tuple[str, int], Found]:
-    """Every rank calls this: what all ranks found; a clip that two of them saw is there once."""
-    gathered: dict[tuple[str, int], Found] = {}
-    for of_rank in gather_objects(windows):
-        gathered |= of_rank
-    return gathered
+def finish_videos(
+    windows: dict[tuple[str, int], Found], finish: Callable[[dict[tuple[str, int], Found]], dict[str, Whole]]
+) -> dict[str, Whole]:
+    """Every rank calls this: what `finish` makes of the windows of all ranks, by video id, sorted, on every rank.
+
+    The windows of a video come together on one rank, which alone holds and finishes them; a clip that two ranks saw is
+    there once. An error of `finish` on one rank is an error on all.
+    """
+    ranks = range(len(gather_objects(None)))
+    owner = {video_id: crc32(video_id.encode()) % len(ranks) for video_id, _ in windows}
+    parts = [{key: one for key, one in windows.items() if owner[key[0]] == rank} for rank in ranks]
+    mine = {key: one for part in exchange_objects(parts) for key, one in part.items()}
+    finished = together(lambda: finish(mine))
+    return dict(sorted((item for of_rank in finished for item in of_rank.items()), key=itemgetter(0)))
+
+
+def _mean_of_views(windows: dict[tuple[str, int], Tensor]) -> dict[str, Tensor]:
+    views: dict[str, list[Tensor]] = {}
+    for (video_id, _), probabilities in sorted(windows.items(), key=itemgetter(0)):
+        views.setdefault(video_id, []).append(probabilities)
+    return {video_id: torch.stack(of_video).mean(dim=0) for video_id, of_video in views.items()}
 
 
 def detect_windows(detector: nn.Module, batches: Iterable[Batch], *, device: torch.device | str) -> Windows:

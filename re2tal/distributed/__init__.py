@@ -2,6 +2,7 @@
 
 from re2tal.distributed.collectives import (
     any_rank,
+    exchange_objects,
     gather_objects,
     is_main,
     made_by_main,
@@ -17,6 +18,7 @@ from re2tal.distributed.world import World, first_host, free_port, resolve_world
 __all__ = [
     "World",
     "any_rank",
+    "exchange_objects",
     "first_host",
     "free_port",
     "gather_objects",

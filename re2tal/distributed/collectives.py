@@ -12,7 +12,7 @@ import hashlib
 import json
 import socket
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -42,11 +42,24 @@ def gather_objects(value: Value) -> list[Value]:
     return values
 
 
+def exchange_objects(parts: Sequence[Value]) -> list[Value]:
+    """Every rank calls this with one value for each rank; each gets those that are for it, by the rank they are from.
+
+    A rank holds what it gives and what it gets, where `gather_objects` gives all of it to all.
+    """
+    if not _joined():
+        return list(parts)
+    received: list = [None] * dist.get_world_size()
+    for rank, part in enumerate(parts):
+        dist.gather_object(part, received if rank == dist.get_rank() else None, dst=rank)
+    return received
+
+
 def together(make: Callable[[], Value]) -> list[Value]:
     """Every rank calls this: each gets the list of what `make`, which holds no collective, returned on all, by rank.
 
     An error on one rank is an error on all, so that none waits for the others: its own where it happened, elsewhere a
-    ValueError if it was one (what a user gave was wrong), and a RuntimeError if not.
+    ValueError or OSError if it was one (a fault in what was given, or in the machine), and a RuntimeError if not.
     """
     made: list[Value] = []
     failure: Exception | None = None
@@ -55,13 +68,14 @@ def together(make: Callable[[], Value]) -> list[Value]:
     except Exception as error:
         failure = error
         traceback.clear_frames(error.__traceback__)  # which may hold the very memory that ran out
-    text = None if failure is None else f"{type(failure).__name__}: {failure}"
-    answers = gather_objects((made, text, isinstance(failure, ValueError)))
+    kind = next((kind for kind in (ValueError, OSError) if isinstance(failure, kind)), None)
+    text = None if failure is None else str(failure) if kind else f"{type(failure).__name__}: {failure}"
+    answers = gather_objects((made, text, kind))
     if failure is not None:
         raise failure
-    for rank, (_, text, is_input) in enumerate(answers):
-        if text is not None and is_input:
-            raise ValueError(text.removeprefix("ValueError: "))
+    for rank, (_, text, kind) in enumerate(answers):
+        if text is not None and kind is not None:
+            raise kind(text)
         if text is not None:
             raise RuntimeError(f"rank {rank} failed, and all ranks end with it: {text}")
     return [value for (value,), _, _ in answers]

@@ -170,7 +170,7 @@ def _backward(ctx: Any, gradients: list[Tensor]) -> Tensor | None:
         if index < run.rebuilt:
             previous, current = current if before is None else before, previous
     if ctx.observation is not None:
-        ctx.observation.rebuilt(previous)
+        ctx.observation.rebuilt(previous, current)
     older = [to_previous]
     del to_previous
     return _gradient_of_start(recording, previous, older, to_current, gradient)

@@ -6,7 +6,9 @@
 
 The first state is rebuilt last, so it collects the errors of all others. On a grid the drift is 0, unless a kernel does
 not repeat bit for bit, or a state is beyond the grid's exact range. To detect the latter, a sample of every state is
-compared with that range.
+compared with that range. There, hashes of the whole first two states are compared too. Sums on a grid can be undone, so
+one bit that flips in any state, in forward or backward, changes one of the two. Only what the first branch gave in
+forward is not rebuilt, and not seen.
 """
 
 from __future__ import annotations
@@ -43,6 +45,8 @@ class Reading:
     """Element of any state; only of the first step, and where there is a grid."""
     growth: float = field(default=1.0, compare=False)
     """The norm of the largest state, relative to the first."""
+    changed: bool = field(default=False, compare=False)
+    """Whether, on a grid, any bit of the first two states was rebuilt as another."""
 
     def or_worse(self, other: Reading | None) -> Reading:
         """The worse of each figure."""
@@ -95,6 +99,13 @@ class Monitor:
                 "drift",
                 f"rebuilds its first state with a relative error of {reading.drift:.1e}, and gradients are off by "
                 f"more; it comes from {remedy}; or merge more often, by `segment`",
+            )
+        elif reading.changed:
+            self._warn(
+                "bits",
+                f"does not rebuild its first states to the bit: a kernel does not repeat, a state is beyond "
+                f"{precision.exact_range:.0f}, or a bit flipped in memory or on the device. The first two come again; "
+                "where this does not, test the machine",
             )
 
     def _warn(self, kind: str, message: str) -> None:
@@ -164,6 +175,7 @@ class Observation:
         self._outside: list[Tensor] = []
         self._largest: list[Tensor] = []
         self._norms: list[Tensor] = []
+        self._hashes: list[Tensor] = []
 
     def see(self, index: int, state: Tensor) -> None:
         """Forward calls it with x[index], the last one too."""
@@ -172,14 +184,16 @@ class Observation:
         if index == 0:
             self._first = sample
         if (limit := self._precision.exact_range) is not None:
+            if index < 2:
+                self._hashes.append(_hash(state))
             # The count stays on the device, so that forward does not wait for it.
             self._outside.append((sample.abs() >= limit).float().mean())
             if isinstance(self._monitor, FirstCheck) and state.is_floating_point():
                 # Of all elements: one that a sample misses is enough to be rebuilt with an error.
                 self._largest.append(torch.linalg.vector_norm(state, ord=torch.inf))
 
-    def rebuilt(self, state: Tensor) -> None:
-        """Backward calls it with the rebuilt x[0]."""
+    def rebuilt(self, state: Tensor, following: Tensor | None) -> None:
+        """Backward calls it with the rebuilt x[0], and x[1] if that was rebuilt."""
         assert self._first is not None
         error = (self._precision.real(_sample(state)) - self._first).double().norm()
         first, most = self._norms[0], torch.stack(self._norms).max()
@@ -187,8 +201,16 @@ class Observation:
         nothing = [torch.zeros_like(error)]
         outside, largest = torch.stack(self._outside or nothing).mean(), torch.stack(self._largest or nothing).max()
         figures = error / base, outside.double(), largest.double(), most / base
-        reading = Reading(*torch.stack(figures).tolist())
+        here = [_hash(one) for one in (state, following) if one is not None] if self._hashes else []
+        changed = not all(map(torch.equal, here, self._hashes))
+        drift, beyond, largest_element, growth = torch.stack(figures).tolist()
+        reading = Reading(drift, beyond, largest_element, growth, changed)
         self._monitor.note(reading, step=self._step, precision=self._precision)
+
+
+def _hash(state: Tensor) -> Tensor:
+    """Of all elements, a number for every million; 0 and -0 are one."""
+    return torch.stack([torch.hash_tensor(piece + 0).view(torch.int64) for piece in state.flatten().split(2**20)])
 
 
 def _sample(state: Tensor) -> Tensor:

@@ -22,6 +22,7 @@ from re2tal.runs.folder import LAST_MODEL_NAME
 from re2tal.runs.stored_features import describe
 from re2tal.runs.tasks import AnyRun, Outcome, judge_again
 from re2tal.strict_json import read_json, write_json
+from re2tal.training.checkpoint_files import with_retries
 from re2tal.training.deepspeed_import import Engine
 from re2tal.training.engine_weights import gather_weights
 from re2tal.training.export import read_model, write_model
@@ -66,7 +67,7 @@ class BestModel:
     def offer(self, outcome: Outcome, engine: Engine, *, step: int) -> None:
         """Every rank calls this with the evaluation of the weights that the engine has now."""
         by, value = outcome.merit
-        if made_by_main(lambda: self._is_beaten(by, value, step)):
+        if made_by_main(lambda: with_retries(lambda: self._is_beaten(by, value, step))):
             return
         weights, model = gather_weights(engine), engine.module
         features = describe(self.training) if isinstance(self.training, FeatureSet) else None
@@ -83,7 +84,7 @@ class BestModel:
                 if old.stem != path.stem:
                     old.unlink()
 
-        made_by_main(write)
+        made_by_main(lambda: with_retries(write))
 
     def read(self) -> dict[str, Any] | None:
         """What best.json says; None before the first evaluation."""

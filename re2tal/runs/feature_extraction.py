@@ -181,7 +181,7 @@ def _backbone(options: Extract, config: RunConfig | None) -> tuple[VideoBackbone
     """The backbone, its configuration, and where its weights come from."""
     if config is not None and options.run is not None:
         return load_detector(options.run, config).backbone, config.backbone, f"trained by run {config.name}"
-    seed_generators(options.seed, rank=0)
+    seed_generators(options.seed)
     settings = options.backbone
     check_wiring(settings)
     return build_backbone(settings), settings, settings.weights or f"random, seed {options.seed}"

@@ -57,14 +57,13 @@ def build_trainer(
     plan: StepPlan | None,
 ) -> Trainer:
     """Every rank calls this. ValueError on all of them where settings, data or initial weights differ."""
-    seed, accumulation = config.training.seed, config.engine.gradient_accumulation
+    accumulation = config.engine.gradient_accumulation
     model = _network(config, settings, build, device=device, plan=plan)
     clips = stream_of(config, shards[0], world, training=True)
     # Earlier versions began a step with the last batches of one epoch and ended it with the first of the next.
     earlier = {STEPS_OF_EPOCH: clips.steps_per_epoch / accumulation}
     begin_step = alike_on_any_ranks(model, clips, accumulation=accumulation)
     _refuse_other_starts(model, settings, shards, clips)
-    seed_generators(seed, rank=world.rank)  # but different paths dropped
     shown = dict(flatten(to_json(config)))
     trackers = Trackers(config.training.trackers, folder, run_name=config.name, config=shown)
     log = MetricsLog(folder, enabled=world.is_main, trackers=trackers)
@@ -110,7 +109,7 @@ def _network(
     device: torch.device,
     plan: StepPlan | None,
 ) -> nn.Module:
-    seed_generators(config.training.seed, rank=0)  # the same weights on all ranks
+    seed_generators(config.training.seed)  # the same weights on all ranks
     model = build()
     if not is_sharded_early(settings):  # there, parameters go to the device one by one
         model = model.to(device)

@@ -25,11 +25,11 @@ import torch.distributed as dist
 from re2tal.distributed import gather_objects, is_main, named_host
 from re2tal.strict_json import sha256_of, write_atomically
 from re2tal.training.agreement import refuse_drifted_replicas
+from re2tal.training.checkpoint_files import PAUSES_SECONDS, with_retries
 from re2tal.training.deepspeed_import import Engine
 from re2tal.training.elastic import place_in_run
 from re2tal.training.ema import WeightAverage
 from re2tal.training.finite import all_finite, find_non_finite
-from re2tal.training.generators import generator_states, restore_generators
 from re2tal.training.identity import SHAPE, changed_values, refuse_another_run
 from re2tal.training.manifest import FOLDER, Manifest, Progress, read_manifest, write_manifest
 from re2tal.training.reshard import resharded
@@ -37,8 +37,6 @@ from re2tal.training.stall import Stall
 from re2tal.training.watchdog import at
 
 RANK_FILE = "rank-{:05d}.pt"
-PAUSES_SECONDS = (2.0, 10.0)
-"""A save that fails is tried again after each of these: a disk may be full, or away, for a moment."""
 
 
 class CheckpointStore:
@@ -84,19 +82,8 @@ class CheckpointStore:
                 f"after step {progress.step} not all numbers are finite: {poison}; no checkpoint is written, earlier "
                 "ones are intact. Lower the learning rate or lengthen the warmup, then resume"
             )
-        for pause in (*self.pauses_seconds, None):
-            try:
-                written = self._write(engine, average, progress)  # raises on all ranks or on none: all try again
-                break
-            except OSError as error:
-                if pause is None:
-                    raise OSError(
-                        f"{error}. Earlier checkpoints are intact; free space or make the folder writable, then resume "
-                        "the run"
-                    ) from None
-                if is_main():
-                    print(f"{error}; trying again in {pause:g} s", file=sys.stderr, flush=True)
-                time.sleep(pause)
+        # It raises on all ranks or on none: all try again.
+        written = with_retries(lambda: self._write(engine, average, progress), pauses_seconds=self.pauses_seconds)
         advice = self._stall.add(progress.step, started=started, ended=time.monotonic())
         if advice and is_main():
             print(advice, file=sys.stderr, flush=True)
@@ -269,9 +256,8 @@ def _non_finite_by_rank(engine: Engine, average: WeightAverage | None) -> str:
 
 
 def _rank_state(engine: Engine, average: WeightAverage | None) -> dict[str, Any]:
-    """State of this rank that DeepSpeed does not save: generators, buffers, its shards of the average."""
+    """State of this rank that DeepSpeed does not save: buffers, its shards of the average."""
     return {
-        "generators": generator_states(engine.device),
         "buffers": {name: buffer.cpu() for name, buffer in engine.module.named_buffers()},
         "average": None if average is None else average.state(),
     }
@@ -279,7 +265,6 @@ def _rank_state(engine: Engine, average: WeightAverage | None) -> dict[str, Any]
 
 @torch.no_grad()
 def _restore_rank_state(engine: Engine, average: WeightAverage | None, state: dict[str, Any]) -> None:
-    restore_generators(state["generators"], engine.device)
     buffers = dict(engine.module.named_buffers())
     for name, saved in state["buffers"].items():
         buffers[name].copy_(saved)

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import os
 import pickle
+import sys
+import time
 from collections import OrderedDict
-from typing import IO, Any
+from collections.abc import Callable, Sequence
+from typing import IO, Any, TypeVar
 
 import torch
 
+from re2tal.distributed import is_main
 from re2tal.training.deepspeed_import import (
     DynamicLossScaler,
     LossScaler,
@@ -16,6 +20,11 @@ from re2tal.training.deepspeed_import import (
     ZeroStageEnum,
     fragment_address,
 )
+
+Value = TypeVar("Value")
+
+PAUSES_SECONDS = (2.0, 10.0)
+"""Before a write that failed is tried again, and once more."""
 
 
 class DurableCheckpointEngine(TorchCheckpointEngine):
@@ -59,6 +68,24 @@ class DurableCheckpointEngine(TorchCheckpointEngine):
                 f"{path} is not a checkpoint of this program, or was tampered with: it holds something other than "
                 f"tensors and plain values, and nothing of it was executed ({str(error).strip().splitlines()[0]})"
             ) from None
+
+
+def with_retries(write: Callable[[], Value], *, pauses_seconds: Sequence[float] = PAUSES_SECONDS) -> Value:
+    """What `write` returns. After an OSError it is tried again, after each pause in turn; then the error says what to
+    do: the disk may have been full, or away, for a moment only."""
+    for pause in (*pauses_seconds, None):
+        try:
+            return write()
+        except OSError as error:
+            if pause is None:
+                raise OSError(
+                    f"{error}. Earlier checkpoints are intact; free space or make the folder writable, then resume the "
+                    "run"
+                ) from None
+            if is_main():
+                print(f"{error}; trying again in {pause:g} s", file=sys.stderr, flush=True)
+            time.sleep(pause)
+    raise AssertionError
 
 
 def flush(file: IO[Any]) -> None:

@@ -36,8 +36,9 @@ class EngineConfig:
     keep_nonresidual and offload. "auto" takes most of the device's free memory at the start; on a CPU, of the system's,
     shared by the ranks of a machine. None: no plan."""
     timeout_minutes: float = option(10.0, resumable=True, planned=False)
-    """How long a rank waits for the others before it names who is missing and gives up; three times as long where one
-    rank may take its time: start-up, the first step, a checkpoint, the export."""
+    """How long a rank waits for the others before it names who is missing and gives up, or, if it is the only one,
+    makes no progress before it ends; three times as long where a rank may take its time: start-up, the first step, a
+    checkpoint, the export."""
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "gradient_accumulation"):

@@ -3,8 +3,8 @@
     shards of all its ranks -> whole tensors by parameter: weights, Adam's moments, the average -> this rank's shards
     frozen weights too: the file that the run started from may have changed since
 
-What belongs to a rank, not to the run: generator states, taken from the rank of the same number where there is one, and
-buffers, of which every rank gets the mean. A run without dropout and drop path goes on as if nothing had changed.
+Buffers belong to a rank, not to the run: every rank gets their mean. A run without such buffers goes on as if nothing
+had changed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from re2tal.training.deepspeed_import import Engine
 from re2tal.training.ema import WeightAverage
 from re2tal.training.engine_weights import master_weights, publish, zero_stage
-from re2tal.training.generators import restore_generators
 
 Kind = Literal["weights", "average", "exp_avg", "exp_avg_sq"]
 Whole = Mapping[str, Tensor]
@@ -38,8 +37,6 @@ def resharded(checkpoint: Path, engine: Engine, average: WeightAverage | None, *
     with torch.no_grad():
         _fill(engine, average, saved)
         _advance(engine, saved)
-    # With more ranks than before, two may go on from the same draws, on different clips.
-    restore_generators(saved.ranks[engine.global_rank % len(saved.ranks)]["generators"], engine.device)
     for name, buffer in engine.module.named_buffers():
         # Statistics of norms differ by rank: each saw other clips.
         values = [state["buffers"][name].double() for state in saved.ranks]
@@ -135,7 +132,7 @@ class _Saved:
             return self.ranks[rank]["average"]
         if kind == "weights":
             # Stage 3 saves the first, stages 1 and 2 the second.
-            for key in ("fp32_flat_groups", "single_partition_of_fp32_groups", "fp32_groups_flat_partition"):
+            for key in ("fp32_flat_groups", "single_partition_of_fp32_groups"):
                 if key in optimizer:
                     return list(optimizer[key])
             raise ValueError(f"{self.checkpoint} holds no float32 weights of rank {rank}, only {sorted(optimizer)}")

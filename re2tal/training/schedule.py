@@ -64,12 +64,14 @@ class PeakRates:
         """Those that `scheduler` has now."""
         return cls(tuple(float(rate) for rate in scheduler.base_lrs))
 
-    def apply(self, scheduler: LambdaLR) -> tuple[float, float]:
-        """Goes on by the scheduler's own factor from the step where it stands. Returns the largest learning rate of the
-        next step before and after; they are equal to the bit where neither factor nor peaks have changed.
+    def apply(self, scheduler: LambdaLR, *, step: int) -> tuple[float, float]:
+        """Goes on by the scheduler's own factor after `step` steps. Returns the largest learning rate of the next step
+        before and after; they are equal to the bit where neither factor nor peaks have changed.
         """
         groups = scheduler.optimizer.param_groups
         before = max(group["lr"] for group in groups)
+        # Checkpoints of earlier versions stand behind by the steps that were skipped.
+        scheduler.last_epoch = step
         scheduler.base_lrs = list(self.rates)
         for group, factor, rate in zip(groups, scheduler.lr_lambdas, self.rates, strict=True):
             group["initial_lr"], group["lr"] = rate, rate * factor(scheduler.last_epoch)

@@ -25,6 +25,7 @@ from re2tal.training.checkpoint import CheckpointStore
 from re2tal.training.config import TrainingConfig
 from re2tal.training.deepspeed_import import Engine
 from re2tal.training.ema import WeightAverage
+from re2tal.training.generators import seed_draws
 from re2tal.training.interruption import Agreement, Interrupted
 from re2tal.training.manifest import Progress
 from re2tal.training.metrics import MetricsLog
@@ -120,7 +121,7 @@ class Trainer:
                 "(--start-from)"
             )
         self.progress = restored
-        before, after = peaks.apply(self.engine.lr_scheduler)
+        before, after = peaks.apply(self.engine.lr_scheduler, step=restored.step)
         for name, (old, new) in self.checkpoints.changed.items():
             self.log.say(f"from here on {name} is {new}, it was {old}")
         if before != after:
@@ -201,9 +202,10 @@ class Trainer:
                     self.average.update()
                 break
             self.progress = replace(self.progress, skipped=self.progress.skipped + 1)
-            # Without a loss the step is taken again. If only gradients were not finite it counts, though DeepSpeed
-            # leaves weights and schedule as they were.
+            # Without a loss the step is taken again. If only gradients were not finite it counts: weights stay as they
+            # were, and the learning rate, which DeepSpeed leaves too, goes on with the step.
             if not self.skips.is_lost(micro_batches, step=self.progress.step):
+                self.engine.lr_scheduler.step()
                 break
         for one in micro_batches:
             self.report.watch.add(self.progress.step, one.losses["total"], one.video_ids)
@@ -229,6 +231,9 @@ class Trainer:
     def _forward(self, batch: Batch) -> MicroBatch:
         at(f"step {self.progress.step}, forward", patient=not self.warm)  # the first one may compile
         batch = batch.to(self.engine.device)
+        # By the batch's place in the run alone: on other ranks, or resumed, the same clips drop the same paths.
+        number = self.progress.micro_batches * int(self.engine.world_size) + int(self.engine.global_rank)
+        seed_draws(self.config.seed, number)
         return forward(self.engine, batch, self.prepare(batch, self.progress.micro_batches))
 
     def _batches(self) -> Generator[Batch]:

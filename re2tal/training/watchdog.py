@@ -17,7 +17,7 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -28,12 +28,14 @@ from typing import Any
 import torch.distributed as dist
 
 from re2tal.distributed import free_port, gather_objects, named_host
+from re2tal.training.verdict import PATIENCE, Report, judge
 
-PATIENCE = 3
-"""Phases that may take long on one rank alone, such as a compilation or a save, get this many times the limit."""
 GONE_SECONDS = 10.0
 """From the moment when a rank's connection closes to the end of the run."""
+COMPUTES = 0.02
+"""Share of a core above which a process computes, even on a machine that many share."""
 STACKS_NAME = "stacks"
+GO_ON = "checkpoints are intact, go on with --resume"
 
 
 class RanksLost(Exception):
@@ -59,54 +61,6 @@ def at(phase: str, *, patient: bool = False) -> None:
     _here = _Place(phase, patient, _here.progress + 1)
 
 
-@dataclass(frozen=True, slots=True)
-class Report:
-    """What one rank says of itself."""
-
-    host: str
-    phase: str
-    patient: bool
-    progress: int
-    stays_seconds: float
-    """How long it has made no progress."""
-    waits_seconds: float
-    """How long it has been in one collective."""
-
-
-def judge(reports: Sequence[Report], silent_seconds: Sequence[float], *, limit_seconds: float) -> str | None:
-    """Which ranks hold up the others, in words; None if nobody does.
-
-    `silent_seconds`: how long ago each report changed.
-    """
-    names = [f"rank {rank} (host {report.host}, at {report.phase!r})" for rank, report in enumerate(reports)]
-    silent = [rank for rank, seconds in enumerate(silent_seconds) if seconds > limit_seconds]
-    if silent:
-        longest = max(silent_seconds[rank] for rank in silent)
-        return (
-            f"{', '.join(names[rank] for rank in silent)} gave no sign of life for {longest:.0f} s: its process is "
-            "stopped or dead, or its machine or network is gone"
-        )
-    # The rank that is late decides how late it may be.
-    limit = limit_seconds * max(PATIENCE if report.patient else 1 for report in reports)
-    waited = max(report.waits_seconds for report in reports)
-    # With NCCL devices wait, and no host is in a collective. Then only that no rank makes progress shows it.
-    if not any(report.patient for report in reports):
-        waited = max(waited, min(report.stays_seconds for report in reports))
-    if waited <= limit:
-        return None
-    # Whoever is not in a collective is waited for; where all are, or devices wait instead of hosts, the last one is.
-    late = [rank for rank, report in enumerate(reports) if report.waits_seconds == 0]
-    if len(late) in (0, len(reports)):
-        least = min(report.progress for report in reports)
-        late = [rank for rank, report in enumerate(reports) if report.progress == least]
-    # Others may wait long for a rank that takes several steps meanwhile: it is slow, and hangs only if it goes on so.
-    if max(reports[rank].stays_seconds for rank in late) <= limit_seconds and waited <= PATIENCE * limit:
-        return None
-    if len(late) == len(reports):
-        return f"no rank made progress for {waited:.0f} s, and none is behind the others: {', '.join(names)}"
-    return f"{', '.join(names[rank] for rank in late)} holds up the others for {waited:.0f} s"
-
-
 @contextmanager
 def watched(folder: Path, *, limit_seconds: float, master_addr: str, exit_status: int) -> Iterator[None]:
     """Every rank of a group enters this. Inside, a rank that hangs, is stopped or dies ends the process.
@@ -115,7 +69,8 @@ def watched(folder: Path, *, limit_seconds: float, master_addr: str, exit_status
     main thread cannot raise, after the stacks of all threads were written to `folder`.
     """
     if dist.get_world_size() == 1:
-        yield
+        with _watched_alone(folder, limit_seconds=limit_seconds, exit_status=exit_status):
+            yield
         return
     watchdog = Watchdog(folder, limit_seconds=limit_seconds, master_addr=master_addr, exit_status=exit_status)
     # The watchdog is to speak first: a collective's own timeout names nobody.
@@ -129,6 +84,54 @@ def watched(folder: Path, *, limit_seconds: float, master_addr: str, exit_status
         raise RanksLost(watchdog.lost(error)) from error
     finally:
         watchdog.close()
+
+
+@contextmanager
+def _watched_alone(folder: Path, *, limit_seconds: float, exit_status: int) -> Iterator[None]:
+    """Inside, a run of one rank whose main thread makes no progress ends, unless native code keeps the interpreter."""
+    closed, interval = threading.Event(), min(2.0, limit_seconds / 10)
+
+    def watch() -> None:
+        place, stays, now, used = _here, 0.0, time.monotonic(), time.process_time()
+        while not closed.wait(interval):
+            earlier, now = now, time.monotonic()
+            before, used = used, time.process_time()
+            # A process that was stopped for a while, as by Ctrl-Z, or a machine that slept, hangs no more than it did.
+            seconds = min(now - earlier, 2 * interval)
+            if _here.patient and used - before > COMPUTES * (now - earlier):
+                seconds = 0.0  # the scores of a large evaluation may take any time
+            stays = stays + seconds if _here is place else 0.0
+            place = _here
+            if stays > limit_seconds * (PATIENCE if place.patient else 1):
+                _write_stacks(folder, rank=0)
+                said = f"no progress for {stays:.0f} s at {place.phase!r}, and the run ends. Its stacks are in "
+                print(f"re2tal: {said}{folder / STACKS_NAME}; {GO_ON}", file=sys.stderr, flush=True)
+                if not closed.is_set():
+                    os._exit(exit_status)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        closed.set()
+        thread.join()
+
+
+def _write_stacks(folder: Path, *, rank: int) -> None:
+    """Those of all threads of this process, where the folder can be written."""
+
+    def write() -> None:
+        with suppress(OSError):
+            stacks = folder / STACKS_NAME
+            stacks.mkdir(parents=True, exist_ok=True)
+            with (stacks / f"rank-{rank:05d}.txt").open("w", encoding="utf-8") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+
+    # It may be that very disk that hangs, and nobody else would end the process.
+    thread = threading.Thread(target=write, daemon=True)
+    thread.start()
+    thread.join(timeout=5.0)
 
 
 class Watchdog:
@@ -239,14 +242,10 @@ class Watchdog:
         ]
 
     def _end(self, verdict: str) -> None:
-        with suppress(OSError):
-            folder = self.folder / STACKS_NAME
-            folder.mkdir(parents=True, exist_ok=True)
-            with (folder / f"rank-{self.rank:05d}.txt").open("w", encoding="utf-8") as file:
-                faulthandler.dump_traceback(file, all_threads=True)
+        _write_stacks(self.folder, rank=self.rank)
         print(
             f"re2tal (rank {self.rank}): {verdict}. Stacks of the ranks that still answer are in "
-            f"{self.folder / STACKS_NAME}. All ranks end; checkpoints are intact, go on with --resume",
+            f"{self.folder / STACKS_NAME}. All ranks end; {GO_ON}",
             file=sys.stderr,
             flush=True,
         )

@@ -35,6 +35,8 @@ from typing import Any
 import torch
 
 TESTS = Path(__file__).resolve().parents[1]
+PATIENCE = float(os.environ.get("RE2TAL_TEST_PATIENCE", "1"))
+"""How many times as long as usual to wait: more than 1 on a machine that other jobs use too."""
 
 
 def run_ranks(function: Callable[..., Any], *, world_size: int, timeout_seconds: float = 120, **arguments: Any) -> list:
@@ -134,14 +136,14 @@ def _watch(
 
 def _wait(processes: Sequence[subprocess.Popen | _Fork], timeout_seconds: float) -> str:
     """What went wrong, or "" if all ended well. A failed rank leaves the others waiting: do not wait for them."""
-    deadline = time.monotonic() + timeout_seconds
+    deadline = time.monotonic() + PATIENCE * timeout_seconds
     while True:
         codes = [process.poll() for process in processes]
         failed = [f"rank {rank} ended with {code}" for rank, code in enumerate(codes) if code]
         if failed or None not in codes:
             return ", ".join(failed)
         if time.monotonic() > deadline:
-            return f"not done after {timeout_seconds} s"
+            return f"not done after {PATIENCE * timeout_seconds:g} s"
         time.sleep(0.05)
 
 

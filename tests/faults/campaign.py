@@ -1,10 +1,11 @@
 """Injects faults into real runs and counts how many held: python tests/faults/campaign.py [--quick] --json FILE
 
-    {"20 ranks that differ": {"tried": 24, "held": 24, "seconds": 310, "date": "2026-11-29", "machine": "..."}, ...}
+    {"20 ranks that differ": {"tried": 24, "held": 24, "seconds": 310, "load": 3, "date": "2026-11-29", ...}, ...}
 
 Every row is a set of tests, each of which injects faults for real: processes that are killed, launchers that end, bits
 that flip, disks that fill up, links that are cut. --quick leaves out those marked slow. A row that held is not run
-again, so a campaign goes on where it stopped. Exit status 1 if one did not hold.
+again, so a campaign goes on where it stopped. Exit status 1 if one did not hold. --table prints what FILE has, for
+docs/cluster.md; words that someone wrote there by hand come along: "part", what alone was run, and "note".
 """
 
 from __future__ import annotations
@@ -107,14 +108,28 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="without the tests marked slow")
     parser.add_argument("--json", type=Path, required=True, help="file to write the counts to")
     parser.add_argument("--rows", nargs="*", help="these, by the beginning of their names, even if they held")
+    parser.add_argument("--patience", type=float, default=1.0, help="times as long to wait, on a busy machine")
+    parser.add_argument("--table", action="store_true", help="print the counts as a table, and run nothing")
     given = parser.parse_args()
     counts: dict[str, dict[str, Any]] = json.loads(given.json.read_text()) if given.json.exists() else {}
+    if given.table:
+        print(table(counts))
+        return 0
     rows = [row for row in ROWS if row.startswith(tuple(given.rows))] if given.rows else _left(counts)
     for row in rows:
-        counts[row] = run_row(ROWS[row], quick=given.quick)
+        counts[row] = run_row(ROWS[row], quick=given.quick, patience=given.patience)
         print(f"{row}: {counts[row]['held']} of {counts[row]['tried']} held", flush=True)
         given.json.write_text(json.dumps({name: counts[name] for name in ROWS if name in counts}, indent=1) + "\n")
     return 1 if set(rows) & set(_left(counts)) else 0
+
+
+def table(counts: dict[str, dict[str, Any]]) -> str:
+    """In Markdown."""
+    lines = ["| Row | Tried | Held | What of it |", "|---|---:|---:|---|"]
+    for row, count in counts.items():
+        words = "; ".join([count.get("part", "all"), *([count["note"]] if "note" in count else [])])
+        lines.append(f"| {row} | {count['tried']:,} | {count['held']:,} | {words} |")
+    return "\n".join(lines)
 
 
 def _left(counts: dict[str, dict[str, Any]]) -> list[str]:
@@ -123,29 +138,34 @@ def _left(counts: dict[str, dict[str, Any]]) -> list[str]:
     return [row for row in ROWS if row not in whole]
 
 
-def run_row(places: list[str], *, quick: bool) -> dict[str, Any]:
+def run_row(places: list[str], *, quick: bool, patience: float) -> dict[str, Any]:
     """Runs the tests of a row and counts what they injected."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
-        counted = [run_tests(place, Path(folder) / f"{n}.xml", quick=quick) for n, place in enumerate(places)]
+        counted = [
+            run_tests(place, Path(folder) / f"{n}.xml", quick=quick, patience=patience)
+            for n, place in enumerate(places)
+        ]
     return {
         "tried": sum(tried for tried, _ in counted),
         "held": sum(held for _, held in counted),
         "seconds": round(time.monotonic() - started),
+        "load": round(os.getloadavg()[2]),
         "date": date.today().isoformat(),
         "machine": f"{os.cpu_count()} CPU cores, Python {platform.python_version()}, torch {version('torch')}, "
         f"deepspeed {version('deepspeed')}",
     }
 
 
-def run_tests(place: str, report: Path, *, quick: bool) -> tuple[int, int]:
+def run_tests(place: str, report: Path, *, quick: bool, patience: float) -> tuple[int, int]:
     """How many faults the tests of one place injected, and how many held: one a test, or as many as it says itself."""
     file, _, name = place.partition("::")
     chosen = "not slow" if quick else "slow or not slow"
     command = [sys.executable, "-m", "pytest", "-q", f"--junitxml={report}", "-m", chosen, file]
+    command += ["-o", f"timeout={300 * patience:g}"]
     if name:
         command += ["-k", name]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RE2TAL_TEST_PATIENCE": str(patience)}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     if done.returncode not in (0, 5):  # 5: all tests of the place are slow
         print(done.stdout[-6000:], done.stderr[-2000:], file=sys.stderr, flush=True)

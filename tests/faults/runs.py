@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 from data.feature_folders import write_features
-from distributed.ranks import free_port
+from distributed.ranks import PATIENCE, free_port
 
 from re2tal.cli import main
 from re2tal.distributed import World
@@ -113,7 +113,7 @@ def wait_for(condition: Callable[[], bool], seconds: float, *logs: Path) -> floa
     """Seconds until it is true; AssertionError with the ends of the logs when they are over."""
     began = time.monotonic()
     while not condition():
-        if time.monotonic() - began > seconds:
+        if time.monotonic() - began > PATIENCE * seconds:
             raise AssertionError("\n".join(f"--- {log}\n{log.read_text()[-4000:]}" for log in logs if log.exists()))
         time.sleep(0.05)
     return time.monotonic() - began

@@ -6,7 +6,7 @@ import json
 import subprocess
 
 import pytest
-from distributed.ranks import free_port
+from distributed.ranks import PATIENCE, free_port
 from faults.runs import BIN, TRAIN, alone, small
 
 
@@ -27,7 +27,7 @@ def accelerate(features, tmp_path):
             "zero2",
         ]
         command += small(features, tmp_path / "run", "--training.epochs", "2", "--schedule.warmup-epochs", "0.5")
-        return subprocess.run(command, env=alone(), capture_output=True, text=True, check=False, timeout=280)
+        return subprocess.run(command, env=alone(), capture_output=True, text=True, check=False, timeout=PATIENCE * 280)
 
     return launch
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from distributed.ranks import TESTS, run_ranks
+from distributed.ranks import PATIENCE, TESTS, run_ranks
 from faults.runs import ROOT, TRAIN, alone, small, write_both_subsets
 from training.tiny import same, tiny_trainer, weights
 
@@ -45,7 +45,12 @@ def on_a_small_disk(function, folder: Path, *, size: str, options: str = "", **a
     paths = os.pathsep.join([str(TESTS), str(ROOT)])
     environment = {**os.environ, "SIZE": size, "OPTIONS": options, "FOLDER": str(folder), "PYTHONPATH": paths}
     done = subprocess.run(
-        [*DISK, MOUNT, "sh", *script], env=environment, capture_output=True, text=True, check=False, timeout=280
+        [*DISK, MOUNT, "sh", *script],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE * 280,
     )
     [answers] = [line for line in done.stdout.splitlines() if line.startswith("answers ")] or [done.stderr[-4000:]]
     assert answers.startswith("answers "), answers
@@ -244,7 +249,7 @@ def test_a_folder_that_cannot_be_written_ends_the_run_or_is_waited_for(fault, tm
         ended, words, left = FAULTS[fault]
         assert (of_rank["ended"], of_rank["left"]) == (ended, left), of_rank
         assert words in of_rank["message"], of_rank
-        assert of_rank["took"] < 60
+        assert of_rank["took"] < PATIENCE * 60
     assert of_rank["alike"]
 
 
@@ -255,7 +260,12 @@ def test_too_little_shared_memory_is_said_before_anything_is_read(tmp_path):
     command = [*TRAIN, *small(features, tmp_path / "run", workers=2)]
     environment = {**alone(), "SIZE": "16k", "OPTIONS": "", "FOLDER": "/dev/shm"}
     done = subprocess.run(
-        [*DISK, MOUNT, "sh", *command], env=environment, capture_output=True, text=True, check=False, timeout=200
+        [*DISK, MOUNT, "sh", *command],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=PATIENCE * 200,
     )
     assert done.returncode == 2, done.stderr[-3000:]
     assert "/dev/shm has 0 MiB free, 2 workers" in done.stderr

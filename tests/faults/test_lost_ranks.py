@@ -9,12 +9,13 @@ import time
 from pathlib import Path
 
 import pytest
+from distributed.ranks import PATIENCE
 from faults.runs import end, ends_of, small, start_ranks, wait_for
 
 from re2tal.runs.exit_status import HUNG
-from re2tal.training.watchdog import Report, judge
+from re2tal.training.verdict import Report, judge
 
-LIMIT_SECONDS = 6.0
+LIMIT_SECONDS = PATIENCE * 6.0
 
 FAULTY = """
 import os, sys, time
@@ -27,7 +28,7 @@ digests, write = CheckpointStore._digests, DurableCheckpointEngine.save
 def late(self, batch):
     if self.progress.step == 3:
         print("here", flush=True)
-        if fault == "sleeps" and rank == "1":
+        if fault == "sleeps" and rank == "1" or fault == "sleeps alone":
             time.sleep(1e6)
         if fault in ("stopped", "killed"):
             time.sleep(0.2)
@@ -45,11 +46,11 @@ def late_batches(self):
             print("here", flush=True)
             time.sleep(1e6)
         yield batch
-def stalled(self, state, path):
+def stalled(self, state_dict, path):
     if fault == "stalled disk" and rank == "1":
         os.mkfifo(path)  # nobody reads it: to open it waits in the kernel, as for a server that does not answer
         print("here", flush=True)
-    return write(self, state, path)
+    return write(self, state_dict, path)
 Trainer._forward, CheckpointStore._digests, Trainer._batches = late, slow, late_batches
 DurableCheckpointEngine.save = stalled
 from re2tal.cli import main
@@ -84,11 +85,11 @@ def test_the_rank_that_the_others_wait_for_is_blamed():
     assert str(silent).startswith("rank 0 (host gpu1, at 'step 7, backward') gave no sign of life for 11 s")
 
 
-def started(fault: str, features: Path, folder: Path) -> list[subprocess.Popen]:
+def started(fault: str, features: Path, folder: Path, *, ranks: int = 2) -> list[subprocess.Popen]:
     options = ["--ds", "zero2", "--training.epochs", "2", "--schedule.warmup-epochs", "0.5"]
     options += ["--engine.timeout-minutes", str(LIMIT_SECONDS / 60)]
     command = [sys.executable, "-c", FAULTY, fault, str(LIMIT_SECONDS), *small(features, folder / "run", *options)]
-    return start_ranks([command] * 2, logs_of(folder))
+    return start_ranks([command] * ranks, logs_of(folder)[:ranks])
 
 
 def logs_of(folder: Path) -> list[Path]:
@@ -128,15 +129,34 @@ def test_a_lost_rank_is_named_by_the_other(fault, victim, features, tmp_path):
         assert other.returncode == HUNG, said[-3000:]
         assert f"rank {victim} (host " in said, said[-3000:]
         assert "Traceback" not in said
-        assert took < 60  # the limit, a few beats, and a busy machine
+        assert took < PATIENCE * 60  # the limit, a few beats, and a busy machine
         if fault != "killed":
             stacks = tmp_path / "run" / "stacks"
             assert "train" in (stacks / f"rank-{1 - victim:05d}.txt").read_text()
         if fault == "sleeps":  # the one that hangs ends itself, with its stack
-            assert processes[victim].wait(timeout=60) == HUNG
+            assert processes[victim].wait(timeout=PATIENCE * 60) == HUNG
             assert "in late" in (stacks / f"rank-{victim:05d}.txt").read_text()
     finally:
         end(processes)
+
+
+@pytest.mark.slow
+def test_a_lost_rank_without_others_ends_itself_but_not_for_being_stopped_for_a_while(features, tmp_path):
+    [process] = started("sleeps alone", features, tmp_path, ranks=1)
+    log = tmp_path / "log0"
+    try:
+        wait_for(lambda: "here" in log.read_text() or process.poll() is not None, 250, log)
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(1.5 * LIMIT_SECONDS)
+        process.send_signal(signal.SIGCONT)
+        time.sleep(0.3 * LIMIT_SECONDS)
+        assert process.poll() is None, log.read_text()[-3000:]
+        wait_for(lambda: process.poll() is not None, 60, log)
+        assert process.returncode == HUNG
+        assert "at 'step 3, waiting for its loader', and the run ends. Its stacks are in" in log.read_text()
+        assert "in late" in (tmp_path / "run" / "stacks" / "rank-00000.txt").read_text()
+    finally:
+        end([process])
 
 
 def run_until_it_hangs(fault: str, features: Path, folder: Path) -> list[str]:

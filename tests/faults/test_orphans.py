@@ -38,7 +38,13 @@ def launched(launcher: str, features: Path, out: Path) -> subprocess.Popen:
     command = [*start, TRAIN[1], *small(features, out, *options, workers=1)]
     environment = {**alone(), "PATH": f"{BIN}:{os.environ['PATH']}"}
     with (out.parent / "log").open("w") as log:
-        return subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+        return subprocess.Popen(
+            ["env", "--default-signal=INT,HUP", *command],  # jobs in the background of a script ignore them
+            env=environment,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
 
 
 CASES = [
@@ -48,8 +54,10 @@ CASES = [
     ("deepspeed", "launch", signal.SIGKILL),
     ("deepspeed", "launch", signal.SIGTERM),
     ("deepspeed", "group", signal.SIGINT),
+    ("deepspeed", "group", signal.SIGTERM),
     ("torchrun", "runner", signal.SIGKILL),
     ("torchrun", "runner", signal.SIGTERM),
+    ("torchrun", "group", signal.SIGINT),
 ]
 MOMENTS = (0.0, 1.3)
 """Seconds after the first line of the log: in a step, and later."""

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from data.feature_folders import write_features
@@ -23,6 +25,7 @@ from re2tal.runs import training_run
 from re2tal.structures import Action
 from re2tal.training.config import EngineConfig, TrainingConfig
 from re2tal.training.elastic import place_in_run, same_clips_per_step
+from re2tal.training.generators import seed_draws
 from re2tal.training.manifest import Progress, read_manifest, write_manifest
 from re2tal.training.process_group import leave
 from re2tal.training.reshard import resharded
@@ -30,9 +33,9 @@ from re2tal.training.trainer import Trainer
 
 
 def part_of_a_run(features: str, folder: str, ds: str, stop_before: int | None, whole: bool) -> int:
-    """A run without anything random in its steps, which is told to stop in a step; its exit status."""
+    """A run that drops paths, and is told to stop in a step; its exit status."""
     run = small_run(features)
-    run = replace(run, localizer=replace(run.localizer, path_drop=0.0))
+    run = replace(run, localizer=replace(run.localizer, path_drop=0.3))
     losses = Trainer._forward
 
     def signalled(self: Trainer, batch):
@@ -82,6 +85,16 @@ def test_from_two_ranks_to_one_and_back_ends_with_the_same_loss(stages, tmp_path
     expected, weights = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "parts"))
     for name in expected:
         torch.testing.assert_close(weights[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_no_two_batches_of_a_run_share_draws_and_each_draws_the_same_again():
+    def drawn(batch: int) -> tuple[float, ...]:
+        seed_draws(3, batch)
+        return float(torch.rand(())), random.random(), float(np.random.rand())
+
+    draws = [drawn(batch) for batch in range(200)]
+    assert [len(set(of_one)) for of_one in zip(*draws, strict=True)] == [200] * 3
+    assert draws == [drawn(batch) for batch in range(200)]
 
 
 def test_a_checkpoint_whose_epochs_had_other_lengths_is_refused(tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from distributed.ranks import run_ranks
+from distributed.ranks import PATIENCE, run_ranks
 from faults.runs import TRAIN, alone, end, small, wait_for
 from safetensors.torch import load_file
 
@@ -110,6 +110,6 @@ def test_a_run_listens_before_it_imports_anything_slow(features, tmp_path):
         wait_for(lambda: listens_for(process, signal.SIGUSR1), 60)
         assert "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text()
         process.send_signal(signal.SIGUSR1)
-        assert process.wait(timeout=120) == INTERRUPTED
+        assert process.wait(timeout=PATIENCE * 120) == INTERRUPTED
     finally:
         end([process])

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from distributed.ranks import PATIENCE
 from faults.runs import TRAIN, alone, end, small, wait_for
 
 from re2tal.runs import lock
@@ -140,7 +141,7 @@ def test_a_second_run_on_a_live_folder_is_refused_and_one_on_a_dead_goes_on(feat
         for how in ("--resume", "--overwrite"):
             with pytest.raises(subprocess.CalledProcessError) as refused:
                 subprocess.run(
-                    [*command, how], env=environment, capture_output=True, text=True, check=True, timeout=120
+                    [*command, how], env=environment, capture_output=True, text=True, check=True, timeout=PATIENCE * 120
                 )
             assert refused.value.returncode == 2
             assert f"process {first.pid}; wait for it or end it" in refused.value.stderr
@@ -155,7 +156,7 @@ def test_a_second_run_on_a_live_folder_is_refused_and_one_on_a_dead_goes_on(feat
         assert f"taking over {out} from process {first.pid}" in log.read_text()
         assert "resumed at step" in log.read_text()
         third.send_signal(signal.SIGTERM)
-        assert third.wait(timeout=120) == INTERRUPTED
+        assert third.wait(timeout=PATIENCE * 120) == INTERRUPTED
         assert not (out / "lock").exists()
     finally:
         end([third])

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 
 import pytest
-from training.tiny import same, tiny_trainer, weights
+import torch
+from training.tiny import TinyDetector, same, tiny_trainer, weights
 
 from re2tal.training.config import TrainingConfig
 from re2tal.training.process_group import leave
-from re2tal.training.schedule import ScheduleConfig
+from re2tal.training.schedule import PeakRates, ScheduleConfig
 from re2tal.training.trainer import Trainer
 
 NAMES = ("training.epochs", "schedule.shape", "optimizer.learning_rate")
@@ -57,6 +59,39 @@ def test_the_learning_rate_follows_the_course_of_the_longer_run(tmp_path, capsys
     longer.train()
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["lr"] for row in rows if row["step"] > 8] == pytest.approx(wanted[1:], abs=1e-12)
+
+
+class Overflowing(TinyDetector):
+    """The gradients of its third and fourth forward are not finite."""
+
+    def loss(self, outputs, actions, timelines, *, num_frames):
+        self.forwards = getattr(self, "forwards", 0) + 1
+        if self.forwards in (3, 4):
+            outputs.values.register_hook(lambda gradient: gradient * torch.inf)
+        return super().loss(outputs, actions, timelines, num_frames=num_frames)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_the_learning_rate_is_that_of_the_step_after_steps_that_were_skipped_and_a_resume(stage, tmp_path):
+    training = TrainingConfig(epochs=2, log_every_steps=1, checkpoint_every_steps=6, keep_checkpoints=3)
+    whole = tiny_trainer(tmp_path, stage=stage, training=training, build=Overflowing)
+    whole.train()
+    assert (whole.progress.step, whole.progress.skipped) == (8, 2)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    wanted = [1e-2, *(1e-2 * 0.5 * (1 + math.cos(math.pi * (step - 2) / 6)) for step in range(2, 9))]
+    assert [row["lr"] for row in rows] == pytest.approx(wanted, abs=1e-12)
+    shutil.rmtree(tmp_path / "checkpoints" / "step-00000008")
+    again = tiny_trainer(tmp_path, stage=stage, training=training)
+    assert again.resume()
+    schedule = again.engine.lr_scheduler
+    assert (again.progress.step, schedule.last_epoch) == (6, 6)
+    assert again.engine.optimizer.param_groups[0]["lr"] == pytest.approx(wanted[5], abs=1e-12)
+    # As a version wrote it that left the schedule behind.
+    schedule.last_epoch = 4
+    PeakRates.of(schedule).apply(schedule, step=again.progress.step)
+    assert schedule.last_epoch == 6
+    again.train()
+    assert same(weights(again), weights(whole))
 
 
 def test_another_shape_and_another_peak_count_from_the_next_step_on(tmp_path, capsys):

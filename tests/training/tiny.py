@@ -154,9 +154,8 @@ def tiny_trainer(
     folder.mkdir(parents=True, exist_ok=True)
     ds = folder / f"ds{world.rank}.json"
     ds.write_text(json.dumps({"zero_optimization": zero or {"stage": stage}, "bf16": {"enabled": "auto"}}))
-    seed_generators(3, rank=0)
+    seed_generators(3)
     model = build().to(device)
-    seed_generators(3, rank=world.rank)
     clips = TinyClips(rank=world.rank, poison=poison, on_batch=on_batch)
     factor = learning_rate_factor(
         schedule or ScheduleConfig(warmup_epochs=0.5),
