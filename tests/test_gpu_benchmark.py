@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import subprocess
@@ -24,15 +23,6 @@ def measured(tmp_path: Path, *arguments: str) -> dict[str, Any]:
     return json.loads(found.read_text())
 
 
-@pytest.mark.parametrize("name", ["machine", "exactness", "memory", "offload", "coupling"])
-def test_a_part_begins_on_a_cpu(name: str, monkeypatch) -> None:
-    monkeypatch.syspath_prepend(BENCHMARK.parent)
-    row = next(importlib.import_module("gpu_parts").PARTS[name](torch.device("cpu")))
-    assert "failure" not in row, row["failure"]
-    assert name != "exactness" or (row["drift"], row["equal"]) == (0, True)
-
-
-@pytest.mark.slow
 def test_every_part_runs_in_small_on_a_cpu(tmp_path: Path) -> None:
     parts = measured(tmp_path, "--device", "cpu", "--minutes", "1.5")
     assert list(parts) == [
