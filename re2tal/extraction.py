@@ -12,11 +12,11 @@ two ends of the video. A window that reaches past the end repeats the last frame
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -107,8 +107,13 @@ def stitch(parts: Sequence[WindowFeatures], *, num_steps: int) -> Tensor:
 
 def weights_sha256(module: nn.Module) -> str:
     """SHA-256 of a module's weights and buffers, by name: what it computes, wherever the numbers came from."""
+    return tensors_sha256(module.state_dict())
+
+
+def tensors_sha256(tensors: Mapping[str, Any]) -> str:
+    """SHA-256 of names and values."""
     digest = hashlib.sha256()
-    for name, value in sorted(module.state_dict().items()):
+    for name, value in sorted(tensors.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -29,7 +29,10 @@ class Progress:
         stream: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`start`: what was done before; `lines`: print lines where there is no terminal for a bar."""
+        """`start`: what was done before; `lines`: print lines where there is no terminal for a bar.
+
+        `total` may be set anew once it is known.
+        """
         self.total = total
         self.done = self._before = start
         self._lines = shown and lines
@@ -37,7 +40,7 @@ class Progress:
         self._clock = clock
         self._start = self._drawn = clock()
         self._next_line = FIRST_LINE_SECONDS
-        self._bar = _Bar(self._stream, total) if shown and is_terminal(self._stream) else None
+        self._bar = _Bar(self._stream) if shown and is_terminal(self._stream) else None
 
     @property
     def has_bar(self) -> bool:
@@ -53,7 +56,7 @@ class Progress:
         if self._bar is not None:
             if now - self._drawn >= BAR_SECONDS or self.done == self.total:
                 self._drawn = now
-                self._bar.draw(self.done, f"{clock_time(elapsed)}, {self.left()}  {about}")
+                self._bar.draw(self.done, self.total, f"{clock_time(elapsed)}, {self.left()}  {about}")
         elif self._lines and elapsed >= self._next_line and self.done < self.total:
             self._next_line = elapsed + min(MOST_SECONDS_BETWEEN_LINES, max(FIRST_LINE_SECONDS, elapsed))
             line = f"{self.done / self.total:4.0%} after {clock_time(elapsed)}, {self.left()}: {about}"
@@ -100,7 +103,7 @@ def is_terminal(stream: TextIO) -> bool:
 class _Bar:
     """Drawn when it is told to, and by no thread: a worker that is forked must not inherit a lock of one."""
 
-    def __init__(self, stream: TextIO, total: float) -> None:
+    def __init__(self, stream: TextIO) -> None:
         from rich.console import Console
         from rich.progress import BarColumn, TextColumn
         from rich.progress import Progress as RichProgress
@@ -119,13 +122,13 @@ class _Bar:
             redirect_stderr=False,
             expand=True,
         )
-        self._task: Any = self._rich.add_task("", total=total or None)
+        self._task: Any = self._rich.add_task("", total=None)
         self._rich.start()
 
-    def draw(self, done: float, text: str) -> None:
+    def draw(self, done: float, total: float, text: str) -> None:
         encoding = getattr(self._stream, "encoding", None) or "utf-8"
         text = text.encode(encoding, "replace").decode(encoding)
-        self._rich.update(self._task, completed=done, description=text, refresh=True)
+        self._rich.update(self._task, completed=done, total=total, description=text, refresh=True)
 
     def say(self, text: str, file: TextIO | None) -> None:
         self._rich.stop()

@@ -56,7 +56,8 @@ def test_a_bar_stands_on_a_terminal_of_any_encoding_and_lines_above_it(monkeypat
     monkeypatch.setenv("TERM", "xterm")
     monkeypatch.setenv("COLUMNS", "200")
     now, stream = [0.0], Terminal()
-    progress = Progress(40, start=20, stream=stream, clock=lambda: now[0])
+    progress = Progress(1, start=20, stream=stream, clock=lambda: now[0])
+    progress.total = 40
     for step in range(21, 31):
         now[0] += 2
         progress.to(step, "step … [bold]" + 100 * "x")

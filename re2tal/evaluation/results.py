@@ -5,9 +5,9 @@
      "external_data": {},
      "num_cut": {video: 12, ...}}
 
-`num_cut`, which others leave out, says how many more detections of a video its limit cut, at most, where it cut any; a
-"note" what else a reader should know. Seconds and scores are written with all their digits: rounding, as some programs
-do, makes ties and empty segments.
+`num_cut`, which others leave out, says how many more detections of a video its limit cut, at most, where it cut any;
+"model" which weights made them; a "note" what else a reader should know. Seconds and scores are written with all their
+digits: rounding, as some programs do, makes ties and empty segments.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ class Results:
     classes: tuple[str, ...]
     note: str | None = None
     """What its reader should know of it."""
+    model: str | None = None
+    """Which weights made it."""
 
     def of(self, video_id: str) -> Detections:
         """The predictions for a video; none if the file does not name it."""
@@ -41,9 +43,14 @@ class Results:
 
 
 def write_results(
-    path: Path | str, predictions: Mapping[str, Detections], classes: Sequence[str], *, note: str | None = None
+    path: Path | str,
+    predictions: Mapping[str, Detections],
+    classes: Sequence[str],
+    *,
+    note: str | None = None,
+    model: str | None = None,
 ) -> None:
-    """Write detections to `path`, atomically; videos and detections keep their order. `note`: see `Results`.
+    """Write detections to `path`, atomically; videos and detections keep their order. `note`, `model`: see `Results`.
 
     Raises ValueError for a NaN or infinite number and for a label that is not an index into `classes`.
     """
@@ -53,6 +60,7 @@ def write_results(
         for video_id, detections in predictions.items()
     )
     tail = '"external_data": {}' + (f', "note": {json.dumps(note)}' if note else "")
+    tail += f', "model": {json.dumps(model)}' if model else ""
     if None not in (cut := {video_id: one.num_cut for video_id, one in predictions.items()}).values():
         tail += f', "num_cut": {json.dumps({video_id: number for video_id, number in cut.items() if number})}'
     write_atomically(path, f'{{"version": "{VERSION}", "results": {{\n{videos}\n}}, {tail}}}\n')
@@ -79,8 +87,8 @@ def read_results(path: Path | str) -> Results:
         if not isinstance(cut, dict) or not all(type(number) is int and number >= 0 for number in cut.values()):
             raise ValueError(f"{path}: num_cut is {brief(cut)}; give an object that maps video ids to numbers, or none")
         predictions = {video_id: replace(one, num_cut=cut.get(video_id, 0)) for video_id, one in predictions.items()}
-    note = document.get("note")
-    return Results(predictions, tuple(indices), note if isinstance(note, str) else None)
+    note, model = (text if isinstance(text := document.get(key), str) else None for key in ("note", "model"))
+    return Results(predictions, tuple(indices), note, model)
 
 
 def _rows(video_id: str, detections: Detections, classes: Sequence[str]) -> list[dict[str, Any]]:

@@ -73,6 +73,8 @@ class ResultsFile:
     out: Path
     format_name: str
     classes: Sequence[str]
+    model: str | None = None
+    """Which weights are at work, where that is to be in the file."""
     found: list[FoundInVideo] = field(default_factory=list)
     """What goes into a file for all."""
     num_written: int = 0
@@ -112,6 +114,8 @@ class ResultsFile:
         if not self.out.exists():
             return set()
         results = read_results(self.out)
+        if self.model is not None and results.model not in (None, self.model):
+            raise ValueError(f"add: {self.out} was made with other weights; give another out, or leave add out")
         if unknown := sorted({*results.classes} - {*self.classes}):
             raise ValueError(f"add: {self.out} has {unknown[0]!r}, which the model does not know; give another out")
         ours = torch.tensor([self.classes.index(one) for one in results.classes], dtype=torch.long)
@@ -150,7 +154,7 @@ class ResultsFile:
         if row.for_all is not None:
             write_atomically(self.out, row.for_all(self.found))
         else:
-            write_results(self.out, {one.name: one.detections for one in self.found}, self.classes)
+            write_results(self.out, {one.name: one.detections for one in self.found}, self.classes, model=self.model)
         self._written = _mark(self.out)
 
 

@@ -144,7 +144,8 @@ class Job:
                 f"{len(files.names) if paths else 'shards'} videos; give a folder"
             )
         mine = target if world.is_main else target.with_name(f"{target.stem}.rank{world.rank}{target.suffix}")
-        results = ResultsFile(target if row.for_each else mine, format_name, classes)
+        weights_id = trained.weights_id if format_name == "json" else None
+        results = ResultsFile(target if row.for_each else mine, format_name, classes, weights_id)
         kept = _kept(results, files) if wanted.add else set()
         files = replace(files, names={path: name for path, name in files.names.items() if name not in kept})
         return cls(trained, results, selection, early, files, opened, namer, wanted.top_k, len(kept))

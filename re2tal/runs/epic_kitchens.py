@@ -18,6 +18,7 @@ from re2tal.structures import Action, VideoRecord
 
 SUBMISSION = {"version": "0.2", "challenge": "action_detection", "sls_pt": -1, "sls_tl": -1, "sls_td": -1}
 """Head of a file. The three levels of supervision are the submitter's to fill in."""
+NUM_VERBS, NUM_NOUNS = 97, 300
 COLUMNS = ("video_id", "start_timestamp", "stop_timestamp", "verb_class", "noun_class")
 
 
@@ -26,7 +27,8 @@ def write_submission(verbs: Results, nouns: Results, out: Path, *, min_tiou: flo
 
     Raises ValueError for a label that is no number of a verb or noun, such as 3 or id_003.
     """
-    numbers = [[_number(label) for label in results.classes] for results in (verbs, nouns)]
+    both = (verbs, "verb", NUM_VERBS), (nouns, "noun", NUM_NOUNS)
+    numbers = [[_number(label, kind, count) for label in results.classes] for results, kind, count in both]
     submitted = {}
     for video_id in verbs.predictions.keys() & nouns.predictions.keys():
         one, other = verbs.predictions[video_id], nouns.predictions[video_id]
@@ -44,9 +46,12 @@ def write_submission(verbs: Results, nouns: Results, out: Path, *, min_tiou: flo
     return sum(map(len, submitted.values()))
 
 
-def _number(label: str) -> int:
-    if (found := re.fullmatch(r"(?:id_)?(\d+)", label)) is None:
-        raise ValueError(f"label {label!r} is no number of a verb or noun; give results whose labels are like id_003")
+def _number(label: str, kind: str, count: int) -> int:
+    if (found := re.fullmatch(r"(?:id_)?(\d+)", label)) is None or int(found[1]) >= count:
+        raise ValueError(
+            f"label {label!r} is no number of a {kind}; give results whose labels are id_000 to id_{count - 1:03d}, "
+            "verbs before nouns"
+        )
     return int(found[1])
 
 

@@ -12,6 +12,7 @@ import torch
 from re2tal.backbones import take_parts_of
 from re2tal.config import RecognitionConfig, RunConfig, build_detector, build_recognizer, load_config
 from re2tal.detector import TemporalActionDetector
+from re2tal.extraction import tensors_sha256
 from re2tal.recognizer import Recognizer
 from re2tal.runs.checkpoint_weights import read_newest_checkpoint
 from re2tal.runs.folder import CHECKPOINTS_NAME, CONFIG_NAME, MODEL_NAME
@@ -40,6 +41,11 @@ class Trained:
     def features(self) -> Mapping[str, Any] | None:
         """The stored features of its training; None for videos."""
         return self.model.features
+
+    @property
+    def weights_id(self) -> str:
+        """A text that differs where weights do."""
+        return tensors_sha256(self.model.weights)[:16]
 
     def network(self) -> TemporalActionDetector:
         """The detector with its weights, on the CPU."""

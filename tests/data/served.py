@@ -81,7 +81,7 @@ def served(files: dict[str, bytes] | None = None) -> Iterator[Server]:
             if server.says_length:
                 self.send_header("Content-Length", str(server.head_bytes if is_wrong else len(part)))
             elif server.is_chunked:
-                self.send_header("Transfer-Encoding", "chunked")
+                self.send_header("Transfer-Encoding", "Chunked")
                 part = b"%x\r\n%b\r\n0\r\n\r\n" % (len(part), part)
             else:
                 self.close_connection = True

@@ -145,6 +145,8 @@ def test_nearest_in_time_by_hand():
     timed = [(Fraction(0), "a"), (Fraction(4, 10), "b"), (Fraction(5, 10), "c"), (Fraction(2), "d")]
     # 0: a; 0.25: b; 0.5: c; 0.75, 1, 1.25 (as near to c as to d): c; 1.5, 1.75: d
     assert "".join(nearest_in_time(iter(timed), rate=Fraction(4), num_frames=8)) == "abccccdd"
+    paused = [(Fraction(0), "a"), (Fraction(3), "b")]
+    assert "".join(nearest_in_time(iter(paused), rate=Fraction(1), num_frames=5)) == "aaabb"
     assert "".join(nearest_in_time(iter([(Fraction(0), "a")]), rate=Fraction(4), num_frames=3)) == "aaa"
     assert list(nearest_in_time(iter([]), rate=Fraction(4), num_frames=3)) == []
 

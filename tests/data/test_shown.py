@@ -6,6 +6,7 @@ What is right is computed here from pixels, levels and times; frames carry their
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -17,6 +18,7 @@ from av.bitstream import BitStreamFilterContext
 from data.files import encoding, write_video
 from data.numbered import numbered_frame, read_numbers
 
+from re2tal.data.building import consumption
 from re2tal.data.building.check import Normalised, check_normalised
 from re2tal.data.building.encode import normalise_video
 from re2tal.data.building.probe import open_video, probe_video
@@ -240,15 +242,25 @@ def test_the_stream_that_is_marked_as_the_default_is_taken(tmp_path):
     assert read_numbers(stored(tmp_path / "v.mkv")[0]) == list(range(30))
 
 
-def write_moving(path: Path, codec: str, *, num_frames: int = 90, pause: int = 0, **options: str) -> Path:
-    """A pattern that moves, so that a lost packet shows; frame 40 comes `pause` frames late."""
+def write_moving(
+    path: Path,
+    codec: str,
+    *,
+    num_frames: int = 90,
+    pause: int = 0,
+    pix_fmt: str = "yuv420p",
+    scene: int = 1000,
+    **options: str,
+) -> Path:
+    """A pattern that moves, so that a lost packet shows. Frame 40 comes `pause` frames late, each `scene` is new."""
     noise = np.random.default_rng(0).integers(0, 255, (40, 60, 3)).astype(np.uint8)
     texture = np.kron(noise, np.ones((8, 8, 1), np.uint8))
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=30, options=options)
-        stream.width, stream.height, stream.pix_fmt = 160, 120, "yuv420p"
+        stream.width, stream.height, stream.pix_fmt = 160, 120, pix_fmt
         for number in range(num_frames):
-            picture = np.ascontiguousarray(texture[number : number + 120, 2 * number : 2 * number + 160])
+            moved = np.roll(texture, 97 * (number // scene), (0, 1))
+            picture = np.ascontiguousarray(moved[number : number + 120, 2 * number : 2 * number + 160])
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             frame.pts, frame.time_base = number + pause * (number >= 40), Fraction(1, 30)
             container.mux(stream.encode(frame))
@@ -316,6 +328,19 @@ def copied(source: Path, target: Path, *, without: range) -> Path:
     return target
 
 
+def rewritten(source: Path, target: Path, change: Callable[[int, bytes], bytes]) -> Path:
+    """The same packets and times, with the bytes that `change` makes of a number and a packet."""
+    with av.open(str(source)) as container, av.open(str(target), "w") as written:
+        stream = container.streams.video[0]
+        copy = written.add_stream_from_template(stream)
+        for number, packet in enumerate(packet for packet in container.demux(stream) if packet.size):
+            other = av.Packet(change(number, bytes(packet)))
+            other.pts, other.dts, other.time_base = packet.pts, packet.dts, packet.time_base
+            other.is_keyframe, other.stream = packet.is_keyframe, copy
+            written.mux(other)
+    return target
+
+
 LOST = {
     "baseline.mp4": ("libx264", {"g": "30", "profile": "baseline"}),
     "pyramid.mkv": ("libx264", {"g": "30", "bf": "3"}),
@@ -359,19 +384,15 @@ X265 = {"x265-params": "log-level=none:keyint=30:open-gop=0:bframes=0"}
 )
 def test_a_picture_made_of_other_bytes_is_told_though_the_decoder_is_silent(tmp_path, name, codec, options, number):
     source = write_moving(tmp_path / f"whole-{name}", codec, num_frames=75, **options)
-    changed = tmp_path / name
-    with av.open(str(source)) as container, av.open(str(changed), "w") as written:
-        stream = container.streams.video[0]
-        copy = written.add_stream_from_template(stream)
-        for place, packet in enumerate(one for one in container.demux(stream) if one.size):
-            content = bytearray(bytes(packet))
-            if place == number:
-                half = len(content) // 2
-                content[half : half + 24] = np.random.default_rng(1).integers(1, 256, 24).astype(np.uint8).tobytes()
-            other = av.Packet(bytes(content))
-            other.pts, other.dts, other.time_base = packet.pts, packet.dts, packet.time_base
-            other.is_keyframe, other.stream = packet.is_keyframe, copy
-            written.mux(other)
+
+    def change(place: int, content: bytes) -> bytes:
+        if place != number:
+            return content
+        other = np.random.default_rng(1).integers(1, 256, 24).astype(np.uint8).tobytes()
+        half = len(content) // 2
+        return content[:half] + other + content[half + 24 :]
+
+    changed = rewritten(source, tmp_path / name, change)
     assert damage_of(source).num_damaged == 0
     end = -(-number // 30) * 30 if number % 30 else number + 30
     assert damage_of(changed).corrupt == pytest.approx(min(end, 75) - number, abs=1)
@@ -409,6 +430,50 @@ def test_a_recording_that_paused_stands_still_and_one_that_lost_a_part_is_damage
         stored(copied(whole, lost, without=range(40, 130)))
 
 
+@pytest.mark.parametrize(
+    "milliseconds",
+    [
+        np.cumsum(np.random.default_rng(0).choice([33, 66, 100, 400, 3000], 60)).tolist(),
+        [3000 * number for number in range(30)],
+    ],
+    ids=["screen", "slides"],
+)
+def test_frames_that_come_when_something_changes_lack_none(tmp_path, milliseconds):
+    source = write_video(tmp_path / "v.mkv", num_frames=len(milliseconds), milliseconds=milliseconds)
+    assert damage_of(source).num_damaged == 0
+
+
+def test_a_picture_with_transparency_is_sound(tmp_path):
+    options = {"g": "30", "auto-alt-ref": "0", **FAST}
+    source = write_moving(tmp_path / "v.webm", "libvpx", num_frames=40, pix_fmt="yuva420p", **options)
+    assert damage_of(source).num_damaged == 0
+
+
+def test_a_second_view_behind_a_picture_is_no_part_of_it(tmp_path):
+    def with_second_view(number: int, packet: bytes) -> bytes:
+        views, place = [], 0
+        while place < len(packet):
+            end = place + 4 + int.from_bytes(packet[place : place + 4], "big")
+            if not packet[place + 4] >> 6:  # a slice, again as of layer 1
+                views.append(packet[place : place + 5] + bytes([8 | packet[place + 5] & 7]) + packet[place + 6 : end])
+            place = end
+        return packet + b"".join(views)
+
+    source = write_moving(tmp_path / "one.mp4", "libx265", num_frames=60, **X265)
+    assert damage_of(rewritten(source, tmp_path / "two.mp4", with_second_view)).num_damaged == 0
+
+
+def test_a_film_of_many_cuts_is_not_decoded_over_and_over(tmp_path, monkeypatch):
+    calls = []
+    decoded = consumption._decoded
+    monkeypatch.setattr(consumption, "_MAX_AGAIN", 60)
+    monkeypatch.setattr(consumption, "_decoded", lambda *given: calls.append(given[1]) or decoded(*given))
+    options = {"x265-params": "log-level=none:keyint=10:min-keyint=10:bframes=0"}
+    source = write_moving(tmp_path / "v.mp4", "libx265", num_frames=150, scene=10, **options)
+    assert damage_of(source).num_damaged == 0
+    assert 150 < sum(map(bool, calls)) < 5 * 150 + 60
+
+
 def test_a_short_gap_in_a_stream_that_is_numbered_is_a_camera_that_dropped_a_frame(tmp_path):
     source = write_video(tmp_path / "v.mkv", milliseconds=[33 * n + (66 if n > 30 else 0) for n in range(60)])
     assert stored(source)[1].damage.num_damaged == 0
@@ -431,14 +496,7 @@ def test_a_picture_that_contradicts_its_own_checksum_is_damaged(tmp_path):
 def test_zeros_that_fill_up_a_picture_before_the_next_start_code_are_no_damage(tmp_path, codec):
     options = {"x265-params": "log-level=none"} if codec == "libx265" else {}
     source = write_video(tmp_path / "whole.ts", codec=codec, options=options)
-    with av.open(str(source)) as whole, av.open(str(tmp_path / "a.ts"), "w") as filled:
-        stream = filled.add_stream_from_template(whole.streams.video[0])
-        for packet in whole.demux(video=0):
-            if packet.size:
-                longer = av.Packet(bytes(packet) + bytes(40))
-                longer.pts, longer.dts, longer.time_base = packet.pts, packet.dts, packet.time_base
-                longer.is_keyframe, longer.stream = packet.is_keyframe, stream
-                filled.mux(longer)
+    rewritten(source, tmp_path / "a.ts", lambda number, content: content + bytes(40))
     assert stored(tmp_path / "a.ts")[1].damage.num_damaged == 0
 
 

@@ -101,6 +101,10 @@ def test_json_is_activitynets_and_grows_video_by_video(tmp_path: Path) -> None:
     assert [names[label] for label in one.labels] == [CLASSES[label] for label in two.labels]
     with pytest.raises(ValueError, match=r"add: .*found\.json has '.*', which the model does not know"):
         ResultsFile(tmp_path / "found.json", "json", ("other",)).take_up(["two"])
+    ResultsFile(tmp_path / "found.json", "json", CLASSES, model="a").write()
+    ResultsFile(tmp_path / "found.json", "json", CLASSES, model="a").take_up([])
+    with pytest.raises(ValueError, match=r"add: .*found\.json was made with other weights; give another out"):
+        ResultsFile(tmp_path / "found.json", "json", CLASSES, model="b").take_up([])
 
 
 def test_what_another_program_writes_meanwhile_stays(tmp_path: Path) -> None:

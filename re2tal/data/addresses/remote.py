@@ -107,7 +107,7 @@ class _Asked:
 async def _check_answer(_: object, context: Any, params: Any) -> None:
     """fsspec takes any part that comes as the one it asked for, though the answer says which one it is."""
     asked, headers = context.trace_request_ctx, params.response.headers
-    is_endless = "Content-Length" not in headers and "chunked" not in headers.get("Transfer-Encoding", "")
+    is_endless = "Content-Length" not in headers and "chunked" not in headers.get("Transfer-Encoding", "").lower()
     if isinstance(asked, Address) and params.response.status == 200 and is_endless:
         raise RemoteError(
             f"{asked}: the server does not say how long the file is, so a part of it would pass for the whole; copy it "

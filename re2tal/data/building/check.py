@@ -16,6 +16,7 @@ import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 
+from re2tal.data.building.pictures import is_earlier_shown
 from re2tal.data.building.probe import open_video
 from re2tal.data.building.shown import Damage, Orientation, colours_of, orientation_of
 from re2tal.data.contract.mp4 import read_mp4
@@ -64,8 +65,8 @@ class Samples:
         wanted = list(self._wanted)
         for seconds, frame in shown:
             while wanted and (time := wanted[0] / self._rate) <= seconds:
-                is_nearer = previous is not None and time - previous[0] <= seconds - time
-                self.pictures[wanted.pop(0)] = self._picture(previous[1] if previous and is_nearer else frame)
+                is_earlier = previous is not None and is_earlier_shown(time, previous[0], seconds)
+                self.pictures[wanted.pop(0)] = self._picture(previous[1] if previous and is_earlier else frame)
             yield seconds, frame
             previous = seconds, frame
         if previous is not None:

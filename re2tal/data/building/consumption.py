@@ -28,6 +28,8 @@ _HEAD_BYTES = 24
 """More than the header of a slice takes."""
 _MAX_KEPT, _MAX_AGAIN = 500, 600
 """Packets of a group that are kept, and how many are decoded again, which is enough for each of the first 34."""
+_AGAIN_PER_PACKET = 2
+"""How many more are, of a long video with many cuts: decoding takes five times as long at most."""
 
 
 @dataclass(slots=True)
@@ -53,11 +55,13 @@ class Consumption:
         self._shown: dict[int | None, int] = {}
         self._groups: deque[_Group] = deque()
         self._jumps = Jumps()
+        self._budget = _MAX_AGAIN
 
     def follow(self, packet: av.Packet, *, is_counted: bool) -> int:
         """Take what the decoder was given; gives how many earlier packets are found damaged, uncounted so far."""
         if self._second is None:
             return 0
+        self._budget += _AGAIN_PER_PACKET
         content, time = bytes(packet), packet.dts if packet.pts is None else packet.pts
         longer = self._with_more(content) if content else b""
         self._shown.update(_decoded(self._second, longer, time))
@@ -102,10 +106,11 @@ class Consumption:
         return self._damaged_by(group, [0, *sorted(range(1, len(jumps)), key=lambda number: -jumps[number])])
 
     def _damaged_by(self, group: _Group, order: Sequence[int]) -> int:
-        left, whole = _MAX_AGAIN, self._sums(group.packets[: max(order) + 1], group.times)
+        left, whole = min(self._budget, _MAX_AGAIN), self._sums(group.packets[: max(order) + 1], group.times)
         for number in order:
             if number < left:
                 left -= number + 1
+                self._budget -= number + 1
                 if self._ignores_its_end(group, number, whole):
                     return len(group.packets) - number
         return 0
@@ -134,7 +139,7 @@ class Consumption:
         return decoder
 
     def _slices(self, packet: bytes) -> list[tuple[int, int]]:
-        """Where the slices of a packet of HEVC begin and end."""
+        """Where the slices of a packet of HEVC begin and end, without those of a second view or of transparency."""
         places, found = [], 0
         if self._length_bytes:
             while found + self._length_bytes < len(packet):
@@ -148,7 +153,7 @@ class Consumption:
                 starts.append(found)
             ends = [start - 3 for start in starts[1:]] + [len(packet)]
             places = list(zip(starts, ends, strict=True))
-        return [(start, end) for start, end in places if start < end and packet[start] >> 1 & 63 < 32]
+        return [(start, end) for start, end in places if start + 1 < end and _is_shown_slice(packet[start : start + 2])]
 
     def _with_more(self, packet: bytes) -> bytes:
         if self._name != "hevc":
@@ -178,6 +183,11 @@ class Consumption:
         return bytes(changed)
 
 
+def _is_shown_slice(head: bytes) -> bool:
+    """By the header of a NAL unit (ITU-T H.265, 7.3.1.2): a type below 32 and layer 0."""
+    return not head[0] >> 6 and not head[0] & 1 and not head[1] >> 3
+
+
 def _decoded(decoder: av.VideoCodecContext, content: bytes, time: int | None) -> dict[int | None, int]:
     """Checksums of the frames that come out, by their times; content b"" ends the stream."""
     packet = av.Packet(content) if content else None
@@ -191,9 +201,9 @@ def _decoded(decoder: av.VideoCodecContext, content: bytes, time: int | None) ->
 
 
 def _checksum(frame: av.VideoFrame) -> int:
-    """Of what is shown, without what rows are padded with."""
+    """Of the colours that are shown: without transparency, and without what rows are padded with."""
     crc32 = 0
-    for plane, component in zip(frame.planes, frame.format.components, strict=False):
+    for plane, component in zip(frame.planes[:3], frame.format.components, strict=False):
         rows = rows_of(plane)[:, : plane.width * -(-component.bits // 8)]
         crc32 = zlib.crc32(rows.tobytes(), crc32)
     return crc32

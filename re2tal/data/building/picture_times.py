@@ -4,7 +4,7 @@ Then the pictures jump at the next key frame. Where that comes after a gap witho
 
 AVI            says no times, but pictures of MPEG-4 part 2 do (ISO 14496-2, 6.3.5). A program that captures leaves
                places of the AVI empty, and its encoder, which knows nothing of them, counts time without them.
-Matroska       a long gap is a pause of the recording
+Matroska       a long gap is a pause of the recording; where frames come when something changes, gaps tell nothing
 broadcasts     of MPEG-2 come at an even pace, and nothing else numbers their pictures
 """
 
@@ -27,6 +27,17 @@ _LAYERS = range(0x20, 0x30)
 _B_PICTURE = 2
 _ODD_STEP = 1.5
 _USUAL = 30
+
+
+def is_even(steps: np.ndarray) -> bool:
+    """Whether frames come at one pace, a few apart, by the ticks from each to the next; of few frames nothing is known.
+
+    Recordings of a screen often have a frame only where something changes.
+    """
+    if len(steps) < 20:
+        return False
+    usual = float(np.median(steps))
+    return usual > 0 and bool(np.mean(np.abs(steps - usual) <= 0.5 * usual) >= 0.95)
 
 
 @dataclass(slots=True)
@@ -61,7 +72,8 @@ class LostPictures:
         self._is_of_use = self._has_own_times or is_matroska or is_broadcast
         self._is_even = is_broadcast
         self._pause = PAUSE_SECONDS / (stream.time_base or 1)
-        self._time: int | None = None
+        self._times: list[int] = []
+        self._num_found = 0
         self._has_gaps = False
         self._jumps = Jumps()
         self._groups: list[_Group] = []
@@ -77,24 +89,29 @@ class LostPictures:
             self._jumps.add(frame.dts if frame.pts is None else frame.pts, frame)
 
     def follow(self, packet: av.Packet, *, is_counted: bool) -> int:
-        """Take what the decoder was given; gives how many earlier packets are found damaged, uncounted so far."""
+        """Take what the decoder was given; at the end, gives how many packets are found damaged, uncounted so far."""
         if not self._is_of_use:
             return 0
         if not packet.size:
             self._settle()
-            return sum(self._damaged(place) for place in range(len(self._groups)))
-        found = 0
+            self._num_found += sum(self._damaged(place) for place in range(len(self._groups)))
+            return self._num_found if self._has_own_times or self._is_even or self._is_paced() else 0
         if packet.is_keyframe or not self._groups:
             self._groups.append(_Group(packet.dts if packet.pts is None else packet.pts))
             if len(self._groups) == 3:  # the key frame after the first of them is shown by now
-                found = self._damaged(0)
+                self._num_found += self._damaged(0)
                 del self._groups[0]
         if self._has_own_times:
             self._read(bytes(packet), self._groups[-1])
         else:
             self._see_gap(packet, self._groups[-1])
         self._groups[-1].is_counted.append(is_counted)
-        return found
+        return 0
+
+    def _is_paced(self) -> bool:
+        """Whether a long gap is an exception in a Matroska file."""
+        steps = np.diff(np.sort(self._times))
+        return is_even(steps) and _ODD_STEP * float(np.median(steps)) < self._pause
 
     def _damaged(self, place: int) -> int:
         group, following = self._groups[place], self._groups[place + 1 : place + 2]
@@ -103,10 +120,13 @@ class LostPictures:
 
     def _see_gap(self, packet: av.Packet, group: _Group) -> None:
         """Whether so long nothing comes that a part may be lost as well as never recorded."""
-        before, self._time = self._time, packet.dts if self._is_even else packet.pts
-        if before is None or self._time is None:
+        time = packet.dts if self._is_even else packet.pts
+        if time is None:
             return
-        step, usual = self._time - before, float(np.median(self._steps)) if self._steps else float("inf")
+        self._times.append(time)
+        if len(self._times) < 2:
+            return
+        step, usual = time - self._times[-2], float(np.median(self._steps)) if self._steps else float("inf")
         if step > (_ODD_STEP * usual if self._is_even else self._pause) and group.gap is None:
             # What comes before a key frame, nothing behind it needs.
             group.gap, self._has_gaps = (None if packet.is_keyframe else len(group.is_counted)), True

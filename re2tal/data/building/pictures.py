@@ -1,6 +1,6 @@
 """The pictures of a video at a constant rate, upright and of one size: what is encoded, and what is looked at directly.
 
-    picture i  =  the source frame nearest to i / rate seconds on a player's clock
+    picture i  =  the source frame nearest to i / rate seconds on a player's clock; in a pause the one before it
 
 Nothing here imports torch: a process that only decodes starts in a quarter of a second.
 """
@@ -18,6 +18,7 @@ import numpy as np
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from av.video.stream import VideoStream
 
+from re2tal.data.building.picture_times import PAUSE_SECONDS
 from re2tal.data.building.probe import MAX_DAMAGED, VideoProbe, displayed_size, open_video
 from re2tal.data.building.shown import Orientation, colours_of, orientation_of, shown_frames
 
@@ -76,7 +77,7 @@ def _in_pieces(frames: Iterator[av.VideoFrame]) -> Iterator[np.ndarray]:
 
 
 def nearest_in_time(timed: Iterator[tuple[Fraction, T]], *, rate: Fraction, num_frames: int) -> Iterator[T]:
-    """For i = 0 ... num_frames - 1 the item whose time is nearest to i / rate; of two as near, the earlier.
+    """For i = 0 ... num_frames - 1 the item that `is_earlier_shown` chooses at i / rate.
 
     `timed` are (seconds, item) in order of time. Nothing is yielded where there is no item.
     """
@@ -84,13 +85,18 @@ def nearest_in_time(timed: Iterator[tuple[Fraction, T]], *, rate: Fraction, num_
     previous: tuple[Fraction, T] | None = None
     for time, item in timed:
         if previous is not None:
-            while wanted < num_frames and wanted / rate <= (previous[0] + time) / 2:
+            while wanted < num_frames and is_earlier_shown(wanted / rate, previous[0], time):
                 yield previous[1]
                 wanted += 1
         previous = time, item
     if previous is not None:
         for _ in range(wanted, num_frames):
             yield previous[1]
+
+
+def is_earlier_shown(time: Fraction, earlier: Fraction, later: Fraction) -> bool:
+    """Which of two frames is taken at a time between them: the nearer, the earlier of two as near, and in a pause."""
+    return time < later if later - earlier > PAUSE_SECONDS else time - earlier <= later - time
 
 
 def naming(path: Path, pictures: Iterator[T]) -> Iterator[T]:

@@ -18,7 +18,7 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 
 from re2tal.data.building.isolated import still_working
-from re2tal.data.building.picture_times import PAUSE_SECONDS
+from re2tal.data.building.picture_times import PAUSE_SECONDS, is_even
 from re2tal.data.building.shown import Damage, Orientation, orientation_of, origin_seconds
 
 _OPEN_OPTIONS = {
@@ -219,12 +219,10 @@ def _missing_in_gaps(shown: list[tuple[int, int]], stream: VideoStream) -> tuple
     """
     times = np.sort(np.array([time for time, _ in shown]))
     steps = np.diff(times)
-    if len(steps) < 20 or stream.time_base is None:
+    if stream.time_base is None or not is_even(steps):
         return 0, 0.0
-    usual = float(np.median(steps))
-    if usual <= 0 or np.mean(np.abs(steps - usual) <= 0.5 * usual) < 0.95:
-        return 0, 0.0
-    least, name = 1.5 * usual, stream.codec_context.name
+    usual, name = float(np.median(steps)), stream.codec_context.name
+    least = 1.5 * usual
     is_steady = np.mean(np.abs(steps - usual) <= max(0.1 * usual, 0.0015 / float(stream.time_base))) >= 0.98
     is_broadcast = stream.container.format.name in ("mpegts", "mpeg")
     if not is_broadcast and not (is_steady and name in _UNNUMBERED):
