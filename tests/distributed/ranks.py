@@ -248,8 +248,9 @@ def _run_one_rank(path: str, name: str, arguments: str, folder: str) -> None:
     sys.modules[spec.name] = module  # dataclasses of that file look their module up by name
     spec.loader.exec_module(module)
     torch.set_num_threads(1)
+    rank = int(os.environ["RANK"])  # here: the function may take it out of the environment
     result = getattr(module, name)(**json.loads(arguments))
-    torch.save(result, _result(folder, int(os.environ["RANK"])))
+    torch.save(result, _result(folder, rank))
     if torch.distributed.is_initialized():
         from re2tal.training.process_group import leave  # here: it imports DeepSpeed, which few ranks need
 
