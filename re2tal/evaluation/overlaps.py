@@ -39,7 +39,7 @@ class Penalty:
 
 
 def reach(segments: Floats, groups: NDArray) -> Indices:
-    """Behind the last one of each segment's group that starts before it ends: (N,).
+    """For each segment, one past the last of its group that starts before it ends: (N,).
 
     `segments` (N, 2) must be in the order of `groups` (N,), and of starts in each group.
     """
