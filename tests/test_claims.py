@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -44,10 +46,41 @@ def test_what_is_measured_is_not_measured_again_and_a_failure_ends_nothing_else(
     assert calls == ["good", "bad", "better", "bad"]
 
 
+def test_a_part_that_lacks_its_data_is_named(cells, tmp_path):
+    def no_data(options):
+        raise ValueError("fetch the data set")
+
+    part = cells.Part("title", no_data, lambda *_: [], 0.1)
+    failed = cells.run_part("p", part, cells.Options(1, True, tmp_path, tmp_path), tmp_path)
+    assert failed == ["p: ValueError: fetch the data set"]
+
+
+def test_cells_side_by_side_train_what_one_of_them_keeps_once(cells, monkeypatch, tmp_path):
+    from evidence import training
+
+    calls, folder = [], tmp_path / "kept"
+
+    def slow(*arguments):
+        calls.append(arguments)
+        time.sleep(0.2)
+        folder.mkdir()
+        (folder / "summary.json").write_text("{}")
+
+    monkeypatch.setattr(training, "command_line", slow)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(training.trained, training.demo(), keep=folder)
+        time.sleep(0.1)
+        pool.submit(training.kept, training.demo(), folder).result()
+    assert first.result() == {}
+    assert len(calls) == 1
+
+
 def test_an_interval_is_students(cells):
     # 1, 2, 3 %: standard deviation 1, so 4.30 / sqrt(3) on either side.
     assert cells.mean_and_interval([0.01, 0.02, 0.03]) == "2.0 ± 2.5"
     assert cells.mean_and_interval([0.5]) == "50.0"
+    # Of 11 values, 2.23 standard errors; never fewer.
+    assert cells.interval([0.0] * 5 + [0.11] + [0.22] * 5)[1] >= 2.228 * 11 / 11**0.5
     assert cells.verdict([0.01, 0.02, 0.03], aim=-1).endswith("reached.")  # from -0.5 on
     assert cells.verdict([0.01, 0.02, 0.03], aim=4).endswith("**not settled**.")  # up to 4.5
     assert cells.verdict([0.01, 0.02, 0.03], aim=5).endswith("**not reached**.")

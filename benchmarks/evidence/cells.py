@@ -22,7 +22,7 @@ import torch
 from re2tal.strict_json import read_json, write_json
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-# Of Student's distribution, two-sided 95 %, by degrees of freedom; 1.96 above.
+# Of Student's distribution, two-sided 95 %, by degrees of freedom; above, the last one, which is a little too wide.
 STUDENT = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 
 Figures = dict[str, Any]
@@ -68,9 +68,14 @@ def run_part(name: str, part: Part, options: Options, folder: Path) -> list[str]
         start = time.perf_counter()
         return measure(), time.perf_counter() - start
 
+    try:
+        cells = part.cells(options)
+    except Exception as error:  # as of a cell: other parts are measured
+        traceback.print_exception(error)
+        return [f"{name}: {type(error).__name__}: {error}"]
     with ThreadPoolExecutor(1 if part.alone else options.jobs) as pool:
         running = {}
-        for key, measure in part.cells(options).items():
+        for key, measure in cells.items():
             if key in done:
                 print(f"{name}: {key}: done before", flush=True)
             else:
@@ -120,7 +125,7 @@ def machine() -> str:
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
     """Mean of two values or more and half the width of its 95 % interval by Student's distribution, in percent."""
-    half = STUDENT.get(len(values) - 1, 1.96) * statistics.stdev(values) / len(values) ** 0.5
+    half = STUDENT.get(len(values) - 1, STUDENT[9]) * statistics.stdev(values) / len(values) ** 0.5
     return 100 * statistics.fmean(values), 100 * half
 
 

@@ -8,6 +8,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ FROM_DEMO_FORMS = tuple(form + FROM_DEMO for form in ("frozen", "end to end, pla
 QUICK_FORMS = ("end to end, rewired", "frozen at random", "end to end, plain")
 DEMO_EPOCHS = {True: 12, False: 32}
 LIMIT_SECONDS = 4 * 3600
-_KEEPING = threading.Lock()
+_LOCKS: dict[Path, threading.RLock] = {}
 
 
 def backbone_of(name: str, form: str) -> BackboneConfig:
@@ -68,8 +69,11 @@ def small_localizer(name: str) -> ActionFormerConfig | TriDetConfig:
 
 
 def trained(run: RunConfig | RecognitionConfig, *, keep: Path | None = None) -> Figures:
-    """Trains and evaluates `run` in one process; the run folder goes, or is `keep`. Gives its summary."""
-    with tempfile.TemporaryDirectory() as temporary:
+    """Trains and evaluates `run` in one process; the run folder goes, or is `keep`. Gives its summary.
+
+    Cells that run side by side wait for each other where they keep the same folder.
+    """
+    with tempfile.TemporaryDirectory() as temporary, _alone_in(keep) if keep else nullcontext():
         folder = keep or Path(temporary) / "run"
         config = Path(temporary) / "config.json"
         save_config(config, run)
@@ -79,10 +83,14 @@ def trained(run: RunConfig | RecognitionConfig, *, keep: Path | None = None) -> 
 
 def kept(run: RunConfig | RecognitionConfig, folder: Path) -> Path:
     """The run folder of `run`; it is trained where that is missing, once for all cells that start from it."""
-    with _KEEPING:
+    with _alone_in(folder):
         if not (folder / "summary.json").is_file():
             trained(run, keep=folder)
     return folder
+
+
+def _alone_in(folder: Path) -> threading.RLock:
+    return _LOCKS.setdefault(folder.resolve(), threading.RLock())
 
 
 def command_line(*arguments: str) -> None:

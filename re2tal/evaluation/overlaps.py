@@ -39,7 +39,7 @@ class Penalty:
 
 
 def reach(segments: Floats, groups: NDArray) -> Indices:
-    """Behind the last one of each segment's group that starts before it ends: (N,).
+    """For each segment, one past the last of its group that starts before it ends: (N,).
 
     `segments` (N, 2) must be in the order of `groups` (N,), and of starts in each group.
     """
@@ -81,11 +81,12 @@ def pick_in_rounds(
 
 
 def pick_one_by_one(
-    segments: Floats, logs: Floats, last: Indices, *, penalty: Penalty, log_min: float, max_picks: int
+    segments: Floats, logs: Floats, last: Indices, order: Indices, *, penalty: Penalty, log_min: float, max_picks: int
 ) -> tuple[Indices, Floats, int]:
     """Picks of one group in their order, their log scores, and how many more reach `log_min`.
 
-    `segments` (N, 2) must be in the order of starts. The first pick counts whatever its score.
+    `segments` (N, 2) must be in the order of starts. The first pick counts whatever its score; of segments with equal
+    scores the one with the lower number in `order` goes first.
     """
     num = len(logs)
     ends = np.maximum.accumulate(segments[:, 1])
@@ -97,6 +98,7 @@ def pick_one_by_one(
         penalties[row.take(one) + other] = forth
         penalties[row.take(other) + one] = back
     logs = logs.copy()
+    has_equals = len(np.unique(logs)) < num  # lowered scores hardly ever meet where no two were equal
     stretches = list(zip(first.tolist(), last.tolist(), offsets.tolist(), strict=True))
     picks: list[int] = []
     values: list[float] = []
@@ -105,6 +107,9 @@ def pick_one_by_one(
         value = logs.item(best)
         if value < log_min and picks:
             break
+        if has_equals:
+            equals = np.flatnonzero(logs == value)
+            best = int(equals[order.take(equals).argmin()])
         picks.append(best)
         values.append(value)
         begin, end, offset = stretches[best]

@@ -10,7 +10,6 @@ is a dozen vector operations whatever their number. Scores are kept as logarithm
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,7 +44,8 @@ def soft_nms(
     """
     if len(scores) == 0:
         return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32), 0
-    log_min = math.log(min_score) if min_score > 0 else np.finfo(np.float64).min
+    # By the same function as the scores: another one may differ in the last bit, and a score may equal `min_score`.
+    log_min = float(_logs(np.array([min_score]))[0]) if min_score > 0 else np.finfo(np.float64).min
     _, groups = np.unique(groups, return_inverse=True)
     index, logs, num_left = _picks(segments, _logs(scores), groups, penalty, log_min, max_per_group)
     stays = logs >= log_min
@@ -86,7 +86,7 @@ def _picks(
             begin, end = np.searchsorted(sorted_groups, [group, group + 1])
             some, reaching = order[begin:end], last[begin:end] - begin
             picks, values, num_left = pick_one_by_one(
-                segments[some], logs[some], reaching, penalty=penalty, log_min=log_min, max_picks=max_per_group
+                segments[some], logs[some], reaching, some, penalty=penalty, log_min=log_min, max_picks=max_per_group
             )
             parts.append((some[picks], values, num_left))
     index, values = (np.concatenate([part[column] for part in parts]) for column in (0, 1))

@@ -13,8 +13,11 @@ from numpy.typing import NDArray
 
 from re2tal.evaluation.overlaps import Floats, Penalty
 from re2tal.evaluation.soft_nms import soft_nms
-from re2tal.options import COUNT, FINITE, NOT_NEGATIVE, POSITIVE, SHARE, check_ranges
+from re2tal.options import COUNT, FINITE, NOT_NEGATIVE, POSITIVE, SHARE, Range, check_ranges
 from re2tal.structures import Detections
+
+# Others write 0 for no votes. Here it would let all segments vote, those that do not overlap too.
+_VOTES = Range(lambda value: 0 < value <= 1, "a number above 0, up to 1, or null for no votes")
 
 
 @dataclass(frozen=True)
@@ -64,7 +67,7 @@ class SuppressionConfig:
             min_score=NOT_NEGATIVE,
             max_per_video=COUNT,
             max_per_minute=POSITIVE,
-            voting_threshold=SHARE,
+            voting_threshold=_VOTES,
         )
 
     def limit(self, segments: Floats) -> int:

@@ -1,4 +1,4 @@
-"""Refuses what a reversible run gives no gradient: arguments of blocks, and parameters that are views of another."""
+"""Refuses tensors to which a reversible run gives no gradient: arguments of blocks, and parts of a flat parameter."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def recompute_conv_inputs(model: nn.Module, make: Callable[..., Tensor], *source
     as writing to any saved tensor does.
     """
     made = make(*sources)
-    with _convolutions_remake(model, made, make, sources):
+    with _convolutions_remake(model, made, make, sources) if torch.is_grad_enabled() else nullcontext():
         yield made
 
 
@@ -44,13 +44,19 @@ def saving_recipe(block: nn.Module, x: Any) -> AbstractContextManager[None]:
 def _convolutions_remake(
     model: nn.Module, made: Tensor, make: Callable[..., Tensor], sources: Sequence[Tensor]
 ) -> Iterator[None]:
-    """Inside, convolutions of `model` that are called with `made`, or a view of it, save what it is made of."""
+    """Inside, convolutions of `model` that are called with `made`, or a view of it, save what it is made of.
+
+    Not where `made` was written to since, nor under hooks on saved tensors that the model sets: a checkpoint inside it
+    counts what each of its two runs saves.
+    """
     kept_sources = save_recipes(*sources)
-    storage = _storage(made)
+    storage, version, hooks = _storage(made), made._version, _saved_tensors_hooks()
     with ExitStack() as handles, ExitStack() as inside:
 
         def before(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             if not args or _storage(args[0]) != storage:
+                return None
+            if args[0]._version != version or _saved_tensors_hooks() != hooks:
                 return None
             x, *others = args
             view, dtype = (x.size(), x.stride(), x.storage_offset()), _dtype_inside(x)
@@ -66,7 +72,7 @@ def _convolutions_remake(
         for layer in model.modules():
             if isinstance(layer, _ConvNd):
                 handles.callback(layer.register_forward_pre_hook(before).remove)
-                handles.callback(layer.register_forward_hook(lambda *_: inside.close()).remove)
+                handles.callback(layer.register_forward_hook(lambda *_: inside.close(), always_call=True).remove)
         yield
 
 
@@ -84,6 +90,10 @@ def _remade(x: Tensor, again: Callable[[], Tensor]) -> saved_tensors_hooks:
             return again().as_strided(*packed)
 
     return saved_tensors_hooks(pack, unpack)
+
+
+def _saved_tensors_hooks() -> tuple[Callable, Callable] | None:
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
 def _dtype_inside(x: Tensor) -> torch.dtype:

@@ -28,15 +28,7 @@ from re2tal.reversible.offload import offloaded
 from re2tal.rewire.branches import Residual, hidden_state, is_unregistered, registered
 from re2tal.rewire.config import RewiringConfig
 from re2tal.rewire.escapes import is_compiled
-from re2tal.rewire.hooks import (
-    called_with,
-    check_hooks,
-    check_kind,
-    guard,
-    has_hooks,
-    hooked_inside,
-    unguard,
-)
+from re2tal.rewire.hooks import called_with, check_hooks, check_kind, guard, has_hooks, hooked_inside, unguard
 from re2tal.rewire.lost_gradients import refuse_lost_gradients
 from re2tal.rewire.nonresidual import recomputed
 from re2tal.rewire.pending import BlockCall, BlockHandle, PendingState, RewireError, values_of

@@ -149,7 +149,8 @@ def _wait(processes: Sequence[subprocess.Popen | _Fork], timeout_seconds: float)
 
 def _end(process: subprocess.Popen | _Fork) -> None:
     if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it may have ended just now
+            os.killpg(process.pid, signal.SIGKILL)
     process.wait()
 
 
@@ -175,7 +176,11 @@ class _Fork:
 
     def wait(self) -> int:
         if self.returncode is None:
-            self.returncode = int(self._answers.readline())  # type: ignore[union-attr]
+            answer = self._answers.readline()  # type: ignore[union-attr]
+            if not answer:  # the server is gone, so that nobody learns how its rank ends
+                with suppress(ProcessLookupError):
+                    os.killpg(self.pid, signal.SIGKILL)
+            self.returncode = int(answer or -signal.SIGKILL)
         return self.returncode
 
 
@@ -235,7 +240,8 @@ def _become_a_rank() -> list[str]:
         os.environ.clear()
         os.environ.update(order["environment"])
         random.seed()
-        numpy.random.seed()  # else all ranks that one server forks draw the same
+        numpy.random.seed()
+        torch.seed()  # else all ranks that one server forks draw the same, and two runs agree that nobody seeded
         return order["call"]
     sys.exit()
 

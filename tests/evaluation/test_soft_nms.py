@@ -101,7 +101,10 @@ def test_in_every_way_and_however_segments_lie_the_picks_are_those_of_the_defini
         assert len(everything) - len(expected) <= num_left <= most_left
 
 
-def test_of_equal_scores_the_first_one_suppresses_the_other() -> None:
+@pytest.mark.parametrize("way", WAYS)
+def test_of_equal_scores_the_first_one_suppresses_the_other(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in WAYS[way].items():
+        monkeypatch.setattr(module, name, value)
     starts = np.arange(0, 90, 3, dtype=np.float32)[::-1]
     segments, scores = np.stack([starts, starts + 4], axis=1), np.full(30, 0.5, dtype=np.float32)
     config = SuppressionConfig(method="linear", iou_threshold=0.1)
@@ -112,6 +115,17 @@ def test_of_equal_scores_the_first_one_suppresses_the_other() -> None:
     assert dict(zip(index.tolist(), lowered.tolist(), strict=True)) == pytest.approx(
         {number: 0.5 if number % 2 == 0 else 0.5 * (6 / 7) ** (2 if number < 29 else 1) for number in range(30)}
     )
+
+
+def test_a_score_that_equals_the_least_one_stays() -> None:
+    """Logarithms of one number by two functions differ in the last bit, for about one number in 600."""
+    scores = np.arange(1, 2**16, 23, dtype=np.float32) / np.float32(2**16)
+    penalty = _PENALTIES["gaussian"](SuppressionConfig())
+    segments = np.array([[0, 1], [5, 6]], dtype=np.float32)
+    for score in scores[:-1]:
+        given = np.array([1.0, score], dtype=np.float32)
+        index, _, _ = soft_nms(segments, given, np.zeros(2), penalty=penalty, min_score=float(score), max_per_group=9)
+        assert len(index) == 2, score
 
 
 def test_a_segment_reaches_as_far_as_others_start_before_it_ends() -> None:

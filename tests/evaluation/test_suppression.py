@@ -185,7 +185,7 @@ def test_times_that_are_not_numbers_are_an_error() -> None:
         ({"sigma": 0.0}, r"suppression\.sigma is 0\.0; give a positive number"),
         ({"max_per_video": 0}, r"suppression\.max_per_video is 0; give 1 or more"),
         ({"iou_threshold": 7.0}, r"suppression\.iou_threshold is 7\.0; give a number from 0 to 1"),
-        ({"voting_threshold": -0.1}, r"suppression\.voting_threshold is -0\.1; give a number from 0 to 1"),
+        ({"voting_threshold": 0.0}, r"suppression\.voting_threshold is 0\.0; give a number above 0, .* or null"),
         ({"min_score": float("nan")}, r"suppression\.min_score is nan; give 0 or more"),
         ({"max_per_minute": -1.0}, r"suppression\.max_per_minute is -1\.0; give a positive number"),
     ],

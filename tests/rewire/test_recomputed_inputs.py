@@ -167,3 +167,28 @@ def test_no_hook_stays_behind_even_where_the_network_fails() -> None:
     assert len(seen) == 1  # by the hooks that were set first
     assert not net.projection._forward_pre_hooks
     assert not net.projection._forward_hooks
+
+
+class Shifting(Embedding):
+    """Writes to what it is called with."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            x.clamp_(-0.1, 0.1)
+        return super().forward(x)
+
+
+class Checkpointing(Embedding):
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("kind", [Shifting, Checkpointing])
+def test_an_input_that_is_written_to_and_one_inside_a_checkpoint_are_saved_as_they_are(kind: type[Embedding]) -> None:
+    found = []
+    for keeps_sources in (True, False):
+        torch.manual_seed(0)
+        net = kind()
+        embedded(net, *inputs(), keeps_sources=keeps_sources).sum().backward()
+        found.append([parameter.grad for parameter in net.parameters()])
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
