@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from distributed.ranks import PATIENCE, run_ranks
 from faults.runs import TRAIN, alone, end, small, wait_for
@@ -56,14 +57,17 @@ def small_run(features: str) -> RunConfig:
     )
 
 
-def interrupted_in_every_phase(features: str, folder: str) -> dict[str, int]:
-    """Phase -> how the run ended that got a signal in it; each goes on with what the one before it left."""
+def interrupted_in_every_phase(features: str, folder: str, first: int) -> dict[str, int]:
+    """Phase -> how the run ended that got a signal in it; each goes on with what the one before it left.
+
+    The kinds of signals come in turn, from number `first` on.
+    """
     run, rank = small_run(features), int(os.environ["RANK"])
     training_run.leave = lambda: None  # the ranks stay together for the next run
     train(run=run, ds="zero2", out=Path(folder) / "whole")
     ended = {}
     for place, (phase, home, name, when, receiver) in enumerate(PHASES):
-        number, calls, function = STOP_SIGNALS[place % len(STOP_SIGNALS)], [], getattr(home, name)
+        number, calls, function = STOP_SIGNALS[(first + place) % len(STOP_SIGNALS)], [], getattr(home, name)
 
         def signalled(*given, **named):
             calls.append(name)  # noqa: B023
@@ -79,10 +83,11 @@ def interrupted_in_every_phase(features: str, folder: str) -> dict[str, int]:
     return ended
 
 
-def test_a_signal_in_any_phase_is_heard_by_all_ranks_and_changes_nothing(features, tmp_path, record_property):
+@pytest.mark.parametrize("first", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_a_signal_in_any_phase_is_heard_by_all_ranks_and_changes_nothing(first, features, tmp_path, record_property):
     record_property("tried", len(PHASES))
     expected = {**{phase: INTERRUPTED for phase, *_ in PHASES}, "none": 0}
-    given = {"features": str(features), "folder": str(tmp_path)}
+    given = {"features": str(features), "folder": str(tmp_path), "first": first}
     for of_rank in run_ranks(interrupted_in_every_phase, world_size=2, timeout_seconds=280, **given):
         assert of_rank == expected
     whole, halved = tmp_path / "whole", tmp_path / "halved"
