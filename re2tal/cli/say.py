@@ -53,7 +53,8 @@ def say_detected(done: Detected) -> int:
     scores = f" with a score of {done.min_score:g} or more" if done.min_score else ""
     print(f"{done.num_detections} detections{scores} in {done.num_videos} videos; {done.path}")
     if done.num_kept:
-        print(f"{done.num_kept} videos were there already, and were not looked at again")
+        whose = "" if done.format_name == "json" else "; their files stay, whoever wrote them"
+        print(f"{done.num_kept} videos were there already, and were not looked at again{whose}")
     if done.spared:
         print(f"{done.spared} was written by another program meanwhile, and stays as it left it", file=sys.stderr)
     if done.checkpoint:

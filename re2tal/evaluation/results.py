@@ -6,8 +6,8 @@
      "num_cut": {video: 12, ...}}
 
 `num_cut`, which others leave out, says how many more detections of a video its limit cut, at most, where it cut any;
-"model" which weights made them; a "note" what else a reader should know. Seconds and scores are written with all their
-digits: rounding, as some programs do, makes ties and empty segments.
+"made_with" which weights and options made them; a "note" what else a reader should know. Seconds and scores are written
+with all their digits: rounding, as some programs do, makes ties and empty segments.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Results:
     classes: tuple[str, ...]
     note: str | None = None
     """What its reader should know of it."""
-    model: str | None = None
-    """Which weights made it."""
+    made_with: Mapping[str, Any] | None = None
+    """Weights and options that made it, and how large the files of its videos are."""
 
     def of(self, video_id: str) -> Detections:
         """The predictions for a video; none if the file does not name it."""
@@ -48,9 +48,9 @@ def write_results(
     classes: Sequence[str],
     *,
     note: str | None = None,
-    model: str | None = None,
+    made_with: Mapping[str, Any] | None = None,
 ) -> None:
-    """Write detections to `path`, atomically; videos and detections keep their order. `note`, `model`: see `Results`.
+    """Write detections to `path`, atomically; videos and detections keep their order. The others: see `Results`.
 
     Raises ValueError for a NaN or infinite number and for a label that is not an index into `classes`.
     """
@@ -60,7 +60,7 @@ def write_results(
         for video_id, detections in predictions.items()
     )
     tail = '"external_data": {}' + (f', "note": {json.dumps(note)}' if note else "")
-    tail += f', "model": {json.dumps(model)}' if model else ""
+    tail += f', "made_with": {json.dumps(made_with)}' if made_with else ""
     if None not in (cut := {video_id: one.num_cut for video_id, one in predictions.items()}).values():
         tail += f', "num_cut": {json.dumps({video_id: number for video_id, number in cut.items() if number})}'
     write_atomically(path, f'{{"version": "{VERSION}", "results": {{\n{videos}\n}}, {tail}}}\n')
@@ -87,8 +87,13 @@ def read_results(path: Path | str) -> Results:
         if not isinstance(cut, dict) or not all(type(number) is int and number >= 0 for number in cut.values()):
             raise ValueError(f"{path}: num_cut is {brief(cut)}; give an object that maps video ids to numbers, or none")
         predictions = {video_id: replace(one, num_cut=cut.get(video_id, 0)) for video_id, one in predictions.items()}
-    note, model = (text if isinstance(text := document.get(key), str) else None for key in ("note", "model"))
-    return Results(predictions, tuple(indices), note, model)
+    note, made_with = document.get("note"), document.get("made_with")
+    return Results(
+        predictions,
+        tuple(indices),
+        note if isinstance(note, str) else None,
+        made_with if isinstance(made_with, dict) else None,
+    )
 
 
 def _rows(video_id: str, detections: Detections, classes: Sequence[str]) -> list[dict[str, Any]]:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import count
 from pathlib import Path
 from tempfile import TemporaryFile
+from typing import Any
 
 import torch
 
-from re2tal.evaluation.results import read_results, write_results
+from re2tal.evaluation.results import Results, read_results, write_results
 from re2tal.reporting.annotation_files import boris_events, csv_table, eaf
 from re2tal.reporting.found import FoundInVideo
 from re2tal.reporting.subtitles import srt, webvtt
@@ -73,14 +74,16 @@ class ResultsFile:
     out: Path
     format_name: str
     classes: Sequence[str]
-    model: str | None = None
-    """Which weights are at work, where that is to be in the file."""
+    made_with: Mapping[str, Any] = field(default_factory=dict)
+    """Weights and options that are at work, as JSON has them; `take_up` wants the same."""
     found: list[FoundInVideo] = field(default_factory=list)
     """What goes into a file for all."""
     num_written: int = 0
     """Detections."""
     spared: Path | None = None
     """The file for all, where another program wrote it meanwhile: it stays, and `out` is another one from there on."""
+    _file_bytes: dict[str, int] = field(default_factory=dict)
+    """Video -> size of its file, which tells files of one name apart."""
     _written: tuple[int, ...] | None = field(init=False)
 
     def __post_init__(self) -> None:
@@ -101,28 +104,46 @@ class ResultsFile:
                 raise ValueError(f"{self.out} is there already and holds no results; give another place (out)")
         self._written = _mark(self.out)
 
-    def take_up(self, names: Iterable[str]) -> set[str]:
-        """The results that are there already stay; gives those of `names` that they are of.
+    def take_up(self, files: Mapping[str, Path | None]) -> set[str]:
+        """The results that are there already stay; gives the names in `files` that they are of. None is a file that is
+        not on this machine.
 
-        ValueError for a file of another model, and for a format that cannot be read back.
+        ValueError for results of other weights, options or files, and for a format that cannot be read back.
         """
         row = RESULT_FORMATS[self.format_name]
         if row.for_each is not None:
-            return {name for name in names if self._own_file(name).is_file()}
+            return {name for name in files if self._own_file(name).is_file()}
         if row.for_all is not None:
             raise ValueError(f"add cannot read {self.format_name} back; give json, srt, vtt or eaf, or leave it out")
         if not self.out.exists():
             return set()
         results = read_results(self.out)
-        if self.model is not None and results.model not in (None, self.model):
-            raise ValueError(f"add: {self.out} was made with other weights; give another out, or leave add out")
-        if unknown := sorted({*results.classes} - {*self.classes}):
-            raise ValueError(f"add: {self.out} has {unknown[0]!r}, which the model does not know; give another out")
+        self._check(results, files)
         ours = torch.tensor([self.classes.index(one) for one in results.classes], dtype=torch.long)
         for name, one in results.predictions.items():
             one = replace(one, labels=ours[one.labels])
             self.found.append(FoundInVideo(name, None, 0.0, one, tuple(self.classes)))
-        return {*names} & {*results.predictions}
+        return {*files} & {*results.predictions}
+
+    def _check(self, results: Results, files: Mapping[str, Path | None]) -> None:
+        made_with = results.made_with or {}
+        for key, value in self.made_with.items():
+            if key not in made_with:
+                raise ValueError(f"add: {self.out} does not say with which {key} it was made; give another out")
+            if made_with[key] != value:
+                raise ValueError(
+                    f"add: {self.out} was made with {key} {made_with[key]!r}, and here it is {value!r}; use the same, "
+                    "give another out, or leave add out"
+                )
+        if unknown := sorted({*results.classes} - {*self.classes}):
+            raise ValueError(f"add: {self.out} has {unknown[0]!r}, which the model does not know; give another out")
+        self._file_bytes = dict(made_with.get("file_bytes", {}))
+        for name, size in _sizes(files).items():
+            if name in results.predictions and self._file_bytes.get(name, size) != size:
+                raise ValueError(
+                    f"add: {self.out} has results of another file called {name!r}, of {self._file_bytes[name]} bytes, "
+                    f"where {files[name]} has {size}; rename one of them, or give another out"
+                )
 
     @property
     def is_per_video(self) -> bool:
@@ -154,8 +175,15 @@ class ResultsFile:
         if row.for_all is not None:
             write_atomically(self.out, row.for_all(self.found))
         else:
-            write_results(self.out, {one.name: one.detections for one in self.found}, self.classes, model=self.model)
+            self._file_bytes |= _sizes({one.name: one.path for one in self.found})
+            found = {one.name: one.detections for one in self.found}
+            made_with = {**self.made_with, "file_bytes": self._file_bytes} if self.made_with else None
+            write_results(self.out, found, self.classes, made_with=made_with)
         self._written = _mark(self.out)
+
+
+def _sizes(files: Mapping[str, Path | None]) -> dict[str, int]:
+    return {name: one.stat().st_size for name, one in files.items() if one is not None and one.is_file()}
 
 
 def _mark(path: Path) -> tuple[int, ...] | None:

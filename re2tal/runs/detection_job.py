@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from re2tal.data.addresses.address import as_address
 from re2tal.data.contract.manifest import Rejection
@@ -20,6 +20,7 @@ from re2tal.runs.naming import read_namer
 from re2tal.runs.stored_features import check_features
 from re2tal.runs.trained import Trained, open_detector
 from re2tal.runs.video_files import VideoFiles, find_videos
+from re2tal.strict_json import sha256_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,8 @@ class Wanted:
     InternVideo"""
     add: bool = False
     """keep the results that are there already, and look only at the videos that they lack: goes on where a command was
-    stopped. With the same model and options; json, srt, vtt and eaf"""
+    stopped. Of json: results of other
+    weights, options or files are refused; of srt, vtt and eaf: a video is left out that has a file, whoever wrote it"""
     flip: bool = False
     """look at each clip and its mirror image, and average what the network says of both; takes twice as long"""
 
@@ -144,8 +146,8 @@ class Job:
                 f"{len(files.names) if paths else 'shards'} videos; give a folder"
             )
         mine = target if world.is_main else target.with_name(f"{target.stem}.rank{world.rank}{target.suffix}")
-        weights_id = trained.weights_id if format_name == "json" else None
-        results = ResultsFile(target if row.for_each else mine, format_name, classes, weights_id)
+        made_with = _made_with(trained, wanted, min_score) if format_name == "json" else {}
+        results = ResultsFile(target if row.for_each else mine, format_name, classes, made_with)
         kept = _kept(results, files) if wanted.add else set()
         files = replace(files, names={path: name for path, name in files.names.items() if name not in kept})
         return cls(trained, results, selection, early, files, opened, namer, wanted.top_k, len(kept))
@@ -192,8 +194,23 @@ class Job:
         )
 
 
+def _made_with(trained: Trained, wanted: Wanted, min_score: float) -> dict[str, Any]:
+    """What results depend on, beside the videos."""
+    return {
+        "weights": trained.weights_id,
+        "min_score": min_score,
+        "top": wanted.top,
+        "classes": sorted(wanted.classes),
+        "video_classes": None if wanted.video_classes is None else sha256_of(wanted.video_classes),
+        "top_k": wanted.top_k,
+        "fusion": wanted.fusion,
+        "flip": wanted.flip,
+    }
+
+
 def _kept(results: ResultsFile, files: VideoFiles) -> set[str]:
     """Every rank calls this: names of the videos that need not be looked at again."""
     if not files.names:
         raise ValueError("add is for videos; leave it out for shards")
-    return set(together(lambda: sorted(results.take_up(files.names.values())))[0])
+    here = {name: path if isinstance(path, Path) else None for path, name in files.names.items()}
+    return set(together(lambda: sorted(results.take_up(here)))[0])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -94,17 +95,34 @@ def test_json_is_activitynets_and_grows_video_by_video(tmp_path: Path) -> None:
         assert len(read_results(tmp_path / "found.json").predictions) == number
     assert results.num_written == 8
     again = ResultsFile(tmp_path / "found.json", "json", CLASSES[::-1])  # whatever their order, names are kept
-    assert again.take_up(["two", "three"]) == {"two"}
+    assert again.take_up({"two": Path("two.mp4"), "three": Path("three.mp4")}) == {"two"}
     again.write()
     one, two = read_results(tmp_path / "found.json").of("two"), video("two").detections
     names = read_results(tmp_path / "found.json").classes
     assert [names[label] for label in one.labels] == [CLASSES[label] for label in two.labels]
     with pytest.raises(ValueError, match=r"add: .*found\.json has '.*', which the model does not know"):
-        ResultsFile(tmp_path / "found.json", "json", ("other",)).take_up(["two"])
-    ResultsFile(tmp_path / "found.json", "json", CLASSES, model="a").write()
-    ResultsFile(tmp_path / "found.json", "json", CLASSES, model="a").take_up([])
-    with pytest.raises(ValueError, match=r"add: .*found\.json was made with other weights; give another out"):
-        ResultsFile(tmp_path / "found.json", "json", CLASSES, model="b").take_up([])
+        ResultsFile(tmp_path / "found.json", "json", ("other",)).take_up({})
+
+
+def test_results_of_other_weights_options_or_files_are_not_gone_on_with(tmp_path: Path) -> None:
+    out, file, made_with = tmp_path / "found.json", tmp_path / "one.mp4", {"weights": "a", "top": None}
+    file.write_bytes(b"12345")
+    results = ResultsFile(out, "json", CLASSES, made_with)
+    results.add(replace(video("one"), path=file))
+    results.write()
+    again = ResultsFile(out, "json", CLASSES, made_with)
+    assert again.take_up({"one": file}) == {"one"}
+    again.write()  # keeps the size of a file that is not looked at again
+    for others, message in (
+        ({"weights": "b", "top": None}, "was made with weights 'a', and here it is 'b'; use the same"),
+        ({"weights": "a", "top": 3}, "was made with top None, and here it is 3; use the same"),
+        ({**made_with, "flip": True}, "does not say with which flip it was made"),
+    ):
+        with pytest.raises(ValueError, match=rf"add: .*found\.json {message}"):
+            ResultsFile(out, "json", CLASSES, others).take_up({"one": file})
+    file.write_bytes(b"another")
+    with pytest.raises(ValueError, match=r"has results of another file called 'one', of 5 bytes, where .* has 7"):
+        ResultsFile(out, "json", CLASSES, made_with).take_up({"one": file})
 
 
 def test_what_another_program_writes_meanwhile_stays(tmp_path: Path) -> None:
