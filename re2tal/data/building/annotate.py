@@ -9,22 +9,20 @@ longer stays in its tar and in .reports/unlisted.jsonl, so that a later file may
 from __future__ import annotations
 
 import os
-import zlib
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from re2tal.data.building.annotation_entries import misfit
 from re2tal.data.building.annotations import Annotations
-from re2tal.data.building.shard_folder import REPORTS
+from re2tal.data.building.shard_folder import REPORTS, shards_in_use
 from re2tal.data.building.shard_plan import adopt, read_plan
+from re2tal.data.building.stored_videos import UNLISTED_NAME, AnySet, Entry, open_folders, stored_videos
 from re2tal.data.contract.commit import commit
 from re2tal.data.contract.feature_manifest import (
     FeatureManifest,
     FeatureTotals,
-    IndexedFeatures,
     Packed,
     StepsPerVideo,
 )
@@ -36,21 +34,16 @@ from re2tal.data.contract.manifest import (
     Rejection,
     ShardFile,
     Totals,
-    from_json,
     to_json,
 )
-from re2tal.data.contract.members import read_content, read_pair
-from re2tal.data.contract.shards import FeatureSet, ShardSet, open_any
+from re2tal.data.contract.members import read_content
+from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.data.streaming.decode import DecodeError
 from re2tal.strict_json import sha256_of, write_atomically
 from re2tal.structures import VideoRecord, find_subset
 from re2tal.video_ids import composed
 
-UNLISTED_NAME = "unlisted.jsonl"
 ABSENT = "its pictures are in none of these shards; add them with `re2tal shards build`"
-
-AnySet = ShardSet | FeatureSet
-Entry = IndexedVideo | IndexedFeatures
 
 
 @dataclass(slots=True)
@@ -81,8 +74,8 @@ def annotate(folder: Path, annotations: Annotations, *, blocked: frozenset[str] 
     Nothing is changed where this raises ValueError: for a subset that would be empty, and for a video that should go
     to another subset, where a single one is given. Each folder changes as a whole.
     """
-    opened = _opened(folder)
-    stored, twice = _stored(opened)
+    opened = open_folders(folder)
+    stored, twice = stored_videos(opened)
     changes = {one.manifest.subset: Annotated(one.root, one, one.manifest.subset) for one in opened}
     damaged = {one.video_id: one for found in opened if isinstance(found, ShardSet) for one in found.manifest.damaged}
     is_single = (folder / MANIFEST_NAME).is_file()
@@ -131,51 +124,9 @@ def annotate(folder: Path, annotations: Annotations, *, blocked: frozenset[str] 
     return [*changes.values()]
 
 
-def _opened(folder: Path) -> list[AnySet]:
-    if (folder / MANIFEST_NAME).is_file() or not folder.is_dir():
-        return [open_any(folder)]
-    roots = [one for one in sorted(folder.iterdir()) if (one / MANIFEST_NAME).is_file()]
-    return [open_any(root) for root in roots or [folder]]
-
-
-Place = tuple[AnySet, Entry]
-"""A folder and a video in it."""
-
-
-def _stored(opened: Sequence[AnySet]) -> tuple[dict[str, Place], dict[str, list[Place]]]:
-    """(video id -> where it is, listed or not; the same for ids that stand for different pictures).
-
-    Listed videos come before others. The same pictures are in two folders after a change that was broken off.
-    """
-    places: dict[str, list[Place]] = {}
-    for shards in opened:
-        for entry in shards.videos:
-            places.setdefault(entry.record.video_id, []).append((shards, entry))
-    listed = set(places)
-    for shards in opened:
-        for entry in _unlisted(shards):
-            if entry.record.video_id not in listed:
-                places.setdefault(entry.record.video_id, []).append((shards, entry))
-    twice = {video_id: one for video_id, one in places.items() if len({entry.crc32 for _, entry in one}) > 1}
-    return {video_id: one[0] for video_id, one in places.items() if video_id not in twice}, twice
-
-
 def _which(homes: Sequence[AnySet]) -> str:
     roots = " and in ".join(dict.fromkeys(str(one.root) for one in homes))
     return f"other pictures have its name in {roots}: which are meant is not known; rename one and build it again"
-
-
-def _unlisted(shards: AnySet) -> Iterator[Entry]:
-    path = shards.root / REPORTS / UNLISTED_NAME
-    kind: Any = IndexedFeatures if isinstance(shards, FeatureSet) else IndexedVideo
-    for number, line in enumerate(path.read_bytes().splitlines() if path.is_file() else (), start=1):
-        entry: Entry = from_json(kind, line, source=f"{path} line {number}")
-        try:
-            _, content = read_pair(shards.path(entry.shard), entry)
-        except (ValueError, OSError):  # a later build has removed it
-            continue
-        if zlib.crc32(content) == entry.crc32:
-            yield entry
 
 
 def _place(
@@ -230,18 +181,13 @@ def _write(change: Annotated, classes: tuple[str, ...]) -> None:
     for name in {entry.shard for entry in change.entries} - files.keys():  # a tar of which no video was listed
         tar = change.root / name
         files[name] = ShardFile(name, tar.stat().st_size, sha256_of(tar), 1)
-    used = _in_use(files, change.entries)
+    used = shards_in_use([files[name] for name in sorted(files)], change.entries)
     place = {file.name: number for number, file in enumerate(used)}
     change.entries.sort(key=lambda entry: (place[entry.shard], entry.offset))
     if change.unlisted or (change.root / REPORTS / UNLISTED_NAME).is_file():
         write_atomically(change.root / REPORTS / UNLISTED_NAME, "".join(to_json(e) + "\n" for e in change.unlisted))
     entries: Any = change.entries
     commit(change.root, entries, lambda index_sha256: _manifest(change, used, classes, index_sha256))
-
-
-def _in_use(files: Mapping[str, ShardFile], entries: Sequence[Entry]) -> list[ShardFile]:
-    counts = Counter(entry.shard for entry in entries)
-    return [replace(files[name], videos=counts[name]) for name in sorted(files) if counts[name]]
 
 
 def _manifest(

@@ -263,7 +263,7 @@ def refuse_other_settings(root: Path, manifest: Manifest | FeatureManifest, sett
             )
 
 
-def shards_in_use(files: Sequence[ShardFile], entries: Sequence[IndexedVideo]) -> list[ShardFile]:
+def shards_in_use(files: Sequence[ShardFile], entries: Sequence[IndexedVideo | IndexedFeatures]) -> list[ShardFile]:
     """The shards that hold listed videos, with their number."""
     counts = Counter(entry.shard for entry in entries)
     return [replace(file, videos=counts[file.name]) for file in files if counts[file.name]]
