@@ -137,7 +137,7 @@ class ResultsFile:
                 )
         if unknown := sorted({*results.classes} - {*self.classes}):
             raise ValueError(f"add: {self.out} has {unknown[0]!r}, which the model does not know; give another out")
-        self._file_bytes = dict(made_with.get("file_bytes", {}))
+        self._file_bytes = dict(sizes) if isinstance(sizes := made_with.get("file_bytes"), dict) else {}
         for name, size in _sizes(files).items():
             if name in results.predictions and self._file_bytes.get(name, size) != size:
                 raise ValueError(
