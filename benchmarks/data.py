@@ -39,6 +39,8 @@ import shuffle
 import torch
 from torch import Tensor
 
+from re2tal.data.building.encode import normalise_video
+from re2tal.data.building.probe import probe_video
 from re2tal.data.contract.columns import columns_of, write_columns
 from re2tal.data.contract.manifest import (
     INDEX_NAME,
@@ -64,21 +66,22 @@ SHARD = "shard-000000.tar"
 FPS = 15
 
 
-def encode(seconds: int, *, height: int = 216, width: int = 288) -> bytes:
-    """Moving noise at 15 frames per second, about 170 kbit/s, as shards store it."""
-    file = io.BytesIO()
+def stored_video(seconds: int, *, height: int = 216, width: int = 288) -> bytes:
+    """Moving noise at 15 frames per second, normalised as `re2tal shards build` does by default."""
     rng = np.random.default_rng(0)
     picture = rng.integers(0, 255, (-(-height // 6), -(-width // 6), 3), dtype=np.uint8).repeat(6, 0).repeat(6, 1)
     picture = np.ascontiguousarray(picture[:height, :width])
-    with av.open(file, "w", format="mp4") as container:
-        options = {"crf": "30", "preset": "ultrafast", "g": "64", "bf": "2", "x264-params": "open-gop=0:scenecut=0"}
-        stream = container.add_stream("libx264", rate=FPS, options=options)
-        stream.width, stream.height, stream.pix_fmt = picture.shape[1], picture.shape[0], "yuv420p"
-        for number in range(seconds * FPS):
-            frame = av.VideoFrame.from_ndarray(np.roll(picture, (3 * number, 7 * number), (0, 1)), format="rgb24")
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return file.getvalue()
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "source.mp4", Path(folder) / "stored.mp4"
+        with av.open(str(source), "w") as container:
+            stream = container.add_stream("libx264", rate=FPS, options={"crf": "18", "preset": "ultrafast"})
+            stream.width, stream.height, stream.pix_fmt = picture.shape[1], picture.shape[0], "yuv420p"
+            for number in range(seconds * FPS):
+                frame = av.VideoFrame.from_ndarray(np.roll(picture, (3 * number, 7 * number), (0, 1)), format="rgb24")
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+        normalise_video(source, target, probe=probe_video(source), encoding=Encoding(FramesPerSecond(FPS)))
+        return target.read_bytes()
 
 
 def write_folder(root: Path, entries: list[IndexedVideo], shards: list[ShardFile]) -> None:
@@ -109,7 +112,7 @@ def write_folder(root: Path, entries: list[IndexedVideo], shards: list[ShardFile
 def write_video(root: Path, seconds: int, *, height: int = 216, width: int = 288) -> Path:
     """A folder of one video."""
     root.mkdir()
-    mp4 = encode(seconds, height=height, width=width)
+    mp4 = stored_video(seconds, height=height, width=width)
     ((offset, num_bytes),) = write_tar(root / SHARD, [Pair("v", b"{}", mp4)])
     record = VideoRecord("v", "training", float(seconds), (Action(0.0, float(seconds), "x"),))
     entry = IndexedVideo(record, SHARD, offset, num_bytes, seconds * FPS, FPS, width, height, zlib.crc32(mp4))

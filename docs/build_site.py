@@ -67,8 +67,15 @@ plugins:
           options: {show_source: false, show_root_heading: true, show_root_full_path: true, heading_level: 3,
                     docstring_style: google, separate_signature: true, show_signature_annotations: true,
                     members_order: source, merge_init_into_class: true, filters: ["!^_"]}
+extra_css: [contrast.css]
 nav:
 """
+
+CONTRAST = """\
+.md-nav__link--active, .md-nav__link--active * { color: var(--md-default-fg-color) !important; font-weight: bold; }
+.doc-labels code { color: var(--md-default-fg-color) !important; }
+"""
+"""Of the theme's colors, those that WCAG's ratio of 4.5 to 1 asks to be darker on white, and lighter on black."""
 
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 
@@ -129,6 +136,7 @@ def assemble(folder: Path) -> None:
     for source, name in PAGES.items():
         (pages / name).write_text(page(source, joined((ROOT / source).read_text()), pictures))
     (pages / "api.md").write_text(reference())
+    (pages / "contrast.css").write_text(CONTRAST)
     for picture in pictures:
         shutil.copy(ROOT / picture, pages / "pictures")
     missing = {*PAGES.values(), "api.md"} - {name for names in MENU.values() for name in names}
