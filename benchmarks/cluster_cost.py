@@ -46,7 +46,7 @@ from re2tal.training.checkpoint import CheckpointStore
 from re2tal.training.config import EngineConfig
 from re2tal.training.ema import WeightAverage
 from re2tal.training.engine import build_engine
-from re2tal.training.manifest import Progress
+from re2tal.training.manifest import TrainingProgress
 from re2tal.training.optimizer import OptimizerConfig, build_optimizer
 from re2tal.training.process_group import join, leave
 from re2tal.training.zero_file import resolve_deepspeed_config
@@ -113,7 +113,7 @@ def measure_rank(stage: int, accumulation: int, way: str, path: Path) -> None:
     payload = {name: value / STEPS / (4 * trained) for name, value in sums.items()}
     store = CheckpointStore(path.parent / f"{path.stem}-checkpoints", identity={})
     began = time.perf_counter()
-    folder = store.save(engine, WeightAverage(engine, decay=0.999), Progress(step=STEPS))
+    folder = store.save(engine, WeightAverage(engine, decay=0.999), TrainingProgress(step=STEPS))
     seconds = time.perf_counter() - began
     if world.is_main:
         size = sum(file.stat().st_size for file in folder.iterdir())

@@ -17,7 +17,7 @@ import pytest
 import re2tal
 from re2tal.cli import COMMANDS
 from re2tal.evaluation.results import read_results
-from re2tal.runs.detection import Wanted, detect
+from re2tal.runs.detection import DetectionOptions, detect
 from re2tal.runs.model_folder import FILES, SHIPPED
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -88,7 +88,7 @@ def test_the_shipped_model_reaches_what_its_card_says(tmp_path: Path) -> None:
     assert {path.name for path in SHIPPED.iterdir()} == set(FILES)
     assert sum(path.stat().st_size for path in SHIPPED.iterdir()) < 1.5e6
     videos = sorted((ROOT / "samples").glob("S3_*.mp4"))
-    detect(SHIPPED, videos, wanted=Wanted(out=tmp_path / "found.json"), device="cpu")
+    detect(SHIPPED, videos, wanted=DetectionOptions(out=tmp_path / "found.json"), device="cpu")
     reached = re2tal.evaluate(tmp_path / "found.json", ROOT / "samples/annotations.json")
     said = re.search(r"\| ([\d. |]+) \|\n\n## Use", (SHIPPED / "README.md").read_text())
     assert said is not None

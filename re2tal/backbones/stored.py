@@ -10,7 +10,7 @@ from re2tal.structures import Features
 NAME = "features"
 
 
-class StoredFeatures(VideoBackbone):
+class StoredFeatureInput(VideoBackbone):
     """The place of a backbone in a detector whose input is its output."""
 
     frames_per_step = 1
@@ -28,7 +28,7 @@ class StoredFeatures(VideoBackbone):
         return Features(frames, mask)
 
 
-def build(config: BackboneConfig) -> StoredFeatures:
+def build(config: BackboneConfig) -> StoredFeatureInput:
     """ValueError where the number of channels is missing, or the configuration describes a network too."""
     if config.feature_channels is None or config.feature_channels < 1:
         raise ValueError(
@@ -50,4 +50,4 @@ def build(config: BackboneConfig) -> StoredFeatures:
             f"backbone.name is {NAME!r}: there is no network that adapters could train in; set backbone.adapter to "
             f"'none', it is {config.adapter!r}"
         )
-    return StoredFeatures(config.feature_channels)
+    return StoredFeatureInput(config.feature_channels)

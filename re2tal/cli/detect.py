@@ -9,7 +9,7 @@ import tyro
 
 from re2tal.cli.say import say_detected, say_found, say_shipped
 from re2tal.runs.detection import detect as detect_in
-from re2tal.runs.detection_job import AS_USUAL, Wanted
+from re2tal.runs.detection_job import AS_USUAL, DetectionOptions
 from re2tal.runs.model_folder import SHIPPED
 
 
@@ -18,7 +18,7 @@ def detect(
     /,
     *,
     model: Path | None = None,
-    wanted: Annotated[Wanted, tyro.conf.arg(name="")] = AS_USUAL,
+    wanted: Annotated[DetectionOptions, tyro.conf.arg(name="")] = AS_USUAL,
     recursive: bool = False,
     batch_size: int | None = None,
     device: str | None = None,

@@ -24,7 +24,7 @@ from re2tal.rewire import wiring_of
 from re2tal.runs.folder import CHECKPOINTS_NAME
 from re2tal.runs.stored_features import describe
 from re2tal.training.export import ModelFile
-from re2tal.training.manifest import FOLDER, Manifest, read_manifest
+from re2tal.training.manifest import FOLDER, CheckpointManifest, read_manifest
 
 TRIES = 3
 """A run that is still training removes old checkpoints, maybe the one that is being read."""
@@ -59,7 +59,7 @@ def read_newest_checkpoint(folder: Path, config: RunConfig) -> tuple[ModelFile, 
     raise AssertionError
 
 
-def _newest_sound(folder: Path) -> tuple[Path, Manifest]:
+def _newest_sound(folder: Path) -> tuple[Path, CheckpointManifest]:
     found = [path for path in folder.iterdir() if path.is_dir() and FOLDER.fullmatch(path.name)]
     faults = []
     for path in sorted(found, key=lambda one: int(one.name.split("-")[1]), reverse=True):
@@ -76,7 +76,7 @@ def _newest_sound(folder: Path) -> tuple[Path, Manifest]:
     )
 
 
-def _classes(config: RunConfig, manifest: Manifest) -> tuple[tuple[str, ...], Mapping[str, Any] | None]:
+def _classes(config: RunConfig, manifest: CheckpointManifest) -> tuple[tuple[str, ...], Mapping[str, Any] | None]:
     """Class names, which no checkpoint holds, from the shards it was trained on; and what features they are, if any."""
     root = subset_folder(config.data.shards, config.data.training_subset)
     try:
@@ -95,7 +95,7 @@ def _classes(config: RunConfig, manifest: Manifest) -> tuple[tuple[str, ...], Ma
     return classes, describe(shards) if isinstance(shards, FeatureSet) else None
 
 
-def _weights(checkpoint: Path, manifest: Manifest, *, averaged: bool) -> dict[str, Tensor]:
+def _weights(checkpoint: Path, manifest: CheckpointManifest, *, averaged: bool) -> dict[str, Tensor]:
     """Float32 weights and buffers by name."""
     stage, ranks = int(manifest.run["ZeRO stage"]), int(manifest.run["number of ranks"])
     states = [_read(checkpoint / f"rank-{rank:05d}.pt") for rank in range(ranks)]

@@ -17,7 +17,7 @@ from re2tal.distributed import World
 from re2tal.inference import average_flips, predict
 from re2tal.progress import Progress
 from re2tal.reporting.found import FoundInVideo
-from re2tal.runs.detection_job import Detected, Job, Wanted
+from re2tal.runs.detection_job import Detected, DetectionOptions, Job
 from re2tal.runs.detection_sources import batches_with_bar, check_looks_at_videos
 from re2tal.runs.file_detection import Look, detect_in_files, weights_of
 from re2tal.runs.model_folder import SHIPPED
@@ -36,7 +36,7 @@ def detect(
     *,
     recursive: bool = False,
     shards: Path | None = None,
-    wanted: Wanted | None = None,
+    wanted: DetectionOptions | None = None,
     batch_size: int | None = None,
     device: str | None = None,
     max_damaged: float = MAX_DAMAGED,
@@ -46,7 +46,7 @@ def detect(
 
     Every rank calls this. The arguments are those of `re2tal detect`; `say` makes of each video what is printed.
     """
-    wanted = wanted or Wanted()
+    wanted = wanted or DetectionOptions()
     with joined_ranks() as world:
         model, asked = find_model(model), model
         if not paths and shards is None and model == SHIPPED:

@@ -24,7 +24,7 @@ from re2tal.strict_json import sha256_of
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class DetectionOptions:
     """Which detections to write, and how."""
 
     out: Path | None = None
@@ -57,7 +57,7 @@ class Wanted:
     """look at each clip and its mirror image, and average what the network says of both; takes twice as long"""
 
 
-AS_USUAL = Wanted()
+AS_USUAL = DetectionOptions()
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,7 +112,7 @@ class Job:
         model: Path,
         paths: Sequence[Path | str],
         shards: Path | None,
-        wanted: Wanted,
+        wanted: DetectionOptions,
         world: World,
         *,
         recursive: bool,
@@ -194,7 +194,7 @@ class Job:
         )
 
 
-def _made_with(trained: Trained, wanted: Wanted, min_score: float) -> dict[str, Any]:
+def _made_with(trained: Trained, wanted: DetectionOptions, min_score: float) -> dict[str, Any]:
     """What results depend on, beside the videos."""
     return {
         "weights": trained.weights_id,

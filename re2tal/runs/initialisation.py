@@ -18,7 +18,7 @@ from re2tal.config import RunConfig, save_config
 from re2tal.planning.free_memory import free_memory
 from re2tal.runs.deepspeed_presets import DEFAULT_PRESET, find_preset
 from re2tal.runs.initialisation_facts import DataFacts, look_at
-from re2tal.runs.initialisation_settings import Chosen, Start, choose, largest_batches
+from re2tal.runs.initialisation_settings import Proposal, Start, choose, largest_batches
 from re2tal.runs.trained import default_device
 
 
@@ -101,7 +101,7 @@ def _gigabytes(size: int) -> str:
     return f"{size / 1e9:.1f} GB"
 
 
-def _commands(options: Initialisation, config: RunConfig, chosen: Chosen, shards: Path) -> list[str]:
+def _commands(options: Initialisation, config: RunConfig, chosen: Proposal, shards: Path) -> list[str]:
     rate = (
         f" --fps {chosen.stored_fps:g}" if chosen.stored_fps else f" --frames {config.data.clips.windowing.num_frames}"
     )

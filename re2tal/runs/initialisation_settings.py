@@ -45,7 +45,7 @@ class Start:
 
 
 @dataclass(frozen=True, slots=True)
-class Chosen:
+class Proposal:
     """A configuration, still without batch and place of the shards."""
 
     config: RunConfig
@@ -57,7 +57,7 @@ class Chosen:
     """Rate to store videos at; None stores a number of frames."""
 
 
-def choose(data: DataFacts, start: Start) -> Chosen:
+def choose(data: DataFacts, start: Start) -> Proposal:
     """A whole configuration for `data`; ValueError for videos too slow for any window."""
     windowing, why_window, why_rate = _windowing(data)
     config, why_start, short_side = _started(start, data)
@@ -86,7 +86,7 @@ def choose(data: DataFacts, start: Start) -> Chosen:
         _flip(data),
         *why_start,
     ]
-    return Chosen(config, reasons, min(short_side, data.short_side - data.short_side % 2), rate)
+    return Proposal(config, reasons, min(short_side, data.short_side - data.short_side % 2), rate)
 
 
 def _windowing(data: DataFacts) -> tuple[Slide | ResizeWhole, str, str]:

@@ -22,7 +22,7 @@ from re2tal.planning.choice import plan_step
 from re2tal.recipes import find_recipe
 from re2tal.runs.datasets import compare_with_facts
 from re2tal.runs.deepspeed_presets import DEFAULT_PRESET, find_preset
-from re2tal.runs.detection import Wanted, detect
+from re2tal.runs.detection import DetectionOptions, detect
 from re2tal.runs.evaluation import Evaluated, ScoringOptions, evaluate
 from re2tal.runs.exit_status import INTERRUPTED, SOME_LEFT_OUT
 from re2tal.runs.folder import RESULTS_NAME
@@ -174,7 +174,7 @@ def _train_and_compare(asked: Reproduction, config: RunConfig, card: Card, world
     results = asked.folder / RESULTS_NAME
     if published.needs_video_classes and asked.video_classes is not None:
         results = asked.folder / NAMED_RESULTS_NAME
-        named = Wanted(out=results, video_classes=asked.video_classes)
+        named = DetectionOptions(out=results, video_classes=asked.video_classes)
         detect(asked.folder, shards=asked.shards / config.data.validation_subset, wanted=named)
     if world.is_main:
         card.compare(_scored(asked, published, results), trained.summary)

@@ -31,7 +31,7 @@ from re2tal.training.elastic import place_in_run
 from re2tal.training.ema import WeightAverage
 from re2tal.training.finite import all_finite, find_non_finite
 from re2tal.training.identity import SHAPE, changed_values, refuse_another_run
-from re2tal.training.manifest import FOLDER, Manifest, Progress, read_manifest, write_manifest
+from re2tal.training.manifest import FOLDER, CheckpointManifest, TrainingProgress, read_manifest, write_manifest
 from re2tal.training.reshard import resharded
 from re2tal.training.stall import Stall
 from re2tal.training.watchdog import at
@@ -68,7 +68,7 @@ class CheckpointStore:
         self._stall = Stall()
         self._wrote = False
 
-    def save(self, engine: Engine, average: WeightAverage | None, progress: Progress) -> Path:
+    def save(self, engine: Engine, average: WeightAverage | None, progress: TrainingProgress) -> Path:
         """Every rank calls this between two optimizer steps.
 
         Raises OSError on all ranks, old checkpoints kept, if one fails again and again, and FloatingPointError if there
@@ -89,7 +89,7 @@ class CheckpointStore:
             print(advice, file=sys.stderr, flush=True)
         return written
 
-    def load_newest(self, engine: Engine, average: WeightAverage | None) -> Progress | None:
+    def load_newest(self, engine: Engine, average: WeightAverage | None) -> TrainingProgress | None:
         """Every rank calls this: restores the newest checkpoint that verifies; None where there is none at all.
 
         Raises ValueError when all are damaged, naming the files, or when it is of another run, naming what changed.
@@ -124,7 +124,7 @@ class CheckpointStore:
 
     # ---------------------------------------------------------------------------------------------------------- writing
 
-    def _write(self, engine: Engine, average: WeightAverage | None, progress: Progress) -> Path:
+    def _write(self, engine: Engine, average: WeightAverage | None, progress: TrainingProgress) -> Path:
         """Every rank calls this. OSError on all of them, and nothing left of it, where one fails."""
         name = f"step-{progress.step:08d}"
         partial = self.folder / f"tmp-{name}"
@@ -211,7 +211,7 @@ class CheckpointStore:
         found = [name for path in self.folder.iterdir() if path.is_dir() and (name := FOLDER.fullmatch(path.name))]
         return [name.string for name in sorted(found, key=lambda name: int(name.group(1)), reverse=True)]
 
-    def _newest_sound(self, unfit: Mapping[str, str]) -> tuple[str | None, Manifest | None, dict[str, str]]:
+    def _newest_sound(self, unfit: Mapping[str, str]) -> tuple[str | None, CheckpointManifest | None, dict[str, str]]:
         """Its name and manifest, if there is one, and what is wrong with each of the newer ones.
 
         `unfit`: checkpoints that were loaded and found wrong, with the reasons.

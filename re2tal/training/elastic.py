@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 from re2tal.training.config import EngineConfig
-from re2tal.training.manifest import Progress
+from re2tal.training.manifest import TrainingProgress
 
 BATCH, ACCUMULATION, RANKS = "engine.batch_size", "engine.gradient_accumulation", "number of ranks"
 """Names of these values in the identity of a run."""
@@ -40,7 +40,7 @@ def batches_of_step(run: Mapping[str, Any]) -> int:
     return int(run.get(ACCUMULATION, 1)) * int(run.get(RANKS, 1))
 
 
-def place_in_run(progress: Progress, saved: Mapping[str, Any], *, num_ranks: int) -> Progress:
+def place_in_run(progress: TrainingProgress, saved: Mapping[str, Any], *, num_ranks: int) -> TrainingProgress:
     """The same place in the run for `num_ranks`: progress counts the batches of each rank.
 
     After batches that were skipped, a number that does not come out even is rounded up: up to a batch per rank is left

@@ -28,7 +28,7 @@ FOLDER = re.compile(r"step-(\d{8,})")
 
 
 @dataclass(frozen=True, slots=True)
-class Progress:
+class TrainingProgress:
     """How far a run is. The data position is a count, because every epoch's order is a pure function of its number."""
 
     step: int = 0
@@ -42,22 +42,24 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
-class Manifest:
+class CheckpointManifest:
     """One that was read and found sound."""
 
     run: dict[str, Any]
     """What must be the same when the run is resumed, by name."""
-    progress: Progress
+    progress: TrainingProgress
     sealed: bool
 
 
-def write_manifest(checkpoint: Path, *, run: Mapping[str, Any], progress: Progress, files: Mapping[str, Any]) -> None:
+def write_manifest(
+    checkpoint: Path, *, run: Mapping[str, Any], progress: TrainingProgress, files: Mapping[str, Any]
+) -> None:
     """Written whole, sealed and flushed."""
     content = {"format": SEALED, "run": run, "torch": torch.__version__, "progress": asdict(progress), "files": files}
     write_atomically(checkpoint / NAME, _line({**content, "seal": _seal(content)}))
 
 
-def read_manifest(checkpoint: Path, *, files: bool = True) -> Manifest:
+def read_manifest(checkpoint: Path, *, files: bool = True) -> CheckpointManifest:
     """The manifest of a checkpoint whose files are all there and as they were written; `files`: look at them.
 
     ValueError with the first fault in words.
@@ -76,7 +78,7 @@ def read_manifest(checkpoint: Path, *, files: bool = True) -> Manifest:
             raise ValueError(f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}")
         if sha256_of(path) != expected["sha256"]:
             raise ValueError(f"{name} has changed since it was written (SHA-256 differs)")
-    return Manifest(document["run"], progress, sealed)
+    return CheckpointManifest(document["run"], progress, sealed)
 
 
 def _line(content: Mapping[str, Any]) -> str:
@@ -108,14 +110,14 @@ def _check_seal(checkpoint: Path, document: Any) -> bool:
     return True
 
 
-def _check_progress(values: dict[str, Any], checkpoint: Path) -> Progress:
-    if values.keys() != {field.name for field in fields(Progress)}:
+def _check_progress(values: dict[str, Any], checkpoint: Path) -> TrainingProgress:
+    if values.keys() != {field.name for field in fields(TrainingProgress)}:
         raise ValueError(f"{NAME} has the progress {brief(values)}, of which something is missing or unknown")
     for name, value in values.items():
         whole = isinstance(value, int) and not isinstance(value, bool)
         if not (whole or (name == "seconds" and isinstance(value, float))) or not 0 <= value < math.inf:
             raise ValueError(f"{NAME} has {name} = {brief(value)}, which must be a number from 0 on")
-    progress = Progress(**values)
+    progress = TrainingProgress(**values)
     named = FOLDER.fullmatch(checkpoint.name)
     if named is not None and int(named.group(1)) != progress.step:
         raise ValueError(f"{NAME} has step = {progress.step}, its folder is called {checkpoint.name}")

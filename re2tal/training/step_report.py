@@ -10,7 +10,7 @@ from re2tal.distributed import any_rank, gather_objects, named_host
 from re2tal.rewire import count_states, largest_drift
 from re2tal.training.deepspeed_import import Engine
 from re2tal.training.jumps import LossWatch
-from re2tal.training.manifest import Progress
+from re2tal.training.manifest import TrainingProgress
 from re2tal.training.metrics import Meter, MetricsLog, peak_memory_gib
 
 
@@ -39,7 +39,7 @@ class StepReport:
         """One optimizer step; `waited`: how many of its `seconds` this rank waited for the loader."""
         self.meter.add(losses, seconds=seconds, waited=waited)
 
-    def write(self, progress: Progress) -> None:
+    def write(self, progress: TrainingProgress) -> None:
         """Every rank calls this: the line of the steps since the last one."""
         losses, speed = self.meter.take(device=self.engine.device)
         self._compare_with_plan()

@@ -27,7 +27,7 @@ from re2tal.training.deepspeed_import import Engine
 from re2tal.training.ema import WeightAverage
 from re2tal.training.generators import seed_draws
 from re2tal.training.interruption import Agreement, Interrupted
-from re2tal.training.manifest import Progress
+from re2tal.training.manifest import TrainingProgress
 from re2tal.training.metrics import MetricsLog
 from re2tal.training.micro_batch import MicroBatch, forward
 from re2tal.training.schedule import PeakRates, num_optimizer_steps
@@ -89,7 +89,7 @@ class Trainer:
         self.num_steps = num_optimizer_steps(config.epochs, clips.steps_per_epoch, accumulation=self.accumulation)
         decay = config.average_decay
         self.average = None if decay is None else WeightAverage(engine, decay=decay)
-        self.progress = Progress()
+        self.progress = TrainingProgress()
         self.skips = Skips(engine, log, max_non_finite=config.max_non_finite)
         self.report = StepReport(
             engine,

@@ -26,7 +26,7 @@ from re2tal.evaluation.suppression import SuppressionConfig
 from re2tal.localizers.pyramid.actionformer import ActionFormerConfig
 from re2tal.runs.comparison import ComparisonOptions
 from re2tal.runs.comparison import compare as compare_results
-from re2tal.runs.detection_job import Wanted
+from re2tal.runs.detection_job import DetectionOptions
 from re2tal.runs.trained import load_detector
 from re2tal.runs.video_files import encoding_for
 from re2tal.structures import Action
@@ -122,8 +122,8 @@ def test_a_classifier_of_whole_videos_names_what_a_class_agnostic_detector_finds
     agnostic(run, tmp_path)
     document = {"results": {"first": [0.75, 0.25], "second": [0.0, 1.0]}, "class": list(CLASSES)}
     (tmp_path / "cuhk.json").write_text(json.dumps(document))
-    assert detect(run=run, device="cpu", wanted=Wanted(out=tmp_path / "plain.json")) == 0
-    assert detect(run=run, device="cpu", wanted=Wanted(video_classes=tmp_path / "cuhk.json", top_k=1)) == 0
+    assert detect(run=run, device="cpu", wanted=DetectionOptions(out=tmp_path / "plain.json")) == 0
+    assert detect(run=run, device="cpu", wanted=DetectionOptions(video_classes=tmp_path / "cuhk.json", top_k=1)) == 0
     plain, named = read_results(tmp_path / "plain.json"), read_results(run / "results.json")
     assert plain.classes == ("action",)
     assert named.classes == CLASSES
@@ -157,14 +157,14 @@ def test_a_classifier_that_does_not_fit_is_refused_before_anything_is_detected(r
     path = tmp_path / "cuhk.json"
     path.write_text(json.dumps({"results": {"first": [1.0, 0.0]}, "class": list(CLASSES)}))
     with pytest.raises(ValueError, match=r"video classes, .*cuhk\.json, were given, but .*class_agnostic is false"):
-        detect(run=run, device="cpu", wanted=Wanted(video_classes=path))
+        detect(run=run, device="cpu", wanted=DetectionOptions(video_classes=path))
     agnostic(run, tmp_path)
     with pytest.raises(ValueError, match=r"top_k is 3; .*cuhk\.json has 2 classes"):
-        detect(run=run, device="cpu", wanted=Wanted(video_classes=path, top_k=3))
+        detect(run=run, device="cpu", wanted=DetectionOptions(video_classes=path, top_k=3))
     (tmp_path / "videos").mkdir()
     (tmp_path / "videos" / "third.mp4").write_bytes(encode_numbered(48, fps=24))
     with pytest.raises(ValueError, match=r"cuhk\.json: results\['third'\] is missing"):
-        detect(run=run, device="cpu", videos=tmp_path / "videos", wanted=Wanted(video_classes=path))
+        detect(run=run, device="cpu", videos=tmp_path / "videos", wanted=DetectionOptions(video_classes=path))
     assert not (run / "results.json").exists()
 
 
@@ -174,7 +174,9 @@ def test_videos_that_the_classifier_lacks_are_left_out_and_named(
     agnostic(run, tmp_path)
     path = tmp_path / "cuhk.json"
     path.write_text(json.dumps({"results": {"v_first": [0.5, 0.25]}, "classes": list(CLASSES)}))
-    assert detect(run=run, device="cpu", wanted=Wanted(video_classes=path, top_k=1, fusion="square-root")) == 0
+    assert (
+        detect(run=run, device="cpu", wanted=DetectionOptions(video_classes=path, top_k=1, fusion="square-root")) == 0
+    )
     assert "no scores of 1 of the 2 videos, so their detections are left out, and count as missed: 'second'" in (
         caplog.text
     )
@@ -185,7 +187,7 @@ def test_videos_that_the_classifier_lacks_are_left_out_and_named(
 
 def test_mirror_images_are_looked_at_on_request(run: Path, tmp_path: Path) -> None:
     for name, flip in (("plain", False), ("flip", True), ("again", True)):
-        assert detect(run=run, device="cpu", wanted=Wanted(flip=flip, out=tmp_path / f"{name}.json")) == 0
+        assert detect(run=run, device="cpu", wanted=DetectionOptions(flip=flip, out=tmp_path / f"{name}.json")) == 0
     plain, flip, again = (read_results(tmp_path / f"{name}.json").of("first") for name in ("plain", "flip", "again"))
     assert not torch.equal(plain.scores, flip.scores)
     assert torch.equal(flip.scores, again.scores)
@@ -193,7 +195,7 @@ def test_mirror_images_are_looked_at_on_request(run: Path, tmp_path: Path) -> No
 
 def test_results_in_a_run_folder_are_compared_on_its_validation_videos(run: Path, tmp_path: Path) -> None:
     detect(run=run, device="cpu")
-    detect(run=run, device="cpu", wanted=Wanted(flip=True, out=tmp_path / "flip.json"))
+    detect(run=run, device="cpu", wanted=DetectionOptions(flip=True, out=tmp_path / "flip.json"))
     a, b = run / "results.json", tmp_path / "flip.json"
     found = compare_results(a, b, options=ComparisonOptions(draws=20, seeds_of_b=(a,)))
     assert found.num_runs == (1, 2)
@@ -203,7 +205,7 @@ def test_results_in_a_run_folder_are_compared_on_its_validation_videos(run: Path
 
 def test_the_size_of_a_batch_changes_nothing(run: Path, tmp_path: Path) -> None:
     for size in (1, 3):
-        detect(run=run, device="cpu", batch_size=size, wanted=Wanted(out=tmp_path / f"{size}.json"))
+        detect(run=run, device="cpu", batch_size=size, wanted=DetectionOptions(out=tmp_path / f"{size}.json"))
     one, three = (read_results(tmp_path / f"{size}.json").predictions for size in (1, 3))
     for video_id in one:
         torch.testing.assert_close(one[video_id].scores, three[video_id].scores, rtol=1e-4, atol=1e-6)

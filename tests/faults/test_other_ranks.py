@@ -26,7 +26,7 @@ from re2tal.structures import Action
 from re2tal.training.config import EngineConfig, TrainingConfig
 from re2tal.training.elastic import place_in_run, same_clips_per_step
 from re2tal.training.generators import seed_draws
-from re2tal.training.manifest import Progress, read_manifest, write_manifest
+from re2tal.training.manifest import TrainingProgress, read_manifest, write_manifest
 from re2tal.training.process_group import leave
 from re2tal.training.reshard import resharded
 from re2tal.training.trainer import Trainer
@@ -127,7 +127,9 @@ def test_accumulation_adapts_and_sizes_that_do_not_fit_are_refused():
     # Who gives an accumulation that fits has adapted it already.
     given = EngineConfig(batch_size=2, gradient_accumulation=6)
     assert same_clips_per_step(given, saved, num_ranks=2) == given
-    assert place_in_run(Progress(step=2, micro_batches=6), saved, num_ranks=3) == Progress(step=2, micro_batches=8)
+    assert place_in_run(TrainingProgress(step=2, micro_batches=6), saved, num_ranks=3) == TrainingProgress(
+        step=2, micro_batches=8
+    )
 
 
 def test_losses_of_a_step_do_not_depend_on_how_its_batches_are_split():

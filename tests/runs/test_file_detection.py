@@ -27,7 +27,7 @@ from re2tal.inference import predict
 from re2tal.localizers.pyramid.actionformer import ActionFormerConfig
 from re2tal.reporting.found import FoundAction, FoundInVideo
 from re2tal.runs import detection, file_detection, video_files
-from re2tal.runs.detection import Wanted, detect
+from re2tal.runs.detection import DetectionOptions, detect
 from re2tal.runs.detector import load_detector
 from re2tal.runs.file_detection import Look, detect_in_files
 from re2tal.runs.video_files import encoding_for, pack_videos
@@ -179,7 +179,7 @@ def test_videos_at_addresses_are_detected_as_files_are(
     assert actions == detector.detect(videos / "turned.mkv", top=5)
     found = read_results(out)
     assert list(found.predictions) == ["turned"]
-    wanted = detect(model, [videos / "turned.mkv"], wanted=Wanted(tmp_path / "here.json"), device="cpu")
+    wanted = detect(model, [videos / "turned.mkv"], wanted=DetectionOptions(tmp_path / "here.json"), device="cpu")
     assert torch.equal(found.of("turned").segments, read_results(wanted.path).of("turned").segments)
     said = capsys.readouterr()
     assert "left out: none: status 404; check the address" in said.err
@@ -196,7 +196,7 @@ def test_addresses_with_one_name_are_refused(model: Path) -> None:
 
 @pytest.mark.parametrize("format_name", ["csv", "srt", "vtt", "eaf", "boris", "json"])
 def test_what_is_written_is_what_was_wanted(model: Path, videos: Path, tmp_path: Path, format_name: str) -> None:
-    wanted = Wanted(tmp_path / "out", format_name, min_score=0.0, top=3, classes=("run",))
+    wanted = DetectionOptions(tmp_path / "out", format_name, min_score=0.0, top=3, classes=("run",))
     done = detect(model, [videos / name for name in SOUND], wanted=wanted, device="cpu")
     assert done.num_detections == 6
     written = sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
@@ -221,13 +221,13 @@ def test_a_run_that_is_stopped_has_written_what_it_found(
     monkeypatch.setattr(detection, "SAVE_SECONDS", 1e9)
     out = tmp_path / "found.json"
     with pytest.raises(KeyboardInterrupt):
-        detect(model, [videos / name for name in SOUND], wanted=Wanted(out), device="cpu", say=stop)
+        detect(model, [videos / name for name in SOUND], wanted=DetectionOptions(out), device="cpu", say=stop)
     assert len(read_results(out).predictions) == 1
     assert "1 of 2 videos are in" in capsys.readouterr().err
     files = [videos / name for name in SOUND]
-    rest = detect(model, files, wanted=Wanted(out, add=True), device="cpu")
+    rest = detect(model, files, wanted=DetectionOptions(out, add=True), device="cpu")
     assert (rest.num_videos, rest.num_kept) == (1, 1)
-    whole = read_results(detect(model, files, wanted=Wanted(tmp_path / "whole.json"), device="cpu").path)
+    whole = read_results(detect(model, files, wanted=DetectionOptions(tmp_path / "whole.json"), device="cpu").path)
     assert read_results(out).predictions.keys() == whole.predictions.keys()
     for name, one in whole.predictions.items():
         assert torch.equal(one.scores, read_results(out).of(name).scores)
@@ -236,9 +236,12 @@ def test_a_run_that_is_stopped_has_written_what_it_found(
 def test_wrong_wishes_are_refused_before_anything_is_looked_at(model: Path, videos: Path, tmp_path: Path) -> None:
     files = [videos / name for name in SOUND]
     for wanted, message in (
-        (Wanted(tmp_path / "x.srt"), r"x\.srt, one file, but srt has a file for each of the 2 videos; give a folder"),
-        (Wanted(classes=("fly",)), r"classes has 'fly', which the model does not know; it knows jump, run"),
-        (Wanted(min_score=2), r"min_score is 2; give a score from 0 to 1"),
+        (
+            DetectionOptions(tmp_path / "x.srt"),
+            r"x\.srt, one file, but srt has a file for each of the 2 videos; give a folder",
+        ),
+        (DetectionOptions(classes=("fly",)), r"classes has 'fly', which the model does not know; it knows jump, run"),
+        (DetectionOptions(min_score=2), r"min_score is 2; give a score from 0 to 1"),
     ):
         with pytest.raises(ValueError, match=message):
             detect(model, files, wanted=wanted, device="cpu")
@@ -285,7 +288,7 @@ def test_a_whole_video_model_streams_files_only(tmp_path: Path) -> None:
 def test_the_command_and_the_object_find_the_same(model: Path, videos: Path, tmp_path: Path) -> None:
     path = videos / SOUND[0]
     actions = load_detector(model, device="cpu").detect(path)
-    detect(model, [path], wanted=Wanted(tmp_path / "found.json"), device="cpu")
+    detect(model, [path], wanted=DetectionOptions(tmp_path / "found.json"), device="cpu")
     written = json.loads((tmp_path / "found.json").read_text())["results"][path.stem]
     assert [[one.start_seconds, one.end_seconds, one.label, one.score] for one in actions] == [
         [*row["segment"], row["label"], row["score"]] for row in written
@@ -300,7 +303,7 @@ def test_two_ranks_share_the_videos(model: Path, videos: Path, tmp_path: Path) -
     outputs = launch_ranks([*command, "--out", str(tmp_path / "two.json")], world_size=2)
     assert "in 2 videos" in outputs[0]
     assert "in 2 videos" not in outputs[1]
-    detect(model, files, wanted=Wanted(tmp_path / "one.json"), device="cpu")
+    detect(model, files, wanted=DetectionOptions(tmp_path / "one.json"), device="cpu")
     assert (tmp_path / "two.json").read_text() == (tmp_path / "one.json").read_text()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.json", "two.json"]
 

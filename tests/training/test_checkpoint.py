@@ -22,7 +22,7 @@ from re2tal.training import checkpoint
 from re2tal.training.checkpoint import CheckpointStore
 from re2tal.training.config import TrainingConfig
 from re2tal.training.engine_weights import master_weights
-from re2tal.training.manifest import Progress, read_manifest, write_manifest
+from re2tal.training.manifest import TrainingProgress, read_manifest, write_manifest
 
 TRAINING = TrainingConfig(epochs=2, checkpoint_every_steps=3, keep_checkpoints=3, log_every_steps=1)
 
@@ -187,7 +187,7 @@ def test_nothing_in_a_checkpoint_is_executed(trained, tmp_path):
             **manifest["files"],
             name: {"bytes": (newest / name).stat().st_size, "sha256": sha256_of(newest / name)},
         }
-        write_manifest(newest, run=manifest["run"], progress=Progress(**manifest["progress"]), files=files)
+        write_manifest(newest, run=manifest["run"], progress=TrainingProgress(**manifest["progress"]), files=files)
         with pytest.raises(ValueError, match=r"holds something other than .* nothing of it was executed"):
             trained.resume()
         (newest / name).write_bytes(content)

@@ -7,9 +7,9 @@ import json
 import pytest
 
 from re2tal.strict_json import sha256_of
-from re2tal.training.manifest import Progress, read_manifest, write_manifest
+from re2tal.training.manifest import TrainingProgress, read_manifest, write_manifest
 
-PROGRESS = Progress(step=8, micro_batches=9, skipped=1, seconds=1.5e-05)
+PROGRESS = TrainingProgress(step=8, micro_batches=9, skipped=1, seconds=1.5e-05)
 
 
 @pytest.fixture
