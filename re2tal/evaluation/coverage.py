@@ -70,6 +70,8 @@ class Coverage:
     """Predictions that repeat another: video, segment, label and score."""
     num_after_end: int = 0
     """Predictions that start after the end of their video."""
+    num_truths_after_end: int = 0
+    """True actions that do."""
     last_seconds: tuple[float, float] = (0.0, 0.0)
     """The last end of a prediction for a video of the subset, and that of a true action."""
     is_one_score: bool = False
@@ -156,7 +158,11 @@ class Coverage:
         notes = []
         if self.num_repeated:
             notes.append(f"{self.num_repeated} predictions repeat another in all they say, and count as false")
-        if self.num_after_end > self.num_in_subset / 2:
+        if self.num_truths_after_end:
+            notes.append(
+                f"{self.num_truths_after_end} true actions start after the end of their video; check the annotations"
+            )
+        elif self.num_after_end > self.num_in_subset / 2:
             notes.append(
                 f"{self.num_after_end} of {self.num_in_subset} predictions start after the end of their video; give "
                 "segments in seconds, not in frames or milliseconds"

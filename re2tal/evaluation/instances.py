@@ -156,7 +156,8 @@ def flatten_predictions(
     )
     last_the_unknown = np.where(owners < 0, len(truths.scored), owners)
     order = np.lexsort((scores, to_truth, segments[:, 1], segments[:, 0], last_the_unknown))
-    found = Predictions(*(column[order] for column in (videos, to_truth, segments, scores, owners)), coverage)
+    videos, to_truth, segments, scores, owners = (x[order] for x in (videos, to_truth, segments, scores, owners))
+    found = Predictions(videos, to_truth, segments, scores, owners, coverage)
     return replace(found, coverage=replace(coverage, **_oddities(found, truths)))
 
 
@@ -165,9 +166,12 @@ def _oddities(found: Predictions, truths: Truths) -> dict[str, Any]:
     known = (found.owners >= 0) & (found.labels >= 0)
     columns = np.column_stack([found.owners, found.labels, found.segments, found.scores])[known]
     starts, ends = found.segments[found.owners >= 0].T
+    lasts = dict(zip(truths.scored, truths.durations.tolist(), strict=True))
+    of_truths = np.array([lasts[truths.video_ids[video]] for video in truths.videos])
     return {
         "num_repeated": int((columns[1:] == columns[:-1]).all(axis=1).sum()),
         "num_after_end": int((starts > truths.durations[found.owners[found.owners >= 0]]).sum()),
+        "num_truths_after_end": int((truths.segments[:, 0] > of_truths).sum()),
         "last_seconds": (float(ends.max(initial=0.0)), float(truths.segments.max())),
         "is_one_score": len(columns) >= LIKELY_LIMIT and bool((columns[:, -1] == columns[0, -1]).all()),
     }
