@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from parity.actionformers import STEPS, batch_actions, opentad_config, suppression
 from parity.compare import check_gradients, largest_error
 from parity.detections import check_same, stored
+from parity.pyramids import STEPS, batch_actions, opentad_config, suppression
 from parity.sizes import videomae_size
 from parity.test_detector import GRADIENT_TOLERANCES, LOSS_TOLERANCE, VIDEO_PREFIX
 from parity.test_detector import inputs as rounded_inputs

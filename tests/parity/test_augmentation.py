@@ -55,7 +55,3 @@ def test_operations_give_the_pixels_of_the_source(case: str, name: str) -> None:
         return
     is_geometric = name.split("_")[1] in GEOMETRIC
     assert off.max() <= (3 if is_geometric else 1 if name.startswith("colorjitter_") else 0)
-
-
-def test_there_are_vectors() -> None:
-    assert VECTORS
