@@ -63,12 +63,20 @@ class Called(NamedTuple):
 
 
 def _check_again(stage: RewiredStage, call: BlockCall, x: Tensor) -> None:
-    """Raises RewireError if the block, in training mode, gives another output when it runs a second time."""
+    """Raises RewireError if the block, in training mode, gives another output when it runs a second time.
+
+    So it does if the block leaves a tensor behind; see `escapes`.
+    """
     block, draws = stage.get_submodule(call.name), GeneratorState.now(x.device)
     results, numbers = [], []
     try:
         for _ in range(2):
-            with in_mode(block, training=True), buffers_restored(block.modules()), draws.replayed():
+            with (
+                torch.enable_grad(),
+                in_mode(block, training=True),
+                buffers_restored(block.modules()),
+                draws.replayed(),
+            ):
                 results.append(stage.run((call,), x))
                 numbers.append(numbers_of(block))
     except RewireError:

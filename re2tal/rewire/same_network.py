@@ -76,7 +76,8 @@ def _check(
             _rewired(model, example)
     for stage in stages:
         stage.ends = frozenset(recorder.ends.get(stage, ())) - stage.run_ends()
-    with _at_beta_0(stages):
+    # In training, blocks leave nothing behind. What they cache for evaluation is looked for in the first forward.
+    with _at_beta_0(stages), torch.no_grad():
         found = _rewired(model, example)
         if difference := _difference(model, example, wanted, found, dtype):
             raise RewireError(f"{difference}: in runs of several blocks, although each block alone agrees")
