@@ -24,7 +24,6 @@ def undisturbed(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     draws = GeneratorState.now(device)
     with torch.enable_grad(), in_mode(model, training=False), tensors_restored(model), draws.replayed():
         try:
-            torch.manual_seed(0)
             copies: dict[int, Tensor] = {}
             for parameter, values in parameters:
                 parameter.data = cast(values, dtype)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from re2tal.rewire.conditions import cast, undisturbed
-from re2tal.rewire.discover import Example, call_model
+from re2tal.rewire.discover import Example
 from re2tal.rewire.outputs import Output, check_numbers, outputs_of, relative_error
 from re2tal.rewire.pending import RewireError
 from re2tal.rewire.recorded_calls import CallRecorder, plain_calls, recording
@@ -154,7 +154,7 @@ def _is_rounding(model: nn.Module, example: Example, want: Tensor, have: Tensor)
     """
     stages = list(stages_of(model).values())
     with plainly(model), plain_calls(stages, save_states=True) as calls:
-        call_model(model, example)
+        outputs_of(model, example)
     largest = max(float(state.abs().max()) for call in calls for state in call.states)
     return float((want - have).abs().max()) <= 64 * torch.finfo(want.dtype).eps * largest
 
@@ -187,9 +187,9 @@ def _explained(model: nn.Module, example: Example, dtype: torch.dtype) -> str:
     """The first block where the two forms part, and why that may be."""
     stages = list(stages_of(model).values())
     with plainly(model), plain_calls(stages, save_states=True) as plain:
-        call_model(model, example)
+        outputs_of(model, example)
     with recording(stages, CallRecorder(save_states=True)) as recorder:
-        call_model(model, example)
+        outputs_of(model, example)
     tolerance = _tolerance(dtype)
     for want, have in zip(plain, recorder.calls, strict=True):
         given, returned = (

@@ -290,3 +290,48 @@ def test_a_subclass_with_another_branch_is_not_the_registered_block() -> None:
     net.layers[0].transform = lambda x, mask=None: x
     with pytest.raises(ValueError, match="Block changes the transform of Block"):
         rewire(net)
+
+
+class Noisy(nn.Module):
+    """Draws in evaluation too, as a masked autoencoder does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Block(), Block()]).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + torch.rand_like(x)
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def test_draws_outside_of_blocks_are_the_same_in_both_forms() -> None:
+    assert rewire(Noisy(), example=(torch.randn(2, 5, CHANNELS).double(),)).stages[0].rewired_blocks == 2
+
+
+class Caching(Parts):
+    """Keeps a table for evaluation, as LeViT does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.zeros(2 * CHANNELS))
+        self.cache: dict[str, Tensor] = {}
+
+    def forward(self, x, mask=None):
+        if self.training:
+            return x + self.f(x) + self.table[::2]
+        if "bias" not in self.cache:
+            self.cache["bias"] = self.table[::2]
+        return x + self.f(x) + self.cache["bias"]
+
+
+def test_a_cache_for_evaluation_is_left_as_it_was_and_keeps_no_one_from_training() -> None:
+    net = walker(Caching, Caching)
+    rewire(net, example=(frames(),), config=RewiringConfig(unit="block"))
+    block = net.layers.get_submodule("0")
+    assert block.cache == {}
+    net(frames()).sum().backward()
+    assert block.table.grad is not None
+    with pytest.raises(RewireError, match="leaves a tensor behind"):
+        net.eval()(frames())
