@@ -210,9 +210,12 @@ def original(request) -> tuple[Case, VSGN]:
     case = load(request.param)
     if not case.state:
         pytest.skip("the weights of the original are not among these vectors")
-    classes = [str(index) for index in range(max(1, case.config["opt"]["decoder_num_classes"] - 1))]
+    options = case.config["opt"]
+    num_classes = 1 if options["dataset"] == "activitynet" else options["decoder_num_classes"] - 1
     localizer = build_localizer(
-        original_config(case.config["opt"]), in_channels=case.config["opt"]["input_feat_dim"], classes=classes
+        original_config(options),
+        in_channels=options["input_feat_dim"],
+        classes=[str(index) for index in range(num_classes)],
     )
     assert isinstance(localizer, VSGN)
     localizer.load_state_dict(import_weights(case.state, localizer=localizer, layout="original"))
@@ -259,7 +262,7 @@ def test_predictions_of_the_original(original: tuple[Case, VSGN], dtype: torch.d
     starts, ends, inside = outputs.evaluation.sigmoid().unbind(dim=1)
     compared = {
         "loc_dec": outputs.proposals,
-        "score_dec": outputs.logits.softmax(dim=-1),
+        "score_dec": outputs.logits.sigmoid() if len(localizer.classes) == 1 else outputs.logits.softmax(dim=-1),
         "loc_adjusted": outputs.adjusted,
         "startness": starts,
         "endness": ends,
@@ -277,7 +280,7 @@ def test_predictions_of_the_original(original: tuple[Case, VSGN], dtype: torch.d
         assert largest_error(ours, reference) <= max(OUTPUT_TOLERANCE[dtype], least), key
 
 
-def test_losses_of_the_original(original: tuple[Case, VSGN]) -> None:
+def test_losses_and_gradients_of_the_original(original: tuple[Case, VSGN]) -> None:
     case, localizer = original
     localizer = deepcopy(localizer).train()
     values, counts = case.tensor("feats"), case.arrays["num_gt"]
@@ -299,6 +302,15 @@ def test_losses_of_the_original(original: tuple[Case, VSGN]) -> None:
         ("adjustment", "loss_bd_adjust"),
     ):
         assert losses[ours].item() == pytest.approx(theirs[name], rel=LOSS_TOLERANCE), name
+    total = losses["classification"] + losses["regression"] + losses["adjustment"]
     for kind, name in enumerate(("start", "end", "action")):
         found = balanced_bce(outputs.evaluation[:, kind], case.tensor(f"gt_{name}") > 0.5, epsilon=1e-5)
         assert found.item() == pytest.approx(theirs[f"loss_{name}"], rel=LOSS_TOLERANCE), name
+        total = total + found
+    total.backward()
+    gradients = {
+        public_name(key, localizer=localizer, layout="original"): parameter.grad
+        for key, parameter in localizer.named_parameters()
+    }
+    ordered = [gradients[key] for key in case.arrays["param_names"].tolist()]
+    check_gradients(case, values, ordered, GRADIENT_TOLERANCES)
