@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from re2tal.backbones import BACKBONES, WIRING_KEY, build_backbone, stored
+from re2tal.backbones import BACKBONES, WIRING_KEY, build_backbone, stored, take_parts_of
 from re2tal.backbones.base import BackboneConfig, VideoBackbone
 from re2tal.backbones.hub.tiling import ClipwiseBackbone
 from re2tal.backbones.slowfast import layouts as slowfast_layouts
@@ -167,6 +167,7 @@ def _load_backbone(
             f"{path} holds AdaTAD's adapters, and backbone.adapter is 'none'; set it to 'temporal', and "
             "backbone.adapter_blocks where only some blocks have one"
         )
+    take_parts_of(backbone, tensors)
     loaded = load_state(backbone, tensors, layouts=key_layouts(config.name), what=f"{path}")
     if lacking := [name for name in loaded.kept if ".adapter." in name]:
         raise ValueError(

@@ -16,7 +16,10 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 from urllib.parse import quote
 
-VIDEO_SUFFIXES = (".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".ts", ".flv", ".wmv", ".3gp")
+VIDEO_SUFFIXES = (
+    *(".mp4", ".mkv", ".webm", ".avi", ".mov", ".m4v", ".mpg", ".mpeg", ".vob", ".ts", ".mts", ".m2ts", ".flv", ".wmv"),
+    *(".asf", ".3gp", ".ogv"),
+)
 MEDIA_SUFFIXES = (*VIDEO_SUFFIXES, ".npy", ".npz")
 """What ids in annotations and results may end in, though the id ends before it."""
 MAX_BYTES = 240

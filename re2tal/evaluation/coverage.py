@@ -15,7 +15,9 @@ from typing import Any
 MAX_NAMED = 5
 """Names in one line of text; JSON holds all."""
 LIKELY_LIMIT = 20
-"""So many predictions of several videos are hardly equally many by chance."""
+"""So many predictions of several videos are hardly equally many by chance, nor are so many scores equal."""
+LATEST_SHARE = 0.05
+"""No prediction ends later than this share of the last true end: hardly by chance either."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,16 @@ class Coverage:
     """The most predictions of any video."""
     videos_at_most: tuple[str, ...] = ()
     """Videos with so many; where the limit is not known, and several share it, it looks like one."""
+    num_repeated: int = 0
+    """Predictions that repeat another: video, segment, label and score."""
+    num_after_end: int = 0
+    """Predictions that start after the end of their video."""
+    num_truths_after_end: int = 0
+    """True actions that do."""
+    last_seconds: tuple[float, float] = (0.0, 0.0)
+    """The last end of a prediction for a video of the subset, and that of a true action."""
+    is_one_score: bool = False
+    """All scores are equal, though there are 20 or more."""
 
     def check(self) -> None:
         """ValueError if no prediction meets the ground truth, so that a score would only say that names differ.
@@ -131,6 +143,7 @@ class Coverage:
             notes.append(
                 f"{number} predictions end before they start, and count as false: {name_some(self.reversed_segments)}"
             )
+        notes += self._odd_numbers()
         if self.cut_videos:
             notes.append(cut_by_limit(self.cut_videos))
         if not self.is_limit_known and len(self.videos_at_most) > 1 and self.most_per_video >= LIKELY_LIMIT:
@@ -138,6 +151,30 @@ class Coverage:
                 f"{len(self.videos_at_most)} videos have exactly {self.most_per_video} predictions, the most of any: "
                 "a limit seems to have cut them, long videos too"
             )
+        return notes
+
+    def _odd_numbers(self) -> list[str]:
+        """What numbers of the file hardly mean what they should."""
+        notes = []
+        if self.num_repeated:
+            notes.append(f"{self.num_repeated} predictions repeat another in all they say, and count as false")
+        if self.num_truths_after_end:
+            notes.append(
+                f"{self.num_truths_after_end} true actions start after the end of their video; check the annotations"
+            )
+        elif self.num_after_end > self.num_in_subset / 2:
+            notes.append(
+                f"{self.num_after_end} of {self.num_in_subset} predictions start after the end of their video; give "
+                "segments in seconds, not in frames or milliseconds"
+            )
+        found, true = self.last_seconds
+        if self.num_in_subset and found < LATEST_SHARE * true:
+            notes.append(
+                f"no prediction ends after {found:.4g} s, and the last true action ends at {true:.4g} s; give segments "
+                "in seconds, not in shares of the video or minutes"
+            )
+        if self.is_one_score:
+            notes.append("all scores are equal, so that precision is that of an arbitrary order")
         return notes
 
     def to_json(self) -> dict[str, Any]:

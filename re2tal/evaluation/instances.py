@@ -1,19 +1,21 @@
-"""All truths and all predictions of an evaluation as flat float64 arrays, one row an instance, in file order.
+"""All truths and all predictions of an evaluation as flat float64 arrays, one row an instance.
 
 Videos are numbered in the order of the ground truth. A prediction for a video without a truth has video -1, one of a
-class without a truth has class -1.
+class without a truth has class -1. Truths keep the order of their file. Predictions are sorted by video (unknown ones
+last), start, end and class: no score depends on the order of a results file, however many of its scores are equal.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 
-from re2tal.evaluation.coverage import Coverage
+from re2tal.evaluation.coverage import LIKELY_LIMIT, Coverage
 from re2tal.evaluation.protocols import Protocol
 from re2tal.structures import Detections, VideoRecord
 from re2tal.video_ids import match_ids
@@ -36,6 +38,8 @@ class Truths:
     subset: str
     scored: tuple[str, ...]
     """all videos that are not blocked, also those without a truth"""
+    durations: np.ndarray
+    """of these, in seconds"""
     blocked: tuple[str, ...]
     """the others"""
 
@@ -91,6 +95,7 @@ def flatten_truths(
         tuple(classes),
         ground_truth[0].subset,
         tuple(one.video_id for one in ground_truth if one.video_id not in blocked_ids),
+        np.array([one.duration_seconds for one in ground_truth if one.video_id not in blocked_ids]),
         tuple(one.video_id for one in ground_truth if one.video_id in blocked_ids),
     )
 
@@ -149,7 +154,27 @@ def flatten_predictions(
         class_agnostic=class_agnostic,
         num_cut={video_id: one.num_cut for video_id, one in kept.items()},
     )
-    return Predictions(videos, to_truth, segments, scores, owners, coverage)
+    last_the_unknown = np.where(owners < 0, len(truths.scored), owners)
+    order = np.lexsort((scores, to_truth, segments[:, 1], segments[:, 0], last_the_unknown))
+    videos, to_truth, segments, scores, owners = (x[order] for x in (videos, to_truth, segments, scores, owners))
+    found = Predictions(videos, to_truth, segments, scores, owners, coverage)
+    return replace(found, coverage=replace(coverage, **_oddities(found, truths)))
+
+
+def _oddities(found: Predictions, truths: Truths) -> dict[str, Any]:
+    """Facts for the coverage that say whether the numbers of the file mean what they should."""
+    known = (found.owners >= 0) & (found.labels >= 0)
+    columns = np.column_stack([found.owners, found.labels, found.segments, found.scores])[known]
+    starts, ends = found.segments[found.owners >= 0].T
+    lasts = dict(zip(truths.scored, truths.durations.tolist(), strict=True))
+    of_truths = np.array([lasts[truths.video_ids[video]] for video in truths.videos])
+    return {
+        "num_repeated": int((columns[1:] == columns[:-1]).all(axis=1).sum()),
+        "num_after_end": int((starts > truths.durations[found.owners[found.owners >= 0]]).sum()),
+        "num_truths_after_end": int((truths.segments[:, 0] > of_truths).sum()),
+        "last_seconds": (float(ends.max(initial=0.0)), float(truths.segments.max())),
+        "is_one_score": len(columns) >= LIKELY_LIMIT and bool((columns[:, -1] == columns[0, -1]).all()),
+    }
 
 
 def _coverage(

@@ -128,6 +128,7 @@ _MAPS: dict[tuple[str, str], NameMap] = {
             (r"^encoder\.stem\.conv\.", "xGPN.conv0.0."),
             (r"^encoder\.levels\.(\d+)\.graph\.linear\.", r"xGPN.levels_enc.\1.nconv1.mlp."),
             (r"^encoder\.levels\.(\d+)\.temporal\.", r"xGPN.levels_enc.\1.tconv1."),
+            (r"^encoder\.levels\.(\d+)\.conv\.", r"xGPN.levels_enc.\1.0."),
             (r"^decoder\.top\.", "xGPN.levels1.0."),
             (r"^decoder\.laterals\.", "xGPN.levels2."),
             (r"^decoder\.fuses\.(\d+)\.", lambda found: f"xGPN.levels1.{int(found[1]) + 1}."),

@@ -72,14 +72,14 @@ class BufferWatch:
         self._versions = [
             (module, [(one, one._version) for one in module.buffers(recurse=False)]) for module in modules
         ]
-        others = [module for module in modules if not _is_statistics(module)]
+        others = [module for module in modules if not is_statistics(module)]
         known = {module: _writing.get(module, {}).get(module.training) for module in others}
         self._writers = {module: how for module, how in known.items() if how in ("counted", "uncounted")}
         self._readers = {module for module, how in known.items() if how == "no"}
         self._first = [
             one for module, how in known.items() if how is None and not _is_fake(module) for one in save_buffers(module)
         ]
-        statistics = [module for module in modules if _is_statistics(module)] if self._first else []
+        statistics = [module for module in modules if is_statistics(module)] if self._first else []
         self._statistics = [one for module in statistics for one in save_buffers(module)]
 
     @property
@@ -137,7 +137,7 @@ def _is_fake(module: nn.Module) -> bool:
     return any(isinstance(buffer, FakeTensor) for buffer in module.buffers(recurse=False))
 
 
-def _is_statistics(module: nn.Module) -> bool:
+def is_statistics(module: nn.Module) -> bool:
     """Whether it writes its buffers in training only, and reads them in evaluation only."""
     return isinstance(module, _NormBase) and type(module).forward in _STATISTICS
 

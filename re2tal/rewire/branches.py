@@ -19,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import singledispatch
+from types import FunctionType
 from typing import Any
 
 from torch import Tensor, nn
@@ -116,11 +117,12 @@ class NotResidual:
 def registered(block: nn.Module) -> Residual | NotResidual:
     """What the registrations say about `block`.
 
-    A subclass with a `forward` of its own is no longer the block that its parent's registration describes.
+    A subclass with a `forward`, or another method, of its own is no longer the block that its parent's registration
+    describes.
     """
-    kind = _registered_type(block)
-    if getattr(kind, "forward", None) not in (None, type(block).forward):
-        reason = f"{type(block).__name__} changes the forward of {kind.__name__}, so it needs its own registration"
+    if changed := _changed_since_registered(block):
+        kind = _registered_type(block).__name__
+        reason = f"{type(block).__name__} changes the {changed} of {kind}, so it needs its own registration"
         return NotResidual(reason)
     branches = residual_branches(block)
     if not branches:
@@ -131,8 +133,19 @@ def registered(block: nn.Module) -> Residual | NotResidual:
 
 def is_unregistered(block: nn.Module) -> bool:
     """Whether no registration speaks about the forward of `block`."""
+    return _registered_type(block) is object or bool(_changed_since_registered(block))
+
+
+def _changed_since_registered(block: nn.Module) -> str:
+    """A method of the type that was registered which `block`, of a subclass, or changed itself, has in another form."""
     kind = _registered_type(block)
-    return getattr(kind, "forward", None) is not type(block).forward
+    names = {name for one in kind.__mro__ if one not in nn.Module.__mro__ for name in vars(one)} | {"forward"}
+    for name in sorted(name for name in names if not name.startswith("__")):
+        method = getattr(kind, name, None)
+        of_instance = name != "forward" and name in vars(block)
+        if isinstance(method, FunctionType) and (of_instance or getattr(type(block), name) is not method):
+            return name
+    return ""
 
 
 def is_explained(module: nn.Module) -> bool:

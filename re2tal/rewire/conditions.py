@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from typing import Any
 
 import torch
@@ -23,7 +24,6 @@ def undisturbed(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
     draws = GeneratorState.now(device)
     with torch.enable_grad(), in_mode(model, training=False), tensors_restored(model), draws.replayed():
         try:
-            torch.manual_seed(0)
             copies: dict[int, Tensor] = {}
             for parameter, values in parameters:
                 parameter.data = cast(values, dtype)
@@ -39,21 +39,30 @@ def undisturbed(model: nn.Module, dtype: torch.dtype | None) -> Iterator[None]:
 
 @contextmanager
 def tensors_restored(model: nn.Module) -> Iterator[None]:
-    """Restores buffers and other tensors of modules at the end. Those that were made inside go."""
+    """Restores buffers, other tensors, lists and dicts of modules at the end. What was made inside goes."""
     before = [(module, dict(module._buffers), dict(vars(module))) for module in model.modules()]
+    held = [one for _, _, attributes in before for name, one in attributes.items() if name not in _OF_ALL_MODULES]
+    contents = [(one, copy(one)) for one in held if type(one) in (dict, list)]
     with buffers_restored(model.modules()):
         try:
             yield
         finally:
+            for one, was in contents:
+                one.clear()
+                one.update(was) if isinstance(one, dict) else one.extend(was)
             for module, buffers, attributes in before:
                 for name in set(module._buffers) - set(buffers):
                     delattr(module, name)
                 module._buffers.update(buffers)
                 for name in [name for name, value in vars(module).items() if isinstance(value, Tensor)]:
                     del vars(module)[name]
-                vars(module).update((name, value) for name, value in attributes.items() if isinstance(value, Tensor))
+                own = ((name, value) for name, value in attributes.items() if name not in _OF_ALL_MODULES)
+                vars(module).update((name, value) for name, value in own if isinstance(value, Tensor | dict | list))
                 for name in attributes.keys() - vars(module).keys():
                     vars(module)[name] = attributes[name]
+
+
+_OF_ALL_MODULES = set(vars(nn.Module()))
 
 
 def cast(values: Any, dtype: torch.dtype | None) -> Any:

@@ -26,6 +26,7 @@ from re2tal.reversible.rng import GeneratorState
 from re2tal.rewire.branches import Branch, NotResidual, Residual, hidden_state
 from re2tal.rewire.kinks import KinkFinder
 from re2tal.rewire.pending import RewireError, split_call
+from re2tal.rewire.reads import Reads, TracedError, fingerprint, is_known, recorded_reads
 from re2tal.rewire.sums import steps_of
 from re2tal.rewire.traced import RefusedError, Step, may_be_entered
 
@@ -79,8 +80,11 @@ def take_apart(block: nn.Module, call: BlockInputs) -> Residual | NotResidual:
 
     Branches accept what the block accepts: tensors of any size where `call` has tensors, and the constants of `call`.
     """
-    with _undisturbed(block, call, training=False):
-        result = hidden_state(block(call.x.clone(), *call.args, **call.kwargs))
+    try:
+        with _undisturbed(block, call, training=False):
+            result = hidden_state(block(call.x.clone(), *call.args, **call.kwargs))
+    except Exception as error:  # whatever the block's own code does, called alone
+        return NotResidual(f"it does not run alone: {type(error).__name__}: {error}")
     if isinstance(result, Tensor) and result.shape != call.x.shape:
         shapes = f"{tuple(call.x.shape)} into {tuple(result.shape)}"
         return NotResidual(f"it changes width or resolution (downsampling): it turns {shapes}")
@@ -98,10 +102,13 @@ def take_apart(block: nn.Module, call: BlockInputs) -> Residual | NotResidual:
 
 def as_a_whole(block: nn.Module, call: BlockInputs) -> Residual | None:
     """The block as one branch, F(x) = block(x) - x; None where it changes shapes, or adds nothing to anything."""
-    with KinkFinder() as kinks, _SumFinder(call.x.shape) as sums:
-        for training in (True, False):
-            with _undisturbed(block, call, training=training):
-                result = _run_block(block, (), BlockInputs(call.x.clone(), call.args, call.kwargs))
+    try:
+        with KinkFinder() as kinks, _SumFinder(call.x.shape) as sums:
+            for training in (True, False):
+                with _undisturbed(block, call, training=training):
+                    result = _run_block(block, (), BlockInputs(call.x.clone(), call.args, call.kwargs))
+    except Exception:  # as in `take_apart`, which tells
+        return None
     # Any block of equal shapes can be written as x + (block(x) - x). Only one that adds somewhere was meant so.
     if not (isinstance(result, Tensor) and result.shape == call.x.shape and sums.found):
         return None
@@ -133,16 +140,18 @@ class _SumFinder(TorchDispatchMode):
 
 def _take_apart(block: nn.Module, call: BlockInputs, entered: Sequence[nn.Module]) -> Residual:
     leaves, spec = tree_flatten((call.args, call.kwargs))
-    steps = {}
+    if opaque := [leaf for leaf in leaves if not (isinstance(leaf, Tensor) or is_known(leaf))]:
+        raise RefusedError(f"it is called with a {type(opaque[0]).__name__}, whose contents may change")
+    steps, reads = {}, {}
     for training in (True, False):
-        with in_mode(block, training=training):
+        with in_mode(block, training=training), recorded_reads(block, entered) as reads[training]:
             steps[training] = steps_of(block, leaves, spec, entered=entered)
     if [step.name for step in steps[True]] != [step.name for step in steps[False]]:
         raise RefusedError("it adds other branches in training than in evaluation")
     branches = tuple(
         Branch(
             training.name,
-            _function(training, evaluation, leaves, spec, _traced(block, entered)),
+            _function(training, evaluation, leaves, spec, reads),
             through_block=training.uses_own_parameters,
         )
         for training, evaluation in zip(steps[True], steps[False], strict=True)
@@ -152,55 +161,19 @@ def _take_apart(block: nn.Module, call: BlockInputs, entered: Sequence[nn.Module
     return Residual(branches, _wrapping(block, call), kinks=finder.found)
 
 
-class TracedError(ValueError):
-    """A block is no longer what it was when its code was traced."""
-
-
-Traced = Mapping[str, Mapping[str, Any]]
-"""Module that was traced into -> its numbers, flags and strings: its code holds them as constants."""
-
-
-def _traced(block: nn.Module, entered: Sequence[nn.Module]) -> Traced:
-    return {path: _settings(module) for path, module in block.named_modules() if path == "" or module in entered}
-
-
-def _settings(module: nn.Module) -> dict[str, Any]:
-    own = vars(module).items()
-    # `training` may change: both modes were traced.
-    return {name: value for name, value in own if type(value) in (bool, int, float, str) and name != "training"}
-
-
-def _check_traced(block: nn.Module, traced: Traced) -> None:
-    for path, settings in traced.items():
-        module = block.get_submodule(path)
-        now = _settings(module)
-        if changed := [name for name, value in settings.items() if name not in now or now[name] != value]:
-            raise TracedError(
-                f"{changed[0]} of a {type(module).__name__} is {now.get(changed[0])!r}, and was "
-                f"{settings[changed[0]]!r} when it was taken apart; unrewire the model, and rewire it once more"
-            )
-        if module.training != block.training:
-            raise TracedError(
-                f"{path} of a {type(block).__name__} that was taken apart is in another mode than the block; give both "
-                "the same, or register residual_branches"
-            )
-
-
-def _function(training: Step, evaluation: Step, leaves: list[Any], spec: Any, traced: Traced) -> Callable[..., Tensor]:
-    constants = [None if isinstance(leaf, Tensor) else leaf for leaf in leaves]
-    is_tensor = [isinstance(leaf, Tensor) for leaf in leaves]
+def _function(
+    training: Step, evaluation: Step, leaves: list[Any], spec: Any, reads: Mapping[bool, Reads]
+) -> Callable[..., Tensor]:
+    constants = [fingerprint(leaf) for leaf in leaves]
 
     def function(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         given, given_spec = tree_flatten((args, kwargs))
-        same = given_spec == spec and [isinstance(leaf, Tensor) for leaf in given] == is_tensor
-        if not (
-            same and all(tensor or leaf == was for leaf, was, tensor in zip(given, constants, is_tensor, strict=True))
-        ):
+        if given_spec != spec or [fingerprint(leaf) for leaf in given] != constants:
             raise ValueError(
                 f"{type(block).__name__} was taken apart when called with {_described(leaves)} besides x, and is now "
                 f"called with {_described(given)}; rewire with an example of this kind, or register residual_branches"
             )
-        _check_traced(block, traced)
+        reads[block.training].check(block)
         step = training if block.training else evaluation
         return step.code(SimpleNamespace(block=block), x, given)
 
@@ -250,6 +223,40 @@ def _check(block: nn.Module, branches: Sequence[Branch], call: BlockInputs) -> N
         # Not 0: the block may add its terms in another order. `not <=` refuses NaN too.
         if not error <= 64 * torch.finfo(wanted.dtype).eps:
             raise RefusedError(f"the branches found miss its result by {error:.1e} of the largest element")
+        _check_gradients(block, branches, call, training=training)
+
+
+def _check_gradients(block: nn.Module, branches: Sequence[Branch], call: BlockInputs, *, training: bool) -> None:
+    """Raises RefusedError unless x and the parameters get from the branches the gradients that the block gives them."""
+    found = []
+    for run in (_run_block, _run_branches):
+        with _undisturbed(block, call, training=training), torch.enable_grad():
+            found.append(_gradients(run, block, branches, call))
+        if found[0] is None:  # the block is not made to be differentiated
+            return
+    wanted, have = found
+    assert wanted is not None
+    limit = min(0.25, 2**13 * torch.finfo(call.x.dtype).eps)
+    floor = 1e-3 * max(float(one.abs().max()) for one in wanted if one.numel())
+    if have is None or not all(
+        float((want - one).abs().max()) <= limit * max(floor, float(want.abs().max()))
+        for want, one in zip(wanted, have, strict=True)
+        if want.numel()
+    ):
+        raise RefusedError("the branches found have other gradients than the block")
+
+
+def _gradients(run: Any, block: nn.Module, branches: Sequence[Branch], call: BlockInputs) -> list[Tensor] | None:
+    """Of x and of the parameters; None where there are none."""
+    x = call.x.detach().clone().requires_grad_()
+    leaves = [x, *(parameter for parameter in block.parameters() if parameter.requires_grad)]
+    try:
+        output = run(block, branches, BlockInputs(x.clone(), call.args, call.kwargs))
+        weights = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output)
+        found = torch.autograd.grad(output, leaves, weights, allow_unused=True)
+    except RuntimeError:
+        return None
+    return [torch.zeros_like(leaf) if one is None else one for leaf, one in zip(leaves, found, strict=True)]
 
 
 def _run_block(block: nn.Module, branches: Sequence[Branch], call: BlockInputs) -> Tensor:

@@ -18,15 +18,16 @@ from contextlib import contextmanager, nullcontext
 from threading import active_count, get_ident
 from typing import Any
 
+import numpy as np
 import torch
-from numpy.random import get_state
+from numpy.random import get_state, set_state
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from re2tal.reversible.buffers import SavedBuffer, buffers_restored, save_buffers
+from re2tal.reversible.buffers import SavedBuffer, buffers_restored, is_statistics, save_buffers
 from re2tal.reversible.fake import is_counted
 from re2tal.reversible.rng import GeneratorState
 from re2tal.rewire.pending import RewireError
@@ -61,7 +62,7 @@ def checked_for_escapes(
         if torch.is_grad_enabled() or is_counted(x):
             return function(x)
         given, escapes, draws = x.detach(), _Escapes(), GeneratorState.now(x.device)
-        others, buffers = _other_generators(), _buffers_of(repeated)
+        others, buffers = other_generators(), _buffers_of(repeated)
         escapes.made[given] = "its input"
         try:
             with torch.enable_grad(), escapes, escapes.custom_functions():  # on, so that a no_grad of its own shows
@@ -74,7 +75,7 @@ def checked_for_escapes(
             output = function(x)
             logger.warning("%s could not be checked for tensors that it leaves behind: %s", name, error)
             return output
-        if _other_generators() != others and active_count() == 1:  # other threads may have drawn
+        if other_generators() != others and active_count() == 1:  # other threads may have drawn
             raise RewireError(
                 f"{name} draws from the generator of Python or of NumPy, with which backward could not run it again; "
                 "draw from torch's, or set recompute=False"
@@ -116,7 +117,8 @@ def _run_again(
     written = [one for one in buffers if one.was_written() or one.differs()]  # others must keep their version
     with draws.replayed(), buffers_restored({one.module for one in written}):
         for one in written:
-            one.restore()
+            if not is_statistics(one.module):  # nor does backward restore these
+                one.restore()
         again = function(x.detach())
     if isinstance(output, Tensor) and output.shape == again.shape:
         error, scale = (one.abs().max().double() for one in (output - again, output))
@@ -128,8 +130,16 @@ def _run_again(
             )
 
 
-def _other_generators() -> tuple:
+def other_generators() -> tuple:
+    """The states of the generators of Python and of NumPy."""
     return random.getstate(), *(state.tobytes() if hasattr(state, "tobytes") else state for state in get_state())
+
+
+def restore_other_generators(states: tuple) -> None:
+    """To what `other_generators` returned."""
+    python, name, keys, *more = states
+    random.setstate(python)
+    set_state((name, np.frombuffer(keys, np.uint32), *more))
 
 
 def is_compiled(block: nn.Module) -> bool:

@@ -50,13 +50,13 @@ def unguard(block: nn.Module) -> None:
 def has_hooks(block: nn.Module) -> bool:
     """Whether a user has put hooks on `block`, or a forward of its own on the instance."""
     hooks = (block._forward_hooks, block._forward_pre_hooks, block._backward_hooks, block._backward_pre_hooks)
-    return "forward" in vars(block) or any(map(_of_users, hooks))
+    return "forward" in vars(block) or any(map(of_users, hooks))
 
 
 def hooked_inside(blocks: Iterable[nn.Module]) -> bool:
     """Whether a user has put forward hooks on modules inside of `blocks`, which may collect what they return."""
     inside = (module for block in blocks for module in block.modules() if module is not block)
-    return any(_of_users(module._forward_hooks) or _of_users(module._forward_pre_hooks) for module in inside)
+    return any(of_users(module._forward_hooks) or of_users(module._forward_pre_hooks) for module in inside)
 
 
 def check_hooks(block: nn.Module, name: str) -> None:
@@ -66,7 +66,7 @@ def check_hooks(block: nn.Module, name: str) -> None:
             f"the forward of block {name} was replaced on the instance, and a rewired stage would not call it; put the "
             "change into a class of its own, or replace it before rewiring, which then leaves the block alone"
         )
-    if _of_users(block._backward_hooks) or _of_users(block._backward_pre_hooks):
+    if of_users(block._backward_hooks) or of_users(block._backward_pre_hooks):
         raise RewireError(
             f"block {name} has a backward hook, but is differentiated branch by branch; put the hook on a module "
             "inside it, or on a parameter"
@@ -108,7 +108,7 @@ def is_sharded(block: nn.Module) -> bool:
 def without_hooks(block: nn.Module) -> Iterator[None]:
     """Inside, only hooks that gather parameters fire."""
     before = block._forward_hooks, block._forward_pre_hooks
-    if not any(map(_of_users, before)):
+    if not any(map(of_users, before)):
         yield
         return
     block._forward_hooks, block._forward_pre_hooks = (
@@ -120,7 +120,8 @@ def without_hooks(block: nn.Module) -> Iterator[None]:
         block._forward_hooks, block._forward_pre_hooks = before
 
 
-def _of_users(hooks: Mapping[int, Callable]) -> bool:
+def of_users(hooks: Mapping[int, Callable]) -> bool:
+    """Whether any of them was put there by a user, not by what gathers parameters or by `guard`."""
     return any(not (_gathers(hook) or isinstance(hook, CalledPast)) for hook in hooks.values())
 
 

@@ -22,7 +22,10 @@ class Output(NamedTuple):
 
 
 def outputs_of(model: nn.Module, example: Example) -> list[Output]:
-    """Every leaf of what `model` returns on an example. Raises ValueError where it does not run."""
+    """Every leaf of what `model` returns on an example, with the same draws each time.
+
+    Raises ValueError where it does not run.
+    """
 
     def output(path: str, leaf: Any) -> Output:
         if not isinstance(leaf, Tensor):
@@ -30,6 +33,7 @@ def outputs_of(model: nn.Module, example: Example) -> list[Output]:
         leaf = values_of(leaf)
         return Output(path, leaf.detach(), has_gradient=leaf.requires_grad)
 
+    torch.manual_seed(0)
     return [output(path, leaf) for path, leaf in _leaves(call_model(model, example), "output")]
 
 

@@ -78,6 +78,8 @@ class PendingRun:
     """The blocks so far."""
     computed: Tensor | None
     """The state behind them, only while an example is run."""
+    version: tuple[int, ...]
+    """Of `start`. A run that is computed late must find it as it was."""
     settings: tuple
     """Under which the calls were made."""
     taken: bool = False
@@ -85,6 +87,11 @@ class PendingRun:
 
     def goes_on(self, stage: RewiredStage) -> bool:
         """Whether a block of `stage` that is called now may be the next one."""
+        if self.computed is None and self.version != _versions((self.start,), {}):
+            raise RewireError(
+                f"the state before block {stage.name_of(self.calls[0].name)} was written to in place before its run "
+                "ended; write to a copy of it"
+            )
         return self.stage is stage and not self.taken and self.settings == _settings(self.start)
 
 
@@ -106,7 +113,7 @@ class PendingState(Tensor):
             device=start.device,
             requires_grad=torch.is_grad_enabled(),
         )
-        state.run = PendingRun(stage, start, calls, computed, _settings(start))
+        state.run = PendingRun(stage, start, calls, computed, _versions((start,), {}), _settings(start))
         return state
 
     def __repr__(self) -> str:  # type: ignore[override]

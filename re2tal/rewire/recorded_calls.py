@@ -17,6 +17,7 @@ from re2tal.rewire.branches import hidden_state
 from re2tal.rewire.discover import in_mode
 from re2tal.rewire.outputs import relative_error
 from re2tal.rewire.pending import BlockCall, RewireError, split_call
+from re2tal.rewire.reads import numbers_of
 from re2tal.rewire.stage import RewiredStage
 
 
@@ -62,12 +63,22 @@ class Called(NamedTuple):
 
 
 def _check_again(stage: RewiredStage, call: BlockCall, x: Tensor) -> None:
-    """Raises RewireError if the block, in training mode, gives another output when it runs a second time."""
-    block, draws, results = stage.get_submodule(call.name), GeneratorState.now(x.device), []
+    """Raises RewireError if the block, in training mode, gives another output when it runs a second time.
+
+    So it does if the block leaves a tensor behind; see `escapes`.
+    """
+    block, draws = stage.get_submodule(call.name), GeneratorState.now(x.device)
+    results, numbers = [], []
     try:
         for _ in range(2):
-            with in_mode(block, training=True), buffers_restored(block.modules()), draws.replayed():
+            with (
+                torch.enable_grad(),
+                in_mode(block, training=True),
+                buffers_restored(block.modules()),
+                draws.replayed(),
+            ):
                 results.append(stage.run((call,), x))
+                numbers.append(numbers_of(block))
     except RewireError:
         raise
     except Exception as error:
@@ -79,6 +90,11 @@ def _check_again(stage: RewiredStage, call: BlockCall, x: Tensor) -> None:
             f"block {stage.name_of(call.name)} ({type(block).__name__}) gives another output when it runs again with "
             "the same input, draws and buffers: it reads something that it writes (a cache that it is called with, an "
             "attribute), or draws from a generator of its own; backward could not run it again"
+        )
+    if changed := [name for name, value in numbers[1].items() if numbers[0].get(name) != value]:
+        raise RewireError(
+            f"block {stage.name_of(call.name)} ({type(block).__name__}) changes its {changed[0]} "
+            "every time it runs, and it runs twice in a step; let it count in a buffer"
         )
 
 

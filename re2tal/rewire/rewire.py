@@ -11,6 +11,7 @@ work before and after alike.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
@@ -21,7 +22,7 @@ from re2tal.rewire.branches import NotResidual, Residual, is_explained, is_unreg
 from re2tal.rewire.conditions import tensors_restored
 from re2tal.rewire.config import RewiringConfig
 from re2tal.rewire.cuts import Cut
-from re2tal.rewire.discover import BlockInputs, Example, as_a_whole, record_calls, take_apart
+from re2tal.rewire.discover import Example, as_a_whole, record_calls, take_apart
 from re2tal.rewire.nonresidual import CheckpointedModule
 from re2tal.rewire.report import RewireReport, StageReport
 from re2tal.rewire.same_network import check_same_network
@@ -51,6 +52,23 @@ def rewire(
         raise ValueError(f"this {type(model).__name__} is rewired already; call unrewire(model) first")
     if isinstance(example, Tensor):
         example = (example,)  # a tensor is a sequence too: of its rows
+    # Blocks are looked at with the tensors that the example leaves behind: masks that a parent sets on them.
+    with nullcontext() if example is None else tensors_restored(model):
+        stages, report = _replace_containers(model, config, example)
+    if example is not None:
+        try:
+            check_same_network(model, example)
+        except ValueError:
+            unrewire(model)
+            raise
+    _set_checkpointing(model, config is None or config.recompute)
+    ends = tuple(stage.name_of(name) for stage in stages for name in stage.names() if name in stage.ends)
+    return replace(report, outside=tuple(_left_outside(model, report)), ends=ends)
+
+
+def _replace_containers(
+    model: nn.Module, config: RewiringConfig | None, example: Example | None
+) -> tuple[list[RewiredStage], RewireReport]:
     analyse = _analyst(model, example, whole_blocks=config is not None and config.unit == "block")
     if isinstance(model, nn.Sequential | nn.ModuleList) and _has_residual_blocks(model, analyse):
         raise ValueError(f"this {type(model).__name__} is itself a container of blocks; rewire a module that holds it")
@@ -76,15 +94,7 @@ def rewire(
                     place.container, config or RewiringConfig(), residual=residual, path=stage.name
                 )
             setattr(place.parent, place.name, stages[place.container])
-    if example is not None:
-        try:
-            check_same_network(model, example)
-        except ValueError:
-            unrewire(model)
-            raise
-    _set_checkpointing(model, config is None or config.recompute)
-    ends = tuple(stage.name_of(name) for stage in stages.values() for name in stage.names() if name in stage.ends)
-    return replace(report, outside=tuple(_left_outside(model, report)), ends=ends)
+    return list(stages.values()), report
 
 
 def _blocks(container: nn.Module) -> dict[str, nn.Module]:
@@ -149,10 +159,7 @@ def _analyst(model: nn.Module, example: Example | None, *, whole_blocks: bool) -
     containers = [module for module in model.modules() if isinstance(module, nn.Sequential | nn.ModuleList)]
     blocks = {block for container in containers for block in container.children() if _has_children(block)}
     unknown = {block for block in blocks if isinstance(registered(block), NotResidual)}
-    calls: dict[nn.Module, BlockInputs] = {}
-    if example is not None and unknown:
-        with tensors_restored(model):
-            calls = record_calls(model, unknown, example=example)
+    calls = record_calls(model, unknown, example=example) if example is not None and unknown else {}
 
     def in_branches(block: nn.Module) -> Residual | NotResidual:
         if example is None or block not in unknown or not is_unregistered(block):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from re2tal.rewire.conditions import cast, undisturbed
-from re2tal.rewire.discover import Example, call_model
+from re2tal.rewire.discover import Example
 from re2tal.rewire.outputs import Output, check_numbers, outputs_of, relative_error
 from re2tal.rewire.pending import RewireError
 from re2tal.rewire.recorded_calls import CallRecorder, plain_calls, recording
@@ -76,7 +76,8 @@ def _check(
             _rewired(model, example)
     for stage in stages:
         stage.ends = frozenset(recorder.ends.get(stage, ())) - stage.run_ends()
-    with _at_beta_0(stages):
+    # In training, blocks leave nothing behind. What they cache for evaluation is looked for in the first forward.
+    with _at_beta_0(stages), torch.no_grad():
         found = _rewired(model, example)
         if difference := _difference(model, example, wanted, found, dtype):
             raise RewireError(f"{difference}: in runs of several blocks, although each block alone agrees")
@@ -153,7 +154,7 @@ def _is_rounding(model: nn.Module, example: Example, want: Tensor, have: Tensor)
     """
     stages = list(stages_of(model).values())
     with plainly(model), plain_calls(stages, save_states=True) as calls:
-        call_model(model, example)
+        outputs_of(model, example)
     largest = max(float(state.abs().max()) for call in calls for state in call.states)
     return float((want - have).abs().max()) <= 64 * torch.finfo(want.dtype).eps * largest
 
@@ -186,9 +187,9 @@ def _explained(model: nn.Module, example: Example, dtype: torch.dtype) -> str:
     """The first block where the two forms part, and why that may be."""
     stages = list(stages_of(model).values())
     with plainly(model), plain_calls(stages, save_states=True) as plain:
-        call_model(model, example)
+        outputs_of(model, example)
     with recording(stages, CallRecorder(save_states=True)) as recorder:
-        call_model(model, example)
+        outputs_of(model, example)
     tolerance = _tolerance(dtype)
     for want, have in zip(plain, recorder.calls, strict=True):
         given, returned = (

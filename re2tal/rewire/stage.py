@@ -207,7 +207,9 @@ class RewiredStage(nn.Module):
         streams = self.residual[calls[0].name].streams
         if kind is not None:
             # Where states are saved and not rebuilt, backward does not show that a branch gives something else.
-            again = not (coupling_of(self.config, streams=streams).is_sum or hooked_inside(self._blocks(calls)))
+            again = self.recorder is None and not (
+                coupling_of(self.config, streams=streams).is_sum or hooked_inside(self._blocks(calls))
+            )
             units = [
                 (block, unit_checked_for_escapes(unit, stage=self.path, repeated=block if again else None))
                 for block, unit in units
@@ -232,16 +234,17 @@ class RewiredStage(nn.Module):
                     owner=nn.ModuleList(dict.fromkeys(blocks)),  # not all of the stage: others are not run here
                     monitor=self._monitor(),
                 )
-        if kind is not None:
+        if kind is not None and self.recorder is None:
             self._checked.add(kind)  # only now: a run that raised is checked again
         return x
 
     def _to_be_checked(self, calls: tuple[BlockCall, ...]) -> tuple | None:
         """A key for how these blocks run, if that must be checked: the first time, or if hooks may collect outputs."""
         blocks = self._blocks(calls)
-        kind = (self.training, *((call.name, call.constants()) for call in calls))
+        kind = tuple((call.name, block.training, call.constants()) for call, block in zip(calls, blocks, strict=True))
         done = kind in self._checked and not hooked_inside(blocks)
-        return None if self.recorder is not None or done or any(map(is_compiled, blocks)) else kind
+        left_out = self.recorder is not None and not self.recorder.check_replay
+        return None if left_out or done or any(map(is_compiled, blocks)) else kind
 
     def _blocks(self, calls: tuple[BlockCall, ...]) -> list[nn.Module]:
         return [self.get_submodule(call.name) for call in calls]

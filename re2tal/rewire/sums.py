@@ -37,7 +37,9 @@ def steps_of(block: nn.Module, leaves: list[Any], spec: Any, *, entered: Sequenc
     root = CalledBlock(block, leaves, spec)
     graph = trace(root, [block, *entered])
     x, tensors = (node for node in graph.nodes if node.op == "placeholder")
-    state = _hidden_state(next(node for node in graph.nodes if node.op == "output").args[0])
+    output = next(node for node in graph.nodes if node.op == "output")
+    _refuse_side_effects(graph, output)
+    state = _hidden_state(output.args[0])
     layouts = {node for node in graph.nodes if _is_layout(root, node)}
     chain: list[_Sum] = []
     back: list[fx.Node] = []  # what lays the state out as the output, and as x
@@ -59,6 +61,27 @@ def steps_of(block: nn.Module, leaves: list[Any], spec: Any, *, entered: Sequenc
     # A piece of a state is the same view of that state as it is of the one before, something added or not.
     views |= {piece.node: piece.view for state in states for piece in _pieces(state)}
     return [step_of(root, graph, added, states, tensors, views) for added in steps]
+
+
+_WRITING = ("setitem", "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor")
+
+
+def _refuse_side_effects(graph: fx.Graph, output: fx.Node) -> None:
+    """Raises RefusedError for modules that are called, and tensors that are written, for nothing that is returned.
+
+    Branches would leave that out: statistics, an auxiliary loss, a clamp in place.
+    """
+    used, pending = set(), [output]
+    while pending:
+        node = pending.pop()
+        if node not in used:
+            used.add(node)
+            pending.extend(node.all_input_nodes)
+    for node in graph.nodes:
+        name = str(node.target if isinstance(node.target, str) else getattr(node.target, "__name__", ""))
+        writes = name in _WRITING or (name.endswith("_") and not name.endswith("__")) or node.kwargs.get("inplace")
+        if node not in used and (node.op == "call_module" or (node.op != "placeholder" and writes)):
+            raise RefusedError(f"it calls {name.removeprefix('block.')} besides, for something that it does not return")
 
 
 def _hidden_state(output: Any) -> Any:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import operator
-import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._pytree import tree_unflatten
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from re2tal.rewire.escapes import other_generators, restore_other_generators
 
 
 class RefusedError(Exception):
@@ -42,7 +45,12 @@ class CalledBlock(nn.Module):
         """What the block returns."""
         leaves = [tensors[i] if isinstance(leaf, Tensor) else leaf for i, leaf in enumerate(self.leaves)]
         args, kwargs = tree_unflatten(leaves, self.spec)
-        return self.block(x, *args, **kwargs)
+        before, given = tree_flatten((args, kwargs))
+        output = self.block(x, *args, **kwargs)
+        after, found = tree_flatten((args, kwargs))
+        if given != found or any(one is not leaf for one, leaf in zip(after, before, strict=True)):
+            raise RefusedError("it writes into a list or a mapping that it is called with")
+        return output
 
 
 class _Tracer(fx.Tracer):
@@ -54,27 +62,90 @@ class _Tracer(fx.Tracer):
     def __init__(self, entered: Sequence[nn.Module]) -> None:
         super().__init__()
         self.entered = entered
+        self.with_gradients = torch.is_grad_enabled()
 
     def is_leaf_module(self, module: nn.Module, qualified_name: str) -> bool:
         """Whether the graph calls the module as a whole."""
         return not any(module is entered for entered in self.entered)
 
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any, **named: Any) -> fx.Proxy:
+        """Raises RefusedError for what the graph would not hold: where gradients are switched off."""
+        if torch.is_grad_enabled() != self.with_gradients:
+            raise RefusedError("it switches gradients off for a part of what it computes (no_grad)")
+        return super().create_proxy(kind, target, args, kwargs, *more, **named)
+
 
 def trace(root: CalledBlock, entered: Sequence[nn.Module]) -> fx.Graph:
-    """The graph of the block\'s forward. Raises RefusedError where it has none, or draws to decide what it computes."""
-    draws = torch.get_rng_state(), random.getstate()
+    """The graph of the block's forward.
+
+    Raises RefusedError where it has none, draws to decide what it computes, or does what a graph does not hold.
+    """
+    tracer, others = _Tracer(entered), other_generators()
     try:
-        graph = _Tracer(entered).trace(root)
-        if not torch.equal(torch.get_rng_state(), draws[0]) or random.getstate() != draws[1]:
-            raise RefusedError("it draws a random number to decide what it computes (LayerDrop?)")
-        return graph
+        with _without_autocast(), _custom_functions(tracer), _WithoutDraws():
+            graph = tracer.trace(root)
+        if other_generators() != others:
+            raise RefusedError(_DRAWS)
     except RefusedError:
         raise
     except Exception as error:  # whatever the block's own code does when it meets a proxy instead of a tensor
         raise RefusedError(f"its forward cannot be traced: {type(error).__name__}: {error}") from error
     finally:
-        torch.set_rng_state(draws[0])
-        random.setstate(draws[1])
+        restore_other_generators(others)
+    if any(str(node.target).startswith("_tensor_constant") for node in graph.nodes if node.op == "get_attr"):
+        raise RefusedError("it uses a tensor that is no argument and that no module holds")
+    return graph
+
+
+_DRAWS = "it draws a random number to decide what it computes (LayerDrop?)"
+
+
+class _WithoutDraws(TorchDispatchMode):
+    """Inside, drawing numbers raises RefusedError: a graph would hold them as constants."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Runs `func`."""
+        if torch.Tag.nondeterministic_seeded in func.tags:
+            raise RefusedError(_DRAWS)
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def _without_autocast() -> Iterator[None]:
+    """Inside, entering `torch.autocast` raises RefusedError: a graph would not hold it."""
+    usual = torch.autocast.__enter__
+
+    def enter(self: torch.autocast) -> None:
+        raise RefusedError("it switches autocast on or off for a part of what it computes")
+
+    torch.autocast.__enter__ = enter  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        torch.autocast.__enter__ = usual  # type: ignore[method-assign]
+
+
+@contextmanager
+def _custom_functions(tracer: _Tracer) -> Iterator[None]:
+    """Inside, a custom autograd Function is one node of the graph. Else its forward is traced, without its backward."""
+    usual = vars(torch.autograd.Function)["apply"]
+
+    def apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+        run = usual.__get__(None, cls)
+        if not any(isinstance(leaf, fx.Proxy) for leaf in tree_leaves((args, kwargs))):
+            return run(*args, **kwargs)
+
+        def applied(*args: Any, **kwargs: Any) -> Any:
+            return run(*args, **kwargs)
+
+        applied.__name__, applied.__module__ = cls.__name__, cls.__module__  # for the code that is made of the graph
+        return tracer.create_proxy("call_function", applied, args, kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = usual  # type: ignore[method-assign]
 
 
 def step_of(

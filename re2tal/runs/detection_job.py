@@ -51,8 +51,8 @@ class DetectionOptions:
     InternVideo"""
     add: bool = False
     """keep the results that are there already, and look only at the videos that they lack: goes on where a command was
-    stopped. Of json: results of other
-    weights, options or files are refused; of srt, vtt and eaf: a video is left out that has a file, whoever wrote it"""
+    stopped. Of json: results of other weights, options or files are refused; of srt, vtt and eaf: a video is left out
+    that has a file, whoever wrote it"""
     flip: bool = False
     """look at each clip and its mirror image, and average what the network says of both; takes twice as long"""
 
@@ -137,7 +137,7 @@ class Job:
         min_score = row.min_score if wanted.min_score is None else wanted.min_score
         selection = Selection(min_score, wanted.top, labels_of(classes, wanted.classes))
         early = selection if namer is None else Selection()
-        stem = "results" if paths == () and shards is None else "detections"
+        stem = "results" if not paths and shards is None else "detections"
         default = home / (stem if row.for_each else f"{stem}{row.suffix}")
         target = wanted.out or default
         if row.for_each and target.suffix.lower() == row.suffix and len(files.names) != 1:

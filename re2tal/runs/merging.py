@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -55,18 +56,23 @@ def merge_results(paths: Sequence[Path], out: Path, options: MergeOptions = AS_U
     """Write the detections of all files, per video suppressed together, to `out`.
 
     A video that only some of the files have is kept, and noted. Raises ValueError, before anything is written, for
-    weights that do not fit, files without a video in common, and video classes for detections that have classes.
+    weights that do not fit, a file that is given twice, scores below 0, files without a video in common, and video
+    classes for detections that have classes.
     """
     weights = options.weights or (1.0,) * len(paths)
     if not paths or len(weights) != len(paths):
         raise ValueError(f"{len(paths)} results and {len(weights)} weights were given; give a weight for each, or none")
     if not all(0 < weight < 1e6 for weight in weights):
         raise ValueError(f"weights are {weights}; give positive numbers")
+    if repeated := [path for path, times in Counter(path.resolve() for path in (*paths, out)).items() if times > 1]:
+        raise ValueError(f"{repeated[0]} is given twice; give different files, and another one to write")
     files = [read_results(path) for path in paths]
+    best = [_best_score(results, path) for results, path in zip(files, paths, strict=True)]
     if options.verb_noun_tiou is not None:
         return _as_submission(files, paths, out, options)
     found, classes, notes = _together(files, paths, weights)
     if len(files) > 1:
+        notes += _unlike_scores([weight * score for weight, score in zip(weights, best, strict=True)], paths)
         found = {video_id: _suppressed(one, video_id, options.suppression) for video_id, one in found.items()}
         if cut := {video_id: one.num_cut for video_id, one in found.items() if one.num_cut}:
             notes.append(cut_by_limit(cut))
@@ -81,6 +87,22 @@ def merge_results(paths: Sequence[Path], out: Path, options: MergeOptions = AS_U
         found, classes = namer.name(found, top_k=options.top_k), namer.classes
     write_results(out, found, classes)
     return Merged(out, len(found), sum(map(len, found.values())), tuple(notes))
+
+
+def _best_score(results: Results, path: Path) -> float:
+    """ValueError for a score below 0: products and means of such scores have no meaning."""
+    scores = torch.cat([one.scores for one in results.predictions.values()]) if results.predictions else torch.zeros(0)
+    if len(scores) and (least := float(scores.min())) < 0:
+        raise ValueError(f"{path} has scores down to {least:.4g}; give probabilities, not logits")
+    return float(scores.max()) if len(scores) else 0.0
+
+
+def _unlike_scores(best: Sequence[float], paths: Sequence[Path]) -> list[str]:
+    """A note if some files have probabilities, and others more: percentages, say."""
+    if max(best) <= 1 or min(best) > 1:
+        return []
+    highest = ", ".join(f"{path} {score:.4g}" for path, score in zip(paths, best, strict=True))
+    return [f"the files' scores differ in kind, so that some count for little; give weights. Highest are: {highest}"]
 
 
 def _as_submission(files: Sequence[Results], paths: Sequence[Path], out: Path, options: MergeOptions) -> Merged:
@@ -102,6 +124,10 @@ def _as_submission(files: Sequence[Results], paths: Sequence[Path], out: Path, o
         for path, missing in zip(paths, (videos[1] - videos[0], videos[0] - videos[1]), strict=True)
         if missing
     ]
+    kinds = [f"{len(one.classes)} {kind}" for kind, one in (("verbs", verbs), ("nouns", nouns))]
+    # Labels are numbers of either, so that only the number of classes tells: there are 97 verbs and 300 nouns.
+    swapped = ": more verbs than nouns, are they swapped?" if len(verbs.classes) > len(nouns.classes) else ""
+    notes.append(f"{paths[0]} has {kinds[0]}, {paths[1]} {kinds[1]}{swapped}")
     number = write_submission(verbs, nouns, out, min_tiou=tiou, max_per_video=limit)
     return Merged(out, len(videos[0] & videos[1]), number, tuple(notes))
 

@@ -33,6 +33,7 @@ from re2tal.runs.reproduction_checks import (
     blocked_videos,
     check_data,
     check_machine,
+    check_video_classes,
     check_weights,
     estimate_hours,
 )
@@ -73,14 +74,16 @@ def reproduce(asked: Reproduction) -> int:
     card = Card(asked.dataset, asked.tiny, published)
     config = _configured(asked, published, world)
     machine = check_machine(world)
+    if asked.dry_run and (asked.folder / RESULTS_NAME).exists():
+        raise ValueError(f"{asked.folder} holds a run, whose card a dry run would replace; give another --out")
     if not asked.dry_run:
         _refuse_what_cannot_be_compared(asked, published, machine)
     card.add("machine", machine)
     card.add("data", check_data(asked.dataset, asked.annotations, asked.shards, asked.blocked))
     classes = open_shards(subset_folder(asked.shards, config.data.training_subset)).classes
     card.add("weights", Checked({"file": None}) if asked.tiny else check_weights(asked.weights, config, classes))
-    if published.needs_video_classes and asked.video_classes is None:
-        card.problems.append("no --video-classes: actions cannot be named, so their score is of another task")
+    if published.needs_video_classes:
+        card.add("video classes", check_video_classes(asked.video_classes, asked.shards))
     card.add("plan", Checked(_planned(config, asked, world, num_classes=len(classes))))
     if world.is_main:
         print(card, flush=True)

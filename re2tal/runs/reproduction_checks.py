@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -19,11 +20,15 @@ from re2tal.data.building.annotations import read_database, read_video_ids
 from re2tal.data.building.catalog import find_dataset
 from re2tal.data.contract.shards import ShardSet, open_shards, subset_folder
 from re2tal.distributed import World
+from re2tal.evaluation.ground_truth import read_ground_truth
+from re2tal.evaluation.video_classes import read_video_classes
 from re2tal.runs.datasets import compare_with_facts
+from re2tal.runs.detection import Wanted
 from re2tal.runs.tasks import build_model
 from re2tal.runs.trained import default_device
 from re2tal.runs.training_data import stream_of
 from re2tal.strict_json import sha256_of
+from re2tal.structures import VideoRecord
 from re2tal.training.config import DTYPES
 from re2tal.video_ids import composed, plain_id
 
@@ -46,7 +51,7 @@ class Checked:
 def check_data(dataset: str, annotations: Path, shards: Path, blocked: Path | None) -> Checked:
     """Compare the annotation file with the published numbers, and the shards with the annotation file.
 
-    Raises ValueError where one of them cannot be read.
+    Raises ValueError where one of them cannot be read, and where they have no video in common.
     """
     compared = compare_with_facts(dataset, annotations)
     checked = Checked(
@@ -61,12 +66,19 @@ def check_data(dataset: str, annotations: Path, shards: Path, blocked: Path | No
     left_out = blocked_videos(dataset, blocked)
     checked.facts["left out by a list"] = sorted(left_out)
     listed = _by_subset(annotations, compared.renamed)
+    names = {new: old for old, new in compared.renamed.items()}
     for subset in ("training", "validation"):
         opened = open_shards(subset_folder(shards, subset))
         wanted = {name: seconds for name, seconds in listed.get(subset, {}).items() if name not in left_out}
         seconds = sum(video.video_seconds for video in opened.videos)
         checked.facts[subset] = {"videos": len(opened.videos), "listed": len(wanted), "hours": round(seconds / 3600, 3)}
+        if not wanted.keys() & {composed(video_id) for video_id in opened.by_id}:
+            raise ValueError(
+                f"{shards} and {annotations} have no {subset} video in common; give the file they were built from"
+            )
         checked.problems += [f"{subset}: {line}" for line in _compare_shards(opened, wanted)]
+        truths = read_ground_truth(annotations, subset=names.get(subset, subset))
+        checked.problems += [f"{subset}: {line}" for line in _compare_actions(opened, truths)]
     return checked
 
 
@@ -111,6 +123,23 @@ def _compare_shards(opened: ShardSet, wanted: dict[str, float | None]) -> Iterat
         yield f"{len(opened.manifest.damaged)} videos are damaged"
 
 
+def _compare_actions(opened: ShardSet, truths: Sequence[VideoRecord]) -> Iterator[str]:
+    """Whether videos of the shards have the actions that the file lists for them: label and start."""
+    there = {composed(video_id): video.record for video_id, video in opened.by_id.items()}
+    other = []
+    for truth in truths:
+        if (record := there.get(composed(plain_id(truth.video_id)))) is not None:
+            ours, theirs = (
+                Counter((one.label, round(max(one.start_seconds, 0.0), 1)) for one in actions)
+                for actions in (record.actions, truth.actions)
+            )
+            if ours != theirs:
+                more, less = (ours - theirs).total(), (theirs - ours).total()
+                other.append(f"{record.video_id} has {more} that the file lacks, and lacks {less}")
+    if other:
+        yield f"{len(other)} videos have other actions than in the file: {_some(other[:MAX_NAMED], len(other))}"
+
+
 def _some(shown: list[str], number: int) -> str:
     return "; ".join(shown) + (f" and {number - len(shown)} more" if number > len(shown) else "")
 
@@ -137,6 +166,22 @@ def check_weights(path: Path | None, config: RunConfig, classes: tuple[str, ...]
             "rename it if it was changed on purpose"
         )
     build_model(config, classes)  # refuses weights that do not fit, by name
+    return checked
+
+
+def check_video_classes(path: Path | None, shards: Path) -> Checked:
+    """The file that names what is found; ValueError, before any training, for one that will not do."""
+    if path is None:
+        return Checked({}, ["no --video-classes: actions cannot be named, so their score is of another task"])
+    namer = read_video_classes(path)
+    opened = open_shards(subset_folder(shards, "validation"))
+    namer.check(opened.by_id, top_k=Wanted().top_k)
+    checked = Checked({"file": str(path), "sha256": sha256_of(path), "classes": len(namer.classes)})
+    if unnamed := sorted(set(opened.classes) - set(namer.classes)):
+        checked.problems.append(
+            f"{path} lacks {len(unnamed)} of the {len(opened.classes)} classes of the data, which will never be found: "
+            f"{_some(unnamed[:MAX_NAMED], len(unnamed))}"
+        )
     return checked
 
 

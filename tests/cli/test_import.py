@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from data.numbered import encode_numbered
-from parity.actionformers import opentad_config, suppression
+from parity.pyramids import opentad_config, suppression
 from parity.sizes import frames_per_step, slowfast_size, swin_size
 from parity.vectors import Case, cases, load
 from safetensors.torch import load_file, save_file

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from parity.actionformers import original_config
 from parity.pyramids import build as build_pyramid
+from parity.pyramids import original_config
 from parity.test_actionformer import training_batch
 from parity.vectors import cases, load
 from torch import Tensor

@@ -70,7 +70,18 @@ def test_files_that_do_not_fit_are_refused_before_anything_is_written(tmp_path: 
         merge_results([a], out, MergeOptions(weights=(-1.0,)))
     with pytest.raises(ValueError, match=r"video classes, .*b\.json, were given, but .*a\.json has classes of its own"):
         merge_results([a], out, MergeOptions(video_classes=b))
+    with pytest.raises(ValueError, match=r"a\.json is given twice; give different files, and another one to write"):
+        merge_results([a, tmp_path / "." / "a.json"], out)
+    with pytest.raises(ValueError, match=r"a\.json is given twice"):
+        merge_results([a], a)
+    logits = write(tmp_path / "logits.json", {"x": [(0, 10, "run", 2.0), (20, 30, "run", -1.5)]})
+    with pytest.raises(ValueError, match=r"logits\.json has scores down to -1\.5; give probabilities, not logits"):
+        merge_results([a, logits], out)
     assert not out.exists()
+    percent = write(tmp_path / "percent.json", {"x": [(0, 10, "run", 80.0), (20, 30, "jump", 50.0)]})
+    kinds = "the files' scores differ in kind, so that some count for little; give weights. Highest are: "
+    assert merge_results([a, percent], out).notes == (f"{kinds}{a} 0.8, {percent} 80",)
+    assert merge_results([a, percent], out, MergeOptions(weights=(1.0, 0.01))).notes == ()
 
 
 def test_verbs_and_nouns_that_overlap_become_a_submission_that_the_challenge_scores(
@@ -83,7 +94,12 @@ def test_verbs_and_nouns_that_overlap_become_a_submission_that_the_challenge_sco
         main(["merge-results", str(verbs), str(nouns), "--out", str(out), "--verb-noun-tiou", "0.5"])
     printed = capsys.readouterr()
     assert printed.out == f"2 detections in 1 videos; {out}\n"
-    assert printed.err == f"note: {nouns} lacks 1 videos of the other file, which are left out: 'P02_1'\n"
+    assert printed.err == (
+        f"note: {nouns} lacks 1 videos of the other file, which are left out: 'P02_1'\n"
+        f"note: {verbs} has 2 verbs, {nouns} 3 nouns\n"
+    )
+    swapped = merge_results([nouns, verbs], tmp_path / "swapped.json", MergeOptions(verb_noun_tiou=0.5))
+    assert swapped.notes[-1] == f"{nouns} has 3 verbs, {verbs} 2 nouns: more verbs than nouns, are they swapped?"
     rows = json.loads(out.read_text())["results"]["P01_11"]
     assert [(row["verb"], row["noun"], row["action"]) for row in rows] == [(3, 14, "3,14"), (4, 5, "4,5")]
     # 0.8 of the verb's [0, 10] and 0.4 of the noun's [0, 8]; 0.5 of [20, 30] and 0.2 of [22, 30].

@@ -127,6 +127,9 @@ def test_thumos_in_tiny_from_data_to_a_card(thumos, tmp_path, capsys):
     assert paper["here"] == pytest.approx(100 * report.map_by_tiou["0.5"])
     assert paper["difference"] == pytest.approx(paper["here"] - 64.9)
     assert rows["OpenTAD, same settings", "average"]["here"] == pytest.approx(100 * report.average_map)
+    # What a dry run would write in its place.
+    assert reproduce(thumos, "thumos14", tmp_path / "run", "--tiny", "--dry-run")[1] == card
+    assert "holds a run, whose card a dry run would replace" in capsys.readouterr().err
     assert paper["interval"][0] <= paper["here"] <= paper["interval"][1]
     assert paper["inside"] is False  # a network of one epoch
     assert card["scores"]["bootstrap"]["draws"] == 1000
@@ -202,6 +205,43 @@ def test_what_cannot_be_compared_is_refused_before_any_work(thumos, activitynet,
     assert reproduce(thumos, "thumos14", tmp_path / "run", "--weights", weights)[0] == 2
     assert f"has SHA-256 {sha256_of(weights)[:16]}..., but its name says 0123abcd" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def test_files_that_do_not_belong_together_are_found_before_training(thumos, activitynet, tmp_path, capsys):
+    document = json.loads((thumos / "annotations.json").read_text())
+    first = document["database"]["video_validation_0000000"]["annotations"]
+    first[0]["label"], first[1]["segment"] = "Billiards", [0.5, 2.5]
+    (tmp_path / "other.json").write_text(json.dumps(document))
+    files = ["--annotations", tmp_path / "other.json", "--shards", thumos / "shards", "--out", tmp_path / "a"]
+    assert run("reproduce", "thumos14", *files, "--tiny", "--dry-run") == 1
+    problems = json.loads((tmp_path / "a" / "card.json").read_text())["problems"]
+    line = (
+        "1 videos have other actions than in the file: video_validation_0000000 has 2 that the file lacks, and lacks 2"
+    )
+    assert f"training: {line}" in problems
+
+    files = ["--annotations", activitynet / "annotations.json", "--shards", thumos / "shards", "--out", tmp_path / "b"]
+    assert run("reproduce", "activitynet", *files, "--tiny") == 2
+    assert "have no training video in common; give the file they were built from" in capsys.readouterr().err
+
+    for name, classes, message in (
+        ("absent.json", None, "absent.json"),
+        ("other_ids.json", {"results": {"c": [0.5, 0.5]}, "class": ANET_CLASSES}, "is missing, like all 2 videos"),
+    ):
+        if classes:
+            (tmp_path / name).write_text(json.dumps(classes))
+        assert (
+            reproduce(activitynet, "activitynet", tmp_path / "c", "--tiny", "--video-classes", tmp_path / name)[0] == 2
+        )
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "c").exists()
+    scores = {"results": {"bbbbbbbbbb0": [0.5, 0.5], "bbbbbbbbbb1": [0.5, 0.5]}, "class": ["Archery", "Zumba class"]}
+    (tmp_path / "names.json").write_text(json.dumps(scores))
+    options = ["--tiny", "--dry-run", "--video-classes", tmp_path / "names.json"]
+    _, card = reproduce(activitynet, "activitynet", tmp_path / "d", *options)
+    assert any(
+        "lacks 1 of the 2 classes of the data, which will never be found: Zumba" in one for one in card["problems"]
+    )
 
 
 def test_ranks_that_cannot_share_a_step_are_refused(thumos, tmp_path, capsys, monkeypatch):

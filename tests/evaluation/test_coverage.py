@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import re2tal
@@ -121,12 +122,12 @@ def test_the_blocked_list_is_named_and_matched_like_other_ids(tmp_path: Path) ->
 
 
 def test_what_the_limit_cut_is_counted_and_a_common_number_looks_like_one(tmp_path: Path) -> None:
-    many = [JUMP[0]] * 20
+    many = [(1.0, 4.0 + shift / 100, "jump") for shift in range(20)]
     predictions, annotations = write(tmp_path, {"a": many, "b": many}, {"a": JUMP, "b": JUMP})
     assert "2 videos have exactly 20 predictions, the most of any" in str(re2tal.evaluate(predictions, annotations))
     document = json.loads(predictions.read_text())
     predictions.write_text(json.dumps(document | {"num_cut": {}}))
-    assert "note" not in str(re2tal.evaluate(predictions, annotations))
+    assert "limit" not in str(re2tal.evaluate(predictions, annotations))
     predictions.write_text(json.dumps(document | {"num_cut": {"b": 7}}))
     scored = re2tal.evaluate(predictions, annotations)
     assert scored.to_json()["coverage"]["cut_videos"] == {"b": 7}
@@ -134,6 +135,56 @@ def test_what_the_limit_cut_is_counted_and_a_common_number_looks_like_one(tmp_pa
         "note: 1 videos reach the limit of detections (suppression.max_per_video), which left out up to 7 more: 'b'"
         in str(scored)
     )
+
+
+def test_numbers_that_hardly_mean_what_they_should_are_named(tmp_path: Path) -> None:
+    truth = {"a": JUMP, "b": [(2.0, 8.0, "jump")]}
+    rows = [(1.0 + shift / 10, 4.0, "jump") for shift in range(20)]
+
+    def notes(rows: list[tuple[float, float, str]], *, times: float = 1.0, step: float = 0.0) -> str:
+        predictions, annotations = write(tmp_path, {"a": rows}, truth)
+        document = json.loads(predictions.read_text())
+        for place, row in enumerate(document["results"]["a"]):
+            row["segment"] = [times * second for second in row["segment"]]
+            row["score"] += step * place
+        predictions.write_text(json.dumps(document))
+        return "\n".join(re2tal.evaluate(predictions, annotations).to_json()["coverage"]["notes"][1:])
+
+    assert notes(rows, step=0.01) == ""
+    assert notes(rows) == "all scores are equal, so that precision is that of an arbitrary order"
+    assert notes([*rows, *rows[:2]], step=0.01) == ""
+    assert notes([*JUMP, *JUMP, *JUMP]) == "2 predictions repeat another in all they say, and count as false"
+    frames, minutes = notes(rows, times=25.0, step=0.01), notes(rows, times=1 / 60, step=0.01)
+    assert frames.startswith("20 of 20 predictions start after the end of their video; give segments in seconds, not")
+    assert minutes.startswith("no prediction ends after 0.06667 s, and the last true action ends at 8 s; give segments")
+
+
+def test_no_number_depends_on_the_order_of_the_file(tmp_path: Path) -> None:
+    """Even where most scores are equal."""
+    generator = np.random.default_rng(0)
+    labels = ("jump", "run")
+
+    def rows(number: int) -> list[tuple[float, float, str]]:
+        starts = generator.integers(0, 7, number)
+        return [(float(one), float(one + generator.integers(1, 3)), labels[generator.integers(2)]) for one in starts]
+
+    truth = {f"v{number}": rows(3) for number in range(6)}
+    found = {video_id: rows(12) for video_id in [*truth, "elsewhere"]}
+    options = re2tal.ScoringOptions(proposals=5, top_kx=(1, 2), errors=True, bootstrap=20)
+    expected = None
+    for _ in range(5):
+        predictions, annotations = write(tmp_path, found, truth)
+        document = json.loads(predictions.read_text())["results"]
+        for video in document.values():
+            for row in video:
+                row["score"] = row["segment"][0] % 2 / 2  # of the prediction, not of its place
+            generator.shuffle(video)
+        order = generator.permutation(list(document))
+        predictions.write_text(json.dumps({"results": {video_id: document[video_id] for video_id in order}}))
+        figures = re2tal.evaluate(predictions, annotations, options).to_json()
+        figures = {key: value for key, value in figures.items() if key != "coverage"}
+        expected = expected or json.dumps(figures)
+        assert json.dumps(figures) == expected
 
 
 def test_videos_of_another_subset_are_recognized(tmp_path: Path) -> None:

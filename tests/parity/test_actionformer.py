@@ -10,9 +10,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from parity.actionformers import STEPS, actions, build, original_suppression, suppression, timeline
 from parity.compare import Tolerances, check_gradients
 from parity.detections import check_same, from_results, rounded, stored
+from parity.pyramids import STEPS, actions, build, original_suppression, suppression, timeline
 from parity.vectors import Case, cases, load, read_json
 
 from re2tal.evaluation.suppression import suppress

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from parity.actionformers import STEPS, batch_actions, opentad_config, suppression
 from parity.compare import check_gradients, largest_error
 from parity.detections import check_same, stored
+from parity.pyramids import STEPS, batch_actions, opentad_config, suppression
 from parity.sizes import videomae_size
 from parity.test_detector import GRADIENT_TOLERANCES, LOSS_TOLERANCE, VIDEO_PREFIX
 from parity.test_detector import inputs as rounded_inputs
@@ -52,8 +52,10 @@ def case_config(case: Case, **fields: object) -> RunConfig:
 def imported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """Imports the file that OpenTAD's trainer would write: its moving average under data-parallel names."""
 
-    def detector(name: str, **fields: object) -> tuple[Case, TemporalActionDetector]:
-        case = load(name)
+    def detector(
+        name: str, *, state: dict[str, Tensor] | None = None, **fields: object
+    ) -> tuple[Case, TemporalActionDetector]:
+        case = load(name) if state is None else replace(load(name), state=state)
         monkeypatch.setitem(videomae.SIZES, "videomae_case", videomae_size(case.config["backbone"]))
         monkeypatch.setitem(BACKBONES, "videomae_case", videomae.build)
         averaged = {f"module.{key}": value for key, value in case.state.items()}
@@ -117,6 +119,9 @@ def test_losses_and_gradients_of_a_training_step(name: str, dtype: torch.dtype, 
     gradients |= {VIDEO_PREFIX + theirs: trained[key] for key, theirs in MMACTION.from_ours(trained).items()}
     arrays = dict(case.arrays)
     arrays.setdefault("param_grad_probe", arrays["param_grad_probe_f64"])
+    # The peer's last norm has a gradient, but is not in its optimizer; here it is frozen too.
+    last = np.char.startswith(arrays["param_names"], f"{VIDEO_PREFIX}norm.")
+    arrays |= {key: np.where(last, np.nan, value) for key, value in arrays.items() if key.startswith("param_grad")}
     ordered = [gradients.get(theirs) for theirs in case.arrays["param_names"].tolist()]
     check_gradients(replace(case, arrays=arrays), frames, ordered, GRADIENT_TOLERANCES)
 
@@ -129,6 +134,21 @@ def test_detections_from_the_frames(name: str, imported) -> None:
     for clip, candidates in enumerate(detector.localizer.candidates(outputs)):
         ours = suppress(Detections(*candidates), suppression(case.config["nms"]))
         check_same(ours, stored(case.arrays, "nms", clip))
+
+
+@every_case
+def test_a_network_that_norms_its_tokens_is_imported_as_such(name: str, imported) -> None:
+    state, ending = load(name).state, f"{VIDEO_PREFIX}norm."
+    width = load(name).config["backbone"]["embed_dims"]
+    norm = {"weight": torch.linspace(0.5, 2.0, width), "bias": torch.linspace(-1.0, 1.0, width)}
+    state = {key: value for key, value in state.items() if not key.startswith((f"{VIDEO_PREFIX}fc_norm.", ending))}
+    state |= {ending + key: value for key, value in norm.items()}
+    case, detector = imported(name, state=state)
+    last = detector.backbone.encoder.model.videomae.layernorm
+    for key, parameter in last.named_parameters():
+        assert torch.equal(parameter, norm[key])
+        assert not parameter.requires_grad
+    assert export_detector(detector, config=case_config(case).backbone).keys() == state.keys()
 
 
 @every_case

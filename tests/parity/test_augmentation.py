@@ -8,11 +8,14 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from parity.vectors import cases, load
 
 from re2tal.data.streaming.color_jitter import ColorJitter
 from re2tal.data.streaming.imgaug import OPERATIONS, Operation, cutout
+from re2tal.data.streaming.transforms import Box, crop_and_resize, normalise
 
+SIZES = {"shear": 15.471, "percent": 0.18, "rotate": 27, "factor": 1.72, "threshold": 230.4, "nb_bits": 3, "cutoff": 0}
 GEOMETRIC = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate")
 PARAMETERS = {name: json.loads(str(load(name).arrays["parameters_json"])) for name in cases("augmentation_")}
 VECTORS = [
@@ -39,6 +42,8 @@ def _named(kind: str, parameters: dict, *, case: str) -> Operation:
         top, bottom, left, right = parameters["box_y0_y1_x0_x1"]
         x = parameters.get("centre_x_fraction", (left + right + 1) / 2 / width)  # both sides are cut to whole pixels
         return partial(cutout, x=x, y=parameters.get("centre_y_fraction", (top + bottom + 1) / 2 / height))
+    for key in SIZES.keys() & parameters.keys():
+        assert abs(parameters[key]) == pytest.approx(SIZES[key]), f"{kind}: ours has one {key}"
     size = next((parameters[key] for key in ("shear", "percent", "rotate") if key in parameters), 1)
     return OPERATIONS[kind](1 if size > 0 else -1, np.random.default_rng(0))
 
@@ -57,5 +62,17 @@ def test_operations_give_the_pixels_of_the_source(case: str, name: str) -> None:
     assert off.max() <= (3 if is_geometric else 1 if name.startswith("colorjitter_") else 0)
 
 
-def test_there_are_vectors() -> None:
-    assert VECTORS
+@pytest.mark.parametrize("case", PARAMETERS)
+def test_crop_flip_and_normalisation(case: str) -> None:
+    """Ours resizes with antialiasing, the source without, so resized pictures are not compared."""
+    arrays, parameters = load(case), PARAMETERS[case]
+    frames, (left, top, right, bottom) = arrays.tensor("clip"), parameters["centercrop"]["box"]
+    size = parameters["centercrop"]["size"]
+    cropped = arrays.tensor("centercrop").permute(3, 0, 1, 2)
+    assert (right - left, bottom - top) == (size, size)
+    box = Box(top, left, size, size)
+    assert torch.equal(crop_and_resize(frames, box, size=size), cropped)
+    flipped = arrays.tensor("flip")[:, top:bottom, -right : frames.shape[2] - left].permute(3, 0, 1, 2)
+    assert torch.equal(crop_and_resize(frames, box, size=size, flip=True), flipped)
+    ours = normalise(frames.permute(3, 0, 1, 2)[None])[0]
+    torch.testing.assert_close(ours, arrays.tensor("normalize"), rtol=0, atol=1e-6)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from parity.actionformers import STEPS, batch_actions, build, suppression
 from parity.compare import Tolerances, check_gradients, largest_error
 from parity.detections import check_same, stored
+from parity.pyramids import STEPS, batch_actions, build, suppression
 from parity.sizes import frames_per_step, slowfast_size, swin_size
 from parity.vectors import Case, cases, load
 from torch import Tensor

@@ -7,10 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from parity.actionformers import STEPS, batch_actions, suppression, timeline
 from parity.compare import Tolerances, check_gradients
 from parity.detections import check_same, from_results, rounded, stored
-from parity.pyramids import build
+from parity.pyramids import STEPS, batch_actions, build, suppression, timeline
 from parity.vectors import Case, cases, load, read_json
 from torch import Tensor
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from parity.compare import Tolerances, check_gradients, check_loss, check_values
+from parity.sizes import swin_size
 from parity.vectors import Case, cases, load
 from torch import Tensor, nn
 
@@ -31,16 +32,7 @@ both_precisions = pytest.mark.parametrize("dtype", [torch.float32, torch.float64
 
 
 def build(case: Case, layout: str, dtype: torch.dtype) -> VideoSwin:
-    arguments = case.config["arguments"]
-    arch = arguments.get("arch", arguments)
-    swin = VideoSwin(
-        embed_dim=arch.get("embed_dims", arch.get("embed_dim")),
-        depths=tuple(arch["depths"]),
-        num_heads=tuple(arch["num_heads"]),
-        window=tuple(arguments["window_size"]),
-        patch=tuple(arguments["patch_size"]),
-        mlp_ratio=arguments["mlp_ratio"],
-    )
+    swin = VideoSwin(**swin_size(case.config["arguments"]))
     swin.load_state_dict({ours: case.state[theirs] for theirs, ours in names(case, layout).items()})
     return swin.to(dtype).eval()
 

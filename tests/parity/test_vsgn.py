@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from copy import deepcopy
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from parity.actionformers import STEPS, batch_actions, suppression
+from parity.arguments import Arguments
 from parity.compare import Tolerances, check_gradients, largest_error
 from parity.detections import check_same, from_results, rounded, stored
+from parity.pyramids import STEPS, batch_actions, suppression
 from parity.vectors import Case, cases, load, read_json
 
 from re2tal.evaluation.suppression import suppress
@@ -43,27 +45,70 @@ both_precisions = pytest.mark.parametrize("dtype", [torch.float32, torch.float64
 def build(case: Case) -> VSGN:
     """The case's localizer with its weights; its classes are called "0", "1", ..."""
     detector = case.config["detector"]
-    projection, rpn, roi = detector["projection"], detector["rpn_head"], detector["roi_head"]
-    strides = projection["pyramid_levels"]
-    config = VSGNConfig(
-        channels=projection["out_channels"],
-        num_levels=len(strides),
-        first_stride=strides[0],
-        num_neighbours=projection["gcn_kwargs"]["num_neigh"] if projection.get("use_gcn") else None,
-        num_head_convs=rpn["num_layers"],
-        anchor_scales=tuple(rpn["anchor_generator"]["anchor_scale"]),
-        anchor_iou=rpn["iou_thr"],
-        boundary_iou=roi["iou_thr"],
-        focal_alpha=rpn["loss_cls"].get("alpha", VSGNConfig.focal_alpha),
-    )
     # The peer counts the background among the classes, unless there is a single one.
-    num_classes = max(1, rpn["num_classes"] - 1)
+    num_classes = max(1, detector["rpn_head"]["num_classes"] - 1)
     localizer = build_localizer(
-        config, in_channels=projection["in_channels"], classes=[str(index) for index in range(num_classes)]
+        opentad_config(detector),
+        in_channels=detector["projection"]["in_channels"],
+        classes=[str(index) for index in range(num_classes)],
     )
     assert isinstance(localizer, VSGN)
     localizer.load_state_dict(import_weights(case.state, localizer=localizer, layout="opentad"))
     return localizer
+
+
+def opentad_config(detector: dict[str, Any]) -> VSGNConfig:
+    with (
+        Arguments("projection", detector["projection"]) as projection,
+        Arguments("neck", detector["neck"]) as neck,
+        Arguments("rpn_head", detector["rpn_head"]) as rpn,
+        Arguments("roi_head", detector["roi_head"]) as roi,
+        rpn.part("anchor_generator") as anchors,
+        rpn.part("tem_head") as evaluation,
+        rpn.part("loss_cls") as focal,
+        roi.part("roi_extractor") as extractor,
+        projection.part("gcn_kwargs", {}) as graph,
+    ):
+        channels, strides = projection.take("out_channels"), projection.take("pyramid_levels")
+        for part, name, *accepted in (
+            (projection, "type", "VSGNPyramidProj"),
+            (neck, "type", "VSGNFPN"),
+            (rpn, "type", "VSGNRPNHead"),
+            (roi, "type", "VSGNRoIHead"),
+            (neck, "out_channels", channels),
+            *((part, "in_channels", channels) for part in (neck, rpn, roi, evaluation)),
+            (neck, "num_levels", len(strides)),
+            (anchors, "pyramid_levels", strides),
+            (extractor, "base_stride", strides[0]),
+            (extractor, "tscale", anchors.take("tscale")),
+            (extractor, "type", "CornerExtractor"),
+            (extractor, "beta", 8.0),
+            (evaluation, "type", "TemporalEvaluationHead"),
+            (evaluation, "num_classes", 3),
+            (evaluation, "loss", {"pos_thresh": 0.5, "gt_type": ["startness", "endness", "actionness"]}),
+            (focal, "type", "FocalLoss", "BalancedCELoss"),
+            (focal, "gamma", 2.0),
+            (rpn, "loss_loc", None),
+            (roi, "loss_loc", None),
+            (graph, "nfeat_mode", "feat_ctr"),
+            (graph, "agg_type", "max"),
+            (graph, "edge_weight", "false"),
+        ):
+            part.only(name, *accepted)
+        projection.drop("in_channels")
+        rpn.drop("num_classes")
+        neighbours = graph.take("num_neigh", 10)
+        return VSGNConfig(
+            channels=channels,
+            num_levels=len(strides),
+            first_stride=strides[0],
+            num_neighbours=neighbours if projection.take("use_gcn", False) else None,
+            num_head_convs=rpn.take("num_layers"),
+            anchor_scales=anchors.take("anchor_scale"),
+            anchor_iou=rpn.take("iou_thr"),
+            boundary_iou=roi.take("iou_thr"),
+            focal_alpha=focal.take("alpha", VSGNConfig.focal_alpha),
+        )
 
 
 def features(case: Case, dtype: torch.dtype = torch.float32) -> Features:
@@ -166,23 +211,42 @@ def original(request) -> tuple[Case, VSGN]:
     if not case.state:
         pytest.skip("the weights of the original are not among these vectors")
     options = case.config["opt"]
-    config = VSGNConfig(
-        variant="original",
-        channels=options["bb_hidden_dim"],
-        num_levels=options["num_levels"],
-        first_stride=options["base_stride"],
-        num_neighbours=options["num_neigh"] if options.get("use_xGPN", True) else None,
-        num_head_convs=options["num_head_layers"],
-        anchor_scales=tuple(options["anchor_scale"]),
-        anchor_iou=options["iou_thr"][0],
-        boundary_iou=options["iou_thr"][2],
+    num_classes = 1 if options["dataset"] == "activitynet" else options["decoder_num_classes"] - 1
+    localizer = build_localizer(
+        original_config(options),
+        in_channels=options["input_feat_dim"],
+        classes=[str(index) for index in range(num_classes)],
     )
-    classes = [str(index) for index in range(options["decoder_num_classes"] - 1)]
-    localizer = build_localizer(config, in_channels=options["input_feat_dim"], classes=classes)
     assert isinstance(localizer, VSGN)
     localizer.load_state_dict(import_weights(case.state, localizer=localizer, layout="original"))
     assert export_weights(localizer, layout="original").keys() == case.state.keys()
     return case, localizer
+
+
+def original_config(given: dict[str, Any]) -> VSGNConfig:
+    with Arguments("opt", given) as options:
+        options.drop("batch_size", "is_train", "dataset", "input_feat_dim", "temporal_scale", "decoder_num_classes")
+        options.drop("short_ratio", "stitch_gap")
+        options.only("use_VSS", False)
+        options.only("nfeat_mode", "feat_ctr")
+        options.only("agg_type", "max")
+        options.only("edge_weight", "false")
+        options.only("gcn_insert", "par")
+        neighbours = options.take("num_neigh")
+        anchor_iou, class_iou, boundary_iou = options.take("iou_thr")
+        assert anchor_iou == class_iou, "ours has one threshold for segments and classes"
+        return VSGNConfig(
+            variant="original",
+            channels=options.take("bb_hidden_dim"),
+            num_levels=options.take("num_levels"),
+            first_stride=options.take("base_stride"),
+            num_neighbours=neighbours if options.take("use_xGPN", True) else None,
+            num_head_convs=options.take("num_head_layers"),
+            anchor_scales=options.take("anchor_scale"),
+            anchor_iou=anchor_iou,
+            boundary_iou=boundary_iou,
+            focal_alpha=options.take("focal_alpha"),
+        )
 
 
 @both_precisions
@@ -198,7 +262,7 @@ def test_predictions_of_the_original(original: tuple[Case, VSGN], dtype: torch.d
     starts, ends, inside = outputs.evaluation.sigmoid().unbind(dim=1)
     compared = {
         "loc_dec": outputs.proposals,
-        "score_dec": outputs.logits.softmax(dim=-1),
+        "score_dec": outputs.logits.sigmoid() if len(localizer.classes) == 1 else outputs.logits.softmax(dim=-1),
         "loc_adjusted": outputs.adjusted,
         "startness": starts,
         "endness": ends,
@@ -216,7 +280,7 @@ def test_predictions_of_the_original(original: tuple[Case, VSGN], dtype: torch.d
         assert largest_error(ours, reference) <= max(OUTPUT_TOLERANCE[dtype], least), key
 
 
-def test_losses_of_the_original(original: tuple[Case, VSGN]) -> None:
+def test_losses_and_gradients_of_the_original(original: tuple[Case, VSGN]) -> None:
     case, localizer = original
     localizer = deepcopy(localizer).train()
     values, counts = case.tensor("feats"), case.arrays["num_gt"]
@@ -238,6 +302,15 @@ def test_losses_of_the_original(original: tuple[Case, VSGN]) -> None:
         ("adjustment", "loss_bd_adjust"),
     ):
         assert losses[ours].item() == pytest.approx(theirs[name], rel=LOSS_TOLERANCE), name
+    total = losses["classification"] + losses["regression"] + losses["adjustment"]
     for kind, name in enumerate(("start", "end", "action")):
         found = balanced_bce(outputs.evaluation[:, kind], case.tensor(f"gt_{name}") > 0.5, epsilon=1e-5)
         assert found.item() == pytest.approx(theirs[f"loss_{name}"], rel=LOSS_TOLERANCE), name
+        total = total + found
+    total.backward()
+    gradients = {
+        public_name(key, localizer=localizer, layout="original"): parameter.grad
+        for key, parameter in localizer.named_parameters()
+    }
+    ordered = [gradients[key] for key in case.arrays["param_names"].tolist()]
+    check_gradients(case, values, ordered, GRADIENT_TOLERANCES)

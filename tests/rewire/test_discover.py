@@ -288,7 +288,7 @@ REFUSED = {
     Swapped: "the branches found miss its result by",
     Remembering: "what it adds to a slice of a state depends on more than that state",
     Moody: "it adds other branches in training than in evaluation",
-    Lasting: "calls of a Lasting is .*, and was .* when it was taken apart",
+    Lasting: "it sets calls of a Lasting, which a graph would not do",
 }
 
 

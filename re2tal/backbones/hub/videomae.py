@@ -124,8 +124,11 @@ class VideoMAEEncoder(ClipEncoder):
     def take_last_norm(self, names: Iterable[str]) -> None:
         """Ends in a norm over tokens if the network that wrote entries of these names did."""
         if self.model.videomae.layernorm is None and ends_in_token_norm(names):
-            config = self.model.config
-            self.model.videomae.layernorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            config, before = self.model.config, self.model.fc_norm
+            assert before is not None
+            norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+            # Frozen, if only adapters train.
+            self.model.videomae.layernorm = norm.requires_grad_(before.weight.requires_grad)
             self.model.fc_norm = None
             config.use_mean_pooling = False
 

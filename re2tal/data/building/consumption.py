@@ -7,7 +7,8 @@ An arithmetic decoder takes any bytes for a picture. But where they are the enco
     too many   one that does not change with its last bytes did not come to them: key frames are decoded once more with
                others, and those between where the pictures jump back at the next one, or none follows
 
-HEVC and VP8 (libvpx): FFmpeg's other decoders check by themselves where a picture ends.
+HEVC and VP8 (libvpx) so, and H.264 its own way (slice_ends.py): FFmpeg's other decoders check by themselves where a
+picture ends.
 """
 
 from __future__ import annotations
@@ -20,16 +21,20 @@ from dataclasses import dataclass, field
 import av
 from av.video.stream import VideoStream
 
+from re2tal.data.building.isolated import still_working
 from re2tal.data.building.jumps import SUDDEN, Jumps, rows_of
+from re2tal.data.building.slice_ends import SliceEnds
+from re2tal.data.contract.key_frames import unit_places
 
 _BEHIND = b"\x55\xaa" * 16
 _LAST_BYTES = 16
 _HEAD_BYTES = 24
 """More than the header of a slice takes."""
-_MAX_KEPT, _MAX_AGAIN = 500, 600
+_MAX_KEPT, _MAX_AGAIN = 2000, 600
 """Packets of a group that are kept, and how many are decoded again, which is enough for each of the first 34."""
 _AGAIN_PER_PACKET = 2
-"""How many more are, of a long video with many cuts: decoding takes five times as long at most."""
+"""How many more are, of a long video of HEVC with many cuts: decoding takes five times as long at most. Of H.264 all of
+the first are, then those before a jump: twice as long at most."""
 
 
 @dataclass(slots=True)
@@ -46,12 +51,13 @@ class Consumption:
     """Follows the packets and frames of a stream."""
 
     def __init__(self, stream: VideoStream, decoder: str) -> None:
-        self._name = decoder if decoder in ("hevc", "libvpx") else None
+        self._name = decoder if decoder in ("hevc", "h264", "libvpx") else None
         self._extradata = stream.codec_context.extradata
         self._length_bytes = 0
         if self._extradata and self._extradata[0] == 1 and len(self._extradata) > 21:
             self._length_bytes = (self._extradata[21] & 3) + 1
-        self._second = self._fresh() if self._name else None
+        self._ends = SliceEnds(bytes(self._extradata or b"")) if self._name == "h264" else None
+        self._second = self._fresh() if self._name and not self._ends else None
         self._shown: dict[int | None, int] = {}
         self._groups: deque[_Group] = deque()
         self._jumps = Jumps()
@@ -59,13 +65,14 @@ class Consumption:
 
     def follow(self, packet: av.Packet, *, is_counted: bool) -> int:
         """Take what the decoder was given; gives how many earlier packets are found damaged, uncounted so far."""
-        if self._second is None:
+        if self._name is None:
             return 0
-        self._budget += _AGAIN_PER_PACKET
         content, time = bytes(packet), packet.dts if packet.pts is None else packet.pts
-        longer = self._with_more(content) if content else b""
-        self._shown.update(_decoded(self._second, longer, time))
-        if self._name != "hevc":
+        if self._second is not None:
+            self._budget += _AGAIN_PER_PACKET
+            longer = self._with_more(content) if content else b""
+            self._shown.update(_decoded(self._second, longer, time))
+        if self._name == "libvpx":
             return 0
         if not content:
             return sum(self._unused(place) for place in range(len(self._groups)))
@@ -83,12 +90,10 @@ class Consumption:
 
     def needs_more(self, frame: av.VideoFrame) -> bool:
         """Whether a frame was made of more bytes than there are."""
-        if self._second is None:
-            return False
         time = frame.dts if frame.pts is None else frame.pts
-        if self._name == "hevc":
+        if self._name in ("hevc", "h264"):
             self._jumps.add(time, frame)
-        if self._shown.pop(time, None) == _checksum(frame):
+        if self._second is None or self._shown.pop(time, None) == _checksum(frame):
             return False
         for group in self._groups:
             group.is_known = group.is_known or time in group.times
@@ -100,10 +105,26 @@ class Consumption:
         if group.is_known or not group.packets:
             return 0
         following = self._groups[place + 1].times if place + 1 < len(self._groups) else []
-        if following and self._jumps.at(following[0]) < SUDDEN:
+        is_smooth = bool(following) and self._jumps.at(following[0]) < SUDDEN
+        if self._ends:
+            return self._unread(self._ends, group) if self._pays(group) or not is_smooth else 0
+        if is_smooth:
             return self._damaged_by(group, [0])
         jumps = [self._jumps.at(time) for time in group.times]
         return self._damaged_by(group, [0, *sorted(range(1, len(jumps)), key=lambda number: -jumps[number])])
+
+    def _pays(self, group: _Group) -> bool:
+        self._budget -= len(group.packets)
+        return self._budget >= 0
+
+    def _unread(self, ends: SliceEnds, group: _Group) -> int:
+        unread = []
+        for number, packet in enumerate(group.packets):
+            still_working()
+            if ends.are_unread(packet):
+                unread.append(number)
+        # An encoder that puts something behind its slices does so behind most.
+        return len(group.packets) - unread[0] if 0 < len(unread) <= max(1, len(group.packets) // 2) else 0
 
     def _damaged_by(self, group: _Group, order: Sequence[int]) -> int:
         left, whole = min(self._budget, _MAX_AGAIN), self._sums(group.packets[: max(order) + 1], group.times)
@@ -140,19 +161,7 @@ class Consumption:
 
     def _slices(self, packet: bytes) -> list[tuple[int, int]]:
         """Where the slices of a packet of HEVC begin and end, without those of a second view or of transparency."""
-        places, found = [], 0
-        if self._length_bytes:
-            while found + self._length_bytes < len(packet):
-                start = found + self._length_bytes
-                found = start + int.from_bytes(packet[found:start], "big")
-                places.append((start, min(found, len(packet))))
-        else:
-            starts = []
-            while (found := packet.find(b"\0\0\1", found)) >= 0:
-                found += 3
-                starts.append(found)
-            ends = [start - 3 for start in starts[1:]] + [len(packet)]
-            places = list(zip(starts, ends, strict=True))
+        places = unit_places(packet, self._length_bytes)
         return [(start, end) for start, end in places if start + 1 < end and _is_shown_slice(packet[start : start + 2])]
 
     def _with_more(self, packet: bytes) -> bytes:

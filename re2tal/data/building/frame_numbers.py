@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from re2tal.data.contract.key_frames import KEY_SLICE, SLICE, Bits, with_lengths
+from re2tal.data.contract.key_frames import KEY_SLICE, SEQUENCE, SLICE, Bits, units
 
 _HIGH_PROFILES = frozenset({44, 83, 86, 100, 110, 118, 122, 128, 134, 135, 138, 139, 244})
-_SEQUENCE = 7
+_INTRA = 2
+"""A slice that needs no other picture, by its type modulo 5."""
 
 
 class FrameNumbers:
@@ -23,16 +24,16 @@ class FrameNumbers:
         self._has_planes = False
         self._is_off = False
         self._previous: int | None = None
-        sets = _sets_of(extradata) if self._length_bytes else _between_start_codes(extradata)
-        for unit in sets:
-            self._read_sequence(unit)
+        self._is_after_intra = False
+        for unit in parameter_sets(extradata):
+            if unit[0] & 31 == SEQUENCE:
+                self._read_sequence(unit)
 
     def lacks_frames(self, packet: bytes) -> bool:
         """Whether frames that others need are missing between this packet and the one before it."""
-        units = with_lengths(packet, self._length_bytes) if self._length_bytes else _between_start_codes(packet)
-        for unit in units:
+        for unit in units(packet, self._length_bytes):
             kind = unit[0] & 31
-            if kind == _SEQUENCE:
+            if kind == SEQUENCE:
                 self._read_sequence(unit)
             elif kind in (SLICE, KEY_SLICE):
                 return self._is_gap(unit, is_reference=bool(unit[0] & 96), is_key=kind == KEY_SLICE)
@@ -42,16 +43,17 @@ class FrameNumbers:
         if self._bits is None or self._is_off:
             return False
         bits = Bits(unit[1:24])
-        for _ in range(3):  # first macroblock, type, parameters
-            bits.number()
+        bits.number()  # first macroblock
+        is_intra = bits.number() % 5 == _INTRA
+        bits.number()  # parameters
         bits.take(2 * self._has_planes)
-        number, before = bits.take(self._bits), self._previous
+        number, before, may_restart = bits.take(self._bits), self._previous, self._is_after_intra
         if is_reference or before is None:
-            self._previous = number
+            self._previous, self._is_after_intra = number, is_intra
         if is_key or before is None:
             return False
-        # An operation that empties the memory sets the count to 0.
-        return number not in (before, (before + 1) % (1 << self._bits), 0, 1)
+        # An operation that empties the memory sets the count to 0; what comes after it needs that picture alone.
+        return number not in (before, (before + 1) % (1 << self._bits), *((0, 1) if may_restart else ()))
 
     def _read_sequence(self, unit: bytes) -> None:
         bits = Bits(unit[1:64])
@@ -84,19 +86,16 @@ class FrameNumbers:
         self._bits, self._has_planes = num_bits, has_planes
 
 
-def _sets_of(extradata: bytes) -> Iterator[bytes]:
-    """The sequence parameters in the header of an mp4 or Matroska file."""
-    place = 6
-    for _ in range(extradata[5] & 31):
-        size = int.from_bytes(extradata[place : place + 2], "big")
-        if unit := extradata[place + 2 : place + 2 + size]:
-            yield unit
-        place += 2 + size
-
-
-def _between_start_codes(packet: bytes) -> Iterator[bytes]:
-    place = packet.find(b"\0\0\1")
-    while place >= 0:
-        if unit := packet[place + 3 : place + 67]:
-            yield unit
-        place = packet.find(b"\0\0\1", place + 3)
+def parameter_sets(extradata: bytes) -> Iterator[bytes]:
+    """The parameter sets in the header of a file: of an mp4 or Matroska file (ISO 14496-15, 5.3.3), or start codes."""
+    if len(extradata) <= 6 or extradata[0] != 1:
+        yield from units(extradata, 0)
+        return
+    place = 5
+    for mask in (31, 255):  # of sequences, then of pictures
+        count, place = (extradata[place] & mask if place < len(extradata) else 0), place + 1
+        for _ in range(count):
+            start = place + 2
+            place = start + int.from_bytes(extradata[place:start], "big")
+            if unit := extradata[start:place]:
+                yield unit

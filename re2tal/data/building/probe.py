@@ -22,7 +22,7 @@ from re2tal.data.building.picture_times import PAUSE_SECONDS, is_even
 from re2tal.data.building.shown import Damage, Orientation, orientation_of, origin_seconds
 
 _OPEN_OPTIONS = {
-    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,flv,asf",
+    "format_whitelist": "mov,mp4,m4a,3gp,3g2,mj2,matroska,webm,avi,mpeg,mpegts,flv,asf,ogg",
     "protocol_whitelist": "file",
 }
 MAX_DAMAGED = 0.02
@@ -31,7 +31,8 @@ LEAST_GAP_SECONDS = 0.2
 """A camera may be silent for so long, and the header of a Matroska file be off by as much."""
 MAX_AVI_SHIFT_SECONDS = 0.5
 """An AVI stores no times, so a lost packet shifts all later frames."""
-_UNNUMBERED = frozenset({"vp8", "vp9", "libvpx", "libvpx-vp9", "av1", "libdav1d", "mpeg4"})
+_LIKE_MPEG4 = frozenset({"mpeg4", "h263", "flv", "wmv1", "wmv2", "msmpeg4", "msmpeg4v1", "msmpeg4v2"})
+_UNNUMBERED = _LIKE_MPEG4 | {"vp8", "vp9", "libvpx", "libvpx-vp9", "av1", "libdav1d", "theora"}
 """Codecs whose decoders show garbage without a word after a packet that was lost."""
 _PICTURE_CODECS = frozenset({"png", "mjpeg", "bmp", "gif", "tiff", "webp", "jpeg2000", "jpegls"})
 
@@ -71,10 +72,10 @@ def probe_video(path: Path, *, max_missing: float = MAX_DAMAGED) -> VideoProbe:
         codec = stream.codec_context.name
         num_frames, num_missing, still_seconds, duration = _scan(path, container, stream)
     if num_missing > max_missing * (num_frames + num_missing):
+        what = "is cut short: its header promises" if stream.frames else "is cut short or has holes: its times are of"
         raise ValueError(
-            f"{path} is cut short{'' if stream.frames else ' or has holes'}: its header promises "
-            f"{num_frames + num_missing} frames, {num_frames} are there; download or copy it again, or allow more with "
-            "--max-damaged"
+            f"{path} {what} {num_frames + num_missing} frames, {num_frames} are there; download or copy it again, or "
+            "allow more with --max-damaged"
         )
     with open_video(path) as (container, stream):
         frame = _first_frame(container, stream)
@@ -103,6 +104,10 @@ def open_video(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     try:
         with av.open(str(path), container_options=_OPEN_OPTIONS) as container:
             yield container, _video_stream(path, container)
+    except av.ArgumentError:
+        raise ValueError(
+            f"{path} cannot be read as a video: its container is not known here; convert it to mp4"
+        ) from None
     except av.FFmpegError as error:
         raise ValueError(f"{path} cannot be read as a video: {error.strerror}; replace the file") from None
 
@@ -129,7 +134,8 @@ def _video_stream(path: Path, container: InputContainer) -> VideoStream:
     """The stream that players choose. A cover picture is a video stream too; it is skipped."""
     streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
     if not streams:
-        kinds = ", ".join(sorted({s.type for s in container.streams})) or "nothing"
+        names = {"video": "a cover picture"}
+        kinds = ", ".join(sorted({names.get(s.type, s.type) for s in container.streams})) or "nothing"
         raise ValueError(f"{path} has no video stream, only {kinds}; replace the file")
     if any(s.codec_context is None for s in streams):
         raise ValueError(f"{path}: no decoder for its video stream; convert it to H.264")
@@ -138,10 +144,13 @@ def _video_stream(path: Path, container: InputContainer) -> VideoStream:
     best = container.streams.best("video")
     stream = best if best in moving else max(moving, key=_preference)
     assert isinstance(stream, VideoStream)
-    stream.codec_context.thread_count = 1  # work is spread over processes
-    # Checksums of pictures that carry one (HEVC, FFV1), and whether those of MPEG-4 end where their bytes do.
-    checks = "crccheck+bitstream+buffer" if stream.codec_context.name == "mpeg4" else "crccheck"
-    stream.codec_context.options = {"err_detect": checks}
+    codec = stream.codec_context
+    if codec.name == "vp9" and codec.format is not None and codec.format.components[0].bits > 8:
+        # libvpx, as it comes with PyAV, knows 8; FFmpeg's own decoder shows garbage without a word.
+        raise ValueError(f"{path} is VP9 of more than 8 bits, in which damage would not be seen; convert it to H.264")
+    codec.thread_count = 1  # work is spread over processes
+    # Checksums of pictures that carry one (HEVC, FFV1), and whether those of MPEG-4's kin end where their bytes do.
+    codec.options = {"err_detect": "crccheck+bitstream+buffer" if codec.name in _LIKE_MPEG4 else "crccheck"}
     return stream
 
 
@@ -179,7 +188,7 @@ def _scan(path: Path, container: InputContainer, stream: VideoStream) -> tuple[i
     if is_avi:
         missing = _missing_of_avi(path, shown, stream)
     elif container.format.name.startswith("mov"):  # says how long each frame is shown, so it has no gaps
-        missing = stream.frames - total
+        missing = min(stream.frames, len(stream.index_entries)) - total  # an edit list takes hidden ones off the index
     else:
         absent_seconds = (container.duration or 0) / av.time_base - end_seconds if is_mkv else 0
         missing, still = (stream.frames - total, 0.0) if stream.frames else _missing_in_gaps(shown, stream)

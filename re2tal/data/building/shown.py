@@ -209,7 +209,7 @@ def _decoded(
 def _complains(messages: Sequence[tuple[int, str, str]], decoder: str, first: bool) -> bool:
     """Whether one of FFmpeg's messages says that a picture is damaged; `first`: the second key frame is to come."""
     return any(
-        text.startswith("Packet corrupt")
+        text.startswith(("Packet corrupt", "CRC mismatch"))  # of a transport stream, of Ogg
         or (
             (level <= av.logging.ERROR and name == decoder)
             and not (_BENIGN.search(text) or (first and _MISSING_REFERENCE.search(text)))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-SLICE, KEY_SLICE = 1, 5
+SLICE, KEY_SLICE, SEQUENCE, PICTURE = 1, 5, 7, 8
 """Types of H.264's units."""
 
 
@@ -22,10 +22,10 @@ def stands_alone(packet: bytes, *, codec: bytes, length_bytes: int) -> bool:
         is_repeat = bool(packet[0] & 8 if packet[0] & 48 != 48 else packet[0] & 4)
         return not (is_marked or is_repeat)
     if codec != b"avc1":
-        types = (unit[0] >> 1 & 63 for unit in with_lengths(packet, length_bytes))
+        types = (unit[0] >> 1 & 63 for unit in units(packet, length_bytes))
         return 16 <= next((kind for kind in types if kind < 32), 0) <= 21
     num_slices = 0
-    for unit in with_lengths(packet, length_bytes):
+    for unit in units(packet, length_bytes):
         kind = unit[0] & 31
         if kind == KEY_SLICE:
             return True
@@ -38,15 +38,21 @@ def stands_alone(packet: bytes, *, codec: bytes, length_bytes: int) -> bool:
     return num_slices > 0
 
 
-def with_lengths(packet: bytes, length_bytes: int) -> Iterator[bytes]:
-    """The first bytes of each unit of a packet in an mp4 or Matroska file."""
-    place = 0
-    while place + length_bytes < len(packet):
-        size = int.from_bytes(packet[place : place + length_bytes], "big")
-        place += length_bytes
-        if unit := packet[place : min(place + size, place + 64)]:
-            yield unit
-        place += size
+def unit_places(packet: bytes, length_bytes: int) -> Iterator[tuple[int, int]]:
+    """Where each unit of a packet begins and ends: behind its length, or behind a start code with lengths of 0."""
+    place = 0 if length_bytes else packet.find(b"\0\0\1") + 3
+    while length_bytes and place + length_bytes < len(packet):
+        start = place + length_bytes
+        place = start + int.from_bytes(packet[place:start], "big")
+        yield start, min(place, len(packet))
+    while not length_bytes and place >= 3:
+        start, place = place, packet.find(b"\0\0\1", place) + 3
+        yield start, place - 3 if place >= 3 else len(packet)
+
+
+def units(packet: bytes, length_bytes: int) -> Iterator[bytes]:
+    """The units of a packet of H.264 or HEVC that are not empty."""
+    return (packet[start:end] for start, end in unit_places(packet, length_bytes) if start < end)
 
 
 class Bits:

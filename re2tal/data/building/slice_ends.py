@@ -1,0 +1,72 @@
+"""Slices of H.264 whose pictures are complete before their bytes are: what was decoded is not what was coded.
+
+Arithmetic decoding (ITU-T H.264, 9.3) needs no other picture, so each slice goes alone to another decoder, with another
+end. One that was decoded to its end now runs out of bytes, or fails: nine of ten do with one other end, all with one of
+many. FFmpeg reports the rest by itself: slices that need more bytes, and those that are coded without arithmetic.
+"""
+
+from __future__ import annotations
+
+import random
+
+import av
+
+from re2tal.data.building.frame_numbers import parameter_sets
+from re2tal.data.contract.key_frames import KEY_SLICE, PICTURE, SEQUENCE, SLICE, Bits, units
+
+_LEAST_BYTES = 56
+"""Of a slice: its header takes up to 24."""
+_CUTS = (8, *(12, 16, 20, 10, 24, 14, 18, 32) * 5)
+"""Bytes taken from the end, in turn; the first is replaced by nothing, the others by four of their own."""
+_OTHER = [b"", *(random.Random(number).randbytes(4) for number in range(1, len(_CUTS)))]
+_FAILED = "error while decoding MB"
+
+
+class SliceEnds:
+    """Looks at packets of one stream."""
+
+    def __init__(self, extradata: bytes) -> None:
+        self._length_bytes = (extradata[4] & 3) + 1 if len(extradata) > 6 and extradata[0] == 1 else 0
+        self._is_arithmetic: dict[int, bool] = {}
+        """By the number of the picture parameters."""
+        self._decoder = av.CodecContext.create("h264", "r")
+        self._decoder.extradata, self._decoder.thread_count = extradata, 1
+        self._decoder.options = {"ec": "0", "skip_loop_filter": "all"}
+        for unit in parameter_sets(extradata):
+            self._read(unit)
+
+    def are_unread(self, packet: bytes) -> bool:
+        """Whether a slice of a packet was decoded without its last bytes."""
+        sets = [unit for unit in units(packet, self._length_bytes) if unit[0] & 31 in (SEQUENCE, PICTURE)]
+        for unit in sets:
+            self._read(unit)
+        before = b"".join(map(self._framed, sets))
+        slices = (unit for unit in units(packet, self._length_bytes) if unit[0] & 31 in (SLICE, KEY_SLICE))
+        return any(self._ignores_its_end(before, unit.rstrip(b"\0\3")) for unit in slices)
+
+    def _ignores_its_end(self, before: bytes, unit: bytes) -> bool:
+        bits = Bits(unit[1:24])
+        bits.number()
+        bits.number()
+        if len(unit) < _LEAST_BYTES or not self._is_arithmetic.get(bits.number()):
+            return False
+        for cut, other in zip(_CUTS, _OTHER, strict=True):
+            with av.logging.Capture() as messages:
+                try:
+                    self._decoder.decode(av.Packet(before + self._framed(unit[:-cut] + other)))
+                except av.FFmpegError:
+                    return False
+            if any(_FAILED in text for _, _, text in messages):
+                return False
+        return True
+
+    def _framed(self, unit: bytes) -> bytes:
+        return (len(unit).to_bytes(self._length_bytes, "big") if self._length_bytes else b"\0\0\1") + unit
+
+    def _read(self, unit: bytes) -> None:
+        """Note how the pictures of a parameter set are coded (7.3.2.2)."""
+        if unit[0] & 31 == PICTURE:
+            bits = Bits(unit[1:16])
+            number = bits.number()
+            bits.number()
+            self._is_arithmetic[number] = bool(bits.take(1))
