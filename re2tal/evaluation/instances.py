@@ -167,6 +167,7 @@ def _oddities(found: Predictions, truths: Truths) -> dict[str, Any]:
     of_truths = np.array([lasts[truths.video_ids[video]] for video in truths.videos])
     return {
         "num_repeated": int((columns[1:] == columns[:-1]).all(axis=1).sum()),
+        "num_without_length": int((starts == ends).sum()),
         "num_after_end": int((starts > truths.durations[found.owners[found.owners >= 0]]).sum()),
         "num_truths_after_end": int((truths.segments[:, 0] > of_truths).sum()),
         "last_seconds": (float(ends.max(initial=0.0)), float(truths.segments.max())),

@@ -153,6 +153,9 @@ def test_numbers_that_hardly_mean_what_they_should_are_named(tmp_path: Path) -> 
     assert notes(rows) == "all scores are equal, so that precision is that of an arbitrary order"
     assert notes([*rows, *rows[:2]], step=0.01) == ""
     assert notes([*JUMP, *JUMP, *JUMP]) == "2 predictions repeat another in all they say, and count as false"
+    assert notes([(start, start, label) for start, _, label in rows], step=0.01).startswith(
+        "20 of 20 predictions have no length, and match nothing: the localizer has not learned to regress boundaries"
+    )
     frames, minutes = notes(rows, times=25.0, step=0.01), notes(rows, times=1 / 60, step=0.01)
     assert frames.startswith("20 of 20 predictions start after the end of their video; give segments in seconds, not")
     assert minutes.startswith("no prediction ends after 0.06667 s, and the last true action ends at 8 s; give segments")
