@@ -108,6 +108,7 @@ def _stages(model: nn.Module) -> list[RewiredStage]:
 
 def _call(model: nn.Module, example: Any) -> Any:
     example = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, example)
+    torch.manual_seed(0)  # masked autoencoders draw in evaluation too
     return model(**example) if isinstance(example, Mapping) else model(*example)
 
 

@@ -27,6 +27,7 @@ from re2tal.reversible.monitor import FirstCheck, Monitor
 from re2tal.reversible.offload import offloaded
 from re2tal.rewire.branches import Residual, hidden_state, is_unregistered, registered
 from re2tal.rewire.config import RewiringConfig
+from re2tal.rewire.containers import own_attribute, own_names
 from re2tal.rewire.escapes import is_compiled
 from re2tal.rewire.hooks import called_with, check_hooks, check_kind, guard, has_hooks, hooked_inside, unguard
 from re2tal.rewire.lost_gradients import refuse_lost_gradients
@@ -67,6 +68,12 @@ class RewiredStage(nn.Module):
             self.add_module(name, block)
         self._kinds = {name: type(self.get_submodule(name)) for name in residual}
         self.guard()
+
+    def __getattr__(self, name: str) -> Any:
+        plain = vars(self).get("_plain")
+        return (
+            own_attribute(plain[0], name, self) if plain and name in own_names(plain[0]) else super().__getattr__(name)
+        )
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickles: registrations are asked once more where they are loaded, as their functions need have no name.
@@ -207,9 +214,8 @@ class RewiredStage(nn.Module):
         streams = self.residual[calls[0].name].streams
         if kind is not None:
             # Where states are saved and not rebuilt, backward does not show that a branch gives something else.
-            again = self.recorder is None and not (
-                coupling_of(self.config, streams=streams).is_sum or hooked_inside(self._blocks(calls))
-            )
+            saves_states = not coupling_of(self.config, streams=streams).is_sum
+            again = saves_states and self.recorder is None and not hooked_inside(self._blocks(calls))
             units = [
                 (block, unit_checked_for_escapes(unit, stage=self.path, repeated=block if again else None))
                 for block, unit in units
