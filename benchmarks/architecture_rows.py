@@ -24,6 +24,8 @@ class Row:
     """Draws it, in float64."""
     tolerance: float = 1e-9
     """At beta 0, of the largest element."""
+    training: bool = False
+    """Whether gradients are those of training mode: it caches what it trains in evaluation mode."""
 
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
@@ -310,11 +312,11 @@ ROWS: tuple[Row, ...] = (
     timm("convit_tiny", depth=4, local_up_to_layer=2, img_size=64),
     timm("edgenext_xx_small"),
     timm("inception_next_atto"),
-    timm("levit_128s", img_size=64),
+    replace(timm("levit_128s", 128, img_size=128), training=True),
     timm("mambaout_femto", depths=(2, 2, 2, 2), dims=(16, 32, 48, 64)),
     timm("mobilevit_xxs"),
     timm("nf_regnet_b0"),
-    timm("tiny_vit_5m_224"),
+    replace(timm("tiny_vit_5m_224"), training=True),
     timm("twins_svt_small", embed_dims=(16, 32, 64, 128), depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8), img_size=64),
     timm("vit_relpos_small_patch16_224", depth=4, embed_dim=48, num_heads=2, img_size=64),
     timm("vit_small_patch16_18x2_224", depth=4, embed_dim=48, num_heads=2, img_size=64),

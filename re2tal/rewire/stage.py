@@ -70,10 +70,9 @@ class RewiredStage(nn.Module):
         self.guard()
 
     def __getattr__(self, name: str) -> Any:
-        plain = vars(self).get("_plain")
-        return (
-            own_attribute(plain[0], name, self) if plain and name in own_names(plain[0]) else super().__getattr__(name)
-        )
+        (plain,) = vars(self).get("_plain", (None,))
+        has = plain is not None and name in own_names(plain)
+        return own_attribute(plain, name, self) if has else super().__getattr__(name)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickles: registrations are asked once more where they are loaded, as their functions need have no name.
@@ -190,13 +189,13 @@ class RewiredStage(nn.Module):
         if first.name in self.residual:
             return self.run(calls, x) if self.recorder is None else self.recorder.run(self, calls, x)
         block = self.get_submodule(first.name)
-        # A block must compute the same when it runs twice. Only a registration says that it does.
+        # It must compute the same when it runs twice. Only a registration says that it does.
         if not self.config.recompute or is_unregistered(block):
             return block(x, *first.args, **first.kwargs)
-        if not self.config.keep_nonresidual:
-            return recomputed(block, x, *first.args, owner=block, **first.kwargs)
-        with saving_recipe(block, x):
-            return block(x, *first.args, **first.kwargs)
+        if self.config.keep_nonresidual:
+            with saving_recipe(block, x):
+                return block(x, *first.args, **first.kwargs)
+        return recomputed(block, x, *first.args, owner=block, **first.kwargs)
 
     def _monitor(self) -> Monitor | None:
         """The first step is checked in any case: it keeps a sample of a state, and its backward waits for it."""
@@ -292,7 +291,7 @@ class RewiredStage(nn.Module):
         return handles[index]
 
     def extra_repr(self) -> str:
-        """The configuration, for `print(model)`."""
+        """For `print(model)`."""
         return f"{self.config}"
 
 
