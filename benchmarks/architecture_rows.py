@@ -24,6 +24,8 @@ class Row:
     """Draws it, in float64."""
     tolerance: float = 1e-9
     """At beta 0, of the largest element."""
+    training: bool = False
+    """Whether gradients are those of training mode: it caches what it trains in evaluation mode."""
 
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
@@ -33,6 +35,15 @@ CONVS = {"depths": [2, 2, 2, 2], "hidden_sizes": [16, 32, 48, 64], "embedding_si
 TEXT = SMALL | {"vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 LANGUAGE = TEXT | {"num_key_value_heads": 2, "head_dim": 16}
 QWEN = {"depth": 4, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 4, "out_hidden_size": 16}
+
+WAVES = {
+    "conv_dim": [16, 16],
+    "conv_kernel": [10, 3],
+    "conv_stride": [8, 4],
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 2,
+    "num_feat_extract_layers": 2,
+}
 
 
 def picture(size: int = 32) -> Callable[[], Example]:
@@ -64,6 +75,11 @@ def words(**more: Any) -> Callable[[], Example]:
 def patches() -> Example:
     """Of a picture, as Qwen's vision towers take them."""
     return {"hidden_states": torch.randn(64, 96, dtype=torch.float64), "grid_thw": torch.tensor([[1, 8, 8]])}
+
+
+def spectrum(name: str, *shape: int) -> Callable[[], Example]:
+    """Two of them, or two series."""
+    return lambda: {name: torch.randn(2, *shape, dtype=torch.float64)}
 
 
 def sound() -> Example:
@@ -146,6 +162,16 @@ ROWS: tuple[Row, ...] = (
     hub("IJepa", IMAGE, picture()),
     hub("CLIPVision", IMAGE, picture()),
     hub("SiglipVision", IMAGE, picture()),
+    hub("MLCDVision", IMAGE, picture()),
+    hub("PixtralVision", IMAGE, picture()),
+    hub("ViTMAE", IMAGE, picture()),
+    hub("Yolos", IMAGE | {"image_size": [32, 32], "num_detection_tokens": 4}, picture()),
+    hub(
+        "SamVision",
+        IMAGE
+        | {"image_size": 64, "mlp_dim": 64, "window_size": 3, "global_attn_indexes": [1, 3], "output_channels": 16},
+        picture(64),
+    ),
     # Its norms compute in float32, and a mean depends on how a state lies in memory.
     replace(hub("Aimv2Vision", IMAGE, picture()), tolerance=1e-5),
     hub("VitDet", IMAGE | {"residual_block_indices": [1], "window_block_indices": [0, 2], "window_size": 2}, picture()),
@@ -213,6 +239,17 @@ ROWS: tuple[Row, ...] = (
     hub(
         "PvtV2", {"image_size": 64, "hidden_sizes": [16, 32, 48, 64], "num_attention_heads": [1, 2, 3, 4]}, picture(64)
     ),
+    hub("Cvt", {"embed_dim": [16, 32, 64], "num_heads": [1, 2, 4], "depth": [1, 2, 3]}, picture(64)),
+    hub(
+        "MobileViT",
+        {"image_size": 64, "hidden_sizes": [32, 48, 64], "neck_hidden_sizes": [8, 16, 24, 32, 40, 48, 64]},
+        picture(64),
+    ),
+    hub(
+        "Swin2SR",
+        {"image_size": 32, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 2], "window_size": 4},
+        picture(),
+    ),
     hub("Segformer", {"hidden_sizes": [16, 32, 48, 64], "num_attention_heads": [1, 2, 3, 4]}, picture(64)),
     # Language and sound.
     hub("Bert", TEXT, words()),
@@ -231,18 +268,24 @@ ROWS: tuple[Row, ...] = (
         words(),
         "T5EncoderModel",
     ),
+    hub("RoFormer", TEXT, words()),
+    hub("XLNet", {"d_model": 32, "n_layer": 4, "n_head": 2, "d_inner": 64, "vocab_size": 99}, words(use_mems=False)),
+    hub("Mixtral", LANGUAGE | {"num_local_experts": 4, "num_experts_per_tok": 2}, words(use_cache=False)),
+    hub("Wav2Vec2", SMALL | WAVES, sound),
+    hub("Hubert", SMALL | WAVES, sound),
+    hub("AST", SMALL | {"max_length": 64, "num_mel_bins": 16}, spectrum("input_values", 64, 16)),
     hub(
-        "Wav2Vec2",
-        SMALL
-        | {
-            "conv_dim": [16, 16],
-            "conv_kernel": [10, 3],
-            "conv_stride": [8, 4],
-            "num_conv_pos_embeddings": 16,
-            "num_conv_pos_embedding_groups": 2,
-            "num_feat_extract_layers": 2,
-        },
-        sound,
+        "Whisper",
+        {"d_model": 32, "encoder_layers": 4, "encoder_attention_heads": 2, "encoder_ffn_dim": 64, "num_mel_bins": 16}
+        | {"vocab_size": 99, "pad_token_id": 0, "max_source_positions": 32},
+        spectrum("input_features", 16, 64),
+        "WhisperEncoder",
+    ),
+    hub(
+        "PatchTST",
+        {"d_model": 32, "ffn_dim": 64, "num_hidden_layers": 4, "num_attention_heads": 2, "num_input_channels": 3}
+        | {"context_length": 32, "patch_length": 4, "patch_stride": 4},
+        spectrum("past_values", 32, 3),
     ),
     # timm.
     timm("vit_tiny_patch16_224", depth=4, img_size=64),
@@ -263,6 +306,29 @@ ROWS: tuple[Row, ...] = (
     timm("cait_xxs24_224", depth=4, img_size=64),
     timm("poolformer_s12"),
     timm("densenet121", block_config=(2, 2, 2, 2)),
+    timm("hiera_tiny_224", embed_dim=24, stages=(1, 2, 3, 1), img_size=(64, 64)),
+    timm("swinv2_cr_tiny_ns_224", embed_dim=24, depths=(2, 2, 2, 2), img_size=64, window_size=4),
+    timm("davit_tiny", depths=(1, 1, 2, 1), embed_dims=(24, 48, 96, 192)),
+    timm("convit_tiny", depth=4, local_up_to_layer=2, img_size=64),
+    timm("edgenext_xx_small"),
+    timm("inception_next_atto"),
+    replace(timm("levit_128s", 128, img_size=128), training=True),
+    timm("mambaout_femto", depths=(2, 2, 2, 2), dims=(16, 32, 48, 64)),
+    timm("mobilevit_xxs"),
+    timm("nf_regnet_b0"),
+    replace(timm("tiny_vit_5m_224"), training=True),
+    timm("twins_svt_small", embed_dims=(16, 32, 64, 128), depths=(2, 2, 2, 2), num_heads=(1, 2, 4, 8), img_size=64),
+    timm("vit_relpos_small_patch16_224", depth=4, embed_dim=48, num_heads=2, img_size=64),
+    timm("vit_small_patch16_18x2_224", depth=4, embed_dim=48, num_heads=2, img_size=64),
+    timm("samvit_base_patch16_224", depth=4, embed_dim=48, num_heads=2, img_size=64, global_attn_indexes=(1, 3)),
+    timm("naflexvit_base_patch16_gap", depth=4, embed_dim=48, num_heads=2),
+    timm("sequencer2d_s", layers=(1, 2, 2, 1), embed_dims=(24, 48, 48, 48), hidden_sizes=(6, 12, 12, 12), img_size=64),
+    timm("res2net50d", layers=(1, 1, 2, 1)),
+    timm("starnet_s050"),
+    timm("efficientvit_b0"),
+    timm("mvitv2_tiny", img_size=64),
+    timm("tnt_s_patch16_224", depth=4, img_size=64),
+    timm("rexnet_100"),
 )
 
 QUICK = ("ViTModel", "Dinov2Model", "XCLIPVisionModel", "ConvNextModel", "ResNetModel", "MobileNetV2Model",

@@ -2,7 +2,8 @@
 
     python benchmarks/wild.py [--quick] [--videos DIR] [--only TEXT] --json FILE
 
-Odd files (codecs, containers, rates, edits, colours) show their own number and known colours. Damaged files are made of
+Odd files (codecs, containers, rates, edits, colours) show their own number and known colours; some are written by the
+program ffmpeg, which is asked what it shows, if it is there. Damaged files are made of
 sound ones, whose frames PyAV gives; a stored picture that is far from all frames near its time is wrong.
 
     wrong_times, wrong_colours   stored pictures of odd files (3 levels)
@@ -26,6 +27,7 @@ from queue import SimpleQueue
 import av
 import numpy as np
 from wild_damage import CODECS, decoded, mutations, write_moving
+from wild_ffmpeg import BY_FFMPEG, write_by_ffmpeg
 from wild_files import ODD, Shown, numbers_in, write_odd
 
 from re2tal.data.building.check import small
@@ -92,7 +94,7 @@ def near(times: np.ndarray, seconds: float) -> np.ndarray:
 
 def judge_odd(name: str, folder: Path, isolated: Isolated) -> Row:
     """Numbers and colours of a file that is odd but sound."""
-    shown = write_odd(folder / name, ODD[name])
+    shown = write_odd(folder / name, ODD[name]) if name in ODD else write_by_ffmpeg(folder / name, name)
     made = pack(folder / name, fps=shown.fps, isolated=isolated)
     if isinstance(made, Row):
         return made
@@ -152,7 +154,7 @@ def run_all(jobs: Sequence, work) -> list[Row]:
 
 
 def measure(folder: Path, *, real: Sequence[Path], only: str, per_file: int, quick: bool) -> dict[str, object]:
-    names = [name for name in ODD if only in name]
+    names = [name for name in (*ODD, *BY_FFMPEG) if only in name]
     odd = run_all([(name, folder) for name in (names[::4] if quick else names)], judge_odd)
     sound = [path for path in sound_files(folder, real) if only in path.name]
     truths = {path: decoded(path) for path in sound}

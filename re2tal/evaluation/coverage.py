@@ -68,6 +68,8 @@ class Coverage:
     """Videos with so many; where the limit is not known, and several share it, it looks like one."""
     num_repeated: int = 0
     """Predictions that repeat another: video, segment, label and score."""
+    num_without_length: int = 0
+    """Predictions that end where they start."""
     num_after_end: int = 0
     """Predictions that start after the end of their video."""
     num_truths_after_end: int = 0
@@ -158,6 +160,11 @@ class Coverage:
         notes = []
         if self.num_repeated:
             notes.append(f"{self.num_repeated} predictions repeat another in all they say, and count as false")
+        if self.num_without_length > self.num_in_subset / 2:
+            notes.append(
+                f"{self.num_without_length} of {self.num_in_subset} predictions have no length, and match nothing: the "
+                "localizer has not learned to regress boundaries; train longer, or at another rate"
+            )
         if self.num_truths_after_end:
             notes.append(
                 f"{self.num_truths_after_end} true actions start after the end of their video; check the annotations"

@@ -1,8 +1,7 @@
-"""All truths and all predictions of an evaluation as flat float64 arrays, one row an instance.
+"""All truths and all predictions of an evaluation as flat float64 arrays, one row an instance, in file order.
 
 Videos are numbered in the order of the ground truth. A prediction for a video without a truth has video -1, one of a
-class without a truth has class -1. Truths keep the order of their file. Predictions are sorted by video (unknown ones
-last), start, end and class: no score depends on the order of a results file, however many of its scores are equal.
+class without a truth has class -1.
 """
 
 from __future__ import annotations
@@ -154,9 +153,6 @@ def flatten_predictions(
         class_agnostic=class_agnostic,
         num_cut={video_id: one.num_cut for video_id, one in kept.items()},
     )
-    last_the_unknown = np.where(owners < 0, len(truths.scored), owners)
-    order = np.lexsort((scores, to_truth, segments[:, 1], segments[:, 0], last_the_unknown))
-    videos, to_truth, segments, scores, owners = (x[order] for x in (videos, to_truth, segments, scores, owners))
     found = Predictions(videos, to_truth, segments, scores, owners, coverage)
     return replace(found, coverage=replace(coverage, **_oddities(found, truths)))
 
@@ -165,11 +161,13 @@ def _oddities(found: Predictions, truths: Truths) -> dict[str, Any]:
     """Facts for the coverage that say whether the numbers of the file mean what they should."""
     known = (found.owners >= 0) & (found.labels >= 0)
     columns = np.column_stack([found.owners, found.labels, found.segments, found.scores])[known]
+    columns = columns[np.lexsort(columns.T)]
     starts, ends = found.segments[found.owners >= 0].T
     lasts = dict(zip(truths.scored, truths.durations.tolist(), strict=True))
     of_truths = np.array([lasts[truths.video_ids[video]] for video in truths.videos])
     return {
         "num_repeated": int((columns[1:] == columns[:-1]).all(axis=1).sum()),
+        "num_without_length": int((starts == ends).sum()),
         "num_after_end": int((starts > truths.durations[found.owners[found.owners >= 0]]).sum()),
         "num_truths_after_end": int((truths.segments[:, 0] > of_truths).sum()),
         "last_seconds": (float(ends.max(initial=0.0)), float(truths.segments.max())),

@@ -154,7 +154,7 @@ def top_kx_recall(
 
 
 def _rank_within_videos(proposals: Predictions, *, num_videos: int) -> list[np.ndarray]:
-    """Indices of each video's proposals, by falling score."""
+    """Indices of each video's proposals, by falling score; equal scores keep their order."""
     by_score = np.argsort(-proposals.scores, kind="stable")
     by_video = by_score[np.argsort(proposals.videos[by_score], kind="stable")]
     bounds = np.searchsorted(proposals.videos[by_video], np.arange(num_videos + 1))

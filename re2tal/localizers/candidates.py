@@ -6,6 +6,7 @@ the best of each level and drops segments that are too short.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -45,10 +46,9 @@ def best_of_each_level(
 
     As `best_of_clip`; `levels` (P,) is anything that is equal for the points of one level and rises with the level.
     """
-    per_level = [
-        _best(segments[levels == level], scores[levels == level], min_score=min_score, top_k=top_k)
-        for level in levels.unique()
-    ]
+    best = partial(_best, min_score=min_score, top_k=top_k)
+    per_level = [best(segments[levels == level], scores[levels == level]) for level in levels.unique()]
+    per_level = per_level or [best(segments, scores)]  # a clip without a real step
     found = Candidates(*(torch.cat(column) for column in zip(*per_level, strict=True)))
     long_enough = found.segments[:, 1] - found.segments[:, 0] > min_steps
     return Candidates(*(column[long_enough] for column in found))

@@ -88,6 +88,8 @@ def take_apart(block: nn.Module, call: BlockInputs) -> Residual | NotResidual:
     if isinstance(result, Tensor) and result.shape != call.x.shape:
         shapes = f"{tuple(call.x.shape)} into {tuple(result.shape)}"
         return NotResidual(f"it changes width or resolution (downsampling): it turns {shapes}")
+    if isinstance(result, Tensor) and not (result.numel() and result.isfinite().all()):
+        return NotResidual("the example gives it no numbers, or some that are not finite: look at its weights")
     children = [child for child in block.children() if may_be_entered(child)]
     refusals = []
     # As little as possible is entered, because a module left whole is called, with its hooks. The first refusal is

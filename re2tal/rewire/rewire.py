@@ -16,11 +16,13 @@ from dataclasses import replace
 from functools import cache
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from re2tal.rewire.branches import NotResidual, Residual, is_explained, is_unregistered, registered, why_not_residual
 from re2tal.rewire.conditions import tensors_restored
 from re2tal.rewire.config import RewiringConfig
+from re2tal.rewire.containers import own_names
 from re2tal.rewire.cuts import Cut
 from re2tal.rewire.discover import Example, as_a_whole, record_calls, take_apart
 from re2tal.rewire.nonresidual import CheckpointedModule
@@ -50,6 +52,8 @@ def rewire(
     """
     if any(isinstance(module, RewiredStage) for module in model.modules()):
         raise ValueError(f"this {type(model).__name__} is rewired already; call unrewire(model) first")
+    if torch.is_inference_mode_enabled():
+        raise ValueError("rewire compares gradients, and was called inside torch.inference_mode(); call it outside")
     if isinstance(example, Tensor):
         example = (example,)  # a tensor is a sequence too: of its rows
     # Blocks are looked at with the tensors that the example leaves behind: masks that a parent sets on them.
@@ -259,6 +263,9 @@ def _why_not_replaceable(container: nn.Module) -> str:
     kind = nn.Sequential if isinstance(container, nn.Sequential) else nn.ModuleList
     if any(getattr(type(container), method) is not getattr(kind, method) for method in ("forward", "__iter__")):
         return f"{type(container).__name__} runs its blocks in a way of its own"
+    held = {"config", "path", "residual", "kinks", "monitor", "ends", "recorder"}
+    if hidden := sorted(own_names(container) & (held | set(dir(RewiredStage)))):
+        return f"this {type(container).__name__} has a {hidden[0]} of its own, as a rewired stage has"
     if container._forward_hooks or container._forward_pre_hooks or container._backward_hooks:
         return f"this {type(container).__name__} has hooks, which would be lost: rewire first, then register them"
     return ""

@@ -27,6 +27,7 @@ from re2tal.reversible.monitor import FirstCheck, Monitor
 from re2tal.reversible.offload import offloaded
 from re2tal.rewire.branches import Residual, hidden_state, is_unregistered, registered
 from re2tal.rewire.config import RewiringConfig
+from re2tal.rewire.containers import own_attribute, own_names
 from re2tal.rewire.escapes import is_compiled
 from re2tal.rewire.hooks import called_with, check_hooks, check_kind, guard, has_hooks, hooked_inside, unguard
 from re2tal.rewire.lost_gradients import refuse_lost_gradients
@@ -67,6 +68,11 @@ class RewiredStage(nn.Module):
             self.add_module(name, block)
         self._kinds = {name: type(self.get_submodule(name)) for name in residual}
         self.guard()
+
+    def __getattr__(self, name: str) -> Any:
+        (plain,) = vars(self).get("_plain", (None,))
+        has = plain is not None and name in own_names(plain)
+        return own_attribute(plain, name, self) if has else super().__getattr__(name)
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickles: registrations are asked once more where they are loaded, as their functions need have no name.
@@ -183,13 +189,13 @@ class RewiredStage(nn.Module):
         if first.name in self.residual:
             return self.run(calls, x) if self.recorder is None else self.recorder.run(self, calls, x)
         block = self.get_submodule(first.name)
-        # A block must compute the same when it runs twice. Only a registration says that it does.
+        # It must compute the same when it runs twice. Only a registration says that it does.
         if not self.config.recompute or is_unregistered(block):
             return block(x, *first.args, **first.kwargs)
-        if not self.config.keep_nonresidual:
-            return recomputed(block, x, *first.args, owner=block, **first.kwargs)
-        with saving_recipe(block, x):
-            return block(x, *first.args, **first.kwargs)
+        if self.config.keep_nonresidual:
+            with saving_recipe(block, x):
+                return block(x, *first.args, **first.kwargs)
+        return recomputed(block, x, *first.args, owner=block, **first.kwargs)
 
     def _monitor(self) -> Monitor | None:
         """The first step is checked in any case: it keeps a sample of a state, and its backward waits for it."""
@@ -207,9 +213,8 @@ class RewiredStage(nn.Module):
         streams = self.residual[calls[0].name].streams
         if kind is not None:
             # Where states are saved and not rebuilt, backward does not show that a branch gives something else.
-            again = self.recorder is None and not (
-                coupling_of(self.config, streams=streams).is_sum or hooked_inside(self._blocks(calls))
-            )
+            saves_states = not coupling_of(self.config, streams=streams).is_sum
+            again = saves_states and self.recorder is None and not hooked_inside(self._blocks(calls))
             units = [
                 (block, unit_checked_for_escapes(unit, stage=self.path, repeated=block if again else None))
                 for block, unit in units
@@ -286,7 +291,7 @@ class RewiredStage(nn.Module):
         return handles[index]
 
     def extra_repr(self) -> str:
-        """The configuration, for `print(model)`."""
+        """For `print(model)`."""
         return f"{self.config}"
 
 

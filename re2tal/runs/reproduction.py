@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from re2tal.backbones import BackboneConfig
-from re2tal.config import RunConfig
+from re2tal.config import RunConfig, load_config
 from re2tal.data.contract.shards import open_shards, subset_folder
 from re2tal.data.streaming.windows import ResizeWhole, Slide
 from re2tal.distributed import World, resolve_world
@@ -25,7 +25,7 @@ from re2tal.runs.deepspeed_presets import DEFAULT_PRESET, find_preset
 from re2tal.runs.detection import DetectionOptions, detect
 from re2tal.runs.evaluation import Evaluated, ScoringOptions, evaluate
 from re2tal.runs.exit_status import INTERRUPTED, SOME_LEFT_OUT
-from re2tal.runs.folder import RESULTS_NAME
+from re2tal.runs.folder import CONFIG_NAME, RESULTS_NAME
 from re2tal.runs.published import PUBLISHED, BackboneFamily, Published, Target
 from re2tal.runs.reproduction_card import DRAWS, Card
 from re2tal.runs.reproduction_checks import (
@@ -76,6 +76,8 @@ def reproduce(asked: Reproduction) -> int:
     machine = check_machine(world)
     if asked.dry_run and (asked.folder / RESULTS_NAME).exists():
         raise ValueError(f"{asked.folder} holds a run, whose card a dry run would replace; give another --out")
+    if asked.resume:
+        _refuse_another_course(asked.folder, config)
     if not asked.dry_run:
         _refuse_what_cannot_be_compared(asked, published, machine)
     card.add("machine", machine)
@@ -114,6 +116,22 @@ def _refuse_what_cannot_be_compared(asked: Reproduction, published: Published, m
         raise ValueError(
             "--video-classes is missing: the published score names actions by a classifier of whole videos; give its "
             "JSON, or --dry-run to check the rest"
+        )
+
+
+def _refuse_another_course(folder: Path, config: RunConfig) -> None:
+    """ValueError if the run to resume was made longer or shorter, or its learning rate went another way.
+
+    A run may be resumed like that, which is said on the way, but is then not the published one. What else differs is
+    refused with the checkpoint.
+    """
+    if not (folder / CONFIG_NAME).is_file():
+        return
+    earlier = load_config(folder / CONFIG_NAME)
+    if (earlier.training.epochs, earlier.schedule) != (config.training.epochs, config.schedule):
+        raise ValueError(
+            f"{folder} holds a run of {earlier.training.epochs} epochs with {earlier.schedule}, and the published one "
+            f"has {config.training.epochs} with {config.schedule}; give another --out, or --overwrite"
         )
 
 

@@ -23,7 +23,7 @@ from re2tal.distributed import World
 from re2tal.evaluation.ground_truth import read_ground_truth
 from re2tal.evaluation.video_classes import read_video_classes
 from re2tal.runs.datasets import compare_with_facts
-from re2tal.runs.detection import Wanted
+from re2tal.runs.detection import DetectionOptions
 from re2tal.runs.tasks import build_model
 from re2tal.runs.trained import default_device
 from re2tal.runs.training_data import stream_of
@@ -175,7 +175,7 @@ def check_video_classes(path: Path | None, shards: Path) -> Checked:
         return Checked({}, ["no --video-classes: actions cannot be named, so their score is of another task"])
     namer = read_video_classes(path)
     opened = open_shards(subset_folder(shards, "validation"))
-    namer.check(opened.by_id, top_k=Wanted().top_k)
+    namer.check(opened.by_id, top_k=DetectionOptions().top_k)
     checked = Checked({"file": str(path), "sha256": sha256_of(path), "classes": len(namer.classes)})
     if unnamed := sorted(set(opened.classes) - set(namer.classes)):
         checked.problems.append(

@@ -130,6 +130,11 @@ def test_thumos_in_tiny_from_data_to_a_card(thumos, tmp_path, capsys):
     # What a dry run would write in its place.
     assert reproduce(thumos, "thumos14", tmp_path / "run", "--tiny", "--dry-run")[1] == card
     assert "holds a run, whose card a dry run would replace" in capsys.readouterr().err
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    config["training"]["epochs"] = 7
+    (tmp_path / "run" / "config.json").write_text(json.dumps(config))
+    assert reproduce(thumos, "thumos14", tmp_path / "run", "--tiny", "--resume")[0] == 2
+    assert "holds a run of 7 epochs with" in capsys.readouterr().err
     assert paper["interval"][0] <= paper["here"] <= paper["interval"][1]
     assert paper["inside"] is False  # a network of one epoch
     assert card["scores"]["bootstrap"]["draws"] == 1000

@@ -364,6 +364,9 @@ def test_via_reads_options_and_leaves_out_what_is_no_segment(tmp_path):
     ]
     assert actions(found_in(tmp_path, "v.json", content, expect="via", label="hands"))["clip_00"] == expected[2:]
 
+    metadata["1_a"]["av"] = {"1": "9"}
+    assert "its label is ''" in found_in(tmp_path, "v.json", content, expect="via").left_out[0], "no option has it"
+
 
 CVAT = """<?xml version="1.0" encoding="utf-8"?><annotations><version>1.1</version><meta><task><size>100</size>
 <start_frame>10</start_frame><frame_filter>step=2</frame_filter></task><source>clip_00.mp4</source></meta>
@@ -402,6 +405,15 @@ def test_cvat_has_applied_start_and_step(tmp_path, meta, first, end, expected):
     assert len(found.left_out) == (not expected)
 
 
+def test_cvat_of_a_project_is_refused_and_true_is_outside(tmp_path):
+    path = tmp_path / "c.xml"
+    path.write_text(CVAT.replace("</meta>", "<source>other.mp4</source></meta>"))
+    assert read_files([path], format_name=None, found=(found := Found(Wanted(fps=10.0)))) == {}
+    assert "has tracks of 2 videos" in found.left_out[0]
+    found = found_in(tmp_path, "c.xml", CVAT.replace('outside="1"', 'outside="True"'), expect="cvat", fps=10.0)
+    assert actions(found)["clip_00"][0] == (3.0, 6.0, "arm")
+
+
 def test_cvat_does_not_take_the_end_of_a_job_for_the_end_of_its_video(tmp_path):
     text = (
         "<annotations><meta><job><size>9</size><start_frame>5</start_frame></job><source>c.mp4</source></meta>"
@@ -435,6 +447,13 @@ def test_label_studio(tmp_path):
     found = found_in(tmp_path, "l.json", [task], expect="label-studio", fps=24.0)
     assert actions(found) == {"clip_00": [(1.0, 2.0, "arm"), (3.7, 9.1, "leg")]}
     assert found.left_out == ["l.json task 7 region 2: it marks no segment: labels, sequence"]
+    task["annotations"].append({"result": regions[:1]})
+    found = found_in(
+        tmp_path, "l.json", [task, {**task, "data": {"a": "x.mp4", "b": "y.mp4"}}], expect="label-studio", fps=24.0
+    )
+    assert len(actions(found)["clip_00"]) == 3
+    assert list(found.notes) == ["l.json: tasks have several annotations, of several people; all are taken"]
+    assert "it shows several videos: x, y" in found.left_out[-1]
     small = {"video": "clip_00.mp4", "tricks": [{"start": 3.7, "end": 9.1, "labels": ["arm"]}], "id": 1}
     small["videoLabels"] = [{"ranges": [{"start": 1, "end": 12}], "timelinelabels": ["leg"]}]
     found = found_in(tmp_path, "m.json", [small], expect="label-studio", fps=24.0)
@@ -463,6 +482,13 @@ def test_boris_pairs_start_and_stop_of_one_subject_behavior_and_modifier(tmp_pat
             "'rest' stops without a start",
             "'rest' starts and never stops",
         ]
+
+
+def test_boris_with_a_time_offset_says_no_sure_time(tmp_path):
+    text = BORIS.replace("Media duration (s)", "Time offset (s)")
+    found = found_in(tmp_path, "b.csv", text, expect="boris")
+    assert not any(actions(found).values())
+    assert "it has a time offset of 61.0 s" in found.left_out[0]
 
 
 def test_boris_aggregated_events(tmp_path):
@@ -606,6 +632,13 @@ def test_rows_that_do_not_fit_a_table_are_named(tmp_path):
         ('video,start,end,label\na,1,2,"run\na,3,4,jump\na,5,6,hop\n', "row 2 holds whole rows: a quote opens"),
         ('a,0,1,x\na,1,2,"run\na,3,4,"jump"\na,5,6,hop\n', "row 2 holds whole rows: a quote opens"),
         ("clip,3,5,69,25,run\n", "nothing tells which of the numbers ['3', '5', '69', '25', 'run'] are times"),
+        ("tier,person,1.5,2.5,1.0,run\n", "nothing tells which of ['person', 'run'] is the label"),
+        ('video,start,end,label\na,"1,500","2,250",run\n', "are times such as '1,500' decimals or thousands?"),
+        (
+            "video;start;end;label\na;1.500;2250,5;run\n",
+            "are times such as '2250,5' and '1.500' decimals or thousands?",
+        ),
+        ("video,start,end,label,label\na,1,2,run,7\n", "has two columns for label of one name"),
     ],
 )
 def test_a_table_that_can_be_read_in_two_ways_is_refused(tmp_path, text, reason):
@@ -614,6 +647,16 @@ def test_a_table_that_can_be_read_in_two_ways_is_refused(tmp_path, text, reason)
     found = Found(Wanted())
     assert read_files([path], format_name=None, found=found) == {}
     assert reason in found.left_out[0]
+
+
+def test_a_name_with_a_suffix_is_the_video_wherever_it_stands(tmp_path):
+    for text in ("run,clip.mp4,1,2\n", "0,clip.mp4,1,2,run\n"):
+        assert actions(found_in(tmp_path, "l.csv", text, expect="csv")) == {"clip": [(1.0, 2.0, "run")]}
+
+
+def test_whole_numbers_that_may_be_frames_are_told(tmp_path):
+    found = found_in(tmp_path, "l.csv", "video,start,end,label\na,300,4500,run\n", expect="csv")
+    assert "its times are whole numbers, to 4500, and taken for seconds" in next(iter(found.notes))
 
 
 def test_the_length_of_a_video_has_a_unit_too(tmp_path):

@@ -70,7 +70,7 @@ def test_small_files_that_claim_gigabytes_are_refused(tmp_path):
         (",a,b\n0,0.5,1.5\n", "a.csv begins with a column without a name, as row numbers are written"),
         ("0,0.5\n1,1.5\n2,2.5\n", "a.csv begins with a column that counts rows"),
         ("1,0.5\n2,0.5\n3,2.5\n", "a.csv begins with a column that counts rows"),
-        ("frame,rgb\n8,0.5\n24,0.5\n40,2.5\n56,2.5\n", "a.csv begins with a column that counts rows"),
+        ("frame,rgb\n8,0.5\n24,0.5\n41,2.5\n56,2.5\n", "a.csv begins with a column 'frame', which is no feature"),
         ("0.53,3\n1.07,2\n1.6,5\n2.13,7\n", "a.csv begins with a column that counts rows, frames or seconds"),
         ("1,2,3\n0.5,0.2,1.5\n", "a.csv begins with a row that counts columns"),
         ("0,5;1,5\n", "a.csv has no row of numbers with a point"),

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 import re2tal
@@ -154,37 +153,12 @@ def test_numbers_that_hardly_mean_what_they_should_are_named(tmp_path: Path) -> 
     assert notes(rows) == "all scores are equal, so that precision is that of an arbitrary order"
     assert notes([*rows, *rows[:2]], step=0.01) == ""
     assert notes([*JUMP, *JUMP, *JUMP]) == "2 predictions repeat another in all they say, and count as false"
+    assert notes([(start, start, label) for start, _, label in rows], step=0.01).startswith(
+        "20 of 20 predictions have no length, and match nothing: the localizer has not learned to regress boundaries"
+    )
     frames, minutes = notes(rows, times=25.0, step=0.01), notes(rows, times=1 / 60, step=0.01)
     assert frames.startswith("20 of 20 predictions start after the end of their video; give segments in seconds, not")
     assert minutes.startswith("no prediction ends after 0.06667 s, and the last true action ends at 8 s; give segments")
-
-
-def test_no_number_depends_on_the_order_of_the_file(tmp_path: Path) -> None:
-    """Even where most scores are equal."""
-    generator = np.random.default_rng(0)
-    labels = ("jump", "run")
-
-    def rows(number: int) -> list[tuple[float, float, str]]:
-        starts = generator.integers(0, 7, number)
-        return [(float(one), float(one + generator.integers(1, 3)), labels[generator.integers(2)]) for one in starts]
-
-    truth = {f"v{number}": rows(3) for number in range(6)}
-    found = {video_id: rows(12) for video_id in [*truth, "elsewhere"]}
-    options = re2tal.ScoringOptions(proposals=5, top_kx=(1, 2), errors=True, bootstrap=20)
-    expected = None
-    for _ in range(5):
-        predictions, annotations = write(tmp_path, found, truth)
-        document = json.loads(predictions.read_text())["results"]
-        for video in document.values():
-            for row in video:
-                row["score"] = row["segment"][0] % 2 / 2  # of the prediction, not of its place
-            generator.shuffle(video)
-        order = generator.permutation(list(document))
-        predictions.write_text(json.dumps({"results": {video_id: document[video_id] for video_id in order}}))
-        figures = re2tal.evaluate(predictions, annotations, options).to_json()
-        figures = {key: value for key, value in figures.items() if key != "coverage"}
-        expected = expected or json.dumps(figures)
-        assert json.dumps(figures) == expected
 
 
 def test_videos_of_another_subset_are_recognized(tmp_path: Path) -> None:

@@ -127,11 +127,7 @@ def without_repeats(truths: Sequence[Row]) -> list[Row]:
 
 
 def ranked(found: Sequence[Row]) -> list[Row]:
-    return sorted(found, key=lambda one: (-one.score, _number(one.video), one.start, one.end, one.label))
-
-
-def _number(video: str) -> int:
-    return int(video.removeprefix("video")) if video.startswith("video") else 1000
+    return sorted(found, key=lambda one: -one.score)  # stable
 
 
 def hits(found: Sequence[Row], truths: Sequence[Row], threshold: float) -> list[int]:

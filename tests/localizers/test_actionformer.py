@@ -134,6 +134,8 @@ def test_the_best_of_each_level_leave_out_what_is_too_short() -> None:
     assert found.scores.tolist() == pytest.approx([0.9, 0.1])
     one_each = best_of_each_level(segments, scores, levels, min_score=0.05, top_k=1, min_steps=0.05)
     assert one_each.scores.tolist() == pytest.approx([0.9, 0.1])
+    none = best_of_each_level(segments[:0], scores[:0], levels[:0], min_score=0.05, top_k=1, min_steps=0.05)
+    assert [tuple(one.shape) for one in none] == [(0, 2), (0,), (0,)]
 
 
 @pytest.mark.parametrize(

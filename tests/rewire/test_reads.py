@@ -335,3 +335,59 @@ def test_a_cache_for_evaluation_is_left_as_it_was_and_keeps_no_one_from_training
     assert block.table.grad is not None
     with pytest.raises(RewireError, match="leaves a tensor behind"):
         net.eval()(frames())
+
+
+class Scaled(nn.ModuleList):
+    """A list that can do more than a list."""
+
+    scale = 2.0
+
+    def walk(self, x: Tensor) -> Tensor:
+        for layer in self:
+            x = layer(x)
+        return x
+
+
+class Scaling(nn.Module):
+    def __init__(self, layers: nn.ModuleList) -> None:
+        super().__init__()
+        self.layers = layers.double()
+        self.layers.shift = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers.walk(getattr(self.layers, "scale", 1.0) * x + getattr(self.layers, "shift", 0.0))
+
+
+@pytest.mark.parametrize("with_example", [True, False])
+def test_what_a_container_has_besides_blocks_stays(with_example) -> None:
+    net, x = Scaling(Scaled([Block(), Block()])), torch.randn(2, 5, CHANNELS).double()
+    wanted = net(x)
+    rewire(net, example=(x,) if with_example else None, config=RewiringConfig(beta=0.0))
+    torch.testing.assert_close(net(x), wanted, rtol=1e-12, atol=1e-12)
+
+
+class Running(Scaled):
+    def run(self) -> None:
+        """A name that a rewired stage has too."""
+
+
+def test_a_container_with_names_of_a_rewired_stage_is_left_alone() -> None:
+    with pytest.raises(ValueError, match="this Running has a run of its own"):
+        rewire(Scaling(Running([Block()])))
+
+
+def test_examples_without_numbers_and_inference_mode_are_refused() -> None:
+    with pytest.raises(ValueError, match="the example gives it no numbers"):
+        rewire(walker(Parted), example=(frames()[:0],))
+    net = walker(Parted)
+    with torch.no_grad():
+        net.layers[0].f.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="or some that are not finite: look at its weights"):
+        rewire(net, example=(frames(),))
+    with torch.inference_mode(), pytest.raises(ValueError, match=r"inside torch\.inference_mode"):
+        rewire(walker(Parted), example=(frames(),))
+
+
+class Parted(Parts):
+    def forward(self, x, mask=None):
+        return x + self.f(x)

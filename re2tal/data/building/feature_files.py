@@ -178,6 +178,8 @@ def _csv(path: Path, key: str | None) -> np.ndarray:
     has_header = counts_up or any(number is None for number in numbers)
     if has_header and not cells[0]:
         raise _Unfit("begins with a column without a name, as row numbers are written; write it without them")
+    if has_header and re.sub(r"[^a-z]", "", cells[0].lower()) in _NO_FEATURES:
+        raise _Unfit(f"begins with a column {cells[0]!r}, which is no feature; write it without this column")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # an empty file is told by its shape
         values = np.loadtxt(
@@ -196,6 +198,11 @@ def _csv(path: Path, key: str | None) -> np.ndarray:
     if len(values) > 1 and _counts(values[0]):
         raise _Unfit("begins with a row that counts columns, frames or seconds; write it without this row")
     return values
+
+
+_NO_FEATURES = frozenset(
+    {"frame", "frames", "framenumber", "time", "times", "timestamp", "seconds", "index", "id", "step"}
+)
 
 
 def _counts(numbers: np.ndarray) -> bool:

@@ -14,6 +14,7 @@ from re2tal.data.building.annotation_formats.found import Found, as_number, dict
 from re2tal.data.building.annotation_formats.source import Source
 
 _STATUS = ("behavior type", "status")
+_OFFSET = "it has a time offset of {} s, and nothing tells whether its times hold it; set it to 0 in BORIS"
 _PLAYERS = re.compile(r"player #\d+:")
 
 
@@ -65,6 +66,9 @@ def read_boris_project(source: Source, found: Found) -> None:
         if len(files) != 1 or not isinstance(files[0], str):
             found.leave_out(where, f"it has {len(files)} media files, and times that run on over them")
             continue
+        if offset := as_number(observation.get("time offset")):
+            found.leave_out(where, _OFFSET.format(offset))
+            continue
         lengths = dictionary(dictionary(observation.get("media_info")).get("length"))
         found.video(files[0], duration=lengths.get(files[0]))
         _pair(_of_project(where, files[0], observation, behaviors, found), found)
@@ -97,7 +101,9 @@ def _of_one_video(
     for where, row, name in rows:
         if name is None:
             continue
-        if len(files[row.get("observation id", "")]) > 1 and "observation id" in row:
+        if as_number(row.get("time offset (s)")):
+            found.leave_out(where, _OFFSET.format(row["time offset (s)"]))
+        elif len(files[row.get("observation id", "")]) > 1 and "observation id" in row:
             found.leave_out(where, "its observation has several media files, and times that run on over them")
         else:
             yield where, row, name

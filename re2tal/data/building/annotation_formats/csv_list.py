@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from re2tal.data.building.annotation_formats.found import Found, as_number, as_seconds, video_id_of
 from re2tal.data.building.annotation_formats.source import Source
+from re2tal.video_ids import VIDEO_SUFFIXES
 
 _NAMES: dict[str, tuple[str, ...]] = {
     "video": (
@@ -57,6 +58,8 @@ _UNITS = {
     **dict.fromkeys(("h", "hr", "hrs", "hour", "hours"), "h"),
     **dict.fromkeys(("frame", "frames"), _FRAME),
 }
+_LONG = 1000
+"""Whole numbers above it may be frames."""
 _OF_FRAMES = ("number", "num", "no", "nr", "index", "idx", "id")
 _FUSED = re.compile(f"(.+?)({'|'.join(sorted((one for one in _UNITS if len(one) > 1), key=len, reverse=True))})")
 
@@ -76,6 +79,8 @@ def read_csv(source: Source, found: Found) -> None:
     first, second = (units[what] for what in times)
     if first != second and "" in (first, second) and ("s" not in (first, second) or found.wanted.fps is not None):
         raise ValueError(f"{source.path}: its {times[0]} or its {times[1]} has a unit, the other none; write both")
+    written = [row[header[what][0]] for _, row in rows for what in times if header[what][0] < len(row)]
+    _check_numbers(source, [text for text in written if as_number(text) is not None], found, is_plain=first == "")
     for number, row in rows:
         where = f"{source.path.name} row {number}"
         cells = {what: row[index] if index < len(row) else "" for what, (index, _) in header.items()}
@@ -113,6 +118,22 @@ def read_csv(source: Source, found: Found) -> None:
             frame=as_number(length) if unit == _FRAME else None,
         )
         found.action(where, cells["video"], start, end, cells["label"], subset=subset)
+
+
+def _check_numbers(source: Source, numbers: Sequence[str], found: Found, *, is_plain: bool) -> None:
+    """ValueError where nothing tells what a comma or a point in times means; a note where it may be another unit."""
+    commas = [text for text in numbers if "," in text]
+    points = [text for text in numbers if "." in text]
+    if commas and (points or (source.delimiter == "," and all(re.fullmatch(r"\d+,\d{3}", one) for one in commas))):
+        some = " and ".join(map(repr, [*commas[:1], *points[:1]]))
+        raise ValueError(f"{source.path}: are times such as {some} decimals or thousands? Write decimals with a point")
+    values = [value for text in numbers if (value := as_number(text)) is not None]
+    longest = max(values, default=0.0)
+    if is_plain and found.wanted.fps is None and longest >= _LONG and not any(value % 1 for value in values):
+        found.note(
+            f"{source.path.name}: its times are whole numbers, to {longest:g}, and taken for seconds; if they are "
+            "frames, give --fps; if milliseconds, call the columns start_ms and end_ms"
+        )
 
 
 def _time(text: str, unit: float) -> float | str:
@@ -177,10 +198,15 @@ def _named(row: Sequence[str]) -> Columns:
             for index, (name, unit) in enumerate(by_cell)
             if name in names and (not unit or what in _TIMES)
         ]
+        if len({place[:3] for place in places}) < len(places):
+            raise ValueError(f"its header {list(row)[:20]} has two columns for {what} of one name; remove one")
         if places:  # a unit rather than none, but not frames, then the commonest name
             *_, index, unit = min(places)
             beside_frames = max(places)[0] and not unit
             columns[what] = index, "s" if beside_frames else unit
+    starts, ends = (by_cell[columns[what][0]][0] if what in columns else "" for what in ("start", "end"))
+    if ends == "offset" and starts != "onset":  # it may be where something lies
+        del columns["end"]
     return columns
 
 
@@ -207,8 +233,12 @@ def _unnamed(row: Sequence[str]) -> Columns | None:
     start = next((i for i in range(1, len(row) - 1) if is_time[i] and is_time[i + 1]), None)
     if start is None or len(row) < 4:
         return None
-    others = [i for i in range(len(row)) if i not in (0, start, start + 1) and row[i]]
+    video = next((i for i, cell in enumerate(row) if cell.lower().endswith(VIDEO_SUFFIXES)), 0)
+    others = [i for i in range(len(row)) if i not in (video, start, start + 1) and row[i]]
     if not others:
         return None
+    names = [i for i in others if not is_time[i]]
+    if names and names[0] < start < names[-1]:
+        raise ValueError(f"nothing tells which of {[row[i] for i in names]} is the label: add a header")
     label = min(others, key=lambda i: is_time[i])  # a name rather than a duration; a number may be a class
-    return {"video": (0, ""), "start": (start, ""), "end": (start + 1, ""), "label": (label, "")}
+    return {"video": (video, ""), "start": (start, ""), "end": (start + 1, ""), "label": (label, "")}

@@ -26,7 +26,10 @@ def read_cvat(source: Source, found: Found) -> None:
     assert root is not None
     if root.find("image") is not None and root.find("track") is None:
         raise ValueError(f"{source.path} has pictures, not tracks; export the task as 'CVAT for video 1.1'")
-    name = next((text.strip() for one in root.iter("source") if (text := one.text)), "")
+    names = dict.fromkeys(text.strip() for one in root.iter("source") if (text := one.text))
+    if len(names) > 1:
+        raise ValueError(f"{source.path} has tracks of {len(names)} videos; export each task on its own")
+    name = next(iter(names), "")
     if not name:
         name = source.path.stem
         found.note(f"{source.path.name} names no video; its own name is taken")
@@ -65,7 +68,7 @@ def _runs(track: Element, attribute: str | None) -> Iterator[tuple[float, float 
     first: float | None = None
     label: str | None = None
     for frame, shape in sorted(shapes, key=lambda one: one[0]):
-        shown = _label(track, shape, attribute) if shape.get("outside") != "1" else None
+        shown = _label(track, shape, attribute) if shape.get("outside", "0").lower() in ("0", "false") else None
         if first is not None and shown != label:
             yield first, frame, label
             first = None

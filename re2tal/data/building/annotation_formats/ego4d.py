@@ -42,7 +42,7 @@ def _read_clip(source: Source, found: Found, clip: Mapping[str, Any], split: str
         one
         for annotation in ([] if is_unannotated else found.listed(where, clip, "annotations"))
         for one in map(dictionary, found.listed(where, dictionary(annotation), "labels"))
-        if one.get("primary")
+        if one.get("primary") is True
     ]
     if split == "test" or labels:
         found.video(name, subset=split, duration=end - start, is_known=bool(labels))

@@ -11,6 +11,8 @@ from xml.etree.ElementTree import Element
 from re2tal.data.building.annotation_formats.found import Found, as_number, as_seconds
 from re2tal.data.building.annotation_formats.source import Source
 
+_UNITS = ("- hh:mm:ss.ms", "- ss.msec", "- msec")
+
 
 def is_elan(source: Source) -> bool:
     """The root element."""
@@ -61,6 +63,8 @@ def read_elan_table(source: Source, found: Found) -> None:
         next(i for i, cell in enumerate(header) if cell.startswith(name)) for name in ("Begin Time", "End Time")
     )
     times = ("Begin Time - ", "End Time - ", "Duration - ")
+    if odd := [header[i] for i in (begin, end) if not header[i].endswith(_UNITS)]:
+        raise ValueError(f"{source.path} has times as {odd[0]!r}; export them as ss.msec")
     if files := {"File", "File Name", "File Path"} & set(header):
         raise ValueError(f"{source.path} has a column {min(files)!r}, of several videos; export each file on its own")
     named = header.index("Tier") if "Tier" in header else None

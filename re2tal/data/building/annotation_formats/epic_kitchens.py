@@ -39,7 +39,7 @@ def read_epic(source: Source, found: Found) -> None:
             found.video(row["video_id"], subset=subset, is_known=False)
             continue
         number = as_number(row[f"{kind}_class"])
-        label = f"id_{int(number):03d}" if number is not None and number >= 0 else None
+        label = f"id_{int(number):03d}" if number is not None and number >= 0 and number == int(number) else None
         found.action(where, row["video_id"], row["start_timestamp"], row["stop_timestamp"], label, subset=subset)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from re2tal.data.building.annotation_formats.found import Found, as_number, dictionary, items
+from re2tal.data.building.annotation_formats.found import Found, as_number, dictionary, items, video_id_of
 from re2tal.data.building.annotation_formats.source import Source
 from re2tal.strict_json import brief
 from re2tal.video_ids import VIDEO_SUFFIXES
@@ -32,7 +32,12 @@ def read_label_studio(source: Source, found: Found) -> None:
         if name is None:
             found.leave_out(where, "it names no video")
             continue
+        if len(others := {video_id_of(one) for one in _files(dictionary(task))}) > 1:
+            found.leave_out(where, f"it shows several videos: {', '.join(sorted(others))[:80]}")
+            continue
         found.video(name)
+        if len([one for one in items(task.get("annotations")) if not dictionary(one).get("was_cancelled")]) > 1:
+            found.note(f"{source.path.name}: tasks have several annotations, of several people; all are taken")
         if "data" in task and not found.listed(where, task, "annotations") and task.get("predictions"):
             found.leave_out(where, "it has predictions only")
         for position, region in enumerate(_regions(where, task, found)):
@@ -74,7 +79,10 @@ def _regions(where: str, task: dict[str, Any], found: Found) -> Iterator[Mapping
 
 def _video(task: Mapping[str, Any]) -> str | None:
     """The first text of a task's data that ends like a video file, or else the one called video."""
-    data = dictionary(task.get("data", task))
-    texts = {key: value for key, value in data.items() if isinstance(value, str)}
-    files = [value for value in texts.values() if value.lower().split("&")[0].endswith(VIDEO_SUFFIXES)]
-    return files[0] if files else texts.get("video")
+    files, other = _files(task), dictionary(task.get("data", task)).get("video")
+    return files[0] if files else other if isinstance(other, str) else None
+
+
+def _files(task: Mapping[str, Any]) -> list[str]:
+    texts = (value for value in dictionary(task.get("data", task)).values() if isinstance(value, str))
+    return [value for value in texts if value.lower().split("&")[0].endswith(VIDEO_SUFFIXES)]

@@ -65,12 +65,17 @@ class Source:
         return root
 
     @cached_property
+    def delimiter(self) -> str:
+        """What stands between the cells of a table, by its first rows."""
+        lines = self.text.splitlines()[:100]
+        return max("\t;,", key=lambda one: sum(line.count(one) >= 2 for line in lines))
+
+    @cached_property
     def rows(self) -> list[list[str]]:
-        """The cells of a table; empty for another kind. The first rows tell what stands between the cells."""
+        """The cells of a table; empty for another kind."""
         if self.kind != "text":
             return []
-        lines, text = self.text.splitlines(), io.StringIO(self.text, newline="")
-        delimiter = max("\t;,", key=lambda one: sum(line.count(one) >= 2 for line in lines[:100]))
+        text, delimiter = io.StringIO(self.text, newline=""), self.delimiter
         try:
             rows = [[cell.strip() for cell in row] for row in csv.reader(text, delimiter=delimiter)]
         except csv.Error as error:

@@ -72,4 +72,5 @@ def _labels(values: Mapping[str, Any], attributes: Mapping[str, Mapping[str, Any
         if not isinstance(value, str) or not value:
             continue
         chosen = value.split(",") if attribute.get("type") == _CHECKBOX else [value]
-        yield from (str(options.get(one, one)) for one in chosen)
+        # Text attributes have no options; a number that is none of them names nothing.
+        yield from (str(options.get(one, "" if options and one not in options.values() else one)) for one in chosen)
