@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from re2tal.rewire.hooks import of_users
 from re2tal.rewire.traced import RefusedError
 
-_OF_ALL_MODULES = (set(dir(nn.Module)) | set(vars(nn.Module()))) - {"training"}
+_OF_ALL_MODULES = set(vars(nn.Module())) - {"training"}
 _NUMBERS = (bool, int, float, complex, str, bytes, type(None), Enum, slice, torch.dtype, torch.device, torch.layout)
 _PLAIN = (*_NUMBERS, type, FunctionType, BuiltinFunctionType, ModuleType, torch.memory_format)
 _MISSING = "nothing"
@@ -72,7 +72,10 @@ def recorded_reads(block: nn.Module, entered: Sequence[nn.Module]) -> Iterator[R
     usual = modules.__setattr__
 
     def read(module: nn.Module, name: str) -> Any:
-        if name not in _OF_ALL_MODULES and not name.startswith("__") and (path := paths.get(module)) is not None:
+        if (
+            not (name in _OF_ALL_MODULES or hasattr(nn.Module, name) or name.startswith("__"))
+            and (path := paths.get(module)) is not None
+        ):
             modules.__getattribute__ = plain
             try:
                 reads.values.setdefault((path, name), True if name == "training" else _value_of(module, name))

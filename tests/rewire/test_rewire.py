@@ -87,6 +87,13 @@ def test_a_container_that_hangs_in_two_places_is_one_stage() -> None:
     assert net.alias is net.layers
 
 
+def test_what_a_library_puts_on_every_module_is_no_reason_to_leave_a_container(monkeypatch) -> None:
+    monkeypatch.setattr(nn.Module, "smart_apply", lambda module, function: None, raising=False)
+    net = walker(Block, Block)
+    rewire(net)
+    assert isinstance(net.layers, RewiredStage)
+
+
 def test_a_network_that_holds_nothing_residual_is_refused_with_the_reasons() -> None:
     with pytest.raises(ValueError, match=r"(?s)nothing in this Walker could be rewired; register residual_branches.*"):
         rewire(walker(PostNorm, PostNorm))
