@@ -270,7 +270,11 @@ ROWS: tuple[Row, ...] = (
     ),
     hub("RoFormer", TEXT, words()),
     hub("XLNet", {"d_model": 32, "n_layer": 4, "n_head": 2, "d_inner": 64, "vocab_size": 99}, words(use_mems=False)),
-    hub("Mixtral", LANGUAGE | {"num_local_experts": 4, "num_experts_per_tok": 2}, words(use_cache=False)),
+    hub(
+        "Mixtral",
+        LANGUAGE | {"num_local_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "eager"},
+        words(use_cache=False),
+    ),
     hub("Wav2Vec2", SMALL | WAVES, sound),
     hub("Hubert", SMALL | WAVES, sound),
     hub("AST", SMALL | {"max_length": 64, "num_mel_bins": 16}, spectrum("input_values", 64, 16)),

@@ -11,10 +11,12 @@ from torch import nn
 def own_names(container: nn.Module) -> set[str]:
     """The attributes and methods that a container has besides those of its kind."""
     kind = nn.Sequential if isinstance(container, nn.Sequential) else nn.ModuleList
-    return {name for name in (*dir(type(container)), *vars(container)) if not name.startswith("__")} - _OF_KINDS[kind]
+    types = type(container).__mro__
+    names = {name for one in types[: types.index(kind)] for name in vars(one)} | set(vars(container))
+    return {name for name in names if not name.startswith("__")} - _OF_ALL_MODULES
 
 
-_OF_KINDS = {kind: {*dir(kind), *vars(kind())} for kind in (nn.Sequential, nn.ModuleList)}
+_OF_ALL_MODULES = set(vars(nn.Module()))
 
 
 def own_attribute(container: nn.Module, name: str, stage: nn.Module) -> Any:

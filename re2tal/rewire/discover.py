@@ -102,8 +102,11 @@ def take_apart(block: nn.Module, call: BlockInputs) -> Residual | NotResidual:
     return NotResidual(refusals[0])
 
 
-def as_a_whole(block: nn.Module, call: BlockInputs) -> Residual | None:
-    """The block as one branch, F(x) = block(x) - x; None where it changes shapes, or adds nothing to anything."""
+def as_a_whole(block: nn.Module, call: BlockInputs) -> Residual | NotResidual | None:
+    """The block as one branch, F(x) = block(x) - x; None where it changes shapes, or adds nothing to anything.
+
+    NotResidual where it is one, but for what else it returns.
+    """
     try:
         with KinkFinder() as kinks, _SumFinder(call.x.shape) as sums:
             for training in (True, False):
@@ -116,8 +119,8 @@ def as_a_whole(block: nn.Module, call: BlockInputs) -> Residual | None:
         return None
     try:
         return Residual((Branch("block less x", _less_x),), _wrapping(block, call), kinks=kinks.found)
-    except RefusedError:
-        return None
+    except RefusedError as refusal:
+        return NotResidual(str(refusal))
 
 
 def _less_x(block: nn.Module, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -183,10 +183,10 @@ def _analyst(model: nn.Module, example: Example | None, *, whole_blocks: bool) -
         if any(_may_be_rewired(inner, analyse) for container in inside for inner in container.children()):
             return found
         whole = as_a_whole(block, calls[block])
-        if whole is not None and not whole_blocks:
+        if isinstance(whole, Residual) and not whole_blocks:
             reason = f"{found.reason}; as a whole, RewiringConfig(unit='block'), it can be rewired"
             return NotResidual(reason, as_a_whole=True)
-        return whole or found
+        return whole if whole is not None and whole_blocks else found
 
     return analyse
 
