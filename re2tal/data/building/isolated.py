@@ -166,12 +166,17 @@ def _serve(connection: Connection) -> None:
             result = function(*args, **kwargs)
             if inspect.isgenerator(result):
                 for item in result:
-                    connection.send((None, item))
+                    _send(connection, (None, item))
                 result = None
             reply = True, result
         except Exception as error:
             reply = False, error
         try:
-            connection.send(reply)
+            _send(connection, reply)
         except OSError:  # nobody wants it any more
             return
+
+
+def _send(connection: Connection, message: tuple[bool | None, Any]) -> None:
+    # Not by `send`: where the other side has closed, Python 3.12 writes a SystemError of its buffer to stderr.
+    connection.send_bytes(pickle.dumps(message))
