@@ -189,6 +189,25 @@ def test_what_a_trace_would_leave_out_is_a_reason(kind) -> None:
         rewire(walker(kind), example=(frames(),))
 
 
+class Cutting(Parts):
+    """Cuts its window to the picture, as Swin does, and for good."""
+
+    window = 64
+
+    def forward(self, x, mask=None):
+        if self.window > 16:
+            self.window = 16
+        self.shift = 0
+        return x + self.f(x).roll(self.window // 4, 1)
+
+
+def test_what_a_block_has_set_already_it_may_set_again() -> None:
+    net, x = walker(Cutting, Cutting), frames()
+    wanted = net(x)
+    rewire(net, example=(x,), config=RewiringConfig(beta=0.0))
+    torch.testing.assert_close(net(x), wanted, rtol=1e-12, atol=1e-12)
+
+
 class Reversal(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
