@@ -18,6 +18,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from re2tal.rewire.hooks import of_users
 from re2tal.rewire.traced import RefusedError
@@ -120,12 +121,14 @@ def fingerprint(value: Any, depth: int = 3) -> Any:
 
 
 def numbers_of(block: nn.Module) -> dict[str, Any]:
-    """The numbers, flags and names that modules of `block` hold, by their paths."""
+    """The numbers, flags and names that modules of `block` hold, alone or in lists and dicts, by their paths."""
     return {
-        ".".join(filter(None, (path, name))): value
+        ".".join(filter(None, (path, name))): fingerprint(value)
         for path, module in block.named_modules()
         for name, value in vars(module).items()
-        if type(value) in (bool, int, float, str)
+        if name not in _OF_ALL_MODULES
+        and type(value) in (bool, int, float, str, list, dict)
+        and all(type(leaf) in (bool, int, float, str) for leaf in tree_leaves(value))
     }
 
 

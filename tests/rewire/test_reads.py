@@ -263,9 +263,20 @@ class Stepping(Parts):
         return x + self.f(x) * (1.0 if self.calls < 100 else 2.0)
 
 
-def test_a_block_that_counts_its_runs_outside_of_buffers_is_refused() -> None:
-    with pytest.raises(RewireError, match=r"layers\.0 \(Stepping\) changes its calls every time it runs"):
-        rewire(walker(Stepping), example=(frames(),), config=RewiringConfig(unit="block"))
+class Listing(Parts):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = [0]
+
+    def forward(self, x, mask=None):
+        self.calls[0] += 1
+        return x + self.f(x) * (1.0 if self.calls[0] < 100 else 2.0)
+
+
+@pytest.mark.parametrize("kind", [Stepping, Listing])
+def test_a_block_that_counts_its_runs_outside_of_buffers_is_refused(kind) -> None:
+    with pytest.raises(RewireError, match=rf"layers\.0 \({kind.__name__}\) changes its calls every time it runs"):
+        rewire(walker(kind), example=(frames(),), config=RewiringConfig(unit="block"))
 
 
 class Hasty(nn.Module):
