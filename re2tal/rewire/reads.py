@@ -18,6 +18,7 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from re2tal.rewire.hooks import of_users
 from re2tal.rewire.traced import RefusedError
@@ -84,7 +85,8 @@ def recorded_reads(block: nn.Module, entered: Sequence[nn.Module]) -> Iterator[R
         return plain(module, name)
 
     def write(module: nn.Module, name: str, value: Any) -> None:
-        if module in paths:
+        # What it has set already, called in the same way, it may set again: a window that is cut to the picture.
+        if module in paths and not (is_known(value) and fingerprint(value) == _value_of(module, name)):
             raise RefusedError(f"it sets {name} of a {type(module).__name__}, which a graph would not do")
         usual(module, name, value)
 
@@ -122,12 +124,14 @@ def fingerprint(value: Any, depth: int = 3) -> Any:
 
 
 def numbers_of(block: nn.Module) -> dict[str, Any]:
-    """The numbers, flags and names that modules of `block` hold, by their paths."""
+    """The numbers, flags and names that modules of `block` hold, alone or in lists and dicts, by their paths."""
     return {
-        ".".join(filter(None, (path, name))): value
+        ".".join(filter(None, (path, name))): fingerprint(value)
         for path, module in block.named_modules()
         for name, value in vars(module).items()
-        if type(value) in (bool, int, float, str)
+        if name not in _OF_ALL_MODULES
+        and type(value) in (bool, int, float, str, list, dict)
+        and all(type(leaf) in (bool, int, float, str) for leaf in tree_leaves(value))
     }
 
 

@@ -189,6 +189,25 @@ def test_what_a_trace_would_leave_out_is_a_reason(kind) -> None:
         rewire(walker(kind), example=(frames(),))
 
 
+class Cutting(Parts):
+    """Cuts its window to the picture, as Swin does, and for good."""
+
+    window = 64
+
+    def forward(self, x, mask=None):
+        if self.window > 16:
+            self.window = 16
+        self.shift = 0
+        return x + self.f(x).roll(self.window // 4, 1)
+
+
+def test_what_a_block_has_set_already_it_may_set_again() -> None:
+    net, x = walker(Cutting, Cutting), frames()
+    wanted = net(x)
+    rewire(net, example=(x,), config=RewiringConfig(beta=0.0))
+    torch.testing.assert_close(net(x), wanted, rtol=1e-12, atol=1e-12)
+
+
 class Reversal(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
@@ -244,9 +263,20 @@ class Stepping(Parts):
         return x + self.f(x) * (1.0 if self.calls < 100 else 2.0)
 
 
-def test_a_block_that_counts_its_runs_outside_of_buffers_is_refused() -> None:
-    with pytest.raises(RewireError, match=r"layers\.0 \(Stepping\) changes its calls every time it runs"):
-        rewire(walker(Stepping), example=(frames(),), config=RewiringConfig(unit="block"))
+class Listing(Parts):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = [0]
+
+    def forward(self, x, mask=None):
+        self.calls[0] += 1
+        return x + self.f(x) * (1.0 if self.calls[0] < 100 else 2.0)
+
+
+@pytest.mark.parametrize("kind", [Stepping, Listing])
+def test_a_block_that_counts_its_runs_outside_of_buffers_is_refused(kind) -> None:
+    with pytest.raises(RewireError, match=rf"layers\.0 \({kind.__name__}\) changes its calls every time it runs"):
+        rewire(walker(kind), example=(frames(),), config=RewiringConfig(unit="block"))
 
 
 class Hasty(nn.Module):
