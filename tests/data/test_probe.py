@@ -1,3 +1,4 @@
+import struct
 from fractions import Fraction
 from pathlib import Path
 
@@ -31,6 +32,17 @@ def test_frames_hidden_by_an_edit_list_are_not_counted(tmp_path):
     source = write_video(tmp_path / "whole.mp4", num_frames=300, options={"g": "250"})
     probe = probe_video(cut_without_decoding(source, tmp_path / "cut.mp4", start_seconds=4))
     assert (probe.num_frames, float(probe.duration_seconds)) == (180, pytest.approx(6.0))
+
+
+def test_what_an_edit_list_trims_is_not_missing(tmp_path):
+    path = write_video(tmp_path / "v.mp4", options={"bf": "0"})
+    content = bytearray(path.read_bytes())
+    place = content.index(b"elst") + 12  # version and flags, number of edits
+    assert struct.unpack_from(">Ii", content, place) == (2000, 0)
+    struct.pack_into(">I", content, place, 1000)
+    path.write_bytes(content)
+    probe = probe_video(path)
+    assert (probe.num_missing, float(probe.duration_seconds)) == (0, pytest.approx(1.0, abs=0.04))
 
 
 def _empty(path: Path) -> None:

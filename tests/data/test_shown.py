@@ -400,6 +400,15 @@ def test_a_picture_made_of_other_bytes_is_told_though_the_decoder_is_silent(tmp_
     assert damage_of(changed).corrupt == pytest.approx(min(75, number - number % step + step) - number, abs=1)
 
 
+def test_a_page_of_ogg_that_contradicts_its_checksum_is_damage(tmp_path):
+    source = write_moving(tmp_path / "v.ogv", "libvpx", g="30", **FAST)
+    assert damage_of(source).num_damaged == 0
+    content = bytearray(source.read_bytes())
+    content[len(content) // 2] ^= 1
+    source.write_bytes(content)
+    assert damage_of(source).num_damaged > 1
+
+
 def test_a_picture_that_an_avi_lost_is_told_by_the_times_of_the_others(tmp_path):
     source = write_moving(tmp_path / "whole.avi", "mpeg4", g="30", bf="0")
     assert damage_of(source).num_damaged == 0

@@ -1,6 +1,6 @@
 """What tells that packets are not what was written, besides the decoder: many codecs show garbage without a word.
 
-the container     marks packets: a transport stream numbers its pieces
+the container     marks packets: a transport stream numbers its pieces, and the mark may be one packet early
 checksums         of Matroska files (checksums.py)
 zeros             arithmetic coding, and the escapes of H.264 and HEVC, make long runs of them impossible
 frame numbers     of H.264 (frame_numbers.py)
@@ -36,6 +36,7 @@ class Evidence:
         self._clusters = broken_clusters(Path(container.name)) if is_matroska else []
         has_start_codes = codec.name in ("h264", "hevc") and bytes(codec.extradata or b"")[:1] != b"\1"
         self._zeros = _ZEROS_INSIDE if has_start_codes else _LOST.get(codec.name)
+        self._was_corrupt = False
         self._numbers = FrameNumbers(bytes(codec.extradata or b"")) if codec.name == "h264" else None
 
     def is_lost(self, packet: av.Packet) -> bool:
@@ -43,4 +44,5 @@ class Evidence:
         content, place = bytes(packet), packet.pos or 0
         has_gap = self._numbers is not None and self._numbers.lacks_frames(content)
         has_zeros = self._zeros is not None and self._zeros.search(content) is not None
-        return packet.is_corrupt or has_gap or has_zeros or any(start <= place < end for start, end in self._clusters)
+        is_corrupt, self._was_corrupt = packet.is_corrupt or self._was_corrupt, packet.is_corrupt
+        return is_corrupt or has_gap or has_zeros or any(start <= place < end for start, end in self._clusters)

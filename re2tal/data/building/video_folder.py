@@ -115,14 +115,9 @@ class VideoFolder:
                 raise NothingUsableError(found.rejected)
             self._finish(found)
             self._remove_leftovers(plan, {file.name for file in found.files})
+        rejected, damaged = tuple(found.rejected), tuple(found.damaged)
         return BuiltSubset(
-            self.root,
-            len(items),
-            len(plan.groups),
-            missing,
-            rejected=tuple(found.rejected),
-            damaged=tuple(found.damaged),
-            num_copies=found.num_copies,
+            self.root, len(items), len(plan.groups), missing, rejected, damaged, num_copies=found.num_copies
         )
 
     def _check_settings(self) -> None:
