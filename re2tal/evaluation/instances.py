@@ -1,8 +1,9 @@
 """All truths and all predictions of an evaluation as flat float64 arrays, one row an instance.
 
 Videos are numbered in the order of the ground truth. A prediction for a video without a truth has video -1, one of a
-class without a truth has class -1. Truths keep the order of their file. Predictions are sorted by video (unknown ones
-last), start, end and class: no score depends on the order of a results file, however many of its scores are equal.
+class without a truth has class -1. Truths keep the order of their file. Predictions are sorted by start, end, class and
+video: no score depends on the order of a results file, however many of its scores are equal. (By video first, those of
+unknown videos, which are all wrong, would stand together before or behind their equals, and move the mAP.)
 """
 
 from __future__ import annotations
@@ -154,8 +155,8 @@ def flatten_predictions(
         class_agnostic=class_agnostic,
         num_cut={video_id: one.num_cut for video_id, one in kept.items()},
     )
-    last_the_unknown = np.where(owners < 0, len(truths.scored), owners)
-    order = np.lexsort((scores, to_truth, segments[:, 1], segments[:, 0], last_the_unknown))
+    numbers = np.where(owners < 0, len(truths.scored), owners)
+    order = np.lexsort((scores, numbers, to_truth, segments[:, 1], segments[:, 0]))
     videos, to_truth, segments, scores, owners = (x[order] for x in (videos, to_truth, segments, scores, owners))
     found = Predictions(videos, to_truth, segments, scores, owners, coverage)
     return replace(found, coverage=replace(coverage, **_oddities(found, truths)))

@@ -119,7 +119,7 @@ def test_tiou_equal_to_the_threshold_is_a_match(protocol: str) -> None:
 
 
 @both
-def test_equal_scores_go_by_video_start_end_and_class_not_by_the_files_order(protocol: str) -> None:
+def test_equal_scores_go_by_start_end_class_and_video_not_by_the_files_order(protocol: str) -> None:
     hit, miss = (0, 10, 0.5, 0), (40, 50, 0.5, 0)
     truth = record("a", (0, 10, "jump"))
     for both_ways in ((hit, miss), (miss, hit)):

@@ -127,7 +127,7 @@ def without_repeats(truths: Sequence[Row]) -> list[Row]:
 
 
 def ranked(found: Sequence[Row]) -> list[Row]:
-    return sorted(found, key=lambda one: (-one.score, _number(one.video), one.start, one.end, one.label))
+    return sorted(found, key=lambda one: (-one.score, one.start, one.end, one.label, _number(one.video)))
 
 
 def _number(video: str) -> int:
