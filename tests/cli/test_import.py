@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from data.numbered import encode_numbered
-from parity.pyramids import opentad_config, suppression
+from parity.pyramids import opentad_config
 from parity.sizes import frames_per_step, slowfast_size, swin_size
+from parity.suppressions import suppression
 from parity.vectors import Case, cases, load
 from safetensors.torch import load_file, save_file
 from torch import Tensor

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
 from parity.arguments import Arguments
+from parity.suppressions import ORIGINAL_SUPPRESSION
 from parity.vectors import Case
 
-from re2tal.evaluation.suppression import SuppressionConfig
 from re2tal.localizers import ActionFormerConfig, TemporalMaxerConfig, TriDetConfig, build_localizer
 from re2tal.localizers.pyramid.localizer import PyramidLocalizer
 from re2tal.localizers.weights import import_weights
@@ -207,7 +206,7 @@ def original_config(config: Mapping[str, Any]) -> ActionFormerConfig:
         training.only("head_empty_cls", ())
         training.drop("clip_grad_l2norm", "dropout", "droppath")  # cases are without
         testing.only("ext_score_file", None)
-        testing.drop(*_SUPPRESSION)
+        testing.drop(*ORIGINAL_SUPPRESSION)
         ranges = model.take("regression_range")
         assert len(ranges) == num_branch + 1
         return ActionFormerConfig(
@@ -233,46 +232,6 @@ def original_config(config: Mapping[str, Any]) -> ActionFormerConfig:
             candidate_top_k=testing.take("pre_nms_topk"),
             candidate_min_steps=testing.take("duration_thresh"),
         )
-
-
-def suppression(given: Mapping[str, Any]) -> SuppressionConfig:
-    """Our configuration for the keyword arguments of OpenTAD's batched NMS."""
-    with Arguments("nms", given) as nms:
-        nms.drop("case", "set", "n_out", "order_stable_under_2e-7_score_noise")  # of a list of cases
-        soft, per_class = nms.take("use_soft_nms", True), nms.take("multiclass", True)
-        method = {1: "linear", 2: "gaussian", 3: "gaussian_above"}[nms.take("method", 2)]
-        voting = nms.take("voting_thresh", 0.0)
-        return SuppressionConfig(
-            method=method if soft else "hard",
-            sigma=nms.take("sigma", 0.5),
-            iou_threshold=nms.take("iou_threshold", 0.0),
-            overlap_base=nms.take("t1", 0.0),
-            overlap_slope=nms.take("t2", 0.0),
-            min_score=nms.take("min_score", 0.0),
-            max_per_video=nms.take("max_seg_num", 100),
-            per_class=per_class,
-            # The peer ignores the threshold when it suppresses class by class.
-            voting_threshold=None if per_class or voting == 0.0 else voting,
-        )
-
-
-_SUPPRESSION = {
-    "nms_sigma": "sigma",
-    "iou_threshold": "iou_threshold",
-    "min_score": "min_score",
-    "max_seg_num": "max_seg_num",
-    "multiclass_nms": "multiclass",
-    "voting_thresh": "voting_thresh",
-    "nms_method": "use_soft_nms",
-}
-
-
-def original_suppression(config: Mapping[str, Any]) -> SuppressionConfig:
-    """Our configuration for the test settings of the original ActionFormer."""
-    testing = config["arguments"]["test_cfg"]
-    nms = {opentad: testing[original] for original, opentad in _SUPPRESSION.items()}
-    nms["use_soft_nms"] = {"soft": True, "hard": False}[nms["use_soft_nms"]]
-    return replace(suppression(nms), weigh_votes_by_overlap=True)
 
 
 def build(case: Case, *, layout: str = "opentad") -> PyramidLocalizer:

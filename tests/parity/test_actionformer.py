@@ -12,7 +12,8 @@ import pytest
 import torch
 from parity.compare import Tolerances, check_gradients
 from parity.detections import check_same, from_results, rounded, stored
-from parity.pyramids import STEPS, actions, build, original_suppression, suppression, timeline
+from parity.pyramids import STEPS, actions, build, timeline
+from parity.suppressions import original_suppression, suppression
 from parity.vectors import Case, cases, load, read_json
 
 from re2tal.evaluation.suppression import suppress

@@ -10,8 +10,9 @@ import pytest
 import torch
 from parity.compare import check_gradients, largest_error
 from parity.detections import check_same, stored
-from parity.pyramids import STEPS, batch_actions, opentad_config, suppression
+from parity.pyramids import STEPS, batch_actions, opentad_config
 from parity.sizes import videomae_size
+from parity.suppressions import suppression
 from parity.test_detector import GRADIENT_TOLERANCES, LOSS_TOLERANCE, VIDEO_PREFIX
 from parity.test_detector import inputs as rounded_inputs
 from parity.vectors import Case, cases, load

@@ -9,7 +9,8 @@ import pytest
 import torch
 from parity.compare import Tolerances, check_gradients
 from parity.detections import check_same, from_results, rounded, stored
-from parity.pyramids import STEPS, batch_actions, build, suppression, timeline
+from parity.pyramids import STEPS, batch_actions, build, timeline
+from parity.suppressions import suppression
 from parity.vectors import Case, cases, load, read_json
 from torch import Tensor
 

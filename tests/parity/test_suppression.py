@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from parity.detections import check_identical, check_same, stored
-from parity.pyramids import original_suppression, suppression
+from parity.suppressions import original_suppression, suppression
 from parity.vectors import cases, load, read_json
 
 from re2tal.evaluation.suppression import SuppressionConfig, suppress, vote

@@ -11,7 +11,8 @@ import torch
 from parity.arguments import Arguments
 from parity.compare import Tolerances, check_gradients, largest_error
 from parity.detections import check_same, from_results, rounded, stored
-from parity.pyramids import STEPS, batch_actions, suppression
+from parity.pyramids import STEPS, batch_actions
+from parity.suppressions import suppression
 from parity.vectors import Case, cases, load, read_json
 
 from re2tal.evaluation.suppression import suppress
