@@ -79,7 +79,7 @@ class VideoMAEEncoder(ClipEncoder):
         self.model.classifier = nn.Identity()
         for layer in self.model.videomae.encoder.layer:
             # transformers 5.17 has one, other versions and code bases have none: the softmax over keys undoes it.
-            layer.attention.attention.key.register_parameter("bias", None)
+            layer.get_submodule("attention.attention.key").register_parameter("bias", None)
         embeddings = self.model.videomae.embeddings
         embeddings.__class__ = ResizableEmbeddings  # the same parameters, another forward
         table = embeddings.position_embeddings
