@@ -102,9 +102,10 @@ def nearest(one: Detections, other: Detections) -> tuple[float, float]:
     seconds, scores = [], []
     for number in range(min(10, len(one))):
         distance = (other.segments - one.segments[number]).abs().amax(1) + 1e3 * (other.labels != one.labels[number])
-        best = int(distance.argmin())
+        apart = (other.scores - one.scores[number]).abs() / one.scores[number]
+        best = int((distance + 1e-3 * apart).argmin())  # of equal segments, such as whole videos, that of this score
         seconds.append(float(distance[best]))
-        scores.append(float((other.scores[best] - one.scores[number]).abs() / one.scores[number]))
+        scores.append(float(apart[best]))
     return max(seconds), max(scores)
 
 
