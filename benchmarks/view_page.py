@@ -27,6 +27,7 @@ from playwright.sync_api import sync_playwright
 
 from re2tal.runs.viewing import ViewOptions, open_viewer
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 OPENINGS = 5
 WATCH_TASKS = """
 window.longest = 0;
@@ -80,7 +81,7 @@ def measure(folder: Path, *, axe: Path | None) -> dict[str, Any]:
     figures: dict[str, Any] = {"start_s": time.perf_counter() - began}
     threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     with sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         figures["usable_s"] = statistics.median(usable(browser, server.address) for _ in range(OPENINGS))
         figures["longest_task_ms"] = longest_task(browser, server.address)
         if axe is not None:
@@ -137,7 +138,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="50 videos and 5,000 detections")
     parser.add_argument("--axe", type=Path, help="axe-core's axe.min.js, to look for faults of accessibility")
     options = parser.parse_args()
-    if shutil.which("chromium") is None:
+    if CHROMIUM is None:
         sys.exit("chromium is not installed; install it, for example: apt-get install chromium")
     shrink = 10 if options.quick else 1
     with tempfile.TemporaryDirectory() as folder:

@@ -70,18 +70,19 @@ def recorded_reads(block: nn.Module, entered: Sequence[nn.Module]) -> Iterator[R
     paths = {module: path for path, module in block.named_modules()}
     reads = Reads(entered={paths[module]: _form_of(module) for module in entered})
     plain, modules = object.__getattribute__, cast(Any, nn.Module)
-    usual = modules.__setattr__
+    usual, is_recording = modules.__setattr__, False
 
     def read(module: nn.Module, name: str) -> Any:
+        nonlocal is_recording
         if (
-            not (name in _OF_ALL_MODULES or hasattr(nn.Module, name) or name.startswith("__"))
+            not (is_recording or name in _OF_ALL_MODULES or hasattr(nn.Module, name) or name.startswith("__"))
             and (path := paths.get(module)) is not None
         ):
-            modules.__getattribute__ = plain
+            is_recording = True  # what `_value_of` reads is not the block's own reading
             try:
                 reads.values.setdefault((path, name), True if name == "training" else _value_of(module, name))
             finally:
-                modules.__getattribute__ = read
+                is_recording = False
         return plain(module, name)
 
     def write(module: nn.Module, name: str, value: Any) -> None:
