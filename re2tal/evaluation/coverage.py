@@ -15,9 +15,9 @@ from typing import Any
 MAX_NAMED = 5
 """Names in one line of text; JSON holds all."""
 LIKELY_LIMIT = 20
-"""So many predictions of several videos are hardly equally many by chance, nor are so many scores equal."""
+"""From so many on, an equal number of predictions in several videos points to a limit, and equal scores to a constant."""
 LATEST_SHARE = 0.05
-"""No prediction ends later than this share of the last true end: hardly by chance either."""
+"""Where all predictions end before this share of the last true end, they are probably not in seconds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +73,7 @@ class Coverage:
     num_after_end: int = 0
     """Predictions that start after the end of their video."""
     num_truths_after_end: int = 0
-    """True actions that do."""
+    """True actions that start after the end of their video."""
     last_seconds: tuple[float, float] = (0.0, 0.0)
     """The last end of a prediction for a video of the subset, and that of a true action."""
     is_one_score: bool = False
@@ -156,7 +156,7 @@ class Coverage:
         return notes
 
     def _odd_numbers(self) -> list[str]:
-        """What numbers of the file hardly mean what they should."""
+        """Notes on segments and scores that repeat, are constant, or are probably in another unit."""
         notes = []
         if self.num_repeated:
             notes.append(f"{self.num_repeated} predictions repeat another in all they say, and count as false")

@@ -158,7 +158,7 @@ def flatten_predictions(
 
 
 def _oddities(found: Predictions, truths: Truths) -> dict[str, Any]:
-    """Facts for the coverage that say whether the numbers of the file mean what they should."""
+    """Fields of the coverage that show repeats, constant scores and units other than seconds."""
     known = (found.owners >= 0) & (found.labels >= 0)
     columns = np.column_stack([found.owners, found.labels, found.segments, found.scores])[known]
     columns = columns[np.lexsort(columns.T)]

@@ -137,7 +137,7 @@ def is_unregistered(block: nn.Module) -> bool:
 
 
 def _changed_since_registered(block: nn.Module) -> str:
-    """A method of the type that was registered which `block`, of a subclass, or changed itself, has in another form."""
+    """The name of a method that `block` has in another form than the registered type; empty where there is none."""
     kind = _registered_type(block)
     names = {name for one in kind.__mro__ if one not in nn.Module.__mro__ for name in vars(one)} | {"forward"}
     for name in sorted(name for name in names if not name.startswith("__")):

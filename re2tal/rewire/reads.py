@@ -104,7 +104,7 @@ def recorded_reads(block: nn.Module, entered: Sequence[nn.Module]) -> Iterator[R
 
 
 def fingerprint(value: Any, depth: int = 3) -> Any:
-    """Something that is equal for equal contents: of numbers, names, and what holds them; of tensors only the type."""
+    """A value that is equal for equal contents. Tensors and modules count by their type alone."""
     if isinstance(value, float) and value != value:
         return "nan"
     if isinstance(value, _PLAIN):

@@ -1,8 +1,9 @@
 """Slices of H.264 whose pictures are complete before their bytes are: what was decoded is not what was coded.
 
-Arithmetic decoding (ITU-T H.264, 9.3) needs no other picture, so each slice goes alone to another decoder, with another
-end. One that was decoded to its end now runs out of bytes, or fails: nine of ten do with one other end, all with one of
-many. FFmpeg reports the rest by itself: slices that need more bytes, and those that are coded without arithmetic.
+Arithmetic decoding (ITU-T H.264, 9.3) needs no other picture, so a second decoder is given each slice alone, with other
+last bytes. A sound slice then fails: nine of ten at the first try, the others at one of many. A slice whose decoding had
+stopped before its last bytes does not change, and is damaged. FFmpeg itself reports slices that need more bytes, and
+damage of those that are coded without arithmetic.
 """
 
 from __future__ import annotations
