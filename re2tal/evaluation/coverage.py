@@ -15,7 +15,7 @@ from typing import Any
 MAX_NAMED = 5
 """Names in one line of text; JSON holds all."""
 LIKELY_LIMIT = 20
-"""From so many on, an equal number of predictions in several videos points to a limit, and equal scores to a constant."""
+"""From so many on, equal numbers of predictions in several videos point to a limit, and equal scores to a constant."""
 LATEST_SHARE = 0.05
 """Where all predictions end before this share of the last true end, they are probably not in seconds."""
 

@@ -1,8 +1,8 @@
 """Slices of H.264 whose pictures are complete before their bytes are: what was decoded is not what was coded.
 
 Arithmetic decoding (ITU-T H.264, 9.3) needs no other picture, so a second decoder is given each slice alone, with other
-last bytes. A sound slice then fails: nine of ten at the first try, the others at one of many. A slice whose decoding had
-stopped before its last bytes does not change, and is damaged. FFmpeg itself reports slices that need more bytes, and
+last bytes. A sound slice then fails: nine of ten at the first try, the others at one of many. A slice that was complete
+before its last bytes does not fail, and is damaged. FFmpeg itself reports slices that need more bytes, and
 damage of those that are coded without arithmetic.
 """
 
