@@ -23,7 +23,7 @@ from re2tal.strict_json import write_json
 from re2tal.training.deepspeed_import import Engine
 from re2tal.training.engine_weights import gather_weights
 from re2tal.training.export import write_model
-from re2tal.training.interruption import Agreement
+from re2tal.training.interruption import StopVote
 from re2tal.training.metrics import peak_memory_gib
 from re2tal.training.trainer import Trainer
 from re2tal.training.watchdog import at
@@ -50,7 +50,7 @@ def finish(
     training: ShardSet | FeatureSet,
     evaluate: Callable[[Engine], Outcome],
     *,
-    ranks: Agreement,
+    ranks: StopVote,
     started: float,
     best: BestModel | None = None,
 ) -> TrainedRun:

@@ -38,7 +38,7 @@ from re2tal.training.agreement import versions
 from re2tal.training.checkpoint import CheckpointStore
 from re2tal.training.deepspeed_import import Engine
 from re2tal.training.elastic import same_clips_per_step
-from re2tal.training.interruption import Agreement, Interrupted
+from re2tal.training.interruption import Interrupted, StopVote
 from re2tal.training.process_group import join, leave
 from re2tal.training.signals import StopRequests, stop_requests
 from re2tal.training.trackers import check_trackers
@@ -96,7 +96,7 @@ def _train(
     """Interrupted on all ranks when one was told to stop. `cleanup` unwinds when this is over."""
     started = time.perf_counter()
     world, device = _join(config, folder, cleanup)
-    ranks = Agreement(requests, device)
+    ranks = StopVote(requests, device)
     _same_start(config, {"out": folder.absolute(), "resume": resume, "overwrite": overwrite})
     ranks.check()
     together(lambda: _engine_settings(ds, config, world))  # a fault of the file is said before data is opened

@@ -17,6 +17,7 @@ from re2tal.training.config import EngineConfig
 from re2tal.training.deepspeed_import import deepspeed, deepspeed_logger
 from re2tal.training.rendezvous import refuse_foreign_listener
 
+# Taken on import, before any engine of DeepSpeed can have replaced it.
 TORCH_LINEAR = torch.nn.functional.linear
 
 GLOO_THREAD = "pt_gloo_runloop"
@@ -41,9 +42,11 @@ def join(world: World, config: EngineConfig) -> torch.device:
     if torch.accelerator.is_available():
         device = torch.device(deepspeed.get_accelerator().device_name(world.device_index))
         torch.accelerator.set_device_index(world.device_index)
+    # Rank 0 serves the store, so the others alone can meet a stranger at its port.
     if world.rank > 0 and not dist.is_initialized():
         refuse_foreign_listener(world, timeout_seconds=60 * config.timeout_minutes)
     try:
+        # All five variables are set above; without `auto_mpi_discovery` DeepSpeed does not ask MPI for them.
         deepspeed.init_distributed(
             timeout=timedelta(minutes=config.timeout_minutes), auto_mpi_discovery=False, verbose=False
         )

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from re2tal.training.deepspeed_import import Engine
 from re2tal.training.ema import WeightAverage
-from re2tal.training.engine_weights import master_weights, publish, zero_stage
+from re2tal.training.engine_weights import master_weights, optimized_parameters, publish, zero_stage
 
 Kind = Literal["weights", "average", "exp_avg", "exp_avg_sq"]
 Whole = Mapping[str, Tensor]
@@ -39,8 +39,10 @@ def resharded(checkpoint: Path, engine: Engine, average: WeightAverage | None, *
         _advance(engine, saved)
     for name, buffer in engine.module.named_buffers():
         # Statistics of norms differ by rank: each saw other clips.
+        # float64, so that the mean of equal values is that value.
         values = [state["buffers"][name].double() for state in saved.ranks]
         mean = torch.stack(values).mean(dim=0)
+        # Integers are counts, such as num_batches_tracked.
         buffer.copy_(mean if buffer.is_floating_point() else mean.round())
 
 
@@ -141,6 +143,7 @@ class _Saved:
 
     def _pieces_of_3(self, flats: list[Any]) -> Iterator[tuple[str, Tensor]]:
         """Stage 3 cuts every parameter in as many equal pieces as there are ranks, the last one padded."""
+        # DeepSpeed keeps the row in subgroups, in the order of the parameters.
         joined = [torch.cat(list(of_rank)) for of_rank in flats]
         start = 0
         for group in self.model["param_shapes"]:
@@ -171,6 +174,7 @@ def _fill(engine: Engine, average: WeightAverage | None, saved: _Saved) -> None:
     for kind in get_args(Kind):
         if (kind == "average" and average is None) or (whole := saved.whole(kind)) is None:
             continue
+        # Zeros, as shards are padded to one length with them.
         flats = [shard.new_zeros(shard.numel()) for shard in shards]
         for name, values in whole.items():
             for place, start, piece in _places(engine, name, parameters[name], values):
@@ -182,7 +186,7 @@ def _fill(engine: Engine, average: WeightAverage | None, saved: _Saved) -> None:
         elif kind == "weights":
             torch._foreach_copy_(shards, targets)
         else:
-            for weight, target in zip(_flat_parameters(engine), targets, strict=True):
+            for weight, target in zip(optimized_parameters(engine), targets, strict=True):
                 engine.basic_optimizer.state[weight][kind] = target
     _fill_frozen(engine, saved)
     publish(engine)
@@ -212,18 +216,6 @@ def _fill_frozen(engine: Engine, saved: _Saved) -> None:
             shard[: own.numel()] = own.to(shard)
 
 
-def _flat_parameters(engine: Engine) -> list[nn.Parameter]:
-    """The shards themselves, by which torch's optimizer keeps its state."""
-    optimizer = engine.optimizer
-    if zero_stage(engine) == 0:
-        return [weight for weight in engine.module.parameters() if weight.requires_grad]
-    if zero_stage(engine) == 3:
-        return list(optimizer.fp32_partitioned_groups_flat)
-    if hasattr(optimizer, "single_partition_of_fp32_groups"):
-        return list(optimizer.single_partition_of_fp32_groups)
-    return list(optimizer.fp32_groups_flat_partition)
-
-
 def _places(engine: Engine, name: str, weight: nn.Parameter, values: Tensor) -> Iterator[tuple[int, int, Tensor]]:
     """Where a parameter lies in this rank's shards: number of the shard, start, and what belongs there."""
     if zero_stage(engine) == 0:
@@ -243,7 +235,7 @@ def _advance(engine: Engine, saved: _Saved) -> None:
     states = saved.base(0)["state"]
     if states:
         step = next(iter(states.values()))["step"]
-        for weight in _flat_parameters(engine):
+        for weight in optimized_parameters(engine):
             engine.basic_optimizer.state[weight]["step"] = step.clone()
     engine.lr_scheduler.load_state_dict(saved.model["lr_scheduler"])
     # Loading a schedule sets no rate in the optimizer.

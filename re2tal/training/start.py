@@ -42,6 +42,7 @@ class StartReport:
     """Tensors whose rows belong to classes."""
 
     def __str__(self) -> str:
+        # With one layer of class rows initialised, no class is as it was trained.
         known = set(self.file.classes) if all(self.fates[name][0] == "by class" for name in self.rows) else set()
         kept = [label for label in self.classes if label in known]
         new, theirs = [label for label in self.classes if label not in known], set(self.classes)
@@ -77,6 +78,7 @@ def take_over(
     ValueError, before anything is changed, where the backbone is another one, or nothing fits.
     """
     own = model.state_dict()
+    # Before anything else: a localizer on another backbone's features knows nothing.
     _check_backbone(own, file)
     values: dict[str, Tensor] = {}
     fates: dict[str, tuple[Fate, int]] = {}

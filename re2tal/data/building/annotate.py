@@ -8,7 +8,6 @@ longer stays in its tar and in .reports/unlisted.jsonl, so that a later file may
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -26,6 +25,7 @@ from re2tal.data.contract.feature_manifest import (
     Packed,
     StepsPerVideo,
 )
+from re2tal.data.contract.folder import read_stretch
 from re2tal.data.contract.manifest import (
     MANIFEST_NAME,
     DamagedVideo,
@@ -39,7 +39,7 @@ from re2tal.data.contract.manifest import (
 from re2tal.data.contract.members import read_content
 from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.data.streaming.decode import DecodeError
-from re2tal.strict_json import sha256_of, write_atomically
+from re2tal.strict_json import atomic_file, sha256_of, write_atomically
 from re2tal.structures import VideoRecord, find_subset
 from re2tal.video_ids import composed
 
@@ -223,20 +223,11 @@ def _moved(change: Annotated) -> tuple[list[Entry], ShardFile]:
     there += [int(group.name[6:12]) for group in plan.groups] if plan else []
     tar = change.root / f"shard-{max(there, default=-1) + 1:06d}.tar"
     added: list[Entry] = []
-    temporary = tar.with_name(f".{tar.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            for root, entry in change.moved:
-                with (root / entry.shard).open("rb") as source:
-                    source.seek(entry.offset)
-                    added.append(replace(entry, shard=tar.name, offset=file.tell()))
-                    file.write(source.read(entry.num_bytes))
-            file.write(bytes(1024 + -(file.tell() + 1024) % 10240))  # as tar ends a file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, tar)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_file(tar) as file:
+        for root, entry in change.moved:
+            added.append(replace(entry, shard=tar.name, offset=file.tell()))
+            file.write(read_stretch(root / entry.shard, entry))
+        file.write(bytes(1024 + -(file.tell() + 1024) % 10240))  # as tar ends a file
     written = ShardFile(tar.name, tar.stat().st_size, sha256_of(tar), len(added))
     pairs = zip(change.moved, added, strict=True)
     adopt(

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import math
 import mmap
-import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 
 from re2tal.data.contract.feature_manifest import IndexedFeatures
 from re2tal.data.contract.manifest import INDEX_NAME, IndexedVideo, from_json
+from re2tal.strict_json import atomic_file
 
 Entry = TypeVar("Entry", IndexedVideo, IndexedFeatures)
 
@@ -89,11 +89,8 @@ def write_columns(
     rows["start"][1:] = np.cumsum([len(line) for line in lines])
     rows["crc32"][:-1] = [zlib.crc32(line) for line in lines]
     rows["id"][:-1] = [_id_number(video) for video in videos]
-    path = columns_path(root, index_sha256)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
+    with atomic_file(columns_path(root, index_sha256)) as file:
         np.save(file, rows)
-    os.replace(temporary, path)
 
 
 def _id_number(video: IndexedVideo | IndexedFeatures) -> int:

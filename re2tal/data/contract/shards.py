@@ -13,7 +13,6 @@ writes those.
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -44,7 +43,7 @@ from re2tal.data.contract.manifest import (
     from_json,
     read_manifest,
 )
-from re2tal.strict_json import read_json, sha256_of
+from re2tal.strict_json import atomic_file, read_json, sha256_of
 from re2tal.structures import SUBSETS, find_subset
 from re2tal.video_ids import file_key
 
@@ -147,20 +146,12 @@ def write_tar(path: Path, pairs: Iterable[Pair], *, suffix: str = "mp4") -> list
     The same pairs give the same bytes: members carry no time, and no owner but webdataset's constant one.
     """
     places = []
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            # The integer 0: any other time, a float among them, adds a header of 1 KiB to every member.
-            with TarWriter(file, encoder=False, mtime=0) as writer:
-                for pair in pairs:
-                    start = writer.tarstream.offset
-                    writer.write({"__key__": file_key(pair.video_id), "json": pair.json, suffix: pair.content})
-                    places.append((start, writer.tarstream.offset - start))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # The integer 0: any other time, a float among them, adds a header of 1 KiB to every member.
+    with atomic_file(path) as file, TarWriter(file, encoder=False, mtime=0) as writer:
+        for pair in pairs:
+            start = writer.tarstream.offset
+            writer.write({"__key__": file_key(pair.video_id), "json": pair.json, suffix: pair.content})
+            places.append((start, writer.tarstream.offset - start))
     return places
 
 
