@@ -51,6 +51,7 @@ def detect(
         model, asked = find_model(model), model
         if not paths and shards is None and model == SHIPPED:
             raise ValueError("the model that comes with the package has no videos of its own; give videos to look at")
+        # Never into the installed package, nor into the hub's cache.
         home = Path() if model == SHIPPED or model != asked else model
         job = Job.prepared(home, model, paths, shards, wanted, world, recursive=recursive)
         if paths:
@@ -71,6 +72,7 @@ def detect(
 
 
 def _look_at_files(job: Job, look: Look, world: World, say: Callable[[FoundInVideo], str] | None) -> None:
+    # Every n-th file, as neighbours in a folder are often equally long.
     mine = dict(list(job.files.names.items())[world.rank :: world.world_size])
     progress = Progress(sum(weights_of(mine).values()), shown=world.is_main)
     saved, cost = time.monotonic(), 0.0
@@ -82,6 +84,8 @@ def _look_at_files(job: Job, look: Look, world: World, say: Callable[[FoundInVid
             written = job.add(one)
             if say is not None:
                 progress.say(say(written))
+            # Results are written whole each time; where that takes long, it is done less often, for a twentieth of the
+            # time.
             if (now := time.monotonic()) - saved > max(SAVE_SECONDS, 20 * cost):
                 job.results.write()
                 saved = time.monotonic()

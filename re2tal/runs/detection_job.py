@@ -136,6 +136,7 @@ class Job:
         classes = trained.classes if namer is None else namer.classes
         min_score = row.min_score if wanted.min_score is None else wanted.min_score
         selection = Selection(min_score, wanted.top, labels_of(classes, wanted.classes))
+        # With a classifier scores become products: nothing may be left out by its score, or number, before.
         early = selection if namer is None else Selection()
         stem = "results" if not paths and shards is None else "detections"
         default = home / (stem if row.for_each else f"{stem}{row.suffix}")
@@ -145,6 +146,7 @@ class Job:
                 f"out is {target}, one file, but {format_name} has a file for each of the "
                 f"{len(files.names) if paths else 'shards'} videos; give a folder"
             )
+        # Other ranks write beside it; rank 0 puts all together at the end.
         mine = target if world.is_main else target.with_name(f"{target.stem}.rank{world.rank}{target.suffix}")
         made_with = _made_with(trained, wanted, min_score) if format_name == "json" else {}
         results = ResultsFile(target if row.for_each else mine, format_name, classes, made_with)

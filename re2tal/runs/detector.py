@@ -32,6 +32,7 @@ from re2tal.runs.watching import Closed, Fetching, Opened, Seen, watch
 from re2tal.structures import Detections, Timeline
 from re2tal.training.config import DTYPES
 
+# Resized together: more would delay the first action, fewer would cost a call a frame.
 FRAMES_AT_ONCE = 16
 NEAR_WINDOWS = 2
 """A stream's windows are so many windows' lengths after time 0 of the float32 seconds that a network computes with."""
@@ -195,12 +196,17 @@ class Detector:
             window = clip.timeline
             length = window.seconds_per_step * len(clip.mask)
             settling = settling or Settling(self.config.suppression, selection, reach_seconds=length)
+            # float32 has steps of 8 ms after a day, so times are counted from near the window.
             origin = max(0.0, window.start_seconds - NEAR_WINDOWS * length)
             near = Timeline(
-                window.start_seconds - origin, window.seconds_per_step, max(window.duration_seconds - origin, 1e-6)
+                # A Timeline refuses a duration of 0.
+                window.start_seconds - origin,
+                window.seconds_per_step,
+                max(window.duration_seconds - origin, 1e-6),
             )
             (found,) = look.at([clip._replace(timeline=near)]).values()
             end_seconds = window.duration_seconds
+            # Back to the video's own time, in float64.
             found = replace(found, segments=found.segments.double() + origin)
             yield from self._named(settling.add(found, window_seconds=window.start_seconds))
         if settling is not None:

@@ -16,6 +16,7 @@ from re2tal.runs.evaluation import ScoringOptions
 from re2tal.strict_json import write_json
 from re2tal.structures import Action, VideoRecord
 
+# The challenge's own format and version.
 SUBMISSION = {"version": "0.2", "challenge": "action_detection", "sls_pt": -1, "sls_tl": -1, "sls_td": -1}
 """Head of a file. The three levels of supervision are the submitter's to fill in."""
 NUM_VERBS, NUM_NOUNS = 97, 300
@@ -30,6 +31,7 @@ def write_submission(verbs: Results, nouns: Results, out: Path, *, min_tiou: flo
     both = (verbs, "verb", NUM_VERBS), (nouns, "noun", NUM_NOUNS)
     numbers = [[_number(label, kind, count) for label in results.classes] for results, kind, count in both]
     submitted = {}
+    # A video of one file alone can have no pair.
     for video_id in verbs.predictions.keys() & nouns.predictions.keys():
         one, other = verbs.predictions[video_id], nouns.predictions[video_id]
         found = pair_verbs_with_nouns(one, other, min_tiou=min_tiou, most=max_per_video)
@@ -90,6 +92,7 @@ def read_table(path: Path) -> list[VideoRecord]:
             raise ValueError(
                 f"{path} has no column {missing[0]!r}; give EPIC_100_validation.csv, or annotations as JSON"
             )
+        # The header is line 1.
         for number, row in enumerate(rows, start=2):
             start, end, verb, noun = _values(row, f"{path}, line {number}")
             by_video.setdefault(row["video_id"], []).append(Action(start, end, f"{verb},{noun}"))

@@ -151,6 +151,7 @@ def evaluate(predictions: Path | str, annotations: Path | str, options: ScoringO
     if options.top_kx:
         top_kx = top_kx_recall(*scored, tiou_thresholds=thresholds, top_k=options.top_kx, **by_rules)
     if options.errors:
+        # DETAD has two sets of bins for lengths; these data sets have videos and actions like ActivityNet's.
         sizes_of: Literal["activitynet", "thumos14"] = (
             "activitynet" if options.dataset in ("activitynet", "hacs", "fineaction") else "thumos14"
         )

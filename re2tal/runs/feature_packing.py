@@ -140,6 +140,7 @@ def _files(options: Pack, spec: DatasetSpec) -> FeatureFiles:
     after = options.suffix or ""
     form = next((one for one in FEATURE_SUFFIXES if after.lower().endswith(one)), None)
     before, after = ((options.prefix or ""), after[: -len(form)] if form else after)
+    # Braces in a prefix or suffix are meant as they are.
     name = "{id}".join(part.replace("{", "{{").replace("}", "}}") for part in (before, after))
     return FeatureFiles(options.features, (name,), list_files(options.features, suffix=form))
 

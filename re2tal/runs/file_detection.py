@@ -65,6 +65,7 @@ def detect_in_files(
             case Closed(path, reason):
                 before += sizes[path]
                 if reason is None:
+                    # A smaller batch: what is found in a file does not wait for the next one.
                     windows |= look.at(waiting) if waiting else {}
                     yield _merged(look, path, names[path], duration, windows)
                 else:

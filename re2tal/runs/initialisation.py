@@ -54,6 +54,7 @@ def initialise(options: Initialisation) -> Initialised:
     out = options.out
     if out.suffix != ".json":
         raise ValueError(f"--out is {out}; a configuration is a .json file, such as recipe.json")
+    # A configuration may have been edited by hand.
     if out.exists():
         raise ValueError(f"{out} is there already; choose another name, or remove it")
     data = look_at(options.videos, options.annotations)

@@ -24,7 +24,9 @@ SILENT_SECONDS = 60.0
 MOST_MEASURED = 200
 """Videos whose files are read; of more, so many, evenly spread."""
 FEW_ACTIONS = 10
+# Whole words: "upright" names no side.
 SIDES = re.compile(r"(?i)(?<![a-z])(left|right|clockwise|anticlockwise|counterclockwise|lefthand|righthand)(?![a-z])")
+# "TurnLeft" is two words.
 CAPITALS = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 

@@ -40,6 +40,7 @@ def locked(folder: Path) -> Iterator[None]:
 class _Lock:
     def __init__(self, path: Path) -> None:
         self.path = path
+        # The start of the process too: numbers of processes are used again.
         self.owner = {"host": socket.gethostname(), "pid": os.getpid(), "place": _place(), "start": _start(os.getpid())}
         self.beats = 0
         self.released = threading.Event()
@@ -50,6 +51,7 @@ class _Lock:
         try:
             while True:
                 try:
+                    # Written first, then linked: whoever sees the lock can read who holds it.
                     _link(draft, self.path)
                     break
                 except FileExistsError:
@@ -79,6 +81,8 @@ class _Lock:
             )
         aside = self.path.with_name(f".{NAME}.stale.{self.owner['host']}.{os.getpid()}")
         with suppress(FileNotFoundError):  # another process was faster: the next look decides
+            # A rename succeeds for one process only; to remove it here could remove the lock of another that was
+            # faster.
             os.rename(self.path, aside)
             if _read(aside) != found:  # it took the lock between our look and our hand
                 with suppress(FileExistsError):
@@ -93,6 +97,7 @@ class _Lock:
                 )
 
     def _lives(self, owner: dict[str, Any]) -> bool:
+        # Only here can the process table tell; elsewhere the same number may be any process.
         if owner.get("place") == self.owner["place"] and self.owner["start"] is not None:
             return owner.get("start") is not None and _start(owner.get("pid")) == owner["start"]
         print(
@@ -117,6 +122,7 @@ class _Lock:
                     file=sys.stderr,
                     flush=True,
                 )
+                # Not an exception, which the main thread would see only after its next checkpoint.
                 os._exit(1)
             self.beats += 1
             with suppress(OSError):  # a disk that is full or away: others may take the run for dead, as they should
@@ -161,5 +167,6 @@ def _start(pid: Any) -> int | None:
         status = Path(f"/proc/{int(pid)}/stat").read_text("utf-8", errors="replace")
     except (OSError, ValueError, TypeError, OverflowError):
         return None
+    # Behind the last bracket: a program's name may have brackets and spaces in it.
     state, *fields = status.rpartition(")")[2].split()
     return None if state in "ZX" else int(fields[18])

@@ -64,6 +64,7 @@ def merge_results(paths: Sequence[Path], out: Path, options: MergeOptions = AS_U
         raise ValueError(f"{len(paths)} results and {len(weights)} weights were given; give a weight for each, or none")
     if not all(0 < weight < 1e6 for weight in weights):
         raise ValueError(f"weights are {weights}; give positive numbers")
+    # Resolved, so that a link does not count as another file.
     if repeated := [path for path, times in Counter(path.resolve() for path in (*paths, out)).items() if times > 1]:
         raise ValueError(f"{repeated[0]} is given twice; give different files, and another one to write")
     files = [read_results(path) for path in paths]
@@ -71,6 +72,7 @@ def merge_results(paths: Sequence[Path], out: Path, options: MergeOptions = AS_U
     if options.verb_noun_tiou is not None:
         return _as_submission(files, paths, out, options)
     found, classes, notes = _together(files, paths, weights)
+    # One file alone is suppressed already; soft-NMS a second time would lower its scores again.
     if len(files) > 1:
         notes += _unlike_scores([weight * score for weight, score in zip(weights, best, strict=True)], paths)
         found = {video_id: _suppressed(one, video_id, options.suppression) for video_id, one in found.items()}

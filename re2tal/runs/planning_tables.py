@@ -44,6 +44,7 @@ def write_page(path: Path, *, recipes: Sequence[str] = CHOSEN, lengths: Sequence
     The page is written after each row: where somebody stops it, rows that were not reached stay as they were.
     """
     tables = [_recipes(recipes), _lengths(lengths)]
+    # The rows as they are: where planning is stopped, they stay.
     rows = {_first_cell(line): line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("|")}
 
     def write() -> None:

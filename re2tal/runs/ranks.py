@@ -25,6 +25,7 @@ def joined_ranks() -> Iterator[World]:
         yield world
         return
     world.export()
+    # gloo, as these ranks only exchange what they found, and may have no accelerator.
     dist.init_process_group("gloo", timeout=LONGEST_WAIT)
     try:
         yield world

@@ -92,6 +92,7 @@ def reproduce(asked: Reproduction) -> int:
     status = 0
     if not asked.dry_run:
         status = _train_and_compare(asked, config, card, world)
+    # An interrupted run has no card yet: it is resumed.
     if world.is_main and status != INTERRUPTED:
         card.write(asked.folder)
         print(f"{asked.folder / 'card.md'} and card.json say all of this")

@@ -130,6 +130,7 @@ def _compare_actions(opened: ShardSet, truths: Sequence[VideoRecord]) -> Iterato
     for truth in truths:
         if (record := there.get(composed(plain_id(truth.video_id)))) is not None:
             ours, theirs = (
+                # Tenths of a second: builds and files round times differently, and starts are clipped to the video.
                 Counter((one.label, round(max(one.start_seconds, 0.0), 1)) for one in actions)
                 for actions in (record.actions, truth.actions)
             )
@@ -210,6 +211,7 @@ def estimate_hours(config: RunConfig, shards: Path, world: World, *, on_cpu: boo
     batches = stream_of(config, opened, world, training=True).steps_per_epoch
     network = build_model(config, opened.classes).to(device, DTYPES[config.engine.precision])
     try:
+        # The first step also loads kernels, and is not counted; the fastest of the others had the fewest neighbours.
         seconds = min(islice(_step_seconds(network, config, device), 1, TIMED_STEPS))
     except torch.OutOfMemoryError:
         return {"hours": None, "reason": "unknown: a step does not fit into this device's memory"}

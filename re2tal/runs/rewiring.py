@@ -83,6 +83,7 @@ def _rewire_any(name: str, wiring: RewiringConfig, *, num_frames: int | None, si
     model = load_any_model(name)
     shape = example_shape(model, num_frames=num_frames, size=size)
     plain = kept_bytes_of(model, lambda: (torch.zeros(shape),))
+    # Noise and not zeros: with zeros different networks may give equal outputs.
     example = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     report = rewire(model, config=wiring, example=(example,))
     rewired = kept_bytes_of(model, lambda: (torch.zeros(shape),))

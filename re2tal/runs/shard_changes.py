@@ -13,6 +13,7 @@ from re2tal.data.building.annotations import read_annotations
 from re2tal.data.building.catalog import DATASETS
 from re2tal.data.building.labels import read_class_list
 from re2tal.data.building.merge import merge_shards, merged_classes, same_pictures, skipped_videos
+from re2tal.data.building.stored_videos import subset_folders
 from re2tal.data.building.subset_names import rename_subsets
 from re2tal.data.contract.manifest import MANIFEST_NAME
 from re2tal.data.contract.shards import ShardSet, open_any, open_shards
@@ -108,10 +109,3 @@ def merge(folders: Sequence[Path], *, out: Path) -> int:
 
     status = for_each(list(subsets), one)
     return max(status, describe([out / name for name in subsets]))
-
-
-def subset_folders(folder: Path) -> list[Path]:
-    """A shard folder itself, or those that it holds, one per subset."""
-    if (folder / MANIFEST_NAME).is_file() or not folder.is_dir():
-        return [folder]
-    return [one for one in sorted(folder.iterdir()) if (one / MANIFEST_NAME).is_file()] or [folder]

@@ -63,6 +63,7 @@ def finish(
     with trainer.averaged_weights():
         outcome = evaluate(trainer.engine)
         ranks.check()
+        # Inside, where the model computes with the average: that is what was evaluated.
         weights = gather_weights(trainer.engine)
         if best is not None:
             best.offer(outcome, trainer.engine, step=trainer.progress.step)
@@ -91,6 +92,7 @@ def finish(
             summary["chosen"] = best.chosen(last=outcome.merit[1], steps_per_epoch=trainer.steps_per_epoch)
             note = summary["chosen"]["note"]
             trainer.log.say(note)
+        # Results first, the summary after them: `summary.json` tells that a run has ended.
         final.write(folder / RESULTS_NAME, note=note)
         write_json(folder / SUMMARY_NAME, final.summary | summary)
         describe_trained(folder, config, model.classes, summary=final.summary | summary, training=training)

@@ -105,12 +105,14 @@ def _train(
     shards = training, validation = open_both(config)
     config = _fitted(config, training)
     build = partial(build_from, config, training.classes, find_start(config, training))
+    # Before anything is removed or written in the folder.
     made_by_main(lambda: cleanup.enter_context(locked(folder)))
     claim(folder, resume=resume, overwrite=overwrite)
     if resume:
         config = _on_these_ranks(config, folder, world)
     ds_file, settings = together(lambda: _engine_settings(ds, config, world))[world.rank]
     ranks.check()
+    # Before training: a fault in the validation data must not show after days.
     clips = stream_of(config, validation, world, training=False)
 
     def evaluate(engine: Engine) -> Outcome:

@@ -28,6 +28,7 @@ _NAME = "re2tal-isolated"
 _NUMBERS = count()
 
 
+# A message for each frame would cost more than some frames do.
 _SIGN_SECONDS = 1.0
 _to_parent: Connection | None = None
 """In the child process: the connection to the parent, which waits for the result."""
@@ -109,6 +110,7 @@ class Isolated:
     def _reply(self, timeout_seconds: float) -> tuple[bool | None, Any]:
         """Whether the function succeeded, and its result; None and an item where more is to come."""
         connection, reply = self._start(), None
+        # None is a sign of life, and starts the wait anew.
         while reply is None:
             try:
                 if not connection.poll(timeout_seconds):
@@ -149,6 +151,7 @@ def _preparation_data(name: str) -> dict[str, Any]:
     return data
 
 
+# multiprocessing has no option for it; only processes of our names are concerned.
 _usual_preparation_data = spawn.get_preparation_data
 spawn.get_preparation_data = _preparation_data
 

@@ -116,6 +116,7 @@ class Found:
         elif start_seconds < 0:
             self.leave_out(where, f"its segment {start_seconds:g} to {end_seconds:g} s starts before the video")
         else:
+            # Microseconds: what dividing by a rate leaves behind would be written out in 17 digits.
             segment = round(start_seconds, 6), round(end_seconds, 6), text
             self.video(name, subset=subset).actions.append(segment)
 
@@ -135,6 +136,7 @@ class Found:
         count = min(len(folders), len(more))
         if folders[:count] != more[:count] or any(a and b and a != b for a, b in zip(said, new, strict=True)):
             self.clashes.setdefault(video_id, f"{known!r} and {name!r} both give this id: rename one")
+        # The longer name is kept, as it can contradict more.
         elif (len(more), new) > (len(folders), said):
             self._names[video_id] = name
 
