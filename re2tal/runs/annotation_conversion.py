@@ -60,7 +60,7 @@ class Conversion:
 
 def convert(options: Conversion) -> int:
     """Write the file and say what is in it; gives the exit status."""
-    _check(options)
+    _refuse_wrong_options(options)
     with _Videos(options.videos) as videos:
         found = Found(_wanted(options), videos.measure if options.videos else None)
         read = read_files(_files(options.inputs), format_name=options.format, found=found)
@@ -96,7 +96,7 @@ def list_formats() -> int:
     return 0
 
 
-def _check(options: Conversion) -> None:
+def _refuse_wrong_options(options: Conversion) -> None:
     if not 0 <= options.validation < 1:
         raise ValueError(f"--validation is {options.validation}; give a share from 0 to below 1")
     if options.fps is not None and not 0 < options.fps < 10_000:

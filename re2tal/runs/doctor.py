@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import queue
 import re
 import shutil
 import subprocess
@@ -11,9 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +20,9 @@ import re2tal
 from re2tal.data.building.annotation_entries import UNKNOWN_SECONDS, misfit
 from re2tal.data.building.annotations import Annotations, read_annotations, read_keys
 from re2tal.data.building.examine import Examined, examine_video
-from re2tal.data.building.isolated import Isolated
+from re2tal.data.building.isolated import IsolatedPool
 from re2tal.data.building.named_files import Chosen, NamedFiles, videos_in
-from re2tal.machine import memory_bytes, num_cores, open_files
+from re2tal.machine import installed_version, memory_bytes, num_cores, open_files
 from re2tal.progress import counted
 from re2tal.runs.exit_status import SOME_LEFT_OUT
 from re2tal.strict_json import write_json
@@ -104,21 +101,14 @@ def _video_files(folder: Path) -> tuple[list[Path], list[str]]:
 def _examine(files: Sequence[Path], check: DataCheck) -> dict[Path, Examined | str]:
     """File -> what was found, or why the file cannot be used; each in a process that can be stopped."""
     num_workers = max(1, min(check.workers or num_cores(), len(files)))
-    with ExitStack() as stack:
-        idle: queue.SimpleQueue[Isolated] = queue.SimpleQueue()
-        for _ in range(num_workers):
-            idle.put(stack.enter_context(Isolated()))
+    with IsolatedPool(num_workers) as isolated, ThreadPoolExecutor(num_workers) as pool:
 
         def one(path: Path) -> Examined | str:
-            isolated = idle.get()
             try:
                 return isolated.call(SILENT_SECONDS, examine_video, path, decode=not check.quick)
             except Exception as error:  # one file, whatever it does to us, never ends the check
                 return str(error).replace(str(path), path.name)
-            finally:
-                idle.put(isolated)
 
-        pool = stack.enter_context(ThreadPoolExecutor(num_workers))
         found = counted(pool.map(one, files), total=len(files), about="videos")
         return dict(zip(files, found, strict=True))
 
@@ -223,11 +213,7 @@ def check_machine(*, json: Path | None) -> int:
 def _machine() -> Iterator[tuple[str, Any]]:
     yield "system", f"{platform.platform()}, Python {platform.python_version()}"
     yield "re2tal", re2tal.__version__
-    for name in PACKAGES:
-        try:
-            yield name, metadata.version(name)
-        except metadata.PackageNotFoundError:
-            yield name, "not installed"
+    yield from ((name, installed_version(name)) for name in PACKAGES)
     memory = "" if (size := memory_bytes()) is None else f", {size / 2**30:.1f} GiB memory"
     yield "processor", f"{num_cores()} cores for this process{memory}"
     yield "devices", "; ".join(_devices()) or "none: training runs on the processor"

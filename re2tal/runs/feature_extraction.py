@@ -94,7 +94,7 @@ class Extract:
 
 def extract(options: Extract) -> list[BuiltSubset]:
     """Extract the features of each folder of shards; what was written, in their order."""
-    _check(options)
+    _refuse_wrong_options(options)
     part_index, num_parts = parse_part(options.part)
     config = None if options.run is None else load_config(options.run / CONFIG_NAME)
     if NAME in (options.backbone.name, config and config.backbone.name):
@@ -167,7 +167,7 @@ def _windowing(options: Extract, trained: Windowing | None, shards: ShardSet) ->
     return Slide(options.window_frames or num_frames, frames_per_second=rate, overlap=options.overlap)
 
 
-def _check(options: Extract) -> None:
+def _refuse_wrong_options(options: Extract) -> None:
     if not options.shards:
         raise ValueError("no folder of shards was named; give those that `re2tal shards build` wrote")
     for name in ("window_frames", "whole", "size", "batch_size"):

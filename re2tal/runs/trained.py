@@ -75,11 +75,7 @@ def open_detector(folder: Path) -> Trained:
 
 def load_detector(run: Path, config: RunConfig) -> TemporalActionDetector:
     """The detector of a run folder with its trained weights, on the CPU."""
-    model = read_model(run / MODEL_NAME)
-    detector = build_detector(started(config), model.classes)
-    take_parts_of(detector.backbone, model.weights)
-    model.load_into(detector, classes=detector.localizer.classes)
-    return detector
+    return Trained(run, config, read_model(run / MODEL_NAME)).network()
 
 
 def load_recognizer(run: Path, config: RecognitionConfig) -> Recognizer:
@@ -108,6 +104,4 @@ def started(config: AnyRun) -> AnyRun:
 
 def default_device() -> torch.device:
     """The accelerator, if there is one."""
-    return (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None) or torch.device(
-        "cpu"
-    )
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")

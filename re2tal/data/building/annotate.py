@@ -118,7 +118,7 @@ def annotate(folder: Path, annotations: Annotations, *, blocked: frozenset[str] 
         if video_id not in seen:
             changes[all_of[0][0].manifest.subset].gone.append(video_id)
     # Everything is known before the first folder is written: an error leaves all of them as they were.
-    _check([*changes.values()], seen)
+    _refuse_empty([*changes.values()], seen)
     # What moves is taken from its old folder first, and can be found there until it is in the new one.
     for change in sorted(changes.values(), key=lambda change: bool(change.moved)):
         change.damaged = damaged
@@ -165,7 +165,7 @@ def _misfit(shards: AnySet, entry: Entry, record: VideoRecord) -> str:
     return misfit(was, now)
 
 
-def _check(changes: Sequence[Annotated], seen: set[str]) -> None:
+def _refuse_empty(changes: Sequence[Annotated], seen: set[str]) -> None:
     for change in changes:
         if not change.entries and not change.moved:
             raise ValueError(

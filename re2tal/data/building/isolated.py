@@ -13,9 +13,11 @@ import pickle
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from itertools import count
 from multiprocessing import spawn
 from multiprocessing.connection import Connection
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
@@ -140,6 +142,30 @@ class Isolated:
         process.kill()
         process.join()
         return process.exitcode
+
+
+class IsolatedPool:
+    """Child processes for the threads of a caller: each call takes one that is free, or waits for one."""
+
+    def __init__(self, num_processes: int) -> None:
+        self._stack = ExitStack()
+        self._free: SimpleQueue[Isolated] = SimpleQueue()
+        for _ in range(num_processes):
+            self._free.put(self._stack.enter_context(Isolated()))
+
+    def __enter__(self) -> IsolatedPool:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def call(self, timeout_seconds: float, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """As `Isolated.call`."""
+        isolated = self._free.get()
+        try:
+            return isolated.call(timeout_seconds, function, *args, **kwargs)
+        finally:
+            self._free.put(isolated)
 
 
 def _preparation_data(name: str) -> dict[str, Any]:
