@@ -96,6 +96,7 @@ class MapReport:
 def mean_average_precision(matches: Matches) -> MapReport:
     """AP by threshold and class. Source: Pascal VOC 2010 interpolation as in ActivityNet's eval_detection."""
     truths, num_truths = matches.truths, np.bincount(matches.truths.labels).tolist()
+    # A class that has truths and no prediction stands here with no column, and its AP is 0: it counts in the mean.
     columns = [
         interpolated_average_precision(of_class >= 0, num_truths=count)
         for of_class, count in zip(matches.partners, num_truths, strict=True)
@@ -113,6 +114,8 @@ def mean_average_precision(matches: Matches) -> MapReport:
 
 def interpolated_average_precision(true_positive: np.ndarray, *, num_truths: int) -> np.ndarray:
     """(T, N) bool by falling score -> (T,) area under the precision envelope over recall."""
+    # Precision at a rank is raised to the best of any later rank: a reader may stop later, and have both more recall
+    # and more precision. Only true positives add recall, each 1 / num_truths of it.
     found = np.cumsum(true_positive, axis=1)
     precision = found / np.arange(1, true_positive.shape[1] + 1)
     envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]

@@ -38,6 +38,7 @@ def read_ground_truth(path: Path | str, *, subset: str) -> list[VideoRecord]:
     found = find_subset(subset, sorted(subsets))
     records = []
     for video_id, entry in database.items():
+        # A file may spell one subset in two ways; all its videos count.
         if found is not None and entry["subset"].lower() == found.lower():
             where = f"{path}: database[{video_id!r}]"
             actions = tuple(_actions(where, entry.get("annotations")))
@@ -59,6 +60,7 @@ def _database(path: Path | str) -> dict[str, Any]:
     document = read_json(path)
     database = document.get("database") if isinstance(document, dict) else None
     if database is None and isinstance(document, dict) and document:
+        # Some packages leave "database" out; a results file, which is an object too, has no "subset".
         is_bare = all(isinstance(entry, dict) and "subset" in entry for entry in document.values())
         database = document if is_bare else None
     if not isinstance(database, dict):
@@ -86,6 +88,7 @@ def _actions(where: str, annotations: Any) -> Iterator[Action]:
                 f'{here} is {brief(annotation)}; it needs "segment", [start, end] in seconds, and "label", a name'
             )
         if label != AMBIGUOUS:
+            # Neither clipped nor put in order: see above.
             start, end = (_seconds(value, f"{here}.segment") for value in segment)
             yield Action(start, end, label)
 
