@@ -20,6 +20,7 @@ class ChannelNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T) -> (B, C, T)."""
+        # nn.LayerNorm normalises the last axes.
         return super().forward(x.transpose(1, 2)).transpose(1, 2)
 
 
@@ -34,6 +35,7 @@ class MaskedConv(nn.Module):
         self, in_channels: int, out_channels: int, *, kernel_size: int, norm_eps: float, mask_after_norm: bool
     ) -> None:
         super().__init__()
+        # No bias where a norm follows, as in the public implementations.
         self.conv = nn.Conv1d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
         self.norm = ChannelNorm(out_channels, eps=norm_eps)
         self.mask_after_norm = mask_after_norm
@@ -49,6 +51,7 @@ class AffineDropPath(nn.Module):
 
     def __init__(self, channels: int, *, drop: float) -> None:
         super().__init__()
+        # As ActionFormer begins: a block is nearly the identity.
         self.scale = nn.Parameter(torch.full((channels,), 1e-4))
         self.drop = drop
 
@@ -58,4 +61,5 @@ class AffineDropPath(nn.Module):
         if not self.training or self.drop == 0.0:
             return x
         keep = 1.0 - self.drop
+        # What stays is scaled up, so that the mean over draws is what evaluation computes.
         return x * (torch.rand(len(x), 1, 1, device=x.device) < keep).to(x.dtype) / keep

@@ -51,6 +51,7 @@ def made_for(
     device: torch.device,
 ) -> dict[str, Any]:
     """The values that a plan depends on, by name, as JSON; `settings` are DeepSpeed's, resolved."""
+    # Fields that are marked in the configuration's classes; a plan outlives a change of all others.
     names = set(names_with(run, "planned"))
     weighed = {name: value for name, value in flatten(to_json(run)) if name in names}
     return {
@@ -88,6 +89,7 @@ def plan_step(
     zero_stage, budget = settings["zero_optimization"].get("stage", 0), _budget(run, device, free_bytes, world_size)
     if budget is not None:
         _refuse_what_cannot_be_planned(run)
+    # From ZeRO 2 on, a gradient goes into its bucket as soon as it is there.
     dry_run = DryRun(run, device=device, num_classes=num_classes, free_gradients=zero_stage >= 2)
     zero = zero_memory_of(run, dry_run.network, settings, world_size=world_size, device=device)
     purpose = made_for(run, settings, world_size=world_size, num_classes=num_classes, device=device)
@@ -191,6 +193,7 @@ class _Planner:
 
     def _least(self, traces: Mapping[Setting, Trace], on_the_host: Trace | None) -> list[Setting]:
         """Settings that fit, however slow: one for all stages, or else those of the smallest plan."""
+        # Each of these is a dry run that was made anyway.
         alike = [min(traces, key=lambda setting: traces[setting].peak)] * len(self.stages)
         if self._memory(alike).peak <= self.budget:
             return alike

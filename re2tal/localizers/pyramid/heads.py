@@ -29,6 +29,7 @@ class Head(nn.Module):
         super().__init__()
         self.convs = nn.ModuleList(convs)
         self.output = nn.Conv1d(channels, out_channels, kernel_size, padding=kernel_size // 2)
+        # For the type checker: Conv1d has a bias unless told otherwise.
         assert self.output.bias is not None
         nn.init.constant_(self.output.bias, bias)
 
