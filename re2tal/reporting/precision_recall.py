@@ -27,6 +27,7 @@ def _of_class(true_positive: np.ndarray, num_truths: int, recalls: np.ndarray) -
     precision = found / np.arange(1, true_positive.shape[1] + 1)
     envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
     past_the_end = np.zeros((len(envelope), 1))
+    # 1e-9: a recall of 0.07 of 100 truths is 7 of them, not 7.000000000000001.
     first = [np.searchsorted(row, recalls * num_truths - 1e-9) for row in found]
     return np.take_along_axis(np.concatenate([envelope, past_the_end], axis=1), np.array(first), axis=1)
 

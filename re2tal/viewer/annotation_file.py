@@ -117,6 +117,7 @@ class AnnotationFile:
         """What is on the disk now; the file is read again only if it changed."""
         path = self.path
         mark = None if path is None else (path, *_mark(path))
+        # Taken once: other threads may replace it between two looks. What they put there is as good.
         cached = self._cached
         if cached is None or cached[0] != mark:
             cached = mark, self._read(path)
@@ -129,6 +130,7 @@ class AnnotationFile:
         Raises Conflict if the file is not at `revision`, or if both sides changed a video and `merge` is not set;
         ValueError for an action that no reader of annotations would take; OSError where nothing can be written.
         """
+        # Threads of this program first, then other programs; between reading and writing nobody else saves.
         with self._lock, _locked(self.save_to.parent):
             state = self.state()
             edited = self.apply(state, edits, revision=revision, merge=merge)
@@ -138,18 +140,22 @@ class AnnotationFile:
     def apply(self, state: State, edits: Sequence[Edit], *, revision: str, merge: bool = False) -> dict[str, Any]:
         """The document with the edits in it; nothing is written. The same errors as `save`."""
         theirs = {edit.key: state.actions(edit.key) for edit in edits}
+        # As counts: an order of actions means nothing.
         both = [edit.key for edit in edits if Counter(theirs[edit.key]) != Counter(edit.base)]
         if state.revision != revision or (both and not merge):
             raise Conflict(
                 f"{self.path} was saved by another program since these edits began", revision=state.revision, both=both
             )
+        # All labels of the file, not only of the edited videos: classes are shared.
         spellings = {folded(label): label for label in _labels(state.database)}
         database = dict(state.database)
         for edit in edits:
             merged = merge_actions(edit.base, theirs[edit.key], edit.actions)
+            # What was in the file already stays, even if it could not be added today.
             for action in (Counter(merged) - Counter(theirs[edit.key])).elements():
                 _check(edit, action, spellings)
             database[edit.key] = self._entry(database.get(edit.key), edit, merged)
+        # A copy: `state` may be cached.
         return {**state.document, "database": database} if "database" in state.document else database
 
     def _read(self, path: Path | None) -> State:
@@ -157,6 +163,7 @@ class AnnotationFile:
             entries = {one.video_id: _as_entry(one) for one in self._records}
             return State("new", {"version": "re2tal", "database": entries})
         while True:
+            # Another program may write meanwhile: digest and content must be of one state of the file.
             mark, revision, document = _mark(path), _digest(path), read_json(path)
             if mark == _mark(path):
                 break
@@ -192,6 +199,7 @@ def merge_actions(base: Sequence[Action], theirs: Sequence[Action], mine: Sequen
     for action in set().union(*counts):
         before, there, here = (count[action] for count in counts)
         changes = (there - before, here - before)
+        # Both added, or both removed: what both did counts once. Otherwise the changes stand against each other.
         alike = min(changes) >= 0 or max(changes) <= 0
         wanted[action] = before + (max(changes, key=abs) if alike else sum(changes))
     merged = []
@@ -207,6 +215,7 @@ def _check(edit: Edit, action: Action, spellings: dict[str, str]) -> None:
     where = f"video {edit.key!r}: {action.label!r} from {action.start_seconds:g} to {action.end_seconds:g} s"
     if not is_label(action.label):
         raise ValueError(f"{where}: give a class name of 1 to 200 printable characters")
+    # New labels are remembered, so that two edits of one request cannot bring two spellings.
     if (known := spellings.setdefault(folded(action.label), action.label)) != action.label:
         raise ValueError(f"{where}: the class is spelled {known!r} elsewhere; choose that, or another name")
     if not 0 <= action.start_seconds < action.end_seconds <= edit.duration_seconds:
@@ -276,6 +285,7 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
+    # The folder, not the file: a save replaces the file, and a lock on the old one would hold nobody.
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # some network drives know no locks; revisions are compared all the same
