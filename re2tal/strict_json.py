@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator
@@ -94,6 +95,18 @@ def brief(value: Any) -> str:
     """A value as an error message shows it: on one line, its beginning if it is long."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def finite_number(value: Any) -> float | None:
+    """A finite number, also one written as a string; None for anything else."""
+    # True is an int in Python.
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _refuse_constant(name: str) -> None:

@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from re2tal.evaluation.average_precision import area_under
 from re2tal.evaluation.instances import Predictions, Truths, flatten_predictions, flatten_truths
 from re2tal.evaluation.matching import partners_by_class, ranked_by_class
 from re2tal.evaluation.protocols import OFFICIAL, check_thresholds
@@ -230,9 +231,7 @@ def _precision(true_positive: np.ndarray, num_truths: int, mean_truths: float) -
 
 def _average_precision(true_positive: np.ndarray, num_truths: int, mean_truths: float) -> np.ndarray:
     """(T, n) by falling score -> (T,) area under the envelope of the normalised precision."""
-    precision = _precision(true_positive, num_truths, mean_truths)
-    envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-    return (envelope * true_positive).sum(axis=1) / num_truths
+    return area_under(_precision(true_positive, num_truths, mean_truths), true_positive, num_truths=num_truths)
 
 
 def _types(

@@ -9,13 +9,12 @@ seconds are part of every published number. Segments labelled "Ambiguous" (THUMO
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from re2tal.strict_json import brief, read_json
+from re2tal.strict_json import brief, finite_number, read_json
 from re2tal.structures import AMBIGUOUS, Action, VideoRecord, find_subset
 
 ANY_CLASS = "action"
@@ -94,12 +93,7 @@ def _actions(where: str, annotations: Any) -> Iterator[Action]:
 
 
 def _seconds(value: Any, where: str) -> float:
-    """A finite number; some files hold it as a string."""
-    if isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except (ValueError, OverflowError):
-            number = math.nan
-        if math.isfinite(number):
-            return number
-    raise ValueError(f"{where} holds {brief(value)}; give a finite number of seconds")
+    """Some files hold them as strings."""
+    if (number := finite_number(value)) is None:
+        raise ValueError(f"{where} holds {brief(value)}; give a finite number of seconds")
+    return number

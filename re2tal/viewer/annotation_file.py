@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import threading
 from collections import Counter
@@ -24,7 +23,7 @@ from typing import Any
 
 from re2tal.data.building.annotation_entries import SUBSET_NAME
 from re2tal.data.building.labels import folded, is_label
-from re2tal.strict_json import brief, read_json, write_atomically
+from re2tal.strict_json import brief, finite_number, read_json, write_atomically
 from re2tal.structures import Action, VideoRecord
 from re2tal.video_ids import id_fault
 
@@ -88,7 +87,7 @@ class State:
         entry = self.database.get(key)
         if not isinstance(entry, dict):
             return None
-        duration, frames, rate = (_number(entry.get(name)) for name in ("duration", "frame", "fps"))
+        duration, frames, rate = (finite_number(entry.get(name)) for name in ("duration", "frame", "fps"))
         if duration and duration > 0:
             return duration
         return frames / rate if frames and rate and frames > 0 and rate > 0 else None
@@ -232,23 +231,12 @@ def _labels(database: Mapping[str, Any]) -> Iterator[str]:
 def _action(where: str, annotation: Any) -> Action:
     segment = annotation.get("segment") if isinstance(annotation, dict) else None
     label = annotation.get("label") if isinstance(annotation, dict) else None
-    times = [_number(value) for value in segment] if isinstance(segment, list) else []
+    times = [finite_number(value) for value in segment] if isinstance(segment, list) else []
     if len(times) != 2 or times[0] is None or times[1] is None or not isinstance(label, str):
         raise ValueError(
             f'{where} is {brief(annotation)}; it needs "segment", [start, end] in seconds, and "label", a name'
         )
     return Action(times[0], times[1], label)
-
-
-def _number(value: Any) -> float | None:
-    """A finite number; some files hold it as a string."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
 
 
 def _as_entry(record: VideoRecord) -> dict[str, Any]:

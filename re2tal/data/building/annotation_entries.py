@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from re2tal.data.building.labels import folded, is_label
+from re2tal.strict_json import finite_number
 from re2tal.structures import AMBIGUOUS, Action, VideoRecord
 from re2tal.video_ids import composed, id_fault, plain_id
 
@@ -199,15 +199,3 @@ def _fault(start: float, end: float, duration: float) -> str:
     if start >= duration or end > duration + duration_tolerance(duration):
         return f"the video lasts {duration:g} s"
     return ""
-
-
-def finite_number(value: Any) -> float | None:
-    """A finite number, also one written as a string; None for anything else."""
-    # True is an int in Python.
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    try:
-        found = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return found if math.isfinite(found) else None
