@@ -96,7 +96,7 @@ class MapReport:
 def mean_average_precision(matches: Matches) -> MapReport:
     """AP by threshold and class. Source: Pascal VOC 2010 interpolation as in ActivityNet's eval_detection."""
     truths, num_truths = matches.truths, np.bincount(matches.truths.labels).tolist()
-    # A class that has truths and no prediction stands here with no column, and its AP is 0: it counts in the mean.
+    # A class that nothing predicts has partners (T, 0), and an AP of 0, which counts in the mean.
     columns = [
         area_under(precision_of(of_class >= 0), of_class >= 0, num_truths=count)
         for of_class, count in zip(matches.partners, num_truths, strict=True)
