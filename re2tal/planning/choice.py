@@ -201,7 +201,7 @@ class _Planner:
         no_time = dict.fromkeys(traces, [0.0] * len(self.stages))
         link = None if on_the_host is None else Link(inf, on_the_host)
         choices = [undominated(of_stage) for of_stage in options_of(self.stages, traces, no_time, link)]
-        settings = _settings(choices, smallest(traces[REBUILT].ground(), _options(choices)))
+        settings = _settings_of(choices, smallest(traces[REBUILT].ground(), _options_of(choices)))
         memory = self._memory(settings)
         if memory.peak > self.budget:
             raise ValueError(_too_little(self.budget, memory))
@@ -211,17 +211,17 @@ class _Planner:
         """The settings of the fastest plan that fits in a dry run; None where none does."""
         choices, room = [undominated(of_stage) for of_stage in every], self.budget - self.zero.during_backward
         for _ in range(MOST_DRY_RUNS):
-            found = fastest(ground, _options(choices), budget=room)
+            found = fastest(ground, _options_of(choices), budget=room)
             if found is None:
                 break
-            settings = _settings(choices, found)
+            settings = _settings_of(choices, found)
             excess = self._memory(settings).peak - self.budget
             if excess <= 0:
                 return settings
             # The search takes options of stages for independent of each other; a dry run does not. Next time it gets
             # that much less.
             room -= excess
-        settings = _settings(choices, smallest(ground, _options(choices)))
+        settings = _settings_of(choices, smallest(ground, _options_of(choices)))
         return settings if self._memory(settings).peak <= self.budget else None
 
     def _memory(self, settings: Sequence[Setting]) -> StepMemory:
@@ -277,9 +277,9 @@ def _inside(rebuilt: Trace) -> int:
     return max(phase.peak - phase.live for phase in rebuilt.of("backward"))
 
 
-def _options(choices: Sequence[Choices]) -> list[list[Option]]:
+def _options_of(choices: Sequence[Choices]) -> list[list[Option]]:
     return [[option for _, option in of_stage] for of_stage in choices]
 
 
-def _settings(choices: Sequence[Choices], found: Choice) -> list[Setting]:
+def _settings_of(choices: Sequence[Choices], found: Choice) -> list[Setting]:
     return [of_stage[number][0] for of_stage, number in zip(choices, found.options, strict=True)]

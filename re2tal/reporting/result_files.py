@@ -120,14 +120,14 @@ class ResultsFile:
         if not self.out.exists():
             return set()
         results = read_results(self.out)
-        self._check(results, files)
+        self._refuse_others(results, files)
         ours = torch.tensor([self.classes.index(one) for one in results.classes], dtype=torch.long)
         for name, one in results.predictions.items():
             one = replace(one, labels=ours[one.labels])
             self.found.append(FoundInVideo(name, None, 0.0, one, tuple(self.classes)))
         return {*files} & {*results.predictions}
 
-    def _check(self, results: Results, files: Mapping[str, Path | None]) -> None:
+    def _refuse_others(self, results: Results, files: Mapping[str, Path | None]) -> None:
         made_with = results.made_with or {}
         for key, value in self.made_with.items():
             if key not in made_with:

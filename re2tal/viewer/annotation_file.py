@@ -152,7 +152,7 @@ class AnnotationFile:
             merged = merge_actions(edit.base, theirs[edit.key], edit.actions)
             # What was in the file already stays, even if it could not be added today.
             for action in (Counter(merged) - Counter(theirs[edit.key])).elements():
-                _check(edit, action, spellings)
+                _refuse_wrong_action(edit, action, spellings)
             database[edit.key] = self._entry(database.get(edit.key), edit, merged)
         # A copy: `state` may be cached.
         return {**state.document, "database": database} if "database" in state.document else database
@@ -209,7 +209,7 @@ def merge_actions(base: Sequence[Action], theirs: Sequence[Action], mine: Sequen
     return tuple(merged)
 
 
-def _check(edit: Edit, action: Action, spellings: dict[str, str]) -> None:
+def _refuse_wrong_action(edit: Edit, action: Action, spellings: dict[str, str]) -> None:
     """ValueError for a new action that `re2tal.data.building.annotations` would refuse."""
     where = f"video {edit.key!r}: {action.label!r} from {action.start_seconds:g} to {action.end_seconds:g} s"
     if not is_label(action.label):
