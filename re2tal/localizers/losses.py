@@ -27,15 +27,13 @@ def sigmoid_focal_loss(logits: Tensor, targets: Tensor, *, alpha: float = 0.25, 
     return weight * mistake**gamma * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
 
 
-def focal_of_chosen(
-    logits: Tensor, targets: Tensor, chosen: Tensor, *, alpha: float = 0.25, gamma: float = 2.0
-) -> Tensor:
+def focal_of_chosen(logits: Tensor, targets: Tensor, chosen: Tensor, *, alpha: float = 0.25) -> Tensor:
     """`sigmoid_focal_loss` where the bool mask `chosen`, which broadcasts to the logits, is True; 0 elsewhere.
 
     What stands elsewhere, NaN included, reaches neither the loss nor its gradient. Nothing waits for the device.
     """
     # Chosen before and after: a loss that is set to 0 only afterwards still has the gradient 0 * NaN.
-    losses = sigmoid_focal_loss(torch.where(chosen, logits, 0.0), targets, alpha=alpha, gamma=gamma)
+    losses = sigmoid_focal_loss(torch.where(chosen, logits, 0.0), targets, alpha=alpha)
     return torch.where(chosen, losses, 0.0)
 
 

@@ -85,7 +85,7 @@ def check_data(check: DataCheck) -> int:
         odd.append(f"{len(unused)} files belong to no entry, such as {unused[0]}")
     _print(rows, problems, odd)
     if check.json is not None:
-        videos = [{**asdict(row), "num_damaged": _num_damaged(row)} for row in rows]
+        videos = [asdict(row) | {"num_damaged": row.examined and row.examined.damage.num_damaged} for row in rows]
         write_json(check.json, {"videos": videos, "annotations": problems, "notes": odd})
     return SOME_LEFT_OUT if problems or any(row.state != "ok" for row in rows) else 0
 
@@ -170,10 +170,6 @@ def _row(
             last = max(action.end_seconds for action in beyond)
             row.remarks.append(f"{len(beyond)} actions end after the video, the last at {last:.2f} s")
     return row
-
-
-def _num_damaged(row: _Row) -> int | None:
-    return None if row.examined is None else row.examined.damage.num_damaged
 
 
 def _print(rows: Sequence[_Row], problems: Sequence[str], odd: Sequence[str]) -> None:

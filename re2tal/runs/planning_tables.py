@@ -45,7 +45,8 @@ def write_page(path: Path, *, recipes: Sequence[str] = CHOSEN, lengths: Sequence
     """
     tables = [_recipes(recipes), _lengths(lengths)]
     # The rows as they are: where planning is stopped, they stay.
-    rows = {_first_cell(line): line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("|")}
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    rows = {line.split("|")[1].strip(): line for line in lines}
 
     def write() -> None:
         lines = [""]
@@ -59,10 +60,6 @@ def write_page(path: Path, *, recipes: Sequence[str] = CHOSEN, lengths: Sequence
             rows[first] = f"| {first} | {' | '.join(make())} |"
             print(rows[first], flush=True)
             write()
-
-
-def _first_cell(row: str) -> str:
-    return row.split("|")[1].strip()
 
 
 def _recipes(names: Sequence[str]) -> Table:

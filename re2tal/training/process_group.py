@@ -20,6 +20,7 @@ from re2tal.training.rendezvous import refuse_foreign_listener
 # Taken on import, before any engine of DeepSpeed can have replaced it.
 TORCH_LINEAR = torch.nn.functional.linear
 
+MOST_SECONDS_OF_GLOO = 10.0
 GLOO_THREAD = "pt_gloo_runloop"
 """The name torch gives the threads that do gloo's collectives."""
 
@@ -92,19 +93,19 @@ def leave() -> None:
         _let_workers_rest()
 
 
-def _let_workers_rest(*, timeout_seconds: float = 10.0) -> None:
+def _let_workers_rest() -> None:
     """Returns when no thread of gloo has anything left to do.
 
     A gloo thread releases the tensors of a collective a moment after the caller has its result, and needs the
     interpreter for it. On a busy machine the interpreter may have ended by then, and torch aborts the process
     (pytorch#190489). Destroying the groups does not end the threads: DeepSpeed's engines keep references to them.
     """
-    deadline = time.monotonic() + timeout_seconds
+    deadline = time.monotonic() + MOST_SECONDS_OF_GLOO
     before = None
     # Idle: asleep before and after a pause, and not switched out in between, though the interpreter was free.
     while (now := _gloo_threads()) != before or any(state != "S" for state, *_ in now.values()):
         if time.monotonic() > deadline:
-            deepspeed_logger.warning(f"gloo is still busy {timeout_seconds:g} s after the last collective")
+            deepspeed_logger.warning(f"gloo is still busy {MOST_SECONDS_OF_GLOO:g} s after the last collective")
             return
         before = now
         time.sleep(0.01)

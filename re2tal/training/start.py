@@ -22,6 +22,7 @@ from re2tal.training.export import ModelFile
 
 Fate = Literal["taken", "by class", "of another shape", "not in the file", "not wanted"]
 COLUMNS: tuple[Fate, ...] = ("taken", "by class", "of another shape", "not in the file", "not wanted")
+MOST_LISTED = 8
 ROW_OF_CLASS = Mapping[str, tuple[int, int]]
 """Name of a tensor whose rows belong to classes -> (groups, rows before the first class of a group): with K classes it
 has groups x (before + K) rows."""
@@ -176,6 +177,6 @@ def _sizes(fates: Mapping[str, tuple[Fate, int]], part: str, fate: Fate) -> str:
     return f"{len(sizes)} ({sum(sizes):,})" if sizes else ""
 
 
-def _listed(labels: list[str], *, limit: int = 8) -> str:
-    more = f", and {len(labels) - limit} more" if len(labels) > limit else ""
-    return f" ({', '.join(labels[:limit])}{more})" if labels else ""
+def _listed(labels: list[str]) -> str:
+    more = f", and {len(labels) - MOST_LISTED} more" if len(labels) > MOST_LISTED else ""
+    return f" ({', '.join(labels[:MOST_LISTED])}{more})" if labels else ""

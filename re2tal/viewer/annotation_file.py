@@ -10,7 +10,6 @@ so what either side added stays, what either side removed goes, and nothing is l
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import threading
@@ -23,7 +22,7 @@ from typing import Any
 
 from re2tal.data.building.annotation_entries import SUBSET_NAME
 from re2tal.data.building.labels import folded, is_label
-from re2tal.strict_json import brief, finite_number, read_json, write_atomically
+from re2tal.strict_json import brief, finite_number, read_json, sha256_of, write_atomically
 from re2tal.structures import Action, VideoRecord
 from re2tal.video_ids import id_fault
 
@@ -163,7 +162,7 @@ class AnnotationFile:
             return State("new", {"version": "re2tal", "database": entries})
         while True:
             # Another program may write meanwhile: digest and content must be of one state of the file.
-            mark, revision, document = _mark(path), _digest(path), read_json(path)
+            mark, revision, document = _mark(path), sha256_of(path)[:16], read_json(path)
             if mark == _mark(path):
                 break
         database = document.get("database", document) if isinstance(document, dict) else None
@@ -258,10 +257,6 @@ def _text(document: Mapping[str, Any]) -> str:
 def _mark(path: Path) -> tuple[int, int, int]:
     status = path.stat()
     return status.st_mtime_ns, status.st_size, status.st_ino
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
 
 
 @contextmanager
