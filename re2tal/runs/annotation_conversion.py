@@ -67,6 +67,7 @@ def convert(options: Conversion) -> int:
         for video_id, one in found.videos.items():
             if one.duration_seconds is None:
                 measured = videos.measure(video_id) if options.videos else None
+                # What a file tells comes before what was measured: its times belong to that copy of the video.
                 one.duration_seconds = found.durations.get(video_id, measured[0] if measured else None)
     # Two files that contradict each other: neither is known to be right.
     for video_id, why in found.clashes.items():
@@ -134,7 +135,9 @@ def _files(inputs: tuple[Path, ...]) -> Iterator[Path]:
     for path in inputs:
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist; check the path")
+        # In order of names, so that two runs write the same file.
         inside = sorted(path.iterdir()) if path.is_dir() else [path]
+        # What is named is read, also where it is hidden; of a folder, neither hidden files nor folders.
         yield from (one for one in inside if one == path or not (one.name.startswith(".") or os.path.isdir(one)))
 
 

@@ -61,6 +61,7 @@ class BestModel:
                 say(f"the best model so far, of step {known['step']}, is of steps to be trained again; it is forgotten")
                 (self.folder / POINTER).unlink()
             else:
+                # Keys are texts in JSON, steps numbers here.
                 figures = {name: value for name, value in known["figures"].items() if int(name) <= step}
                 write_json(self.folder / POINTER, known | {"figures": figures})
 
@@ -71,6 +72,7 @@ class BestModel:
         by, value = outcome.merit
         if made_by_main(lambda: with_retries(lambda: self._is_beaten(by, value, step))):
             return
+        # By all ranks, as it gathers shards; only rank 0 writes.
         weights, model = gather_weights(engine), engine.module
         features = describe(self.training) if isinstance(self.training, FeatureSet) else None
 
@@ -107,6 +109,7 @@ class BestModel:
 
     def export(self, path: Path) -> None:
         """Write the best model as that of the run."""
+        # Read and written anew, not copied: the header is that of this version.
         best = read_model(self.results.with_suffix(".safetensors"))
         write_model(path, best.weights, classes=best.classes, wiring=best.wiring, features=best.features)
 

@@ -49,8 +49,10 @@ def read_newest_checkpoint(folder: Path, config: RunConfig) -> tuple[ModelFile, 
             if last == TRIES - 1 or checkpoint.is_dir():
                 raise
         else:
+            # Which norm a VideoMAE ends in is told by its weights, which this network was built without.
             take_parts_of(network.backbone, weights)
             names = set(network.state_dict())
+            # Buffers that are not saved with a model are in the checkpoint all the same.
             weights = {name: value for name, value in weights.items() if name in names}
             model = ModelFile(checkpoint, weights, classes, wiring_of(network), features)
             return model, checkpoint.name
@@ -60,6 +62,7 @@ def read_newest_checkpoint(folder: Path, config: RunConfig) -> tuple[ModelFile, 
 def _newest_sound(folder: Path) -> tuple[Path, CheckpointManifest]:
     found = [path for path in folder.iterdir() if path.is_dir() and FOLDER.fullmatch(path.name)]
     faults = []
+    # By number: as text, nine digits would sort before eight.
     for path in sorted(found, key=lambda one: int(one.name.split("-")[1]), reverse=True):
         try:
             return path, read_manifest(path)

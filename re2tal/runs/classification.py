@@ -77,6 +77,7 @@ def classify(options: ClassificationOptions) -> Classified:
     batch_size = options.batch_size or config.engine.batch_size
     rejected: list[Rejection] = []
     if data is not None:
+        # Shards of videos that nobody has annotated can be classified, but not scored.
         truth = true_classes(data) if any(video.record.actions for video in data.videos) else {}
         if unknown := sorted(set(truth.values()) - set(classes)):
             raise ValueError(
@@ -92,6 +93,7 @@ def classify(options: ClassificationOptions) -> Classified:
             data, names, rejected = pack_videos(list_videos(videos), Path(scratch), config.data.clips, classes=classes)
             batches = batches_with_bar(data, config.data, batch_size=batch_size)
             found = classify_batches(recognizer, batches, device=chosen)
+        # In the scratch folder videos have numbers; results carry the names of their files.
         found = {names[video_id]: scores for video_id, scores in found.items()}
         about = "".join(f"{name}: {_best(scores, classes, options.top)}\n" for name, scores in found.items())
     write_video_classes(target, found, classes)

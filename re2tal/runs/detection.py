@@ -55,6 +55,7 @@ def detect(
         home = Path() if model == SHIPPED or model != asked else model
         job = Job.prepared(home, model, paths, shards, wanted, world, recursive=recursive)
         if paths:
+            # Before the network is built, which takes seconds.
             encoding_for(job.trained.config.data.clips)  # raises where the rate is not known
         if wanted.flip:
             check_looks_at_videos(model, job.trained.config, asked="flip, of frames,")
@@ -91,6 +92,7 @@ def _look_at_files(job: Job, look: Look, world: World, say: Callable[[FoundInVid
                 saved = time.monotonic()
                 cost = saved - now
     except KeyboardInterrupt:
+        # Hours of looking are not lost to Ctrl-C.
         if job.found:
             job.results.write()
             print(
@@ -107,6 +109,7 @@ def _look_at_shards(job: Job, look: Look, world: World) -> None:
     assert job.shards is not None
     batches = batches_with_bar(job.shards, look.config.data, batch_size=look.batch_size, world=world)
     found = predict(look.network, batches, suppression=look.config.suppression, device=look.device)
+    # `predict` has brought what all ranks found to rank 0.
     if not world.is_main:
         return
     for video_id, detections in found.items():

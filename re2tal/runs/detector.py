@@ -182,6 +182,7 @@ class Detector:
         clips, shape = self.config.data.clips, None
         while some := list(islice(frames, FRAMES_AT_ONCE)):
             for frame in some:
+                # The first frame says what all have to be.
                 shape = shape or tuple(frame.shape)
                 if len(shape) != 3 or shape[2] != 3 or tuple(frame.shape) != shape or str(frame.dtype)[-5:] != "uint8":
                     raise ValueError(
@@ -195,6 +196,7 @@ class Detector:
         for clip in clips:
             window = clip.timeline
             length = window.seconds_per_step * len(clip.mask)
+            # Only now: how far a window reaches is known from the first clip.
             settling = settling or Settling(self.config.suppression, selection, reach_seconds=length)
             # float32 has steps of 8 ms after a day, so times are counted from near the window.
             origin = max(0.0, window.start_seconds - NEAR_WINDOWS * length)

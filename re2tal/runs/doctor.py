@@ -77,9 +77,11 @@ def check_data(check: DataCheck) -> int:
             records = {record.video_id: record for records in annotations.subsets.values() for record in records}
             keys = annotations.keys
     wanted = list(records or dict.fromkeys(composed(path.stem) for path in files))
+    # Without annotations ids are the files' own names: no prefix is tried.
     chosen = named.choose(wanted, keys=keys) if records else named.choose(wanted, ("{id}",))
     odd += chosen.notes
     rows = [_row(one, chosen, examined, records.get(one), check.max_damaged) for one in wanted]
+    # All files of an id, not only the chosen one: an entry knows of the others.
     used = {path for one in wanted for path in named.of(one)}
     if unused := [path.name for path in files if path not in used]:
         odd.append(f"{len(unused)} files belong to no entry, such as {unused[0]}")
@@ -121,6 +123,7 @@ def _read(
     seconds: dict[str, float] = {}
 
     def measured(video_id: str) -> float:
+        # Once, and only where an annotation needs a length: the file is read a second time for its keys.
         if not seconds:
             keys = read_keys(path)
             found = {one: examined[file] for one, file in named.choose(list(keys), keys=keys).found.items()}
@@ -136,6 +139,8 @@ def _read(
             print(f"{path}: {note}")
         return annotations
     try:
+        # The first reading told what is wrong; the second goes on without it, so that videos can be compared all the
+        # same.
         return read_annotations(path, duration_of=measured, invalid_segments="drop", fix_labels=True)
     except ValueError:
         return None
@@ -165,6 +170,7 @@ def _row(
         if why := misfit(found.seconds, record.duration_seconds):
             row.state = "other length" if row.state == "ok" else row.state
             row.remarks.append(why)
+        # Half a frame of tolerance, as annotators' tools round times to frames.
         beyond = [action for action in record.actions if action.end_seconds > found.seconds + 0.5 / found.fps]
         if beyond:
             last = max(action.end_seconds for action in beyond)
@@ -217,6 +223,7 @@ def _machine() -> Iterator[tuple[str, Any]]:
     shared = Path("/dev/shm")
     if shared.is_dir():
         usage = shutil.disk_usage(shared)
+        # Batches go from workers to the training through shared memory; Docker gives 64 MB.
         remark = "; loader workers need more: docker run --shm-size=8g" if usage.free < 2**30 else ""
         yield "/dev/shm", f"{usage.free / 2**30:.2f} of {usage.total / 2**30:.2f} GiB free{remark}"
     if (limits := open_files()) is not None:
@@ -237,6 +244,7 @@ def _deepspeed_operations() -> str:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     except subprocess.TimeoutExpired:
         return "its report did not end in 120 s"
+    # The report is coloured for terminals.
     operations = _OPERATION.findall(_COLOUR.sub("", done.stdout))
     able = [f"{name} (built)" if built == "YES" else name for name, built, fits in operations if fits == "OKAY"]
     return f"{len(able)} of {len(operations)} can be built here: {', '.join(able)}"

@@ -62,6 +62,7 @@ def evaluate_submission(predictions: Path, table: Path, options: ScoringOptions)
     kept = ScoringOptions(
         dataset=options.dataset, tiou_thresholds=options.tiou_thresholds, blocked_videos=options.blocked_videos
     )
+    # thumos14 is what the option says by itself, and stands for nothing having been said.
     if options != kept or options.dataset not in ("thumos14", "epic-kitchens"):
         raise ValueError(
             f"{table} is scored by EPIC-Kitchens' own rules, with --tiou-thresholds and --blocked-videos at most; "
@@ -75,6 +76,7 @@ def evaluate_submission(predictions: Path, table: Path, options: ScoringOptions)
         blocked_videos=read_video_ids(options.blocked_videos) if options.blocked_videos else (),
     )
     try:
+        # Videos are the same in all three tasks; verbs and actions come from one row, so that one of them tells enough.
         report.tasks["verb"].coverage.check()
     except ValueError as error:
         raise ValueError(f"{predictions} and {table} do not match: {error}") from None
@@ -86,6 +88,7 @@ def read_table(path: Path) -> list[VideoRecord]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file; check the path")
     by_video: dict[str, list[Action]] = {}
+    # Spreadsheets put a byte order mark before the first column's name.
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file)
         if missing := [name for name in COLUMNS if name not in (rows.fieldnames or ())]:
@@ -98,6 +101,7 @@ def read_table(path: Path) -> list[VideoRecord]:
             by_video.setdefault(row["video_id"], []).append(Action(start, end, f"{verb},{noun}"))
     subset = subset_in_name(path) or path.stem
     return [
+        # The table has no lengths; the last action's end stands in, as in read_ground_truth.
         VideoRecord(video_id, subset, max(one.end_seconds for one in actions), tuple(actions))
         for video_id, actions in by_video.items()
     ]

@@ -99,8 +99,10 @@ def extract(options: Extract) -> list[BuiltSubset]:
     config = None if options.run is None else load_config(options.run / CONFIG_NAME)
     if NAME in (options.backbone.name, config and config.backbone.name):
         raise ValueError(f"the backbone is {NAME!r}, which is no network; name one, or the run of one")
+    # All folders are opened before the first is worked on, which takes hours.
     folders = [(shards, clip_config(options, config, shards)) for shards in map(open_shards, options.shards)]
     backbone, settings, weights = _backbone(options, config)
+    # Before it is narrowed: the same weights have one name, whatever they compute in.
     sha256 = weights_sha256(backbone)
     backbone = backbone.to(torch.device(options.device or default_device()), DTYPES[options.precision])
     written = []
@@ -148,6 +150,7 @@ def _windowing(options: Extract, trained: Windowing | None, shards: ShardSet) ->
             raise ValueError(f"whole = {options.whole} excludes window_frames and fps; give one or the other")
         return ResizeWhole(num_frames=options.whole)
     match trained, shards.manifest.encoding.sampling:
+        # As trained, unless windows are asked for: a window of such a model is a whole video.
         case ResizeWhole(), _ if not slides:
             return trained
         case None, FramesPerVideo(num_frames) if not slides:
@@ -200,6 +203,7 @@ def grid_of(clips: ClipConfig, frames_per_step: int) -> FeatureGrid:
 
 def shards_like(shards: ShardSet) -> list[FeatureShard]:
     """The same videos in shards of the same names."""
+    # Videos stand in the order of their shards.
     by_name = groupby(shards.videos, key=lambda video: video.shard)
     return [FeatureShard(name, tuple(video.record for video in videos)) for name, videos in by_name]
 

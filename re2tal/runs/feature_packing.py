@@ -104,10 +104,12 @@ def pack(options: Pack) -> int:
         name: [one for one in annotations.subset(name) if one.video_id not in spec.blocked | blocked]
         for name in subsets
     }
+    # Told for all subsets before the first is packed.
     if empty := [name for name in subsets if not records[name]]:
         raise ValueError(f"every video of subset {empty[0]!r} is blocked; nothing is left to pack")
     packed = [record for name in subsets for record in records[name]]
     chosen = files.find([record.video_id for record in packed])
+    # A file that cannot be read is there too: its video is left out with that reason, and not called absent.
     there = chosen.found.keys() | chosen.faults.keys()
     if absent := [name for name in subsets if not any(record.video_id in there for record in records[name])]:
         raise ValueError(f"no video of subset {absent[0]!r} has features in {options.features}; choose with --subsets")
@@ -164,6 +166,7 @@ def _duration_of(options: Pack, files: FeatureFiles, timing: Strided | Resized) 
     """The seconds of a video, from its number of steps."""
 
     @cache
+    # Once for all videos, and only where an annotation has no duration: it opens files.
     def known() -> tuple[Mapping[str, FeatureFile], Layout]:
         found = files.find(list(read_keys(options.annotations))).found
         return found, options.layout or find_layout(sample_shapes(found, key=options.key))
@@ -197,6 +200,7 @@ def _layout(shapes: Mapping[str, tuple[int, int]], records: Sequence[VideoRecord
 def _timing(options: Pack) -> Strided | Resized:
     """How the steps of a file lie in time."""
     strided = (options.stride_frames, options.window_frames, options.fps)
+    # The comparison refuses NaN too.
     for name in ("stride_frames", "window_frames", "fps", "resized", "videos_per_shard"):
         if (value := getattr(options, name)) is not None and not 0 < value < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')} is {value}; give a positive number")

@@ -72,6 +72,7 @@ def _batch(config: RunConfig, data: DataFacts, device: torch.device) -> tuple[Ru
     sizes = largest_batches(data.num_training)
     if config.backbone.weights is not None:
         sizes = [1]  # as the published recipes: clips are large
+    # The count follows DeepSpeed's, which is there on Linux only.
     if not sys.platform.startswith("linux") or find_spec("deepspeed") is None:
         chosen = replace(config, engine=replace(config.engine, batch_size=sizes[0]))
         why = "what a step needs is not known here, without DeepSpeed; where you train, re2tal plan --config shows it"
@@ -79,6 +80,7 @@ def _batch(config: RunConfig, data: DataFacts, device: torch.device) -> tuple[Ru
     from re2tal.planning.choice import plan_step  # imports DeepSpeed
 
     free = free_memory(device)
+    # From the largest down; the last is 1.
     for size in sizes:
         tried = replace(config, engine=replace(config.engine, batch_size=size))
         # Weights change no sizes, and are not read for the count.

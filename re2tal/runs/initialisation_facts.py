@@ -77,6 +77,7 @@ def look_at(videos: Path, annotations: Path) -> DataFacts:
         num_training=sum(one.video_id in there for one in training),
         action_seconds=np.sort(lengths),
         video_seconds=np.sort([one.duration_seconds for one in with_file]),
+        # The slowest sets the rate for all: frames that a video has not cannot be shown.
         least_fps=min(one.num_frames / float(one.duration_seconds) for one in probes),
         short_side=int(np.median([min(one.width, one.height) for one in probes])),
         sided=[name for name in read.classes if SIDES.search(CAPITALS.sub(" ", name).replace("_", " "))],
@@ -95,6 +96,7 @@ def _subset(path: Path, read: Annotations, name: str) -> tuple[VideoRecord, ...]
 
 
 def _spread(records: Sequence[VideoRecord]) -> list[VideoRecord]:
+    # Evenly over the list, as neighbours in it are often of one recording.
     chosen = np.linspace(0, len(records) - 1, min(len(records), MOST_MEASURED)).round().astype(int)
     return [records[index] for index in chosen]
 

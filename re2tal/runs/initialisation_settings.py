@@ -94,12 +94,15 @@ def choose(data: DataFacts, start: Start) -> Proposal:
 
 def _windowing(data: DataFacts) -> tuple[Slide | ResizeWhole, str, str]:
     long, short = float(np.quantile(data.action_seconds, 0.95)), float(np.quantile(data.action_seconds, 0.1))
+    # 0.01: a rate measured over a whole file may come out a hair low, 14.999 for 15.
     slow = [rate for rate in RATES if rate <= data.least_fps + 0.01]
     if not slow:
         raise ValueError(f"a video has {data.least_fps:.2f} frames per second; at least {RATES[0]:g} are needed")
     wanted = max(8.0, 4 / short)
     rate = next((one for one in slow if one >= wanted), slow[-1])
+    # No longer than the longest video: a window beyond it would be padding.
     seconds = min(1.5 * long, float(data.video_seconds[-1]))
+    # A slower rate, rather than a window that cuts actions.
     fitting = [one for one in slow if one <= rate and one * seconds <= MOST_FRAMES]
     why_rate = f"a tenth of the actions last {short:.1f} s or less; the slowest video has {data.least_fps:.1f} a second"
     about = f"95 % of the {len(data.action_seconds)} training actions last at most {long:.1f} s"
@@ -143,6 +146,7 @@ def _started(start: Start, data: DataFacts) -> tuple[RunConfig, list[tuple[str, 
     base = thumos14_re2swin_tiny()
     name = start.backbone or "swin3d_tiny"
     is_ours = name.startswith(("swin3d", "slowfast"))
+    # Weights that were trained rewired decide how; plain ones are rewired as recipes do.
     wiring = trained_wiring(BackboneConfig(name=name, weights=start.weights))
     backbone = BackboneConfig(
         name=name,

@@ -49,6 +49,8 @@ class _Lock:
     def take(self) -> None:
         draft = self._draft()
         try:
+            # Until it is ours, or a living owner is found: a stale lock is removed by one of several, and all try
+            # again.
             while True:
                 try:
                     # Written first, then linked: whoever sees the lock can read who holds it.
@@ -57,12 +59,14 @@ class _Lock:
                 except FileExistsError:
                     self._remove_stale()
         finally:
+            # After a link it is a second name of the lock, which is not needed.
             draft.unlink()
         self.beating.start()
 
     def release(self) -> None:
         self.released.set()
         self.beating.join()
+        # Another process may have taken this one for dead, and have it by now.
         if self._is_ours(_read(self.path)):
             self.path.unlink(missing_ok=True)
 
@@ -106,6 +110,7 @@ class _Lock:
             file=sys.stderr,
             flush=True,
         )
+        # Several beats: a busy network disk may show an old one for some seconds.
         for _ in range(SILENT_BEATS):
             time.sleep(BEAT_SECONDS)
             if _read(self.path) != owner:
@@ -129,6 +134,7 @@ class _Lock:
                 os.replace(self._draft(), self.path)
 
     def _is_ours(self, found: dict[str, Any] | None) -> bool:
+        # But for the beats, which go on.
         return found is not None and {**found, "beats": 0} == {**self.owner, "beats": 0}
 
 
@@ -136,6 +142,7 @@ def _link(draft: Path, path: Path) -> None:
     """The draft's content under the name of the lock. FileExistsError where there is one already: unlike a rename."""
     try:
         os.link(draft, path)
+    # It is an OSError too, and the one that must not be taken for a disk without links.
     except FileExistsError:
         raise
     except OSError:  # a disk without hard links
@@ -169,4 +176,5 @@ def _start(pid: Any) -> int | None:
         return None
     # Behind the last bracket: a program's name may have brackets and spaces in it.
     state, *fields = status.rpartition(")")[2].split()
+    # A zombie has ended, and only waits for its parent.
     return None if state in "ZX" else int(fields[18])

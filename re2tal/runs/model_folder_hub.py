@@ -62,4 +62,5 @@ def push_folder(
 
 
 def _first_line(error: Exception) -> str:
+    # The hub's errors are pages of text with addresses of requests in them.
     return (str(error).strip() or type(error).__name__).splitlines()[0]

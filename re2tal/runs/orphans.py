@@ -57,6 +57,7 @@ def _watch(watched: dict[int, int], told_of: int | None) -> None:
         file=sys.stderr,
         flush=True,
     )
+    # The signal came, or comes, by itself.
     if told_of not in lost:
         ask_to_stop()
 

@@ -80,12 +80,14 @@ def reproduce(asked: Reproduction) -> int:
         _refuse_another_course(asked.folder, config)
     if not asked.dry_run:
         _refuse_what_cannot_be_compared(asked, published, machine)
+    # Everything is looked at before the first step, and all that is wrong is told at once.
     card.add("machine", machine)
     card.add("data", check_data(asked.dataset, asked.annotations, asked.shards, asked.blocked))
     classes = open_shards(subset_folder(asked.shards, config.data.training_subset)).classes
     card.add("weights", Checked({"file": None}) if asked.tiny else check_weights(asked.weights, config, classes))
     if published.needs_video_classes:
         card.add("video classes", check_video_classes(asked.video_classes, asked.shards))
+    # Every rank plans: the count needs no other rank.
     card.add("plan", Checked(_planned(config, asked, world, num_classes=len(classes))))
     if world.is_main:
         print(card, flush=True)
@@ -145,6 +147,7 @@ def _configured(asked: Reproduction, published: Published, world: World) -> RunC
         return tiny(run)
     run = replace(run, backbone=replace(run.backbone, weights=str(asked.weights) if asked.weights else None))
     batch = run.engine.batch_size
+    # Learning rates were made for that many clips a step.
     accumulation, rest = divmod(published.clips_per_step, batch * world.world_size)
     if rest or not accumulation:
         fitting = [n for n in range(1, published.clips_per_step + 1) if published.clips_per_step % (n * batch) == 0]
@@ -206,8 +209,10 @@ def _train_and_compare(asked: Reproduction, config: RunConfig, card: Card, world
 
 def _scored(asked: Reproduction, published: Published, results: Path) -> Evaluated:
     blocked = asked.folder / BLOCKED_NAME
+    # As a file, so that `re2tal evaluate --blocked-videos` gives the same score again.
     write_json(blocked, sorted(blocked_videos(asked.dataset, asked.blocked)))
     renamed = compare_with_facts(asked.dataset, asked.annotations).renamed
+    # The file may call it otherwise than recipes: THUMOS-14's "test" is what others call validation.
     subset = next((old for old, new in renamed.items() if new == "validation"), "validation")
     options = ScoringOptions(
         subset=subset,

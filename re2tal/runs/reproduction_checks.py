@@ -72,6 +72,7 @@ def check_data(dataset: str, annotations: Path, shards: Path, blocked: Path | No
         wanted = {name: seconds for name, seconds in listed.get(subset, {}).items() if name not in left_out}
         seconds = sum(video.video_seconds for video in opened.videos)
         checked.facts[subset] = {"videos": len(opened.videos), "listed": len(wanted), "hours": round(seconds / 3600, 3)}
+        # Without a common video all that follows would be a list of all of them.
         if not wanted.keys() & {composed(video_id) for video_id in opened.by_id}:
             raise ValueError(
                 f"{shards} and {annotations} have no {subset} video in common; give the file they were built from"
@@ -213,6 +214,7 @@ def estimate_hours(config: RunConfig, shards: Path, world: World, *, on_cpu: boo
     try:
         # The first step also loads kernels, and is not counted; the fastest of the others had the fewest neighbours.
         seconds = min(islice(_step_seconds(network, config, device), 1, TIMED_STEPS))
+    # Said, and no error: with a plan (engine.memory_budget_gb) the same step may fit.
     except torch.OutOfMemoryError:
         return {"hours": None, "reason": "unknown: a step does not fit into this device's memory"}
     hours = seconds * batches * config.training.epochs / 3600
