@@ -165,8 +165,8 @@ def _annotations(options: Pack, spec: DatasetSpec, files: FeatureFiles, timing: 
 def _duration_of(options: Pack, files: FeatureFiles, timing: Strided | Resized) -> Callable[[str], float]:
     """The seconds of a video, from its number of steps."""
 
-    @cache
     # Once for all videos, and only where an annotation has no duration: it opens files.
+    @cache
     def known() -> tuple[Mapping[str, FeatureFile], Layout]:
         found = files.find(list(read_keys(options.annotations))).found
         return found, options.layout or find_layout(sample_shapes(found, key=options.key))
