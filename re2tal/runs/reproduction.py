@@ -45,21 +45,35 @@ BLOCKED_NAME, NAMED_RESULTS_NAME = "blocked.json", "named_results.json"
 
 @dataclass(frozen=True, slots=True)
 class Reproduction:
-    """What to reproduce, from which files; `re2tal reproduce --help` explains each."""
+    """What to reproduce, from which files."""
 
     dataset: Target
+    """thumos14 or activitynet"""
     annotations: Path
+    """the annotation JSON that the shards were built from"""
     shards: Path
+    """what `re2tal shards build --dataset DATASET` wrote: folders training and validation"""
     weights: Path | None = None
+    """the pretrained backbone; its checksum is printed, and compared with the digits in its name"""
     backbone: BackboneFamily = "slowfast"
+    """slowfast is SlowFast-101, with the paper's best scores; swin is Video Swin-T"""
     video_classes: Path | None = None
+    """for activitynet, JSON of a classifier of whole videos, {"results": {ID: [K scores]}, "class": [K names]}, which
+    names what is found"""
     blocked: Path | None = None
+    """video ids to leave out, beside those that the catalog names: a JSON list, or one per line"""
     ds: str = DEFAULT_PRESET
+    """ZeRO stage: a preset, such as zero2, or the path of a DeepSpeed file"""
     out: Path | None = None
+    """run folder; runs/reproduce_DATASET_BACKBONE by default"""
     dry_run: bool = False
+    """check all, print memory and hours, and train nothing"""
     tiny: bool = False
+    """rehearse with a nano network for one epoch, on any machine"""
     resume: bool = False
+    """continue from the newest checkpoint in the run folder"""
     overwrite: bool = False
+    """remove what an earlier run left in the run folder"""
 
     @property
     def folder(self) -> Path:
