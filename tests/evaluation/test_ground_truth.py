@@ -39,7 +39,11 @@ def test_other_subsets_and_ambiguous_segments_are_left_out(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("duration", [{}, {"duration": 0}, {"duration": "0.0"}])
 def test_a_missing_duration_is_that_of_the_last_end(tmp_path: Path, duration: dict[str, object]) -> None:
-    video = {"subset": "test", **duration, "annotations": [{"segment": [0, 7], "label": "a"}, {"segment": [1, 2], "label": "a"}]}
+    video = {
+        "subset": "test",
+        **duration,
+        "annotations": [{"segment": [0, 7], "label": "a"}, {"segment": [1, 2], "label": "a"}],
+    }
     (record,) = read_ground_truth(write(tmp_path, {"a": video}), subset="test")
     assert record.duration_seconds == 7.0
 
