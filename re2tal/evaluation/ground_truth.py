@@ -24,8 +24,8 @@ ANY_CLASS = "action"
 def read_ground_truth(path: Path | str, *, subset: str) -> list[VideoRecord]:
     """The videos of `subset`, with all their segments, in the file's order.
 
-    A subset is found in any case and by its other name ("val", "validation"). Where a video has no duration, that of
-    its last action's end stands in. Raises FileNotFoundError, and ValueError naming file, key and value for anything
+    A subset is found in any case and by its other name ("val", "validation"). Where a video has no duration, or 0, the
+    end of its last action stands in. Raises FileNotFoundError, and ValueError naming file, key and value for anything
     that is not an ActivityNet layout, and for a subset without videos.
     """
     database = _database(path)
@@ -42,8 +42,8 @@ def read_ground_truth(path: Path | str, *, subset: str) -> list[VideoRecord]:
             where = f"{path}: database[{video_id!r}]"
             actions = tuple(_actions(where, entry.get("annotations")))
             end = max((action.end_seconds for action in actions), default=0.0)
-            duration = _seconds(entry["duration"], f"{where}.duration") if "duration" in entry else end
-            records.append(VideoRecord(video_id, subset, duration, actions))
+            duration = _seconds(entry.get("duration", 0.0), f"{where}.duration")
+            records.append(VideoRecord(video_id, subset, duration or end, actions))
     if not records:
         raise ValueError(f"{path} has no video of subset {subset!r}; it has {sorted(subsets)}")
     return records

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from re2tal.localizers.masked import AffineDropPath, ChannelNorm, blank
+from re2tal.localizers.masked import AffineDropPath, ChannelNorm, Conv, blank
 
 
 class TransformerBlock(nn.Module):
@@ -30,10 +30,10 @@ class TransformerBlock(nn.Module):
         self.pool = nn.MaxPool1d(3, stride=stride, padding=1) if stride > 1 else nn.Identity()
         self.mlp_norm = ChannelNorm(channels)
         self.mlp = nn.Sequential(
-            nn.Conv1d(channels, 4 * channels, 1),
+            Conv(channels, 4 * channels, 1),
             nn.GELU(),
             nn.Dropout(dropout),
-            nn.Conv1d(4 * channels, channels, 1),
+            Conv(4 * channels, channels, 1),
             nn.Dropout(dropout),
         )
         self.mlp_path = AffineDropPath(channels, drop=path_drop)
@@ -56,9 +56,9 @@ class ConvProjection(nn.Module):
 
     def __init__(self, channels: int, *, stride: int) -> None:
         super().__init__()
-        self.conv = nn.Conv1d(channels, channels, 3, stride=stride, padding=1, groups=channels, bias=False)
+        self.conv = Conv(channels, channels, 3, stride=stride, padding=1, groups=channels, bias=False)
         self.norm = ChannelNorm(channels)
-        self.linear = nn.Conv1d(channels, channels, 1)
+        self.linear = Conv(channels, channels, 1)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """(B, C, T) and the mask of its output, (B, T / stride) -> (B, C, T / stride)."""
@@ -76,7 +76,7 @@ class ConvAttention(nn.Module):
         self.query = ConvProjection(channels, stride=stride)
         self.key = ConvProjection(channels, stride=stride)
         self.value = ConvProjection(channels, stride=stride)
-        self.output = nn.Conv1d(channels, channels, 1)
+        self.output = Conv(channels, channels, 1)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -90,7 +90,7 @@ class ConvAttention(nn.Module):
             attended = attend_globally(query, key, value, mask)
         else:
             attended = attend_locally(query, key, value, mask, reach=self.window // 2)
-        return blank(self.dropout(self.output(attended.transpose(2, 3).flatten(1, 2))), mask)
+        return blank(self.dropout(self.output(attended.transpose(1, 2).flatten(2).transpose(1, 2))), mask)
 
 
 def attend_globally(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
