@@ -169,7 +169,6 @@ def _decoded(
                     num_keys += packet.is_keyframe
                     in_head = not (num_keys or by_place) and num_sent + num_head < _HEAD_PACKETS
                     num_head += in_head
-                    # What is hidden, or before the first key frame, need not come out.
                     num_sent += not (packet.is_discard or in_head)
                     broken = broken and not packet.is_keyframe
                 elif packet.dts is not None:  # an empty chunk of an AVI: the picture before stays
