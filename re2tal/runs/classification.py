@@ -17,8 +17,9 @@ from re2tal.evaluation.accuracy import accuracy
 from re2tal.evaluation.video_classes import write_video_classes
 from re2tal.inference import classify as classify_batches
 from re2tal.runs.detection_sources import batches_with_bar, open_source
+from re2tal.runs.devices import default_device
 from re2tal.runs.folder import CONFIG_NAME, RESULTS_NAME
-from re2tal.runs.trained import default_device, load_recognizer
+from re2tal.runs.trained import load_recognizer
 from re2tal.runs.video_files import list_videos, pack_videos
 from re2tal.training.config import DTYPES
 

@@ -22,11 +22,12 @@ from re2tal.evaluation.selection import Selection, Settling, labels_of
 from re2tal.reporting.found import FoundAction, found_actions
 from re2tal.rewire import wiring_of
 from re2tal.runs.detection_sources import check_looks_at_videos
+from re2tal.runs.devices import default_device
 from re2tal.runs.file_detection import Look, detect_in_files
 from re2tal.runs.model_folder import SHIPPED, read_card, save_model
 from re2tal.runs.model_folder_card import Origin, model_card
 from re2tal.runs.model_folder_hub import find_model, push_folder
-from re2tal.runs.trained import default_device, open_detector, started
+from re2tal.runs.trained import open_detector, started
 from re2tal.runs.video_files import encoding_for
 from re2tal.runs.watching import Closed, Fetching, Opened, Seen, watch
 from re2tal.structures import Detections, Timeline

@@ -33,9 +33,10 @@ from re2tal.data.streaming.stream import ClipConfig
 from re2tal.data.streaming.windows import ResizeWhole, Slide, Trimmed, Windowing
 from re2tal.extraction import Extractor, weights_sha256
 from re2tal.progress import counted
+from re2tal.runs.devices import default_device
 from re2tal.runs.folder import CONFIG_NAME
 from re2tal.runs.shard_building import parse_part
-from re2tal.runs.trained import default_device, load_detector
+from re2tal.runs.trained import load_detector
 from re2tal.structures import VideoRecord
 from re2tal.training.config import DTYPES, WeightType
 from re2tal.training.generators import seed_generators

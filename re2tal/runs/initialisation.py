@@ -17,9 +17,9 @@ import torch
 from re2tal.config import RunConfig, save_config
 from re2tal.planning.free_memory import free_memory
 from re2tal.runs.deepspeed_presets import DEFAULT_PRESET, find_preset
+from re2tal.runs.devices import default_device
 from re2tal.runs.initialisation_facts import DataFacts, look_at
 from re2tal.runs.initialisation_settings import Proposal, Start, choose, largest_batches
-from re2tal.runs.trained import default_device
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from re2tal.distributed import World, resolve_world
-from re2tal.runs.trained import default_device
+from re2tal.runs.devices import default_device
 
 LONGEST_WAIT = timedelta(days=30)
 """The others wait for the rank with the longest videos."""

@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from re2tal.backbones import BackboneConfig
 from re2tal.config import RunConfig, load_config
 from re2tal.data.contract.shards import open_shards, subset_folder
@@ -23,6 +21,7 @@ from re2tal.recipes import find_recipe
 from re2tal.runs.datasets import compare_with_facts
 from re2tal.runs.deepspeed_presets import DEFAULT_PRESET, find_preset
 from re2tal.runs.detection import DetectionOptions, detect
+from re2tal.runs.devices import default_device
 from re2tal.runs.evaluation import Evaluated, ScoringOptions, evaluate
 from re2tal.runs.exit_status import INTERRUPTED, SOME_LEFT_OUT
 from re2tal.runs.folder import CONFIG_NAME, RESULTS_NAME
@@ -191,7 +190,7 @@ def tiny(run: RunConfig) -> RunConfig:
 
 
 def _planned(config: RunConfig, asked: Reproduction, world: World, *, num_classes: int) -> dict[str, Any]:
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = default_device()
     ds = find_preset(asked.ds)
     plan = plan_step(config, ds, world_size=world.world_size, num_classes=num_classes, device=device)
     return {

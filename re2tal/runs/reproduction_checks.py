@@ -24,8 +24,8 @@ from re2tal.evaluation.ground_truth import read_ground_truth
 from re2tal.evaluation.video_classes import read_video_classes
 from re2tal.runs.datasets import compare_with_facts
 from re2tal.runs.detection import DetectionOptions
+from re2tal.runs.devices import default_device
 from re2tal.runs.tasks import build_model
-from re2tal.runs.trained import default_device
 from re2tal.runs.training_data import stream_of
 from re2tal.strict_json import sha256_of
 from re2tal.structures import VideoRecord

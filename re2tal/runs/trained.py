@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
 from re2tal.backbones import take_parts_of
 from re2tal.config import RecognitionConfig, RunConfig, build_detector, build_recognizer, load_config
 from re2tal.detector import TemporalActionDetector
@@ -100,8 +98,3 @@ def started(config: AnyRun) -> AnyRun:
 
         weights = None if weights_file(weights) else weights
     return replace(config, backbone=replace(config.backbone, weights=weights))
-
-
-def default_device() -> torch.device:
-    """The accelerator, if there is one."""
-    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
