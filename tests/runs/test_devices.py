@@ -8,7 +8,7 @@ import torch
 from re2tal.cli import main
 
 
-@pytest.mark.parametrize("command", [["plan", "--recipe", "demo"], ["recipes", "demo"]])
+@pytest.mark.parametrize("command", [["plan", "--recipe", "demo"], ["recipes", "demo", "--memory"]])
 def test_a_build_for_cuda_without_a_gpu_plans_for_the_cpu(
     command: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
