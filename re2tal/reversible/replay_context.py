@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from re2tal.reversible.attributes import Attributes
+
 
 @dataclass(frozen=True, slots=True)
 class AutocastState:
@@ -42,10 +44,11 @@ class AutocastState:
 
 
 class ModuleState:
-    """The modules that branches use, as forward found them: their modes and their parameters."""
+    """The modules that branches use, as forward found them: their modes, parameters and plain attributes."""
 
     def __init__(self, owner: nn.Module | None) -> None:
         self._owner = owner
+        self.attributes = Attributes(owner)
         self._modes = [] if owner is None else [(module, module.training) for module in owner.modules()]
         self._parameters: dict[str, tuple[Tensor, bool, int | None]] = dict(self._now())
         self.is_trained = owner is None or any(wanted for _, wanted, _ in self._parameters.values())
@@ -68,6 +71,7 @@ class ModuleState:
             name: (one, wanted, version if name in before and before[name][2] == version else None)
             for name, (one, wanted, version) in self._now()
         }
+        self.attributes.ran()
 
     def check(self) -> None:
         """Raises RuntimeError where backward would differentiate other branches than forward ran.
@@ -85,11 +89,9 @@ class ModuleState:
                 change = "it is another tensor: functional_call?"
             else:
                 continue
-            raise RuntimeError(
-                f"{name}, a parameter of a module of a reversible run or of clips in groups, has changed between "
-                f"forward and backward ({change}), and what runs again in backward would find it as it is now; call "
-                "backward before, or run with recompute=False and without backbone.clips_at_once"
-            )
+            raise RuntimeError(_CHANGED.format(what=f"{name}, a parameter", change=change))
+        for what, change in self.attributes.changes():
+            raise RuntimeError(_CHANGED.format(what=what, change=change))
 
     @contextmanager
     def modes_restored(self) -> Iterator[None]:
@@ -102,6 +104,13 @@ class ModuleState:
         finally:
             for module, mode in changed:
                 module.training = not mode
+
+
+_CHANGED = (
+    "{what} of a reversible run, or of clips in groups, has changed between forward and backward ({change}), and what "
+    "runs again in backward would find it as it is now; call backward before, or run with recompute=False and without "
+    "backbone.clips_at_once"
+)
 
 
 @contextmanager

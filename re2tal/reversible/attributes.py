@@ -1,0 +1,114 @@
+"""Numbers, flags, names and tensors that modules hold as plain attributes, from the forward of a run to its backward.
+
+    block.scale = 0.5            somebody sets it in between: what runs again would read another number. An error
+    self.last = y.detach()       a forward sets it itself, and when it runs again, it sets it again: nothing to say
+    self.calls += 1              a forward counts, and counts once more in backward. A warning
+
+Not looked into: lists, dicts and other objects that modules hold.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import NoneType
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+_OF_ALL_MODULES = frozenset(vars(nn.Module()))
+_SIMPLE = (bool, int, float, complex, str, NoneType)
+_set_by_forward: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+_warned: set[tuple[type, str]] = set()
+"""Types of modules, and the attributes that they count in."""
+
+
+class _Value(NamedTuple):
+    value: Any
+    version: int
+    """Of a tensor."""
+
+    @classmethod
+    def of(cls, value: Any) -> _Value:
+        return cls(value, value._version if isinstance(value, Tensor) and not value.is_inference() else 0)
+
+    def is_same(self, other: _Value) -> bool:
+        """Tensors are compared by identity and version."""
+        one, two = self.value, other.value
+        if one is two:
+            return self.version == other.version
+        return type(one) is type(two) and isinstance(one, _SIMPLE) and (one == two or one != one)
+
+    def __str__(self) -> str:
+        return "a tensor" if isinstance(self.value, Tensor) else repr(self.value)
+
+
+_Values = dict[tuple[nn.Module, str], _Value]
+
+
+class Attributes:
+    """Those of the modules in `owner`, as forward found and left them."""
+
+    def __init__(self, owner: nn.Module | None) -> None:
+        self._owner = owner
+        self._values = self._now()
+        self._counted: dict[tuple[nn.Module, str], Any] = {}
+        """What forward added to numbers."""
+
+    def _now(self) -> _Values:
+        return {
+            (module, name): _Value.of(value)
+            for module in ([] if self._owner is None else self._owner.modules())
+            for name, value in vars(module).items()
+            if isinstance(value, (*_SIMPLE, Tensor)) and name not in _OF_ALL_MODULES
+        }
+
+    def ran(self) -> None:
+        """After forward."""
+        now = self._now()
+        self._counted = _note_changes(self._values, now)
+        self._values = {key: value for key, value in now.items() if not _is_set_by_forward(*key)}
+
+    def changes(self) -> Iterator[tuple[str, str]]:
+        """Before backward: what somebody else than a forward has set since, and from what to what."""
+        now = self._now()
+        for (module, name), was in self._values.items():
+            found = now.get((module, name)) or _Value(getattr(module, name, "nothing"), 0)
+            if not was.is_same(found) and not _is_set_by_forward(module, name):
+                change = f"it was {was}, and is {'another' if str(was) == str(found) else found}"
+                yield f"{name} of a {type(module).__name__}, a module", change
+
+    @contextmanager
+    def running_again(self) -> Iterator[None]:
+        """Around the second run of branches, in backward. Warns of what they count twice a step."""
+        before = self._now()
+        yield
+        for key, step in _note_changes(before, self._now()).items():
+            kind, name = type(key[0]), key[1]
+            if step and self._counted.get(key) == step and (kind, name) not in _warned:
+                _warned.add((kind, name))
+                logger.warning(
+                    "%s of a %s counts by %s in forward, and once more in backward, where a reversible run runs its "
+                    "branches again: let it count in a buffer, or count outside of the run",
+                    *(name, kind.__name__, step),
+                )
+
+
+def _is_set_by_forward(module: nn.Module, name: str) -> bool:
+    return name in _set_by_forward.get(module, ())
+
+
+def _note_changes(before: _Values, after: _Values) -> dict[tuple[nn.Module, str], Any]:
+    """Notes what branches have set. Returns what they added to numbers."""
+    counted = {}
+    for (module, name), now in after.items():
+        was = before.get((module, name))
+        if was is None or not was.is_same(now):
+            _set_by_forward.setdefault(module, set()).add(name)
+            if was and type(was.value) is type(now.value) and type(now.value) in (int, float):
+                counted[module, name] = now.value - was.value
+    return counted
