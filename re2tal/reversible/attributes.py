@@ -1,6 +1,8 @@
-"""Numbers, flags, names and tensors that modules hold as plain attributes, from the forward of a run to its backward.
+"""What modules hold besides parameters and buffers, from the forward of a run to its backward: numbers, flags, names,
+tensors, modules inside, and forward hooks.
 
     block.scale = 0.5            somebody sets it in between: what runs again would read another number. An error
+    handle.remove()              the same: what runs again would run without the hook
     self.last = y.detach()       a forward sets it itself, and when it runs again, it sets it again: nothing to say
     self.calls += 1              a forward counts, and counts once more in backward. A warning
 
@@ -22,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 _OF_ALL_MODULES = frozenset(vars(nn.Module()))
 _SIMPLE = (bool, int, float, complex, str, NoneType)
+_OF_LIBRARIES = ("torch.", "deepspeed.", "re2tal.")  # whose hooks come and go with what they gather or note
 _set_by_forward: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 _warned: set[tuple[type, str]] = set()
 """Types of modules, and the attributes that they count in."""
@@ -41,10 +44,11 @@ class _Value(NamedTuple):
         one, two = self.value, other.value
         if one is two:
             return self.version == other.version
-        return type(one) is type(two) and isinstance(one, _SIMPLE) and (one == two or one != one)
+        return type(one) is type(two) and isinstance(one, (*_SIMPLE, tuple)) and (one == two or one != one)
 
     def __str__(self) -> str:
-        return "a tensor" if isinstance(self.value, Tensor) else repr(self.value)
+        kinds = {Tensor: "a tensor", nn.Module: f"a {type(self.value).__name__}", tuple: "a list of hooks"}
+        return next((name for kind, name in kinds.items() if isinstance(self.value, kind)), repr(self.value))
 
 
 _Values = dict[tuple[nn.Module, str], _Value]
@@ -63,8 +67,7 @@ class Attributes:
         return {
             (module, name): _Value.of(value)
             for module in ([] if self._owner is None else self._owner.modules())
-            for name, value in vars(module).items()
-            if isinstance(value, (*_SIMPLE, Tensor)) and name not in _OF_ALL_MODULES
+            for name, value in _held_by(module)
         }
 
     def ran(self) -> None:
@@ -77,7 +80,7 @@ class Attributes:
         """Before backward: what somebody else than a forward has set since, and from what to what."""
         now = self._now()
         for (module, name), was in self._values.items():
-            found = now.get((module, name)) or _Value(getattr(module, name, "nothing"), 0)
+            found = now.get((module, name)) or _Value.of(getattr(module, name, "nothing"))
             if not was.is_same(found) and not _is_set_by_forward(module, name):
                 change = f"it was {was}, and is {'another' if str(was) == str(found) else found}"
                 yield f"{name} of a {type(module).__name__}, a module", change
@@ -96,6 +99,19 @@ class Attributes:
                     "branches again: let it count in a buffer, or count outside of the run",
                     *(name, kind.__name__, step),
                 )
+
+
+def _held_by(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, value in vars(module).items():
+        if isinstance(value, (*_SIMPLE, Tensor)) and name not in _OF_ALL_MODULES:
+            yield name, value
+    yield from module._modules.items()
+    for name, hooks in (("_forward_hooks", module._forward_hooks), ("_forward_pre_hooks", module._forward_pre_hooks)):
+        yield name, tuple(hook for hook in hooks.values() if not _is_of_library(hook)) if hooks else ()
+
+
+def _is_of_library(hook: Any) -> bool:
+    return str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith(_OF_LIBRARIES)
 
 
 def _is_set_by_forward(module: nn.Module, name: str) -> bool:

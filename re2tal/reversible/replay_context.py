@@ -43,6 +43,9 @@ class AutocastState:
             yield
 
 
+_PLAIN = (Tensor, nn.Parameter)
+
+
 class ModuleState:
     """The modules that branches use, as forward found them: their modes, parameters and plain attributes."""
 
@@ -50,13 +53,16 @@ class ModuleState:
         self._owner = owner
         self.attributes = Attributes(owner)
         self._modes = [] if owner is None else [(module, module.training) for module in owner.modules()]
-        self._parameters: dict[str, tuple[Tensor, bool, int | None]] = dict(self._now())
+        self._parameters: dict[str, tuple[Tensor, bool, tuple[int, int] | None]] = dict(self._now())
         self.is_trained = owner is None or any(wanted for _, wanted, _ in self._parameters.values())
 
-    def _now(self) -> Iterator[tuple[str, tuple[Tensor, bool, int]]]:
+    def _now(self) -> Iterator[tuple[str, tuple[Tensor, bool, tuple[int, int]]]]:
         for name, one in () if self._owner is None else self._owner.named_parameters():
             counts = not is_lazy(one) and not one.is_inference()
-            yield name, (one, one.requires_grad, one._version if counts else 0)
+            # ZeRO-3 exchanges what `.data` is whenever it gathers a parameter, and FSDP holds no plain ones.
+            stays = counts and type(one) in _PLAIN and not hasattr(one, "ds_id")
+            storage = one.untyped_storage()._cdata if stays else 0
+            yield name, (one, one.requires_grad, (one._version if counts else 0, storage))
 
     def parameters(self) -> list[Tensor]:
         """As forward found them."""
@@ -78,14 +84,13 @@ class ModuleState:
 
         FSDP exchanges sharded parameters, of a type of their own, for whole ones.
         """
-        plain = (Tensor, nn.Parameter)
         for name, (now, wanted_now, version_now) in self._now():
             before, wanted, version = self._parameters.get(name, (now, wanted_now, None))
             if wanted != wanted_now:
                 change = f"requires_grad was {wanted}, and is {wanted_now}"
             elif before is now and version not in (None, version_now):
-                change = "it was written to in place: an optimizer's step, load_state_dict?"
-            elif before is not now and type(before) in plain and type(now) in plain:
+                change = "it was written to in place, or has other data: an optimizer's step, load_state_dict?"
+            elif before is not now and type(before) in _PLAIN and type(now) in _PLAIN:
                 change = "it is another tensor: functional_call?"
             else:
                 continue

@@ -31,6 +31,7 @@ class CalledPast:
 
     def __call__(self, block: nn.Module, args: tuple) -> None:
         """Raises RewireError unless a stage is calling."""
+        # `called_with` sets a forward on the instance while a stage calls the block.
         if "forward" not in vars(block):
             raise RewireError(
                 f"block {self.name} was called past its rewired stage, by which it would not be coupled to the others: "
@@ -119,6 +120,7 @@ def called_with(
     Of the hooks at `hidden` only those that gather parameters fire for this call; for modules called inside all do.
     """
     if _of_users_at(hidden):
+        # The dicts are exchanged, not emptied: a handle that removes its hook inside finds it in the one it knows.
         every = [getattr(owner, name) for owner, name in hidden]
         gathering = [OrderedDict((key, hook) for key, hook in hooks.items() if _gathers(hook)) for hooks in every]
 

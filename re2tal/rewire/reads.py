@@ -103,7 +103,7 @@ def recorded_reads(block: nn.Module, entered: Sequence[nn.Module]) -> Iterator[R
         with reads.globals.recorded(fingerprint):
             yield reads
     finally:
-        del modules.__getattribute__
+        del modules.__getattribute__  # nn.Module has none of its own, so object's is back
         modules.__setattr__ = usual
     if changed := [*reads.globals.written, *(name for name, _, _ in reads.globals.changes(fingerprint))]:
         raise RefusedError(f"it changes the global {changed[0]}, which a graph would not do")

@@ -1,4 +1,4 @@
-"""Plain attributes of modules in a run: an error where they change before backward, a warning where they count."""
+"""What modules in a run hold besides parameters: an error where it changes before backward; counters are told."""
 
 from __future__ import annotations
 
@@ -52,6 +52,38 @@ def test_a_tensor_that_is_written_is_an_error() -> None:
     blocks, output = output_of()
     blocks[0].bias.add_(1)
     with pytest.raises(RuntimeError, match=r"bias of a Scaled.*it was a tensor, and is another"):
+        output.backward()
+
+
+def triple(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    return 3 * output
+
+
+def test_a_hook_that_is_removed_or_added_is_an_error() -> None:
+    """`with steered(model): loss = model(x)`, and backward behind it."""
+    blocks = nn.ModuleList([Scaled(), Scaled()])
+    handle = blocks[0].f.register_forward_hook(triple)
+    removed = run_reversibly(list(blocks), torch.randn(3, 4), owner=blocks).sum()
+    handle.remove()
+    added = run_reversibly(list(blocks), torch.randn(3, 4), owner=blocks).sum()
+    for output in (removed, added):
+        with pytest.raises(RuntimeError, match=r"_forward_hooks of a Linear.* changed between forward and backward"):
+            output.backward()
+        blocks[0].f.register_forward_hook(triple)
+
+
+def test_a_module_that_is_exchanged_is_an_error() -> None:
+    blocks = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.GELU()) for _ in range(2)])
+    output = run_reversibly(list(blocks), torch.randn(3, 4), owner=blocks).sum()
+    blocks[1][1] = nn.Tanh()
+    with pytest.raises(RuntimeError, match=r"1 of a Sequential.*\(it was a GELU, and is a Tanh\)"):
+        output.backward()
+
+
+def test_a_parameter_with_other_data_is_an_error() -> None:
+    blocks, output = output_of()
+    blocks[0].f.weight.data = blocks[0].f.weight.data * 2
+    with pytest.raises(RuntimeError, match=r"0\.f\.weight, a parameter .* or has other data"):
         output.backward()
 
 
