@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 
 _OF_ALL_MODULES = frozenset(vars(nn.Module()))
 _SIMPLE = (bool, int, float, complex, str, NoneType)
+_KINDS = (*_SIMPLE, Tensor)
 _OF_LIBRARIES = ("torch.", "deepspeed.", "re2tal.")  # whose hooks come and go with what they gather or note
 _set_by_forward: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 _warned: set[tuple[type, str]] = set()
@@ -58,17 +59,13 @@ class Attributes:
     """Those of the modules in `owner`, as forward found and left them."""
 
     def __init__(self, owner: nn.Module | None) -> None:
-        self._owner = owner
+        self._modules = [] if owner is None else list(owner.modules())
         self._values = self._now()
         self._counted: dict[tuple[nn.Module, str], Any] = {}
         """What forward added to numbers."""
 
     def _now(self) -> _Values:
-        return {
-            (module, name): _Value.of(value)
-            for module in ([] if self._owner is None else self._owner.modules())
-            for name, value in _held_by(module)
-        }
+        return {(module, name): _Value.of(value) for module in self._modules for name, value in _held_by(module)}
 
     def ran(self) -> None:
         """After forward."""
@@ -79,8 +76,11 @@ class Attributes:
     def changes(self) -> Iterator[tuple[str, str]]:
         """Before backward: what somebody else than a forward has set since, and from what to what."""
         now = self._now()
-        for (module, name), was in self._values.items():
-            found = now.get((module, name)) or _Value.of(getattr(module, name, "nothing"))
+        hooked = {key: _Value((), 0) for key in now if key[1] in ("_forward_hooks", "_forward_pre_hooks")}
+        for (module, name), was in (hooked | self._values).items():
+            found = now.get((module, name)) or _Value.of(
+                () if type(was.value) is tuple else getattr(module, name, None)
+            )
             if not was.is_same(found) and not _is_set_by_forward(module, name):
                 change = f"it was {was}, and is {'another' if str(was) == str(found) else found}"
                 yield f"{name} of a {type(module).__name__}, a module", change
@@ -103,11 +103,12 @@ class Attributes:
 
 def _held_by(module: nn.Module) -> Iterator[tuple[str, Any]]:
     for name, value in vars(module).items():
-        if isinstance(value, (*_SIMPLE, Tensor)) and name not in _OF_ALL_MODULES:
+        if name not in _OF_ALL_MODULES and isinstance(value, _KINDS):
             yield name, value
     yield from module._modules.items()
     for name, hooks in (("_forward_hooks", module._forward_hooks), ("_forward_pre_hooks", module._forward_pre_hooks)):
-        yield name, tuple(hook for hook in hooks.values() if not _is_of_library(hook)) if hooks else ()
+        if hooks and (of_users := tuple(hook for hook in hooks.values() if not _is_of_library(hook))):
+            yield name, of_users
 
 
 def _is_of_library(hook: Any) -> bool:
