@@ -157,10 +157,12 @@ def _read_untrimmednet(path: Path) -> dict[str, Tensor]:
     return {f"video_test_{number:07d}": torch.from_numpy(row) for number, row in enumerate(used, start=1)}
 
 
-def write_video_classes(path: Path, scores: Mapping[str, Tensor], classes: Sequence[str]) -> None:
-    """The inverse of `read_video_classes`: `scores[video_id]` (K,) in the order of `classes`."""
+def write_video_classes(
+    path: Path, scores: Mapping[str, Tensor], classes: Sequence[str], *, note: str | None = None
+) -> None:
+    """The inverse of `read_video_classes`: `scores[video_id]` (K,) in the order of `classes`; `note`: for readers."""
     results = {video_id: row.tolist() for video_id, row in scores.items()}
-    write_json(path, {"class": list(classes), "results": results})
+    write_json(path, {"class": list(classes), "results": results} | ({"note": note} if note else {}))
 
 
 def _scores(row: Any, *, where: str, num_classes: int) -> Tensor:
