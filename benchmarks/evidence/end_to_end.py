@@ -18,6 +18,7 @@ from evidence.training import (
     built,
     cell_key,
     detector_run,
+    forms_of,
     on_demo,
     settings,
     started,
@@ -48,7 +49,7 @@ def demo_cells(options: Options) -> dict[str, Cell]:
     cells: dict[str, Cell] = {}
     for setting in settings(options):
         for seed in range(options.seeds):
-            for form in QUICK_FORMS if options.quick else FORMS:
+            for form in QUICK_FORMS if options.quick else forms_of(setting):
                 run, folder = on_demo(options, form, setting, seed=seed)
                 keep = folder if form.startswith("end to end") else None
                 cells[cell_key(form, setting, epochs=run.training.epochs, seed=seed)] = partial(trained, run, keep=keep)
@@ -60,7 +61,7 @@ def urfd_cells(options: Options) -> dict[str, Cell]:
     shards, epochs, cells = built(options, "urfd"), URFD_EPOCHS[options.quick], dict[str, Cell]()
     for setting in settings(options):
         for seed in range(options.seeds):
-            for form in QUICK_FORMS if options.quick else (*FROM_DEMO_FORMS, *FORMS):
+            for form in QUICK_FORMS if options.quick else (*FROM_DEMO_FORMS, *forms_of(setting)):
                 run = detector_run(shards, form, setting, epochs=epochs, seed=seed)
                 clips = replace(run.data.clips, flip=True, crop_area=(0.5, 1.0))
                 run = replace(run, data=replace(run.data, clips=clips))
