@@ -75,6 +75,13 @@ def recognizer_run(shards: Path, size: Size, *, backbone: str, rewired: bool, se
     )
 
 
+def original(options: Options, size: Size, backbone: str, *, seed: int) -> tuple[RecognitionConfig, Path]:
+    """The plain recognizer of a backbone, and where its run folder stays."""
+    shards = built_clips(options, size)
+    run = recognizer_run(shards, size, backbone=backbone, rewired=False, seed=seed)
+    return run, shards.parent / f"original-{backbone}-{size.epochs}-{seed}"
+
+
 def as_it_stands(run: RecognitionConfig, folder: Path) -> Figures:
     """The original's weights in the rewired network."""
     return judge(kept(run, folder), replace(run, backbone=replace(run.backbone, rewired=True))).to_json()
@@ -99,8 +106,7 @@ def cells(options: Options) -> dict[str, Cell]:
     shards, found = built_clips(options, size), {}
     for seed in range(options.seeds):
         for backbone in BACKBONES:
-            run = recognizer_run(shards, size, backbone=backbone, rewired=False, seed=seed)
-            folder = shards.parent / f"original-{backbone}-{size.epochs}-{seed}"
+            run, folder = original(options, size, backbone, seed=seed)
             tuned = partial(trained_on, run, folder)
             forms: dict[str, Cell] = {
                 "original": partial(trained, run, keep=folder),

@@ -28,6 +28,8 @@ ADAPTERS: dict[str, dict[str, Any]] = {
 }
 """SlowFast has none: LoRA updates linear layers, and it is made of convolutions."""
 FORMS = ("frozen at random", "end to end, plain", "end to end, rewired", "adapters in a frozen backbone")
+FROM_RECOGNITION = "frozen, from recognition"
+"""The form whose backbone was trained to recognize clips of the demo, plain, and then frozen."""
 FROM_DEMO = ", from the demo"
 """What a form's name ends in if a training on the demo came before: end to end, rewired unless the form is plain."""
 FROM_DEMO_FORMS = tuple(form + FROM_DEMO for form in ("frozen", "end to end, plain", "end to end, rewired"))
@@ -42,6 +44,7 @@ def backbone_of(name: str, form: str) -> BackboneConfig:
     changes: dict[str, dict[str, Any]] = {
         "frozen at random": {"frozen": True},
         "frozen": {"frozen": True},
+        FROM_RECOGNITION: {"frozen": True, "rewired": False},
         "end to end, plain": {"rewired": False},
         "end to end, rewired": {},
         "adapters in a frozen backbone": ADAPTERS.get(name, {}),
