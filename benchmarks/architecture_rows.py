@@ -31,18 +31,18 @@ class Row:
 SMALL = {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 64}
 IMAGE = SMALL | {"image_size": 32, "patch_size": 8}
 STAGES = {"depths": [2, 2, 2, 2], "embed_dim": 16, "num_heads": [1, 2, 4, 8], "image_size": 64, "patch_size": 4}
-CONVS = {"depths": [2, 2, 2, 2], "hidden_sizes": [16, 32, 48, 64], "embedding_size": 16}
+WIDTHS = {"hidden_sizes": [16, 32, 48, 64]}
+HEADS = WIDTHS | {"num_attention_heads": [1, 2, 3, 4]}
+CONVS = WIDTHS | {"depths": [2, 2, 2, 2], "embedding_size": 16}
+CONVNEXT = WIDTHS | {"depths": [2, 2, 3, 2]}
+VIDEO = IMAGE | {"num_frames": 4}
 TEXT = SMALL | {"vocab_size": 99, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 LANGUAGE = TEXT | {"num_key_value_heads": 2, "head_dim": 16}
 QWEN = {"depth": 4, "hidden_size": 32, "intermediate_size": 64, "num_heads": 2, "patch_size": 4, "out_hidden_size": 16}
 
-WAVES = {
-    "conv_dim": [16, 16],
-    "conv_kernel": [10, 3],
-    "conv_stride": [8, 4],
+WAVES = {"conv_dim": [16, 16], "conv_kernel": [10, 3], "conv_stride": [8, 4], "num_feat_extract_layers": 2} | {
     "num_conv_pos_embeddings": 16,
     "num_conv_pos_embedding_groups": 2,
-    "num_feat_extract_layers": 2,
 }
 
 
@@ -94,29 +94,18 @@ def states() -> tuple[Tensor]:
 
 def hub(name: str, options: Mapping[str, Any], example: Callable[[], Any], model: str | None = None) -> Row:
     """`NameConfig(options)` and `NameModel`, or what `model` is called."""
-
-    def build() -> nn.Module:
-        config, cls = (
-            getattr(transformers, kind, None) or _inner(kind) for kind in (f"{name}Config", model or f"{name}Model")
-        )
-        return cls(config(**options))
-
-    return Row(model or f"{name}Model", "transformers", build, example)
+    model = model or f"{name}Model"
+    return Row(model, "transformers", lambda: _class(model)(_class(f"{name}Config")(**options)), example)
 
 
-def _inner(kind: str) -> Any:
-    """Classes that transformers does not export."""
-    for modules in (
-        transformers.models.qwen2_5_vl.modeling_qwen2_5_vl,
-        transformers.models.qwen3_vl.modeling_qwen3_vl,
-        transformers.models.qwen2_5_vl.configuration_qwen2_5_vl,
-        transformers.models.qwen3_vl.configuration_qwen3_vl,
-        transformers.models.whisper.modeling_whisper,
-        transformers.models.x_clip.modeling_x_clip,
-    ):
-        if hasattr(modules, kind):
-            return getattr(modules, kind)
-    raise ValueError(f"transformers has no {kind}")
+def _class(kind: str) -> Any:
+    """Of transformers, which does not export all of them."""
+    parts = [
+        getattr(getattr(transformers.models, family), f"{part}_{family}")
+        for family in ("qwen2_5_vl", "qwen3_vl", "whisper", "x_clip")
+        for part in ("modeling", "configuration")
+    ]
+    return next(getattr(part, kind) for part in (transformers, *parts) if hasattr(part, kind))
 
 
 def timm(name: str, size: int = 64, **options: Any) -> Row:
@@ -133,14 +122,11 @@ def timm(name: str, size: int = 64, **options: Any) -> Row:
 def encoder(*, norm_first: bool) -> Row:
     """torch.nn.TransformerEncoder."""
 
-    def build() -> nn.Module:
-        layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True, norm_first=norm_first, dropout=0.0)
-        return nn.ModuleDict({"encoder": nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)})
-
     class Encoder(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.body = build()["encoder"]
+            layer = nn.TransformerEncoderLayer(32, 2, 64, batch_first=True, norm_first=norm_first, dropout=0.0)
+            self.body = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.body(x)
@@ -155,16 +141,11 @@ ROWS: tuple[Row, ...] = (
     hub("ViT", IMAGE, picture()),
     hub("DeiT", IMAGE, picture()),
     hub("Beit", IMAGE | {"use_relative_position_bias": True}, picture()),
-    hub("Data2VecVision", IMAGE, picture()),
-    hub("Dinov2", IMAGE, picture()),
-    hub("Dinov2WithRegisters", IMAGE, picture()),
-    hub("DINOv3ViT", IMAGE, picture()),
-    hub("IJepa", IMAGE, picture()),
-    hub("CLIPVision", IMAGE, picture()),
-    hub("SiglipVision", IMAGE, picture()),
-    hub("MLCDVision", IMAGE, picture()),
-    hub("PixtralVision", IMAGE, picture()),
-    hub("ViTMAE", IMAGE, picture()),
+    *(
+        hub(name, IMAGE, picture())
+        for name in ("Data2VecVision", "Dinov2", "Dinov2WithRegisters", "DINOv3ViT", "IJepa")
+    ),
+    *(hub(name, IMAGE, picture()) for name in ("CLIPVision", "SiglipVision", "MLCDVision", "PixtralVision", "ViTMAE")),
     hub("Yolos", IMAGE | {"image_size": [32, 32], "num_detection_tokens": 4}, picture()),
     hub(
         "SamVision",
@@ -190,55 +171,33 @@ ROWS: tuple[Row, ...] = (
     ),
     hub("Qwen3VLVision", QWEN | {"deepstack_visual_indexes": [1, 2]}, patches),
     # Video.
-    hub("VideoMAE", IMAGE | {"num_frames": 4}, video(4)),
-    hub("Vivit", IMAGE | {"num_frames": 4, "tubelet_size": [2, 8, 8]}, video(4)),
+    hub("VideoMAE", VIDEO, video(4)),
+    hub("Vivit", VIDEO | {"tubelet_size": [2, 8, 8]}, video(4)),
     hub(
         "VJEPA2",
         IMAGE
-        | {
-            "crop_size": 32,
-            "frames_per_clip": 4,
-            "mlp_ratio": 2.0,
-            "pred_hidden_size": 32,
-            "pred_num_attention_heads": 2,
-            "pred_num_hidden_layers": 2,
-        },
+        | {"crop_size": 32, "frames_per_clip": 4, "mlp_ratio": 2.0}
+        | {"pred_hidden_size": 32, "pred_num_attention_heads": 2, "pred_num_hidden_layers": 2},
         video(4, name="pixel_values_videos"),
     ),
-    hub("Timesformer", IMAGE | {"num_frames": 4}, video(4)),
+    hub("Timesformer", VIDEO, video(4)),
     hub(
         "VideoPrismVision",
-        {
-            "hidden_size": 48,
-            "num_attention_heads": 2,
-            "intermediate_size": 96,
-            "num_frames": 4,
-            "num_spatial_layers": 4,
-            "num_temporal_layers": 2,
-            "image_size": 32,
-            "tubelet_size": (1, 8, 8),
-        },
+        {"hidden_size": 48, "num_attention_heads": 2, "intermediate_size": 96, "num_frames": 4, "image_size": 32}
+        | {"num_spatial_layers": 4, "num_temporal_layers": 2, "tubelet_size": (1, 8, 8)},
         video(4, name="pixel_values_videos"),
     ),
-    hub(
-        "XCLIPVision",
-        IMAGE | {"num_frames": 4, "mit_hidden_size": 32, "mit_num_hidden_layers": 1},
-        frames_as_pictures(4),
-    ),
+    hub("XCLIPVision", VIDEO | {"mit_hidden_size": 32, "mit_num_hidden_layers": 1}, frames_as_pictures(4)),
     # Convolutions.
-    hub("ConvNext", {"depths": [2, 2, 3, 2], "hidden_sizes": [16, 32, 48, 64]}, picture(64)),
-    hub("ConvNextV2", {"depths": [2, 2, 3, 2], "hidden_sizes": [16, 32, 48, 64]}, picture(64)),
-    hub("DINOv3ConvNext", {"depths": [2, 2, 3, 2], "hidden_sizes": [16, 32, 48, 64]}, picture(64)),
+    *(hub(name, CONVNEXT, picture(64)) for name in ("ConvNext", "ConvNextV2", "DINOv3ConvNext")),
     hub("ResNet", CONVS, picture(64)),
     hub("RegNet", CONVS | {"groups_width": 8}, picture(64)),
     hub("Bit", CONVS | {"num_groups": 8}, picture(64)),
     hub("MobileNetV2", {"depth_multiplier": 0.35}, picture(64)),
     hub("EfficientNet", {"width_coefficient": 0.3, "depth_coefficient": 1.0, "hidden_dim": 384}, picture(64)),
-    hub("PoolFormer", {"depths": [2, 2, 2, 2], "hidden_sizes": [16, 32, 48, 64]}, picture(64)),
+    hub("PoolFormer", WIDTHS | {"depths": [2, 2, 2, 2]}, picture(64)),
     hub("FocalNet", {"embed_dim": 16, "depths": [2, 2, 2, 2], "image_size": 64}, picture(64)),
-    hub(
-        "PvtV2", {"image_size": 64, "hidden_sizes": [16, 32, 48, 64], "num_attention_heads": [1, 2, 3, 4]}, picture(64)
-    ),
+    hub("PvtV2", HEADS | {"image_size": 64}, picture(64)),
     hub("Cvt", {"embed_dim": [16, 32, 64], "num_heads": [1, 2, 4], "depth": [1, 2, 3]}, picture(64)),
     hub(
         "MobileViT",
@@ -250,7 +209,7 @@ ROWS: tuple[Row, ...] = (
         {"image_size": 32, "embed_dim": 16, "depths": [2, 2], "num_heads": [2, 2], "window_size": 4},
         picture(),
     ),
-    hub("Segformer", {"hidden_sizes": [16, 32, 48, 64], "num_attention_heads": [1, 2, 3, 4]}, picture(64)),
+    hub("Segformer", HEADS, picture(64)),
     # Language and sound.
     hub("Bert", TEXT, words()),
     hub("ModernBert", TEXT, words()),
@@ -258,9 +217,7 @@ ROWS: tuple[Row, ...] = (
     hub("Albert", TEXT | {"embedding_size": 16}, words()),
     hub("GPT2", {"n_embd": 32, "n_layer": 4, "n_head": 2, "vocab_size": 99}, words(use_cache=False)),
     hub("GPTNeoX", TEXT, words(use_cache=False)),
-    hub("Llama", LANGUAGE, words(use_cache=False)),
-    hub("Qwen3", LANGUAGE, words(use_cache=False)),
-    hub("Gemma2", LANGUAGE, words(use_cache=False)),
+    *(hub(name, LANGUAGE, words(use_cache=False)) for name in ("Llama", "Qwen3", "Gemma2")),
     hub("Mamba", TEXT, lambda: {"input_ids": torch.randint(3, 99, (2, 12)), "use_cache": False}),
     hub(
         "T5",

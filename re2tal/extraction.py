@@ -59,6 +59,7 @@ class Extractor:
         wanted = shards.only(record.video_id for record in records)
         frames_per_step = self.backbone.frames_per_step
         plan = partial(cover_windows, windowing=self.clips.windowing, frames_per_step=frames_per_step)
+        # One video that cannot be read is told of, and does not end the extraction.
         clips = replace(self.clips, allow_missing=True)
         stream = stream_clips(
             wanted, clips, batch_size=self.batch_size, training=False, plan=plan, decoder=self.decoder
@@ -66,6 +67,7 @@ class Extractor:
         with closing(self._windows(stream)) as windows:
             for video in wanted.videos:
                 planned = plan(video)
+                # Taken even where the video failed: the stream gives a window for every one that was planned.
                 values = [next(windows) for _ in planned]
                 if (failure := stream.failures.get(video.record.video_id)) is not None:
                     yield failure.reason
@@ -115,5 +117,6 @@ def tensors_sha256(tensors: Mapping[str, Any]) -> str:
     digest = hashlib.sha256()
     for name, value in sorted(tensors.items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        # The bytes as they are: bfloat16 has no type in NumPy.
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -70,6 +70,7 @@ def finish_videos(
     there once. An error of `finish` on one rank is an error on all.
     """
     ranks = range(len(gather_objects(None)))
+    # Any rank can tell without asking. Not hash(), which differs between processes.
     owner = {video_id: crc32(video_id.encode()) % len(ranks) for video_id, _ in windows}
     parts = [{key: one for key, one in windows.items() if owner[key[0]] == rank} for rank in ranks]
     mine = {key: one for part in exchange_objects(parts) for key, one in part.items()}
@@ -79,6 +80,7 @@ def finish_videos(
 
 def _mean_of_views(windows: dict[tuple[str, int], Tensor]) -> dict[str, Tensor]:
     views: dict[str, list[Tensor]] = {}
+    # Sorted, because a sum of floats depends on its order, and windows come from any rank.
     for (video_id, _), probabilities in sorted(windows.items(), key=itemgetter(0)):
         views.setdefault(video_id, []).append(probabilities)
     return {video_id: torch.stack(of_video).mean(dim=0) for video_id, of_video in views.items()}

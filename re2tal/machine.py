@@ -4,6 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
+from importlib import metadata
+
+
+def installed_version(package: str) -> str:
+    """The version of a package, or "not installed"."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def num_cores() -> int:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 MAX_BYTES = 1 << 30
 """Ten million predictions fit; parsed, a file of this size takes about 10 GB of memory."""
@@ -48,14 +49,23 @@ def write_json(path: Path | str, document: Any) -> None:
 
 
 def write_atomically(path: Path | str, text: str) -> None:
-    """Write `text` as UTF-8 under a temporary name, flush it to the disk, then rename: a reader sees all or nothing."""
+    """Write `text` as UTF-8, atomically; folders above it are made."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_file(path) as file:
+        file.write(text.encode())
+
+
+@contextmanager
+def atomic_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to be written, which becomes `path` at the end: a reader sees all of it or nothing, after an error too."""
+    # The process's number, because several may write the same file, and each has to rename its own.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            yield file
             file.flush()
+            # Before the rename, or a power cut could leave the final name on an empty file.
             os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
@@ -85,6 +95,18 @@ def brief(value: Any) -> str:
     """A value as an error message shows it: on one line, its beginning if it is long."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def finite_number(value: Any) -> float | None:
+    """A finite number, also one written as a string; None for anything else."""
+    # True is an int in Python.
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    try:
+        number = float(value)
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def _refuse_constant(name: str) -> None:

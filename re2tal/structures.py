@@ -10,9 +10,9 @@ tensors in tuples only.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -103,7 +103,24 @@ class Timeline:
 
 
 @dataclass(frozen=True, slots=True)
-class ClipBatch:
+class _Batch:
+    """What both kinds of batch do with their tensors."""
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same batch with its tensors on `device`; copies overlap with compute where the memory is pinned."""
+        return self._with_each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> Self:
+        """Called by torch's DataLoader when `pin_memory=True`."""
+        return self._with_each(Tensor.pin_memory)
+
+    def _with_each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        values = {one.name: getattr(self, one.name) for one in fields(self)}
+        return replace(self, **{name: change(value) for name, value in values.items() if isinstance(value, Tensor)})
+
+
+@dataclass(frozen=True, slots=True)
+class ClipBatch(_Batch):
     """B clips, as they leave the data path: undecorated uint8, to be augmented and normalised on the device.
 
     `timelines[b]` counts frames of clip b: frame t is shown at `timelines[b].to_seconds(t)`. `actions[b]` lists the
@@ -128,27 +145,9 @@ class ClipBatch:
         """(B, T) bool, as every kind of batch has it."""
         return self.frame_mask
 
-    def to(self, device: torch.device | str) -> ClipBatch:
-        """The same batch with its tensors on `device`; copies overlap with compute where the memory is pinned."""
-        return replace(
-            self,
-            frames=self.frames.to(device, non_blocking=True),
-            frame_mask=self.frame_mask.to(device, non_blocking=True),
-            valid=self.valid.to(device, non_blocking=True),
-        )
-
-    def pin_memory(self) -> ClipBatch:
-        """Called by torch's DataLoader when `pin_memory=True`."""
-        return replace(
-            self,
-            frames=self.frames.pin_memory(),
-            frame_mask=self.frame_mask.pin_memory(),
-            valid=self.valid.pin_memory(),
-        )
-
 
 @dataclass(frozen=True, slots=True)
-class FeatureBatch:
+class FeatureBatch(_Batch):
     """B clips of features that a backbone computed before, in the place of their frames.
 
     `timelines[b]` counts steps of clip b; everything else is as in `ClipBatch`.
@@ -169,24 +168,6 @@ class FeatureBatch:
     def mask(self) -> Tensor:
         """(B, T) bool, as every kind of batch has it."""
         return self.step_mask
-
-    def to(self, device: torch.device | str) -> FeatureBatch:
-        """The same batch with its tensors on `device`; copies overlap with compute where the memory is pinned."""
-        return replace(
-            self,
-            features=self.features.to(device, non_blocking=True),
-            step_mask=self.step_mask.to(device, non_blocking=True),
-            valid=self.valid.to(device, non_blocking=True),
-        )
-
-    def pin_memory(self) -> FeatureBatch:
-        """Called by torch's DataLoader when `pin_memory=True`."""
-        return replace(
-            self,
-            features=self.features.pin_memory(),
-            step_mask=self.step_mask.pin_memory(),
-            valid=self.valid.pin_memory(),
-        )
 
 
 Batch = ClipBatch | FeatureBatch

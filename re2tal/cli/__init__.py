@@ -30,9 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     A fault in what the user gave (ValueError, OSError) ends in one line on stderr and exit status 2, never in a
     traceback, unless --debug asks for it.
     """
+    # --debug may stand anywhere, also behind a command; no command knows it.
     words = [*(sys.argv[1:] if arguments is None else arguments)]
     debug = "--debug" in words
     name, *rest = [word for word in words if word != "--debug"] or ["--help"]
+    # Help and errors without a command must not import torch, which takes seconds.
     if name not in COMMANDS:
         return _without_command(name, rest)
     if HELP & {*rest}:
@@ -44,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             status = _run(name, rest)
     except (ValueError, OSError) as error:
         end(str(error), WRONG_INPUT, debug=debug)
+    # A loss that is no number: another status, so that a scheduler does not start the same again.
     except FloatingPointError as error:
         end(str(error), DIVERGED, debug=debug)
     except KeyboardInterrupt:
@@ -71,6 +74,7 @@ def _without_command(name: str, rest: Sequence[str]) -> None:
 def _run(name: str, arguments: Sequence[str]) -> int:
     if "--help-all" in arguments:
         print(f"{examples(page_of(name, arguments))}\n")
+    # tyro knows only --help, and explains all options there.
     function, arguments = command(name, ["--help" if word == "--help-all" else word for word in arguments])
     status = parsed(function, arguments, prog=f"re2tal {name}")
     return 0 if status is None else status
@@ -106,12 +110,14 @@ def short_floats() -> ConstructorRegistry:
 
     @registry.primitive_rule
     def short(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[float] | None:
+        # None: tyro's own rules go on.
         if info.type is not float:
             return None
         return PrimitiveConstructorSpec(
             nargs=1,
             metavar="FLOAT",
             instance_from_str=lambda given: float(given[0]),
+            # A default may be written as a whole number.
             is_instance=lambda value: isinstance(value, float | int),
             str_from_instance=lambda value: [f"{value:.6g}"],
         )

@@ -18,6 +18,7 @@ def end(message: str, status: int, *, debug: bool = False) -> NoReturn:
 
     Where the message is not one of ours, the line names the file with the traceback too.
     """
+    # Of one process the number would say nothing.
     rank = os.environ.get("RANK") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
     error = sys.exc_info()[1]
     if error is not None and debug:

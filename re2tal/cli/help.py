@@ -42,6 +42,7 @@ def short_help(name: str, arguments: Sequence[str]) -> str:
     pages: dict[str, dict[str, Any]] = json.loads(PAGES.read_text("utf-8"))
     page = page_of(name, arguments)
     found = pages[page]
+    # Longer lines are hard to read; fewer than 40 columns would leave none for the text.
     width = min(MOST_COLUMNS, max(40, shutil.get_terminal_size().columns))
     parts = [found["usage"], examples(page), textwrap.fill(found["about"], width)]
     if found["options"]:
@@ -52,6 +53,7 @@ def short_help(name: str, arguments: Sequence[str]) -> str:
 
 def page_of(name: str, arguments: Sequence[str]) -> str:
     """The command with its sub-command, if `arguments` name one."""
+    # The sub-command may come after options.
     return next((page for word in arguments if (page := f"{name} {word}") in EXAMPLES), name)
 
 
@@ -61,6 +63,7 @@ def examples(page: str) -> str:
 
 
 def _options(rows: Sequence[Sequence[str]], width: int) -> str:
+    # Long flags get a line of their own, so that they do not push all texts to the right.
     column = max(len(flag) for flag, _ in rows if len(flag) <= MOST_COLUMNS // 3) + 4
     lines = []
     for flag, text in rows:

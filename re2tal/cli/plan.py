@@ -11,6 +11,7 @@ import tyro
 
 from re2tal.planning.choice import plan_step
 from re2tal.runs.deepspeed_presets import DEFAULT_PRESET, find_preset
+from re2tal.runs.devices import default_device
 from re2tal.runs.planning_tables import print_forms, write_page
 from re2tal.runs.tasks import AnyRun
 from re2tal.strict_json import write_json
@@ -65,7 +66,7 @@ def _within(run: AnyRun, memory_budget_gb: float | Literal["auto"] | None) -> An
 
 def _device(name: str | None) -> torch.device:
     if name is None:
-        return torch.accelerator.current_accelerator() or torch.device("cpu")
+        return default_device()
     device = torch.device(name)
     if device.type != "cpu" and not torch.get_device_module(device).is_available():
         raise ValueError(f"--device is {name}, which this machine does not have; plan where you train, or for the cpu")

@@ -25,6 +25,7 @@ def starting_point(arguments: Sequence[str], *, default: str) -> tuple[RunConfig
     Options that choose one of several kinds, such as --localizer vsgn, are taken out too: the run then has that kind
     with its defaults, which the other options change.
     """
+    # No abbreviations: --re would be taken for --recipe here, and its value be lost to the parser of the other options.
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     origin = parser.add_mutually_exclusive_group()
     origin.add_argument("--recipe", default=default)
@@ -34,6 +35,7 @@ def starting_point(arguments: Sequence[str], *, default: str) -> tuple[RunConfig
     known, rest = parser.parse_known_args(list(arguments))
     run = find_recipe(known.recipe) if known.config is None else load_run(known.config)
     choices = CHOICES[run.task]
+    # With a program's name and usage: its errors are shown to users.
     kinds = argparse.ArgumentParser(prog="re2tal", usage="re2tal COMMAND [options]", add_help=False, allow_abbrev=False)
     for choice in choices:
         kinds.add_argument(f"--{choice.key}", f"--{choice.key}.{choice.tag}", dest=choice.key)
@@ -41,6 +43,7 @@ def starting_point(arguments: Sequence[str], *, default: str) -> tuple[RunConfig
     for choice in choices:
         if (name := getattr(chosen, choice.key)) is not None:
             run = choice.replaced(run, name)
+    # After the kinds are chosen, before tyro applies the other options.
     run = _without_what_options_rule_out(run, rest)
     if {"-h", "--help"} & set(rest):
         print("--recipe NAME (`re2tal recipes` lists them) or --config FILE choose the values shown as defaults below")
@@ -67,6 +70,7 @@ def _without_what_options_rule_out(
     if reason == NOT_REWIRED and run.annealing.epochs > 0:
         left_out.append(f"annealing.epochs {run.annealing.epochs:g}")
         run = replace(run, annealing=replace(run.annealing, epochs=0.0))
+    # Once, not from every rank.
     if left_out and os.environ.get("RANK", "0") == "0":
         print(f"left out: {', '.join(left_out)}: without meaning {reason}", file=sys.stderr)
     return run
@@ -81,6 +85,7 @@ def _ruled_out_by(run: RunConfig | RecognitionConfig, options: Sequence[str]) ->
         for spelling in {f"no_{name}", f"no-{name}", f"no-{name}".replace("_", "-")}:
             parser.add_argument(f"--backbone.{spelling}", dest=name, action="store_false", default=None)
     for name in ("unit", "name"):
+        # An option without its value is tyro's to refuse.
         parser.add_argument(f"--backbone.{name}", dest=name, nargs="?")
     typed = {
         name: value for name, value in vars(parser.parse_known_args(list(options))[0]).items() if value is not None

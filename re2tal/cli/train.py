@@ -37,6 +37,7 @@ def train(
     """
     try:
         trained = training_run.train(run, ds=ds, out=out, resume=resume, overwrite=overwrite)
+    # A status of its own: a scheduler may start this again with --resume.
     except RanksLost as error:
         print(f"re2tal: {error}", file=sys.stderr)
         return HUNG

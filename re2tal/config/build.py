@@ -42,6 +42,7 @@ def build_recognizer(config: RecognitionConfig, classes: Sequence[str]) -> tuple
 
 def check_start_wiring(config: SharedConfig, file: Path) -> None:
     """Raises ValueError where the model in `file` was trained with another wiring than that of `config`."""
+    # The run's own weights are not read: those of `file` come in their place.
     check_wiring(replace(config.backbone, weights=str(file)), first_beta=_first_beta(config))
 
 

@@ -27,6 +27,7 @@ T = TypeVar("T")
 def save_config(path: Path, config: RunConfig | RecognitionConfig) -> None:
     """Writes the JSON form of `config`, which `load_config` reads back as an equal one, with its paths absolute."""
     document = to_json(config)
+    # The tag comes first, so that a reader sees which kind the keys after it are of.
     for choice in CHOICES[config.task]:
         holder, last = _holder(document, choice.key)
         holder[last] = {choice.tag: choice.name(config)} | holder[last]
@@ -50,11 +51,13 @@ def load_config(path: Path) -> RunConfig:
 def load_run(path: Path) -> RunConfig | RecognitionConfig:
     """As `load_config`, of either kind of run; its `task` says which, and without one it is a detector's."""
     document = read_json(path)
+    # Before anything else is read: the task says which class reads it.
     task = document.get("task", "localization") if isinstance(document, dict) else "localization"
     if task not in tuple(RUNS):
         raise ValueError(f"{path}: task is {task!r}; known: {sorted(RUNS)}")
     try:
         for choice in CHOICES[task]:
+            # Put in as objects, so that pydantic need not guess the kind from the keys that kinds share.
             _read_choice(document, choice)
         return _validated(RUNS[task], document)
     except ValueError as error:
@@ -74,6 +77,7 @@ def to_json(config: RunConfig | RecognitionConfig) -> dict[str, Any]:
     if isinstance(config, RunConfig) and config.evaluation.blocked_videos is not None:
         document["evaluation"]["blocked_videos"] = str(config.evaluation.blocked_videos.absolute())
     weights = config.backbone.weights
+    # A name on a hub looks like a relative path; a file's name ends in a suffix of weights, or exists.
     if weights is not None and (weights.endswith(WEIGHTS_SUFFIXES) or Path(weights).exists()):  # not a hub's name
         document["backbone"]["weights"] = str(Path(weights).absolute())
     return document
@@ -100,6 +104,7 @@ def _read_choice(document: Any, choice: KindChoice) -> None:
         )
     kind = choice.kind(choice.meant_by(values))
     named = {field.name for field in dataclasses.fields(kind)}
+    # The tag names the kind and is no field of it; of other unknown keys `meant_by` has told.
     holder[last] = _validated(kind, {key: values[key] for key in values if key in named}, inside=choice.key)
 
 
@@ -108,6 +113,8 @@ def _holder(document: Any, key: str) -> tuple[dict[str, Any], str]:
     *path, last = key.split(".")
     for part in path:
         document = document.get(part) if isinstance(document, dict) else None
+    # An empty object where the document has nothing, or nonsense, there: the whole is validated later, with a full
+    # message.
     return (document if isinstance(document, dict) else {}), last
 
 
@@ -144,6 +151,7 @@ def _explain(error: ValidationError, kind: Any, *, inside: str | None) -> str:
         key = ".".join(parts if inside is None else [inside, *parts]) or "the document"
         if fault["type"] == "unexpected_keyword_argument":
             leaves = (name.split(".") for name, _ in flatten(_adapter(kind).dump_python(kind(), mode="json")))
+            # With all beginnings: an unknown key may be the name of a whole part.
             known = {".".join(parts[:depth]) for parts in leaves for depth in range(1, len(parts) + 1)}
             nearest = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
             lines.append(f"unknown key {key}" + (f"; did you mean {nearest[0]}?" if nearest else ""))

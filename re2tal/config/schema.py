@@ -72,6 +72,7 @@ class SharedConfig:
     """Length of the run, averages, logs, checkpoints."""
 
     def __post_init__(self) -> None:
+        # A name with a slash would write outside of runs/.
         if Path(self.name).name != self.name or self.name in {"", ".", ".."}:
             raise ValueError(f"name is {self.name!r}; it names a folder in runs/, so give one plain name")
         if self.backbone.trained_clips < 1 and not isinstance(self.data.clips.windowing, ResizeWhole):

@@ -62,6 +62,7 @@ class KindChoice:
             self._check_known(values, [name])
             return name
         self._check_known(values, self.kinds)
+        # Keys may fit several kinds, which is no answer: which one is meant must not depend on their order.
         fitting = [name for name in self.kinds if values.keys() <= self._names(name)]
         if len(fitting) == 1:
             return fitting[0]

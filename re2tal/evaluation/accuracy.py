@@ -56,6 +56,8 @@ def accuracy(scores: Mapping[str, Tensor], truth: Mapping[str, str], *, classes:
     renamed = match_ids(scores, truth)
     scores = {renamed.get(video_id, video_id): row for video_id, row in scores.items()}
     if odd := sorted(scores.keys() - truth.keys()):
+        # Scores of other videos mostly mean that the wrong subset was given; left out in silence, the mistake would not
+        # show.
         raise ValueError(f"scores of {odd[0]!r}, like {len(odd)} in all, belong to no video; give the right subset")
     missing = tuple(video_id for video_id in truth if video_id not in scores)
     if len(missing) == len(truth):
@@ -81,8 +83,10 @@ def accuracy(scores: Mapping[str, Tensor], truth: Mapping[str, str], *, classes:
 
 def _place(scores: Tensor, true: int, video_id: str) -> int:
     """The number of classes with better scores than the true one."""
+    # NaN is neither above nor below the true class's score, so that a diverged classifier would come out as right.
     if not bool(scores.isfinite().all()):
         raise ValueError(f"the scores of video {video_id!r} are not all finite: {scores.tolist()[:5]}")
     better = scores > scores[true]
+    # Otherwise a classifier that gives all classes the same score would be right everywhere.
     better[:true] |= scores[:true] == scores[true]
     return int(better.sum())

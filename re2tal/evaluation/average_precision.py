@@ -96,8 +96,9 @@ class MapReport:
 def mean_average_precision(matches: Matches) -> MapReport:
     """AP by threshold and class. Source: Pascal VOC 2010 interpolation as in ActivityNet's eval_detection."""
     truths, num_truths = matches.truths, np.bincount(matches.truths.labels).tolist()
+    # A class that nothing predicts has partners (T, 0), and an AP of 0, which counts in the mean.
     columns = [
-        interpolated_average_precision(of_class >= 0, num_truths=count)
+        area_under(precision_of(of_class >= 0), of_class >= 0, num_truths=count)
         for of_class, count in zip(matches.partners, num_truths, strict=True)
     ]
     return MapReport(
@@ -111,12 +112,23 @@ def mean_average_precision(matches: Matches) -> MapReport:
     )
 
 
-def interpolated_average_precision(true_positive: np.ndarray, *, num_truths: int) -> np.ndarray:
-    """(T, N) bool by falling score -> (T,) area under the precision envelope over recall."""
-    found = np.cumsum(true_positive, axis=1)
-    precision = found / np.arange(1, true_positive.shape[1] + 1)
-    envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-    return (envelope * true_positive).sum(axis=1) / num_truths
+def precision_of(true_positive: np.ndarray) -> np.ndarray:
+    """(T, N) bool by falling score -> (T, N) share of the predictions up to each that are right."""
+    return np.cumsum(true_positive, axis=1) / np.arange(1, true_positive.shape[1] + 1)
+
+
+def envelope(precision: np.ndarray) -> np.ndarray:
+    """(T, N) by falling score -> (T, N) the highest of each or a later one.
+
+    A reader who stops later then has both more recall and more precision.
+    """
+    return np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
+
+
+def area_under(precision: np.ndarray, true_positive: np.ndarray, *, num_truths: int) -> np.ndarray:
+    """Two of (T, N) by falling score -> (T,) area under the envelope of the precision over recall."""
+    # Only true positives add recall, each 1 / num_truths of it.
+    return (envelope(precision) * true_positive).sum(axis=1) / num_truths
 
 
 def _percent(values: Sequence[float] | np.ndarray) -> list[str]:

@@ -53,6 +53,7 @@ class Spread:
         rows += [(name, f"{100 * mean:.2f}", str(interval)) for name, mean, interval in self._values()]
         lines = [f"mAP in % with intervals from {len(self.draws)} draws of {of_what}; {self.facts}"]
         if runs > 1:
+            # ddof=1 just below: the runs are a sample of the seeds one might have taken.
             averages = 100 * self.maps.mean(axis=1)
             lines.append(
                 f"average mAP of each run: {', '.join(f'{value:.2f}' for value in averages)}; their standard deviation "
@@ -128,6 +129,7 @@ class Comparison:
 
     def _values(self) -> list[tuple[str, float, float, Interval, float]]:
         first, second = (np.append(maps, maps.mean()).tolist() for maps in self.maps)
+        # Draw by draw, not of two separate intervals: videos that are hard for both cancel out.
         draws = self.draws[:, 1] - self.draws[:, 0]
         columns = [*draws.T, draws.mean(axis=1)]
         rows = zip((*threshold_names(self.tiou_thresholds), "average"), first, second, columns, strict=True)

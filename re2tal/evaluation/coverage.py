@@ -84,6 +84,8 @@ class Coverage:
 
         Videos of the subset that are listed without any prediction are no fault: the score is 0.
         """
+        # A detector may list videos and find nothing in them, which is a score of 0. Predictions for other videos only,
+        # or none of the subset named at all, is a wrong file.
         if not self.num_predicted_videos or (self.num_predictions and not self.num_in_subset):
             raise ValueError(
                 f"no predicted video is among the {self.num_videos} of subset {self.subset!r}: predicted are "
@@ -126,6 +128,8 @@ class Coverage:
                 f"{len(self.unknown_videos)} predicted videos are not in the subset (their {number} predictions count "
                 f"as false): {name_some(self.unknown_videos)}"
             )
+        # Spelt in two ways in one file, "golf swing" beside "Golf_Swing", a class is two, and each prediction misses
+        # one.
         folded = Counter(_folded(label) for label in self.known_labels)
         if twins := [label for label in self.known_labels if folded[_folded(label)] > 1]:
             notes.append(f"labels that are nearly the same are scored as different classes: {name_some(twins)}")
@@ -148,6 +152,7 @@ class Coverage:
         notes += self._odd_numbers()
         if self.cut_videos:
             notes.append(cut_by_limit(self.cut_videos))
+        # One video has the most predictions in any file; that several have exactly as many is hardly chance.
         if not self.is_limit_known and len(self.videos_at_most) > 1 and self.most_per_video >= LIKELY_LIMIT:
             notes.append(
                 f"{len(self.videos_at_most)} videos have exactly {self.most_per_video} predictions, the most of any: "
@@ -160,6 +165,7 @@ class Coverage:
         notes = []
         if self.num_repeated:
             notes.append(f"{self.num_repeated} predictions repeat another in all they say, and count as false")
+        # More than half, here and below: a few odd segments are what a detector makes, most of them a mistake.
         if self.num_without_length > self.num_in_subset / 2:
             notes.append(
                 f"{self.num_without_length} of {self.num_in_subset} predictions have no length, and match nothing: the "
@@ -169,6 +175,7 @@ class Coverage:
             notes.append(
                 f"{self.num_truths_after_end} true actions start after the end of their video; check the annotations"
             )
+        # Where truths too start after the end, it is the annotations' durations that are wrong, not the predictions.
         elif self.num_after_end > self.num_in_subset / 2:
             notes.append(
                 f"{self.num_after_end} of {self.num_in_subset} predictions start after the end of their video; give "

@@ -84,7 +84,9 @@ def read_submission(path: Path | str) -> Submission:
         if not isinstance(rows, list):
             raise ValueError(f"{where} is {brief(rows)}; it must be a list of predictions")
         named = [_names(row, f"{where}[{number}]") for number, row in enumerate(rows)]
+        # The reader of results files checks segments and scores; it wants a label, which the tasks give later.
         segments[video_id] = read_detections(where, [row | {"label": ""} for row in rows], {})
+        # Numbered in order of first appearance, each task by itself: only the names matter to the score.
         for place, task in enumerate(TASKS):
             index = numbers[task]
             found = [index.setdefault(names[place], len(index)) for names in named]
@@ -100,14 +102,17 @@ def pair_verbs_with_nouns(
     Each verb and each noun that overlap by at least `min_tiou` are one action: its score is the product of theirs, its
     segment their mean weighted by score. At most `most`.
     """
+    # In float64, as the products decide an order, and equal ones are to stay equal.
     start, end = nouns.segments.double().T
     first, last = (x[:, None] for x in verbs.segments.double().T)
     overlap = (torch.minimum(last, end) - torch.maximum(first, start)).clamp_min(0)
     union = (last - first) + (end - start) - overlap
+    # Without a division, which two empty segments would make 0 / 0. An overlap of 0 is none, even where min_tiou is 0.
     verb, noun = ((overlap >= min_tiou * union) & (overlap > 0)).nonzero(as_tuple=True)
     of_verb, of_noun = verbs.scores.double()[verb], nouns.scores.double()[noun]
     best = (of_verb * of_noun).argsort(descending=True, stable=True)[:most]
     verb, noun, of_verb, of_noun = (x[best] for x in (verb, noun, of_verb, of_noun))
+    # Two scores of 0 have no share; they weigh the same.
     share = torch.nan_to_num(of_verb / (of_verb + of_noun), nan=0.5)[:, None]
     segments = share * verbs.segments.double()[verb] + (1 - share) * nouns.segments.double()[noun]
     return segments, of_verb * of_noun, verb, noun
@@ -155,6 +160,7 @@ def _names(row: Any, where: str) -> tuple[str, str, str]:
     for key in ("verb", "noun"):
         if type(row[key]) is not int or row[key] < 0:
             raise ValueError(f"{where}.{key} is {brief(row[key])}; give the number of a {key}, 0 or more")
+    # Written "3,14", but also "3, 14" or "03,14"; all name the same action.
     pair = re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*", row["action"]) if isinstance(row["action"], str) else None
     if pair is None:
         raise ValueError(f'{where}.action is {brief(row["action"])}; give "VERB,NOUN", two numbers in one text')

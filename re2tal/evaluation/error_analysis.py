@@ -19,6 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from re2tal.evaluation.average_precision import area_under
 from re2tal.evaluation.instances import Predictions, Truths, flatten_predictions, flatten_truths
 from re2tal.evaluation.matching import partners_by_class, ranked_by_class
 from re2tal.evaluation.protocols import OFFICIAL, check_thresholds
@@ -146,6 +147,7 @@ def analyse_errors(
 def _without_odd_actions(video: VideoRecord) -> VideoRecord:
     """Without empty actions, and those that are longer than their video."""
     lengths = [(one, round(one.end_seconds - one.start_seconds, DECIMALS)) for one in video.actions]
+    # An action that fills its video may be longer than it by a rounding error of its two times.
     longest = round(video.duration_seconds, DECIMALS)
     return replace(video, actions=tuple(one for one, length in lengths if 0 < length <= longest))
 
@@ -173,6 +175,7 @@ class _Scores:
     @classmethod
     def of(cls, flat: Predictions, truths: Truths, rows: list[np.ndarray], thresholds: np.ndarray) -> _Scores:
         """`rows` of `flat`, by class and best first."""
+        # DETAD builds on ActivityNet's own evaluator.
         counts, protocol = np.bincount(truths.labels), OFFICIAL
         partners = partners_by_class(flat, truths, rows, protocol=protocol, thresholds=thresholds)
         columns = [
@@ -220,6 +223,7 @@ class _Scores:
 
 def _precision(true_positive: np.ndarray, num_truths: int, mean_truths: float) -> np.ndarray:
     """(T, n) by falling score -> (T, n) normalised precision."""
+    # The larger of that and the smallest float: before the first prediction counts, 0 / 0 is 0.
     weighted = np.cumsum(true_positive, axis=1) / num_truths * mean_truths
     false = np.cumsum(~true_positive, axis=1)
     return weighted / np.maximum(weighted + false, np.finfo(np.float64).tiny)
@@ -227,9 +231,7 @@ def _precision(true_positive: np.ndarray, num_truths: int, mean_truths: float) -
 
 def _average_precision(true_positive: np.ndarray, num_truths: int, mean_truths: float) -> np.ndarray:
     """(T, n) by falling score -> (T,) area under the envelope of the normalised precision."""
-    precision = _precision(true_positive, num_truths, mean_truths)
-    envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-    return (envelope * true_positive).sum(axis=1) / num_truths
+    return area_under(_precision(true_positive, num_truths, mean_truths), true_positive, num_truths=num_truths)
 
 
 def _types(
@@ -251,6 +253,8 @@ def _types(
     close = best >= BACKGROUND_TIOU
     types[:, near[close]] = np.where(same[close], 3, 4)
     reached = best >= thresholds[:, None]
+    # In this order: an overlap that reaches the threshold outweighs one that is merely close, and a match outweighs
+    # all.
     types[:, near] = np.where(reached, np.where(same, 1, 2), types[:, near])
     types[partners >= 0] = 0
     return types

@@ -9,13 +9,12 @@ seconds are part of every published number. Segments labelled "Ambiguous" (THUMO
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from re2tal.strict_json import brief, read_json
+from re2tal.strict_json import brief, finite_number, read_json
 from re2tal.structures import AMBIGUOUS, Action, VideoRecord, find_subset
 
 ANY_CLASS = "action"
@@ -25,8 +24,8 @@ ANY_CLASS = "action"
 def read_ground_truth(path: Path | str, *, subset: str) -> list[VideoRecord]:
     """The videos of `subset`, with all their segments, in the file's order.
 
-    A subset is found in any case and by its other name ("val", "validation"). Where a video has no duration, that of
-    its last action's end stands in. Raises FileNotFoundError, and ValueError naming file, key and value for anything
+    A subset is found in any case and by its other name ("val", "validation"). Where a video has no duration, or 0, the
+    end of its last action stands in. Raises FileNotFoundError, and ValueError naming file, key and value for anything
     that is not an ActivityNet layout, and for a subset without videos.
     """
     database = _database(path)
@@ -38,12 +37,13 @@ def read_ground_truth(path: Path | str, *, subset: str) -> list[VideoRecord]:
     found = find_subset(subset, sorted(subsets))
     records = []
     for video_id, entry in database.items():
+        # A file may spell one subset in two ways; all its videos count.
         if found is not None and entry["subset"].lower() == found.lower():
             where = f"{path}: database[{video_id!r}]"
             actions = tuple(_actions(where, entry.get("annotations")))
             end = max((action.end_seconds for action in actions), default=0.0)
-            duration = _seconds(entry["duration"], f"{where}.duration") if "duration" in entry else end
-            records.append(VideoRecord(video_id, subset, duration, actions))
+            duration = _seconds(entry.get("duration", 0.0), f"{where}.duration")
+            records.append(VideoRecord(video_id, subset, duration or end, actions))
     if not records:
         raise ValueError(f"{path} has no video of subset {subset!r}; it has {sorted(subsets)}")
     return records
@@ -59,6 +59,7 @@ def _database(path: Path | str) -> dict[str, Any]:
     document = read_json(path)
     database = document.get("database") if isinstance(document, dict) else None
     if database is None and isinstance(document, dict) and document:
+        # Some packages leave "database" out; a results file, which is an object too, has no "subset".
         is_bare = all(isinstance(entry, dict) and "subset" in entry for entry in document.values())
         database = document if is_bare else None
     if not isinstance(database, dict):
@@ -86,17 +87,13 @@ def _actions(where: str, annotations: Any) -> Iterator[Action]:
                 f'{here} is {brief(annotation)}; it needs "segment", [start, end] in seconds, and "label", a name'
             )
         if label != AMBIGUOUS:
+            # Neither clipped nor put in order: see above.
             start, end = (_seconds(value, f"{here}.segment") for value in segment)
             yield Action(start, end, label)
 
 
 def _seconds(value: Any, where: str) -> float:
-    """A finite number; some files hold it as a string."""
-    if isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:
-            number = float(value)
-        except (ValueError, OverflowError):
-            number = math.nan
-        if math.isfinite(number):
-            return number
-    raise ValueError(f"{where} holds {brief(value)}; give a finite number of seconds")
+    """Some files hold them as strings."""
+    if (number := finite_number(value)) is None:
+        raise ValueError(f"{where} holds {brief(value)}; give a finite number of seconds")
+    return number

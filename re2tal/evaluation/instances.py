@@ -69,6 +69,7 @@ def flatten_truths(
     video_ids: dict[str, int] = {}
     classes: dict[str, int] = {}
     seen: set[str] = set()
+    # Under both spellings: predictions may use the list's or the annotations'.
     as_here = match_ids(blocked_videos, [record.video_id for record in ground_truth])
     blocked_ids = {*blocked_videos, *as_here.values()}
     for record in ground_truth:
@@ -78,6 +79,7 @@ def flatten_truths(
         if record.video_id in blocked_ids:
             continue
         for action in protocol.select(record.actions):
+            # Only videos with an action that counts get a number. AR@AN divides by how many these are.
             videos.append(video_ids.setdefault(record.video_id, len(video_ids)))
             labels.append(classes.setdefault(action.label, len(classes)))
             segments.append((action.start_seconds, action.end_seconds))
@@ -92,6 +94,7 @@ def flatten_truths(
         np.array(segments, dtype=np.float64),
         tuple(video_ids),
         tuple(classes),
+        # All records are of one subset: read_ground_truth takes one out of the file.
         ground_truth[0].subset,
         tuple(one.video_id for one in ground_truth if one.video_id not in blocked_ids),
         np.array([one.duration_seconds for one in ground_truth if one.video_id not in blocked_ids]),
@@ -115,8 +118,10 @@ def flatten_predictions(
     """
     video_index = {video_id: index for index, video_id in enumerate(truths.video_ids)}
     class_index = {label: index for index, label in enumerate(truths.classes)}
+    # Dtype given: of no classes, NumPy would make floats, which index nothing.
     to_truth_class = np.array([class_index.get(name, -1) for name in classes], dtype=np.int64)
     renamed = match_ids(predictions, [*truths.scored, *truths.blocked])
+    # Blocked ids that no record has are left out of the predictions too, else they would count as false.
     left_out = {*blocked_videos, *truths.blocked}
     kept = {renamed.get(video_id, video_id): one for video_id, one in predictions.items()}
     kept = {video_id: one for video_id, one in kept.items() if video_id not in left_out}
@@ -140,6 +145,7 @@ def flatten_predictions(
             f"predictions for video {_owner(wrong, ids, counts)!r} hold label {labels[wrong][0]}, which does not index "
             f"{len(classes)} classes; pass the classes of the localizer that predicted them"
         )
+    # Without a class, there is no table to take nothing from.
     to_truth = to_truth_class[labels] if labels.size else labels
     unknown_labels = dict(Counter(classes[label] for label in labels[to_truth < 0].tolist()))
     coverage = _coverage(
@@ -161,6 +167,7 @@ def _oddities(found: Predictions, truths: Truths) -> dict[str, Any]:
     """Fields of the coverage that show repeats, constant scores and units other than seconds."""
     known = (found.owners >= 0) & (found.labels >= 0)
     columns = np.column_stack([found.owners, found.labels, found.segments, found.scores])[known]
+    # Repeats end up next to each other, whichever column the sort begins with.
     columns = columns[np.lexsort(columns.T)]
     starts, ends = found.segments[found.owners >= 0].T
     lasts = dict(zip(truths.scored, truths.durations.tolist(), strict=True))
@@ -222,6 +229,7 @@ def _coverage(
 
 
 def _stack(tensors: list[torch.Tensor], dtype: torch.dtype) -> np.ndarray:
+    # Flat, so that the empty tensors of videos without detections join, whatever their shape.
     flat = torch.cat([tensor.detach().to("cpu", dtype).flatten() for tensor in tensors]) if tensors else torch.zeros(0)
     return flat.to(dtype).numpy()
 

@@ -59,6 +59,7 @@ def match_predictions(
     flat = flatten_predictions(
         predictions, truths, classes=classes, blocked_videos=blocked_videos, class_agnostic=class_agnostic
     )
+    # Looked up again by video only where it fails, for the message.
     if rules.refuses_unknown_labels and (flat.labels < 0).any():
         _refuse_unknown(predictions, classes, truths.classes, blocked_videos, rules.name)
     ranked = ranked_by_class(flat, num_classes=len(truths.classes))
@@ -68,6 +69,7 @@ def match_predictions(
 
 def ranked_by_class(flat: Predictions, *, num_classes: int) -> list[np.ndarray]:
     """Rows of the predictions of each class, best first."""
+    # Sorted twice, by the less important key first: the second, stable sort keeps the order of scores within a class.
     by_score = np.argsort(-flat.scores, kind="stable")
     by_class = by_score[np.argsort(flat.labels[by_score], kind="stable")]
     bounds = np.searchsorted(flat.labels[by_class], np.arange(num_classes + 1))
@@ -81,6 +83,7 @@ def partners_by_class(
     found = []
     for label, rows in enumerate(ranked):
         own = np.flatnonzero(truths.labels == label)
+        # In each class by itself, numbered within it; own[...] numbers them among all truths again.
         matches = find_matches(
             flat.videos[rows],
             flat.segments[rows],
@@ -108,13 +111,17 @@ def find_matches(
     pairs that reach the threshold: in the order (rank of prediction, falling tIoU), a pair matches if both are free.
     """
     found = np.full((len(thresholds), len(videos)), -1)
+    # Once for all thresholds: what reaches a higher one reaches the least.
     ranks, partners, overlaps = _close_pairs(
         videos, segments, truth_videos, truth_segments, protocol=protocol, least=float(thresholds.min())
     )
     for row, threshold in zip(found, thresholds, strict=True):
         reached = overlaps >= threshold
+        # Bytes, not an array of bools: a single lookup in NumPy costs several times as much.
         free = bytearray(b"\x01") * len(truth_videos)
         last_matched = -1
+        # A prediction's pairs stand together, best overlap first: it takes the first free one, and passes its others
+        # over.
         for rank, partner in zip(ranks[reached].tolist(), partners[reached].tolist(), strict=True):
             if rank != last_matched and free[partner]:
                 free[partner] = 0
@@ -133,6 +140,7 @@ def _close_pairs(
     least: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Prediction, truth and tIoU of all pairs of one video with tIoU >= `least`, in the order they are to be tried."""
+    # A video's truths are a stretch first .. first + count, as the truths are in the order of their videos.
     first = np.searchsorted(truth_videos, videos, side="left")
     counts = np.searchsorted(truth_videos, videos, side="right") - first
     pieces = []
@@ -145,6 +153,7 @@ def _close_pairs(
         close = overlaps >= least
         pieces.append((ranks[close], partners[close], overlaps[close]))
     ranks, partners, overlaps = (np.concatenate(parts) for parts in zip(*pieces, strict=True))
+    # By rank, then by falling overlap, then the later truth first: the last key is the most important.
     order = np.lexsort((-partners, -overlaps, ranks))
     return ranks[order], partners[order], overlaps[order]
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from re2tal.structures import Action
 
+# Both as in OpenTAD's evaluator.
 DUPLICATE_SECONDS = 1e-3
 MIN_UNION_SECONDS = 1e-8
 
@@ -46,6 +47,7 @@ class Protocol:
         for action in actions:
             if self.drops_empty_truths and action.end_seconds <= action.start_seconds:
                 continue
+            # Compared with those that were kept: of three in a row, each near the next, the third may stay.
             if self.drops_duplicate_truths and any(_same(action, earlier) for earlier in kept):
                 continue
             kept.append(action)
@@ -94,6 +96,7 @@ def find_protocol(name: Protocol | str) -> Protocol:
 
 def tiou_range(first: float, last: float, num: int) -> tuple[float, ...]:
     """`num` evenly spaced thresholds. As published code has them, 0.3:0.1:0.7 holds 0.39999999999999997, not 0.4."""
+    # linspace, as there: an overlap that is 0.4 exactly reaches 0.39999999999999997.
     return tuple(np.linspace(first, last, num).tolist())
 
 
@@ -141,6 +144,7 @@ class EvaluationConfig:
 def check_thresholds(tiou_thresholds: Sequence[float]) -> np.ndarray:
     """(T,) float64; ValueError unless there is at least one and all are in (0, 1]."""
     thresholds = np.asarray(tiou_thresholds, dtype=np.float64)
+    # Above 0: at 0, every prediction of a video would match each of its truths.
     if thresholds.ndim != 1 or not thresholds.size or not ((thresholds > 0) & (thresholds <= 1)).all():
         raise ValueError(f"tiou_thresholds is {tiou_thresholds}; give at least one number in (0, 1]")
     return thresholds

@@ -46,6 +46,7 @@ class RecallReport:
 
     def at(self, num_proposals: float) -> float:
         """AR@AN: average recall at the first point of the curve with at least `num_proposals` per video."""
+        # Points are products and quotients of floats, so that the 10th may be 9.999999999999998.
         reached = np.flatnonzero(self.proposals_per_video >= num_proposals - 1e-9)
         if not reached.size:
             raise ValueError(
@@ -95,6 +96,8 @@ def average_recall(
     wanted = proposals_per_video * float(len(truths.video_ids))
 
     ranked = _rank_within_videos(proposals, num_videos=len(truths.video_ids))
+    # The share may exceed 1 where there are few proposals: slicing then keeps all. max: without any, there is nothing
+    # to share.
     kept = [ranks[: int(len(ranks) * (wanted / max(len(proposals.scores), 1)))] for ranks in ranked]
     num_kept = sum(map(len, kept))
     if not num_kept:
@@ -136,6 +139,7 @@ def top_kx_recall(
     # One number for each pair of video and class, so that a pair's rows are found by bisection.
     num_classes, num_videos = len(truths.classes), len(truths.video_ids)
     scored = np.flatnonzero((flat.videos >= 0) & (flat.labels >= 0))
+    # Scores first, then pairs: the second sort is stable, and keeps a pair's best in front.
     scored = scored[np.argsort(-flat.scores[scored], kind="stable")]
     scored = scored[np.argsort(flat.videos[scored] * num_classes + flat.labels[scored], kind="stable")]
     bounds = np.searchsorted(
@@ -150,14 +154,17 @@ def top_kx_recall(
         for column, k in enumerate(top_k):
             best = overlaps[: k * len(true)].max(axis=0, initial=0.0)
             found[:, column, pair % num_classes] += (best > thresholds[:, None]).sum(axis=1)
+    # Every class has a truth, as classes are those of the truths: no division by 0.
     return (found / np.bincount(truths.labels, minlength=num_classes)).mean(axis=2)
 
 
 def _rank_within_videos(proposals: Predictions, *, num_videos: int) -> list[np.ndarray]:
     """Indices of each video's proposals, by falling score; equal scores keep their order."""
     by_score = np.argsort(-proposals.scores, kind="stable")
+    # By the less important key first; videos outside the subset, -1, come before bounds[0] and are cut off.
     by_video = by_score[np.argsort(proposals.videos[by_score], kind="stable")]
     bounds = np.searchsorted(proposals.videos[by_video], np.arange(num_videos + 1))
+    # Inner bounds only, counted from the first: `split` makes one part more than it gets bounds.
     return np.split(by_video[bounds[0] : bounds[-1]], bounds[1:-1] - bounds[0])
 
 
@@ -167,6 +174,7 @@ def _found(overlaps: np.ndarray, thresholds: np.ndarray, num_kept: np.ndarray) -
         return np.zeros((len(thresholds), len(num_kept)))
     # inf stands for an empty proposal on an empty truth: in the published recall, unlike in its AP, that is no match.
     reached = np.isfinite(overlaps) & (overlaps >= thresholds[:, None, None])
+    # argmax of a row without any True is 0, the best proposal; such a truth is found by none.
     first = np.where(reached.any(axis=2), reached.argmax(axis=2), overlaps.shape[1])
     return (first[:, :, None] < num_kept).sum(axis=1)
 

@@ -46,11 +46,13 @@ class WeightedMap:
         """What is needed of `matches`, in the order that `maps` reads it."""
         truths, num_classes = matches.truths, len(matches.truths.classes)
         counts = np.array([len(rows) for rows in matches.ranked])
+        # Row by row, as nonzero gives them, groups do not decrease: thresholds outside, classes and ranks inside.
         found = np.concatenate(matches.partners, axis=1) >= 0
         thresholds, ranks = np.nonzero(found)
         place = {video_id: index for index, video_id in enumerate(truths.scored)}
         owners = matches.predictions.owners[np.concatenate(matches.ranked)]
         return cls(
+            # Not -1, which would index the last video's weight.
             owners=np.where(owners < 0, len(truths.scored), owners),
             first_of_class=np.cumsum(counts) - counts,
             ranks=ranks,
@@ -72,6 +74,7 @@ class WeightedMap:
         found = np.cumsum(weight)
         sizes = np.bincount(self.groups, minlength=num_groups)
         before = np.concatenate([[0], found])[np.cumsum(sizes) - sizes]
+        # A video that was not drawn weighs 0; before the first drawn one nothing was seen, and 0 / 1 is 0.
         precision = (found - before[self.groups]) / np.maximum(num_seen, 1)
         # One running maximum from the right serves all groups: the key of each is above those to its right.
         key = precision + 2.0 * (num_groups - self.groups)
@@ -94,6 +97,7 @@ class Interval:
     @classmethod
     def of(cls, draws: np.ndarray) -> Interval:
         """Of (draws,) values."""
+        # Percentiles, not the mean and a standard deviation: a mAP near 0 or 1 has a lopsided distribution.
         low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
         return cls(float(low), float(high))
 
@@ -122,6 +126,8 @@ def draw_maps(groups: Sequence[Sequence[Matches]], *, num_draws: int, seed: int)
     scored = groups[0][0].truths.scored
     if any(run.truths.scored != scored for runs in groups for run in runs):
         raise ValueError("the runs were not scored against the same videos; give all the same annotations and subset")
+    # One generator for all: videos and then runs are drawn in each turn, also in one that is thrown away, so that a
+    # seed always gives the same draws.
     generator = np.random.default_rng(seed)
     weighted = [[WeightedMap.of(run) for run in runs] for runs in groups]
     draws: list[list[np.ndarray]] = []
@@ -135,6 +141,7 @@ def draw_maps(groups: Sequence[Sequence[Matches]], *, num_draws: int, seed: int)
 
 
 def _mean_map(runs: Sequence[WeightedMap], often: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    # A run that was not drawn need not be scored.
     maps = [count * run.maps(weights) for run, count in zip(runs, often, strict=True) if count]
     return np.sum(maps, axis=0) / often.sum()
 

@@ -59,8 +59,10 @@ def write_results(
         f"{json.dumps(video_id)}: {json.dumps(_rows(video_id, detections, classes), allow_nan=False)}"
         for video_id, detections in predictions.items()
     )
+    # Empty, but required: the official evaluator refuses a file without this key.
     tail = '"external_data": {}' + (f', "note": {json.dumps(note)}' if note else "")
     tail += f', "made_with": {json.dumps(made_with)}' if made_with else ""
+    # None is "unknown": said of some videos only, the file would claim that no limit cut the others.
     if None not in (cut := {video_id: one.num_cut for video_id, one in predictions.items()}).values():
         tail += f', "num_cut": {json.dumps({video_id: number for video_id, number in cut.items() if number})}'
     write_atomically(path, f'{{"version": "{VERSION}", "results": {{\n{videos}\n}}, {tail}}}\n')
@@ -86,6 +88,7 @@ def read_results(path: Path | str) -> Results:
     if (cut := document.get("num_cut")) is not None:
         if not isinstance(cut, dict) or not all(type(number) is int and number >= 0 for number in cut.values()):
             raise ValueError(f"{path}: num_cut is {brief(cut)}; give an object that maps video ids to numbers, or none")
+        # The file names videos that were cut; where it has the key at all, the others were not.
         predictions = {video_id: replace(one, num_cut=cut.get(video_id, 0)) for video_id, one in predictions.items()}
     note, made_with = document.get("note"), document.get("made_with")
     return Results(
@@ -146,4 +149,6 @@ _NUMBERS = frozenset((int, float))
 
 def _is_finite(value: Any) -> bool:
     """A JSON number that a float can hold; `true` is an int to Python, and is refused."""
+    # Bounds, not isfinite: an int of thousands of digits is a valid JSON number that no float holds. NaN compares as
+    # False.
     return type(value) in _NUMBERS and -1e300 < value < 1e300

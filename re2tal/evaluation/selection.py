@@ -39,15 +39,18 @@ class Selection:
 
     def before(self, detections: Detections, suppression: SuppressionConfig) -> Detections:
         """Without those that cannot matter, to save memory and time; not suppressed yet."""
+        # Weak detections vote on the boundaries of strong ones.
         if suppression.voting_threshold is not None:
             return detections
         keep = ~(detections.scores < self.min_score)  # NaN stays, to be found by suppression
+        # Without classes, an unwanted one may suppress a wanted one.
         if self.labels is not None and suppression.per_class:
             keep &= self._is_wanted(detections.labels)
         return pick(detections, keep)
 
     def after(self, detections: Detections) -> Detections:
         """Of suppressed ones, which are sorted."""
+        # Again: suppression has lowered scores since.
         keep = detections.scores >= self.min_score
         if self.labels is not None:
             keep &= self._is_wanted(detections.labels)
@@ -65,6 +68,7 @@ def labels_of(classes: Sequence[str], wanted: Sequence[str]) -> frozenset[int] |
         near = get_close_matches(unknown[0], classes, n=1)
         known = f"{f'did you mean {near[0]!r}? It' if near else 'it'} knows {', '.join(classes)}"
         raise ValueError(f"classes has {unknown[0]!r}, which the model does not know; {known}")
+    # Nothing named is no wish, rather than a wish for nothing.
     return frozenset(classes.index(name) for name in wanted) or None
 
 
@@ -96,10 +100,12 @@ class Settling:
         """Those of the window that starts at `window_seconds`, not suppressed; gives what is final now, by start."""
         detections = self.selection.before(detections, self.suppression)
         segments = detections.segments.double()
+        # What ends where all is settled has nothing left after the cut; an empty one that lies later keeps its chance.
         is_new = (segments[:, 0] >= self._settled_seconds) | (segments[:, 1] > self._settled_seconds)
         segments = segments.clamp(min=self._settled_seconds)
         new = pick(Detections(segments, detections.scores, detections.labels), is_new)
         self._waiting = _joined(self._waiting, new)
+        # Never back: what was handed out is final, and a window may come out of order.
         self._settled_seconds = max(self._settled_seconds, window_seconds - self.reach_seconds)
         return self._settle(longest_seconds=MOST_WINDOWS_HELD * self.reach_seconds)
 
@@ -108,6 +114,7 @@ class Settling:
         waiting = self._waiting
         segments = waiting.segments.clamp(max=duration_seconds)
         self._waiting = Detections(segments, waiting.scores, waiting.labels)
+        # Everything ends before that, so that all groups are final.
         self._settled_seconds = float("inf")
         return self._settle(longest_seconds=float("inf"))
 
@@ -117,10 +124,12 @@ class Settling:
             return waiting
         groups = _overlapping(waiting.segments, waiting.labels if self.suppression.per_class else None)
         num_groups = int(groups.max()) + 1
+        # Neutral elements of max and min, as scatter_reduce_ takes what stands there into account.
         ends = torch.full((num_groups,), -torch.inf, dtype=torch.float64)
         ends.scatter_reduce_(0, groups, waiting.segments[:, 1], "amax")
         starts = torch.full((num_groups,), torch.inf, dtype=torch.float64)
         starts.scatter_reduce_(0, groups, waiting.segments[:, 0], "amin")
+        # Final since no later window can reach it, or because the chain has grown too long to be held.
         final = (ends <= self._settled_seconds) | (self._settled_seconds - starts > longest_seconds)
         is_final = final[groups]
         self._waiting = pick(waiting, ~is_final)
@@ -132,6 +141,8 @@ class Settling:
     def _suppressed(self, group: Detections) -> Detections:
         origin = group.segments.min()  # float32, which suppression takes, counts days in steps of milliseconds
         near = suppress(Detections(group.segments - origin, group.scores, group.labels), self.suppression)
+        # Suppression keeps the best of each class whatever its score: once for a video, but not once for each group of
+        # a stream.
         kept = pick(near, near.scores >= self.suppression.min_score)
         return self.selection.after(Detections(kept.segments.double() + origin, kept.scores, kept.labels))
 
@@ -149,8 +160,10 @@ def _overlapping(segments: Tensor, labels: Tensor | None) -> Tensor:
     for label in labels.unique():
         places = (labels == label).nonzero()[:, 0]
         places = places[torch.argsort(segments[places, 0], stable=True)]
+        # The latest end so far, not the last one's: a long segment may enclose short ones.
         ends = segments[places, 1].cummax(0).values
         begins = torch.ones(len(places), dtype=torch.bool)
+        # Segments that touch have no overlap, and cannot lower each other.
         begins[1:] = segments[places[1:], 0] >= ends[:-1]
         groups[places] = first + begins.cumsum(0) - 1
         first += int(begins.sum())

@@ -46,14 +46,18 @@ def soft_nms(
         return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.float32), 0
     # By the same function as the scores: another one may differ in the last bit, and a score may equal `min_score`.
     log_min = float(_logs(np.array([min_score]))[0]) if min_score > 0 else np.finfo(np.float64).min
+    # Numbered without gaps, as bincount below makes one cell for each number up to the largest.
     _, groups = np.unique(groups, return_inverse=True)
     index, logs, num_left = _picks(segments, _logs(scores), groups, penalty, log_min, max_per_group)
     stays = logs >= log_min
+    # Sorting is needed only where a group has to be cut, or has no pick above the minimum and keeps its best.
     picks = np.bincount(groups[index], weights=stays)
     if picks.min() == 0 or picks.max() > max_per_group:
+        # By group, then by falling score, then by number.
         order = np.lexsort((index, -logs, groups[index]))
         index, logs = index[order], logs[order]
         of_group = groups[index]
+        # Place in the group: searchsorted gives where the group begins.
         rank = np.arange(len(index)) - np.searchsorted(of_group, of_group)
         counts = (logs >= log_min) | (rank == 0)
         stays = counts & (rank < max_per_group)
@@ -67,14 +71,18 @@ def _picks(
     """Numbers and log scores of at least all that may be picked, in any order; how many more reach `log_min`."""
     everything = np.arange(len(logs))
     if not penalty.is_local:
+        # Hard suppression from an IoU of 0 on: segments that do not overlap suppress each other, so pairs do not
+        # suffice.
         return _pick_in_table(segments, logs, groups, everything, penalty, log_min, max_per_group)
     order = np.lexsort((segments[:, 0], groups))
     sorted_groups = groups[order]
     last = reach(segments[order], sorted_groups)
     sizes = np.bincount(groups)
     overlaps = np.bincount(sorted_groups, weights=last - everything - 1)
+    # On average over the group's segments: those that start behind it and before its end.
     is_sparse = overlaps <= MAX_OVERLAPS_IN_ROUNDS * sizes
     in_rounds = is_sparse[sorted_groups]
+    # `last` counts among all segments; the running sum turns it into a place among those that go in rounds.
     parts = [_in_rounds(segments, logs, order[in_rounds], np.cumsum(in_rounds)[last[in_rounds] - 1], penalty, log_min)]
     dense = np.flatnonzero(~is_sparse)
     few_overlaps = overlaps[dense] <= MAX_OVERLAPS_ONE_BY_ONE * np.minimum(sizes[dense], max_per_group)
@@ -116,11 +124,14 @@ def _pick_in_table(
     num_rows = len(rows.logs)
     picks: list[tuple[Indices, Floats]] = []
     while len(picks) < max_per_group and rows.logs.size:
+        # Not more than the longest row holds: from then on, picks would be of what is gone.
         rounds = min(ROUNDS_BETWEEN_COMPACTIONS, max_per_group - len(picks), rows.logs.shape[1])
         picks += [rows.pick(penalty) for _ in range(rounds)]
         rows = rows.compacted(log_min)
     index, values = (np.concatenate(column) for column in zip(*picks, strict=True))
     stays = values >= log_min
+    # The first round picked one of every group, in the order of rows; short groups went on to pick what is gone, at
+    # -inf.
     stays[:num_rows] = True
     return chosen[index[stays]], values[stays], int((rows.logs >= log_min).sum())
 
@@ -143,6 +154,7 @@ class _Rows:
     def __post_init__(self) -> None:
         num_rows, width = self.logs.shape
         self.first = np.arange(num_rows) * width
+        # For every round anew; each would otherwise allocate two arrays of this size.
         self.overlap, self.union = np.empty_like(self.starts), np.empty_like(self.starts)
 
     @classmethod
@@ -161,6 +173,7 @@ class _Rows:
         return cls(
             spread(starts, 0.0),
             spread(ends, 0.0),
+            # 1, not 0, where there is no segment: a union of 0 would divide.
             spread(ends - starts + LENGTH_EPSILON, 1.0),
             spread(logs, -np.inf),
             spread(np.arange(len(logs)), 0),
@@ -171,14 +184,18 @@ class _Rows:
         alive = self.logs >= log_min
         rows = alive.any(axis=1)
         width = alive.sum(axis=1).max(initial=0)
+        # Copying pays only if a good part has gone.
         if rows.sum() * width > 0.9 * alive.size:
             return self
+        # One row need not be sorted.
         if len(alive) == 1:
             columns = np.flatnonzero(alive[0])
             return _Rows(*(x.take(columns, axis=1) for x in self._arrays()))
         alive = alive[rows]
+        # Those that are left come first, in their old order, on which ties depend.
         order = np.argsort(~alive, axis=1, kind="stable")[:, :width]
         compact = _Rows(*(np.take_along_axis(x[rows], order, axis=1) for x in self._arrays()))
+        # A row with fewer than the widest is filled up with what cannot be picked any more; it must not come back.
         compact.logs[~np.take_along_axis(alive, order, axis=1)] = -np.inf
         return compact
 
@@ -188,8 +205,10 @@ class _Rows:
     def pick(self, penalty: Penalty) -> tuple[Indices, Floats]:
         """Take the best segment of each row out and lower the others; its index and log score, one per row."""
         best = self.logs.argmax(axis=1)
+        # As numbers in the flat array, which take and put are fastest with.
         best += self.first
         picked = self.index.take(best), self.logs.take(best)
+        # Before the penalties: minus infinity stays what it is, whatever is subtracted.
         self.logs.put(best, -np.inf)
         start, end, length = (x.take(best)[:, None] for x in (self.starts, self.ends, self.lengths))
         overlap, union = self.overlap, self.union

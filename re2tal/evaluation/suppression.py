@@ -95,6 +95,7 @@ def suppress(detections: Detections, config: SuppressionConfig) -> Detections:
     else:
         kept, new_scores, num_left = _thin_out(segments, scores, labels, config, limit)
     num_cut = num_left + max(0, len(kept) - limit)
+    # The limit again, now over all classes; suppression applied it to each.
     best = np.argsort(-new_scores, kind="stable")[:limit]
     kept, new_scores = kept[best], new_scores[best]
     new_segments, new_labels = segments[kept], labels[kept]
@@ -118,6 +119,7 @@ def _thin_out(
     """Indices of what stays, its scores, and how many more might have, but for the limit."""
     eligible = np.arange(len(scores))
     min_score = config.min_score
+    # Scores are not lowered there, so that the minimum can be applied before, strictly; what stays, stays at any score.
     if config.method == "hard":
         if min_score > 0:
             eligible = np.flatnonzero(scores > min_score)
@@ -152,6 +154,7 @@ def _gaussian_above(config: SuppressionConfig) -> Penalty:
 
 
 def _linear(config: SuppressionConfig) -> Penalty:
+    # log(0) is minus infinity, which multiplied by 0, where nothing is lowered, is NaN.
     smallest = np.finfo(np.float32).tiny
 
     def penalty(iou: Floats, length: Floats) -> Floats:
@@ -192,6 +195,7 @@ def vote(kept: Floats, segments: Floats, scores: Floats, *, threshold: float, we
         overlap = np.maximum(overlap, 0)
         union = (some[..., 1] - some[..., 0]) + (segments[:, 1] - segments[:, 0]) - overlap
         iou = np.divide(overlap, union, out=np.zeros_like(overlap), where=union > 0)
+        # A float64 zero makes the sums float64: thousands of float32 seconds added up would lose milliseconds.
         weights = np.where(iou >= threshold, scores * iou if weigh_by_overlap else scores, np.float64(0))
         total = weights.sum(axis=1, keepdims=True)
         # Nobody votes for a segment without length, or among scores of zero: it stays as it is.

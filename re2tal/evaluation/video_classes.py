@@ -93,6 +93,7 @@ class VideoClasses:
 
     def _by_wanted_id(self, wanted: Iterable[str]) -> dict[str, Tensor]:
         """The scores of those of `wanted` that the file knows, be it without suffix or prefix."""
+        # Kept as a list, as it is gone through twice, and may be an iterator.
         renamed = match_ids(wanted := list(wanted), self.scores)
         as_there = {video_id: renamed.get(video_id, video_id) for video_id in wanted}
         return {ours: self.scores[theirs] for ours, theirs in as_there.items() if theirs in self.scores}
@@ -105,11 +106,13 @@ def read_video_classes(path: Path | str, *, fusion: Fusion = "product") -> Video
     video, K finite scores that are not negative, or K finite logits in TCANet's layout.
     """
     path = Path(path)
+    # As in ActionFormer's package of THUMOS-14.
     if path.suffix.lower() in (".pkl", ".pickle"):
         raise ValueError(f"{path} is a pickle, which can run code when it is read; write its scores as JSON")
     if path.suffix.lower() == ".npy":
         return VideoClasses(path, _read_untrimmednet(path), tuple(UCF101_OF_THUMOS), fusion)
     document = read_json(path)
+    # CUHK's file says "class", which comes first where a file has both.
     names = "class" if isinstance(document, dict) and "class" in document else "classes"
     if not isinstance(document, dict) or not {"results", names} <= document.keys():
         raise ValueError(
@@ -146,6 +149,7 @@ def _read_untrimmednet(path: Path) -> dict[str, Tensor]:
     if not isinstance(table, np.ndarray) or table.ndim != 2 or table.dtype.kind != "f" or table.shape[1] < 101:
         found = f"{table.dtype} {table.shape}" if isinstance(table, np.ndarray) else "an archive"
         raise ValueError(f"{path} holds {found}; UntrimmedNet's scores are numbers (videos, 101 classes or more)")
+    # Numbers of UCF101 begin at 1, columns at 0.
     used = table[:, np.array(list(UCF101_OF_THUMOS.values())) - 1].astype(np.float64)
     if not np.isfinite(used).all() or used.min(initial=0) < 0:
         row, column = np.argwhere(~np.isfinite(used) | (used < 0))[0]
@@ -153,15 +157,14 @@ def _read_untrimmednet(path: Path) -> dict[str, Tensor]:
     return {f"video_test_{number:07d}": torch.from_numpy(row) for number, row in enumerate(used, start=1)}
 
 
-def write_video_classes(
-    path: Path, scores: Mapping[str, Tensor], classes: Sequence[str], *, note: str | None = None
-) -> None:
-    """The inverse of `read_video_classes`: `scores[video_id]` (K,) in the order of `classes`; `note`: for readers."""
+def write_video_classes(path: Path, scores: Mapping[str, Tensor], classes: Sequence[str]) -> None:
+    """The inverse of `read_video_classes`: `scores[video_id]` (K,) in the order of `classes`."""
     results = {video_id: row.tolist() for video_id, row in scores.items()}
-    write_json(path, {"class": list(classes), "results": results} | ({"note": note} if note else {}))
+    write_json(path, {"class": list(classes), "results": results})
 
 
 def _scores(row: Any, *, where: str, num_classes: int) -> Tensor:
+    # A list in a list is TCANet's: a batch of one.
     is_logits = isinstance(row, list) and len(row) == 1 and isinstance(row[0], list)
     if is_logits:
         row, where = row[0], f"{where}[0]"
@@ -171,6 +174,7 @@ def _scores(row: Any, *, where: str, num_classes: int) -> Tensor:
         raise ValueError(f'{where} holds {len(row)} scores, and "class" {num_classes} names; give one for each name')
     least = -math.inf if is_logits else 0
     for position, score in enumerate(row):
+        # By type: true is an int to isinstance. The comparison refuses NaN too.
         if type(score) not in (int, float) or not least <= score < math.inf:
             raise ValueError(f"{where}[{position}] is {brief(score)}; give a finite score of 0 or more, no logit")
     scores = torch.tensor(row, dtype=torch.float64)
@@ -189,6 +193,7 @@ def fuse_video_classes(
         raise ValueError(
             f"top_k={top_k} must lie between 1 and the {len(class_scores)} classes of the video classifier"
         )
+    # Stable: of classes with equal scores the first is taken, on every device.
     best, classes = class_scores.sort(descending=True, stable=True)
     num = len(detections)
     scores = (best[:top_k, None].to(detections.scores) * detections.scores).flatten()
@@ -196,5 +201,6 @@ def fuse_video_classes(
         detections.segments.repeat(top_k, 1),
         scores.sqrt() if fusion == "square-root" else scores,
         classes[:top_k].to(detections.labels.device).repeat_interleave(num),
+        # Each detection that the limit cut would have had a copy of each class.
         num_cut=None if detections.num_cut is None else top_k * detections.num_cut,
     )

@@ -32,6 +32,7 @@ def best_of_clip(
     `segments` (P, 2), or one per class (P, K, 2), and `scores` (P, K) of the clip's real points. `levels` does not
     count; it is there for `best_of_each_level`, which this is exchanged with.
     """
+    # As OpenTAD: with one class, the number of candidates is that of points, and none is left out before suppression.
     if scores.shape[1] == 1:
         return Candidates(
             segments.reshape(-1, 2), scores[:, 0], torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
@@ -47,6 +48,7 @@ def best_of_each_level(
     As `best_of_clip`; `levels` (P,) is anything that is equal for the points of one level and rises with the level.
     """
     best = partial(_best, min_score=min_score, top_k=top_k)
+    # `unique` gives them in rising order, finest first, which is the order of the original.
     per_level = [best(segments[levels == level], scores[levels == level]) for level in levels.unique()]
     per_level = per_level or [best(segments, scores)]  # a clip without a real step
     found = Candidates(*(torch.cat(column) for column in zip(*per_level, strict=True)))

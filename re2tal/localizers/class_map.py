@@ -19,6 +19,7 @@ class ClassMap:
         if not labels or len(set(labels)) != len(labels):
             raise ValueError(f"classes must be distinct and at least one, got {list(labels)}")
         self.classes = (AGNOSTIC_CLASS,) if agnostic else tuple(labels)
+        # All labels stay known where they are one class: an unknown one is as wrong there.
         self._index = {label: 0 if agnostic else index for index, label in enumerate(labels)}
 
     def encode(self, actions: Sequence[Action], timeline: Timeline, *, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -29,6 +30,7 @@ class ClassMap:
         steps = [[timeline.to_steps(a.start_seconds), timeline.to_steps(a.end_seconds)] for a in actions]
         classes = [self._class_of(action.label) for action in actions]
         return (
+            # The tensor of no actions would have one axis.
             to_device(torch.tensor(steps, dtype=torch.float32).reshape(-1, 2), device),
             to_device(torch.tensor(classes, dtype=torch.int64), device),
         )

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+# Two segments without length have neither union nor span: dividing by 0 would give NaN, and its gradient too.
 SMALLEST_LENGTH = 1e-8
 
 
@@ -19,19 +20,20 @@ def sigmoid_focal_loss(logits: Tensor, targets: Tensor, *, alpha: float = 0.25, 
     """Focal loss of each logit; targets of the same shape lie in [0, 1] and may be smoothed."""
     logits, targets = _at_least_float32(logits), _at_least_float32(targets)
     probability = logits.sigmoid()
+    # 1 - p_t, written so that smoothed targets lie between the two cases.
     mistake = probability * (1 - targets) + (1 - probability) * targets
+    # The defaults are those of Lin et al., which all public implementations keep.
     weight = alpha * targets + (1 - alpha) * (1 - targets)
     return weight * mistake**gamma * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
 
 
-def focal_of_chosen(
-    logits: Tensor, targets: Tensor, chosen: Tensor, *, alpha: float = 0.25, gamma: float = 2.0
-) -> Tensor:
+def focal_of_chosen(logits: Tensor, targets: Tensor, chosen: Tensor, *, alpha: float = 0.25) -> Tensor:
     """`sigmoid_focal_loss` where the bool mask `chosen`, which broadcasts to the logits, is True; 0 elsewhere.
 
     What stands elsewhere, NaN included, reaches neither the loss nor its gradient. Nothing waits for the device.
     """
-    losses = sigmoid_focal_loss(torch.where(chosen, logits, 0.0), targets, alpha=alpha, gamma=gamma)
+    # Chosen before and after: a loss that is set to 0 only afterwards still has the gradient 0 * NaN.
+    losses = sigmoid_focal_loss(torch.where(chosen, logits, 0.0), targets, alpha=alpha)
     return torch.where(chosen, losses, 0.0)
 
 
@@ -48,6 +50,7 @@ def diou_loss(offsets: Tensor, targets: Tensor) -> Tensor:
     (left, right), (true_left, true_right) = (_at_least_float32(x).unbind(-1) for x in (offsets, targets))
     iou = _iou(left, right, true_left, true_right)
     enclosing = torch.maximum(left, true_left) + torch.maximum(right, true_right)
+    # Both are measured from the same point, whose place cancels out.
     centre_distance = 0.5 * (right - left - true_right + true_left)
     return 1 - iou + (centre_distance / enclosing.clamp(min=SMALLEST_LENGTH)) ** 2
 
@@ -80,12 +83,14 @@ class RunningCount(nn.Module):
         super().__init__()
         self.momentum = momentum
         self.register_buffer("units", torch.tensor(round(initial * self.UNITS), dtype=torch.int64))
+        # Replaced where several ranks train (runs/training_data), so that a localizer needs no process group.
         self.of_all_ranks: Callable[[Tensor], tuple[Tensor, int]] = _of_one_rank
         """A scalar of each rank -> those of all ranks (R,), and the number of this one; a collective."""
         self._step: tuple[Tensor, list[Tensor]] | None = None
 
     def begin_step(self) -> None:
         """The counts from here on are of one optimizer step. Never called: each count is a step of its own."""
+        # A copy: `update` writes to the buffer, and all batches of a step start from the mean before it.
         self._step = (self.units.clone(), [])
 
     def value(self) -> Tensor:
@@ -95,9 +100,11 @@ class RunningCount(nn.Module):
     def update(self, count: Tensor) -> Tensor:
         """Mix a new count in; the mean up to and with it, a float32 scalar. Every rank calls this."""
         before, counts = self._step or (self.units.clone(), [])
+        # The ranks' batches that run at the same time are counted in the order of ranks.
         here, rank = self.of_all_ranks(count.double())
         own = self._mixed(before, torch.cat([*counts, here[: rank + 1]]))
         counts.append(here)
+        # The same on all ranks, unlike `own`, so that their buffers never differ.
         self.units.copy_(self._mixed(before, torch.cat(counts)))
         return (own.double() / self.UNITS).float()
 

@@ -7,12 +7,31 @@ leaves there.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
 def blank(x: Tensor, mask: Tensor) -> Tensor:
     """(B, C, T) with the steps that are not real set to zero."""
-    return x.masked_fill(~mask[:, None], 0.0)
+    # In one pass, where `masked_fill` first copies, forward and backward. A product would keep NaN.
+    return torch.where(mask[:, None], x, 0.0)
+
+
+class Conv(nn.Conv1d):
+    """`nn.Conv1d` that reads (B, C, T) as it lies in memory.
+
+    Norms leave the channels of a step side by side. `nn.Conv1d` copies that to steps side by side, forward and
+    backward, and the next norm copies it back.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, T) -> (B, out_channels, T / stride)."""
+        if self.kernel_size == (1,) and self.stride == (1,) and self.groups == 1:
+            return F.linear(x.transpose(1, 2), self.weight[..., 0], self.bias).transpose(1, 2)
+        assert isinstance(self.padding, tuple)
+        stride, padding = (1, *self.stride), (0, *self.padding)
+        y = F.conv2d(x[:, :, None], self.weight[:, :, None], self.bias, stride, padding, groups=self.groups)
+        return y[:, :, 0]
 
 
 class ChannelNorm(nn.LayerNorm):
@@ -20,6 +39,7 @@ class ChannelNorm(nn.LayerNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, T) -> (B, C, T)."""
+        # nn.LayerNorm normalises the last axes.
         return super().forward(x.transpose(1, 2)).transpose(1, 2)
 
 
@@ -34,7 +54,8 @@ class MaskedConv(nn.Module):
         self, in_channels: int, out_channels: int, *, kernel_size: int, norm_eps: float, mask_after_norm: bool
     ) -> None:
         super().__init__()
-        self.conv = nn.Conv1d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+        # No bias where a norm follows, as in the public implementations.
+        self.conv = Conv(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
         self.norm = ChannelNorm(out_channels, eps=norm_eps)
         self.mask_after_norm = mask_after_norm
 
@@ -49,6 +70,7 @@ class AffineDropPath(nn.Module):
 
     def __init__(self, channels: int, *, drop: float) -> None:
         super().__init__()
+        # As ActionFormer begins: a block is nearly the identity.
         self.scale = nn.Parameter(torch.full((channels,), 1e-4))
         self.drop = drop
 
@@ -58,4 +80,5 @@ class AffineDropPath(nn.Module):
         if not self.training or self.drop == 0.0:
             return x
         keep = 1.0 - self.drop
+        # What stays is scaled up, so that the mean over draws is what evaluation computes.
         return x * (torch.rand(len(x), 1, 1, device=x.device) < keep).to(x.dtype) / keep

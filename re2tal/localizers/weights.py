@@ -26,6 +26,7 @@ class NameMap:
     """(pattern, replacement), applied in order to our names"""
     prefixes: tuple[str, ...]
     """of the localizer's entries among those of a whole detector"""
+    # (?!) matches nothing.
     columns: str = "(?!)"
     """pattern of our names of vectors of C numbers that it stores as (1, C, 1)"""
     absent: str = "(?!)"
@@ -68,6 +69,8 @@ _MAPS: dict[tuple[str, str], NameMap] = {
     ("temporalmaxer", "opentad"): _OPENTAD_PYRAMID,
     ("tridet", "opentad"): NameMap(
         renames=(
+            # Before those of all pyramids, which would take "mlp_norm" and the regressor's own convolutions for
+            # ActionFormer's.
             (r"^regressor\.(start|end)s\.convs\.", r"rpn_head.cls_\1_convs."),
             (r"^regressor\.(start|end)s\.output\.", r"rpn_head.cls_\1_head."),
             (r"\.pool\.", ".downsample."),
@@ -171,6 +174,7 @@ def import_weights(
     """
     own = localizer.state_dict()
     name_map = _name_map(localizer, layout)
+    # What the checkpoint does not hold keeps this localizer's value: `own` is filled in and returned.
     stored = [name for name in own if not re.search(name_map.absent, name)]
     names = {public_name(name, localizer=localizer, layout=layout): name for name in stored}
     found = {name for name in state if name.startswith(name_map.prefixes)}
@@ -186,6 +190,7 @@ def import_weights(
                 f"{public} is {tuple(state[public].shape)}, {name} is {tuple(own[name].shape)}; check the config's "
                 "channels, `in_channels` and the number of classes"
             )
+        # Others store the running count as a float.
         tensor = state[public] if name != _COUNT else (state[public].double() * RunningCount.UNITS).round()
         own[name] = tensor.reshape(own[name].shape).to(own[name].dtype)
     return own

@@ -51,17 +51,23 @@ def measured_seconds(
     the most, run whole; `order`: names of the stages as they run. The caller's random generators stay as they are.
     """
     devices = [] if device.type == "cpu" else [device]
+    # On a CPU no device's generator is saved; device_type then only has to be one that PyTorch knows.
     with torch.random.fork_rng(devices=devices, device_type=device.type if devices else "cuda"):
+        # Without weights: seconds do not depend on the numbers, and a file of them need not be read twice.
         backbone = build_backbone(replace(run.backbone, weights=None)).to(device, DTYPES[run.engine.precision])
         frames, share = _clip(run, backbone, device, plain_bytes)
         alike = [_as_it_runs(setting, inside_bytes * share) for setting in settings]
+        # Settings that run the same way are timed once; in their order, so that every start of a run times in the same
+        # one.
         different = list(dict.fromkeys(alike))
         for setting in different if device.type != "cpu" else ():
             _seconds(backbone, setting, frames, order)  # libraries find their kernels
         rounds: list[dict[Setting, list[float]]] = []
+        # One round at least, however long it takes.
         enough = time.perf_counter() + MOST_SECONDS
         while not rounds or (len(rounds) < ROUNDS and time.perf_counter() < enough):
             rounds.append({setting: _seconds(backbone, setting, frames, order) for setting in different})
+        # Before the cache is emptied, which frees only what nobody holds.
         del backbone, frames
     if devices:
         torch.get_device_module(device).empty_cache()
@@ -86,6 +92,7 @@ def link_bytes_per_second(device: torch.device) -> float | None:
     """
     if device.type == "cpu":
         return None
+    # Pinned memory below: copies from and to other pages go through a buffer, and are slower than offloading is.
     there = torch.empty(LINK_BYTES, dtype=torch.uint8, device=device)
     here = torch.empty(LINK_BYTES, dtype=torch.uint8, pin_memory=True)
     synchronize = torch.get_device_module(device).synchronize
@@ -107,10 +114,12 @@ def _clip(
     if device.type == "cpu":
         room = MOST_BYTES_ON_A_CPU
     else:
+        # Estimates of what a step needs may be too low; the rest is left for that.
         room = int(torch.get_device_module(device).mem_get_info(device)[0] * 0.8)
     batch, whole = run.engine.batch_size, run.data.clips.windowing.num_frames
     unit = backbone.encoder.clip_frames if isinstance(backbone, ClipwiseBackbone) else FEWEST_FRAMES
     clips, num_frames = batch, whole
+    # Fewer clips first, then shorter ones: a stage's time per frame changes least with the number of clips.
     while plain_bytes * clips * num_frames > room * batch * whole and (clips > 1 or num_frames >= 2 * unit):
         clips, num_frames = (clips // 2, num_frames) if clips > 1 else (clips, num_frames // 2 // unit * unit)
     size = run.data.clips.size
@@ -133,11 +142,13 @@ def _seconds(backbone: nn.Module, setting: Setting, frames: Tensor, order: Seque
     mask = torch.ones(len(frames), frames.shape[2], dtype=torch.bool, device=frames.device)
     with marking(backbone, list(stages.values()), mark):
         backbone(frames, mask).values.float().square().mean().backward()
+        # Ends the backward of the first stage, which nothing follows.
         mark(Event("start", 0))
     for parameter in backbone.parameters():
         parameter.grad = None
     seconds = [0.0] * len(stages)
     for (event, begin), (_, end) in pairwise(events):
+        # What lies between is the head's, which no setting changes.
         if event.kind in ("forward", "backward"):
             seconds[event.stage] += end - begin
     return seconds

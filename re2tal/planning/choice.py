@@ -51,6 +51,7 @@ def made_for(
     device: torch.device,
 ) -> dict[str, Any]:
     """The values that a plan depends on, by name, as JSON; `settings` are DeepSpeed's, resolved."""
+    # Fields that are marked in the configuration's classes; a plan outlives a change of all others.
     names = set(names_with(run, "planned"))
     weighed = {name: value for name, value in flatten(to_json(run)) if name in names}
     return {
@@ -88,6 +89,7 @@ def plan_step(
     zero_stage, budget = settings["zero_optimization"].get("stage", 0), _budget(run, device, free_bytes, world_size)
     if budget is not None:
         _refuse_what_cannot_be_planned(run)
+    # From ZeRO 2 on, a gradient goes into its bucket as soon as it is there.
     dry_run = DryRun(run, device=device, num_classes=num_classes, free_gradients=zero_stage >= 2)
     zero = zero_memory_of(run, dry_run.network, settings, world_size=world_size, device=device)
     purpose = made_for(run, settings, world_size=world_size, num_classes=num_classes, device=device)
@@ -191,6 +193,7 @@ class _Planner:
 
     def _least(self, traces: Mapping[Setting, Trace], on_the_host: Trace | None) -> list[Setting]:
         """Settings that fit, however slow: one for all stages, or else those of the smallest plan."""
+        # Each of these is a dry run that was made anyway.
         alike = [min(traces, key=lambda setting: traces[setting].peak)] * len(self.stages)
         if self._memory(alike).peak <= self.budget:
             return alike
@@ -198,7 +201,7 @@ class _Planner:
         no_time = dict.fromkeys(traces, [0.0] * len(self.stages))
         link = None if on_the_host is None else Link(inf, on_the_host)
         choices = [undominated(of_stage) for of_stage in options_of(self.stages, traces, no_time, link)]
-        settings = _settings(choices, smallest(traces[REBUILT].ground(), _options(choices)))
+        settings = _settings_of(choices, smallest(traces[REBUILT].ground(), _options_of(choices)))
         memory = self._memory(settings)
         if memory.peak > self.budget:
             raise ValueError(_too_little(self.budget, memory))
@@ -208,17 +211,17 @@ class _Planner:
         """The settings of the fastest plan that fits in a dry run; None where none does."""
         choices, room = [undominated(of_stage) for of_stage in every], self.budget - self.zero.during_backward
         for _ in range(MOST_DRY_RUNS):
-            found = fastest(ground, _options(choices), budget=room)
+            found = fastest(ground, _options_of(choices), budget=room)
             if found is None:
                 break
-            settings = _settings(choices, found)
+            settings = _settings_of(choices, found)
             excess = self._memory(settings).peak - self.budget
             if excess <= 0:
                 return settings
             # The search takes options of stages for independent of each other; a dry run does not. Next time it gets
             # that much less.
             room -= excess
-        settings = _settings(choices, smallest(ground, _options(choices)))
+        settings = _settings_of(choices, smallest(ground, _options_of(choices)))
         return settings if self._memory(settings).peak <= self.budget else None
 
     def _memory(self, settings: Sequence[Setting]) -> StepMemory:
@@ -274,9 +277,9 @@ def _inside(rebuilt: Trace) -> int:
     return max(phase.peak - phase.live for phase in rebuilt.of("backward"))
 
 
-def _options(choices: Sequence[Choices]) -> list[list[Option]]:
+def _options_of(choices: Sequence[Choices]) -> list[list[Option]]:
     return [[option for _, option in of_stage] for of_stage in choices]
 
 
-def _settings(choices: Sequence[Choices], found: Choice) -> list[Setting]:
+def _settings_of(choices: Sequence[Choices], found: Choice) -> list[Setting]:
     return [of_stage[number][0] for of_stage, number in zip(choices, found.options, strict=True)]

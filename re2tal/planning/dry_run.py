@@ -104,18 +104,21 @@ class DryRun:
         """`free_gradients`: whether each gradient is freed as soon as it is computed, as under ZeRO 2 and 3."""
         self.run, self.device = run, device
         self.dtype = DTYPES[run.engine.precision]
+        # Fake tensors have no numbers to load.
         bare = replace(run, backbone=replace(run.backbone, weights=None))
         classes = [f"class {number}" for number in range(num_classes)]
         self.network, self._mode = on_fake_tensors(partial(_network, bare, classes), dtype=self.dtype, device=device)
         self.parameters = [parameter for parameter in self.network.parameters() if parameter.requires_grad]
         if free_gradients:
             for parameter in self.parameters:
+                # DeepSpeed does so once it has copied the gradient into its bucket.
                 parameter.register_post_accumulate_grad_hook(_free)
         self._memory = _FullMemory(run.backbone.trained_clips) if run.backbone.trained_clips < 1 else None
         if self._memory is not None:
             self.network.backbone.memory = self._memory  # type: ignore[assignment]
         # Where clips are encoded in groups, stages run once a group: the backbone then counts as one stage.
         self._stages = {} if run.backbone.clips_at_once else stages_of(self.network.backbone)
+        # Names come in the order of construction; plans and searches need that of the run, which only a forward shows.
         begun: list[RewiredStage] = []
         with self._mode, torch.no_grad(), ExitStack() as stack:
             for stage in self._stages.values():
@@ -131,6 +134,7 @@ class DryRun:
         """One step with the stages as they are configured now."""
         for parameter in self.parameters:
             parameter.grad = None
+        # Cycles of the step before would still hold its storages, and count as alive.
         gc.collect()
         phases: list[Phase] = []
         begun = Phase(Event("start", 0), 0, 0, 0)
@@ -138,16 +142,21 @@ class DryRun:
         def mark(event: Event) -> None:
             nonlocal begun
             phases.append(replace(begun, peak=live.peak))
+            # The peak begins anew with each phase, from what is alive at that moment.
             begun, live.peak = Phase(event, live.live, 0, self._gradients()), live.live
 
         stages = list(self._stages.values())
+        # On a CPU the two would be one count.
         host, live = LiveBytes(torch.device("cpu")), LiveBytes(self.device)
         with self._mode, host if self.device.type != "cpu" else nullcontext(), live:
             with marking(self.network.backbone, stages, mark):
                 outputs = self.network(*self._clips())
+                # Looked at between forward and backward: a stage that prepares its input again has let go of it.
                 again = self._pixels_bytes if self._pixels() is None else 0
+                # In float32, as losses are computed.
                 wide = [leaf.float() for leaf in tree_leaves(outputs) if leaf.requires_grad]
                 torch.stack([leaf.square().sum() for leaf in wide]).sum().backward()
+                # Before the trace ends, as a training step lets go of them too.
                 del outputs, wide
         phases.append(replace(begun, peak=live.peak))
         batch = self._frames.nbytes + self._pixels_bytes
@@ -165,11 +174,13 @@ class DryRun:
             self._frames = torch.zeros((batch, channels, length), device=self.device)
             pixels = self._frames.to(self.dtype)
         else:
+            # uint8, as clips come from the loader.
             self._frames = torch.zeros((batch, 3, length, size, size), dtype=torch.uint8, device=self.device)
             colours = torch.Generator()
             pixels = prepare_frames(self._frames, strength=clips.colour_jitter, generator=colours, dtype=self.dtype)
         if self._memory is not None:
             self._memory.next_batch([None] * batch, seed=0)
+        # Of the storage, not of the tensor: views of it may outlive the tensor.
         self._pixels = weakref.ref(pixels.untyped_storage())
         self._pixels_bytes = 0 if pixels is self._frames else pixels.nbytes
         return pixels, torch.ones(batch, length, dtype=torch.bool, device=self.device)
@@ -210,9 +221,11 @@ def marking(backbone: nn.Module, stages: Sequence[nn.Module], mark: Callable[[Ev
         event = Event("backward", order.index(stage))
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
+                # A stage's backward begins when the gradient of its output is there.
                 leaf.register_hook(lambda gradient: mark(event))
 
     with ExitStack() as stack:
+        # Hooks go when the context ends, also after an error: the network is used for further traces.
         for stage in stages or [backbone]:
             stack.callback(stage.register_forward_pre_hook(begin).remove)
             stack.callback(stage.register_forward_hook(end).remove)

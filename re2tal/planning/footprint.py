@@ -29,9 +29,11 @@ def kept_bytes(backbone: VideoBackbone, *, num_frames: int, size: tuple[int, int
 
 def kept_bytes_of(model: nn.Module, inputs: Callable[[], tuple[Tensor, ...]]) -> int:
     """The same for any model; `inputs` makes its arguments."""
+    # A network may hold constants that are neither parameters nor buffers.
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     state = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     fakes: dict[str, Tensor] = {name: mode.from_tensor(value) for name, value in state.items()}
+    # Weights that autograd saves take no memory of their own.
     constant = {_storage(fake) for fake in fakes.values()}
     saved: dict[int, Tensor] = {}  # kept, so that no storage gets the address of one that is gone
 
@@ -45,4 +47,5 @@ def kept_bytes_of(model: nn.Module, inputs: Callable[[], tuple[Tensor, ...]]) ->
 
 
 def _storage(tensor: Tensor) -> int:
+    # Not the address of its data, which fake tensors do not have.
     return tensor.untyped_storage()._cdata

@@ -40,6 +40,7 @@ def in_form(run: RunConfig | RecognitionConfig, form: str) -> RunConfig | Recogn
         raise ValueError(f"backbone.name is {given.name!r}: there is no backbone that could take other forms")
     if form not in FORMS:
         raise ValueError(f"unknown form {form!r}; known: {list(FORMS)}")
+    # What belongs to one form only, so that no form inherits another's options.
     reset = [*names_with(default, "of_rewired"), *names_with(default, "wiring"), *ADAPTER_OF, "adapter", "recompute"]
     plain = replace(given, rewired=False, **{name: getattr(default, name) for name in reset})
     match form:
@@ -48,6 +49,7 @@ def in_form(run: RunConfig | RecognitionConfig, form: str) -> RunConfig | Recogn
         case "rewired":
             backbone = replace(plain, rewired=True, chunk_mebibytes=given.chunk_mebibytes or PIECES)
         case _:
+            # A rewired run of whole blocks without memory of a second state is checkpointing: only inputs are kept.
             backbone = replace(plain, rewired=True, unit="block", beta=0.0)
     if form == "adapters":
         if not given.name.startswith("videomae"):
@@ -64,6 +66,7 @@ def memory_on_ranks(
     """Of a step of `run` on each of these numbers of ranks, which see the same clips a rank, without a budget."""
     settings = {number: resolve_deepspeed_config(ds, run.engine, world_size=number) for number in ranks}
     stages = [one["zero_optimization"].get("stage", 0) for one in settings.values()]
+    # One trace serves all numbers of ranks, which differ in what is sharded only.
     dry_run = DryRun(run, device=device, num_classes=num_classes, free_gradients=min(stages) >= 2)
     trace = dry_run.trace()
     return [

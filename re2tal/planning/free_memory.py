@@ -38,6 +38,7 @@ def free_memory(device: torch.device, *, sharers: int = 1) -> int:
 
 def free_on_all_ranks(device: torch.device) -> int:
     """Every rank calls this: the least that any of them may take."""
+    # Ranks that call their host by one name share its memory, however they were launched.
     ranks = Counter(together(socket.gethostname))
     return min(together(partial(free_memory, device, sharers=ranks[socket.gethostname()])))
 
@@ -46,6 +47,7 @@ def _free_on_host() -> int:
     """Bytes that processes can get without swapping, within the limits of the control groups that they are in."""
     try:
         lines = dict(line.split(":", 1) for line in AVAILABLE.read_text().splitlines())
+        # MemAvailable is in kibibytes, and counts what the kernel can give back.
         free = 1024 * int(lines["MemAvailable"].split()[0])
     except (OSError, KeyError, ValueError) as error:
         raise ValueError(
@@ -58,9 +60,11 @@ def _free_on_host() -> int:
 def _left_in_groups() -> Iterator[int]:
     """Bytes left below the limit of each control group that has one; its page cache counts as free."""
     own = [line.removeprefix("0::/") for line in OWN_GROUP.read_text().splitlines() if line.startswith("0::/")]
+    # A parent's limit holds for all of its children together.
     for group in [GROUPS / name for name in own] + [parent for name in own for parent in (GROUPS / name).parents]:
         limit = group / "memory.max"
         if not limit.is_file() or (most := limit.read_text().strip()) == "max":
             continue
+        # memory.current counts the page cache, of which the kernel can drop this part.
         cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"]
         yield max(0, int(most) - int((group / "memory.current").read_text()) + int(cached))

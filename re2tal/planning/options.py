@@ -54,12 +54,14 @@ def options_of(
         states = _states(traces[REBUILT], link.trace)
         for s, choices in enumerate(found):
             hidden = seconds[STORED][s + 1] if s + 1 < len(found) else 0.0
+            # There and back, less what the next stage computes meanwhile.
             late = max(0.0, 2 * states[s] / link.bytes_per_second - hidden)
             # Those of the stage before arrive while this one's backward is under way.
             arriving = states[s] + (states[s - 1] if s else 0)
             choices += [
                 (replace(setting, offload=True), _on_the_host(option, states[s], arriving, late))
                 for setting, option in choices
+                # Offloading is for stages that store no unit: see Setting.
                 if setting.stored == 0 and states[s] > 0
             ]
     return found
@@ -80,6 +82,7 @@ def _in_memory(
     steps = length if len(traces[STORED].of("forward")) <= 2 else min(length, 4)
     rebuilt = _with_saved_outputs(measured, most=length - 1)  # the first branch's output is never read
     none = measured[REBUILT]
+    # This stage may have no attention where others have some.
     if saving is not None and saving.kept > none.kept:
         attention = SAVING_ATTENTION.saved_attention
         rebuilt += [
@@ -90,6 +93,7 @@ def _in_memory(
         also_kept = [
             (replace(setting, keep_nonresidual=True), _changed(option, none, keeping)) for setting, option in rebuilt
         ]
+        # "Stored" keeps the blocks that are not residual too; without those, that difference comes off.
         ways = [(rebuilt, _changed(stored, keeping, none)), (also_kept, stored)]
     return [(STORED, stored)] + [
         (replace(setting, stored=units), _between(option, all_stored, units / length))
@@ -117,12 +121,14 @@ def _with_saved_outputs(measured: Mapping[Setting, Option], *, most: int) -> Cho
 def _mixed(none: Option, most: Option, share: float) -> Option:
     pairs = zip(astuple(none), astuple(most), strict=True)
     seconds, *sizes = (one + share * (other - one) for one, other in pairs)
+    # Rounded up, so that a plan never needs more than it was counted with.
     return Option(seconds, *(ceil(size) for size in sizes))
 
 
 def _changed(option: Option, before: Option, after: Option) -> Option:
     """`option` with the difference that `after` makes to `before`."""
     seconds, *sizes = (a + c - b for a, b, c in zip(astuple(option), astuple(before), astuple(after), strict=True))
+    # Differences of measured times may come out negative.
     return Option(max(0.0, seconds), *(max(0, size) for size in sizes))
 
 
@@ -155,4 +161,5 @@ def _on_the_host(option: Option, states: int, arriving: int, late: float) -> Opt
 
 def _beats(one: Option, other: Option) -> bool:
     mine, its = ((of.seconds, of.kept, of.forward, of.backward) for of in (one, other))
+    # Of two that are equal in all, both stay: neither beats the other.
     return mine != its and all(a <= b for a, b in zip(mine, its, strict=True))

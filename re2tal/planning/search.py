@@ -67,6 +67,7 @@ def fastest(ground: Ground, stages: Sequence[Sequence[Option]], *, budget: int) 
 
 def smallest(ground: Ground, stages: Sequence[Sequence[Option]]) -> Choice:
     """The choice with the lowest peak, and the fastest among those."""
+    # Twice: with the peak as the cost, the search finds the lowest, but not the fastest among those.
     lowest = min(choice.peak for choice in _search(ground, stages, budget=None, cost=attrgetter("peak")))
     choice = fastest(ground, stages, budget=lowest)
     assert choice is not None

@@ -65,6 +65,7 @@ def _ends(stage: RewiredStage) -> int:
         for branch in residual.branches
     ]
     sizes = [last.in_features * last.out_features for last in lasts if last is not None]
+    # By size: a branch whose last layer is smaller saves less for the same bytes, and its output is not worth keeping.
     return min(sizes.count(max(sizes, default=0)), longest_run(stage))
 
 
@@ -73,6 +74,7 @@ def can_be_cut(stages: Mapping[str, RewiredStage]) -> bool:
     for stage in stages.values():
         if stage.config.unit == "block":
             return False
+        # In pieces, statistics would be those of a piece.
         if any(isinstance(module, _BatchNorm) and module.training for module in stage.modules()):
             return False
     return any(

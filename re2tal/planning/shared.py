@@ -19,6 +19,7 @@ from re2tal.planning.step_plan import GIGABYTE, StepPlan
 from re2tal.strict_json import brief, read_json, write_json
 from re2tal.training.zero_file import resolve_deepspeed_config
 
+# Raised when fields of a plan change their meaning: older files then lead to a new plan, not to an error.
 FORMAT = 1
 
 
@@ -36,6 +37,7 @@ def shared_plan(
     `earlier`: the file of a plan to reuse, if it exists and was made for this run; rank 0 says on stderr whether it is
     reused, or why not. "auto" is the free memory of the rank that has the least.
     """
+    # Before rank 0 begins alone: it is a collective.
     free = free_on_all_ranks(device) if run.engine.memory_budget_gb == "auto" else None
 
     def make() -> StepPlan:
@@ -65,6 +67,7 @@ def _made_before(path: Path, purpose: dict[str, object], *, free: int | None) ->
         document = read_json(path)
         if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
             raise ValueError(f"{path} is not a plan of format {FORMAT}")
+    # A plan can always be made again: a broken file is a reason to do so, which is printed, not one to stop.
     except (OSError, ValueError) as error:
         return None, str(error)
     try:
@@ -78,6 +81,7 @@ def _made_before(path: Path, purpose: dict[str, object], *, free: int | None) ->
     ]
     if changes:
         return None, "; ".join(changes)
+    # "auto" is the same word at every start, but less may be free now than at the first.
     if free is not None and plan.memory.peak > free:
         needed = f"the plan in {path} needs {plan.memory.peak / GIGABYTE:.3f} GB"
         return None, f"{needed}, but only {free / GIGABYTE:.3f} GB are free to take"

@@ -45,6 +45,7 @@ class StepMemory:
         return {"peak": self.peak, **asdict(self)}
 
     def __str__(self) -> str:
+        # Small models on a CPU would be rows of 0.000 GB.
         size = _in_gigabytes if self.peak >= 10**9 else _in_megabytes
         rows = [("part", "most", "at the peak")]
         rows += [(name, size(self.most[name]), size(self.parts.get(name, 0))) for name in self.most]
@@ -86,6 +87,7 @@ def _at_the_peak(trace: Trace, zero: ZeroMemory) -> dict[str, int]:
     worst = max(trace.phases, key=lambda phase: phase.peak)
     kept, s, rise = trace.kept(), worst.event.stage, worst.peak - worst.live
     batch = trace.batch - (trace.prepared_again if worst.event.kind == "backward" else 0)
+    # Frames may have been freed by then, where the backbone prepares them again.
     batch = min(batch, worst.peak)
     match worst.event.kind:
         case "start":
@@ -99,6 +101,7 @@ def _at_the_peak(trace: Trace, zero: ZeroMemory) -> dict[str, int]:
         case "backward":
             inside = {STATES: sum(kept[: s + 1]), CHUNK: rise}
     parts = {"gradients": zero.gradients + worst.gradients, "batch": batch, **inside}
+    # What no part explains is shown, so that the table adds up to the peak.
     return {**parts, "other": zero.gradients + worst.peak - sum(parts.values())}
 
 

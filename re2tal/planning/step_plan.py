@@ -48,6 +48,7 @@ class StepPlan:
         Raises ValueError if it has others.
         """
         found = stages_of(network.get_submodule("backbone"))
+        # A plan without a budget sets nothing, whatever the backbone.
         if self.settings and found.keys() != self.settings.keys():
             raise ValueError(
                 f"the plan is for stages {list(self.settings)}, but this backbone has {list(found)}; plan anew"
@@ -64,6 +65,7 @@ class StepPlan:
         if not isinstance(document, Mapping):
             raise ValueError(f"a plan is one JSON object, not {brief(document)}")
         try:
+            # "peak" is written for readers; it follows from the phases.
             return TypeAdapter(cls).validate_python({key: document[key] for key in document if key != "peak"})
         except ValidationError as error:
             first = error.errors()[0]

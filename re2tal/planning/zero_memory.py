@@ -26,6 +26,7 @@ from re2tal.training.sharding import is_sharded_early
 
 DEFAULT_BUCKET = 500_000_000
 """DeepSpeed's reduce_bucket_size, in numbers."""
+# These three are DeepSpeed's as well: stage3_max_live_parameters and so on.
 DEFAULT_SUB_GROUP = 1_000_000_000
 DEFAULT_MAX_LIVE = 1_000_000_000
 DEFAULT_PERSISTENCE = 100_000
@@ -146,7 +147,9 @@ def _loading(weights: Weights, settings: Mapping[str, Any], *, bytes_each: int, 
     """All parameters in float32, narrowed one by one; if sharded early, the shards and one whole parameter."""
     every = weights.trained + weights.frozen
     if not is_sharded_early(settings):
+        # Networks are built in float32. A parameter and its narrow copy are alive together while it is converted.
         return 4 * every + (bytes_each * weights.largest_of_all if bytes_each < 4 else 0)
+    # -(-a // b) rounds up: the last rank's shard is padded.
     shards = 0 if _is_on_host(_zero(settings), "offload_param") else bytes_each * -(-every // world_size)
     return shards + bytes_each * weights.largest_of_all
 
@@ -155,6 +158,7 @@ def _whole(weights: Weights, *, bytes_each: int, world_size: int, averaged: bool
     """ZeRO 0."""
     # AdamW goes through tensors one by one on a CPU, through all of a group at once elsewhere.
     at_once = weights.largest if on_cpu else weights.largest_group
+    # DeepSpeed sums gradients in buckets of this size, in float32.
     flat = 4 * min(weights.trained, DEFAULT_BUCKET) if world_size > 1 else 0  # whatever the file says
     return ZeroMemory(
         parameters=bytes_each * (weights.trained + weights.frozen),
@@ -175,6 +179,7 @@ def _with_sharded_optimizer(
         gradients=bytes_each * shard,
         optimizer=MASTERS_AND_MOMENTS * shard,
         average=4 * shard * averaged,
+        # Overlapping fills one bucket while the other is sent.
         buckets=_bucket(zero, bytes_each) * (2 if zero.get("overlap_comm", False) else 1),
         step_gradients=bytes_each * shard,
         step_scratch=STEP * -(-weights.largest_group // world_size),
@@ -193,6 +198,7 @@ def _with_sharded_parameters(
     return replace(
         _with_sharded_optimizer(weights, zero, bytes_each=bytes_each, world_size=world_size, averaged=averaged),
         parameters=0 if on_host else parameters,
+        # On one rank the shard is the parameter.
         gathered=bytes_each * (weights.persistent + live) if world_size > 1 else 0,
         buckets=bucket,
         step_scratch=STEP * -(-group // world_size) + bucket,  # which stage 3 keeps

@@ -62,6 +62,7 @@ def _plain(run: RunConfig, *, of: BackbonePart, drop_path: float) -> RunConfig:
 def _transformer(run: RunConfig, *, name: str, size: int) -> RunConfig:
     """All of a large transformer trained; THUMOS14's windows become AdaTAD's, of 768 frames at half the rate."""
     windowing, num_steps = run.data.clips.windowing, run.num_steps
+    # Windows of other data sets are laid out for the length of their actions, and stay.
     if windowing == thumos14_re2swin_tiny().data.clips.windowing:
         source = thumos14_adatad_videomae("base")
         windowing, num_steps = source.data.clips.windowing, source.num_steps
@@ -206,6 +207,7 @@ def on_stored_features(run: RunConfig, *, channels: int, folder: str) -> RunConf
     windowing = run.data.clips.windowing
     if isinstance(windowing, Slide):
         assert windowing.frames_per_second is not None
+        # A stored step stands for so many frames.
         per_step = windowing.num_frames / run.num_steps
         rate = windowing.frames_per_second / per_step
         windowing = replace(windowing, num_frames=run.num_steps, frames_per_second=rate)

@@ -46,6 +46,7 @@ def boris_events(videos: Iterable[FoundInVideo]) -> str:
 
 def eaf(video: FoundInVideo) -> str:
     """ELAN's .eaf with a tier per class; what overlaps on it stands on further ones. ELAN has no place for scores."""
+    # A date of no meaning: the same detections give the same file.
     root = Element(
         "ANNOTATION_DOCUMENT", AUTHOR="re2tal", DATE="1970-01-01T00:00:00+00:00", FORMAT="3.0", VERSION="3.0"
     )
@@ -86,6 +87,7 @@ def _tiers(actions: Iterable[FoundAction]) -> list[tuple[str, list[tuple[int, in
     tiers: dict[tuple[str, int], list[tuple[int, int, str]]] = {}
     for action in actions:
         first, last = milliseconds_of(action)
+        # Control characters are not allowed in XML.
         label, layer = "".join(one if one.isprintable() else " " for one in action.label), 0
         while any(first < other[1] and other[0] < last for other in tiers.get((label, layer), [])):
             layer += 1
@@ -98,6 +100,7 @@ def _tiers(actions: Iterable[FoundAction]) -> list[tuple[str, list[tuple[int, in
             name += "'"
         taken.add(name)
         names[label, layer] = name
+    # ELAN wants a tier.
     return [(names[key], sorted(tiers[key])) for key in sorted(tiers)] or [("actions", [])]
 
 

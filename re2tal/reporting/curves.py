@@ -67,6 +67,7 @@ def draw_curves(rows: Sequence[Mapping[str, Any]], *, protocol: str = "") -> Fig
     panels = ["loss", *(["mAP"] if maps[0].size else []), *(["lr"] if rates else [])]
     panels += [key for key in RESOURCES if _series(train, key)[0].size]
     figure = Figure(figsize=(9, 1 + 2.4 * (len(panels) + 0.5)), dpi=110, layout="constrained")
+    # Without pyplot, whose figures are global and need a display.
     FigureCanvasAgg(figure)
     heights = [1.7 if panel == "loss" else 1.0 for panel in panels]
     grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
@@ -108,6 +109,7 @@ def smooth(values: np.ndarray, *, window: int) -> np.ndarray:
 
 def _draw_losses(axes: Axes, train: Sequence[Mapping[str, Any]]) -> None:
     steps, losses = _series(train, "loss")
+    # Odd, a twentieth of the run: the curve keeps its shape and loses its noise.
     window = 2 * (len(losses) // 40) + 1
     if window > 1:
         axes.plot(steps, losses, color="#999999", linewidth=0.8, alpha=0.7, label="loss, as logged")
@@ -124,6 +126,7 @@ def _draw_losses(axes: Axes, train: Sequence[Mapping[str, Any]]) -> None:
         part_steps, values = _series(train, key)
         axes.plot(part_steps, smooth(values, window=window), label=key.removeprefix("loss/"), **_look(index))
     finite = losses[np.isfinite(losses)]
+    # A few first losses would press the rest of the curve flat.
     if finite.size and finite.min() > 0 and finite.max() > 20 * np.median(finite):
         axes.set_yscale("log")
     else:
@@ -136,6 +139,7 @@ def _distinct(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> dict[st
     """Label -> key of each series that differs from the others: parameter groups mostly share their learning rate."""
     names: dict[bytes, list[str]] = {}
     for key in keys:
+        # As bytes: equal to the last bit, NaN included, which is not equal to itself.
         names.setdefault(np.concatenate(_series(rows, key)).tobytes(), []).append(key)
     # "lr/backbone, decayed" -> "backbone"
     groups = [(keys, dict.fromkeys(key.split("/")[1].split(",")[0] for key in keys)) for keys in names.values()]

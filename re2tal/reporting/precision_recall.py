@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from re2tal.evaluation.average_precision import envelope, precision_of
 from re2tal.evaluation.matching import Matches
 from re2tal.reporting.curves import COLOURS, STYLES
 
@@ -23,12 +24,11 @@ def precision_at(matches: Matches, recalls: np.ndarray = RECALLS) -> np.ndarray:
 
 def _of_class(true_positive: np.ndarray, num_truths: int, recalls: np.ndarray) -> np.ndarray:
     """(T, N) bool by falling score -> (T, R)."""
-    found = np.cumsum(true_positive, axis=1)
-    precision = found / np.arange(1, true_positive.shape[1] + 1)
-    envelope = np.maximum.accumulate(precision[:, ::-1], axis=1)[:, ::-1]
-    past_the_end = np.zeros((len(envelope), 1))
+    found, highest = np.cumsum(true_positive, axis=1), envelope(precision_of(true_positive))
+    past_the_end = np.zeros((len(highest), 1))
+    # 1e-9: a recall of 0.07 of 100 truths is 7 of them, not 7.000000000000001.
     first = [np.searchsorted(row, recalls * num_truths - 1e-9) for row in found]
-    return np.take_along_axis(np.concatenate([envelope, past_the_end], axis=1), np.array(first), axis=1)
+    return np.take_along_axis(np.concatenate([highest, past_the_end], axis=1), np.array(first), axis=1)
 
 
 def draw_precision_recall(matches: Matches) -> Figure:

@@ -89,6 +89,7 @@ class ResultsFile:
     def __post_init__(self) -> None:
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
+            # Tried now, not after hours of detection.
             with TemporaryFile(dir=self.out.parent):
                 pass
             if not self.is_per_video and self.out.is_dir():
@@ -99,6 +100,7 @@ class ResultsFile:
             ) from None
         if self.format_name == "json" and self.out.is_file():
             with self.out.open("rb") as file:
+                # Enough to tell a slip: programs write "results" near the beginning.
                 start = file.read(4096)
             if start and b'"results"' not in start:
                 raise ValueError(f"{self.out} is there already and holds no results; give another place (out)")
@@ -118,14 +120,14 @@ class ResultsFile:
         if not self.out.exists():
             return set()
         results = read_results(self.out)
-        self._check(results, files)
+        self._refuse_others(results, files)
         ours = torch.tensor([self.classes.index(one) for one in results.classes], dtype=torch.long)
         for name, one in results.predictions.items():
             one = replace(one, labels=ours[one.labels])
             self.found.append(FoundInVideo(name, None, 0.0, one, tuple(self.classes)))
         return {*files} & {*results.predictions}
 
-    def _check(self, results: Results, files: Mapping[str, Path | None]) -> None:
+    def _refuse_others(self, results: Results, files: Mapping[str, Path | None]) -> None:
         made_with = results.made_with or {}
         for key, value in self.made_with.items():
             if key not in made_with:
@@ -167,6 +169,7 @@ class ResultsFile:
         """The file for all, with what was added so far."""
         if self.is_per_video:
             return
+        # Somebody else's file is not overwritten; the rest of this run goes to a new one beside it.
         if (now := _mark(self.out)) is not None and now != self._written:
             self.spared = self.out
             places = (self.out.with_name(f"{self.out.stem}-{number}{self.out.suffix}") for number in count(2))
@@ -201,4 +204,5 @@ def _file_name(name: str) -> str:
     if len(whole.encode()) <= MAX_BYTES:
         return whole
     digest = hashlib.sha256(name.encode()).hexdigest()[:16]
+    # The end of a name tells files apart better than its folders; bytes cut in the middle of a character are dropped.
     return f"{digest} {whole.encode()[-(MAX_BYTES - 17) :].decode(errors='ignore')}"

@@ -87,6 +87,7 @@ def draw_timeline(
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     tops = np.concatenate([[0.0], np.cumsum(heights)])
+    # Predictions may reach beyond the video, and are shown there.
     end = max([record.duration_seconds, *(float(row.predicted.max(initial=0)) for row in rows)])
     for row, top, height in zip(rows, tops[:-1], heights, strict=True):
         _draw_row(axes, row, top=float(top), end=end, has_truth=has_truth)
@@ -97,6 +98,7 @@ def draw_timeline(
         nothing = "no action is annotated, none was predicted" if has_truth else "no action was predicted"
         axes.text(0.5, 0.5, nothing, ha="center", transform=axes.transAxes)
     axes.set_xlim(0, end)
+    # From the top; matplotlib warns of an axis without extent.
     axes.set_ylim(float(tops[-1]) or 1.0, 0)
     axes.set_xlabel("seconds")
     axes.xaxis.set_major_locator(MaxNLocator(12))
@@ -173,6 +175,7 @@ def _draw_row(axes: Axes, row: Row, *, top: float, end: float, has_truth: bool) 
             chosen = (row.lanes == lane) & (row.right == verdict)
             _bars(axes, row.predicted[chosen], lane_tops[lane], colour=colour, alphas=alphas[chosen], name=name)
     for (start, stop), score, alpha, lane in zip(row.predicted, row.scores, alphas, row.lanes, strict=True):
+        # In the last lane predictions lie upon each other, and so would their scores.
         crowded = lane == MAX_LANES - 1
         if stop - start > 0.035 * end and not crowded:
             axes.text(

@@ -84,7 +84,13 @@ class ReversibleRun(torch.autograd.Function):
         gradients = gradients if isinstance(gradients, list) else [gradients]  # before torch 2.12
         counted = one_part_each(ctx.modules.parameters()) if ctx.first_parts else nullcontext()
         try:
-            with buffers_restored(ctx.changed_modules), ctx.modules.modes_restored(), same_kernels(), counted:
+            with (
+                buffers_restored(ctx.changed_modules),
+                ctx.modules.modes_restored(),
+                ctx.modules.attributes.running_again(),
+                same_kernels(),
+                counted,
+            ):
                 return _backward(ctx, gradients), None, None, None, None
         except RuntimeError as error:
             if "mark a variable ready only once" in str(error):

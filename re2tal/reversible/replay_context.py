@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from re2tal.reversible.attributes import Attributes
+
 
 @dataclass(frozen=True, slots=True)
 class AutocastState:
@@ -41,19 +43,26 @@ class AutocastState:
             yield
 
 
+_PLAIN = (Tensor, nn.Parameter)
+
+
 class ModuleState:
-    """The modules that branches use, as forward found them: their modes and their parameters."""
+    """The modules that branches use, as forward found them: their modes, parameters and plain attributes."""
 
     def __init__(self, owner: nn.Module | None) -> None:
         self._owner = owner
+        self.attributes = Attributes(owner)
         self._modes = [] if owner is None else [(module, module.training) for module in owner.modules()]
-        self._parameters: dict[str, tuple[Tensor, bool, int | None]] = dict(self._now())
+        self._parameters: dict[str, tuple[Tensor, bool, tuple[int, int] | None]] = dict(self._now())
         self.is_trained = owner is None or any(wanted for _, wanted, _ in self._parameters.values())
 
-    def _now(self) -> Iterator[tuple[str, tuple[Tensor, bool, int]]]:
+    def _now(self) -> Iterator[tuple[str, tuple[Tensor, bool, tuple[int, int]]]]:
         for name, one in () if self._owner is None else self._owner.named_parameters():
             counts = not is_lazy(one) and not one.is_inference()
-            yield name, (one, one.requires_grad, one._version if counts else 0)
+            # ZeRO-3 exchanges what `.data` is whenever it gathers a parameter, and FSDP holds no plain ones.
+            stays = counts and type(one) in _PLAIN and not hasattr(one, "ds_id")
+            storage = one.untyped_storage()._cdata if stays else 0
+            yield name, (one, one.requires_grad, (one._version if counts else 0, storage))
 
     def parameters(self) -> list[Tensor]:
         """As forward found them."""
@@ -68,28 +77,26 @@ class ModuleState:
             name: (one, wanted, version if name in before and before[name][2] == version else None)
             for name, (one, wanted, version) in self._now()
         }
+        self.attributes.ran()
 
     def check(self) -> None:
         """Raises RuntimeError where backward would differentiate other branches than forward ran.
 
         FSDP exchanges sharded parameters, of a type of their own, for whole ones.
         """
-        plain = (Tensor, nn.Parameter)
         for name, (now, wanted_now, version_now) in self._now():
             before, wanted, version = self._parameters.get(name, (now, wanted_now, None))
             if wanted != wanted_now:
                 change = f"requires_grad was {wanted}, and is {wanted_now}"
             elif before is now and version not in (None, version_now):
-                change = "it was written to in place: an optimizer's step, load_state_dict?"
-            elif before is not now and type(before) in plain and type(now) in plain:
+                change = "it was written to in place, or has other data: an optimizer's step, load_state_dict?"
+            elif before is not now and type(before) in _PLAIN and type(now) in _PLAIN:
                 change = "it is another tensor: functional_call?"
             else:
                 continue
-            raise RuntimeError(
-                f"{name}, a parameter of a module of a reversible run or of clips in groups, has changed between "
-                f"forward and backward ({change}), and what runs again in backward would find it as it is now; call "
-                "backward before, or run with recompute=False and without backbone.clips_at_once"
-            )
+            raise RuntimeError(_CHANGED.format(what=f"{name}, a parameter", change=change))
+        for what, change in self.attributes.changes():
+            raise RuntimeError(_CHANGED.format(what=what, change=change))
 
     @contextmanager
     def modes_restored(self) -> Iterator[None]:
@@ -102,6 +109,13 @@ class ModuleState:
         finally:
             for module, mode in changed:
                 module.training = not mode
+
+
+_CHANGED = (
+    "{what} of a reversible run, or of clips in groups, has changed between forward and backward ({change}), and what "
+    "runs again in backward would find it as it is now; call backward before, or run with recompute=False and without "
+    "backbone.clips_at_once"
+)
 
 
 @contextmanager

@@ -54,6 +54,7 @@ def tensors_restored(model: nn.Module) -> Iterator[None]:
                 for name in set(module._buffers) - set(buffers):
                     delattr(module, name)
                 module._buffers.update(buffers)
+                # Past __setattr__, which would take a tensor for a buffer of that name, or refuse it.
                 for name in [name for name, value in vars(module).items() if isinstance(value, Tensor)]:
                     del vars(module)[name]
                 own = ((name, value) for name, value in attributes.items() if name not in _OF_ALL_MODULES)

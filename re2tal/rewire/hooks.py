@@ -1,22 +1,26 @@
 """Hooks on the blocks of a rewired stage: users' fire once a forward, those of DeepSpeed and FSDP with every branch.
 
 A stage runs the branches of a block, and not the block. Hooks that a user, or a library that collects hidden states,
-has put on a block therefore fire when the parent calls its handle. Hooks that gather and release parameters belong to
-the calls in which these are used.
+has put on a block, or on all modules (`register_module_forward_hook`), therefore fire when the parent calls its handle.
+Hooks that gather and release parameters belong to the calls in which these are used.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules import module as all_modules
 
 from re2tal.rewire.pending import RewireError
 
-_GATHERING = ("deepspeed.", "torch.distributed.")
+_GATHERING = ("deepspeed.", "torch.distributed.", "torch.utils.module_tracker")  # the last only notes who is called
+_Place = tuple[Any, str]
+"""Of hooks: what holds them, and as which attribute."""
+FOR_ALL: tuple[_Place, ...] = (all_modules, "_global_forward_hooks"), (all_modules, "_global_forward_pre_hooks")
 
 
 class CalledPast:
@@ -27,6 +31,7 @@ class CalledPast:
 
     def __call__(self, block: nn.Module, args: tuple) -> None:
         """Raises RewireError unless a stage is calling."""
+        # `called_with` sets a forward on the instance while a stage calls the block.
         if "forward" not in vars(block):
             raise RewireError(
                 f"block {self.name} was called past its rewired stage, by which it would not be coupled to the others: "
@@ -47,16 +52,31 @@ def unguard(block: nn.Module) -> None:
             del block._forward_pre_hooks[key]
 
 
+def forward_hooks_of(block: nn.Module) -> tuple[_Place, ...]:
+    """Where the forward hooks are that fire when `block` is called."""
+    return (block, "_forward_hooks"), (block, "_forward_pre_hooks"), *FOR_ALL
+
+
 def has_hooks(block: nn.Module) -> bool:
-    """Whether a user has put hooks on `block`, or a forward of its own on the instance."""
-    hooks = (block._forward_hooks, block._forward_pre_hooks, block._backward_hooks, block._backward_pre_hooks)
-    return "forward" in vars(block) or any(map(of_users, hooks))
+    """Whether a user has put hooks on `block`, or on all modules, or a forward of its own on the instance."""
+    return "forward" in vars(block) or _of_users_at(forward_hooks_of(block)) or _has_backward_hooks(block)
+
+
+def _has_backward_hooks(block: nn.Module) -> bool:
+    own, of_all = (block._backward_hooks, block._backward_pre_hooks), all_modules
+    return any(map(of_users, (*own, of_all._global_backward_hooks, of_all._global_backward_pre_hooks)))
+
+
+def _of_users_at(places: Iterable[_Place]) -> bool:
+    return any(of_users(getattr(owner, name)) for owner, name in places)
 
 
 def hooked_inside(blocks: Iterable[nn.Module]) -> bool:
     """Whether a user has put forward hooks on modules inside of `blocks`, which may collect what they return."""
     inside = (module for block in blocks for module in block.modules() if module is not block)
-    return any(of_users(module._forward_hooks) or of_users(module._forward_pre_hooks) for module in inside)
+    return _of_users_at(FOR_ALL) or any(
+        of_users(module._forward_hooks) or of_users(module._forward_pre_hooks) for module in inside
+    )
 
 
 def check_hooks(block: nn.Module, name: str) -> None:
@@ -66,10 +86,11 @@ def check_hooks(block: nn.Module, name: str) -> None:
             f"the forward of block {name} was replaced on the instance, and a rewired stage would not call it; put the "
             "change into a class of its own, or replace it before rewiring, which then leaves the block alone"
         )
-    if of_users(block._backward_hooks) or of_users(block._backward_pre_hooks):
+    if _has_backward_hooks(block):
         raise RewireError(
             f"block {name} has a backward hook, but is differentiated branch by branch; put the hook on a module "
-            "inside it, or on a parameter"
+            "inside it, or on a parameter; one for all modules (register_module_full_backward_hook) would leave the "
+            "blocks out"
         )
 
 
@@ -86,9 +107,29 @@ def check_kind(block: nn.Module, kind: type[nn.Module], name: str) -> None:
 
 
 def called_with(
-    block: nn.Module, forward: Callable[..., Any], x: Tensor, args: tuple, kwargs: Mapping[str, Any]
+    block: nn.Module,
+    forward: Callable[..., Any],
+    x: Tensor,
+    args: tuple,
+    kwargs: Mapping[str, Any],
+    *,
+    hidden: Sequence[_Place] = (),
 ) -> Any:
-    """Calls `block` as a module, for its hooks, with another forward for this one call."""
+    """Calls `block` as a module, for its hooks, with another forward for this one call.
+
+    Of the hooks at `hidden` only those that gather parameters fire for this call; for modules called inside all do.
+    """
+    if _of_users_at(hidden):
+        # The dicts are exchanged, not emptied: a handle that removes its hook inside finds it in the one it knows.
+        every = [getattr(owner, name) for owner, name in hidden]
+        gathering = [OrderedDict((key, hook) for key, hook in hooks.items() if _gathers(hook)) for hooks in every]
+
+        def with_hooks(*args: Any, **kwargs: Any) -> Any:
+            with _exchanged(hidden, every):
+                return forward(*args, **kwargs)
+
+        with _exchanged(hidden, gathering):
+            return called_with(block, with_hooks, x, args, kwargs)
     usual = vars(block).get("forward")
     block.forward = forward
     try:
@@ -99,25 +140,21 @@ def called_with(
             block.forward = usual
 
 
-def is_sharded(block: nn.Module) -> bool:
-    """Whether FSDP gathers all parameters in `block` when it is called."""
-    return any(_module_of(hook).startswith("torch.distributed.fsdp") for hook in block._forward_pre_hooks.values())
-
-
 @contextmanager
-def without_hooks(block: nn.Module) -> Iterator[None]:
-    """Inside, only hooks that gather parameters fire."""
-    before = block._forward_hooks, block._forward_pre_hooks
-    if not any(map(of_users, before)):
-        yield
-        return
-    block._forward_hooks, block._forward_pre_hooks = (
-        OrderedDict((key, hook) for key, hook in hooks.items() if _gathers(hook)) for hooks in before
-    )
+def _exchanged(places: Sequence[_Place], hooks: Sequence[Mapping[int, Callable]]) -> Iterator[None]:
+    before = [getattr(owner, name) for owner, name in places]
+    for (owner, name), ours in zip(places, hooks, strict=True):
+        setattr(owner, name, ours)
     try:
         yield
     finally:
-        block._forward_hooks, block._forward_pre_hooks = before
+        for (owner, name), was in zip(places, before, strict=True):
+            setattr(owner, name, was)
+
+
+def is_sharded(block: nn.Module) -> bool:
+    """Whether FSDP gathers all parameters in `block` when it is called."""
+    return any(_module_of(hook).startswith("torch.distributed.fsdp") for hook in block._forward_pre_hooks.values())
 
 
 def of_users(hooks: Mapping[int, Callable]) -> bool:

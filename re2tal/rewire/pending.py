@@ -37,13 +37,13 @@ class BlockCall:
     """Of the block in its stage."""
     args: tuple
     kwargs: dict[str, Any]
-    versions: tuple[int, ...]
-    """Of the tensors among the arguments. A call that is run late must find them as they were."""
+    given: tuple[tuple[Any, int], ...]
+    """The leaves of the arguments, and versions. A call that is run late must find them as they were."""
 
     @classmethod
     def of(cls, name: str, args: tuple, kwargs: dict[str, Any]) -> BlockCall:
         """A call that is made now."""
-        return cls(name, args, kwargs, _versions(args, kwargs))
+        return cls(name, args, kwargs, _leaves_of(args, kwargs))
 
     def constants(self) -> tuple:
         """The numbers, flags and names among its arguments."""
@@ -52,7 +52,11 @@ class BlockCall:
 
     def check(self, block: str) -> None:
         """Raises RewireError where somebody has written into its arguments since."""
-        if self.versions != _versions(self.args, self.kwargs):
+        now = _leaves_of(self.args, self.kwargs)
+        # By identity: a list may hold another tensor, of as many writes, by the time the run is computed.
+        if len(now) != len(self.given) or any(
+            one is not was or version != before for (one, version), (was, before) in zip(now, self.given, strict=True)
+        ):
             raise RewireError(
                 f"an argument of block {block} was written to after the block was called: before its run ended, or "
                 "before backward, which runs it again; give every call a tensor of its own"
@@ -78,7 +82,7 @@ class PendingRun:
     """The blocks so far."""
     computed: Tensor | None
     """The state behind them, only while an example is run."""
-    version: tuple[int, ...]
+    version: int
     """Of `start`. A run that is computed late must find it as it was."""
     settings: tuple
     """Under which the calls were made."""
@@ -87,7 +91,7 @@ class PendingRun:
 
     def goes_on(self, stage: RewiredStage) -> bool:
         """Whether a block of `stage` that is called now may be the next one."""
-        if self.computed is None and self.version != _versions((self.start,), {}):
+        if self.computed is None and self.version != _version(self.start):
             raise RewireError(
                 f"the state before block {stage.name_of(self.calls[0].name)} was written to in place before its run "
                 "ended; write to a copy of it"
@@ -113,7 +117,7 @@ class PendingState(Tensor):
             device=start.device,
             requires_grad=torch.is_grad_enabled(),
         )
-        state.run = PendingRun(stage, start, calls, computed, _versions((start,), {}), _settings(start))
+        state.run = PendingRun(stage, start, calls, computed, _version(start), _settings(start))
         return state
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -196,9 +200,13 @@ class BlockHandle:
         return f"block {self._stage.name_of(self._name)}: {self._block!r}"
 
 
-def _versions(args: tuple, kwargs: dict[str, Any]) -> tuple[int, ...]:
-    tensors = (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor))
-    return tuple(0 if leaf.is_inference() else leaf._version for leaf in tensors)
+def _leaves_of(args: tuple, kwargs: dict[str, Any]) -> tuple[tuple[Any, int], ...]:
+    leaves = tree_leaves((args, kwargs))
+    return tuple((leaf, _version(leaf) if isinstance(leaf, Tensor) else 0) for leaf in leaves)
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _settings(x: Tensor) -> tuple:

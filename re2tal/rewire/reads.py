@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from re2tal.rewire.hooks import of_users
+from re2tal.rewire.read_globals import GlobalReads
 from re2tal.rewire.traced import RefusedError
 
 _OF_ALL_MODULES = set(vars(nn.Module())) - {"training"}
@@ -39,6 +40,7 @@ class Reads:
 
     values: dict[tuple[str, str], Any] = field(default_factory=dict)
     entered: dict[str, tuple] = field(default_factory=dict)
+    globals: GlobalReads = field(default_factory=GlobalReads)
 
     def check(self, block: nn.Module) -> None:
         """Raises TracedError where any of it has changed."""
@@ -56,6 +58,11 @@ class Reads:
                     f"{name} of a {type(module).__name__} is {_shown(now)}, and was {_shown(was)} when it was taken "
                     f"apart; {again}"
                 )
+        for name, was, now in self.globals.changes(fingerprint):
+            raise TracedError(
+                f"the global {name} is {_shown(now)}, and was {_shown(was)} when a {kind} that reads it was taken "
+                f"apart; {again}"
+            )
         for path, was in self.entered.items():
             if _form_of(block.get_submodule(path)) != was:
                 raise TracedError(
@@ -93,10 +100,13 @@ def recorded_reads(block: nn.Module, entered: Sequence[nn.Module]) -> Iterator[R
 
     modules.__getattribute__, modules.__setattr__ = read, write
     try:
-        yield reads
+        with reads.globals.recorded(fingerprint):
+            yield reads
     finally:
-        del modules.__getattribute__
+        del modules.__getattribute__  # nn.Module has none of its own, so object's is back
         modules.__setattr__ = usual
+    if changed := [*reads.globals.written, *(name for name, _, _ in reads.globals.changes(fingerprint))]:
+        raise RefusedError(f"it changes the global {changed[0]}, which a graph would not do")
     try:
         reads.check(block)
     except TracedError as changed:

@@ -58,7 +58,7 @@ class Called(NamedTuple):
 
     @classmethod
     def now(cls, block: nn.Module, name: str, *states: Tensor) -> Called:
-        """With copies of the states."""
+        """With copies of the states: a run, and some models, write into the memory of older ones."""
         return cls(block, name, [state.detach().clone() for state in states])
 
 

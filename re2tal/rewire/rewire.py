@@ -211,6 +211,7 @@ def _places(parent: nn.Module, analyse: Analyst, prefix: str = "") -> Iterator[_
             yield _Place(parent, name, path, child)
             continue
         inner = list(_places(child, analyse, f"{path}."))
+        # One of blocks that stay as they are is told of too, with the reason, unless a container inside is rewired.
         if is_container and not any(_has_residual_blocks(place.container, analyse) for place in inner):
             blocks = list(child.children())
             if any(_may_be_rewired(block, analyse) for block in blocks) or (

@@ -29,7 +29,7 @@ from re2tal.rewire.branches import Residual, hidden_state, is_unregistered, regi
 from re2tal.rewire.config import RewiringConfig
 from re2tal.rewire.containers import own_attribute, own_names
 from re2tal.rewire.escapes import is_compiled
-from re2tal.rewire.hooks import called_with, check_hooks, check_kind, guard, has_hooks, hooked_inside, unguard
+from re2tal.rewire.hooks import FOR_ALL, called_with, check_hooks, check_kind, guard, has_hooks, hooked_inside, unguard
 from re2tal.rewire.lost_gradients import refuse_lost_gradients
 from re2tal.rewire.nonresidual import recomputed
 from re2tal.rewire.pending import BlockCall, BlockHandle, PendingState, RewireError, values_of
@@ -150,7 +150,7 @@ class RewiredStage(nn.Module):
 
         `compute` runs what ends here. By default it calls this module, so that the module's hooks run too.
         """
-        compute = compute or (lambda x, calls: self(x, _calls=calls))
+        compute = compute or self._as_a_module
         block, call = self.get_submodule(name), partial(self._call_block, name, compute)
         if name in self.residual:
             check_kind(block, self._kinds[name], self.name_of(name))
@@ -158,6 +158,10 @@ class RewiredStage(nn.Module):
             return call(x, *args, **kwargs)
         check_hooks(block, self.name_of(name))
         return called_with(block, call, x, args, kwargs)
+
+    def _as_a_module(self, x: Tensor, calls: tuple[BlockCall, ...]) -> Any:
+        """`_compute` with the hooks of this module, but without hooks on all modules: its parent called a block."""
+        return called_with(self, partial(type(self).forward, self), x, (), {"_calls": calls}, hidden=FOR_ALL)
 
     def _call_block(self, name: str, compute: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         # A state that is passed besides x is used for its values: a run must end there.

@@ -14,7 +14,7 @@ from re2tal.reversible.chunking import ChunkedBranch, Piece, WholeBranch
 from re2tal.rewire.branches import Branch, Residual, hidden_state
 from re2tal.rewire.config import RewiringConfig
 from re2tal.rewire.escapes import checked_for_escapes
-from re2tal.rewire.hooks import called_with, is_sharded, without_hooks
+from re2tal.rewire.hooks import called_with, forward_hooks_of, is_sharded
 from re2tal.rewire.pending import BlockCall, RewireError
 
 Unit = WholeBranch | ChunkedBranch
@@ -62,9 +62,11 @@ def unit_checked_for_escapes(unit: Unit, *, stage: str, repeated: nn.Module | No
 
 def _whole(block: nn.Module, call: BlockCall, path: str, x: Tensor) -> Tensor:
     call.check(path)
-    with without_hooks(block):
-        # The coupling adds the skip, so the block's own is taken off. That costs one rounding.
-        return hidden_state(called_with(block, block.forward, x, call.args, call.kwargs)) - x
+    # Not `block.forward`: while users' hooks on the last block of a run fire, that is the call of the whole run.
+    forward, hidden = partial(type(block).forward, block), forward_hooks_of(block)
+    output = called_with(block, forward, x, call.args, call.kwargs, hidden=hidden)
+    # The coupling adds the skip, so the block's own is taken off. That costs one rounding.
+    return hidden_state(output) - x
 
 
 def _part(block: nn.Module, branch: Branch, call: BlockCall, path: str, x: Tensor) -> Tensor:
@@ -73,8 +75,8 @@ def _part(block: nn.Module, branch: Branch, call: BlockCall, path: str, x: Tenso
         return branch.function(block, x, *call.args, **call.kwargs)
     # The block must be called as a module, so that ZeRO-3's hooks gather its own parameters. For this one call its
     # forward is the branch.
-    with without_hooks(block):
-        return called_with(block, partial(branch.function, block), x, call.args, call.kwargs)
+    function, hidden = partial(branch.function, block), forward_hooks_of(block)
+    return called_with(block, function, x, call.args, call.kwargs, hidden=hidden)
 
 
 def _pieces(

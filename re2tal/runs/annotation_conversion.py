@@ -60,18 +60,21 @@ class Conversion:
 
 def convert(options: Conversion) -> int:
     """Write the file and say what is in it; gives the exit status."""
-    _check(options)
+    _refuse_wrong_options(options)
     with _Videos(options.videos) as videos:
         found = Found(_wanted(options), videos.measure if options.videos else None)
         read = read_files(_files(options.inputs), format_name=options.format, found=found)
         for video_id, one in found.videos.items():
             if one.duration_seconds is None:
                 measured = videos.measure(video_id) if options.videos else None
+                # What a file tells comes before what was measured: its times belong to that copy of the video.
                 one.duration_seconds = found.durations.get(video_id, measured[0] if measured else None)
+    # Two files that contradict each other: neither is known to be right.
     for video_id, why in found.clashes.items():
         found.leave_out(f"video {video_id!r}", why)
         found.videos.pop(video_id, None)
     print_some([f"left out {line}" for line in found.left_out], more="left out")
+    # Nothing is written: an empty file would look like a data set without actions.
     if not any(one.actions for one in found.videos.values()):
         names = ", ".join(sorted(set(read.values()))) or "no known format"
         raise ValueError(f"{len(found.left_out)} left out and no action found ({names}); {options.out} is not written")
@@ -94,7 +97,7 @@ def list_formats() -> int:
     return 0
 
 
-def _check(options: Conversion) -> None:
+def _refuse_wrong_options(options: Conversion) -> None:
     if not 0 <= options.validation < 1:
         raise ValueError(f"--validation is {options.validation}; give a share from 0 to below 1")
     if options.fps is not None and not 0 < options.fps < 10_000:
@@ -120,6 +123,7 @@ def _without_numbers(lines: Sequence[str]) -> tuple[tuple[str, ...], tuple[int, 
     """(names, numbers) of lines such as "1 BaseballPitch" or "c000 Holding some clothes"; no numbers of others."""
     found = [match for line in lines if (match := re.fullmatch(r"c?(\d+)[\s,]+(.+)", line))]
     if len(found) < len(lines):
+        # All lines or none: a class that is called "2 fast turns" must not lose its number.
         return tuple(lines), ()
     numbers = tuple(int(match[1]) for match in found)
     if len(set(numbers)) < len(numbers):
@@ -131,7 +135,9 @@ def _files(inputs: tuple[Path, ...]) -> Iterator[Path]:
     for path in inputs:
         if not path.exists():
             raise FileNotFoundError(f"{path} does not exist; check the path")
+        # In order of names, so that two runs write the same file.
         inside = sorted(path.iterdir()) if path.is_dir() else [path]
+        # What is named is read, also where it is hidden; of a folder, neither hidden files nor folders.
         yield from (one for one in inside if one == path or not (one.name.startswith(".") or os.path.isdir(one)))
 
 
@@ -156,6 +162,7 @@ class _Videos:
         """(duration in seconds, frames per second); None, and a problem noted, where there is no sound file."""
         if video_id not in self._known:
             paths = self._files.of(video_id)
+            # Before it is tried, so that a bad file is opened, and told of, once.
             self._known[video_id] = None
             try:
                 if len(paths) != 1:
@@ -185,7 +192,9 @@ def _assign(found: Found, options: Conversion) -> list[str]:
     free = {video_id: one for video_id, one in found.videos.items() if one.subset is None}
     for one in free.values():
         one.subset = options.subset or "training"
+    # By a hash of the id: the same videos are chosen on every machine, and stay chosen when others are added.
     by_digest = sorted(free, key=lambda video_id: hashlib.sha256(video_id.encode()).digest())
+    # One at least on each side, or nothing could be scored, or learnt.
     number = max(1, round(options.validation * len(free))) if options.validation and len(free) > 1 else 0
     for video_id in by_digest[:number]:
         free[video_id].subset = "validation"

@@ -43,6 +43,7 @@ class BestModel:
     @property
     def scored(self) -> dict[str, Any]:
         """What figures depend on beside the weights: those of other videos or rules do not compare."""
+        # Suppression too: it decides what is found at all.
         rules = {name: to_json(self.config).get(name) for name in ("suppression", "evaluation")}
         return {"shards": self.validation.manifest_sha256, **rules}
 
@@ -55,10 +56,12 @@ class BestModel:
             if known["scored"] != self.scored:
                 say("the best model so far was scored on other videos or by other rules, and is forgotten")
                 (self.folder / POINTER).unlink()
+            # The run goes on from before it, and may not come to these weights again.
             elif known["step"] > step:
                 say(f"the best model so far, of step {known['step']}, is of steps to be trained again; it is forgotten")
                 (self.folder / POINTER).unlink()
             else:
+                # Keys are texts in JSON, steps numbers here.
                 figures = {name: value for name, value in known["figures"].items() if int(name) <= step}
                 write_json(self.folder / POINTER, known | {"figures": figures})
 
@@ -69,6 +72,7 @@ class BestModel:
         by, value = outcome.merit
         if made_by_main(lambda: with_retries(lambda: self._is_beaten(by, value, step))):
             return
+        # By all ranks, as it gathers shards; only rank 0 writes.
         weights, model = gather_weights(engine), engine.module
         features = describe(self.training) if isinstance(self.training, FeatureSet) else None
 
@@ -80,6 +84,7 @@ class BestModel:
             figures = {**(self.read() or {"figures": {}})["figures"], str(step): value}
             known = {"step": step, "by": by, "figures": figures, "scored": self.scored}
             write_json(self.folder / POINTER, known)
+            # After the pointer: a crash until here leaves one file too many, and none too few.
             for old in self.folder.glob("step-*"):
                 if old.stem != path.stem:
                     old.unlink()
@@ -104,6 +109,7 @@ class BestModel:
 
     def export(self, path: Path) -> None:
         """Write the best model as that of the run."""
+        # Read and written anew, not copied: the header is that of this version.
         best = read_model(self.results.with_suffix(".safetensors"))
         write_model(path, best.weights, classes=best.classes, wiring=best.wiring, features=best.features)
 
@@ -123,6 +129,7 @@ class BestModel:
     def _is_beaten(self, by: str, value: float, step: int) -> bool:
         """Whether another evaluation did better; notes the figure of this one if so. The earlier of two equals wins."""
         known = self.read()
+        # The same step once more: the run was stopped while it wrote, and evaluates again.
         if known is None or known["by"] != by or known["step"] == step or value > known["figures"][str(known["step"])]:
             return False
         write_json(self.folder / POINTER, known | {"figures": {**known["figures"], str(step): value}})

@@ -1,8 +1,5 @@
 """The network of a run that has not ended, from its newest sound checkpoint, whatever ZeRO stage and number of ranks.
 
-    stages 1, 2   a group's flat shards, rank by rank, are its parameters one after the other
-    stage 3       each rank has its equal part of each parameter, the last one padded
-
 Evaluation uses the moving average of the weights where there is one, so it is taken here too. Every file is checked
 against the checkpoint's manifest, and read without executing anything.
 """
@@ -10,11 +7,10 @@ against the checkpoint's manifest, and read without executing anything.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from re2tal.backbones import take_parts_of
@@ -25,6 +21,7 @@ from re2tal.runs.folder import CHECKPOINTS_NAME
 from re2tal.runs.stored_features import describe
 from re2tal.training.export import ModelFile
 from re2tal.training.manifest import FOLDER, CheckpointManifest, read_manifest
+from re2tal.training.saved_state import SavedState
 
 TRIES = 3
 """A run that is still training removes old checkpoints, maybe the one that is being read."""
@@ -47,12 +44,15 @@ def read_newest_checkpoint(folder: Path, config: RunConfig) -> tuple[ModelFile, 
             classes, features = _classes(config, manifest)
             network = build_detector(config, classes)
             weights = _weights(checkpoint, manifest, averaged=config.training.average_decay is not None)
-        except FileNotFoundError:
+        # ValueError too: of a folder that is being removed, some files are left for a moment.
+        except (FileNotFoundError, ValueError):
             if last == TRIES - 1 or checkpoint.is_dir():
                 raise
         else:
+            # Which norm a VideoMAE ends in is told by its weights, which this network was built without.
             take_parts_of(network.backbone, weights)
             names = set(network.state_dict())
+            # Buffers that are not saved with a model are in the checkpoint all the same.
             weights = {name: value for name, value in weights.items() if name in names}
             model = ModelFile(checkpoint, weights, classes, wiring_of(network), features)
             return model, checkpoint.name
@@ -62,6 +62,7 @@ def read_newest_checkpoint(folder: Path, config: RunConfig) -> tuple[ModelFile, 
 def _newest_sound(folder: Path) -> tuple[Path, CheckpointManifest]:
     found = [path for path in folder.iterdir() if path.is_dir() and FOLDER.fullmatch(path.name)]
     faults = []
+    # By number: as text, nine digits would sort before eight.
     for path in sorted(found, key=lambda one: int(one.name.split("-")[1]), reverse=True):
         try:
             return path, read_manifest(path)
@@ -97,29 +98,22 @@ def _classes(config: RunConfig, manifest: CheckpointManifest) -> tuple[tuple[str
 
 def _weights(checkpoint: Path, manifest: CheckpointManifest, *, averaged: bool) -> dict[str, Tensor]:
     """Float32 weights and buffers by name."""
-    stage, ranks = int(manifest.run["ZeRO stage"]), int(manifest.run["number of ranks"])
-    states = [_read(checkpoint / f"rank-{rank:05d}.pt") for rank in range(ranks)]
-    kind = "zero_pp_rank_{}_mp_rank_00_model_states.pt" if stage == 3 else "mp_rank_00_model_states.pt"
-    models = [_read(checkpoint / kind.format(rank)) for rank in range(ranks if stage == 3 else 1)]
-    weights: dict[str, Tensor] = {} if stage == 3 else dict(models[0]["module"])
-    weights |= states[0]["buffers"]
-    if stage == 0:
-        names = [name for name in models[0]["module"] if name not in states[0]["buffers"]]
-        return _float(weights | _averages(checkpoint, states[0]["average"], names, weights) if averaged else weights)
-    shards = [state["average"] for state in states] if averaged else list(_masters(checkpoint, stage, ranks))
-    shapes: list[Mapping[str, torch.Size]] = models[0]["param_shapes"]
-    if stage == 3:
-        flats = [torch.cat([shard.flatten() for shard in of_rank]) for of_rank in shards]
-        weights |= _of_parts(checkpoint, flats, {name: one for group in shapes for name, one in group.items()})
-        frozen = models[0].get("frozen_param_shapes") or {}
-        for name, shape in frozen.items():
-            parts = [model["frozen_param_fragments"][name].flatten() for model in models]
-            weights[name] = torch.cat(parts)[: shape.numel()].view(shape)
-    else:
-        for number, group in enumerate(shapes):
-            flat = torch.cat([of_rank[number].flatten() for of_rank in shards])
-            weights |= _of_flat(checkpoint, flat, group)
-    return _float(weights)
+    saved = SavedState(checkpoint, _read)
+    if saved.is_sharded != (manifest.run["ZeRO stage"] > 0) or len(saved.ranks) != manifest.run["number of ranks"]:
+        raise FileNotFoundError(f"{checkpoint} has lost some of its files")
+    buffers = saved.ranks[0]["buffers"]
+    # What stage 3 saves under the names of parameters is empty.
+    weights = ({} if saved.cuts_parameters else saved.model["module"]) | buffers
+    if not saved.is_sharded:
+        names = [name for name in saved.model["module"] if name not in buffers]
+        return _float(
+            weights | _averages(checkpoint, saved.ranks[0]["average"], names, weights) if averaged else weights
+        )
+    shapes, wholes = saved.shapes, saved.whole("average" if averaged else "weights")
+    assert wholes is not None
+    if saved.cuts_parameters:
+        shapes, wholes = shapes | saved.frozen_shapes, {**wholes, **saved.frozen(saved.frozen_shapes)}
+    return _float(weights | {name: values.view(tuple(shapes[name])) for name, values in wholes.items()})
 
 
 def _averages(
@@ -132,37 +126,6 @@ def _averages(
             "end of training"
         )
     return dict(zip(names, average, strict=True))
-
-
-def _masters(checkpoint: Path, stage: int, ranks: int) -> Iterator[list[Tensor]]:
-    """The optimizer's float32 weights of each rank."""
-    for rank in range(ranks):
-        found = sorted(checkpoint.glob(f"*zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"))
-        if len(found) != 1:
-            raise ValueError(f"{checkpoint} has {len(found)} files of the optimizer of rank {rank}, not one")
-        state = _read(found[0])["optimizer_state_dict"]
-        yield state["fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"]
-
-
-def _of_flat(checkpoint: Path, flat: Tensor, shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """Parameters that lie one after the other; padding follows."""
-    total = sum(shape.numel() for shape in shapes.values())
-    if not total <= len(flat):
-        raise ValueError(f"{checkpoint} has {len(flat)} numbers for {total} of the weights")
-    parts = flat[:total].split([shape.numel() for shape in shapes.values()])
-    return {name: part.view(shape) for (name, shape), part in zip(shapes.items(), parts, strict=True)}
-
-
-def _of_parts(checkpoint: Path, flats: Sequence[Tensor], shapes: Mapping[str, torch.Size]) -> dict[str, Tensor]:
-    """Parameters of which each rank has an equal part, one after the other; the end of the last part is padding."""
-    lengths = {name: -(-shape.numel() // len(flats)) for name, shape in shapes.items()}
-    if any(len(flat) != sum(lengths.values()) for flat in flats):
-        raise ValueError(f"{checkpoint} has {len(flats[0])} numbers a rank for {sum(lengths.values())} of the weights")
-    parts = [flat.split(list(lengths.values())) for flat in flats]
-    return {
-        name: torch.cat([of_rank[number] for of_rank in parts])[: shape.numel()].view(shape)
-        for number, (name, shape) in enumerate(shapes.items())
-    }
 
 
 def _float(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

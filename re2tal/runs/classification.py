@@ -17,8 +17,9 @@ from re2tal.evaluation.accuracy import accuracy
 from re2tal.evaluation.video_classes import write_video_classes
 from re2tal.inference import classify as classify_batches
 from re2tal.runs.detection_sources import batches_with_bar, open_source
+from re2tal.runs.devices import default_device
 from re2tal.runs.folder import CONFIG_NAME, RESULTS_NAME
-from re2tal.runs.trained import default_device, load_recognizer
+from re2tal.runs.trained import load_recognizer
 from re2tal.runs.video_files import list_videos, pack_videos
 from re2tal.training.config import DTYPES
 
@@ -77,6 +78,7 @@ def classify(options: ClassificationOptions) -> Classified:
     batch_size = options.batch_size or config.engine.batch_size
     rejected: list[Rejection] = []
     if data is not None:
+        # Shards of videos that nobody has annotated can be classified, but not scored.
         truth = true_classes(data) if any(video.record.actions for video in data.videos) else {}
         if unknown := sorted(set(truth.values()) - set(classes)):
             raise ValueError(
@@ -92,6 +94,7 @@ def classify(options: ClassificationOptions) -> Classified:
             data, names, rejected = pack_videos(list_videos(videos), Path(scratch), config.data.clips, classes=classes)
             batches = batches_with_bar(data, config.data, batch_size=batch_size)
             found = classify_batches(recognizer, batches, device=chosen)
+        # In the scratch folder videos have numbers; results carry the names of their files.
         found = {names[video_id]: scores for video_id, scores in found.items()}
         about = "".join(f"{name}: {_best(scores, classes, options.top)}\n" for name, scores in found.items())
     write_video_classes(target, found, classes)

@@ -24,6 +24,7 @@ def remembering_clips(
     def prepared(batch: Batch, position: int) -> Tensor:
         # Videos that could not be decoded have grey frames.
         known = zip(batch.video_ids, batch.valid.tolist(), strict=True)
+        # 1 keeps this apart from what else draws by place: colours, and the network's own draws (2).
         drawn = np.random.SeedSequence([seed, 1, position * world.world_size + world.rank]).generate_state(1)
         memory.next_batch([video if valid else None for video, valid in known], seed=int(drawn[0]))
         return prepare(batch, position)

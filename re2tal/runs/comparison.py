@@ -43,6 +43,7 @@ def compare(
     if there is none, and as `re2tal.evaluate`.
     """
     sides = [(a, *options.seeds_of_a), (b, *options.seeds_of_b)]
+    # All of them before anything is read: scoring takes minutes.
     if missing := [path for side in sides for path in side if not path.is_file()]:
         raise FileNotFoundError(f"{missing[0]} is not a file; give a results JSON")
     truths, source, options = _truths(a, annotations, options)

@@ -138,6 +138,7 @@ def _count(path: Path, spec: DatasetSpec) -> tuple[dict[str, _Counted], Mapping[
         subset = entry.get("subset") if isinstance(entry, dict) else None
         if not isinstance(subset, str):
             raise ValueError(f"{path}: database.{key[:100]!r} has no subset; `re2tal annotations convert` adds it")
+        # Some files write "Validation" in one place and "validation" in another.
         entries.setdefault(subset.lower(), []).append(entry)
     renamed = recipe_names(entries, spec.subset_pairs)
     counted: dict[str, _Counted] = {}
@@ -147,6 +148,7 @@ def _count(path: Path, spec: DatasetSpec) -> tuple[dict[str, _Counted], Mapping[
             annotations = video.get("annotations")
             listed = annotations if isinstance(annotations, list) else []
             found = [item.get("label") for item in listed if isinstance(item, dict)]
+            # Published counts leave "Ambiguous" out, which is no class.
             labels = [label for label in found if label != AMBIGUOUS]
             one.videos += 1
             one.actions += len(labels)
@@ -167,6 +169,7 @@ def _differences(facts: DatasetFacts, counted: Mapping[str, _Counted]) -> Iterat
             ("actions", counted[subset].actions, wanted.actions),
         )
         for what, number, right in numbers:
+            # Several numbers may be right: lists of blocked videos differ.
             if right and number not in right:
                 yield (
                     f"{name}: {number} {what}, {abs(number - right[0])} {_more(number, right[0])} than {right[0]}"

@@ -17,6 +17,7 @@ def presets() -> list[str]:
 def find_preset(name_or_path: Path | str) -> Path:
     """The file of a preset, or the path that was given, which has a suffix or a folder in it, or is a file."""
     text = str(name_or_path)
+    # A preset wins over a file of that name in the working directory: the same command means the same everywhere.
     if text in presets():
         return FOLDER / f"{text}.json"
     path = Path(text)

@@ -42,6 +42,7 @@ def make_if_wanted(run: RunConfig | RecognitionConfig, world: World) -> None:
     shards = run.data.shards
     subsets = (run.data.training_subset, run.data.validation_subset)
     with main_process_first():
+        # The manifest is written last, so it tells of the whole folder.
         is_complete = all((shards / subset / MANIFEST_NAME).is_file() for subset in subsets)
         recipe = "demo" if isinstance(run, RunConfig) else "demo_clips"
         if world.is_main and shards == find_recipe(recipe).data.shards and not is_complete:

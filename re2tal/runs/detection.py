@@ -51,9 +51,11 @@ def detect(
         model, asked = find_model(model), model
         if not paths and shards is None and model == SHIPPED:
             raise ValueError("the model that comes with the package has no videos of its own; give videos to look at")
+        # Never into the installed package, nor into the hub's cache.
         home = Path() if model == SHIPPED or model != asked else model
         job = Job.prepared(home, model, paths, shards, wanted, world, recursive=recursive)
         if paths:
+            # Before the network is built, which takes seconds.
             encoding_for(job.trained.config.data.clips)  # raises where the rate is not known
         if wanted.flip:
             check_looks_at_videos(model, job.trained.config, asked="flip, of frames,")
@@ -71,6 +73,7 @@ def detect(
 
 
 def _look_at_files(job: Job, look: Look, world: World, say: Callable[[FoundInVideo], str] | None) -> None:
+    # Every n-th file, as neighbours in a folder are often equally long.
     mine = dict(list(job.files.names.items())[world.rank :: world.world_size])
     progress = Progress(sum(weights_of(mine).values()), shown=world.is_main)
     saved, cost = time.monotonic(), 0.0
@@ -82,11 +85,14 @@ def _look_at_files(job: Job, look: Look, world: World, say: Callable[[FoundInVid
             written = job.add(one)
             if say is not None:
                 progress.say(say(written))
+            # Results are written whole each time; where that takes long, it is done less often, for a twentieth of the
+            # time.
             if (now := time.monotonic()) - saved > max(SAVE_SECONDS, 20 * cost):
                 job.results.write()
                 saved = time.monotonic()
                 cost = saved - now
     except KeyboardInterrupt:
+        # Hours of looking are not lost to Ctrl-C.
         if job.found:
             job.results.write()
             print(
@@ -103,6 +109,7 @@ def _look_at_shards(job: Job, look: Look, world: World) -> None:
     assert job.shards is not None
     batches = batches_with_bar(job.shards, look.config.data, batch_size=look.batch_size, world=world)
     found = predict(look.network, batches, suppression=look.config.suppression, device=look.device)
+    # `predict` has brought what all ranks found to rank 0.
     if not world.is_main:
         return
     for video_id, detections in found.items():

@@ -121,6 +121,7 @@ class Job:
         first = str(as_address(paths[0]) or paths[0]) if paths else ""
         if paths and shards is not None:
             raise ValueError(f"videos {first} and shards {shards} were both given; give one of them")
+        # In this order: what costs nothing to check comes before what opens files.
         format_name = choose_format(wanted.format, wanted.out)
         row = RESULT_FORMATS[format_name]
         trained = open_detector(model)
@@ -136,6 +137,7 @@ class Job:
         classes = trained.classes if namer is None else namer.classes
         min_score = row.min_score if wanted.min_score is None else wanted.min_score
         selection = Selection(min_score, wanted.top, labels_of(classes, wanted.classes))
+        # With a classifier scores become products: nothing may be left out by its score, or number, before.
         early = selection if namer is None else Selection()
         stem = "results" if not paths and shards is None else "detections"
         default = home / (stem if row.for_each else f"{stem}{row.suffix}")
@@ -145,9 +147,12 @@ class Job:
                 f"out is {target}, one file, but {format_name} has a file for each of the "
                 f"{len(files.names) if paths else 'shards'} videos; give a folder"
             )
+        # Other ranks write beside it; rank 0 puts all together at the end.
         mine = target if world.is_main else target.with_name(f"{target.stem}.rank{world.rank}{target.suffix}")
+        # Other formats have no place for it.
         made_with = _made_with(trained, wanted, min_score) if format_name == "json" else {}
         results = ResultsFile(target if row.for_each else mine, format_name, classes, made_with)
+        # Every rank comes here, or none: it is a collective.
         kept = _kept(results, files) if wanted.add else set()
         files = replace(files, names={path: name for path, name in files.names.items() if name not in kept})
         return cls(trained, results, selection, early, files, opened, namer, wanted.top_k, len(kept))
@@ -163,8 +168,10 @@ class Job:
 
     def done(self, world: World) -> Detected:
         """Every rank calls this, when its share is done."""
+        # Also of ranks that found nothing.
         shares = together(lambda: (self.found, self.rejected, self.results.found, self.results.num_written))
         order = {name: place for place, name in enumerate(self.files.names.values())}
+        # In the order of the files that were given, whichever rank looked at them.
         rejected = sorted((one for share in shares for one in share[1]), key=lambda one: order[one.video_id])
         num_videos = sum(len(share[0]) for share in shares)
         if self.files.names and not num_videos:
@@ -176,6 +183,7 @@ class Job:
                 (one for share in shares for one in share[2]), key=lambda one: order.get(one.name, 0)
             )
             self.results.write()
+        # What rank 0 has written by now holds it.
         elif not self.results.is_per_video:
             self.results.out.unlink(missing_ok=True)
         return Detected(
@@ -213,4 +221,5 @@ def _kept(results: ResultsFile, files: VideoFiles) -> set[str]:
     if not files.names:
         raise ValueError("add is for videos; leave it out for shards")
     here = {name: path if isinstance(path, Path) else None for path, name in files.names.items()}
+    # What rank 0 read: the others' own files are not there yet.
     return set(together(lambda: sorted(results.take_up(here)))[0])

@@ -22,16 +22,18 @@ from re2tal.evaluation.selection import Selection, Settling, labels_of
 from re2tal.reporting.found import FoundAction, found_actions
 from re2tal.rewire import wiring_of
 from re2tal.runs.detection_sources import check_looks_at_videos
+from re2tal.runs.devices import default_device
 from re2tal.runs.file_detection import Look, detect_in_files
 from re2tal.runs.model_folder import SHIPPED, read_card, save_model
 from re2tal.runs.model_folder_card import Origin, model_card
 from re2tal.runs.model_folder_hub import find_model, push_folder
-from re2tal.runs.trained import default_device, open_detector, started
+from re2tal.runs.trained import open_detector, started
 from re2tal.runs.video_files import encoding_for
 from re2tal.runs.watching import Closed, Fetching, Opened, Seen, watch
 from re2tal.structures import Detections, Timeline
 from re2tal.training.config import DTYPES
 
+# Resized together: more would delay the first action, fewer would cost a call a frame.
 FRAMES_AT_ONCE = 16
 NEAR_WINDOWS = 2
 """A stream's windows are so many windows' lengths after time 0 of the float32 seconds that a network computes with."""
@@ -181,6 +183,7 @@ class Detector:
         clips, shape = self.config.data.clips, None
         while some := list(islice(frames, FRAMES_AT_ONCE)):
             for frame in some:
+                # The first frame says what all have to be.
                 shape = shape or tuple(frame.shape)
                 if len(shape) != 3 or shape[2] != 3 or tuple(frame.shape) != shape or str(frame.dtype)[-5:] != "uint8":
                     raise ValueError(
@@ -194,13 +197,19 @@ class Detector:
         for clip in clips:
             window = clip.timeline
             length = window.seconds_per_step * len(clip.mask)
+            # Only now: how far a window reaches is known from the first clip.
             settling = settling or Settling(self.config.suppression, selection, reach_seconds=length)
+            # float32 has steps of 8 ms after a day, so times are counted from near the window.
             origin = max(0.0, window.start_seconds - NEAR_WINDOWS * length)
             near = Timeline(
-                window.start_seconds - origin, window.seconds_per_step, max(window.duration_seconds - origin, 1e-6)
+                # A Timeline refuses a duration of 0.
+                window.start_seconds - origin,
+                window.seconds_per_step,
+                max(window.duration_seconds - origin, 1e-6),
             )
             (found,) = look.at([clip._replace(timeline=near)]).values()
             end_seconds = window.duration_seconds
+            # Back to the video's own time, in float64.
             found = replace(found, segments=found.segments.double() + origin)
             yield from self._named(settling.add(found, window_seconds=window.start_seconds))
         if settling is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import queue
 import re
 import shutil
 import subprocess
@@ -11,9 +10,7 @@ import sys
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +20,9 @@ import re2tal
 from re2tal.data.building.annotation_entries import UNKNOWN_SECONDS, misfit
 from re2tal.data.building.annotations import Annotations, read_annotations, read_keys
 from re2tal.data.building.examine import Examined, examine_video
-from re2tal.data.building.isolated import Isolated
+from re2tal.data.building.isolated import IsolatedPool
 from re2tal.data.building.named_files import Chosen, NamedFiles, videos_in
-from re2tal.machine import memory_bytes, num_cores, open_files
+from re2tal.machine import installed_version, memory_bytes, num_cores, open_files
 from re2tal.progress import counted
 from re2tal.runs.exit_status import SOME_LEFT_OUT
 from re2tal.strict_json import write_json
@@ -80,15 +77,17 @@ def check_data(check: DataCheck) -> int:
             records = {record.video_id: record for records in annotations.subsets.values() for record in records}
             keys = annotations.keys
     wanted = list(records or dict.fromkeys(composed(path.stem) for path in files))
+    # Without annotations ids are the files' own names: no prefix is tried.
     chosen = named.choose(wanted, keys=keys) if records else named.choose(wanted, ("{id}",))
     odd += chosen.notes
     rows = [_row(one, chosen, examined, records.get(one), check.max_damaged) for one in wanted]
+    # All files of an id, not only the chosen one: an entry knows of the others.
     used = {path for one in wanted for path in named.of(one)}
     if unused := [path.name for path in files if path not in used]:
         odd.append(f"{len(unused)} files belong to no entry, such as {unused[0]}")
     _print(rows, problems, odd)
     if check.json is not None:
-        videos = [{**asdict(row), "num_damaged": _num_damaged(row)} for row in rows]
+        videos = [asdict(row) | {"num_damaged": row.examined and row.examined.damage.num_damaged} for row in rows]
         write_json(check.json, {"videos": videos, "annotations": problems, "notes": odd})
     return SOME_LEFT_OUT if problems or any(row.state != "ok" for row in rows) else 0
 
@@ -104,21 +103,14 @@ def _video_files(folder: Path) -> tuple[list[Path], list[str]]:
 def _examine(files: Sequence[Path], check: DataCheck) -> dict[Path, Examined | str]:
     """File -> what was found, or why the file cannot be used; each in a process that can be stopped."""
     num_workers = max(1, min(check.workers or num_cores(), len(files)))
-    with ExitStack() as stack:
-        idle: queue.SimpleQueue[Isolated] = queue.SimpleQueue()
-        for _ in range(num_workers):
-            idle.put(stack.enter_context(Isolated()))
+    with IsolatedPool(num_workers) as isolated, ThreadPoolExecutor(num_workers) as pool:
 
         def one(path: Path) -> Examined | str:
-            isolated = idle.get()
             try:
                 return isolated.call(SILENT_SECONDS, examine_video, path, decode=not check.quick)
             except Exception as error:  # one file, whatever it does to us, never ends the check
                 return str(error).replace(str(path), path.name)
-            finally:
-                idle.put(isolated)
 
-        pool = stack.enter_context(ThreadPoolExecutor(num_workers))
         found = counted(pool.map(one, files), total=len(files), about="videos")
         return dict(zip(files, found, strict=True))
 
@@ -131,6 +123,7 @@ def _read(
     seconds: dict[str, float] = {}
 
     def measured(video_id: str) -> float:
+        # Once, and only where an annotation needs a length: the file is read a second time for its keys.
         if not seconds:
             keys = read_keys(path)
             found = {one: examined[file] for one, file in named.choose(list(keys), keys=keys).found.items()}
@@ -146,6 +139,8 @@ def _read(
             print(f"{path}: {note}")
         return annotations
     try:
+        # The first reading told what is wrong; the second goes on without it, so that videos can be compared all the
+        # same.
         return read_annotations(path, duration_of=measured, invalid_segments="drop", fix_labels=True)
     except ValueError:
         return None
@@ -175,15 +170,12 @@ def _row(
         if why := misfit(found.seconds, record.duration_seconds):
             row.state = "other length" if row.state == "ok" else row.state
             row.remarks.append(why)
+        # Half a frame of tolerance, as annotators' tools round times to frames.
         beyond = [action for action in record.actions if action.end_seconds > found.seconds + 0.5 / found.fps]
         if beyond:
             last = max(action.end_seconds for action in beyond)
             row.remarks.append(f"{len(beyond)} actions end after the video, the last at {last:.2f} s")
     return row
-
-
-def _num_damaged(row: _Row) -> int | None:
-    return None if row.examined is None else row.examined.damage.num_damaged
 
 
 def _print(rows: Sequence[_Row], problems: Sequence[str], odd: Sequence[str]) -> None:
@@ -223,11 +215,7 @@ def check_machine(*, json: Path | None) -> int:
 def _machine() -> Iterator[tuple[str, Any]]:
     yield "system", f"{platform.platform()}, Python {platform.python_version()}"
     yield "re2tal", re2tal.__version__
-    for name in PACKAGES:
-        try:
-            yield name, metadata.version(name)
-        except metadata.PackageNotFoundError:
-            yield name, "not installed"
+    yield from ((name, installed_version(name)) for name in PACKAGES)
     memory = "" if (size := memory_bytes()) is None else f", {size / 2**30:.1f} GiB memory"
     yield "processor", f"{num_cores()} cores for this process{memory}"
     yield "devices", "; ".join(_devices()) or "none: training runs on the processor"
@@ -235,6 +223,7 @@ def _machine() -> Iterator[tuple[str, Any]]:
     shared = Path("/dev/shm")
     if shared.is_dir():
         usage = shutil.disk_usage(shared)
+        # Batches go from workers to the training through shared memory; Docker gives 64 MB.
         remark = "; loader workers need more: docker run --shm-size=8g" if usage.free < 2**30 else ""
         yield "/dev/shm", f"{usage.free / 2**30:.2f} of {usage.total / 2**30:.2f} GiB free{remark}"
     if (limits := open_files()) is not None:
@@ -255,6 +244,7 @@ def _deepspeed_operations() -> str:
         done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     except subprocess.TimeoutExpired:
         return "its report did not end in 120 s"
+    # The report is coloured for terminals.
     operations = _OPERATION.findall(_COLOUR.sub("", done.stdout))
     able = [f"{name} (built)" if built == "YES" else name for name, built, fits in operations if fits == "OKAY"]
     return f"{len(able)} of {len(operations)} can be built here: {', '.join(able)}"

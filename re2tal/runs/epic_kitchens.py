@@ -16,6 +16,7 @@ from re2tal.runs.evaluation import ScoringOptions
 from re2tal.strict_json import write_json
 from re2tal.structures import Action, VideoRecord
 
+# The challenge's own format and version.
 SUBMISSION = {"version": "0.2", "challenge": "action_detection", "sls_pt": -1, "sls_tl": -1, "sls_td": -1}
 """Head of a file. The three levels of supervision are the submitter's to fill in."""
 NUM_VERBS, NUM_NOUNS = 97, 300
@@ -30,6 +31,7 @@ def write_submission(verbs: Results, nouns: Results, out: Path, *, min_tiou: flo
     both = (verbs, "verb", NUM_VERBS), (nouns, "noun", NUM_NOUNS)
     numbers = [[_number(label, kind, count) for label in results.classes] for results, kind, count in both]
     submitted = {}
+    # A video of one file alone can have no pair.
     for video_id in verbs.predictions.keys() & nouns.predictions.keys():
         one, other = verbs.predictions[video_id], nouns.predictions[video_id]
         found = pair_verbs_with_nouns(one, other, min_tiou=min_tiou, most=max_per_video)
@@ -60,6 +62,7 @@ def evaluate_submission(predictions: Path, table: Path, options: ScoringOptions)
     kept = ScoringOptions(
         dataset=options.dataset, tiou_thresholds=options.tiou_thresholds, blocked_videos=options.blocked_videos
     )
+    # thumos14 is what the option says by itself, and stands for nothing having been said.
     if options != kept or options.dataset not in ("thumos14", "epic-kitchens"):
         raise ValueError(
             f"{table} is scored by EPIC-Kitchens' own rules, with --tiou-thresholds and --blocked-videos at most; "
@@ -73,6 +76,7 @@ def evaluate_submission(predictions: Path, table: Path, options: ScoringOptions)
         blocked_videos=read_video_ids(options.blocked_videos) if options.blocked_videos else (),
     )
     try:
+        # Videos are the same in all three tasks; verbs and actions come from one row, so that one of them tells enough.
         report.tasks["verb"].coverage.check()
     except ValueError as error:
         raise ValueError(f"{predictions} and {table} do not match: {error}") from None
@@ -84,17 +88,20 @@ def read_table(path: Path) -> list[VideoRecord]:
     if not path.is_file():
         raise FileNotFoundError(f"{path} is not a file; check the path")
     by_video: dict[str, list[Action]] = {}
+    # Spreadsheets put a byte order mark before the first column's name.
     with path.open(encoding="utf-8-sig", newline="") as file:
         rows = csv.DictReader(file)
         if missing := [name for name in COLUMNS if name not in (rows.fieldnames or ())]:
             raise ValueError(
                 f"{path} has no column {missing[0]!r}; give EPIC_100_validation.csv, or annotations as JSON"
             )
+        # The header is line 1.
         for number, row in enumerate(rows, start=2):
             start, end, verb, noun = _values(row, f"{path}, line {number}")
             by_video.setdefault(row["video_id"], []).append(Action(start, end, f"{verb},{noun}"))
     subset = subset_in_name(path) or path.stem
     return [
+        # The table has no lengths; the last action's end stands in, as in read_ground_truth.
         VideoRecord(video_id, subset, max(one.end_seconds for one in actions), tuple(actions))
         for video_id, actions in by_video.items()
     ]

@@ -137,9 +137,11 @@ def evaluate(predictions: Path | str, annotations: Path | str, options: ScoringO
     results = read_results(Path(predictions))
     matches = match_results(results, truths, options, files=(predictions, annotations))
     precision = mean_average_precision(matches)
+    # After the first, whose errors are the ones to see first.
     seeds = [match_results(read_results(path), truths, options, files=(path, annotations)) for path in options.seeds]
     classes = results.classes
     if options.class_agnostic:
+        # Matches have done it for themselves; recall and errors take what is here.
         truths, classes = as_one_class(truths), (ANY_CLASS,) * len(classes)
     scored = results.predictions, truths
     shared: dict[str, Any] = {"classes": classes, "blocked_videos": blocked_by(options)}
@@ -151,6 +153,7 @@ def evaluate(predictions: Path | str, annotations: Path | str, options: ScoringO
     if options.top_kx:
         top_kx = top_kx_recall(*scored, tiou_thresholds=thresholds, top_k=options.top_kx, **by_rules)
     if options.errors:
+        # DETAD has two sets of bins for lengths; these data sets have videos and actions like ActivityNet's.
         sizes_of: Literal["activitynet", "thumos14"] = (
             "activitynet" if options.dataset in ("activitynet", "hacs", "fineaction") else "thumos14"
         )
@@ -215,6 +218,7 @@ def _check_match(coverage: Coverage, predictions: Path | str, annotations: Path 
         coverage.check()
     except ValueError as error:
         subsets = read_subsets(Path(annotations)) if Path(annotations).is_file() else {}
+        # The commonest mistake: results of one subset, scored against another.
         elsewhere = Counter(subsets[one] for one in coverage.unknown_videos if one in subsets)
         hint = "".join(f"; {number} of these videos are in subset {name!r}" for name, number in elsewhere.items())
         raise ValueError(f"{predictions} and {annotations} do not match: {error}{hint}") from None

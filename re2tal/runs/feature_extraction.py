@@ -33,9 +33,10 @@ from re2tal.data.streaming.stream import ClipConfig
 from re2tal.data.streaming.windows import ResizeWhole, Slide, Trimmed, Windowing
 from re2tal.extraction import Extractor, weights_sha256
 from re2tal.progress import counted
+from re2tal.runs.devices import default_device
 from re2tal.runs.folder import CONFIG_NAME
 from re2tal.runs.shard_building import parse_part
-from re2tal.runs.trained import default_device, load_detector
+from re2tal.runs.trained import load_detector
 from re2tal.structures import VideoRecord
 from re2tal.training.config import DTYPES, WeightType
 from re2tal.training.generators import seed_generators
@@ -94,13 +95,15 @@ class Extract:
 
 def extract(options: Extract) -> list[BuiltSubset]:
     """Extract the features of each folder of shards; what was written, in their order."""
-    _check(options)
+    _refuse_wrong_options(options)
     part_index, num_parts = parse_part(options.part)
     config = None if options.run is None else load_config(options.run / CONFIG_NAME)
     if NAME in (options.backbone.name, config and config.backbone.name):
         raise ValueError(f"the backbone is {NAME!r}, which is no network; name one, or the run of one")
+    # All folders are opened before the first is worked on, which takes hours.
     folders = [(shards, clip_config(options, config, shards)) for shards in map(open_shards, options.shards)]
     backbone, settings, weights = _backbone(options, config)
+    # Before it is narrowed: the same weights have one name, whatever they compute in.
     sha256 = weights_sha256(backbone)
     backbone = backbone.to(torch.device(options.device or default_device()), DTYPES[options.precision])
     written = []
@@ -148,6 +151,7 @@ def _windowing(options: Extract, trained: Windowing | None, shards: ShardSet) ->
             raise ValueError(f"whole = {options.whole} excludes window_frames and fps; give one or the other")
         return ResizeWhole(num_frames=options.whole)
     match trained, shards.manifest.encoding.sampling:
+        # As trained, unless windows are asked for: a window of such a model is a whole video.
         case ResizeWhole(), _ if not slides:
             return trained
         case None, FramesPerVideo(num_frames) if not slides:
@@ -167,7 +171,7 @@ def _windowing(options: Extract, trained: Windowing | None, shards: ShardSet) ->
     return Slide(options.window_frames or num_frames, frames_per_second=rate, overlap=options.overlap)
 
 
-def _check(options: Extract) -> None:
+def _refuse_wrong_options(options: Extract) -> None:
     if not options.shards:
         raise ValueError("no folder of shards was named; give those that `re2tal shards build` wrote")
     for name in ("window_frames", "whole", "size", "batch_size"):
@@ -200,6 +204,7 @@ def grid_of(clips: ClipConfig, frames_per_step: int) -> FeatureGrid:
 
 def shards_like(shards: ShardSet) -> list[FeatureShard]:
     """The same videos in shards of the same names."""
+    # Videos stand in the order of their shards.
     by_name = groupby(shards.videos, key=lambda video: video.shard)
     return [FeatureShard(name, tuple(video.record for video in videos)) for name, videos in by_name]
 

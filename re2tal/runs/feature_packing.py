@@ -104,10 +104,12 @@ def pack(options: Pack) -> int:
         name: [one for one in annotations.subset(name) if one.video_id not in spec.blocked | blocked]
         for name in subsets
     }
+    # Told for all subsets before the first is packed.
     if empty := [name for name in subsets if not records[name]]:
         raise ValueError(f"every video of subset {empty[0]!r} is blocked; nothing is left to pack")
     packed = [record for name in subsets for record in records[name]]
     chosen = files.find([record.video_id for record in packed])
+    # A file that cannot be read is there too: its video is left out with that reason, and not called absent.
     there = chosen.found.keys() | chosen.faults.keys()
     if absent := [name for name in subsets if not any(record.video_id in there for record in records[name])]:
         raise ValueError(f"no video of subset {absent[0]!r} has features in {options.features}; choose with --subsets")
@@ -140,6 +142,7 @@ def _files(options: Pack, spec: DatasetSpec) -> FeatureFiles:
     after = options.suffix or ""
     form = next((one for one in FEATURE_SUFFIXES if after.lower().endswith(one)), None)
     before, after = ((options.prefix or ""), after[: -len(form)] if form else after)
+    # Braces in a prefix or suffix are meant as they are.
     name = "{id}".join(part.replace("{", "{{").replace("}", "}}") for part in (before, after))
     return FeatureFiles(options.features, (name,), list_files(options.features, suffix=form))
 
@@ -162,6 +165,7 @@ def _annotations(options: Pack, spec: DatasetSpec, files: FeatureFiles, timing: 
 def _duration_of(options: Pack, files: FeatureFiles, timing: Strided | Resized) -> Callable[[str], float]:
     """The seconds of a video, from its number of steps."""
 
+    # Once for all videos, and only where an annotation has no duration: it opens files.
     @cache
     def known() -> tuple[Mapping[str, FeatureFile], Layout]:
         found = files.find(list(read_keys(options.annotations))).found
@@ -196,6 +200,7 @@ def _layout(shapes: Mapping[str, tuple[int, int]], records: Sequence[VideoRecord
 def _timing(options: Pack) -> Strided | Resized:
     """How the steps of a file lie in time."""
     strided = (options.stride_frames, options.window_frames, options.fps)
+    # The comparison refuses NaN too.
     for name in ("stride_frames", "window_frames", "fps", "resized", "videos_per_shard"):
         if (value := getattr(options, name)) is not None and not 0 < value < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')} is {value}; give a positive number")

@@ -48,6 +48,7 @@ def detect_in_files(
     progress = progress or Progress(0, shown=False)
     sizes = weights_of(names)
     before = 0  # of the files that are done
+    # Each file begins anew at Opened and Closed; here for the type checker.
     duration, windows, waiting = 0.0, Windows(), list[LiveClip]()
     for event in watch(names, look.config.data.clips, max_damaged=look.max_damaged):
         match event:
@@ -60,11 +61,13 @@ def detect_in_files(
                 if len(waiting) == look.batch_size:
                     windows |= look.at(waiting)
                     waiting = []
+                # By what has been seen of this file, as its windows may be few and long.
                 end = clip.timeline.to_seconds(clip.mask.sum().item())
                 progress.to(before + sizes[path] * end / duration, names[path])
             case Closed(path, reason):
                 before += sizes[path]
                 if reason is None:
+                    # A smaller batch: what is found in a file does not wait for the next one.
                     windows |= look.at(waiting) if waiting else {}
                     yield _merged(look, path, names[path], duration, windows)
                 else:
@@ -84,6 +87,7 @@ def weights_of(files: Iterable[Source]) -> dict[Source, int]:
 
 def _merged(look: Look, path: Source, name: str, duration_seconds: float, windows: Windows) -> FoundInVideo | Rejection:
     try:
+        # One video's windows, so that one video comes out.
         (found,) = merge_windows(windows, suppression=look.config.suppression).values()
     except ValueError as error:  # numbers that are not finite
         return Rejection(name, str(error).removeprefix(f"video {str(path)!r}: "))

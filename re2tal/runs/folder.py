@@ -44,6 +44,7 @@ def claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
 
     def make() -> None:
         if overwrite:
+            # config.json stays: it is written anew right after. README.md may be somebody's own.
             for left in (CHECKPOINTS_NAME, TENSORBOARD_NAME, REPORT_NAME, BEST_NAME):
                 shutil.rmtree(folder / left, ignore_errors=True)
             for left in (

@@ -17,9 +17,9 @@ import torch
 from re2tal.config import RunConfig, save_config
 from re2tal.planning.free_memory import free_memory
 from re2tal.runs.deepspeed_presets import DEFAULT_PRESET, find_preset
+from re2tal.runs.devices import default_device
 from re2tal.runs.initialisation_facts import DataFacts, look_at
 from re2tal.runs.initialisation_settings import Proposal, Start, choose, largest_batches
-from re2tal.runs.trained import default_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +54,7 @@ def initialise(options: Initialisation) -> Initialised:
     out = options.out
     if out.suffix != ".json":
         raise ValueError(f"--out is {out}; a configuration is a .json file, such as recipe.json")
+    # A configuration may have been edited by hand.
     if out.exists():
         raise ValueError(f"{out} is there already; choose another name, or remove it")
     data = look_at(options.videos, options.annotations)
@@ -71,6 +72,7 @@ def _batch(config: RunConfig, data: DataFacts, device: torch.device) -> tuple[Ru
     sizes = largest_batches(data.num_training)
     if config.backbone.weights is not None:
         sizes = [1]  # as the published recipes: clips are large
+    # The count follows DeepSpeed's, which is there on Linux only.
     if not sys.platform.startswith("linux") or find_spec("deepspeed") is None:
         chosen = replace(config, engine=replace(config.engine, batch_size=sizes[0]))
         why = "what a step needs is not known here, without DeepSpeed; where you train, re2tal plan --config shows it"
@@ -78,6 +80,7 @@ def _batch(config: RunConfig, data: DataFacts, device: torch.device) -> tuple[Ru
     from re2tal.planning.choice import plan_step  # imports DeepSpeed
 
     free = free_memory(device)
+    # From the largest down; the last is 1.
     for size in sizes:
         tried = replace(config, engine=replace(config.engine, batch_size=size))
         # Weights change no sizes, and are not read for the count.

@@ -6,15 +6,13 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
 
 import numpy as np
 
 from re2tal.data.building.annotations import Annotations, read_annotations
-from re2tal.data.building.isolated import Isolated
+from re2tal.data.building.isolated import IsolatedPool
 from re2tal.data.building.named_files import NamedFiles, videos_in
 from re2tal.data.building.probe import VideoProbe, probe_video
 from re2tal.machine import num_cores
@@ -24,7 +22,9 @@ SILENT_SECONDS = 60.0
 MOST_MEASURED = 200
 """Videos whose files are read; of more, so many, evenly spread."""
 FEW_ACTIONS = 10
+# Whole words: "upright" names no side.
 SIDES = re.compile(r"(?i)(?<![a-z])(left|right|clockwise|anticlockwise|counterclockwise|lefthand|righthand)(?![a-z])")
+# "TurnLeft" is two words.
 CAPITALS = re.compile(r"(?<=[a-z])(?=[A-Z])")
 
 
@@ -77,6 +77,7 @@ def look_at(videos: Path, annotations: Path) -> DataFacts:
         num_training=sum(one.video_id in there for one in training),
         action_seconds=np.sort(lengths),
         video_seconds=np.sort([one.duration_seconds for one in with_file]),
+        # The slowest sets the rate for all: frames that a video has not cannot be shown.
         least_fps=min(one.num_frames / float(one.duration_seconds) for one in probes),
         short_side=int(np.median([min(one.width, one.height) for one in probes])),
         sided=[name for name in read.classes if SIDES.search(CAPITALS.sub(" ", name).replace("_", " "))],
@@ -95,6 +96,7 @@ def _subset(path: Path, read: Annotations, name: str) -> tuple[VideoRecord, ...]
 
 
 def _spread(records: Sequence[VideoRecord]) -> list[VideoRecord]:
+    # Evenly over the list, as neighbours in it are often of one recording.
     chosen = np.linspace(0, len(records) - 1, min(len(records), MOST_MEASURED)).round().astype(int)
     return [records[index] for index in chosen]
 
@@ -104,27 +106,20 @@ class _Files:
 
     def __init__(self, files: NamedFiles[Path]) -> None:
         self._files = files
-        self._stack = ExitStack()
-        self._idle: SimpleQueue[Isolated] = SimpleQueue()
         self._num_workers = min(8, num_cores())
+        self._isolated = IsolatedPool(self._num_workers)
 
     def __enter__(self) -> _Files:
-        for _ in range(self._num_workers):
-            self._idle.put(self._stack.enter_context(Isolated()))
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._stack.close()
+        self._isolated.__exit__(*error)
 
     def __call__(self, video_id: str) -> VideoProbe:
         paths = self._files.of(video_id)
         if len(paths) != 1:
             raise ValueError(f"there are {len(paths)} files of video {video_id!r}, and one is needed")
-        isolated = self._idle.get()
-        try:
-            return isolated.call(SILENT_SECONDS, probe_video, paths[0])
-        finally:
-            self._idle.put(isolated)
+        return self._isolated.call(SILENT_SECONDS, probe_video, paths[0])
 
     def many(self, video_ids: Iterable[str]) -> tuple[list[VideoProbe], list[str]]:
         """What each file holds, and why those that cannot be used cannot."""

@@ -27,6 +27,7 @@ from re2tal.training.schedule import ScheduleConfig
 RATES = (4.0, 6.0, 8.0, 10.0, 12.0, 15.0, 20.0, 25.0, 30.0)
 LEAST_FRAMES, MOST_FRAMES = 32, 1024
 FRAMES_PER_STEP = 2
+# As the published recipes for ActivityNet.
 WHOLE_FRAMES = 768
 BATCH_SIZES = (4, 2, 1)
 LEAST_STEPS = 6
@@ -65,6 +66,8 @@ def choose(data: DataFacts, start: Start) -> Proposal:
     num_steps = frames // FRAMES_PER_STEP if isinstance(windowing, Slide) else frames // 4
     levels = _levels(num_steps)
     clips = replace(config.data.clips, windowing=windowing, flip=not data.sided)
+    # ActionFormer's ranges: each level takes actions about twice as long as the one before, the last one all longer
+    # ones.
     ranges = tuple((0 if level == 0 else 2.0 ** (level + 1), 2.0 ** (level + 2)) for level in range(levels))
     assert isinstance(config.localizer, ActionFormerConfig)
     localizer = replace(
@@ -91,12 +94,15 @@ def choose(data: DataFacts, start: Start) -> Proposal:
 
 def _windowing(data: DataFacts) -> tuple[Slide | ResizeWhole, str, str]:
     long, short = float(np.quantile(data.action_seconds, 0.95)), float(np.quantile(data.action_seconds, 0.1))
+    # 0.01: a rate measured over a whole file may come out a hair low, 14.999 for 15.
     slow = [rate for rate in RATES if rate <= data.least_fps + 0.01]
     if not slow:
         raise ValueError(f"a video has {data.least_fps:.2f} frames per second; at least {RATES[0]:g} are needed")
     wanted = max(8.0, 4 / short)
     rate = next((one for one in slow if one >= wanted), slow[-1])
+    # No longer than the longest video: a window beyond it would be padding.
     seconds = min(1.5 * long, float(data.video_seconds[-1]))
+    # A slower rate, rather than a window that cuts actions.
     fitting = [one for one in slow if one <= rate and one * seconds <= MOST_FRAMES]
     why_rate = f"a tenth of the actions last {short:.1f} s or less; the slowest video has {data.least_fps:.1f} a second"
     about = f"95 % of the {len(data.action_seconds)} training actions last at most {long:.1f} s"
@@ -104,6 +110,7 @@ def _windowing(data: DataFacts) -> tuple[Slide | ResizeWhole, str, str]:
         why = f"{about}, too long for a window of {MOST_FRAMES} frames: each video is seen as a whole"
         return ResizeWhole(num_frames=WHOLE_FRAMES), why, ""
     unit = 32 if fitting[-1] * seconds < 256 else 64
+    # Whole units, so that the grid can be halved once for each level.
     frames = min(MOST_FRAMES, max(LEAST_FRAMES, unit * math.ceil(fitting[-1] * seconds / unit)))
     why = f"{about}; a window shows at least one and a half times that: {frames / fitting[-1]:.1f} s"
     return Slide(num_frames=frames, frames_per_second=fitting[-1]), why, why_rate
@@ -139,6 +146,7 @@ def _started(start: Start, data: DataFacts) -> tuple[RunConfig, list[tuple[str, 
     base = thumos14_re2swin_tiny()
     name = start.backbone or "swin3d_tiny"
     is_ours = name.startswith(("swin3d", "slowfast"))
+    # Weights that were trained rewired decide how; plain ones are rewired as recipes do.
     wiring = trained_wiring(BackboneConfig(name=name, weights=start.weights))
     backbone = BackboneConfig(
         name=name,

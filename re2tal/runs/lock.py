@@ -40,6 +40,7 @@ def locked(folder: Path) -> Iterator[None]:
 class _Lock:
     def __init__(self, path: Path) -> None:
         self.path = path
+        # The start of the process too: numbers of processes are used again.
         self.owner = {"host": socket.gethostname(), "pid": os.getpid(), "place": _place(), "start": _start(os.getpid())}
         self.beats = 0
         self.released = threading.Event()
@@ -48,19 +49,24 @@ class _Lock:
     def take(self) -> None:
         draft = self._draft()
         try:
+            # Until it is ours, or a living owner is found: a stale lock is removed by one of several, and all try
+            # again.
             while True:
                 try:
+                    # Written first, then linked: whoever sees the lock can read who holds it.
                     _link(draft, self.path)
                     break
                 except FileExistsError:
                     self._remove_stale()
         finally:
+            # After a link it is a second name of the lock, which is not needed.
             draft.unlink()
         self.beating.start()
 
     def release(self) -> None:
         self.released.set()
         self.beating.join()
+        # Another process may have taken this one for dead, and have it by now.
         if self._is_ours(_read(self.path)):
             self.path.unlink(missing_ok=True)
 
@@ -79,6 +85,8 @@ class _Lock:
             )
         aside = self.path.with_name(f".{NAME}.stale.{self.owner['host']}.{os.getpid()}")
         with suppress(FileNotFoundError):  # another process was faster: the next look decides
+            # A rename succeeds for one process only; to remove it here could remove the lock of another that was
+            # faster.
             os.rename(self.path, aside)
             if _read(aside) != found:  # it took the lock between our look and our hand
                 with suppress(FileExistsError):
@@ -93,6 +101,7 @@ class _Lock:
                 )
 
     def _lives(self, owner: dict[str, Any]) -> bool:
+        # Only here can the process table tell; elsewhere the same number may be any process.
         if owner.get("place") == self.owner["place"] and self.owner["start"] is not None:
             return owner.get("start") is not None and _start(owner.get("pid")) == owner["start"]
         print(
@@ -101,6 +110,7 @@ class _Lock:
             file=sys.stderr,
             flush=True,
         )
+        # Several beats: a busy network disk may show an old one for some seconds.
         for _ in range(SILENT_BEATS):
             time.sleep(BEAT_SECONDS)
             if _read(self.path) != owner:
@@ -117,12 +127,14 @@ class _Lock:
                     file=sys.stderr,
                     flush=True,
                 )
+                # Not an exception, which the main thread would see only after its next checkpoint.
                 os._exit(1)
             self.beats += 1
             with suppress(OSError):  # a disk that is full or away: others may take the run for dead, as they should
                 os.replace(self._draft(), self.path)
 
     def _is_ours(self, found: dict[str, Any] | None) -> bool:
+        # But for the beats, which go on.
         return found is not None and {**found, "beats": 0} == {**self.owner, "beats": 0}
 
 
@@ -130,6 +142,7 @@ def _link(draft: Path, path: Path) -> None:
     """The draft's content under the name of the lock. FileExistsError where there is one already: unlike a rename."""
     try:
         os.link(draft, path)
+    # It is an OSError too, and the one that must not be taken for a disk without links.
     except FileExistsError:
         raise
     except OSError:  # a disk without hard links
@@ -161,5 +174,7 @@ def _start(pid: Any) -> int | None:
         status = Path(f"/proc/{int(pid)}/stat").read_text("utf-8", errors="replace")
     except (OSError, ValueError, TypeError, OverflowError):
         return None
+    # Behind the last bracket: a program's name may have brackets and spaces in it.
     state, *fields = status.rpartition(")")[2].split()
+    # A zombie has ended, and only waits for its parent.
     return None if state in "ZX" else int(fields[18])

@@ -64,13 +64,16 @@ def merge_results(paths: Sequence[Path], out: Path, options: MergeOptions = AS_U
         raise ValueError(f"{len(paths)} results and {len(weights)} weights were given; give a weight for each, or none")
     if not all(0 < weight < 1e6 for weight in weights):
         raise ValueError(f"weights are {weights}; give positive numbers")
+    # Resolved, so that a link does not count as another file.
     if repeated := [path for path, times in Counter(path.resolve() for path in (*paths, out)).items() if times > 1]:
         raise ValueError(f"{repeated[0]} is given twice; give different files, and another one to write")
     files = [read_results(path) for path in paths]
+    # For all files before anything is merged.
     best = [_best_score(results, path) for results, path in zip(files, paths, strict=True)]
     if options.verb_noun_tiou is not None:
         return _as_submission(files, paths, out, options)
     found, classes, notes = _together(files, paths, weights)
+    # One file alone is suppressed already; soft-NMS a second time would lower its scores again.
     if len(files) > 1:
         notes += _unlike_scores([weight * score for weight, score in zip(weights, best, strict=True)], paths)
         found = {video_id: _suppressed(one, video_id, options.suppression) for video_id, one in found.items()}
@@ -99,6 +102,7 @@ def _best_score(results: Results, path: Path) -> float:
 
 def _unlike_scores(best: Sequence[float], paths: Sequence[Path]) -> list[str]:
     """A note if some files have probabilities, and others more: percentages, say."""
+    # All alike, whichever kind they are: nothing weighs more than it should.
     if max(best) <= 1 or min(best) > 1:
         return []
     highest = ", ".join(f"{path} {score:.4g}" for path, score in zip(paths, best, strict=True))
@@ -140,6 +144,7 @@ def _together(
     parts: dict[str, list[Detections]] = {}
     seen: list[set[str]] = []
     for results, weight in zip(files, weights, strict=True):
+        # Against all files before it, so that a video has the id of the first that names it.
         renamed = match_ids(results.predictions, parts) if parts else {}
         labels = torch.tensor([index.setdefault(name, len(index)) for name in results.classes], dtype=torch.int64)
         ours = {renamed.get(video_id, video_id): one for video_id, one in results.predictions.items()}

@@ -44,7 +44,9 @@ LAYOUT = 1
 def facts(config: RunConfig | RecognitionConfig, classes: Sequence[str]) -> dict[str, Any]:
     """The content of model.json."""
     clips = to_json(config)["data"]["clips"]
+    # Only what matters to a user of the model: how windows were drawn in training does not.
     windowing = {name: clips["windowing"][name] for name in WINDOWING if name in clips["windowing"]}
+    # Left out at 1, so that files of before this option still agree.
     if (stride := clips["windowing"].get("frame_stride", 1)) > 1:
         windowing["frame_stride"] = stride
     taken = {"windowing": type(config.data.clips.windowing).__name__, **windowing}
@@ -73,6 +75,7 @@ def read_card(folder: Path) -> str | None:
 
 def is_card(path: Path) -> bool:
     """Whether a file is a model card that we wrote."""
+    # In the front matter alone: a README may quote a card further down.
     return path.is_file() and MARK in path.read_text(encoding="utf-8", errors="replace").partition("\n---")[0]
 
 
@@ -97,6 +100,7 @@ def check_facts(folder: Path, config: RunConfig | RecognitionConfig, classes: Se
         return
     document, expected = read_json(folder / FACTS_NAME), facts(config, classes)
     for name, other in (("classes", MODEL_NAME), ("preprocessing", CONFIG_NAME)):
+        # Through JSON, which turns tuples into lists, as in the file.
         if not _agrees(document.get(name), json.loads(json.dumps(expected[name]))):
             raise ValueError(
                 f"{folder / FACTS_NAME} and {other} do not agree on the {name}: one of them was changed, or comes from "
@@ -124,12 +128,14 @@ def save_model(
     """Write a model folder that names no place of this machine. ValueError for the folder of a training run."""
     if (folder / METRICS_NAME).exists() or (folder / CHECKPOINTS_NAME).exists():
         raise ValueError(f"{folder} is the folder of a training run, which holds its model already; name another one")
+    # Somebody's own README is not overwritten; nor would the model be without its card.
     if (folder / CARD_NAME).exists() and not is_card(folder / CARD_NAME):
         raise ValueError(f"{folder / CARD_NAME} is there already, and is no model card; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_model(folder / MODEL_NAME, weights, classes=classes, wiring=wiring, features=features)
     save_config(folder / CONFIG_NAME, config)
     document = read_json(folder / CONFIG_NAME)
+    # save_config made the path absolute, which names this machine.
     document["data"]["shards"] = SHARDS
     write_atomically(folder / CONFIG_NAME, json.dumps(document, indent=2, allow_nan=False) + "\n")
     describe(folder, config, classes, card=card)

@@ -103,6 +103,7 @@ def _classes(classes: Sequence[str]) -> str:
 
 
 def _plain(name: str) -> str:
+    # A backtick would end the code that the name stands in, a line break the list.
     return "".join(one if one.isprintable() and one != "`" else "?" for one in name)
 
 
@@ -129,6 +130,7 @@ def _input(config: RunConfig | RecognitionConfig) -> str:
 
 
 def _results(origin: Origin) -> list[EvalResult] | None:
+    # The hub's tables take no figure without a data set.
     if origin.measured is None or origin.dataset is None:
         return None
     measured = origin.measured

@@ -22,9 +22,11 @@ def find_model(name: Path | str, *, revision: str | None = None) -> Path:
     Only the four files of a model are fetched. ValueError where the hub has no such model, or cannot be reached.
     """
     path, text = Path(name), Path(name).as_posix()
+    # A name that looks like a path here is never asked of the hub.
     if path.exists() or not NAME.fullmatch(text) or path.parent.exists():
         return path
     try:
+        # Only the four files, none of which can hold code.
         folder = Path(huggingface_hub.snapshot_download(text, revision=revision, allow_patterns=list(FILES)))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         kind = "is not on the hub, or is private" if isinstance(error, RepositoryNotFoundError) else "cannot be fetched"
@@ -60,4 +62,5 @@ def push_folder(
 
 
 def _first_line(error: Exception) -> str:
+    # The hub's errors are pages of text with addresses of requests in them.
     return (str(error).strip() or type(error).__name__).splitlines()[0]

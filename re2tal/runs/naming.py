@@ -18,5 +18,6 @@ def read_namer(path: Path | None, config: RunConfig, *, top_k: int, fusion: Fusi
             "classes of their own; leave the file out, or give the run folder of a class-agnostic detector"
         )
     namer = read_video_classes(path, fusion=fusion)
+    # Of no video yet: what can be said before the videos are known.
     namer.check((), top_k=top_k)
     return namer

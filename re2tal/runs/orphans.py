@@ -28,6 +28,7 @@ SHELLS = ("bash", "sh", "dash", "zsh", "fish", "ksh", "tcsh", "screen", "tmux")
 
 def end_with_the_launcher() -> None:
     """To be called inside `stop_requests`; does nothing in a process that a shell, or nobody, launched."""
+    # Init (1) is the parent of what was started by nobody, or whose parent has gone already.
     parent = os.getppid()
     if not ({"RANK", "SLURM_PROCID"} & os.environ.keys()) or parent <= 1 or _name(parent).startswith(SHELLS):
         return
@@ -35,6 +36,7 @@ def end_with_the_launcher() -> None:
     watched = {os.getpid(): parent}
     if "deepspeed.launcher.launch" in _command(parent) and (runner := _parent(parent)) is not None and runner > 1:
         watched[parent] = runner
+    # The system itself tells this process, at once; what is not a child of ours is looked at every half second.
     told = sys.platform == "linux" and ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, PARENT_IS_GONE) == 0
     threading.Thread(target=_watch, args=(watched, os.getpid() if told else None), daemon=True).start()
 
@@ -55,6 +57,7 @@ def _watch(watched: dict[int, int], told_of: int | None) -> None:
         file=sys.stderr,
         flush=True,
     )
+    # The signal came, or comes, by itself.
     if told_of not in lost:
         ask_to_stop()
 

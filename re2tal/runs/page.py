@@ -85,6 +85,7 @@ def _drawn(results: Results, truths: Sequence[VideoRecord]) -> list[_Drawn]:
         _Drawn(record, predicted.get(record.video_id, record.video_id), record.video_id in predicted, True)
         for record in truths
     ]
+    # Stable: each half stays in the order of the annotations.
     known.sort(key=lambda one: not one.is_predicted)
     strangers = predicted.keys() - {record.video_id for record in truths}
     return known + [_Drawn(_as_record(one, results), one, True, False) for one in predicted if one in strangers]
@@ -110,12 +111,14 @@ def _timelines(results: Results, videos: Sequence[_Drawn]) -> dict[str, Picture]
     for number, one in enumerate(videos):
         found = results.of(one.predicted_id)
         figure = draw_timeline(one.record, found, classes=results.classes, has_truth=one.has_truth)
+        # Numbers before the names keep those apart that become equal.
         name = re.sub(r"[^A-Za-z0-9_-]", "_", one.record.video_id)[:80]
         pictures[f"{number:04d}_{name}.png"] = Picture(one.record.video_id, to_png(figure))
     return pictures
 
 
 def _write_pictures(folder: Path, curves: Picture, timelines: Mapping[str, Picture]) -> None:
+    # Pictures of an earlier page would lie beside those of this one.
     shutil.rmtree(folder / "timelines", ignore_errors=True)
     (folder / "timelines").mkdir(parents=True)
     (folder / "curves.png").write_bytes(curves.png)

@@ -44,7 +44,9 @@ def write_page(path: Path, *, recipes: Sequence[str] = CHOSEN, lengths: Sequence
     The page is written after each row: where somebody stops it, rows that were not reached stay as they were.
     """
     tables = [_recipes(recipes), _lengths(lengths)]
-    rows = {_first_cell(line): line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("|")}
+    # The rows as they are: where planning is stopped, they stay.
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    rows = {line.split("|")[1].strip(): line for line in lines}
 
     def write() -> None:
         lines = [""]
@@ -60,10 +62,6 @@ def write_page(path: Path, *, recipes: Sequence[str] = CHOSEN, lengths: Sequence
             write()
 
 
-def _first_cell(row: str) -> str:
-    return row.split("|")[1].strip()
-
-
 def _recipes(names: Sequence[str]) -> Table:
     makers: dict[str, Callable[[], list[str]]] = {}
     for name in names:
@@ -75,6 +73,7 @@ def _recipes(names: Sequence[str]) -> Table:
 
 def _in_all_forms(run: AnyRun) -> list[str]:
     clips = run.data.clips
+    # 20 classes, as THUMOS-14 has: their number hardly changes the memory.
     cells = [" / ".join(_on_ranks(in_form(run, form), PRESET, 20, CPU)) for form in FORMS]
     return [f"{clips.windowing.num_frames} x {clips.size} x {clips.size}", *cells]
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from re2tal.distributed import World, resolve_world
-from re2tal.runs.trained import default_device
+from re2tal.runs.devices import default_device
 
 LONGEST_WAIT = timedelta(days=30)
 """The others wait for the rank with the longest videos."""
@@ -21,10 +21,13 @@ LONGEST_WAIT = timedelta(days=30)
 def joined_ranks() -> Iterator[World]:
     """Every rank enters this, as torchrun, deepspeed or srun started it; alone where nothing did."""
     world = resolve_world(os.environ)
+    # A caller that has joined the ranks keeps its group.
     if world.world_size == 1 or dist.is_initialized():
         yield world
         return
+    # PyTorch's rendezvous reads these, and srun sets others.
     world.export()
+    # gloo, as these ranks only exchange what they found, and may have no accelerator.
     dist.init_process_group("gloo", timeout=LONGEST_WAIT)
     try:
         yield world

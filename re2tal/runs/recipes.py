@@ -6,14 +6,13 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-import torch
-
 from re2tal.config import RecognitionConfig, RunConfig
 from re2tal.data.streaming.windows import ResizeWhole, Slide, Trimmed
 from re2tal.planning.choice import plan_step
 from re2tal.recipes import RECIPES, find_recipe
 from re2tal.recipes.about import About, about
 from re2tal.runs.deepspeed_presets import DEFAULT_PRESET, find_preset
+from re2tal.runs.devices import default_device
 from re2tal.strict_json import write_atomically
 from re2tal.tables import text_table
 
@@ -100,7 +99,7 @@ def _lines(name: str, run: RunConfig | RecognitionConfig, told: About) -> Iterat
 
 
 def _planned(run: RunConfig | RecognitionConfig, told: About) -> str:
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = default_device()
     settings = find_preset(DEFAULT_PRESET)
     planned = plan_step(run, settings, world_size=told.ranks, num_classes=20, device=device)
     return f"{planned.memory.peak / 2**30:.2f} GiB a rank, planned for {told.ranks} on {device.type}"

@@ -10,8 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from re2tal.backbones import BackboneConfig
 from re2tal.config import RunConfig, load_config
 from re2tal.data.contract.shards import open_shards, subset_folder
@@ -23,6 +21,7 @@ from re2tal.recipes import find_recipe
 from re2tal.runs.datasets import compare_with_facts
 from re2tal.runs.deepspeed_presets import DEFAULT_PRESET, find_preset
 from re2tal.runs.detection import DetectionOptions, detect
+from re2tal.runs.devices import default_device
 from re2tal.runs.evaluation import Evaluated, ScoringOptions, evaluate
 from re2tal.runs.exit_status import INTERRUPTED, SOME_LEFT_OUT
 from re2tal.runs.folder import CONFIG_NAME, RESULTS_NAME
@@ -45,21 +44,35 @@ BLOCKED_NAME, NAMED_RESULTS_NAME = "blocked.json", "named_results.json"
 
 @dataclass(frozen=True, slots=True)
 class Reproduction:
-    """What to reproduce, from which files; `re2tal reproduce --help` explains each."""
+    """What to reproduce, from which files."""
 
     dataset: Target
+    """thumos14 or activitynet"""
     annotations: Path
+    """the annotation JSON that the shards were built from"""
     shards: Path
+    """what `re2tal shards build --dataset DATASET` wrote: folders training and validation"""
     weights: Path | None = None
+    """the pretrained backbone; its checksum is printed, and compared with the digits in its name"""
     backbone: BackboneFamily = "slowfast"
+    """slowfast is SlowFast-101, with the paper's best scores; swin is Video Swin-T"""
     video_classes: Path | None = None
+    """for activitynet, JSON of a classifier of whole videos, {"results": {ID: [K scores]}, "class": [K names]}, which
+    names what is found"""
     blocked: Path | None = None
+    """video ids to leave out, beside those that the catalog names: a JSON list, or one per line"""
     ds: str = DEFAULT_PRESET
+    """ZeRO stage: a preset, such as zero2, or the path of a DeepSpeed file"""
     out: Path | None = None
+    """run folder; runs/reproduce_DATASET_BACKBONE by default"""
     dry_run: bool = False
+    """check all, print memory and hours, and train nothing"""
     tiny: bool = False
+    """rehearse with a nano network for one epoch, on any machine"""
     resume: bool = False
+    """continue from the newest checkpoint in the run folder"""
     overwrite: bool = False
+    """remove what an earlier run left in the run folder"""
 
     @property
     def folder(self) -> Path:
@@ -80,18 +93,21 @@ def reproduce(asked: Reproduction) -> int:
         _refuse_another_course(asked.folder, config)
     if not asked.dry_run:
         _refuse_what_cannot_be_compared(asked, published, machine)
+    # Everything is looked at before the first step, and all that is wrong is told at once.
     card.add("machine", machine)
     card.add("data", check_data(asked.dataset, asked.annotations, asked.shards, asked.blocked))
     classes = open_shards(subset_folder(asked.shards, config.data.training_subset)).classes
     card.add("weights", Checked({"file": None}) if asked.tiny else check_weights(asked.weights, config, classes))
     if published.needs_video_classes:
         card.add("video classes", check_video_classes(asked.video_classes, asked.shards))
+    # Every rank plans: the count needs no other rank.
     card.add("plan", Checked(_planned(config, asked, world, num_classes=len(classes))))
     if world.is_main:
         print(card, flush=True)
     status = 0
     if not asked.dry_run:
         status = _train_and_compare(asked, config, card, world)
+    # An interrupted run has no card yet: it is resumed.
     if world.is_main and status != INTERRUPTED:
         card.write(asked.folder)
         print(f"{asked.folder / 'card.md'} and card.json say all of this")
@@ -144,6 +160,7 @@ def _configured(asked: Reproduction, published: Published, world: World) -> RunC
         return tiny(run)
     run = replace(run, backbone=replace(run.backbone, weights=str(asked.weights) if asked.weights else None))
     batch = run.engine.batch_size
+    # Learning rates were made for that many clips a step.
     accumulation, rest = divmod(published.clips_per_step, batch * world.world_size)
     if rest or not accumulation:
         fitting = [n for n in range(1, published.clips_per_step + 1) if published.clips_per_step % (n * batch) == 0]
@@ -173,7 +190,7 @@ def tiny(run: RunConfig) -> RunConfig:
 
 
 def _planned(config: RunConfig, asked: Reproduction, world: World, *, num_classes: int) -> dict[str, Any]:
-    device = torch.accelerator.current_accelerator() or torch.device("cpu")
+    device = default_device()
     ds = find_preset(asked.ds)
     plan = plan_step(config, ds, world_size=world.world_size, num_classes=num_classes, device=device)
     return {
@@ -205,8 +222,10 @@ def _train_and_compare(asked: Reproduction, config: RunConfig, card: Card, world
 
 def _scored(asked: Reproduction, published: Published, results: Path) -> Evaluated:
     blocked = asked.folder / BLOCKED_NAME
+    # As a file, so that `re2tal evaluate --blocked-videos` gives the same score again.
     write_json(blocked, sorted(blocked_videos(asked.dataset, asked.blocked)))
     renamed = compare_with_facts(asked.dataset, asked.annotations).renamed
+    # The file may call it otherwise than recipes: THUMOS-14's "test" is what others call validation.
     subset = next((old for old, new in renamed.items() if new == "validation"), "validation")
     options = ScoringOptions(
         subset=subset,

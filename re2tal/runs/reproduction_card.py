@@ -9,12 +9,12 @@ import textwrap
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import re2tal
 from re2tal.evaluation.resampling import LEVEL
+from re2tal.machine import installed_version
 from re2tal.runs.evaluation import Evaluated
 from re2tal.runs.published import AVERAGE, Published, PublishedScore
 from re2tal.runs.reproduction_checks import Checked
@@ -95,8 +95,7 @@ class Card:
         return "\n".join(lines)
 
     def __str__(self) -> str:
-        lines = list(self._lines())
-        return "\n".join(lines)
+        return "\n".join(self._lines())
 
     def _lines(self) -> Iterator[str]:
         for name, facts in self.facts.items():
@@ -114,7 +113,11 @@ class Card:
         how = {
             "command": shlex.join(["re2tal", *sys.argv[1:]]),
             "date": time.strftime("%Y-%m-%d", time.gmtime()),
-            "versions": {"re2tal": re2tal.__version__, "python": platform.python_version(), **_versions()},
+            "versions": {
+                "re2tal": re2tal.__version__,
+                "python": platform.python_version(),
+                **{name: installed_version(name) for name in PACKAGES},
+            },
         }
         document = {
             **how,
@@ -134,13 +137,3 @@ class Card:
         if self.scored is not None:
             text += ["", "Scores, protocol opentad:", "", "```", str(self.scored), "```"]
         write_atomically(folder / "card.md", "\n".join(text) + "\n")
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "not installed"
-    return found

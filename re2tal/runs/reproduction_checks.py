@@ -24,8 +24,8 @@ from re2tal.evaluation.ground_truth import read_ground_truth
 from re2tal.evaluation.video_classes import read_video_classes
 from re2tal.runs.datasets import compare_with_facts
 from re2tal.runs.detection import DetectionOptions
+from re2tal.runs.devices import default_device
 from re2tal.runs.tasks import build_model
-from re2tal.runs.trained import default_device
 from re2tal.runs.training_data import stream_of
 from re2tal.strict_json import sha256_of
 from re2tal.structures import VideoRecord
@@ -72,6 +72,7 @@ def check_data(dataset: str, annotations: Path, shards: Path, blocked: Path | No
         wanted = {name: seconds for name, seconds in listed.get(subset, {}).items() if name not in left_out}
         seconds = sum(video.video_seconds for video in opened.videos)
         checked.facts[subset] = {"videos": len(opened.videos), "listed": len(wanted), "hours": round(seconds / 3600, 3)}
+        # Without a common video all that follows would be a list of all of them.
         if not wanted.keys() & {composed(video_id) for video_id in opened.by_id}:
             raise ValueError(
                 f"{shards} and {annotations} have no {subset} video in common; give the file they were built from"
@@ -130,6 +131,7 @@ def _compare_actions(opened: ShardSet, truths: Sequence[VideoRecord]) -> Iterato
     for truth in truths:
         if (record := there.get(composed(plain_id(truth.video_id)))) is not None:
             ours, theirs = (
+                # Tenths of a second: builds and files round times differently, and starts are clipped to the video.
                 Counter((one.label, round(max(one.start_seconds, 0.0), 1)) for one in actions)
                 for actions in (record.actions, truth.actions)
             )
@@ -210,7 +212,9 @@ def estimate_hours(config: RunConfig, shards: Path, world: World, *, on_cpu: boo
     batches = stream_of(config, opened, world, training=True).steps_per_epoch
     network = build_model(config, opened.classes).to(device, DTYPES[config.engine.precision])
     try:
+        # The first step also loads kernels, and is not counted; the fastest of the others had the fewest neighbours.
         seconds = min(islice(_step_seconds(network, config, device), 1, TIMED_STEPS))
+    # Said, and no error: with a plan (engine.memory_budget_gb) the same step may fit.
     except torch.OutOfMemoryError:
         return {"hours": None, "reason": "unknown: a step does not fit into this device's memory"}
     hours = seconds * batches * config.training.epochs / 3600

@@ -67,6 +67,7 @@ def rewire_and_count(
     plain = kept_bytes(backbone, num_frames=num_frames, size=rows_columns)
     # A family may prepare its blocks for being rewired, so the other figures are of a backbone built for that.
     backbone = build_backbone(config)
+    # Built rewired with the family's own wiring; from here on it is the one that was asked for.
     unrewire(backbone)
     report = rewire(backbone, config=wiring)
     check_same_network(backbone, example_of(backbone))
@@ -83,6 +84,8 @@ def _rewire_any(name: str, wiring: RewiringConfig, *, num_frames: int | None, si
     model = load_any_model(name)
     shape = example_shape(model, num_frames=num_frames, size=size)
     plain = kept_bytes_of(model, lambda: (torch.zeros(shape),))
+    # Noise and not zeros: with zeros different networks may give equal outputs.
+    # Seeded: the same model gives the same report.
     example = torch.randn(shape, generator=torch.Generator().manual_seed(0))
     report = rewire(model, config=wiring, example=(example,))
     rewired = kept_bytes_of(model, lambda: (torch.zeros(shape),))
@@ -108,4 +111,5 @@ def _millions(model: nn.Module) -> float:
 def _native_clip(backbone: VideoBackbone) -> tuple[int, tuple[int, int]]:
     if isinstance(backbone, ClipwiseBackbone):
         return backbone.encoder.clip_frames, backbone.encoder.size
+    # As Video Swin and SlowFast are published; they take other sizes too.
     return 32, (224, 224)

@@ -121,6 +121,7 @@ def for_each(subsets: Sequence[str], one: Callable[[str], int]) -> int:
             status = max(status, one(subset))
         except NothingUsableError as error:
             empty.append(f"{subset}: {error}")
+    # At the end: the other subsets are built whole all the same.
     if empty:
         raise ValueError("; ".join(empty))
     return status

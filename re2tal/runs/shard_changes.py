@@ -13,6 +13,7 @@ from re2tal.data.building.annotations import read_annotations
 from re2tal.data.building.catalog import DATASETS
 from re2tal.data.building.labels import read_class_list
 from re2tal.data.building.merge import merge_shards, merged_classes, same_pictures, skipped_videos
+from re2tal.data.building.stored_videos import subset_folders
 from re2tal.data.building.subset_names import rename_subsets
 from re2tal.data.contract.manifest import MANIFEST_NAME
 from re2tal.data.contract.shards import ShardSet, open_any, open_shards
@@ -39,6 +40,7 @@ def relabel(
     def measured(video_id: str) -> float:
         return seconds.get(composed(video_id), UNKNOWN_SECONDS)  # what is in no shard is left out for that
 
+    # A list that is given, else the data set's own order; else that of the file.
     names = read_class_list(classes) if classes else spec.classes if spec else None
     read = read_annotations(
         annotations, classes=names, invalid_segments=invalid_segments, duration_of=measured, fix_labels=fix_labels
@@ -77,6 +79,7 @@ def _report(change: Annotated, max_rejected: float) -> int:
         f"{len(change.rejected)} are left out"
     )
     describe([change.root])
+    # Of those that the file lists, in the shards or not.
     share = len(change.rejected) / (len(change.rejected) + len(change.entries))
     return TOO_MANY_REJECTED if share > max_rejected else 0
 
@@ -91,9 +94,11 @@ def merge(folders: Sequence[Path], *, out: Path) -> int:
     subsets: dict[str, list[ShardSet]] = {}
     for shards in opened:
         subsets.setdefault(shards.subset, []).append(shards)
+    # Before the first subset is merged.
     if taken := [str(out / name) for name in subsets if (out / name / MANIFEST_NAME).is_file()]:
         raise ValueError(f"{taken[0]} holds shards already; give another --out")
     print_some(same_pictures(opened), more="such videos")
+    # Without a reason it is the same video once more, which is no loss.
     twice = [f"{name!r} of {root}" for root, names in skipped.items() for name, why in names.items() if not why]
     print_some([f"not taken again: {one}" for one in twice], more="such videos")
 
@@ -108,10 +113,3 @@ def merge(folders: Sequence[Path], *, out: Path) -> int:
 
     status = for_each(list(subsets), one)
     return max(status, describe([out / name for name in subsets]))
-
-
-def subset_folders(folder: Path) -> list[Path]:
-    """A shard folder itself, or those that it holds, one per subset."""
-    if (folder / MANIFEST_NAME).is_file() or not folder.is_dir():
-        return [folder]
-    return [one for one in sorted(folder.iterdir()) if (one / MANIFEST_NAME).is_file()] or [folder]

@@ -39,6 +39,7 @@ def index(
         print(f"{annotations or tars}: {note}")
     matches = match_samples(listed, samples)
     if annotations:
+        # By identity: two tars may hold equal samples.
         taken = {id(sample) for sample in matches.found.values()}
         others = [f"no video of {annotations}: {one.tar.name} {one.key}" for one in samples if id(one) not in taken]
         print_some(others, more="samples")

@@ -90,5 +90,6 @@ def _on(config: Either, file: Path) -> Either:
 
     weights = config.backbone.weights
     if weights is None or weights_file(weights) is not None:
+        # A weights file of the backbone's own start would be read in vain, and may be gone; the start has its weights.
         weights = str(file)
     return replace(config, backbone=replace(config.backbone, weights=weights))

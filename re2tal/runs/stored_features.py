@@ -106,6 +106,7 @@ def describe(features: FeatureSet) -> dict[str, Any]:
         "the backbone's wiring": _wiring(spec),
         "window_frames": getattr(spec.origin, "window_frames", None),
     }
+    # As it comes back from a model file: tuples are lists there.
     return json.loads(json.dumps(described))
 
 

@@ -116,6 +116,7 @@ def _pictures(
     from re2tal.reporting.precision_recall import draw_precision_recall
     from re2tal.reporting.timelines import draw_timeline
 
+    # By id, so that every evaluation draws the same videos.
     shown = sorted(
         (one for one in records if one.actions and one.video_id in predictions), key=lambda one: one.video_id
     )

@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
-
 from re2tal.backbones import take_parts_of
 from re2tal.config import RecognitionConfig, RunConfig, build_detector, build_recognizer, load_config
 from re2tal.detector import TemporalActionDetector
@@ -75,11 +73,7 @@ def open_detector(folder: Path) -> Trained:
 
 def load_detector(run: Path, config: RunConfig) -> TemporalActionDetector:
     """The detector of a run folder with its trained weights, on the CPU."""
-    model = read_model(run / MODEL_NAME)
-    detector = build_detector(started(config), model.classes)
-    take_parts_of(detector.backbone, model.weights)
-    model.load_into(detector, classes=detector.localizer.classes)
-    return detector
+    return Trained(run, config, read_model(run / MODEL_NAME)).network()
 
 
 def load_recognizer(run: Path, config: RecognitionConfig) -> Recognizer:
@@ -104,10 +98,3 @@ def started(config: AnyRun) -> AnyRun:
 
         weights = None if weights_file(weights) else weights
     return replace(config, backbone=replace(config.backbone, weights=weights))
-
-
-def default_device() -> torch.device:
-    """The accelerator, if there is one."""
-    return (torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None) or torch.device(
-        "cpu"
-    )

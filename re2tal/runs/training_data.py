@@ -35,6 +35,7 @@ def open_both(config: AnyRun) -> Pair:
     data = config.data
     training = open_any(subset_folder(data.shards, data.training_subset))
     validation = open_any(subset_folder(data.shards, data.validation_subset))
+    # The order counts too: a label is its place in the list.
     if training.classes != validation.classes:
         raise ValueError(
             f"{training.root} has classes {list(training.classes)}, {validation.root} {list(validation.classes)}; "

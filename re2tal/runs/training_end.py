@@ -23,7 +23,7 @@ from re2tal.strict_json import write_json
 from re2tal.training.deepspeed_import import Engine
 from re2tal.training.engine_weights import gather_weights
 from re2tal.training.export import write_model
-from re2tal.training.interruption import Agreement
+from re2tal.training.interruption import StopVote
 from re2tal.training.metrics import peak_memory_gib
 from re2tal.training.trainer import Trainer
 from re2tal.training.watchdog import at
@@ -50,7 +50,7 @@ def finish(
     training: ShardSet | FeatureSet,
     evaluate: Callable[[Engine], Outcome],
     *,
-    ranks: Agreement,
+    ranks: StopVote,
     started: float,
     best: BestModel | None = None,
 ) -> TrainedRun:
@@ -63,6 +63,7 @@ def finish(
     with trainer.averaged_weights():
         outcome = evaluate(trainer.engine)
         ranks.check()
+        # Inside, where the model computes with the average: that is what was evaluated.
         weights = gather_weights(trainer.engine)
         if best is not None:
             best.offer(outcome, trainer.engine, step=trainer.progress.step)
@@ -91,6 +92,7 @@ def finish(
             summary["chosen"] = best.chosen(last=outcome.merit[1], steps_per_epoch=trainer.steps_per_epoch)
             note = summary["chosen"]["note"]
             trainer.log.say(note)
+        # Results first, the summary after them: `summary.json` tells that a run has ended.
         final.write(folder / RESULTS_NAME, note=note)
         write_json(folder / SUMMARY_NAME, final.summary | summary)
         describe_trained(folder, config, model.classes, summary=final.summary | summary, training=training)

@@ -38,7 +38,7 @@ from re2tal.training.agreement import versions
 from re2tal.training.checkpoint import CheckpointStore
 from re2tal.training.deepspeed_import import Engine
 from re2tal.training.elastic import same_clips_per_step
-from re2tal.training.interruption import Agreement, Interrupted
+from re2tal.training.interruption import Interrupted, StopVote
 from re2tal.training.process_group import join, leave
 from re2tal.training.signals import StopRequests, stop_requests
 from re2tal.training.trackers import check_trackers
@@ -96,7 +96,7 @@ def _train(
     """Interrupted on all ranks when one was told to stop. `cleanup` unwinds when this is over."""
     started = time.perf_counter()
     world, device = _join(config, folder, cleanup)
-    ranks = Agreement(requests, device)
+    ranks = StopVote(requests, device)
     _same_start(config, {"out": folder.absolute(), "resume": resume, "overwrite": overwrite})
     ranks.check()
     together(lambda: _engine_settings(ds, config, world))  # a fault of the file is said before data is opened
@@ -105,12 +105,14 @@ def _train(
     shards = training, validation = open_both(config)
     config = _fitted(config, training)
     build = partial(build_from, config, training.classes, find_start(config, training))
+    # Before anything is removed or written in the folder.
     made_by_main(lambda: cleanup.enter_context(locked(folder)))
     claim(folder, resume=resume, overwrite=overwrite)
     if resume:
         config = _on_these_ranks(config, folder, world)
     ds_file, settings = together(lambda: _engine_settings(ds, config, world))[world.rank]
     ranks.check()
+    # Before training: a fault in the validation data must not show after days.
     clips = stream_of(config, validation, world, training=False)
 
     def evaluate(engine: Engine) -> Outcome:

@@ -102,6 +102,7 @@ def _is_video(path: Path) -> bool:
 
 def _names(files: Sequence[F]) -> dict[F, str]:
     names = {path: path.stem for path in files}
+    # First with the suffix, then with all folders: names stay as short as they can be told apart.
     for longer in (lambda path: path.name, lambda path: path.as_posix()):
         given = Counter(names.values())
         names = {path: longer(path) if given[name] > 1 else name for path, name in names.items()}

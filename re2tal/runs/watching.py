@@ -29,6 +29,7 @@ T = TypeVar("T")
 
 SILENT_SECONDS = 120.0
 """a decoder that gives nothing for so long is stopped, and its video left out"""
+# As much as keeps a network busy; each clip of a large model is a hundred megabytes.
 CLIPS_AHEAD = 2
 
 
@@ -155,6 +156,7 @@ class Ahead(Generic[T]):
                 raise item.error
         finally:
             unwanted.set()
+            # The items are closed by their thread: a process must not be stopped by two.
             thread.join()
 
     def _work(self, queue: Queue[Any], unwanted: threading.Event) -> None:
@@ -163,6 +165,7 @@ class Ahead(Generic[T]):
             for item in self._items:
                 if not _put(queue, item, unwanted):
                     break
+        # Raised again where the items are taken: what a thread raises ends nothing.
         except BaseException as raised:
             error = raised
         finally:
@@ -182,6 +185,7 @@ def _put(queue: Queue[Any], item: Any, unwanted: threading.Event) -> bool:
     """Whether the item was taken."""
     while not unwanted.is_set():
         try:
+            # Not without a limit: nobody may take the item any more.
             queue.put(item, timeout=0.2)
         except Full:
             continue

@@ -33,7 +33,7 @@ def export_weights(out: Path, *, weights: Path, backbone: str, to: str, prefix: 
     """
     if to == MODEL_FOLDER:
         raise ValueError(f"{weights} is a backbone, and a model folder holds a whole detector; give its run (run)")
-    _check(out, to=to, prefix=prefix)
+    _refuse_wrong_target(out, to=to, prefix=prefix)
     network, _ = import_backbone(weights, name=backbone)
     wiring = trained_wiring(BackboneConfig(name=backbone, weights=str(weights)))
     return _write_backbone(network, out, name=backbone, to=to, prefix=prefix, wiring=wiring)
@@ -46,7 +46,7 @@ def export_run(out: Path, *, run: Path, to: str, prefix: str = "") -> int:
     """
     if to == MODEL_FOLDER:
         return _export_model(out, run, prefix=prefix)
-    _check(out, to=to, prefix=prefix)
+    _refuse_wrong_target(out, to=to, prefix=prefix)
     config = load_run(run / CONFIG_NAME)
     name = config.backbone.name
     if isinstance(config, RecognitionConfig):
@@ -101,7 +101,7 @@ def _merge(backbone: VideoBackbone, config: BackboneConfig) -> None:
         merge_lora(backbone)
 
 
-def _check(out: Path, *, to: str, prefix: str) -> None:
+def _refuse_wrong_target(out: Path, *, to: str, prefix: str) -> None:
     if to == "transformers" and prefix:
         raise ValueError(f"the prefix {prefix!r} means nothing in a folder of the transformers library; leave it out")
     if to != "transformers" and out.suffix != ".safetensors":

@@ -30,6 +30,7 @@ INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 def versions() -> dict[str, str]:
     """Of the interpreter, the libraries that compute, and this program's own source."""
+    # A copy that was edited on one machine still has the same version number.
     source = hashlib.sha256()
     root = Path(re2tal.__file__).parent
     for path in sorted(root.rglob("*.py")):
@@ -45,6 +46,7 @@ def versions() -> dict[str, str]:
 @torch.no_grad()
 def checksums(tensors: Iterable[Tensor]) -> Tensor:
     """One int64 per tensor, on the device of the first; any single changed bit changes it."""
+    # As integers: NaN differs from itself, and -0.0 equals 0.0. A sum of integers wraps and loses no bit to rounding.
     sums = [
         tensor.detach().contiguous().view(INTEGERS[tensor.element_size()]).sum(dtype=torch.int64) for tensor in tensors
     ]
@@ -63,14 +65,17 @@ def refuse_drifted_replicas(engine: Engine, *, step: int) -> None:
 
     What ZeRO shards has no second copy to compare with: under stage 3 these are all but the small parameters.
     """
+    # The same names on all ranks, so that all return here or none does.
     held = replicated_weights(engine)
     if not held or not dist.is_initialized() or dist.get_world_size() == 1:
         return
     sums = checksums(held.values()).to(engine.device)
+    # One collective for the largest and the smallest: -max(-x) is the minimum.
     extremes = torch.stack([sums, -sums])
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
     if bool((extremes[0] == -extremes[1]).all()):
         return
+    # Only now, as it is slow: all ranks have seen the same extremes, so all come here.
     answers = gather_objects((named_host(), sums.tolist()))
     differing = [
         (name, [(host, of_rank[place]) for host, of_rank in answers])

@@ -37,6 +37,7 @@ def beta_course(
     """
     if config.epochs == 0:
         return None
+    # At least one: the course divides by it.
     annealing_steps = max(1, round(config.epochs * steps_per_epoch))
     if annealing_steps > num_steps:
         raise ValueError(

@@ -76,6 +76,7 @@ class CheckpointStore:
         """
         started = time.monotonic()
         at(f"the checkpoint of step {progress.step}", patient=True)
+        # First: nobody could tell a checkpoint of such weights from a sound one, and it would push out older ones.
         refuse_drifted_replicas(engine, step=progress.step)
         if poison := _non_finite_by_rank(engine, average):
             raise FloatingPointError(
@@ -181,6 +182,7 @@ class CheckpointStore:
             os.replace(final, self.folder / f"tmp-replaced-{final.name}")
         os.replace(partial, final)
         _flush_folder(self.folder)
+        # For DeepSpeed's own tools. This program goes by the names of the folders.
         write_atomically(self.folder / "latest", final.name + "\n")
         _flush_folder(self.folder)
         for old in self._names()[self.keep :]:  # last: a crash until here falls back to these
@@ -209,6 +211,7 @@ class CheckpointStore:
             return []
         # Copies that somebody made under other names are neither loaded nor removed.
         found = [name for path in self.folder.iterdir() if path.is_dir() and (name := FOLDER.fullmatch(path.name))]
+        # By number: as text, nine digits would sort before eight.
         return [name.string for name in sorted(found, key=lambda name: int(name.group(1)), reverse=True)]
 
     def _newest_sound(self, unfit: Mapping[str, str]) -> tuple[str | None, CheckpointManifest | None, dict[str, str]]:
@@ -236,6 +239,7 @@ class CheckpointStore:
     def _restore(self, name: str, saved: Mapping[str, Any], engine: Engine, average: WeightAverage | None) -> None:
         """Every rank calls this: takes over a checkpoint of this run, of its shape or another."""
         load = engine.checkpoint_engine.load
+        # DeepSpeed loads only what as many ranks wrote under the same stage.
         if any(self.identity.get(key) != saved.get(key) for key in SHAPE):
             resharded(self.folder / name, engine, average, read=lambda path: load(str(path), map_location="cpu"))
             return

@@ -50,6 +50,7 @@ class DurableCheckpointEngine(TorchCheckpointEngine):
             with open(path, "wb") as file:
                 torch.save(state_dict, file)
                 flush(file)
+        # torch's writer raises a RuntimeError where the disk is full.
         except (OSError, RuntimeError) as error:
             self._failures.append(OSError(f"{path}: {error}"))
 
@@ -91,4 +92,6 @@ def with_retries(write: Callable[[], Value], *, pauses_seconds: Sequence[float] 
 def flush(file: IO[Any]) -> None:
     """Returns when what was written to `file` is on the disk."""
     file.flush()
+    # Without it a rename may reach the disk before the content, and a power cut leaves a complete name on an empty
+    # file.
     os.fsync(file.fileno())

@@ -8,6 +8,7 @@ from typing import TypeAlias
 
 import torch
 
+# DeepSpeed chooses once, on import; without a name it searches, and warns that it found no device.
 if not torch.accelerator.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 

@@ -27,6 +27,7 @@ def same_clips_per_step(config: EngineConfig, saved: Mapping[str, Any], *, num_r
     if saved.get(BATCH) != config.batch_size or asked * num_ranks == batches or asked != saved.get(ACCUMULATION):
         return config  # nothing to adapt, or another run: that is refused when the checkpoint is loaded
     if batches % num_ranks:
+        # Every rank takes whole batches, so only divisors keep the clips of a step.
         fitting = [number for number in range(1, batches + 1) if batches % number == 0]
         raise ValueError(
             f"a step of this run takes {batches} batches of {config.batch_size} clips, which {num_ranks} ranks cannot "

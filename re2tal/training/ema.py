@@ -31,6 +31,7 @@ class WeightAverage:
     @torch.no_grad()
     def update(self) -> None:
         """To be called after every applied optimizer step."""
+        # One kernel for all shards, where each alone would launch its own.
         torch._foreach_lerp_(self.shards, master_weights(self.engine), 1.0 - self.decay)
 
     @contextmanager
@@ -45,6 +46,7 @@ class WeightAverage:
     @torch.no_grad()
     def _trade(self) -> None:
         for average, weights in zip(self.shards, master_weights(self.engine), strict=True):
+            # Shard by shard, so that one of them at most is held a third time.
             held = weights.clone()
             weights.copy_(average)
             average.copy_(held)

@@ -22,15 +22,20 @@ def master_weights(engine: Engine) -> list[Tensor]:
 
     Their order and sizes stay the same throughout a run. Writing to them changes the model only after `publish`.
     """
+    return [parameter.data for parameter in optimized_parameters(engine)]
+
+
+def optimized_parameters(engine: Engine) -> list[nn.Parameter]:
+    """The parameters of `master_weights`, by which torch's optimizer keeps its state."""
     optimizer = engine.optimizer
-    if zero_stage(engine) == 3:
-        return [shard.data for shard in optimizer.fp32_partitioned_groups_flat]
     if zero_stage(engine) == 0:
-        return [weight.data for weight in engine.module.parameters() if weight.requires_grad]
+        return [weight for weight in engine.module.parameters() if weight.requires_grad]
+    if zero_stage(engine) == 3:
+        return list(optimizer.fp32_partitioned_groups_flat)
     # DeepSpeed may give stage 1 under bf16 an optimizer class of its own, whose shards have another name.
     if hasattr(optimizer, "single_partition_of_fp32_groups"):
-        return [shard.data for shard in optimizer.single_partition_of_fp32_groups]
-    return [shard.data for shard in optimizer.fp32_groups_flat_partition]
+        return list(optimizer.single_partition_of_fp32_groups)
+    return list(optimizer.fp32_groups_flat_partition)
 
 
 def replicated_weights(engine: Engine) -> dict[str, Tensor]:
@@ -38,6 +43,7 @@ def replicated_weights(engine: Engine) -> dict[str, Tensor]:
     return {
         name: weight.data
         for name, weight in engine.module.named_parameters()
+        # ZeRO-3 leaves small parameters whole between steps; of those it cuts, `numel` is not `ds_numel`.
         if not hasattr(weight, "ds_id") or (weight.ds_persist and weight.numel() == weight.ds_numel)
     }
 
@@ -54,6 +60,7 @@ def publish(engine: Engine) -> None:
         if optimizer.persistent_parameters:
             optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
     elif zero_stage(engine) > 0:
+        # Stages 1 and 2: from the float32 shards to the weights of forward, then gathered.
         optimizer.update_lp_params()
 
 
@@ -66,6 +73,7 @@ def gather_weights(engine: Engine) -> dict[str, Tensor]:
     for name, parameter in engine.module.named_parameters():
         with whole(parameter):  # one at a time: the whole model need not fit on a device
             master = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+            # The float32 master where there is one: exported weights lose nothing to bf16.
             value = parameter if master is None else master
             if is_main:
                 weights[name] = value.detach().to("cpu", torch.float32, copy=True).contiguous()

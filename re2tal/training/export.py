@@ -7,7 +7,6 @@ training, and a description of the stored features, if it was trained on any.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from re2tal.rewire import same_wiring, wiring_of
+from re2tal.strict_json import atomic_file
 
 FORMAT = "re2tal-model"
 
@@ -74,13 +74,9 @@ def write_model(
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], *, metadata: Mapping[str, str]) -> None:
-    """Writes a safetensors file under another name, flushes it, and renames it."""
-    partial = path.with_name(f".{path.name}.tmp")
-    with partial.open("wb") as file:
+    """Writes a safetensors file whole or not at all."""
+    with atomic_file(path) as file:
         file.write(_with_sorted_header(save(dict(tensors), metadata=dict(metadata))))
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(partial, path)
 
 
 def _with_sorted_header(content: bytes) -> bytes:

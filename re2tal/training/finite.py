@@ -17,6 +17,7 @@ def check_finite(model: nn.Module) -> None:
     """
     named = list(model.named_parameters())
     counts = [(~torch.isfinite(parameter.detach())).sum() for _, parameter in named]
+    # One transfer for all parameters: each `item` would wait for the device.
     bad = [] if not counts else torch.stack(counts).tolist()
     odd = [(name, count, parameter.numel()) for (name, parameter), count in zip(named, bad, strict=True) if count]
     if odd:
@@ -38,6 +39,7 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
 
 def _sum(tensor: Tensor) -> Tensor:
     """Not finite where a number is not; ten times as fast on a CPU as the largest absolute value."""
+    # A NaN or infinity survives any sum. Finite numbers would have to sum to 3e38 to pass for one.
     return tensor.detach().sum(dtype=torch.float32)
 
 
@@ -59,6 +61,7 @@ class GradientWatch:
         self._seen.append((tuple(video_ids), []))
 
     def _look(self, gradient: Tensor) -> None:
+        # Outside a batch of training, as while a plan is measured, nobody asks.
         if self._seen:
             _, total = self._seen[-1]
             here = _sum(gradient)
@@ -71,6 +74,7 @@ class GradientWatch:
 
 def find_non_finite(engine: Engine) -> str | None:
     """What of this rank's weights and optimizer state, or of its norms' statistics, is not finite; None if nothing."""
+    # DeepSpeed's wrapper hides the state of torch's optimizer.
     optimizer = getattr(engine, "basic_optimizer", engine.optimizer)
     states = (value for state in optimizer.state.values() for value in state.values())
     parts: dict[str, Iterable[Tensor]] = {

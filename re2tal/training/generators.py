@@ -14,6 +14,7 @@ import torch
 
 def seed_generators(seed: int) -> None:
     """Seeds them all, alike on every rank. Only a training or extraction run calls it."""
+    # The factor stays: the initial weights of every seeded run depend on it.
     _seed(seed * 1_000_003)
 
 

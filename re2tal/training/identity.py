@@ -25,6 +25,7 @@ def refuse_another_run(
         for name in sorted(ours.keys() | saved.keys())
         if name not in (*SHAPE, VALIDATION, *free) and not _alike(ours.get(name), saved.get(name))
     ]
+    # Ranks and accumulation may change, but not their product: the learning rate was chosen for it.
     batches, before = batches_of_step(ours), batches_of_step(saved)
     if batches != before:
         changes.append(f"a step takes {batches} batches of all ranks together, the checkpoint's {before}")

@@ -16,7 +16,7 @@ class Interrupted(Exception):
     """All ranks were told to stop, and what they were at is left; it is done again when the run is resumed."""
 
 
-class Agreement:
+class StopVote:
     """Asks all ranks whether one of them was told to stop."""
 
     def __init__(self, requests: StopRequests, device: torch.device) -> None:
@@ -38,6 +38,7 @@ class Agreement:
         at("an evaluation's first batch", patient=True)
         for number, batch in enumerate(batches):
             self.check()
+            # The first one also waits for workers to start, or for a kernel to be chosen.
             at(f"an evaluation's batch {number}", patient=number == 0)
             yield batch
         at("an evaluation's scores", patient=True)

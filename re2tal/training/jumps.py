@@ -41,6 +41,7 @@ class LossWatch:
             if not isfinite(loss):  # its step is skipped, or ends the run; in the mean it would hide all that follow
                 continue
             self._count += 1
+            # A plain mean until it has 50 losses, so that the first one does not weigh more than the others.
             self._mean += (loss - self._mean) * max(1 - DECAY, 1 / self._count)
         self._seen = []
         return jumps

@@ -93,6 +93,7 @@ def _check_seal(checkpoint: Path, document: Any) -> bool:
     """Whether the document has one, after it was found to have the keys of its format and nothing changed."""
     kinds: dict[str, type] = {"format": int, "run": dict, "torch": str, "progress": dict, "files": dict}
     number = document.get("format") if isinstance(document, dict) else None
+    # True == 1 in Python, and would pass for format 1.
     if number not in (SEALED, UNSEALED) or isinstance(number, bool):
         raise ValueError(f"{NAME} has format {brief(number)}, this program reads {UNSEALED} and {SEALED}")
     if number == SEALED:
@@ -105,6 +106,7 @@ def _check_seal(checkpoint: Path, document: Any) -> bool:
     if number == UNSEALED:
         return False
     content = {key: value for key, value in document.items() if key != "seal"}
+    # The bytes and not the parsed document: another spelling of the same numbers is a change too.
     if (checkpoint / NAME).read_bytes() != _line({**content, "seal": _seal(content)}).encode():
         raise ValueError(f"{NAME} has changed since it was written (its seal differs)")
     return True
@@ -119,6 +121,7 @@ def _check_progress(values: dict[str, Any], checkpoint: Path) -> TrainingProgres
             raise ValueError(f"{NAME} has {name} = {brief(value)}, which must be a number from 0 on")
     progress = TrainingProgress(**values)
     named = FOLDER.fullmatch(checkpoint.name)
+    # A folder that somebody renamed would pass for a newer, or an older one.
     if named is not None and int(named.group(1)) != progress.step:
         raise ValueError(f"{NAME} has step = {progress.step}, its folder is called {checkpoint.name}")
     if progress.micro_batches < progress.step:
@@ -135,6 +138,7 @@ def _check_files(files: dict[str, Any]) -> dict[str, dict[str, Any]]:
         right_size = isinstance(size, int) and not isinstance(size, bool) and size >= 0
         if not right_size or not isinstance(sha256, str) or not re.fullmatch("[0-9a-f]{64}", sha256):
             raise ValueError(f"{NAME} has no size and SHA-256 for {brief(name)}: {brief(expected)}")
+    # An empty list of files would verify.
     if not any(name.startswith("rank-") for name in files):
         raise ValueError(f"{NAME} names no file of a rank, only {brief(sorted(files))}")
     return files

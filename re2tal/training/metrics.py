@@ -83,6 +83,7 @@ class MetricsLog:
     def _write_rows(self) -> None:
         path, rows = self.folder / "metrics.jsonl", "".join(self._rows).encode()
         try:
+            # Unbuffered, so that a full disk shows here and not when the file is closed.
             with path.open("ab", buffering=0) as file:
                 whole = file.tell()
                 if file.write(rows) < len(rows):  # half a line would spoil the next one
@@ -135,6 +136,7 @@ class MetricsLog:
             with aside.open("ab") as file:
                 file.writelines(line.rstrip(b"\n") + b"\n" for line in damaged)
             self.say(f"{path} had {len(damaged)} lines that cannot be read; they are in {aside.name} now")
+        # Replaced, not cut in place: a crash half-way leaves the old file.
         replacement = path.with_suffix(".tmp")
         replacement.write_bytes(b"".join(kept))
         os.replace(replacement, path)
@@ -161,6 +163,7 @@ class Meter:
         """
         names = list(self._losses[0])
         means = [torch.stack([losses[name] for losses in self._losses]).mean() for name in names]
+        # All figures of the line travel in one collective.
         own = torch.stack([*means, means[0].new_tensor(self._waited / self._seconds)])
         *losses, loader_wait = mean_over_ranks(own.to(device)).tolist()
         clips_per_second = self.clips_per_step * len(self._losses) / self._seconds

@@ -89,13 +89,14 @@ def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str
 
     Parameters under `model.backbone` take the backbone's learning rate. Raises ValueError when nothing is trainable.
     """
-    kept_whole = _not_decayed(model)
+    # By id: a parameter that modules share has several names, and one place in the groups.
+    undecayed = _not_decayed(model)
     groups: dict[str, dict[str, Any]] = {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
         part = name.partition(".")[0]
-        decayed = id(parameter) not in kept_whole
+        decayed = id(parameter) not in undecayed
         group = groups.setdefault(
             f"{part}, {'decayed' if decayed else 'not decayed'}",
             {
@@ -120,5 +121,6 @@ def _not_decayed(model: nn.Module) -> set[int]:
         id(parameter)
         for module in model.modules()
         for name, parameter in module.named_parameters(recurse=False)
+        # By the type's name, as every library has norms of its own.
         if name == "bias" or name in TABLES or parameter.ndim <= 1 or "Norm" in type(module).__name__
     }

@@ -17,8 +17,10 @@ from re2tal.training.config import EngineConfig
 from re2tal.training.deepspeed_import import deepspeed, deepspeed_logger
 from re2tal.training.rendezvous import refuse_foreign_listener
 
+# Taken on import, before any engine of DeepSpeed can have replaced it.
 TORCH_LINEAR = torch.nn.functional.linear
 
+MOST_SECONDS_OF_GLOO = 10.0
 GLOO_THREAD = "pt_gloo_runloop"
 """The name torch gives the threads that do gloo's collectives."""
 
@@ -41,9 +43,11 @@ def join(world: World, config: EngineConfig) -> torch.device:
     if torch.accelerator.is_available():
         device = torch.device(deepspeed.get_accelerator().device_name(world.device_index))
         torch.accelerator.set_device_index(world.device_index)
+    # Rank 0 serves the store, so the others alone can meet a stranger at its port.
     if world.rank > 0 and not dist.is_initialized():
         refuse_foreign_listener(world, timeout_seconds=60 * config.timeout_minutes)
     try:
+        # All five variables are set above; without `auto_mpi_discovery` DeepSpeed does not ask MPI for them.
         deepspeed.init_distributed(
             timeout=timedelta(minutes=config.timeout_minutes), auto_mpi_discovery=False, verbose=False
         )
@@ -89,19 +93,19 @@ def leave() -> None:
         _let_workers_rest()
 
 
-def _let_workers_rest(*, timeout_seconds: float = 10.0) -> None:
+def _let_workers_rest() -> None:
     """Returns when no thread of gloo has anything left to do.
 
     A gloo thread releases the tensors of a collective a moment after the caller has its result, and needs the
     interpreter for it. On a busy machine the interpreter may have ended by then, and torch aborts the process
     (pytorch#190489). Destroying the groups does not end the threads: DeepSpeed's engines keep references to them.
     """
-    deadline = time.monotonic() + timeout_seconds
+    deadline = time.monotonic() + MOST_SECONDS_OF_GLOO
     before = None
     # Idle: asleep before and after a pause, and not switched out in between, though the interpreter was free.
     while (now := _gloo_threads()) != before or any(state != "S" for state, *_ in now.values()):
         if time.monotonic() > deadline:
-            deepspeed_logger.warning(f"gloo is still busy {timeout_seconds:g} s after the last collective")
+            deepspeed_logger.warning(f"gloo is still busy {MOST_SECONDS_OF_GLOO:g} s after the last collective")
             return
         before = now
         time.sleep(0.01)

@@ -31,6 +31,7 @@ def refuse_foreign_listener(world: World, *, timeout_seconds: float) -> None:
             )
         time.sleep(0.2)
     answers: list[bool] = []
+    # In a thread that may be left behind: its call may never return.
     asking = threading.Thread(target=_ask, args=(world, answers), daemon=True)
     asking.start()
     asking.join(ANSWER_SECONDS + 5.0)
@@ -43,6 +44,7 @@ def refuse_foreign_listener(world: World, *, timeout_seconds: float) -> None:
 
 def _accepts(world: World) -> bool:
     try:
+        # 5 seconds: a firewall that drops packets gives no answer at all.
         socket.create_connection((world.master_addr, world.master_port), timeout=5.0).close()
     except OSError:
         return False

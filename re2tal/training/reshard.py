@@ -9,23 +9,17 @@ had changed.
 
 from __future__ import annotations
 
-import math
-import re
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 
 from re2tal.training.deepspeed_import import Engine
 from re2tal.training.ema import WeightAverage
-from re2tal.training.engine_weights import master_weights, publish, zero_stage
-
-Kind = Literal["weights", "average", "exp_avg", "exp_avg_sq"]
-Whole = Mapping[str, Tensor]
-"""By the names of the parameters, flattened."""
-Read = Callable[[Path], Any]
+from re2tal.training.engine_weights import master_weights, optimized_parameters, publish, zero_stage
+from re2tal.training.saved_state import Kind, Read, SavedState
 
 
 def resharded(checkpoint: Path, engine: Engine, average: WeightAverage | None, *, read: Read) -> None:
@@ -33,144 +27,27 @@ def resharded(checkpoint: Path, engine: Engine, average: WeightAverage | None, *
 
     `read`: loads a file without executing anything. ValueError where the checkpoint cannot be taken apart.
     """
-    saved = _Saved(checkpoint, read, trained=_trained(engine), grouped=_grouped(engine))
+    saved = SavedState(checkpoint, read, trained=_trained(engine), grouped=_grouped(engine))
     with torch.no_grad():
         _fill(engine, average, saved)
         _advance(engine, saved)
     for name, buffer in engine.module.named_buffers():
         # Statistics of norms differ by rank: each saw other clips.
+        # float64, so that the mean of equal values is that value.
         values = [state["buffers"][name].double() for state in saved.ranks]
         mean = torch.stack(values).mean(dim=0)
+        # Integers are counts, such as num_batches_tracked.
         buffer.copy_(mean if buffer.is_floating_point() else mean.round())
 
 
-class _Saved:
-    """The files of a checkpoint, read."""
-
-    def __init__(self, checkpoint: Path, read: Read, *, trained: Sequence[str], grouped: Sequence[str]) -> None:
-        """`trained`, `grouped`: names of the trained parameters, in the order of the network and in that of the
-        optimizer's groups. Files of stage 0 do not hold them."""
-        self.checkpoint = checkpoint
-        self.trained = trained
-        self.grouped = grouped
-        self.ranks = [read(path) for path in _by_rank(checkpoint, "rank-*.pt")]
-        shards = _by_rank(checkpoint, "*zero_pp_rank_*_optim_states.pt")
-        self.optimizers = [read(path)["optimizer_state_dict"] for path in shards]
-        models = [read(path) for path in _by_rank(checkpoint, "*model_states.pt")]  # under stage 3 one of each rank
-        self.model = models[0]
-        self._frozen = [model.get("frozen_param_fragments") or {} for model in models]
-        self.stage = int(self.optimizers[0]["zero_stage"]) if self.optimizers else 0
-        if self.stage and len(self.optimizers) != len(self.ranks):
-            raise ValueError(f"{checkpoint} has {len(self.ranks)} ranks and {len(self.optimizers)} optimizer files")
-
-    def base(self, rank: int) -> dict[str, Any]:
-        """The state of torch's optimizer on a rank."""
-        if self.stage == 0:
-            return self.model["optimizer"]
-        return self.optimizers[rank]["optimizer_state_dict" if self.stage == 3 else "base_optimizer_state"]
-
-    def whole(self, kind: Kind) -> Whole | None:
-        """None where the checkpoint holds nothing of this kind: moments before the first step, or no average."""
-        if self.stage == 0:
-            return self._whole_of_0(kind)
-        flats = [self._flats(kind, rank) for rank in range(len(self.ranks))]
-        if any(flat is None for flat in flats):
-            return None
-        parts = self._pieces_of_3(flats) if self.stage == 3 else self._pieces_of_2(flats)
-        wholes: dict[str, list[Tensor]] = {}
-        for name, piece in parts:
-            wholes.setdefault(name, []).append(piece)
-        shapes = {name: shape for group in self.model["param_shapes"] for name, shape in group.items()}
-        # Cut, because the last piece of stage 3 is padded.
-        joined = {name: torch.cat(wholes.get(name, [torch.zeros(0)]))[: math.prod(shapes[name])] for name in shapes}
-        for name, values in joined.items():
-            if values.numel() != math.prod(shapes[name]):
-                raise ValueError(
-                    f"{self.checkpoint} holds {values.numel()} of the {math.prod(shapes[name])} numbers of {name} "
-                    f"({kind}); resume with as many ranks and the ZeRO stage it was written with"
-                )
-        return joined
-
-    def _whole_of_0(self, kind: Kind) -> Whole | None:
-        """Of the first rank: without ZeRO, each holds all of it."""
-        weights = {name: self.model["module"][name] for name in self.trained}
-        if kind == "weights":
-            values = weights
-        elif kind == "average":
-            if (shards := self.ranks[0]["average"]) is None:
-                return None
-            values = dict(zip(self.trained, shards, strict=True))
-        else:
-            if not (states := self.base(0)["state"]):
-                return None
-            # A parameter that no loss reaches has no moments, or, under ZeRO, zeros.
-            values = {
-                name: states[place][kind] if place in states else torch.zeros_like(weights[name])
-                for place, name in enumerate(self.grouped)
-            }
-        return {name: value.flatten() for name, value in values.items()}
-
-    def frozen(self, names: Collection[str]) -> Whole:
-        """The parameters of these names, which nothing trains, in the type of the weights."""
-        if self.stage != 3:
-            held = {name: self.model["module"].get(name) for name in names}
-        else:
-            held = {name: self._joined(name) for name in names}
-        if lacking := sorted(name for name, value in held.items() if value is None):
-            raise ValueError(f"{self.checkpoint} does not hold the frozen weights {', '.join(lacking[:3])}")
-        return {name: value.flatten() for name, value in held.items() if value is not None}
-
-    def _joined(self, name: str) -> Tensor | None:
-        shape = (self.model.get("frozen_param_shapes") or {}).get(name)
-        if shape is None:
-            return None
-        return torch.cat([of_rank[name].flatten() for of_rank in self._frozen])[: math.prod(shape)]
-
-    def _flats(self, kind: Kind, rank: int) -> list[Tensor] | None:
-        optimizer = self.optimizers[rank]
-        if kind == "average":
-            return self.ranks[rank]["average"]
-        if kind == "weights":
-            # Stage 3 saves the first, stages 1 and 2 the second.
-            for key in ("fp32_flat_groups", "single_partition_of_fp32_groups"):
-                if key in optimizer:
-                    return list(optimizer[key])
-            raise ValueError(f"{self.checkpoint} holds no float32 weights of rank {rank}, only {sorted(optimizer)}")
-        states = self.base(rank)["state"]
-        return [states[group][kind] for group in sorted(states)] or None
-
-    def _pieces_of_3(self, flats: list[Any]) -> Iterator[tuple[str, Tensor]]:
-        """Stage 3 cuts every parameter in as many equal pieces as there are ranks, the last one padded."""
-        joined = [torch.cat(list(of_rank)) for of_rank in flats]
-        start = 0
-        for group in self.model["param_shapes"]:
-            for name, shape in group.items():
-                length = -(-math.prod(shape) // len(joined))
-                yield from ((name, of_rank[start : start + length]) for of_rank in joined)
-                start += length
-
-    def _pieces_of_2(self, flats: list[Any]) -> Iterator[tuple[str, Tensor]]:
-        """Stages 1 and 2 cut the row of all parameters of a group."""
-        for rank, of_rank in enumerate(flats):
-            for group, places in enumerate(self.optimizers[rank]["param_slice_mappings"]):
-                for name, place in places.items():
-                    yield name, of_rank[group][place.start : place.start + place.numel]
-
-
-def _by_rank(checkpoint: Path, pattern: str) -> list[Path]:
-    def rank(path: Path) -> int:
-        return int(re.findall(r"rank[_-](\d+)", path.name)[0])
-
-    return sorted(checkpoint.glob(pattern), key=rank)
-
-
-def _fill(engine: Engine, average: WeightAverage | None, saved: _Saved) -> None:
+def _fill(engine: Engine, average: WeightAverage | None, saved: SavedState) -> None:
     """Weights, moments and average of this rank's shards; without ZeRO, the parameters are the shards."""
     shards = master_weights(engine)
     parameters = dict(engine.module.named_parameters())
     for kind in get_args(Kind):
         if (kind == "average" and average is None) or (whole := saved.whole(kind)) is None:
             continue
+        # Zeros, as shards are padded to one length with them.
         flats = [shard.new_zeros(shard.numel()) for shard in shards]
         for name, values in whole.items():
             for place, start, piece in _places(engine, name, parameters[name], values):
@@ -182,7 +59,7 @@ def _fill(engine: Engine, average: WeightAverage | None, saved: _Saved) -> None:
         elif kind == "weights":
             torch._foreach_copy_(shards, targets)
         else:
-            for weight, target in zip(_flat_parameters(engine), targets, strict=True):
+            for weight, target in zip(optimized_parameters(engine), targets, strict=True):
                 engine.basic_optimizer.state[weight][kind] = target
     _fill_frozen(engine, saved)
     publish(engine)
@@ -199,7 +76,7 @@ def _grouped(engine: Engine) -> list[str]:
     return [names[weight] for group in engine.optimizer.param_groups for weight in group["params"]]
 
 
-def _fill_frozen(engine: Engine, saved: _Saved) -> None:
+def _fill_frozen(engine: Engine, saved: SavedState) -> None:
     frozen = {name: one for name, one in engine.module.named_parameters() if not one.requires_grad}
     for name, values in saved.frozen(frozen).items():
         weight, shard = frozen[name], getattr(frozen[name], "ds_tensor", None)
@@ -210,18 +87,6 @@ def _fill_frozen(engine: Engine, saved: _Saved) -> None:
         else:
             own = values[engine.global_rank * shard.ds_numel :][: shard.ds_numel]
             shard[: own.numel()] = own.to(shard)
-
-
-def _flat_parameters(engine: Engine) -> list[nn.Parameter]:
-    """The shards themselves, by which torch's optimizer keeps its state."""
-    optimizer = engine.optimizer
-    if zero_stage(engine) == 0:
-        return [weight for weight in engine.module.parameters() if weight.requires_grad]
-    if zero_stage(engine) == 3:
-        return list(optimizer.fp32_partitioned_groups_flat)
-    if hasattr(optimizer, "single_partition_of_fp32_groups"):
-        return list(optimizer.single_partition_of_fp32_groups)
-    return list(optimizer.fp32_groups_flat_partition)
 
 
 def _places(engine: Engine, name: str, weight: nn.Parameter, values: Tensor) -> Iterator[tuple[int, int, Tensor]]:
@@ -238,12 +103,12 @@ def _places(engine: Engine, name: str, weight: nn.Parameter, values: Tensor) -> 
         yield here.param_group_index, place.start, values[part.start : part.start + part.numel]
 
 
-def _advance(engine: Engine, saved: _Saved) -> None:
+def _advance(engine: Engine, saved: SavedState) -> None:
     """Counters, learning rates and loss scale, which are the same on all ranks."""
     states = saved.base(0)["state"]
     if states:
         step = next(iter(states.values()))["step"]
-        for weight in _flat_parameters(engine):
+        for weight in optimized_parameters(engine):
             engine.basic_optimizer.state[weight]["step"] = step.clone()
     engine.lr_scheduler.load_state_dict(saved.model["lr_scheduler"])
     # Loading a schedule sets no rate in the optimizer.

@@ -35,6 +35,7 @@ def learning_rate_factor(config: ScheduleConfig, *, steps_per_epoch: float, num_
 
     The first step already learns: step s of a rise of w steps has (s + 1) / w.
     """
+    # Steps of an epoch need not be whole where accumulation does not divide it.
     warmup_steps = round(config.warmup_epochs * steps_per_epoch)
     if warmup_steps > num_steps:
         raise ValueError(
@@ -74,6 +75,7 @@ class PeakRates:
         scheduler.last_epoch = step
         scheduler.base_lrs = list(self.rates)
         for group, factor, rate in zip(groups, scheduler.lr_lambdas, self.rates, strict=True):
+            # `initial_lr` too: LambdaLR multiplies that by the factor from here on.
             group["initial_lr"], group["lr"] = rate, rate * factor(scheduler.last_epoch)
         scheduler._last_lr = [group["lr"] for group in groups]
         return before, max(group["lr"] for group in groups)

@@ -26,6 +26,7 @@ ENDS_AT_ONCE = 3
 """So many requests: whoever sends them will not wait for a checkpoint."""
 ONE_REQUEST_SECONDS = 0.1
 """Signals closer together are one request: of a terminal, which reaches ranks directly and through their launcher."""
+# A real-time signal, which no scheduler and no terminal sends; macOS has none.
 PARENT_IS_GONE = getattr(signal, "SIGRTMIN", signal.SIGTERM)
 """What the system sends a rank whose launcher died. It never counts as somebody's impatience."""
 
@@ -61,6 +62,7 @@ class StopRequests:
         )
         print(f"{rank}{signal.Signals(number).name}: {what}", file=sys.stderr, flush=True)
         if self.count >= ENDS_AT_ONCE:
+            # As shells report a process that a signal ended. Not sys.exit, which would only end this thread.
             os._exit(128 + number)
 
 
@@ -85,10 +87,13 @@ def stop_requests() -> Iterator[StopRequests]:
     hangup = getattr(signal, "SIGHUP", None)
     numbers = [n for n in STOP_SIGNALS if n != hangup or signal.getsignal(n) != signal.SIG_IGN]
     reader, writer = socket.socketpair()
+    # Python demands it: a C handler that waited for the reader would stop the process.
     writer.setblocking(False)
     listener = threading.Thread(target=_listen, args=(reader, requests, {*numbers, PARENT_IS_GONE}), daemon=True)
     listener.start()
     earlier_fd = signal.set_wakeup_fd(writer.fileno())
+    # A handler of Python's has to be set, or the system's default ends the process. It may also run before the thread
+    # does, so it takes the note too.
     previous = {number: signal.signal(number, lambda *_: requests.add()) for number in {*numbers, PARENT_IS_GONE}}
     _listening = requests
     try:

@@ -14,6 +14,7 @@ from re2tal.training.finite import GradientWatch
 from re2tal.training.metrics import MetricsLog
 from re2tal.training.micro_batch import MicroBatch
 
+# From 2^16, DeepSpeed's first scale, 40 halvings lead to 2^-24, the smallest number of fp16.
 LOSS_SCALE_SEARCH = 40
 """Steps in a row that fp16 may skip while its loss scale is sought, beyond `max_non_finite`."""
 

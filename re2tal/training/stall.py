@@ -30,6 +30,7 @@ class Stall:
         self._spent += ended - started
         elapsed = ended - self._since
         share = self._spent / max(elapsed, 1e-9)
+        # Said once, and only where steps were trained in between.
         if self._saves != SAVES + 1 or share <= LARGEST_SHARE or step == self._first_step:
             return None
         one = self._spent / SAVES

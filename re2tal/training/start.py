@@ -22,6 +22,7 @@ from re2tal.training.export import ModelFile
 
 Fate = Literal["taken", "by class", "of another shape", "not in the file", "not wanted"]
 COLUMNS: tuple[Fate, ...] = ("taken", "by class", "of another shape", "not in the file", "not wanted")
+MOST_LISTED = 8
 ROW_OF_CLASS = Mapping[str, tuple[int, int]]
 """Name of a tensor whose rows belong to classes -> (groups, rows before the first class of a group): with K classes it
 has groups x (before + K) rows."""
@@ -42,6 +43,7 @@ class StartReport:
     """Tensors whose rows belong to classes."""
 
     def __str__(self) -> str:
+        # With one layer of class rows initialised, no class is as it was trained.
         known = set(self.file.classes) if all(self.fates[name][0] == "by class" for name in self.rows) else set()
         kept = [label for label in self.classes if label in known]
         new, theirs = [label for label in self.classes if label not in known], set(self.classes)
@@ -77,6 +79,7 @@ def take_over(
     ValueError, before anything is changed, where the backbone is another one, or nothing fits.
     """
     own = model.state_dict()
+    # Before anything else: a localizer on another backbone's features knows nothing.
     _check_backbone(own, file)
     values: dict[str, Tensor] = {}
     fates: dict[str, tuple[Fate, int]] = {}
@@ -174,6 +177,6 @@ def _sizes(fates: Mapping[str, tuple[Fate, int]], part: str, fate: Fate) -> str:
     return f"{len(sizes)} ({sum(sizes):,})" if sizes else ""
 
 
-def _listed(labels: list[str], *, limit: int = 8) -> str:
-    more = f", and {len(labels) - limit} more" if len(labels) > limit else ""
-    return f" ({', '.join(labels[:limit])}{more})" if labels else ""
+def _listed(labels: list[str]) -> str:
+    more = f", and {len(labels) - MOST_LISTED} more" if len(labels) > MOST_LISTED else ""
+    return f" ({', '.join(labels[:MOST_LISTED])}{more})" if labels else ""

@@ -87,6 +87,7 @@ class Trackers:
             return
         try:
             drawn = {name: (figure, _pixels(figure)) for name, figure in figures().items()}
+        # Whatever drawing raises, here and in `_try` whatever a tracker raises: a run must not end for a picture.
         except Exception as error:
             self.say(f"the pictures of step {step} are left out: {type(error).__name__}: {error}")
             return

@@ -26,7 +26,7 @@ from re2tal.training.config import TrainingConfig
 from re2tal.training.deepspeed_import import Engine
 from re2tal.training.ema import WeightAverage
 from re2tal.training.generators import seed_draws
-from re2tal.training.interruption import Agreement, Interrupted
+from re2tal.training.interruption import Interrupted, StopVote
 from re2tal.training.manifest import TrainingProgress
 from re2tal.training.metrics import MetricsLog
 from re2tal.training.micro_batch import MicroBatch, forward
@@ -136,7 +136,7 @@ class Trainer:
         self._couple()
         with stop_requests() as requests:
             # Signals reach ranks at different times: all ranks agree, or some would save while others train.
-            ranks = Agreement(requests, self.engine.device)
+            ranks = StopVote(requests, self.engine.device)
             # A checkpoint may stand before an evaluation that was left for it.
             stop = ranks.told() or (self._evaluation_is_left() and not self.evaluate())
             batches = self._batches()

@@ -29,6 +29,7 @@ def judge(reports: Sequence[Report], silent_seconds: Sequence[float], *, limit_s
     `silent_seconds`: how long ago each report changed.
     """
     names = [f"rank {rank} (host {report.host}, at {report.phase!r})" for rank, report in enumerate(reports)]
+    # First: who cannot even report is at fault, whatever the others wait for.
     silent = [rank for rank, seconds in enumerate(silent_seconds) if seconds > limit_seconds]
     if silent:
         longest = max(silent_seconds[rank] for rank in silent)

@@ -30,6 +30,7 @@ import torch.distributed as dist
 from re2tal.distributed import free_port, gather_objects, named_host
 from re2tal.training.verdict import PATIENCE, Report, judge
 
+# Several reports long (one every 2 seconds), so that a busy machine is not taken for a dead one.
 GONE_SECONDS = 10.0
 """From the moment when a rank's connection closes to the end of the run."""
 COMPUTES = 0.02
@@ -79,6 +80,7 @@ def watched(folder: Path, *, limit_seconds: float, master_addr: str, exit_status
     try:
         yield
     except (dist.DistError, RuntimeError) as error:
+        # torch has one class for most of its errors: only the words tell a rank that is gone from a fault of this one.
         if not re.search("gloo|NCCL|Connection|closed by peer|reset by peer|TCPStore", str(error)):
             raise
         raise RanksLost(watchdog.lost(error)) from error
@@ -89,6 +91,7 @@ def watched(folder: Path, *, limit_seconds: float, master_addr: str, exit_status
 @contextmanager
 def _watched_alone(folder: Path, *, limit_seconds: float, exit_status: int) -> Iterator[None]:
     """Inside, a run of one rank whose main thread makes no progress ends, unless native code keeps the interpreter."""
+    # A tenth of the limit at most, so that a short limit, as tests have, is kept too.
     closed, interval = threading.Event(), min(2.0, limit_seconds / 10)
 
     def watch() -> None:

@@ -56,6 +56,7 @@ SECTIONS = {
 }
 """Section of a DeepSpeed file -> the schema that knows its keys."""
 
+# DeepSpeed would take these over from the file, beside what this program builds and writes itself.
 OWNED_BY_THE_RUN = ("optimizer", "scheduler", "checkpoint", "tensorboard", "wandb", "csv_monitor", "training_data")
 
 
@@ -159,6 +160,7 @@ def _flatten(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, A
 def _refuse_wrong_values(path: Path, settings: dict[str, Any]) -> None:
     """DeepSpeed's own check of each section, in words that name the file."""
     for name, schema in SECTIONS.items():
+        # A nested section is checked with the one that holds it.
         if "." in name or name not in settings:
             continue
         try:

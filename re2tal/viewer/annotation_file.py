@@ -10,9 +10,7 @@ so what either side added stays, what either side removed goes, and nothing is l
 
 from __future__ import annotations
 
-import hashlib
 import json
-import math
 import os
 import threading
 from collections import Counter
@@ -24,7 +22,7 @@ from typing import Any
 
 from re2tal.data.building.annotation_entries import SUBSET_NAME
 from re2tal.data.building.labels import folded, is_label
-from re2tal.strict_json import brief, read_json, write_atomically
+from re2tal.strict_json import brief, finite_number, read_json, sha256_of, write_atomically
 from re2tal.structures import Action, VideoRecord
 from re2tal.video_ids import id_fault
 
@@ -88,7 +86,7 @@ class State:
         entry = self.database.get(key)
         if not isinstance(entry, dict):
             return None
-        duration, frames, rate = (_number(entry.get(name)) for name in ("duration", "frame", "fps"))
+        duration, frames, rate = (finite_number(entry.get(name)) for name in ("duration", "frame", "fps"))
         if duration and duration > 0:
             return duration
         return frames / rate if frames and rate and frames > 0 and rate > 0 else None
@@ -117,6 +115,7 @@ class AnnotationFile:
         """What is on the disk now; the file is read again only if it changed."""
         path = self.path
         mark = None if path is None else (path, *_mark(path))
+        # Taken once: other threads may replace it between two looks. What they put there is as good.
         cached = self._cached
         if cached is None or cached[0] != mark:
             cached = mark, self._read(path)
@@ -129,6 +128,7 @@ class AnnotationFile:
         Raises Conflict if the file is not at `revision`, or if both sides changed a video and `merge` is not set;
         ValueError for an action that no reader of annotations would take; OSError where nothing can be written.
         """
+        # Threads of this program first, then other programs; between reading and writing nobody else saves.
         with self._lock, _locked(self.save_to.parent):
             state = self.state()
             edited = self.apply(state, edits, revision=revision, merge=merge)
@@ -138,18 +138,22 @@ class AnnotationFile:
     def apply(self, state: State, edits: Sequence[Edit], *, revision: str, merge: bool = False) -> dict[str, Any]:
         """The document with the edits in it; nothing is written. The same errors as `save`."""
         theirs = {edit.key: state.actions(edit.key) for edit in edits}
+        # As counts: an order of actions means nothing.
         both = [edit.key for edit in edits if Counter(theirs[edit.key]) != Counter(edit.base)]
         if state.revision != revision or (both and not merge):
             raise Conflict(
                 f"{self.path} was saved by another program since these edits began", revision=state.revision, both=both
             )
+        # All labels of the file, not only of the edited videos: classes are shared.
         spellings = {folded(label): label for label in _labels(state.database)}
         database = dict(state.database)
         for edit in edits:
             merged = merge_actions(edit.base, theirs[edit.key], edit.actions)
+            # What was in the file already stays, even if it could not be added today.
             for action in (Counter(merged) - Counter(theirs[edit.key])).elements():
-                _check(edit, action, spellings)
+                _refuse_wrong_action(edit, action, spellings)
             database[edit.key] = self._entry(database.get(edit.key), edit, merged)
+        # A copy: `state` may be cached.
         return {**state.document, "database": database} if "database" in state.document else database
 
     def _read(self, path: Path | None) -> State:
@@ -157,7 +161,8 @@ class AnnotationFile:
             entries = {one.video_id: _as_entry(one) for one in self._records}
             return State("new", {"version": "re2tal", "database": entries})
         while True:
-            mark, revision, document = _mark(path), _digest(path), read_json(path)
+            # Another program may write meanwhile: digest and content must be of one state of the file.
+            mark, revision, document = _mark(path), sha256_of(path)[:16], read_json(path)
             if mark == _mark(path):
                 break
         database = document.get("database", document) if isinstance(document, dict) else None
@@ -192,6 +197,7 @@ def merge_actions(base: Sequence[Action], theirs: Sequence[Action], mine: Sequen
     for action in set().union(*counts):
         before, there, here = (count[action] for count in counts)
         changes = (there - before, here - before)
+        # Both added, or both removed: what both did counts once. Otherwise the changes stand against each other.
         alike = min(changes) >= 0 or max(changes) <= 0
         wanted[action] = before + (max(changes, key=abs) if alike else sum(changes))
     merged = []
@@ -202,11 +208,12 @@ def merge_actions(base: Sequence[Action], theirs: Sequence[Action], mine: Sequen
     return tuple(merged)
 
 
-def _check(edit: Edit, action: Action, spellings: dict[str, str]) -> None:
+def _refuse_wrong_action(edit: Edit, action: Action, spellings: dict[str, str]) -> None:
     """ValueError for a new action that `re2tal.data.building.annotations` would refuse."""
     where = f"video {edit.key!r}: {action.label!r} from {action.start_seconds:g} to {action.end_seconds:g} s"
     if not is_label(action.label):
         raise ValueError(f"{where}: give a class name of 1 to 200 printable characters")
+    # New labels are remembered, so that two edits of one request cannot bring two spellings.
     if (known := spellings.setdefault(folded(action.label), action.label)) != action.label:
         raise ValueError(f"{where}: the class is spelled {known!r} elsewhere; choose that, or another name")
     if not 0 <= action.start_seconds < action.end_seconds <= edit.duration_seconds:
@@ -223,23 +230,12 @@ def _labels(database: Mapping[str, Any]) -> Iterator[str]:
 def _action(where: str, annotation: Any) -> Action:
     segment = annotation.get("segment") if isinstance(annotation, dict) else None
     label = annotation.get("label") if isinstance(annotation, dict) else None
-    times = [_number(value) for value in segment] if isinstance(segment, list) else []
+    times = [finite_number(value) for value in segment] if isinstance(segment, list) else []
     if len(times) != 2 or times[0] is None or times[1] is None or not isinstance(label, str):
         raise ValueError(
             f'{where} is {brief(annotation)}; it needs "segment", [start, end] in seconds, and "label", a name'
         )
     return Action(times[0], times[1], label)
-
-
-def _number(value: Any) -> float | None:
-    """A finite number; some files hold it as a string."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    try:
-        number = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
 
 
 def _as_entry(record: VideoRecord) -> dict[str, Any]:
@@ -263,10 +259,6 @@ def _mark(path: Path) -> tuple[int, int, int]:
     return status.st_mtime_ns, status.st_size, status.st_ino
 
 
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
-
-
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     """Other viewers of this machine wait, where the system can lock a folder; no file is left behind."""
@@ -276,6 +268,7 @@ def _locked(folder: Path) -> Iterator[None]:
         yield
         return
     folder.mkdir(parents=True, exist_ok=True)
+    # The folder, not the file: a save replaces the file, and a lock on the old one would hold nobody.
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with suppress(OSError):  # some network drives know no locks; revisions are compared all the same

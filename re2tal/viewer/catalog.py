@@ -111,13 +111,16 @@ class Catalog:
     def duration_seconds(self, video: ViewedVideo, state: State) -> float | None:
         """As the annotations say, or else the file; None where neither does."""
         duration = state.duration_seconds(video.key)
+        # A member of a tar is no file that could be measured.
         if duration is not None or video.media is None or video.media.pair_offset is not None:
             return duration
         path = video.media.path
+        # Under the lock, so that several requests do not measure one file at once.
         with self._lock:
             if path not in self._measured:
                 try:
                     self._measured[path] = self.measure(path)
+                # A file that cannot be read is measured once; the page does without its length.
                 except ValueError:
                     self._measured[path] = None
             return self._measured[path]
@@ -161,6 +164,7 @@ def make_catalog(
     for key in state.database:
         state.actions(key, annotations.path or "annotations")  # a fault is told now, not when the video is opened
     keys = _keys(results.predictions, state)
+    # Annotated videos without predictions belong to the page only where their subset was predicted.
     subsets = {state.subset(key) for key in keys.values()}
     ids = list(results.predictions)
     taken = set(keys.values())

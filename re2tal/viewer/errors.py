@@ -46,6 +46,7 @@ def type_predictions(
     background = TYPES.index("background")
     if not true or not len(detections):
         return Typed([background] * len(detections), missed)
+    # Of both sides, so that a label which only one of them has matches nothing.
     names = {label: number for number, label in enumerate({*classes, *(action.label for action in actions)})}
     labels = np.array([names[label] for label in classes])[detections.labels.numpy()]
     true_labels = np.array([names[actions[place].label] for place in true])
@@ -73,4 +74,5 @@ def _without_matches(overlaps: np.ndarray, labels: np.ndarray, true_labels: np.n
         "localization": touching & same,
         "confusion": touching,
     }
+    # The first condition that holds counts.
     return np.select([*kinds.values()], [TYPES.index(kind) for kind in kinds], TYPES.index("background"))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 CHUNK_BYTES = 1 << 18
+# At most 18 digits, which any 64-bit number holds.
 _RANGE = re.compile(r"bytes=([0-9]{0,18})-([0-9]{0,18})")
 
 
@@ -41,6 +42,7 @@ class Media:
         file.seek(self.pair_offset)
         try:
             with tarfile.open(fileobj=file, mode="r:") as pair:
+                # Headers alone are read: a shard is not gone through for one video.
                 _, video = pair.next(), pair.next()
         except tarfile.TarError as error:
             raise ValueError(f"{self.path} is damaged at byte {self.pair_offset}: {error}") from None
@@ -100,6 +102,7 @@ def send_media(handler: BaseHTTPRequestHandler, media: Media) -> None:
         if handler.command == "HEAD":
             return
         file.seek(whole.first + span.first)
+        # In pieces: a video may not fit in memory, and a browser that seeks hangs up in the middle.
         while left > 0 and (chunk := file.read(min(CHUNK_BYTES, left))):
             handler.wfile.write(chunk)
             left -= len(chunk)

@@ -77,6 +77,7 @@ class ViewerServer(ThreadingHTTPServer):
     Raises OSError naming the port if it is taken.
     """
 
+    # A browser holds connections open; they must not keep the program from ending.
     daemon_threads = True
 
     def __init__(self, catalog: Catalog, *, port: int) -> None:
@@ -109,9 +110,12 @@ class _Refused(Exception):
 class _Handler(BaseHTTPRequestHandler):
     """One connection."""
 
+    # Ranges, and connections that stay open, need 1.1.
     protocol_version = "HTTP/1.1"
     server_version = "re2tal"
+    # Nobody has to know the version of Python.
     sys_version = ""
+    # An idle connection would hold its thread for ever.
     timeout = 60
     server: ViewerServer
 
@@ -135,8 +139,10 @@ class _Handler(BaseHTTPRequestHandler):
         except Conflict as conflict:
             content = {"error": str(conflict), "revision": conflict.revision, "both": list(conflict.both)}
             self._send_json(content, status=409)
+        # Conflict is a ValueError too, so it comes before.
         except ValueError as error:
             self._send_json({"error": str(error)}, status=422)
+        # Nobody is there to be told; they are OSErrors too, so this comes first.
         except (ConnectionError, TimeoutError):
             raise
         except OSError as error:
@@ -160,6 +166,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.headers.get("Sec-Fetch-Site", "none") not in ("none", "same-origin"):
             raise _Refused(403, error="this page answers to its own address only")
         token, _, place = self.path.partition("?")[0].removeprefix("/").partition("/")
+        # In constant time: how long a comparison takes says nothing of the token.
         if not hmac.compare_digest(token.encode(), self.server.token.encode()):
             raise _Refused(404, error="nothing is here; use the address that `re2tal view` printed")
         return place
@@ -207,6 +214,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _content(self) -> dict[str, Any]:
         """The JSON object in the request's body."""
+        # A form of another site can send anything but this type.
         if self.headers.get_content_type() != "application/json":
             raise _Refused(415, error="send application/json")
         length = self.headers.get("Content-Length", "")
@@ -241,6 +249,7 @@ def _actions(rows: Any) -> tuple[Action, ...]:
         actions = [Action(float(start), float(end), str(label)) for start, end, label in rows]
     except (TypeError, ValueError, OverflowError):
         raise _Refused(400, error="actions must be lists of [start, end, label]") from None
+    # NaN is not below anything.
     if any(not abs(second) < 1e12 for one in actions for second in (one.start_seconds, one.end_seconds)):
         raise _Refused(400, error="actions must start and end at finite seconds")
     return tuple(actions)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from re2tal.evaluation import matching as module
-from re2tal.evaluation.average_precision import MapReport, interpolated_average_precision, mean_average_precision
+from re2tal.evaluation.average_precision import MapReport, area_under, mean_average_precision, precision_of
 from re2tal.evaluation.matching import match_predictions
 from re2tal.evaluation.protocols import PROTOCOLS
 from re2tal.structures import Action, Detections, VideoRecord
@@ -219,7 +219,7 @@ def test_many_pairs_are_compared_piece_by_piece(monkeypatch: pytest.MonkeyPatch)
 
 def test_interpolation_with_one_hit_in_four_ranks() -> None:
     hits = np.array([[False, False, True, False], [True, False, False, False]])
-    assert interpolated_average_precision(hits, num_truths=2).tolist() == pytest.approx([1 / 6, 1 / 2])
+    assert area_under(precision_of(hits), hits, num_truths=2).tolist() == pytest.approx([1 / 6, 1 / 2])
 
 
 def test_a_row_of_ones_own_is_a_protocol_too() -> None:

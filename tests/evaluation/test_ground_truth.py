@@ -37,8 +37,13 @@ def test_other_subsets_and_ambiguous_segments_are_left_out(tmp_path: Path) -> No
     assert record.actions == (Action(0.0, 1.0, "jump"),)
 
 
-def test_a_missing_duration_is_that_of_the_last_end(tmp_path: Path) -> None:
-    video = {"subset": "test", "annotations": [{"segment": [0, 7], "label": "a"}, {"segment": [1, 2], "label": "a"}]}
+@pytest.mark.parametrize("duration", [{}, {"duration": 0}, {"duration": "0.0"}])
+def test_a_missing_duration_is_that_of_the_last_end(tmp_path: Path, duration: dict[str, object]) -> None:
+    video = {
+        "subset": "test",
+        **duration,
+        "annotations": [{"segment": [0, 7], "label": "a"}, {"segment": [1, 2], "label": "a"}],
+    }
     (record,) = read_ground_truth(write(tmp_path, {"a": video}), subset="test")
     assert record.duration_seconds == 7.0
 

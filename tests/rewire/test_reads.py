@@ -85,6 +85,59 @@ def test_what_a_trace_holds_as_it_was_must_stay_as_it_was(reason) -> None:
         net(x)
 
 
+GAIN, LOG, COUNT = 1.0, [], 0
+
+
+class Settings:
+    gain = 1.0
+
+
+def squashed(x: Tensor) -> Tensor:
+    return torch.tanh(x) * GAIN
+
+
+class ReadingGlobals(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(CHANNELS, CHANNELS)
+
+    def forward(self, x, mask=None):
+        return x + squashed(self.f(x)) * Settings.gain
+
+
+class Logging(ReadingGlobals):
+    def forward(self, x, mask=None):
+        LOG.append(len(LOG))
+        return super().forward(x)
+
+
+class CountingCalls(ReadingGlobals):
+    def forward(self, x, mask=None):
+        global COUNT
+        COUNT += 1
+        return super().forward(x)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"), [("GAIN", 2.0), ("Settings.gain", 2.0), ("squashed", lambda x: torch.tanh(x))]
+)
+def test_globals_that_a_trace_read_must_stay_as_they_were(place, value, monkeypatch) -> None:
+    net, x = walker(ReadingGlobals, ReadingGlobals), frames()
+    rewire(net, example=(x,))
+    net(x)
+    with monkeypatch.context() as patch:
+        patch.setattr(f"{__name__}.{place}", value)
+        with pytest.raises(ValueError, match=rf"the global {place} of .*test_reads is .*, and was .* taken apart"):
+            net(x)
+    net(x)
+
+
+@pytest.mark.parametrize(("kind", "name"), [(Logging, "LOG"), (CountingCalls, "COUNT")])
+def test_blocks_that_write_globals_are_left_alone(kind, name) -> None:
+    with pytest.raises(ValueError, match=f"it changes the global {name} of .*, which a graph would not do"):
+        rewire(walker(kind, kind), example=(frames(),))
+
+
 def test_modules_that_a_trace_calls_may_change() -> None:
     net, x = walker(Reading, Reading).eval(), frames()
     plain = copy.deepcopy(net)

@@ -83,11 +83,13 @@ def as_address(given: Path | str) -> Address | None:
     if re.search(r"[\x00-\x20\x7f]" if is_web else r"[\x00-\x1f\x7f]", rest):
         raise ValueError(f"{_cut(str(address))!r} has a space or a control character in it; write it as %20, %0A, ...")
     place = urlsplit(address.url)
+    # Not shown in the message either: it goes to logs.
     if "@" in place.netloc:
         raise ValueError(
             f"{scheme}://...@{place.netloc.rpartition('@')[2]}{place.path} has a user name or a password in it, which "
             "others could read in logs; leave it out, and put it into ~/.netrc (chmod 600)"
         )
+    # fsspec chains file systems with ::, the first of which could be any.
     if "::" in rest.removeprefix(place.netloc) or not place.path.strip("/"):
         raise ValueError(f"{address} does not name one file or folder; give the whole address, without ::")
     if place.query and not is_web:

@@ -30,6 +30,7 @@ class Cache:
         self._max_bytes = max_bytes
         self._added: int | None = None  # bytes since the last look at the folder; None: none yet
         for folder in (self._kept, self._scratch):
+            # For this user alone: it holds what was read with this user's credentials.
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def read(self, key: str) -> bytes | None:
@@ -37,6 +38,7 @@ class Cache:
         path = self._kept / key
         try:
             content = path.read_bytes()
+            # The time of the last use, by which `_sweep` chooses. File systems seldom keep one themselves.
             os.utime(path)
         except OSError:
             return None
@@ -134,6 +136,7 @@ def the_cache() -> Cache:
 
     ValueError where one of them cannot be used.
     """
+    # With the process's number: a forked worker counts what it adds itself.
     given = os.environ.get(FOLDER), os.environ.get(LIMIT), os.getpid()
     if given not in _opened:
         home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "re2tal"

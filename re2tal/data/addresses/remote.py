@@ -70,6 +70,7 @@ def describe(address: Address) -> Described:
     """Ask for a file's size and version. Raises RemoteError."""
 
     def ask(system: Any) -> Described:
+        # fsspec remembers what it listed, for the whole life of the process.
         system.invalidate_cache()
         info = system.info(_path(address))
         if info.get("type") == "directory":
@@ -163,6 +164,7 @@ def _fetch_in_one(address: Address, file: Any, *, most: int) -> Iterator[int]:
         file.truncate()
         try:
             asked = {"trace_request_ctx": address} if address.scheme in ("http", "https") else {}
+            # A block size of 0 streams: no range is asked for.
             with _system(address).open(_path(address), "rb", block_size=0, **asked) as remote:
                 while content := remote.read(CHUNK):
                     file.write(content)
@@ -192,6 +194,7 @@ def check_ranges(address: Address, *, file_bytes: int) -> None:
         raise RemoteError(
             f"{address} has {found} bytes, the manifest says {file_bytes}: it was cut or changed; copy it there again"
         )
+    # The last byte, which only a server that answers ranges sends alone.
     read_range(address, file_bytes - 1, 1, file_bytes=file_bytes)
 
 
@@ -221,6 +224,7 @@ def _wait_or_raise(address: Address, error: Exception, number: int) -> None:
     may_pass = status is None or status in _PASSING or status >= 500
     if may_pass and number + 1 < TRIES:
         # Not all ranks at the same moment.
+        # A generator of its own, as the draws of the global one belong to the training.
         time.sleep(FIRST_WAIT_SECONDS * 2**number * random.Random().uniform(0.75, 1.25))
         return
     if status is None:

@@ -98,12 +98,14 @@ def mirror(address: Address) -> Path:
             raise RemoteError(f"{address / MANIFEST_NAME} is no manifest of shards; check the address")
         folder = cache.root / "folders" / address.key(content)
         folder.parent.mkdir(exist_ok=True)
+        # Ranks of one machine start together: one fetches, the others find it.
         with cache.alone(folder.name):
             if not folder.is_dir():
                 _fetch_index(address, scratch, index_sha256)
                 with suppress(OSError):  # without locks, another rank may have been faster
                     os.rename(scratch, folder)
                     scratch.mkdir()  # for the cache to remove
+    # It was used: see the removal below.
     os.utime(folder)
     for other in folder.parent.iterdir():
         with suppress(OSError):

@@ -8,7 +8,6 @@ longer stays in its tar and in .reports/unlisted.jsonl, so that a later file may
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from re2tal.data.building.annotation_entries import misfit
 from re2tal.data.building.annotations import Annotations
 from re2tal.data.building.shard_folder import REPORTS, shards_in_use
 from re2tal.data.building.shard_plan import adopt, read_plan
-from re2tal.data.building.stored_videos import UNLISTED_NAME, AnySet, Entry, open_folders, stored_videos
+from re2tal.data.building.stored_videos import UNLISTED_NAME, AnySet, Entry, stored_videos, subset_folders
 from re2tal.data.contract.commit import commit
 from re2tal.data.contract.feature_manifest import (
     FeatureManifest,
@@ -26,6 +25,7 @@ from re2tal.data.contract.feature_manifest import (
     Packed,
     StepsPerVideo,
 )
+from re2tal.data.contract.folder import read_stretch
 from re2tal.data.contract.manifest import (
     MANIFEST_NAME,
     DamagedVideo,
@@ -37,9 +37,9 @@ from re2tal.data.contract.manifest import (
     to_json,
 )
 from re2tal.data.contract.members import read_content
-from re2tal.data.contract.shards import FeatureSet, ShardSet
+from re2tal.data.contract.shards import FeatureSet, ShardSet, open_any
 from re2tal.data.streaming.decode import DecodeError
-from re2tal.strict_json import sha256_of, write_atomically
+from re2tal.strict_json import atomic_file, sha256_of, write_atomically
 from re2tal.structures import VideoRecord, find_subset
 from re2tal.video_ids import composed
 
@@ -74,13 +74,14 @@ def annotate(folder: Path, annotations: Annotations, *, blocked: frozenset[str] 
     Nothing is changed where this raises ValueError: for a subset that would be empty, and for a video that should go
     to another subset, where a single one is given. Each folder changes as a whole.
     """
-    opened = open_folders(folder)
+    opened = [open_any(one) for one in subset_folders(folder)]
     stored, twice = stored_videos(opened)
     changes = {one.manifest.subset: Annotated(one.root, one, one.manifest.subset) for one in opened}
     damaged = {one.video_id: one for found in opened if isinstance(found, ShardSet) for one in found.manifest.damaged}
     is_single = (folder / MANIFEST_NAME).is_file()
     earlier = {one.video_id: one.reason for found in opened for one in found.manifest.rejected}
     earlier |= {video_id: _which([home for home, _ in all_of]) for video_id, all_of in twice.items()}
+    # Of the records that belong here: those of other folders of the data set are none of our business.
     seen: set[str] = set()
     # Another program may write another Unicode form.
     as_here = {composed(video_id): video_id for video_id in (*stored, *twice)}
@@ -116,7 +117,8 @@ def annotate(folder: Path, annotations: Annotations, *, blocked: frozenset[str] 
             changes[home.manifest.subset].unlisted.append(entry)
         if video_id not in seen:
             changes[all_of[0][0].manifest.subset].gone.append(video_id)
-    _check([*changes.values()], seen)
+    # Everything is known before the first folder is written: an error leaves all of them as they were.
+    _refuse_empty([*changes.values()], seen)
     # What moves is taken from its old folder first, and can be found there until it is in the new one.
     for change in sorted(changes.values(), key=lambda change: bool(change.moved)):
         change.damaged = damaged
@@ -141,6 +143,7 @@ def _place(
         change.entries.append(replace(entry, record=record))
     else:
         try:
+            # Before it is moved: damaged bytes would get a new tar, with a checksum that fits.
             read_content(home, entry)
         except DecodeError as error:
             change.rejected.append(Rejection(record.video_id, str(error)))
@@ -151,6 +154,7 @@ def _place(
 def _misfit(shards: AnySet, entry: Entry, record: VideoRecord) -> str:
     """Why the stored video cannot be the annotated one."""
     was, now = entry.record.duration_seconds, record.duration_seconds
+    # The same duration: nothing was measured anew, so nothing can disagree.
     if was == now:
         return ""
     if isinstance(entry, IndexedVideo):
@@ -161,7 +165,7 @@ def _misfit(shards: AnySet, entry: Entry, record: VideoRecord) -> str:
     return misfit(was, now)
 
 
-def _check(changes: Sequence[Annotated], seen: set[str]) -> None:
+def _refuse_empty(changes: Sequence[Annotated], seen: set[str]) -> None:
     for change in changes:
         if not change.entries and not change.moved:
             raise ValueError(
@@ -219,24 +223,16 @@ def _manifest(
 def _moved(change: Annotated) -> tuple[list[Entry], ShardFile]:
     """Write the tar of the videos that come from other folders: the stretches of their tars, one after another."""
     plan = read_plan(change.root)
+    # Above all numbers that are used or planned: a later build must not write over this tar.
     there = [int(path.name[6:12]) for path in change.root.glob("shard-*.tar")]
     there += [int(group.name[6:12]) for group in plan.groups] if plan else []
     tar = change.root / f"shard-{max(there, default=-1) + 1:06d}.tar"
     added: list[Entry] = []
-    temporary = tar.with_name(f".{tar.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            for root, entry in change.moved:
-                with (root / entry.shard).open("rb") as source:
-                    source.seek(entry.offset)
-                    added.append(replace(entry, shard=tar.name, offset=file.tell()))
-                    file.write(source.read(entry.num_bytes))
-            file.write(bytes(1024 + -(file.tell() + 1024) % 10240))  # as tar ends a file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, tar)
-    finally:
-        temporary.unlink(missing_ok=True)
+    with atomic_file(tar) as file:
+        for root, entry in change.moved:
+            added.append(replace(entry, shard=tar.name, offset=file.tell()))
+            file.write(read_stretch(root / entry.shard, entry))
+        file.write(bytes(1024 + -(file.tell() + 1024) % 10240))  # as tar ends a file
     written = ShardFile(tar.name, tar.stat().st_size, sha256_of(tar), len(added))
     pairs = zip(change.moved, added, strict=True)
     adopt(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from re2tal.data.building.labels import folded, is_label
+from re2tal.strict_json import finite_number
 from re2tal.structures import AMBIGUOUS, Action, VideoRecord
 from re2tal.video_ids import composed, id_fault, plain_id
 
@@ -88,6 +88,7 @@ class EntryReader:
         for key, entry in database.items():
             video_id = plain_id(key)
             try:
+                # Two Unicode forms of one name are one file on some systems, and two on others.
                 if (other := keys.setdefault(composed(video_id), key)) != key:
                     raise _Problem("id", key, f"{other!r} is the same video; keep one entry")
                 yield self._video(video_id, entry)
@@ -140,6 +141,7 @@ class EntryReader:
         for number, item in enumerate(annotations):
             try:
                 label = self._label(item)
+                # Unless a class list has it: then it is a class like others.
                 if label == AMBIGUOUS and AMBIGUOUS not in (self.classes or ()):
                     self.num_ambiguous += 1
                 elif (segment := self._segment(item.get("segment"), duration)) is not None:
@@ -193,17 +195,7 @@ def _fault(start: float, end: float, duration: float) -> str:
         return "it starts before the video"
     if end <= start:
         return "it is reversed" if end < start else "it lasts no time"
+    # Tolerated as durations are: the times were written for another copy of the video.
     if start >= duration or end > duration + duration_tolerance(duration):
         return f"the video lasts {duration:g} s"
     return ""
-
-
-def finite_number(value: Any) -> float | None:
-    """A finite number, also one written as a string; None for anything else."""
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    try:
-        found = float(value)
-    except (ValueError, OverflowError):
-        return None
-    return found if math.isfinite(found) else None

@@ -18,10 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from re2tal.data.building.annotation_entries import EntryReader, finite_number, raise_together
+from re2tal.data.building.annotation_entries import EntryReader, raise_together
 from re2tal.data.building.annotation_formats.formats import hint
 from re2tal.data.building.labels import check_class_list, fold_notes, one_spelling, twin_problems
-from re2tal.strict_json import read_json
+from re2tal.strict_json import finite_number, read_json
 from re2tal.structures import VideoRecord, find_subset
 from re2tal.video_ids import plain_id
 

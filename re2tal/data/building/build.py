@@ -98,6 +98,7 @@ def build_shards(
 
 def list_items(records: Sequence[Listed], chosen: Chosen[Path], *, config: BuildConfig) -> list[Item]:
     """The records with what tells their sources, and how these are stored, from others."""
+    # All that decides the bytes of a stored video, its source apart. Seed and labels do not.
     base = [str(Manifest.VERSION), PICTURES, to_json(config.encoding), "copy" if config.copy else "encode"]
 
     def item(listed: Listed) -> Item:
@@ -109,6 +110,7 @@ def list_items(records: Sequence[Listed], chosen: Chosen[Path], *, config: Build
             mark, status = fingerprint(*base, content_id(source)), source.stat()
         except OSError as error:
             return Item(listed, "", fault=f"{source.name} cannot be read: {error.strerror}; copy it again")
+        # `content_id` does not read everything: the time tells of a file that was repaired in the middle.
         modified_ns = status.st_mtime_ns
         terms = f"{seconds}{config.max_damaged:g} damaged, {modified_ns}"
         return Item(listed, mark, status.st_size, terms=terms, modified_ns=modified_ns)

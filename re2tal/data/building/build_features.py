@@ -86,6 +86,7 @@ class FeatureBuild:
         return written.build(plans, write_shards, part_index=self.part_index, num_parts=self.num_parts)
 
     def _fingerprint(self, shard: FeatureShard) -> str:
+        # The records are part of it: unlike videos, features have their times from the annotated durations.
         version = str(FeatureManifest.VERSION)
         return fingerprint(version, to_json(self.spec), *map(to_json, shard.records), *shard.sources)
 

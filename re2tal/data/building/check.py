@@ -16,12 +16,14 @@ import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 
+from re2tal.data.building.jumps import cell_means
 from re2tal.data.building.pictures import is_earlier_shown
 from re2tal.data.building.probe import open_video
 from re2tal.data.building.shown import Damage, Orientation, colours_of, orientation_of
 from re2tal.data.contract.mp4 import read_mp4
 from re2tal.data.streaming.decode import count_frames, decode_frames
 
+# As many are kept of each video while it is encoded: 49 KB.
 NUM_SAMPLES = 16
 SIDE = 16
 """Pixels of a sample: so few that what compression loses is averaged out."""
@@ -91,13 +93,7 @@ def spread(num_frames: int) -> list[int]:
 
 def small(picture: np.ndarray) -> np.ndarray:
     """(H, W, 3) -> (SIDE, SIDE, 3), means of as many stretches of rows and columns."""
-    means = picture
-    for axis in (0, 1):
-        starts = np.arange(SIDE) * picture.shape[axis] // SIDE
-        sizes = np.maximum(np.diff(starts, append=picture.shape[axis]), 1)
-        sums = np.add.reduceat(means, starts, axis=axis, dtype=np.float32)
-        means = sums / sizes.reshape((SIDE, 1, 1) if axis == 0 else (1, SIDE, 1))
-    return means
+    return cell_means(picture, SIDE)
 
 
 def check_normalised(path: Path, expected: Normalised, *, max_difference: float = MAX_DIFFERENCE) -> None:
@@ -127,5 +123,6 @@ def _check_times(path: Path, expected: Normalised) -> None:
     if any(hidden for _, _, hidden in shown) or len(times) != expected.num_frames:
         raise ValueError(f"{path}: {len(times)} frames stored, {expected.num_frames} encoded")
     off = np.abs(np.array(times) - np.arange(len(times)) / expected.fps).max()
+    # What a clock of milliseconds rounds.
     if off > 0.001:
         raise ValueError(f"{path}: a stored frame is {off:.4f} s away from its time")

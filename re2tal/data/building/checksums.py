@@ -27,6 +27,7 @@ def broken_clusters(path: Path) -> list[tuple[int, int]]:
         while place < size:
             head = _head(file, place)
             if head is None or not (head[0] in _PARTS or head[0] == _SEGMENT):
+                # Nothing here can be told apart; a cluster's mark is where reading makes sense again.
                 after = _next_cluster(file, place + 1)
                 broken.append((place, after))
                 place = after
@@ -69,6 +70,7 @@ def _fits(file: BinaryIO, start: int, end: int) -> bool | None:
     file.seek(start)
     if (head := file.read(6))[:2] != b"\xbf\x84" or len(head) < 6:
         return None
+    # In pieces: a cluster may have hundreds of megabytes.
     crc32, left = 0, end - start - 6
     while left > 0 and (chunk := file.read(min(_CHUNK, left))):
         crc32, left = zlib.crc32(chunk, crc32), left - len(chunk)
@@ -84,5 +86,6 @@ def _next_cluster(file: BinaryIO, place: int) -> int:
         if (found := (before + chunk).find(mark)) >= 0:
             return place - len(before) + found
         place += len(chunk)
+        # The mark may lie across two chunks.
         before = chunk[-3:]
     return place

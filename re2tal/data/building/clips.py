@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from re2tal.data.building.annotation_entries import SUBSET_NAME, raise_together
+from re2tal.data.building.annotation_formats.found import subset_in_name
 from re2tal.data.building.labels import Classes, fold_notes, one_spelling, twin_problems
 from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.structures import SUBSETS, Action, VideoRecord
@@ -26,7 +27,6 @@ from re2tal.video_ids import VIDEO_SUFFIXES, composed, id_fault
 
 KINETICS_COLUMNS = ("label", "youtube_id", "time_start", "time_end")
 _LISTED = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, VIDEO_SUFFIXES))}))(?:\s*,\s*|\s+)(.+)", re.IGNORECASE)
-_IN_A_NAME = re.compile(rf"(?<![a-z])({'|'.join(sorted(SUBSETS, key=len, reverse=True))})(?![a-z])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +111,7 @@ def read_clips(
         except ValueError as problem:
             problems.append(f"{entry.where}: {problem}")
             continue
+        # Of clips in a folder the twins are left out (`faults`); a list that names one twice is wrong.
         if video_id in paths:
             if video_id not in faults:
                 what = f"{entry.path} has the id of {paths[video_id]}: rename one, or list it once"
@@ -202,7 +203,7 @@ def _in_kinetics(
     files: dict[str, list[Path]] = {}
     for path in _video_files(videos):
         files.setdefault(path.stem, []).append(path)
-    subset = None if "split" in header else _subset_in_name(place)
+    subset = None if "split" in header else _named_subset(place)
     rows = csv.DictReader(lines[1:], fieldnames=header)
     for row in rows:
         where = f"{place} line {rows.line_num + 1}"
@@ -221,7 +222,7 @@ def _in_kinetics(
 
 
 def _in_list(place: Path, lines: Sequence[str], videos: Path, problems: list[str]) -> Iterator[_Entry]:
-    subset = _subset_in_name(place)
+    subset = _named_subset(place)
     for number, line in enumerate(lines, start=1):
         found = _LISTED.fullmatch(line.strip())
         if found:
@@ -238,6 +239,7 @@ def _video_files(root: Path) -> Iterator[Path]:
     """Every video file below `root`, sorted; links to folders are followed, as packages of videos are often made."""
     seen = set()
     for folder, folders, names in os.walk(root, followlinks=True):
+        # A link to a folder above would be followed for ever.
         real = os.path.realpath(folder)
         if real in seen:  # a link that leads back
             folders.clear()
@@ -247,11 +249,10 @@ def _video_files(root: Path) -> Iterator[Path]:
         yield from (Path(folder, name) for name in sorted(names) if Path(name).suffix.lower() in VIDEO_SUFFIXES)
 
 
-def _subset_in_name(place: Path) -> str:
-    found = {SUBSETS[word] for word in _IN_A_NAME.findall(place.stem.lower())}
-    if len(found) != 1:
+def _named_subset(place: Path) -> str:
+    if (subset := subset_in_name(place)) is None:
         raise ValueError(f"{place}: its name does not tell the subset; call it train.csv or val.csv, say")
-    return found.pop()
+    return subset
 
 
 def _subset(name: str) -> str:

@@ -22,7 +22,7 @@ import av
 from av.video.stream import VideoStream
 
 from re2tal.data.building.isolated import still_working
-from re2tal.data.building.jumps import SUDDEN, Jumps, rows_of
+from re2tal.data.building.jumps import SUDDEN, Jumps, rows_of, time_of
 from re2tal.data.building.slice_ends import SliceEnds
 from re2tal.data.contract.key_frames import unit_places
 
@@ -67,11 +67,12 @@ class Consumption:
         """Take what the decoder was given; gives how many earlier packets are found damaged, uncounted so far."""
         if self._name is None:
             return 0
-        content, time = bytes(packet), packet.dts if packet.pts is None else packet.pts
+        content, time = bytes(packet), time_of(packet)
         if self._second is not None:
             self._budget += _AGAIN_PER_PACKET
             longer = self._with_more(content) if content else b""
             self._shown.update(_decoded(self._second, longer, time))
+        # Of VP8 only this is looked at, whether more behind a packet changes its picture.
         if self._name == "libvpx":
             return 0
         if not content:
@@ -90,9 +91,10 @@ class Consumption:
 
     def needs_more(self, frame: av.VideoFrame) -> bool:
         """Whether a frame was made of more bytes than there are."""
-        time = frame.dts if frame.pts is None else frame.pts
+        time = time_of(frame)
         if self._name in ("hevc", "h264"):
             self._jumps.add(time, frame)
+        # Taken out as it comes, so that what is kept does not grow with the video.
         if self._second is None or self._shown.pop(time, None) == _checksum(frame):
             return False
         for group in self._groups:
@@ -138,6 +140,7 @@ class Consumption:
 
     def _ignores_its_end(self, group: _Group, number: int, whole: dict[int | None, int]) -> bool:
         time = group.times[number]
+        # Twice, because other bytes may by chance decode to the same picture.
         for mask in (0x5A, 0xA5):
             other = self._with_another_end(group.packets[number], mask)
             if other is None or time not in whole:
@@ -206,7 +209,7 @@ def _decoded(decoder: av.VideoCodecContext, content: bytes, time: int | None) ->
         frames = decoder.decode(packet)
     except av.FFmpegError:
         return {}
-    return {frame.dts if frame.pts is None else frame.pts: _checksum(frame) for frame in frames}
+    return {time_of(frame): _checksum(frame) for frame in frames}
 
 
 def _checksum(frame: av.VideoFrame) -> int:

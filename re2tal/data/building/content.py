@@ -19,6 +19,7 @@ def content_id(path: Path, *, offset: int = 0, num_bytes: int | None = None) -> 
     """
     size = path.stat().st_size - offset if num_bytes is None else num_bytes
     last = max(0, size - _BLOCK)
+    # `unique`, because blocks of a short file would overlap.
     starts = np.unique(np.linspace(0, last, num=_NUM_BLOCKS).astype(np.int64)).tolist()
     digest = hashlib.sha256(f"{size}\n".encode())
     with path.open("rb") as file:

@@ -22,6 +22,7 @@ from re2tal.data.contract.mp4 import Mp4, read_mp4
 
 COPY_DIFFERENCE = 2.0
 """Mean levels (of 255) between what a player shows and what the decoder gives: nothing was compressed in between."""
+# Matroska rounds times to milliseconds.
 _MAX_OFF_SECONDS = 0.001
 _REMUXED = {"h264": "H.264", "hevc": "HEVC", "vp9": "VP9", "libvpx-vp9": "VP9"}
 
@@ -69,6 +70,7 @@ def _remuxed(container: av.container.InputContainer, stream: av.VideoStream) -> 
 def _constant_rate(seconds: np.ndarray) -> Fraction:
     """The rate at which frames are shown at these times, which start at 0 and are rounded to milliseconds."""
     mean = (len(seconds) - 1) / float(seconds[-1]) if len(seconds) > 1 else 30.0
+    # Rates as cameras have them, whole or by 1000/1001, before the fraction nearest to the mean.
     usual = (Fraction(round(mean)), Fraction(round(mean) * 1000, 1001), Fraction(mean).limit_denominator(1001))
     for rate in usual:
         if rate and np.abs(seconds - np.arange(len(seconds)) / float(rate)).max() <= _MAX_OFF_SECONDS:

@@ -133,6 +133,7 @@ def _encode(scene: Scene, path: Path) -> tuple[int, int]:
         stream = container.add_stream("libx264", rate=scene.rate, options={"preset": "superfast", "crf": "20"})
         stream.height, stream.width = scene.background.shape[:2]
         stream.pix_fmt = "yuv420p"
+        # Threads would change the bytes from machine to machine, and each process draws a video of its own.
         stream.thread_count = 1
         for number in range(len(scene.shifts)):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(scene.frame(number), format="rgb24")))

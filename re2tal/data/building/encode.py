@@ -53,6 +53,7 @@ def sampling_grid(duration_seconds: Fraction, encoding: Encoding) -> tuple[Fract
     """(frames per second, number of frames) to store of a video of this duration."""
     match encoding.sampling:
         case FramesPerSecond(fps):
+            # 29.97 becomes 30000/1001, and 15.0 stays 15.
             rate = Fraction(fps).limit_denominator(1001)
             return rate, max(1, round(duration_seconds * rate))
         case FramesPerVideo(num_frames):

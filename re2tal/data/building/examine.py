@@ -56,6 +56,7 @@ def examine_video(path: Path, *, decode: bool) -> Examined:
         height=probe.height,
         num_frames=probe.num_frames,
         seconds=float(probe.duration_seconds),
+        # More than one step in a hundred: a camera drops a frame now and then.
         has_variable_rate=bool(np.mean(np.abs(steps - usual) > _OFF_STEP * usual) > 0.01) if len(steps) else False,
         num_keyframes=num_keyframes,
         damage=damage,

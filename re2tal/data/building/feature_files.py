@@ -156,6 +156,7 @@ def _collect(h5py: Any, group: Any, prefix: str, names: list[str]) -> None:
         inside = group[name]
         if isinstance(inside, h5py.Dataset):
             names.append(prefix + name)
+        # Groups may hold each other in a circle.
         elif prefix.count("/") < 4:
             _collect(h5py, inside, f"{prefix}{name}/", names)
 
@@ -171,6 +172,7 @@ def _csv(path: Path, key: str | None) -> np.ndarray:
     _check_size(path.stat().st_size)
     with path.open(encoding="utf-8-sig") as file:
         line = file.readline(1 << 22).strip("\r\n")
+    # A file without any of them has one column.
     delimiter = max(",;\t ", key=line.count)
     cells = [cell.strip().strip('"') for cell in line.split(delimiter)]
     numbers = [_number(cell) for cell in cells]
@@ -210,6 +212,7 @@ def _counts(numbers: np.ndarray) -> bool:
     steps = np.diff(numbers)
     if not len(steps):
         return False
+    # A counter, or times: they rise evenly, which the output of a network hardly does at each step.
     is_whole = numbers[0] in (0, 1) and (steps == 1).all()
     return bool(is_whole or (len(steps) > 2 and steps.min() > 0 and np.ptp(steps) <= 0.05 * steps.mean()))
 
@@ -241,6 +244,7 @@ def _chosen(names: Sequence[str], load: Callable[[str], np.ndarray], key: str | 
             raise _Unfit(f"has no array {key!r}; it has {_listed(names)}")
         return load(key)
     arrays: dict[str, np.ndarray] = {}
+    # Each is loaded, and nobody means one of hundreds without naming it.
     for name in names[:64]:
         try:
             arrays[name] = load(name)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from re2tal.data.contract.key_frames import KEY_SLICE, SEQUENCE, SLICE, Bits, units
 
+# Profiles whose headers also say the colour format (H.264, 7.3.2.1.1).
 _HIGH_PROFILES = frozenset({44, 83, 86, 100, 110, 118, 122, 128, 134, 135, 138, 139, 244})
 _INTRA = 2
 """A slice that needs no other picture, by its type modulo 5."""
@@ -18,7 +19,7 @@ class FrameNumbers:
     """Follows the packets of a stream in the order of decoding."""
 
     def __init__(self, extradata: bytes) -> None:
-        self._length_bytes = (extradata[4] & 3) + 1 if len(extradata) > 6 and extradata[0] == 1 else 0
+        self._length_bytes = length_bytes_of(extradata)
         self._bits: int | None = None
         """Of a frame number; None where they are not known, or numbers may be left out."""
         self._has_planes = False
@@ -58,6 +59,7 @@ class FrameNumbers:
     def _read_sequence(self, unit: bytes) -> None:
         bits = Bits(unit[1:64])
         profile = bits.take(8)
+        # Constraints and level.
         bits.take(16)
         bits.number()
         has_planes = False
@@ -77,18 +79,27 @@ class FrameNumbers:
             bits.take(1)
             bits.number()
             bits.number()
+            # The standard allows no more; a damaged number must not take minutes.
             for _ in range(min(bits.number(), 255)):
                 bits.number()
         bits.number()
         may_leave_out = bool(bits.take(1))
+        # Numbers may be left out on purpose; a header that changes on the way, or says what no stream has, tells
+        # nothing.
         if may_leave_out or num_bits > 16 or self._bits not in (None, num_bits):
             self._is_off = True
         self._bits, self._has_planes = num_bits, has_planes
 
 
+def length_bytes_of(extradata: bytes) -> int:
+    """Bytes of the length before each unit, by the header of an mp4 or Matroska file (ISO 14496-15, 5.3.3); 0 where
+    start codes stand between units."""
+    return (extradata[4] & 3) + 1 if len(extradata) > 6 and extradata[0] == 1 else 0
+
+
 def parameter_sets(extradata: bytes) -> Iterator[bytes]:
-    """The parameter sets in the header of a file: of an mp4 or Matroska file (ISO 14496-15, 5.3.3), or start codes."""
-    if len(extradata) <= 6 or extradata[0] != 1:
+    """The parameter sets in such a header."""
+    if not length_bytes_of(extradata):
         yield from units(extradata, 0)
         return
     place = 5

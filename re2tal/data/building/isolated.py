@@ -13,9 +13,11 @@ import pickle
 import signal
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from itertools import count
 from multiprocessing import spawn
 from multiprocessing.connection import Connection
+from queue import SimpleQueue
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
@@ -28,6 +30,7 @@ _NAME = "re2tal-isolated"
 _NUMBERS = count()
 
 
+# A message for each frame would cost more than some frames do.
 _SIGN_SECONDS = 1.0
 _to_parent: Connection | None = None
 """In the child process: the connection to the parent, which waits for the result."""
@@ -109,6 +112,7 @@ class Isolated:
     def _reply(self, timeout_seconds: float) -> tuple[bool | None, Any]:
         """Whether the function succeeded, and its result; None and an item where more is to come."""
         connection, reply = self._start(), None
+        # None is a sign of life, and starts the wait anew.
         while reply is None:
             try:
                 if not connection.poll(timeout_seconds):
@@ -140,6 +144,30 @@ class Isolated:
         return process.exitcode
 
 
+class IsolatedPool:
+    """Child processes for the threads of a caller: each call takes one that is free, or waits for one."""
+
+    def __init__(self, num_processes: int) -> None:
+        self._stack = ExitStack()
+        self._free: SimpleQueue[Isolated] = SimpleQueue()
+        for _ in range(num_processes):
+            self._free.put(self._stack.enter_context(Isolated()))
+
+    def __enter__(self) -> IsolatedPool:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def call(self, timeout_seconds: float, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """As `Isolated.call`."""
+        isolated = self._free.get()
+        try:
+            return isolated.call(timeout_seconds, function, *args, **kwargs)
+        finally:
+            self._free.put(isolated)
+
+
 def _preparation_data(name: str) -> dict[str, Any]:
     """As multiprocessing's own, but a process of ours does not run the user's script again, which needs no guard."""
     data = _usual_preparation_data(name)
@@ -149,6 +177,7 @@ def _preparation_data(name: str) -> dict[str, Any]:
     return data
 
 
+# multiprocessing has no option for it; only processes of our names are concerned.
 _usual_preparation_data = spawn.get_preparation_data
 spawn.get_preparation_data = _preparation_data
 

@@ -15,6 +15,7 @@ SUDDEN = 1.8
 """Where a cut is, or a damaged group ends, it is above 2; from one frame of a scene to the next below 1.5, mostly."""
 _AROUND = 8
 _SIDE, _STRIDES = 16, 8
+# Added to each change: a still scene would else make any grain a jump, and divide by 0.
 _NOISE = 2.0
 """Levels that are no change."""
 _KEPT = 4096
@@ -40,6 +41,7 @@ class Jumps:
         if time not in self._times or len(self._times) < _AROUND:
             return 0.0
         place, changes = self._times.index(time), np.array(self._changes)
+        # Of both sides, so that a scene that moves more from here on is no jump.
         around = np.concatenate([changes[max(0, place - _AROUND) : place], changes[place + 1 : place + 1 + _AROUND]])
         return float(changes[place] / np.median(around))
 
@@ -55,10 +57,21 @@ def _cells(frame: av.VideoFrame) -> np.ndarray:
     rows = rows_of(plane)
     pixels = rows.view(np.uint16) if bits > 8 else rows
     steps = [max(1, side // (_SIDE * _STRIDES)) for side in (frame.height, frame.width)]
-    means = pixels[:: steps[0], : frame.width : steps[1]]
+    return cell_means(pixels[:: steps[0], : frame.width : steps[1]], _SIDE) / (1 << (bits - 8))
+
+
+def cell_means(picture: np.ndarray, side: int) -> np.ndarray:
+    """(H, W, ...) -> (side, side, ...), means of as many stretches of rows and columns."""
+    means = picture
     for axis in (0, 1):
-        starts = np.arange(_SIDE) * means.shape[axis] // _SIDE
-        sizes = np.maximum(np.diff(starts, append=means.shape[axis]), 1)
+        starts = np.arange(side) * picture.shape[axis] // side
+        # A picture may have fewer rows than that: a stretch of none takes one.
+        sizes = np.maximum(np.diff(starts, append=picture.shape[axis]), 1)
         sums = np.add.reduceat(means, starts, axis=axis, dtype=np.float32)
-        means = sums / sizes.reshape((_SIDE, 1) if axis == 0 else (1, _SIDE))
-    return means / (1 << (bits - 8))
+        means = sums / sizes.reshape(-1, *[1] * (picture.ndim - 1 - axis))
+    return means
+
+
+def time_of(one: av.Packet | av.VideoFrame) -> int | None:
+    """When a packet or frame is shown or, where that is not said, decoded."""
+    return one.dts if one.pts is None else one.pts

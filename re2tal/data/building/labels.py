@@ -57,6 +57,7 @@ def spellings(labels: Iterable[str]) -> list[Counter[str]]:
 
 def folded(label: str) -> str:
     """What all spellings of one name share."""
+    # NFKC also joins wide and narrow letters, and ligatures, which look alike.
     return "".join(unicodedata.normalize("NFKC", label).casefold().split())
 
 
@@ -69,6 +70,7 @@ def one_spelling(labels: Iterable[str], *, classes: Iterable[str] = ()) -> dict[
     counts = Counter(labels)
     chosen: dict[str, str] = {}
     for label, _ in counts.most_common():
+        # The most frequent comes first, and stays.
         chosen.setdefault(folded(label), " ".join(unicodedata.normalize("NFC", label).split()))
     return {label: new for label in counts if (new := (chosen | named)[folded(label)]) != label}
 

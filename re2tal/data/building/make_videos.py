@@ -107,10 +107,13 @@ class Workshop:
                 result = self._one(item, path, isolated)
                 with self.lock:
                     bench.results[place] = item, result, path
+                    # Inside the lock, so that exactly one worker sees the last result and writes the shard.
                     is_whole = len(bench.results) == len(bench.items)
                 if is_whole:
+                    # In the order of the plan, not in that of their making: the bytes do not depend on the workers.
                     self.write(bench.group, [bench.results[number] for number in range(len(bench.items))])
                     for _, _, made in bench.results.values():
+                        # At once: a build keeps no more than the shards in work twice on the disk.
                         made.unlink(missing_ok=True)
 
     def _one(self, item: Item, path: Path, isolated: Isolated) -> Made | Refused:

@@ -37,6 +37,7 @@ def match_samples(listed: Annotations | ClipList, samples: Sequence[Sample]) -> 
     found: dict[str, Sample] = {}
     faults: dict[str, str] = {}
     owners: dict[int, str] = {}  # id() of a sample -> the video that it is
+    # Surer names first: a video that its key tells is not looked for by weaker ones, nor is its sample free for others.
     for calls in (by_key, by_short_key, by_json):
         claims: dict[int, list[str]] = {}
         for name in sorted(calls.keys() - found.keys() - faults.keys()):
@@ -54,6 +55,7 @@ def match_samples(listed: Annotations | ClipList, samples: Sequence[Sample]) -> 
             for name in claimed if len(claimed) > 1 else ():
                 if name in found:
                     others = ", ".join(one for one in claimed if one != name)
+                    # Two videos by one sample: nothing tells which is meant, so it is neither.
                     faults[name] = f"its sample, {_places([found.pop(name)])}, is also called {others}"
         owners |= {sample: claimed[0] for sample, claimed in claims.items()}
     return Matches(found, faults)

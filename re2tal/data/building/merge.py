@@ -53,6 +53,7 @@ def skipped_videos(folders: Sequence[ShardSet]) -> Skipped:
         is_one = all((video.record, video.crc32) == (first.record, first.crc32) for _, video in found)
         places = " and in ".join(str(root) for root, _ in found)
         why = "" if is_one else f"it is in {places}, and differs; leave it out of one with `re2tal shards annotate`"
+        # A bool as an index: of equal ones all but the first, of others all.
         for root, video in found[is_one:] if len(found) > 1 else ():
             skipped.setdefault(root, {})[video.record.video_id] = why
     return skipped
@@ -118,6 +119,7 @@ def _sound(shards: ShardSet, skipped: Mapping[str, str], rejected: list[Rejectio
         return ""
 
     videos = list(shards.videos)
+    # Reading waits for the disk, and a checksum lets other threads run.
     with ThreadPoolExecutor(8) as pool:
         problems = list(pool.map(problem, videos))
     named = {one.video_id for one in rejected}
@@ -132,6 +134,7 @@ def _sound(shards: ShardSet, skipped: Mapping[str, str], rejected: list[Rejectio
 def _link(source: Path, target: Path) -> None:
     target.unlink(missing_ok=True)
     try:
+        # A second name for the same bytes. Resolved, or a link would be linked, and break when the folder moves.
         os.link(source.resolve(), target)
     except OSError:  # another disk, or one without links
         temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")

@@ -77,6 +77,7 @@ class NamedFiles(Generic[File]):
         owners: dict[str, list[str]] = {}
         for video_id in video_ids:
             files = self.of(video_id, file_names)
+            # Two files of one video are two recordings until something says which is meant.
             named = _called(files, (keys or {}).get(video_id)) if len(files) > 1 else files
             if len(named) == 1:
                 chosen.found[video_id] = named[0]
@@ -87,6 +88,7 @@ class NamedFiles(Generic[File]):
             elif files:
                 names = " and ".join(_told_apart(files))
                 chosen.faults[video_id] = f"{names} are files of one video; keep one of them"
+        # Afterwards, as the second owner may come at the end of the list.
         for name, ids in owners.items():
             for video_id in ids if len(ids) > 1 else ():
                 del chosen.found[video_id]

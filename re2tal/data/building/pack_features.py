@@ -143,6 +143,7 @@ class Packer:
         values = values.T if self.layout == "tc" else values
         start_seconds, seconds_per_step = self.timing.place(record, values.shape[1])
         source = SourceFile(file.path.name, _sha256(file.path, file.path.stat().st_mtime_ns))
+        # A copy: the file's own array is mapped, and may be read-only or turned.
         tensor = torch.from_numpy(np.array(values, dtype=np.float32, order="C"))
         return Computed(tensor, seconds_per_step, start_seconds, source)
 
@@ -158,6 +159,7 @@ def sample_shapes(found: Mapping[str, FeatureFile], *, key: str | None) -> dict[
     shapes: dict[str, tuple[int, int]] = {}
     unusable: list[str] = []
     video_ids = list(found)
+    # Spread over the list first, as neighbours may come from one program; then all, where some of these cannot be read.
     for video_id in video_ids[:: -(-len(video_ids) // SAMPLE)] + video_ids:
         if len(shapes) == SAMPLE or (shapes and len(unusable) >= SAMPLE):
             break
@@ -179,6 +181,7 @@ def find_layout(shapes: Mapping[str, tuple[int, int]], fits: Callable[[str, int]
     Where both axes are the same in most files, `fits(video_id, num_steps)` decides, if it says so many steps fit only
     one order. Raises ValueError where nothing tells the two apart.
     """
+    # In most files and not in all: one odd file must not hide what the others tell.
     constant = [2 * _most_common(shapes, axis)[1] > len(shapes) for axis in (0, 1)]
     shape = "x".join(map(str, next(iter(shapes.values()))))
     if constant == [False, True]:

@@ -23,6 +23,7 @@ from re2tal.data.contract.manifest import Encoding, SourceVideo, StoredVideo
 from re2tal.strict_json import sha256_of
 from re2tal.structures import VideoRecord
 
+# None: what `encode` says of a full disk in words has no number.
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, None)
 SILENT_SECONDS = 300.0
 """Kill the encoding process after this time without a new frame, whatever the length of the video."""
@@ -47,6 +48,7 @@ class VideoPacker:
         if self.copy:
             try:
                 return self._made(listed, source, target, isolated, copy=True)
+            # Copying is a wish: what cannot be copied is encoded, and the reason told.
             except ValueError as error:
                 why = str(error)
         made = self._made(listed, source, target, isolated, copy=False)

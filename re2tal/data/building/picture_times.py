@@ -18,11 +18,12 @@ import numpy as np
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
-from re2tal.data.building.jumps import SUDDEN, Jumps
+from re2tal.data.building.jumps import SUDDEN, Jumps, time_of
 from re2tal.data.contract.key_frames import Bits
 
 PAUSE_SECONDS = 2.0
 """A longer gap in a file that is no broadcast is one in the recording: a player goes on showing the picture before."""
+# Start codes of the header that says the clock (ISO 14496-2, 6.2.3).
 _LAYERS = range(0x20, 0x30)
 _B_PICTURE = 2
 _ODD_STEP = 1.5
@@ -34,6 +35,7 @@ def is_even(steps: np.ndarray) -> bool:
 
     Recordings of a screen often have a frame only where something changes.
     """
+    # Fewer steps have no median that means anything.
     if len(steps) < 20:
         return False
     usual = float(np.median(steps))
@@ -86,7 +88,7 @@ class LostPictures:
     def add_shown(self, frame: av.VideoFrame) -> None:
         """The next frame in the order of display."""
         if self._has_gaps:
-            self._jumps.add(frame.dts if frame.pts is None else frame.pts, frame)
+            self._jumps.add(time_of(frame), frame)
 
     def follow(self, packet: av.Packet, *, is_counted: bool) -> int:
         """Take what the decoder was given; at the end, gives how many packets are found damaged, uncounted so far."""
@@ -97,7 +99,7 @@ class LostPictures:
             self._num_found += sum(self._damaged(place) for place in range(len(self._groups)))
             return self._num_found if self._has_own_times or self._is_even or self._is_paced() else 0
         if packet.is_keyframe or not self._groups:
-            self._groups.append(_Group(packet.dts if packet.pts is None else packet.pts))
+            self._groups.append(_Group(time_of(packet)))
             if len(self._groups) == 3:  # the key frame after the first of them is shown by now
                 self._num_found += self._damaged(0)
                 del self._groups[0]
@@ -137,6 +139,7 @@ class LostPictures:
         one = self._reference
         if one is None or not one.number:  # before a key frame nothing is missing that others need
             return
+        # B-pictures come after the reference, and are shown before it.
         step = one.step / (1 + one.num_between)
         if self._steps and step > _ODD_STEP * float(np.median(self._steps)) and one.group.gap is None:
             one.group.gap, self._has_gaps = one.number, True
@@ -145,6 +148,7 @@ class LostPictures:
     def _read(self, packet: bytes, group: _Group) -> None:
         """The times that the pictures of a packet have in themselves (6.2.5)."""
         self._read_layer(packet)
+        # The start code of a picture; a packet may hold two.
         place = packet.find(b"\0\0\1\xb6") if self._per_second else -1
         while place >= 0:
             self._read_picture(Bits(packet[place + 4 : place + 40]), group)
@@ -156,6 +160,7 @@ class LostPictures:
                 self._reference.num_between += 1
             return
         seconds = 0
+        # Whole seconds are ones before a zero; damage must not make hours of them.
         while bits.take(1) and seconds < 240:
             seconds += 1
         bits.take(1)
@@ -182,6 +187,7 @@ class LostPictures:
         if bits.take(1):  # control parameters
             bits.take(3)
             if bits.take(1):
+                # Of the buffer model: sizes and rates.
                 bits.take(79)
         bits.take(3)
         self._per_second = bits.take(16)

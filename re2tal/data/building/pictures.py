@@ -118,6 +118,7 @@ def scaled(
     for frame in frames:
         size = size or stored_size(displayed_size(frame, source), short_side=short_side)
         turned = orientation_of(frame) or orientation
+        # One graph per form: a recording may change its size, colours or turn on the way.
         kind = (frame.width, frame.height, frame.format.name, turned, colours_of(frame))
         if kind not in graphs:
             graphs[kind] = _scaling_graph(frame, size, turned)

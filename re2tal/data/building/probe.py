@@ -164,6 +164,7 @@ def _scan(path: Path, container: InputContainer, stream: VideoStream) -> tuple[i
     """(packets that are shown, frames that should be there besides, seconds of pauses, seconds that all last)."""
     is_avi, is_mkv = container.format.name == "avi", container.format.name.startswith("matroska")
     total, shown, end_seconds = 0, [], 0.0
+    # Sound too in a Matroska file: its header gives the length of all streams together.
     for packet in container.demux() if is_mkv else container.demux(stream):
         still_working()
         # What FFmpeg guesses for the pictures of an AVI that reorders is wrong; the places of its chunks are right.

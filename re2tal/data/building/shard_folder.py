@@ -139,6 +139,7 @@ class FeatureFolder:
         """
         (self.root / REPORTS).mkdir(parents=True, exist_ok=True)
         self._refuse_other_settings()
+        # Every n-th, so that parts are equally long whatever the order of the videos.
         todo = [plan for plan in plans[part_index::num_parts] if self._finished(plan) is None]
         if todo:
             (self.root / MANIFEST_NAME).unlink(missing_ok=True)  # what it says no longer holds
@@ -197,6 +198,7 @@ class FeatureFolder:
         if not path.is_file():
             return None
         report = from_json(ShardReport, path.read_bytes(), source=str(path))
+        # Made from other files, or with another program: it is made again under its name.
         if report.fingerprint != plan.fingerprint:
             return None
         tar = self.root / plan.name
@@ -241,6 +243,7 @@ def share_out(
     """(name, videos) of shards, in an order that depends on the seed alone: `per_shard` to a shard, or as many as give
     32 shards or more, from 4 to `most`."""
     order = list(records)
+    # Shuffled once and for all, so that a shard holds videos of all kinds: training shuffles within a span only.
     random.Random(seed).shuffle(order)
     size = per_shard or min(most, max(4, -(-len(order) // 32)))
     starts = range(0, len(order), size)

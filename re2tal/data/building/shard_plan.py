@@ -143,6 +143,7 @@ def read_report(root: Path, group: Group) -> GroupReport | None:
         return None
     told = {(one.video_id, one.fingerprint) for one in report.videos}
     told |= {(one.video_id, one.fingerprint) for one in report.refused}
+    # A report may be left from a group of this name in an earlier plan.
     if not told <= {(one.video_id, one.fingerprint) for one in group.videos}:
         return None
     for file in report.files:
@@ -194,6 +195,7 @@ def places(plan: Plan, reports: Mapping[str, GroupReport | None], items: Sequenc
                 continue
             key = item.video_id, item.fingerprint
             one = stored.get(key)
+            # 0 where a report does not say when its source was written.
             is_there = one is not None and not (one.damage and one.modified_ns not in (0, item.modified_ns))
             if report is None or is_there or (*key, item.terms) in refused:
                 found[item.video_id] = group
@@ -203,6 +205,7 @@ def places(plan: Plan, reports: Mapping[str, GroupReport | None], items: Sequenc
 def extended(plan: Plan, items: Sequence[Item], *, first: int, max_bytes: int, per_shard: int | None) -> Plan:
     """The plan with groups for these videos, in an order that depends on the seed alone, numbered from `first`."""
     order = list(items)
+    # Shards hold videos of all kinds then: training shuffles within a span only.
     random.Random(plan.seed).shuffle(order)
     groups = [
         Group(f"shard-{first + number:06d}.tar", tuple(Planned(one.video_id, one.fingerprint) for one in chosen))

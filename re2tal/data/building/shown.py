@@ -23,6 +23,7 @@ from av.video.stream import VideoStream
 from re2tal.data.building.consumption import Consumption
 from re2tal.data.building.evidence import Evidence
 from re2tal.data.building.isolated import still_working
+from re2tal.data.building.jumps import time_of
 from re2tal.data.building.picture_times import LostPictures
 
 # FFmpeg's own decoders of these show garbage without a word; libvpx, which browsers use, refuses damaged data.
@@ -156,6 +157,7 @@ def _decoded(
     evidence, interlaced = Evidence(container, stream), False
     consumption, lost = Consumption(stream, decoder.name), LostPictures(container, stream)
     broken, in_head, num_keys, num_head, num_sent, num_shown = False, False, 0, 0, 0, 0
+    # FFmpeg says what is damaged in its log alone, and counts repeated lines instead of giving them.
     level, skips = av.logging.get_level(), av.logging.get_skip_repeated()
     av.logging.set_level(av.logging.WARNING)
     av.logging.set_skip_repeated(False)
@@ -194,8 +196,7 @@ def _decoded(
                     num_shown += 1
                     lost.add_shown(frame)
                     interlaced = interlaced or frame.interlaced_frame
-                    time = frame.dts if frame.pts is None else frame.pts
-                    yield by_place.next() if by_place else time, frame
+                    yield by_place.next() if by_place else time_of(frame), frame
     finally:
         av.logging.set_level(level)
         av.logging.set_skip_repeated(skips)

@@ -12,13 +12,14 @@ import random
 
 import av
 
-from re2tal.data.building.frame_numbers import parameter_sets
+from re2tal.data.building.frame_numbers import length_bytes_of, parameter_sets
 from re2tal.data.contract.key_frames import KEY_SLICE, PICTURE, SEQUENCE, SLICE, Bits, units
 
 _LEAST_BYTES = 56
 """Of a slice: its header takes up to 24."""
 _CUTS = (8, *(12, 16, 20, 10, 24, 14, 18, 32) * 5)
 """Bytes taken from the end, in turn; the first is replaced by nothing, the others by four of their own."""
+# Seeded, so that the same file gives the same answer each time.
 _OTHER = [b"", *(random.Random(number).randbytes(4) for number in range(1, len(_CUTS)))]
 _FAILED = "error while decoding MB"
 
@@ -27,11 +28,12 @@ class SliceEnds:
     """Looks at packets of one stream."""
 
     def __init__(self, extradata: bytes) -> None:
-        self._length_bytes = (extradata[4] & 3) + 1 if len(extradata) > 6 and extradata[0] == 1 else 0
+        self._length_bytes = length_bytes_of(extradata)
         self._is_arithmetic: dict[int, bool] = {}
         """By the number of the picture parameters."""
         self._decoder = av.CodecContext.create("h264", "r")
         self._decoder.extradata, self._decoder.thread_count = extradata, 1
+        # No concealment, which would hide the failure; no filter, as nobody looks at the picture.
         self._decoder.options = {"ec": "0", "skip_loop_filter": "all"}
         for unit in parameter_sets(extradata):
             self._read(unit)

@@ -11,7 +11,7 @@ from re2tal.data.building.shard_folder import REPORTS
 from re2tal.data.contract.feature_manifest import IndexedFeatures
 from re2tal.data.contract.manifest import MANIFEST_NAME, IndexedVideo, from_json
 from re2tal.data.contract.members import read_pair
-from re2tal.data.contract.shards import FeatureSet, ShardSet, open_any
+from re2tal.data.contract.shards import FeatureSet, ShardSet
 
 UNLISTED_NAME = "unlisted.jsonl"
 
@@ -21,12 +21,11 @@ Place = tuple[AnySet, Entry]
 """A folder and a video in it."""
 
 
-def open_folders(folder: Path) -> list[AnySet]:
-    """A folder of shards itself, or those in it."""
+def subset_folders(folder: Path) -> list[Path]:
+    """A shard folder itself, or those that it holds, one per subset."""
     if (folder / MANIFEST_NAME).is_file() or not folder.is_dir():
-        return [open_any(folder)]
-    roots = [one for one in sorted(folder.iterdir()) if (one / MANIFEST_NAME).is_file()]
-    return [open_any(root) for root in roots or [folder]]
+        return [folder]
+    return [one for one in sorted(folder.iterdir()) if (one / MANIFEST_NAME).is_file()] or [folder]
 
 
 def stored_videos(opened: Sequence[AnySet]) -> tuple[dict[str, Place], dict[str, list[Place]]]:
@@ -43,6 +42,7 @@ def stored_videos(opened: Sequence[AnySet]) -> tuple[dict[str, Place], dict[str,
         for entry in _unlisted(shards):
             if entry.record.video_id not in listed:
                 places.setdefault(entry.record.video_id, []).append((shards, entry))
+    # By checksum: a change that was broken off leaves the same bytes in two folders, which is no contradiction.
     twice = {video_id: one for video_id, one in places.items() if len({entry.crc32 for _, entry in one}) > 1}
     return {video_id: one[0] for video_id, one in places.items() if video_id not in twice}, twice
 

@@ -35,6 +35,7 @@ def rename_subsets(annotations: Annotations, pairs: Sequence[tuple[str, str]]) -
 def recipe_names(subsets: Iterable[str], pairs: Sequence[tuple[str, str]]) -> dict[str, str]:
     """Subset -> what recipes call it, for those that `rename_subsets` would rename."""
     subsets = list(subsets)
+    # The usual names first: a file that has them needs no renaming, whatever else it has.
     for pair in (("training", "validation"), *pairs):
         found = [find_subset(name, subsets) for name in pair]
         names = {old: new for old, new in zip(found, ("training", "validation"), strict=True) if old is not None}

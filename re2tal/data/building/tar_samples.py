@@ -71,6 +71,7 @@ def read_samples(folder: Path) -> tuple[list[Sample], list[str]]:
     broken = []
     for path in tars:
         try:
+            # "r:" takes plain tars alone: members of compressed ones have no place to read from.
             with tarfile.open(path, "r:") as tar, path.open("rb") as file:
                 for member in tar:
                     _add_member(samples, path, member, file)
@@ -90,6 +91,7 @@ def _add_member(samples: dict[tuple[Path, str], Sample], path: Path, member: tar
     sample = samples.setdefault((path, parent + slash + stem), Sample(path, parent + slash + stem))
     if suffix in sample.videos or suffix in sample.labels:
         sample.fault = f"its tar holds {suffix} of this key twice"
+    # A sparse member of two kilobytes could unfold to gigabytes.
     elif not member.isreg() or member.issparse():
         sample.fault = f"its {suffix} is no plain file (type {member.type!r})"
     elif is_video:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import math
 import mmap
-import os
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ import numpy as np
 
 from re2tal.data.contract.feature_manifest import IndexedFeatures
 from re2tal.data.contract.manifest import INDEX_NAME, IndexedVideo, from_json
+from re2tal.strict_json import atomic_file
 
 Entry = TypeVar("Entry", IndexedVideo, IndexedFeatures)
 
@@ -63,6 +63,7 @@ def columns_of(videos: Sequence[IndexedVideo | IndexedFeatures]) -> np.ndarray:
         return videos.columns
     shards: dict[str, int] = {}
     rows = [(0, v.num_samples, v.samples_per_second, shards.setdefault(v.shard, len(shards)), 0, 0) for v in videos]
+    # Zeros where a row says where its line is: without columns on the disk nobody asks for that.
     return np.array(rows, ROW)
 
 
@@ -70,6 +71,7 @@ def shared_ids(
     some: Sequence[IndexedVideo | IndexedFeatures], others: Sequence[IndexedVideo | IndexedFeatures]
 ) -> list[str]:
     """Ids that two indexes have in common, without reading them whole."""
+    # Hashes of 64 bits: of two million ids, two differ and agree by chance once in ten million folders.
     places = np.flatnonzero(np.isin(_id_numbers(some), _id_numbers(others)))
     return [some[int(place)].record.video_id for place in places]
 
@@ -84,16 +86,14 @@ def write_columns(
     root: Path, videos: Sequence[IndexedVideo | IndexedFeatures], lines: Sequence[bytes], *, index_sha256: str
 ) -> None:
     """Write the columns of an index after it was written; `lines` are its lines, ends included."""
+    # One row more than videos, so that each line ends where the next row begins.
     rows = np.zeros(len(videos) + 1, ROW)
     rows[:-1] = columns_of(videos)
     rows["start"][1:] = np.cumsum([len(line) for line in lines])
     rows["crc32"][:-1] = [zlib.crc32(line) for line in lines]
     rows["id"][:-1] = [_id_number(video) for video in videos]
-    path = columns_path(root, index_sha256)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with temporary.open("wb") as file:
+    with atomic_file(columns_path(root, index_sha256)) as file:
         np.save(file, rows)
-    os.replace(temporary, path)
 
 
 def _id_number(video: IndexedVideo | IndexedFeatures) -> int:
@@ -108,6 +108,7 @@ class MappedIndex(Sequence[Entry], Generic[Entry]):
     ) -> None:
         """UnusableColumns where the columns are not those of an index of this size; `check` raises for a wrong entry.
         `shards` are the names that the columns count."""
+        # What a spawned worker is sent: it maps the files itself, as a mapping cannot be pickled.
         self._made_from: tuple[object, ...] = (root, kind, index_sha256, shards, check)
         self._path = index_path(root, index_sha256)
         self._kind: type[Entry] = kind
@@ -123,6 +124,7 @@ class MappedIndex(Sequence[Entry], Generic[Entry]):
             raise UnusableColumns("it is no array of NumPy")
         if rows.dtype != ROW or rows.ndim != 1:
             raise UnusableColumns("it has other columns; to run the command that made the folder again renews it")
+        # The last row says where the index ends: a wrong file is seen without reading it.
         if len(rows) < 2 or not rows["start"][-1] == size > 0:
             raise UnusableColumns(f"it is not of {self._path}")
         self._starts, self.columns = rows, rows[:-1]
@@ -145,11 +147,13 @@ class MappedIndex(Sequence[Entry], Generic[Entry]):
         number = range(len(self))[place]
         start, end = int(self._starts["start"][number]), int(self._starts["start"][number + 1])
         line, row = self._lines[start:end], self.columns[number]
+        # The checksum of the whole index is not taken at each start (see `shards._read`), so each line that is used is.
         if zlib.crc32(line) != row["crc32"]:
             raise self._disagree(number)
         entry = from_json(self._kind, line, source=f"{self._path} line {number + 1}")
         if (
             entry.num_samples != row["num_samples"]
+            # Not ==: steps per second are 1 / seconds per step, which is rounded.
             or not math.isclose(entry.samples_per_second, row["samples_per_second"], rel_tol=1e-9)
             or self._shards[row["shard"] : row["shard"] + 1] != (entry.shard,)
             or _id_number(entry) != row["id"]
@@ -163,6 +167,7 @@ class MappedIndex(Sequence[Entry], Generic[Entry]):
 
     def repeated(self) -> Entry | None:
         """A video whose id another one has too."""
+        # Sorted alone first: which ones are equal takes twice the memory, and nearly always none are.
         ids = np.sort(self.columns["id"])
         if not bool((ids[1:] == ids[:-1]).any()):
             return None
@@ -170,6 +175,7 @@ class MappedIndex(Sequence[Entry], Generic[Entry]):
         order = np.argsort(ids, kind="stable")
         for place in np.flatnonzero(ids[order[1:]] == ids[order[:-1]]).tolist():
             first, second = self[int(order[place])], self[int(order[place + 1])]
+            # Equal hashes may be chance.
             if first.record.video_id == second.record.video_id:
                 return second
         return None

@@ -34,6 +34,7 @@ def commit(
     write_atomically(root / MANIFEST_NAME, to_json(make_manifest(index_sha256)))
     with suppress(FileNotFoundError):  # another part of the build has done the same
         os.replace(new, root / INDEX_NAME)
+    # Last: until the manifest was replaced, these were the ones that it named.
     for old in (*root.glob("index.*.npy"), *root.glob("index.*.jsonl")):
         if old != columns:
             old.unlink(missing_ok=True)

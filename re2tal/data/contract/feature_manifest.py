@@ -16,12 +16,11 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from re2tal.data.contract.manifest import (
-    Count,
+    IndexEntry,
     Positive,
     Rejection,
     Sha256,
     ShardFile,
-    ShardName,
     SubsetName,
 )
 from re2tal.structures import VideoRecord
@@ -31,19 +30,12 @@ StoredType = Literal["float16", "float32"]
 
 
 @dataclass(frozen=True, slots=True)
-class IndexedFeatures:
-    """One video of a feature folder: what it shows, where its steps lie in time, and where its bytes are."""
+class IndexedFeatures(IndexEntry):
+    """One video of a feature folder, and where its steps lie in time."""
 
     SUFFIX: ClassVar = "safetensors"
     """Of its content in the tar."""
 
-    record: VideoRecord
-    shard: ShardName
-    """File name of the tar in the folder."""
-    offset: Count
-    """Where in the tar the header of the first of its two members starts."""
-    num_bytes: Positive
-    """From `offset` to the end of the padding of the second member: this stretch alone is a readable tar."""
     num_steps: Positive
     seconds_per_step: Seconds
     start_seconds: Annotated[float, Field(allow_inf_nan=False)]

@@ -24,6 +24,7 @@ def pack_features(values: Tensor, *, dtype: StoredType) -> bytes:
     if not bool(torch.isfinite(values).all()):
         raise ValueError(f"{int((~torch.isfinite(values)).sum())} of its {values.numel()} features are not finite")
     stored = values.to(DTYPES[dtype])
+    # Again after the cast: float16 ends at 65504.
     if not bool(torch.isfinite(stored).all()):
         raise ValueError(
             f"a feature of {float(values.abs().max()):g} does not fit into {dtype}; store all with --dtype float32"
@@ -34,6 +35,7 @@ def pack_features(values: Tensor, *, dtype: StoredType) -> bytes:
 def unpack_features(content: bytes, *, channels: int, num_steps: int, dtype: StoredType) -> Tensor:
     """The file's bytes -> (C, T); ValueError where it is not what the manifest and the index say."""
     try:
+        # safetensors: numbers and their shapes, and nothing that could be executed.
         tensors = load(content)
     except SafetensorError as error:
         raise ValueError(f"is no sound safetensors file ({error})") from None
@@ -66,6 +68,7 @@ def read_features(features: FeatureSet, video: IndexedFeatures) -> Tensor:
 
 def interpolate(values: Tensor, positions: np.ndarray) -> Tensor:
     """(C, T), places from 0 to T - 1 -> (C, n): linear between neighbours, exact on whole places."""
+    # float64 places: a float32 has too few digits for a thousandth of a step in a long video.
     places = torch.from_numpy(np.round(positions, 6))  # what rates like 1 / (1 / 7.5) are off by
     left = places.floor().long()
     right = (left + 1).clamp(max=values.shape[1] - 1)

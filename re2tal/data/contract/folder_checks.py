@@ -70,6 +70,7 @@ def check_files(root: Path, manifest: Manifest | FeatureManifest) -> None:
 def check_index(root: Path, manifest: Manifest | FeatureManifest, counts: Sequence[int], num_samples: int) -> None:
     """`counts`: videos of each shard."""
     index, num_videos, totals = root / INDEX_NAME, sum(counts), manifest.totals
+    # By shard and not only in all: two shards that changed places would have the right sum.
     if counts != [shard.videos for shard in manifest.shards] or num_videos == 0:
         raise ValueError(
             f"{index} lists {num_videos} videos in {sum(map(bool, counts))} shards, {MANIFEST_NAME} "
@@ -107,6 +108,7 @@ class EntryCheck:
 
     def error(self, video: IndexedVideo | IndexedFeatures, problem: str) -> ValueError:
         """What to raise for a problem."""
+        # An index may come from anyone: quoted, and cut short, an id cannot fill a terminal.
         name = repr(video.record.video_id[:80])
         return ValueError(f"{self._root / INDEX_NAME}: {name} {problem}; {rebuild_hint(self._root, self._manifest)}")
 

@@ -18,10 +18,13 @@ SLICE, KEY_SLICE, SEQUENCE, PICTURE = 1, 5, 7, 8
 def stands_alone(packet: bytes, *, codec: bytes, length_bytes: int) -> bool:
     """Whether a picture of an mp4 needs no other; `codec` is the sample entry's type."""
     if codec == b"vp09":
+        # The first byte: a marker of two bits, the profile, `show_existing_frame`, and `frame_type`, where 0 is a key
+        # frame.
         is_marked = bool(packet[0] & 4 if packet[0] & 48 != 48 else packet[0] & 2)  # profile 3 has a bit more
         is_repeat = bool(packet[0] & 8 if packet[0] & 48 != 48 else packet[0] & 4)
         return not (is_marked or is_repeat)
     if codec != b"avc1":
+        # The first unit with a picture; parameters and messages (32 and above) come before it.
         types = (unit[0] >> 1 & 63 for unit in units(packet, length_bytes))
         return 16 <= next((kind for kind in types if kind < 32), 0) <= 21
     num_slices = 0
@@ -30,8 +33,10 @@ def stands_alone(packet: bytes, *, codec: bytes, length_bytes: int) -> bool:
         if kind == KEY_SLICE:
             return True
         if kind == SLICE:
+            # Two numbers of at most 31 bits each stand in these bytes.
             bits = Bits(unit[1:24])
             bits.number()  # first macroblock
+            # I and SI; with 5 more, the same type for all slices of the picture.
             if bits.number() % 5 not in (2, 4):
                 return False
             num_slices += 1
@@ -73,4 +78,5 @@ class Bits:
         zeros = 0
         while self._left > 0 and not self.take(1):
             zeros += 1
+        # An Exp-Golomb code (H.264, 9.1). No valid one is longer, and a damaged one must not make a huge number.
         return (1 << zeros) - 1 + self.take(zeros) if zeros < 32 else 0

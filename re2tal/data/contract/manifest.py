@@ -32,8 +32,21 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
-class IndexedVideo:
-    """One video of a shard folder: what it shows, and where its bytes are.
+class IndexEntry:
+    """What the index of a folder of either kind says of a video first: what it shows, and where its bytes are."""
+
+    record: VideoRecord
+    shard: ShardName
+    """File name of the tar in the folder."""
+    offset: Count
+    """Where in the tar the header of the first of its two members starts."""
+    num_bytes: Positive
+    """From `offset` to the end of the padding of the second member: this stretch alone is a readable tar."""
+
+
+@dataclass(frozen=True, slots=True)
+class IndexedVideo(IndexEntry):
+    """One video of a shard folder.
 
     Frame i is what the source shows at i / fps seconds, so the stored video lasts num_frames / fps seconds.
     `record` is what the annotation file says; its duration may differ from the video's by the tolerance that
@@ -43,13 +56,6 @@ class IndexedVideo:
     SUFFIX: ClassVar = "mp4"
     """Of its content in the tar."""
 
-    record: VideoRecord
-    shard: ShardName
-    """File name of the tar in the folder."""
-    offset: Count
-    """Where in the tar the header of the first of its two members starts."""
-    num_bytes: Positive
-    """From `offset` to the end of the padding of the second member: this stretch alone is a readable tar."""
     num_frames: Positive
     fps: Annotated[float, Field(gt=0)]
     width: Positive
@@ -209,6 +215,7 @@ def to_json(value: object) -> str:
 def from_json(kind: type[T], text: bytes, *, source: str) -> T:
     """The dataclass `kind` from its JSON; ValueError names `source`, the key and the value that does not fit."""
     try:
+        # Strict: a number in quotes, or 1 for true, is somebody's mistake and not ours to repair.
         return _adapter(kind).validate_json(text, strict=True)
     except ValidationError as error:
         first = error.errors()[0]
@@ -218,7 +225,7 @@ def from_json(kind: type[T], text: bytes, *, source: str) -> T:
         ) from None
 
 
-class AnyManifest(Protocol):
+class ManifestKind(Protocol):
     """What a manifest of either kind says of itself."""
 
     FORMAT: ClassVar[str]
@@ -226,7 +233,7 @@ class AnyManifest(Protocol):
     MADE_BY: ClassVar[str]
 
 
-M = TypeVar("M", bound=AnyManifest)
+M = TypeVar("M", bound=ManifestKind)
 
 
 def read_manifest(path: Path, kind: type[M]) -> M:

@@ -33,6 +33,7 @@ def _pair(stretch: bytes, video: IndexedVideo | IndexedFeatures) -> tuple[bytes,
     content, rest = _member(rest, f"{key}.{video.SUFFIX}")
     if rest:
         raise ValueError(f"{len(rest)} bytes lie between this video and the next")
+    # Copied only here, so that the stretch of the tar can be freed.
     return bytes(description), bytes(content)
 
 
@@ -53,6 +54,7 @@ def read_content(shards: ShardSet | FeatureSet, video: IndexedVideo | IndexedFea
     except OSError as error:  # deleted, or a disk that fails
         raise DecodeError(f"{place} cannot be read: {error.strerror or error}") from None
     except ValueError as error:
+        # Out of the cache, or the damaged bytes would be read again in every epoch.
         shards.forget(video)
         raise DecodeError(f"{place} is damaged at byte {video.offset}: {error}") from None
     return content
@@ -76,6 +78,7 @@ def read_video(shards: ShardSet, video: IndexedVideo) -> Mp4:
 def check_frames(mp4: Mp4, video: IndexedVideo) -> None:
     """ValueError where the frames of a video are others than its index entry says."""
     drift_seconds = abs(mp4.num_frames / mp4.fps - video.video_seconds)
+    # The pictures as the index plans them: another number of frames would shift every window.
     found, wanted = ((one.num_frames, one.width, one.height) for one in (mp4, video))
     if found != wanted or drift_seconds > MAX_DRIFT_SECONDS:
         raise ValueError(
@@ -91,9 +94,11 @@ def _member(stretch: memoryview, name: str) -> tuple[memoryview, memoryview]:
         header = tarfile.TarInfo.frombuf(bytes(stretch[:_BLOCK]), "utf-8", "strict")
     except (tarfile.HeaderError, UnicodeError) as error:
         raise ValueError(f"no readable tar header for {name} ({error})") from None
+    # `isreg` takes a sparse file for a plain one.
     if header.name != name or not header.isreg() or header.type == tarfile.GNUTYPE_SPARSE:
         raise ValueError(f"member {header.name[:100]!r} of type {header.type!r} where the plain file {name} should be")
     end = _BLOCK + header.size
+    # A tar fills each member up to whole blocks.
     padded = -(-end // _BLOCK) * _BLOCK
     if header.size < 0 or padded > len(stretch):
         raise ValueError(f"{name} claims {header.size} bytes, more than the index gives the pair")

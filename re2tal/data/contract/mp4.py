@@ -15,10 +15,10 @@ import numpy as np
 
 from re2tal.data.contract.key_frames import stands_alone
 
-_UPRIGHT = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)
+_UPRIGHT = struct.pack(">9i", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)  # the unit matrix, in 16.16 and 2.30 bits
 _CODECS = (b"avc1", b"hvc1", b"hev1", b"vp09")
 """What decord decodes right. It has no decoder for AV1, and drops or moves frames of MPEG-4 part 2."""
-_MAX_OFF_SECONDS = 0.001
+_MAX_OFF_SECONDS = 0.001  # a clock of milliseconds, as many files have, rounds each time
 _REBUILD = "build the shards again with re2tal shards build, which re-encodes it"
 
 
@@ -75,7 +75,7 @@ class Mp4:
         )
         # Once to learn how long it is, once with the place of the data behind it.
         head = self._head(tables, count, delay, place=0)
-        head = self._head(tables, count, delay, place=len(head) + 16)
+        head = self._head(tables, count, delay, place=len(head) + 16)  # mdat's own head is 16 bytes
         breaks = np.flatnonzero(offsets[1:] != offsets[:-1] + sizes[:-1]) + 1
         firsts, lasts = np.append(0, breaks), np.append(breaks, count) - 1
         view = memoryview(self.content)
@@ -105,7 +105,7 @@ def read_mp4(content: bytes) -> Mp4:
     """The tables of a file; ValueError says why its frames cannot be numbered with certainty."""
     try:
         return _read(content)
-    except (struct.error, KeyError, IndexError) as error:
+    except (struct.error, KeyError, IndexError) as error:  # all that a table cut short can raise below
         raise ValueError(f"its mp4 tables are incomplete ({error}); {_REBUILD}") from None
 
 
@@ -121,7 +121,7 @@ def _read(content: bytes) -> Mp4:
     description, (width, height) = _description(content, *boxes["stsd"])
     offsets, sizes = _samples(content, boxes)
     times = _times(content, boxes, len(sizes))
-    order = np.argsort(times, kind="stable")
+    order = np.argsort(times, kind="stable")  # equal times, in a damaged file, keep the order of decoding
     ranks = np.empty_like(order)
     ranks[order] = np.arange(len(order))
     keys = _rows(content, *boxes["stss"])[:, 0] - 1 if "stss" in boxes else np.arange(len(sizes))
@@ -133,7 +133,7 @@ def _read(content: bytes) -> Mp4:
     movie = _scale(content, *dict(_boxes(content, *moov))["mvhd"])
     _check_edits(content, boxes, first=int(times.min()), last=int(times.max()), movie=movie / timescale)
     start = boxes["tkhd"][0]
-    matrix = start + (52 if content[start] == 1 else 40)
+    matrix = start + (52 if content[start] == 1 else 40)  # version 1 has times of 64 bits
     if content[matrix : matrix + 36] != _UPRIGHT:
         raise ValueError(f"it is to be turned or mirrored when shown; {_REBUILD}")
     return Mp4(content, description, offsets, sizes, ranks, keys, fps, width, height)
@@ -181,7 +181,7 @@ def _description(content: bytes, start: int, end: int) -> tuple[bytes, tuple[int
         )
     entry = start + 8
     (entry_bytes,) = struct.unpack_from(">I", content, entry)
-    for kind, (body, _) in _boxes(content, entry + 86, min(entry + entry_bytes, end)):
+    for kind, (body, _) in _boxes(content, entry + 86, min(entry + entry_bytes, end)):  # behind the fixed fields
         if kind == "pasp" and len(set(struct.unpack_from(">II", content, body))) > 1:
             raise ValueError(f"its pixels are not square; {_REBUILD}")
     width, height = struct.unpack_from(">HH", content, entry + 32)
@@ -196,7 +196,7 @@ def _samples(content: bytes, boxes: dict[str, tuple[int, int]]) -> tuple[np.ndar
         raise ValueError(f"its mp4 lists {count} frames (is it a fragmented one?); {_REBUILD}")
     sizes = np.full(count, size, np.int64) if size else _rows(content, start + 4, end)[:, 0]
     if "stco" in boxes:
-        chunks = _rows(content, *boxes["stco"])[:, 0] & 0xFFFFFFFF
+        chunks = _rows(content, *boxes["stco"])[:, 0] & 0xFFFFFFFF  # unsigned, read as signed
     else:
         pairs = _rows(content, boxes["co64"][0], boxes["co64"][1], columns=2)
         chunks = (pairs[:, 0] << 32) + (pairs[:, 1] & 0xFFFFFFFF)
@@ -275,6 +275,7 @@ def _check_edits(content: bytes, boxes: dict[str, tuple[int, int]], *, first: in
     start, _ = boxes["elst"]
     (count,) = struct.unpack_from(">I", content, start + 4)
     span, begin = struct.unpack_from(">Qq" if content[start] == 1 else ">Ii", content, start + 8)
+    # A span of 0 is open; one that ends before the last picture hides it.
     if count != 1 or begin != first or (span and span <= (last - first) * movie):
         raise ValueError(f"an edit list hides or delays frames ({count} edits, one from tick {begin}); {_REBUILD}")
 

@@ -13,7 +13,6 @@ writes those.
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -44,7 +43,7 @@ from re2tal.data.contract.manifest import (
     from_json,
     read_manifest,
 )
-from re2tal.strict_json import read_json, sha256_of
+from re2tal.strict_json import atomic_file, read_json, sha256_of
 from re2tal.structures import SUBSETS, find_subset
 from re2tal.video_ids import file_key
 
@@ -71,7 +70,9 @@ def open_any(folder: Path | str) -> ShardSet | FeatureSet:
     try:
         opened = replace(_open(root, has_shards=False), root=Path(folder), address=address)
     except ValueError as error:
+        # The user knows the address, not the folder that mirrors it here.
         raise ValueError(str(error).replace(str(root), str(address))) from None
+    # Two stand for all: a question for each of thousands of shards would take minutes.
     for shard in {opened.manifest.shards[0], opened.manifest.shards[-1]}:
         check_ranges(address / shard.name, file_bytes=shard.num_bytes)
     return opened
@@ -101,6 +102,7 @@ def _read(root: Path, manifest: AnyManifest, kind: type[Entry], *, has_shards: b
     if mapped is not None:
         videos = mapped
         num_shards, numbers = len(manifest.shards), mapped.columns["shard"]
+        # The columns may be damaged: a number that no shard has is counted apart, so that the comparison fails.
         known = (numbers >= 0) & (numbers < num_shards)
         counts = np.bincount(np.where(known, numbers, num_shards), minlength=num_shards).tolist()
     else:
@@ -109,6 +111,7 @@ def _read(root: Path, manifest: AnyManifest, kind: type[Entry], *, has_shards: b
             for number, line in enumerate(index.read_bytes().splitlines(), start=1)
         )
         by_name = Counter(video.shard for video in videos)
+        # Shards that the manifest does not know come last, for the same reason.
         counts = [by_name.pop(shard.name, 0) for shard in manifest.shards] + list(by_name.values())
     check_index(root, manifest, counts, int(columns_of(videos)["num_samples"].sum()))
     if mapped is None:
@@ -147,20 +150,12 @@ def write_tar(path: Path, pairs: Iterable[Pair], *, suffix: str = "mp4") -> list
     The same pairs give the same bytes: members carry no time, and no owner but webdataset's constant one.
     """
     places = []
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            # The integer 0: any other time, a float among them, adds a header of 1 KiB to every member.
-            with TarWriter(file, encoder=False, mtime=0) as writer:
-                for pair in pairs:
-                    start = writer.tarstream.offset
-                    writer.write({"__key__": file_key(pair.video_id), "json": pair.json, suffix: pair.content})
-                    places.append((start, writer.tarstream.offset - start))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    # The integer 0: any other time, a float among them, adds a header of 1 KiB to every member.
+    with atomic_file(path) as file, TarWriter(file, encoder=False, mtime=0) as writer:
+        for pair in pairs:
+            start = writer.tarstream.offset
+            writer.write({"__key__": file_key(pair.video_id), "json": pair.json, suffix: pair.content})
+            places.append((start, writer.tarstream.offset - start))
     return places
 
 
@@ -182,6 +177,7 @@ def _remote_subset(shards: Address, subset: str) -> str:
         try:
             describe(shards / name / MANIFEST_NAME)
         except RemoteError as error:
+            # Anything else, such as missing credentials, says nothing about the name.
             if error.status != 404:
                 raise
         else:

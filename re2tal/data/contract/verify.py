@@ -23,6 +23,7 @@ from re2tal.strict_json import sha256_of
 
 def damage(shards: ShardSet | FeatureSet) -> Iterator[str]:
     """Problems of a folder, one line each; none where every byte is as it was built."""
+    # First, because it raises where the folder is on another machine.
     tars = [(shard, shards.path(shard.name)) for shard in shards.manifest.shards]
     try:
         check_index_sha256(shards.root, shards.manifest)
@@ -38,6 +39,7 @@ def damage(shards: ShardSet | FeatureSet) -> Iterator[str]:
             continue
         yield f"{path}: sha256 is {sha256[:12]}..., the manifest says {shard.sha256[:12]}...; delete it and build again"
     seen: set[str] = set()
+    # By number: an entry that cannot be parsed is one problem, and the next ones are still looked at.
     for number in range(len(shards.videos)):
         try:
             video = shards.videos[number]

@@ -55,29 +55,35 @@ class Batches(Dataset[tuple[Batch, list[Failure]]]):
     def __post_init__(self) -> None:
         videos = self.reader.folder.videos
         columns = columns_of(videos)
+        # From the columns: to parse every line of a large index would hold up the start of each worker.
         self._shards = columns["shard"]
         self.lost: set[tuple[int, int, int]] = set()
         """(epoch, video, window) of clips at which a worker was lost"""
         # Of each worker, the video and window it reads; both count from 1, and 0 is none.
+        # Shared with the workers, and without a lock: a worker that is killed while it holds one would keep it for
+        # ever, and each worker writes only its own two numbers.
         self._at_work = RawArray("q", 2 * max(1, self.config.workers))
         self._order: tuple[int, Sequence[Unit]] | None = None
         if self.training:
             if len(videos):
                 self.plan(videos[int(columns["samples_per_second"].argmin())])  # raises where the rate is too low
             num_units = len(videos)
+            self.max_failed = max(MAX_FAILED_CLIPS, int(MAX_FAILED_SHARE * num_units))
         else:
+            # Every window of an evaluation is counted before the first is read, so that all ranks know the number of
+            # steps.
             order = evaluation_order([len(self.plan(video)) for video in videos])
             self._order = (0, order)
             num_units = len(order)
+            # A video that is left out counts as one without detections, so one alone would change the result.
+            self.max_failed = num_units if self.config.allow_missing else 0
         try:
             self.num_steps = count_steps(
                 num_units, batch_size=self.batch_size, world_size=self.world_size, training=self.training
             )
         except ValueError as error:
+            # The pure plan knows no folder; whoever reads the message has to.
             raise ValueError(f"{self.reader.folder.root}: {error}") from None
-        self.max_failed = max(MAX_FAILED_CLIPS, int(MAX_FAILED_SHARE * num_units))
-        if not self.training:
-            self.max_failed = num_units if self.config.allow_missing else 0
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Batch, list[Failure]]:
         epoch, step = key
@@ -85,6 +91,7 @@ class Batches(Dataset[tuple[Batch, list[Failure]]]):
             self._epoch_order(epoch), step, batch_size=self.batch_size, rank=self.rank, world_size=self.world_size
         )
         failures: list[Failure] = []
+        # All windows of a stream are equally long: the first one gives the shape of the batch.
         drawn = [self._draw(unit, epoch) for unit in units]
         content = new_content((len(units), *self.reader.shape(drawn[0][0])), self.reader.dtype)
         clips = [
@@ -101,6 +108,7 @@ class Batches(Dataset[tuple[Batch, list[Failure]]]):
 
     def _epoch_order(self, epoch: int) -> Sequence[Unit]:
         if self._order is None or (self.training and self._order[0] != epoch):
+            # Kept for the epoch: each worker makes the whole order itself, so none of it is sent between processes.
             order = training_order(self._shards, shuffle_span=self.config.shuffle_span, seed=self.seed, epoch=epoch)
             self._order = (epoch, order)
         return self._order[1]
@@ -108,8 +116,12 @@ class Batches(Dataset[tuple[Batch, list[Failure]]]):
     def _draw(self, unit: Unit, epoch: int) -> tuple[Window, np.random.Generator]:
         """The window of a unit, and the generator of everything else that is drawn for it."""
         video = self.reader.folder.videos[unit.video]
+        # Not hash(), which differs from process to process. By the video and not by its place, so that another batch
+        # size, or another number of ranks, draws the same clip of it.
         generator = np.random.default_rng([self.seed, epoch, zlib.crc32(video.record.video_id.encode())])
         if self.training:
+            # The window is drawn first, the pixels go on with the same generator: another order would change every
+            # seeded run.
             return draw_window(video, self.config.windowing, generator=generator), generator
         return self.plan(video)[unit.window], generator
 
@@ -135,8 +147,10 @@ class Batches(Dataset[tuple[Batch, list[Failure]]]):
         )
         if unit.valid:
             try:
+                # What ended one worker would end the next one too.
                 if (epoch, unit.video, unit.window) in self.lost:
                     raise DecodeError("the worker that read it died, was killed, or was silent for too long")
+                # Before it is read: a worker that dies of it cannot say so afterwards.
                 self._note((unit.video + 1, unit.window + 1))
                 self.reader.read(unit.video, window, generator, into=into)
                 return clip
@@ -144,7 +158,10 @@ class Batches(Dataset[tuple[Batch, list[Failure]]]):
                 failures.append(Failure(clip.video_id, video.shard, str(error)))
             finally:
                 self._note((0, 0))
+        # The memory was handed out as it was; what another batch left there must not train.
         into.zero_()
+        # The batch keeps its size, because the other ranks wait for this one in every step; `valid` takes the clip out
+        # of the loss and the result.
         return clip._replace(actions=(), valid=False)
 
     def _note(self, clip: tuple[int, int]) -> None:

@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+# mmaction2's defaults, with which OpenTAD's recipes train.
 STRENGTH, HUE = 0.5, 0.1
+# mmaction2's digits; BT.601 in transforms.GREY has one less.
 _GREY = (0.2989, 0.587, 0.114)
 # OpenCV's HSV of 8 bits: hue in 180 steps, and division by multiplying with 12 binary digits after the point.
 _DIGITS = 12
@@ -41,6 +43,7 @@ class ColorJitter:
             pixels = frame.float()
             for number in self.order:
                 pixels = steps[number](pixels)
+            # Clamped only here, at the end, and cut to whole levels by the copy: as mmaction2 does.
             frame.copy_(pixels.clamp_(0, 255))
 
     def _brighten(self, pixels: Tensor) -> Tensor:
@@ -58,6 +61,7 @@ class ColorJitter:
         if self.hue == 0:
             return pixels
         hue, saturation, value = to_hsv(pixels.clamp_(0, 255).to(torch.uint8))
+        # int() cuts towards zero, as mmaction2 does.
         return from_hsv(hue.add_(int(255 * self.hue)).remainder_(180), saturation, value)
 
 

@@ -18,6 +18,7 @@ __all__ = ["DECODERS", "DecodeError", "DecoderName", "check_decoder", "count_fra
 
 DecoderName = Literal["decord", "pyav", "torchcodec"]
 
+# The same name gives the same pictures on a machine without decord, so configurations need not be changed for it.
 _IN_PLACE_OF_DECORD = by_pyav if by_decord.decord is None else by_decord
 count_frames = _IN_PLACE_OF_DECORD.count_frames
 
@@ -40,6 +41,7 @@ def check_decoder(name: DecoderName) -> None:
         _say_pyav_decodes()
 
 
+# Once a process, not once a stream.
 @cache
 def _say_pyav_decodes() -> None:
     print(
@@ -68,6 +70,7 @@ def decode_frames(
     wanted = np.asarray(indices, dtype=np.int64)
     if wanted.ndim != 1 or len(wanted) == 0:
         raise ValueError(f"decode_frames needs a flat, non-empty list of frame numbers, got shape {wanted.shape}")
+    # Decoders take ascending, different numbers: to go back would mean to seek.
     unique, back = np.unique(wanted, return_inverse=True)
     (frames,) = DECODERS[decoder](video_bytes, unique, at_once=len(unique))
     return frames if len(unique) == len(wanted) and np.all(back[1:] > back[:-1]) else frames[torch.from_numpy(back)]

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+# Half a megabyte of numbers.
 _DRAWN_AT_ONCE = 1 << 16
 
 
@@ -42,6 +43,7 @@ def count_steps(num_units: int, *, batch_size: int, world_size: int, training: b
     per_step = world_size * batch_size
     if num_units == 0:
         raise ValueError("the split is empty: no videos to read; build shards of another subset")
+    # Evaluation fills its last step with clips that are not valid; training clips twice would weigh them more.
     if training and num_units < per_step:
         raise ValueError(
             f"{num_units} videos are too few for one step of {world_size} ranks x batch_size {batch_size} = {per_step} "
@@ -77,6 +79,7 @@ class EvaluationOrder(Sequence[Unit]):
     def __getitem__(self, place: int) -> Unit:  # type: ignore[override]
         if not 0 <= place < len(self):
             raise IndexError(place)
+        # "right": a video without windows ends where the one before it ends, and is passed over.
         video = int(np.searchsorted(self.ends, place, side="right"))
         return Unit(video, place - (int(self.ends[video - 1]) if video else 0))
 
@@ -90,10 +93,13 @@ def training_order(shards: Sequence[str] | np.ndarray, *, shuffle_span: int, see
     if shuffle_span < 1:
         raise ValueError(f"data.clips.shuffle_span is {shuffle_span}; give 1 for no shuffling inside shards, or more")
     generator = np.random.default_rng([seed, epoch])
+    # `unique` sorts by name. Counted by first appearance, names and numbers of shards give one and the same order.
     _, firsts, inverse = np.unique(np.asarray(shards), return_index=True, return_inverse=True)
     shuffled = np.empty(len(firsts), np.int32)  # where each shard goes, the shards counted as they first appear
     shuffled[np.argsort(firsts)[generator.permutation(len(firsts))]] = np.arange(len(firsts))
+    # Stable, so that the videos of a shard stay in the order in which they lie in it.
     order = np.argsort(shuffled[inverse], kind="stable").astype(np.int32)
+    # Eight bytes a video, which nobody needs while the buffer runs.
     del inverse
     buffer = order[:shuffle_span].tolist()
     # Each video that comes takes a random place in the buffer, and the one that was there goes. Places are drawn in
@@ -117,5 +123,7 @@ def batch_units(order: Sequence[Unit], step: int, *, batch_size: int, rank: int,
     if not 0 <= rank < world_size:
         raise ValueError(f"rank is {rank} of {world_size}; give 0 to {world_size - 1}")
     first = (step * world_size + rank) * batch_size
+    # Ranks take neighbouring parts of one global batch. With fewer ranks and more accumulation the same clips make a
+    # step (training/elastic.py).
     places = range(first, first + batch_size)
     return [replace(order[place % len(order)], valid=place < len(order)) for place in places]

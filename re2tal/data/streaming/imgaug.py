@@ -21,6 +21,8 @@ from torch import Tensor
 Operation = Callable[[Tensor], None]
 """Changes frames (3, T, H, W) uint8 in place."""
 
+# The largest values of imgaug's RandAugment at level 0.9: 17.19 degrees, 30 degrees, 0.2 of the side, and a factor of
+# 0.1 + 1.8 * 0.9.
 DEGREES_SHEARED = 15.471
 DEGREES_TURNED = 27.0
 SHARE_MOVED = 0.18
@@ -31,6 +33,7 @@ _AT_ONCE = 16  # frames as floats, small enough for a cache
 
 def draw_imgaug(generator: np.random.Generator) -> list[Operation]:
     """Two different operations, in the order of OPERATIONS, with their signs and places."""
+    # Sorted: imgaug's SomeOf keeps the order of its list.
     numbers = np.sort(generator.choice(len(OPERATIONS), 2, replace=False))
     names = [list(OPERATIONS)[number] for number in numbers]
     return [OPERATIONS[name](1 if generator.random() < 0.5 else -1, generator) for name in names]
@@ -39,6 +42,7 @@ def draw_imgaug(generator: np.random.Generator) -> list[Operation]:
 def grey(frames: Tensor) -> Tensor:
     """(3, ...) uint8 RGB -> (...) int32, as Pillow rounds it."""
     red, green, blue = frames.int()
+    # Pillow's weights of BT.601, in 1/65536, rounded half up.
     return (19595 * red + 38470 * green + 7471 * blue + 32768) >> 16
 
 
@@ -58,6 +62,7 @@ def warp(frames: Tensor, *, matrix: tuple[tuple[float, float], tuple[float, floa
     grid = torch.from_numpy(np.stack(places, -1))[None].float()
     for some in frames.split(_AT_ONCE, dim=1):
         pixels = some.reshape(1, -1, height, width).float()
+        # Black outside, as OpenCV's warp leaves it. Shares of a picture, not pixels, so that any size moves alike.
         moved = F.grid_sample(pixels, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
         some.copy_(moved.round_().view(some.shape))
 
@@ -107,6 +112,7 @@ def look_up(frames: Tensor, table: np.ndarray) -> None:
 
 def posterize(frames: Tensor) -> None:
     """Only the three highest bits."""
+    # 3 = int(4 * 0.9) bits at level 0.9.
     frames.bitwise_and_(0b11100000)
 
 
@@ -137,6 +143,8 @@ def autocontrast(frames: Tensor) -> None:
     flat = frames.flatten(2)
     low, high = (bound.double().numpy()[..., None] for bound in (flat.amin(2), flat.amax(2)))
     values, scale = np.arange(256.0), 255.0 / np.maximum(high - low, 1)
+    # In Pillow's order, an offset of -low * scale: another way to write it differs in the last bit, and trunc shows
+    # that.
     stretched = np.trunc(values * scale - low * scale).clip(0, 255)
     look_up(frames, np.where(high > low, stretched, values))
 
@@ -146,6 +154,7 @@ def equalize(frames: Tensor) -> None:
     planes = frames.flatten(2).flatten(0, 1)
     counts = np.stack([torch.bincount(plane, minlength=256).numpy() for plane in planes])
     last = counts[np.arange(len(counts)), 255 - (counts[:, ::-1] > 0).argmax(1)]
+    # Pillow leaves the highest level that occurs out of the count, and a channel with a step of 0 as it is.
     step = ((planes.shape[1] - last) // 255)[:, None]
     spread = (step // 2 + counts.cumsum(1) - counts) // np.maximum(step, 1)
     tables = np.where(step > 0, spread.clip(0, 255), np.arange(256))
@@ -166,6 +175,8 @@ def enhance_sharpness(frames: Tensor) -> None:
     for frame in frames.unbind(1):
         wide = frame.short()
         rows = wide[:, :-2] + wide[:, 1:-1] + wide[:, 2:]
+        # Nine pixels, of which the middle is counted five times: 1 here and 4 more. Of sum / 13, rounded, the integers
+        # below are the exact form.
         total = rows[:, :, :-2] + rows[:, :, 1:-1] + rows[:, :, 2:] + 4 * wide[:, 1:-1, 1:-1]
         inside = frame[:, 1:-1, 1:-1]
         inside.copy_(_away_from((2 * total + 13) // 26, inside))

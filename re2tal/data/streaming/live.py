@@ -21,6 +21,7 @@ from re2tal.data.streaming.transforms import Box, crop_and_resize, square_box
 from re2tal.data.streaming.windowing import ResizeWhole, Slide
 from re2tal.structures import ClipBatch, Timeline
 
+# Not infinity, which a Timeline refuses.
 ENDLESS_SECONDS = 1e12
 """Duration of what has not ended."""
 
@@ -70,6 +71,7 @@ def live_clips(
         yield from _whole(pieces, windowing, frames_per_second, video_id, duration_seconds)
         return
     length, held, num_frames, start, window_id = windowing.num_frames, _Held(), 0, 0, 0
+    # As `windows._slides` cuts, or a stream and a file of the same video would give other detections.
     step = max(1, round(length * (1 - windowing.overlap)))
 
     def clip(first: int, count: int, duration: float) -> LiveClip:
@@ -79,10 +81,15 @@ def live_clips(
     for piece in pieces:
         held.add(piece)
         num_frames += piece.shape[1]
+        # Strictly more: the last window has to know that it is the last, because the video's end, not a step, places
+        # it.
         while num_frames > start + length:
             yield clip(start, length, duration_seconds or ENDLESS_SECONDS)
             start, window_id = start + step, window_id + 1
+        # Either the next window or, if no frame follows, the one flush with the end may begin there.
         held.forget(min(start, max(0, num_frames - length)))
+    # The last window ends with the video, so it may overlap more than was asked for; a video shorter than a window is
+    # padded.
     if num_frames:
         first = max(0, num_frames - length)
         duration = duration_seconds or num_frames / frames_per_second

@@ -50,6 +50,7 @@ class ClipReader(Protocol):
         """(B, ...) content and what is said of B clips, to a batch."""
 
 
+# About ten videos of two minutes (6 MB each at 256 pixels and 30 frames per second), per worker and not per rank.
 MAX_OPEN_BYTES = 64 << 20
 """Of the videos that a process keeps open; the last one stays, however large it is."""
 
@@ -68,6 +69,7 @@ class OpenVideos:
         video = self._videos.get(number)
         if video is None:
             video = self._videos[number] = read_video(folder, folder.videos[number])
+        # The one in use is the last to go; windows of one video follow each other in an evaluation.
         self._videos.move_to_end(number)
         while len(self._videos) > 1 and sum(len(one.content) for one in self._videos.values()) > MAX_OPEN_BYTES:
             self._videos.popitem(last=False)
@@ -98,11 +100,16 @@ class FrameReader:
         """Decoded, and cut, mirrored and augmented alike for all frames."""
         mp4 = self.opened.open(self.folder, number)
         box, flip = self._draw(mp4.height, mp4.width, generator, place=window.crop)
+        # Drawn after the box and the mirror bit: the order of draws belongs to a seeded run.
         changes = AUGMENTATIONS[self.augmentation](generator)
         valid = into[:, : window.num_valid]
+        # A frame that the clip shows several times is decoded and augmented once.
         unique, back = np.unique(window.indices[: window.num_valid], return_inverse=True)
         is_ascending = len(unique) == len(back) and bool((np.diff(back) > 0).all())
+        # In the usual case frames are resized straight into the memory of the batch.
         shown = valid if is_ascending else torch.empty(3, len(unique), self.size, self.size, dtype=self.dtype)
+        # Decoders get the few groups of pictures that hold these frames, not the whole video: what they cost grows with
+        # its length.
         video, numbers = mp4.cut(unique)
         done = 0
         for frames in decode_parts(video, numbers, frame_bytes=3 * mp4.height * mp4.width, decoder=self.decoder):
@@ -113,6 +120,7 @@ class FrameReader:
             change(shown)
         if not is_ascending:
             valid.copy_(shown[:, back])
+        # As OpenTAD pads: black frames would look like a cut to the convolutions at the end of the valid part.
         into[:, window.num_valid :] = into[:, window.num_valid - 1 : window.num_valid]
 
     def collate(self, content: Tensor, clips: Sequence[Clip]) -> Batch:
@@ -148,6 +156,7 @@ class FeatureReader:
 
     def _check_rate(self, rate: float) -> None:
         rates = columns_of(self.folder.videos)["samples_per_second"]
+        # A thousandth, as in `windows`: rates written with three digits are the same rate.
         if len(others := np.flatnonzero(np.abs(rates - rate) > 1e-3 * rate)):
             video = self.folder.videos[int(others[0])]
             raise ValueError(
@@ -164,6 +173,7 @@ class FeatureReader:
         """Interpolated in time where the window asks for places between two steps."""
         values = read_features(self.folder, self.folder.videos[number])
         into[:, : window.num_valid] = interpolate(values, window.positions[: window.num_valid])
+        # Zeros, as ActionFormer pads its features.
         into[:, window.num_valid :] = 0
 
     def collate(self, content: Tensor, clips: Sequence[Clip]) -> Batch:

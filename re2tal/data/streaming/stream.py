@@ -90,10 +90,12 @@ class ClipStream:
         self.failures: dict[str, Failure] = {}
         """video id -> what was wrong with it, over all epochs"""
         self._batches = batches
+        # Workers lost while they read no clip; the clips of others are left out one by one, and counted as failed.
         self._losses = 0
         self._keys = _Keys()
         config = batches.config
         workers = config.workers
+        # Before any worker starts: one that runs out of shared memory dies of a bus error, which names no cause.
         if workers:
             check_shared_memory(batches.num_bytes, workers=workers, prefetch=config.prefetch, ranks=ranks_on_host)
         self._loader = self._new_loader()
@@ -107,6 +109,7 @@ class ClipStream:
             # `Batches` makes whole batches: nothing is put together here.
             batch_size=None,
             num_workers=workers,
+            # Else copies to the device would wait for the host (`ClipBatch.to` does not block).
             pin_memory=torch.cuda.is_available(),
             prefetch_factor=config.prefetch if workers else None,
             persistent_workers=workers > 0,
@@ -128,6 +131,7 @@ class ClipStream:
             raise ValueError(f"start_step is {start_step}; an epoch has steps 0 to {self.steps_per_epoch - 1}")
         failed = 0
         for batch, failures in self._made(epoch, start_step):
+            # Counted by the clip and for one epoch, on this rank: the same bad video comes again in the next epoch.
             failed += len(failures)
             self._report(failures)
             if failed > self._batches.max_failed:
@@ -140,6 +144,7 @@ class ClipStream:
 
     def _made(self, epoch: int, step: int) -> Iterator[tuple[Batch, list[Failure]]]:
         """Batches and what failed in them. If a worker is lost, all are replaced, and go on with the same step."""
+        # `step` counts what was handed out, so a batch that was lost in a worker is asked for again.
         while step < self.steps_per_epoch:
             self._keys.steps = [(epoch, later) for later in range(step, self.steps_per_epoch)]
             try:
@@ -156,6 +161,8 @@ class ClipStream:
         """
         workers = self._loader.workers
         dead = [number for number, worker in enumerate(workers) if not worker.is_alive()]
+        # A RuntimeError of the reading itself. torch raises the same class for a dead worker, so only the processes
+        # tell.
         if not dead:
             raise error
         clips = [(epoch, *self._batches.at_work(number)) for number in dead]
@@ -169,6 +176,7 @@ class ClipStream:
                 logger.warning("worker %d (exit code %s) is replaced", number, worker.exitcode)
             worker.kill()  # one that died may hold the lock of the queue that all write to
             worker.join()
+        # Before the new workers start, which inherit what this process knows at that moment.
         self._batches.lost.update(lost)
         self._batches.forget_work()
         self._loader = self._new_loader()

@@ -20,6 +20,7 @@ from torch import Tensor
 MEAN = (123.675, 116.28, 103.53)
 STD = (58.395, 57.12, 57.375)
 """Of ImageNet's RGB values from 0 to 255, as the published backbones take them."""
+# BT.601.
 GREY = (0.299, 0.587, 0.114)
 FRAMES_AT_ONCE = 64
 """How many frames of a batch are coloured at a time."""
@@ -40,6 +41,7 @@ class Box(NamedTuple):
 def square_box(height: int, width: int, *, place: float = 0.5) -> Box:
     """The largest square: `place` 0 at the start of the longer side, 0.5 in the middle, 1 at its end."""
     side = min(height, width)
+    # Rounded down, as the centre crops of mmaction2 are.
     return Box(int((height - side) * place), int((width - side) * place), side, side)
 
 
@@ -55,6 +57,7 @@ def draw_box(
 
     If ten draws do not fit into the picture, the centre square.
     """
+    # torchvision and mmaction2 try as often; wide crops of tall pictures do not fit.
     for _ in range(10):
         pixels = height * width * generator.uniform(*area)
         ratio = math.exp(generator.uniform(math.log(aspect[0]), math.log(aspect[1])))
@@ -74,6 +77,7 @@ def crop_and_resize(frames: Tensor, box: Box, *, size: int, flip: bool = False, 
     top, left, height, width = box
     cut = frames[:, top : top + height, left : left + width].permute(0, 3, 1, 2)  # channels last: the fast path
     if (height, width) != (size, size):
+        # Antialiased: plain bilinear skips most pixels of a picture that is much larger.
         cut = F.interpolate(cut, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
     if into is None:
         into = torch.empty(3, len(frames), size, size, dtype=frames.dtype)
@@ -97,6 +101,7 @@ def draw_colours(frames: Tensor, *, strength: float, generator: torch.Generator)
     """
     if not 0 <= strength <= 1:
         raise ValueError(f"colour jitter is {strength}; give a strength from 0 to 1")
+    # Drawn on the CPU: a device's generator gives other numbers on another device.
     changes = (torch.rand(len(frames), 4, generator=generator) * 2 - 1) * strength
     mean_rgb = frames.flatten(2).float().mean(dim=2)
     matrix, bias = colour_map(changes.to(mean_rgb), (mean_rgb * mean_rgb.new_tensor(GREY)).sum(1))

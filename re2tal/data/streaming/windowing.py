@@ -15,6 +15,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from re2tal.options import COUNT, POSITIVE, Range, check_ranges
+
+_PART = "data.clips.windowing"
+_SHARE = Range(lambda value: 0 <= value <= 1, "a share from 0 to 1")
+# Whatever else is given, something is to be seen in a clip.
+_SHARE_LEFT = Range(lambda value: 0.01 <= value <= 1, "a share from 0.01 to 1")
+_OVERLAP = Range(lambda value: 0 <= value < 1, "a share from 0 to below 1")
+
 
 @dataclass(frozen=True)
 class ResizeWhole:
@@ -26,8 +34,7 @@ class ResizeWhole:
     """in training, actions shorter than this share of the video are left out"""
 
     def __post_init__(self) -> None:
-        _check_count("data.clips.windowing.num_frames", self.num_frames)
-        _check_share("data.clips.windowing.shortest_action", self.shortest_action, least=0.0)
+        check_ranges(self, _PART, num_frames=COUNT, shortest_action=_SHARE)
 
 
 @dataclass(frozen=True)
@@ -54,15 +61,9 @@ class Slide:
     """length of a short window, as a share of a whole one; the rest is padding"""
 
     def __post_init__(self) -> None:
-        _check_count("data.clips.windowing.num_frames", self.num_frames)
-        _check_share("data.clips.windowing.short_share", self.short_share, least=0.0)
-        _check_share("data.clips.windowing.short_length", self.short_length, least=0.01)
-        _check_share("data.clips.windowing.kept_share", self.kept_share, least=0.0)
-        _check_share("data.clips.windowing.shortest_crop", self.shortest_crop, least=0.01)
-        if not 0 <= self.overlap < 1:
-            raise ValueError(f"data.clips.windowing.overlap is {self.overlap}; give a share from 0 to below 1")
-        _check_rate(self.frames_per_second)
-        _check_count("data.clips.windowing.frame_stride", self.frame_stride)
+        check_ranges(self, _PART, num_frames=COUNT, short_share=_SHARE, short_length=_SHARE_LEFT, kept_share=_SHARE)
+        check_ranges(self, _PART, shortest_crop=_SHARE_LEFT, overlap=_OVERLAP)
+        check_ranges(self, _PART, frames_per_second=POSITIVE, frame_stride=COUNT)
         if self.frame_stride > 1 and self.frames_per_second is not None:
             raise ValueError(
                 f"data.clips.windowing.frame_stride is {self.frame_stride}, but frames_per_second is "
@@ -91,26 +92,9 @@ class Trimmed:
     """in evaluation, squares that are cut from each of them: the middle, or both ends of the longer side too"""
 
     def __post_init__(self) -> None:
-        _check_count("data.clips.windowing.num_frames", self.num_frames)
-        _check_count("data.clips.windowing.num_views", self.num_views)
-        _check_rate(self.frames_per_second)
+        check_ranges(self, _PART, num_frames=COUNT, num_views=COUNT, frames_per_second=POSITIVE)
         if self.num_crops not in (1, 3):
             raise ValueError(f"data.clips.windowing.num_crops is {self.num_crops}; give 1 or 3")
 
 
 Windowing = ResizeWhole | Slide | Trimmed
-
-
-def _check_count(name: str, value: int) -> None:
-    if value < 1:
-        raise ValueError(f"{name} is {value}; give 1 or more")
-
-
-def _check_rate(value: float | None) -> None:
-    if value is not None and not 0 < value < float("inf"):
-        raise ValueError(f"data.clips.windowing.frames_per_second is {value}; give a positive number")
-
-
-def _check_share(name: str, value: float, *, least: float) -> None:
-    if not least <= value <= 1:
-        raise ValueError(f"{name} is {value}; give a share from {least:g} to 1")

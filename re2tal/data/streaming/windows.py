@@ -43,6 +43,7 @@ class Stored(Protocol):
         """Where sample 0 begins."""
 
 
+# Not compared by value: an array's == is not one bool.
 @dataclass(frozen=True, slots=True, eq=False)
 class Window:
     """One clip to be read."""
@@ -81,6 +82,7 @@ def plan_windows(video: Stored, windowing: Windowing) -> list[Window]:
             windows = _slides(video, windowing)
             return windows if not windowing.short_share else [*windows, *_short_slides(video, windowing, len(windows))]
         case Trimmed(num_crops=num_crops):
+            # The middle, or the three crops by which Video Swin and SlowFast are evaluated on Kinetics.
             crops = (0.5,) if num_crops == 1 else (0.0, 0.5, 1.0)
             places = [(s, crop) for s in _views(_num_samples(video, windowing), windowing) for crop in crops]
             return [_loop(video, windowing, window_id=n, start=s, crop=crop) for n, (s, crop) in enumerate(places)]
@@ -107,6 +109,7 @@ def draw_window(video: Stored, windowing: Windowing, *, generator: np.random.Gen
     match windowing:
         case ResizeWhole(num_frames, shortest_action):
             shortest_seconds = shortest_action * video.record.duration_seconds
+            # As the published recipes train on ActivityNet. Evaluation keeps them: it is measured on all.
             actions = [a for a in video.record.actions if a.end_seconds - a.start_seconds >= shortest_seconds]
             return _whole(video, num_frames, actions)
         case Slide():
@@ -129,6 +132,7 @@ def _truncate(video: Stored, windowing: Slide, *, generator: np.random.Generator
         start = int(generator.integers(total - count, endpoint=True))
         window = _cut(video, windowing, window_id=0, start=start, count=count)
         if window.actions or not video.record.actions:
+            # After the last try a window of background is taken: each video gives one clip an epoch, whatever it shows.
             break
     return window
 
@@ -191,6 +195,8 @@ def _actions_inside(
     inside = []
     for action in actions:
         first, last = max(action.start_seconds, start_seconds), min(action.end_seconds, end_seconds)
+        # `last > first` too, because with a kept_share of 0 an action that only touches the stretch would come out
+        # empty.
         if last > first and last - first >= kept_share * (action.end_seconds - action.start_seconds):
             inside.append(replace(action, start_seconds=first, end_seconds=last))
     return tuple(inside)
@@ -201,6 +207,7 @@ def _slides(
 ) -> list[Window]:
     """The windows that cover a video; their first samples are multiples of `multiple`."""
     total, length = _num_samples(video, windowing), length or windowing.num_frames
+    # At least one step: an overlap close to 1 would else never move on.
     step = max(1, round(length * (1 - windowing.overlap) / multiple)) * multiple
     # The last window reaches the end of the video, so it may overlap more than was asked for.
     last = max(0, -(-(total - length) // multiple) * multiple)
@@ -237,4 +244,6 @@ def _rate(video: Stored, windowing: Slide | Trimmed) -> float:
 
 
 def _inside(video: Stored, positions: np.ndarray) -> np.ndarray:
+    # Where a resized video has fewer frames than the clip, the outer centres lie before its first frame or behind its
+    # last one.
     return np.clip(positions, 0, video.num_samples - 1)

@@ -25,6 +25,7 @@ from torch.utils.data.dataloader import _BaseDataLoaderIter, _MultiProcessingDat
 
 HAS_MASKS = hasattr(signal, "pthread_sigmask") and hasattr(signal, "sigwaitinfo")
 """Windows and macOS lack the one or the other; there, workers end as soon as they are told to."""
+# The list of training/signals.py, written again: data does not import training.
 STOP_SIGNALS = tuple(
     getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGHUP") if hasattr(signal, name)
 )
@@ -43,13 +44,17 @@ def heed_only_the_parent(worker: int) -> None:
     if not HAS_MASKS:
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    # A thread and no handler: Python's handlers run only between two of its instructions, which a decoder may not
+    # reach.
     threading.Thread(target=_end_when_told, args=(os.getppid(),), daemon=True).start()
 
 
 def _end_when_told(parent: int) -> None:
     # Not simply ignored: multiprocessing ends a worker that hangs by SIGTERM, and then waits for its end.
+    # A scheduler signals every process of the job. The parent alone knows whether the run still needs this one.
     while signal.sigwaitinfo(STOP_SIGNALS).si_pid != parent:
         pass
+    # sys.exit would end this thread alone, and atexit belongs to the parent.
     os._exit(0)
 
 
@@ -74,6 +79,7 @@ def no_garbage_to_inherit() -> Iterator[None]:
 
     To free a scaler of FFmpeg it would wait, for ever, for threads that only the parent has.
     """
+    # First, or what is garbage already would be frozen, and never freed, with the rest.
     gc.collect()
     gc.freeze()
     try:
@@ -82,7 +88,9 @@ def no_garbage_to_inherit() -> Iterator[None]:
         gc.unfreeze()
 
 
+# How often a process that waits for a batch looks at its workers. torch's own 5 seconds would add to every loss.
 POLL_SECONDS = 1.0
+# A worker that only decodes ends within one clip; whoever takes longer hangs.
 EXIT_SECONDS = 5.0
 _started: WeakSet[BaseProcess] = WeakSet()
 
@@ -92,10 +100,12 @@ def _end_workers() -> None:
     # multiprocessing sends SIGTERM and waits without a limit: for ever, where a worker is stopped or hangs in C.
     running = [worker for worker in _started if worker.is_alive()]
     for worker in running:
+        # All are told before one is waited for: they end side by side.
         worker.terminate()
     deadline = time.monotonic() + EXIT_SECONDS
     for worker in running:
         worker.join(max(0.0, deadline - time.monotonic()))
+        # SIGKILL also ends what is stopped (Ctrl-Z) or in native code, and does nothing to a process that has ended.
         worker.kill()
 
 
@@ -106,6 +116,7 @@ class PatientLoader(DataLoader[Any]):
     silent_seconds: float = 0.0
 
     def _get_iterator(self) -> _BaseDataLoaderIter:
+        # torch has no public hook for another iterator.
         return _PatientIterator(self) if self.num_workers else super()._get_iterator()
 
     @property
@@ -125,14 +136,17 @@ class _PatientIterator(_MultiProcessingDataLoaderIter):
         self._worker_pids_set = False
 
     def _get_data(self) -> Any:
+        # Counted from the question: a worker that is ahead, with full queues, is silent too, and healthy.
         self._asked = time.monotonic()
         return super()._get_data()
 
     def _try_get_data(self, timeout: float = POLL_SECONDS) -> tuple[bool, Any]:
         found = super()._try_get_data(timeout=timeout)
         if not found[0] and 0 < self._silent_seconds < time.monotonic() - self._asked:
+            # torch notes who makes which batch. Where it does not know, any of them may be the one.
             owing = self._task_info.get(self._rcvd_idx)
             for worker in self._workers if owing is None else [self._workers[owing[0]]]:
+                # Not asked to end, as it may hang in native code. torch's next look finds it dead, and raises.
                 worker.kill()
                 worker.join()
         return found

@@ -88,6 +88,7 @@ class ActionFormerConfig(PaddedPyramidConfig):
     @property
     def step_multiple(self) -> int:
         """The largest block of steps that any level of the public implementations cuts its sequence into."""
+        # An attention window of w steps is cut into blocks of 2 * (w // 2).
         return max(2**level * (window // 2 * 2 if window else 1) for level, window in enumerate(self.windows))
 
 
@@ -108,6 +109,8 @@ def actionformer(config: ActionFormerConfig, *, in_channels: int, classes: Seque
         encoder=Encoder(
             channels,
             embedding=embedding_convs(config, in_channels, conv),
+            # In the order of the data: weights are drawn as the parts are built, and a seed gives the same ones only in
+            # this order.
             stem=[block(stride=1, window=config.windows[0]) for _ in range(config.num_stem_blocks)],
             branch=[block(stride=2, window=window) for window in config.windows[1:]],
             disturb=nn.Dropout1d(config.input_dropout) if config.input_dropout else None,
@@ -118,6 +121,8 @@ def actionformer(config: ActionFormerConfig, *, in_channels: int, classes: Seque
             config.head_width,
             convs=head_convs(config, conv),
             out_channels=len(class_map.classes),
+            # Nearly all points are background: at 0.5, their loss would drown that of the positives in the first steps
+            # (Lin et al.).
             bias=logit(config.prior_probability),
         ),
         regressor=RegressionHead(config.head_width, convs=head_convs(config, conv), num_levels=config.num_levels),

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from re2tal.localizers.losses import diou_loss, sigmoid_focal_loss
 
+# As in ActionFormer and OpenTAD.
 SIMILAR_LENGTH_STEPS = 1e-3
 
 
@@ -113,6 +114,7 @@ class SimOTA:
         classification = absent.sum(dim=1, keepdim=True) + (missed - absent)[:, labels]
         regression = diou_loss(offsets[:, labels] if offsets.ndim == 3 else offsets[:, None], distances)
         cost = self.class_weight * classification + self.iou_weight * regression
+        # DIoU is defined only where the point lies inside the action.
         return torch.where((distances >= 0).all(dim=-1), cost, torch.inf)
 
 
@@ -141,9 +143,11 @@ def near_centre(points: Tensor, segments: Tensor, distances: Tensor, *, radius: 
     position, low, high, stride = (column[:, None] for column in points.unbind(1))
     start, end = segments.unbind(1)
     centre, reach = 0.5 * (start + end), radius * stride
+    # Strictly: the targets of a point on an end would be a distance of 0.
     near = (position > torch.maximum(centre - reach, start)) & (position < torch.minimum(centre + reach, end))
     farther = distances.amax(dim=-1)
     candidate = near & (farther >= low) & (farther <= high)
+    # A point without a candidate has the length inf, which compares as equal; `candidate` then is False.
     lengths = torch.where(candidate, end - start, torch.inf)
     shortest, choice = lengths.min(dim=1)
     return candidate & (lengths <= shortest[:, None] + SIMILAR_LENGTH_STEPS), choice

@@ -120,6 +120,8 @@ class PaddedPyramidConfig(PyramidConfig):
 
     def padded_steps(self, num_steps: int) -> int:
         """To which length a clip of `num_steps` is padded."""
+        # All short clips at one length: the numbers of a clip depend on the length it is padded to, for they did in
+        # training.
         if num_steps <= self.max_num_steps:
             return self.max_num_steps
         return math.ceil(num_steps / self.step_multiple) * self.step_multiple

@@ -37,6 +37,7 @@ class Encoder(nn.Module):
         self.stem = nn.ModuleList(stem)
         self.branch = nn.ModuleList(branch)
         encoding = None if position_steps is None else sinusoids(position_steps, channels)
+        # Follows from the configuration, and stands in no checkpoint.
         self.register_buffer("position", encoding, persistent=False)
 
     def forward(self, x: Tensor, mask: Tensor) -> Pyramid:
@@ -60,6 +61,7 @@ class Encoder(nn.Module):
 
 def sinusoids(num_steps: int, channels: int) -> Tensor:
     """Sine and cosine of the position (Vaswani et al., 2017), divided by sqrt(channels): (1, channels, num_steps)."""
+    # In float64: the angles reach thousands, of which float32 keeps few decimals.
     channel = torch.arange(channels, dtype=torch.float64)
     angle = torch.arange(num_steps, dtype=torch.float64) / 10_000 ** (2 * (channel[:, None] // 2) / channels)
     encoding = torch.where(channel[:, None] % 2 == 0, angle.sin(), angle.cos())
@@ -68,6 +70,7 @@ def sinusoids(num_steps: int, channels: int) -> Tensor:
 
 def stretch(position: Tensor, num_steps: int) -> Tensor:
     """The encoding's first steps, or, for a clip longer than it, the encoding stretched over the clip."""
+    # As the public implementations do with videos that are longer than any in training.
     if num_steps > position.shape[-1]:
         position = F.interpolate(position, size=num_steps, mode="linear", align_corners=False)
     return position[..., :num_steps]

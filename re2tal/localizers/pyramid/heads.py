@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from re2tal.localizers.masked import MaskedConv
+from re2tal.localizers.masked import Conv, MaskedConv
 from re2tal.structures import Pyramid
 
 
@@ -28,7 +28,8 @@ class Head(nn.Module):
     ) -> None:
         super().__init__()
         self.convs = nn.ModuleList(convs)
-        self.output = nn.Conv1d(channels, out_channels, kernel_size, padding=kernel_size // 2)
+        self.output = Conv(channels, out_channels, kernel_size, padding=kernel_size // 2)
+        # For the type checker: Conv1d has a bias unless told otherwise.
         assert self.output.bias is not None
         nn.init.constant_(self.output.bias, bias)
 

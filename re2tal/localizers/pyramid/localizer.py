@@ -78,6 +78,8 @@ class PyramidLocalizer(Localizer[PyramidOutputs]):
         """Features (B, C, T) of any T -> predictions at all points of the padded clip."""
         num_steps = features.values.shape[-1]
         padding = self.config.padded_steps(num_steps) - num_steps
+        # The mask is padded with False. Here, not where batches are put together: only the localizer knows its
+        # multiple.
         pyramid = self.encoder(F.pad(features.values, (0, padding)), F.pad(features.mask, (0, padding)))
         levels = tuple(norm(level) for norm, level in zip(self.level_norms, pyramid.levels, strict=True))
         pyramid = Pyramid(levels, pyramid.masks)
@@ -87,6 +89,7 @@ class PyramidLocalizer(Localizer[PyramidOutputs]):
             self.regressor(pyramid),
             points,
             torch.cat(pyramid.masks, dim=1),
+            # A tensor in any case: DDP and DeepSpeed go through the outputs, and take nothing else.
             features.values.new_empty(0) if self.step_classifier is None else self.step_classifier(features.values),
         )
 
@@ -124,6 +127,7 @@ class PyramidLocalizer(Localizer[PyramidOutputs]):
     @torch.no_grad()
     def candidates(self, outputs: PyramidOutputs) -> list[Candidates]:
         """What `detect` converts to seconds: one Candidates per clip, in steps, not clipped to the clip."""
+        # In float32: bfloat16 has so few digits that many scores would be equal, and their order chance.
         segments, scores = decode(outputs.points, outputs.offsets), outputs.logits.float().sigmoid()
         strides = outputs.points[:, 3]
         return [

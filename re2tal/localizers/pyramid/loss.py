@@ -35,7 +35,9 @@ class PointLoss:
         """ "classification" and "regression", weighted. `targets` are of the batch, (B, P, ...). In training it updates
         `positives`."""
         positive = (targets.classes.sum(dim=-1) > 0) & outputs.mask
+        # A batch without any action has a loss too, that of the background.
         num_positive = positive.sum().clamp(min=1)
+        # Every rank comes here once for each batch: `update` is a collective.
         divisor = positives.update(num_positive) if training else num_positive
         weights = torch.where(positive, targets.weights, 1.0)
 
@@ -43,6 +45,7 @@ class PointLoss:
         classes = targets.classes * (1 - smoothing) + smoothing / (num_classes + 1)
         focal = focal_of_chosen(outputs.logits, classes, outputs.mask[..., None])
         hot = (targets.classes > 0) & outputs.mask[..., None]
+        # Where classes have offsets of their own, only those of the classes that are there are learnt.
         learns = hot if outputs.offsets.ndim == 4 else positive
         predicted, wanted = _chosen(outputs.offsets, targets.offsets, learns)
         if self.iou_power:

@@ -36,6 +36,7 @@ def pyramid_points(
     levels = []
     for level, (low, high) in enumerate(regression_ranges):
         stride = 2**level
+        # Float32 holds whole steps exactly, up to 2**24.
         position = torch.arange(0, num_steps, stride, device=device, dtype=torch.float32)
         # Filled on the device: a copy of the numbers would wait for it.
         rest = [torch.full_like(position, value) for value in (low, high, stride)]

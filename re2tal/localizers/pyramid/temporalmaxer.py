@@ -77,6 +77,7 @@ class MaxPool(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, T), (B, T) -> the same with ceil(T / 2) steps. In the padding x is zero and nowhere less."""
+        # Pooling pads with minus infinity, and has no kernel for bools.
         mask = F.max_pool1d(mask.float(), 3, stride=2, padding=1) > 0
         return blank(F.max_pool1d(x, 3, stride=2, padding=1), mask), mask
 

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from re2tal.localizers.masked import AffineDropPath, ChannelNorm, blank
+from re2tal.localizers.masked import AffineDropPath, ChannelNorm, Conv, blank
 
 
 class TransformerBlock(nn.Module):
@@ -26,22 +26,25 @@ class TransformerBlock(nn.Module):
         self.attention_norm = ChannelNorm(channels)
         self.attention = ConvAttention(channels, num_heads=num_heads, stride=stride, window=window, dropout=dropout)
         self.attention_path = AffineDropPath(channels, drop=path_drop)
+        # The skip is halved as the attention is, which reads three steps around every second one.
         self.pool = nn.MaxPool1d(3, stride=stride, padding=1) if stride > 1 else nn.Identity()
         self.mlp_norm = ChannelNorm(channels)
         self.mlp = nn.Sequential(
-            nn.Conv1d(channels, 4 * channels, 1),
+            Conv(channels, 4 * channels, 1),
             nn.GELU(),
             nn.Dropout(dropout),
-            nn.Conv1d(4 * channels, channels, 1),
+            Conv(4 * channels, channels, 1),
             nn.Dropout(dropout),
         )
         self.mlp_path = AffineDropPath(channels, drop=path_drop)
         for module in self.modules():
             if isinstance(module, nn.Conv1d) and module.bias is not None:
+                # As ActionFormer begins; PyTorch would draw them.
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, T), (B, T) -> the same with T / stride steps."""
+        # From the mask before it is halved, which the attention does by itself.
         attended = self.attention_path(self.attention(self.attention_norm(x), mask))
         mask = mask[:, :: self.stride]
         x = blank(self.pool(x), mask) + attended
@@ -53,9 +56,9 @@ class ConvProjection(nn.Module):
 
     def __init__(self, channels: int, *, stride: int) -> None:
         super().__init__()
-        self.conv = nn.Conv1d(channels, channels, 3, stride=stride, padding=1, groups=channels, bias=False)
+        self.conv = Conv(channels, channels, 3, stride=stride, padding=1, groups=channels, bias=False)
         self.norm = ChannelNorm(channels)
-        self.linear = nn.Conv1d(channels, channels, 1)
+        self.linear = Conv(channels, channels, 1)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """(B, C, T) and the mask of its output, (B, T / stride) -> (B, C, T / stride)."""
@@ -73,7 +76,7 @@ class ConvAttention(nn.Module):
         self.query = ConvProjection(channels, stride=stride)
         self.key = ConvProjection(channels, stride=stride)
         self.value = ConvProjection(channels, stride=stride)
-        self.output = nn.Conv1d(channels, channels, 1)
+        self.output = Conv(channels, channels, 1)
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
@@ -87,7 +90,7 @@ class ConvAttention(nn.Module):
             attended = attend_globally(query, key, value, mask)
         else:
             attended = attend_locally(query, key, value, mask, reach=self.window // 2)
-        return blank(self.dropout(self.output(attended.transpose(2, 3).flatten(1, 2))), mask)
+        return blank(self.dropout(self.output(attended.transpose(1, 2).flatten(2).transpose(1, 2))), mask)
 
 
 def attend_globally(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
@@ -103,6 +106,7 @@ def attend_locally(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, r
     Queries are cut into N blocks of 2 * reach; the keys of a block are those of its span, `reach` wider on each side.
     """
     num_heads, num_steps, block = query.shape[1], query.shape[2], 2 * reach
+    # The last block is filled up; what it attends for nothing is cut off at the end.
     tail, span = -num_steps % block, block + 2 * reach
     query = F.pad(query, (0, 0, 0, tail)).unflatten(2, (-1, block)).flatten(1, 2)
     key, value = (
@@ -113,5 +117,6 @@ def attend_locally(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, *, r
     distance = torch.arange(span, device=mask.device) - reach - torch.arange(block, device=mask.device)[:, None]
     # A step may attend to itself even in the padding, where it may have no real key: a softmax over nothing is NaN.
     allowed = (distance.abs() <= reach) & (real[:, :, None] | (distance == 0))
+    # Heads and blocks are one axis here, so that each block's mask stands once for every head.
     attended = F.scaled_dot_product_attention(query, key, value, attn_mask=allowed.repeat(1, num_heads, 1, 1))
     return attended.unflatten(1, (num_heads, -1)).flatten(2, 3)[:, :, :num_steps]

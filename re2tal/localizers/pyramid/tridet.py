@@ -32,6 +32,7 @@ from re2tal.options import COUNT, NOT_NEGATIVE, POSITIVE, RATE, check_ranges
 from re2tal.structures import Pyramid
 
 Downsampling = Literal["max", "average"]
+# As in OpenTAD; not an option there either.
 NORM_GROUPS = 16
 
 
@@ -130,6 +131,7 @@ class SGPBlock(nn.Module):
         self.stride = stride
         self.pool = _pool(channels, downsampling) if stride > 1 else nn.Identity()
         self.norm = ChannelNorm(channels)
+        # Odd, or the sequence would change its length.
         wide = round((window + 1) * wide_ratio) // 2 * 2 + 1
         self.instant, self.overall, self.near, self.gate, self.wide = (
             nn.Conv1d(channels, channels, size, padding=size // 2, groups=channels)
@@ -147,10 +149,12 @@ class SGPBlock(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """(B, C, T), (B, T) -> the same with T / stride steps; not blank in the padding."""
+        # Before the norm, which sees the halved sequence.
         x, mask = self.pool(x), mask[:, :: self.stride]
         y = self.norm(x)
         overall = torch.relu(self.overall(y.mean(dim=2, keepdim=True)))
         y = self.instant(y) * overall + (self.near(y) + self.wide(y)) * self.gate(y) + y
+        # `y` is not blanked, as in OpenTAD: see the head of this file.
         x = blank(x, mask) + self.path(y)
         return x + self.mlp_path(self.mlp(self.mlp_norm(x))), mask
 
@@ -178,6 +182,7 @@ class TridentHead(RegressionHead):
         starts: Head,
         ends: Head,
     ) -> None:
+        # Distances 0 .. num_bins, to the start and to the end.
         bins = 2 * (num_bins + 1)
         super().__init__(channels, convs=convs, num_levels=num_levels, out_channels=bins, kernel_size=kernel_size)
         self.starts = starts
@@ -185,6 +190,7 @@ class TridentHead(RegressionHead):
 
     def forward(self, pyramid: Pyramid) -> Tensor:
         """L levels (B, C, T_l) -> distances to start and end in strides, per class: (B, P, K, 2)."""
+        # The boundary heads learn from the pyramid, and do not teach it, as in OpenTAD.
         apart = pyramid._replace(levels=tuple(level.detach() for level in pyramid.levels))
         parts = zip(self.levels(pyramid), self.starts.levels(apart), self.ends.levels(apart), strict=True)
         return torch.cat([expected_distances(*level) for level in parts], dim=1)
@@ -217,6 +223,7 @@ class InputNoise(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x, of any shape."""
+        # Nothing is drawn at 0: a draw would move the generator of all that comes after.
         return x + self.std * torch.randn_like(x) if self.training and self.std > 0 else x
 
 

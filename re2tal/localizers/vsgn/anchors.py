@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Weights of the box coder that the public implementations took from object detection; without them, published weights
+# decode wrongly.
 CENTRE_WEIGHT, LENGTH_WEIGHT = 10.0, 5.0
 # A predicted length is at most 62.5 times its anchor's, so that exp() stays finite.
 LARGEST_LENGTH_LOG = math.log(1000 / 16)
@@ -27,6 +29,7 @@ def pyramid_anchors(
     for stride in strides:
         centre = torch.arange(0, num_steps, stride, dtype=torch.float32, device=device)[:, None] + stride / 2
         # Filled on the device: a copy of the numbers would wait for it.
+        # A step is lost at the ends, as an anchor covers both of its end steps.
         half = torch.cat([torch.full_like(centre[:1, 0], (scale * stride - 1) / 2) for scale in scales])
         levels.append(torch.stack([centre - half, centre + half], dim=-1).flatten(0, 1))
     return torch.cat(levels)
@@ -74,9 +77,11 @@ def match(segments: Tensor, actions: Tensor, labels: Tensor, *, min_iou: float) 
 
 def giou_loss(segments: Tensor, targets: Tensor) -> Tensor:
     """1 - generalised IoU (Rezatofighi et al., CVPR 2019) of N pairs: (N, 2) starts and ends, twice -> (N,)."""
+    # Boundaries that were moved may have crossed.
     start, end = segments.amin(dim=-1), segments.amax(dim=-1)
     true_start, true_end = targets.unbind(-1)
     overlap = (torch.minimum(end, true_end) - torch.maximum(start, true_start)).clamp(min=0)
+    # 1e-7 in both, so that two empty segments in one place are 0 / 1e-7, and not NaN.
     enclosing = torch.maximum(end, true_end) - torch.minimum(start, true_start) + 1e-7
     union = (end - start) + (true_end - true_start) - overlap + 1e-7
     return 1 - overlap / union + (enclosing - union) / enclosing
@@ -90,6 +95,7 @@ def evaluation_targets(actions: Tensor, num_steps: int) -> Tensor:
     is. (BSN, Lin et al., ECCV 2018, asks for more than half; OpenTAD truncates the covered share to a whole number.)
     """
     step = torch.arange(num_steps, device=actions.device)
+    # Three steps wide, as in BSN.
     around = torch.stack([actions - 1.5, actions + 1.5], dim=-1)
     regions = torch.stack([around[:, 0], around[:, 1], actions])
     covered = torch.minimum(regions[..., 1, None], step + 1) - torch.maximum(regions[..., 0, None], step)
@@ -109,8 +115,10 @@ def balanced_bce(logits: Tensor, targets: Tensor, mask: Tensor | None = None, *,
     if epsilon:
         loss = -(torch.where(targets, logits, -logits).sigmoid() + epsilon).log()
     else:
+        # PyTorch cuts each logarithm off at -100.
         loss = F.binary_cross_entropy(logits.sigmoid(), targets.to(logits.dtype), reduction="none")
     positive = targets.sum().to(logits.dtype) / count
     weights = torch.where(targets, 0.5 / positive, torch.where(mask, 0.5 / (1 - positive), 0.0))
+    # One of the weights would be infinite.
     one_sided = (positive == 0) | (positive == 1)
     return torch.where(mask, torch.where(one_sided, loss, weights * loss), 0.0).sum() / count

@@ -74,6 +74,7 @@ class VSGN(Localizer[VSGNOutputs]):
             pool_size=2 if original else 3,
         )
         self.decoder = PyramidDecoder(channels, num_levels=num_levels)
+        # A single class needs no background: sigmoid and focal loss, as OpenTAD has it on ActivityNet.
         num_logits = 1 if len(self.classes) == 1 else 1 + len(self.classes)
         self.classifier, self.regressor = (
             AnchorHead(
@@ -94,6 +95,7 @@ class VSGN(Localizer[VSGNOutputs]):
                 for loss in ("regression", "classification", "adjustment")
             }
         )
+        # As the public implementations begin.
         for module in self.modules():
             if isinstance(module, (nn.Conv1d, nn.Linear)):
                 nn.init.xavier_uniform_(module.weight)
@@ -107,6 +109,7 @@ class VSGN(Localizer[VSGNOutputs]):
 
     def forward(self, features: Features) -> VSGNOutputs:
         """Features (B, C, T) of any T -> predictions for all anchors of the padded clip."""
+        # A whole number of steps at each level: the decoder's upsampling doubles exactly.
         padding = -features.values.shape[-1] % self.config.strides[-1]
         values, mask = F.pad(features.values, (0, padding)), F.pad(features.mask, (0, padding))
         num_steps, config = values.shape[-1], self.config
@@ -169,6 +172,7 @@ class VSGN(Localizer[VSGNOutputs]):
         scores = logits.sigmoid() if len(self.classes) == 1 else logits.softmax(dim=-1)[..., 1:]
         starts, ends, _ = outputs.evaluation.float().sigmoid().unbind(dim=1)
         centres, num_steps = outputs.anchors.mean(dim=1), outputs.mask.shape[1]
+        # By its centre an anchor belongs to the clip or to the copy.
         copied = layout.in_copy(centres)
         # `_between` needs a step on both sides of a boundary, and no segment may reach from a clip into its copy.
         segments = layout.confined(outputs.adjusted.float(), copied, num_steps=num_steps)
@@ -193,6 +197,7 @@ class VSGN(Localizer[VSGNOutputs]):
         for clip, (of_clip, timeline) in enumerate(zip(actions, timelines, strict=True)):
             segments, labels = self.class_map.encode(of_clip, timeline, device=outputs.anchors.device)
             if stitched:
+                # Where a clip has no copy its actions stand twice, which matches no other anchors.
                 segments, labels = torch.cat([segments, layout.to_copy(segments, clip)]), labels.repeat(2)
             truth.append((segments, labels))
         return truth
@@ -237,6 +242,7 @@ class VSGN(Localizer[VSGNOutputs]):
         count = positive.sum().clamp(min=1)
         running = self.positives[loss]
         assert isinstance(running, RunningCount)
+        # The count of each loss is its own: each matches other segments at another threshold.
         return running.update(count) if self.training and self.config.variant == "opentad" else count
 
 

@@ -33,6 +33,7 @@ class MaskedConvReLU(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """(B, in_channels, T), (B, T) -> the same with T / stride steps."""
+        # A step of the output is real where the middle of the three that it reads is.
         mask = mask[:, :: self.stride]
         return torch.relu(blank(self.conv(x), mask)), mask
 
@@ -63,10 +64,12 @@ def nearest(steps: Tensor, num_neighbours: int, copied: Tensor | None = None) ->
     neighbours: the second half of the neighbours of a step there lies outside the copy, so that edges cross scales.
     """
     distances = torch.cdist(steps.float(), steps.float(), compute_mode="donot_use_mm_for_euclid_dist")
+    # A coarse level of a short clip may have fewer steps.
     count = min(num_neighbours, steps.shape[1])
     if copied is None:
         return distances.topk(count, dim=2, largest=False).indices
     near = distances.topk((count + 1) // 2, dim=2, largest=False).indices
+    # Those that were taken are out as well.
     distances = distances.masked_fill(copied[:, :, None] & copied[:, None], torch.inf).scatter(2, near, torch.inf)
     return torch.cat([near, distances.topk(count // 2, dim=2, largest=False).indices], dim=2)
 
@@ -78,6 +81,7 @@ class GraphLevel(nn.Module):
         super().__init__()
         self.temporal = nn.Conv1d(channels, channels, 3, padding=1)
         self.graph = GraphConv(channels, num_neighbours=num_neighbours)
+        # Padding of 1 for three steps, 0 for two: half as many steps either way.
         self.pool = nn.MaxPool1d(pool_size, stride=2, padding=pool_size // 3)
 
     def forward(self, x: Tensor, mask: Tensor, copied: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -119,6 +123,7 @@ class PyramidEncoder(nn.Module):
         levels, masks = [], []
         stride = self.stem.stride
         for level in self.levels:
+            # Plain convolutions have no neighbours to choose.
             if self.has_graph and copied is not None:
                 x, mask = level(x, mask, copied[:, ::stride])
             else:
@@ -137,6 +142,7 @@ class PyramidDecoder(nn.Module):
         self.top = conv_relu(channels, channels)
         self.laterals = nn.ModuleList(conv_relu(channels, channels) for _ in range(num_levels - 1))
         self.ups = nn.ModuleList(
+            # output_padding=1 gives twice as many steps; without it, one less.
             nn.Sequential(nn.ConvTranspose1d(channels, channels, 3, stride=2, padding=1, output_padding=1), nn.ReLU())
             for _ in range(num_levels - 1)
         )
@@ -193,6 +199,7 @@ class EvaluationHead(nn.Module):
     def forward(self, finest: Tensor, *, num_steps: int) -> Tensor:
         """(B, C, T_0) -> (B, 3, num_steps)."""
         if self.upsamples_scores:
+            # The original stretches probabilities; back to logits, which both variants put out. eps: 0 and 1 have none.
             scores = torch.cat([branch(finest) for branch in self.branches], dim=1).sigmoid()
             return F.interpolate(scores, size=num_steps, mode="linear", align_corners=True).logit(eps=1e-7)
         x = F.interpolate(finest, size=num_steps, mode="linear", align_corners=True)
@@ -217,6 +224,7 @@ class BoundaryHead(nn.Module):
 
     def forward(self, finest: Tensor, segments: Tensor, *, num_steps: int) -> Tensor:
         """(B, C, T_0), segments (B, A, 2) in steps -> shifts (B, A, 2) in steps."""
+        # Places are whole numbers, which have no gradient.
         clamped = segments.detach().clamp(0, num_steps - 1)
         reach = (clamped[..., 1] - clamped[..., 0] + 1) * self.SHARE
         shifts = [

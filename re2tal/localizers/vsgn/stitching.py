@@ -34,6 +34,7 @@ class Layout(NamedTuple):
         short = (num_real > 0) & (num_real <= (below or 0) * num_steps) & (left > num_real)
         return cls(
             num_real=num_real,
+            # T is behind every step, so that nothing counts as copied.
             first=torch.where(short, num_real + gap, num_steps),
             zoom=torch.where(short, left / num_real.clamp(min=1), 1.0).float(),
         )
@@ -42,6 +43,7 @@ class Layout(NamedTuple):
     def unpacked(cls, packed: Tensor, mask: Tensor) -> Layout:
         """The inverse of `packed`; `mask` (B, T) is that of the stitched clips."""
         first, zoom = packed[:, 0].long(), packed[:, 1]
+        # The mask covers the copy too; the clip's own steps lie before it.
         before = torch.arange(mask.shape[1], device=mask.device) < first[:, None]
         return cls((mask & before).sum(dim=1), first, zoom)
 

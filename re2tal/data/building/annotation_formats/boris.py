@@ -123,6 +123,7 @@ def _pair(events: Iterable[_Event], found: Found) -> None:
     """Add a segment for each START with its STOP."""
     started: dict[tuple[str, ...], _Event] = {}
     for event in events:
+        # A project says no START or STOP: every second event of a key ends it.
         is_stop = event.kind == "STOP" or (event.kind == "STATE" and event.key in started)
         if event.kind not in ("START", "STOP", "STATE"):
             found.leave_out(event.where, f"{event.label!r} is a point event")

@@ -77,6 +77,7 @@ def read_csv(source: Source, found: Found) -> None:
     units = {what: unit for what, (_, unit) in header.items()}
     times = "start", "end" if "end" in header else "length"
     first, second = (units[what] for what in times)
+    # One time with a unit and one without: to guess would be wrong by a factor of the frame rate.
     if first != second and "" in (first, second) and ("s" not in (first, second) or found.wanted.fps is not None):
         raise ValueError(f"{source.path}: its {times[0]} or its {times[1]} has a unit, the other none; write both")
     written = [row[header[what][0]] for _, row in rows for what in times if header[what][0] < len(row)]

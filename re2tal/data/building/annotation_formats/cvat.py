@@ -67,6 +67,7 @@ def _runs(track: Element, attribute: str | None) -> Iterator[tuple[float, float 
     shapes = [(frame, shape) for shape in track if (frame := as_number(shape.get("frame"))) is not None]
     first: float | None = None
     label: str | None = None
+    # Shapes need not be in order, and a run is told by its neighbours.
     for frame, shape in sorted(shapes, key=lambda one: one[0]):
         shown = _label(track, shape, attribute) if shape.get("outside", "0").lower() in ("0", "false") else None
         if first is not None and shown != label:

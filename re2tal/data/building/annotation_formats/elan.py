@@ -101,6 +101,7 @@ def _seconds(column: str, text: str) -> float | str:
 
 def _aligned(one: Element, by_id: dict[str | None, Element]) -> Element | None:
     """The annotation that has the times: itself, or the one that it refers to, at any depth."""
+    # No more steps than annotations: references in a damaged file may go round in a circle.
     for _ in range(len(by_id) + 1):
         if one.tag == "ALIGNABLE_ANNOTATION":
             return one

@@ -5,7 +5,6 @@ A row that cannot be read is left out and named; it never ends the job.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from re2tal.data.building.labels import is_label
-from re2tal.strict_json import brief
+from re2tal.strict_json import brief, finite_number
 from re2tal.structures import SUBSETS, find_subset
 from re2tal.video_ids import VIDEO_SUFFIXES, plain_id
 
@@ -116,6 +115,7 @@ class Found:
         elif start_seconds < 0:
             self.leave_out(where, f"its segment {start_seconds:g} to {end_seconds:g} s starts before the video")
         else:
+            # Microseconds: what dividing by a rate leaves behind would be written out in 17 digits.
             segment = round(start_seconds, 6), round(end_seconds, 6), text
             self.video(name, subset=subset).actions.append(segment)
 
@@ -135,6 +135,7 @@ class Found:
         count = min(len(folders), len(more))
         if folders[:count] != more[:count] or any(a and b and a != b for a, b in zip(said, new, strict=True)):
             self.clashes.setdefault(video_id, f"{known!r} and {name!r} both give this id: rename one")
+        # The longer name is kept, as it can contradict more.
         elif (len(more), new) > (len(folders), said):
             self._names[video_id] = name
 
@@ -210,13 +211,7 @@ def as_number(value: Any) -> float | None:
     """A finite number, also one in a text, with a decimal point or comma; None for anything else."""
     if isinstance(value, str):
         value = value.strip().replace(",", ".") if _NUMBER.fullmatch(value.strip()) else None
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return None
-    try:
-        number = float(value)
-    except OverflowError:
-        return None
-    return number if math.isfinite(number) else None
+    return finite_number(value)
 
 
 def subset_in_name(path: Path) -> str | None:

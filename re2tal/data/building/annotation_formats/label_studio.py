@@ -21,6 +21,7 @@ from re2tal.video_ids import VIDEO_SUFFIXES
 def is_label_studio(source: Source) -> bool:
     """A list of tasks, each of which names a video."""
     tasks = list(items(source.json))
+    # The first few tell; an export may have a hundred thousand.
     return bool(tasks) and all(isinstance(one, dict) and _video(one) is not None for one in tasks[:20])
 
 

@@ -72,6 +72,7 @@ def _first(source: Source, content: Mapping[str, Any], found: Found) -> int:
     count = len(found.wanted.classes)
     if not count or found.wanted.numbers or not numbers or 0 in numbers:
         return 0
+    # As many classes as the highest number: it counts from 1.
     if count in numbers:
         return 1
     raise ValueError(

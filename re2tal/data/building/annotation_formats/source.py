@@ -82,6 +82,7 @@ class Source:
             raise ValueError(f"{self.path} is not usable as a table: {error}") from None
         for number, row in enumerate(rows, start=1):
             lines = [line for cell in row if "\n" in cell for line in cell.splitlines()[1:]]
+            # A quote that is not closed swallows the rows below: they would be gone without a word.
             if any(line.count(delimiter) >= max(3, len(rows[0])) - 1 for line in lines):
                 raise ValueError(f"{self.path} row {number} holds whole rows: a quote opens and does not close")
         return rows

@@ -14,6 +14,7 @@ from typing import Any
 from re2tal.data.building.annotation_formats.found import Found, dictionary, items
 from re2tal.data.building.annotation_formats.source import Source
 
+# VIA's number of the type.
 _CHECKBOX = 2
 
 
@@ -57,6 +58,7 @@ def _temporal(source: Source, attributes: Mapping[str, Any], found: Found) -> di
         if not chosen:
             raise ValueError(f"{source.path} has no attribute {found.wanted.label!r}; it has {names}")
         return chosen
+    # VIA's word for an attribute of a segment in time.
     chosen = {key: one for key, one in by_id.items() if "Z2" in str(one.get("anchor_id", "Z2"))} or by_id
     if len(chosen) > 1:
         names = [str(one.get("aname")) for one in chosen.values()]

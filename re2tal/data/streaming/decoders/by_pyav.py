@@ -40,6 +40,7 @@ def decode(video: bytes, numbers: np.ndarray, *, at_once: int) -> Iterator[Tenso
 @contextmanager
 def _opened(video: bytes) -> Iterator[tuple[av.VideoStream, list[av.Packet]]]:
     try:
+        # decord counts the packets that an edit list hides as frames; the index was checked against that count.
         container = av.open(BytesIO(video), "r", options={"ignore_editlist": "1"})
     except (av.FFmpegError, ValueError) as error:
         raise not_opened(video, error) from None
@@ -48,6 +49,7 @@ def _opened(video: bytes) -> Iterator[tuple[av.VideoStream, list[av.Packet]]]:
             raise not_opened(video, ValueError("there is no stream of pictures"))
         stream = container.streams.video[0]
         try:
+            # An empty packet marks the end of the stream and holds no picture.
             packets = [packet for packet in container.demux(stream) if packet.size]
         except av.FFmpegError as error:
             raise not_opened(video, error) from None
@@ -79,9 +81,12 @@ def _pictures(
 
 def _decoded(stream: av.VideoStream, packets: list[av.Packet], numbers: np.ndarray) -> Iterator[av.VideoFrame]:
     """In the order of display; DecodeError at the first one that is damaged."""
+    # The workers already fill the cores; threads of their own would only contend.
     stream.codec_context.thread_count = 1
+    # FFmpeg otherwise fills damaged pictures with parts of others, and says nothing.
     stream.codec_context.options = {"err_detect": "explode"}
     try:
+        # None asks for the pictures that the decoder holds back to reorder them.
         for packet in (*packets, None):
             for frame in stream.codec_context.decode(packet):
                 if frame.is_corrupt:

@@ -16,6 +16,7 @@ from re2tal.data.streaming.decoders.base import check_numbers, not_decoded, not_
 def check() -> None:
     """ValueError where torchcodec is not there, or cannot be loaded."""
     try:
+        # Not only whether it is installed: its libraries need FFmpeg's, which may be missing or of another version.
         import torchcodec.decoders  # noqa: F401
     except (ImportError, RuntimeError, OSError) as error:
         first_line = (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,131 @@
+"""What modules hold besides parameters and buffers, from the forward of a run to its backward: numbers, flags, names,
+tensors, modules inside, and forward hooks.
+
+    block.scale = 0.5            somebody sets it in between: what runs again would read another number. An error
+    handle.remove()              the same: what runs again would run without the hook
+    self.last = y.detach()       a forward sets it itself, and when it runs again, it sets it again: nothing to say
+    self.calls += 1              a forward counts, and counts once more in backward. A warning
+
+Not looked into: lists, dicts and other objects that modules hold.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import NoneType
+from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
+
+from torch import Tensor, nn
+
+logger = logging.getLogger(__name__)
+
+_OF_ALL_MODULES = frozenset(vars(nn.Module()))
+_SIMPLE = (bool, int, float, complex, str, NoneType)
+_KINDS = (*_SIMPLE, Tensor)
+_OF_LIBRARIES = ("torch.", "deepspeed.", "re2tal.")  # whose hooks come and go with what they gather or note
+_set_by_forward: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+_warned: set[tuple[type, str]] = set()
+"""Types of modules, and the attributes that they count in."""
+
+
+class _Value(NamedTuple):
+    value: Any
+    version: int
+    """Of a tensor."""
+
+    @classmethod
+    def of(cls, value: Any) -> _Value:
+        return cls(value, value._version if isinstance(value, Tensor) and not value.is_inference() else 0)
+
+    def is_same(self, other: _Value) -> bool:
+        """Tensors are compared by identity and version."""
+        one, two = self.value, other.value
+        if one is two:
+            return self.version == other.version
+        return type(one) is type(two) and isinstance(one, (*_SIMPLE, tuple)) and (one == two or one != one)
+
+    def __str__(self) -> str:
+        kinds = {Tensor: "a tensor", nn.Module: f"a {type(self.value).__name__}", tuple: "a list of hooks"}
+        return next((name for kind, name in kinds.items() if isinstance(self.value, kind)), repr(self.value))
+
+
+_Values = dict[tuple[nn.Module, str], _Value]
+
+
+class Attributes:
+    """Those of the modules in `owner`, as forward found and left them."""
+
+    def __init__(self, owner: nn.Module | None) -> None:
+        self._modules = [] if owner is None else list(owner.modules())
+        self._values = self._now()
+        self._counted: dict[tuple[nn.Module, str], Any] = {}
+        """What forward added to numbers."""
+
+    def _now(self) -> _Values:
+        return {(module, name): _Value.of(value) for module in self._modules for name, value in _held_by(module)}
+
+    def ran(self) -> None:
+        """After forward."""
+        now = self._now()
+        self._counted = _note_changes(self._values, now)
+        self._values = {key: value for key, value in now.items() if not _is_set_by_forward(*key)}
+
+    def changes(self) -> Iterator[tuple[str, str]]:
+        """Before backward: what somebody else than a forward has set since, and from what to what."""
+        now = self._now()
+        hooked = {key: _Value((), 0) for key in now if key[1] in ("_forward_hooks", "_forward_pre_hooks")}
+        for (module, name), was in (hooked | self._values).items():
+            found = now.get((module, name)) or _Value.of(
+                () if type(was.value) is tuple else getattr(module, name, None)
+            )
+            if not was.is_same(found) and not _is_set_by_forward(module, name):
+                change = f"it was {was}, and is {'another' if str(was) == str(found) else found}"
+                yield f"{name} of a {type(module).__name__}, a module", change
+
+    @contextmanager
+    def running_again(self) -> Iterator[None]:
+        """Around the second run of branches, in backward. Warns of what they count twice a step."""
+        before = self._now()
+        yield
+        for key, step in _note_changes(before, self._now()).items():
+            kind, name = type(key[0]), key[1]
+            if step and self._counted.get(key) == step and (kind, name) not in _warned:
+                _warned.add((kind, name))
+                logger.warning(
+                    "%s of a %s counts by %s in forward, and once more in backward, where a reversible run runs its "
+                    "branches again: let it count in a buffer, or count outside of the run",
+                    *(name, kind.__name__, step),
+                )
+
+
+def _held_by(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    for name, value in vars(module).items():
+        if name not in _OF_ALL_MODULES and isinstance(value, _KINDS):
+            yield name, value
+    yield from module._modules.items()
+    for name, hooks in (("_forward_hooks", module._forward_hooks), ("_forward_pre_hooks", module._forward_pre_hooks)):
+        if hooks and (of_users := tuple(hook for hook in hooks.values() if not _is_of_library(hook))):
+            yield name, of_users
+
+
+def _is_of_library(hook: Any) -> bool:
+    return str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith(_OF_LIBRARIES)
+
+
+def _is_set_by_forward(module: nn.Module, name: str) -> bool:
+    return name in _set_by_forward.get(module, ())
+
+
+def _note_changes(before: _Values, after: _Values) -> dict[tuple[nn.Module, str], Any]:
+    """Notes what branches have set. Returns what they added to numbers."""
+    counted = {}
+    for (module, name), now in after.items():
+        was = before.get((module, name))
+        if was is None or not was.is_same(now):
+            _set_by_forward.setdefault(module, set()).add(name)
+            if was and type(was.value) is type(now.value) and type(now.value) in (int, float):
+                counted[module, name] = now.value - was.value
+    return counted

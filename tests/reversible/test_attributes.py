@@ -1,0 +1,110 @@
+"""What modules in a run hold besides parameters: an error where it changes before backward; counters are told."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from re2tal.reversible import run_reversibly
+
+VALUES = {"scale": 0.5, "name": "other", "bias": torch.ones(4), "limit": None}
+
+
+class Scaled(nn.Module):
+    limit = 8.0  # of the type, until somebody sets it on the instance
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f = nn.Linear(4, 4)
+        self.scale, self.name, self.bias, self.limit = 1.0, "tanh", torch.zeros(4), float("nan")
+        self.last, self.length, self.calls = None, 3, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.scale * torch.tanh(self.f(x)) + self.bias
+        self.last, self.length = y.detach(), len(x)
+        return y
+
+
+class Counting(Scaled):
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return super().forward(x)
+
+
+def output_of(kind: type[Scaled] = Scaled, *, recompute: bool = True, rows: int = 3) -> tuple[nn.ModuleList, Tensor]:
+    blocks = nn.ModuleList([kind(), kind()])
+    return blocks, run_reversibly(list(blocks), torch.randn(rows, 4), recompute=recompute, owner=blocks).sum()
+
+
+@pytest.mark.parametrize("name", VALUES)
+def test_one_that_is_set_before_backward_is_an_error(name) -> None:
+    blocks, output = output_of()
+    setattr(blocks[1], name, VALUES[name])
+    match = rf"{name} of a Scaled, a module of a reversible run.* changed between forward and backward \(it was"
+    with pytest.raises(RuntimeError, match=match):
+        output.backward()
+
+
+def test_a_tensor_that_is_written_is_an_error() -> None:
+    blocks, output = output_of()
+    blocks[0].bias.add_(1)
+    with pytest.raises(RuntimeError, match=r"bias of a Scaled.*it was a tensor, and is another"):
+        output.backward()
+
+
+def triple(module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    return 3 * output
+
+
+def test_a_hook_that_is_removed_or_added_is_an_error() -> None:
+    """`with steered(model): loss = model(x)`, and backward behind it."""
+    blocks = nn.ModuleList([Scaled(), Scaled()])
+    handle = blocks[0].f.register_forward_hook(triple)
+    removed = run_reversibly(list(blocks), torch.randn(3, 4), owner=blocks).sum()
+    handle.remove()
+    added = run_reversibly(list(blocks), torch.randn(3, 4), owner=blocks).sum()
+    for output in (removed, added):
+        with pytest.raises(RuntimeError, match=r"_forward_hooks of a Linear.* changed between forward and backward"):
+            output.backward()
+        blocks[0].f.register_forward_hook(triple)
+
+
+def test_a_module_that_is_exchanged_is_an_error() -> None:
+    blocks = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.GELU()) for _ in range(2)])
+    output = run_reversibly(list(blocks), torch.randn(3, 4), owner=blocks).sum()
+    blocks[1][1] = nn.Tanh()
+    with pytest.raises(RuntimeError, match=r"1 of a Sequential.*\(it was a GELU, and is a Tanh\)"):
+        output.backward()
+
+
+def test_a_parameter_with_other_data_is_an_error() -> None:
+    blocks, output = output_of()
+    blocks[0].f.weight.data = blocks[0].f.weight.data * 2
+    with pytest.raises(RuntimeError, match=r"0\.f\.weight, a parameter .* or has other data"):
+        output.backward()
+
+
+def test_what_a_forward_sets_itself_is_none_of_an_outsider() -> None:
+    blocks = nn.ModuleList([Scaled(), Scaled()])
+    outputs = [run_reversibly(list(blocks), torch.randn(rows, 4), owner=blocks).sum() for rows in (3, 3, 2)]
+    blocks[0].scale = 1.0  # as it was
+    for output in outputs:
+        output.backward()
+
+
+def test_where_activations_are_kept_it_may_change() -> None:
+    blocks, output = output_of(recompute=False)
+    blocks[1].scale = 0.5
+    output.backward()
+
+
+def test_one_that_counts_is_told_once(caplog) -> None:
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            output_of(Counting)[1].backward()
+            output_of(Scaled)[1].backward()
+    (message,) = caplog.messages
+    assert message.startswith("calls of a Counting counts by 1 in forward, and once more in backward")
