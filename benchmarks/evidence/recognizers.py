@@ -7,7 +7,7 @@
     from scratch         the rewired network, trained like the original
 
 A clip's class is one of six motions: four slides and two senses of a circle. SlowFast learns them in 20 epochs, Video
-Swin and VideoMAE hardly (docs/experiments.md). Originals stay in a folder, for the cells that start from them.
+Swin hardly, VideoMAE not (docs/experiments.md). Originals stay in a folder, for the cells that start from them.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from re2tal.config import RecognitionConfig
 from re2tal.recipes.recognition import demo_clips
 from re2tal.training.schedule import ScheduleConfig
 
-BACKBONES = ("slowfast_nano", "swin3d_nano", "videomae_nano")
+BACKBONES = ("slowfast_nano", "swin3d_nano")
 SHARES = (0.03, 0.1)
 """Of the original's epochs, for which the rewired network is trained on; at least one epoch."""
 TUNING_RATE = 5e-4
