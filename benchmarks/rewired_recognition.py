@@ -19,7 +19,7 @@ from re2tal.data.contract.shards import open_shards
 from re2tal.data.streaming.stream import stream_clips
 from re2tal.evaluation.accuracy import AccuracyReport, accuracy
 from re2tal.inference import classify
-from re2tal.runs.trained import default_device
+from re2tal.runs.devices import default_device
 from re2tal.strict_json import write_json
 from re2tal.training.export import read_model
 
