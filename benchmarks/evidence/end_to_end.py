@@ -67,7 +67,7 @@ def demo_cells(options: Options) -> dict[str, Cell]:
 
 def recognized_first(run: RunConfig, recognizer: RecognitionConfig, folder: Path) -> Figures:
     """`run`, its frozen backbone from the recognizer that stays in `folder`."""
-    weights = kept(recognizer, folder) / "model.safetensors"
+    weights = str(kept(recognizer, folder) / "model.safetensors")
     return trained(replace(run, backbone=replace(run.backbone, weights=weights)))
 
 
