@@ -150,8 +150,30 @@ def test_rewired_recognizers_start_from_the_original_that_was_kept(cells, monkey
     monkeypatch.setattr(recognizers, "built_clips", lambda options, size: tmp_path / "shards")
     made = recognizers.cells(cells.Options(1, False, tmp_path, tmp_path))
     assert len(made) == 2 * 6
-    tuned = next(measure for key, measure in made.items() if "rewired, + 3 epochs / swin3d_nano" in key)
+    tuned = next(measure for key, measure in made.items() if "rewired, + 2 epochs / swin3d_nano" in key)
     tuned()
     tuned()
-    kept = tmp_path / "original-swin3d_nano-30-0"
-    assert trained == [(False, 30, None), (True, 3, kept), (True, 3, kept)]
+    kept = tmp_path / "original-swin3d_nano-20-0"
+    assert trained == [(False, 20, None), (True, 2, kept), (True, 2, kept)]
+
+
+def test_features_of_a_recognizer_are_its_weights_in_a_frozen_plain_backbone(cells, monkeypatch, tmp_path):
+    from evidence import end_to_end, recognizers
+
+    from re2tal.config import load_config, save_config
+
+    def stand_in(run):
+        save_config(tmp_path / "config.json", run)
+        return {}
+
+    monkeypatch.setattr(recognizers, "built_clips", lambda options, size: tmp_path / "clips" / "shards")
+    monkeypatch.setattr("evidence.training.built", lambda options, name: tmp_path / "shards")
+    monkeypatch.setattr(end_to_end, "kept", lambda run, folder: folder)
+    monkeypatch.setattr(end_to_end, "trained", stand_in)
+    made = end_to_end.demo_cells(cells.Options(1, False, tmp_path, tmp_path))
+    (measure,) = (measure for key, measure in made.items() if key.startswith("frozen, from recognition / slowfast"))
+    measure()
+    backbone = load_config(tmp_path / "config.json").backbone
+    assert backbone.frozen
+    assert not backbone.rewired
+    assert backbone.weights == str(tmp_path / "clips" / "original-slowfast_nano-20-0" / "model.safetensors")

@@ -28,7 +28,7 @@ FOOT = """\
 ## What this page does not show
 
 - No part has run on a GPU or in its whole form; figures with one seed have no interval and settle nothing.
-- Features that recognition fine-tuned first are no cells of `features` and `real` yet.
+- Features that recognition trained first are cells of `features` only: there are no clips of URFD's actions.
 - THUMOS14, ActivityNet and Kinetics: `re2tal reproduce` compares with their published scores, and says whether the
   interval of its own score over test videos holds them; it has run on stand-ins only.
 - Peers: OpenTAD's evaluation and soft-NMS are held against ours by `tests/parity` and in

@@ -21,12 +21,15 @@ from re2tal.localizers.pyramid.tridet import TriDetConfig
 from re2tal.recipes.presets import demo
 from re2tal.strict_json import read_json
 
-SETTINGS = (("swin3d_nano", "actionformer"), ("videomae_nano", "tridet"))
+SETTINGS = (("swin3d_nano", "actionformer"), ("slowfast_nano", "tridet"))
 ADAPTERS: dict[str, dict[str, Any]] = {
     "swin3d_nano": {"adapter": "lora", "lora_targets": ("qkv", "proj")},
     "videomae_nano": {"adapter": "temporal"},
 }
+"""SlowFast has none: LoRA updates linear layers, and it is made of convolutions."""
 FORMS = ("frozen at random", "end to end, plain", "end to end, rewired", "adapters in a frozen backbone")
+FROM_RECOGNITION = "frozen, from recognition"
+"""The form whose backbone was trained to recognize clips of the demo, plain, and then frozen."""
 FROM_DEMO = ", from the demo"
 """What a form's name ends in if a training on the demo came before: end to end, rewired unless the form is plain."""
 FROM_DEMO_FORMS = tuple(form + FROM_DEMO for form in ("frozen", "end to end, plain", "end to end, rewired"))
@@ -41,9 +44,10 @@ def backbone_of(name: str, form: str) -> BackboneConfig:
     changes: dict[str, dict[str, Any]] = {
         "frozen at random": {"frozen": True},
         "frozen": {"frozen": True},
+        FROM_RECOGNITION: {"frozen": True, "rewired": False},
         "end to end, plain": {"rewired": False},
         "end to end, rewired": {},
-        "adapters in a frozen backbone": ADAPTERS[name],
+        "adapters in a frozen backbone": ADAPTERS.get(name, {}),
     }
     return BackboneConfig(name=name, **changes[form.removesuffix(FROM_DEMO)])
 
@@ -137,6 +141,11 @@ def on_demo(options: Options, form: str, setting: tuple[str, str], *, seed: int)
 def started(run: RunConfig, first: RunConfig, folder: Path) -> Figures:
     """`run`, from the detector that `first` trained, which stays in `folder`; the classes are new."""
     return trained(replace(run, start_from=kept(first, folder)))
+
+
+def forms_of(setting: tuple[str, str]) -> Sequence[str]:
+    """FORMS, without adapters where the backbone has none."""
+    return FORMS if setting[0] in ADAPTERS else FORMS[:-1]
 
 
 def settings(options: Options) -> Sequence[tuple[str, str]]:
