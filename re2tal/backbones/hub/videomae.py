@@ -50,6 +50,8 @@ def build(config: BackboneConfig) -> ClipwiseBackbone:
     """The size that `config.name` names, random or from `config.weights` (MCG-NJU/videomae-base, a folder, ...)."""
     size = SIZES[config.name]
     file = weights_file(config.weights)
+    # Only transformers 5.17 asks for them, and `VideoMAEEncoder` takes them away.
+    keys = (f"videomae.encoder.layer.{n}.attention.attention.key.bias" for n in range(size["num_hidden_layers"]))
     model = load_model(
         VideoMAEForVideoClassification,
         VideoMAEConfig(
@@ -58,7 +60,7 @@ def build(config: BackboneConfig) -> ClipwiseBackbone:
         ),
         weights=config.weights,
         kinds=("videomae",),
-        optional=("fc_norm.", "classifier."),
+        optional=("fc_norm.", "classifier.", *keys),
     )
     if model.fc_norm is not None:
         model.fc_norm.eps = model.config.layer_norm_eps
