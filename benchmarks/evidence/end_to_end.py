@@ -96,7 +96,8 @@ def show_demo(done: Mapping[str, Figures], pictures: Path) -> list[str]:
         "(ReLUs of its regression gave 0 everywhere), and was trained twice with the same end; without it, rewired is",
         "66 and 71 points above frozen. VideoMAE with TriDet had not begun to learn motion after 32 epochs, in any",
         "form that was run. *From recognition*: the plain recognizer of part `recognition` with the same seed, then",
-        "frozen. There are no adapters for SlowFast: LoRA updates linear layers.",
+        "frozen: its clips show the same six motions, trimmed, which is more than a detector is told. There are no",
+        "adapters for SlowFast: LoRA updates linear layers. Its rewired run of seed 1 was stopped and resumed.",
     )
     return [*note, *_show(done, pictures, "features")]
 
