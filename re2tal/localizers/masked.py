@@ -25,12 +25,14 @@ class Conv(nn.Conv1d):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, T) -> (B, out_channels, T / stride)."""
-        if self.kernel_size == (1,) and self.stride == (1,) and self.groups == 1:
+        """(B, C, T) -> (B, out_channels, steps as of `nn.Conv1d`)."""
+        if isinstance(self.padding, str) or self.padding_mode != "zeros":
+            return super().forward(x)
+        plain = (self.kernel_size, self.stride, self.padding, self.groups) == ((1,), (1,), (0,), 1)
+        if plain:
             return F.linear(x.transpose(1, 2), self.weight[..., 0], self.bias).transpose(1, 2)
-        assert isinstance(self.padding, tuple)
-        stride, padding = (1, *self.stride), (0, *self.padding)
-        y = F.conv2d(x[:, :, None], self.weight[:, :, None], self.bias, stride, padding, groups=self.groups)
+        stride, padding, dilation = (1, *self.stride), (0, *self.padding), (1, *self.dilation)
+        y = F.conv2d(x[:, :, None], self.weight[:, :, None], self.bias, stride, padding, dilation, self.groups)
         return y[:, :, 0]
 
 

@@ -39,6 +39,13 @@ def output_of(kind: type[Scaled] = Scaled, *, recompute: bool = True, rows: int 
     return blocks, run_reversibly(list(blocks), torch.randn(rows, 4), recompute=recompute, owner=blocks).sum()
 
 
+def gradients(blocks: nn.ModuleList, *outputs: Tensor) -> list[Tensor]:
+    blocks.zero_grad()
+    for output in outputs:
+        output.sum().backward()
+    return [weight.grad.clone() for weight in blocks.parameters() if weight.grad is not None]
+
+
 @pytest.mark.parametrize("name", VALUES)
 def test_one_that_is_set_before_backward_is_an_error(name) -> None:
     blocks, output = output_of()
@@ -89,16 +96,20 @@ def test_a_parameter_with_other_data_is_an_error() -> None:
 
 def test_what_a_forward_sets_itself_is_none_of_an_outsider() -> None:
     blocks = nn.ModuleList([Scaled(), Scaled()])
-    outputs = [run_reversibly(list(blocks), torch.randn(rows, 4), owner=blocks).sum() for rows in (3, 3, 2)]
+    given = [torch.randn(rows, 4) for rows in (3, 3, 2)]
+    wanted = gradients(blocks, *(run_reversibly(list(blocks), x, owner=blocks, recompute=False) for x in given))
+    outputs = [run_reversibly(list(blocks), x, owner=blocks) for x in given]
     blocks[0].scale = 1.0  # as it was
-    for output in outputs:
-        output.backward()
+    torch.testing.assert_close(gradients(blocks, *outputs), wanted)
 
 
 def test_where_activations_are_kept_it_may_change() -> None:
-    blocks, output = output_of(recompute=False)
+    blocks = nn.ModuleList([Scaled(), Scaled()])
+    x = torch.randn(3, 4)
+    wanted = gradients(blocks, run_reversibly(list(blocks), x, owner=blocks, recompute=False))
+    output = run_reversibly(list(blocks), x, owner=blocks, recompute=False)
     blocks[1].scale = 0.5
-    output.backward()
+    torch.testing.assert_close(gradients(blocks, output), wanted)
 
 
 def test_one_that_counts_is_told_once(caplog) -> None:
