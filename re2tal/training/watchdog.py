@@ -44,7 +44,7 @@ class RanksLost(Exception):
 
 
 @dataclass
-class _Place:
+class Place:
     """Where the main thread is."""
 
     phase: str = "start-up"
@@ -53,13 +53,13 @@ class _Place:
     since: float = field(default_factory=time.monotonic)
 
 
-_here = _Place()
+_here = Place()
 
 
 def at(phase: str, *, patient: bool = False) -> None:
     """Says what this rank does from here on. `patient`: that may take long, and longer than on other ranks."""
     global _here
-    _here = _Place(phase, patient, _here.progress + 1)
+    _here = Place(phase, patient, _here.progress + 1)
 
 
 @contextmanager
@@ -93,21 +93,16 @@ def _watched_alone(folder: Path, *, limit_seconds: float, exit_status: int) -> I
     """Inside, a run of one rank whose main thread makes no progress ends, unless native code keeps the interpreter."""
     # A tenth of the limit at most, so that a short limit, as tests have, is kept too.
     closed, interval = threading.Event(), min(2.0, limit_seconds / 10)
+    stay = Stay(limit_seconds, interval)
 
     def watch() -> None:
-        place, stays, now, used = _here, 0.0, time.monotonic(), time.process_time()
+        now, used = time.monotonic(), time.process_time()
         while not closed.wait(interval):
             earlier, now = now, time.monotonic()
             before, used = used, time.process_time()
-            # A process that was stopped for a while, as by Ctrl-Z, or a machine that slept, hangs no more than it did.
-            seconds = min(now - earlier, 2 * interval)
-            if _here.patient and used - before > COMPUTES * (now - earlier):
-                seconds = 0.0  # the scores of a large evaluation may take any time
-            stays = stays + seconds if _here is place else 0.0
-            place = _here
-            if stays > limit_seconds * (PATIENCE if place.patient else 1):
+            if stay.is_too_long(_here, now - earlier, used - before):
                 _write_stacks(folder, rank=0)
-                said = f"no progress for {stays:.0f} s at {place.phase!r}, and the run ends. Its stacks are in "
+                said = f"no progress for {stay.seconds:.0f} s at {_here.phase!r}, and the run ends. Its stacks are in "
                 print(f"re2tal: {said}{folder / STACKS_NAME}; {GO_ON}", file=sys.stderr, flush=True)
                 if not closed.is_set():
                     os._exit(exit_status)
@@ -135,6 +130,27 @@ def _write_stacks(folder: Path, *, rank: int) -> None:
     thread = threading.Thread(target=write, daemon=True)
     thread.start()
     thread.join(timeout=5.0)
+
+
+class Stay:
+    """How long the main thread has been at one place, in `seconds` that count."""
+
+    def __init__(self, limit_seconds: float, interval_seconds: float) -> None:
+        """`interval_seconds`: how often somebody looks."""
+        self.limit_seconds = limit_seconds
+        self.interval_seconds = interval_seconds
+        self.seconds = 0.0
+        self._place = _here
+
+    def is_too_long(self, place: Place, seconds: float, computed: float) -> bool:
+        """Whether it is by now: `seconds` after the last call the thread is at `place`, and the process computed."""
+        # A process that was stopped for a while, as by Ctrl-Z, or a machine that slept, hangs no more than it did.
+        counted = min(seconds, 2 * self.interval_seconds)
+        if place.patient and computed > COMPUTES * seconds:
+            counted = 0.0  # the scores of a large evaluation may take any time
+        self.seconds = self.seconds + counted if place is self._place else 0.0
+        self._place = place
+        return self.seconds > self.limit_seconds * (PATIENCE if place.patient else 1)
 
 
 class Watchdog:
