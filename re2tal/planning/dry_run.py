@@ -208,6 +208,7 @@ def marking(backbone: nn.Module, stages: Sequence[nn.Module], mark: Callable[[Ev
     RuntimeError if one runs twice.
     """
     order: list[nn.Module] = []
+    in_backward: set[Event] = set()
 
     def begin(stage: nn.Module, args: tuple[Any, ...]) -> None:
         if stage in order:
@@ -219,10 +220,16 @@ def marking(backbone: nn.Module, stages: Sequence[nn.Module], mark: Callable[[Ev
 
     def end(stage: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         event = Event("backward", order.index(stage))
+
+        def begin_backward(gradient: Tensor) -> None:
+            if event not in in_backward:
+                in_backward.add(event)
+                mark(event)
+
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor) and leaf.requires_grad:
-                # A stage's backward begins when the gradient of its output is there.
-                leaf.register_hook(lambda gradient: mark(event))
+                # A stage's backward begins when the gradient of its first output is there.
+                leaf.register_hook(begin_backward)
 
     with ExitStack() as stack:
         # Hooks go when the context ends, also after an error: the network is used for further traces.

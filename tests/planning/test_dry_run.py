@@ -9,12 +9,13 @@ import pytest
 import torch
 from planning.peaks import peak_of
 from planning.small import small_run
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_leaves
 
 from re2tal.backbones import BackboneConfig, build_backbone
 from re2tal.config import build_detector
-from re2tal.planning.dry_run import DryRun
+from re2tal.planning.dry_run import DryRun, marking
 from re2tal.planning.footprint import kept_bytes_of
 from re2tal.planning.search import Option
 from re2tal.planning.settings import Setting, configure
@@ -116,3 +117,21 @@ def test_a_plain_backbone_is_one_stage_that_keeps_what_autograd_saves() -> None:
         lambda: (torch.zeros(2, 3, 16, 48, 48), torch.ones(2, 16, dtype=torch.bool)),
     )
     assert trace.kept()[0] == pytest.approx(saved - clips, rel=0.01)
+
+
+def test_a_stage_of_two_outputs_begins_its_backward_once():
+    class Pathways(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.slow, self.fast = nn.Linear(2, 2), nn.Linear(2, 3)
+
+        def forward(self, pair):
+            slow, fast = pair
+            return self.slow(slow), self.fast(fast[..., :2])
+
+    backbone = nn.Sequential(Pathways(), Pathways())
+    seen: list[tuple[str, int]] = []
+    with marking(backbone, list(backbone), lambda event: seen.append((event.kind, event.stage))):
+        slow, fast = backbone((torch.ones(1, 2), torch.ones(1, 3)))
+        (slow.sum() + fast.sum()).backward()
+    assert seen == [("forward", 0), ("forward", 1), ("between", 0), ("backward", 1), ("backward", 0)]
