@@ -139,7 +139,7 @@ def test_rewired_recognizers_start_from_the_original_that_was_kept(cells, monkey
     trained = []
 
     def stand_in(run, *, keep=None):
-        trained.append((run.backbone.rewired, run.training.epochs, run.start_from))
+        trained.append((run.backbone.rewired, run.backbone.segment, run.training.epochs, run.start_from))
         if keep is not None:
             keep.mkdir()
             (keep / "summary.json").write_text("{}")
@@ -149,12 +149,11 @@ def test_rewired_recognizers_start_from_the_original_that_was_kept(cells, monkey
     monkeypatch.setattr(training, "trained", stand_in)
     monkeypatch.setattr(recognizers, "built_clips", lambda options, size: tmp_path / "shards")
     made = recognizers.cells(cells.Options(1, False, tmp_path, tmp_path))
-    assert len(made) == 2 * 6
-    tuned = next(measure for key, measure in made.items() if "rewired, + 2 epochs / swin3d_nano" in key)
-    tuned()
-    tuned()
+    assert len(made) == 2 * 9
+    for form in ("rewired", "rewired", "in segments"):
+        made[f"recognizer / {form}, + 2 epochs / swin3d_nano / 20 epochs / seed 0"]()
     kept = tmp_path / "original-swin3d_nano-20-0"
-    assert trained == [(False, 20, None), (True, 2, kept), (True, 2, kept)]
+    assert trained == [(False, None, 20, None), (True, None, 2, kept), (True, None, 2, kept), (True, 2, 2, kept)]
 
 
 def test_features_of_a_recognizer_are_its_weights_in_a_frozen_plain_backbone(cells, monkeypatch, tmp_path):
