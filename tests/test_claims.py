@@ -176,3 +176,26 @@ def test_features_of_a_recognizer_are_its_weights_in_a_frozen_plain_backbone(cel
     assert backbone.frozen
     assert not backbone.rewired
     assert backbone.weights == str(tmp_path / "clips" / "original-slowfast_nano-20-0" / "model.safetensors")
+
+
+def test_reference_vectors_are_counted_by_module_and_failures_are_named(cells, tmp_path):
+    from xml.etree import ElementTree
+
+    from evidence import peers
+
+    case = '<testcase classname="tests.parity.{}" name="{}">{}</testcase>'.format
+    report = ElementTree.fromstring(
+        "<testsuites><testsuite>"
+        + case("test_swin", "a", "")
+        + case("test_swin", "b", "<failure/>")
+        + case("test_swin", "c", "<skipped/>")
+        + case("test_vsgn", "d", "<error/>")
+        + "</testsuite></testsuites>"
+    )
+    figures = {**peers.counted(report), "files": 90}
+    swin, vsgn = figures["modules"]["test_swin"], figures["modules"]["test_vsgn"]
+    assert (swin["passed"], swin["failed"], swin["skipped"], vsgn["failed"]) == (1, 1, 1, 1)
+    assert swin["about"].startswith("Video Swin")
+    lines = peers.show({"reference vectors": figures}, tmp_path)
+    assert "| all | 1 | 2 | 1 |" in lines
+    assert {"- failed: `test_swin::b`", "- failed: `test_vsgn::d`"} <= set(lines)

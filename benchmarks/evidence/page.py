@@ -31,8 +31,6 @@ FOOT = """\
 - Features that recognition trained first are cells of `features` only: there are no clips of URFD's actions.
 - THUMOS14, ActivityNet and Kinetics: `re2tal reproduce` compares with their published scores, and says whether the
   interval of its own score over test videos holds them; it has run on stand-ins only.
-- Peers: OpenTAD's evaluation and soft-NMS are held against ours by `tests/parity` and in
-  [experiments.md](experiments.md), not by this command.
 """
 
 
