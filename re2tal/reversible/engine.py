@@ -117,6 +117,11 @@ def _refuse_transforms() -> None:
             "cannot see through it; call it outside, freeze the parameters under torch.no_grad(), or run with "
             "recompute=False"
         )
+    if torch.jit.is_tracing():
+        raise RuntimeError(
+            "torch.jit.trace cannot record a reversible run that is trained; trace it under torch.no_grad(), use "
+            "torch.export, or run with recompute=False"
+        )
 
 
 def _recomputed(run: Run, x: Tensor, owner: nn.Module | None, monitor: Monitor | None) -> Tensor:

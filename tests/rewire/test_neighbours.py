@@ -210,3 +210,18 @@ def test_blocks_may_be_compiled_inside() -> None:
     for _ in range(2):
         for one, other in zip(gradients(net), wanted, strict=True):
             torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+def test_a_trace_of_a_network_that_is_trained_is_refused_and_of_one_that_is_not_is_exact() -> None:
+    net, others = rewired(), frames() + 1
+    with pytest.raises(RuntimeError, match=r"torch.jit.trace cannot record .* trace it under torch.no_grad\(\)"):
+        torch.jit.trace(net, (frames(),))
+    with torch.no_grad():
+        traced = torch.jit.trace(net, (frames(),), check_trace=False)
+        assert torch.equal(traced(others), net(others))
+
+
+def test_an_exported_network_is_the_same() -> None:
+    net, others = rewired(), frames() + 1
+    exported = torch.export.export(net, (frames(),)).module()
+    assert torch.equal(exported(others), net(others))
