@@ -18,8 +18,8 @@ has not been run has no figure here. Older figures and their log are in [results
 [experiments.md](experiments.md).
 
 Words: *average mAP* is over tIoU 0.3 to 0.7. *±* is a 95 % interval over seeds. Trainings start from random
-weights unless a line says otherwise. *Hours of its whole form* are of two idle cores with `--jobs 2`, estimated
-from the times of single steps; the whole form has never been run.
+weights unless a line says otherwise. *Hours of its whole form* are of two idle cores with `--jobs 2` and three
+seeds, estimated from cells that were measured nearly so; the whole form has never been run in one go.
 """
 
 
