@@ -38,17 +38,17 @@ ABOUT_URFD = (
     "network trained on Kinetics is the paper's; all seeds start from the same one. The plain form starts from a plain",
     "one, which had learned less (its mAP on the demo is in `features`), so the two forms differ in more than skips.",
     "",
-    "With SlowFast and TriDet training end to end from random weights beats the same backbone frozen at random in every",
-    "seed. Three seeds left the aim of 5 points just inside the interval, so two more were run, which makes the interval",
-    "a little too narrow: when to stop was chosen after a look.",
+    "With SlowFast and TriDet training end to end from random weights beats the same backbone frozen at random in",
+    "every seed. Three seeds left the aim of 5 points just inside the interval, so two more were run, which makes the",
+    "interval a little too narrow: when to stop was chosen after a look.",
     "",
     "With Video Swin and ActionFormer the claim is **not settled**. There are 24 validation videos, 18 with an",
     "action, and one and the same form differs by 3 to 22 points between seeds, where 5 points are in question. Of the",
     "reasons that were tried (one seed each), a low rate of the backbone does not help (40 epochs from random weights",
     "at 1e-4: 47.9 % against 50.2 % frozen at random), nor do pictures of 96 x 96 (43.6 against 46.5 %), augmentation",
-    "and 100 epochs (42.8 against 43.8 %), or plain videos (38.2 against 48.8 %). So it is not the data alone, on which",
-    "SlowFast learns: a nano Video Swin starts to learn motion late from random weights (`features` shows it), and such",
-    "a small set ends before. What makes the claim hold on small real data is a backbone that learns fast.",
+    "and 100 epochs (42.8 against 43.8 %), or plain videos (38.2 against 48.8 %). So it is not the data alone, on",
+    "which SlowFast learns: a nano Video Swin starts to learn motion late from random weights (`features` shows it),",
+    "and such a small set ends before. What makes the claim hold on small real data is a backbone that learns fast.",
 )
 
 
