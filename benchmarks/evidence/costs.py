@@ -61,14 +61,9 @@ def show_memory(done: Mapping[str, Figures], _: Path) -> list[str]:
             head = ("recipe, peak of a step, GiB", *row)
             lines += [*table(head, [(name, *(f"{value:.3f}" for value in row.values()))]), ""]
         else:
-            lines += [
-                f"`{key.removeprefix('network ')}`",
-                "",
-                "```",
-                *figures["printed"].strip().splitlines(),
-                "```",
-                "",
-            ]
+            # The last lines repeat the JSON file, in one line a network.
+            printed = [line for line in figures["printed"].strip().splitlines() if ": vs_plain " not in line]
+            lines += [f"`{key.removeprefix('network ')}`", "", "```", *printed, "```", ""]
     return [
         *lines,
         "Peaks are predicted, to the byte of what is then measured on a CPU; times and drift are of the smaller videos",

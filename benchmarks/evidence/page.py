@@ -94,7 +94,7 @@ def _circumstances(cells: Mapping[str, Mapping[str, object]]) -> list[str]:
     )
     seconds = sum(float(str(cell["seconds"])) for cell in cells.values())
     text = (
-        f"Measured on {distinct('date')} in {seconds / 60:.0f} minutes; {'; '.join(machines)}; load when "
+        f"Measured on {distinct('date')} in {seconds / 60:.0f} min; {'; '.join(machines)}; load when "
         f"a measurement ended: {min(map(float, loads)):g} to {max(map(float, loads)):g}."
     )
     commands = [f"`{command}`" for command in dict.fromkeys(str(cell["command"]) for cell in cells.values())]

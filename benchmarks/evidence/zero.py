@@ -101,7 +101,7 @@ def show(done: Mapping[str, Figures], pictures: Path) -> list[str]:
         preset, ranks, _ = key.split(" / ")
         if preset == "loading":
             loading.append(
-                (f"{ranks} ranks", f"{100 * figures['loader_wait']:.1f} %", f"{figures['clips_per_second']:.1f}")
+                (_named(ranks), f"{100 * figures['loader_wait']:.1f} %", f"{figures['clips_per_second']:.1f}")
             )
             continue
         lost = 1 - figures["seconds apart"] / figures["seconds"]
@@ -110,7 +110,7 @@ def show(done: Mapping[str, Figures], pictures: Path) -> list[str]:
             for phase in ("between steps", "optimizer's step")
             for name in (phase, f"{phase}, modelled")
         )
-        rows.append((f"{preset}, {ranks} ranks", *sizes, f"{100 * lost:.0f} %" if int(ranks) > 1 else ""))
+        rows.append((f"{preset}, {_named(ranks)}", *sizes, f"{100 * lost:.0f} %" if int(ranks) > 1 else ""))
         for name in ("between steps", "between steps, modelled"):
             curves.setdefault(f"{preset}, {name}", {})[float(ranks)] = figures[name] / 2**20
     draw_lines(pictures / "zero.svg", curves, x="ranks", y="MiB of a rank between steps")
@@ -126,6 +126,10 @@ def show(done: Mapping[str, Figures], pictures: Path) -> list[str]:
         *_loading(loading),
         f"![Memory of a rank by ranks]({pictures.name}/zero.svg)",
     ]
+
+
+def _named(ranks: str) -> str:
+    return "1 rank" if ranks == "1" else f"{ranks} ranks"
 
 
 def _loading(rows: list[tuple[str, str, str]]) -> list[str]:
