@@ -121,8 +121,14 @@ def _show(done: Mapping[str, Figures], pictures: Path, name: str) -> list[str]:
     for setting, forms in longest_first:
         lines += ["", f"**{', '.join(setting)}**", "", *_table(forms)]
         lines += ["", *_verdict(forms)]
-    first = max((forms for _, forms in longest_first), key=len)
-    heights = {form: [one["average_map"] for one in seeds.values()] for form, seeds in first.items()}
+    # Forms of one seed are drawn where there is nothing better.
+    least = min(2, max(len(seeds) for _, forms in longest_first for seeds in forms.values()))
+    heights = {
+        f"{setting[0].removesuffix('_nano')}, {form}": [one["average_map"] for one in seeds.values()]
+        for setting, forms in longest_first
+        for form, seeds in forms.items()
+        if len(seeds) >= least
+    }
     bars(pictures / f"{name}.svg", heights, label="average mAP, %")
     return [*lines, "", f"![Average mAP by form]({pictures.name}/{name}.svg)"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 
@@ -27,10 +28,16 @@ def bars(path: Path, heights: Mapping[str, Sequence[float]], *, label: str) -> N
 
 
 def lines(path: Path, curves: Mapping[str, Mapping[float, float]], *, x: str, y: str, log: bool = False) -> None:
-    """One line for each curve, x -> y."""
+    """One line for each curve, x -> y; those whose names end in "modelled" are dotted, without marks."""
     figure, axes = plt.subplots(figsize=(6, 3.2))
     for name, points in curves.items():
-        axes.plot(list(points), list(points.values()), marker="o", markersize=3, label=name)
+        style: dict[str, Any] = {"marker": "o", "markersize": 4}
+        if name.endswith("modelled"):
+            style = {"linestyle": ":", "color": "black"}
+        axes.plot(list(points), list(points.values()), label=name, **style)
+    if not log:
+        axes.set_xticks(sorted({place for points in curves.values() for place in points}))
+        axes.set_ylim(bottom=0)
     if log:
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")

@@ -111,8 +111,10 @@ def show(done: Mapping[str, Figures], pictures: Path) -> list[str]:
             for name in (phase, f"{phase}, modelled")
         )
         rows.append((f"{preset}, {_named(ranks)}", *sizes, f"{100 * lost:.0f} %" if int(ranks) > 1 else ""))
-        for name in ("between steps", "between steps, modelled"):
-            curves.setdefault(f"{preset}, {name}", {})[float(ranks)] = figures[name] / 2**20
+        # Between steps, ZeRO 1 is ZeRO 2.
+        if preset != "zero1":
+            for name in ("between steps", "between steps, modelled"):
+                curves.setdefault(f"{preset}, {name}", {})[float(ranks)] = figures[name] / 2**20
     draw_lines(pictures / "zero.svg", curves, x="ranks", y="MiB of a rank between steps")
     head = ("", "between steps, MiB", "modelled", "optimizer's step, MiB", "modelled", "lost to communication")
     return [
