@@ -63,11 +63,16 @@ def test_in_pieces_they_differ_by_the_order_of_sums_in_float32(name: str) -> Non
     kept, rebuilt = (gradients(name, chunk_mebibytes=1e-2, recompute=recompute) for recompute in (False, True))
     assert torch.equal(rebuilt["features"], kept["features"])
     largest = max(float(gradient.abs().max()) for gradient in kept.values())
-    # On torch 2.11 a few gradients differ by a unit of bfloat16: the gradients of the pieces meet at a run's first
-    # state with another rounding of float32 than plain autograd's, which flips roundings in the layers below.
-    relative, near = (1e-5, 1e-6) if torch.__version__ >= "2.13" else (torch.finfo(torch.bfloat16).eps, 1e-3)
+    # With some kernels (torch 2.11's, or another processor's) a few differ by a unit of bfloat16: the gradients of the
+    # pieces meet at a run's first state with another rounding of float32 than plain autograd's, which flips roundings
+    # in the layers below.
+    apart = total = 0
     for key, gradient in kept.items():
-        torch.testing.assert_close(rebuilt[key], gradient, rtol=relative, atol=near * largest)
+        unit = torch.finfo(torch.bfloat16).eps
+        torch.testing.assert_close(rebuilt[key], gradient, rtol=unit, atol=1e-3 * largest)
+        near = torch.isclose(rebuilt[key], gradient, rtol=1e-5, atol=1e-6 * largest)
+        apart, total = apart + int((~near).sum()), total + near.numel()
+    assert apart < 0.25 * total
 
 
 @pytest.mark.parametrize("name", FAMILIES)
