@@ -3,8 +3,8 @@
     python benchmarks/claims.py [--part NAME ...] [--seeds N] [--quick] [--jobs N] [--out docs/evidence] [--json FILE]
 
 Every measurement is written down as soon as it is done, and not repeated: stop and start again as you like. To measure
-something anew, take it out of OUT/PART.json. The page is OUT.md, its pictures are in OUT. `--page-only` measures
-nothing.
+something anew, take it out of OUT/PART.json. The page is OUT.md, its pictures are in OUT. OUT/PART.txt may hold remarks
+on the figures, for the page. `--page-only` measures nothing.
 
 Exit status 1 if something could not be measured; each is named.
 """

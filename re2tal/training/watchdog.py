@@ -100,9 +100,10 @@ def _watched_alone(folder: Path, *, limit_seconds: float, exit_status: int) -> I
         while not closed.wait(interval):
             earlier, now = now, time.monotonic()
             before, used = used, time.process_time()
-            if stay.is_too_long(_here, now - earlier, used - before):
+            place = _here  # once: the main thread may move on meanwhile
+            if stay.is_too_long(place, now - earlier, used - before):
                 _write_stacks(folder, rank=0)
-                said = f"no progress for {stay.seconds:.0f} s at {_here.phase!r}, and the run ends. Its stacks are in "
+                said = f"no progress for {stay.seconds:.0f} s at {place.phase!r}, and the run ends. Its stacks are in "
                 print(f"re2tal: {said}{folder / STACKS_NAME}; {GO_ON}", file=sys.stderr, flush=True)
                 if not closed.is_set():
                     os._exit(exit_status)

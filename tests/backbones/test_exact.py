@@ -66,9 +66,8 @@ def test_in_pieces_they_differ_by_the_order_of_sums_in_float32(name: str) -> Non
     # With some kernels (torch 2.11's, or another processor's) a few differ by a unit of bfloat16: the gradients of the
     # pieces meet at a run's first state with another rounding of float32 than plain autograd's, which flips roundings
     # in the layers below.
-    apart = total = 0
+    unit, apart, total = torch.finfo(torch.bfloat16).eps, 0, 0
     for key, gradient in kept.items():
-        unit = torch.finfo(torch.bfloat16).eps
         torch.testing.assert_close(rebuilt[key], gradient, rtol=unit, atol=1e-3 * largest)
         near = torch.isclose(rebuilt[key], gradient, rtol=1e-5, atol=1e-6 * largest)
         apart, total = apart + int((~near).sum()), total + near.numel()
