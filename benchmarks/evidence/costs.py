@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 
 from evidence.cells import REPOSITORY, Cell, Figures, Options, mean_and_interval, table, verdict
 from evidence.pictures import lines as draw_lines
-from evidence.training import DEMO_EPOCHS, built, demo_run, trained
+from evidence.training import DEMO_EPOCHS, built, cell_key, demo_run, detector_run, trained
 from re2tal.config import RunConfig
 from re2tal.recipes import find_recipe
 
@@ -22,6 +22,11 @@ MODELS = ("swin3d_tiny", "videomae_base", "videomae_large", "slowfast_r101_8x8")
 RECIPE = "thumos14_re2swin_tiny"
 BUDGET_GIB = {"thumos14_re2swin_tiny": 12.0, "demo": 0.5}
 SIZES = {"frames": (256, 512, 1024, 2048, 4096, 8192, 16384), "pixels": (96, 128, 160, 224, 288, 384, 448, 512)}
+RESOLUTION_SETTING = ("slowfast_nano", "tridet")
+EQUAL_MEMORY = ((24, 44), (32, 56))
+"""Pixels a side, plain and rewired, of which a step on the demo needs as much memory: rewired 0.98 and 0.96 x."""
+EQUAL = 1.05
+"""Peaks that differ by a twentieth are called equal."""
 FORMATS: dict[str, dict[str, Any]] = {
     "fp32": {},
     "bf16 on a grid": {"precision": "bf16"},
@@ -118,18 +123,13 @@ def resolution_cells(options: Options) -> dict[str, Cell]:
     }
     if not options.quick:
         shards = built(options, "demo")
+        sizes = [size for plain, rewired in EQUAL_MEMORY for size in (("plain", plain), ("rewired", rewired))]
         for seed in range(options.seeds):
-            # Of the demo's step at 8 clips: 32 pixels plain need about what 64 pixels need rewired.
-            for rewired, pixels in ((False, 32), (True, 64), (True, 32)):
-                run = demo_run(shards, epochs=DEMO_EPOCHS[False], seed=seed)
-                clips = replace(run.data.clips, size=pixels)
-                run = replace(
-                    run,
-                    data=replace(run.data, clips=clips),
-                    backbone=replace(run.backbone, rewired=rewired),
-                )
-                form = "rewired" if rewired else "plain"
-                key = f"mAP / {form} / {pixels} pixels / {run.training.epochs} epochs / seed {seed}"
+            for form, pixels in sizes:
+                epochs = DEMO_EPOCHS[False]
+                run = detector_run(shards, f"end to end, {form}", RESOLUTION_SETTING, epochs=epochs, seed=seed)
+                run = replace(run, data=replace(run.data, clips=replace(run.data.clips, size=pixels)))
+                key = cell_key(f"mAP / {form} / {pixels} pixels", RESOLUTION_SETTING, epochs=epochs, seed=seed)
                 found[key] = partial(trained_and_weighed, run)
     return found
 
@@ -166,28 +166,46 @@ def show_resolution(done: Mapping[str, Figures], pictures: Path) -> list[str]:
     if curves:
         lines += [f"![Peak of a step by frames]({pictures.name}/resolution.svg)", ""]
         draw_lines(pictures / "resolution.svg", curves, x="frames of 224 x 224", y="peak of a step, GiB", log=True)
-    trainings: dict[str, dict[str, Figures]] = {}
+    trainings: dict[str, dict[tuple[str, str], dict[str, Figures]]] = {}
     for key, figures in done.items():
         if key.startswith("mAP"):
-            _, form, pixels, _, seed = key.split(" / ")
-            trainings.setdefault(f"{form} / {pixels}", {})[seed] = figures
+            _, form, pixels, *setting, seed = key.split(" / ")
+            trainings.setdefault(", ".join(setting), {}).setdefault((form, pixels), {})[seed] = figures
     if not trainings:
         return [*lines, "mAP against size at equal memory, on the demo: not run."]
-    scores = {name: {seed: run["average_map"] for seed, run in seeds.items()} for name, seeds in trainings.items()}
-    peaks = {name: next(iter(seeds.values()))["peak_gib"] for name, seeds in trainings.items()}
-    rows = [
-        (name, f"{peaks[name]:.3f}", mean_and_interval(list(seeds.values())), str(len(seeds)))
-        for name, seeds in scores.items()
-    ]
-    head = (f"demo, {DEMO_EPOCHS[False]} epochs", "peak of a step, GiB (predicted)", "average mAP, %", "seeds")
-    return [*lines, *table(head, rows), "", *_at_equal_memory(scores)]
+    for setting_name, forms in trainings.items():
+        rows = [
+            (
+                f"{form}, {pixels}",
+                f"{_peak(seeds):.3f}",
+                mean_and_interval([run["average_map"] for run in seeds.values()]),
+                str(len(seeds)),
+            )
+            for (form, pixels), seeds in sorted(forms.items())
+        ]
+        head = ("form and pixels a side", "peak of a step, GiB (predicted)", "average mAP, %", "seeds")
+        lines += [f"**{setting_name}**, on the demo", "", *table(head, rows), "", *_at_equal_memory(forms), ""]
+    return lines[:-1]
 
 
-def _at_equal_memory(scores: Mapping[str, Mapping[str, float]]) -> list[str]:
-    """The claim: at equal memory, the rewired network with more pixels scores higher."""
-    rewired, plain = scores.get("rewired / 64 pixels", {}), scores.get("plain / 32 pixels", {})
-    away = [rewired[seed] - plain[seed] for seed in sorted(rewired.keys() & plain.keys())]
-    return [f"- Rewired at 64 pixels, less plain at 32: {verdict(away, aim=0.0)}"] if away else []
+def _peak(seeds: Mapping[str, Figures]) -> float:
+    return next(iter(seeds.values()))["peak_gib"]
+
+
+def _at_equal_memory(forms: Mapping[tuple[str, str], Mapping[str, Figures]]) -> Iterator[str]:
+    """The claim, a line for each plain size: the most pixels that fit into its memory rewired score higher."""
+    for (form, pixels), plain in sorted(forms.items()):
+        fitting = {
+            _peak(seeds): (name, seeds)
+            for (other, name), seeds in forms.items()
+            if form == "plain" and other == "rewired" and _peak(seeds) <= EQUAL * _peak(plain)
+        }
+        if fitting:
+            name, rewired = fitting[max(fitting)]
+            both = sorted(rewired.keys() & plain.keys())
+            away = [rewired[seed]["average_map"] - plain[seed]["average_map"] for seed in both]
+            ratio = max(fitting) / _peak(plain)
+            yield f"- Rewired at {name} ({ratio:.2f} x the memory), less plain at {pixels}: {verdict(away, aim=0.0)}"
 
 
 def _most(figures: Figures | None) -> str:
