@@ -68,6 +68,7 @@ plugins:
                     docstring_style: google, separate_signature: true, show_signature_annotations: true,
                     members_order: source, merge_init_into_class: true, filters: ["!^_"]}
 extra_css: [contrast.css]
+extra_javascript: [tables.js]
 nav:
 """
 
@@ -76,6 +77,15 @@ CONTRAST = """\
 .doc-labels code { color: var(--md-default-fg-color) !important; }
 """
 """Of the theme's colors, those that WCAG's ratio of 4.5 to 1 asks to be darker on white, and lighter on black."""
+
+TABLES = """\
+addEventListener("load", () => {
+  for (const table of document.querySelectorAll(".md-typeset__scrollwrap"))
+    if (table.scrollWidth > table.clientWidth)
+      Object.assign(table, {tabIndex: 0, role: "region", ariaLabel: "table, wider than the page"});
+});
+"""
+"""Tables wider than the page can be reached, and scrolled, by keyboard."""
 
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 
@@ -137,6 +147,7 @@ def assemble(folder: Path) -> None:
         (pages / name).write_text(page(source, joined((ROOT / source).read_text()), pictures))
     (pages / "api.md").write_text(reference())
     (pages / "contrast.css").write_text(CONTRAST)
+    (pages / "tables.js").write_text(TABLES)
     for picture in pictures:
         shutil.copy(ROOT / picture, pages / "pictures")
     missing = {*PAGES.values(), "api.md"} - {name for names in MENU.values() for name in names}

@@ -23,6 +23,7 @@ def measured(tmp_path: Path, *arguments: str) -> dict[str, Any]:
     return json.loads(found.read_text())
 
 
+@pytest.mark.slow
 def test_every_part_runs_in_small_on_a_cpu(tmp_path: Path) -> None:
     parts = measured(tmp_path, "--device", "cpu", "--minutes", "1.5")
     assert list(parts) == [

@@ -13,6 +13,7 @@ are added to the last group's on their way in.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
@@ -20,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from re2tal.reversible.ddp import takes_first_parts
@@ -57,7 +57,7 @@ def encode_in_groups(
     trained = [parameter for parameter in owner.parameters() if parameter.requires_grad]
     if not torch.is_grad_enabled() or not (trained or frames.requires_grad):
         return _features(partial(_encoded, encode, cuts, frames), spans)
-    if any(isinstance(parameter, DTensor) for parameter in trained):
+    if _held_in_parts(trained):
         raise ValueError(
             "clips are encoded in groups (backbone.clips_at_once), which needs whole gradients, but FSDP holds the "
             "parameters in parts; train under ZeRO, or leave clips_at_once out"
@@ -70,6 +70,12 @@ def encode_in_groups(
         )
     anchor = torch.empty(0, requires_grad=True)
     return _Groups.apply(frames, anchor, encode, cuts, spans, owner, save_recipes(frames))
+
+
+def _held_in_parts(parameters: Sequence[nn.Parameter]) -> bool:
+    """Whether FSDP holds one of them. Its tensors come from a module that is slow to import, by whoever shards."""
+    tensors = sys.modules.get("torch.distributed.tensor")
+    return tensors is not None and any(isinstance(parameter, tensors.DTensor) for parameter in parameters)
 
 
 def _features(encoded: Callable[[int], Tensor], spans: Sequence[slice]) -> Tensor:

@@ -74,7 +74,7 @@ def test_from_videos_to_a_score_and_the_same_weights_after_a_restart(shards, tmp
     out = tmp_path / "run"
     command = [sys.executable, str(ROOT / "launch" / "train.py"), "--ds", str(ROOT / "ds_configs" / "zero2.json")]
     command += ["--data.shards", str(shards), "--out", str(out), *SMALL]
-    launch_ranks(command, world_size=2, timeout_seconds=280)
+    launch_ranks(command, world_size=2, timeout_seconds=280, forked=False)
 
     summary = json.loads((out / "summary.json").read_text())
     assert {"average_map", "map", "train_seconds", "total_seconds", "videos", "protocol"} <= summary.keys()

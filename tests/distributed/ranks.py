@@ -1,7 +1,6 @@
-"""Runs a function, or any command, as N ranks on this machine: gloo, CPU, a free port, one process group per rank.
+"""Runs a function, or a Python command, as N ranks on this machine: gloo, CPU, a free port, one process group per rank.
 
-A function's ranks are forks of processes that have imported torch and DeepSpeed already: imports take longer than most
-of what is tested. Each number of rank has its own such process, with its own order of sets, as on several machines.
+Ranks are forks of processes that have imported torch and DeepSpeed already, see forks.py.
 
     results = run_ranks(train, world_size=2, stage=3)      # train(stage=3) in every rank; one result per rank
 
@@ -13,14 +12,11 @@ it need not leave it.
 
 from __future__ import annotations
 
-import atexit
-import gc
 import importlib.util
 import inspect
 import json
 import os
 import random
-import select
 import signal
 import socket
 import subprocess
@@ -33,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from distributed.forks import Fork, prepare
 
 TESTS = Path(__file__).resolve().parents[1]
 PATIENCE = float(os.environ.get("RE2TAL_TEST_PATIENCE", "1"))
@@ -46,10 +43,8 @@ def run_ranks(function: Callable[..., Any], *, world_size: int, timeout_seconds:
     """
     with tempfile.TemporaryDirectory() as folder:
         call = [inspect.getfile(function), function.__qualname__, json.dumps(arguments), folder]
-        shared = _shared_environment(world_size)
-        servers = [_server(rank, shared) for rank in range(world_size)]
         _watch(
-            lambda rank, log: _Fork(servers[rank], {**shared, **_of_rank(rank)}, log, call),
+            _forks([sys.executable, __file__, *call], environments(world_size)),
             world_size=world_size,
             timeout_seconds=timeout_seconds,
             what=f"{function.__module__}.{function.__qualname__}",
@@ -63,24 +58,37 @@ def launch_ranks(
     world_size: int,
     timeout_seconds: float = 120,
     environment: Mapping[str, str] | None = None,
+    forked: bool = True,
 ) -> list[str]:
     """`command` in `world_size` processes that can find each other; the output of each, in order of rank.
 
+    Not `forked`, they start and end as they do for users, and any command may be given.
+
     RuntimeError with the output of the ranks if one fails or the time is up; no process outlives the call.
     """
-    shared = {**_shared_environment(world_size), **(environment or {})}
+    told = environments(world_size, **(environment or {}))
 
     def start(rank: int, log: Path) -> subprocess.Popen:
         with log.open("w") as output:
             return subprocess.Popen(
                 command,
-                env={**shared, **_of_rank(rank)},
+                env=told[rank],
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # so that _end reaches the rank's own children too
             )
 
-    return _watch(start, world_size=world_size, timeout_seconds=timeout_seconds, what=" ".join(command))
+    return _watch(
+        _forks(command, told) if forked else start,
+        world_size=world_size,
+        timeout_seconds=timeout_seconds,
+        what=" ".join(command),
+    )
+
+
+def _forks(command: Sequence[str], told: Sequence[Mapping[str, str]]) -> Callable[[int, Path], Fork]:
+    prepare(range(len(told)), told[0])
+    return lambda rank, log: Fork(command, server=rank, environment=told[rank], log=log)
 
 
 def free_port() -> int:
@@ -97,10 +105,11 @@ def free_port() -> int:
     raise RuntimeError(f"none of the TCP ports {ports} is free")
 
 
-def _shared_environment(world_size: int) -> dict[str, str]:
-    return {
+def environments(world_size: int, **more: str) -> list[dict[str, str]]:
+    """Of the ranks of a new world, with a port of its own: what a launcher and this machine's tests tell them."""
+    shared = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(TESTS), os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": os.pathsep.join([str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(world_size),
@@ -108,19 +117,17 @@ def _shared_environment(world_size: int) -> dict[str, str]:
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
         "CUDA_VISIBLE_DEVICES": "",
+        **more,
     }
-
-
-def _of_rank(rank: int) -> dict[str, str]:
-    return {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
 
 
 def _watch(
-    start: Callable[[int, Path], subprocess.Popen | _Fork], *, world_size: int, timeout_seconds: float, what: str
+    start: Callable[[int, Path], subprocess.Popen | Fork], *, world_size: int, timeout_seconds: float, what: str
 ) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder) / f"rank{rank}.log" for rank in range(world_size)]
-        processes: list[subprocess.Popen | _Fork] = []
+        processes: list[subprocess.Popen | Fork] = []
         try:
             processes += [start(rank, log) for rank, log in enumerate(logs)]
             failure = _wait(processes, timeout_seconds)
@@ -134,7 +141,7 @@ def _watch(
     return outputs
 
 
-def _wait(processes: Sequence[subprocess.Popen | _Fork], timeout_seconds: float) -> str:
+def _wait(processes: Sequence[subprocess.Popen | Fork], timeout_seconds: float) -> str:
     """What went wrong, or "" if all ended well. A failed rank leaves the others waiting: do not wait for them."""
     deadline = time.monotonic() + PATIENCE * timeout_seconds
     while True:
@@ -147,7 +154,7 @@ def _wait(processes: Sequence[subprocess.Popen | _Fork], timeout_seconds: float)
         time.sleep(0.05)
 
 
-def _end(process: subprocess.Popen | _Fork) -> None:
+def _end(process: subprocess.Popen | Fork) -> None:
     if process.poll() is None:
         with suppress(ProcessLookupError):  # it may have ended just now
             os.killpg(process.pid, signal.SIGKILL)
@@ -156,94 +163,6 @@ def _end(process: subprocess.Popen | _Fork) -> None:
 
 def _result(folder: str, rank: int) -> Path:
     return Path(folder) / f"rank{rank}.pt"
-
-
-class _Fork:
-    """A rank that a server forked, with what is needed here of Popen's interface."""
-
-    def __init__(self, server: subprocess.Popen, environment: Mapping[str, str], log: Path, call: list[str]) -> None:
-        assert server.stdin is not None
-        self._answers = server.stdout
-        order = {"environment": environment, "log": str(log), "cwd": os.getcwd(), "call": call}
-        server.stdin.write(json.dumps(order).encode() + b"\n")
-        self.pid = int(self._answers.readline())  # type: ignore[union-attr]
-        self.returncode: int | None = None
-
-    def poll(self) -> int | None:
-        if self.returncode is None and select.select([self._answers], [], [], 0)[0]:
-            self.wait()
-        return self.returncode
-
-    def wait(self) -> int:
-        if self.returncode is None:
-            answer = self._answers.readline()  # type: ignore[union-attr]
-            if not answer:  # the server is gone, so that nobody learns how its rank ends
-                with suppress(ProcessLookupError):
-                    os.killpg(self.pid, signal.SIGKILL)
-            self.returncode = int(answer or -signal.SIGKILL)
-        return self.returncode
-
-
-_servers: dict[int, tuple[dict[str, str], subprocess.Popen]] = {}
-"""By number of rank: the environment that it was started in, and the process."""
-
-
-def _server(rank: int, environment: Mapping[str, str]) -> subprocess.Popen:
-    """The process that forks this rank; a new one if it would have read other variables when it imported things."""
-    own = ("MASTER_PORT", "WORLD_SIZE", "LOCAL_SIZE", "PYTEST_CURRENT_TEST")
-    read = {name: value for name, value in environment.items() if name not in own}
-    started_in, server = _servers.get(rank, ({}, None))
-    if server is None or started_in != read or server.poll() is not None:
-        if server is not None:
-            server.communicate()  # the end of its input ends it
-        server = subprocess.Popen(
-            [sys.executable, __file__],
-            env=read,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            bufsize=0,
-            start_new_session=True,
-        )
-        _servers[rank] = (read, server)
-    return server
-
-
-@atexit.register
-def _end_servers() -> None:
-    for _, server in _servers.values():
-        server.communicate()
-
-
-def _become_a_rank() -> list[str]:
-    """Forks for each line of standard input, and returns the call in the fork. Answers its pid, then its status."""
-    import numpy
-    import pytest  # noqa: F401
-    import transformers  # noqa: F401
-
-    import re2tal.runs.training_run
-    import re2tal.training.trainer  # noqa: F401
-
-    gc.freeze()  # a collection in a fork would write to, and so copy, every page of what was imported
-    assert len(os.listdir("/proc/self/task")) == 1, "a process that has threads cannot be forked safely"
-    for line in sys.stdin:
-        if pid := os.fork():
-            _, status = os.waitpid(pid, 0)
-            print(os.waitstatus_to_exitcode(status), flush=True)
-            continue
-        order = json.loads(line)
-        os.setsid()  # so that _end reaches the rank's own children too
-        print(os.getpid(), flush=True)
-        with open(os.devnull) as nothing, open(order["log"], "w") as log:
-            for file, number in ((nothing, 0), (log, 1), (log, 2)):
-                os.dup2(file.fileno(), number)
-        os.chdir(order["cwd"])
-        os.environ.clear()
-        os.environ.update(order["environment"])
-        random.seed()
-        numpy.random.seed()
-        torch.seed()  # else all ranks that one server forks draw the same, and two runs agree that nobody seeded
-        return order["call"]
-    sys.exit()
 
 
 def _run_one_rank(path: str, name: str, arguments: str, folder: str) -> None:
@@ -261,11 +180,7 @@ def _run_one_rank(path: str, name: str, arguments: str, folder: str) -> None:
         from re2tal.training.process_group import leave  # here: it imports DeepSpeed, which few ranks need
 
         leave()
-    # What was imported is not taken apart: it takes a second, and ranks that end as they do for users are in tests/cli.
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    os._exit(0)
 
 
 if __name__ == "__main__":
-    _run_one_rank(*_become_a_rank())
+    _run_one_rank(*sys.argv[1:])

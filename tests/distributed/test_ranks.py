@@ -14,7 +14,8 @@ import numpy
 import pytest
 import torch
 import torch.distributed as dist
-from distributed.ranks import _Fork, launch_ranks, run_ranks
+from distributed.forks import Fork
+from distributed.ranks import environments, launch_ranks, run_ranks
 
 
 def sum_of_ranks(*, scale: float) -> dict:
@@ -47,11 +48,43 @@ def test_nothing_that_nobody_seeded_is_drawn_twice() -> None:
     assert len({number for run in found for rank in run for number in rank}) == 2 * 2 * 3
 
 
-def test_a_rank_whose_server_is_gone_has_failed(tmp_path: Path) -> None:
-    script = "read order; setsid sleep 60 > /dev/null & echo $!"
-    server = subprocess.Popen(["sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
-    with server:
-        assert _Fork(server, {}, tmp_path / "log", []).wait() == -signal.SIGKILL
+def fork(code: str, log: Path) -> Fork:
+    return Fork([sys.executable, "-c", code], server=0, environment=environments(1)[0], log=log)
+
+
+def test_a_fork_ends_as_a_process_of_its_command_does(tmp_path: Path) -> None:
+    log, ends = tmp_path / "log", {"pass": 0, "raise SystemExit(3)": 3, "raise SystemExit('no')": 1, "1 / 0": 1}
+    for code, status in ends.items():
+        assert fork(code, log).wait() == status, code
+    assert "no\n" in log.read_text()
+    assert "ZeroDivisionError" in log.read_text()
+    code = "import sys, threading; threading.Timer(0.3, print, ['late']).start(); print(*sys.argv)"
+    assert Fork([sys.executable, "-c", code, "a"], server=0, environment=environments(1)[0], log=log).wait() == 0
+    assert log.read_text().endswith("-c a\nlate\n")
+
+
+def test_a_fork_is_stopped_killed_and_waited_for_beside_others(tmp_path: Path) -> None:
+    first, second = (fork("import time; time.sleep(600)", tmp_path / "log") for _ in range(2))
+    with pytest.raises(subprocess.TimeoutExpired):
+        first.wait(timeout=0.1)
+    first.send_signal(signal.SIGSTOP)
+    assert (first.poll(), second.poll()) == (None, None)
+    first.kill()
+    assert first.wait() == -signal.SIGKILL
+    second.send_signal(signal.SIGTERM)
+    assert second.wait() == -signal.SIGTERM
+
+
+def test_a_fork_that_nobody_waits_for_any_more_has_failed_and_ends(tmp_path: Path) -> None:
+    process = fork("import os, time; print(os.getppid(), flush=True); time.sleep(600)", tmp_path / "log")
+    while not (said := (tmp_path / "log").read_text()):
+        time.sleep(0.02)
+    os.kill(int(said), signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{process.pid}/stat").exists() and " Z " not in Path(f"/proc/{process.pid}/stat").read_text():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
 
 
 def test_a_failing_rank_ends_the_others_and_shows_its_output() -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 from data.feature_folders import write_features
-from distributed.ranks import PATIENCE, free_port
+from distributed.forks import Fork, prepare
+from distributed.ranks import PATIENCE, environments, free_port
 
 from re2tal.cli import main
 from re2tal.distributed import World
@@ -44,15 +45,14 @@ def alone() -> dict[str, str]:
     return {**environment, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 
-def start_ranks(commands: Sequence[Sequence[str]], logs: Sequence[Path], **environment: str) -> list[subprocess.Popen]:
-    """One world, a rank for each command; what each says is added to its log."""
-    shared = {**alone(), **World(world_size=len(commands), master_port=free_port()).variables(), **environment}
-    ranks = []
-    for rank, (command, log) in enumerate(zip(commands, logs, strict=True)):
-        with log.open("a") as file:
-            own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-            ranks.append(subprocess.Popen(command, env=own, stdout=file, stderr=subprocess.STDOUT))
-    return ranks
+def start_ranks(commands: Sequence[Sequence[str]], logs: Sequence[Path], **environment: str) -> list[Fork]:
+    """One world, a rank for each Python command; what each says is added to its log."""
+    told = environments(len(commands), **environment)
+    prepare(range(len(commands)), told[0])
+    return [
+        Fork(command, server=rank, environment=told[rank], log=log)
+        for rank, (command, log) in enumerate(zip(commands, logs, strict=True))
+    ]
 
 
 class Forked(multiprocessing.get_context("fork").Process):  # type: ignore[name-defined,misc]
@@ -93,14 +93,14 @@ def fork_ranks(arguments: Sequence[str], log: Path, prepare: Callable[[], None],
     return processes
 
 
-def end(processes: Sequence[subprocess.Popen | Forked]) -> None:
+def end(processes: Sequence[subprocess.Popen | Fork | Forked]) -> None:
     """None of them outlives this."""
     for process in processes:
         process.kill()
         process.wait()
 
 
-def ends_of(processes: Sequence[subprocess.Popen | Forked], log: Path, *, seconds: float = 900) -> list[int]:
+def ends_of(processes: Sequence[subprocess.Popen | Fork | Forked], log: Path, *, seconds: float = 900) -> list[int]:
     """Their exit statuses, when all have ended."""
     try:
         wait_for(lambda: None not in [process.poll() for process in processes], seconds, log)

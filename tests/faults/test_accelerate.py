@@ -38,6 +38,7 @@ def test_where_it_starts_two_ranks_they_train_together(accelerate, tmp_path):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["ranks"] == 2
 
 
+@pytest.mark.slow  # tests/test_distributed.py has the words for the variables that are set here
 @pytest.mark.parametrize(
     ("options", "words"),
     [

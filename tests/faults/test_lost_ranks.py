@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from distributed.forks import Fork
 from distributed.ranks import PATIENCE
 from faults.runs import end, ends_of, small, start_ranks, wait_for
 
@@ -54,13 +54,6 @@ def stalled(self, state_dict, path):
 Trainer._forward, CheckpointStore._digests, Trainer._batches = late, slow, late_batches
 DurableCheckpointEngine.save = stalled
 from re2tal.cli import main
-# The limit holds for the meeting of the ranks too: none starts before both have imported what takes a while.
-import deepspeed, re2tal.runs.training_run
-from pathlib import Path
-meeting = Path(sys.argv.pop(1))
-(meeting / f"imported{rank}").touch()
-while len(list(meeting.glob("imported*"))) < int(os.environ["WORLD_SIZE"]):
-    time.sleep(0.02)
 main(["train", *sys.argv[1:]])
 """
 
@@ -92,11 +85,10 @@ def test_the_rank_that_the_others_wait_for_is_blamed():
     assert str(silent).startswith("rank 0 (host gpu1, at 'step 7, backward') gave no sign of life for 11 s")
 
 
-def started(fault: str, features: Path, folder: Path, *, ranks: int = 2) -> list[subprocess.Popen]:
+def started(fault: str, features: Path, folder: Path, *, ranks: int = 2) -> list[Fork]:
     options = ["--ds", "zero2", "--training.epochs", "2", "--schedule.warmup-epochs", "0.5"]
     options += ["--engine.timeout-minutes", str(LIMIT_SECONDS / 60)]
-    about = [fault, str(LIMIT_SECONDS), str(folder)]
-    command = [sys.executable, "-c", FAULTY, *about, *small(features, folder / "run", *options)]
+    command = [sys.executable, "-c", FAULTY, fault, str(LIMIT_SECONDS), *small(features, folder / "run", *options)]
     return start_ranks([command] * ranks, logs_of(folder)[:ranks])
 
 
@@ -104,7 +96,7 @@ def logs_of(folder: Path) -> list[Path]:
     return [folder / f"log{rank}" for rank in range(2)]
 
 
-def wait_until_here(victim: int, folder: Path, processes: list[subprocess.Popen]) -> None:
+def wait_until_here(victim: int, folder: Path, processes: list[Fork]) -> None:
     log = folder / f"log{victim}"
 
     def ended() -> bool:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from distributed.ranks import PATIENCE
-from faults.runs import TRAIN, alone, end, small, wait_for
+from faults.runs import TRAIN, end, ends_of, small, start_ranks, wait_for
 
 from re2tal.runs import lock
 from re2tal.runs.exit_status import INTERRUPTED
@@ -134,23 +134,20 @@ def test_of_many_that_take_over_at_once_one_wins(hold, tmp_path):
 def test_a_second_run_on_a_live_folder_is_refused_and_one_on_a_dead_goes_on(features, tmp_path):
     out, log = tmp_path / "run", tmp_path / "log"
     options = ["--training.checkpoint-every-steps", "5", "--training.epochs", "100000"]
-    command, environment = [*TRAIN, *small(features, out, *options)], alone()
-    first = subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    command = [*TRAIN, *small(features, out, *options)]
+    [first] = start_ranks([command], [tmp_path / "log of the first"])
     try:
         wait_for(lambda: (out / "checkpoints" / "latest").exists() or first.poll() is not None, 120)
         for how in ("--resume", "--overwrite"):
-            with pytest.raises(subprocess.CalledProcessError) as refused:
-                subprocess.run(
-                    [*command, how], env=environment, capture_output=True, text=True, check=True, timeout=PATIENCE * 120
-                )
-            assert refused.value.returncode == 2
-            assert f"process {first.pid}; wait for it or end it" in refused.value.stderr
+            refusal = tmp_path / f"log of {how}"
+            [second] = start_ranks([[*command, how]], [refusal])
+            assert ends_of([second], refusal, seconds=120) == [2]
+            assert f"process {first.pid}; wait for it or end it" in refusal.read_text()
         assert first.poll() is None
         assert (out / "metrics.jsonl").exists()
     finally:
         end([first])
-    with log.open("w") as file:
-        third = subprocess.Popen([*command, "--resume"], env=environment, stderr=file)
+    [third] = start_ranks([[*command, "--resume"]], [log])
     try:
         wait_for(lambda: "\nstep " in log.read_text(), 120, log)
         assert f"taking over {out} from process {first.pid}" in log.read_text()
