@@ -4,7 +4,7 @@
 
 Shapes: B batch, T time, C channels, H W pixels, L levels, N detections, K classes. Masks are True where data is valid.
 `Features` and `Pyramid` are named tuples because they leave `nn.Module.forward`, and DeepSpeed's ZeRO-3 hooks look for
-tensors in tuples only.
+tensors in tuples only. torch is imported where tensors are touched: building shards needs none, and starts processes.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, replace
-from typing import NamedTuple, Self, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, Self, TypeVar
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
-Steps = TypeVar("Steps", float, Tensor)
+Steps = TypeVar("Steps", float, "Tensor")
 
 AMBIGUOUS = "Ambiguous"
 """THUMOS-14's label for a segment that may or may not show an action: neither trained on nor scored."""
@@ -42,6 +43,8 @@ def find_subset(wanted: str, names: Iterable[str]) -> str | None:
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
     """A tensor of the host on `device`; the host does not wait until the device has come to the copy."""
+    import torch
+
     if device.type == "cuda" and torch.cuda.is_available():
         tensor = tensor.pin_memory()  # the allocator holds the memory until the copy is done
     return tensor.to(device, non_blocking=True)
@@ -86,6 +89,8 @@ class Timeline:
 
     def to_seconds(self, steps: Steps) -> Steps:
         """Grid steps (float or any tensor) -> seconds, clamped to the video."""
+        from torch import Tensor
+
         seconds = self.start_seconds + steps * self.seconds_per_step
         if isinstance(seconds, Tensor):
             return seconds.clamp(0.0, self.duration_seconds)
@@ -93,6 +98,8 @@ class Timeline:
 
     def to_steps(self, seconds: Steps) -> Steps:
         """Seconds (float or any tensor) -> fractional grid steps; seconds are clamped to the video first."""
+        from torch import Tensor
+
         if isinstance(seconds, Tensor):
             return (seconds.clamp(0.0, self.duration_seconds) - self.start_seconds) / self.seconds_per_step
         return (min(max(seconds, 0.0), self.duration_seconds) - self.start_seconds) / self.seconds_per_step
@@ -112,9 +119,11 @@ class _Batch:
 
     def pin_memory(self) -> Self:
         """Called by torch's DataLoader when `pin_memory=True`."""
-        return self._with_each(Tensor.pin_memory)
+        return self._with_each(lambda tensor: tensor.pin_memory())
 
     def _with_each(self, change: Callable[[Tensor], Tensor]) -> Self:
+        from torch import Tensor
+
         values = {one.name: getattr(self, one.name) for one in fields(self)}
         return replace(self, **{name: change(value) for name, value in values.items() if isinstance(value, Tensor)})
 

@@ -21,7 +21,7 @@ from re2tal.data.building.pictures import is_earlier_shown
 from re2tal.data.building.probe import open_video
 from re2tal.data.building.shown import Damage, Orientation, colours_of, orientation_of
 from re2tal.data.contract.mp4 import read_mp4
-from re2tal.data.streaming.decode import count_frames, decode_frames
+from re2tal.data.streaming.decoders.default import count_frames, pictures
 
 # As many are kept of each video while it is encoded: 49 KB.
 NUM_SAMPLES = 16
@@ -107,7 +107,7 @@ def check_normalised(path: Path, expected: Normalised, *, max_difference: float 
         raise ValueError(f"{path}: decord sees {seen} frames of {expected.num_frames} that were encoded")
     numbers = spread(expected.num_frames)
     part, places = read_mp4(video).cut(numbers)  # as the readers do
-    for number, picture in zip(numbers, decode_frames(part, places).numpy(), strict=True):
+    for number, picture in zip(numbers, pictures(part, places), strict=True):
         difference = np.abs(small(picture) - expected.samples[number]).mean()
         if difference > max_difference:
             raise ValueError(

@@ -11,19 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from re2tal.data.streaming.decoders import by_decord, by_pyav, by_torchcodec
+from re2tal.data.streaming.decoders import by_decord, by_pyav, by_torchcodec, default
 from re2tal.data.streaming.decoders.base import DecodeError, Decoder
+from re2tal.data.streaming.decoders.default import count_frames
 
 __all__ = ["DECODERS", "DecodeError", "DecoderName", "check_decoder", "count_frames", "decode_frames", "decode_parts"]
 
 DecoderName = Literal["decord", "pyav", "torchcodec"]
 
-# The same name gives the same pictures on a machine without decord, so configurations need not be changed for it.
-_IN_PLACE_OF_DECORD = by_pyav if by_decord.decord is None else by_decord
-count_frames = _IN_PLACE_OF_DECORD.count_frames
-
 DECODERS: dict[DecoderName, Decoder] = {
-    "decord": _IN_PLACE_OF_DECORD.decode,
+    "decord": default.decode,
     "pyav": by_pyav.decode,
     "torchcodec": by_torchcodec.decode,
 }

@@ -11,14 +11,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from io import BytesIO
+from typing import TYPE_CHECKING
 
 # Before decord, whose old libvpx would otherwise take the place of PyAV's in the whole process.
 import av  # noqa: F401
 import numpy as np
-import torch
-from torch import Tensor
 
 from re2tal.data.streaming.decoders.base import check_numbers, not_decoded, not_opened
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 try:
     import decord
@@ -35,19 +37,31 @@ def count_frames(video: bytes) -> int:
 
 def decode(video: bytes, numbers: np.ndarray, *, at_once: int) -> Iterator[Tensor]:
     """As `Decoder`."""
+    from torch.utils.dlpack import from_dlpack  # here: it is slow to import, and `pictures` needs none of it
+
+    for batch in _batches(video, numbers, at_once=at_once):
+        yield from_dlpack(batch.to_dlpack())  # without a copy; `asnumpy` makes one, and doubles the peak
+
+
+def pictures(video: bytes, numbers: np.ndarray) -> np.ndarray:
+    """All that `decode` gives, (n, H, W, 3) uint8 RGB, without torch. Raises as it does."""
+    (batch,) = _batches(video, numbers, at_once=len(numbers))
+    return batch.asnumpy()
+
+
+def _batches(video: bytes, numbers: np.ndarray, *, at_once: int) -> Iterator[decord.nd.NDArray]:
     reader = _open(video)
     check_numbers(numbers, len(reader))
     # One reader for all parts: to open it again would scan the file again.
     for start in range(0, len(numbers), at_once):
         some = numbers[start : start + at_once]
         try:
-            # Without a copy; `asnumpy` makes one, and doubles the peak.
-            frames = torch.utils.dlpack.from_dlpack(reader.get_batch(some).to_dlpack())
+            batch = reader.get_batch(some)
         except (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError) as error:
             raise not_decoded(numbers, error) from None
-        if len(frames) != len(some):
-            raise not_decoded(numbers, f"{len(some)} frames asked, {len(frames)} decoded; the file is damaged")
-        yield frames
+        if batch.shape[0] != len(some):
+            raise not_decoded(numbers, f"{len(some)} frames asked, {batch.shape[0]} decoded; the file is damaged")
+        yield batch
 
 
 def _open(video: bytes) -> decord.VideoReader:

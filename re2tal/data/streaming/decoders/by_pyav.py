@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
+from typing import TYPE_CHECKING
 
 import av
 import numpy as np
-import torch
 from av.video.reformatter import Colorspace, Interpolation
-from torch import Tensor
 
 from re2tal.data.streaming.decoders.base import check_numbers, not_decoded, not_opened
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _MATRICES = {
     1: Colorspace.ITU709,
@@ -32,6 +34,19 @@ def count_frames(video: bytes) -> int:
 
 def decode(video: bytes, numbers: np.ndarray, *, at_once: int) -> Iterator[Tensor]:
     """As `Decoder`."""
+    from torch import from_numpy  # here: it is slow to import, and `pictures` needs none of it
+
+    for batch in _batches(video, numbers, at_once=at_once):
+        yield from_numpy(batch)
+
+
+def pictures(video: bytes, numbers: np.ndarray) -> np.ndarray:
+    """All that `decode` gives, (n, H, W, 3) uint8 RGB, without torch. Raises as it does."""
+    (batch,) = _batches(video, numbers, at_once=len(numbers))
+    return batch
+
+
+def _batches(video: bytes, numbers: np.ndarray, *, at_once: int) -> Iterator[np.ndarray]:
     with _opened(video) as (stream, packets):
         check_numbers(numbers, len(packets))
         yield from _pictures(stream, packets, numbers, at_once=at_once)
@@ -58,7 +73,7 @@ def _opened(video: bytes) -> Iterator[tuple[av.VideoStream, list[av.Packet]]]:
 
 def _pictures(
     stream: av.VideoStream, packets: list[av.Packet], numbers: np.ndarray, *, at_once: int
-) -> Iterator[Tensor]:
+) -> Iterator[np.ndarray]:
     # The number of a picture is the rank of its time, as decord has it, not a count of what came out: a decoder may
     # lose a frame without a word.
     times = np.sort([packet.pts for packet in packets])[numbers]
@@ -72,7 +87,7 @@ def _pictures(
             found.append(rgb.to_ndarray())
             done += 1
             if len(found) == at_once or done == len(times):
-                yield torch.from_numpy(np.stack(found))
+                yield np.stack(found)
                 found.clear()
         if done == len(times):
             return
