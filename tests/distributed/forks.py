@@ -30,7 +30,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import NoReturn
 
-OWN = ("MASTER_PORT", "WORLD_SIZE", "LOCAL_SIZE", "RANK", "LOCAL_RANK", "TORCH_EXTENSIONS_DIR", "PYTEST_CURRENT_TEST")
+OWN = (
+    "MASTER_PORT",
+    "WORLD_SIZE",
+    "LOCAL_SIZE",
+    "RANK",
+    "LOCAL_RANK",
+    "TORCH_EXTENSIONS_DIR",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "PYTEST_CURRENT_TEST",
+)
 """Variables that nothing reads when it is imported: one server does for all their values."""
 LONGEST_ORDER = 1 << 20
 
