@@ -16,6 +16,7 @@ from re2tal.strict_json import read_json
 from re2tal.training.export import read_model
 
 SMALL = {
+    "backbone.name": "videomae_nano",
     "data.clips.windowing.num-frames": 16,
     "data.clips.size": 32,
     "data.clips.workers": 1,
@@ -41,14 +42,11 @@ def shards(tmp_path) -> Path:
     return tmp_path / "shards"
 
 
-def test_a_resumed_run_has_the_same_weights_with_the_plan_that_another_timing_would_not_choose(
-    shards, tmp_path, monkeypatch, capfd
-) -> None:
-    out = tmp_path / "run"
+@pytest.fixture
+def train(shards, tmp_path, monkeypatch, capfd):
+    """Trains into `tmp_path / "run"` as if stages `fastest`, "stored" or "pieces", were the fastest; gives what is said."""
 
     def train(*, fastest: str, **changes) -> str:
-        """What is said while it trains, if stages `fastest` ("stored" or "pieces") are timed as the fastest."""
-
         def seconds(run, settings: list[Setting], *, order: list[str], **_) -> list[list[float]]:
             return [[1.0 if fastest in str(one) else 2.0] * len(order) for one in settings]
 
@@ -56,12 +54,17 @@ def test_a_resumed_run_has_the_same_weights_with_the_plan_that_another_timing_wo
         for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
             monkeypatch.setenv(name, "")  # so that what a run sets is gone after the test
             monkeypatch.delenv(name)
-        options = {**SMALL, "data.shards": shards, "out": out, **changes}
+        options = {**SMALL, "data.shards": shards, "out": tmp_path / "run", **changes}
         with pytest.raises(SystemExit) as end:
             main(["train", *flat(options)])
         assert end.value.code == 0
         return capfd.readouterr().err
 
+    return train
+
+
+def test_a_resumed_run_has_the_same_weights_with_the_plan_that_another_timing_would_not_choose(train, tmp_path):
+    out = tmp_path / "run"
     said = train(fastest="pieces")
     assert "planned for 10.000 GB" in said
     assert "GB planned," in said, "the measured peak beside the planned one"
@@ -76,6 +79,12 @@ def test_a_resumed_run_has_the_same_weights_with_the_plan_that_another_timing_wo
     resumed = read_model(out / "model.safetensors").weights
     assert all(value.equal(resumed[name]) for name, value in whole.items())
 
+
+@pytest.mark.slow
+def test_a_resumed_run_plans_anew_for_another_budget(train, tmp_path):
+    out = tmp_path / "run"
+    train(fastest="pieces")
+    whole = read_model(out / "model.safetensors").weights
     forget_the_last_steps(out)
     said = train(fastest="stored", resume=None, **{"engine.memory-budget-gb": 9})
     assert f"planning anew: engine.memory_budget_gb is 9.0, in {out / 'plan.json'} it is 10.0" in said
