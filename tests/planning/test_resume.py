@@ -44,7 +44,7 @@ def shards(tmp_path) -> Path:
 
 @pytest.fixture
 def train(shards, tmp_path, monkeypatch, capfd):
-    """Trains into `tmp_path / "run"` as if stages `fastest`, "stored" or "pieces", were the fastest; gives what is said."""
+    """Trains into `tmp_path / "run"`; gives what is said. Stages `fastest`, "stored" or "pieces", are timed so."""
 
     def train(*, fastest: str, **changes) -> str:
         def seconds(run, settings: list[Setting], *, order: list[str], **_) -> list[list[float]]:
