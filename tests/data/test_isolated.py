@@ -96,3 +96,9 @@ def test_threads_that_start_processes_at_once_leave_the_users_script_as_it_was(m
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(start, range(8))) == [divmod(number, 5) for number in range(8)]
     assert sys.modules["__main__"].__file__ == "the users script"
+
+
+def test_a_process_that_prepares_videos_starts_without_torch() -> None:
+    """One is started for each worker of a build, and torch takes several seconds to import."""
+    code = "import sys, re2tal.data.building.prepare; sys.exit(bool({'torch', 'webdataset'} & sys.modules.keys()))"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == 0

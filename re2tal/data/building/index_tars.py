@@ -24,7 +24,8 @@ from re2tal.data.building.copy_video import COPY_DIFFERENCE
 from re2tal.data.building.isolated import Isolated
 from re2tal.data.building.make_videos import Made
 from re2tal.data.building.match_samples import Matches
-from re2tal.data.building.pack_videos import SILENT_SECONDS, one_video, prepare_video
+from re2tal.data.building.pack_videos import SILENT_SECONDS, one_video
+from re2tal.data.building.prepare import prepare_video
 from re2tal.data.building.shard_folder import BuiltSubset, Listed, fingerprint
 from re2tal.data.building.shard_plan import Item
 from re2tal.data.building.tar_samples import Sample
