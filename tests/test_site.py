@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -14,6 +15,7 @@ import pytest
 
 import re2tal
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -87,3 +89,18 @@ def test_pictures_of_pages_are_there(site: Path) -> None:
         for target in Targets(page.read_text()).loaded if page.name != "404.html" else []:  # that may be of any folder
             if target and not urlsplit(target).scheme:
                 assert (page.parent / unquote(urlsplit(target).path)).exists(), (page.name, target)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+def test_tables_wider_than_the_page_can_be_scrolled_by_keyboard(site: Path) -> None:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        page = browser.new_page(viewport={"width": 700, "height": 800})
+        page.goto((site / "backbones.html").as_uri())
+        page.wait_for_function("document.querySelector('[tabindex=\"0\"][role=region]')")
+        wide = page.locator(".md-typeset__scrollwrap[role=region]").first
+        wide.focus()
+        page.keyboard.press("ArrowRight")
+        page.wait_for_function("one => one.scrollLeft > 0", arg=wide.element_handle())
+        browser.close()
