@@ -4,7 +4,7 @@
 
 Shapes: B batch, T time, C channels, H W pixels, L levels, N detections, K classes. Masks are True where data is valid.
 `Features` and `Pyramid` are named tuples because they leave `nn.Module.forward`, and DeepSpeed's ZeRO-3 hooks look for
-tensors in tuples only. torch is imported where tensors are touched: building shards needs none, and starts processes.
+tensors in tuples only. torch is imported where tensors are touched: processes that build shards start without it.
 """
 
 from __future__ import annotations

@@ -203,3 +203,17 @@ def test_reference_vectors_are_counted_by_module_and_failures_are_named(cells, t
     lines = peers.show({"reference vectors": figures}, tmp_path)
     assert "| all | 1 | 2 | 1 |" in lines
     assert {"- failed: `test_swin::b`", "- failed: `test_vsgn::d`"} <= set(lines)
+
+
+def test_sizes_are_compared_where_they_need_equal_memory_and_share_a_seed(cells):
+    from evidence import costs
+
+    def run(seed, score, peak):
+        return {seed: {"average_map": score, "peak_gib": peak}}
+
+    plain = {("plain", "32 pixels"): run("seed 0", 0.5, 1.0), ("rewired", "48 pixels"): run("seed 0", 0.55, 0.5)}
+    [said] = costs._at_equal_memory({**plain, ("rewired", "64 pixels"): run("seed 0", 0.6, 1.04)})
+    assert said.startswith("- Rewired at 64 pixels (1.04 x the memory), less plain at 32 pixels: +10.0 points")
+    [said] = costs._at_equal_memory({**plain, ("rewired", "64 pixels"): run("seed 0", 0.6, 1.06)})
+    assert said.startswith("- Rewired at 48 pixels (0.50 x the memory)")
+    assert list(costs._at_equal_memory({**plain, ("rewired", "64 pixels"): run("seed 1", 0.6, 1.0)})) == []

@@ -20,7 +20,7 @@ from re2tal.recipes import find_recipe
 
 MODELS = ("swin3d_tiny", "videomae_base", "videomae_large", "slowfast_r101_8x8")
 RECIPE = "thumos14_re2swin_tiny"
-BUDGET_GIB = {"thumos14_re2swin_tiny": 12.0, "demo": 0.5}
+BUDGET_GIB = 12.0
 SIZES = {"frames": (256, 512, 1024, 2048, 4096, 8192, 16384), "pixels": (96, 128, 160, 224, 288, 384, 448, 512)}
 RESOLUTION_SETTING = ("slowfast_nano", "tridet")
 EQUAL_MEMORY = ((24, 44), (32, 56))
@@ -101,7 +101,7 @@ def _peak_gib(run: RunConfig, *, frames: int, pixels: int, rewired: bool) -> flo
 
 def largest(recipe: str, *, rewired: bool, along: str) -> Figures:
     """Peaks by frames at the recipe's pixels, or by pixels at its frames, up to the first beyond the budget."""
-    run, budget = find_recipe(recipe), BUDGET_GIB[recipe]
+    run, budget = find_recipe(recipe), BUDGET_GIB
     assert isinstance(run, RunConfig)
     clips = run.data.clips
     size, peaks = {"frames": clips.windowing.num_frames, "pixels": clips.size}, {}
@@ -152,7 +152,7 @@ def show_resolution(done: Mapping[str, Figures], pictures: Path) -> list[str]:
     if any(fits.values()):
         rows = [(form, *(_most(found.get(along)) for along in SIZES)) for form, found in fits.items()]
         lines += [
-            f"`{RECIPE}`: the largest of the sizes tried whose step needs at most {BUDGET_GIB[RECIPE]:g} GiB of "
+            f"`{RECIPE}`: the largest of the sizes tried whose step needs at most {BUDGET_GIB:g} GiB of "
             "activations on one rank (predicted by the dry run; parameters and optimizer come on top):",
             "",
             *table(("form", "frames at 224 x 224", "pixels a side at 1024 frames"), rows),
@@ -200,9 +200,8 @@ def _at_equal_memory(forms: Mapping[tuple[str, str], Mapping[str, Figures]]) -> 
             for (other, name), seeds in forms.items()
             if form == "plain" and other == "rewired" and _peak(seeds) <= EQUAL * _peak(plain)
         }
-        if fitting:
-            name, rewired = fitting[max(fitting)]
-            both = sorted(rewired.keys() & plain.keys())
+        name, rewired = fitting[max(fitting)] if fitting else ("", {})
+        if both := sorted(rewired.keys() & plain.keys()):
             away = [rewired[seed]["average_map"] - plain[seed]["average_map"] for seed in both]
             ratio = max(fitting) / _peak(plain)
             yield f"- Rewired at {name} ({ratio:.2f} x the memory), less plain at {pixels}: {verdict(away, aim=0.0)}"

@@ -73,7 +73,7 @@ def encode_in_groups(
 
 
 def _held_in_parts(parameters: Sequence[nn.Parameter]) -> bool:
-    """Whether FSDP holds one of them. Its tensors come from a module that is slow to import, by whoever shards."""
+    """Whether FSDP holds one of them. Who shards has imported the module of its tensors, which is slow to import."""
     tensors = sys.modules.get("torch.distributed.tensor")
     return tensors is not None and any(isinstance(parameter, tensors.DTensor) for parameter in parameters)
 

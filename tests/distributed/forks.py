@@ -221,7 +221,7 @@ def _run(command: Sequence[str]) -> NoReturn:
                 sys.modules["__main__"] = main = ModuleType("__main__")
                 exec(compile(code, "<string>", "exec"), vars(main))
             case ["-m", module, *rest]:
-                sys.argv = [module, *rest]
+                sys.argv, sys.path[0] = [module, *rest], os.getcwd()
                 runpy.run_module(module, run_name="__main__", alter_sys=True)
             case [script, *rest]:
                 sys.argv, sys.path[0] = [script, *rest], str(Path(script).parent)
@@ -229,7 +229,7 @@ def _run(command: Sequence[str]) -> NoReturn:
         status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else int(end.code is not None)
-        if isinstance(end.code, str):
+        if end.code not in (None, status):
             print(end.code, file=sys.stderr)
     except BaseException:
         traceback.print_exc()

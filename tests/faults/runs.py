@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import subprocess
 import sys
@@ -13,9 +12,8 @@ from pathlib import Path
 import torch
 from data.feature_folders import write_features
 from distributed.forks import Fork, prepare
-from distributed.ranks import PATIENCE, environments, free_port
+from distributed.ranks import PATIENCE, environments
 
-from re2tal.cli import main
 from re2tal.distributed import World
 from re2tal.structures import Action
 
@@ -55,52 +53,14 @@ def start_ranks(commands: Sequence[Sequence[str]], logs: Sequence[Path], **envir
     ]
 
 
-class Forked(multiprocessing.get_context("fork").Process):  # type: ignore[name-defined,misc]
-    """A process that has imported all that its parent has, with the interface of subprocess.Popen."""
-
-    def poll(self) -> int | None:
-        return self.exitcode
-
-    @property
-    def returncode(self) -> int | None:
-        return self.exitcode
-
-    def wait(self) -> int | None:
-        self.join()
-        return self.exitcode
-
-
-def fork_ranks(arguments: Sequence[str], log: Path, prepare: Callable[[], None], *, ranks: int = 2) -> list[Forked]:
-    """The training command as so many forks of this process: they start in a tenth of the time that imports take.
-
-    `prepare` is called in each of them first. This process must not have run a backward.
-    """
-    shared = {**alone(), **World(world_size=ranks, master_port=free_port()).variables()}
-
-    def run(rank: int) -> None:
-        os.environ.clear()
-        os.environ.update({**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
-        with log.open("a") as file:
-            os.dup2(file.fileno(), 1)
-            os.dup2(file.fileno(), 2)
-        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1, closefd=False) for number in (1, 2))
-        prepare()
-        main(["train", *arguments])
-
-    processes = [Forked(target=run, args=(rank,)) for rank in range(ranks)]
-    for process in processes:
-        process.start()
-    return processes
-
-
-def end(processes: Sequence[subprocess.Popen | Fork | Forked]) -> None:
+def end(processes: Sequence[subprocess.Popen | Fork]) -> None:
     """None of them outlives this."""
     for process in processes:
         process.kill()
         process.wait()
 
 
-def ends_of(processes: Sequence[subprocess.Popen | Fork | Forked], log: Path, *, seconds: float = 900) -> list[int]:
+def ends_of(processes: Sequence[subprocess.Popen | Fork], log: Path, *, seconds: float = 900) -> list[int]:
     """Their exit statuses, when all have ended."""
     try:
         wait_for(lambda: None not in [process.poll() for process in processes], seconds, log)

@@ -6,17 +6,17 @@ import json
 import os
 import random
 import signal
+import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from distributed.forks import Fork
 from distributed.ranks import PATIENCE
-from faults.runs import Forked, end, ends_of, fork_ranks, small, wait_for
+from faults.runs import end, ends_of, small, start_ranks, wait_for
 from safetensors.torch import load_file
 
-from re2tal.runs import training_run  # noqa: F401  # so that ranks need not import it
 from re2tal.runs.exit_status import HUNG
 from re2tal.training.checkpoint import CheckpointStore
 from re2tal.training.watchdog import GONE_SECONDS
@@ -24,6 +24,14 @@ from re2tal.training.watchdog import GONE_SECONDS
 MOMENTS = ("start", "training", "training", "training", "training", "save 0", "save 0", "save 0", "save 1", "renamed")
 """Of the kills of one run: while it starts, while it trains and saves, at a random call of a save of one rank (rank 1
 dies when rank 0 has written its files), and after the last rename of a save, before old checkpoints are removed."""
+
+RANK = """
+import sys
+from faults.test_random_kills import dies
+dies(sys.argv[1], int(sys.argv[2]))
+from re2tal.cli import main
+main(["train", *sys.argv[3:]])
+"""
 
 
 def dies(moment: str, seed: int) -> None:
@@ -60,7 +68,7 @@ def dies(moment: str, seed: int) -> None:
     os.fsync, os.replace, os.mkdir = counted(os.fsync), counted(os.replace), counted(os.mkdir)
 
 
-def started(ds: str, features: Path, out: Path, *, moment: str = "none", seed: int = 0) -> list[Forked]:
+def started(ds: str, features: Path, out: Path, *, moment: str = "none", seed: int = 0) -> list[Fork]:
     log = out.with_suffix(".log")
     with log.open("a") as file:
         file.write(f"--- {moment} {seed}\n")
@@ -69,10 +77,11 @@ def started(ds: str, features: Path, out: Path, *, moment: str = "none", seed: i
         Path(ds).write_text(json.dumps({"zero_optimization": {"stage": 0}}))
     options = ["--ds", ds, "--training.epochs", "8", "--training.checkpoint-every-steps", "1", "--resume"]
     options += ["--schedule.warmup-epochs", "1"]
-    return fork_ranks(small(features, out, *options), log, partial(dies, moment, seed))
+    command = [sys.executable, "-c", RANK, moment, str(seed), *small(features, out, *options)]
+    return start_ranks([command] * 2, [log] * 2)
 
 
-def kill_one(processes: list[Forked], out: Path, *, moment: str, dice: random.Random) -> bool:
+def kill_one(processes: list[Fork], out: Path, *, moment: str, dice: random.Random) -> bool:
     """Whether a rank was killed, by itself inside a save or from here; and the other one ended in time."""
     newest, log = out / "checkpoints" / "latest", out.with_suffix(".log")
     before, victim = steps_of(newest), dice.randrange(2)
@@ -83,7 +92,7 @@ def kill_one(processes: list[Forked], out: Path, *, moment: str, dice: random.Ra
         wait_for(lambda: steps_of(newest) >= wanted, 900, log)
         time.sleep(dice.uniform(0.0, 0.2))
     if moment in ("start", "training"):
-        os.kill(processes[victim].pid or 0, signal.SIGKILL)
+        processes[victim].kill()
     wait_for(lambda: any(process.poll() is not None for process in processes), 900, log)
     died = time.monotonic()
     if moment == "start":  # before the ranks have met, the one that is left waits for the other to start
