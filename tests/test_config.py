@@ -143,6 +143,17 @@ def test_what_a_file_does_not_mention_keeps_its_default(tmp_path):
         ('{"training": {"average_decay": 1.0}}', r"training.average_decay is 1.0; it lies in \[0, 1\)"),
         ('{"optimizer": {"learning_rate": -1}}', "optimizer.learning_rate is -1.0"),
         ('{"schedule": {"warmup_epochs": -1}}', "schedule.warmup_epochs is -1.0"),
+        ('{"schedule": {"warmup_epochs": "inf"}}', "schedule.warmup_epochs is inf; it must be finite"),
+        ('{"engine": {"gradient_clipping": "inf"}}', "engine.gradient_clipping is inf; give a norm, or 0 to"),
+        ('{"training": {"epochs": true}}', "config.json: training.epochs is true; if 1 is meant, write 1$"),
+        ('{"training": {"epochs": "7"}}', 'training.epochs is "7"; if 7 is meant, write 7$'),
+        ('{"backbone": {"rewired": "off"}}', 'backbone.rewired is "off"; if False is meant, write false$'),
+        ('{"backbone": {"rewired": 0}}', "backbone.rewired is 0; if False is meant, write false$"),
+        ('{"data": {"clips": {"crop_area": [0.5, true]}}}', r"data.clips.crop_area.1 is true; if 1.0 is meant"),
+        (
+            '{"data": {"clips": {"windowing": {"kind": "slide", "num_frames": "600"}}}}',
+            'config.json: data.clips.windowing.num_frames is "600"; if 600 is meant, write 600$',
+        ),
         ('{"num_steps": 2000}', "num_steps is 2000 and data.clips.windowing.num_frames 1024"),
         (
             '{"localizer": {"name": "actionformer", "position_encoding": true, "max_num_steps": 256}}',

@@ -120,10 +120,27 @@ def _holder(document: Any, key: str) -> tuple[dict[str, Any], str]:
 
 def _validated(kind: type[T], values: Any, *, inside: str | None = None) -> T:
     """A `kind` of JSON values; `inside` is the dotted key where it stands. Raises ValueError with all that is wrong."""
+    adapter = _adapter(kind)
     try:
-        return _adapter(kind).validate_python(values)
+        made = adapter.validate_python(values)
     except ValidationError as error:
         raise ValueError(_explain(error, kind, inside=inside)) from None
+    _refuse_other_types(values, adapter.dump_python(made, mode="json"), key=inside)
+    return made
+
+
+def _refuse_other_types(given: Any, taken: Any, *, key: str | None) -> None:
+    """ValueError where a number or truth value was made of something else: pydantic takes true for 1, "off" for false
+    and "inf" for a number."""
+    if isinstance(given, Mapping):
+        for name, value in given.items():
+            _refuse_other_types(value, taken[name], key=name if key is None else f"{key}.{name}")
+    elif isinstance(given, list):
+        for number, (one, other) in enumerate(zip(given, taken, strict=True)):
+            _refuse_other_types(one, other, key=f"{key}.{number}")
+    # A kind that was put in as an object is neither, and was looked at by itself.
+    elif isinstance(given, bool) != isinstance(taken, bool) or (isinstance(given, str) and not isinstance(taken, str)):
+        raise ValueError(f"{key} is {json.dumps(given)}; if {taken} is meant, write {json.dumps(taken)}")
 
 
 def _adapter(run: type[T]) -> TypeAdapter[T]:

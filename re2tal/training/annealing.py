@@ -8,6 +8,7 @@ A pure function of the step, so that a resumed run goes on where it was. After D
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -22,8 +23,8 @@ class AnnealingConfig:
     """Beta of the first step; 0 is the network before rewiring."""
 
     def __post_init__(self) -> None:
-        if not self.epochs >= 0:
-            raise ValueError(f"annealing.epochs is {self.epochs}; it must not be negative")
+        if not 0 <= self.epochs < math.inf:
+            raise ValueError(f"annealing.epochs is {self.epochs}; it must be finite and not negative")
         if not 0 <= self.start <= 1:
             raise ValueError(f"annealing.start is {self.start}; it lies in [0, 1], where 0 is the plain network")
 

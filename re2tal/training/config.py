@@ -48,7 +48,7 @@ class EngineConfig:
             raise ValueError(
                 f"engine.memory_budget_gb is {self.memory_budget_gb}; give a positive number of gigabytes, auto or None"
             )
-        if not self.gradient_clipping >= 0:
+        if not 0 <= self.gradient_clipping < math.inf:
             raise ValueError(f"engine.gradient_clipping is {self.gradient_clipping}; give a norm, or 0 to clip nothing")
         if not 0 < self.timeout_minutes < math.inf:
             raise ValueError(f"engine.timeout_minutes is {self.timeout_minutes}; give a positive number of minutes")

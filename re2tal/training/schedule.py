@@ -24,8 +24,8 @@ class ScheduleConfig:
     """Where the cosine ends, as a share of the peak."""
 
     def __post_init__(self) -> None:
-        if not self.warmup_epochs >= 0:
-            raise ValueError(f"schedule.warmup_epochs is {self.warmup_epochs}; it must not be negative")
+        if not 0 <= self.warmup_epochs < math.inf:
+            raise ValueError(f"schedule.warmup_epochs is {self.warmup_epochs}; it must be finite and not negative")
         if not 0 <= self.final_factor <= 1:
             raise ValueError(f"schedule.final_factor is {self.final_factor}; it is a share of the peak, from 0 to 1")
 

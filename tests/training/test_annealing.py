@@ -38,7 +38,8 @@ def test_a_run_that_would_end_on_the_way_is_refused():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"epochs": -1.0}, "annealing.epochs is -1.0; it must not be negative"),
+        ({"epochs": -1.0}, "annealing.epochs is -1.0; it must be finite and not negative"),
+        ({"epochs": float("inf")}, "annealing.epochs is inf; it must be finite"),
         ({"start": 1.5}, r"annealing.start is 1.5; it lies in \[0, 1\]"),
     ],
 )
