@@ -55,6 +55,7 @@ SECTIONS = {
     "fp16": DeepSpeedFP16Config,
 }
 """Section of a DeepSpeed file -> the schema that knows its keys."""
+OFFLOADS = ("offload_param", "offload_optimizer")
 
 # DeepSpeed would take these over from the file, beside what this program builds and writes itself.
 OWNED_BY_THE_RUN = ("optimizer", "scheduler", "checkpoint", "tensorboard", "wandb", "csv_monitor", "training_data")
@@ -70,6 +71,10 @@ def resolve_deepspeed_config(path: Path, config: EngineConfig, *, world_size: in
     # First of all: DeepSpeed ignores unknown keys at the top, and a misspelt one that says "auto" is never filled.
     _refuse_unknown_keys(path, settings)
     zero = settings.setdefault("zero_optimization", {})
+    for name in OFFLOADS:
+        # DeepSpeed's own default.
+        if zero.get(name, {}) is None:
+            del zero[name]
     for key, (value, origin) in _values_of_the_run(config, world_size).items():
         _fill(path, settings, key, value=value, origin=origin)
     for key, value in _flatten(settings):
@@ -77,7 +82,7 @@ def resolve_deepspeed_config(path: Path, config: EngineConfig, *, world_size: in
             raise ValueError(
                 f'{path}: {key} is "auto", but a run does not decide it; write a value, or leave the key out'
             )
-    _refuse_contradictions(path, settings, zero, config)
+    _refuse_contradictions(path, zero, config)
     _refuse_wrong_values(path, settings)
     if "offload_optimizer" in zero:
         # torch's AdamW steps offloaded shards as well; DeepSpeed's own CPU Adam would need a compiler.
@@ -101,7 +106,7 @@ def _refuse_unknown_keys(path: Path, settings: dict[str, Any]) -> None:
         section: Any = settings
         for part in name.split("."):
             section = section.get(part) if isinstance(section, dict) else None
-        if section is None:
+        if section is None and settings.get(name, {}) is not None:
             continue
         if not isinstance(section, dict):
             raise ValueError(f"{path}: {name} is {section!r}; it must be an object of settings")
@@ -171,7 +176,7 @@ def _refuse_wrong_values(path: Path, settings: dict[str, Any]) -> None:
             raise ValueError(f"{path}: {key} is {json.dumps(first['input'])}: {first['msg']}; correct it") from None
 
 
-def _refuse_contradictions(path: Path, settings: dict[str, Any], zero: dict[str, Any], config: EngineConfig) -> None:
+def _refuse_contradictions(path: Path, zero: dict[str, Any], config: EngineConfig) -> None:
     stage = zero.get("stage", 0)  # DeepSpeed's default
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise ValueError(f"{path}: zero_optimization.stage is {stage!r}; it must be 0, 1, 2 or 3")
@@ -184,9 +189,7 @@ def _refuse_contradictions(path: Path, settings: dict[str, Any], zero: dict[str,
         raise ValueError(
             'engine.precision = "fp16" needs an accelerator, and this machine has none; use "bf16" or "fp32"'
         )
-    offloads = {
-        name: zero[name].get("device", "none") for name in ("offload_param", "offload_optimizer") if name in zero
-    }
+    offloads = {name: zero[name].get("device", "none") for name in OFFLOADS if name in zero}
     for name, device in offloads.items():
         if device == "nvme":
             raise ValueError(f'{path}: zero_optimization.{name}.device is "nvme", which is not supported; use "cpu"')

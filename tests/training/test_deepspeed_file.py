@@ -38,6 +38,13 @@ def test_what_the_file_leaves_out_is_filled_too(tmp_path):
     assert settings["bf16"] == {"enabled": True}
 
 
+def test_no_offload_may_be_written_as_null(tmp_path):
+    zero = {"stage": 2, "offload_optimizer": None, "offload_param": None}
+    settings = resolve_deepspeed_config(write(tmp_path, {"zero_optimization": zero}), RUN, world_size=2)
+    assert settings["zero_optimization"] == {"stage": 2}
+    assert "zero_force_ds_cpu_optimizer" not in settings
+
+
 def test_a_literal_that_agrees_with_the_run_stays(tmp_path):
     path = write(tmp_path, {"zero_optimization": {"stage": 2}, "train_batch_size": 12, "gradient_clipping": 0.5})
     assert resolve_deepspeed_config(path, RUN, world_size=2)["train_batch_size"] == 12
@@ -81,6 +88,8 @@ def test_a_literal_that_agrees_with_the_run_stays(tmp_path):
             {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "gpu"}}},
             "ds.json: zero_optimization.offload_optimizer.device is \"gpu\": Input should be .*'cpu'.*; correct it",
         ),
+        ({"zero_optimization": None}, "ds.json: zero_optimization is None; it must be an object"),
+        ({"bf16": None}, "bf16 is None; it must be an object"),
         ([], "holds a list; a DeepSpeed config is one JSON object"),
     ],
 )
