@@ -11,7 +11,7 @@ import tyro
 
 from re2tal.planning.choice import plan_step
 from re2tal.runs.deepspeed_presets import DEFAULT_PRESET, find_preset
-from re2tal.runs.devices import default_device
+from re2tal.runs.devices import default_device, named_device
 from re2tal.runs.planning_tables import print_forms, write_page
 from re2tal.runs.tasks import AnyRun
 from re2tal.strict_json import write_json
@@ -65,9 +65,4 @@ def _within(run: AnyRun, memory_budget_gb: float | Literal["auto"] | None) -> An
 
 
 def _device(name: str | None) -> torch.device:
-    if name is None:
-        return default_device()
-    device = torch.device(name)
-    if device.type != "cpu" and not torch.get_device_module(device).is_available():
-        raise ValueError(f"--device is {name}, which this machine does not have; plan where you train, or for the cpu")
-    return device
+    return default_device() if name is None else named_device(name)

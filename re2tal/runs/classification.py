@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from re2tal.config import RecognitionConfig, load_run
@@ -16,8 +15,8 @@ from re2tal.data.contract.manifest import Rejection
 from re2tal.evaluation.accuracy import accuracy
 from re2tal.evaluation.video_classes import write_video_classes
 from re2tal.inference import classify as classify_batches
-from re2tal.runs.detection_sources import batches_with_bar, open_source
-from re2tal.runs.devices import default_device
+from re2tal.runs.detection_sources import batch_of, batches_with_bar, open_source
+from re2tal.runs.devices import default_device, named_device
 from re2tal.runs.folder import CONFIG_NAME, RESULTS_NAME
 from re2tal.runs.trained import load_recognizer
 from re2tal.runs.video_files import list_videos, pack_videos
@@ -72,10 +71,10 @@ def classify(options: ClassificationOptions) -> Classified:
     data = open_source(config, videos=videos, shards=options.shards)
     of_run = videos is None and options.shards is None
     target = options.out or run / (RESULTS_NAME if of_run else "classes.json")
-    chosen = torch.device(options.device) if options.device else default_device()
+    chosen = named_device(options.device) if options.device else default_device()
     recognizer = load_recognizer(run, config).to(chosen, DTYPES[config.engine.precision])
     classes = recognizer.classes
-    batch_size = options.batch_size or config.engine.batch_size
+    batch_size = batch_of(options.batch_size, config)
     rejected: list[Rejection] = []
     if data is not None:
         # Shards of videos that nobody has annotated can be classified, but not scored.

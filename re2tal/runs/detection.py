@@ -18,7 +18,7 @@ from re2tal.inference import average_flips, predict
 from re2tal.progress import Progress
 from re2tal.reporting.found import FoundInVideo
 from re2tal.runs.detection_job import Detected, DetectionOptions, Job
-from re2tal.runs.detection_sources import batches_with_bar, check_looks_at_videos
+from re2tal.runs.detection_sources import batch_of, batches_with_bar, check_looks_at_videos
 from re2tal.runs.file_detection import Look, detect_in_files, weights_of
 from re2tal.runs.model_folder import SHIPPED
 from re2tal.runs.model_folder_hub import find_model
@@ -61,10 +61,11 @@ def detect(
             check_looks_at_videos(model, job.trained.config, asked="flip, of frames,")
         chosen = device_of(world, device)
         config = job.trained.config
+        clips = batch_of(batch_size, config)
         network = job.trained.network().to(chosen, DTYPES[config.engine.precision])
         if wanted.flip:
             average_flips(network)
-        look = Look(network, config, chosen, batch_size or config.engine.batch_size, job.early, max_damaged)
+        look = Look(network, config, chosen, clips, job.early, max_damaged)
         if job.shards is None:
             _look_at_files(job, look, world, say)
         else:

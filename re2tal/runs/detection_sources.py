@@ -25,6 +25,15 @@ def check_looks_at_videos(run: Path, config: RunConfig, *, asked: str) -> None:
         )
 
 
+def batch_of(asked: int | None, config: RunConfig | RecognitionConfig) -> int:
+    """Clips in one forward: as asked for, or as in training."""
+    if asked is None:
+        return config.engine.batch_size
+    if asked < 1:
+        raise ValueError(f"batch_size is {asked}; give 1 or more")
+    return asked
+
+
 def batches_with_bar(
     shards: ShardSet | FeatureSet, data: DataConfig, *, batch_size: int, world: World | None = None
 ) -> Iterable[Batch]:

@@ -12,8 +12,6 @@ from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
-import torch
-
 from re2tal.backbones import BackboneConfig, VideoBackbone, build_backbone, check_wiring
 from re2tal.backbones.stored import NAME
 from re2tal.config import RunConfig, load_config
@@ -33,7 +31,7 @@ from re2tal.data.streaming.stream import ClipConfig
 from re2tal.data.streaming.windows import ResizeWhole, Slide, Trimmed, Windowing
 from re2tal.extraction import Extractor, weights_sha256
 from re2tal.progress import counted
-from re2tal.runs.devices import default_device
+from re2tal.runs.devices import default_device, named_device
 from re2tal.runs.folder import CONFIG_NAME
 from re2tal.runs.shard_building import parse_part
 from re2tal.runs.trained import load_detector
@@ -105,7 +103,7 @@ def extract(options: Extract) -> list[BuiltSubset]:
     backbone, settings, weights = _backbone(options, config)
     # Before it is narrowed: the same weights have one name, whatever they compute in.
     sha256 = weights_sha256(backbone)
-    backbone = backbone.to(torch.device(options.device or default_device()), DTYPES[options.precision])
+    backbone = backbone.to(named_device(options.device or default_device()), DTYPES[options.precision])
     written = []
     for shards, clips in folders:
         origin = Extracted(

@@ -39,7 +39,7 @@ def test_parts_are_printed_and_written(capsys, monkeypatch, tmp_path) -> None:
     [
         (["--ranks", "0"], "--ranks is 0; give the number of processes"),
         (["--memory-budget-gb", "-2"], "memory_budget_gb is -2.0; give a positive number"),
-        (["--device", "cuda"], "--device is cuda, which this machine does not have"),
+        (["--device", "cuda"], "device is 'cuda', which cannot be had here"),
     ],
 )
 def test_wrong_input_is_one_line_and_exit_status_2(capsys, monkeypatch, arguments, message) -> None:
