@@ -185,8 +185,10 @@ class CheckpointStore:
         # For DeepSpeed's own tools. This program goes by the names of the folders.
         write_atomically(self.folder / "latest", final.name + "\n")
         _flush_folder(self.folder)
-        for old in self._names()[self.keep :]:  # last: a crash until here falls back to these
-            shutil.rmtree(self.folder / old)
+        names = self._names()
+        # Newer ones are damaged, and were passed over: beside them this one has to stay, and those that it follows.
+        for old in names[names.index(final.name) + self.keep :]:  # last: a crash until here falls back to these
+            _remove(self.folder / old)
         self._remove_leftovers()
 
     def _raise_together(self, failures: list[OSError], partial: Path) -> None:
@@ -201,7 +203,7 @@ class CheckpointStore:
 
     def _remove_leftovers(self) -> None:
         for leftover in self.folder.glob("tmp-*"):
-            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
+            _remove(leftover)
 
     # ---------------------------------------------------------------------------------------------------------- reading
 
@@ -279,6 +281,15 @@ def _restore_rank_state(engine: Engine, average: WeightAverage | None, state: di
 def _rank() -> tuple[int, int]:
     """Its number, and how many there are."""
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def _remove(path: Path) -> None:
+    """What cannot be removed stays, and is told of: a file that another process reads is still there on NFS, and no run
+    ends for that."""
+    try:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    except OSError as error:
+        print(f"{path} cannot be removed ({error}); saving goes on", file=sys.stderr, flush=True)
 
 
 def _flush_folder(folder: Path) -> None:

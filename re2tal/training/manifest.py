@@ -71,14 +71,23 @@ def read_manifest(checkpoint: Path, *, files: bool = True) -> CheckpointManifest
     sealed = _check_seal(checkpoint, document)
     progress = _check_progress(document["progress"], checkpoint)
     for name, expected in _check_files(document["files"]).items() if files else ():
-        path = checkpoint / name
-        if not path.is_file():
-            raise ValueError(f"{name} is missing")
-        if path.stat().st_size != expected["bytes"]:
-            raise ValueError(f"{name} has {path.stat().st_size} bytes instead of {expected['bytes']}")
-        if sha256_of(path) != expected["sha256"]:
-            raise ValueError(f"{name} has changed since it was written (SHA-256 differs)")
+        try:
+            fault = _fault_of(checkpoint / name, expected)
+        except OSError as error:  # a disk's bad block is as good as another byte
+            fault = f"cannot be read ({error})"
+        if fault is not None:
+            raise ValueError(f"{name} {fault}")
     return CheckpointManifest(document["run"], progress, sealed)
+
+
+def _fault_of(path: Path, expected: Mapping[str, Any]) -> str | None:
+    if not path.is_file():
+        return "is missing"
+    if path.stat().st_size != expected["bytes"]:
+        return f"has {path.stat().st_size} bytes instead of {expected['bytes']}"
+    if sha256_of(path) != expected["sha256"]:
+        return "has changed since it was written (SHA-256 differs)"
+    return None
 
 
 def _line(content: Mapping[str, Any]) -> str:

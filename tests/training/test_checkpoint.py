@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -9,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,7 +20,7 @@ from training.tiny import same, tiny_trainer, weights
 
 from re2tal.distributed import World
 from re2tal.strict_json import sha256_of
-from re2tal.training import checkpoint
+from re2tal.training import checkpoint, manifest
 from re2tal.training.checkpoint import CheckpointStore
 from re2tal.training.config import TrainingConfig
 from re2tal.training.engine_weights import master_weights
@@ -130,6 +132,48 @@ def test_a_checkpoint_of_weights_that_are_not_finite_is_passed_over(trained, tmp
     assert trained.resume()
     assert trained.progress.step == 6
     assert re.search(r"passing over .*8: not all numbers are finite: the weights on rank 0", capsys.readouterr().err)
+
+
+def test_a_file_that_the_disk_cannot_read_is_damage_too(trained, tmp_path, monkeypatch, capsys):
+    def read(path: Path) -> str:
+        if path.parent.name == "step-00000008":
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(path))
+        return sha256_of(path)
+
+    monkeypatch.setattr(manifest, "sha256_of", read)
+    assert trained.resume()
+    assert trained.progress.step == 6
+    assert re.search(r"passing over .*8: \S+ cannot be read \(.*Input/output error", capsys.readouterr().err)
+
+
+def test_a_damaged_newer_checkpoint_costs_none_that_is_sound(trained, tmp_path):
+    """A run that went on from before it, and is stopped before it comes there again."""
+    (tmp_path / "checkpoints" / "step-00000008" / "rank-00000.pt").unlink()
+    assert trained.resume()
+    trained.checkpoints.keep = 1
+    trained.checkpoints.save(trained.engine, trained.average, replace(trained.progress, step=7, micro_batches=7))
+    assert checkpoints(tmp_path) == ["latest", "step-00000007", "step-00000008"]
+    assert trained.resume()
+    assert trained.progress.step == 7
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_ends_no_run(trained, tmp_path, monkeypatch, capsys):
+    """On NFS a file that another process reads is still there, under another name."""
+    remove = shutil.rmtree
+
+    def busy(path: Path, **options: bool) -> None:
+        if path.name == "step-00000003":
+            raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+        remove(path, **options)
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", busy)
+    trained.checkpoints.keep, trained.checkpoints.pauses_seconds = 1, ()
+    trained.checkpoints.save(trained.engine, trained.average, trained.progress)
+    assert checkpoints(tmp_path) == ["latest", "step-00000003", "step-00000008"]
+    assert "step-00000003 cannot be removed" in capsys.readouterr().err
+    monkeypatch.undo()
+    trained.checkpoints.save(trained.engine, trained.average, trained.progress)
+    assert checkpoints(tmp_path) == ["latest", "step-00000008"]
 
 
 def test_when_all_are_damaged_the_run_does_not_start_afresh_by_itself(trained, tmp_path):
