@@ -164,7 +164,15 @@ def _on_these_ranks(config: AnyRun, folder: Path, world: World) -> AnyRun:
     saved = made_by_main(CheckpointStore(folder / CHECKPOINTS_NAME, identity={}).newest_run)
     if not saved:
         return config
-    return replace(config, engine=same_clips_per_step(config.engine, saved, num_ranks=world.world_size))
+    engine = same_clips_per_step(config.engine, saved, num_ranks=world.world_size)
+    if world.is_main and engine != config.engine:
+        print(
+            f"engine.gradient_accumulation is {engine.gradient_accumulation} and not "
+            f"{config.engine.gradient_accumulation}: on {world.world_size} ranks a step takes as many clips as before",
+            file=sys.stderr,
+            flush=True,
+        )
+    return replace(config, engine=engine)
 
 
 def _resume(

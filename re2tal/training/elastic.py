@@ -24,7 +24,9 @@ def same_clips_per_step(config: EngineConfig, saved: Mapping[str, Any], *, num_r
     """
     batches = batches_of_step(saved)
     asked = config.gradient_accumulation
-    if saved.get(BATCH) != config.batch_size or asked * num_ranks == batches or asked != saved.get(ACCUMULATION):
+    # What the run began with divides its batches, on whatever number of ranks it was saved since: a job that is queued
+    # again asks for it each time.
+    if saved.get(BATCH) != config.batch_size or asked * num_ranks == batches or batches % asked:
         return config  # nothing to adapt, or another run: that is refused when the checkpoint is loaded
     if batches % num_ranks:
         # Every rank takes whole batches, so only divisors keep the clips of a step.

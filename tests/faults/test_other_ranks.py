@@ -125,6 +125,10 @@ def test_accumulation_adapts_and_sizes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"takes 12 batches of 2 clips, which 5 .* resume on 1, 2, 3, 4, 6, 12 ranks"):
         same_clips_per_step(config, saved, num_ranks=5)
     # Who gives an accumulation that fits has adapted it already.
+    # Saved on 2 ranks meanwhile, and started once more with the options of the first start.
+    since = {**saved, "engine.gradient_accumulation": 6, "number of ranks": 2}
+    for ranks, accumulation in ((2, 6), (1, 12), (4, 3)):
+        assert same_clips_per_step(config, since, num_ranks=ranks).gradient_accumulation == accumulation
     given = EngineConfig(batch_size=2, gradient_accumulation=6)
     assert same_clips_per_step(given, saved, num_ranks=2) == given
     assert place_in_run(TrainingProgress(step=2, micro_batches=6), saved, num_ranks=3) == TrainingProgress(
