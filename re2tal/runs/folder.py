@@ -63,6 +63,12 @@ def claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
                 f"{folder} holds the checkpoints of an earlier run; continue it (resume), replace it (overwrite), or "
                 "choose another folder"
             )
+        # The new run would forget its figures at once, and replace its model in the end.
+        if not overwrite and (folder / MODEL_NAME).exists() and not any(checkpoints.glob("step-*")):
+            raise ValueError(
+                f"{folder} holds a model, and no checkpoint to go on from; replace it (overwrite), or choose another "
+                "folder"
+            )
         folder.mkdir(parents=True, exist_ok=True)
 
     made_by_main(make)

@@ -1,0 +1,35 @@
+"""Whose a run folder is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from re2tal.runs.folder import claim
+
+
+@pytest.mark.parametrize("resume", [False, True])
+@pytest.mark.parametrize("left", [(), ("latest",)])
+def test_a_model_without_checkpoints_is_not_trained_over_without_a_word(
+    resume: bool, left: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Its checkpoints were removed, which are the largest part, or it was imported."""
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "metrics.jsonl").touch()
+    (tmp_path / "checkpoints").mkdir()
+    for name in left:
+        (tmp_path / "checkpoints" / name).touch()
+    with pytest.raises(ValueError, match=r"holds (a model, and no checkpoint to go on from|the checkpoints of)"):
+        claim(tmp_path, resume=resume, overwrite=False)
+    assert (tmp_path / "metrics.jsonl").exists()
+    claim(tmp_path, resume=False, overwrite=True)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_a_run_that_ended_or_died_before_its_first_checkpoint_is_resumed(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").touch()
+    claim(tmp_path, resume=True, overwrite=False)
+    (tmp_path / "model.safetensors").touch()
+    (tmp_path / "checkpoints" / "step-00000006").mkdir(parents=True)
+    claim(tmp_path, resume=True, overwrite=False)
