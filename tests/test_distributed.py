@@ -55,6 +55,11 @@ EIGHT = World(rank=5, world_size=8, local_rank=1, master_addr="node7", master_po
             World(rank=5, world_size=6, local_rank=1, master_addr="gpu07", master_port=33456, device_index=1),
             id="srun with fewer tasks than the job",
         ),
+        pytest.param(
+            {**SRUN, "SLURM_STEP_ID": "2"},
+            World(rank=5, world_size=8, local_rank=1, master_addr="gpu07", master_port=49294, device_index=1),
+            id="srun beside other steps of the job",
+        ),
     ],
 )
 def test_each_launcher_gives_its_world(environ, world):

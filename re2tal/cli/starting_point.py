@@ -71,7 +71,7 @@ def _without_what_options_rule_out(
         left_out.append(f"annealing.epochs {run.annealing.epochs:g}")
         run = replace(run, annealing=replace(run.annealing, epochs=0.0))
     # Once, not from every rank.
-    if left_out and os.environ.get("RANK", "0") == "0":
+    if left_out and os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")) == "0":
         print(f"left out: {', '.join(left_out)}: without meaning {reason}", file=sys.stderr)
     return run
 

@@ -121,8 +121,12 @@ def _first_of(environ: Mapping[str, str], *names: str) -> str:
 
 
 def _job_port(environ: Mapping[str, str]) -> int:
-    """A port all tasks of a job agree on and two jobs on one node seldom share."""
-    return 10_000 + _integer(environ, "SLURM_JOB_ID") % 50_000 if "SLURM_JOB_ID" in environ else 29_500
+    """A port all tasks of a step agree on, and two steps or jobs on one node seldom share."""
+    if "SLURM_JOB_ID" not in environ:
+        return 29_500
+    step = _first_of(environ, "SLURM_STEP_ID", "SLURM_STEPID")
+    # A prime, so that a step of one job seldom meets the first step of the next one.
+    return 10_000 + (_integer(environ, "SLURM_JOB_ID") + 7_919 * _integer(environ, step)) % 50_000
 
 
 def _device_index(environ: Mapping[str, str], local_rank: int) -> int:
