@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -14,7 +15,7 @@ import re2tal
 from re2tal.cli.commands import COMMANDS, STARTING_POINTS
 from re2tal.cli.faults import end
 from re2tal.cli.help import commands_help, examples, page_of, short_help
-from re2tal.runs.exit_status import DIVERGED, KEYBOARD, WRONG_INPUT
+from re2tal.runs.exit_status import DIVERGED, KEYBOARD, UNREAD, WRONG_INPUT
 from re2tal.training.signals import stop_requests
 
 if TYPE_CHECKING:
@@ -22,6 +23,10 @@ if TYPE_CHECKING:
 
 HELP = {"-h", "--help"}
 SHELLS = ("bash", "zsh", "fish")
+LESS_MEMORY = (
+    "Take a smaller batch; or, in training, --engine.memory-budget-gb auto, which keeps a step within what is free "
+    "(re2tal plan counts what one needs)"
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -45,13 +50,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with stop_requests() if name == "train" else nullcontext():
             status = _run(name, rest)
     except (ValueError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and not _is_read():
+            sys.exit(UNREAD)
         end(str(error), WRONG_INPUT, debug=debug)
     # A loss that is no number: another status, so that a scheduler does not start the same again.
     except FloatingPointError as error:
         end(str(error), DIVERGED, debug=debug)
+    except RuntimeError as error:
+        # By name: what raised it has imported torch, which this file must not.
+        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
+            raise
+        end(f"{str(error).strip().partition(chr(10))[0]} {LESS_MEMORY}", WRONG_INPUT, debug=debug)
     except KeyboardInterrupt:
         end("stopped by the keyboard; finished files are kept, a training run goes on with --resume", KEYBOARD)
     sys.exit(status)
+
+
+def _is_read() -> bool:
+    """Whether somebody still reads what is printed. Where nobody does, as behind `| head`, nothing more is written."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # The interpreter flushes once more when it ends, and would complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
 
 
 def _without_command(name: str, rest: Sequence[str]) -> None:

@@ -19,7 +19,7 @@ def end(message: str, status: int, *, debug: bool = False) -> NoReturn:
     Where the message is not one of ours, the line names the file with the traceback too.
     """
     # Of one process the number would say nothing.
-    rank = os.environ.get("RANK") if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+    rank = None if os.environ.get("WORLD_SIZE", "1") == "1" else os.environ.get("RANK")
     error = sys.exc_info()[1]
     if error is not None and debug:
         traceback.print_exception(error)
@@ -31,9 +31,10 @@ def end(message: str, status: int, *, debug: bool = False) -> NoReturn:
 
 def _keep(error: BaseException, rank: str | None) -> Path | None:
     """The file with the last traceback of this user; None where it cannot be written, which is no fault."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    path = Path(base) / "re2tal" / f"last_error{f'_rank{rank}' if rank else ''}.txt"
-    with suppress(OSError):
+    # RuntimeError: of a user whom this container does not know, no home is known either.
+    with suppress(OSError, RuntimeError):
+        base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+        path = Path(base) / "re2tal" / f"last_error{f'_rank{rank}' if rank else ''}.txt"
         write_atomically(path, "".join(traceback.format_exception(error)))
         return path
     return None

@@ -18,3 +18,5 @@ DIVERGED = 78
 """The numbers of a run stopped being finite; starting it again would not help."""
 KEYBOARD = 130
 """Stopped by the keyboard; finished files are kept."""
+UNREAD = 141
+"""Whoever read the output, such as `head`, has gone, as shells report a process that SIGPIPE ended."""

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import IO
 
 import pytest
+import torch
 
 from re2tal import cli
 from re2tal.cli import COMMANDS, main
@@ -98,6 +101,66 @@ def test_a_home_that_cannot_be_written_to_is_no_second_fault(monkeypatch, capsys
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert status_of(["demo"]) == 2
     assert capsys.readouterr().err == "re2tal: no space\n"
+
+
+@pytest.mark.parametrize("ranks", ["", "two"])
+def test_without_a_home_or_a_number_of_ranks_the_line_is_still_the_line(ranks, monkeypatch, capsys):
+    def command() -> None:
+        raise OSError("no space")
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    runs_instead(command, monkeypatch)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    monkeypatch.setenv("WORLD_SIZE", ranks)
+    assert status_of(["demo"]) == 2
+    assert capsys.readouterr().err == "re2tal: no space\n"
+
+
+def test_output_that_nobody_reads_any_more_is_no_fault(monkeypatch, capsys):
+    def broken() -> IO[str]:
+        reader, writer = os.pipe()
+        os.close(reader)
+        return open(writer, "w", buffering=1)
+
+    def command() -> None:
+        print("a line")
+
+    runs_instead(command, monkeypatch)
+    with broken() as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert status_of(["demo"]) == 141
+    assert capsys.readouterr().err == ""
+
+
+def test_a_pipe_that_breaks_elsewhere_is_told(monkeypatch, capsys):
+    def command() -> None:
+        raise BrokenPipeError("a worker is gone")
+
+    runs_instead(command, monkeypatch)
+    assert status_of(["demo"]) == 2
+    assert "a worker is gone" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:1] . DefaultCPUAllocator: can't allocate memory: you tried"),
+    ],
+)
+def test_too_little_memory_is_said_with_what_needs_less(error, monkeypatch, capsys):
+    def command() -> None:
+        raise error
+
+    runs_instead(command, monkeypatch)
+    assert status_of(["train"]) == 2
+    said = capsys.readouterr().err
+    assert str(error).partition("\n")[0] in said
+    assert "--engine.memory-budget-gb auto" in said
 
 
 def test_the_keyboard_stops_a_command_in_one_line(monkeypatch, capsys):
