@@ -162,7 +162,13 @@ def _started(start: Start, data: DataFacts) -> tuple[RunConfig, list[tuple[str, 
         backbone=backbone,
         annealing=annealing,
         engine=EngineConfig(batch_size=1, precision="bf16"),
-        training=TrainingConfig(epochs=epochs, average_decay=0.999, log_every_steps=20, evaluate_every_epochs=10),
+        training=TrainingConfig(
+            epochs=epochs,
+            # Of few videos 100 epochs are few steps, and 0.999 would still average the initial weights.
+            average_decay=0.999 if epochs * data.num_training >= 2500 else 0.98,
+            log_every_steps=20,
+            evaluate_every_epochs=10,
+        ),
     )
     how = "the file was trained rewired" if wiring else f"plain weights become rewired over {annealing.epochs:g} epochs"
     reasons = [

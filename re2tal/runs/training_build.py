@@ -27,6 +27,7 @@ from re2tal.training.annealing import beta_course
 from re2tal.training.checkpoint import CheckpointStore
 from re2tal.training.deepspeed_import import Engine
 from re2tal.training.elastic import RANKS
+from re2tal.training.ema import about_short_run
 from re2tal.training.engine import build_engine
 from re2tal.training.engine_weights import zero_stage
 from re2tal.training.finite import check_finite
@@ -144,8 +145,9 @@ def _engine(
     clips_per_step = config.engine.batch_size * accumulation * world.world_size
     optimizer, on_rates = for_batch(config.optimizer, clips=clips_per_step)
     engine = build_engine(model, build_optimizer(model, optimizer), factor=factor, settings=settings)
-    if on_rates is not None:
-        log.say(on_rates)
+    for sentence in (on_rates, about_short_run(config.training.average_decay, num_steps=num_steps)):
+        if sentence is not None:
+            log.say(sentence)
     return engine, beta
 
 

@@ -17,6 +17,20 @@ from torch import Tensor
 from re2tal.training.deepspeed_import import Engine
 from re2tal.training.engine_weights import master_weights, publish
 
+LARGEST_SHARE, SMALL_SHARE = 0.1, 0.01
+"""Of the last average, what the initial weights may be before the run says so, and what they are with its advice."""
+
+
+def about_short_run(decay: float | None, *, num_steps: int) -> str | None:
+    """What a run of so few steps averages, in a sentence; None where its end counts for nearly all."""
+    if decay is None or (share := decay**num_steps) <= LARGEST_SHARE:
+        return None
+    return (
+        f"training.average_decay is {decay:g}: after {num_steps} steps {share:.0%} of the averaged weights, which are "
+        f"evaluated and exported, are still the initial ones; with {SMALL_SHARE ** (1 / num_steps):.3g} it would be "
+        f"{SMALL_SHARE:.0%}, and None averages nothing"
+    )
+
 
 class WeightAverage:
     """The moving average of one engine's trainable weights. Buffers are not averaged: the model's own are used."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from re2tal.training import ema
-from re2tal.training.ema import WeightAverage
+from re2tal.training.ema import WeightAverage, about_short_run
 
 
 @pytest.fixture
@@ -43,3 +43,18 @@ def test_a_checkpoint_gives_back_the_average_and_not_the_weights(weights: list[T
 def test_the_average_of_other_shards_is_refused(weights: list[Tensor]) -> None:
     with pytest.raises(ValueError, match=r"weight average has shards \[.*3.*\], this run .*; resume with"):
         WeightAverage(None, decay=0.9).restore([torch.zeros(3)])
+
+
+def test_a_run_too_short_for_its_average_says_what_it_would_export(weights: list[Tensor]) -> None:
+    said = about_short_run(0.9, num_steps=20)
+    assert said is not None
+    assert "after 20 steps 12% of the averaged weights" in said
+    assert "with 0.794 it would be 1%" in said
+    average = WeightAverage(None, decay=0.9)
+    for shard in weights:
+        shard.zero_()
+    for _ in range(20):
+        average.update()
+    assert average.shards[1].item() == pytest.approx(4 * 0.12158, rel=1e-4)
+    assert about_short_run(0.9, num_steps=22) is None
+    assert about_short_run(None, num_steps=1) is None
