@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from re2tal.config import to_json
 from re2tal.data.addresses.address import as_address
 from re2tal.data.contract.manifest import Rejection
 from re2tal.data.contract.shards import FeatureSet, ShardSet
@@ -206,6 +207,8 @@ def _made_with(trained: Trained, wanted: DetectionOptions, min_score: float) -> 
     """What results depend on, beside the videos."""
     return {
         "weights": trained.weights_id,
+        # config.json may have been edited since, which weights do not tell.
+        "suppression": to_json(trained.config)["suppression"],
         "min_score": min_score,
         "top": wanted.top,
         "classes": sorted(wanted.classes),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -232,6 +233,13 @@ def test_a_run_that_is_stopped_has_written_what_it_found(
     assert read_results(out).predictions.keys() == whole.predictions.keys()
     for name, one in whole.predictions.items():
         assert torch.equal(one.scores, read_results(out).of(name).scores)
+    # The same weights, and others are found with them.
+    edited = shutil.copytree(model, tmp_path / "edited") / "config.json"
+    document = json.loads(edited.read_text())
+    document["suppression"]["max_per_video"] = 7
+    edited.write_text(json.dumps(document))
+    with pytest.raises(ValueError, match=r"was made with suppression .* and here it is .*'max_per_video': 7"):
+        detect(edited.parent, files, wanted=DetectionOptions(out, add=True), device="cpu")
 
 
 def test_wrong_wishes_are_refused_before_anything_is_looked_at(model: Path, videos: Path, tmp_path: Path) -> None:
@@ -246,6 +254,9 @@ def test_wrong_wishes_are_refused_before_anything_is_looked_at(model: Path, vide
     ):
         with pytest.raises(ValueError, match=message):
             detect(model, files, wanted=wanted, device="cpu")
+    for batch_size in (0, -2):
+        with pytest.raises(ValueError, match=rf"batch_size is {batch_size}; give 1 or more"):
+            detect(model, files, batch_size=batch_size, device="cpu")
     with pytest.raises(ValueError, match=r"addresses that begin with ftp: are not read; give one of http://"):
         detect(model, [Path("ftp://example.org/x.mp4")])
     with pytest.raises(ValueError, match=r"model\.safetensors is a file; give the folder that holds it"):
