@@ -39,6 +39,11 @@ class Penalty:
     """Whether it depends on which one of the two is picked."""
 
 
+def padded_lengths(starts: Floats, ends: Floats) -> Floats:
+    """Lengths (N,) of which no two add up to 0, also where a segment of another program ends before it starts."""
+    return np.maximum(ends - starts, 0) + LENGTH_EPSILON
+
+
 def reach(segments: Floats, groups: NDArray) -> Indices:
     """For each segment, one past the last of its group that starts before it ends: (N,).
 
@@ -139,7 +144,7 @@ def pick_one_by_one(
 def _pairs(segments: Floats, last: Indices, penalty: Penalty) -> Iterator[tuple[Indices, Indices, Floats, Floats]]:
     """Each pair (i, j), i < j < last[i]: both numbers, and what i subtracts from j and j from i."""
     starts, ends = segments[:, 0].copy(), segments[:, 1].copy()
-    lengths = ends - starts + LENGTH_EPSILON
+    lengths = padded_lengths(starts, ends)
     counts = last - np.arange(1, len(last) + 1)
     before = np.cumsum(counts) - counts
     begin = 0

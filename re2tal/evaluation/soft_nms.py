@@ -15,7 +15,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from re2tal.evaluation.overlaps import LENGTH_EPSILON, Floats, Indices, Penalty, pick_in_rounds, pick_one_by_one, reach
+from re2tal.evaluation.overlaps import (
+    Floats,
+    Indices,
+    Penalty,
+    padded_lengths,
+    pick_in_rounds,
+    pick_one_by_one,
+    reach,
+)
 
 ROUNDS_BETWEEN_COMPACTIONS = 32
 MAX_OVERLAPS_IN_ROUNDS = 12
@@ -174,7 +182,7 @@ class _Rows:
             spread(starts, 0.0),
             spread(ends, 0.0),
             # 1, not 0, where there is no segment: a union of 0 would divide.
-            spread(ends - starts + LENGTH_EPSILON, 1.0),
+            spread(padded_lengths(starts, ends), 1.0),
             spread(logs, -np.inf),
             spread(np.arange(len(logs)), 0),
         )

@@ -117,6 +117,22 @@ def test_of_equal_scores_the_first_one_suppresses_the_other(way: str, monkeypatc
     )
 
 
+@pytest.mark.parametrize("way", WAYS)
+def test_a_segment_that_ends_before_it_starts_leaves_the_others_alone(
+    way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in results of other programs: its length and that of another, which it does not touch, may add up to 0."""
+    for name, value in WAYS[way].items():
+        monkeypatch.setattr(module, name, value)
+    segments = np.array([[200, 400], [300, 100], [210, 410], [230, 430]], dtype=np.float32)
+    scores, options = np.array([0.8, 0.9, 0.7, 0.6], dtype=np.float32), {"min_score": 0.001, "max_per_group": 9}
+    penalty = _PENALTIES["gaussian"](SuppressionConfig())
+    found = dict(zip(*soft_nms(segments, scores, np.zeros(4), penalty=penalty, **options)[:2], strict=True))
+    sound = [0, 2, 3]
+    index, lowered, _ = soft_nms(segments[sound], scores[sound], np.zeros(3), penalty=penalty, **options)
+    assert found == {1: scores[1], **{sound[one]: score for one, score in zip(index, lowered, strict=True)}}
+
+
 def test_a_score_that_equals_the_least_one_stays() -> None:
     """Logarithms of one number by two functions differ in the last bit, for about one number in 600."""
     scores = np.arange(1, 2**16, 23, dtype=np.float32) / np.float32(2**16)
