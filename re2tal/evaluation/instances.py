@@ -38,7 +38,7 @@ class Truths:
     scored: tuple[str, ...]
     """all videos that are not blocked, also those without a truth"""
     durations: np.ndarray
-    """of these, in seconds"""
+    """of these, in seconds; infinite where not known"""
     blocked: tuple[str, ...]
     """the others"""
 
@@ -97,9 +97,15 @@ def flatten_truths(
         # All records are of one subset: read_ground_truth takes one out of the file.
         ground_truth[0].subset,
         tuple(one.video_id for one in ground_truth if one.video_id not in blocked_ids),
-        np.array([one.duration_seconds for one in ground_truth if one.video_id not in blocked_ids]),
+        np.array([_known_duration(one) for one in ground_truth if one.video_id not in blocked_ids]),
         tuple(one.video_id for one in ground_truth if one.video_id in blocked_ids),
     )
+
+
+def _known_duration(record: VideoRecord) -> float:
+    # Files without durations: the end of the last action stands in, and predictions behind it are no fault.
+    last = max((one.end_seconds for one in record.actions), default=0.0)
+    return np.inf if record.duration_seconds == last else record.duration_seconds
 
 
 def flatten_predictions(

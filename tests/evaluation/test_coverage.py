@@ -161,6 +161,16 @@ def test_numbers_that_hardly_mean_what_they_should_are_named(tmp_path: Path) -> 
     assert minutes.startswith("no prediction ends after 0.06667 s, and the last true action ends at 8 s; give segments")
 
 
+def test_without_durations_no_prediction_is_behind_the_end_of_its_video(tmp_path: Path) -> None:
+    rows = [(5.0 + start, 6.0 + start, "jump") for start in range(3)]
+    predictions, annotations = write(tmp_path, {"a": [*JUMP, *rows], "b": rows}, {"a": JUMP, "b": []})
+    document = json.loads(annotations.read_text())
+    for entry in document["database"].values():
+        del entry["duration"]
+    annotations.write_text(json.dumps(document))
+    assert re2tal.evaluate(predictions, annotations).to_json()["coverage"]["notes"] == []
+
+
 def test_videos_of_another_subset_are_recognized(tmp_path: Path) -> None:
     predictions, annotations = write(tmp_path, {"a": JUMP}, {"a": JUMP, "b": JUMP})
     document = json.loads(annotations.read_text())
