@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,9 +169,11 @@ def make_catalog(
     subsets = {state.subset(key) for key in keys.values()}
     ids = list(results.predictions)
     taken = set(keys.values())
+    # "clip.mov" and "clip.mp4" are two entries, which keep their suffixes, as does one beside a predicted "clip".
+    sharing = Counter(ids) + Counter(map(plain_id, state.database))
     for key in state.database:
         if key not in taken and (not ids or state.subset(key) in subsets):
-            keys[plain_id(key)] = key
+            keys[plain_id(key) if sharing[plain_id(key)] == 1 else key] = key
     if not ids:
         keys |= {video_id: video_id for video_id in files or {} if video_id not in keys}
     ids += [one for one in keys if one not in results.predictions]

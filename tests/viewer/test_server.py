@@ -353,6 +353,20 @@ def test_files_with_one_id_are_told(folder: Path) -> None:
     assert "1 files have the id of another" in notes[0]
 
 
+def test_entries_that_differ_by_their_suffix_are_videos_of_their_own(folder: Path) -> None:
+    document = json.loads((folder / "annotations.json").read_text())
+    entries = document["database"]
+    entries |= {"v": entries["v.mp4"], "v.mp4": entries["w"], "w.mov": entries["w"], "w.avi": entries["x"]}
+    (folder / "annotations.json").write_text(json.dumps(document))
+    with open_viewer(folder / "results.json", ViewOptions(annotations=folder / "annotations.json", port=0)) as server:
+        keys = {video.video_id: video.key for video in server.catalog.videos}
+        # The predictions for "v" are compared with its own actions, and corrections of "v" go there.
+        assert {name: keys[name] for name in ("v", "v.mp4", "w", "w.mov")} == {
+            name: name for name in ("v", "v.mp4", "w", "w.mov")
+        }
+        assert server.catalog.summary()["videos"][0]["types"]["true positive"] == 1
+
+
 def test_earlier_corrections_stand_in_for_the_annotations_and_say_so(folder: Path) -> None:
     annotations = folder / "annotations.json"
     options = ViewOptions(annotations=annotations, port=0)
