@@ -142,11 +142,14 @@ class EvaluationConfig:
 
 
 def check_thresholds(tiou_thresholds: Sequence[float]) -> np.ndarray:
-    """(T,) float64; ValueError unless there is at least one and all are in (0, 1]."""
+    """(T,) float64; ValueError unless there is at least one, all are in (0, 1], and tables can tell them apart."""
     thresholds = np.asarray(tiou_thresholds, dtype=np.float64)
     # Above 0: at 0, every prediction of a video would match each of its truths.
     if thresholds.ndim != 1 or not thresholds.size or not ((thresholds > 0) & (thresholds <= 1)).all():
         raise ValueError(f"tiou_thresholds is {tiou_thresholds}; give at least one number in (0, 1]")
+    # Twice, one would weigh double in the average.
+    if len(set(names := threshold_names(tiou_thresholds))) < len(names):
+        raise ValueError(f"tiou_thresholds is {tiou_thresholds}; give each once, to four digits")
     return thresholds
 
 

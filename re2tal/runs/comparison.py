@@ -39,8 +39,8 @@ def compare(
 ) -> Comparison:
     """The mAP of A and B, their difference, its interval and p.
 
-    Without `annotations`, those of the run folder that A lies in count. Raises ValueError, before anything is scored,
-    if there is none, and as `re2tal.evaluate`.
+    Without `annotations`, those of the run folder that A lies in count, with its blocked videos and thresholds unless
+    others are given. Raises ValueError, before anything is scored, if there is none, and as `re2tal.evaluate`.
     """
     sides = [(a, *options.seeds_of_a), (b, *options.seeds_of_b)]
     # All of them before anything is read: scoring takes minutes.
@@ -57,7 +57,7 @@ def compare(
 def _truths(
     a: Path, annotations: Path | None, options: ComparisonOptions
 ) -> tuple[Sequence[VideoRecord], Path, ComparisonOptions]:
-    """The true actions, where they are from, and the options with the blocked list of A's run, if none is given."""
+    """The true actions, where they are from, and the options with what A's run says of those that are not given."""
     if annotations is not None:
         return read_ground_truth(annotations, subset=options.subset), annotations, options
     config_file = a.parent / CONFIG_NAME
@@ -68,5 +68,10 @@ def _truths(
         )
     config = load_config(config_file)
     folder = subset_folder(config.data.shards, config.data.validation_subset)
-    options = replace(options, blocked_videos=options.blocked_videos or config.evaluation.blocked_videos)
+    rules, thresholds = config.evaluation, options.tiou_thresholds
+    # A data set that was named has thresholds of its own.
+    if thresholds is None and options.dataset == BY_DEFAULT.dataset:
+        thresholds = rules.tiou_thresholds
+    blocked = options.blocked_videos or rules.blocked_videos
+    options = replace(options, blocked_videos=blocked, tiou_thresholds=thresholds)
     return [video.record for video in open_any(folder).videos], folder, options

@@ -101,7 +101,8 @@ def reproduce(asked: Reproduction) -> int:
     if published.needs_video_classes:
         card.add("video classes", check_video_classes(asked.video_classes, asked.shards))
     # Every rank plans: the count needs no other rank.
-    card.add("plan", Checked(_planned(config, asked, world, num_classes=len(classes))))
+    plan = _planned(config, asked, world, num_classes=len(classes))
+    card.add("plan", Checked({"recipe": published.recipe, **plan}))
     if world.is_main:
         print(card, flush=True)
     status = 0
@@ -194,7 +195,6 @@ def _planned(config: RunConfig, asked: Reproduction, world: World, *, num_classe
     ds = find_preset(asked.ds)
     plan = plan_step(config, ds, world_size=world.world_size, num_classes=num_classes, device=device)
     return {
-        "recipe": config.name,
         "step": plan.headline,
         "peak bytes of a rank": plan.memory.peak,
         "clips a step": config.engine.batch_size * config.engine.gradient_accumulation * world.world_size,

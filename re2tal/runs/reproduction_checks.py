@@ -34,8 +34,8 @@ from re2tal.video_ids import composed, plain_id
 
 MAX_NAMED = 10
 TIMED_STEPS = 3
-_HASH_IN_NAME = re.compile(r"[-_]([0-9a-f]{8,64})\.(?:pth|pt|safetensors)$")
-"""torch.hub and mmengine put the first digits of a file's SHA-256 at the end of its name."""
+_HASH_IN_NAME = re.compile(r"[-_](?!(?:19|20)\d{6}\.)([0-9a-f]{8,64})\.(?:pth|pt|safetensors)$")
+"""torch.hub and mmengine put the first digits of a file's SHA-256 at the end of its name; others a date."""
 
 
 @dataclass(slots=True)
@@ -80,7 +80,17 @@ def check_data(dataset: str, annotations: Path, shards: Path, blocked: Path | No
         checked.problems += [f"{subset}: {line}" for line in _compare_shards(opened, wanted)]
         truths = read_ground_truth(annotations, subset=names.get(subset, subset))
         checked.problems += [f"{subset}: {line}" for line in _compare_actions(opened, truths)]
+    checked.problems += _without_list(dataset, len(wanted))
     return checked
+
+
+def _without_list(dataset: str, num_validation: int) -> Iterator[str]:
+    """Whether published scores leave out validation videos that count here: only a list that people have says which."""
+    spec = find_dataset(dataset)
+    if spec.facts is None or not spec.facts.blocked or spec.blocked:
+        return
+    if num_validation > (fewest := min(spec.facts.subsets["validation"].videos)):
+        yield f"validation: {num_validation} videos count, and published scores are of {fewest}: {spec.facts.blocked}"
 
 
 def blocked_videos(dataset: str, blocked: Path | None) -> frozenset[str]:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from parity.vectors import vectors_dir
 
 import re2tal
 from re2tal.cli import main
+from re2tal.config import RunConfig, save_config
+from re2tal.evaluation.ground_truth import read_ground_truth
+from re2tal.evaluation.protocols import EvaluationConfig
+from re2tal.recipes import find_recipe
+from re2tal.runs.comparison import ComparisonOptions, compare
 
 GROUND_TRUTH = vectors_dir() / "eval_plain_gt.json"
 PREDICTIONS = vectors_dir() / "eval_plain_pred.json"
@@ -53,6 +61,24 @@ def test_two_files_are_compared_by_the_same_rules(tmp_path: Path, capsys: pytest
     assert "protocol opentad; subset validation: " in printed
     assert "; no blocked list; by class" in printed
     assert f"note: {b}: " in printed
+
+
+def test_in_a_run_folder_its_thresholds_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    demo = find_recipe("demo")
+    assert isinstance(demo, RunConfig)
+    save_config(tmp_path / "config.json", replace(demo, evaluation=EvaluationConfig(tiou_thresholds=(0.55, 0.95))))
+    a = tmp_path / "results.json"
+    a.write_bytes(PREDICTIONS.read_bytes())
+    records = read_ground_truth(GROUND_TRUTH, subset="validation")
+    opened = SimpleNamespace(videos=[SimpleNamespace(record=record) for record in records])
+    monkeypatch.setattr("re2tal.runs.comparison.open_any", lambda folder: opened)
+
+    def thresholds(**options: Any) -> list[str]:
+        return list(compare(a, worse(tmp_path), options=ComparisonOptions(draws=2, **options)).to_json()["tiou"])
+
+    assert thresholds() == ["0.55", "0.95", "average"]
+    assert thresholds(tiou_thresholds=(0.3,)) == ["0.3", "average"]
+    assert len(thresholds(dataset="activitynet")) == 11
 
 
 def test_what_is_missing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

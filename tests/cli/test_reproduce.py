@@ -20,6 +20,7 @@ from re2tal.evaluation.results import read_results
 from re2tal.runs.evaluation import Evaluated
 from re2tal.runs.published import PUBLISHED
 from re2tal.runs.reproduction_card import Card
+from re2tal.runs.reproduction_checks import check_data
 from re2tal.strict_json import sha256_of
 
 SECONDS, RATE = 6, 15
@@ -178,7 +179,7 @@ def test_a_dry_run_checks_and_plans_the_published_network_and_trains_nothing(thu
     code, card = reproduce(thumos, "thumos14", tmp_path / "run", "--dry-run", "--backbone", "swin")
     assert code == 1
     assert any("none were given" in problem for problem in card["problems"])
-    assert card["facts"]["plan"]["recipe"] == "run"
+    assert card["facts"]["plan"]["recipe"] == "thumos14_re2swin_tiny"
     assert card["facts"]["plan"]["clips a step"] == 2
     assert "swin3d_tiny" in card["facts"]["plan"]["step"]
     assert card["facts"]["plan"]["peak bytes of a rank"] > 1e9
@@ -247,6 +248,28 @@ def test_files_that_do_not_belong_together_are_found_before_training(thumos, act
     assert any(
         "lacks 1 of the 2 classes of the data, which will never be found: Zumba" in one for one in card["problems"]
     )
+
+
+def test_without_the_list_of_blocked_videos_activitynets_score_is_of_others(activitynet, tmp_path):
+    document = json.loads((activitynet / "annotations.json").read_text())
+    others = [f"v{number:010d}" for number in range(4924)]
+    document["database"] |= {name: entry("validation", []) for name in others}
+    (tmp_path / "annotations.json").write_text(json.dumps(document))
+    (tmp_path / "blocked.json").write_text(json.dumps(others[:198]))
+
+    def problems(blocked: Path | None) -> list[str]:
+        return check_data("activitynet", tmp_path / "annotations.json", activitynet / "shards", blocked).problems
+
+    line = "validation: 4926 videos count, and published scores are of 4728: a JSON list of 198 validation videos"
+    assert any(one.startswith(line) for one in problems(None))
+    assert not any("published scores are of" in one for one in problems(tmp_path / "blocked.json"))
+
+
+def test_a_date_at_the_end_of_a_name_is_no_checksum(thumos, tmp_path, capsys):
+    weights = tmp_path / "swin-20220930.pth"
+    weights.write_bytes(b"something else")
+    assert reproduce(thumos, "thumos14", tmp_path / "run", "--weights", weights, "--dry-run")[0] == 2
+    assert "but its name says" not in capsys.readouterr().err
 
 
 def test_ranks_that_cannot_share_a_step_are_refused(thumos, tmp_path, capsys, monkeypatch):

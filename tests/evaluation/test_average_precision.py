@@ -269,6 +269,7 @@ def test_the_report_survives_json() -> None:
         ({"thresholds": ()}, "tiou_thresholds is .*at least one number"),
         ({"thresholds": (0.0,)}, r"tiou_thresholds is \(0.0,\)"),
         ({"thresholds": (1.5,)}, r"in \(0, 1\]"),
+        ({"thresholds": (0.5, 0.7, 0.50001)}, r"tiou_thresholds is \(0.5, 0.7, 0.50001\); give each once"),
         ({"classes": ()}, "video 'a' hold label 0, which does not index 0 classes"),
         ({"blocked_videos": ("a",)}, "none of the 1 ground-truth videos .* counts under protocol 'opentad'"),
     ],
