@@ -213,7 +213,7 @@ def _train_and_compare(asked: Reproduction, config: RunConfig, card: Card, world
     if published.needs_video_classes and asked.video_classes is not None:
         results = asked.folder / NAMED_RESULTS_NAME
         named = DetectionOptions(out=results, video_classes=asked.video_classes)
-        detect(asked.folder, shards=asked.shards / config.data.validation_subset, wanted=named)
+        detect(asked.folder, shards=subset_folder(asked.shards, config.data.validation_subset), wanted=named)
     if world.is_main:
         card.compare(_scored(asked, published, results), trained.summary)
         print(card.verdicts(), flush=True)

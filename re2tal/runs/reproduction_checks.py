@@ -28,7 +28,7 @@ from re2tal.runs.devices import default_device
 from re2tal.runs.tasks import build_model
 from re2tal.runs.training_data import stream_of
 from re2tal.strict_json import sha256_of
-from re2tal.structures import VideoRecord
+from re2tal.structures import VideoRecord, find_subset
 from re2tal.training.config import DTYPES
 from re2tal.video_ids import composed, plain_id
 
@@ -69,7 +69,9 @@ def check_data(dataset: str, annotations: Path, shards: Path, blocked: Path | No
     names = {new: old for old, new in compared.renamed.items()}
     for subset in ("training", "validation"):
         opened = open_shards(subset_folder(shards, subset))
-        wanted = {name: seconds for name, seconds in listed.get(subset, {}).items() if name not in left_out}
+        # A file may say "val", as may the folder.
+        of_subset = listed.get(find_subset(subset, listed) or subset, {})
+        wanted = {name: seconds for name, seconds in of_subset.items() if name not in left_out}
         seconds = sum(video.video_seconds for video in opened.videos)
         checked.facts[subset] = {"videos": len(opened.videos), "listed": len(wanted), "hours": round(seconds / 3600, 3)}
         # Without a common video all that follows would be a list of all of them.

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import av
 import numpy as np
 import pytest
 
 from re2tal.cli import main
+from re2tal.config import RunConfig
 from re2tal.data.building.catalog import DATASETS
+from re2tal.distributed import World
 from re2tal.evaluation.average_precision import MapReport, mean_average_precision
 from re2tal.evaluation.comparison import Spread
 from re2tal.evaluation.ground_truth import read_ground_truth
 from re2tal.evaluation.matching import match_predictions
 from re2tal.evaluation.protocols import TIOU_THRESHOLDS
 from re2tal.evaluation.results import read_results
+from re2tal.recipes import find_recipe
+from re2tal.runs import reproduction
 from re2tal.runs.evaluation import Evaluated
 from re2tal.runs.published import PUBLISHED
 from re2tal.runs.reproduction_card import Card
@@ -263,6 +269,28 @@ def test_without_the_list_of_blocked_videos_activitynets_score_is_of_others(acti
     line = "validation: 4926 videos count, and published scores are of 4728: a JSON list of 198 validation videos"
     assert any(one.startswith(line) for one in problems(None))
     assert not any("published scores are of" in one for one in problems(tmp_path / "blocked.json"))
+
+
+def test_subsets_may_have_their_other_names(activitynet, tmp_path, monkeypatch):
+    text = (activitynet / "annotations.json").read_text().replace("training", "train").replace("validation", "val")
+    (tmp_path / "annotations.json").write_text(text)
+    for name, other in (("training", "train"), ("validation", "val")):
+        shutil.copytree(activitynet / "shards" / name, tmp_path / "shards" / other)
+    facts = check_data("activitynet", tmp_path / "annotations.json", tmp_path / "shards", None).facts
+    assert facts["validation"]["listed"] == facts["validation"]["videos"] == 2
+
+    seen = []
+    monkeypatch.setattr(reproduction, "train", lambda *_, **__: SimpleNamespace(interrupted=False))
+    monkeypatch.setattr(reproduction, "detect", lambda _, shards, wanted: seen.append(shards))
+    asked = reproduction.Reproduction(
+        "activitynet", tmp_path, tmp_path / "shards", video_classes=activitynet / "classes.json"
+    )
+    published = PUBLISHED["activitynet", "swin"]
+    config = find_recipe(published.recipe)
+    card = Card("activitynet", tiny=True, published=published)
+    assert isinstance(config, RunConfig)
+    assert reproduction._train_and_compare(asked, config, card, World(rank=1, world_size=2)) == 0
+    assert seen == [tmp_path / "shards" / "val"]
 
 
 def test_a_date_at_the_end_of_a_name_is_no_checksum(thumos, tmp_path, capsys):
