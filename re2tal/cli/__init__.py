@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from difflib import get_close_matches
 from functools import partial
+from io import TextIOWrapper
 from typing import TYPE_CHECKING, Any
 
 import re2tal
@@ -35,6 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     A fault in what the user gave (ValueError, OSError) ends in one line on stderr and exit status 2, never in a
     traceback, unless --debug asks for it.
     """
+    # As stderr does: a label or a name need not fit a terminal of another encoding, or a pipe on Windows.
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     # --debug may stand anywhere, also behind a command; no command knows it.
     words = [*(sys.argv[1:] if arguments is None else arguments)]
     debug = "--debug" in words

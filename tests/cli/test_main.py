@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from importlib.metadata import version
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import IO
 
@@ -59,6 +60,14 @@ def test_an_unknown_shell_is_answered_with_the_known_ones(capsys):
 def runs_instead(function: Callable[[], None], monkeypatch: pytest.MonkeyPatch) -> None:
     """Every command is `function`."""
     monkeypatch.setattr(cli, "command", lambda name, arguments: (function, arguments))
+
+
+def test_a_name_that_does_not_fit_the_terminals_encoding_is_escaped(monkeypatch):
+    written = BytesIO()
+    monkeypatch.setattr(sys, "stdout", TextIOWrapper(written, encoding="latin-1"))
+    runs_instead(lambda: print("прыг é", flush=True), monkeypatch)
+    assert status_of(["doctor"]) == 0
+    assert written.getvalue() == rb"\u043f\u0440\u044b\u0433 " + "é\n".encode("latin-1")
 
 
 @pytest.mark.parametrize(
