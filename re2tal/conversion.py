@@ -20,7 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from re2tal.backbones import BACKBONES, WIRING_KEY, build_backbone, stored, take_parts_of
+from re2tal.backbones import WIRING_KEY, build_backbone, is_of_the_library, stored, take_parts_of
 from re2tal.backbones.base import BackboneConfig, VideoBackbone
 from re2tal.backbones.hub.tiling import ClipwiseBackbone
 from re2tal.backbones.slowfast import layouts as slowfast_layouts
@@ -95,7 +95,7 @@ def import_backbone(path: Path, *, name: str) -> tuple[VideoBackbone, ImportRepo
     Of a family of the transformers library, `path` may be a folder or a hub name. Raises FileNotFoundError, and
     ValueError that names the file and every missing, unexpected or misshapen entry.
     """
-    if is_of_the_library(name, path):
+    if is_of_the_library(name, str(path)):
         backbone = build_backbone(BackboneConfig(name=name, weights=str(path), rewired=False))
         return backbone, ImportReport(path, "", "transformers", "", len(backbone.state_dict()), 0, ())
     checkpoint = read_checkpoint(path)
@@ -105,15 +105,6 @@ def import_backbone(path: Path, *, name: str) -> tuple[VideoBackbone, ImportRepo
     return backbone, ImportReport(
         path, checkpoint.taken_from, loaded.layout, loaded.prefix, len(loaded.loaded), 0, loaded.ignored, loaded.kept
     )
-
-
-def is_of_the_library(name: str, path: Path) -> bool:
-    """True if `path` can only be a folder or hub name of the transformers library, for the backbone of that name."""
-    if name not in BACKBONES or name in (*swin3d.SIZES, *slowfast.SIZES):
-        return False
-    from re2tal.backbones.hub.pretrained import weights_file
-
-    return weights_file(str(path)) is None
 
 
 def import_detector(

@@ -15,7 +15,7 @@ from re2tal.backbones.slowfast import layouts as slowfast_layouts
 from re2tal.backbones.slowfast import network as slowfast
 from re2tal.backbones.swin3d import layouts as swin3d_layouts
 from re2tal.backbones.swin3d import network as swin3d
-from re2tal.backbones.weights import read_wiring
+from re2tal.backbones.weights import WEIGHTS_SUFFIXES, checked_wiring, read_wiring
 from re2tal.options import names_with
 from re2tal.rewire import rewire, same_wiring
 from re2tal.strict_json import read_json
@@ -28,6 +28,7 @@ __all__ = [
     "VideoBackbone",
     "build_backbone",
     "check_wiring",
+    "is_of_the_library",
     "plain_start",
     "take_parts_of",
     "trained_wiring",
@@ -68,22 +69,36 @@ WIRING = tuple(names_with(BackboneConfig(), "wiring"))
 
 
 WIRING_KEY = "re2tal_wiring"
-"""In the config.json of a folder for the transformers library: how the network was rewired that wrote it."""
+"""In the config.json of a folder or hub name of the transformers library: how the network was rewired that wrote it."""
 
 
 def trained_wiring(config: BackboneConfig) -> dict[str, Any] | None:
-    """The wiring of the network that wrote the file or folder `config.weights`; None for a plain one, and for none."""
+    """The wiring of the network that wrote what `config.weights` names; None for a plain one, and for none.
+
+    Raises ValueError for a hub name whose config.json cannot be read, and for a record that is no wiring.
+    """
     if config.weights is None:
         return None
-    if (described := Path(config.weights) / "config.json").is_file():
+    path = Path(config.weights)
+    if path.is_file():
+        # Other code bases train rewired networks of these families only; those of the transformers library are plain.
+        families = ((swin3d.SIZES, swin3d_layouts.KEY_LAYOUTS), (slowfast.SIZES, slowfast_layouts.KEY_LAYOUTS))
+        layouts = next((layouts for sizes, layouts in families if config.name in sizes), ())
+        return read_wiring(path, layouts=layouts)
+    if (described := path / "config.json").is_file():
         content = read_json(described)
-        return content.get(WIRING_KEY) if isinstance(content, dict) else None
-    if not Path(config.weights).is_file():
+    elif is_of_the_library(config.name, config.weights) and not config.name.startswith("internvideo2"):
+        content = import_module("re2tal.backbones.hub.pretrained").read_config(config.weights)
+    else:
         return None
-    # Other code bases train rewired networks of these families only; those of the transformers library are plain.
-    families = ((swin3d.SIZES, swin3d_layouts.KEY_LAYOUTS), (slowfast.SIZES, slowfast_layouts.KEY_LAYOUTS))
-    layouts = next((layouts for sizes, layouts in families if config.name in sizes), ())
-    return read_wiring(config.weights, layouts=layouts)
+    wiring = content.get(WIRING_KEY) if isinstance(content, dict) else None
+    return checked_wiring(wiring, what=f"{WIRING_KEY} in the config.json of {config.weights}")
+
+
+def is_of_the_library(name: str, weights: str) -> bool:
+    """True if `weights` can only be a folder or hub name of the transformers library, for the backbone of that name."""
+    ours = name in swin3d.SIZES or name in slowfast.SIZES
+    return name in BACKBONES and not ours and not weights.endswith(WEIGHTS_SUFFIXES)
 
 
 def check_wiring(config: BackboneConfig, *, first_beta: float | None = None) -> None:

@@ -182,19 +182,36 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
 def read_wiring(path: str | Path, *, layouts: Sequence[KeyLayout]) -> dict[str, Any] | None:
     """How the network was rewired whose weights a file holds, as its header tells, or its names in one of `layouts`.
 
-    None for a plain one. Raises as `read_checkpoint` does.
+    None for a plain one. Raises as `read_checkpoint` does, and ValueError for a header that tells of no wiring.
     """
     if Path(path).suffix == ".safetensors":
         with _opened(Path(path)) as file:
             names, metadata = list(file.keys()), file.metadata() or {}
         if "wiring" in metadata:
-            return json.loads(metadata["wiring"])
+            return checked_wiring(_parsed(metadata["wiring"]), what=f"wiring in the header of {path}")
     else:
         names = list(read_state(path)) if layouts else []
     for layout in layouts:
         if layout.wiring is not None and any(map(_anchored(layout).fullmatch, names)):
             return dict(layout.wiring)
     return None
+
+
+def checked_wiring(wiring: object, *, what: str) -> dict[str, Any] | None:
+    """`wiring`, that of a rewired network or None for a plain one. ValueError, naming `what`, for anything else."""
+    if wiring is None or isinstance(wiring, dict):
+        return wiring
+    raise ValueError(
+        f"{what} is {wiring!r}, and not how a network was rewired ({', '.join(PAPERS_WIRING)}), so that nobody can "
+        "tell what these weights compute; write them anew (re2tal export)"
+    )
+
+
+def _parsed(text: str) -> object:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
 
 
 @contextmanager

@@ -31,7 +31,14 @@ def test_three_ways_out_are_named(weights: str) -> None:
     lora = plain_start(BackboneConfig(name="swin3d_nano", weights=weights, adapter="lora"))
     assert lora is not None
     assert "Its trunk is frozen" in lora
-    assert plain_start(BackboneConfig(name="videomae_base", weights="MCG-NJU/videomae-base")) is not None
+
+
+def test_what_the_hub_says_of_a_name_counts(monkeypatch) -> None:
+    config, said = BackboneConfig(name="videomae_base", weights="MCG-NJU/videomae-base"), {"model_type": "videomae"}
+    monkeypatch.setattr("re2tal.backbones.hub.pretrained.read_config", lambda weights: said)
+    assert plain_start(config) is not None
+    said["re2tal_wiring"] = {"unit": "branch", "merge": "mean", "segment": None, "beta": 1.0, "ends": []}
+    assert plain_start(config) is None
 
 
 @pytest.mark.parametrize(

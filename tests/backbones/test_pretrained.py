@@ -127,6 +127,27 @@ def test_damaged_weights_are_refused(folder: Path) -> None:
         build(folder)
 
 
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"num_hidden_layers": "4"}, "Field 'num_hidden_layers' expected int, got str"),
+        ({"tubelet_size": [2, 0, 0]}, "ZeroDivisionError"),
+        ({"hidden_act": "swoosh"}, "KeyError: 'swoosh'"),
+    ],
+)
+def test_a_configuration_that_the_library_stumbles_over_is_named(folder: Path, changes: dict, what: str) -> None:
+    edit(folder / "config.json", **changes)
+    with pytest.raises(ValueError, match=rf"the config\.json of '.*vivit' describes no model .*{what}"):
+        build(folder)
+
+
+@pytest.mark.parametrize("content", ["{", "{}", "[]"])
+def test_a_damaged_index_is_named(folder: Path, content: str) -> None:
+    (folder / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(ValueError, match=r"vivit/model\.safetensors\.index\.json (is not usable|has no weight_map)"):
+        build(folder)
+
+
 def test_a_shard_that_the_index_lists_must_be_there(folder: Path) -> None:
     backbone = build(folder)
     (folder / "model.safetensors").unlink()

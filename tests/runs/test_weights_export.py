@@ -57,6 +57,29 @@ def test_a_plain_network_refuses_what_a_rewired_run_exported(name, to, out, tmp_
         assert json.loads((tmp_path / out / "config.json").read_text())["re2tal_wiring"]["segment"] == 2
 
 
+def test_a_name_on_the_hub_says_how_it_was_rewired_too(tmp_path, monkeypatch):
+    export_run(tmp_path / "out", run=run_folder(tmp_path / "run", name="vit_nano"), to="transformers")
+    saved = tmp_path / "hub" / "models--someone--rewired"
+    (saved / "refs").mkdir(parents=True)
+    (saved / "refs/main").write_text("0" * 40)
+    (saved / "snapshots").mkdir()
+    (tmp_path / "out").rename(saved / "snapshots" / ("0" * 40))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    exported = BackboneConfig(name="vit_nano", weights="someone/rewired")
+    check_wiring(exported)
+    with pytest.raises(ValueError, match="someone/rewired was trained rewired with"):
+        check_wiring(replace(exported, rewired=False))
+
+
+@pytest.mark.parametrize("record", ["branch", "3", "[1]"])
+def test_a_record_that_is_no_wiring_is_refused(record, tmp_path):
+    config = BackboneConfig(name="swin3d_nano", weights=str(tmp_path / "odd.safetensors"), rewired=False)
+    save_file({"weight": torch.zeros(1)}, tmp_path / "odd.safetensors", metadata={"wiring": record})
+    with pytest.raises(ValueError, match=r"wiring in the header of .*odd\.safetensors is .* not how a network was"):
+        check_wiring(config)
+
+
 @pytest.mark.parametrize("backbone", [{"rewired": False}, {"beta": 0.0}], ids=["plain", "beta 0"])
 def test_a_plain_network_takes_what_computes_like_it(backbone, tmp_path):
     run = run_folder(tmp_path / "run", name="videomae_nano", **backbone)

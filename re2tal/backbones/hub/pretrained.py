@@ -5,7 +5,6 @@ name or folder -> config.json: the right kind and size? -> safetensors only -> e
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -84,18 +83,35 @@ def load_model(
     return model
 
 
+def read_config(weights: str) -> dict[str, Any]:
+    """The config.json of a folder or a hub name. Raises ValueError, with a remedy, where it cannot be read."""
+    check_folder(weights)
+    with readable(weights):
+        return PreTrainedConfig.get_config_dict(weights)[0]
+
+
 @contextmanager
 def readable(weights: str) -> Iterator[None]:
     """Turns the library's errors for unreachable or damaged weights into a ValueError with a remedy."""
     try:
         yield
     except OSError as error:
+        if Path(weights).is_dir():
+            raise ValueError(f"cannot read {weights!r}: {_first_line(error).rstrip('.')}; fetch it again") from error
         raise ValueError(
             f"cannot read {weights!r} from the model hub or its cache: {_first_line(error)} Without a network, fetch "
             f"it where there is one (`hf download {weights} --local-dir FOLDER`) and give that folder instead"
         ) from error
     except SafetensorError as error:
         raise ValueError(f"the weights in {weights!r} are damaged ({error}); fetch them again") from error
+    except (ValueError, MemoryError):
+        raise
+    except Exception as error:  # a config.json of other types and values can make the library stumble anywhere
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        raise ValueError(
+            f"the config.json of {weights!r} describes no model that the installed transformers library can build "
+            f"({what}); fetch it again, or correct it"
+        ) from error
 
 
 def check_folder(weights: str) -> None:
@@ -117,7 +133,10 @@ def check_folder(weights: str) -> None:
             "the safetensors version, or where you trust the file, load it with transformers and call save_pretrained"
         )
     for index in folder.glob("*.safetensors.index.json"):
-        shards = set(json.loads(index.read_text())["weight_map"].values())
+        content = read_json(index)
+        if not isinstance(content, dict) or not isinstance(content.get("weight_map"), dict):
+            raise ValueError(f"{index} has no weight_map, which names the files of all entries; fetch it again")
+        shards = {str(shard) for shard in content["weight_map"].values()}
         if absent := sorted(shard for shard in shards if not (folder / shard).is_file()):
             raise ValueError(f"{index} lists {', '.join(absent)}, which the folder lacks; fetch the weights again")
 
@@ -174,7 +193,8 @@ def clipwise(encoder: ClipEncoder, config: BackboneConfig, *, layouts: tuple[Key
 def _is_of_the_library(folder: Path) -> bool:
     """Whether save_pretrained wrote it."""
     config = folder / "config.json"
-    return config.is_file() and "model_type" in read_json(config)
+    content = read_json(config) if config.is_file() else None
+    return isinstance(content, dict) and "model_type" in content
 
 
 def weights_file(weights: str | None) -> Path | None:
