@@ -171,8 +171,11 @@ def check_numbers(states: States, grid: GridStep) -> None:
     """Raises ValueError if either is unknown, or if the two exclude each other."""
     if states not in get_args(States):
         raise ValueError(f"unknown states {states!r}; known: {list(get_args(States))}")
-    if grid not in ("auto", None) and not (isinstance(grid, float | int) and grid > 0):
-        raise ValueError(f"grid is {grid}; give a positive step such as 2**-14, 'auto', or None for no grid")
+    if grid not in ("auto", None) and not (isinstance(grid, float | int) and 0 < grid < 1):
+        # From 1 on, rounding leaves little or nothing of what branches add. Who gives 14 means 2**-14.
+        raise ValueError(
+            f"grid is {grid}; give a positive step below 1 such as 2**-14 (6.1e-05), 'auto', or None for no grid"
+        )
     if states == "int32" and grid is None:
         raise ValueError("int32 states count steps of a grid, and grid is None; give a step such as 2**-16, or 'auto'")
 
