@@ -169,6 +169,7 @@ def test_its_pieces_are_positions_of_all_clips() -> None:
         ({"adapter": "lora", "lora_rank": 0}, r"lora_rank is 0 and lora_alpha 16\.0; give a rank of at least 1"),
         ({"adapter": "temporal", "adapter_blocks": (4,)}, r"adapter_blocks is \(4,\); this network has blocks 0 to 3"),
         ({"adapter": "temporal", "adapter_blocks": ()}, r"adapter_blocks is \(\); this network has blocks 0 to 3"),
+        ({"adapter": "temporal", "adapter_ratio": 0.01}, r"adapter_ratio is 0\.01, which leaves nothing of 48"),
         ({"adapter": "temporal", "name": "swin3d_nano"}, "'temporal', and swin3d_nano has no place for it"),
     ],
 )

@@ -102,9 +102,14 @@ class VideoMAEEncoder(ClipEncoder):
                 f"backbone.adapter_blocks is {tuple(chosen)}; this network has blocks 0 to {len(layers) - 1}; give at "
                 "least one of them, or None for all"
             )
+        hidden, steps = int(self.out_channels * ratio), self.clip_frames // self.patch[0]
+        if hidden < 1:
+            raise ValueError(
+                f"backbone.adapter_ratio is {ratio}, which leaves nothing of {self.out_channels} channels; give at "
+                f"least {1 / self.out_channels:.2g}"
+            )
         for index, layer in enumerate(layers):
             layer.__class__ = AdaptedLayer  # the same parameters, another forward
-            hidden, steps = int(self.out_channels * ratio), self.clip_frames // self.patch[0]
             has_one = index in chosen
             layer.adapter = TemporalAdapter(self.out_channels, hidden=hidden, steps=steps) if has_one else None  # type: ignore[assignment]
         self.crosses_clips = True
