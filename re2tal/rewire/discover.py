@@ -25,7 +25,7 @@ from re2tal.reversible.buffers import buffers_restored
 from re2tal.reversible.rng import GeneratorState
 from re2tal.rewire.branches import Branch, NotResidual, Residual, hidden_state
 from re2tal.rewire.kinks import KinkFinder
-from re2tal.rewire.pending import RewireError, split_call
+from re2tal.rewire.pending import NESTED, RewireError, split_call
 from re2tal.rewire.reads import Reads, TracedError, fingerprint, is_known, recorded_reads
 from re2tal.rewire.sums import steps_of
 from re2tal.rewire.traced import RefusedError, Step, may_be_entered
@@ -80,6 +80,8 @@ def take_apart(block: nn.Module, call: BlockInputs) -> Residual | NotResidual:
 
     Branches accept what the block accepts: tensors of any size where `call` has tensors, and the constants of `call`.
     """
+    if call.x.is_nested:
+        return NotResidual(f"the example calls it with {NESTED}")
     try:
         with _undisturbed(block, call, training=False):
             result = hidden_state(block(call.x.clone(), *call.args, **call.kwargs))
@@ -105,8 +107,10 @@ def take_apart(block: nn.Module, call: BlockInputs) -> Residual | NotResidual:
 def as_a_whole(block: nn.Module, call: BlockInputs) -> Residual | NotResidual | None:
     """The block as one branch, F(x) = block(x) - x; None where it changes shapes, or adds nothing to anything.
 
-    NotResidual where it is one, but for what else it returns.
+    NotResidual where it is one, but for what else it returns, and where the example does not show it.
     """
+    if call.x.is_nested:
+        return NotResidual(f"the example calls it with {NESTED}")
     try:
         with KinkFinder() as kinks, _SumFinder(call.x.shape) as sums:
             for training in (True, False):

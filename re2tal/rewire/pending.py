@@ -71,6 +71,12 @@ def split_call(block: nn.Module, args: tuple, kwargs: Mapping[str, Any]) -> tupl
     return kwargs.get(name) if name else None, (), {key: value for key, value in kwargs.items() if key != name}
 
 
+NESTED = (
+    "nested tensors, which have no sizes that a run could be made of (nn.TransformerEncoder makes them of a padding "
+    "mask in evaluation mode: give it enable_nested_tensor=False)"
+)
+
+
 @dataclass(slots=True, eq=False)
 class PendingRun:
     """A run that has not ended yet."""

@@ -32,7 +32,7 @@ from re2tal.rewire.escapes import is_compiled
 from re2tal.rewire.hooks import FOR_ALL, called_with, check_hooks, check_kind, guard, has_hooks, hooked_inside, unguard
 from re2tal.rewire.lost_gradients import refuse_lost_gradients
 from re2tal.rewire.nonresidual import recomputed
-from re2tal.rewire.pending import BlockCall, BlockHandle, PendingState, RewireError, values_of
+from re2tal.rewire.pending import NESTED, BlockCall, BlockHandle, PendingState, RewireError, values_of
 from re2tal.rewire.recomputed_inputs import saving_recipe
 from re2tal.rewire.runs_of_stage import bounds_of, coupling_of, lengths_of_runs, names_of_runs
 from re2tal.rewire.units import Unit, unit_checked_for_escapes, units_of
@@ -154,6 +154,8 @@ class RewiredStage(nn.Module):
         block, call = self.get_submodule(name), partial(self._call_block, name, compute)
         if name in self.residual:
             check_kind(block, self._kinds[name], self.name_of(name))
+            if isinstance(x, Tensor) and x.is_nested:
+                raise RewireError(f"block {self.name_of(name)} is called with {NESTED}")
         if name not in self.residual or not has_hooks(block):
             return call(x, *args, **kwargs)
         check_hooks(block, self.name_of(name))

@@ -186,3 +186,26 @@ def test_a_branch_that_moves_a_little_is_an_error_in_the_first_step_of_any_coupl
     rewire(net, config=RewiringConfig(**options))
     with pytest.raises((RewireError, RuntimeError), match=r"gives (something else|another output) when it runs again"):
         net(frames()).sum().backward()
+
+
+class Padded(nn.Module):
+    """Torch's own encoder, which in evaluation mode makes nested tensors of a padding mask."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2)
+
+    def forward(self, x: Tensor, padding: Tensor | None = None) -> Tensor:
+        return self.encoder(x, src_key_padding_mask=padding)
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_nested_tensors_are_refused_with_the_way_to_do_without() -> None:
+    x, padding, config = torch.randn(2, 3, 8), torch.tensor([[0, 0, 0], [0, 1, 1]]).bool(), RewiringConfig(unit="block")
+    with pytest.raises(ValueError, match=r"the example calls it with nested tensors, .*enable_nested_tensor=False"):
+        rewire(Padded(), config=config, example=(x, padding))
+    model = Padded()
+    rewire(model, config=config, example=(x,))
+    model(x, padding).sum().backward()
+    with torch.no_grad(), pytest.raises(RewireError, match=r"block encoder\.layers\.0 is called with nested tensors"):
+        model.eval()(x, padding)
