@@ -59,6 +59,8 @@ def _free_on_host() -> int:
 
 def _left_in_groups() -> Iterator[int]:
     """Bytes left below the limit of each control group that has one; its page cache counts as free."""
+    if not OWN_GROUP.is_file():  # a kernel without control groups
+        return
     own = [line.removeprefix("0::/") for line in OWN_GROUP.read_text().splitlines() if line.startswith("0::/")]
     # A parent's limit holds for all of its children together.
     for group in [GROUPS / name for name in own] + [parent for name in own for parent in (GROUPS / name).parents]:
@@ -66,5 +68,5 @@ def _left_in_groups() -> Iterator[int]:
         if not limit.is_file() or (most := limit.read_text().strip()) == "max":
             continue
         # memory.current counts the page cache, of which the kernel can drop this part.
-        cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())["inactive_file"]
+        cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines()).get("inactive_file", 0)
         yield max(0, int(most) - int((group / "memory.current").read_text()) + int(cached))

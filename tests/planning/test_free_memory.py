@@ -39,6 +39,11 @@ def test_most_of_what_is_available_is_taken_by_all_ranks_together(system) -> Non
     assert free_memory.free_on_all_ranks(CPU) == int(0.7 * 2**30)
 
 
+def test_a_kernel_without_control_groups_has_no_limits(system) -> None:
+    (system / "own").unlink()
+    assert free_memory.free_memory(CPU) == int(0.7 * 2**30)
+
+
 def test_a_control_group_and_those_around_it_leave_less(system) -> None:
     (system / "own").write_text("3:cpu:/elsewhere\n0::/job/step\n")
     limit(system / "groups" / "job" / "step", most="max", used=0, cached=0)
