@@ -8,7 +8,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from re2tal.backbones import BackboneConfig, trained_wiring
+import torch
+
+from re2tal.backbones import BackboneConfig, VideoBackbone, build_backbone, trained_wiring
+from re2tal.backbones.hub.tiling import ClipwiseBackbone
 from re2tal.config import RecognitionConfig, RunConfig, save_config
 from re2tal.conversion import ImportReport, import_backbone, import_detector
 from re2tal.data.building.labels import read_class_list
@@ -39,11 +42,25 @@ def import_into_file(
     if out.exists():
         raise ValueError(f"{out} is there already; choose another file, or remove it")
     backbone, report = import_backbone(weights, name=config.backbone.name)
+    _refuse_other_clips(backbone, weights, name=config.backbone.name)
     out.parent.mkdir(parents=True, exist_ok=True)
     wiring = None if as_plain else trained_wiring(BackboneConfig(name=config.backbone.name, weights=str(weights)))
     header = {"backbone": config.backbone.name, "wiring": json.dumps(wiring)}
     write_tensors(out, backbone.state_dict(), metadata=header)
     return Imported(out, report, wiring)
+
+
+def _refuse_other_clips(backbone: VideoBackbone, weights: Path, *, name: str) -> None:
+    """Raises ValueError where clips have another length than the family's, which a file of tensors does not tell."""
+    if not isinstance(backbone, ClipwiseBackbone):
+        return
+    with torch.device("meta"):
+        usual: Any = build_backbone(BackboneConfig(name=name, rewired=False))
+    if (frames := backbone.encoder.clip_frames) != usual.encoder.clip_frames:
+        raise ValueError(
+            f"{weights} takes clips of {frames} frames, and a file of a {name} is read as one of clips of "
+            f"{usual.encoder.clip_frames}; give {weights} itself as backbone.weights"
+        )
 
 
 def import_into_run(

@@ -382,3 +382,15 @@ def test_without_a_recipe_the_published_network_is_meant(
     assert run_command("import", tmp_path / "weights.safetensors", *options) == 2
     shape = tuple(case.state["backbone.model.backbone.patch_embed.proj.weight"].shape)
     assert f"of another shape: patch_embed.proj.weight {shape}, not (96, 3, 2, 4, 4)" in capsys.readouterr().err
+
+
+def test_clips_of_another_length_are_not_lost_in_a_file(tmp_path: Path, capsys) -> None:
+    from transformers import VJEPA2Config, VJEPA2Model
+
+    from re2tal.backbones.hub.vjepa2 import SIZES
+
+    VJEPA2Model(VJEPA2Config(**SIZES["vjepa2_nano"] | {"frames_per_clip": 8})).save_pretrained(tmp_path / "long")
+    out = tmp_path / "file.safetensors"
+    assert run_command("import", tmp_path / "long", "--backbone.name", "vjepa2_nano", "--out", out) == 2
+    assert "takes clips of 8 frames, and a file of a vjepa2_nano is read as" in capsys.readouterr().err
+    assert not out.exists()
