@@ -108,7 +108,9 @@ def pack(options: Pack) -> int:
     if empty := [name for name in subsets if not records[name]]:
         raise ValueError(f"every video of subset {empty[0]!r} is blocked; nothing is left to pack")
     packed = [record for name in subsets for record in records[name]]
-    chosen = files.find([record.video_id for record in packed])
+    everyone = [one.video_id for some in annotations.subsets.values() for one in some]
+    others = [video_id for video_id in everyone if video_id not in spec.blocked | blocked]
+    chosen = files.find([record.video_id for record in packed], others)
     # A file that cannot be read is there too: its video is left out with that reason, and not called absent.
     there = chosen.found.keys() | chosen.faults.keys()
     if absent := [name for name in subsets if not any(record.video_id in there for record in records[name])]:

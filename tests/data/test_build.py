@@ -17,7 +17,7 @@ from data.numbered import read_numbers
 from webdataset import WebDataset
 
 from re2tal.data.building.annotations import Annotations, read_annotations
-from re2tal.data.building.build import BuildConfig, build_shards, list_items
+from re2tal.data.building.build import BuildConfig, build_shards, find_sources, list_items
 from re2tal.data.building.copy_video import check_as_it_is, mp4_of
 from re2tal.data.building.isolated import Isolated
 from re2tal.data.building.named_files import Chosen, NamedFiles
@@ -311,11 +311,28 @@ def test_of_two_files_with_one_id_none_is_taken_unless_the_annotations_name_one(
         "d": "v_d.mp4 would be video 'd' and video 'v_d'; keep one of them",
         "v_d": "v_d.mp4 would be video 'd' and video 'v_d'; keep one of them",
     }
-    assert chosen.notes == ["c.mp4 is taken as 'c', not c.mkv"]
+    assert chosen.notes == {"c": "c.mp4 is taken as 'c', not c.mkv"}
+    assert chosen.only(["a", "c"]) == Chosen({"c": chosen.found["c"]}, {"a": chosen.faults["a"]}, chosen.notes)
     assert files.choose(["a"], keys={"a": "a.mkv"}).found["a"].name == "v_a.MKV"
     assert "c" in files.choose(["c"], keys={"c": "c.avi"}).faults
     faults = NamedFiles([Path("day 1", "a.mp4"), Path("day 2", "a.mp4")]).choose(["a"], keys={"a": "a.mp4"}).faults
     assert faults == {"a": "day 1/a.mp4 and day 2/a.mp4 are files of one video; keep one of them"}
+
+
+def test_a_file_is_not_the_video_of_two_subsets(tmp_path):
+    (tmp_path / "v_a.mp4").write_bytes(b"x")
+    (tmp_path / "b.mp4").write_bytes(b"x")
+    records = {"training": ("a", "b"), "validation": ("v_a", "gone"), "test": ("v_b",)}
+    subsets = {
+        name: tuple(VideoRecord(one, name, 2.0, (Action(0.5, 1.0, "run"),)) for one in ids)
+        for name, ids in records.items()
+    }
+    listed = Annotations(subsets, ("run",), 0, 0, 0)
+    _, chosen = find_sources(listed, tmp_path, subset="training", config=replace(CONFIG, blocked=frozenset({"v_b"})))
+    fault = "v_a.mp4 would be video 'a' and video 'v_a'; keep one of them"
+    assert (chosen.found, chosen.faults) == ({"b": tmp_path / "b.mp4"}, {"a": fault})
+    _, chosen = find_sources(listed, tmp_path, subset="validation", config=CONFIG)
+    assert (chosen.found, chosen.faults) == ({}, {"v_a": fault})
 
 
 def test_a_subset_of_unusable_videos_only_is_an_error_with_a_reason(videos, annotations, tmp_path):

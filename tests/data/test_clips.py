@@ -222,12 +222,16 @@ def test_odd_items_in_a_folder_are_left_out_and_named(tmp_path):
     )
     (folder / "gone.mp4").symlink_to(tmp_path / "nowhere.mp4")
     (folder / "back").symlink_to(tmp_path)
+    (tmp_path / "val").symlink_to(tmp_path / "train")
+    touch(tmp_path / "train" / ".thumbnails" / "a.mp4")
     clips = read_clips([tmp_path])
     assert triples(clips) == [("training", "run", name) for name in ("a", "two words", "v1.2")]
     assert sorted(clips.left_out) == sorted(
         [
             f"{folder}/._a.mp4: a file of macOS beside another, not a video",
             f"{folder}/gone.mp4: its link leads nowhere",
+            f"{folder}/back is not looked at: by a link it is the folder {tmp_path}",
+            f"{tmp_path}/val is not looked at: by a link it is the folder {tmp_path}/train",
             f"{folder}/two\tcolumns.mp4: it holds a control character, or bytes that are not UTF-8: rename it",
             f"{tmp_path}/stray.mp4: it lies 1 levels down; wanted {tmp_path}/SUBSET/CLASS/stray.mp4",
         ]

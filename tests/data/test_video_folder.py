@@ -14,6 +14,7 @@ from data.files import encoding
 from re2tal.data.building.annotate import annotate
 from re2tal.data.building.annotations import Annotations
 from re2tal.data.building.make_videos import Made
+from re2tal.data.building.named_files import videos_in
 from re2tal.data.building.shard_folder import fingerprint
 from re2tal.data.building.shard_plan import Item
 from re2tal.data.building.video_folder import VideoFolder
@@ -145,3 +146,15 @@ def test_damaged_and_refused_videos_are_made_again_once_their_file_was_written_a
     assert sorted(made) == ["v1", "v3"]
     assert open_shards(tmp_path).manifest.damaged == ()
     folder(tmp_path).build(again, pytest.fail)
+
+
+def test_linked_folders_of_videos_are_looked_at_once(tmp_path):
+    for path in (tmp_path / "disk" / "b.mp4", tmp_path / "videos" / "a.mp4", tmp_path / "videos" / ".cache" / "c.mp4"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    videos = tmp_path / "videos"
+    (videos / "linked").symlink_to(tmp_path / "disk")
+    (videos / "linked again").symlink_to(tmp_path / "disk")
+    files, odd = videos_in(videos)
+    assert files == [videos / "a.mp4", videos / "linked" / "b.mp4"]
+    assert odd == [f"{videos}/linked again is not looked at: by a link it is the folder {videos}/linked"]

@@ -93,7 +93,7 @@ def build_shards(
     packer = VideoPacker(chosen.found, config.encoding, config.max_damaged, config.copy)
     items = list_items(records, chosen, config=config)
     built = folder.build(items, packer.make, on_start=on_start, on_video=on_video)
-    return replace(built, notes=(*chosen.notes, *sorted(packer.encoded)))
+    return replace(built, notes=(*chosen.notes.values(), *sorted(packer.encoded)))
 
 
 def list_items(records: Sequence[Listed], chosen: Chosen[Path], *, config: BuildConfig) -> list[Item]:
@@ -130,7 +130,10 @@ def find_sources(
     if isinstance(listed, Annotations):
         if videos is None:
             raise ValueError("the folder of the videos is not given")
-        chosen = NamedFiles(videos_in(videos)[0]).choose(video_ids, config.file_names, keys=listed.keys)
+        everyone = [one.video_id for some in listed.subsets.values() for one in some]
+        usable = [video_id for video_id in everyone if video_id not in config.blocked]
+        files = NamedFiles(videos_in(videos)[0])
+        chosen = files.choose(usable, config.file_names, keys=listed.keys).only(video_ids)
         looked = ", ".join(name.format(id=video_ids[0]) + ".mp4" for name in config.file_names)
         fault = f"is in {videos}; looked for {looked}"
     else:

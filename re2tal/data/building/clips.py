@@ -11,7 +11,6 @@ when the clip is packed. Subsets called train or val become "training" and "vali
 from __future__ import annotations
 
 import csv
-import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ from typing import NamedTuple
 from re2tal.data.building.annotation_entries import SUBSET_NAME, raise_together
 from re2tal.data.building.annotation_formats.found import subset_in_name
 from re2tal.data.building.labels import Classes, fold_notes, one_spelling, twin_problems
+from re2tal.data.building.named_files import walk
 from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.structures import SUBSETS, Action, VideoRecord
 from re2tal.video_ids import VIDEO_SUFFIXES, composed, id_fault
@@ -161,12 +161,12 @@ def _entries(place: Path, videos: Path | None, problems: list[str], left_out: li
         raise ValueError(f"--clips {place} is not a text file in UTF-8: {error}") from None
     header = [column.strip() for column in next(csv.reader(lines[:1]), [])]
     if "youtube_id" in header:
-        return list(_in_kinetics(place, lines, header, videos, problems))
+        return list(_in_kinetics(place, lines, header, videos, problems, left_out))
     return list(_in_list(place, lines, videos or place.parent, problems))
 
 
 def _in_folder(root: Path, left_out: list[str]) -> Iterator[_Entry]:
-    for path in _video_files(root):
+    for path in _video_files(root, left_out):
         parts = path.relative_to(root).parts
         if path.name.startswith("._"):
             left_out.append(f"{path}: a file of macOS beside another, not a video")
@@ -194,14 +194,19 @@ def _twins(paths: Sequence[Path]) -> str:
 
 
 def _in_kinetics(
-    place: Path, lines: Sequence[str], header: Sequence[str], videos: Path | None, problems: list[str]
+    place: Path,
+    lines: Sequence[str],
+    header: Sequence[str],
+    videos: Path | None,
+    problems: list[str],
+    left_out: list[str],
 ) -> Iterator[_Entry]:
     if missing := [column for column in KINETICS_COLUMNS if column not in header]:
         raise ValueError(f"{place} has no column {missing[0]!r}; wanted {','.join(KINETICS_COLUMNS)} and perhaps split")
     if videos is None or not videos.is_dir():
         raise ValueError(f"{place} names no files, and --videos is {videos}; give the folder that holds the clips")
     files: dict[str, list[Path]] = {}
-    for path in _video_files(videos):
+    for path in _video_files(videos, left_out):
         files.setdefault(path.stem, []).append(path)
     subset = None if "split" in header else _named_subset(place)
     rows = csv.DictReader(lines[1:], fieldnames=header)
@@ -235,18 +240,10 @@ def _is_whole(text: str) -> bool:
     return re.fullmatch(r"\d{1,6}(\.0*)?", text) is not None
 
 
-def _video_files(root: Path) -> Iterator[Path]:
-    """Every video file below `root`, sorted; links to folders are followed, as packages of videos are often made."""
-    seen = set()
-    for folder, folders, names in os.walk(root, followlinks=True):
-        # A link to a folder above would be followed for ever.
-        real = os.path.realpath(folder)
-        if real in seen:  # a link that leads back
-            folders.clear()
-            continue
-        seen.add(real)
-        folders.sort()
-        yield from (Path(folder, name) for name in sorted(names) if Path(name).suffix.lower() in VIDEO_SUFFIXES)
+def _video_files(root: Path, left_out: list[str]) -> Iterator[Path]:
+    """Every file below `root` that is called like a video, sorted."""
+    for folder, _, names in walk(root, left_out):
+        yield from (folder / name for name in names if Path(name).suffix.lower() in VIDEO_SUFFIXES)
 
 
 def _named_subset(place: Path) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, Protocol, TypeVar
@@ -36,8 +36,14 @@ class Chosen(Generic[File]):
     """By video id."""
     faults: dict[str, str] = field(default_factory=dict)
     """Video id -> why none of its files is taken."""
-    notes: list[str] = field(default_factory=list)
-    """Files that are not taken beside one that is: a sentence for each video."""
+    notes: dict[str, str] = field(default_factory=dict)
+    """Video id -> which files are not taken beside its own."""
+
+    def only(self, video_ids: Collection[str]) -> Chosen[File]:
+        """What was chosen for some of the videos."""
+        wanted = set(video_ids)
+        parts = ({key: value for key, value in one.items() if key in wanted} for one in (self.faults, self.notes))
+        return Chosen({key: value for key, value in self.found.items() if key in wanted}, *parts)
 
 
 class NamedFiles(Generic[File]):
@@ -71,7 +77,7 @@ class NamedFiles(Generic[File]):
         """The file of each video that has one. `keys`: video id -> the name with suffix that an annotation file gives.
 
         Of two files the one that is called as the key is taken. Without it, none is; nor is a file that would be two
-        videos (`a` and `v_a` by file v_a).
+        videos (`a` and `v_a` by file v_a): give the videos of all subsets, or both would take it.
         """
         chosen: Chosen[File] = Chosen()
         owners: dict[str, list[str]] = {}
@@ -84,7 +90,7 @@ class NamedFiles(Generic[File]):
                 owners.setdefault(named[0].name, []).append(video_id)
                 if len(files) > 1:
                     others = ", ".join(file.name for file in files if file is not named[0])
-                    chosen.notes.append(f"{named[0].name} is taken as {video_id!r}, not {others}")
+                    chosen.notes[video_id] = f"{named[0].name} is taken as {video_id!r}, not {others}"
             elif files:
                 names = " and ".join(_told_apart(files))
                 chosen.faults[video_id] = f"{names} are files of one video; keep one of them"
@@ -114,6 +120,22 @@ def _told_apart(files: Sequence[File]) -> list[str]:
     return names if len(set(names)) == len(names) else [str(file) for file in files]
 
 
+def walk(folder: Path, odd: list[str]) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """(folder, names of folders, of files) of a folder and those below it, in order; links to folders are followed, as
+    packages of videos are often made. Hidden ones are not; `odd` gets a sentence for each other that is not looked at.
+    """
+    seen: dict[str, str] = {}
+    found = os.walk(folder, followlinks=True, onerror=lambda error: odd.append(f"cannot be looked at: {error}"))
+    for root, folders, names in found:
+        # A link to a folder above would be followed for ever.
+        if (known := seen.setdefault(os.path.realpath(root), root)) != root:
+            odd.append(f"{root} is not looked at: by a link it is the folder {known}")
+            folders.clear()
+            continue
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        yield Path(root), folders, sorted(names)
+
+
 def videos_in(folder: Path) -> tuple[list[Path], list[str]]:
     """(the video files of a folder and its sub-folders, what is called so and is none: a sentence each)."""
     if not folder.is_dir():
@@ -121,9 +143,8 @@ def videos_in(folder: Path) -> tuple[list[Path], list[str]]:
     files: list[Path] = []
     odd: list[str] = []
     found: list[Path] = []
-    for root, folders, names in os.walk(folder, onerror=lambda error: odd.append(f"cannot be looked at: {error}")):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        found += [Path(root, name) for name in [*folders, *names]]
+    for root, folders, names in walk(folder, odd):
+        found += [root / name for name in [*folders, *names]]
     for path in sorted(path for path in found if path.suffix.lower() in VIDEO_SUFFIXES):
         name = path.name.encode(errors="backslashreplace").decode()  # it need not be UTF-8
         if name.startswith("._"):

@@ -91,9 +91,11 @@ class FeatureFiles:
     files: tuple[FeatureFile, ...]
     """All whose format can be read."""
 
-    def find(self, video_ids: Sequence[str]) -> Chosen[FeatureFile]:
-        """The file of each video; ValueError where none has one, with what lies in the folder."""
-        chosen = NamedFiles(self.files).choose(video_ids, self.file_names)
+    def find(self, video_ids: Sequence[str], others: Sequence[str] = ()) -> Chosen[FeatureFile]:
+        """The file of each video, which none of the `others` may be too; ValueError where none has one, with what lies
+        in the folder."""
+        everyone = list(dict.fromkeys([*video_ids, *others]))
+        chosen = NamedFiles(self.files).choose(everyone, self.file_names).only(video_ids)
         if not chosen.found and not chosen.faults:
             looked = ", ".join(name.format(id=video_ids[0]) + ".npy" for name in self.file_names)
             raise ValueError(
