@@ -22,6 +22,13 @@ def num_cores() -> int:
     return os.cpu_count() or 1
 
 
+def num_workers(given: int | None) -> int:
+    """What --workers says, or one per core that this process may use. ValueError below 1."""
+    if given is not None and given < 1:
+        raise ValueError(f"--workers is {given}; give 1 or more")
+    return num_cores() if given is None else given
+
+
 def peak_resident_bytes() -> int:
     """The most memory that this process held so far; 0 where the system does not tell, as on Windows."""
     try:

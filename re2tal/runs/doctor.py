@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ from re2tal.data.building.annotations import Annotations, read_annotations, read
 from re2tal.data.building.examine import Examined, examine_video
 from re2tal.data.building.isolated import IsolatedPool
 from re2tal.data.building.named_files import Chosen, NamedFiles, videos_in
-from re2tal.machine import installed_version, memory_bytes, num_cores, open_files
+from re2tal.machine import installed_version, memory_bytes, num_cores, num_workers, open_files
 from re2tal.progress import counted
 from re2tal.runs.exit_status import SOME_LEFT_OUT
 from re2tal.strict_json import write_json
@@ -66,8 +66,8 @@ def check_data(check: DataCheck) -> int:
     if not 0 <= check.max_damaged <= 1:
         raise ValueError(f"--max-damaged is {check.max_damaged}; give a share from 0 to 1")
     files, odd = _video_files(check.videos)
-    examined = _examine(files, check)
     named = NamedFiles(files)
+    examined = _examine(files if check.annotations is None else _listed(check.annotations, files, named), check)
     problems: list[str] = []
     records: dict[str, VideoRecord] = {}
     keys: Mapping[str, str] = {}
@@ -76,13 +76,13 @@ def check_data(check: DataCheck) -> int:
         if annotations is not None:
             records = {record.video_id: record for records in annotations.subsets.values() for record in records}
             keys = annotations.keys
-    wanted = list(records or dict.fromkeys(composed(path.stem) for path in files))
+    wanted = list(records or dict.fromkeys(composed(path.stem) for path in examined))
     # Without annotations ids are the files' own names: no prefix is tried.
     chosen = named.choose(wanted, keys=keys) if records else named.choose(wanted, ("{id}",))
-    odd += chosen.notes
+    odd += chosen.notes.values()
     rows = [_row(one, chosen, examined, records.get(one), check.max_damaged) for one in wanted]
     # All files of an id, not only the chosen one: an entry knows of the others.
-    used = {path for one in wanted for path in named.of(one)}
+    used = set(_of(wanted, named))
     if unused := [path.name for path in files if path not in used]:
         odd.append(f"{len(unused)} files belong to no entry, such as {unused[0]}")
     _print(rows, problems, odd)
@@ -100,10 +100,22 @@ def _video_files(folder: Path) -> tuple[list[Path], list[str]]:
     return [path for path in files if not faults[path]], odd
 
 
+def _listed(annotations: Path, files: Sequence[Path], named: NamedFiles[Path]) -> Sequence[Path]:
+    """The files that the annotations name; all where they cannot be read, which is told later."""
+    try:
+        return _of(read_keys(annotations), named)
+    except ValueError:
+        return files
+
+
+def _of(video_ids: Iterable[str], named: NamedFiles[Path]) -> list[Path]:
+    return list(dict.fromkeys(path for one in video_ids for path in named.of(one)))
+
+
 def _examine(files: Sequence[Path], check: DataCheck) -> dict[Path, Examined | str]:
     """File -> what was found, or why the file cannot be used; each in a process that can be stopped."""
-    num_workers = max(1, min(check.workers or num_cores(), len(files)))
-    with IsolatedPool(num_workers) as isolated, ThreadPoolExecutor(num_workers) as pool:
+    num = max(1, min(num_workers(check.workers), len(files)))
+    with IsolatedPool(num) as isolated, ThreadPoolExecutor(num) as pool:
 
         def one(path: Path) -> Examined | str:
             try:

@@ -24,7 +24,7 @@ from re2tal.data.building.probe import MAX_DAMAGED, probe_video
 from re2tal.data.building.shard_folder import BuiltSubset, Listed, NothingUsableError
 from re2tal.data.building.subset_names import rename_subsets
 from re2tal.data.contract.manifest import Encoding, FramesPerSecond, FramesPerVideo, Rejection
-from re2tal.machine import num_cores
+from re2tal.machine import num_workers
 from re2tal.progress import Progress
 from re2tal.runs.exit_status import TOO_MANY_REJECTED
 from re2tal.runs.shard_listing import describe
@@ -129,9 +129,8 @@ def for_each(subsets: Sequence[str], one: Callable[[str], int]) -> int:
 
 def _config(options: Build, spec: DatasetSpec) -> BuildConfig:
     part_index, num_parts = parse_part(options.part)
-    for name, value in (("--videos-per-shard", options.videos_per_shard), ("--workers", options.workers)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} is {value}; give 1 or more")
+    if options.videos_per_shard is not None and options.videos_per_shard < 1:
+        raise ValueError(f"--videos-per-shard is {options.videos_per_shard}; give 1 or more")
     return BuildConfig(
         dataset=options.dataset,
         encoding=_encoding(options, spec.encoding),
@@ -142,7 +141,7 @@ def _config(options: Build, spec: DatasetSpec) -> BuildConfig:
         shard_bytes=parse_size(options.shard_size),
         videos_per_shard=options.videos_per_shard,
         seed=options.seed,
-        workers=options.workers or num_cores(),
+        workers=num_workers(options.workers),
         part_index=part_index,
         num_parts=num_parts,
     )

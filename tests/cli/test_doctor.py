@@ -9,6 +9,7 @@ import pytest
 from data.files import cut_short, write_sound, write_video
 
 from re2tal.cli import main
+from re2tal.data.building.isolated import IsolatedPool
 
 
 def run(capsys, *arguments: object) -> tuple[int, str]:
@@ -78,6 +79,27 @@ def test_nothing_is_wrong(capsys, folder, tmp_path):
     status, out = run(capsys, folder, path, "--quick", "--workers", "1")
     assert status == 0
     assert out.endswith("1 videos: 1 ok; 0 faults of the annotations\n")
+
+
+def test_only_what_the_annotations_name_is_read(capsys, folder, tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(IsolatedPool, "call", lambda self, seconds, function, path, **given: read.append(path.name))
+    (tmp_path / "a.json").write_text(json.dumps({"database": {"good": {"subset": 7}, "v_long.mp4": {}}}))
+    status, out = run(capsys, folder, tmp_path / "gone.json")
+    assert (status, read) == (2, [])
+    monkeypatch.undo()
+    status, out = run(capsys, folder, tmp_path / "a.json", "--quick", "--workers", "1")
+    assert status == 1
+    assert "database.good: subset is 7" in out
+    assert out.endswith("1 videos: 1 ok; 1 faults of the annotations\n")
+
+
+@pytest.mark.parametrize("workers", [0, -3])
+def test_fewer_workers_than_one_are_refused(capsys, folder, tmp_path, workers):
+    assert run(capsys, folder, "--workers", workers)[0] == 2
+    with pytest.raises(SystemExit) as end:
+        main(["demo", "--out", str(tmp_path), "--workers", str(workers)])
+    assert (end.value.code, capsys.readouterr().err) == (2, f"re2tal: --workers is {workers}; give 1 or more\n")
 
 
 def test_the_machine(capsys, tmp_path):

@@ -18,7 +18,7 @@ from typing import TypeVar
 import av
 
 from re2tal.data.building.demo_scenes import CLASSES, SUBSETS, Scene, draw_clip, draw_scene
-from re2tal.machine import num_cores
+from re2tal.machine import num_workers
 from re2tal.strict_json import read_json, write_json
 
 T = TypeVar("T")
@@ -50,7 +50,7 @@ def write_demo(folder: Path, config: DemoConfig, *, workers: int | None = None) 
     core that this process may use); their number does not change the result.
 
     Raises:
-        ValueError: if `folder` holds the annotations of something else.
+        ValueError: if `folder` holds the annotations of something else, or for fewer than one process.
     """
     annotations = folder / "annotations.json"
     version = f"re2tal demo 2, {config}"  # another number whenever the drawing changes
@@ -88,7 +88,7 @@ def _is_written(listing: Path, version: str) -> bool:
 def _in_processes(write: Callable[[tuple[str, int]], T], config: DemoConfig, *, workers: int | None) -> list[T]:
     counts = (config.num_training, config.num_validation)
     jobs = [(subset, number) for subset, count in zip(SUBSETS, counts, strict=True) for number in range(count)]
-    with ProcessPoolExecutor(workers or num_cores(), mp_context=get_context("spawn")) as pool:
+    with ProcessPoolExecutor(num_workers(workers), mp_context=get_context("spawn")) as pool:
         return list(pool.map(write, jobs, chunksize=2))
 
 
