@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-from re2tal.data.building.annotations import Annotations, read_annotations
+from re2tal.data.building.annotation_entries import UNKNOWN_SECONDS
+from re2tal.data.building.annotations import Annotations, read_annotations, read_keys
 from re2tal.data.building.isolated import IsolatedPool
-from re2tal.data.building.named_files import NamedFiles, videos_in
+from re2tal.data.building.named_files import Chosen, NamedFiles, videos_in
 from re2tal.data.building.probe import VideoProbe, probe_video
+from re2tal.data.building.shard_plan import NO_FILE
 from re2tal.machine import num_cores
 from re2tal.structures import VideoRecord
 
@@ -54,12 +56,13 @@ def look_at(videos: Path, annotations: Path) -> DataFacts:
 
     ValueError where there is no action, no file of an annotated video, or no subset to train on or to score.
     """
-    files = NamedFiles(videos_in(videos)[0])
-    with _Files(files) as measure:
-        read = read_annotations(annotations, duration_of=lambda name: float(measure(name).duration_seconds))
+    keys = read_keys(annotations)
+    chosen = NamedFiles(videos_in(videos)[0]).choose(list(keys), keys=keys)
+    with _Files(chosen) as measure:
+        read = read_annotations(annotations, duration_of=measure.seconds)
         training, validation = _subset(annotations, read, "training"), _subset(annotations, read, "validation")
         records = [*training, *validation]
-        with_file = [one for one in records if files.of(one.video_id)]
+        with_file = [one for one in records if one.video_id in chosen.found.keys() | chosen.faults.keys()]
         if not with_file:
             raise ValueError(
                 f"{videos} has no file of the {len(records)} videos in {annotations}, such as "
@@ -71,12 +74,13 @@ def look_at(videos: Path, annotations: Path) -> DataFacts:
         raise ValueError(f"{annotations}: no video of its training subset has an action; there is nothing to learn")
     if not probes:
         raise ValueError(f"none of the videos can be used; the first: {unusable[0]}")
-    there = {one.video_id for one in with_file}
+    measured = [one for one in with_file if one.duration_seconds != UNKNOWN_SECONDS]
+    there = {one.video_id for one in measured}
     return DataFacts(
         classes=read.classes,
         num_training=sum(one.video_id in there for one in training),
         action_seconds=np.sort(lengths),
-        video_seconds=np.sort([one.duration_seconds for one in with_file]),
+        video_seconds=np.sort([one.duration_seconds for one in measured]),
         # The slowest sets the rate for all: frames that a video has not cannot be shown.
         least_fps=min(one.num_frames / float(one.duration_seconds) for one in probes),
         short_side=int(np.median([min(one.width, one.height) for one in probes])),
@@ -104,8 +108,8 @@ def _spread(records: Sequence[VideoRecord]) -> list[VideoRecord]:
 class _Files:
     """Measures files, each in a process that can be stopped."""
 
-    def __init__(self, files: NamedFiles[Path]) -> None:
-        self._files = files
+    def __init__(self, chosen: Chosen[Path]) -> None:
+        self._chosen = chosen
         self._num_workers = min(8, num_cores())
         self._isolated = IsolatedPool(self._num_workers)
 
@@ -116,10 +120,17 @@ class _Files:
         self._isolated.__exit__(*error)
 
     def __call__(self, video_id: str) -> VideoProbe:
-        paths = self._files.of(video_id)
-        if len(paths) != 1:
-            raise ValueError(f"there are {len(paths)} files of video {video_id!r}, and one is needed")
-        return self._isolated.call(SILENT_SECONDS, probe_video, paths[0])
+        path = self._chosen.found.get(video_id)
+        if path is None:
+            raise ValueError(self._chosen.faults.get(video_id, NO_FILE))
+        return self._isolated.call(SILENT_SECONDS, probe_video, path)
+
+    def seconds(self, video_id: str) -> float:
+        """How long a video lasts; UNKNOWN_SECONDS where a build will leave it out for its file."""
+        try:
+            return float(self(video_id).duration_seconds)
+        except (ValueError, OSError):
+            return UNKNOWN_SECONDS
 
     def many(self, video_ids: Iterable[str]) -> tuple[list[VideoProbe], list[str]]:
         """What each file holds, and why those that cannot be used cannot."""

@@ -13,7 +13,7 @@ from re2tal.data.building.annotations import read_annotations
 from re2tal.data.building.catalog import DATASETS
 from re2tal.data.building.labels import read_class_list
 from re2tal.data.building.merge import merge_shards, merged_classes, same_pictures, skipped_videos
-from re2tal.data.building.stored_videos import subset_folders
+from re2tal.data.building.stored_videos import Entry, stored_videos, subset_folders
 from re2tal.data.building.subset_names import rename_subsets
 from re2tal.data.contract.manifest import MANIFEST_NAME
 from re2tal.data.contract.shards import ShardSet, open_any, open_shards
@@ -57,16 +57,18 @@ def relabel(
 
 
 def _stored_seconds(folder: Path) -> tuple[str, dict[str, float]]:
-    """(name of the data set, seconds of each video)."""
+    """(name of the data set, seconds of each video, of those too that no longer are listed)."""
     if not folder.is_dir():
         raise ValueError(f"{folder} is not a folder; give the one that `re2tal shards build --out` wrote")
     opened = [open_any(one) for one in subset_folders(folder)]
-    found = {
-        composed(video.record.video_id): video.num_samples / video.samples_per_second
-        for shards in opened
-        for video in shards.videos
-    }
-    return opened[0].manifest.dataset, found
+    stored, _ = stored_videos(opened)
+    return opened[0].manifest.dataset, {composed(video_id): _seconds(entry) for video_id, (_, entry) in stored.items()}
+
+
+def _seconds(entry: Entry) -> float:
+    seconds, known = entry.num_samples / entry.samples_per_second, entry.record.duration_seconds
+    # What was measured when it was built is of the source, and not whole frames: to say the same again is no change.
+    return known if abs(known - seconds) <= 1 / entry.samples_per_second else seconds
 
 
 def _report(change: Annotated, max_rejected: float) -> int:

@@ -136,6 +136,21 @@ def test_the_file_is_one_that_training_takes_and_each_choice_has_a_reason(videos
     assert "recipe.json is there already" in capsys.readouterr().err
 
 
+def test_a_video_that_cannot_be_measured_is_left_out_as_by_a_build(videos: Path, tmp_path: Path):
+    action = {"segment": [0, 1], "label": "a"}
+    names = {"one.mp4": "training", "two": "validation", "broken": "training", "gone": "validation"}
+    database = {name: {"subset": subset, "annotations": [action]} for name, subset in names.items()}
+    (tmp_path / "a.json").write_text(json.dumps({"database": database}))
+    (tmp_path / "videos").mkdir()
+    for path in videos.iterdir():
+        (tmp_path / "videos" / path.name).symlink_to(path)
+    (tmp_path / "videos" / "one.mkv").symlink_to(videos / "broken.mp4")
+    found = look_at(tmp_path / "videos", tmp_path / "a.json")
+    assert (found.num_training, found.video_seconds.tolist()) == (1, [3.0, 3.0])
+    assert [note.partition(";")[0] for note in found.notes[:1]] == ["1 annotated videos have no file"]
+    assert found.notes[1].startswith("1 of 3 files cannot be used, such as: ")
+
+
 @pytest.mark.parametrize(
     ("entries", "message"),
     [

@@ -286,3 +286,14 @@ def test_an_entry_without_a_duration_is_measured_in_the_shards_or_left_out_alone
     assert "rejected gone: its pictures are in none of these shards" in err
     assert labels(shards / "training") == {"a": ["y"], "b": ["y"]}
     assert open_shards(shards / "training").by_id["a"].record.duration_seconds == 2.0
+
+
+def test_what_was_measured_is_measured_again_without_a_change_and_also_where_it_was_not_listed(tmp_path, capsys):
+    shards = folder_of(tmp_path / "1", "a", "b")
+    seconds = 2.0 + 0.4 / 30  # as a build measures the source
+    run(capsys, "annotate", shards, annotations(tmp_path / "a.json", a=("training", seconds, [(0.5, 1.0, "y")])))
+    entry = {"subset": "training", "annotations": [{"segment": [0.5, 1.0], "label": "y"}]}
+    (tmp_path / "b.json").write_text(json.dumps({"database": {"a": entry, "b": entry}}))
+    status, out, _ = run(capsys, "annotate", shards, tmp_path / "b.json")
+    assert (status, "1 of 2 videos have other annotations" in out) == (0, True)  # b, which was not listed
+    assert open_shards(shards / "training").by_id["a"].record.duration_seconds == seconds
