@@ -81,6 +81,7 @@ def convert(options: Conversion) -> int:
     notes = [*videos.problems, *found.notes, *_unify(found, fix=options.fix_labels), *_assign(found, options)]
     notes += _later(found)
     if options.out.suffix.lower() == ".csv":
+        notes += _lost_in_a_table(found)
         write_atomically(options.out, _table(found))
     else:
         write_json(options.out, _document(found))
@@ -220,6 +221,14 @@ def _later(found: Found) -> list[str]:
     ]
     if beyond:
         notes.append(f"{len(beyond)} actions end after their video, such as {beyond[0]}; if times are frames: --fps")
+    return notes
+
+
+def _lost_in_a_table(found: Found) -> list[str]:
+    without = [video_id for video_id, one in found.videos.items() if not one.actions]
+    notes = [f"{len(without)} videos without an action are not in a table, such as {without[0]!r}"] if without else []
+    if any(one.duration_seconds is not None for one in found.videos.values()):
+        notes.append("a table says no durations; a .json does")
     return notes
 
 

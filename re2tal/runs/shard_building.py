@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -27,6 +28,7 @@ from re2tal.data.contract.manifest import Encoding, FramesPerSecond, FramesPerVi
 from re2tal.machine import num_workers
 from re2tal.progress import Progress
 from re2tal.runs.exit_status import TOO_MANY_REJECTED
+from re2tal.runs.lock import locked
 from re2tal.runs.shard_listing import describe
 
 MAX_SHOWN = 20
@@ -259,10 +261,13 @@ def _build_with_bar(
     def on_video(one: Listed, rejection: Rejection | None) -> None:
         progress.to(next(done), f"{subset}, {one.video_id}")
 
+    folder = out / listed.subset(subset)[0].subset
     try:
-        return build_shards(
-            listed, videos=videos, out=out, subset=subset, config=config, on_start=on_start, on_video=on_video
-        )
+        # Parts are made to work at once. Two others would remove each other's unfinished videos.
+        with locked(folder) if config.num_parts == 1 else nullcontext():
+            return build_shards(
+                listed, videos=videos, out=out, subset=subset, config=config, on_start=on_start, on_video=on_video
+            )
     finally:
         progress.close()
 

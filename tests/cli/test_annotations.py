@@ -95,6 +95,16 @@ def test_back_to_a_table(capsys, tmp_path):
     assert (tmp_path / "c.csv").read_text() == rows
 
 
+def test_what_a_table_cannot_say_is_named(capsys, tmp_path):
+    action = {"segment": [1, 2.5], "label": "run"}
+    database = {name: {"subset": "training", "annotations": []} for name in ("b", "c")}
+    database["a"] = {"subset": "training", "duration": 9, "annotations": [action]}
+    (tmp_path / "a.json").write_text(json.dumps({"database": database}))
+    _, _, err = run(capsys, "annotations", "convert", tmp_path / "a.json", "--out", tmp_path / "a.csv")
+    assert "note: 2 videos without an action are not in a table, such as 'b'" in err
+    assert "note: a table says no durations" in err
+
+
 def test_nothing_is_written_where_no_action_is_found(capsys, tmp_path):
     path = tmp_path / "a.txt"
     path.write_text("nothing of use\n")

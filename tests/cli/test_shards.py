@@ -9,6 +9,7 @@ from data.files import write_video
 from re2tal.cli import main
 from re2tal.data.contract.manifest import FramesPerSecond, FramesPerVideo, to_json
 from re2tal.data.contract.shards import open_shards, subset_folder
+from re2tal.runs.lock import locked
 from re2tal.runs.shard_building import parse_size
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "shards.slurm"
@@ -59,6 +60,15 @@ def test_building_again_reports_the_same_and_says_when_too_many_are_rejected(cap
     assert f"{built}/training: own training, 2 videos, 0.00 h, 15 frames per second, short side 256, 1 classes" in out
     assert "rejected gone: there is no file of this name" in err
     assert "training: 1 of 3 videos cannot be used, more than the share of 0.05" in err
+
+
+def test_two_do_not_build_one_folder_at_once_unless_they_are_parts(capsys, given, built, tmp_path):
+    with locked(tmp_path / "training"):
+        status, _, err = run(capsys, "build", *given, "--out", tmp_path, "--subsets", "training")
+        assert (status, f"{tmp_path}/training is in use by" in err) == (2, True)
+    with locked(built / "training"):
+        assert run(capsys, "build", *given, "--out", built, "--subsets", "training", "--part", "1/2")[0] == 3
+    assert not (tmp_path / "training" / "lock").exists()
 
 
 def test_list_and_verify_say_what_is_there_and_whether_it_is_sound(capsys, built, tmp_path):

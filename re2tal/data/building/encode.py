@@ -53,7 +53,7 @@ def sampling_grid(duration_seconds: Fraction, encoding: Encoding) -> tuple[Fract
     """(frames per second, number of frames) to store of a video of this duration."""
     match encoding.sampling:
         case FramesPerSecond(fps):
-            # 29.97 becomes 30000/1001, and 15.0 stays 15.
+            # 29.97 becomes 2997/100 and 29.97003 30000/1001: a float's own fraction has terms of 16 digits.
             rate = Fraction(fps).limit_denominator(1001)
             return rate, max(1, round(duration_seconds * rate))
         case FramesPerVideo(num_frames):
