@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from re2tal.data.building.annotation_entries import duration_tolerance
+from re2tal.data.building.annotation_entries import SUBSET_NAME, duration_tolerance
 from re2tal.data.building.annotation_formats.formats import FORMATS, read_files
 from re2tal.data.building.annotation_formats.found import Found, FoundVideo, Wanted
+from re2tal.data.building.annotations import repeated
 from re2tal.data.building.isolated import Isolated
 from re2tal.data.building.labels import fold_notes, one_spelling, read_class_list, twin_problems
 from re2tal.data.building.named_files import NamedFiles, videos_in
@@ -23,7 +24,7 @@ from re2tal.data.building.probe import probe_video
 from re2tal.runs.shard_building import print_some
 from re2tal.strict_json import write_atomically, write_json
 from re2tal.tables import text_table
-from re2tal.video_ids import id_fault
+from re2tal.video_ids import id_fault, plain_id
 
 SILENT_SECONDS = 60.0
 """Stop reading a video file after this time without progress."""
@@ -138,8 +139,12 @@ def _files(inputs: tuple[Path, ...]) -> Iterator[Path]:
             raise FileNotFoundError(f"{path} does not exist; check the path")
         # In order of names, so that two runs write the same file.
         inside = sorted(path.iterdir()) if path.is_dir() else [path]
-        # What is named is read, also where it is hidden; of a folder, neither hidden files nor folders.
-        yield from (one for one in inside if one == path or not (one.name.startswith(".") or os.path.isdir(one)))
+        # What is named is read, also where it is hidden; of a folder, neither hidden files, folders nor videos.
+        yield from (one for one in inside if one == path or not _is_skipped(one))
+
+
+def _is_skipped(path: Path) -> bool:
+    return path.name.startswith(".") or plain_id(path.name) != path.name or os.path.isdir(path)
 
 
 @dataclass(slots=True)
@@ -206,7 +211,12 @@ def _assign(found: Found, options: Conversion) -> list[str]:
 
 def _later(found: Found) -> list[str]:
     """What the next command will stumble over."""
-    notes = []
+    notes = [*repeated((video_id, *segment) for video_id, one in found.videos.items() for segment in one.actions)]
+    subsets = dict.fromkeys(one.subset for one in found.videos.values() if one.subset is not None)
+    if odd := [name for name in subsets if not SUBSET_NAME.fullmatch(name.lower())]:
+        notes.append(
+            f"subset {odd[0]!r} cannot be read by the next command: rename it, in letters a to z, digits, _ and -"
+        )
     if odd := [video_id for video_id in found.videos if id_fault(video_id)]:
         notes.append(f"{len(odd)} ids cannot be names of videos, such as {odd[0]!r}: {id_fault(odd[0])}")
     missing = [video_id for video_id, one in found.videos.items() if one.duration_seconds is None]

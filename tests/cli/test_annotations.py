@@ -95,6 +95,17 @@ def test_back_to_a_table(capsys, tmp_path):
     assert (tmp_path / "c.csv").read_text() == rows
 
 
+def test_a_folder_that_says_all_twice_is_named_and_its_videos_are_no_annotations(capsys, tmp_path):
+    (tmp_path / "a.csv").write_text("video,start,end,label,subset\na,1,2.5,run, Training\nb,1,2.5,run,my set\n")
+    (tmp_path / "a.mp4").write_bytes(b"\xff\xfe no text")
+    entry = {"subset": " Training ", "annotations": [{"segment": [1, 2.5], "label": "run"}]}
+    (tmp_path / "a.json").write_text(json.dumps({"database": {"a": entry}}))
+    _, out, err = run(capsys, "annotations", "convert", tmp_path, "--out", tmp_path / "out.json")
+    assert "2 videos (1 my set, 1 training), 3 actions, 1 classes, 0 left out" in out
+    assert "note: 1 segments are there twice, and are kept: a 1 to 2.5 s 'run'" in err
+    assert "note: subset 'my set' cannot be read by the next command: rename it" in err
+
+
 def test_what_a_table_cannot_say_is_named(capsys, tmp_path):
     action = {"segment": [1, 2.5], "label": "run"}
     database = {name: {"subset": "training", "annotations": []} for name in ("b", "c")}

@@ -102,11 +102,8 @@ class EntryReader:
             raise _Problem("entry", entry, "give an object with subset, duration and annotations")
         subset, annotations = entry.get("subset"), entry.get("annotations")
         if not isinstance(subset, str) or not SUBSET_NAME.fullmatch(subset.lower()):
-            raise _Problem(
-                "subset",
-                subset,
-                'give a name such as "training", or use `re2tal annotations convert`',
-            )
+            how = "in letters a to z, digits, _ and -" if subset else "or use `re2tal annotations convert`"
+            raise _Problem("subset", subset, f'give a name such as "training", {how}')
         if "annotations" not in entry:
             self.num_unknown += 1
             annotations = []

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -125,7 +125,7 @@ def read_annotations(
         num_ambiguous=reader.num_ambiguous,
         num_clipped=reader.num_clipped,
         num_dropped=reader.num_dropped,
-        notes=(*reader.notes(), *fold_notes(replaced), *_repeated(records)),
+        notes=(*reader.notes(), *fold_notes(replaced), *repeated(_segments(records))),
         keys={video_id: key for key in database if (video_id := plain_id(key)) != key},
     )
 
@@ -158,12 +158,18 @@ def _raw_labels(database: Mapping[str, Any]) -> Iterator[str]:
                 yield label
 
 
-def _repeated(records: Sequence[VideoRecord]) -> Iterator[str]:
-    """A note about segments that a video has more than once; they are kept, as scores count them."""
+def _segments(records: Iterable[VideoRecord]) -> Iterator[tuple[str, float, float, str]]:
+    return ((one.video_id, a.start_seconds, a.end_seconds, a.label) for one in records for a in one.actions)
+
+
+def repeated(segments: Iterable[tuple[str, float, float, str]]) -> Iterator[str]:
+    """A note about segments (video id, start and end in seconds, label) that are there more than once.
+
+    They are kept, as scores count them.
+    """
     found = [
-        f"{record.video_id} {action.start_seconds:g} to {action.end_seconds:g} s {action.label!r}"
-        for record in records
-        for action, count in Counter(record.actions).items()
+        f"{video_id} {start:g} to {end:g} s {label!r}"
+        for (video_id, start, end, label), count in Counter(segments).items()
         for _ in range(count - 1)
     ]
     if found:

@@ -89,6 +89,7 @@ class Found:
             return FoundVideo()
         one = self.videos.setdefault(video_id, FoundVideo())
         self._check_name(video_id, name)
+        subset = (subset or "").strip() or None
         if one.subset and subset and find_subset(subset, [one.subset]) is None:
             self.clashes.setdefault(video_id, f"it is in {one.subset!r} and in {subset!r}: keep one")
         one.subset = one.subset or subset
