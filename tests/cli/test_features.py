@@ -375,6 +375,10 @@ def test_a_file_is_never_two_videos_and_no_video_is_chosen_among_two_files(tmp_p
         "v_a": shared,
         "b": "b.npy and v_b.npz are files of one video; keep one of them",
     }
+    # Nor where one of the two subsets is packed alone.
+    alone = {**given, "out": tmp_path / "alone", "subsets": ("training",)}
+    assert pack(Pack(**alone, stride_frames=4, window_frames=16)) == 3
+    assert sorted(features(tmp_path / "alone" / "training").by_id) == ["c", "d"]
 
 
 def test_blocked_videos_are_left_out_without_a_rejection(tmp_path, capsys):
