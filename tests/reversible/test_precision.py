@@ -211,7 +211,7 @@ def test_narrow_numbers_beyond_the_bound_lie_on_the_grid_by_themselves(dtype) ->
 
 @pytest.mark.parametrize("grid", [0, -1.0, float("nan"), 1, 14, float("inf")])
 def test_a_grid_without_a_step_or_with_one_that_leaves_nothing_of_branches_is_refused(grid) -> None:
-    with pytest.raises(ValueError, match=r"grid is .*; give a positive step such as 2\*\*-14"):
+    with pytest.raises(ValueError, match=r"grid is .*; give a positive step below 1 such as 2\*\*-14"):
         run_reversibly([nn.Identity()], states(), grid=grid)
 
 
