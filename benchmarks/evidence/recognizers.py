@@ -146,12 +146,18 @@ def show(done: Mapping[str, Figures]) -> list[str]:
 
 def _table(forms: Mapping[str, Mapping[str, Figures]]) -> Iterator[str]:
     rows = []
-    for form, seeds in forms.items():
-        runs = list(seeds.values())
+    for form in sorted(forms, key=_place):
+        runs = list(forms[form].values())
         times = [run["train_seconds"] for run in runs if "train_seconds" in run]
         seconds = f"{statistics.fmean(times):.0f}" if times else ""
         rows.append((form, mean_and_interval([run["top1"] for run in runs]), seconds, str(len(runs))))
     return table(("network", "top-1, %", "training, s", "seeds"), rows)
+
+
+def _place(form: str) -> tuple[int, int]:
+    """Where a form stands in the table: those of one start side by side, by how long they were trained on."""
+    start, _, added = form.partition(", +")
+    return ("original", *REWIRED, "from scratch").index(start), int(added.split()[0]) if added else 0
 
 
 def _verdict(forms: Mapping[str, Mapping[str, Figures]]) -> Sequence[str]:
