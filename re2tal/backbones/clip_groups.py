@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from re2tal.reversible.chunking import GradientSums, silenced
 from re2tal.reversible.ddp import takes_first_parts
 from re2tal.reversible.fake import is_counted
 from re2tal.reversible.recompute import save_recipes
@@ -149,15 +150,15 @@ class _Groups(torch.autograd.Function):
         (frames,) = ctx.again()
         frames = frames.detach().requires_grad_(ctx.needs_input_grad[0])
         chosen = _decisive(ctx.spans, counted=is_counted(gradient))
-        sums: dict[Tensor, Tensor] = {}
+        sums = GradientSums()
         with same_kernels(), ctx.modules.modes_restored():
             with _collecting(trained, sums):
                 for index in chosen[:-1]:
                     _differentiate(ctx, index, frames, gradient)
-            with _delivering(sums):
+            with sums.completing():
                 _differentiate(ctx, chosen[-1], frames, gradient)
-        if sums:
-            raise RuntimeError(f"the last group of clips does not use {len(sums)} parameters that other groups use")
+        if lost := len(sums.sums):
+            raise RuntimeError(f"the last group of clips does not use {lost} parameters that other groups use")
         return frames.grad, *[None] * 6
 
 
@@ -169,55 +170,21 @@ def _differentiate(ctx: Any, index: int, frames: Tensor, gradient: Tensor) -> No
 
 
 @contextmanager
-def _collecting(parameters: Sequence[Tensor], sums: dict[Tensor, Tensor]) -> Iterator[None]:
+def _collecting(parameters: Sequence[Tensor], sums: GradientSums) -> Iterator[None]:
     """Inside, what comes to `.grad` goes into `sums` at once, and no other hook sees it."""
 
     def take(parameter: Tensor) -> None:
         part, parameter.grad = parameter.grad, None
         assert part is not None
-        if parameter in sums:
-            sums[parameter].add_(part)
-        else:  # a copy, because autograd may give one tensor to several parameters
-            sums[parameter] = part.to(torch.promote_types(part.dtype, torch.float32), copy=True)
+        sums.add(parameter, part)
 
     before = {parameter: parameter.grad for parameter in parameters}
-    with ExitStack() as stack:
+    with silenced(parameters), ExitStack() as stack:
         for parameter in parameters:
             parameter.grad = None
-            for name in ("_backward_hooks", "_post_accumulate_grad_hooks"):
-                stack.enter_context(_emptied(getattr(parameter, name)))
             stack.callback(parameter.register_post_accumulate_grad_hook(take).remove)
         try:
             yield
         finally:
             for parameter, gradient in before.items():
                 parameter.grad = gradient
-
-
-@contextmanager
-def _delivering(sums: dict[Tensor, Tensor]) -> Iterator[None]:
-    """Inside, the gradient of each parameter gets its sum added before any hook sees it."""
-
-    def complete(parameter: Tensor, part: Tensor) -> Tensor:
-        return sums.pop(parameter).add_(part).to(part.dtype) if parameter in sums else part
-
-    with ExitStack() as stack:
-        for parameter in list(sums):
-            # Hooks fire in the order of registration: taking the others out and putting them back makes ours the first.
-            with _emptied(parameter._backward_hooks):
-                handle = parameter.register_hook(partial(complete, parameter))
-            stack.callback(handle.remove)
-        yield
-
-
-@contextmanager
-def _emptied(hooks: dict | None) -> Iterator[None]:
-    """Takes hooks out of their registry, and puts them back behind those that were added meanwhile."""
-    those = dict(hooks) if hooks else {}
-    if hooks:
-        hooks.clear()
-    try:
-        yield
-    finally:
-        if hooks is not None:
-            hooks.update(those)

@@ -15,7 +15,7 @@ fires again, and ZeRO-3 silently trains something else. Therefore all pieces but
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -144,12 +144,12 @@ class GradientSums:
     def collect(self, output: GradientEdge, gradient: Tensor, point: Tensor) -> None:
         """Differentiates a piece without touching the leaves: adds to the sums, and sets `point.grad`."""
         edges = _leaves(output)
-        hooks = {leaf: partial(self._add, leaf) for leaf in edges if leaf is not point}
-        with _silenced(list(edges)), _hooked(hooks):
+        hooks = {leaf: partial(self._take, leaf) for leaf in edges if leaf is not point}
+        with silenced(list(edges)), _hooked(hooks):
             found = torch.autograd.grad((output,), tuple(edges.values()), (gradient,), allow_unused=True)
         point.grad = dict(zip(edges, found, strict=True)).get(point)
 
-    def _add(self, leaf: Tensor, part: Tensor | None) -> Tensor | None:
+    def _take(self, leaf: Tensor, part: Tensor | None) -> Tensor | None:
         """A hook that adds `part` to the sum of `leaf` as soon as it exists, and replaces it by an expanded zero.
 
         `autograd.grad` holds what hooks return until it ends. Late in a network a branch's parameters are larger than
@@ -158,13 +158,17 @@ class GradientSums:
         # `Linear` returns None for a weight's gradient that `add_product` has added already.
         if part is None:
             return None
+        self.add(leaf, part)
+        return part.new_zeros(()).expand_as(part)
+
+    def add(self, leaf: Tensor, part: Tensor) -> None:
+        """Adds a part of the gradient of `leaf`."""
         if leaf in self.sums:
             self.sums[leaf].add_(part)
         else:
             # In float32, because a sum of many bfloat16 numbers is far off. Always a copy, because autograd gives the
             # same tensor to several leaves, or the gradient of a state itself, where a branch only adds a parameter.
             self.sums[leaf] = part.to(torch.promote_types(part.dtype, torch.float32), copy=True)
-        return part.new_zeros(()).expand_as(part)
 
     def add_product(self, leaf: Tensor, left: Tensor, right: Tensor) -> Tensor | None:
         """Adds a product to a leaf's sum without writing it first; returns the sum once it is complete."""
@@ -187,8 +191,12 @@ class GradientSums:
                 "every piece of a cut must use the same parameters"
             )
         self.delivers = True
-        with _hooked({leaf: partial(self._complete, leaf) for leaf in self.sums}):
+        with self.completing():
             torch.autograd.backward((output,), (gradient,))
+
+    def completing(self) -> AbstractContextManager[None]:
+        """Inside, the gradient of each leaf gets its sum added before any hook sees it."""
+        return _hooked({leaf: partial(self._complete, leaf) for leaf in self.sums})
 
     def _complete(self, leaf: Tensor, part: Tensor) -> Tensor:
         return self.sums.pop(leaf).add_(part).to(part.dtype) if leaf in self.sums else part
@@ -213,9 +221,10 @@ def _leaves(output: GradientEdge) -> dict[Tensor, GradientEdge]:
 
 
 @contextmanager
-def _silenced(leaves: Sequence[Tensor]) -> Iterator[None]:
-    """Inside, hooks on `leaves` do not fire: `autograd.grad` would call them with the gradient of a single piece."""
-    hooks = [(leaf._backward_hooks, dict(leaf._backward_hooks)) for leaf in leaves if leaf._backward_hooks]
+def silenced(leaves: Sequence[Tensor]) -> Iterator[None]:
+    """Inside, hooks on `leaves` do not fire: they would see parts of a gradient. They come back behind new ones."""
+    kinds = ("_backward_hooks", "_post_accumulate_grad_hooks")
+    hooks = [(found, dict(found)) for leaf in leaves for kind in kinds if (found := getattr(leaf, kind))]
     for registered, _ in hooks:
         # In place, because autograd holds this very dictionary.
         registered.clear()
@@ -230,7 +239,7 @@ def _silenced(leaves: Sequence[Tensor]) -> Iterator[None]:
 def _hooked(hooks: Mapping[Tensor, Callable[[Tensor], Tensor | None]]) -> Iterator[None]:
     """Inside, the gradient of a leaf goes through the hook given here before any other hook sees it."""
     # Hooks fire in the order of registration. Taking the others out and putting them back makes ours the first.
-    with _silenced(list(hooks)):
+    with silenced(list(hooks)):
         handles = [leaf.register_hook(hook) for leaf, hook in hooks.items()]
     try:
         yield
