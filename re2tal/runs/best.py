@@ -25,7 +25,7 @@ from re2tal.strict_json import read_json, write_json
 from re2tal.training.checkpoint_files import with_retries
 from re2tal.training.deepspeed_import import Engine
 from re2tal.training.engine_weights import gather_weights
-from re2tal.training.export import read_model, write_model
+from re2tal.training.export import clip_frames_of, read_model, write_model
 
 POINTER = "best.json"
 
@@ -79,7 +79,14 @@ class BestModel:
         def write() -> None:
             self.folder.mkdir(exist_ok=True)
             path = self.folder / f"step-{step:08d}.safetensors"
-            write_model(path, weights, classes=model.classes, wiring=wiring_of(model), features=features)
+            write_model(
+                path,
+                weights,
+                classes=model.classes,
+                wiring=wiring_of(model),
+                features=features,
+                clip_frames=clip_frames_of(model),
+            )
             outcome.write(path.with_suffix(".json"))
             figures = {**(self.read() or {"figures": {}})["figures"], str(step): value}
             known = {"step": step, "by": by, "figures": figures, "scored": self.scored}
@@ -111,7 +118,14 @@ class BestModel:
         """Write the best model as that of the run."""
         # Read and written anew, not copied: the header is that of this version.
         best = read_model(self.results.with_suffix(".safetensors"))
-        write_model(path, best.weights, classes=best.classes, wiring=best.wiring, features=best.features)
+        write_model(
+            path,
+            best.weights,
+            classes=best.classes,
+            wiring=best.wiring,
+            features=best.features,
+            clip_frames=best.clip_frames,
+        )
 
     def chosen(self, *, last: float, steps_per_epoch: float) -> dict[str, Any]:
         """Which evaluation it is of, for summary.json; `last` is the figure of the last weights."""

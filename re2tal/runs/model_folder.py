@@ -123,6 +123,7 @@ def save_model(
     classes: Sequence[str],
     wiring: Mapping[str, Any] | None,
     features: Mapping[str, Any] | None = None,
+    clip_frames: int | None = None,
     card: str,
 ) -> None:
     """Write a model folder that names no place of this machine. ValueError for the folder of a training run."""
@@ -132,7 +133,9 @@ def save_model(
     if (folder / CARD_NAME).exists() and not is_card(folder / CARD_NAME):
         raise ValueError(f"{folder / CARD_NAME} is there already, and is no model card; name another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    write_model(folder / MODEL_NAME, weights, classes=classes, wiring=wiring, features=features)
+    write_model(
+        folder / MODEL_NAME, weights, classes=classes, wiring=wiring, features=features, clip_frames=clip_frames
+    )
     save_config(folder / CONFIG_NAME, config)
     document = read_json(folder / CONFIG_NAME)
     # save_config made the path absolute, which names this machine.

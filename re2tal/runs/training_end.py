@@ -22,7 +22,7 @@ from re2tal.runs.tasks import AnyRun, Outcome
 from re2tal.strict_json import write_json
 from re2tal.training.deepspeed_import import Engine
 from re2tal.training.engine_weights import gather_weights
-from re2tal.training.export import write_model
+from re2tal.training.export import clip_frames_of, write_model
 from re2tal.training.interruption import StopVote
 from re2tal.training.metrics import peak_memory_gib
 from re2tal.training.trainer import Trainer
@@ -74,7 +74,14 @@ def finish(
 
     def export() -> None:
         own = folder / (MODEL_NAME if best is None else LAST_MODEL_NAME)
-        write_model(own, weights, classes=model.classes, wiring=wiring_of(model), features=features)
+        write_model(
+            own,
+            weights,
+            classes=model.classes,
+            wiring=wiring_of(model),
+            features=features,
+            clip_frames=clip_frames_of(model),
+        )
         if best is not None:
             best.export(folder / MODEL_NAME)
 

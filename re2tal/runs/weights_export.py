@@ -20,7 +20,7 @@ from re2tal.runs.folder import CONFIG_NAME
 from re2tal.runs.model_folder import read_card, save_model
 from re2tal.runs.model_folder_card import Origin, model_card
 from re2tal.runs.trained import load_detector, load_recognizer, open_detector, started
-from re2tal.training.export import write_tensors
+from re2tal.training.export import clips_in_header, write_tensors
 
 MODEL_FOLDER = "re2tal"
 """The layout of a model folder of our own."""
@@ -63,7 +63,8 @@ def export_run(out: Path, *, run: Path, to: str, prefix: str = "") -> int:
     _merge(detector.backbone, config.backbone)
     wiring = _wiring(detector.backbone, name)
     if to == "opentad":
-        return _write(out, export_detector(detector, config=config.backbone, prefix=prefix), to, wiring)
+        state = export_detector(detector, config=config.backbone, prefix=prefix)
+        return _write(out, state, to, wiring, detector.backbone)
     return _write_backbone(detector.backbone, out, name=name, to=to, prefix=prefix, wiring=wiring)
 
 
@@ -88,7 +89,14 @@ def _export_model(out: Path, run: Path, *, prefix: str) -> int:
     model, config = trained.model, started(trained.config)
     card = read_card(run) or model_card(config, model.classes, Origin(f"Exported from a run called {config.name}."))
     save_model(
-        out, config, model.weights, classes=model.classes, wiring=model.wiring, features=model.features, card=card
+        out,
+        config,
+        model.weights,
+        classes=model.classes,
+        wiring=model.wiring,
+        features=model.features,
+        clip_frames=model.clip_frames,
+        card=card,
     )
     return len(model.weights)
 
@@ -114,13 +122,15 @@ def _write_backbone(
     backbone: VideoBackbone, out: Path, *, name: str, to: str, prefix: str, wiring: dict[str, Any] | None
 ) -> int:
     if to != "transformers":
-        return _write(out, export_backbone(backbone, name=name, to=to, prefix=prefix), to, wiring)
+        return _write(out, export_backbone(backbone, name=name, to=to, prefix=prefix), to, wiring, backbone)
     save_for_the_library(backbone, out, name=name, wiring=wiring)
     return len(backbone.state_dict())
 
 
-def _write(out: Path, state: Mapping[str, Tensor], to: str, wiring: dict[str, Any] | None) -> int:
+def _write(
+    out: Path, state: Mapping[str, Tensor], to: str, wiring: dict[str, Any] | None, backbone: VideoBackbone
+) -> int:
     out.parent.mkdir(parents=True, exist_ok=True)
-    header = {"layout": to, "wiring": json.dumps(wiring)}
+    header = {"layout": to, "wiring": json.dumps(wiring)} | clips_in_header(backbone)
     write_tensors(out, {key: value.contiguous() for key, value in state.items()}, metadata=header)
     return len(state)

@@ -20,7 +20,7 @@ from re2tal.rewire import wiring_of
 from re2tal.runs.folder import CONFIG_NAME, MODEL_NAME
 from re2tal.runs.model_folder import describe
 from re2tal.runs.model_folder_card import Origin, model_card
-from re2tal.training.export import write_model, write_tensors
+from re2tal.training.export import clip_frames_of, clips_in_header, write_model, write_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +46,7 @@ def import_into_file(
     out.parent.mkdir(parents=True, exist_ok=True)
     wiring = None if as_plain else trained_wiring(BackboneConfig(name=config.backbone.name, weights=str(weights)))
     header = {"backbone": config.backbone.name, "wiring": json.dumps(wiring)}
+    header |= clips_in_header(backbone)
     write_tensors(out, backbone.state_dict(), metadata=header)
     return Imported(out, report, wiring)
 
@@ -78,7 +79,10 @@ def import_into_run(
     detector, report = import_detector(weights, config, classes=_classes(classes, config))
     out.mkdir(parents=True, exist_ok=True)
     names = detector.localizer.classes
-    write_model(out / MODEL_NAME, detector.state_dict(), classes=names, wiring=wiring_of(detector))
+    clip_frames = clip_frames_of(detector)
+    write_model(
+        out / MODEL_NAME, detector.state_dict(), classes=names, wiring=wiring_of(detector), clip_frames=clip_frames
+    )
     origin = Origin(f"Converted from `{weights.name}`, which was trained elsewhere. {report}")
     describe(out, config, names, card=model_card(config, names, origin))
     # Last, because it is what makes the folder a run.

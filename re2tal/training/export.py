@@ -1,7 +1,8 @@
 """model.safetensors: the trained model, for inference.
 
 Float32 weights and buffers by name. The header has the class names, the wiring of a rewired network at the end of
-training, and a description of the stored features, if it was trained on any.
+training, the frames of a clip of a backbone that cuts video into clips, and a description of the stored features, if it
+was trained on any.
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ class ModelFile:
     """`wiring_of` the network that was trained; None for a plain one."""
     features: Mapping[str, Any] | None = None
     """The stored features of its training, as `stored_features.describe` gives them; None for videos."""
+    clip_frames: int | None = None
+    """`clip_frames_of` the network that was trained; None for one without clips, and in older files."""
 
     def load_into(self, detector: nn.Module, *, classes: Sequence[str]) -> None:
         """Gives a detector or recognizer, built for `classes` these weights. ValueError where they do not fit."""
@@ -46,6 +49,7 @@ class ModelFile:
                 f"{self.path} was trained rewired with {self.wiring}, the detector is built with "
                 f"{wiring_of(detector)}, which is another network; use the config.json of the run that wrote it"
             )
+        self.check_clips(detector)
         own = {name: tuple(value.shape) for name, value in detector.state_dict().items()}
         saved = {name: tuple(value.shape) for name, value in self.weights.items()}
         if own != saved:
@@ -58,6 +62,25 @@ class ModelFile:
             )
         detector.load_state_dict(self.weights)
 
+    def check_clips(self, network: nn.Module) -> None:
+        """ValueError where the backbone takes clips of another length: shapes do not tell, and features differ."""
+        if self.clip_frames not in (None, ours := clip_frames_of(network)):
+            raise ValueError(
+                f"{self.path} was trained on clips of {self.clip_frames} frames, and the backbone here takes {ours}; "
+                "give backbone.weights the folder or hub name that its training had, which says how long clips are"
+            )
+
+
+def clip_frames_of(network: nn.Module) -> int | None:
+    """How many frames a clip has, where the backbone inside cuts video into clips."""
+    return next((one.clip_frames for one in network.modules() if hasattr(one, "clip_frames")), None)
+
+
+def clips_in_header(backbone: nn.Module) -> dict[str, str]:
+    """What the header of a weights file says of `clip_frames_of` its backbone."""
+    clip_frames = clip_frames_of(backbone)
+    return {} if clip_frames is None else {"clip_frames": f"{clip_frames}"}
+
 
 def write_model(
     path: Path,
@@ -66,10 +89,12 @@ def write_model(
     classes: Sequence[str],
     wiring: Mapping[str, Any] | None = None,
     features: Mapping[str, Any] | None = None,
+    clip_frames: int | None = None,
 ) -> None:
-    """Writes the file whole or not at all; `wiring` is `wiring_of` the network, `features` as in `ModelFile`."""
+    """Writes the file whole or not at all; `wiring` is `wiring_of` the network, the others are as in `ModelFile`."""
     header = {"format": FORMAT, "classes": json.dumps(list(classes))}
     header |= {"wiring": json.dumps(wiring), "features": json.dumps(features)}
+    header |= {} if clip_frames is None else {"clip_frames": f"{clip_frames}"}
     write_tensors(path, weights, metadata=header)
 
 
@@ -104,8 +129,8 @@ def read_model(path: Path) -> ModelFile:
         raise ValueError(f"{path} is not a safetensors file ({error}); copy it again, or train again") from None
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path} is not a trained re2tal model; a file of backbone weights goes to backbone.weights")
-    wiring, features = (json.loads(metadata.get(name, "null")) for name in ("wiring", "features"))
-    return ModelFile(path, weights, tuple(json.loads(metadata["classes"])), wiring, features)
+    said = {name: json.loads(metadata.get(name, "null")) for name in ("wiring", "features", "clip_frames")}
+    return ModelFile(path, weights, tuple(json.loads(metadata["classes"])), **said)
 
 
 def _brief(classes: Sequence[str]) -> str:

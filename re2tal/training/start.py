@@ -81,6 +81,7 @@ def take_over(
     own = model.state_dict()
     # Before anything else: a localizer on another backbone's features knows nothing.
     _check_backbone(own, file)
+    file.check_clips(model)
     values: dict[str, Tensor] = {}
     fates: dict[str, tuple[Fate, int]] = {}
     for name, ours in own.items():

@@ -16,9 +16,10 @@ from re2tal.config import build_detector, load_config, save_config
 from re2tal.conversion import export_backbone
 from re2tal.recipes import find_recipe
 from re2tal.rewire import wiring_of
+from re2tal.runs.start import build_from
 from re2tal.runs.trained import load_detector, open_detector
 from re2tal.runs.weights_export import export_run, export_weights
-from re2tal.training.export import read_model, write_model
+from re2tal.training.export import clip_frames_of, read_model, write_model
 
 CLASSES = ("jump", "run")
 
@@ -27,8 +28,8 @@ def run_folder(folder: Path, **backbone: Any) -> Path:
     config = replace(find_recipe("demo"), backbone=BackboneConfig(**backbone))
     detector = build_detector(config, CLASSES)
     folder.mkdir()
-    wiring = wiring_of(detector)
-    write_model(folder / "model.safetensors", detector.state_dict(), classes=CLASSES, wiring=wiring)
+    facts = {"wiring": wiring_of(detector), "clip_frames": clip_frames_of(detector)}
+    write_model(folder / "model.safetensors", detector.state_dict(), classes=CLASSES, **facts)
     save_config(folder / "config.json", config)
     return folder
 
@@ -55,6 +56,32 @@ def test_a_plain_network_refuses_what_a_rewired_run_exported(name, to, out, tmp_
         assert again == trained_wiring(exported)
     else:
         assert json.loads((tmp_path / out / "config.json").read_text())["re2tal_wiring"]["segment"] == 2
+
+
+def test_weights_say_how_long_clips_are_where_no_tensor_does(tmp_path):
+    from transformers import VJEPA2Config, VJEPA2Model
+
+    from re2tal.backbones.hub.vjepa2 import SIZES
+
+    for frames in (8, 4):
+        sizes = SIZES["vjepa2_nano"] | {"frames_per_clip": frames}
+        VJEPA2Model(VJEPA2Config(**sizes)).save_pretrained(tmp_path / f"clips-of-{frames}")
+    run = run_folder(tmp_path / "run", name="vjepa2_nano", weights=str(tmp_path / "clips-of-8"))
+    export_run(tmp_path / "out.safetensors", run=run, to="original")
+    export_run(tmp_path / "folder", run=run, to="transformers")
+    export_run(tmp_path / "model", run=run, to="re2tal")
+    for name in ("run/model.safetensors", "out.safetensors", "model/model.safetensors"):
+        with pytest.raises(ValueError, match=r"trained on clips of 8 frames, .* clips of 4; give the folder or"):
+            build_backbone(BackboneConfig(name="vjepa2_nano", weights=str(tmp_path / name)))
+    again = build_backbone(BackboneConfig(name="vjepa2_nano", weights=str(tmp_path / "folder")))
+    assert clip_frames_of(again) == clip_frames_of(open_detector(run).network()) == 8
+    # Another folder in the place of the one it was trained from.
+    config = load_config(run / "config.json")
+    other = replace(config, backbone=replace(config.backbone, weights=str(tmp_path / "clips-of-4")))
+    with pytest.raises(ValueError, match=r"trained on clips of 8 frames, and the backbone here takes 4"):
+        load_detector(run, other)
+    with pytest.raises(ValueError, match=r"trained on clips of 8 frames, and the backbone here takes 4"):
+        build_from(other, CLASSES, run / "model.safetensors")
 
 
 def test_a_name_on_the_hub_says_how_it_was_rewired_too(tmp_path, monkeypatch):

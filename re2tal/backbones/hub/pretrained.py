@@ -5,7 +5,7 @@ name or folder -> config.json: the right kind and size? -> safetensors only -> e
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from re2tal.backbones.base import BackboneConfig
 from re2tal.backbones.hub.tiling import ClipEncoder, ClipwiseBackbone
 from re2tal.backbones.swin3d.network import DropPath
-from re2tal.backbones.weights import WEIGHTS_SUFFIXES, KeyLayout, load_weights
+from re2tal.backbones.weights import WEIGHTS_SUFFIXES, KeyLayout, load_state, read_checkpoint
 from re2tal.strict_json import read_json
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -182,12 +182,24 @@ def clipwise(encoder: ClipEncoder, config: BackboneConfig, *, layouts: tuple[Key
     backbone = ClipwiseBackbone(encoder)
     if (file := weights_file(config.weights)) is not None:
         try:
-            load_weights(backbone, file, layouts=(OURS, *layouts))
+            checkpoint = read_checkpoint(file)
+            _check_clips(checkpoint.metadata, file, ours=encoder.clip_frames)
+            load_state(backbone, checkpoint.tensors, layouts=(OURS, *layouts), what=f"{file}")
         except ValueError as error:
             if not _is_of_the_library(file.parent):
                 raise
             raise ValueError(f"{error}. Or give {file.parent}, the whole folder of this model") from error
     return backbone
+
+
+def _check_clips(metadata: Mapping[str, str], file: Path, *, ours: int) -> None:
+    """ValueError where the header of a file tells of clips of another length: no name or shape of a tensor need."""
+    if (theirs := metadata.get("clip_frames", f"{ours}")) != f"{ours}":
+        raise ValueError(
+            f"{file} holds a network that was trained on clips of {theirs} frames, and from a file it is built for "
+            f"clips of {ours}; give the folder or hub name that its training started from, which says how long clips "
+            "are, and its run as start_from; or a folder of it (re2tal export --run RUN --to transformers --out FOLDER)"
+        )
 
 
 def _is_of_the_library(folder: Path) -> bool:
