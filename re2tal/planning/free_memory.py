@@ -23,7 +23,7 @@ SHARE_OF_A_HOST = 0.7
 AVAILABLE = Path("/proc/meminfo")
 OWN_GROUP = Path("/proc/self/cgroup")
 GROUPS = Path("/sys/fs/cgroup")
-"""Control groups, version 2."""
+"""Control groups of version 2. Those of version 1 that limit memory are in its folder `memory`."""
 
 
 def free_memory(device: torch.device, *, sharers: int = 1) -> int:
@@ -61,12 +61,22 @@ def _left_in_groups() -> Iterator[int]:
     """Bytes left below the limit of each control group that has one; its page cache counts as free."""
     if not OWN_GROUP.is_file():  # a kernel without control groups
         return
-    own = [line.removeprefix("0::/") for line in OWN_GROUP.read_text().splitlines() if line.startswith("0::/")]
-    # A parent's limit holds for all of its children together.
-    for group in [GROUPS / name for name in own] + [parent for name in own for parent in (GROUPS / name).parents]:
-        limit = group / "memory.max"
-        if not limit.is_file() or (most := limit.read_text().strip()) == "max":
+    for line in OWN_GROUP.read_text().splitlines():
+        _, controllers, own = line.split(":", 2)
+        if not controllers:
+            yield from _left_below(GROUPS, own, limit="memory.max", used="memory.current", cached="inactive_file")
+        elif "memory" in controllers.split(","):
+            names = {"limit": "memory.limit_in_bytes", "used": "memory.usage_in_bytes"}
+            yield from _left_below(GROUPS / "memory", own, **names, cached="total_inactive_file")
+
+
+def _left_below(root: Path, own: str, *, limit: str, used: str, cached: str) -> Iterator[int]:
+    """The same for the group `own` and those around it, below `root`; the others are names of files and of a value."""
+    inner = root / own.lstrip("/")
+    # A parent's limit holds for all of its children together. A container sees its own group as the root.
+    for group in [inner, *inner.parents]:
+        if not (group / limit).is_file() or (most := (group / limit).read_text().strip()) == "max":
             continue
-        # memory.current counts the page cache, of which the kernel can drop this part.
-        cached = dict(line.split() for line in (group / "memory.stat").read_text().splitlines()).get("inactive_file", 0)
-        yield max(0, int(most) - int((group / "memory.current").read_text()) + int(cached))
+        # What is used counts the page cache, of which the kernel can drop this part.
+        stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+        yield max(0, int(most) - int((group / used).read_text()) + int(stat.get(cached, 0)))

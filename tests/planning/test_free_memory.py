@@ -54,6 +54,19 @@ def test_a_control_group_and_those_around_it_leave_less(system) -> None:
     assert free_memory.free_memory(CPU) == 0
 
 
+@pytest.mark.parametrize("place", ["job/step", "job", "."])
+def test_a_control_group_of_version_1_leaves_less_too(system, place: str) -> None:
+    # A container sees its own group at the root, and may be told its name on the host.
+    (system / "own").write_text("12:cpu,cpuacct:/elsewhere\n5:memory:/job/step\n1:name=systemd:/x:y\n0::/\n")
+    (group := system / "groups" / "memory" / place).mkdir(parents=True)
+    (group / "memory.stat").write_text("inactive_file 1\ntotal_inactive_file 100000000\n")
+    (group / "memory.usage_in_bytes").write_text("300000000\n")
+    (group / "memory.limit_in_bytes").write_text("9223372036854771712\n")  # none
+    assert free_memory.free_memory(CPU) == int(0.7 * 2**30)
+    (group / "memory.limit_in_bytes").write_text("500000000\n")
+    assert free_memory.free_memory(CPU) == int(0.7 * 300000000)
+
+
 def test_a_system_that_does_not_say_is_told_to_be_given_a_number(system) -> None:
     (system / "meminfo").write_text("MemTotal: 12 kB\n")
     with pytest.raises(ValueError, match=r"does not say how much memory is available here .*; give a number"):
