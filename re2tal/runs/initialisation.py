@@ -14,12 +14,14 @@ from pathlib import Path
 
 import torch
 
+from re2tal.backbones import is_of_the_library
+from re2tal.backbones.weights import WEIGHTS_SUFFIXES
 from re2tal.config import RunConfig, save_config
 from re2tal.planning.free_memory import free_memory
 from re2tal.runs.deepspeed_presets import DEFAULT_PRESET, find_preset
 from re2tal.runs.devices import default_device
 from re2tal.runs.initialisation_facts import DataFacts, look_at
-from re2tal.runs.initialisation_settings import Proposal, Start, choose, largest_batches
+from re2tal.runs.initialisation_settings import FILE_BACKBONE, Proposal, Start, choose, largest_batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +59,7 @@ def initialise(options: Initialisation) -> Initialised:
     # A configuration may have been edited by hand.
     if out.exists():
         raise ValueError(f"{out} is there already; choose another name, or remove it")
+    _check_weights(options.start)
     data = look_at(options.videos, options.annotations)
     chosen = choose(data, options.start)
     shards = options.shards or out.parent / "shards"
@@ -65,6 +68,16 @@ def initialise(options: Initialisation) -> Initialised:
     out.parent.mkdir(parents=True, exist_ok=True)
     save_config(out, config)
     return Initialised(config, [*chosen.reasons, batch], data.notes, _commands(options, config, chosen, shards))
+
+
+def _check_weights(start: Start) -> None:
+    """FileNotFoundError for a file that is not there. A folder or hub name is read to know how it was trained."""
+    weights, name = start.weights, start.backbone or FILE_BACKBONE
+    if weights is not None and not is_of_the_library(name, weights) and not Path(weights).is_file():
+        raise FileNotFoundError(
+            f"--weights is {weights}, and there is no such file; {name} takes one of {', '.join(WEIGHTS_SUFFIXES)}: "
+            "correct the path, or give --backbone the family that a folder or hub name is of"
+        )
 
 
 def _batch(config: RunConfig, data: DataFacts, device: torch.device) -> tuple[RunConfig, tuple[str, str, str]]:

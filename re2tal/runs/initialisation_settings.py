@@ -36,6 +36,9 @@ LEAST_EPOCHS, MOST_EPOCHS = 10, 100
 ANNEALING_EPOCHS = 5.0
 """From a plain pretrained network to the rewired one (docs/recipes.md)."""
 
+FILE_BACKBONE = "swin3d_tiny"
+"""What weights are of where no backbone is named."""
+
 
 @dataclass(frozen=True, slots=True)
 class Start:
@@ -144,7 +147,7 @@ def _started(start: Start, data: DataFacts) -> tuple[RunConfig, list[tuple[str, 
     if start.weights is None:
         return _from_nothing(start, data)
     base = thumos14_re2swin_tiny()
-    name = start.backbone or "swin3d_tiny"
+    name = start.backbone or FILE_BACKBONE
     is_ours = name.startswith(("swin3d", "slowfast"))
     # Weights that were trained rewired decide how; plain ones are rewired as recipes do.
     wiring = trained_wiring(BackboneConfig(name=name, weights=start.weights))

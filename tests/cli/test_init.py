@@ -13,6 +13,7 @@ from re2tal.cli import main
 from re2tal.config import load_config
 from re2tal.data.streaming.windows import ResizeWhole, Slide
 from re2tal.rewire import RewiringConfig
+from re2tal.runs.initialisation import Initialisation, initialise
 from re2tal.runs.initialisation_facts import DataFacts, look_at
 from re2tal.runs.initialisation_settings import Start, choose
 
@@ -170,3 +171,11 @@ def test_a_video_that_cannot_be_measured_is_left_out_as_by_a_build(videos: Path,
 def test_data_that_nothing_can_be_learnt_from_is_refused(videos: Path, tmp_path: Path, entries, message: str):
     with pytest.raises(ValueError, match=message):
         look_at(videos, write(tmp_path / "a.json", entries))
+
+
+@pytest.mark.parametrize("backbone", [None, "videomae_base"])
+def test_weights_that_are_not_there_are_refused_before_anything_is_written(videos: Path, tmp_path: Path, backbone):
+    options = Initialisation(videos, tmp_path / "a.json", tmp_path / "recipe.json", None, Start(backbone, "gone.pth"))
+    with pytest.raises(FileNotFoundError, match=r"--weights is gone\.pth, and there is no such file; .* correct"):
+        initialise(options)
+    assert not options.out.exists()
