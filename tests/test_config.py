@@ -136,6 +136,7 @@ def test_what_a_file_does_not_mention_keeps_its_default(tmp_path):
         ('{"backbone": {"beta": 2}}', r"config.json: backbone.beta is 2.0; it lies in \[0, 1\]"),
         ('{"backbone": {"unit": "block", "known": 1}}', "config.json: backbone.known is 1, but whole blocks, unit"),
         ('{"backbone": {"offload": true, "recompute": false}}', "backbone.offload is set with recompute False"),
+        ('{"backbone": {"known": 2, "recompute": false}}', "backbone.known is 2, but backbone.recompute is off, which"),
         ('{"backbone": {"grid": -1}}', "backbone.grid is -1.0; give a positive step"),
         ('{"backbone": {"drop_path": 1}}', "backbone.drop_path is 1.0; give a rate of at least 0 and below 1"),
         ('{"backbone": {"frames_per_step": 0}}', "backbone.frames_per_step is 0; give at least 1, or None"),

@@ -7,7 +7,7 @@ that no component knows is an error: a misspelt override must not train somethin
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -23,6 +23,7 @@ from re2tal.localizers.pyramid.actionformer import ActionFormerConfig
 from re2tal.localizers.pyramid.config import PaddedPyramidConfig
 from re2tal.options import names_with, option
 from re2tal.recognizer import RecognizerConfig
+from re2tal.rewire.config import SAVING
 from re2tal.training.annealing import AnnealingConfig
 from re2tal.training.config import EngineConfig, TrainingConfig
 from re2tal.training.optimizer import OptimizerConfig
@@ -87,18 +88,18 @@ class SharedConfig:
                 "or annealing.epochs to 0"
             )
         if not self.backbone.rewired:
-            _refuse_settings_of_rewired(self.backbone)
+            of_rewired = names_with(self.backbone, "of_rewired")
+            _refuse_settings(self.backbone, of_rewired, "the backbone is not rewired; set backbone.rewired")
+        elif not self.backbone.recompute:
+            _refuse_settings(self.backbone, SAVING, "backbone.recompute is off, which saves all activations; set it")
 
 
-def _refuse_settings_of_rewired(backbone: BackboneConfig) -> None:
-    """ValueError for what a backbone that is not rewired would silently leave out."""
-    for name in names_with(backbone, "of_rewired"):
+def _refuse_settings(backbone: BackboneConfig, names: Iterable[str], reason: str) -> None:
+    """ValueError for what the backbone would silently leave out."""
+    for name in names:
         value = getattr(backbone, name)
         if value != getattr(BackboneConfig(), name):
-            raise ValueError(
-                f"backbone.{name} is {value!r}, but the backbone is not rewired; set backbone.rewired, or leave "
-                f"backbone.{name} out"
-            )
+            raise ValueError(f"backbone.{name} is {value!r}, but {reason}, or leave backbone.{name} out")
 
 
 AnyRun = TypeVar("AnyRun", bound=SharedConfig)

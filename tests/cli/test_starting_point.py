@@ -105,6 +105,12 @@ def test_pieces_that_are_typed_for_a_plain_backbone_are_refused():
         configured("--recipe", "thumos14_re2swin_tiny", "--backbone.no-rewired", "--backbone.chunk-mebibytes", "256")
 
 
+@pytest.mark.parametrize("option", ["known", "saved-attention", "stored", "chunk-mebibytes"])
+def test_what_saves_memory_in_rebuilding_is_refused_where_nothing_is_rebuilt(option):
+    with pytest.raises(ValueError, match=rf"backbone.{option.replace('-', '_')} is 1.*, but backbone.recompute is off"):
+        configured("--recipe", "thumos14_re2swin_tiny", "--backbone.no-recompute", f"--backbone.{option}", "1")
+
+
 def test_what_an_option_does_not_concern_keeps_its_pieces(capsys):
     options = ("--backbone.name", "swin3d_small", "--backbone.unit", "branch", "--backbone.rewired")
     assert configured("--recipe", "thumos14_re2swin_tiny", *options).backbone.chunk_mebibytes == 512
