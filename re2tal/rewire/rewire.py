@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from re2tal.rewire.branches import NotResidual, Residual, is_explained, is_unregistered, registered, why_not_residual
 from re2tal.rewire.conditions import tensors_restored
@@ -48,7 +49,7 @@ def rewire(
     Raises:
         RewireError: the rewired model would be another network. It is left as it was.
         ValueError: nothing in `model` could be rewired, it is rewired already, it is itself a container of blocks, or
-            the example does not run.
+            the example does not run, or has no numbers (the meta device).
     """
     if any(isinstance(module, RewiredStage) for module in model.modules()):
         raise ValueError(f"this {type(model).__name__} is rewired already; call unrewire(model) first")
@@ -56,6 +57,8 @@ def rewire(
         raise ValueError("rewire compares gradients, and was called inside torch.inference_mode(); call it outside")
     if isinstance(example, Tensor):
         example = (example,)  # a tensor is a sequence too: of its rows
+    if example is not None:
+        _refuse_without_numbers(model, example)
     # Blocks are looked at with the tensors that the example leaves behind: masks that a parent sets on them.
     with nullcontext() if example is None else tensors_restored(model):
         stages, report = _replace_containers(model, config, example)
@@ -68,6 +71,16 @@ def rewire(
     _set_checkpointing(model, config is None or config.recompute)
     ends = tuple(stage.name_of(name) for stage in stages for name in stage.names() if name in stage.ends)
     return replace(report, outside=tuple(_left_outside(model, report)), ends=ends)
+
+
+def _refuse_without_numbers(model: nn.Module, example: Example) -> None:
+    given = [leaf for leaf in tree_leaves(example) if isinstance(leaf, Tensor)]
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers(), *given)):
+        raise ValueError(
+            f"with an example rewire compares numbers, and this {type(model).__name__}, or its example, lies on the "
+            "meta device, which has none; put both on another device (model.to_empty(device='cpu'), then its weights), "
+            "or rewire without an example"
+        )
 
 
 def _replace_containers(

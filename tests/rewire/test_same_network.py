@@ -582,3 +582,11 @@ def test_a_pending_state_tells_its_shape() -> None:
     rewire(net := seeded(lambda: Asking(Block(), Block())))
     net(frames())
     assert shapes[0] == shapes[1] == ((2, 16, CHANNELS), 16, 3, 2, torch.float64, "cpu", True, 256)
+
+
+@pytest.mark.parametrize("device", ["meta", "cpu"])
+def test_a_model_without_numbers_is_refused_with_what_to_do(device: str) -> None:
+    model = Walker(Block(), Block()).to("meta")
+    with pytest.raises(ValueError, match=r"this Walker, or its example, lies on the meta device, which has none; put"):
+        rewire(model, example=frames().to(device))
+    assert rewire(model).stages[0].rewired_blocks
