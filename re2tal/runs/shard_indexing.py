@@ -26,8 +26,8 @@ def index(
     shard_size: str,
 ) -> int:
     """Write the shard folders; gives the exit status."""
-    samples, broken = read_samples(tars)
-    print_some([f"cannot be read to its end: {line}" for line in broken], more="tars")
+    samples, unread = read_samples(tars)
+    print_some(unread, more="tars or folders")
     names = read_class_list(classes) if classes else None
     if annotations:
         listed: Annotations | ClipList = read_annotations(

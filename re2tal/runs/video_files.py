@@ -14,6 +14,7 @@ from re2tal.data.addresses.remote import check_library, list_folder
 from re2tal.data.building.annotations import Annotations
 from re2tal.data.building.build import BuildConfig, build_shards
 from re2tal.data.building.isolated import Isolated
+from re2tal.data.building.named_files import walk
 from re2tal.data.building.probe import probe_video
 from re2tal.data.contract.manifest import Encoding, FramesPerSecond, FramesPerVideo, Rejection
 from re2tal.data.contract.shards import ShardSet, open_shards
@@ -58,7 +59,7 @@ def find_videos(paths: Sequence[Path | str], *, recursive: bool = False) -> Vide
             files += [one for one in inside_there if one == address or _is_video(Path(one.name))]
             odd += [Path(str(one)) for one in inside_there if one != address and not _is_video(Path(one.name))]
         elif path.is_dir():
-            inside = sorted(one for one in (path.rglob("*") if recursive else path.iterdir()) if not one.is_dir())
+            inside = _inside(path) if recursive else sorted(one for one in path.iterdir() if not one.is_dir())
             files += [one for one in inside if _is_video(one)]
             odd += [one for one in inside if not _is_video(one)]
         elif path.is_file():
@@ -75,13 +76,22 @@ def find_videos(paths: Sequence[Path | str], *, recursive: bool = False) -> Vide
     return VideoFiles(names, odd)
 
 
+def _inside(folder: Path) -> list[Path]:
+    """The files of a folder and its sub-folders, by name; what is not looked at is said."""
+    passed_over: list[str] = []
+    files = sorted(root / name for root, _, names in walk(folder, passed_over) for name in names)
+    for sentence in passed_over:
+        logger.warning("%s", sentence)
+    return files
+
+
 def _at(address: Address, *, recursive: bool) -> list[Address]:
     """A video's address itself, or those in a folder."""
     check_library(address)
     is_folder = address.url.endswith("/")
     if _is_video(Path(address.name)) and not is_folder:
         return [address]
-    if address.scheme not in ("http", "https"):
+    if not address.is_web:
         return list_folder(address, recursive=recursive)
     if is_folder:
         raise ValueError(f"{address} is a folder on the web, which cannot be listed; give the address of each video")

@@ -404,6 +404,27 @@ def test_buckets_are_opened_by_bucket_and_key(monkeypatch: pytest.MonkeyPatch) -
     memory.rm("bucket", recursive=True)
 
 
+def test_only_the_web_is_quoted_and_has_queries_and_fragments() -> None:
+    names = {
+        "s3://b/f/my%20clip+1.mp4": "my%20clip+1.mp4",
+        "gs://b/x%2Fy.mp4": "x%2Fy.mp4",
+        "s3://b/#1.mp4": "#1.mp4",
+        "s3://b/take#2.mp4": "take#2.mp4",
+        "hf://datasets/o/n/a%20b.mp4": "a%20b.mp4",
+        "https://h.org/my%20clip+1.mp4?sig=1#t=3": "my clip+1.mp4",
+    }
+    for given, name in names.items():
+        address = as_address(given)
+        assert address is not None
+        assert address.name == name
+        assert address.is_web or address.url == str(address) == given
+    # Of a listing, as a user cannot type it.
+    assert (Address("s3://b/what?.mp4").name, str(Address("s3://b/what?.mp4"))) == ("what?.mp4", "s3://b/what?.mp4")
+    with pytest.raises(ValueError) as refused:
+        as_address("s3://b/a.mp4?X-Amz-Signature=hunter2")
+    assert "hunter2" not in str(refused.value)
+
+
 def test_folders_on_the_web_and_addresses_for_the_viewer_are_refused() -> None:
     with pytest.raises(ValueError, match=r"https://h.org/a/ is a folder on the web, which cannot be listed; give the"):
         find_videos(["https://h.org/a/"])

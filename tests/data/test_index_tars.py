@@ -253,6 +253,18 @@ def test_a_key_that_stands_for_a_name_is_found_by_the_name():
     assert "my video.v2" in Sample(Path("a.tar"), "my%20video%2Ev2").names
 
 
+def test_tars_in_linked_folders_and_with_suffixes_in_capitals_are_read(tmp_path):
+    write_tars(tmp_path / "elsewhere", a=[("one.mp4", b"x")])
+    write_tars(tmp_path / "tars", b=[("two.mp4", b"x")])
+    (tmp_path / "tars" / "b.tar").rename(tmp_path / "tars" / "B.TAR")
+    (tmp_path / "tars" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "tars" / "round").symlink_to(tmp_path / "tars")
+    samples, unread = read_samples(tmp_path / "tars")
+    assert [sample.key for sample in samples] == ["two", "one"]
+    assert len(unread) == 1
+    assert "round is not looked at: by a link it is the folder" in unread[0]
+
+
 def test_a_tar_that_was_written_again_has_its_refused_videos_tried_again(tmp_path):
     write_tars(tmp_path / "tars", a=[("one.mp4", b"whatever it holds")])
     annotations = read_annotations(annotate(tmp_path / "a.json", "one"))

@@ -3,7 +3,8 @@
     https://HOST/PATH   http://HOST/PATH   s3://BUCKET/KEY   gs://BUCKET/KEY   hf://datasets/OWNER/NAME/PATH
 
 A path that was made of an address has lost a slash (https:/HOST/PATH), and means the same. What an address may hold in
-secret, a query that signs it, is never shown.
+secret, a query that signs it, is never shown. Only the web knows queries, fragments and %20: the keys of a bucket are
+names as they stand.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ SCHEMES: dict[str, str] = {"http": "", "https": "", "s3": "s3fs", "gs": "gcsfs",
 """Scheme -> the extra library that it needs; the others come with the package. No other scheme is ever opened: fsspec
 also knows some that read local files, run commands, or chain."""
 
+WEB = ("http", "https")
+
 _ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+([^/].*)", re.DOTALL)
 
 
@@ -29,7 +32,7 @@ class Address:
     """As it is opened; a query in it may be secret."""
 
     def __str__(self) -> str:
-        shown, _, query = self.url.partition("?")
+        shown, _, query = self.url.partition("?") if self.is_web else (self.url, "", "")
         return f"{shown}?..." if query else shown
 
     __repr__ = as_posix = __str__
@@ -44,9 +47,14 @@ class Address:
         return self.url.partition(":")[0]
 
     @property
+    def is_web(self) -> bool:
+        """Whether it is percent-quoted and may have a query."""
+        return self.scheme in WEB
+
+    @property
     def name(self) -> str:
         """The file's name."""
-        return PurePosixPath(unquote(self.url.partition("?")[0])).name
+        return PurePosixPath(unquote(self.url.partition("?")[0]) if self.is_web else self.url).name
 
     @property
     def stem(self) -> str:
@@ -72,14 +80,18 @@ def as_address(given: Path | str) -> Address | None:
         if "://" in str(given):
             raise ValueError(f"{_cut(str(given))} is no address that can be read; give one of {_known()}")
         return None
-    scheme, rest = match[1].lower(), match[2].partition("#")[0]
+    scheme = match[1].lower()
+    is_web = scheme in WEB
+    rest = match[2].partition("#")[0] if is_web else match[2]
     address = Address(f"{scheme}://{rest}")
     if scheme not in SCHEMES:
         raise ValueError(
             f"{_cut(str(given))}: addresses that begin with {scheme}: are not read; give one of {_known()}, or the "
             "whole path of a file"
         )
-    is_web = scheme in ("http", "https")
+    if "?" in rest and not is_web:
+        shown = _cut(str(address))
+        raise ValueError(f"{shown}?... has a question mark in it, which only http and https addresses may have")
     if re.search(r"[\x00-\x20\x7f]" if is_web else r"[\x00-\x1f\x7f]", rest):
         raise ValueError(f"{_cut(str(address))!r} has a space or a control character in it; write it as %20, %0A, ...")
     place = urlsplit(address.url)
@@ -90,10 +102,8 @@ def as_address(given: Path | str) -> Address | None:
             "others could read in logs; leave it out, and put it into ~/.netrc (chmod 600)"
         )
     # fsspec chains file systems with ::, the first of which could be any.
-    if "::" in rest.removeprefix(place.netloc) or not place.path.strip("/"):
+    if "::" in rest.removeprefix(place.netloc) or not rest.partition("?")[0].partition("/")[2].strip("/"):
         raise ValueError(f"{address} does not name one file or folder; give the whole address, without ::")
-    if place.query and not is_web:
-        raise ValueError(f"{address} has a question mark in it, which only http and https addresses may have")
     return address
 
 

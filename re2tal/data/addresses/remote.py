@@ -87,7 +87,7 @@ def read_range(address: Address, start: int, count: int, *, file_bytes: int) -> 
 
     def read(system: Any) -> bytes:
         # With its size the file is opened without another question to the server.
-        asked = {"trace_request_ctx": _Asked(address, start, file_bytes)} if address.scheme in ("http", "https") else {}
+        asked = {"trace_request_ctx": _Asked(address, start, file_bytes)} if address.is_web else {}
         with system.open(_path(address), "rb", size=file_bytes, cache_type="none", **asked) as file:
             file.seek(start)
             content = file.read(count)
@@ -163,7 +163,7 @@ def _fetch_in_one(address: Address, file: Any, *, most: int) -> Iterator[int]:
         file.seek(0)
         file.truncate()
         try:
-            asked = {"trace_request_ctx": address} if address.scheme in ("http", "https") else {}
+            asked = {"trace_request_ctx": address} if address.is_web else {}
             # A block size of 0 streams: no range is asked for.
             with _system(address).open(_path(address), "rb", block_size=0, **asked) as remote:
                 while content := remote.read(CHUNK):
@@ -254,13 +254,13 @@ def _status(error: BaseException) -> int | None:
 
 def _path(address: Address) -> str:
     """As the file system takes it."""
-    return address.url if address.scheme in ("http", "https") else address.url.partition("://")[2]
+    return address.url if address.is_web else address.url.partition("://")[2]
 
 
 def _system(address: Address) -> Any:
     """The file system, one for each process."""
     options: dict[str, Any] = {}
-    if address.scheme in ("http", "https"):
+    if address.is_web:
         import aiohttp
 
         if not _TRACES:

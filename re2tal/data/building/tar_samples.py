@@ -12,6 +12,7 @@ from urllib.parse import unquote
 
 from re2tal.data.building.clips import ClipList, TrimmedClip
 from re2tal.data.building.labels import OR_FIX, Classes, fold_notes, is_label, one_spelling, twin_problems
+from re2tal.data.building.named_files import walk
 from re2tal.video_ids import VIDEO_SUFFIXES, id_fault
 
 MAX_LABEL_BYTES = 1 << 20
@@ -63,12 +64,12 @@ class Sample:
 
 
 def read_samples(folder: Path) -> tuple[list[Sample], list[str]]:
-    """(samples of all tars below a folder, tars that cannot be read to their end and why); reads headers and labels."""
-    tars = [folder] if folder.is_file() else sorted(path for path in folder.rglob("*.tar") if path.is_file())
+    """(samples of all tars below a folder, a sentence for each place that cannot be read); reads headers and labels."""
+    unread: list[str] = []
+    tars = [folder] if folder.is_file() else _tars(folder, unread)
     if not tars:
         raise ValueError(f"{folder} holds no .tar; give the folder of a WebDataset")
     samples: dict[tuple[Path, str], Sample] = {}
-    broken = []
     for path in tars:
         try:
             # "r:" takes plain tars alone: members of compressed ones have no place to read from.
@@ -76,8 +77,13 @@ def read_samples(folder: Path) -> tuple[list[Sample], list[str]]:
                 for member in tar:
                     _add_member(samples, path, member, file)
         except Exception as error:  # one tar, whatever it does to its reader, never ends a job
-            broken.append(f"{path}: {error}")
-    return [sample for sample in samples.values() if sample.videos or sample.fault], broken
+            unread.append(f"{path} cannot be read to its end: {error}")
+    return [sample for sample in samples.values() if sample.videos or sample.fault], unread
+
+
+def _tars(folder: Path, unread: list[str]) -> list[Path]:
+    named = (root / name for root, _, names in walk(folder, unread) for name in names if name.lower().endswith(".tar"))
+    return sorted(path for path in named if path.is_file())
 
 
 def _add_member(samples: dict[tuple[Path, str], Sample], path: Path, member: tarfile.TarInfo, file: Any) -> None:
