@@ -15,7 +15,7 @@ from re2tal.backbones.slowfast import layouts as slowfast_layouts
 from re2tal.backbones.slowfast import network as slowfast
 from re2tal.backbones.swin3d import layouts as swin3d_layouts
 from re2tal.backbones.swin3d import network as swin3d
-from re2tal.backbones.weights import WEIGHTS_SUFFIXES, checked_wiring, read_wiring
+from re2tal.backbones.weights import checked_wiring, is_weights_file, read_wiring
 from re2tal.options import names_with
 from re2tal.rewire import rewire, same_wiring
 from re2tal.strict_json import read_json
@@ -98,7 +98,7 @@ def trained_wiring(config: BackboneConfig) -> dict[str, Any] | None:
 def is_of_the_library(name: str, weights: str) -> bool:
     """True if `weights` can only be a folder or hub name of the transformers library, for the backbone of that name."""
     ours = name in swin3d.SIZES or name in slowfast.SIZES
-    return name in BACKBONES and not ours and not weights.endswith(WEIGHTS_SUFFIXES)
+    return name in BACKBONES and not ours and not is_weights_file(weights)
 
 
 def check_wiring(config: BackboneConfig, *, first_beta: float | None = None) -> None:

@@ -32,6 +32,12 @@ def _as_they_are(given: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> d
 
 WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".pyth")
 
+
+def is_weights_file(name: str) -> bool:
+    """Whether this is what a file of weights is called, in small letters or capitals; it need not exist."""
+    return name.lower().endswith(WEIGHTS_SUFFIXES)
+
+
 # What the code bases that train rewired networks do.
 PAPERS_WIRING = {"unit": "branch", "merge": "mean", "segment": None, "beta": 1.0}
 
@@ -153,7 +159,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     if path.is_dir():
-        files = sorted(file.name for file in path.iterdir() if file.suffix in WEIGHTS_SUFFIXES)
+        files = sorted(file.name for file in path.iterdir() if is_weights_file(file.name))
         raise ValueError(
             f"{path} is a folder that holds {_shortened(files) or 'no weights file'}; name one file, of safetensors or "
             "torch"
@@ -161,7 +167,7 @@ def read_checkpoint(path: str | Path) -> Checkpoint:
     if not path.is_file():
         raise FileNotFoundError(f"weights file {path} does not exist")
     try:
-        if path.suffix == ".safetensors":
+        if path.suffix.lower() == ".safetensors":
             return _read_safetensors(path)
         # Many training scripts save their command line beside the weights; a Namespace only holds values.
         with torch.serialization.safe_globals([Namespace]):
@@ -184,7 +190,7 @@ def read_wiring(path: str | Path, *, layouts: Sequence[KeyLayout]) -> dict[str, 
 
     None for a plain one. Raises as `read_checkpoint` does, and ValueError for a header that tells of no wiring.
     """
-    if Path(path).suffix == ".safetensors":
+    if Path(path).suffix.lower() == ".safetensors":
         with _opened(Path(path)) as file:
             names, metadata = list(file.keys()), file.metadata() or {}
         if "wiring" in metadata:

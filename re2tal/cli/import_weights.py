@@ -34,7 +34,7 @@ def import_weights(
         as_plain: forget that a backbone was trained rewired, so that any wiring, or none, may start from its numbers
         videos: folder of video files in which to detect at once, as `re2tal detect FOLDER --model OUT` does
     """
-    if out.suffix == ".safetensors":
+    if out.suffix.lower() == ".safetensors":
         _import_backbone(weights, run, out, as_plain=as_plain, videos=videos)
         return 0
     if as_plain:

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
-from re2tal.backbones.weights import WEIGHTS_SUFFIXES
+from re2tal.backbones.weights import is_weights_file
 from re2tal.config.schema import RUNS, RecognitionConfig, RunConfig
 from re2tal.config.unions import CHOICES, KindChoice
 from re2tal.data.addresses.address import folder_address
@@ -78,7 +78,7 @@ def to_json(config: RunConfig | RecognitionConfig) -> dict[str, Any]:
         document["evaluation"]["blocked_videos"] = str(config.evaluation.blocked_videos.absolute())
     weights = config.backbone.weights
     # A name on a hub looks like a relative path; a file's name ends in a suffix of weights, or exists.
-    if weights is not None and (weights.endswith(WEIGHTS_SUFFIXES) or Path(weights).exists()):  # not a hub's name
+    if weights is not None and (is_weights_file(weights) or Path(weights).exists()):  # not a hub's name
         document["backbone"]["weights"] = str(Path(weights).absolute())
     return document
 

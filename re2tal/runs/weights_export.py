@@ -112,7 +112,7 @@ def _merge(backbone: VideoBackbone, config: BackboneConfig) -> None:
 def _refuse_wrong_target(out: Path, *, to: str, prefix: str) -> None:
     if to == "transformers" and prefix:
         raise ValueError(f"the prefix {prefix!r} means nothing in a folder of the transformers library; leave it out")
-    if to != "transformers" and out.suffix != ".safetensors":
+    if to != "transformers" and out.suffix.lower() != ".safetensors":
         raise ValueError(f"{out} does not end in .safetensors, the only format of weights files here; rename it")
     if out.exists():
         raise ValueError(f"{out} is there already; choose another name, or remove it")

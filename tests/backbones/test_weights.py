@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from re2tal.backbones.hub.pretrained import weights_file
 from re2tal.backbones.swin3d.layouts import KEY_LAYOUTS
 from re2tal.backbones.swin3d.network import VideoSwin
 from re2tal.backbones.weights import WRAPPERS, LoadReport, export_state, load_weights, read_checkpoint, read_state
@@ -215,3 +216,10 @@ def test_a_swin_for_pictures_is_inflated_and_sees_a_still_clip_as_its_picture(tm
     other = VideoSwin(**sizes, window=(2, 4, 4), patch=(2, 4, 4))
     with pytest.raises(ValueError, match=r"of another shape: layers\.0\.blocks\.0\.attn\.relative_position_bias_table"):
         load(other, tmp_path / "swin_tiny.pth")
+
+
+def test_suffixes_in_capitals_are_those_of_weights(tmp_path) -> None:
+    save_file({"w": torch.ones(1)}, tmp_path / "A.SAFETENSORS")
+    assert list(read_state(tmp_path / "A.SAFETENSORS")) == ["w"]
+    assert weights_file("x.PTH") == Path("x.PTH")
+    assert weights_file("owner/name") is None

@@ -18,7 +18,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from re2tal.backbones.base import BackboneConfig
 from re2tal.backbones.hub.tiling import ClipEncoder, ClipwiseBackbone
 from re2tal.backbones.swin3d.network import DropPath
-from re2tal.backbones.weights import WEIGHTS_SUFFIXES, KeyLayout, load_state, read_checkpoint
+from re2tal.backbones.weights import WEIGHTS_SUFFIXES, KeyLayout, is_weights_file, load_state, read_checkpoint
 from re2tal.strict_json import read_json
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -211,7 +211,7 @@ def _is_of_the_library(folder: Path) -> bool:
 
 def weights_file(weights: str | None) -> Path | None:
     """The path if `weights` names a single file, and no folder or hub name. It need not exist."""
-    return Path(weights) if weights is not None and weights.endswith(WEIGHTS_SUFFIXES) else None
+    return Path(weights) if weights is not None and is_weights_file(weights) else None
 
 
 def add_drop_path(blocks: Iterable[nn.Module], rate: float, *, after: tuple[str, ...]) -> None:
