@@ -11,12 +11,14 @@ import hashlib
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 MAX_BYTES = 1 << 30
 """Ten million predictions fit; parsed, a file of this size takes about 10 GB of memory."""
 
@@ -99,8 +101,10 @@ def brief(value: Any) -> str:
 
 def finite_number(value: Any) -> float | None:
     """A finite number, also one written as a string; None for anything else."""
-    # True is an int in Python.
+    # True is an int in Python, and "1_000" and "nan" are numbers.
     if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return None
+    if isinstance(value, str) and _NUMBER.fullmatch(value.strip()) is None:
         return None
     try:
         number = float(value)

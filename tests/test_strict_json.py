@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from re2tal.strict_json import read_json, write_json
+from re2tal.strict_json import finite_number, read_json, write_json
 
 
 def test_a_document_survives(tmp_path: Path) -> None:
@@ -43,3 +43,9 @@ def test_nan_is_not_written(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_json(tmp_path / "d.json", {"a": float("nan")})
     assert not list(tmp_path.iterdir())
+
+
+def test_numbers_in_texts_are_those_that_people_write() -> None:
+    assert [finite_number(text) for text in ("12", " -1.5 ", "1e3", ".5", "5.", "+2")] == [12, -1.5, 1000, 0.5, 5, 2]
+    odd = ("1_000", "\N{ARABIC-INDIC DIGIT ONE}", "nan", "inf", "1,5", "1,000", "0x10", "1e999", "", "5 s", True, None)
+    assert [finite_number(value) for value in odd] == [None] * len(odd)

@@ -27,7 +27,7 @@ from re2tal.runs.detection import DetectionOptions
 from re2tal.runs.devices import default_device
 from re2tal.runs.tasks import build_model
 from re2tal.runs.training_data import stream_of
-from re2tal.strict_json import sha256_of
+from re2tal.strict_json import finite_number, sha256_of
 from re2tal.structures import VideoRecord, find_subset
 from re2tal.training.config import DTYPES
 from re2tal.video_ids import composed, plain_id
@@ -106,12 +106,9 @@ def _by_subset(path: Path, renamed: dict[str, str] | Any) -> dict[str, dict[str,
     found: dict[str, dict[str, float | None]] = {}
     for key, entry in read_database(path).items():
         subset = str(entry["subset"]).lower()
-        try:
-            seconds = float(entry["duration"]) if "duration" in entry else None
-        except (TypeError, ValueError):
-            raise ValueError(
-                f"{path}: database.{key[:100]!r}.duration is {entry['duration']!r}; give seconds"
-            ) from None
+        seconds = finite_number(entry.get("duration"))
+        if seconds is None and "duration" in entry:
+            raise ValueError(f"{path}: database.{key[:100]!r}.duration is {entry['duration']!r}; give seconds")
         found.setdefault(renamed.get(subset, subset), {})[composed(plain_id(key))] = seconds
     return found
 

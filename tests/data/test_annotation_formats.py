@@ -40,6 +40,11 @@ def actions(found: Found) -> Actions:
         ("1:02:03,500", 3723.5),
         ("00:00:01.089", 1.089),
         ("75:30", 4530.0),
+        ("1,000", None),
+        ("12,345", None),
+        ("0,500", 0.5),
+        ("1_000", None),
+        ("\N{ARABIC-INDIC DIGIT ONE}:20", None),
         ("1:75", None),
         ("1:75:00", None),
         ("nan", None),
@@ -58,6 +63,7 @@ def test_times(text: Any, seconds: float | None) -> None:
 @pytest.mark.parametrize(
     ("name", "video_id"),
     [
+        ("s3://bucket/a%20b#2.mp4", "a%20b#2"),
         ("clip_00.mp4", "clip_00"),
         ("C:\\videos\\clip_00.MKV", "clip_00"),
         ("file:///home/me/my%20clip.mp4", "my clip"),
@@ -198,6 +204,24 @@ def test_charades_csv(tmp_path):
     found = found_in(tmp_path, "Charades_v1_train.csv", text, expect="charades")
     assert actions(found) == {"46GP8": [(11.9, 21.2, "c092"), (0.0, 12.6, "c147")], "N11GT": []}
     assert (found.videos["46GP8"].duration_seconds, found.videos["46GP8"].subset) == (24.83, "training")
+
+
+def test_a_line_of_thumos_ends_where_its_file_says(tmp_path):
+    found = found_in(tmp_path, "Dive_val.txt", "a 1.0 2.0\nb\u2028c 1 2\r\nd 3 4\x0be 5 6\rf 7 8", expect="thumos")
+    assert list(actions(found)) == ["a", "f"]
+    assert [line.partition(":")[0] for line in found.left_out] == ["Dive_val.txt line 2", "Dive_val.txt line 3"]
+
+
+def test_a_comma_that_may_part_thousands_is_refused_by_name(tmp_path):
+    content = {
+        "a": {"subset": "training", "duration": 2000, "annotations": [{"segment": ["1,000", "1,5"], "label": "x"}]}
+    }
+    found = found_in(tmp_path, "a.json", content, expect="activitynet")
+    assert "its times are '1,000' and '1,5': decimals or thousands? Write decimals with a point" in found.left_out[0]
+    found = found_in(tmp_path, "t.csv", "video\tstart\tend\tlabel\na\t1,000\t2,000\tx", expect="csv")
+    assert "decimals or thousands?" in found.left_out[0]
+    found = found_in(tmp_path, "s.csv", "video;start;end;label\na;1,000;2,500;x", expect="csv")
+    assert actions(found) == {"a": [(1.0, 2.5, "x")]}
 
 
 def test_thumos_text_files(tmp_path):

@@ -286,8 +286,14 @@ def test_a_subset_is_found_by_its_other_name(tmp_path):
 
 def test_a_list_of_ids_may_begin_with_a_byte_order_mark_and_is_utf_8(tmp_path):
     path = tmp_path / "blocked.txt"
-    path.write_bytes("a\nb\n".encode("utf-8-sig"))
-    assert read_video_ids(path) == {"a", "b"}
+    path.write_bytes("a\nb\r\nc\x0b\u2028d\n".encode("utf-8-sig"))
+    assert read_video_ids(path) == {"a", "b", "c\x0b\u2028d"}
     path.write_bytes("a\nb\n".encode("utf-16"))
     with pytest.raises(ValueError, match=r"blocked\.txt is not UTF-8 text: .*; save it as UTF-8"):
         read_video_ids(path)
+
+
+def test_a_list_of_ids_is_json_by_its_suffix_in_capitals_too(tmp_path):
+    path = tmp_path / "blocked.JSON"
+    path.write_text('["a", "b"]')
+    assert read_video_ids(path) == {"a", "b"}

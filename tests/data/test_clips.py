@@ -13,6 +13,7 @@ from data.numbered import encode_numbered
 
 from re2tal.data.building.build import BuildConfig, build_shards, find_sources
 from re2tal.data.building.clips import ClipList, TrimmedClip, read_clips, true_classes
+from re2tal.data.building.labels import read_class_list
 from re2tal.data.contract.shards import open_shards
 from re2tal.data.contract.verify import damage
 from re2tal.structures import Action
@@ -90,9 +91,31 @@ def test_lists_of_paths_and_names_or_numbers(tmp_path, separator):
     assert clips.paths["x1"] == tmp_path / "a b" / "x1.mp4"
 
 
+def test_a_class_list_has_a_class_in_each_line(tmp_path):
+    (tmp_path / "c.txt").write_text("run\x0c\njump\r\ndive\n", encoding="utf-8")
+    assert read_class_list(tmp_path / "c.txt") == ("run", "jump", "dive")
+    (tmp_path / "c.txt").write_text("run\ndive\u2028in\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"names 'dive\\u2028in'; a name has 1 to 200 printable characters"):
+        read_class_list(tmp_path / "c.txt")
+
+
+def test_the_file_that_is_there_tells_where_a_path_ends_and_quotes_do(tmp_path):
+    touch(tmp_path / "my.mp4 video.mp4", tmp_path / "c.mp4")
+    lines = "my.mp4 video.mp4 run", "c.mp4,see d.mp4 run", '"e, f.mp4","jump, high"', '"g.mp4 ""h"".mp4" run'
+    clips = read_clips([text(tmp_path / "train.csv", *lines)])
+    assert [(label, video_id) for _, label, video_id in triples(clips)] == [
+        ("run", "my.mp4 video"),
+        ("see d.mp4 run", "c"),
+        ("jump, high", "e, f"),
+        ("run", 'g.mp4 "h"'),
+    ]
+
+
 @pytest.mark.parametrize(
     ("lines", "classes", "message"),
     [
+        (["a.mp4 b.mp4 run"], None, 'line 1 is .*: none of the files that it may name are there; write "PATH",CLASS'),
+        (["a.mp4 dive\u2028in", "b.mp4 r\x0bn"], None, r"2 problems:\n.*line 1: .*'dive\\u2028in'.*\n.*line 2: .*x0bn"),
         (["a.mp4 run", "b/a.mp4 run"], None, r"train.csv line 2: .*b/a.mp4 has the id of .*a.mp4: rename one"),
         (["a.mp4 fly"], ["run"], "line 1: class 'fly' is not among those given: .*; the 1 classes are run"),
         (["a.mp4 7"], ["run", "jump"], "line 1: the class is number 7, and 2 were given, counted from 0"),

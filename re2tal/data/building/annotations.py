@@ -58,9 +58,9 @@ def read_video_ids(path: Path) -> frozenset[str]:
     Raises FileNotFoundError, and ValueError naming the file for JSON that is no list of strings, or text that is not
     UTF-8.
     """
-    if path.suffix != ".json":
+    if path.suffix.lower() != ".json":
         try:
-            lines = path.read_text(encoding="utf-8-sig").splitlines()  # some editors begin a file with a mark
+            lines = path.read_text(encoding="utf-8-sig").split("\n")  # some editors begin a file with a mark
         except UnicodeDecodeError as error:
             raise ValueError(f"{path} is not UTF-8 text: {error}; save it as UTF-8, one id per line") from None
         return frozenset(line.strip() for line in lines if line.strip())

@@ -2,7 +2,8 @@
 
     ROOT/SUBSET/CLASS/ID.mp4                        a folder
     label,youtube_id,time_start,time_end,split      Kinetics' CSV; files are called ID_000012_000022.mp4
-    path label    or    path,label                  a line of the lists of mmaction2, pytorchvideo and SlowFast
+    path label    or    path,label                  a line of the lists of mmaction2, pytorchvideo and SlowFast; either
+                                                    may stand in double quotes
 
 Every clip becomes a video with one action that lasts from its first frame to its last. How long that is, is measured
 when the clip is packed. Subsets called train or val become "training" and "validation", which recipes look for.
@@ -11,6 +12,7 @@ when the clip is packed. Subsets called train or val become "training" and "vali
 from __future__ import annotations
 
 import csv
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +28,10 @@ from re2tal.structures import SUBSETS, Action, VideoRecord
 from re2tal.video_ids import VIDEO_SUFFIXES, composed, id_fault
 
 KINETICS_COLUMNS = ("label", "youtube_id", "time_start", "time_end")
-_LISTED = re.compile(rf"(.+?(?:{'|'.join(map(re.escape, VIDEO_SUFFIXES))}))(?:\s*,\s*|\s+)(.+)", re.IGNORECASE)
+_APART = r"(?:\s*,\s*|\s+)"
+_QUOTED = re.compile(rf'"((?:[^"]|"")+)"{_APART}(.+)')
+_ENDS = re.compile(rf"(?<=.)({'|'.join(map(re.escape, VIDEO_SUFFIXES))}){_APART}", re.IGNORECASE)
+"""Where the path in a line may end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,7 +161,7 @@ def _entries(place: Path, videos: Path | None, problems: list[str], left_out: li
             raise ValueError(f"--clips {place} is a folder that holds the clips itself; leave --videos {videos} out")
         return _without_twins(_in_folder(place, left_out))
     try:
-        lines = place.read_text(encoding="utf-8-sig").splitlines()
+        lines = place.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"--clips {place} is not a text file in UTF-8: {error}") from None
     header = [column.strip() for column in next(csv.reader(lines[:1]), [])]
@@ -229,11 +234,31 @@ def _in_kinetics(
 def _in_list(place: Path, lines: Sequence[str], videos: Path, problems: list[str]) -> Iterator[_Entry]:
     subset = _named_subset(place)
     for number, line in enumerate(lines, start=1):
-        found = _LISTED.fullmatch(line.strip())
+        where, text = f"{place} line {number}", line.strip()
+        found = _split(text)
+        if len(found) > 1:  # a file's name, or the class, holds another
+            found = [one for one in found if os.path.isfile(videos / one[0])]
+            if len(found) != 1:
+                what = f"{len(found) or 'none'} of the files that it may name are there"
+                problems.append(f'{where} is {line[:120]!r}: {what}; write "PATH",CLASS with the path in double quotes')
+                continue
         if found:
-            yield _Entry(f"{place} line {number}", subset, found[2].strip(), videos / found[1])
-        elif line.strip() and not (number == 1 and line.split(",")[0].strip() == "path"):
-            problems.append(f"{place} line {number} is {line[:120]!r}: give the path of a video file, then its class")
+            ((path, label),) = found
+            yield _Entry(where, subset, label, videos / path)
+        elif text and not (number == 1 and line.split(",")[0].strip() == "path"):
+            problems.append(f"{where} is {line[:120]!r}: give the path of a video file, then its class")
+
+
+def _split(line: str) -> list[tuple[str, str]]:
+    """The ways to read a line as (path, class), most often one."""
+    if quoted := _QUOTED.fullmatch(line):
+        path = quoted[1].replace('""', '"')
+        return [(path, _unquoted(quoted[2]))] if path.lower().endswith(VIDEO_SUFFIXES) else []
+    return [(line[: end.end(1)], _unquoted(line[end.end() :])) for end in _ENDS.finditer(line) if line[end.end() :]]
+
+
+def _unquoted(text: str) -> str:
+    return text[1:-1].replace('""', '"').strip() if re.fullmatch(r'"(?:[^"]|"")+"', text) else text
 
 
 def _is_whole(text: str) -> bool:

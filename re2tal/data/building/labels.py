@@ -21,7 +21,7 @@ def read_class_list(path: Path) -> tuple[str, ...]:
     if not path.is_file():
         raise FileNotFoundError(f"--classes {path} is not a file")
     try:
-        names = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip())
+        names = tuple(line.strip() for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip())
     except UnicodeDecodeError as error:
         raise ValueError(f"--classes {path} is not a text file in UTF-8: {error}") from None
     if not names:

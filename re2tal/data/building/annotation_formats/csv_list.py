@@ -12,7 +12,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from re2tal.data.building.annotation_formats.found import Found, as_number, as_seconds, video_id_of
+from re2tal.data.building.annotation_formats.found import Found, as_decimal, as_seconds, video_id_of
 from re2tal.data.building.annotation_formats.source import Source
 from re2tal.video_ids import VIDEO_SUFFIXES
 
@@ -80,19 +80,24 @@ def read_csv(source: Source, found: Found) -> None:
     # One time with a unit and one without: to guess would be wrong by a factor of the frame rate.
     if first != second and "" in (first, second) and ("s" not in (first, second) or found.wanted.fps is not None):
         raise ValueError(f"{source.path}: its {times[0]} or its {times[1]} has a unit, the other none; write both")
-    written = [row[header[what][0]] for _, row in rows for what in times if header[what][0] < len(row)]
-    _check_numbers(source, [text for text in written if as_number(text) is not None], found, is_plain=first == "")
+    written = {
+        what: [row[at] for _, row in rows if at < len(row)] for what, (at, _) in header.items() if what in _TIMES
+    }
+    numbers = {what: [text for text in texts if as_decimal(text) is not None] for what, texts in written.items()}
+    _check_commas(source, [text for texts in numbers.values() for text in texts])
+    if first == "" and found.wanted.fps is None:
+        _note_long(source, [text for what in times for text in numbers[what]], found)
     for number, row in rows:
         where = f"{source.path.name} row {number}"
         cells = {what: row[index] if index < len(row) else "" for what, (index, _) in header.items()}
         if row[0].startswith("#"):
-            if all(as_seconds(cells[what]) is not None for what in times):
+            if all(_is_time(cells[what]) for what in times):
                 found.leave_out(where, f"it begins with #: a comment, or the id {row[0][:80]!r}; rename the video")
             continue
         if any(row[width:]):
             found.leave_out(where, f"it has {len(row)} cells, more than the {width} of the first row: quote commas")
             continue
-        if as_number(cells["label"]) == -1:  # HACS Clips: what is not in the clip
+        if as_decimal(cells["label"]) == -1:  # HACS Clips: what is not in the clip
             found.leave_out(where, "its label is -1: a negative example")
             continue
         if not video_id_of(cells["video"]):
@@ -102,7 +107,7 @@ def read_csv(source: Source, found: Found) -> None:
         if any(":" in cells[what] for what in frames if units[what] == _FRAME):
             found.leave_out(where, "it has a clock's time in a column of frames")
             continue
-        rate = found.rate(where, cells["video"]) if any(as_number(cells[one]) is not None for one in frames) else 1.0
+        rate = found.rate(where, cells["video"]) if any(as_decimal(cells[one]) is not None for one in frames) else 1.0
         if rate is None:
             continue
         start, end = (
@@ -116,21 +121,25 @@ def read_csv(source: Source, found: Found) -> None:
             cells["video"],
             subset=subset,
             duration=None if unit == _FRAME else _time(length, _SECONDS[unit]),
-            frame=as_number(length) if unit == _FRAME else None,
+            frame=as_decimal(length) if unit == _FRAME else None,
         )
         found.action(where, cells["video"], start, end, cells["label"], subset=subset)
 
 
-def _check_numbers(source: Source, numbers: Sequence[str], found: Found, *, is_plain: bool) -> None:
-    """ValueError where nothing tells what a comma or a point in times means; a note where it may be another unit."""
+def _check_commas(source: Source, numbers: Sequence[str]) -> None:
+    """ValueError where nothing tells what a comma or a point in times means."""
     commas = [text for text in numbers if "," in text]
     points = [text for text in numbers if "." in text]
-    if commas and (points or (source.delimiter == "," and all(re.fullmatch(r"\d+,\d{3}", one) for one in commas))):
+    if commas and (points or (source.delimiter != ";" and all(re.fullmatch(r"\d+,\d{3}", one) for one in commas))):
         some = " and ".join(map(repr, [*commas[:1], *points[:1]]))
         raise ValueError(f"{source.path}: are times such as {some} decimals or thousands? Write decimals with a point")
-    values = [value for text in numbers if (value := as_number(text)) is not None]
+
+
+def _note_long(source: Source, numbers: Sequence[str], found: Found) -> None:
+    """A note where times may be in another unit."""
+    values = [value for text in numbers if (value := as_decimal(text)) is not None]
     longest = max(values, default=0.0)
-    if is_plain and found.wanted.fps is None and longest >= _LONG and not any(value % 1 for value in values):
+    if longest >= _LONG and not any(value % 1 for value in values):
         found.note(
             f"{source.path.name}: its times are whole numbers, to {longest:g}, and taken for seconds; if they are "
             "frames, give --fps; if milliseconds, call the columns start_ms and end_ms"
@@ -139,9 +148,13 @@ def _check_numbers(source: Source, numbers: Sequence[str], found: Found, *, is_p
 
 def _time(text: str, unit: float) -> float | str:
     """Seconds of a number in a unit, or of a clock's time; the text where it is neither."""
-    number = as_number(text)
+    number = as_decimal(text)
     value = as_seconds(text) if number is None else number * unit
     return text if value is None else value
+
+
+def _is_time(text: str) -> bool:
+    return not isinstance(_time(text, 1.0), str)
 
 
 Columns = dict[str, tuple[int, str]]
@@ -167,12 +180,12 @@ def _columns(source: Source) -> tuple[Columns, int, list[tuple[int, list[str]]]]
         return header, len(first), rows[1:]
     if positions := _unnamed(first):
         start, _ = positions["start"]
-        if len(first) > start + 3 and all(as_seconds(cell) is not None for cell in first[start : start + 4]):
+        if len(first) > start + 3 and all(_is_time(cell) for cell in first[start : start + 4]):
             raise ValueError(
                 f"{source.path}: nothing tells which of the numbers {first[start:][:10]} are times: add a header"
             )
         return positions, len(first), rows
-    if any(as_seconds(cell) is not None for cell in first):
+    if any(_is_time(cell) for cell in first):
         return None
     if len(header) > 1 or (len(rows) > 1 and _unnamed(rows[1][1])):
         missing = [what for what in ("video", "start", "end", "label") if what not in header]
@@ -230,7 +243,7 @@ def _name(cell: str) -> tuple[str, str]:
 
 def _unnamed(row: Sequence[str]) -> Columns | None:
     """Columns of a table without a header: the first two times that stand side by side, and names around them."""
-    is_time = [as_seconds(cell) is not None for cell in row]
+    is_time = [_is_time(cell) for cell in row]
     start = next((i for i in range(1, len(row) - 1) if is_time[i] and is_time[i + 1]), None)
     if start is None or len(row) < 4:
         return None

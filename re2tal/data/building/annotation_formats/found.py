@@ -17,8 +17,10 @@ from re2tal.strict_json import brief, finite_number
 from re2tal.structures import SUBSETS, find_subset
 from re2tal.video_ids import VIDEO_SUFFIXES, plain_id
 
-_CLOCK = re.compile(r"(?:(\d+):)?(\d+):(\d{1,2}(?:[.,]\d+)?)")
-_NUMBER = re.compile(r"[+-]?\d+(?:[.,]\d+)?(?:[eE][+-]?\d+)?")
+_CLOCK = re.compile(r"(?:(\d+):)?(\d+):(\d{1,2}(?:[.,]\d+)?)", re.ASCII)
+_DECIMAL_COMMA = re.compile(r"([+-]?\d+),(\d+(?:[eE][+-]?\d+)?)", re.ASCII)
+_UNCLEAR = re.compile(r"[+-]?[1-9]\d{0,2},\d{3}", re.ASCII)
+"""A comma before three digits: decimals to some, thousands to others."""
 _SUBSET_WORD = re.compile(rf"(?<![a-z])({'|'.join(sorted(SUBSETS, key=len, reverse=True))})(?![a-z])")
 
 
@@ -107,7 +109,12 @@ class Found:
         if not isinstance(name, str) or not video_id_of(name):
             self.leave_out(where, "it names no video" if not name else f"its video {brief(name)} is no name of a file")
         elif start_seconds is None or end_seconds is None:
-            self.leave_out(where, f"its times are {brief(start)} and {brief(end)}: no seconds, mm:ss or hh:mm:ss")
+            what = (
+                "decimals or thousands? Write decimals with a point"
+                if is_unclear(start) or is_unclear(end)
+                else ("no seconds, mm:ss or hh:mm:ss")
+            )
+            self.leave_out(where, f"its times are {brief(start)} and {brief(end)}: {what}")
         elif not is_label(text):
             self.leave_out(where, f"its label is {brief(label)}: no name of 1 to 200 printable characters")
         elif end_seconds <= start_seconds:
@@ -179,7 +186,9 @@ def video_id_of(name: str) -> str:
 def _parts(name: str) -> tuple[str, str, str, list[str]]:
     """(id, suffix of a video file, query that may tell the video, folders from the inside out) of a name."""
     name, query = name.strip(), ""
-    if "://" in name or "?d=" in name or "watch?v=" in name:
+    if name.lower().startswith(("s3://", "gs://", "azure-blob://")):
+        name = name.partition("://")[2]  # the key of a bucket is a name as it stands, with its % and #
+    elif "://" in name or "?d=" in name or "watch?v=" in name:
         try:
             address = urlsplit(name)
         except ValueError:
@@ -209,10 +218,20 @@ def as_seconds(value: Any) -> float | None:
 
 
 def as_number(value: Any) -> float | None:
-    """A finite number, also one in a text, with a decimal point or comma; None for anything else."""
-    if isinstance(value, str):
-        value = value.strip().replace(",", ".") if _NUMBER.fullmatch(value.strip()) else None
+    """A finite number, also one in a text, with a decimal point or comma; None for anything else, and for "1,000"."""
+    return None if is_unclear(value) else as_decimal(value)
+
+
+def as_decimal(value: Any) -> float | None:
+    """As `as_number`, where any comma is known to stand before decimals."""
+    if isinstance(value, str) and (comma := _DECIMAL_COMMA.fullmatch(value.strip())):
+        value = f"{comma[1]}.{comma[2]}"
     return finite_number(value)
+
+
+def is_unclear(value: Any) -> bool:
+    """Whether this is a text such as "1,000", which may be one or a thousand."""
+    return isinstance(value, str) and _UNCLEAR.fullmatch(value.strip()) is not None
 
 
 def subset_in_name(path: Path) -> str | None:

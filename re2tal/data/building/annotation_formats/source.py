@@ -5,6 +5,7 @@ from __future__ import annotations
 import codecs
 import csv
 import io
+import re
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -41,6 +42,11 @@ class Source:
             raise ValueError(f"{self.path} is not text in UTF-8 ({error}); save it as UTF-8") from None
 
     @cached_property
+    def lines(self) -> list[str]:
+        """The text's lines. str.splitlines would also cut at the separators and form feeds that cells may hold."""
+        return re.split("\r\n|\r|\n", self.text)
+
+    @cached_property
     def json(self) -> Any:
         """The file as JSON; None for another kind."""
         return read_json(self.path, max_bytes=MAX_BYTES) if self.kind == "json" else None
@@ -67,7 +73,7 @@ class Source:
     @cached_property
     def delimiter(self) -> str:
         """What stands between the cells of a table, by its first rows."""
-        lines = self.text.splitlines()[:100]
+        lines = self.lines[:100]
         return max("\t;,", key=lambda one: sum(line.count(one) >= 2 for line in lines))
 
     @cached_property
@@ -81,7 +87,7 @@ class Source:
         except csv.Error as error:
             raise ValueError(f"{self.path} is not usable as a table: {error}") from None
         for number, row in enumerate(rows, start=1):
-            lines = [line for cell in row if "\n" in cell for line in cell.splitlines()[1:]]
+            lines = [line for cell in row if "\n" in cell for line in cell.split("\n")[1:]]
             # A quote that is not closed swallows the rows below: they would be gone without a word.
             if any(line.count(delimiter) >= max(3, len(rows[0])) - 1 for line in lines):
                 raise ValueError(f"{self.path} row {number} holds whole rows: a quote opens and does not close")

@@ -18,7 +18,7 @@ def is_thumos(source: Source) -> bool:
     """Text whose first line is a name and two numbers, apart by blanks."""
     if source.kind != "text":
         return False
-    first = next((line.strip() for line in source.text.splitlines() if line.strip()), "")
+    first = next((line.strip() for line in source.lines if line.strip()), "")
     return _LINE.fullmatch(first) is not None
 
 
@@ -27,7 +27,7 @@ def read_thumos(source: Source, found: Found) -> None:
     label, _, subset = source.path.stem.rpartition("_")
     if subset not in _SUBSETS:
         label, subset = source.path.stem, ""
-    for number, line in enumerate(source.text.splitlines(), start=1):
+    for number, line in enumerate(source.lines, start=1):
         where = f"{source.path.name} line {number}"
         if row := _LINE.fullmatch(line.strip()):
             by_name = re.match(r"video_(val|test)", row[1])
