@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
@@ -22,7 +21,7 @@ from re2tal.data.building.labels import read_class_list
 from re2tal.data.building.named_files import NamedFiles, videos_in
 from re2tal.data.building.pack_videos import SILENT_SECONDS
 from re2tal.data.building.probe import MAX_DAMAGED, probe_video
-from re2tal.data.building.shard_folder import BuiltSubset, Listed, NothingUsableError
+from re2tal.data.building.shard_folder import REPORTS, BuiltSubset, Listed, NothingUsableError
 from re2tal.data.building.subset_names import rename_subsets
 from re2tal.data.contract.manifest import Encoding, FramesPerSecond, FramesPerVideo, Rejection
 from re2tal.machine import num_workers
@@ -263,8 +262,9 @@ def _build_with_bar(
 
     folder = out / listed.subset(subset)[0].subset
     try:
-        # Parts are made to work at once. Two others would remove each other's unfinished videos.
-        with locked(folder) if config.num_parts == 1 else nullcontext():
+        # Parts are made to work at once, each once. Two others would remove each other's unfinished videos.
+        part = f"part-{config.part_index}-of-{config.num_parts}"
+        with locked(folder if config.num_parts == 1 else folder / REPORTS / part):
             return build_shards(
                 listed, videos=videos, out=out, subset=subset, config=config, on_start=on_start, on_video=on_video
             )

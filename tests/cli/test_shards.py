@@ -69,6 +69,9 @@ def test_two_do_not_build_one_folder_at_once_unless_they_are_parts(capsys, given
     with locked(built / "training"):
         assert run(capsys, "build", *given, "--out", built, "--subsets", "training", "--part", "1/2")[0] == 3
     assert not (tmp_path / "training" / "lock").exists()
+    with locked(tmp_path / "training" / ".reports" / "part-1-of-2"):
+        status, _, err = run(capsys, "build", *given, "--out", tmp_path, "--subsets", "training", "--part", "1/2")
+        assert (status, "part-1-of-2 is in use by" in err) == (2, True)
 
 
 def test_list_and_verify_say_what_is_there_and_whether_it_is_sound(capsys, built, tmp_path):
