@@ -25,9 +25,8 @@ def compare(
     Args:
         a: results JSON in ActivityNet's layout, such as RUN/results.json
         b: results JSON of the same videos
-        annotations: annotation JSON in ActivityNet's layout; by default those of the run folder that A lies in,
-            whose thresholds then count
-        options: by which rules both are scored, and how often videos are drawn
+        annotations: annotation JSON in ActivityNet's layout; by default those of the run folder that A lies in
+        options: by which rules both are scored, by default those of that run; and how often videos are drawn
         json: also write the figures to this file
     """
     found = compare_results(a, b, annotations=annotations, options=options)

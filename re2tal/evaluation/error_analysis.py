@@ -20,6 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from re2tal.evaluation.average_precision import area_under
+from re2tal.evaluation.coverage import name_some
 from re2tal.evaluation.instances import Predictions, Truths, flatten_predictions, flatten_truths
 from re2tal.evaluation.matching import partners_by_class, ranked_by_class
 from re2tal.evaluation.protocols import OFFICIAL, check_thresholds
@@ -60,6 +61,8 @@ class ErrorReport:
     """Characteristic -> size -> normalised mAP on the actions of that size"""
     missed: Mapping[str, Mapping[str, tuple[float, np.ndarray]]]
     """Characteristic, or two joined by "|" -> size -> (share of all actions, (T,) share of them that is missed)"""
+    without_duration: tuple[str, ...] = ()
+    """Videos whose length is not known: where there is one, nothing is said of coverage"""
 
     @property
     def gain(self) -> dict[str, float]:
@@ -79,6 +82,7 @@ class ErrorReport:
                 name: {size: {"share": share, "missed": float(of.mean())} for size, (share, of) in sizes.items()}
                 for name, sizes in self.missed.items()
             },
+            "without_duration": list(self.without_duration),
         }
 
     def __str__(self) -> str:
@@ -89,11 +93,17 @@ class ErrorReport:
         ]
         sizes = [("true actions", "size", "share", "mAP", "missed")] + [
             (name, size, *(f"{100 * value:.2f}" for value in (share, self.sensitivity[name][size], of.mean())))
-            for name in CHARACTERISTICS
+            for name in self.sensitivity
             for size, (share, of) in self.missed[name].items()
         ]
         mean = f"normalised mAP {100 * self.average_precision.mean():.2f}, in %, means over tIoU"
-        return f"{mean}\n{text_table(errors, align='<>', rules=(1,))}\n\n{text_table(sizes, align='<<>', rules=(1,))}"
+        tables = [mean, text_table(errors, align="<>", rules=(1,)), "", text_table(sizes, align="<<>", rules=(1,))]
+        if self.without_duration:
+            tables.append(
+                f"note: coverage is left out: the annotations do not give the duration of {len(self.without_duration)} "
+                f"videos: {name_some(self.without_duration)}"
+            )
+        return "\n".join(tables)
 
     def _counts(self) -> np.ndarray:
         """(T, 6) how many predictions are of each type."""
@@ -109,14 +119,16 @@ def analyse_errors(
     sizes_of: Literal["activitynet", "thumos14"],
     per_action: int = 10,
     blocked_videos: Collection[str] = (),
+    without_duration: Collection[str] = (),
 ) -> ErrorReport:
     """Diagnose `predictions` as DETAD does; arguments and errors as `match_predictions`.
 
     `sizes_of`: the data set whose limits between short and long, and so on, are taken. The analysis of false positives
     keeps, of each class, the best `per_action` times as many predictions as it has true actions.
+    `without_duration`: videos whose records hold a stand-in. Nothing is then said of coverage, the share of a video.
     """
     thresholds = check_thresholds(tiou_thresholds)
-    videos = [_without_odd_actions(video) for video in ground_truth]
+    videos = [_without_odd_actions(video, is_known=video.video_id not in without_duration) for video in ground_truth]
     truths = flatten_truths(videos, protocol=OFFICIAL, blocked_videos=blocked_videos)
     flat = flatten_predictions(predictions, truths, classes=classes, blocked_videos=blocked_videos)
     ranked = ranked_by_class(flat, num_classes=len(truths.classes))
@@ -128,6 +140,9 @@ def analyse_errors(
         _types(flat, truths, rows, partners, thresholds) for rows, partners in zip(best, limited.partners, strict=True)
     ]
     sizes = _sizes(truths, videos, _THUMOS14 if sizes_of == "thumos14" else _ACTIVITYNET)
+    undated = tuple(video_id for video_id in truths.video_ids if video_id in without_duration)
+    if undated:
+        del sizes["coverage"]
     return ErrorReport(
         tiou_thresholds=tuple(thresholds.tolist()),
         classes=truths.classes,
@@ -141,14 +156,15 @@ def analyse_errors(
             for name, of in sizes.items()
         },
         missed=_missed(everything, sizes),
+        without_duration=undated,
     )
 
 
-def _without_odd_actions(video: VideoRecord) -> VideoRecord:
-    """Without empty actions, and those that are longer than their video."""
+def _without_odd_actions(video: VideoRecord, *, is_known: bool) -> VideoRecord:
+    """Without empty actions, and those that are longer than their video, where its duration `is_known`."""
     lengths = [(one, round(one.end_seconds - one.start_seconds, DECIMALS)) for one in video.actions]
     # An action that fills its video may be longer than it by a rounding error of its two times.
-    longest = round(video.duration_seconds, DECIMALS)
+    longest = round(video.duration_seconds, DECIMALS) if is_known else np.inf
     return replace(video, actions=tuple(one for one, length in lengths if 0 < length <= longest))
 
 
@@ -281,7 +297,7 @@ def _sizes(truths: Truths, records: Sequence[VideoRecord], edges: Sequence[Seque
 
 def _missed(scores: _Scores, sizes: Mapping[str, np.ndarray]) -> dict[str, dict[str, tuple[float, np.ndarray]]]:
     missed = scores.missed()
-    pairs = itertools.pairwise(CHARACTERISTICS)
+    pairs = itertools.pairwise(sizes)
     groups = dict(sizes) | {f"{a}|{b}": np.char.add(np.char.add(sizes[a], "|"), sizes[b]) for a, b in pairs}
     names = [*_SIZES, *("|".join(pair) for pair in itertools.product(_SIZES, repeat=2))]
     return {

@@ -54,6 +54,16 @@ def read_subsets(path: Path | str) -> dict[str, str]:
     return {video_id: entry["subset"] for video_id, entry in _database(path).items()}
 
 
+def without_duration(path: Path | str) -> frozenset[str]:
+    """The videos of such a file whose duration is not known, so that `read_ground_truth` gives a stand-in."""
+    where = f"{path}: database"
+    return frozenset(
+        video_id
+        for video_id, entry in _database(path).items()
+        if not _seconds(entry.get("duration", 0.0), f"{where}[{video_id!r}].duration")
+    )
+
+
 def _database(path: Path | str) -> dict[str, Any]:
     """Video id -> entry, from a file with or without the outer object."""
     document = read_json(path)

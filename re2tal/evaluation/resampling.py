@@ -123,6 +123,8 @@ def draw_maps(groups: Sequence[Sequence[Matches]], *, num_draws: int, seed: int)
     """
     if num_draws < 2:
         raise ValueError(f"bootstrap is {num_draws}; give at least 2 draws, customary are 1000")
+    if seed < 0:
+        raise ValueError(f"the seed of the bootstrap is {seed}; give 0 or more")
     scored = groups[0][0].truths.scored
     if any(run.truths.scored != scored for runs in groups for run in runs):
         raise ValueError("the runs were not scored against the same videos; give all the same annotations and subset")

@@ -10,6 +10,7 @@ from re2tal.data.building.demo import DemoConfig, write_demo, write_demo_clips
 from re2tal.data.contract.manifest import MANIFEST_NAME
 from re2tal.distributed import World, main_process_first
 from re2tal.recipes import find_recipe
+from re2tal.runs.lock import locked
 from re2tal.runs.shard_building import Build, build
 
 NUM_CLIPS = (480, 60)
@@ -32,7 +33,9 @@ def write_videos(
         num_validation=validation if num_validation is None else num_validation,
         seed=seed,
     )
-    place = (write_demo_clips if clips else write_demo)(out, config, workers=workers)
+    # Two that draw at once would write into each other's files.
+    with locked(out):
+        place = (write_demo_clips if clips else write_demo)(out, config, workers=workers)
     kind = "clips" if clips else "videos"
     print(f"{config.num_training} training and {config.num_validation} validation {kind} in {out / kind}, {place}")
 

@@ -17,12 +17,13 @@ from re2tal.evaluation.average_precision import MapReport, mean_average_precisio
 from re2tal.evaluation.comparison import Spread, spread_of
 from re2tal.evaluation.coverage import Coverage
 from re2tal.evaluation.error_analysis import ErrorReport, analyse_errors
-from re2tal.evaluation.ground_truth import ANY_CLASS, as_one_class, read_ground_truth, read_subsets
+from re2tal.evaluation.ground_truth import ANY_CLASS, as_one_class, read_ground_truth, read_subsets, without_duration
 from re2tal.evaluation.matching import Matches, match_predictions
 from re2tal.evaluation.protocols import TIOU_THRESHOLDS, Dataset, EvaluationConfig
 from re2tal.evaluation.recall import RecallReport, average_recall, top_kx_recall
 from re2tal.evaluation.results import Results, read_results
 from re2tal.evaluation.video_classes import read_video_classes
+from re2tal.localizers.class_map import AGNOSTIC_CLASS
 from re2tal.structures import Detections, VideoRecord
 
 
@@ -157,7 +158,13 @@ def evaluate(predictions: Path | str, annotations: Path | str, options: ScoringO
         sizes_of: Literal["activitynet", "thumos14"] = (
             "activitynet" if options.dataset in ("activitynet", "hacs", "fineaction") else "thumos14"
         )
-        errors = analyse_errors(*scored, tiou_thresholds=thresholds, sizes_of=sizes_of, **shared)
+        errors = analyse_errors(
+            *scored,
+            tiou_thresholds=thresholds,
+            sizes_of=sizes_of,
+            without_duration=without_duration(Path(annotations)),
+            **shared,
+        )
     if options.bootstrap:
         spread = spread_of([matches, *seeds], num_draws=options.bootstrap, seed=options.bootstrap_seed)
     names = list(precision.map_by_tiou)
@@ -188,6 +195,11 @@ def match_run(
         blocked_videos=blocked_by(rules),
         class_agnostic=config.localizer.class_agnostic if class_agnostic is None else class_agnostic,
     )
+
+
+def is_class_agnostic(config: RunConfig, results: Results) -> bool:
+    """Whether results of this run have one class: not where a classifier of whole videos has named them."""
+    return config.localizer.class_agnostic and set(results.classes) <= {AGNOSTIC_CLASS}
 
 
 def match_results(

@@ -18,11 +18,10 @@ from re2tal.data.contract.shards import open_any, subset_folder
 from re2tal.evaluation.average_precision import MapReport, mean_average_precision
 from re2tal.evaluation.ground_truth import as_one_class, read_ground_truth
 from re2tal.evaluation.results import Results, read_results
-from re2tal.localizers.class_map import AGNOSTIC_CLASS
 from re2tal.reporting.curves import draw_curves, read_metrics
 from re2tal.reporting.page import Picture, to_png, write_page
 from re2tal.reporting.timelines import draw_timeline
-from re2tal.runs.evaluation import match_run
+from re2tal.runs.evaluation import is_class_agnostic, match_run
 from re2tal.runs.folder import CONFIG_NAME, METRICS_NAME, REPORT_NAME, RESULTS_NAME
 from re2tal.structures import VideoRecord
 from re2tal.video_ids import match_ids
@@ -36,11 +35,12 @@ def write_report(
     Predictions on videos without a known truth are drawn, and not scored: None. The arguments are those of
     `re2tal report`.
     """
+    if max_videos < 0:
+        raise ValueError(f"max_videos is {max_videos}; give 0 or more")
     config = load_config(run / CONFIG_NAME)
     results = read_results(predictions or run / RESULTS_NAME)
     truths = _truths(config, annotations)
-    # A class-agnostic detector's results have their one class, unless a classifier of whole videos named them.
-    class_agnostic = config.localizer.class_agnostic and set(results.classes) <= {AGNOSTIC_CLASS}
+    class_agnostic = is_class_agnostic(config, results)
     drawn = _drawn(results, as_one_class(truths) if class_agnostic else truths)
     scores = None
     if any(one.is_predicted and one.has_truth for one in drawn):

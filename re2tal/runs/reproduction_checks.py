@@ -79,7 +79,16 @@ def check_data(dataset: str, annotations: Path, shards: Path, blocked: Path | No
             raise ValueError(
                 f"{shards} and {annotations} have no {subset} video in common; give the file they were built from"
             )
-        checked.problems += [f"{subset}: {line}" for line in _compare_shards(opened, wanted)]
+        blocked_there = sorted(left_out & {composed(video_id) for video_id in opened.by_id})
+        # What is scored leaves them out; training does not.
+        if blocked_there and subset == "validation":
+            checked.facts[subset]["blocked, and not scored"] = len(blocked_there)
+        elif blocked_there:
+            checked.problems.append(
+                f"{subset}: {len(blocked_there)} videos of the shards are blocked, and would be trained on; build them "
+                f"with --blocked: {_some(blocked_there[:MAX_NAMED], len(blocked_there))}"
+            )
+        checked.problems += [f"{subset}: {line}" for line in _compare_shards(opened, wanted, left_out)]
         truths = read_ground_truth(annotations, subset=names.get(subset, subset))
         checked.problems += [f"{subset}: {line}" for line in _compare_actions(opened, truths)]
     checked.problems += _without_list(dataset, len(wanted))
@@ -113,14 +122,14 @@ def _by_subset(path: Path, renamed: dict[str, str] | Any) -> dict[str, dict[str,
     return found
 
 
-def _compare_shards(opened: ShardSet, wanted: dict[str, float | None]) -> Iterator[str]:
+def _compare_shards(opened: ShardSet, wanted: dict[str, float | None], left_out: frozenset[str]) -> Iterator[str]:
     there = {composed(video_id): video for video_id, video in opened.by_id.items()}
     reasons = {composed(one.video_id): one.reason for one in opened.manifest.rejected}
     if missing := sorted(set(wanted) - set(there)):
         shown = [f"{name} ({reasons[name]})" if name in reasons else name for name in missing[:MAX_NAMED]]
         yield f"{len(missing)} of {len(wanted)} listed videos are not in the shards: {_some(shown, len(missing))}"
-    if extra := sorted(set(there) - set(wanted)):
-        yield f"{len(extra)} videos of the shards are not listed, or blocked: {_some(extra[:MAX_NAMED], len(extra))}"
+    if extra := sorted(set(there) - set(wanted) - left_out):
+        yield f"{len(extra)} videos of the shards are not listed: {_some(extra[:MAX_NAMED], len(extra))}"
     other = [
         f"{name} lasts {video.video_seconds:.2f} s, listed {seconds:.2f} s"
         for name, video in there.items()

@@ -87,7 +87,9 @@ def finish(
 
     made_by_main(export)
     ranks.check()
-    trainer.log.write("evaluation", outcome.figures, step=trainer.progress.step)
+    # A run that had ended, and is resumed, has it already.
+    if is_main() and not trainer.log.has("evaluation", step=trainer.progress.step):
+        trainer.log.write("evaluation", outcome.figures, step=trainer.progress.step)
     trainer.log.draw(outcome.pictures)
     summary = _summary(trainer, started)
     written: list[Outcome] = []

@@ -81,6 +81,30 @@ def test_in_a_run_folder_its_thresholds_count(tmp_path: Path, monkeypatch: pytes
     assert len(thresholds(dataset="activitynet")) == 11
 
 
+def test_in_a_run_folder_all_its_rules_count_whatever_the_annotations_are(tmp_path: Path) -> None:
+    demo = find_recipe("demo")
+    assert isinstance(demo, RunConfig)
+    truths = read_ground_truth(GROUND_TRUTH, subset="validation")
+    blocked = tmp_path / "blocked.txt"
+    blocked.write_text(truths[0].video_id)
+    rules = EvaluationConfig(protocol="official", tiou_thresholds=(0.55,), blocked_videos=blocked)
+    config = replace(demo, evaluation=rules, localizer=replace(demo.localizer, class_agnostic=True))
+    save_config(tmp_path / "config.json", config)
+    rows = json.loads(PREDICTIONS.read_text())["results"]
+    for found in rows.values():
+        for row in found:
+            row["label"] = "action"
+    a = tmp_path / "results.json"
+    a.write_text(json.dumps({"results": rows}))
+    text = str(compare(a, a, annotations=GROUND_TRUTH, options=ComparisonOptions(draws=2)))
+    assert "protocol official; subset validation: " in text
+    assert "1 of the 1 videos on the blocked list left out; class-agnostic" in text
+    assert "0.55" in text
+    assert "0.7" not in text
+    given = ComparisonOptions(draws=2, tiou_thresholds=(0.3,))
+    assert list(compare(a, a, annotations=GROUND_TRUTH, options=given).to_json()["tiou"]) == ["0.3", "average"]
+
+
 def test_what_is_missing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     b = worse(tmp_path)
     with pytest.raises(SystemExit, match="2"):

@@ -62,6 +62,8 @@ def test_intervals_over_videos_and_seeds(tmp_path: Path, capsys: pytest.CaptureF
     low, high = bootstrap["tiou"]["average"]["interval"]
     assert 0 < low < bootstrap["tiou"]["average"]["map"] < high < 1
     assert "from 50 draws of videos and of the 2 runs; protocol opentad; subset" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="the seed of the bootstrap is -1; give 0 or more"):
+        evaluate(**both, options=ScoringOptions(bootstrap=50, bootstrap_seed=-1))
     with pytest.raises(ValueError, match="were given without bootstrap"):
         evaluate(**both, options=ScoringOptions(seeds=(both["predictions"],)))
 
@@ -74,6 +76,34 @@ def test_errors_are_diagnosed_on_request(tmp_path: Path, capsys: pytest.CaptureF
     assert f"normalised mAP {100 * errors['average_map_normalized']:.2f}" in printed
     assert "double detection" in printed
     assert set(errors["gain"]) < set(errors["counts"][0])
+
+
+def test_nothing_is_said_of_coverage_where_a_duration_is_not_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    both = files(DATASETS[0])
+    document = json.loads(both["annotations"].read_text())
+    videos = [name for name, entry in document["database"].items() if entry["annotations"]]
+    del document["database"][videos[0]]["duration"]
+    (tmp_path / "truth.json").write_text(json.dumps(document))
+    reports = []
+    for truth in (both["annotations"], tmp_path / "truth.json"):
+        evaluate(
+            predictions=both["predictions"],
+            annotations=truth,
+            options=ScoringOptions(errors=True),
+            json=tmp_path / "figures.json",
+        )
+        reports.append(json.loads((tmp_path / "figures.json").read_text())["errors"])
+    known, unknown = reports
+    assert "coverage" in known["missed"]
+    assert known["without_duration"] == []
+    assert {"length", "num-instances", "length|num-instances"} == unknown["missed"].keys()
+    assert "coverage" not in unknown["sensitivity"]
+    assert unknown["without_duration"] == [videos[0]]
+    assert unknown["missed"]["length"] == known["missed"]["length"]
+    line = f"coverage is left out: the annotations do not give the duration of 1 videos: {videos[0]!r}"
+    assert line in capsys.readouterr().out
 
 
 def test_class_agnostic_scores_segments_alone(tmp_path: Path) -> None:

@@ -56,6 +56,8 @@ def test_so_many_timelines_are_drawn_and_old_ones_go(run: Path) -> None:
         report(run=run, annotations=run / "truth.json", max_videos=max_videos)
         assert sorted(path.name for path in (run / "report" / "timelines").iterdir()) == expected
     assert "3, of which 1 are drawn below" in (run / "report" / "index.html").read_text()
+    with pytest.raises(ValueError, match="max_videos is -1; give 0 or more"):
+        report(run=run, annotations=run / "truth.json", max_videos=-1)
 
 
 def pixels(path: Path) -> set[tuple[int, ...]]:

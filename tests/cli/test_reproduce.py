@@ -271,6 +271,23 @@ def test_without_the_list_of_blocked_videos_activitynets_score_is_of_others(acti
     assert not any("published scores are of" in one for one in problems(tmp_path / "blocked.json"))
 
 
+def test_blocked_videos_in_shards_are_a_problem_where_they_are_trained_on(activitynet, tmp_path):
+    def checked(blocked: list[str]):
+        (tmp_path / "blocked.json").write_text(json.dumps(blocked))
+        return check_data(
+            "activitynet", activitynet / "annotations.json", activitynet / "shards", tmp_path / "blocked.json"
+        )
+
+    scored = checked(["bbbbbbbbbb1"])
+    assert scored.facts["validation"]["blocked, and not scored"] == 1
+    assert not any("shards" in one for one in scored.problems)
+    trained = checked(["_aaaaaaaaa1"])
+    line = (
+        "training: 1 videos of the shards are blocked, and would be trained on; build them with --blocked: _aaaaaaaaa1"
+    )
+    assert line in trained.problems
+
+
 def test_subsets_may_have_their_other_names(activitynet, tmp_path, monkeypatch):
     text = (activitynet / "annotations.json").read_text().replace("training", "train").replace("validation", "val")
     (tmp_path / "annotations.json").write_text(text)

@@ -182,6 +182,8 @@ def test_a_run_that_names_relative_paths_goes_on_from_another_folder(shards, tmp
     manifest["run"]["backbone.weights"] = "swin.safetensors"
     path.write_text(json.dumps(manifest))
     re2tal("train", "--config", "run/config.json", "--out", "run", "--resume", cwd=here)
+    rows = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if row["kind"] == "evaluation"] == [6, 12], "a run that had ended logs it twice"
     with pytest.raises(RuntimeError, match=r"other\.safetensors"):
         re2tal(*again, "--backbone.weights", "other.safetensors", cwd=there)
 

@@ -20,6 +20,7 @@ from re2tal.data.building.demo_scenes import (
     draw_clip,
     draw_scene,
 )
+from re2tal.runs.lock import locked
 
 SMALL = DemoConfig(num_training=2, num_validation=2, seed=5)
 
@@ -239,3 +240,8 @@ def test_trimmed_clips_lie_in_folders_of_their_classes(tmp_path):
     assert write_demo_clips(tmp_path, SMALL) == listing
     with pytest.raises(ValueError, match=r"clips.json is not of .*seed=6"):
         write_demo_clips(tmp_path, DemoConfig(num_training=2, num_validation=2, seed=6))
+
+
+def test_two_that_draw_into_one_folder_at_once_are_refused(tmp_path):
+    with locked(tmp_path), pytest.raises(ValueError, match="is in use by a run on host"):
+        demo(out=tmp_path, num_training=1, num_validation=1, workers=1)

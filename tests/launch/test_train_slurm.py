@@ -60,6 +60,22 @@ def test_a_job_that_never_saves_anything_new_is_not_queued_for_ever(tmp_path):
     assert calls.read_text().splitlines() == ["queued"] * 6
 
 
+def test_without_a_run_folder_nothing_is_started(tmp_path):
+    calls = tmp_path / "calls"
+    for name in ("srun", "scontrol"):
+        stand_in(tmp_path / "bin" / name, f"echo {name} >> {calls}")
+    environment = {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "SLURM_JOB_ID": "123456",
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+    }
+    command = ["bash", str(SCRIPT), "--recipe", "demo"]
+    done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "give --out FOLDER, the run folder" in done.stderr
+    assert not calls.exists()
+
+
 def test_outside_a_job_it_says_how_to_start():
     done = subprocess.run(
         ["bash", str(SCRIPT)], env={"PATH": os.environ["PATH"]}, check=False, capture_output=True, text=True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -387,3 +388,10 @@ def test_corrections_of_other_files_in_the_folder_are_left_alone(folder: Path) -
     assert saves_to(folder / "results.json") == "results.annotations.json"
     assert saves_to(folder) == "annotations.corrected.json"
     assert saves_to(folder, save_to=folder / "mine.json") == "mine.json"
+
+
+def test_no_call_of_the_page_gets_an_argument_for_each_video() -> None:
+    # A browser takes some 100,000 arguments at most.
+    scripts = [one for one in files("re2tal.viewer").joinpath("page").iterdir() if one.name.endswith(".js")]
+    assert len(scripts) > 5
+    assert not [path.name for path in scripts if re.search(r"Math\.(max|min)\([^\n]*\.\.\.", path.read_text("utf-8"))]

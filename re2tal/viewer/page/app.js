@@ -62,7 +62,7 @@ class Page {
       `Corrections are saved to ${rest.saveTo}.`;
     fill("class-filter", classes);
     fill("type-filter", types);
-    byId("score-filter").max = Math.max(1, ...videos.map((video) => video.best ?? 0));
+    byId("score-filter").max = videos.reduce((most, video) => Math.max(most, video.best ?? 0), 1);
     this.details.labels(classes);
     this.markDirty();
     this.list.show(videos);
@@ -112,7 +112,8 @@ class Page {
 
   end() {
     const { duration, actions, predictions } = this.detail;
-    return Math.max(duration ?? 0, ...actions.map((one) => one.end), ...predictions.map((one) => one.end), 0.1);
+    // Not as arguments of one call, which takes some 100,000 at most.
+    return [...actions, ...predictions].reduce((last, one) => Math.max(last, one.end), Math.max(duration ?? 0, 0.1));
   }
 
   setTypes({ types, missed }) {
