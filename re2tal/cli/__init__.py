@@ -36,9 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     A fault in what the user gave (ValueError, OSError) ends in one line on stderr and exit status 2, never in a
     traceback, unless --debug asks for it.
     """
-    # As stderr does: a label or a name need not fit a terminal of another encoding, or a pipe on Windows.
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+    _escape_what_cannot_be_encoded()
     # --debug may stand anywhere, also behind a command; no command knows it.
     words = [*(sys.argv[1:] if arguments is None else arguments)]
     debug = "--debug" in words
@@ -61,13 +59,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except FloatingPointError as error:
         end(str(error), DIVERGED, debug=debug)
     except RuntimeError as error:
-        # By name: what raised it has imported torch, which this file must not.
-        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
+        if not _is_lack_of_memory(error):
             raise
         end(f"{str(error).strip().partition(chr(10))[0]} {LESS_MEMORY}", WRONG_INPUT, debug=debug)
     except KeyboardInterrupt:
         end("stopped by the keyboard; finished files are kept, a training run goes on with --resume", KEYBOARD)
     sys.exit(status)
+
+
+def _escape_what_cannot_be_encoded() -> None:
+    """As stderr does: a label or a name need not fit a terminal of another encoding, or a pipe on Windows."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
+
+
+def _is_lack_of_memory(error: RuntimeError) -> bool:
+    # By name: what raised it has imported torch, which this file must not.
+    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def _is_read() -> bool:

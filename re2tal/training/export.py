@@ -8,7 +8,7 @@ was trained on any.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,8 @@ class ModelFile:
 
 def clip_frames_of(network: nn.Module) -> int | None:
     """How many frames a clip has, where the backbone inside cuts video into clips."""
-    return next((one.clip_frames for one in network.modules() if hasattr(one, "clip_frames")), None)
+    modules: Iterable[Any] = network.modules()
+    return next((one.clip_frames for one in modules if hasattr(one, "clip_frames")), None)
 
 
 def clips_in_header(backbone: nn.Module) -> dict[str, str]:
