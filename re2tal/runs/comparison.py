@@ -66,7 +66,10 @@ def _truths(
             f"{a} lies in no run folder (no {CONFIG_NAME} beside it), so what is true is not known; give "
             "--annotations FILE"
         )
-    config = load_config(config_file)
+    try:
+        config = load_config(config_file)
+    except ValueError as error:
+        raise ValueError(f"{error} (it lies beside {a}, so its rules count; move {a.name} elsewhere if not)") from None
     subset = options.subset if options.subset != BY_DEFAULT.subset else config.data.validation_subset
     options = _as_in_run(options, config, a)
     if annotations is not None:

@@ -113,3 +113,11 @@ def test_what_is_missing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[
     with pytest.raises(SystemExit, match="2"):
         main(["compare", str(b), str(tmp_path / "nothing.json"), "--annotations", str(GROUND_TRUTH)])
     assert "nothing.json is not a file; give a results JSON" in capsys.readouterr().err
+
+
+def test_a_configuration_of_another_program_beside_a_is_named_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "other"}')
+    a = tmp_path / "a.json"
+    a.write_text(PREDICTIONS.read_text())
+    with pytest.raises(ValueError, match=r"config\.json: unknown key model_type .*move a\.json elsewhere"):
+        compare(a, PREDICTIONS, annotations=GROUND_TRUTH)

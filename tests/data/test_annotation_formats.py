@@ -528,6 +528,16 @@ def test_boris_aggregated_events(tmp_path):
     assert "'sniff' is a point event" in found.left_out[1]
 
 
+def test_boris_between_semicolons_has_decimal_commas(tmp_path):
+    """As a spreadsheet of many countries saves it; elsewhere 12,345 may be thousands, and is left out by name."""
+    table = "Observation id;Media file name;Behavior;Behavior type;Start (s);Stop (s)\nobs;a.mp4;groom;STATE;{}\n"
+    assert actions(found_in(tmp_path, "b.csv", table.format("2,125;12,345"), expect="boris")) == {
+        "a": [(2.125, 12.345, "groom")]
+    }
+    tabs = table.format("2,125;12,345").replace(";", "\t")
+    assert "decimals or thousands?" in found_in(tmp_path, "b.tsv", tabs, expect="boris").left_out[0]
+
+
 def test_boris_aggregated_events_of_several_media_files_in_one_observation(tmp_path):
     text = (
         "Observation id,Media file name,Behavior,Behavior type,Start (s),Stop (s)\n"

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-from re2tal.data.building.annotation_formats.found import Found, as_number, dictionary, items
+from re2tal.data.building.annotation_formats.found import Found, as_decimal, as_number, dictionary, items
 from re2tal.data.building.annotation_formats.source import Source
 
 _STATUS = ("behavior type", "status")
@@ -25,7 +25,7 @@ class _Event(NamedTuple):
     """What START and STOP have in common."""
     kind: str
     """START, STOP, POINT, or STATE where the project does not say which."""
-    seconds: float | None
+    seconds: float | str | None
     label: str
 
 
@@ -51,7 +51,8 @@ def read_boris_table(source: Source, found: Found) -> None:
             found.leave_out(where, f"{row['behavior']!r} is a point event")
         else:
             found.video(name, duration=_duration(row))
-            found.action(where, name, row["start (s)"], row["stop (s)"], _label(row, found))
+            start, stop = _time(source, row["start (s)"]), _time(source, row["stop (s)"])
+            found.action(where, name, start, stop, _label(row, found))
 
 
 def read_boris_project(source: Source, found: Found) -> None:
@@ -116,7 +117,7 @@ def _tabular(source: Source, table: tuple[int, list[str]], found: Found) -> Iter
         found.video(name, duration=_duration(row))
         modifiers = (row[one] for one in row if one.startswith("modifier"))
         key = (name, *(row.get(one, "") for one in shared), *modifiers)
-        yield _Event(where, name, key, row[status].upper(), as_number(row["time"]), _label(row, found))
+        yield _Event(where, name, key, row[status].upper(), _time(source, row["time"]), _label(row, found))
 
 
 def _pair(events: Iterable[_Event], found: Found) -> None:
@@ -149,6 +150,12 @@ def _video(row: Mapping[str, str], found: Found, where: str) -> str | None:
             found.leave_out(where, f"its source names several media files: {row['source'][:80]}")
             return None
     return media or row.get("observation id", "")
+
+
+def _time(source: Source, text: str) -> float | str:
+    """Seconds of a cell; the text where it is no number. Between semicolons a comma stands before decimals."""
+    seconds = as_decimal(text) if source.delimiter == ";" else as_number(text)
+    return text if seconds is None else seconds
 
 
 def _duration(row: Mapping[str, str]) -> str | None:
