@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from difflib import get_close_matches
 from functools import partial
 from io import TextIOWrapper
@@ -41,18 +42,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = [*(sys.argv[1:] if arguments is None else arguments)]
     debug = "--debug" in words
     name, *rest = [word for word in words if word != "--debug"] or ["--help"]
-    # Help and errors without a command must not import torch, which takes seconds.
-    if name not in COMMANDS:
-        return _without_command(name, rest)
-    if HELP & {*rest}:
-        print(short_help(name, rest))
-        sys.exit(0)
     try:
         # From the first line on: torch takes seconds to import, and a scheduler may not wait for it.
         with stop_requests() if name == "train" else nullcontext():
             status = _run(name, rest)
     except (ValueError, OSError) as error:
-        if isinstance(error, BrokenPipeError) and not _is_read():
+        if isinstance(error, BrokenPipeError) and hasattr(select, "poll") and not _is_read():
             sys.exit(UNREAD)
         end(str(error), WRONG_INPUT, debug=debug)
     # A loss that is no number: another status, so that a scheduler does not start the same again.
@@ -80,16 +75,18 @@ def _is_lack_of_memory(error: RuntimeError) -> bool:
 
 def _is_read() -> bool:
     """Whether somebody still reads what is printed. Where nobody does, as behind `| head`, nothing more is written."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        # The interpreter flushes once more when it ends, and would complain.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return False
-    return True
+    # The pipe itself is asked: what could not be written may be gone from the buffer, and flushing it succeeds.
+    pipe = select.poll()
+    with suppress(OSError):  # a notebook's stdout is no file
+        pipe.register(sys.stdout.fileno(), select.POLLOUT)
+    if not any(event & select.POLLERR for _, event in pipe.poll(0)):
+        return True
+    # The interpreter flushes once more when it ends, and would complain.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return False
 
 
-def _without_command(name: str, rest: Sequence[str]) -> None:
+def _without_command(name: str, rest: Sequence[str]) -> int:
     if name in HELP | {"--help-all"}:
         print(commands_help())
     elif name == "--version":
@@ -104,9 +101,16 @@ def _without_command(name: str, rest: Sequence[str]) -> None:
         near = get_close_matches(name, COMMANDS, n=1)
         perhaps = f"; did you mean {near[0]!r}?" if near else ""
         end(f"unknown command {name!r}; known: {', '.join(COMMANDS)}{perhaps}", WRONG_INPUT)
+    return 0
 
 
 def _run(name: str, arguments: Sequence[str]) -> int:
+    # Help and errors without a command must not import torch, which takes seconds.
+    if name not in COMMANDS:
+        return _without_command(name, arguments)
+    if HELP & {*arguments}:
+        print(short_help(name, arguments))
+        return 0
     if "--help-all" in arguments:
         print(f"{examples(page_of(name, arguments))}\n")
     # tyro knows only --help, and explains all options there.

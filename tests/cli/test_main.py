@@ -129,17 +129,32 @@ def test_without_a_home_or_a_number_of_ranks_the_line_is_still_the_line(ranks, m
     assert capsys.readouterr().err == "re2tal: no space\n"
 
 
-def test_output_that_nobody_reads_any_more_is_no_fault(monkeypatch, capsys):
-    def broken() -> IO[str]:
-        reader, writer = os.pipe()
-        os.close(reader)
-        return open(writer, "w", buffering=1)
+def unread() -> IO[str]:
+    reader, writer = os.pipe()
+    os.close(reader)
+    return open(writer, "w", buffering=1)
 
+
+@pytest.mark.parametrize("arguments", [["demo"], ["demo", "--help"], ["--help"], ["demo", "--help-all"]])
+def test_output_that_nobody_reads_any_more_is_no_fault(arguments, monkeypatch, capsys):
     def command() -> None:
         print("a line")
 
     runs_instead(command, monkeypatch)
-    with broken() as stdout:
+    with unread() as stdout:
+        monkeypatch.setattr(sys, "stdout", stdout)
+        assert status_of(arguments) == 141
+    assert capsys.readouterr().err == ""
+
+
+def test_nor_is_more_output_than_a_pipe_holds(monkeypatch, capsys):
+    """What could not be written is gone from the buffer then: to flush it once more succeeds."""
+
+    def command() -> None:
+        print("a line\n" * 100_000)
+
+    runs_instead(command, monkeypatch)
+    with unread() as stdout:
         monkeypatch.setattr(sys, "stdout", stdout)
         assert status_of(["demo"]) == 141
     assert capsys.readouterr().err == ""
