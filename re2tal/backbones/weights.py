@@ -11,7 +11,7 @@ import json
 import re
 from argparse import Namespace
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from pickle import UnpicklingError  # the exception that torch.load raises for what it refuses to run
@@ -214,10 +214,9 @@ def checked_wiring(wiring: object, *, what: str) -> dict[str, Any] | None:
 
 
 def _parsed(text: str) -> object:
-    try:
+    with suppress(ValueError):
         return json.loads(text)
-    except ValueError:
-        return text
+    return text
 
 
 @contextmanager

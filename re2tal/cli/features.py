@@ -8,7 +8,7 @@ import tyro
 
 from re2tal.runs.feature_extraction import Extract, extract
 from re2tal.runs.feature_packing import Pack, pack
-from re2tal.runs.shard_building import report_built
+from re2tal.runs.shard_listing import report_built
 
 
 def features(command: Annotated[Extract | Pack, tyro.conf.arg(name="")]) -> int:

@@ -19,6 +19,9 @@ from re2tal.evaluation.protocols import Protocol
 from re2tal.structures import Detections, VideoRecord
 from re2tal.video_ids import match_ids
 
+FARTHEST = 8
+"""Times the last true end: where predictions may start in a video of unknown length. Frames are 8 a second or more."""
+
 
 @dataclass(frozen=True, slots=True)
 class Truths:
@@ -38,7 +41,7 @@ class Truths:
     scored: tuple[str, ...]
     """all videos that are not blocked, also those without a truth"""
     durations: np.ndarray
-    """of these, in seconds; infinite where not known"""
+    """of these, in seconds; where not known, far behind the last action, or infinite without one"""
     blocked: tuple[str, ...]
     """the others"""
 
@@ -97,15 +100,16 @@ def flatten_truths(
         # All records are of one subset: read_ground_truth takes one out of the file.
         ground_truth[0].subset,
         tuple(one.video_id for one in ground_truth if one.video_id not in blocked_ids),
-        np.array([_known_duration(one) for one in ground_truth if one.video_id not in blocked_ids]),
+        np.array([_latest_start(one) for one in ground_truth if one.video_id not in blocked_ids]),
         tuple(one.video_id for one in ground_truth if one.video_id in blocked_ids),
     )
 
 
-def _known_duration(record: VideoRecord) -> float:
-    # Files without durations: the end of the last action stands in, and predictions behind it are no fault.
+def _latest_start(record: VideoRecord) -> float:
+    # Files without durations: the end of the last action stands in, and predictions behind it are no fault. Those in
+    # frames or milliseconds are, which lie many times as far.
     last = max((one.end_seconds for one in record.actions), default=0.0)
-    return np.inf if record.duration_seconds == last else record.duration_seconds
+    return record.duration_seconds if record.duration_seconds != last else FARTHEST * last or np.inf
 
 
 def flatten_predictions(

@@ -17,7 +17,6 @@ from typing import Any
 from re2tal.config import to_json
 from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.distributed import made_by_main
-from re2tal.rewire import wiring_of
 from re2tal.runs.folder import LAST_MODEL_NAME
 from re2tal.runs.stored_features import describe
 from re2tal.runs.tasks import AnyRun, Outcome, judge_again
@@ -25,7 +24,7 @@ from re2tal.strict_json import read_json, write_json
 from re2tal.training.checkpoint_files import with_retries
 from re2tal.training.deepspeed_import import Engine
 from re2tal.training.engine_weights import gather_weights
-from re2tal.training.export import clip_frames_of, read_model, write_model
+from re2tal.training.export import facts_of, read_model, write_model
 
 POINTER = "best.json"
 
@@ -79,14 +78,7 @@ class BestModel:
         def write() -> None:
             self.folder.mkdir(exist_ok=True)
             path = self.folder / f"step-{step:08d}.safetensors"
-            write_model(
-                path,
-                weights,
-                classes=model.classes,
-                wiring=wiring_of(model),
-                features=features,
-                clip_frames=clip_frames_of(model),
-            )
+            write_model(path, weights, **facts_of(model, features=features))
             outcome.write(path.with_suffix(".json"))
             figures = {**(self.read() or {"figures": {}})["figures"], str(step): value}
             known = {"step": step, "by": by, "figures": figures, "scored": self.scored}
@@ -118,14 +110,7 @@ class BestModel:
         """Write the best model as that of the run."""
         # Read and written anew, not copied: the header is that of this version.
         best = read_model(self.results.with_suffix(".safetensors"))
-        write_model(
-            path,
-            best.weights,
-            classes=best.classes,
-            wiring=best.wiring,
-            features=best.features,
-            clip_frames=best.clip_frames,
-        )
+        write_model(path, best.weights, **best.facts)
 
     def chosen(self, *, last: float, steps_per_epoch: float) -> dict[str, Any]:
         """Which evaluation it is of, for summary.json; `last` is the figure of the last weights."""

@@ -16,10 +16,9 @@ from torch import Tensor
 from re2tal.backbones import take_parts_of
 from re2tal.config import RunConfig, build_detector
 from re2tal.data.contract.shards import FeatureSet, open_any, subset_folder
-from re2tal.rewire import wiring_of
 from re2tal.runs.folder import CHECKPOINTS_NAME
 from re2tal.runs.stored_features import describe
-from re2tal.training.export import ModelFile
+from re2tal.training.export import ModelFile, facts_of
 from re2tal.training.manifest import FOLDER, CheckpointManifest, read_manifest
 from re2tal.training.saved_state import SavedState
 
@@ -54,7 +53,7 @@ def read_newest_checkpoint(folder: Path, config: RunConfig) -> tuple[ModelFile, 
             names = set(network.state_dict())
             # Buffers that are not saved with a model are in the checkpoint all the same.
             weights = {name: value for name, value in weights.items() if name in names}
-            model = ModelFile(checkpoint, weights, classes, wiring_of(network), features)
+            model = ModelFile(checkpoint, weights, **facts_of(network, features=features))
             return model, checkpoint.name
     raise AssertionError
 

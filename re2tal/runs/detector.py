@@ -20,7 +20,6 @@ from re2tal.data.streaming.windowing import ResizeWhole, Slide
 from re2tal.detector import TemporalActionDetector
 from re2tal.evaluation.selection import Selection, Settling, labels_of
 from re2tal.reporting.found import FoundAction, found_actions
-from re2tal.rewire import wiring_of
 from re2tal.runs.detection_sources import batch_of, check_looks_at_videos
 from re2tal.runs.devices import default_device, named_device
 from re2tal.runs.file_detection import Look, detect_in_files
@@ -32,6 +31,7 @@ from re2tal.runs.video_files import encoding_for
 from re2tal.runs.watching import Closed, Fetching, Opened, Seen, watch
 from re2tal.structures import Detections, Timeline
 from re2tal.training.config import DTYPES
+from re2tal.training.export import facts_of
 
 # Resized together: more would delay the first action, fewer would cost a call a frame.
 FRAMES_AT_ONCE = 16
@@ -76,8 +76,8 @@ class Detector:
             name: value.detach().cpu().float().contiguous() if value.is_floating_point() else value.cpu().contiguous()
             for name, value in self.network.state_dict().items()
         }
-        wiring = wiring_of(self.network)
-        save_model(Path(folder), started(self.config), weights, classes=self.classes, wiring=wiring, card=card)
+        facts = facts_of(self.network, features=None)
+        save_model(Path(folder), started(self.config), weights, **facts, card=card)
 
     def push_to_hub(
         self,

@@ -35,7 +35,8 @@ from re2tal.data.contract.feature_manifest import (
     StepsPerVideo,
     StoredType,
 )
-from re2tal.runs.shard_building import for_each, print_some, report_built, subsets_to_build
+from re2tal.runs.shard_building import for_each, subsets_to_build
+from re2tal.runs.shard_listing import print_some, report_built
 from re2tal.strict_json import sha256_of
 from re2tal.structures import VideoRecord
 

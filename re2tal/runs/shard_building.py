@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import count
@@ -26,11 +25,8 @@ from re2tal.data.building.subset_names import rename_subsets
 from re2tal.data.contract.manifest import Encoding, FramesPerSecond, FramesPerVideo, Rejection
 from re2tal.machine import num_workers
 from re2tal.progress import Progress
-from re2tal.runs.exit_status import TOO_MANY_REJECTED
 from re2tal.runs.lock import locked
-from re2tal.runs.shard_listing import describe
-
-MAX_SHOWN = 20
+from re2tal.runs.shard_listing import print_some, report_built
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,35 +266,3 @@ def _build_with_bar(
             )
     finally:
         progress.close()
-
-
-def print_some(lines: Sequence[str], *, more: str) -> None:
-    """Print the first lines to stderr, and how many there are besides."""
-    for line in lines[:MAX_SHOWN]:
-        print(line, file=sys.stderr)
-    if len(lines) > MAX_SHOWN:
-        print(f"and {len(lines) - MAX_SHOWN} more {more}", file=sys.stderr)
-
-
-def report_built(built: BuiltSubset, *, subset: str, max_rejected: float) -> int:
-    """Print what became of a subset, of videos or of features; gives the exit status."""
-    print_some(built.notes, more="notes")
-    rejected = [f"rejected {one.video_id}: {one.reason}" for one in built.rejected]
-    damaged = [f"damaged {one.video_id}: {one.damage}" for one in built.damaged]
-    for lines in (rejected, damaged):
-        print_some(lines, more=f"in {built.folder}/manifest.json")
-    if not built.is_complete:
-        print(
-            f"{subset}: {built.num_missing_shards} of {built.num_shards} shards are still to be built; run the other "
-            "parts, or this command without --part"
-        )
-        return 0
-    describe([built.folder])
-    if built.rejected_share > max_rejected:
-        print(
-            f"{subset}: {len(built.rejected)} of {built.num_videos} videos cannot be used, more than the share of "
-            f"{max_rejected:g} that --max-rejected allows",
-            file=sys.stderr,
-        )
-        return TOO_MANY_REJECTED
-    return 0

@@ -19,8 +19,8 @@ from re2tal.data.contract.manifest import MANIFEST_NAME
 from re2tal.data.contract.shards import ShardSet, open_any, open_shards
 from re2tal.runs.exit_status import TOO_MANY_REJECTED
 from re2tal.runs.lock import locked
-from re2tal.runs.shard_building import for_each, print_some
-from re2tal.runs.shard_listing import describe
+from re2tal.runs.shard_building import for_each
+from re2tal.runs.shard_listing import describe, print_some
 from re2tal.video_ids import composed
 
 

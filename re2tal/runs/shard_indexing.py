@@ -10,7 +10,8 @@ from re2tal.data.building.index_tars import index_tars, measured_in
 from re2tal.data.building.labels import read_class_list
 from re2tal.data.building.match_samples import match_samples
 from re2tal.data.building.tar_samples import Sample, list_clips, read_samples
-from re2tal.runs.shard_building import for_each, parse_size, print_some, report_built, subsets_to_build
+from re2tal.runs.shard_building import for_each, parse_size, subsets_to_build
+from re2tal.runs.shard_listing import print_some, report_built
 
 
 def index(

@@ -1,4 +1,4 @@
-"""What shard folders hold, in a line, and whether every byte is as it was built."""
+"""What shard folders hold, in a line, what a build left out, and whether every byte is as it was built."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from re2tal.data.building.shard_folder import BuiltSubset
 from re2tal.data.contract.feature_manifest import (
     Extracted,
     FeatureManifest,
@@ -17,7 +18,9 @@ from re2tal.data.contract.feature_manifest import (
 from re2tal.data.contract.manifest import FramesPerSecond, FramesPerVideo, Manifest
 from re2tal.data.contract.shards import open_any
 from re2tal.data.contract.verify import damage
-from re2tal.runs.exit_status import DAMAGED
+from re2tal.runs.exit_status import DAMAGED, TOO_MANY_REJECTED
+
+MAX_SHOWN = 20
 
 
 def verify(folders: Sequence[Path]) -> int:
@@ -76,3 +79,35 @@ def _features(manifest: FeatureManifest) -> str:
         case Packed():
             origin = "another program"
     return f"{grid}, {spec.channels} channels in {spec.dtype} from {origin}"
+
+
+def print_some(lines: Sequence[str], *, more: str) -> None:
+    """Print the first lines to stderr, and how many there are besides."""
+    for line in lines[:MAX_SHOWN]:
+        print(line, file=sys.stderr)
+    if len(lines) > MAX_SHOWN:
+        print(f"and {len(lines) - MAX_SHOWN} more {more}", file=sys.stderr)
+
+
+def report_built(built: BuiltSubset, *, subset: str, max_rejected: float) -> int:
+    """Print what became of a subset, of videos or of features; gives the exit status."""
+    print_some(built.notes, more="notes")
+    rejected = [f"rejected {one.video_id}: {one.reason}" for one in built.rejected]
+    damaged = [f"damaged {one.video_id}: {one.damage}" for one in built.damaged]
+    for lines in (rejected, damaged):
+        print_some(lines, more=f"in {built.folder}/manifest.json")
+    if not built.is_complete:
+        print(
+            f"{subset}: {built.num_missing_shards} of {built.num_shards} shards are still to be built; run the other "
+            "parts, or this command without --part"
+        )
+        return 0
+    describe([built.folder])
+    if built.rejected_share > max_rejected:
+        print(
+            f"{subset}: {len(built.rejected)} of {built.num_videos} videos cannot be used, more than the share of "
+            f"{max_rejected:g} that --max-rejected allows",
+            file=sys.stderr,
+        )
+        return TOO_MANY_REJECTED
+    return 0

@@ -12,7 +12,6 @@ from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.distributed import is_main, made_by_main
 from re2tal.evaluation.accuracy import AccuracyReport
 from re2tal.evaluation.average_precision import MapReport
-from re2tal.rewire import wiring_of
 from re2tal.runs.best import BestModel
 from re2tal.runs.clip_memory import approximation
 from re2tal.runs.folder import LAST_MODEL_NAME, MODEL_NAME, RESULTS_NAME, SUMMARY_NAME
@@ -22,7 +21,7 @@ from re2tal.runs.tasks import AnyRun, Outcome
 from re2tal.strict_json import write_json
 from re2tal.training.deepspeed_import import Engine
 from re2tal.training.engine_weights import gather_weights
-from re2tal.training.export import clip_frames_of, write_model
+from re2tal.training.export import facts_of, write_model
 from re2tal.training.interruption import StopVote
 from re2tal.training.metrics import peak_memory_gib
 from re2tal.training.trainer import Trainer
@@ -74,14 +73,7 @@ def finish(
 
     def export() -> None:
         own = folder / (MODEL_NAME if best is None else LAST_MODEL_NAME)
-        write_model(
-            own,
-            weights,
-            classes=model.classes,
-            wiring=wiring_of(model),
-            features=features,
-            clip_frames=clip_frames_of(model),
-        )
+        write_model(own, weights, **facts_of(model, features=features))
         if best is not None:
             best.export(folder / MODEL_NAME)
 

@@ -88,16 +88,7 @@ def _export_model(out: Path, run: Path, *, prefix: str) -> int:
         raise ValueError(f"{out} is there already; choose another name, or remove it")
     model, config = trained.model, started(trained.config)
     card = read_card(run) or model_card(config, model.classes, Origin(f"Exported from a run called {config.name}."))
-    save_model(
-        out,
-        config,
-        model.weights,
-        classes=model.classes,
-        wiring=model.wiring,
-        features=model.features,
-        clip_frames=model.clip_frames,
-        card=card,
-    )
+    save_model(out, config, model.weights, **model.facts, card=card)
     return len(model.weights)
 
 

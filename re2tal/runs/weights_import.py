@@ -16,11 +16,10 @@ from re2tal.config import RecognitionConfig, RunConfig, save_config
 from re2tal.conversion import ImportReport, import_backbone, import_detector
 from re2tal.data.building.labels import read_class_list
 from re2tal.localizers.class_map import AGNOSTIC_CLASS
-from re2tal.rewire import wiring_of
 from re2tal.runs.folder import CONFIG_NAME, MODEL_NAME
 from re2tal.runs.model_folder import describe
 from re2tal.runs.model_folder_card import Origin, model_card
-from re2tal.training.export import clip_frames_of, clips_in_header, write_model, write_tensors
+from re2tal.training.export import clips_in_header, facts_of, write_model, write_tensors
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,10 +78,7 @@ def import_into_run(
     detector, report = import_detector(weights, config, classes=_classes(classes, config))
     out.mkdir(parents=True, exist_ok=True)
     names = detector.localizer.classes
-    clip_frames = clip_frames_of(detector)
-    write_model(
-        out / MODEL_NAME, detector.state_dict(), classes=names, wiring=wiring_of(detector), clip_frames=clip_frames
-    )
+    write_model(out / MODEL_NAME, detector.state_dict(), **facts_of(detector, features=None))
     origin = Origin(f"Converted from `{weights.name}`, which was trained elsewhere. {report}")
     describe(out, config, names, card=model_card(config, names, origin))
     # Last, because it is what makes the folder a run.

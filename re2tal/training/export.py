@@ -37,6 +37,11 @@ class ModelFile:
     clip_frames: int | None = None
     """`clip_frames_of` the network that was trained; None for one without clips, and in older files."""
 
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What `write_model` takes beside the weights."""
+        return {name: getattr(self, name) for name in ("classes", "wiring", "features", "clip_frames")}
+
     def load_into(self, detector: nn.Module, *, classes: Sequence[str]) -> None:
         """Gives a detector or recognizer, built for `classes` these weights. ValueError where they do not fit."""
         if tuple(classes) != self.classes:
@@ -69,6 +74,12 @@ class ModelFile:
                 f"{self.path} was trained on clips of {self.clip_frames} frames, and the backbone here takes {ours}; "
                 "give backbone.weights the folder or hub name that its training had, which says how long clips are"
             )
+
+
+def facts_of(model: Any, *, features: Mapping[str, Any] | None) -> dict[str, Any]:
+    """`ModelFile.facts` of a network that has its `classes`; `features` are those that it was trained on."""
+    clip_frames = clip_frames_of(model)
+    return {"classes": model.classes, "wiring": wiring_of(model), "features": features, "clip_frames": clip_frames}
 
 
 def clip_frames_of(network: nn.Module) -> int | None:

@@ -28,7 +28,8 @@ from re2tal.data.contract.members import read_content, read_video
 from re2tal.data.contract.shards import open_shards
 from re2tal.data.contract.verify import damage
 from re2tal.data.streaming.decode import decode_frames
-from re2tal.runs.shard_building import Build, build, report_built
+from re2tal.runs.shard_building import Build, build
+from re2tal.runs.shard_listing import report_built
 from re2tal.structures import Action, VideoRecord
 
 CONFIG = BuildConfig(dataset="own", encoding=encoding(fps=15), videos_per_shard=3)

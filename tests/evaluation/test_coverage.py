@@ -169,6 +169,11 @@ def test_without_durations_no_prediction_is_behind_the_end_of_its_video(tmp_path
         del entry["duration"]
     annotations.write_text(json.dumps(document))
     assert re2tal.evaluate(predictions, annotations).to_json()["coverage"]["notes"] == []
+    in_frames = [(25 * start, 25 * end, label) for start, end, label in rows]
+    predictions, _ = write(tmp_path, {"a": in_frames}, {"a": JUMP, "b": []})
+    annotations.write_text(json.dumps(document))
+    notes = re2tal.evaluate(predictions, annotations).to_json()["coverage"]["notes"]
+    assert any(one.startswith("3 of 3 predictions start after the end of their video; give seg") for one in notes)
 
 
 def test_videos_of_another_subset_are_recognized(tmp_path: Path) -> None:

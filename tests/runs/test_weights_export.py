@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import re2tal
 from re2tal.backbones import BackboneConfig, build_backbone, check_wiring, trained_wiring
 from re2tal.config import build_detector, load_config, save_config
 from re2tal.conversion import export_backbone
@@ -75,6 +76,8 @@ def test_weights_say_how_long_clips_are_where_no_tensor_does(tmp_path):
             build_backbone(BackboneConfig(name="vjepa2_nano", weights=str(tmp_path / name)))
     again = build_backbone(BackboneConfig(name="vjepa2_nano", weights=str(tmp_path / "folder")))
     assert clip_frames_of(again) == clip_frames_of(open_detector(run).network()) == 8
+    re2tal.load_detector(run, device="cpu").save_pretrained(tmp_path / "saved")
+    assert read_model(tmp_path / "saved" / "model.safetensors").clip_frames == 8
     # Another folder in the place of the one it was trained from.
     config = load_config(run / "config.json")
     other = replace(config, backbone=replace(config.backbone, weights=str(tmp_path / "clips-of-4")))
