@@ -69,11 +69,10 @@ def finish(
     ranks.check()
     at("the export", patient=True)
     model = trainer.engine.module
-    features = describe(training) if isinstance(training, FeatureSet) else None
+    facts = facts_of(model, features=describe(training) if isinstance(training, FeatureSet) else None)
 
     def export() -> None:
-        own = folder / (MODEL_NAME if best is None else LAST_MODEL_NAME)
-        write_model(own, weights, **facts_of(model, features=features))
+        write_model(folder / (MODEL_NAME if best is None else LAST_MODEL_NAME), weights, **facts)
         if best is not None:
             best.export(folder / MODEL_NAME)
 
