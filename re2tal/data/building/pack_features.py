@@ -7,6 +7,7 @@ resized           T steps are T equal stretches of the whole video
 
 from __future__ import annotations
 
+import random
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +24,6 @@ from re2tal.data.building.build_features import Computed, FeatureShard
 from re2tal.data.building.content import content_id
 from re2tal.data.building.feature_files import FEATURE_SUFFIXES, HDF5_SUFFIXES, FeatureFile
 from re2tal.data.building.named_files import Chosen, NamedFiles
-from re2tal.data.building.shard_folder import share_out
 from re2tal.data.contract.feature_manifest import SourceFile
 from re2tal.strict_json import sha256_of
 from re2tal.structures import VideoRecord
@@ -226,7 +226,10 @@ def _most_common(shapes: Mapping[str, tuple[int, int]], axis: int) -> tuple[int,
 def plan_feature_shards(
     records: Sequence[VideoRecord], chosen: Chosen[FeatureFile], *, seed: int, videos_per_shard: int | None
 ) -> list[FeatureShard]:
-    """Put records into shards in an order that depends on the seed alone; videos without a file keep their place."""
+    """Put records into shards in an order that depends on the seed alone; videos without a file keep their place.
+
+    `videos_per_shard` None: as many as give 32 shards or more, from 4 to 256.
+    """
     paths = list({one.path: None for record in records if (one := chosen.found.get(record.video_id))})
     with ThreadPoolExecutor(8) as pool:  # on a disk of the network each file takes a while
         marks = dict(zip(paths, pool.map(_mark, paths), strict=True))
@@ -235,9 +238,14 @@ def plan_feature_shards(
         one = chosen.found.get(video_id)
         return f"{one.name} {marks[one.path]}" if one else chosen.faults.get(video_id, "missing")
 
+    order = list(records)
+    # Shuffled once and for all, so that a shard holds videos of all kinds: training shuffles within a span only.
+    random.Random(seed).shuffle(order)
+    size = videos_per_shard or min(256, max(4, -(-len(order) // 32)))
+    shards = [tuple(order[start : start + size]) for start in range(0, len(order), size)]
     return [
-        FeatureShard(name, some, tuple(mark(record.video_id) for record in some))
-        for name, some in share_out(records, seed=seed, per_shard=videos_per_shard, most=256)
+        FeatureShard(f"shard-{number:06d}.tar", some, tuple(mark(record.video_id) for record in some))
+        for number, some in enumerate(shards)
     ]
 
 
