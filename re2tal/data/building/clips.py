@@ -22,7 +22,7 @@ from typing import NamedTuple
 from re2tal.data.building.annotation_entries import SUBSET_NAME, raise_together
 from re2tal.data.building.annotation_formats.found import subset_in_name
 from re2tal.data.building.labels import Classes, fold_notes, one_spelling, twin_problems
-from re2tal.data.building.named_files import walk
+from re2tal.data.building.named_files import videos_in
 from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.structures import SUBSETS, Action, VideoRecord
 from re2tal.video_ids import VIDEO_SUFFIXES, composed, id_fault
@@ -171,13 +171,11 @@ def _entries(place: Path, videos: Path | None, problems: list[str], left_out: li
 
 
 def _in_folder(root: Path, left_out: list[str]) -> Iterator[_Entry]:
-    for path in _video_files(root, left_out):
+    paths, odd = videos_in(root)
+    left_out += odd
+    for path in paths:
         parts = path.relative_to(root).parts
-        if path.name.startswith("._"):
-            left_out.append(f"{path}: a file of macOS beside another, not a video")
-        elif not path.is_file():
-            left_out.append(f"{path}: its link leads nowhere")
-        elif len(parts) != 3:
+        if len(parts) != 3:
             left_out.append(f"{path}: it lies {len(parts)} levels down; wanted {root}/SUBSET/CLASS/{path.name}")
         elif fault := id_fault(path.stem):
             left_out.append(f"{path}: {fault}")
@@ -211,7 +209,9 @@ def _in_kinetics(
     if videos is None or not videos.is_dir():
         raise ValueError(f"{place} names no files, and --videos is {videos}; give the folder that holds the clips")
     files: dict[str, list[Path]] = {}
-    for path in _video_files(videos, left_out):
+    paths, odd = videos_in(videos)
+    left_out += odd
+    for path in paths:
         files.setdefault(path.stem, []).append(path)
     subset = None if "split" in header else _named_subset(place)
     rows = csv.DictReader(lines[1:], fieldnames=header)
@@ -263,12 +263,6 @@ def _unquoted(text: str) -> str:
 
 def _is_whole(text: str) -> bool:
     return re.fullmatch(r"\d{1,6}(\.0*)?", text) is not None
-
-
-def _video_files(root: Path, left_out: list[str]) -> Iterator[Path]:
-    """Every file below `root` that is called like a video, sorted."""
-    for folder, _, names in walk(root, left_out):
-        yield from (folder / name for name in names if Path(name).suffix.lower() in VIDEO_SUFFIXES)
 
 
 def _named_subset(place: Path) -> str:
