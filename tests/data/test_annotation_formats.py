@@ -591,6 +591,8 @@ def test_boris_project(tmp_path):
         ("video,start_frame_number,end_frame_number,label\nclip,35,692.5,run\n", {"fps": 10.0}),
         ("video,startframe,endframe,label\nclip,35,692.5,run\n", {"fps": 10.0}),
         ("# video,label,frame start,frame end\nclip,run,35,692.5\n", {"fps": 10.0}),
+        ("video,start_frame,end_frame,label,fps\nclip,70,1385,run,20\n", {}),
+        ("video,start_frame,end_frame,label,Frame Rate\nclip,35,692.5,run,10\n", {"fps": 10.0}),
         ("video,start_frame,end_frame,start_sec,end_sec,label\nclip,35,692.5,3.5,69.25,run\n", {"fps": 10.0}),
         ("video,start,end,start_frame,end_frame,label\nclip,3.5,69.25,35,692.5,run\n", {"fps": 10.0}),
         ("video,start_s,end_s,label\nclip,3.5,69.25,run\n", {"fps": 10.0}),
@@ -629,6 +631,8 @@ def test_a_header_that_is_not_understood_is_refused(tmp_path, header):
 
 @pytest.mark.parametrize("columns", ["start_frame_number,end_frame_number", "startframe,endframe"])
 def test_frames_ask_for_their_rate(tmp_path, columns):
+    text = f"video,{columns},label,fps\nclip,35,690,run,25\n"
+    assert "its rate is 25, and --fps says 30" in found_in(tmp_path, "l.csv", text, expect="csv", fps=30.0).left_out[0]
     found = found_in(tmp_path, "l.csv", f"video,{columns},label\nclip,35,690,run\n", expect="csv")
     assert "give --fps" in found.left_out[0]
     found = found_in(tmp_path, "l.csv", f"video,{columns},label\nclip,00:01:02,00:01:03,run\n", expect="csv")
@@ -667,6 +671,7 @@ def test_rows_that_do_not_fit_a_table_are_named(tmp_path):
         ('a,0,1,x\na,1,2,"run\na,3,4,"jump"\na,5,6,hop\n', "row 2 holds whole rows: a quote opens"),
         ("clip,3,5,69,25,run\n", "nothing tells which of the numbers ['3', '5', '69', '25', 'run'] are times"),
         ("tier,person,1.5,2.5,1.0,run\n", "nothing tells which of ['person', 'run'] is the label"),
+        ("clip.mp4,1.5,2.5,train,run\n", "nothing tells which of ['train', 'run'] is the label"),
         ('video,start,end,label\na,"1,500","2,250",run\n', "are times such as '1,500' decimals or thousands?"),
         (
             "video;start;end;label\na;1.500;2250,5;run\n",

@@ -2,8 +2,8 @@
 
 Times are seconds, mm:ss or hh:mm:ss.mmm, or in the unit that the header says (start_ms, "start (min)"). They are
 frames, counted from 0, where the header says so (start_frame), or where --fps is given and the header says no unit;
-the end frame is the first one after the segment. Further columns with a known name are read too: subset or split, and
-the video's length. A header that is not understood is refused: positions tell only where there is none.
+the end frame is the first one after the segment. Further columns with a known name are read too: subset or split, the
+video's length, and its rate. A header that is not understood is refused: positions tell only where there is none.
 """
 
 from __future__ import annotations
@@ -22,15 +22,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
         *("clip", "clipid", "name", "id", "uid", "mediafile", "videofile"),
     ),
     "start": (
-        "start",
-        "starttime",
-        "timestart",
-        "tstart",
-        "tinit",
-        "begin",
-        "begintime",
-        "starttimestamp",
-        "onset",
+        *("start", "starttime", "timestart", "tstart", "tinit", "begin", "begintime", "starttimestamp", "onset"),
         "from",
     ),
     "end": (
@@ -44,6 +36,7 @@ _NAMES: dict[str, tuple[str, ...]] = {
     "length": ("duration", "length"),
     "subset": ("subset", "split", "partition"),
     "video_length": ("videoduration", "videolength", "mediaduration"),
+    "rate": ("fps", "videofps", "framerate", "framespersecond"),
 }
 _FRAME = "frame"
 _TIMES = ("start", "end", "length", "video_length")
@@ -107,7 +100,10 @@ def read_csv(source: Source, found: Found) -> None:
         if any(":" in cells[what] for what in frames if units[what] == _FRAME):
             found.leave_out(where, "it has a clock's time in a column of frames")
             continue
-        rate = found.rate(where, cells["video"]) if any(as_decimal(cells[one]) is not None for one in frames) else 1.0
+        said = as_decimal(cells.get("rate", ""))
+        rate: float | None = 1.0
+        if any(as_decimal(cells[one]) is not None for one in frames):
+            rate = _rate(where, cells["video"], said, found)
         if rate is None:
             continue
         start, end = (
@@ -122,8 +118,18 @@ def read_csv(source: Source, found: Found) -> None:
             subset=subset,
             duration=None if unit == _FRAME else _time(length, _SECONDS[unit]),
             frame=as_decimal(length) if unit == _FRAME else None,
+            fps=said,
         )
         found.action(where, cells["video"], start, end, cells["label"], subset=subset)
+
+
+def _rate(where: str, video: str, said: float | None, found: Found) -> float | None:
+    """Frames per second of a row: its own, or as `Found.rate` knows it. ValueError where two are said."""
+    if said is None or said <= 0:
+        return found.rate(where, video)
+    if found.wanted.fps not in (None, said):
+        raise ValueError(f"{where}: its rate is {said:g}, and --fps says {found.wanted.fps:g}; leave out --fps")
+    return said
 
 
 def _check_commas(source: Source, numbers: Sequence[str]) -> None:
@@ -228,13 +234,15 @@ def _name(cell: str) -> tuple[str, str]:
     """(name in small letters without signs, unit) of a column."""
     text = re.sub(r"([a-z])([A-Z])", r"\1 \2", unicodedata.normalize("NFKC", cell)).lower()
     words = re.findall(r"[^\W_]+", text)
+    name = "".join(words)
+    if name in _NAMES["rate"]:  # frame_rate is no time in frames
+        return name, ""
     units = [word for word in words if word in _UNITS]
     if len(words) > 1 and len(units) == 1:
         rest = [word for word in words if word != units[0]]
         if _UNITS[units[0]] == _FRAME:
             rest = [word for word in rest if word not in _OF_FRAMES]
         return "".join(rest), _UNITS[units[0]]
-    name = "".join(words)
     times = [one for what in _TIMES for one in _NAMES[what]]
     if name not in times and (fused := _FUSED.fullmatch(name)) and fused[1] in times:
         return fused[1], _UNITS[fused[2]]
@@ -252,7 +260,7 @@ def _unnamed(row: Sequence[str]) -> Columns | None:
     if not others:
         return None
     names = [i for i in others if not is_time[i]]
-    if names and names[0] < start < names[-1]:
+    if len(names) > 1:
         raise ValueError(f"nothing tells which of {[row[i] for i in names]} is the label: add a header")
     label = min(others, key=lambda i: is_time[i])  # a name rather than a duration; a number may be a class
     return {"video": (video, ""), "start": (start, ""), "end": (start + 1, ""), "label": (label, "")}
