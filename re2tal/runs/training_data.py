@@ -23,7 +23,7 @@ from re2tal.inference import detector_input
 from re2tal.localizers.losses import RunningCount
 from re2tal.runs.stored_features import check_pair
 from re2tal.runs.tasks import AnyRun
-from re2tal.structures import Batch, FeatureBatch
+from re2tal.structures import Batch, FeatureBatch, find_subset
 from re2tal.training.frames import prepare_frames
 
 Pair = tuple[ShardSet, ShardSet] | tuple[FeatureSet, FeatureSet]
@@ -43,6 +43,8 @@ def open_both(config: AnyRun) -> Pair:
         )
     if is_main():
         _say_shared(training, validation)
+        _say_renamed(data.training_subset, training)
+        _say_renamed(data.validation_subset, validation)
     match training, validation:
         case ShardSet(), ShardSet():
             if isinstance(config, RecognitionConfig):
@@ -64,6 +66,16 @@ def _say_shared(training: ShardSet | FeatureSet, validation: ShardSet | FeatureS
         f"{both[0]!r}: figures tell little of other videos; build, or annotate, both from one annotation file",
         file=sys.stderr,
     )
+
+
+def _say_renamed(subset: str, shards: ShardSet | FeatureSet) -> None:
+    """Warn of a folder that was given the name of another subset."""
+    if find_subset(subset, [shards.subset]) is None:
+        print(
+            f"{shards.root} is used as subset {subset!r}, and its manifest says that it holds {shards.subset!r}: was "
+            "it renamed?",
+            file=sys.stderr,
+        )
 
 
 def stream_of(config: AnyRun, shards: ShardSet | FeatureSet, world: World, *, training: bool) -> ClipStream:

@@ -10,7 +10,7 @@ from data.numbered import encode_numbered
 
 from re2tal.data.contract.columns import shared_ids
 from re2tal.data.contract.shards import ShardSet
-from re2tal.runs.training_data import _say_shared
+from re2tal.runs.training_data import _say_renamed, _say_shared
 
 
 def folder(root: Path, *video_ids: str) -> ShardSet:
@@ -26,3 +26,11 @@ def test_videos_that_are_in_both_subsets_are_named(tmp_path: Path, capsys: pytes
     _say_shared(training, training)  # meant so
     _say_shared(training, folder(tmp_path / "w", "e"))
     assert capsys.readouterr().err == ""
+
+
+def test_a_folder_with_the_name_of_another_subset_is_named(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    shards = folder(tmp_path / "validation", "a")
+    _say_renamed("train", shards)
+    assert capsys.readouterr().err == ""
+    _say_renamed("validation", shards)
+    assert "is used as subset 'validation', and its manifest says that it holds 'training'" in capsys.readouterr().err
