@@ -58,6 +58,14 @@ def _half(path: Path) -> None:
     cut_short(whole, path, share=0.6)
 
 
+def _half_flash(path: Path) -> None:
+    cut_short(write_video(path.with_name("whole.flv"), codec="flv"), path, share=0.5)
+
+
+def _half_wmv(path: Path) -> None:
+    cut_short(write_video(path.with_name("whole.wmv"), codec="wmv2"), path, share=0.5)
+
+
 def _no_index(path: Path) -> None:
     cut_short(write_video(path.with_name("whole.mp4")), path, share=0.5)
 
@@ -81,6 +89,8 @@ def _nothing(path: Path) -> None:
         (_text, "cannot be read as a video: Invalid data"),
         (write_sound, "has no video stream, only audio"),
         (_half, r"is cut short: its header promises 300 frames, \d+ are there"),
+        (_half_flash, r"is cut short or has holes: its times are of \d+ frames, \d+ are there"),
+        (_half_wmv, r"is cut short or has holes: its times are of \d+ frames, \d+ are there"),
         (_no_index, "cannot be read as a video"),
         (_no_frames, "without frames|no video stream|cannot be read"),
     ],

@@ -11,6 +11,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from uuid import UUID
 
 import av
 import numpy as np
@@ -34,6 +35,9 @@ MAX_AVI_SHIFT_SECONDS = 0.5
 _LIKE_MPEG4 = frozenset({"mpeg4", "h263", "flv", "wmv1", "wmv2", "msmpeg4", "msmpeg4v1", "msmpeg4v2"})
 _UNNUMBERED = _LIKE_MPEG4 | {"vp8", "vp9", "libvpx", "libvpx-vp9", "av1", "libdav1d", "theora"}
 """Codecs whose decoders show garbage without a word after a packet that was lost."""
+_ASF_HEADER, _ASF_FILE = (
+    UUID(one).bytes_le for one in ("75b22630-668e-11cf-a6d9-00aa0062ce6c", "8cabdca1-a947-11cf-8ee4-00c00c205365")
+)
 _PICTURE_CODECS = frozenset({"png", "mjpeg", "bmp", "gif", "tiff", "webp", "jpeg2000", "jpegls"})
 
 
@@ -162,10 +166,10 @@ def _preference(stream: VideoStream) -> tuple[bool, int]:
 
 def _scan(path: Path, container: InputContainer, stream: VideoStream) -> tuple[int, int, float, Fraction]:
     """(packets that are shown, frames that should be there besides, seconds of pauses, seconds that all last)."""
-    is_avi, is_mkv = container.format.name == "avi", container.format.name.startswith("matroska")
+    is_avi, has_length = container.format.name == "avi", container.format.name.startswith(("matroska", "flv"))
     total, shown, end_seconds = 0, [], 0.0
-    # Sound too in a Matroska file: its header gives the length of all streams together.
-    for packet in container.demux() if is_mkv else container.demux(stream):
+    # Sound too in a Matroska or Flash file: its header gives the length of all streams together.
+    for packet in container.demux() if has_length else container.demux(stream):
         still_working()
         # What FFmpeg guesses for the pictures of an AVI that reorders is wrong; the places of its chunks are right.
         time = packet.dts if packet.pts is None or is_avi else packet.pts
@@ -191,9 +195,10 @@ def _scan(path: Path, container: InputContainer, stream: VideoStream) -> tuple[i
     elif container.format.name.startswith("mov"):  # says how long each frame is shown, so it has no gaps
         missing = min(stream.frames, len(stream.index_entries)) - total  # an edit list takes hidden ones off the index
     else:
-        absent_seconds = (container.duration or 0) / av.time_base - end_seconds if is_mkv else 0
+        absent_seconds = (container.duration or 0) / av.time_base - end_seconds if has_length else 0
         missing, still = (stream.frames - total, 0.0) if stream.frames else _missing_in_gaps(shown, stream)
         missing += round(absent_seconds * len(shown) / float(seconds)) if absent_seconds > LEAST_GAP_SECONDS else 0
+        missing += _missing_by_size(path, len(shown))
     return len(shown), max(0, missing), still, seconds
 
 
@@ -203,11 +208,8 @@ def _missing_of_avi(path: Path, shown: list[tuple[int, int]], stream: VideoStrea
     A place without a packet is a frame that was dropped on purpose, and some headers count fields. Raises ValueError
     where so many packets are gone that the times of the others are not known.
     """
-    with path.open("rb") as file:
-        head = file.read(8)
-    promised = 8 + int.from_bytes(head[4:], "little") if head[:4] == b"RIFF" else 0
-    if promised > path.stat().st_size:
-        return round(len(shown) * (promised / path.stat().st_size - 1))
+    if cut_off := _missing_by_size(path, len(shown)):
+        return cut_off
     places = sum(max(shown))
     missing = stream.frames - places
     if missing <= 0 or abs(stream.frames - 2 * places) <= 2:
@@ -218,6 +220,18 @@ def _missing_of_avi(path: Path, shown: list[tuple[int, int]], stream: VideoStrea
             "when they are shown; replace the file"
         )
     return missing // max(shown)[1]
+
+
+def _missing_by_size(path: Path, num_shown: int) -> int:
+    """Frames behind the end of a file whose header says more bytes than it has: of an AVI or ASF (WMV)."""
+    with path.open("rb") as file:
+        head = file.read(1 << 16)
+    promised = 8 + int.from_bytes(head[4:8], "little") if head[:4] == b"RIFF" else 0
+    if head.startswith(_ASF_HEADER) and (place := head.find(_ASF_FILE)) >= 0:
+        # Its length, an id and the size of the file; of a live stream that is 0, or what was known when it began.
+        promised = int.from_bytes(head[place + 40 : place + 48], "little")
+    size = path.stat().st_size
+    return round(num_shown * (promised / size - 1)) if promised > size else 0
 
 
 def _missing_in_gaps(shown: list[tuple[int, int]], stream: VideoStream) -> tuple[int, float]:
