@@ -696,6 +696,8 @@ def test_a_name_with_a_suffix_is_the_video_wherever_it_stands(tmp_path):
 def test_whole_numbers_that_may_be_frames_are_told(tmp_path):
     found = found_in(tmp_path, "l.csv", "video,start,end,label\na,300,4500,run\n", expect="csv")
     assert "its times are whole numbers, to 4500, and taken for seconds" in next(iter(found.notes))
+    found = found_in(tmp_path, "l.csv", "video,start,end,label,fps\na,25,50,run,25\n", expect="csv")
+    assert "its times are whole numbers, to 50, and taken for seconds" in next(iter(found.notes))
 
 
 def test_the_length_of_a_video_has_a_unit_too(tmp_path):

@@ -79,7 +79,9 @@ def read_csv(source: Source, found: Found) -> None:
     numbers = {what: [text for text in texts if as_decimal(text) is not None] for what, texts in written.items()}
     _check_commas(source, [text for texts in numbers.values() for text in texts])
     if first == "" and found.wanted.fps is None:
-        _note_long(source, [text for what in times for text in numbers[what]], found)
+        # Who writes rates may have counted frames.
+        least = 0 if "rate" in header else _LONG
+        _note_whole(source, [text for what in times for text in numbers[what]], found, least=least)
     for number, row in rows:
         where = f"{source.path.name} row {number}"
         cells = {what: row[index] if index < len(row) else "" for what, (index, _) in header.items()}
@@ -118,7 +120,7 @@ def read_csv(source: Source, found: Found) -> None:
             subset=subset,
             duration=None if unit == _FRAME else _time(length, _SECONDS[unit]),
             frame=as_decimal(length) if unit == _FRAME else None,
-            fps=said,
+            fps=said if said and said > 0 else None,
         )
         found.action(where, cells["video"], start, end, cells["label"], subset=subset)
 
@@ -141,14 +143,14 @@ def _check_commas(source: Source, numbers: Sequence[str]) -> None:
         raise ValueError(f"{source.path}: are times such as {some} decimals or thousands? Write decimals with a point")
 
 
-def _note_long(source: Source, numbers: Sequence[str], found: Found) -> None:
-    """A note where times may be in another unit."""
+def _note_whole(source: Source, numbers: Sequence[str], found: Found, *, least: float) -> None:
+    """A note where times may be in another unit: all are whole, and one is `least` or more."""
     values = [value for text in numbers if (value := as_decimal(text)) is not None]
     longest = max(values, default=0.0)
-    if longest >= _LONG and not any(value % 1 for value in values):
+    if values and longest >= least and not any(value % 1 for value in values):
         found.note(
             f"{source.path.name}: its times are whole numbers, to {longest:g}, and taken for seconds; if they are "
-            "frames, give --fps; if milliseconds, call the columns start_ms and end_ms"
+            "frames, call the columns start_frame and end_frame, or give --fps; if milliseconds, start_ms and end_ms"
         )
 
 
