@@ -41,9 +41,10 @@ def numbered(num_frames: int, *, at_once: int) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("overlap", [0.0, 0.5, 0.3, 0.9])
 @pytest.mark.parametrize("at_once", [1, 16])
-def test_windows_are_those_of_the_plan_whatever_the_length(overlap: float, at_once: int) -> None:
-    windowing = Slide(num_frames=10, frames_per_second=RATE, overlap=overlap)
-    for num_frames in (1, 2, 9, 10, 11, 14, 15, 16, 20, 47, 101):
+@pytest.mark.parametrize("short_share", [0.0, 0.5])
+def test_windows_are_those_of_the_plan_whatever_the_length(overlap: float, at_once: int, short_share: float) -> None:
+    windowing = Slide(num_frames=10, frames_per_second=RATE, overlap=overlap, short_share=short_share, short_length=0.4)
+    for num_frames in (1, 2, 4, 5, 9, 10, 11, 14, 15, 16, 20, 47, 101):
         video = Numbered(num_frames)
         clips = list(
             live_clips(
@@ -55,6 +56,8 @@ def test_windows_are_those_of_the_plan_whatever_the_length(overlap: float, at_on
         )
         planned = plan_windows(video, windowing)
         assert [clip.window_id for clip in clips] == [window.window_id for window in planned]
+        # Short windows come among the others, as soon as their frames are there.
+        clips.sort(key=lambda clip: -int(clip.mask.sum()))
         for clip, window in zip(clips, planned, strict=True):
             assert clip.content[0, :, 0, 0].tolist() == window.indices.tolist()
             assert clip.mask.tolist() == window.mask.tolist()

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset, get_worker_info
 
 from re2tal.data.contract.columns import columns_of
 from re2tal.data.streaming.clip_config import ClipConfig
-from re2tal.data.streaming.collate import Clip, new_content
+from re2tal.data.streaming.collate import Clip, collate, new_content
 from re2tal.data.streaming.decode import DecodeError
 from re2tal.data.streaming.epoch_order import Unit, batch_units, count_steps, evaluation_order, training_order
 from re2tal.data.streaming.readers import ClipReader
@@ -98,7 +98,7 @@ class Batches(Dataset[tuple[Batch, list[Failure]]]):
             self._clip(unit, epoch, *one, into=place, failures=failures)
             for unit, one, place in zip(units, drawn, content, strict=True)
         ]
-        return self.reader.collate(content, clips), failures
+        return collate(self.reader.batch, content, clips), failures
 
     @property
     def num_bytes(self) -> int:

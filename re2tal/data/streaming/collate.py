@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import mmap
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
-from re2tal.structures import Action, ClipBatch, FeatureBatch, Timeline
+from re2tal.structures import Action, Timeline
+
+B = TypeVar("B")
 
 
 class Clip(NamedTuple):
@@ -38,17 +40,7 @@ def new_content(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(mmap.mmap(-1, num_bytes, flags=flags), dtype=dtype).view(*shape)
 
 
-def collate(content: Tensor, clips: Sequence[Clip]) -> ClipBatch:
-    """`content` (B, 3, T, H, W) uint8 RGB frames, cut to their final size but not normalised."""
-    return ClipBatch(content, *_columns(clips))
-
-
-def collate_features(content: Tensor, clips: Sequence[Clip]) -> FeatureBatch:
-    """`content` (B, C, T) float32."""
-    return FeatureBatch(content, *_columns(clips))
-
-
-def _columns(clips: Sequence[Clip]) -> tuple:
-    """The fields that both kinds of batch have, in their order."""
+def collate(kind: Callable[..., B], content: Tensor, clips: Sequence[Clip]) -> B:
+    """A batch: frames (B, 3, T, H, W) uint8 RGB, cut to their final size but not normalised, or (B, C, T) float32."""
     masks, actions, timelines, video_ids, window_ids, valid = zip(*clips, strict=True)
-    return torch.stack(masks), actions, timelines, video_ids, window_ids, torch.tensor(valid)
+    return kind(content, torch.stack(masks), actions, timelines, video_ids, window_ids, torch.tensor(valid))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import count
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -41,9 +42,8 @@ class LiveClip(NamedTuple):
 def collate_live(clips: Sequence[LiveClip]) -> ClipBatch:
     """A batch of clips, none of which has a known action."""
     content = torch.stack([clip.content for clip in clips])
-    return collate(
-        content, [Clip(clip.mask, (), clip.timeline, clip.video_id, clip.window_id, valid=True) for clip in clips]
-    )
+    said = [Clip(clip.mask, (), clip.timeline, clip.video_id, clip.window_id, valid=True) for clip in clips]
+    return collate(ClipBatch, content, said)
 
 
 def shaped(pictures: np.ndarray | Tensor, *, size: int, fit: Literal["crop", "stretch"]) -> Tensor:
@@ -64,36 +64,40 @@ def live_clips(
 ) -> Iterator[LiveClip]:
     """The clips of a video whose frames come in `pieces` (3, n, size, size) at `frames_per_second`.
 
-    With ResizeWhole all of them are the one clip. `duration_seconds` None: not known before the end; clips before the
-    last one then have a timeline of ENDLESS_SECONDS. A video without a frame has no clip.
+    With ResizeWhole all of them are the one clip; Slide's short windows come among its long ones. `duration_seconds`
+    None: not known before the end; clips before the last ones then have a timeline of ENDLESS_SECONDS. A video without
+    a frame has no clip.
     """
     if isinstance(windowing, ResizeWhole):
         yield from _whole(pieces, windowing, frames_per_second, video_id, duration_seconds)
         return
-    length, held, num_frames, start, window_id = windowing.num_frames, _Held(), 0, 0, 0
+    held, num_frames, numbers, longest = _Held(), 0, count(), windowing.num_frames
+    lengths = [longest, *[windowing.short_frames] * bool(windowing.short_share)]
     # As `windows._slides` cuts, or a stream and a file of the same video would give other detections.
-    step = max(1, round(length * (1 - windowing.overlap)))
+    steps = [max(1, round(length * (1 - windowing.overlap))) for length in lengths]
+    starts = [0] * len(lengths)
 
-    def clip(first: int, count: int, duration: float) -> LiveClip:
+    def clip(first: int, num_valid: int, duration: float) -> LiveClip:
         timeline = Timeline(first / frames_per_second, 1 / frames_per_second, duration)
-        return _clip(held.cut(first, count, length), count, timeline, video_id, window_id)
+        return _clip(held.cut(first, num_valid, longest), num_valid, timeline, video_id, next(numbers))
 
     for piece in pieces:
         held.add(piece)
         num_frames += piece.shape[1]
-        # Strictly more: the last window has to know that it is the last, because the video's end, not a step, places
-        # it.
-        while num_frames > start + length:
-            yield clip(start, length, duration_seconds or ENDLESS_SECONDS)
-            start, window_id = start + step, window_id + 1
+        for place, length in enumerate(lengths):
+            # Strictly more: the last window has to know that it is the last, because the video's end, not a step,
+            # places it.
+            while num_frames > starts[place] + length:
+                yield clip(starts[place], length, duration_seconds or ENDLESS_SECONDS)
+                starts[place] += steps[place]
         # Either the next window or, if no frame follows, the one flush with the end may begin there.
-        held.forget(min(start, max(0, num_frames - length)))
+        held.forget(min(starts[0], max(0, num_frames - longest)))
     # The last window ends with the video, so it may overlap more than was asked for; a video shorter than a window is
-    # padded.
-    if num_frames:
-        first = max(0, num_frames - length)
-        duration = duration_seconds or num_frames / frames_per_second
-        yield clip(first, min(length, num_frames), duration)
+    # padded, and one that a short window would show wholly has none.
+    for place, length in enumerate(lengths):
+        if num_frames > (length if place else 0):
+            duration = duration_seconds or num_frames / frames_per_second
+            yield clip(max(0, num_frames - length), min(length, num_frames), duration)
 
 
 def _whole(

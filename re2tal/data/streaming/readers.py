@@ -7,7 +7,7 @@ the process that reads it.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol
 
@@ -21,12 +21,11 @@ from re2tal.data.contract.members import read_video
 from re2tal.data.contract.mp4 import Mp4
 from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.data.streaming.augmentation import AUGMENTATIONS, Augmentation
-from re2tal.data.streaming.collate import Clip, collate, collate_features
 from re2tal.data.streaming.decode import DecoderName, decode_parts
 from re2tal.data.streaming.transforms import Box, crop_and_resize, draw_box, square_box
 from re2tal.data.streaming.windowing import Slide, Windowing
 from re2tal.data.streaming.windows import Window
-from re2tal.structures import Batch
+from re2tal.structures import Batch, ClipBatch, FeatureBatch
 
 
 class ClipReader(Protocol):
@@ -40,14 +39,15 @@ class ClipReader(Protocol):
     def dtype(self) -> torch.dtype:
         """Of the content."""
 
+    @property
+    def batch(self) -> Callable[..., Batch]:
+        """What its clips become."""
+
     def shape(self, window: Window) -> tuple[int, ...]:
         """Of the content of a clip."""
 
     def read(self, number: int, window: Window, generator: np.random.Generator, *, into: Tensor) -> None:
         """Fills `into` with a window of the video at place `number` of the index; DecodeError where it is damaged."""
-
-    def collate(self, content: Tensor, clips: Sequence[Clip]) -> Batch:
-        """(B, ...) content and what is said of B clips, to a batch."""
 
 
 # About ten videos of two minutes (6 MB each at 256 pixels and 30 frames per second), per worker and not per rank.
@@ -91,6 +91,7 @@ class FrameReader:
     decoder: DecoderName = "decord"
     opened: OpenVideos = field(default_factory=OpenVideos, repr=False, compare=False)
     dtype: ClassVar[torch.dtype] = torch.uint8
+    batch: ClassVar[type[ClipBatch]] = ClipBatch
 
     def shape(self, window: Window) -> tuple[int, ...]:
         """(3, T, size, size)."""
@@ -123,10 +124,6 @@ class FrameReader:
         # As OpenTAD pads: black frames would look like a cut to the convolutions at the end of the valid part.
         into[:, window.num_valid :] = into[:, window.num_valid - 1 : window.num_valid]
 
-    def collate(self, content: Tensor, clips: Sequence[Clip]) -> Batch:
-        """A ClipBatch."""
-        return collate(content, clips)
-
     def _draw(self, height: int, width: int, generator: np.random.Generator, *, place: float) -> tuple[Box, bool]:
         """What is cut out of the frames of a clip, and whether it is mirrored."""
         box = square_box(height, width, place=place) if self.fit == "crop" else Box(0, 0, height, width)
@@ -142,6 +139,7 @@ class FeatureReader:
     folder: FeatureSet
     windowing: Windowing
     dtype: ClassVar[torch.dtype] = torch.float32
+    batch: ClassVar[type[FeatureBatch]] = FeatureBatch
 
     def __post_init__(self) -> None:
         """Features are means over stretches of time: taken at another rate, they would lie between two stretches."""
@@ -175,7 +173,3 @@ class FeatureReader:
         into[:, : window.num_valid] = interpolate(values, window.positions[: window.num_valid])
         # Zeros, as ActionFormer pads its features.
         into[:, window.num_valid :] = 0
-
-    def collate(self, content: Tensor, clips: Sequence[Clip]) -> Batch:
-        """A FeatureBatch."""
-        return collate_features(content, clips)
