@@ -145,7 +145,7 @@ def pack_videos(
     if not records:
         raise ValueError(f"none of the {len(files)} videos in {files[0].parent} can be used; {rejected[0].reason}")
     built = build_shards(
-        Annotations({SUBSET: tuple(records)}, tuple(classes), num_ambiguous=0, num_clipped=0, num_dropped=0),
+        Annotations({SUBSET: tuple(records)}, tuple(classes)),
         videos=links,
         out=scratch / "shards",
         subset=SUBSET,

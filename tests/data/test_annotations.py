@@ -37,7 +37,7 @@ def test_the_activitynet_layout(tmp_path):
         VideoRecord("--abc_DEF01", "training", 10.0, (Action(1.0, 2.5, "run"), Action(0.0, 10.0, "run"))),
     )
     assert found.subset("testing")[0].actions == ()
-    assert (found.num_clipped, found.num_dropped, found.num_ambiguous) == (0, 0, 0)
+    assert found.notes == ()
 
 
 def test_the_thumos_layout_of_opentad(tmp_path):
@@ -45,7 +45,7 @@ def test_the_thumos_layout_of_opentad(tmp_path):
     video["annotations"].append({"segment": [3, 4], "label": "Ambiguous"})
     found = read(tmp_path, {"video_validation_0000051": video})
     assert found.classes == ("Diving",)
-    assert found.num_ambiguous == 1
+    assert found.notes == ('1 segments labelled "Ambiguous" skipped',)
     assert found.subset("training")[0].actions == (Action(0.2, 1.1, "Diving"),)
 
 
@@ -71,7 +71,7 @@ def test_a_duration_follows_from_frames_and_rate(tmp_path):
 
 def test_a_segment_a_little_longer_than_its_video_is_cut_and_counted(tmp_path):
     found = read(tmp_path, {"v": entry((1, 10.9), (9.5, 10)), "long": entry((0, 101.9), duration=100)})
-    assert found.num_clipped == 2
+    assert found.notes == ("2 segments that end a little after their video cut to its end",)
     assert found.subset("training")[0].actions[0] == Action(1.0, 10.0, "run")
     assert found.subset("training")[1].actions[0] == Action(0.0, 100.0, "run")
 
@@ -103,7 +103,7 @@ def test_a_bad_segment_is_named_with_its_place_and_remedy(tmp_path, segment, fau
 def test_invalid_segments_can_be_dropped_and_are_counted(tmp_path):
     found = read(tmp_path, {"v": entry((0, 1), (5, 3), (4, 4), (0, 99))}, invalid_segments="drop")
     assert found.subset("training")[0].actions == (Action(0.0, 1.0, "run"),)
-    assert found.num_dropped == 3
+    assert "3 invalid segments dropped" in found.notes
 
 
 @pytest.mark.parametrize(

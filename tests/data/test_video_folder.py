@@ -120,7 +120,7 @@ def test_a_video_that_moved_to_another_subset_is_not_made_again(tmp_path):
     records = [item.listed for item in items(9)]
     moved = [replace(one, subset="validation") if one.video_id in ("v2", "v8") else one for one in records]
     subsets = {name: tuple(one for one in moved if one.subset == name) for name in ("training", "validation")}
-    annotate(tmp_path, Annotations(subsets, ("x",), num_ambiguous=0, num_clipped=0, num_dropped=0))
+    annotate(tmp_path, Annotations(subsets, ("x",)))
     for name, wanted in subsets.items():
         known = [replace(item, listed=one) for item, one in zip(items(9), moved, strict=True) if one in wanted]
         replace(folder(tmp_path / name), subset=name).build(known, pytest.fail)

@@ -34,12 +34,6 @@ class Annotations:
     """Lower-case subset name -> its videos in the file's order."""
     classes: tuple[str, ...]
     """Class names; sorted, unless the caller gave them."""
-    num_ambiguous: int
-    """Segments labelled "Ambiguous", left out."""
-    num_clipped: int
-    """Segments that ended a little after their video and now end with it."""
-    num_dropped: int
-    """Invalid segments left out because the caller said so."""
     notes: tuple[str, ...] = ()
     """What was left out, changed, or is there twice: a sentence each, for people."""
     keys: Mapping[str, str] = field(default_factory=dict)
@@ -122,9 +116,6 @@ def read_annotations(
     return Annotations(
         subsets={name: tuple(videos) for name, videos in subsets.items()},
         classes=tuple(sorted(labels)) if classes is None else tuple(classes),
-        num_ambiguous=reader.num_ambiguous,
-        num_clipped=reader.num_clipped,
-        num_dropped=reader.num_dropped,
         notes=(*reader.notes(), *fold_notes(replaced), *repeated(_segments(records))),
         keys={video_id: key for key in database if (video_id := plain_id(key)) != key},
     )
