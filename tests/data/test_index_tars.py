@@ -20,6 +20,7 @@ from re2tal.data.building.annotations import read_annotations
 from re2tal.data.building.match_samples import match_samples
 from re2tal.data.building.shard_plan import Item
 from re2tal.data.building.tar_samples import Sample, list_clips, read_samples
+from re2tal.data.contract.manifest import Encoding, from_json, to_json
 from re2tal.data.contract.members import read_content, read_video
 from re2tal.data.contract.shards import open_shards
 from re2tal.data.contract.verify import damage
@@ -278,3 +279,12 @@ def test_a_tar_that_was_written_again_has_its_refused_videos_tried_again(tmp_pat
     after = item()
     assert before.fingerprint == after.fingerprint != ""
     assert before.terms != after.terms
+
+
+def test_a_manifest_of_slow_motion_can_be_read(tmp_path):
+    with (tmp_path / "00.tar").open("wb") as file, TarWriter(file) as writer:
+        writer.write({"__key__": "a", "mp4": encode_numbered(8, fps=300)})
+    annotations, (samples, _) = read_annotations(annotate(tmp_path / "a.json", "a")), read_samples(tmp_path / "00.tar")
+    matches = match_samples(annotations, samples)
+    encoding = index_tars._encoding(tmp_path / "out", annotations.subset("training"), matches)
+    assert from_json(Encoding, to_json(encoding).encode(), source="manifest") == encoding

@@ -8,7 +8,7 @@ why. Members that are no video and no label are ignored.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -140,19 +140,15 @@ def _content(sample: Sample) -> bytes:
 
 
 def _encoding(folder: Path, records: Sequence[Listed], matches: Matches) -> Encoding:
-    """What the manifest says of rate and size, which may differ from video to video; else that of the first."""
+    """What the manifest says of rate and size, which may differ from video to video; else that of the first video that
+    can be used."""
     if (folder / MANIFEST_NAME).is_file():
         return read_manifest(folder / MANIFEST_NAME, Manifest).encoding
-    found = {record.video_id: matches.found[record.video_id] for record in records if record.video_id in matches.found}
-    problems = [f"{one.video_id}: {matches.faults[one.video_id]}" for one in records if one.video_id in matches.faults]
-    return _first_encoding(found, problems)
-
-
-def _first_encoding(found: Mapping[str, Sample], problems: Sequence[str]) -> Encoding:
-    """Rate and size of the first video that can be used: they may differ from video to video. `problems` are those of
-    videos for which no sample is taken."""
+    ids = [record.video_id for record in records]
+    problems = [f"{one}: {matches.faults[one]}" for one in ids if one in matches.faults]
     reason = problems[-1] if problems else "no video of the tars is in the annotation file"
-    for sample in found.values():
+    found = [matches.found[one] for one in ids if one in matches.found]
+    for sample in found:
         try:
             mp4 = read_mp4(_content(sample))
         except ValueError as error:
@@ -160,5 +156,6 @@ def _first_encoding(found: Mapping[str, Sample], problems: Sequence[str]) -> Enc
             continue
         side = min(mp4.width, mp4.height) // 2 * 2
         lengths = np.diff(mp4.keys, append=mp4.num_frames)
-        return Encoding(FramesPerSecond(round(mp4.fps, 3)), max(16, min(side, 2160)), gop=int(lengths.max()))
+        rate = min(round(mp4.fps, 3), 240.0)  # a manifest names no more, and each video says its own
+        return Encoding(FramesPerSecond(rate), max(16, min(side, 2160)), gop=int(lengths.max()))
     raise ValueError(f"none of the {len(found)} videos that were found can be used; the last: {reason}")
