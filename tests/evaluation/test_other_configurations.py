@@ -223,7 +223,7 @@ def test_recall_of_the_best_k_times_as_many(shape: tuple[int, int, int, int, boo
                     there = [one for one in own if one.video == video]
                     found = ranked([one for one in given.found if (one.video, one.label) == (video, label)])
                     kept = found[: k * len(there)]
-                    seen += sum(any(tiou(one, truth) > threshold for one in kept) for truth in there)
+                    seen += sum(any(tiou(one, truth) >= threshold for one in kept) for truth in there)
                 of_class.append(seen / len(own))
             assert ours[row, column] == pytest.approx(np.mean(of_class), abs=1e-9)
 

@@ -132,7 +132,18 @@ def test_recall_at_kx_is_its_definition_in_plain_python() -> None:
                         chosen = of_class.labels == label
                         order = of_class.scores[chosen].argsort(descending=True)[: k * len(own)]
                         best = of_class.segments[chosen][order].tolist()
-                        hits += sum(best_overlap(segment, best) > tiou for segment in own)
+                        hits += sum(best_overlap(segment, best) >= tiou for segment in own)
                 recalls.append(hits / total)
             assert found[row, column] == pytest.approx(sum(recalls) / 2)
     assert 0 < found[1, 0] < found[0, 1] < 1
+
+
+@pytest.mark.parametrize("protocol", ["official", "opentad"])
+def test_recall_at_kx_counts_what_reaches_the_tiou_exactly_and_no_empty_pair(protocol: str) -> None:
+    # 2 of 4 s shared: tIoU 0.5. The empty action lies elsewhere, and only the official protocol keeps it.
+    truths = [VideoRecord("a", "validation", 9.0, (Action(0.0, 4.0, "jump"), Action(7.0, 7.0, "jump")))]
+    found = {"a": Detections(torch.tensor([[0.0, 2.0], [8.0, 8.0]]), torch.tensor([0.9, 0.8]), torch.tensor([0, 0]))}
+    recall = top_kx_recall(
+        found, truths, classes=("jump",), protocol=protocol, tiou_thresholds=(0.5, 0.6), top_k=(1, 5)
+    )
+    assert recall.tolist() == [[0.5, 0.5] if protocol == "official" else [1.0, 1.0], [0.0, 0.0]]
