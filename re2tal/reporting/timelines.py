@@ -32,8 +32,10 @@ WRONG_COLOUR = "#D55E00"
 OPEN_COLOUR = "#7A4FB5"
 """predictions where no truth is known"""
 MATCH_TIOU = 0.5
+TRUE_OPACITY = 0.75
+"""below 1, so that the outlines tell two actions apart where one begins as the other ends"""
 MAX_LANES = 3
-"""predictions of one class that overlap in time are drawn in this many lanes; more than that cover each other"""
+"""what overlaps in time of one class, true or predicted, has this many lanes; more than that cover each other"""
 NAME_WIDTH = 28
 """characters of a class name on each of two lines"""
 
@@ -45,6 +47,8 @@ class Row:
     label: str
     true: np.ndarray
     """(M, 2) seconds"""
+    true_lanes: np.ndarray
+    """(M,) int, from the top"""
     predicted: np.ndarray
     """(N, 2) seconds"""
     scores: np.ndarray
@@ -52,17 +56,17 @@ class Row:
     right: np.ndarray
     """(N,) bool: takes a true action of this class at tIoU >= 0.5"""
     lanes: np.ndarray
-    """(N,) int, from the top"""
+    """(N,) int, below those of the truth"""
 
     @property
     def num_lanes(self) -> int:
-        """One for the truth, if there is one, the rest for predictions."""
+        """Those of the truth, and those of predictions."""
         return self.first_lane + int(self.lanes.max(initial=-1)) + 1
 
     @property
     def first_lane(self) -> int:
         """The first lane of predictions."""
-        return min(len(self.true), 1)
+        return int(self.true_lanes.max(initial=-1)) + 1
 
 
 def draw_timeline(
@@ -71,12 +75,14 @@ def draw_timeline(
     *,
     classes: Sequence[str],
     has_truth: bool = True,
+    is_length_known: bool = True,
     max_detections: int = 20,
     max_rows: int = 14,
 ) -> Figure:
     """One row per class that is true or predicted; in it the truth above the predictions, opacity for the score.
 
     Without `has_truth`, nothing is known of the video's true actions, and no prediction is called right or wrong.
+    Without `is_length_known`, the record's duration is a stand-in, which is not shown.
 
     Drawn are the best `max_detections` predictions, or twice as many as there are true actions if that is more, and at
     most `max_rows` classes, true ones first; a note says what was left out.
@@ -104,9 +110,11 @@ def draw_timeline(
     axes.xaxis.set_major_locator(MaxNLocator(12))
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    if has_truth:
+    if has_truth and is_length_known:
         axes.axvline(record.duration_seconds, color=TRUE_COLOUR, linewidth=0.8, linestyle=":")
-    length = f"{record.duration_seconds:.1f} s" if has_truth else "no true actions known"
+    length = f"{record.duration_seconds:.1f} s" if is_length_known else "length not known"
+    if not has_truth:
+        length = "no true actions known"
     axes.set_title(
         f"{record.video_id[:80]}   {length}{note}",
         loc="left",
@@ -142,7 +150,7 @@ def _rows(
 
 
 def _row(label: str, record: VideoRecord, predicted: np.ndarray, scores: np.ndarray) -> Row:
-    own = [(one.start_seconds, one.end_seconds) for one in record.actions if one.label == label]
+    own = sorted((one.start_seconds, one.end_seconds) for one in record.actions if one.label == label)
     true = np.array(own, dtype=np.float64).reshape(-1, 2)
     partners = find_matches(
         np.zeros(len(predicted), dtype=np.int64),
@@ -152,11 +160,11 @@ def _row(label: str, record: VideoRecord, predicted: np.ndarray, scores: np.ndar
         protocol=PROTOCOLS["opentad"],
         thresholds=np.array([MATCH_TIOU]),
     )[0]
-    return Row(label, true, predicted, scores, partners >= 0, _lanes(predicted))
+    return Row(label, true, _lanes(true), predicted, scores, partners >= 0, _lanes(predicted))
 
 
 def _lanes(segments: np.ndarray) -> np.ndarray:
-    """(N, 2) by falling score -> (N,) the highest lane that is free there, else the last."""
+    """(N, 2) in their order -> (N,) the highest lane that is free there, else the last."""
     lanes = np.zeros(len(segments), dtype=np.int64)
     for index, (start, end) in enumerate(segments):
         overlapping = (segments[:index, 0] < end) & (segments[:index, 1] > start)
@@ -166,7 +174,10 @@ def _lanes(segments: np.ndarray) -> np.ndarray:
 
 
 def _draw_row(axes: Axes, row: Row, *, top: float, end: float, has_truth: bool) -> None:
-    _bars(axes, row.true, top + 0.2, colour=TRUE_COLOUR, alphas=np.ones(len(row.true)), name="true")
+    for lane in range(row.first_lane):
+        true = row.true[row.true_lanes == lane]
+        alphas = np.full(len(true), TRUE_OPACITY)
+        _bars(axes, true, top + 0.2 + 0.4 * lane, colour=TRUE_COLOUR, alphas=alphas, name="true")
     alphas = 0.15 + 0.85 * row.scores
     lane_tops = top + 0.2 + 0.4 * (row.first_lane + np.arange(MAX_LANES))
     for lane in range(MAX_LANES):

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from re2tal.config import RunConfig, load_config
 from re2tal.data.contract.shards import open_any, subset_folder
 from re2tal.evaluation.average_precision import MapReport, mean_average_precision
-from re2tal.evaluation.ground_truth import as_one_class, read_ground_truth
+from re2tal.evaluation.ground_truth import as_one_class, read_ground_truth, without_duration
 from re2tal.evaluation.results import Results, read_results
 from re2tal.reporting.curves import draw_curves, read_metrics
 from re2tal.reporting.page import Picture, to_png, write_page
@@ -52,7 +52,8 @@ def write_report(
     folder = run / REPORT_NAME
     figure = draw_curves(read_metrics(run / METRICS_NAME), protocol=config.evaluation.protocol)
     curves = Picture("Loss, validation mAP, learning rates, speed, wait for clips and memory", to_png(figure))
-    timelines = _timelines(results, drawn[:max_videos])
+    undated = without_duration(annotations) if annotations is not None else frozenset()
+    timelines = _timelines(results, drawn[:max_videos], undated)
     _write_pictures(folder, curves, timelines)
     write_page(
         folder / "index.html",
@@ -105,12 +106,18 @@ def _truths(config: RunConfig, annotations: Path | None) -> Sequence[VideoRecord
     return [video.record for video in open_any(subset_folder(config.data.shards, subset)).videos]
 
 
-def _timelines(results: Results, videos: Sequence[_Drawn]) -> dict[str, Picture]:
+def _timelines(results: Results, videos: Sequence[_Drawn], undated: Collection[str]) -> dict[str, Picture]:
     """File name -> picture. An id that is no plain name, as other programs may have, does not reach the file system."""
     pictures = {}
     for number, one in enumerate(videos):
         found = results.of(one.predicted_id)
-        figure = draw_timeline(one.record, found, classes=results.classes, has_truth=one.has_truth)
+        figure = draw_timeline(
+            one.record,
+            found,
+            classes=results.classes,
+            has_truth=one.has_truth,
+            is_length_known=one.record.video_id not in undated,
+        )
         # Numbers before the names keep those apart that become equal.
         name = re.sub(r"[^A-Za-z0-9_-]", "_", one.record.video_id)[:80]
         pictures[f"{number:04d}_{name}.png"] = Picture(one.record.video_id, to_png(figure))

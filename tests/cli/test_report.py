@@ -7,10 +7,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from re2tal.cli.report import report
 from re2tal.config import RunConfig, save_config
+from re2tal.structures import VideoRecord
 
 LABELS = ("jump", "run", "jump")
 
@@ -58,6 +60,22 @@ def test_so_many_timelines_are_drawn_and_old_ones_go(run: Path) -> None:
     assert "3, of which 1 are drawn below" in (run / "report" / "index.html").read_text()
     with pytest.raises(ValueError, match="max_videos is -1; give 0 or more"):
         report(run=run, annotations=run / "truth.json", max_videos=-1)
+
+
+def test_a_stand_in_for_a_length_is_not_drawn_as_one(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_results(run, LABELS)
+    truth = json.loads((run / "truth.json").read_text())
+    del truth["database"]["v1"]["duration"]
+    (run / "truth.json").write_text(json.dumps(truth))
+    known = {}
+
+    def draw(record: VideoRecord, *_: object, is_length_known: bool, **__: object) -> Figure:
+        known[record.video_id] = is_length_known
+        return Figure()
+
+    monkeypatch.setattr("re2tal.runs.page.draw_timeline", draw)
+    report(run=run, annotations=run / "truth.json")
+    assert known == {"v0": True, "v1": False, "v2": True}
 
 
 def pixels(path: Path) -> set[tuple[int, ...]]:

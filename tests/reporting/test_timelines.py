@@ -63,6 +63,24 @@ def test_truth_is_above_predictions_and_overlapping_predictions_are_below_each_o
     assert bottom > top
 
 
+def test_true_actions_of_one_class_that_overlap_are_drawn_apart() -> None:
+    truths = (10, 60, "jump"), (20, 70, "jump"), (30, 80, "jump"), (80, 90, "jump")
+    figure = draw_timeline(record(*truths, seconds=90.0), detected((10, 60, 0.9, 0)), classes=CLASSES)
+    tops = {bar[:2]: bar[2] for bar in bars(figure, "true")}
+    assert tops[10, 60] < tops[20, 70] < tops[30, 80] < bars(figure, "right")[0][2]
+    assert tops[80, 90] == tops[10, 60]
+    assert all(bar[3] < 1 for bar in bars(figure, "true"))  # so that the outline between 80 and 80 is seen
+
+
+def test_a_stand_in_is_not_shown_as_the_length_of_a_video() -> None:
+    drawn = record((1, 46, "jump"), seconds=46.0), detected((50, 60, 0.9, 0))
+    known, unknown = (draw_timeline(*drawn, classes=CLASSES, is_length_known=is_known) for is_known in (True, False))
+    assert "46.0 s" in known.axes[0].get_title(loc="left")
+    assert "length not known" in (title := unknown.axes[0].get_title(loc="left"))
+    assert "46" not in title
+    assert [len(known.axes[0].lines), len(unknown.axes[0].lines)] == [2, 1]  # the end of the video is one of them
+
+
 def test_opacity_grows_with_the_score() -> None:
     figure = draw_timeline(record(), detected((0, 1, 0.1, 0), (2, 3, 0.5, 0), (4, 5, 3.0, 0)), classes=CLASSES)
     opacity = {bar[0]: bar[3] for bar in bars(figure, "wrong")}
