@@ -112,8 +112,9 @@ class Page {
 
   end() {
     const { duration, actions, predictions } = this.detail;
-    // Not as arguments of one call, which takes some 100,000 at most.
-    return [...actions, ...predictions].reduce((last, one) => Math.max(last, one.end), Math.max(duration ?? 0, 0.1));
+    // Starts too, as a prediction may end before it starts. Not as arguments of one call, which takes some 100,000.
+    const later = (last, one) => Math.max(last, one.start, one.end);
+    return [...actions, ...predictions].reduce(later, Math.max(duration ?? 0, 0.1));
   }
 
   setTypes({ types, missed }) {
