@@ -37,7 +37,7 @@ from re2tal.runs.reproduction_checks import (
     estimate_hours,
 )
 from re2tal.runs.training_run import train
-from re2tal.strict_json import write_json
+from re2tal.strict_json import read_json, write_json
 
 BLOCKED_NAME, NAMED_RESULTS_NAME = "blocked.json", "named_results.json"
 
@@ -206,6 +206,9 @@ def _planned(config: RunConfig, asked: Reproduction, world: World, *, num_classe
 def _train_and_compare(asked: Reproduction, config: RunConfig, card: Card, world: World) -> int:
     """Gives the exit status. Every rank calls this."""
     published = card.published
+    blocked = _write_blocked(asked, world)
+    # Or the figures of the log, and the choice of a best model, would be of other videos than the card's.
+    config = replace(config, evaluation=replace(config.evaluation, blocked_videos=blocked))
     trained = train(config, ds=asked.ds, out=asked.folder, resume=asked.resume, overwrite=asked.overwrite)
     if trained.interrupted:
         return INTERRUPTED
@@ -215,15 +218,27 @@ def _train_and_compare(asked: Reproduction, config: RunConfig, card: Card, world
         named = DetectionOptions(out=results, video_classes=asked.video_classes)
         detect(asked.folder, shards=subset_folder(asked.shards, config.data.validation_subset), wanted=named)
     if world.is_main:
-        card.compare(_scored(asked, published, results), trained.summary)
+        card.compare(_scored(asked, published, results, blocked), trained.summary)
         print(card.verdicts(), flush=True)
     return 0
 
 
-def _scored(asked: Reproduction, published: Published, results: Path) -> Evaluated:
-    blocked = asked.folder / BLOCKED_NAME
-    # As a file, so that `re2tal evaluate --blocked-videos` gives the same score again.
-    write_json(blocked, sorted(blocked_videos(asked.dataset, asked.blocked)))
+def _write_blocked(asked: Reproduction, world: World) -> Path:
+    """The file of videos that are not scored; ValueError where that would change the one of an earlier run."""
+    path = asked.folder / BLOCKED_NAME
+    blocked = sorted(blocked_videos(asked.dataset, asked.blocked))
+    if path.exists() and not (asked.resume or asked.overwrite) and read_json(path) != blocked:
+        raise ValueError(
+            f"{path} is of an earlier run, and lists other videos; give another --out, or --resume or --overwrite"
+        )
+    # A file, so that `re2tal evaluate --blocked-videos` gives the same score again. The others read it after `train`
+    # has brought all ranks together.
+    if world.is_main:
+        write_json(path, blocked)
+    return path
+
+
+def _scored(asked: Reproduction, published: Published, results: Path, blocked: Path) -> Evaluated:
     renamed = compare_with_facts(asked.dataset, asked.annotations).renamed
     # The file may call it otherwise than recipes: THUMOS-14's "test" is what others call validation.
     subset = next((old for old, new in renamed.items() if new == "validation"), "validation")

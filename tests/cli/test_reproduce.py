@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +24,7 @@ from re2tal.evaluation.protocols import TIOU_THRESHOLDS
 from re2tal.evaluation.results import read_results
 from re2tal.recipes import find_recipe
 from re2tal.runs import reproduction
-from re2tal.runs.evaluation import Evaluated
+from re2tal.runs.evaluation import Evaluated, blocked_by
 from re2tal.runs.published import PUBLISHED
 from re2tal.runs.reproduction_card import Card
 from re2tal.runs.reproduction_checks import check_data
@@ -308,6 +309,30 @@ def test_subsets_may_have_their_other_names(activitynet, tmp_path, monkeypatch):
     assert isinstance(config, RunConfig)
     assert reproduction._train_and_compare(asked, config, card, World(rank=1, world_size=2)) == 0
     assert seen == [tmp_path / "shards" / "val"]
+
+
+def test_training_leaves_out_the_videos_that_the_card_leaves_out(activitynet, tmp_path, monkeypatch):
+    def train(config: RunConfig, **_: object) -> SimpleNamespace:
+        left_out.append(blocked_by(config.evaluation))
+        return SimpleNamespace(interrupted=True)
+
+    left_out: list[frozenset[str]] = []
+    monkeypatch.setattr(reproduction, "train", train)
+    config, blocked = find_recipe("activitynet_re2swin_tiny"), tmp_path / "blocked.txt"
+    card = Card("activitynet", tiny=True, published=PUBLISHED["activitynet", "swin"])
+    asked = reproduction.Reproduction(
+        "activitynet", activitynet / "annotations.json", activitynet / "shards", blocked=blocked, out=tmp_path / "run"
+    )
+    assert isinstance(config, RunConfig)
+    blocked.write_text("v_bbbbbbbbbb1.mp4\n")
+    reproduction._train_and_compare(asked, config, card, World())
+    assert left_out == [{"v_bbbbbbbbbb1"}]
+    # Beside an earlier run, the list is part of it.
+    blocked.write_text("bbbbbbbbbb0\n")
+    with pytest.raises(ValueError, match=r"blocked\.json is of an earlier run, and lists other videos; give another"):
+        reproduction._train_and_compare(asked, config, card, World())
+    reproduction._train_and_compare(replace(asked, overwrite=True), config, card, World())
+    assert left_out[1:] == [{"bbbbbbbbbb0"}]
 
 
 def test_a_date_at_the_end_of_a_name_is_no_checksum(thumos, tmp_path, capsys):
