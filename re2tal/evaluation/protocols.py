@@ -105,6 +105,7 @@ def threshold_names(tiou_thresholds: Sequence[float]) -> tuple[str, ...]:
     return tuple(f"{threshold:.4g}" for threshold in tiou_thresholds)
 
 
+ProtocolName = Literal["opentad", "official"]
 Dataset = Literal[
     "activitynet", "hacs", "fineaction", "thumos14", "demo", "epic-kitchens", "ego4d-mq", "multithumos", "charades"
 ]
@@ -127,7 +128,7 @@ TIOU_THRESHOLDS: dict[Dataset, tuple[float, ...]] = {
 class EvaluationConfig:
     """Rules and thresholds of the score."""
 
-    protocol: Literal["opentad", "official"] = "opentad"
+    protocol: ProtocolName = "opentad"
     """whose rules count, where the public evaluators differ"""
     tiou_thresholds: tuple[float, ...] = TIOU_THRESHOLDS["thumos14"]
     """a detection is right if its temporal IoU with a free true action is at least this; mAP is averaged over them"""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from re2tal.config import RunConfig, load_config
@@ -11,16 +11,32 @@ from re2tal.data.contract.shards import open_any, subset_folder
 from re2tal.evaluation.comparison import Comparison, compare_runs
 from re2tal.evaluation.ground_truth import read_ground_truth
 from re2tal.evaluation.matching import Matches
+from re2tal.evaluation.protocols import Dataset, ProtocolName
 from re2tal.evaluation.results import read_results
 from re2tal.runs.evaluation import ScoringRules, is_class_agnostic, match_results
 from re2tal.runs.folder import CONFIG_NAME
-from re2tal.structures import VideoRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ComparisonOptions(ScoringRules):
-    """By which rules both are scored, and how often videos are drawn."""
+class ComparisonOptions:
+    """By which rules both are scored, and how often videos are drawn.
 
+    A rule that is None is that of the run whose folder A lies in, and otherwise that of `ScoringRules`.
+    """
+
+    subset: str | None = None
+    """Which subset of the annotations to score: that of A's run, or else validation."""
+    protocol: ProtocolName | None = None
+    """Whose rules count where the public evaluators differ: those of A's run, or else OpenTAD's."""
+    dataset: Dataset | None = None
+    """The data set whose customary thresholds to use, in place of those of A's run, or else of thumos14."""
+    tiou_thresholds: tuple[float, ...] | None = None
+    """Other thresholds than those."""
+    blocked_videos: Path | None = None
+    """Video ids to leave out of all files, in place of those of A's run: a JSON list, or a text file with one per
+    line."""
+    class_agnostic: bool = False
+    """Score as if all labels, predicted and true, were one; so it is where A's run finds actions without a class."""
     draws: int = 1000
     """How often as many videos as there are are drawn, with replacement."""
     seed: int = 0
@@ -39,55 +55,61 @@ def compare(
 ) -> Comparison:
     """The mAP of A and B, their difference, its interval and p.
 
-    Where A lies in a run folder, the rules of that run count where no others are given, and without `annotations` its
-    true actions. Raises ValueError, before anything is scored, if there is none, and as `re2tal.evaluate`.
+    Where A lies in a run folder, the rules of that run count where none are given, and without `annotations` its true
+    actions. Raises ValueError, before anything is scored, if there is none, and as `re2tal.evaluate`.
     """
     sides = [(a, *options.seeds_of_a), (b, *options.seeds_of_b)]
     # All of them before anything is read: scoring takes minutes.
     if missing := [path for side in sides for path in side if not path.is_file()]:
         raise FileNotFoundError(f"{missing[0]} is not a file; give a results JSON")
-    truths, source, options = _truths(a, annotations, options)
-
-    def matched(paths: Sequence[Path]) -> list[tuple[str, Matches]]:
-        return [(str(path), match_results(read_results(path), truths, options, files=(path, source))) for path in paths]
-
-    return compare_runs(*map(matched, sides), num_draws=options.draws, seed=options.seed)
-
-
-def _truths(
-    a: Path, annotations: Path | None, options: ComparisonOptions
-) -> tuple[Sequence[VideoRecord], Path, ComparisonOptions]:
-    """The true actions, where they are from, and the options with what A's run says of those that are not given."""
-    config_file = a.parent / CONFIG_NAME
-    if not config_file.is_file():
-        if annotations is not None:
-            return read_ground_truth(annotations, subset=options.subset), annotations, options
+    config = _config_of_run(a)
+    rules = _rules(options, otherwise=ScoringRules() if config is None else _rules_of_run(config, a))
+    if annotations is not None:
+        truths, source = read_ground_truth(annotations, subset=rules.subset), annotations
+    elif config is not None:
+        source = subset_folder(config.data.shards, rules.subset)
+        truths = [video.record for video in open_any(source).videos]
+    else:
         raise ValueError(
             f"{a} lies in no run folder (no {CONFIG_NAME} beside it), so what is true is not known; give "
             "--annotations FILE"
         )
+
+    def matched(paths: Sequence[Path]) -> list[tuple[str, Matches]]:
+        return [(str(path), match_results(read_results(path), truths, rules, files=(path, source))) for path in paths]
+
+    found = compare_runs(*map(matched, sides), num_draws=options.draws, seed=options.seed)
+    if config is None:
+        return found
+    return replace(found, notes=(f"rules that are not given are those of {a.parent / CONFIG_NAME}", *found.notes))
+
+
+def _config_of_run(a: Path) -> RunConfig | None:
+    """The configuration of the run whose folder `a` lies in; None if it lies in none."""
+    config_file = a.parent / CONFIG_NAME
+    if not config_file.is_file():
+        return None
     try:
-        config = load_config(config_file)
+        return load_config(config_file)
     except ValueError as error:
         raise ValueError(f"{error} (it lies beside {a}, so its rules count; move {a.name} elsewhere if not)") from None
-    subset = options.subset if options.subset != BY_DEFAULT.subset else config.data.validation_subset
-    options = _as_in_run(options, config, a)
-    if annotations is not None:
-        return read_ground_truth(annotations, subset=subset), annotations, options
-    folder = subset_folder(config.data.shards, subset)
-    return [video.record for video in open_any(folder).videos], folder, options
 
 
-def _as_in_run(options: ComparisonOptions, config: RunConfig, a: Path) -> ComparisonOptions:
-    """`options`, with the rules of A's run where none are given."""
-    rules, thresholds = config.evaluation, options.tiou_thresholds
-    # A data set that was named has thresholds of its own.
-    if thresholds is None and options.dataset == BY_DEFAULT.dataset:
-        thresholds = rules.tiou_thresholds
-    return replace(
-        options,
-        protocol=options.protocol if options.protocol != BY_DEFAULT.protocol else rules.protocol,
-        blocked_videos=options.blocked_videos or rules.blocked_videos,
-        tiou_thresholds=thresholds,
-        class_agnostic=options.class_agnostic or is_class_agnostic(config, read_results(a)),
+def _rules(options: ComparisonOptions, *, otherwise: ScoringRules) -> ScoringRules:
+    """The rules that are given, and the others as in `otherwise`."""
+    given = {one.name: getattr(options, one.name) for one in fields(ScoringRules)}
+    # A data set that is named has thresholds of its own.
+    if options.dataset is not None:
+        otherwise = replace(otherwise, tiou_thresholds=None)
+    return replace(otherwise, **{name: value for name, value in given.items() if value not in (None, False)})
+
+
+def _rules_of_run(config: RunConfig, a: Path) -> ScoringRules:
+    rules = config.evaluation
+    return ScoringRules(
+        subset=config.data.validation_subset,
+        protocol=rules.protocol,
+        tiou_thresholds=rules.tiou_thresholds,
+        blocked_videos=rules.blocked_videos,
+        class_agnostic=is_class_agnostic(config, read_results(a)),
     )

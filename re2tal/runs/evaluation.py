@@ -19,7 +19,7 @@ from re2tal.evaluation.coverage import Coverage
 from re2tal.evaluation.error_analysis import ErrorReport, analyse_errors
 from re2tal.evaluation.ground_truth import ANY_CLASS, as_one_class, read_ground_truth, read_subsets, without_duration
 from re2tal.evaluation.matching import Matches, match_predictions
-from re2tal.evaluation.protocols import TIOU_THRESHOLDS, Dataset, EvaluationConfig
+from re2tal.evaluation.protocols import TIOU_THRESHOLDS, Dataset, EvaluationConfig, ProtocolName
 from re2tal.evaluation.recall import RecallReport, average_recall, top_kx_recall
 from re2tal.evaluation.results import Results, read_results
 from re2tal.evaluation.video_classes import read_video_classes
@@ -83,7 +83,7 @@ class ScoringRules:
 
     subset: str = "validation"
     """Which subset of the annotations to score."""
-    protocol: Literal["opentad", "official"] = "opentad"
+    protocol: ProtocolName = "opentad"
     """Whose rules count where the public evaluators differ: OpenTAD's or ActivityNet's."""
     dataset: Dataset = "thumos14"
     """The data set whose customary thresholds to use."""

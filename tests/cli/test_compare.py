@@ -101,8 +101,26 @@ def test_in_a_run_folder_all_its_rules_count_whatever_the_annotations_are(tmp_pa
     assert "1 of the 1 videos on the blocked list left out; class-agnostic" in text
     assert "0.55" in text
     assert "0.7" not in text
+    assert f"note: rules that are not given are those of {tmp_path / 'config.json'}" in text
     given = ComparisonOptions(draws=2, tiou_thresholds=(0.3,))
     assert list(compare(a, a, annotations=GROUND_TRUTH, options=given).to_json()["tiou"]) == ["0.3", "average"]
+
+
+def test_what_is_given_counts_though_the_run_says_otherwise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    demo = find_recipe("demo")
+    assert isinstance(demo, RunConfig)
+    rules = EvaluationConfig(protocol="official", tiou_thresholds=(0.55,))
+    data = replace(demo.data, validation_subset="training")
+    save_config(tmp_path / "config.json", replace(demo, evaluation=rules, data=data))
+    a = tmp_path / "results.json"
+    a.write_bytes(PREDICTIONS.read_bytes())
+    # Each is also what it would be outside a run folder.
+    given = ["--protocol", "opentad", "--subset", "validation", "--dataset", "thumos14"]
+    with pytest.raises(SystemExit, match="0"):
+        main(["compare", str(a), str(a), "--annotations", str(GROUND_TRUTH), "--draws", "2", *given])
+    printed = capsys.readouterr().out
+    assert "protocol opentad; subset validation: " in printed
+    assert "0.55" not in printed
 
 
 def test_what_is_missing_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
