@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import tarfile
+import tracemalloc
 import zlib
 from collections.abc import Callable
 from io import BytesIO
@@ -125,6 +126,19 @@ def test_each_place_in_the_index_is_a_tar_of_its_own(folder):
 def test_members_are_plain_read_only_files_without_time_or_owner(folder):
     with tarfile.open(folder / "shard-000000.tar") as tar:
         assert {(m.mtime, m.mode, m.type, m.uid) for m in tar.getmembers()} == {(0, 0o444, tarfile.REGTYPE, 0)}
+
+
+def test_a_video_in_a_file_is_not_held_in_memory_and_gives_the_same_tar(tmp_path):
+    content = bytes(range(256)) * 40_000  # ten megabytes
+    (tmp_path / "made.mp4").write_bytes(content)
+    places = [write_tar(tmp_path / "bytes.tar", [Pair("a.b", b"{}", content)])]
+    tracemalloc.start()
+    places.append(write_tar(tmp_path / "file.tar", [Pair("a.b", b"{}", tmp_path / "made.mp4")]))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1_000_000
+    assert (tmp_path / "bytes.tar").read_bytes() == (tmp_path / "file.tar").read_bytes()
+    assert places[0] == places[1]
 
 
 def test_a_tar_whose_making_fails_leaves_nothing_behind(tmp_path):

@@ -288,9 +288,16 @@ class _Found:
 
 def _pairs(part: Sequence[tuple[Item, Made, Path]], sums: list[int]) -> Iterator[Pair]:
     for item, made, path in part:
-        content = path.read_bytes()
-        sums.append(zlib.crc32(content))
-        yield Pair(item.video_id, to_json(made.description).encode(), content)
+        sums.append(_crc32_of(path))
+        yield Pair(item.video_id, to_json(made.description).encode(), path)
+
+
+def _crc32_of(path: Path) -> int:
+    value = 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            value = zlib.crc32(piece, value)
+    return value
 
 
 def _group_name(shard: str) -> str:

@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tarfile import TarInfo
 from typing import Any
 
 import numpy as np
@@ -141,7 +142,8 @@ class Pair:
 
     video_id: str
     json: bytes
-    content: bytes
+    content: bytes | Path
+    """Or the file that holds it: a video that is kept as it is may be larger than memory."""
 
 
 def write_tar(path: Path, pairs: Iterable[Pair], *, suffix: str = "mp4") -> list[tuple[int, int]]:
@@ -154,9 +156,23 @@ def write_tar(path: Path, pairs: Iterable[Pair], *, suffix: str = "mp4") -> list
     with atomic_file(path) as file, TarWriter(file, encoder=False, mtime=0) as writer:
         for pair in pairs:
             start = writer.tarstream.offset
-            writer.write({"__key__": file_key(pair.video_id), "json": pair.json, suffix: pair.content})
+            key = file_key(pair.video_id)
+            if isinstance(pair.content, bytes):
+                writer.write({"__key__": key, "json": pair.json, suffix: pair.content})
+            else:
+                writer.write({"__key__": key, "json": pair.json})
+                _add_file(writer, f"{key}.{suffix}", pair.content)
             places.append((start, writer.tarstream.offset - start))
     return places
+
+
+def _add_file(writer: TarWriter, name: str, path: Path) -> None:
+    """Writes the member that `writer` would write of the file's bytes, which it takes whole alone."""
+    member = TarInfo(name)
+    member.size, member.mtime, member.mode = path.stat().st_size, 0, writer.mode
+    member.uname, member.gname = writer.user, writer.group
+    with path.open("rb") as file:
+        writer.tarstream.addfile(member, file)
 
 
 def subset_folder(shards: Path, subset: str) -> Path:
