@@ -224,6 +224,23 @@ def test_a_comma_that_may_part_thousands_is_refused_by_name(tmp_path):
     assert actions(found) == {"a": [(1.0, 2.5, "x")]}
 
 
+@pytest.mark.parametrize(
+    ("duration", "told"),
+    [
+        ("1,000", "'1,000', and is not taken: decimals or thousands?"),
+        ("long", "'long', and is not taken: no seconds, mm:ss or hh:mm:ss"),
+        (-3, "-3, and is not taken: no seconds, mm:ss or hh:mm:ss"),
+        (0, None),
+        (None, None),
+    ],
+)
+def test_a_duration_that_is_no_time_is_told(tmp_path, duration, told):
+    content = {"database": {"a": {"subset": "train", "duration": duration, "annotations": []}}}
+    found = found_in(tmp_path, "a.json", content, expect="activitynet")
+    assert list(found.notes) == ([f"the duration of 'a' is {told}"] if told else [])
+    assert found.videos["a"].duration_seconds is None
+
+
 def test_thumos_text_files(tmp_path):
     text = "video_validation_0000266  72.8 76.4\nvideo_validation_0000681  44.0 50.9\n\nvideo_validation_1 x 3\n"
     found = found_in(tmp_path, "BaseballPitch_val.txt", text, expect="thumos")

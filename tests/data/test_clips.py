@@ -118,6 +118,7 @@ def test_the_file_that_is_there_tells_where_a_path_ends_and_quotes_do(tmp_path):
         (["a.mp4 dive\u2028in", "b.mp4 r\x0bn"], None, r"2 problems:\n.*line 1: .*'dive\\u2028in'.*\n.*line 2: .*x0bn"),
         (["a.mp4 run", "b/a.mp4 run"], None, r"train.csv line 2: .*b/a.mp4 has the id of .*a.mp4: rename one"),
         (["a.mp4 fly"], ["run"], "line 1: class 'fly' is not among those given: .*; the 1 classes are run"),
+        (["a.mp4 1 3 5"], None, "line 1: its class is '1 3 5': several classes, and a trimmed clip shows one: list it"),
         (["a.mp4 7"], ["run", "jump"], "line 1: the class is number 7, and 2 were given, counted from 0"),
         (["a.mp4 0", "b.mp4 11"], None, r"labels are numbers \(0, 11, ...\), which name no class; give --classes FILE"),
         (["a\x07.mp4 run"], None, r"line 1: 'a\\x07.mp4' gives no id: it holds a control character"),

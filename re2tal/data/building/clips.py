@@ -32,6 +32,8 @@ _APART = r"(?:\s*,\s*|\s+)"
 _QUOTED = re.compile(rf'"((?:[^"]|"")+)"{_APART}(.+)')
 _ENDS = re.compile(rf"(?<=.)({'|'.join(map(re.escape, VIDEO_SUFFIXES))}){_APART}", re.IGNORECASE)
 """Where the path in a line may end."""
+_NUMBERS = re.compile(r"-?\d+(?:[\s,]+-?\d+)+")
+"""Not in quotes: several classes of one video, as lists of mmaction2 for multi-label data have them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -244,6 +246,10 @@ def _in_list(place: Path, lines: Sequence[str], videos: Path, problems: list[str
                 continue
         if found:
             ((path, label),) = found
+            if _NUMBERS.fullmatch(label) and not text.endswith('"'):
+                what = "several classes, and a trimmed clip shows one: list it with one, or leave it out"
+                problems.append(f"{where}: its class is {label[:120]!r}: {what}")
+                continue
             yield _Entry(where, subset, label, videos / path)
         elif text and not (number == 1 and line.split(",")[0].strip() == "path"):
             problems.append(f"{where} is {line[:120]!r}: give the path of a video file, then its class")

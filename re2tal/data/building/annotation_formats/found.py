@@ -98,6 +98,10 @@ class Found:
         seconds = as_seconds(duration)
         if one.duration_seconds is None and seconds is not None and seconds > 0:
             one.duration_seconds = seconds
+        # 0 stands for an unknown length in many exports.
+        if duration not in (None, "") and (seconds is None or seconds < 0):
+            what = "decimals or thousands?" if is_unclear(duration) else "no seconds, mm:ss or hh:mm:ss"
+            self.note(f"the duration of {brief(video_id)} is {brief(duration)}, and is not taken: {what}")
         one.facts |= {k: int(v) if v == int(v) else v for k, v in (("frame", frame), ("fps", fps)) if v}
         one.is_known |= is_known
         return one
