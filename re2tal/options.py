@@ -6,6 +6,7 @@
 A field without a value for a flag inherits it from the field that holds its configuration.
 
     check_ranges(self, "localizer", channels=COUNT, dropout=RATE)      in __post_init__
+    check_options(self, seed=NOT_NEGATIVE)                              the same for options of a command
 """
 
 from __future__ import annotations
@@ -38,9 +39,20 @@ INSIDE = Range(lambda value: 0 < value < 1, "a number between 0 and 1")
 def check_ranges(config: Any, part: str, **ranges: Range) -> None:
     """Raises ValueError for a field that is outside its range; None is inside. `part` is where `config` stands."""
     for name, one in ranges.items():
-        value = getattr(config, name)
-        if value is not None and not one.accepts(value):
-            raise ValueError(f"{part}.{name} is {value}; give {one.words}")
+        check(f"{part}.{name}", getattr(config, name), one)
+
+
+def check_options(options: Any, **ranges: Range) -> None:
+    """The same for fields that are options of a command, called as they are there."""
+    for name, one in ranges.items():
+        check(f"--{name.replace('_', '-')}", getattr(options, name), one)
+
+
+def check(name: str, value: float | tuple[float, ...] | None, one: Range) -> None:
+    """Raises ValueError for a number, or one of several, outside its range; None is inside."""
+    for number in value if isinstance(value, tuple) else () if value is None else (value,):
+        if not one.accepts(number):
+            raise ValueError(f"{name} is {number}; give {one.words}")
 
 
 Flag = Literal["resumable", "planned", "wiring", "of_rewired"]

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from re2tal.options import COUNT, check
 from re2tal.planning.choice import plan_step
 from re2tal.runs.deepspeed_presets import DEFAULT_PRESET, find_preset
 from re2tal.runs.devices import default_device, named_device
@@ -45,12 +46,12 @@ def plan(
         write: a Markdown page in which the tables of chosen recipes are brought up to date, between their marks; of the
             other options none counts
     """
+    check("--ranks", ranks, COUNT)
+    check("--classes", classes, COUNT)
     if write is not None:
         return write_page(write)
     if forms:
         return print_forms(run, ds, num_classes=classes, device=_device(device))
-    if ranks < 1:
-        raise ValueError(f"--ranks is {ranks}; give the number of processes, at least 1")
     run = _within(run, memory_budget_gb)
     planned = plan_step(run, find_preset(ds), world_size=ranks, num_classes=classes, device=_device(device))
     print(planned)

@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
+from re2tal.options import SHARE, check_options
 from re2tal.runs.shard_building import Build, build
 from re2tal.runs.shard_changes import merge, relabel
 from re2tal.runs.shard_indexing import index
@@ -42,6 +43,9 @@ class Index:
     shard_size: str = "2GB"
     """How large a shard may be, unless a single video is larger."""
 
+    def __post_init__(self) -> None:
+        check_options(self, max_rejected=SHARE)
+
 
 @dataclass(frozen=True, slots=True)
 class Annotate:
@@ -64,6 +68,9 @@ class Annotate:
     """Read labels that differ by case, space or Unicode form as one class, and say so; otherwise they are an error."""
     max_rejected: float = 0.05
     """Share of a subset's videos that may be left out without the exit status saying so."""
+
+    def __post_init__(self) -> None:
+        check_options(self, max_rejected=SHARE)
 
 
 @dataclass(frozen=True, slots=True)

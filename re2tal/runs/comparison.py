@@ -11,10 +11,13 @@ from re2tal.data.contract.shards import open_any, subset_folder
 from re2tal.evaluation.comparison import Comparison, compare_runs
 from re2tal.evaluation.ground_truth import read_ground_truth
 from re2tal.evaluation.matching import Matches
-from re2tal.evaluation.protocols import Dataset, ProtocolName
+from re2tal.evaluation.protocols import Dataset, ProtocolName, check_thresholds
 from re2tal.evaluation.results import read_results
+from re2tal.options import NOT_NEGATIVE, Range, check_options
 from re2tal.runs.evaluation import ScoringRules, is_class_agnostic, match_results
 from re2tal.runs.folder import CONFIG_NAME
+
+_DRAWS = Range(lambda value: value >= 2, "at least 2 draws; customary are 1000")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +48,11 @@ class ComparisonOptions:
     """More results of A's setting, with other seeds: means over runs are compared, and runs are drawn too."""
     seeds_of_b: tuple[Path, ...] = ()
     """The same for B."""
+
+    def __post_init__(self) -> None:
+        check_options(self, draws=_DRAWS, seed=NOT_NEGATIVE)
+        if self.tiou_thresholds:
+            check_thresholds(self.tiou_thresholds)
 
 
 BY_DEFAULT = ComparisonOptions()

@@ -15,6 +15,7 @@ from re2tal.data.building.probe import MAX_DAMAGED
 from re2tal.data.contract.manifest import Rejection
 from re2tal.distributed import World
 from re2tal.inference import average_flips, predict
+from re2tal.options import SHARE, check
 from re2tal.progress import Progress
 from re2tal.reporting.found import FoundInVideo
 from re2tal.runs.detection_job import Detected, DetectionOptions, Job
@@ -47,6 +48,7 @@ def detect(
     Every rank calls this. The arguments are those of `re2tal detect`; `say` makes of each video what is printed.
     """
     wanted = wanted or DetectionOptions()
+    check("--max-damaged", max_damaged, SHARE)
     with joined_ranks() as world:
         model, asked = find_model(model), model
         if not paths and shards is None and model == SHIPPED:

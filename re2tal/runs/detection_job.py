@@ -14,6 +14,7 @@ from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.distributed import World, together
 from re2tal.evaluation.selection import Selection, labels_of
 from re2tal.evaluation.video_classes import Fusion, VideoClasses
+from re2tal.options import COUNT, SHARE, check_options
 from re2tal.reporting.found import FoundInVideo
 from re2tal.reporting.result_files import RESULT_FORMATS, ResultsFile, choose_format
 from re2tal.runs.detection_sources import check_looks_at_videos, open_source
@@ -56,6 +57,9 @@ class DetectionOptions:
     that has a file, whoever wrote it"""
     flip: bool = False
     """look at each clip and its mirror image, and average what the network says of both; takes twice as long"""
+
+    def __post_init__(self) -> None:
+        check_options(self, min_score=SHARE, top=COUNT, top_k=COUNT)
 
 
 AS_USUAL = DetectionOptions()

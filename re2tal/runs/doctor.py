@@ -23,6 +23,7 @@ from re2tal.data.building.examine import Examined, examine_video
 from re2tal.data.building.isolated import IsolatedPool
 from re2tal.data.building.named_files import Chosen, NamedFiles, videos_in
 from re2tal.machine import installed_version, memory_bytes, num_cores, num_workers, open_files
+from re2tal.options import SHARE, check_options
 from re2tal.progress import counted
 from re2tal.runs.exit_status import SOME_LEFT_OUT
 from re2tal.strict_json import write_json
@@ -63,8 +64,7 @@ class _Row:
 
 def check_data(check: DataCheck) -> int:
     """Print what is wrong; gives the exit status."""
-    if not 0 <= check.max_damaged <= 1:
-        raise ValueError(f"--max-damaged is {check.max_damaged}; give a share from 0 to 1")
+    check_options(check, max_damaged=SHARE)
     files, odd = _video_files(check.videos)
     named = NamedFiles(files)
     examined = _examine(files if check.annotations is None else _listed(check.annotations, files, named), check)

@@ -19,12 +19,21 @@ from re2tal.evaluation.coverage import Coverage
 from re2tal.evaluation.error_analysis import ErrorReport, analyse_errors
 from re2tal.evaluation.ground_truth import ANY_CLASS, as_one_class, read_ground_truth, read_subsets, without_duration
 from re2tal.evaluation.matching import Matches, match_predictions
-from re2tal.evaluation.protocols import TIOU_THRESHOLDS, Dataset, EvaluationConfig, ProtocolName
+from re2tal.evaluation.protocols import (
+    TIOU_THRESHOLDS,
+    Dataset,
+    EvaluationConfig,
+    ProtocolName,
+    check_thresholds,
+)
 from re2tal.evaluation.recall import RecallReport, average_recall, top_kx_recall
 from re2tal.evaluation.results import Results, read_results
 from re2tal.evaluation.video_classes import read_video_classes
 from re2tal.localizers.class_map import AGNOSTIC_CLASS
+from re2tal.options import COUNT, NOT_NEGATIVE, Range, check_options
 from re2tal.structures import Detections, VideoRecord
+
+_NO_DRAWS_OR_MORE = Range(lambda value: value == 0 or value >= 2, "at least 2 draws, customary are 1000, or 0 for none")
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,6 +103,10 @@ class ScoringRules:
     class_agnostic: bool = False
     """Score as if all labels, predicted and true, were one."""
 
+    def __post_init__(self) -> None:
+        if self.tiou_thresholds:
+            check_thresholds(self.tiou_thresholds)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ScoringOptions(ScoringRules):
@@ -115,6 +128,10 @@ class ScoringOptions(ScoringRules):
     Needs --bootstrap."""
     bootstrap_seed: int = 0
     """Of the draws: the same seed gives the same intervals."""
+
+    def __post_init__(self) -> None:
+        ScoringRules.__post_init__(self)
+        check_options(self, proposals=COUNT, top_kx=COUNT, bootstrap=_NO_DRAWS_OR_MORE, bootstrap_seed=NOT_NEGATIVE)
 
 
 AS_USUAL = ScoringOptions()

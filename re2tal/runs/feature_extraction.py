@@ -30,6 +30,7 @@ from re2tal.data.contract.shards import ShardSet, open_shards
 from re2tal.data.streaming.stream import ClipConfig
 from re2tal.data.streaming.windows import ResizeWhole, Slide, Trimmed, Windowing
 from re2tal.extraction import Extractor, weights_sha256
+from re2tal.options import COUNT, NOT_NEGATIVE, POSITIVE, RATE, SHARE, check_options
 from re2tal.progress import counted
 from re2tal.runs.devices import default_device, named_device
 from re2tal.runs.folder import CONFIG_NAME
@@ -89,6 +90,10 @@ class Extract:
     """i/n makes the i-th (from 0) of n parts, on other devices or machines; the last to end writes the manifest."""
     max_rejected: float = 0.05
     """Share of a subset's videos that may be unusable without the exit status saying so."""
+
+    def __post_init__(self) -> None:
+        counts = {"window_frames": COUNT, "whole": COUNT, "size": COUNT, "batch_size": COUNT, "fps": POSITIVE}
+        check_options(self, **counts, overlap=RATE, workers=NOT_NEGATIVE, seed=NOT_NEGATIVE, max_rejected=SHARE)
 
 
 def extract(options: Extract) -> list[BuiltSubset]:
@@ -172,9 +177,6 @@ def _windowing(options: Extract, trained: Windowing | None, shards: ShardSet) ->
 def _refuse_wrong_options(options: Extract) -> None:
     if not options.shards:
         raise ValueError("no folder of shards was named; give those that `re2tal shards build` wrote")
-    for name in ("window_frames", "whole", "size", "batch_size"):
-        if (value := getattr(options, name)) is not None and value < 1:
-            raise ValueError(f"{name} is {value}; give 1 or more")
     if options.run is not None and options.backbone != BackboneConfig():
         raise ValueError(f"the run {options.run} brings its own backbone; give either a run or a backbone")
 

@@ -35,6 +35,7 @@ from re2tal.data.contract.feature_manifest import (
     StepsPerVideo,
     StoredType,
 )
+from re2tal.options import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, check_options
 from re2tal.runs.shard_building import for_each, subsets_to_build
 from re2tal.runs.shard_listing import print_some, report_built
 from re2tal.strict_json import sha256_of
@@ -90,6 +91,10 @@ class Pack:
     """Of the order of the videos in the shards."""
     max_rejected: float = 0.05
     """Share of a subset's videos that may be unusable without the exit status saying so."""
+
+    def __post_init__(self) -> None:
+        counts = dict.fromkeys(("stride_frames", "window_frames", "resized", "videos_per_shard"), COUNT)
+        check_options(self, **counts, fps=POSITIVE, seed=NOT_NEGATIVE, max_rejected=SHARE)
 
 
 def pack(options: Pack) -> int:
@@ -203,10 +208,6 @@ def _layout(shapes: Mapping[str, tuple[int, int]], records: Sequence[VideoRecord
 def _timing(options: Pack) -> Strided | Resized:
     """How the steps of a file lie in time."""
     strided = (options.stride_frames, options.window_frames, options.fps)
-    # The comparison refuses NaN too.
-    for name in ("stride_frames", "window_frames", "fps", "resized", "videos_per_shard"):
-        if (value := getattr(options, name)) is not None and not 0 < value < float("inf"):
-            raise ValueError(f"--{name.replace('_', '-')} is {value}; give a positive number")
     if options.resized is not None:
         if strided != (None, None, None):
             raise ValueError("--resized excludes --stride-frames, --window-frames and --fps; give one or the other")

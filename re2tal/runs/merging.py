@@ -14,6 +14,7 @@ from re2tal.evaluation.results import Results, read_results, write_results
 from re2tal.evaluation.suppression import SuppressionConfig, suppress
 from re2tal.evaluation.video_classes import Fusion, read_video_classes
 from re2tal.inference import concatenate
+from re2tal.options import COUNT, check_options
 from re2tal.runs.epic_kitchens import write_submission
 from re2tal.structures import Detections
 from re2tal.video_ids import match_ids
@@ -36,6 +37,9 @@ class MergeOptions:
     verb_noun_tiou: float | None = None
     """Make a submission to EPIC-Kitchens-100 of two files, of verbs and of nouns: a verb and a noun that overlap by at
     least this tIoU are an action, whose score is the product of theirs. At most suppression.max_per_video a video."""
+
+    def __post_init__(self) -> None:
+        check_options(self, top_k=COUNT)
 
 
 AS_USUAL = MergeOptions()

@@ -24,6 +24,7 @@ from re2tal.data.building.shard_folder import REPORTS, BuiltSubset, Listed, Noth
 from re2tal.data.building.subset_names import rename_subsets
 from re2tal.data.contract.manifest import Encoding, FramesPerSecond, FramesPerVideo, Rejection
 from re2tal.machine import num_workers
+from re2tal.options import COUNT, NOT_NEGATIVE, SHARE, check_options
 from re2tal.progress import Progress
 from re2tal.runs.lock import locked
 from re2tal.runs.shard_listing import print_some, report_built
@@ -84,13 +85,14 @@ class Build:
     max_rejected: float = 0.05
     """Share of a subset's videos that may be unusable without the exit status saying so."""
 
+    def __post_init__(self) -> None:
+        counts = {"frames": COUNT, "videos_per_shard": COUNT, "workers": COUNT}
+        check_options(self, **counts, seed=NOT_NEGATIVE, max_damaged=SHARE, max_rejected=SHARE)
+
 
 def build(options: Build) -> int:
     """Build the subsets; gives the exit status."""
     spec = find_dataset(options.dataset)
-    for name, share in (("--max-rejected", options.max_rejected), ("--max-damaged", options.max_damaged)):
-        if not 0 <= share <= 1:
-            raise ValueError(f"{name} is {share}; give a share from 0 to 1")
     config = _config(options, spec)
     listed = _listed(options, spec)
     blocked, notes = read_blocked(options.blocked, listed)
@@ -126,8 +128,6 @@ def for_each(subsets: Sequence[str], one: Callable[[str], int]) -> int:
 
 def _config(options: Build, spec: DatasetSpec) -> BuildConfig:
     part_index, num_parts = parse_part(options.part)
-    if options.videos_per_shard is not None and options.videos_per_shard < 1:
-        raise ValueError(f"--videos-per-shard is {options.videos_per_shard}; give 1 or more")
     return BuildConfig(
         dataset=options.dataset,
         encoding=_encoding(options, spec.encoding),
@@ -174,8 +174,6 @@ def _encoding(options: Build, encoding: Encoding) -> Encoding:
             raise ValueError(f"--fps is {options.fps}; give a rate above 0, at most 240")
         encoding = replace(encoding, sampling=FramesPerSecond(options.fps))
     if options.frames is not None:
-        if options.frames < 1:
-            raise ValueError(f"--frames is {options.frames}; give 1 or more")
         encoding = replace(encoding, sampling=FramesPerVideo(options.frames))
     if options.short_side is not None:
         if not 16 <= options.short_side <= 2160 or options.short_side % 2:

@@ -27,6 +27,7 @@ def index(
     shard_size: str,
 ) -> int:
     """Write the shard folders; gives the exit status."""
+    shard_bytes = parse_size(shard_size)
     samples, unread = read_samples(tars)
     print_some(unread, more="tars or folders")
     names = read_class_list(classes) if classes else None
@@ -46,7 +47,7 @@ def index(
         print_some(others, more="samples")
 
     def one(name: str) -> int:
-        built = index_tars(listed, matches, out=out, subset=name, dataset=dataset, shard_bytes=parse_size(shard_size))
+        built = index_tars(listed, matches, out=out, subset=name, dataset=dataset, shard_bytes=shard_bytes)
         return report_built(built, subset=name, max_rejected=max_rejected)
 
     return for_each(subsets_to_build(listed), one)

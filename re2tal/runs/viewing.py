@@ -56,6 +56,8 @@ def open_viewer(source: Path, options: ViewOptions = ViewOptions()) -> ViewerSer
     """
     if not 0 < options.tiou <= 1:
         raise ValueError(f"--tiou is {options.tiou:g}; give a number above 0 and up to 1")
+    if not 0 <= options.port < 2**16:
+        raise ValueError(f"--port is {options.port}; give a number from 0 (which picks a free one) to 65535")
     for name, given in (("", source), ("--videos ", options.videos), ("--annotations ", options.annotations)):
         if given is not None and (address := as_address(given)) is not None:
             raise ValueError(f"{name}{address}: the page shows files of this machine; copy it here, and give its path")

@@ -62,7 +62,7 @@ def test_intervals_over_videos_and_seeds(tmp_path: Path, capsys: pytest.CaptureF
     low, high = bootstrap["tiou"]["average"]["interval"]
     assert 0 < low < bootstrap["tiou"]["average"]["map"] < high < 1
     assert "from 50 draws of videos and of the 2 runs; protocol opentad; subset" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="the seed of the bootstrap is -1; give 0 or more"):
+    with pytest.raises(ValueError, match="--bootstrap-seed is -1; give 0 or more"):
         evaluate(**both, options=ScoringOptions(bootstrap=50, bootstrap_seed=-1))
     with pytest.raises(ValueError, match="were given without bootstrap"):
         evaluate(**both, options=ScoringOptions(seeds=(both["predictions"],)))

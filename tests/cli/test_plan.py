@@ -37,7 +37,8 @@ def test_parts_are_printed_and_written(capsys, monkeypatch, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--ranks", "0"], "--ranks is 0; give the number of processes"),
+        (["--ranks", "0"], "--ranks is 0; give 1 or more"),
+        (["--classes", "0"], "--classes is 0; give 1 or more"),
         (["--memory-budget-gb", "-2"], "memory_budget_gb is -2.0; give a positive number"),
         (["--device", "cuda"], "device is 'cuda', which cannot be had here"),
     ],

@@ -107,7 +107,7 @@ def test_list_and_verify_say_what_is_there_and_whether_it_is_sound(capsys, built
         (["--shard-size", "2 miles"], "--shard-size is '2 miles'; give a size such as 2GB or 500MB"),
         (["--shard-size", "0"], "--shard-size is '0'; give a size"),
         (["--copy", "--frames", "64"], "--copy keeps all frames of a file, --frames 64 does not"),
-        (["--max-rejected", "5"], "--max-rejected is 5.0; give a share"),
+        (["--max-rejected", "5"], "--max-rejected is 5.0; give a number from 0 to 1"),
         (["--dataset", "kinetics"], "unknown data set 'kinetics'; known:"),
         (["--dataset", "thumos14"], "label is 'run': it is not among the classes"),
         (
