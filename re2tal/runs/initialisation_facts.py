@@ -15,12 +15,12 @@ from re2tal.data.building.annotation_entries import UNKNOWN_SECONDS
 from re2tal.data.building.annotations import Annotations, read_annotations, read_keys
 from re2tal.data.building.isolated import IsolatedPool
 from re2tal.data.building.named_files import Chosen, NamedFiles, videos_in
+from re2tal.data.building.pack_videos import SILENT_SECONDS, seconds_of
 from re2tal.data.building.probe import VideoProbe, probe_video
 from re2tal.data.building.shard_plan import NO_FILE
 from re2tal.machine import num_cores
 from re2tal.structures import VideoRecord
 
-SILENT_SECONDS = 60.0
 MOST_MEASURED = 200
 """Videos whose files are read; of more, so many, evenly spread."""
 FEW_ACTIONS = 10
@@ -126,11 +126,8 @@ class _Files:
         return self._isolated.call(SILENT_SECONDS, probe_video, path)
 
     def seconds(self, video_id: str) -> float:
-        """How long a video lasts; UNKNOWN_SECONDS where a build will leave it out for its file."""
-        try:
-            return float(self(video_id).duration_seconds)
-        except (ValueError, OSError):
-            return UNKNOWN_SECONDS
+        """How long a video lasts, as a build measures it."""
+        return seconds_of(self._chosen.found.get(video_id), self._isolated)
 
     def many(self, video_ids: Iterable[str]) -> tuple[list[VideoProbe], list[str]]:
         """What each file holds, and why those that cannot be used cannot."""

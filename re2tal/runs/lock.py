@@ -37,6 +37,11 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def refuse_in_use(folder: Path) -> None:
+    """ValueError, naming the owner, where a living process has the folder."""
+    _Lock(folder / NAME).refuse_living()
+
+
 class _Lock:
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -75,14 +80,19 @@ class _Lock:
         draft.write_text(json.dumps({**self.owner, "beats": self.beats}) + "\n", encoding="utf-8")
         return draft
 
-    def _remove_stale(self) -> None:
-        """Removes a lock whose owner is dead; ValueError if it lives."""
+    def refuse_living(self) -> dict[str, Any] | None:
+        """The owner, if there is one and it is dead; ValueError if it lives."""
         found = _read(self.path)
         if found is not None and self._lives(found):
             raise ValueError(
                 f"{self.path.parent} is in use by a run on host {found.get('host')}, process {found.get('pid')}; wait "
                 f"for it or end it, or choose another folder (if it is surely dead, remove {self.path})"
             )
+        return found
+
+    def _remove_stale(self) -> None:
+        """Removes a lock whose owner is dead; ValueError if it lives."""
+        found = self.refuse_living()
         aside = self.path.with_name(f".{NAME}.stale.{self.owner['host']}.{os.getpid()}")
         with suppress(FileNotFoundError):  # another process was faster: the next look decides
             # A rename succeeds for one process only; to remove it here could remove the lock of another that was

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import Literal
 
-from re2tal.data.building.annotation_entries import UNKNOWN_SECONDS
 from re2tal.data.building.annotations import Annotations, read_annotations, read_keys
 from re2tal.data.building.blocked import read_blocked
 from re2tal.data.building.build import BuildConfig, build_shards, find_sources
@@ -18,15 +18,15 @@ from re2tal.data.building.clips import ClipList, read_clips
 from re2tal.data.building.isolated import Isolated
 from re2tal.data.building.labels import read_class_list
 from re2tal.data.building.named_files import NamedFiles, videos_in
-from re2tal.data.building.pack_videos import SILENT_SECONDS
-from re2tal.data.building.probe import MAX_DAMAGED, probe_video
+from re2tal.data.building.pack_videos import seconds_of
+from re2tal.data.building.probe import MAX_DAMAGED
 from re2tal.data.building.shard_folder import REPORTS, BuiltSubset, Listed, NothingUsableError
 from re2tal.data.building.subset_names import rename_subsets
 from re2tal.data.contract.manifest import Encoding, FramesPerSecond, FramesPerVideo, Rejection
 from re2tal.machine import num_workers
 from re2tal.options import COUNT, NOT_NEGATIVE, SHARE, check_options
 from re2tal.progress import Progress
-from re2tal.runs.lock import locked
+from re2tal.runs.lock import locked, refuse_in_use
 from re2tal.runs.shard_listing import print_some, report_built
 
 
@@ -220,19 +220,33 @@ def _annotations(path: Path, videos: Path, options: Build, spec: DatasetSpec) ->
 def _measure(
     annotations: Path, files: NamedFiles[Path], file_names: Sequence[str], isolated: Isolated
 ) -> Callable[[str], float]:
-    """Gives the seconds of a video; of one without a sound file, which the build leaves out, UNKNOWN_SECONDS."""
+    """Gives the seconds of a video."""
     found: dict[str, Path] = {}
 
     def measured(video_id: str) -> float:
         if not found:
             keys = read_keys(annotations)
             found.update(files.choose(list(keys), file_names, keys=keys).found)
-        try:
-            return float(isolated.call(SILENT_SECONDS, probe_video, found[video_id]).duration_seconds)
-        except (KeyError, ValueError):
-            return UNKNOWN_SECONDS
+        return seconds_of(found.get(video_id), isolated)
 
     return measured
+
+
+@contextmanager
+def shards_locked(folder: Path, *, part_index: int = 0, num_parts: int = 1) -> Iterator[None]:
+    """Inside, shards of `folder` are this process's to write, or those of its part. ValueError, naming the owner, where
+    another living process has them."""
+    parts = folder / REPORTS
+    # Parts are made to work at once, each once. Two others would remove each other's unfinished videos.
+    mine = folder if num_parts == 1 else parts / f"part-{part_index}-of-{num_parts}"
+    with locked(mine):
+        # With one's own lock in hand: of two that begin at once, one at least sees the other's.
+        others = {folder, *parts.glob("part-*-of-*")} - {mine}
+        if num_parts > 1:
+            others -= {*parts.glob(f"part-*-of-{num_parts}")}
+        for other in sorted(others):
+            refuse_in_use(other)
+        yield
 
 
 def subsets_to_build(listed: Annotations | ClipList) -> list[str]:
@@ -256,9 +270,7 @@ def _build_with_bar(
 
     folder = out / listed.subset(subset)[0].subset
     try:
-        # Parts are made to work at once, each once. Two others would remove each other's unfinished videos.
-        part = f"part-{config.part_index}-of-{config.num_parts}"
-        with locked(folder if config.num_parts == 1 else folder / REPORTS / part):
+        with shards_locked(folder, part_index=config.part_index, num_parts=config.num_parts):
             return build_shards(
                 listed, videos=videos, out=out, subset=subset, config=config, on_start=on_start, on_video=on_video
             )

@@ -18,8 +18,7 @@ from re2tal.data.building.subset_names import rename_subsets
 from re2tal.data.contract.manifest import MANIFEST_NAME
 from re2tal.data.contract.shards import ShardSet, open_any, open_shards
 from re2tal.runs.exit_status import TOO_MANY_REJECTED
-from re2tal.runs.lock import locked
-from re2tal.runs.shard_building import for_each
+from re2tal.runs.shard_building import for_each, shards_locked
 from re2tal.runs.shard_listing import describe, print_some
 from re2tal.video_ids import composed
 
@@ -51,7 +50,7 @@ def relabel(
         print(f"{annotations}: {note}")
     with ExitStack() as locks:  # two that write at once would leave the index of one beside the manifest of the other
         for one in subset_folders(shards):
-            locks.enter_context(locked(one))
+            locks.enter_context(shards_locked(one))
         changes = annotate(shards, read, blocked=spec.blocked if spec else frozenset())
     return max(_report(change, max_rejected) for change in changes)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -22,6 +23,7 @@ from re2tal.data.contract.shards import open_any, open_shards
 from re2tal.data.contract.verify import damage
 from re2tal.data.streaming.decode import decode_frames
 from re2tal.runs.lock import locked
+from re2tal.runs.shard_building import shards_locked
 from re2tal.runs.shard_changes import merge
 from re2tal.structures import Action
 
@@ -297,3 +299,23 @@ def test_what_was_measured_is_measured_again_without_a_change_and_also_where_it_
     status, out, _ = run(capsys, "annotate", shards, tmp_path / "b.json")
     assert (status, "1 of 2 videos have other annotations" in out) == (0, True)  # b, which was not listed
     assert open_shards(shards / "training").by_id["a"].record.duration_seconds == seconds
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "are_apart"),
+    [
+        ({}, {"part_index": 0, "num_parts": 2}, False),
+        ({"part_index": 0, "num_parts": 2}, {}, False),
+        ({"part_index": 0, "num_parts": 2}, {"part_index": 1, "num_parts": 3}, False),
+        ({"part_index": 1, "num_parts": 2}, {"part_index": 1, "num_parts": 2}, False),
+        ({"part_index": 0, "num_parts": 2}, {"part_index": 1, "num_parts": 2}, True),
+        ({"part_index": 1, "num_parts": 12}, {"part_index": 1, "num_parts": 2}, False),
+    ],
+)
+def test_only_parts_of_one_number_of_parts_work_in_a_folder_at_once(tmp_path, first, second, are_apart):
+    with shards_locked(tmp_path, **first), nullcontext() if are_apart else pytest.raises(ValueError, match="in use by"):
+        with shards_locked(tmp_path, **second):
+            pass
+    with shards_locked(tmp_path, **second):  # nobody is left
+        pass
+    assert list(tmp_path.rglob("lock")) == []

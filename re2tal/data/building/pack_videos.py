@@ -11,11 +11,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from re2tal.data.building.annotation_entries import UNKNOWN_SECONDS
 from re2tal.data.building.check import MAX_DIFFERENCE, check_normalised
 from re2tal.data.building.copy_video import COPY_DIFFERENCE
-from re2tal.data.building.isolated import Isolated, IsolationError
+from re2tal.data.building.isolated import Isolated, IsolatedPool, IsolationError
 from re2tal.data.building.make_videos import Made
 from re2tal.data.building.prepare import prepare_video
+from re2tal.data.building.probe import probe_video
 from re2tal.data.building.shard_folder import Listed
 from re2tal.data.contract.manifest import Encoding, StoredVideo
 from re2tal.structures import VideoRecord
@@ -24,6 +26,16 @@ from re2tal.structures import VideoRecord
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, None)
 SILENT_SECONDS = 300.0
 """Kill the encoding process after this time without a new frame, whatever the length of the video."""
+
+
+def seconds_of(source: Path | None, isolated: Isolated | IsolatedPool) -> float:
+    """How long a video lasts; UNKNOWN_SECONDS of one without a sound file, which a build leaves out."""
+    if source is None:
+        return UNKNOWN_SECONDS
+    try:
+        return float(isolated.call(SILENT_SECONDS, probe_video, source).duration_seconds)
+    except (ValueError, OSError):
+        return UNKNOWN_SECONDS
 
 
 @dataclass(frozen=True, slots=True)
