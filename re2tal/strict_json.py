@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO, Any
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
@@ -61,6 +62,10 @@ def write_atomically(path: Path | str, text: str) -> None:
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """A file to be written, which becomes `path` at the end: a reader sees all of it or nothing, after an error too."""
+    if _is_stream(path):
+        with path.open("wb") as file:
+            yield file
+        return
     # The process's number, because several may write the same file, and each has to rename its own.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -72,6 +77,39 @@ def atomic_file(path: Path) -> Iterator[IO[bytes]]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def output_file(path: Path, *, option: str) -> Path:
+    """The file to write for a path that a user names: there or not yet, in a folder that may have to be made, or what
+    a link leads to, which stays a link; a pipe or a device is written to.
+
+    To be called before the work, so that it does not end in an error. ValueError for a folder, and where nothing can be
+    written.
+    """
+    target = linked(path)
+    if target.is_dir():
+        raise ValueError(f"{option} is {path}, a folder; give the name of a file")
+    try:
+        if not _is_stream(target):
+            folder = next(one for one in target.absolute().parents if one.exists())
+            with TemporaryFile(dir=folder):
+                pass
+    except OSError as error:
+        raise ValueError(f"{option} is {path}, and cannot be written: {error.strerror}; give another place") from None
+    return target
+
+
+def linked(path: Path) -> Path:
+    """What a link leads to, which need not exist; other paths as they are."""
+    return Path(os.path.realpath(path)) if path.is_symlink() and not _is_stream(path) else path
+
+
+def _is_stream(path: Path) -> bool:
+    """A pipe, a terminal, /dev/null: what a rename would put a file in the place of."""
+    # /dev/stdout may lead to a file, which its other writer has open.
+    return path.parent in (Path("/dev"), Path("/dev/fd")) or (
+        path.exists() and not path.is_file() and not path.is_dir()
+    )
 
 
 def sha256_of(path: Path) -> str:

@@ -9,7 +9,7 @@ import tyro
 
 from re2tal.runs.comparison import BY_DEFAULT, ComparisonOptions
 from re2tal.runs.comparison import compare as compare_results
-from re2tal.strict_json import write_json
+from re2tal.strict_json import output_file, write_json
 
 
 def compare(
@@ -29,6 +29,7 @@ def compare(
         options: by which rules both are scored, by default those of that run; and how often videos are drawn
         json: also write the figures to this file
     """
+    json = json and output_file(json, option="--json")
     found = compare_results(a, b, annotations=annotations, options=options)
     print(found)
     if json is not None:

@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 
 from re2tal.runs.doctor import DataCheck, check_data, check_machine
+from re2tal.strict_json import output_file
 
 
 def doctor(
@@ -33,6 +34,7 @@ def doctor(
         max_damaged: share of a video's frames that may be damaged or missing
         workers: processes that read; by default one per core that this process may use
     """
+    json = json and output_file(json, option="--json")
     if videos is None:
         return check_machine(json=json)
     return check_data(DataCheck(videos, annotations, json, quick, max_damaged, workers))

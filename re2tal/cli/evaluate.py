@@ -12,7 +12,7 @@ from re2tal.evaluation.epic_kitchens import EpicReport
 from re2tal.runs.epic_kitchens import evaluate_submission
 from re2tal.runs.evaluation import AS_USUAL, Evaluated, ScoringOptions, evaluate_recognizer
 from re2tal.runs.evaluation import evaluate as evaluate_detections
-from re2tal.strict_json import write_json
+from re2tal.strict_json import output_file, write_json
 
 
 def evaluate(
@@ -33,6 +33,7 @@ def evaluate(
         options: what of the detections is scored, and by which rules
         json: also write the figures to this file
     """
+    json = json and output_file(json, option="--json")
     scored = _scored(predictions, annotations, shards, options)
     print(scored)
     if json is not None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Literal
 
 from re2tal.runs.weights_export import export_run, export_weights
+from re2tal.strict_json import output_file
 
 
 def export(
@@ -30,6 +31,8 @@ def export(
         backbone: its name, such as swin3d_tiny; needed with --weights
         prefix: put before every name, such as "module." for OpenTAD's loader or "backbone." for mmaction2's
     """
+    if out.suffix.lower() == ".safetensors":
+        out = output_file(out, option="--out")
     if run is not None and weights is None and backbone is None:
         num_tensors = export_run(out, run=run, to=to, prefix=prefix)
     elif run is None and weights is not None and backbone is not None:

@@ -12,6 +12,7 @@ from re2tal.config import RecognitionConfig, RunConfig
 from re2tal.runs.detection import detect
 from re2tal.runs.video_files import list_videos
 from re2tal.runs.weights_import import import_into_file, import_into_run
+from re2tal.strict_json import output_file
 
 
 def import_weights(
@@ -35,6 +36,7 @@ def import_weights(
         videos: folder of video files in which to detect at once, as `re2tal detect FOLDER --model OUT` does
     """
     if out.suffix.lower() == ".safetensors":
+        out = output_file(out, option="--out")
         _import_backbone(weights, run, out, as_plain=as_plain, videos=videos)
         return 0
     if as_plain:

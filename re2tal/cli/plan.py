@@ -15,7 +15,7 @@ from re2tal.runs.deepspeed_presets import DEFAULT_PRESET, find_preset
 from re2tal.runs.devices import default_device, named_device
 from re2tal.runs.planning_tables import print_forms, write_page
 from re2tal.runs.tasks import AnyRun
-from re2tal.strict_json import write_json
+from re2tal.strict_json import output_file, write_json
 
 
 def plan(
@@ -46,6 +46,7 @@ def plan(
         write: a Markdown page in which the tables of chosen recipes are brought up to date, between their marks; of the
             other options none counts
     """
+    json = json and output_file(json, option="--json")
     check("--ranks", ranks, COUNT)
     check("--classes", classes, COUNT)
     if write is not None:

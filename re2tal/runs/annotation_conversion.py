@@ -22,7 +22,7 @@ from re2tal.data.building.labels import fold_notes, one_spelling, read_class_lis
 from re2tal.data.building.named_files import NamedFiles, videos_in
 from re2tal.data.building.probe import probe_video
 from re2tal.runs.shard_listing import print_some
-from re2tal.strict_json import write_atomically, write_json
+from re2tal.strict_json import output_file, write_atomically, write_json
 from re2tal.tables import text_table
 from re2tal.video_ids import id_fault, plain_id
 
@@ -62,6 +62,7 @@ class Conversion:
 def convert(options: Conversion) -> int:
     """Write the file and say what is in it; gives the exit status."""
     _refuse_wrong_options(options)
+    out = output_file(options.out, option="--out")
     with _Videos(options.videos) as videos:
         found = Found(_wanted(options), videos.measure if options.videos else None)
         read = read_files(_files(options.inputs), format_name=options.format, found=found)
@@ -83,9 +84,9 @@ def convert(options: Conversion) -> int:
     notes += _later(found)
     if options.out.suffix.lower() == ".csv":
         notes += _lost_in_a_table(found)
-        write_atomically(options.out, _table(found))
+        write_atomically(out, _table(found))
     else:
-        write_json(options.out, _document(found))
+        write_json(out, _document(found))
     print_some([f"note: {note}" for note in notes], more="notes")
     for name, count in sorted(Counter(read.values()).items()):
         print(f"{count} file{'s' * (count > 1)} read as {name}: {FORMATS[name].about}")

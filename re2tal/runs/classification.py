@@ -20,6 +20,7 @@ from re2tal.runs.devices import default_device, named_device
 from re2tal.runs.folder import CONFIG_NAME, RESULTS_NAME
 from re2tal.runs.trained import load_recognizer
 from re2tal.runs.video_files import list_videos, pack_videos
+from re2tal.strict_json import output_file
 from re2tal.training.config import DTYPES
 
 
@@ -70,7 +71,7 @@ def classify(options: ClassificationOptions) -> Classified:
         raise ValueError(f"{run} is the run of a detector, which says when something happens too; use re2tal detect")
     data = open_source(config, videos=videos, shards=options.shards)
     of_run = videos is None and options.shards is None
-    target = options.out or run / (RESULTS_NAME if of_run else "classes.json")
+    target = output_file(options.out or run / (RESULTS_NAME if of_run else "classes.json"), option="--out")
     chosen = named_device(options.device) if options.device else default_device()
     recognizer = load_recognizer(run, config).to(chosen, DTYPES[config.engine.precision])
     classes = recognizer.classes

@@ -22,6 +22,7 @@ from re2tal.runs.deepspeed_presets import DEFAULT_PRESET, find_preset
 from re2tal.runs.devices import default_device
 from re2tal.runs.initialisation_facts import DataFacts, look_at
 from re2tal.runs.initialisation_settings import FILE_BACKBONE, Proposal, Start, choose, largest_batches
+from re2tal.strict_json import output_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +60,7 @@ def initialise(options: Initialisation) -> Initialised:
     # A configuration may have been edited by hand.
     if out.exists():
         raise ValueError(f"{out} is there already; choose another name, or remove it")
+    out = output_file(out, option="--out")
     _check_weights(options.start)
     data = look_at(options.videos, options.annotations)
     chosen = choose(data, options.start)

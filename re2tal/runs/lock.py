@@ -28,7 +28,10 @@ SILENT_BEATS = 4
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Inside, the folder is this process's. ValueError, naming the owner, when a living one has it."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{folder} cannot be a folder to write to: {error.strerror}; give another place") from None
     lock = _Lock(folder / NAME)
     lock.take()
     try:

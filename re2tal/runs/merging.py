@@ -16,6 +16,7 @@ from re2tal.evaluation.video_classes import Fusion, read_video_classes
 from re2tal.inference import concatenate
 from re2tal.options import COUNT, check_options
 from re2tal.runs.epic_kitchens import write_submission
+from re2tal.strict_json import output_file
 from re2tal.structures import Detections
 from re2tal.video_ids import match_ids
 
@@ -63,6 +64,7 @@ def merge_results(paths: Sequence[Path], out: Path, options: MergeOptions = AS_U
     weights that do not fit, a file that is given twice, scores below 0, files without a video in common, and video
     classes for detections that have classes.
     """
+    out = output_file(out, option="--out")
     weights = options.weights or (1.0,) * len(paths)
     if not paths or len(weights) != len(paths):
         raise ValueError(f"{len(paths)} results and {len(weights)} weights were given; give a weight for each, or none")

@@ -13,7 +13,7 @@ from re2tal.recipes import RECIPES, find_recipe
 from re2tal.recipes.about import About, about
 from re2tal.runs.deepspeed_presets import DEFAULT_PRESET, find_preset
 from re2tal.runs.devices import default_device
-from re2tal.strict_json import write_atomically
+from re2tal.strict_json import linked, write_atomically
 from re2tal.tables import text_table
 
 BEGIN, END = "<!-- written by: re2tal recipes --write docs/recipes.md -->", "<!-- end of what it writes -->"
@@ -48,7 +48,7 @@ def replace_between(path: Path, begin: str, end: str, written: str) -> None:
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
         raise ValueError(f"{path} has no place for what is written: it needs the line {begin!r} and, below it, {end!r}")
     before, _, rest = text.partition(begin)
-    write_atomically(path, f"{before}{begin}\n{written}{end}{rest.partition(end)[2]}")
+    write_atomically(linked(path), f"{before}{begin}\n{written}{end}{rest.partition(end)[2]}")
 
 
 def page() -> str:

@@ -16,6 +16,7 @@ from re2tal.data.building.probe import probe_video
 from re2tal.data.contract.shards import FeatureSet, ShardSet, open_any, subset_folder
 from re2tal.evaluation.results import read_results
 from re2tal.runs.folder import CONFIG_NAME, RESULTS_NAME
+from re2tal.strict_json import linked, output_file
 from re2tal.structures import VideoRecord
 from re2tal.video_ids import VIDEO_SUFFIXES, composed
 from re2tal.viewer.annotation_file import AnnotationFile
@@ -75,7 +76,9 @@ def open_viewer(source: Path, options: ViewOptions = ViewOptions()) -> ViewerSer
             files = packed
             notes.append("The videos are those of the run's shards; --videos FOLDER shows the originals.")
     annotations = AnnotationFile(
-        options.save_to or _save_to(source, path, options.annotations),
+        output_file(options.save_to, option="--save-to")
+        if options.save_to is not None
+        else linked(_save_to(source, path, options.annotations)),
         source=options.annotations,
         records=records,
         subset=options.subset,

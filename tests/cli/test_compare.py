@@ -37,6 +37,7 @@ def worse(folder: Path) -> Path:
 
 def test_two_files_are_compared_by_the_same_rules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     b, out = worse(tmp_path), tmp_path / "figures.json"
+    out.symlink_to("elsewhere.json")
     with pytest.raises(SystemExit, match="0"):
         main(
             [
@@ -51,7 +52,8 @@ def test_two_files_are_compared_by_the_same_rules(tmp_path: Path, capsys: pytest
                 str(out),
             ]
         )
-    figures = json.loads(out.read_text())["tiou"]
+    figures = json.loads((tmp_path / "elsewhere.json").read_text())["tiou"]
+    assert out.is_symlink()
     for side, path in (("a", PREDICTIONS), ("b", b)):
         scored = re2tal.evaluate(path, GROUND_TRUTH)
         assert figures["average"][side] == pytest.approx(scored.average_map)
