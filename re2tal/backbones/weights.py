@@ -236,9 +236,8 @@ def _read_safetensors(path: Path) -> Checkpoint:
 
 def _first_sentence(error: Exception) -> str:
     """Without torch's advice to read the file unsafely."""
-    return (
-        f"{type(error).__name__}: {str(error).splitlines()[0].split('. ')[0]}" if str(error) else type(error).__name__
-    )
+    sentence = str(error).partition("\n")[0].split(". ")[0]
+    return f"{type(error).__name__}: {sentence}" if sentence else type(error).__name__
 
 
 def _unwrap(content: object, path: Path) -> Checkpoint:

@@ -75,7 +75,7 @@ class ErrorReport:
         return {
             "tiou_thresholds": list(self.tiou_thresholds),
             "average_map_normalized": float(self.average_precision.mean()),
-            "counts": [dict(zip((TRUE_POSITIVE, *ERRORS), row, strict=True)) for row in self._counts().tolist()],
+            "counts": [dict(zip((TRUE_POSITIVE, *ERRORS), row, strict=True)) for row in _count(self.types).tolist()],
             "gain": self.gain,
             "sensitivity": {"average_map_normalized": float(self.all_average_precision.mean()), **self.sensitivity},
             "missed": {
@@ -86,7 +86,7 @@ class ErrorReport:
         }
 
     def __str__(self) -> str:
-        shares = (self._counts() / max(self.types.shape[1], 1)).mean(axis=0)
+        shares = (_count(self.types) / max(self.types.shape[1], 1)).mean(axis=0)
         errors = [("prediction", "share", "mAP without it")] + [
             (name, f"{100 * share:.2f}", f"{100 * self.gain[name]:+.2f}" if name in self.gain else "")
             for name, share in zip((TRUE_POSITIVE, *ERRORS), shares, strict=True)
@@ -104,10 +104,6 @@ class ErrorReport:
                 f"videos: {name_some(self.without_duration)}"
             )
         return "\n".join(tables)
-
-    def _counts(self) -> np.ndarray:
-        """(T, 6) how many predictions are of each type."""
-        return _count(self.types)
 
 
 def analyse_errors(
@@ -134,8 +130,11 @@ def analyse_errors(
     ranked = ranked_by_class(flat, num_classes=len(truths.classes))
     counts = np.bincount(truths.labels)
     best = [rows[: count * per_action] for rows, count in zip(ranked, counts, strict=True)]
-    everything = _Scores.of(flat, truths, ranked, thresholds)
-    limited = _Scores.of(flat, truths, best, thresholds)
+    everything, limited = (
+        # DETAD builds on ActivityNet's own evaluator.
+        _Scores(truths, partners_by_class(flat, truths, rows, protocol=OFFICIAL, thresholds=thresholds), counts)
+        for rows in (ranked, best)
+    )
     types = [
         _types(flat, truths, rows, partners, thresholds) for rows, partners in zip(best, limited.partners, strict=True)
     ]
@@ -146,11 +145,11 @@ def analyse_errors(
     return ErrorReport(
         tiou_thresholds=tuple(thresholds.tolist()),
         classes=truths.classes,
-        average_precision=limited.average_precision,
+        average_precision=limited.average_precision(),
         types=np.concatenate(types, axis=1),
         profile=_profile(types, counts, num_groups=per_action),
         gains={error: limited.without(number, types) for number, error in enumerate(ERRORS, start=1)},
-        all_average_precision=everything.average_precision,
+        all_average_precision=everything.average_precision(),
         sensitivity={
             name: {size: everything.sensitivity(of == size) for size in _SIZES if (of == size).any()}
             for name, of in sizes.items()
@@ -170,12 +169,11 @@ def _without_odd_actions(video: VideoRecord, *, is_known: bool) -> VideoRecord:
 
 def _profile(types: Sequence[np.ndarray], counts: np.ndarray, *, num_groups: int) -> tuple[np.ndarray, ...]:
     """By group of as many predictions of a class as it has true actions: (T, 6) how many are of each type."""
-
-    def of_group(group: int) -> np.ndarray:
-        groups = (of[:, group * count : (group + 1) * count] for of, count in zip(types, counts, strict=True))
-        return np.sum([_count(of) for of in groups], axis=0)
-
-    return tuple(map(of_group, range(num_groups)))
+    by_class = list(zip(types, counts.tolist(), strict=True))
+    return tuple(
+        _count(np.concatenate([of[:, group * count : (group + 1) * count] for of, count in by_class], axis=1))
+        for group in range(num_groups)
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,30 +183,25 @@ class _Scores:
     truths: Truths
     partners: list[np.ndarray]
     """(T, n) by class: the truth that a prediction takes, or -1"""
-    average_precision: np.ndarray
-    """(T, K)"""
+    counts: np.ndarray
+    """(K,) true actions of each class"""
 
-    @classmethod
-    def of(cls, flat: Predictions, truths: Truths, rows: list[np.ndarray], thresholds: np.ndarray) -> _Scores:
-        """`rows` of `flat`, by class and best first."""
-        # DETAD builds on ActivityNet's own evaluator.
-        counts, protocol = np.bincount(truths.labels), OFFICIAL
-        partners = partners_by_class(flat, truths, rows, protocol=protocol, thresholds=thresholds)
+    def average_precision(self) -> np.ndarray:
+        """(T, K) normalised AP."""
         columns = [
-            _average_precision(of_class >= 0, count, counts.mean())
-            for of_class, count in zip(partners, counts, strict=True)
+            self._average_precision(of_class >= 0, count)
+            for of_class, count in zip(self.partners, self.counts, strict=True)
         ]
-        return cls(truths, partners, np.stack(columns, axis=1))
+        return np.stack(columns, axis=1)
 
     def without(self, error: int, types: Sequence[np.ndarray]) -> np.ndarray:
         """(T, K) normalised AP without the predictions whose type, by class (T, n), is that error."""
-        counts = np.bincount(self.truths.labels)
         columns = [
             [
-                _average_precision(row[kept][None] >= 0, count, counts.mean())[0]
+                self._average_precision(row[kept][None] >= 0, count)[0]
                 for row, kept in zip(partners, of != error, strict=True)
             ]
-            for partners, of, count in zip(self.partners, types, counts, strict=True)
+            for partners, of, count in zip(self.partners, types, self.counts, strict=True)
         ]
         return np.array(columns).T
 
@@ -217,37 +210,33 @@ class _Scores:
 
         A prediction that takes another truth at one threshold is left out at all of them, as DETAD does.
         """
-        counts = np.bincount(self.truths.labels)
-        counts_chosen = np.bincount(self.truths.labels[chosen], minlength=len(counts))
+        counts = np.bincount(self.truths.labels[chosen], minlength=len(self.counts))
         values = [
-            _average_precision(partners[:, ((partners < 0) | chosen[partners]).all(axis=0)] >= 0, count, counts.mean())
-            for partners, count in zip(self.partners, counts_chosen, strict=True)
+            self._average_precision(partners[:, ((partners < 0) | chosen[partners]).all(axis=0)] >= 0, count)
+            for partners, count in zip(self.partners, counts, strict=True)
             if count
         ]
         return float(np.mean(values))
 
     def missed(self) -> np.ndarray:
         """(T, M) bool: truths that no prediction finds at a precision worth having."""
-        counts = np.bincount(self.truths.labels)
         missed = np.ones((len(self.partners[0]), len(self.truths.labels)), dtype=bool)
-        for partners, count in zip(self.partners, counts, strict=True):
-            useful = _precision(partners >= 0, count, counts.mean()) > MIN_PRECISION_OF_FOUND
+        for partners, count in zip(self.partners, self.counts, strict=True):
+            useful = self._precision(partners >= 0, count) > MIN_PRECISION_OF_FOUND
             for of, found, stays in zip(missed, partners, useful, strict=True):
                 of[found[stays & (found >= 0)]] = False
         return missed
 
+    def _average_precision(self, true_positive: np.ndarray, num_truths: int) -> np.ndarray:
+        """(T, n) by falling score -> (T,) area under the envelope of the normalised precision."""
+        return area_under(self._precision(true_positive, num_truths), true_positive, num_truths=num_truths)
 
-def _precision(true_positive: np.ndarray, num_truths: int, mean_truths: float) -> np.ndarray:
-    """(T, n) by falling score -> (T, n) normalised precision."""
-    # The larger of that and the smallest float: before the first prediction counts, 0 / 0 is 0.
-    weighted = np.cumsum(true_positive, axis=1) / num_truths * mean_truths
-    false = np.cumsum(~true_positive, axis=1)
-    return weighted / np.maximum(weighted + false, np.finfo(np.float64).tiny)
-
-
-def _average_precision(true_positive: np.ndarray, num_truths: int, mean_truths: float) -> np.ndarray:
-    """(T, n) by falling score -> (T,) area under the envelope of the normalised precision."""
-    return area_under(_precision(true_positive, num_truths, mean_truths), true_positive, num_truths=num_truths)
+    def _precision(self, true_positive: np.ndarray, num_truths: int) -> np.ndarray:
+        """(T, n) by falling score -> (T, n) normalised precision."""
+        weighted = np.cumsum(true_positive, axis=1) / num_truths * self.counts.mean()
+        false = np.cumsum(~true_positive, axis=1)
+        # The larger of that and the smallest float: before the first prediction counts, 0 / 0 is 0.
+        return weighted / np.maximum(weighted + false, np.finfo(np.float64).tiny)
 
 
 def _types(
