@@ -87,7 +87,7 @@ def trained_wiring(config: BackboneConfig) -> dict[str, Any] | None:
         return read_wiring(path, layouts=layouts)
     if (described := path / "config.json").is_file():
         content = read_json(described)
-    elif is_of_the_library(config.name, config.weights) and not config.name.startswith("internvideo2"):
+    elif is_of_the_library(config.name, config.weights):
         content = import_module("re2tal.backbones.hub.pretrained").read_config(config.weights)
     else:
         return None
@@ -97,7 +97,8 @@ def trained_wiring(config: BackboneConfig) -> dict[str, Any] | None:
 
 def is_of_the_library(name: str, weights: str) -> bool:
     """True if `weights` can only be a folder or hub name of the transformers library, for the backbone of that name."""
-    ours = name in swin3d.SIZES or name in slowfast.SIZES
+    # The library has no InternVideo2.
+    ours = name in swin3d.SIZES or name in slowfast.SIZES or name.startswith("internvideo2")
     return name in BACKBONES and not ours and not is_weights_file(weights)
 
 

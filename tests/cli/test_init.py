@@ -173,9 +173,15 @@ def test_data_that_nothing_can_be_learnt_from_is_refused(videos: Path, tmp_path:
         look_at(videos, write(tmp_path / "a.json", entries))
 
 
-@pytest.mark.parametrize("backbone", [None, "videomae_base"])
-def test_weights_that_are_not_there_are_refused_before_anything_is_written(videos: Path, tmp_path: Path, backbone):
-    options = Initialisation(videos, tmp_path / "a.json", tmp_path / "recipe.json", None, Start(backbone, "gone.pth"))
-    with pytest.raises(FileNotFoundError, match=r"--weights is gone\.pth, and there is no such file; .* correct"):
+@pytest.mark.parametrize(
+    ("backbone", "weights"),
+    # The library has no InternVideo2, so that nothing is on a hub.
+    [(None, "gone.pth"), ("videomae_base", "gone.pth"), ("internvideo2_1b", "OpenGVLab/InternVideo2")],
+)
+def test_weights_that_are_not_there_are_refused_before_anything_is_written(
+    videos: Path, tmp_path: Path, backbone, weights
+):
+    options = Initialisation(videos, tmp_path / "a.json", tmp_path / "recipe.json", None, Start(backbone, weights))
+    with pytest.raises(FileNotFoundError, match=rf"--weights is {weights}, and there is no such file; .* correct"):
         initialise(options)
     assert not options.out.exists()
