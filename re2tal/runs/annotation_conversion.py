@@ -65,7 +65,11 @@ def convert(options: Conversion) -> int:
     out = output_file(options.out, option="--out")
     with _Videos(options.videos) as videos:
         found = Found(_wanted(options), videos.measure if options.videos else None)
-        read = read_files(_files(options.inputs), format_name=options.format, found=found)
+        files = list(_files(options.inputs))
+        # Also where a folder holds what an earlier conversion wrote: it would be read as annotations, once more.
+        if any(one.exists() and out.exists() and one.samefile(out) for one in files):
+            raise ValueError(f"--out {options.out} is among the files to convert; give another place, or remove it")
+        read = read_files(files, format_name=options.format, found=found)
         for video_id, one in found.videos.items():
             if one.duration_seconds is None:
                 measured = videos.measure(video_id) if options.videos else None

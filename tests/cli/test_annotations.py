@@ -190,3 +190,15 @@ def test_the_formats_are_listed(capsys):
     status, out, _ = run(capsys, "annotations", "formats")
     assert status == 0
     assert "\nelan           ELAN's .eaf\n" in out
+
+
+def test_a_conversion_never_reads_what_it_writes(tmp_path: Path, capsys) -> None:
+    entry = {"subset": "training", "duration": 9.0, "annotations": [{"segment": [1, 2], "label": "x"}]}
+    given = tmp_path / "a.json"
+    given.write_text(json.dumps({"database": {"a": entry}}))
+    before = given.read_bytes()
+    for inputs, out in (("a.json", "a.json"), ("", "a.json"), ("a.json", "../" + tmp_path.name + "/a.json")):
+        with pytest.raises(SystemExit, match="2"):
+            main(["annotations", "convert", str(tmp_path / inputs), "--out", str(tmp_path / out)])
+        assert "a.json is among the files to convert; give another place, or remove it" in capsys.readouterr().err
+    assert given.read_bytes() == before
