@@ -19,7 +19,7 @@ from re2tal.backbones.weights import is_weights_file
 from re2tal.config.schema import RUNS, RecognitionConfig, RunConfig
 from re2tal.config.unions import CHOICES, KindChoice
 from re2tal.data.addresses.address import folder_address
-from re2tal.strict_json import read_json, write_atomically
+from re2tal.strict_json import brief, read_json, write_atomically
 
 T = TypeVar("T")
 
@@ -178,5 +178,5 @@ def _explain(error: ValidationError, kind: Any, *, inside: str | None) -> str:
             is_field = inside is not None and named in {field.name for field in dataclasses.fields(kind)}
             lines.append(f"{inside}.{message}" if is_field else message)
         else:
-            lines.append(f"{key} is {fault['input']!r}: {fault['msg']}")
+            lines.append(f"{key} is {brief(fault['input'])}: {fault['msg']}")
     return "; ".join(lines)
