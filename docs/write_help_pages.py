@@ -14,7 +14,7 @@ from typing import Any
 
 import tyro
 
-from re2tal.cli import command, short_floats
+from re2tal.cli import command, own_types
 from re2tal.cli.commands import COMMANDS, MOST_USED, STARTING_POINTS
 from re2tal.cli.help import PAGES
 
@@ -30,7 +30,7 @@ def parsers() -> Iterator[tuple[str, argparse.ArgumentParser]]:
                 command(name, [])[0],
                 prog=f"re2tal {name}",
                 config=(tyro.conf.AvoidSubcommands,),
-                registry=short_floats(),
+                registry=own_types(),
             )
         yield name, parser
         for action in parser._actions:

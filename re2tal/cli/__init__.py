@@ -11,6 +11,7 @@ from contextlib import nullcontext, suppress
 from difflib import get_close_matches
 from functools import partial
 from io import TextIOWrapper
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import re2tal
@@ -53,10 +54,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # A loss that is no number: another status, so that a scheduler does not start the same again.
     except FloatingPointError as error:
         end(str(error), DIVERGED, debug=debug)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not _is_lack_of_memory(error):
             raise
-        end(f"{str(error).strip().partition(chr(10))[0]} {LESS_MEMORY}", WRONG_INPUT, debug=debug)
+        what = str(error).strip().partition("\n")[0] or "There is not enough memory."
+        end(f"{what} {LESS_MEMORY}", WRONG_INPUT, debug=debug)
     except KeyboardInterrupt:
         end("stopped by the keyboard; finished files are kept, a training run goes on with --resume", KEYBOARD)
     sys.exit(status)
@@ -68,9 +70,10 @@ def _escape_what_cannot_be_encoded() -> None:
         sys.stdout.reconfigure(errors="backslashreplace")
 
 
-def _is_lack_of_memory(error: RuntimeError) -> bool:
+def _is_lack_of_memory(error: RuntimeError | MemoryError) -> bool:
     # By name: what raised it has imported torch, which this file must not.
-    return type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    is_named = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    return is_named or isinstance(error, MemoryError)
 
 
 def _is_read() -> bool:
@@ -135,13 +138,12 @@ def parsed(function: Callable, arguments: Sequence[str], *, prog: str) -> Any:
     """What `function` returns for the arguments, parsed by its signature."""
     import tyro
 
-    return tyro.cli(function, args=arguments, prog=prog, config=(tyro.conf.AvoidSubcommands,), registry=short_floats())
+    return tyro.cli(function, args=arguments, prog=prog, config=(tyro.conf.AvoidSubcommands,), registry=own_types())
 
 
-def short_floats() -> ConstructorRegistry:
-    """Lets help show 0.39999999999999997, the published threshold to the last bit, as 0.4.
-
-    The value stays what it is.
+def own_types() -> ConstructorRegistry:
+    """How values are read and shown: no path is empty, and 0.39999999999999997 in help, the published threshold to the
+    last bit, is 0.4. The value stays what it is.
     """
     from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
@@ -161,4 +163,23 @@ def short_floats() -> ConstructorRegistry:
             str_from_instance=lambda value: [f"{value:.6g}"],
         )
 
+    @registry.primitive_rule
+    def named(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Path] | None:
+        if info.type is not Path:
+            return None
+        return PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="PATH",
+            instance_from_str=lambda given: _path(given[0]),
+            is_instance=lambda value: isinstance(value, Path),
+            str_from_instance=lambda value: [str(value)],
+        )
+
     return registry
+
+
+def _path(text: str) -> Path:
+    # Most often of a variable of the shell that is not set; `Path` would take it for the folder at hand.
+    if not text:
+        raise ValueError("the path is empty; name a file or a folder")
+    return Path(text)

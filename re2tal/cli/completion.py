@@ -8,7 +8,7 @@ from contextlib import redirect_stdout, suppress
 
 import tyro
 
-from re2tal.cli import command, short_floats
+from re2tal.cli import command, own_types
 from re2tal.cli.commands import COMMANDS
 
 
@@ -22,7 +22,7 @@ def print_completion(shell: str) -> None:
             prog="re2tal",
             args=["--tyro-write-completion", shell, "-"],
             config=(tyro.conf.AvoidSubcommands,),
-            registry=short_floats(),
+            registry=own_types(),
         )
     # The script takes each line of an answer for a word, and descriptions have several.
     print(re.sub(r"(?m)^COMPLETION_SPEC = .*", lambda line: line[0].replace(r"\n", " "), written.getvalue()), end="")

@@ -51,6 +51,8 @@ def detect(
     """
     if model and run:
         raise ValueError("--model and --run mean the same; give one, the folder of a trained detector")
+    if "" in paths:
+        raise ValueError("one of the paths is empty; name a video, a folder or an address")
     chosen = model or run or SHIPPED
     if chosen == SHIPPED:
         say_shipped()

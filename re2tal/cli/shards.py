@@ -43,9 +43,6 @@ class Index:
     shard_size: str = "2GB"
     """How large a shard may be, unless a single video is larger."""
 
-    def __post_init__(self) -> None:
-        check_options(self, max_rejected=SHARE)
-
 
 @dataclass(frozen=True, slots=True)
 class Annotate:
@@ -68,9 +65,6 @@ class Annotate:
     """Read labels that differ by case, space or Unicode form as one class, and say so; otherwise they are an error."""
     max_rejected: float = 0.05
     """Share of a subset's videos that may be left out without the exit status saying so."""
-
-    def __post_init__(self) -> None:
-        check_options(self, max_rejected=SHARE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +98,8 @@ class List:
 
 def shards(command: Annotated[Build | Annotate | Index | Merge | Verify | List, tyro.conf.arg(name="")]) -> int:
     """Build shards from videos, annotate or merge them, take over tars of others, verify or list what is there."""
+    if isinstance(command, Annotate | Index):
+        check_options(command, max_rejected=SHARE)
     match command:
         case Build():
             return build(command)

@@ -11,7 +11,7 @@ from re2tal.data.contract.shards import open_any, subset_folder
 from re2tal.evaluation.comparison import Comparison, compare_runs
 from re2tal.evaluation.ground_truth import read_ground_truth
 from re2tal.evaluation.matching import Matches
-from re2tal.evaluation.protocols import Dataset, ProtocolName, check_thresholds
+from re2tal.evaluation.protocols import Dataset, ProtocolName
 from re2tal.evaluation.results import read_results
 from re2tal.options import NOT_NEGATIVE, Range, check_options
 from re2tal.runs.evaluation import ScoringRules, is_class_agnostic, match_results
@@ -49,11 +49,6 @@ class ComparisonOptions:
     seeds_of_b: tuple[Path, ...] = ()
     """The same for B."""
 
-    def __post_init__(self) -> None:
-        check_options(self, draws=_DRAWS, seed=NOT_NEGATIVE)
-        if self.tiou_thresholds:
-            check_thresholds(self.tiou_thresholds)
-
 
 BY_DEFAULT = ComparisonOptions()
 
@@ -66,12 +61,14 @@ def compare(
     Where A lies in a run folder, the rules of that run count where none are given, and without `annotations` its true
     actions. Raises ValueError, before anything is scored, if there is none, and as `re2tal.evaluate`.
     """
+    check_options(options, draws=_DRAWS, seed=NOT_NEGATIVE)
     sides = [(a, *options.seeds_of_a), (b, *options.seeds_of_b)]
     # All of them before anything is read: scoring takes minutes.
     if missing := [path for side in sides for path in side if not path.is_file()]:
         raise FileNotFoundError(f"{missing[0]} is not a file; give a results JSON")
     config = _config_of_run(a)
     rules = _rules(options, otherwise=ScoringRules() if config is None else _rules_of_run(config, a))
+    rules.check()
     if annotations is not None:
         truths, source = read_ground_truth(annotations, subset=rules.subset), annotations
     elif config is not None:

@@ -58,9 +58,6 @@ class DetectionOptions:
     flip: bool = False
     """look at each clip and its mirror image, and average what the network says of both; takes twice as long"""
 
-    def __post_init__(self) -> None:
-        check_options(self, min_score=SHARE, top=COUNT, top_k=COUNT)
-
 
 AS_USUAL = DetectionOptions()
 
@@ -123,6 +120,7 @@ class Job:
         recursive: bool,
     ) -> Job:
         """All that can be wrong is found before any network runs."""
+        check_options(wanted, min_score=SHARE, top=COUNT, top_k=COUNT)
         first = str(as_address(paths[0]) or paths[0]) if paths else ""
         if paths and shards is not None:
             raise ValueError(f"videos {first} and shards {shards} were both given; give one of them")

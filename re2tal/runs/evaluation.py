@@ -103,7 +103,8 @@ class ScoringRules:
     class_agnostic: bool = False
     """Score as if all labels, predicted and true, were one."""
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
+        """ValueError for a number that means nothing."""
         if self.tiou_thresholds:
             check_thresholds(self.tiou_thresholds)
 
@@ -129,8 +130,9 @@ class ScoringOptions(ScoringRules):
     bootstrap_seed: int = 0
     """Of the draws: the same seed gives the same intervals."""
 
-    def __post_init__(self) -> None:
-        ScoringRules.__post_init__(self)
+    def check(self) -> None:
+        """ValueError for a number that means nothing."""
+        ScoringRules.check(self)
         check_options(self, proposals=COUNT, top_kx=COUNT, bootstrap=_NO_DRAWS_OR_MORE, bootstrap_seed=NOT_NEGATIVE)
 
 
@@ -149,6 +151,7 @@ def evaluate(predictions: Path | str, annotations: Path | str, options: ScoringO
         print(scored)
         print(f"{100 * scored.average_map:.2f} %")
     """
+    options.check()
     if options.seeds and not options.bootstrap:
         raise ValueError(f"seeds, {options.seeds[0]}, were given without bootstrap; give it too, such as 1000")
     truths = read_ground_truth(Path(annotations), subset=options.subset)

@@ -91,10 +91,6 @@ class Extract:
     max_rejected: float = 0.05
     """Share of a subset's videos that may be unusable without the exit status saying so."""
 
-    def __post_init__(self) -> None:
-        counts = {"window_frames": COUNT, "whole": COUNT, "size": COUNT, "batch_size": COUNT, "fps": POSITIVE}
-        check_options(self, **counts, overlap=RATE, workers=NOT_NEGATIVE, seed=NOT_NEGATIVE, max_rejected=SHARE)
-
 
 def extract(options: Extract) -> list[BuiltSubset]:
     """Extract the features of each folder of shards; what was written, in their order."""
@@ -175,6 +171,8 @@ def _windowing(options: Extract, trained: Windowing | None, shards: ShardSet) ->
 
 
 def _refuse_wrong_options(options: Extract) -> None:
+    counts = {"window_frames": COUNT, "whole": COUNT, "size": COUNT, "batch_size": COUNT, "fps": POSITIVE}
+    check_options(options, **counts, overlap=RATE, workers=NOT_NEGATIVE, seed=NOT_NEGATIVE, max_rejected=SHARE)
     if not options.shards:
         raise ValueError("no folder of shards was named; give those that `re2tal shards build` wrote")
     if options.run is not None and options.backbone != BackboneConfig():

@@ -92,13 +92,11 @@ class Pack:
     max_rejected: float = 0.05
     """Share of a subset's videos that may be unusable without the exit status saying so."""
 
-    def __post_init__(self) -> None:
-        counts = dict.fromkeys(("stride_frames", "window_frames", "resized", "videos_per_shard"), COUNT)
-        check_options(self, **counts, fps=POSITIVE, seed=NOT_NEGATIVE, max_rejected=SHARE)
-
 
 def pack(options: Pack) -> int:
     """Pack the subsets; gives the exit status."""
+    counts = dict.fromkeys(("stride_frames", "window_frames", "resized", "videos_per_shard"), COUNT)
+    check_options(options, **counts, fps=POSITIVE, seed=NOT_NEGATIVE, max_rejected=SHARE)
     spec = find_dataset(options.dataset)
     timing = _timing(options)
     files = _files(options, spec)

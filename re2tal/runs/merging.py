@@ -39,9 +39,6 @@ class MergeOptions:
     """Make a submission to EPIC-Kitchens-100 of two files, of verbs and of nouns: a verb and a noun that overlap by at
     least this tIoU are an action, whose score is the product of theirs. At most suppression.max_per_video a video."""
 
-    def __post_init__(self) -> None:
-        check_options(self, top_k=COUNT)
-
 
 AS_USUAL = MergeOptions()
 
@@ -64,6 +61,7 @@ def merge_results(paths: Sequence[Path], out: Path, options: MergeOptions = AS_U
     weights that do not fit, a file that is given twice, scores below 0, files without a video in common, and video
     classes for detections that have classes.
     """
+    check_options(options, top_k=COUNT)
     out = output_file(out, option="--out")
     weights = options.weights or (1.0,) * len(paths)
     if not paths or len(weights) != len(paths):

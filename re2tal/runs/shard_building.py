@@ -85,13 +85,11 @@ class Build:
     max_rejected: float = 0.05
     """Share of a subset's videos that may be unusable without the exit status saying so."""
 
-    def __post_init__(self) -> None:
-        counts = {"frames": COUNT, "videos_per_shard": COUNT, "workers": COUNT}
-        check_options(self, **counts, seed=NOT_NEGATIVE, max_damaged=SHARE, max_rejected=SHARE)
-
 
 def build(options: Build) -> int:
     """Build the subsets; gives the exit status."""
+    counts = {"frames": COUNT, "videos_per_shard": COUNT, "workers": COUNT}
+    check_options(options, **counts, seed=NOT_NEGATIVE, max_damaged=SHARE, max_rejected=SHARE)
     spec = find_dataset(options.dataset)
     config = _config(options, spec)
     listed = _listed(options, spec)

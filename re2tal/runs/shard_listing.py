@@ -25,6 +25,7 @@ MAX_SHOWN = 20
 
 def verify(folders: Sequence[Path]) -> int:
     """Print what is damaged; gives the exit status."""
+    _refuse_none(folders)
     status = 0
     for folder in folders:
         opened = open_any(folder)
@@ -39,6 +40,7 @@ def verify(folders: Sequence[Path]) -> int:
 
 def describe(folders: Sequence[Path]) -> int:
     """Print a line or two per folder; gives the exit status."""
+    _refuse_none(folders)
     for folder in folders:
         manifest = open_any(folder).manifest
         totals = manifest.totals
@@ -54,6 +56,12 @@ def describe(folders: Sequence[Path]) -> int:
             f"{len(manifest.rejected)} rejected"
         )
     return 0
+
+
+def _refuse_none(folders: Sequence[Path]) -> None:
+    # "All is sound" would be said of none.
+    if not folders:
+        raise ValueError("no folder was given; name folders of one subset each, such as SHARDS/training")
 
 
 def _sampling(manifest: Manifest) -> str:

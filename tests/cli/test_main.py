@@ -173,6 +173,7 @@ def test_a_pipe_that_breaks_elsewhere_is_told(monkeypatch, capsys):
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSee the documentation"),
+        MemoryError("Unable to allocate 11.1 PiB for an array with shape (125000000000, 14, 14)"),
         RuntimeError("[enforce fail at alloc_cpu.cpp:1] . DefaultCPUAllocator: can't allocate memory: you tried"),
     ],
 )

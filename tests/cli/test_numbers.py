@@ -1,29 +1,44 @@
-"""Numbers that mean nothing are refused by the name of their option, before any work."""
+"""Numbers that mean nothing are refused by the name of their option, before any work; and so are empty paths."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import inf, nan
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 import re2tal
-from re2tal.cli.shards import Annotate, Index
-from re2tal.runs.comparison import ComparisonOptions
+from re2tal.cli import main
+from re2tal.cli.shards import Annotate, Index, shards
+from re2tal.runs.comparison import ComparisonOptions, compare
 from re2tal.runs.detection import detect
 from re2tal.runs.detection_job import DetectionOptions
-from re2tal.runs.feature_extraction import Extract
-from re2tal.runs.feature_packing import Pack
-from re2tal.runs.merging import MergeOptions
-from re2tal.runs.shard_building import Build
+from re2tal.runs.feature_extraction import Extract, extract
+from re2tal.runs.feature_packing import Pack, pack
+from re2tal.runs.merging import MergeOptions, merge_results
+from re2tal.runs.shard_building import Build, build
 from re2tal.runs.viewing import ViewOptions, open_viewer
 
-HERE = Path()
+NOWHERE = Path("nowhere")
 SHARE = "give a number from 0 to 1"
+RUNS: dict[type, Callable[..., Any]] = {
+    Build: lambda **given: build(Build(out=NOWHERE, **given)),
+    Index: lambda **given: shards(Index(NOWHERE, NOWHERE, **given)),
+    Annotate: lambda **given: shards(Annotate(NOWHERE, NOWHERE, **given)),
+    Extract: lambda **given: extract(Extract((NOWHERE,), NOWHERE, **given)),
+    Pack: lambda **given: pack(Pack(NOWHERE, NOWHERE, NOWHERE, **given)),
+    DetectionOptions: lambda **given: detect(NOWHERE, [NOWHERE], wanted=DetectionOptions(**given)),
+    MergeOptions: lambda **given: merge_results([NOWHERE], NOWHERE, MergeOptions(**given)),
+    re2tal.ScoringOptions: lambda **given: re2tal.evaluate(NOWHERE, NOWHERE, re2tal.ScoringOptions(**given)),
+    ComparisonOptions: lambda **given: compare(NOWHERE, NOWHERE, options=ComparisonOptions(**given)),
+    ViewOptions: lambda **given: open_viewer(NOWHERE, ViewOptions(**given)),
+}
 
 
 @pytest.mark.parametrize(
-    ("make", "name", "value", "wanted"),
+    ("options", "name", "value", "wanted"),
     [
         (Build, "seed", -1, "give 0 or more"),
         (Build, "frames", 0, "give 1 or more"),
@@ -53,19 +68,30 @@ SHARE = "give a number from 0 to 1"
         (re2tal.ScoringOptions, "tiou_thresholds", (nan,), r"give at least one number in \(0, 1]"),
         (ComparisonOptions, "draws", 1, "give at least 2 draws; customary are 1000"),
         (ComparisonOptions, "seed", -1, "give 0 or more"),
-        (ComparisonOptions, "tiou_thresholds", (0.0,), r"give at least one number in \(0, 1]"),
+        (ViewOptions, "port", 70000, "give a number from 0"),
     ],
 )
-def test_a_number_without_a_meaning_is_refused(make, name, value, wanted) -> None:
-    needed = {"shards": (HERE,), "out": HERE, "tars": HERE, "features": HERE, "annotations": HERE}
-    needed = {key: one for key, one in needed.items() if key in make.__dataclass_fields__}
-    make(**needed)
+def test_a_number_without_a_meaning_is_refused(options, name, value, wanted) -> None:
     with pytest.raises(ValueError, match=f"{name.replace('_', '.')} is .*; {wanted}"):
-        make(**needed, **{name: value})
+        RUNS[options](**{name: value})
 
 
-def test_detections_and_the_page_refuse_theirs(tmp_path: Path) -> None:
+def test_damage_is_a_share_of_a_video() -> None:
     with pytest.raises(ValueError, match=f"--max-damaged is nan; {SHARE}"):
         detect(max_damaged=nan)
-    with pytest.raises(ValueError, match="--port is 70000; give a number from 0"):
-        open_viewer(tmp_path, ViewOptions(port=70000))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["shards", "verify", ""], "['']"),
+        (["shards", "verify"], "no folder was given; name folders of one subset each"),
+        (["report", "--run", ""], "the path is empty; name a file or a folder"),
+        (["detect", ""], "one of the paths is empty"),
+    ],
+)
+def test_what_a_variable_that_is_not_set_leaves_is_refused(arguments, message, capsys) -> None:
+    """As in `re2tal shards verify "$FOLDERS"`: an empty path is the folder at hand, and no path at all is sound."""
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert message in " ".join(capsys.readouterr().err.split())

@@ -66,7 +66,7 @@ def test_two_do_not_build_one_folder_at_once_unless_they_are_parts(capsys, given
     with locked(tmp_path / "training"):
         status, _, err = run(capsys, "build", *given, "--out", tmp_path, "--subsets", "training")
         assert (status, f"{tmp_path}/training is in use by" in err) == (2, True)
-    with locked(built / "training"):
+    with locked(built / "training" / ".reports" / "part-0-of-2"):
         assert run(capsys, "build", *given, "--out", built, "--subsets", "training", "--part", "1/2")[0] == 3
     assert not (tmp_path / "training" / "lock").exists()
     with locked(tmp_path / "training" / ".reports" / "part-1-of-2"):

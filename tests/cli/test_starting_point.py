@@ -6,7 +6,7 @@ from typing import Annotated
 import pytest
 import tyro
 
-from re2tal.cli import main, short_floats
+from re2tal.cli import main, own_types
 from re2tal.cli.starting_point import starting_point
 from re2tal.config import RecognitionConfig, RunConfig, save_config
 from re2tal.data.streaming.windows import ResizeWhole, Trimmed
@@ -22,7 +22,7 @@ def configured(*arguments: str) -> RunConfig | RecognitionConfig:
     def take(*, run: Annotated[RunConfig | RecognitionConfig, tyro.conf.arg(name="")]) -> object:
         return run
 
-    return tyro.cli(partial(take, run=start), args=rest, config=(tyro.conf.AvoidSubcommands,), registry=short_floats())
+    return tyro.cli(partial(take, run=start), args=rest, config=(tyro.conf.AvoidSubcommands,), registry=own_types())
 
 
 def test_another_localizer_has_its_defaults_which_further_options_change():

@@ -52,6 +52,8 @@ def read_video_ids(path: Path) -> frozenset[str]:
     Raises FileNotFoundError, and ValueError naming the file for JSON that is no list of strings, or text that is not
     UTF-8.
     """
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; give a JSON list of video ids, or a text file with one per line")
     if path.suffix.lower() != ".json":
         try:
             lines = path.read_text(encoding="utf-8-sig").split("\n")  # some editors begin a file with a mark
