@@ -143,7 +143,7 @@ def parsed(function: Callable, arguments: Sequence[str], *, prog: str) -> Any:
 
 def own_types() -> ConstructorRegistry:
     """How values are read and shown: no path is empty, and 0.39999999999999997 in help, the published threshold to the
-    last bit, is 0.4. The value stays what it is.
+    last bit, is 0.4. The value stays what it is. A rule that gives None leaves a type to tyro's own.
     """
     from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
@@ -151,7 +151,6 @@ def own_types() -> ConstructorRegistry:
 
     @registry.primitive_rule
     def short(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[float] | None:
-        # None: tyro's own rules go on.
         if info.type is not float:
             return None
         return PrimitiveConstructorSpec(
