@@ -4,6 +4,9 @@
 
 If a branch runs in pieces, the matrix product adds dW directly to the sum over earlier pieces (`addmm`), instead of
 writing it and adding it afterwards. If the branch's output was saved, y is not computed (`without_last_linear`).
+
+Inside of a checkpoint that a branch sets, layers are left alone: it runs them once more, where they are not replaced,
+and takes what the one run saves for what the other saves.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+
+from re2tal.reversible.recompute import hooks_on_saved
 
 AddProduct = Callable[[Tensor, Tensor, Tensor], Tensor | None]
 """A leaf, dy^T and x -> its gradient, or None where that waits for further pieces."""
@@ -59,11 +64,12 @@ class AddingProducts(TorchFunctionMode):
 
     def __init__(self, add_product: AddProduct) -> None:
         super().__init__()
-        self._add_product = add_product
+        self._add_product, self._hooks = add_product, hooks_on_saved()
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Calls `func`, but `Linear` instead of `F.linear`."""
-        if func is F.linear and len(args) > 1 and not kwargs and takes_products(*args[:2]):
+        is_linear = func is F.linear and len(args) > 1 and not kwargs and hooks_on_saved() == self._hooks
+        if is_linear and takes_products(*args[:2]):
             return Linear.apply(*(*args, None)[:3], self._add_product, True)
         return func(*args, **(kwargs or {}))
 

@@ -143,9 +143,14 @@ def _view(make: Callable[..., Tensor], place: tuple, part: tuple, *tensors: Tens
     return made.as_strided(*part)
 
 
+def hooks_on_saved() -> tuple[Callable, Callable] | None:
+    """The hooks on saved tensors that are in force: others than before mean a checkpoint, or the like, in between."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(False)
+
+
 def _hooked() -> bool:
     """Whether hooks are in force that may move saved tensors elsewhere."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None and not _only_looking.get()
+    return hooks_on_saved() is not None and not _only_looking.get()
 
 
 _only_looking: ContextVar[bool] = ContextVar("only_looking", default=False)

@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from re2tal.reversible.linear import AddProduct, Linear, takes_products
+from re2tal.reversible.recompute import hooks_on_saved
 
 
 @contextmanager
@@ -27,14 +29,16 @@ def without_last_linear(linear: nn.Linear | None, *, add_product: AddProduct | N
     if linear is None or "forward" in vars(linear):
         yield
         return
-    linear.forward = partial(_without_values, linear, add_product)  # type: ignore[method-assign]
+    linear.forward = partial(_without_values, linear, add_product, hooks_on_saved())  # type: ignore[method-assign]
     try:
         yield
     finally:
         del linear.forward
 
 
-def _without_values(linear: nn.Linear, add_product: AddProduct | None, x: Tensor) -> Tensor:
+def _without_values(linear: nn.Linear, add_product: AddProduct | None, hooks: Any, x: Tensor) -> Tensor:
+    if hooks_on_saved() != hooks:
+        return nn.Linear.forward(linear, x)
     operands = (x, linear.weight, linear.bias)
     kind = x.device.type
     # Autocast casts in F.linear, which is not called here; the graph must have the dtypes it would have.

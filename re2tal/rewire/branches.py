@@ -25,6 +25,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from re2tal.rewire.cuts import Cut
+from re2tal.rewire.hooks import hooked_inside
 from re2tal.rewire.kinks import holds_kinks
 
 
@@ -50,8 +51,13 @@ class Branch:
     in no gradient, and need not be computed again where it was saved."""
 
     def last_in(self, block: nn.Module) -> nn.Linear | None:
-        """That layer; None where another type took its place, or something was put around it: either may do more."""
-        found = dict(block.named_modules(remove_duplicate=False)).get(self.last) if self.last else None
+        """That layer; None where another type took its place, or something was put around it: either may do more.
+
+        So it is with hooks inside the block, which may look at what it returns.
+        """
+        if self.last is None or hooked_inside((block,)):
+            return None
+        found = dict(block.named_modules(remove_duplicate=False)).get(self.last)
         return found if type(found) is nn.Linear else None
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.modules.conv import _ConvNd
 
-from re2tal.reversible.recompute import Recipe, save_recipes
+from re2tal.reversible.recompute import Recipe, hooks_on_saved, save_recipes
 
 
 @contextmanager
@@ -50,13 +50,13 @@ def _convolutions_remake(
     counts what each of its two runs saves.
     """
     kept_sources = save_recipes(*sources)
-    storage, version, hooks = _storage(made), made._version, _saved_tensors_hooks()
+    storage, version, hooks = _storage(made), made._version, hooks_on_saved()
     with ExitStack() as handles, ExitStack() as inside:
 
         def before(layer: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             if not args or _storage(args[0]) != storage:
                 return None
-            if args[0]._version != version or _saved_tensors_hooks() != hooks:
+            if args[0]._version != version or hooks_on_saved() != hooks:
                 return None
             x, *others = args
             view, dtype = (x.size(), x.stride(), x.storage_offset()), _dtype_inside(x)
@@ -90,10 +90,6 @@ def _remade(x: Tensor, again: Callable[[], Tensor]) -> saved_tensors_hooks:
             return again().as_strided(*packed)
 
     return saved_tensors_hooks(pack, unpack)
-
-
-def _saved_tensors_hooks() -> tuple[Callable, Callable] | None:
-    return torch._C._autograd._top_saved_tensors_default_hooks(False)
 
 
 def _dtype_inside(x: Tensor) -> torch.dtype:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -11,6 +12,7 @@ from reversible.networks import CHANNELS, assert_close, chain, coupled, gradient
 from reversible.test_chunking import chunked
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
 
 from re2tal.reversible import run_reversibly
 from re2tal.reversible.linear import AddingProducts, takes_products
@@ -44,6 +46,28 @@ def test_gradients_of_pieces_are_those_of_whole_branches(kind, known) -> None:
     branches = (chain(kind, 4) if isinstance(kind, str) else nn.ModuleList(kind() for _ in range(4))).double()
     x = states(dtype=torch.float64)
     run = partial(run_reversibly, chunked(branches, 3), saved_outputs=known, owner=branches)
+    wanted = gradients(partial(coupled, branches), x, branches)
+    assert_close(gradients(run, x, branches), wanted, relative=1e-12)
+
+
+class Checkpointed(nn.Module):
+    """Square layers, whose weights could be taken for transposed ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(CHANNELS, CHANNELS), nn.Linear(CHANNELS, CHANNELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(lambda x: self.down(torch.tanh(self.up(x))), x, use_reentrant=False)
+
+
+@pytest.mark.parametrize("known", [0, 3])
+@pytest.mark.parametrize("axes", [2, 3])
+def test_layers_in_a_checkpoint_of_a_branch_are_left_alone(axes, known) -> None:
+    branches, x = nn.ModuleList(Checkpointed() for _ in range(4)).double(), states(dtype=torch.float64)
+    x = x if axes == 3 else x.flatten(0, 1)
+    units = [replace(unit, last=branch.down) for unit, branch in zip(chunked(branches, 3), branches, strict=True)]
+    run = partial(run_reversibly, units, saved_outputs=known, owner=branches)
     wanted = gradients(partial(coupled, branches), x, branches)
     assert_close(gradients(run, x, branches), wanted, relative=1e-12)
 

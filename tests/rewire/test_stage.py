@@ -117,6 +117,17 @@ def test_what_is_put_around_a_branchs_last_layer_is_run(around) -> None:
     torch.testing.assert_close(known, kept, **CLOSE)
 
 
+@pytest.mark.parametrize("path", ["mlp", "mlp.2"])
+def test_a_hook_on_a_branchs_last_layer_sees_numbers(path) -> None:
+    nets = [walker(LinearEnd, LinearEnd, LinearEnd) for _ in range(2)]
+    for net, config in zip(nets, (RewiringConfig(known=9), RewiringConfig(recompute=False)), strict=True):
+        for block in net.layers:
+            block.get_submodule(path).register_forward_hook(lambda layer, args, output: output.relu())
+        rewire(net, config=config)
+    known, kept = (gradients(net, frames()) for net in nets)
+    torch.testing.assert_close(known, kept, **CLOSE)
+
+
 class PostNormList(PostNorm):
     def forward(self, x, mask=None):
         return super().forward(x)
