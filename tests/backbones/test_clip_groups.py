@@ -66,6 +66,16 @@ def test_features_and_gradients_are_those_of_all_clips_at_once(form: str) -> Non
         assert_close(step(build(form, clips_at_once=clips_at_once), *videos()), wanted)
 
 
+@pytest.mark.parametrize("clips_at_once", [None, 4])
+def test_a_mask_that_is_written_to_before_backward_changes_nothing(clips_at_once) -> None:
+    wanted, backbone, (frames, mask) = step(build(), *videos()), build(clips_at_once=clips_at_once), videos()
+    values = backbone(frames, mask).values
+    mask.fill_(True)
+    uneven(values).backward()
+    found = {key: parameter.grad for key, parameter in backbone.named_parameters() if parameter.grad is not None}
+    assert_close({"features": values.detach()} | found, wanted)
+
+
 def test_one_group_is_the_ungrouped_network_to_the_bit() -> None:
     wanted, found = (
         step(build(dtype=torch.float32, clips_at_once=clips), *videos(dtype=torch.float32)) for clips in (None, 99)

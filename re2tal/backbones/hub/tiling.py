@@ -81,7 +81,9 @@ class ClipwiseBackbone(VideoBackbone, CheckpointedModule):
         """
         check_size(frames.shape, patch=self.encoder.patch, network=type(self.encoder).__name__)
         every = range(ceil(frames.shape[2] / self.encoder.clip_frames))
-        encoded, per_clip = partial(self._encoded, frames, mask), self.encoder.clip_frames // self.frames_per_step
+        # A copy, from which backward cuts clips again: the caller may write to its own.
+        encoded = partial(self._encoded, frames, mask.clone())
+        per_clip = self.encoder.clip_frames // self.frames_per_step
         if self.memory is not None and self.training and torch.is_grad_enabled():
             steps = self.memory.features(encoded, num_clips=len(every), steps=per_clip, channels=self.out_channels)
         else:
