@@ -145,8 +145,9 @@ class FirstCheck(Monitor):
             raise RuntimeError(
                 f"{stage}: backward rebuilt a state that is {reading.drift:.1e} of its size off, so a branch gives "
                 "something else when it runs again: it reads an attribute or a cache that it writes, draws from a "
-                "generator of its own, its states overflow, or its kernels do not repeat bit for bit (on a CPU, those "
-                "of attention with a trained mask under bfloat16); correct it, or set recompute=False"
+                "generator of its own, its states overflow, its kernels do not repeat bit for bit (on a CPU, those of "
+                "attention with a trained mask under bfloat16), or it computes in bfloat16 inside, on states without a "
+                "grid (set grid to 2**-14); correct it, or set recompute=False"
             )
         if reading.drift > REPEAT_LIMIT:
             raise RuntimeError(

@@ -165,9 +165,8 @@ def _take_apart(block: nn.Module, call: BlockInputs, entered: Sequence[nn.Module
         )
         for training, evaluation in zip(steps[True], steps[False], strict=True)
     )
-    with KinkFinder() as finder:
-        _check(block, branches, call)
-    return Residual(branches, _wrapping(block, call), kinks=finder.found)
+    kinks = _check(block, branches, call)
+    return Residual(branches, _wrapping(block, call), kinks=kinks)
 
 
 def _function(
@@ -207,20 +206,23 @@ def _wrapping(block: nn.Module, call: BlockInputs) -> Callable[[nn.Module, Tenso
     return lambda block, x: (x, *rest)
 
 
-def _check(block: nn.Module, branches: Sequence[Branch], call: BlockInputs) -> None:
+def _check(block: nn.Module, branches: Sequence[Branch], call: BlockInputs) -> bool:
     """Raises RefusedError unless the block returns x + F(x) + G(x + F(x)) .. in both modes, with the same draws.
 
-    Noise is added to the example's x: if all its elements were equal, a wrong layout would not show.
+    Returns whether it has kinks. Noise is added to the example's x: if all its elements were equal, a wrong layout
+    would not show.
     """
     noise = torch.randn(call.x.shape, generator=torch.Generator().manual_seed(0)).to(call.x)
     call = BlockInputs(call.x + noise * (0.1 * float(call.x.abs().max()) or 1.0), call.args, call.kwargs)
+    finder = KinkFinder()
     for training in (True, False):
         results = []
         for run in (_run_block, _run_branches):
             with _undisturbed(block, call, training=training):
                 x = call.x.clone()
                 try:
-                    results.append(run(block, branches, BlockInputs(x, call.args, call.kwargs)))
+                    with finder:
+                        results.append(run(block, branches, BlockInputs(x, call.args, call.kwargs)))
                 except TracedError as changed:
                     raise RefusedError(str(changed)) from None
             if not torch.equal(x, call.x):
@@ -233,6 +235,7 @@ def _check(block: nn.Module, branches: Sequence[Branch], call: BlockInputs) -> N
         if not error <= 64 * torch.finfo(wanted.dtype).eps:
             raise RefusedError(f"the branches found miss its result by {error:.1e} of the largest element")
         _check_gradients(block, branches, call, training=training)
+    return finder.found
 
 
 def _check_gradients(block: nn.Module, branches: Sequence[Branch], call: BlockInputs, *, training: bool) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.pooling import _AdaptiveMaxPoolNd, _MaxPoolNd
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -21,8 +21,12 @@ LAYERS = (
     *(nn.Hardshrink, nn.Softshrink, nn.SELU, _MaxPoolNd, _AdaptiveMaxPoolNd),
 )
 
-# By parts of their names. Clamps are left out: they mostly guard a division, far from where they bend.
+# By parts of their names.
 OPERATIONS = ("relu", "threshold", "hardtanh", "hardswish", "hardsigmoid", "shrink", "max_pool")
+# By their names; in numbers, as those of positions and masks are no states.
+CHOICES = ("abs", "maximum", "minimum", "amax", "amin", "max", "min", "argmax", "argmin", "topk", "sort", "round")
+# At 0 alone: others mostly guard a division, far from where they bend.
+CLAMPS = ("clamp", "clamp_min", "clamp_max")
 
 
 def holds_kinks(block: nn.Module) -> bool:
@@ -41,5 +45,10 @@ class KinkFinder(TorchDispatchMode):
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         """Runs `func`, and looks at its name."""
-        self.found |= any(part in func.overloadpacket.__name__ for part in OPERATIONS)
+        name = func.overloadpacket.__name__
+        self.found |= any(part in name for part in OPERATIONS)
+        if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
+            name, bounds = name.removesuffix("_"), (*args[1:], *(kwargs or {}).values())
+            at_zero = any(type(bound) in (int, float) and bound == 0 for bound in bounds)
+            self.found |= name in CHOICES or (name in CLAMPS and at_zero)
         return func(*args, **(kwargs or {}))
