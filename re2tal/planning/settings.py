@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
-from torch.nn.modules.batchnorm import _BatchNorm
-
 from re2tal.rewire import RewiredStage
+from re2tal.rewire.units import joins_pieces
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,8 +73,7 @@ def can_be_cut(stages: Mapping[str, RewiredStage]) -> bool:
     for stage in stages.values():
         if stage.config.unit == "block":
             return False
-        # In pieces, statistics would be those of a piece.
-        if any(isinstance(module, _BatchNorm) and module.training for module in stage.modules()):
+        if any(map(joins_pieces, stage.modules())):
             return False
     return any(
         branch.cut is not None

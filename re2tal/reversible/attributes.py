@@ -107,11 +107,12 @@ def _held_by(module: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, value
     yield from module._modules.items()
     for name, hooks in (("_forward_hooks", module._forward_hooks), ("_forward_pre_hooks", module._forward_pre_hooks)):
-        if hooks and (of_users := tuple(hook for hook in hooks.values() if not _is_of_library(hook))):
+        if hooks and (of_users := tuple(hook for hook in hooks.values() if not is_of_library(hook))):
             yield name, of_users
 
 
-def _is_of_library(hook: Any) -> bool:
+def is_of_library(hook: Any) -> bool:
+    """Whether torch, DeepSpeed or this package has put it there, and no user."""
     return str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith(_OF_LIBRARIES)
 
 

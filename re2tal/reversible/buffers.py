@@ -92,7 +92,7 @@ class BufferWatch:
         writers: list[SavedBuffer] = []
         for module in dict.fromkeys(one.module for one in self._first):
             own = [one for one in self._first if one.module is module]
-            changed = [one for one in own if one.differs()]
+            changed = [one for one in own if one.was_written() or one.differs()]
             counted = all(one.was_written() for one in changed)
             how: _Writing = "no" if not changed else "counted" if counted else "uncounted"
             _writing.setdefault(module, {})[module.training] = how

@@ -12,9 +12,10 @@ One autograd Function spans the whole run; see `function`. A `ChunkedBranch` run
 `chunking`.
 
 Tensors that branches reach other than through their input must be leaves: parameters, or constants that want no
-gradient. A parameter used by two branches gets its gradient in two parts, which DDP, ZeRO-2 and ZeRO-3 refuse. A branch
-runs twice a step, so what it counts outside of buffers counts twice. `backward(inputs=..)` of parameters of the run
-alone reaches no node of it, so that it gives nothing and nobody notices.
+gradient. A parameter used by two branches gets its gradient in two parts, which DDP, ZeRO-2 and ZeRO-3 refuse; so does
+backward where a user has put a hook on it, which would fire twice. A branch runs twice a step, so what it counts
+outside of buffers counts twice. `backward(inputs=..)` of parameters of the run alone reaches no node of it, so that it
+gives nothing and nobody notices.
 """
 
 from __future__ import annotations

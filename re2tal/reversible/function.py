@@ -7,7 +7,6 @@ because ZeRO-3 keeps them partitioned, hence empty, outside their modules.
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -44,7 +43,7 @@ class ReversibleRun(torch.autograd.Function):
                 saved.restore()
             before.restore()
             found = _run_forward(ctx, x, run, BufferWatch(owner), observation)
-        ctx.modules.ran()
+        ctx.modules.ran(writers=ctx.changed_modules)
         start, previous, current, states = found
         # Saved, not kept as attributes: autograd then notices writes to x, and hooks on saved tensors see the states.
         ctx.save_for_backward(*states)
@@ -82,7 +81,7 @@ class ReversibleRun(torch.autograd.Function):
                 "parameters, or run with recompute=False"
             )
         gradients = gradients if isinstance(gradients, list) else [gradients]  # before torch 2.12
-        counted = one_part_each(ctx.modules.parameters()) if ctx.first_parts else nullcontext()
+        counted = one_part_each(ctx.modules.parameters(), only_hooked=not ctx.first_parts)
         try:
             with (
                 buffers_restored(ctx.changed_modules),
@@ -117,6 +116,8 @@ def _run_forward(
         # Most branches draw nothing: their generator states, some kilobytes each, need not be kept.
         record.draws.append(None if before.same_as(GeneratorState.now(state.device)) else before)
         record.buffers.append(watch.changed_since(buffers))
+        if function is not run.branches[index]:
+            run.refuse_writing_piece(index, record.buffers[-1])
         if record.saves == "output":
             # Before rounding, which widens it: under autocast it takes half the memory.
             record.outputs.append(output)

@@ -1,12 +1,12 @@
 """The context that a replayed branch must see, besides its input, random draws and buffers.
 
 Backward runs a branch under the autocast state, in the modes and with the kernels of its forward, wherever and whenever
-`backward` is called. Parameters that are others by then are an error.
+`backward` is called. Parameters and buffers that are others by then are an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from re2tal.reversible.attributes import Attributes
+from re2tal.reversible.buffers import is_statistics
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,13 +48,14 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 class ModuleState:
-    """The modules that branches use, as forward found them: their modes, parameters and plain attributes."""
+    """The modules that branches use, as forward found them: their modes, parameters, buffers and plain attributes."""
 
     def __init__(self, owner: nn.Module | None) -> None:
         self._owner = owner
         self.attributes = Attributes(owner)
         self._modes = [] if owner is None else [(module, module.training) for module in owner.modules()]
         self._parameters: dict[str, tuple[Tensor, bool, tuple[int, int] | None]] = dict(self._now())
+        self._buffers = self._buffers_now()
         self.is_trained = owner is None or any(wanted for _, wanted, _ in self._parameters.values())
 
     def _now(self) -> Iterator[tuple[str, tuple[Tensor, bool, tuple[int, int]]]]:
@@ -68,10 +70,19 @@ class ModuleState:
         """As forward found them."""
         return [one for one, _, _ in self._parameters.values()]
 
-    def ran(self) -> None:
+    def _buffers_now(self) -> dict[tuple[nn.Module, str], tuple[Tensor | None, int]]:
+        """Without statistics in training, where they are not read."""
+        modules = [module for module, training in self._modes if not (training and is_statistics(module))]
+        return {(module, name): _with_version(one) for module in modules for name, one in module._buffers.items()}
+
+    def ran(self, *, writers: Collection[nn.Module] = ()) -> None:
         """After forward. What branches write themselves (a weight that they clamp, one made lazily), they write again:
-        its version says nothing.
+        its version says nothing. Nor do those of the buffers of a module that writes any, as `writers` do in ways that
+        count no version.
         """
+        before, now = self._buffers, self._buffers_now()
+        written = {key[0] for key, found in now.items() if not _is_same(before.get(key, (None, 0)), found)}
+        self._buffers = {key: found for key, found in now.items() if key[0] not in written.union(writers)}
         before = self._parameters
         self._parameters = {
             name: (one, wanted, version if name in before and before[name][2] == version else None)
@@ -95,6 +106,12 @@ class ModuleState:
             else:
                 continue
             raise RuntimeError(_CHANGED.format(what=f"{name}, a parameter", change=change))
+        for (module, name), was in self._buffers.items():
+            found = _with_version(module._buffers.get(name))
+            if not _is_same(was, found):
+                change = "it was written to in place" if found[0] is was[0] else "it is another tensor"
+                what = f"{name} of a {type(module).__name__}, a buffer"
+                raise RuntimeError(_CHANGED.format(what=what, change=change))
         for what, change in self.attributes.changes():
             raise RuntimeError(_CHANGED.format(what=what, change=change))
 
@@ -111,10 +128,18 @@ class ModuleState:
                 module.training = not mode
 
 
+def _with_version(one: Tensor | None) -> tuple[Tensor | None, int]:
+    return one, 0 if one is None or one.is_inference() else one._version
+
+
+def _is_same(one: tuple[Tensor | None, int], other: tuple[Tensor | None, int]) -> bool:
+    return one[0] is other[0] and one[1] == other[1]
+
+
 _CHANGED = (
-    "{what} of a reversible run, or of clips in groups, has changed between forward and backward ({change}), and what "
-    "runs again in backward would find it as it is now; call backward before, or run with recompute=False and without "
-    "backbone.clips_at_once"
+    "{what} of a reversible run, of a layer between two, or of clips in groups, has changed between forward and "
+    "backward ({change}), and what runs again in backward would find it as it is now; call backward before, or run "
+    "with recompute=False and without backbone.clips_at_once"
 )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from re2tal.reversible.buffers import SavedBuffer
 from re2tal.reversible.chunking import ChunkedBranch, Piece, decisive, last_of, pieces_of
 from re2tal.reversible.coupling import Coupling, Merge
 from re2tal.reversible.fake import is_counted
@@ -158,6 +159,15 @@ class Run:
                 "dtype of its input: convert its output, or leave it outside the run"
             )
         return output
+
+    def refuse_writing_piece(self, index: int, saved: Sequence[SavedBuffer]) -> None:
+        """Raises ValueError where a piece of branch `index` has written one of the buffers saved before it."""
+        if written := [one for one in saved if one.differs()]:
+            raise ValueError(
+                f"{self._name(index)} is run in pieces, and each of them writes {written[0].name} of a "
+                f"{type(written[0].module).__name__}, a buffer, which the whole branch writes once; run it whole "
+                "(leave chunk_mebibytes out)"
+            )
 
     def saves_its_ends(self) -> bool:
         """Whether the output can be recomputed from the states that the run saves."""

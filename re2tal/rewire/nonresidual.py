@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from re2tal.reversible.buffers import BufferWatch, SavedBuffer, buffers_restored
 from re2tal.reversible.recompute import Recipe, save_recipes
+from re2tal.reversible.replay_context import ModuleState
 
 
 class CheckpointedModule(nn.Module):
@@ -34,7 +35,8 @@ def checkpointed(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Makes a method of a `CheckpointedModule` save only its inputs and run again in backward, if `checkpointing`.
 
     The method must not use parameters of the module itself, only those of modules inside: ZeRO-3 gathers parameters
-    when a module is called, and backward runs the method again without such a call.
+    when a module is called, and backward runs the method again without such a call. Where it uses a few of many modules
+    inside, call `recomputed` with those: a change of any is an error.
     """
 
     @wraps(method)
@@ -49,10 +51,11 @@ def checkpointed(method: Callable[..., Tensor]) -> Callable[..., Tensor]:
 def recomputed(function: Callable[..., Any], *args: Any, owner: nn.Module, **kwargs: Any) -> Any:
     """Returns `function(*args, **kwargs)`; autograd saves only the arguments, or their `Recipe` where they have one.
 
-    `owner` holds the buffers that the function may write.
+    `owner` holds the parameters and buffers that the function uses. If they change before backward, that is an error.
     """
     written: list[nn.Module] | None = None
     read: list[SavedBuffer] = []
+    modules = ModuleState(owner)
     tensors = {number: arg for number, arg in enumerate(args) if torch.is_grad_enabled() and isinstance(arg, Tensor)}
     remade = {
         number: _remade(recipe, wants_gradient=tensor.requires_grad)
@@ -67,8 +70,9 @@ def recomputed(function: Callable[..., Any], *args: Any, owner: nn.Module, **kwa
         nonlocal written, read
         if written is not None:
             again = [remade[number]() if number in remade else arg for number, arg in enumerate(given)]
+            modules.check()
             # It finds buffers as it did the first time; afterwards they have their present values again.
-            with buffers_restored(written):
+            with buffers_restored(written), modules.modes_restored():
                 for one in read:
                     one.restore()
                 return function(*again, **kwargs)
@@ -78,6 +82,7 @@ def recomputed(function: Callable[..., Any], *args: Any, owner: nn.Module, **kwa
         output = function(*(fresh.pop(number, arg) for number, arg in enumerate(given)), **kwargs)
         read = [*watch.changed_since(saved), *watch.find_writers()]
         written = list(dict.fromkeys([*watch.changed_modules(), *(one.module for one in read)]))
+        modules.ran(writers=written)
         return output
 
     return checkpoint(run, *given, use_reentrant=False, **kwargs)

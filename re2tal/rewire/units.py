@@ -8,6 +8,7 @@ from math import ceil
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.instancenorm import _InstanceNorm
 from torch.utils._pytree import tree_leaves
 
 from re2tal.reversible.chunking import ChunkedBranch, Piece, WholeBranch
@@ -95,13 +96,19 @@ def _pieces(
     ]
 
 
+def joins_pieces(module: nn.Module) -> bool:
+    """Whether it is a norm that takes statistics over all pieces of a state, or writes them once."""
+    if isinstance(module, _BatchNorm):
+        return module.training or module.running_mean is None
+    return isinstance(module, _InstanceNorm) and module.training and module.track_running_stats
+
+
 def _refuse_batch_statistics(block: nn.Module, name: str) -> None:
-    for module in block.modules():
-        if isinstance(module, _BatchNorm) and (module.training or module.running_mean is None):
-            raise ValueError(
-                f"{name} cannot be run in pieces: its {type(module).__name__} takes its statistics over all of them; "
-                "keep normalisation in evaluation mode (backbone.norm_eval), or leave chunk_mebibytes out"
-            )
+    for module in filter(joins_pieces, block.modules()):
+        raise ValueError(
+            f"{name} cannot be run in pieces: its {type(module).__name__} takes its statistics over all of them; "
+            "keep normalisation in evaluation mode (backbone.norm_eval), or leave chunk_mebibytes out"
+        )
 
 
 def _refuse_rows(call: BlockCall, *, num_samples: int, name: str) -> None:

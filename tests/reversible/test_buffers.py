@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from reversible.networks import CHANNELS, states
+from reversible.test_chunking import chunked
 from torch import Tensor, nn
 from torch.nn.utils import spectral_norm as hooked_spectral_norm
 from torch.nn.utils.parametrizations import spectral_norm
@@ -87,7 +90,18 @@ class Codebook(Linear):
         return y * 0.5 + found
 
 
-KINDS = (Spectral, HookedSpectral, Average, UncountedAverage, ExchangedAverage, Normed, Codebook)
+class Refilled(Linear):
+    """Writes what is there already."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("shift", torch.ones(CHANNELS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + self.shift.fill_(1.0))
+
+
+KINDS = (Refilled, Spectral, HookedSpectral, Average, UncountedAverage, ExchangedAverage, Normed, Codebook)
 
 
 def branches_of(kind: type[nn.Module], number: int = 4) -> nn.ModuleList:
@@ -152,6 +166,45 @@ def test_writing_that_starts_later_is_an_error() -> None:
     branches = branches_of(Sometimes, 2)
     with pytest.raises(RuntimeError, match=r"a Sometimes wrote its buffers now, but not in its first forward"):
         trained(lambda x: run_reversibly(list(branches), x, owner=branches), branches)
+
+
+@pytest.mark.parametrize("kind", [Spectral, UncountedAverage])
+def test_one_that_each_piece_would_write_is_refused(kind) -> None:
+    branches = branches_of(kind, 2)
+    with pytest.raises(ValueError, match=r"branch 0 \(cut\) is run in pieces, and each of them writes"):
+        run_reversibly(chunked(branches, 3), states(dtype=torch.float64), owner=branches)
+
+
+class Shifted(Linear):
+    """Reads a buffer that nobody writes in forward."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("shift", torch.ones(CHANNELS))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x + self.shift)
+
+
+@pytest.mark.parametrize("change", ["written", "exchanged"])
+def test_one_that_is_changed_before_backward_is_an_error(change) -> None:
+    branches = branches_of(Shifted, 2)
+    loss = run_reversibly(list(branches), states(dtype=torch.float64), owner=branches).sum()
+    if change == "written":
+        branches[1].shift.mul_(2)
+    else:
+        branches[1].shift = torch.zeros(CHANNELS)
+    with pytest.raises(RuntimeError, match=r"shift of a Shifted, a buffer of .* has changed between forward"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_statistics_may_be_reset_before_backward_where_they_are_not_read(trained) -> None:
+    branches = branches_of(Normed, 2).train(trained)
+    loss = run_reversibly(list(branches), states(dtype=torch.float64), owner=branches).sum()
+    branches[1].norm.reset_running_stats()
+    with nullcontext() if trained else pytest.raises(RuntimeError, match="running_mean of a BatchNorm1d, a buffer"):
+        loss.backward()
 
 
 class Stem(CheckpointedModule):

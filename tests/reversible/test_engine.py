@@ -154,6 +154,24 @@ def test_gradient_hooks_fire_once_per_backward() -> None:
     assert len(fired) == 2 * len(list(branches.parameters()))
 
 
+HOOKS = {
+    "register_hook": lambda gradient: gradient.clamp(-1, 1),
+    "register_post_accumulate_grad_hook": lambda one: None,
+}
+
+
+@pytest.mark.parametrize("kind", HOOKS)
+def test_a_hook_on_a_parameter_that_two_branches_share_is_an_error(kind) -> None:
+    """In plain autograd it fires once, with the sum of both parts."""
+    branches, x = chain("mlp", 3), states()
+    run_reversibly([branches[0], branches[1], branches[0]], x, owner=branches).sum().backward()
+    getattr(branches[0].up.weight, kind)(HOOKS[kind])
+    run_reversibly(branches, x, owner=branches).sum().backward()
+    output = run_reversibly([branches[0], branches[1], branches[0]], x, owner=branches)
+    with pytest.raises(RuntimeError, match="a parameter with a hook is shared by two branches"):
+        output.sum().backward()
+
+
 def test_two_forwards_before_one_backward() -> None:
     branches = chain("transformer", 4, dropout=0.3).double()
     x = states(dtype=torch.float64)

@@ -57,6 +57,19 @@ def test_as_many_pieces_as_the_budget_asks_for() -> None:
         assert block.seen == wanted
 
 
+class Tracked(CutBlock):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.InstanceNorm1d(16, track_running_stats=True)
+
+
+def test_a_norm_that_would_write_its_statistics_once_a_piece_is_refused() -> None:
+    net = rewired(Tracked, chunk_mebibytes=1e-4)
+    net.eval()(frames())
+    with pytest.raises(ValueError, match="Tracked scaled cannot be run in pieces: its InstanceNorm1d takes its stat"):
+        net.train()(frames())
+
+
 def test_cut_and_uncut_branches_in_one_run() -> None:
     nets = [rewired(CutBlock, Block, CutBlock, chunk_mebibytes=chunk) for chunk in (None, 1e-4)]
     for found, wanted in zip(*(gradients(net, frames()) for net in nets), strict=True):

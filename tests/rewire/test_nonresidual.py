@@ -163,6 +163,11 @@ class Dropping(Narrow):
         return super().forward(self.drop(x))
 
 
+@residual_branches.register
+def _(block: Dropping) -> tuple:
+    return ()
+
+
 def plainly(net: nn.Module, x: Tensor) -> Tensor:
     return net(x)
 
@@ -193,6 +198,39 @@ def test_a_layer_behind_a_run_gets_the_same_bits_again(around, merge) -> None:
         rewire(net, config=RewiringConfig(recompute=recompute, merge=merge, grid=2**-14))
         found.append(gradients(net, around if recompute else plainly))
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@torch.no_grad()
+def written(net: nn.Module) -> None:
+    net.blocks.get_submodule("1").f[0].weight.mul_(2)
+
+
+CHANGES = {
+    r"f\.0\.weight, a parameter": written,
+    "p of a Dropout, a module": lambda net: setattr(net.blocks.get_submodule("1").drop, "p", 0.1),
+    r"f\.bias, a parameter": lambda net: setattr(net.stem.f, "bias", nn.Parameter(torch.ones(CHANNELS))),
+}
+
+
+def after_a_change(change: Callable[[nn.Module], object], *, recompute: bool = True) -> list[Tensor]:
+    torch.manual_seed(1)
+    net = Net(Dropping)
+    rewire(net, config=RewiringConfig(recompute=recompute, grid=2**-14))
+    loss = net(torch.linspace(-1, 1, 30).view(X)).square().sum()
+    change(net)
+    loss.backward()
+    return [parameter.grad for parameter in net.parameters()]
+
+
+@pytest.mark.parametrize("message", CHANGES)
+def test_what_a_layer_uses_and_changes_before_backward_is_an_error(message) -> None:
+    with pytest.raises(RuntimeError, match=rf"^{message} of .* a layer between two, .* has changed"):
+        after_a_change(CHANGES[message])
+
+
+def test_a_layer_runs_again_in_the_modes_of_forward() -> None:
+    found, wanted = (after_a_change(nn.Module.eval, recompute=recompute) for recompute in (True, False))
+    assert all(torch.equal(one, other) for one, other in zip(found, wanted, strict=True))
 
 
 def test_a_checkpoint_around_the_network_holds_no_states() -> None:

@@ -27,6 +27,7 @@ from re2tal.backbones.slowfast.layouts import KEY_LAYOUTS
 from re2tal.backbones.weights import load_weights
 from re2tal.reversible.recompute import cat_with_recipe
 from re2tal.rewire import Branch, CheckpointedModule, by_samples, checkpointed, residual_branches, why_not_residual
+from re2tal.rewire.nonresidual import recomputed
 from re2tal.structures import Features
 
 EXPANSION = 4  # output channels of a bottleneck, by its inner ones
@@ -152,10 +153,13 @@ class Pathway(CheckpointedModule):
             blocks += [block(width, inner, kernel=kernel, stride=1, downsample=False) for _ in range(depth - 1)]
             self.add_module(f"layer{index + 1}", nn.Sequential(*blocks))
 
-    @checkpointed
     def stem(self, frames: Tensor) -> Tensor:
         """(B, 3, T, H, W) -> (B, C, T, H / 4, W / 4)."""
-        return self.maxpool(self.conv1(frames))
+        if not (self.checkpointing and torch.is_grad_enabled()):
+            return self.maxpool(self.conv1(frames))
+        # Not of the whole pathway: its stages change while they run.
+        used = nn.ModuleList([self.conv1, self.maxpool])
+        return recomputed(lambda frames: self.maxpool(self.conv1(frames)), frames, owner=used)
 
     def layers(self) -> list[nn.Module]:
         """The stages as they are now: rewiring replaces them."""
