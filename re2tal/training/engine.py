@@ -33,14 +33,18 @@ def build_engine(
     """
     if is_sharded_early(settings):
         shard(model, settings, device=torch.device(deepspeed.get_accelerator().current_device_name()))
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        optimizer=optimizer,
-        lr_scheduler=lambda wrapped: torch.optim.lr_scheduler.LambdaLR(wrapped, factor),
-        config=settings,
-        # `process_group.join` has joined it.
-        dist_init_required=False,
-    )
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            optimizer=optimizer,
+            lr_scheduler=lambda wrapped: torch.optim.lr_scheduler.LambdaLR(wrapped, factor),
+            config=settings,
+            # `process_group.join` has joined it.
+            dist_init_required=False,
+        )
+    # Keys that exclude each other, in DeepSpeed's words.
+    except (AssertionError, deepspeed.DeepSpeedConfigError) as error:
+        raise ValueError(f"DeepSpeed refuses the settings of the DeepSpeed file: {error}; correct the file") from error
     engine.checkpoint_engine = DurableCheckpointEngine()
     # It would put executable scripts beside every checkpoint, whose loading runs whatever a tampered file says.
     engine._copy_recovery_script = lambda folder: None

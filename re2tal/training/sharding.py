@@ -23,9 +23,8 @@ TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def is_sharded_early(settings: Mapping[str, Any]) -> bool:
-    """Whether parameters are cut before the engine is built: under ZeRO-3, but not inside groups of ranks (MiCS)."""
-    zero = settings.get("zero_optimization", {})
-    return zero.get("stage", 0) == 3 and zero.get("mics_shard_size", -1) <= 0
+    """Whether parameters are cut before the engine is built: under ZeRO-3."""
+    return settings.get("zero_optimization", {}).get("stage", 0) == 3
 
 
 @torch.no_grad()

@@ -37,7 +37,6 @@ TOP_LEVEL = (
     "data_types",
     "prescale_gradients",
     "gradient_predivide_factor",
-    "sparse_gradients",
     "zero_force_ds_cpu_optimizer",
     "zero_allow_untested_optimizer",
     "steps_per_print",
@@ -56,6 +55,19 @@ SECTIONS = {
 }
 """Section of a DeepSpeed file -> the schema that knows its keys."""
 OFFLOADS = ("offload_param", "offload_optimizer")
+
+MASTERS = "the optimizer and the moving average would keep numbers of 16 bits, in which small changes vanish"
+HARMFUL: dict[tuple[str, str, bool], str] = {
+    ("zero_optimization", "round_robin_gradients", True): "DeepSpeed 0.19 takes the weights of one parameter for those "
+    "of another when it gathers them, so that a wrong model is exported; begin a run anew that has trained so",
+    ("zero_optimization", "elastic_checkpoint", True): "DeepSpeed cannot load what it saves so, and no run resumes",
+    ("zero_optimization", "load_from_fp32_weights", False): "a resumed run would go on from rounded weights",
+    ("bf16", "check_grad_overflow", False): "steps that are not finite would be applied",
+    ("bf16", "bf16_master_weights_and_grads", True): MASTERS,
+    ("bf16", "bf16_optimizer_states", True): MASTERS,
+    ("fp16", "fp16_master_weights_and_grads", True): MASTERS,
+}
+"""Section, key and value under which a run goes wrong without a word, or cannot go on -> why."""
 
 # DeepSpeed would take these over from the file, beside what this program builds and writes itself.
 OWNED_BY_THE_RUN = ("optimizer", "scheduler", "checkpoint", "tensorboard", "wandb", "csv_monitor", "training_data")
@@ -169,11 +181,15 @@ def _refuse_wrong_values(path: Path, settings: dict[str, Any]) -> None:
         if "." in name or name not in settings:
             continue
         try:
-            schema(**settings[name])
+            section = schema(**settings[name])
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join([name, *map(str, first["loc"])])
             raise ValueError(f"{path}: {key} is {json.dumps(first['input'])}: {first['msg']}; correct it") from None
+        for (owner, key, value), reason in HARMFUL.items():
+            # Of the section as DeepSpeed reads it, which takes "yes" for true.
+            if owner == name and getattr(section, key) is value:
+                raise ValueError(f"{path}: {name}.{key} is {json.dumps(value)}: {reason}; leave the key out")
 
 
 def _refuse_contradictions(path: Path, zero: dict[str, Any], config: EngineConfig) -> None:

@@ -11,6 +11,7 @@ from re2tal.training.config import EngineConfig
 from re2tal.training.zero_file import resolve_deepspeed_config
 
 RUN = EngineConfig(batch_size=2, gradient_accumulation=3, gradient_clipping=0.5, precision="bf16")
+ZERO1 = {"zero_optimization": {"stage": 1}}
 SHIPPED = sorted((Path(__file__).parents[2] / "ds_configs").glob("*.json"))
 
 
@@ -88,6 +89,14 @@ def test_a_literal_that_agrees_with_the_run_stays(tmp_path):
             {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "gpu"}}},
             "ds.json: zero_optimization.offload_optimizer.device is \"gpu\": Input should be .*'cpu'.*; correct it",
         ),
+        (
+            {"zero_optimization": {"stage": 2, "round_robin_gradients": "yes"}},
+            "ds.json: zero_optimization.round_robin_gradients is true: .* a wrong model is exported.*; leave the key",
+        ),
+        ({"zero_optimization": {"stage": 2, "elastic_checkpoint": True}}, "elastic_checkpoint is true: .* resumes; "),
+        ({"zero_optimization": {"stage": 2, "load_from_fp32_weights": False}}, "is false: .* from rounded weights"),
+        ({**ZERO1, "bf16": {"check_grad_overflow": False}}, "check_grad_overflow is false: steps that are not finite"),
+        ({**ZERO1, "bf16": {"bf16_master_weights_and_grads": True}}, "grads is true: .* moving average .* 16 bits"),
         ({"zero_optimization": None}, "ds.json: zero_optimization is None; it must be an object"),
         ({"bf16": None}, "bf16 is None; it must be an object"),
         ([], "holds a list; a DeepSpeed config is one JSON object"),

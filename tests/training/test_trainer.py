@@ -34,6 +34,11 @@ def test_the_loss_falls_and_is_logged_with_rates_and_speed(tmp_path):
     assert train[0]["lr/backbone, decayed"] == pytest.approx(1e-2)
 
 
+def test_what_deepspeed_refuses_in_its_file_is_an_error_that_says_so(tmp_path):
+    with pytest.raises(ValueError, match=r"DeepSpeed refuses .* pre-scale gradients is not yet .*; correct the file"):
+        tiny_trainer(tmp_path, stage=2, settings={"prescale_gradients": True})
+
+
 def test_the_time_spent_waiting_for_the_loader_is_logged_as_a_share_of_the_step(tmp_path):
     training = TrainingConfig(epochs=1, log_every_steps=2)
     trainer = tiny_trainer(tmp_path, training=training, on_batch=lambda epoch, step: time.sleep(0.1))

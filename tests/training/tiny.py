@@ -128,6 +128,7 @@ def tiny_trainer(
     *,
     stage: int = 0,
     zero: dict | None = None,
+    settings: Mapping[str, Any] | None = None,
     precision: str = "fp32",
     accumulation: int = 1,
     training: TrainingConfig | None = None,
@@ -143,6 +144,7 @@ def tiny_trainer(
 ) -> Trainer:
     """A trainer in this process, which joins the world its environment describes.
 
+    `settings` are more of the DeepSpeed file.
     The schedule spans `training.epochs` where it is given, else 2 epochs. `values` belong to the run's identity, those
     in `free` may change.
     """
@@ -153,7 +155,8 @@ def tiny_trainer(
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     ds = folder / f"ds{world.rank}.json"
-    ds.write_text(json.dumps({"zero_optimization": zero or {"stage": stage}, "bf16": {"enabled": "auto"}}))
+    content = {"zero_optimization": zero or {"stage": stage}, "bf16": {"enabled": "auto"}, **(settings or {})}
+    ds.write_text(json.dumps(content))
     seed_generators(3)
     model = build().to(device)
     clips = TinyClips(rank=world.rank, poison=poison, on_batch=on_batch)
