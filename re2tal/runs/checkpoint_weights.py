@@ -6,7 +6,6 @@ against the checkpoint's manifest, and read without executing anything.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from re2tal.data.contract.shards import FeatureSet, open_any, subset_folder
 from re2tal.runs.folder import CHECKPOINTS_NAME
 from re2tal.runs.stored_features import describe
 from re2tal.training.export import ModelFile, facts_of
-from re2tal.training.manifest import FOLDER, CheckpointManifest, read_manifest
+from re2tal.training.manifest import CheckpointManifest, newest_sound
 from re2tal.training.saved_state import SavedState
 
 TRIES = 3
@@ -59,17 +58,12 @@ def read_newest_checkpoint(folder: Path, config: RunConfig) -> tuple[ModelFile, 
 
 
 def _newest_sound(folder: Path) -> tuple[Path, CheckpointManifest]:
-    found = [path for path in folder.iterdir() if path.is_dir() and FOLDER.fullmatch(path.name)]
-    faults = []
-    # By number: as text, nine digits would sort before eight.
-    for path in sorted(found, key=lambda one: int(one.name.split("-")[1]), reverse=True):
-        try:
-            return path, read_manifest(path)
-        except ValueError as error:
-            faults.append(f"{path.name}: {error}")
-            print(f"passing over checkpoint {faults[-1]}", file=sys.stderr)
+    name, manifest, faults = newest_sound(folder)
+    if name is not None and manifest is not None:
+        return folder / name, manifest
     if faults:
-        raise ValueError(f"no checkpoint in {folder} is sound: {'; '.join(faults)}; train again")
+        said = "; ".join(f"{name}: {fault}" for name, fault in faults.items())
+        raise ValueError(f"no checkpoint in {folder} is sound: {said}; train again")
     raise ValueError(
         f"{folder.parent} has no model.safetensors and no checkpoint yet; wait for the first one "
         "(training.checkpoint_every_steps), or for the end of training"

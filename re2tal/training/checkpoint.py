@@ -31,7 +31,13 @@ from re2tal.training.elastic import place_in_run
 from re2tal.training.ema import WeightAverage
 from re2tal.training.finite import all_finite, find_non_finite
 from re2tal.training.identity import SHAPE, changed_values, refuse_another_run
-from re2tal.training.manifest import FOLDER, CheckpointManifest, TrainingProgress, read_manifest, write_manifest
+from re2tal.training.manifest import (
+    TrainingProgress,
+    complete_checkpoints,
+    newest_sound,
+    read_manifest,
+    write_manifest,
+)
 from re2tal.training.reshard import resharded
 from re2tal.training.stall import Stall
 from re2tal.training.watchdog import at
@@ -99,7 +105,7 @@ class CheckpointStore:
         while True:
             # Rank 0 decides for all: a shared disk may show a folder to one rank before the others.
             [(name, manifest, faults), *_] = gather_objects(
-                self._newest_sound(unfit) if is_main() else (None, None, {})
+                newest_sound(self.folder, unfit=unfit) if is_main() else (None, None, {})
             )
             if name is None and faults:
                 raise ValueError(
@@ -118,7 +124,7 @@ class CheckpointStore:
 
     def newest_run(self) -> dict[str, Any] | None:
         """The identity of the run in the newest checkpoint whose manifest can be read; its files are not looked at."""
-        for name in self._names():
+        for name in complete_checkpoints(self.folder):
             with suppress(ValueError):
                 return read_manifest(self.folder / name, files=False).run
         return None
@@ -132,7 +138,7 @@ class CheckpointStore:
         failures: list[OSError] = []
         if is_main():
             try:
-                if self._wrote and not self._names():
+                if self._wrote and not complete_checkpoints(self.folder):
                     gone = "are gone: somebody removed them, or their disk is no longer mounted there"
                     print(f"the earlier checkpoints in {self.folder} {gone}; saving goes on", file=sys.stderr)
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -185,7 +191,7 @@ class CheckpointStore:
         # For DeepSpeed's own tools. This program goes by the names of the folders.
         write_atomically(self.folder / "latest", final.name + "\n")
         _flush_folder(self.folder)
-        names = self._names()
+        names = complete_checkpoints(self.folder)
         # Newer ones are damaged, and were passed over: beside them this one has to stay, and those that it follows.
         for old in names[names.index(final.name) + self.keep :]:  # last: a crash until here falls back to these
             _remove(self.folder / old)
@@ -206,37 +212,6 @@ class CheckpointStore:
             _remove(leftover)
 
     # ---------------------------------------------------------------------------------------------------------- reading
-
-    def _names(self) -> list[str]:
-        """Complete checkpoints, newest first."""
-        if not self.folder.is_dir():
-            return []
-        # Copies that somebody made under other names are neither loaded nor removed.
-        found = [name for path in self.folder.iterdir() if path.is_dir() and (name := FOLDER.fullmatch(path.name))]
-        # By number: as text, nine digits would sort before eight.
-        return [name.string for name in sorted(found, key=lambda name: int(name.group(1)), reverse=True)]
-
-    def _newest_sound(self, unfit: Mapping[str, str]) -> tuple[str | None, CheckpointManifest | None, dict[str, str]]:
-        """Its name and manifest, if there is one, and what is wrong with each of the newer ones.
-
-        `unfit`: checkpoints that were loaded and found wrong, with the reasons.
-        """
-        faults: dict[str, str] = {}
-        for name in self._names():
-            if name in unfit:
-                faults[name] = unfit[name]
-                continue
-            try:
-                manifest = read_manifest(self.folder / name)
-            except ValueError as error:
-                faults[name] = str(error)
-                continue
-            for bad, reason in faults.items():
-                print(f"passing over checkpoint {bad}: {reason}", file=sys.stderr)
-            if not manifest.sealed:
-                print(f"checkpoint {name} is of an earlier version: its manifest carries no seal", file=sys.stderr)
-            return name, manifest, faults
-        return None, None, faults
 
     def _restore(self, name: str, saved: Mapping[str, Any], engine: Engine, average: WeightAverage | None) -> None:
         """Every rank calls this: takes over a checkpoint of this run, of its shape or another."""

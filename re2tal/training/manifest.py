@@ -12,9 +12,11 @@ import hashlib
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -78,6 +80,41 @@ def read_manifest(checkpoint: Path, *, files: bool = True) -> CheckpointManifest
         if fault is not None:
             raise ValueError(f"{name} {fault}")
     return CheckpointManifest(document["run"], progress, sealed)
+
+
+def complete_checkpoints(folder: Path) -> list[str]:
+    """The names of those in a folder of checkpoints, newest first; nobody has looked into them."""
+    if not folder.is_dir():
+        return []
+    # Copies that somebody made under other names are neither loaded nor removed.
+    found = [name for path in folder.iterdir() if path.is_dir() and (name := FOLDER.fullmatch(path.name))]
+    # By number: as text, nine digits would sort before eight.
+    return [name.string for name in sorted(found, key=lambda name: int(name.group(1)), reverse=True)]
+
+
+def newest_sound(
+    folder: Path, *, unfit: Mapping[str, str] = MappingProxyType({})
+) -> tuple[str | None, CheckpointManifest | None, dict[str, str]]:
+    """Its name and manifest, if there is one, and what is wrong with each of the newer ones.
+
+    `unfit`: checkpoints that were loaded and found wrong, with the reasons.
+    """
+    faults: dict[str, str] = {}
+    for name in complete_checkpoints(folder):
+        if name in unfit:
+            faults[name] = unfit[name]
+            continue
+        try:
+            manifest = read_manifest(folder / name)
+        except ValueError as error:
+            faults[name] = str(error)
+            continue
+        for bad, reason in faults.items():
+            print(f"passing over checkpoint {bad}: {reason}", file=sys.stderr)
+        if not manifest.sealed:
+            print(f"checkpoint {name} is of an earlier version: its manifest carries no seal", file=sys.stderr)
+        return name, manifest, faults
+    return None, None, faults
 
 
 def _fault_of(path: Path, expected: Mapping[str, Any]) -> str | None:
