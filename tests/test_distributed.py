@@ -40,6 +40,7 @@ EIGHT = World(rank=5, world_size=8, local_rank=1, master_addr="node7", master_po
             World(rank=5, world_size=8, local_rank=1, master_addr="gpu07", master_port=33456, device_index=1),
             id="srun",
         ),
+        pytest.param({**TORCHRUN, "OMPI_COMM_WORLD_SIZE": "8"}, EIGHT, id="mpirun that was told all"),
         pytest.param(
             {**SRUN, "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29999"},
             World(rank=5, world_size=8, local_rank=1, master_addr="10.0.0.1", master_port=29999, device_index=1),
@@ -56,7 +57,7 @@ EIGHT = World(rank=5, world_size=8, local_rank=1, master_addr="node7", master_po
             id="srun with fewer tasks than the job",
         ),
         pytest.param(
-            {**SRUN, "SLURM_STEP_ID": "2"},
+            {**SRUN, "SLURM_STEP_ID": "2", "PMI_SIZE": "8"},
             World(rank=5, world_size=8, local_rank=1, master_addr="gpu07", master_port=49294, device_index=1),
             id="srun beside other steps of the job",
         ),
@@ -103,6 +104,10 @@ def test_without_a_launcher_there_is_one_process_on_a_free_port(environ):
             r"not \['SLURM_LOCALID'\]; start the ranks with `srun",
         ),
         ({**SRUN, "SLURM_JOB_NODELIST": "gpu[07-"}, "not of the form"),
+        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "1"}, r"as one of 4 .* each would run alone"),
+        # Open MPI starts its own helpers by srun, and their variables reach the processes.
+        ({**SRUN, "OMPI_COMM_WORLD_SIZE": "4"}, r"as one of 4 \(OMPI_COMM_WORLD_SIZE\)"),
+        ({"PMI_SIZE": "4", "PMI_RANK": "0"}, r"as one of 4 \(PMI_SIZE\)"),
     ],
 )
 def test_a_partial_or_impossible_environment_is_named(environ, message):

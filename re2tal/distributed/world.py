@@ -15,6 +15,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
+MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE")
+"""Where Open MPI, MVAPICH, and others with MPICH's process manager say how many processes mpirun started."""
+
 
 @dataclass(frozen=True, slots=True)
 class World:
@@ -63,10 +66,23 @@ def resolve_world(environ: Mapping[str, str]) -> World:
         _check_accelerate(environ)
     if "RANK" in environ or "WORLD_SIZE" in environ:
         return _from_launcher(environ)
+    _refuse_mpirun(environ)
     # A batch script has SLURM_PROCID=0 and the job's SLURM_NTASKS too, but only what srun started belongs to a step.
     if "SLURM_PROCID" in environ and ("SLURM_STEP_ID" in environ or "SLURM_STEPID" in environ):
         return _from_srun(environ)
     return World(master_port=free_port())
+
+
+def _refuse_mpirun(environ: Mapping[str, str]) -> None:
+    """What mpirun starts would train alone, or, inside a job of SLURM, take the places of mpirun's own helpers."""
+    # A step of srun may have PMI_SIZE too.
+    names = MPI_SIZES if "SLURM_PROCID" not in environ else MPI_SIZES[:-1]
+    if (name := _first_of(environ, *names)) and environ[name] != "1":
+        raise ValueError(
+            f"mpirun started this process as one of {environ[name]} ({name}), and nothing told it RANK and where the "
+            "others are: each would run alone. Use `deepspeed` (without --launcher), `torchrun` "
+            "or `srun`, or set RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT for each process"
+        )
 
 
 def _check_accelerate(environ: Mapping[str, str]) -> None:
