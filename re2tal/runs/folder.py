@@ -18,9 +18,12 @@ runs/NAME/config.json        the whole configuration; `--config` starts from it 
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
 
-from re2tal.distributed import made_by_main
+from re2tal.distributed import is_main, made_by_main
+from re2tal.strict_json import read_json
+from re2tal.training.manifest import complete_checkpoints
 
 CONFIG_NAME = "config.json"
 PLAN_NAME = "plan.json"
@@ -72,3 +75,20 @@ def claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
         folder.mkdir(parents=True, exist_ok=True)
 
     made_by_main(make)
+
+
+def say_if_trained_on(folder: Path) -> None:
+    """Says so where a run that had ended was resumed, and has checkpoints of later steps than its model.
+
+    Until it ends again the model, results and figures in its folder are those of its first end.
+    """
+    newest, summary = complete_checkpoints(folder / CHECKPOINTS_NAME)[:1], folder / SUMMARY_NAME
+    if not (newest and summary.is_file() and isinstance(document := read_json(summary), dict)):
+        return
+    steps = document.get("steps")
+    if is_main() and isinstance(steps, int) and int(newest[0].removeprefix("step-")) > steps:
+        print(
+            f"{folder} holds the model of step {steps}, and has been trained on since (checkpoint {newest[0]}): go on "
+            f"to the end of training for its new model, or remove {MODEL_NAME} to take the checkpoint's weights",
+            file=sys.stderr,
+        )

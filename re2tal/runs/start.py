@@ -16,7 +16,7 @@ from re2tal.backbones.stored import NAME as STORED
 from re2tal.config import RecognitionConfig, RunConfig, build_detector, build_recognizer, check_start_wiring, load_run
 from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.distributed import is_main
-from re2tal.runs.folder import CONFIG_NAME, MODEL_NAME
+from re2tal.runs.folder import CONFIG_NAME, MODEL_NAME, say_if_trained_on
 from re2tal.runs.stored_features import check_features
 from re2tal.runs.tasks import AnyRun, build_model
 from re2tal.training.export import read_model
@@ -35,6 +35,7 @@ def find_start(config: AnyRun, shards: ShardSet | FeatureSet) -> Path | None:
         return None
     if source.is_dir():
         _check_same_backbone(config, source)
+        say_if_trained_on(source)
         source = source / MODEL_NAME
     model = read_model(source)
     check_start_wiring(config, source)

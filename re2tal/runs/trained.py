@@ -13,7 +13,7 @@ from re2tal.detector import TemporalActionDetector
 from re2tal.extraction import tensors_sha256
 from re2tal.recognizer import Recognizer
 from re2tal.runs.checkpoint_weights import read_newest_checkpoint
-from re2tal.runs.folder import CHECKPOINTS_NAME, CONFIG_NAME, MODEL_NAME
+from re2tal.runs.folder import CHECKPOINTS_NAME, CONFIG_NAME, MODEL_NAME, say_if_trained_on
 from re2tal.runs.model_folder import check_facts, check_layout
 from re2tal.training.export import ModelFile, read_model
 
@@ -66,6 +66,7 @@ def open_detector(folder: Path) -> Trained:
     if model_path.is_file() or not (folder / CHECKPOINTS_NAME).is_dir():
         model = read_model(model_path)
         check_facts(folder, config, model.classes)
+        say_if_trained_on(folder)
         return Trained(folder, config, model)
     model, checkpoint = read_newest_checkpoint(folder, started(config))
     return Trained(folder, config, model, checkpoint)
@@ -73,12 +74,14 @@ def open_detector(folder: Path) -> Trained:
 
 def load_detector(run: Path, config: RunConfig) -> TemporalActionDetector:
     """The detector of a run folder with its trained weights, on the CPU."""
+    say_if_trained_on(run)
     return Trained(run, config, read_model(run / MODEL_NAME)).network()
 
 
 def load_recognizer(run: Path, config: RecognitionConfig) -> Recognizer:
     """The recognizer of a run folder with its trained weights, on the CPU."""
     check_layout(run)
+    say_if_trained_on(run)
     model = read_model(run / MODEL_NAME)
     check_facts(run, config, model.classes)
     recognizer, _ = build_recognizer(started(config), model.classes)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from re2tal.runs.folder import claim
+from re2tal.runs.folder import claim, say_if_trained_on
 
 
 @pytest.mark.parametrize("resume", [False, True])
@@ -33,3 +33,15 @@ def test_a_run_that_ended_or_died_before_its_first_checkpoint_is_resumed(tmp_pat
     (tmp_path / "model.safetensors").touch()
     (tmp_path / "checkpoints" / "step-00000006").mkdir(parents=True)
     claim(tmp_path, resume=True, overwrite=False)
+
+
+def test_a_model_from_before_the_newest_checkpoint_is_told_of(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """A run had ended, was resumed for more epochs, and has not ended yet."""
+    (tmp_path / "summary.json").write_text('{"steps": 8}')
+    for step in (6, 8):
+        (tmp_path / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+    say_if_trained_on(tmp_path)
+    assert capsys.readouterr().err == ""
+    (tmp_path / "checkpoints" / "step-00000012").mkdir()
+    say_if_trained_on(tmp_path)
+    assert "the model of step 8, and has been trained on since (checkpoint step-00000012)" in capsys.readouterr().err
