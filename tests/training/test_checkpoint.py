@@ -24,7 +24,7 @@ from re2tal.training import checkpoint, manifest
 from re2tal.training.checkpoint import CheckpointStore
 from re2tal.training.config import TrainingConfig
 from re2tal.training.engine_weights import master_weights
-from re2tal.training.manifest import TrainingProgress, read_manifest, write_manifest
+from re2tal.training.manifest import TrainingProgress, complete_checkpoints, read_manifest, write_manifest
 
 TRAINING = TrainingConfig(epochs=2, checkpoint_every_steps=3, keep_checkpoints=3, log_every_steps=1)
 
@@ -55,10 +55,10 @@ def test_a_copy_under_another_name_is_neither_loaded_nor_removed(trained, tmp_pa
     folder = tmp_path / "checkpoints"
     for name in ("step-best", "step-00000003-backup"):
         shutil.copytree(folder / "step-00000003", folder / name)
-    assert trained.checkpoints._names() == ["step-00000008", "step-00000006", "step-00000003"]
+    assert complete_checkpoints(folder) == ["step-00000008", "step-00000006", "step-00000003"]
     (folder / "step-100000000").mkdir()
     (folder / "step-99999999").mkdir()
-    assert trained.checkpoints._names()[:2] == ["step-100000000", "step-99999999"]
+    assert complete_checkpoints(folder)[:2] == ["step-100000000", "step-99999999"]
     shutil.rmtree(folder / "step-100000000")
     shutil.rmtree(folder / "step-99999999")
     trained.checkpoints.keep = 1
