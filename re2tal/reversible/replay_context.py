@@ -80,9 +80,9 @@ class ModuleState:
         its version says nothing. Nor do those of the buffers of a module that writes any, as `writers` do in ways that
         count no version.
         """
-        before, now = self._buffers, self._buffers_now()
-        written = {key[0] for key, found in now.items() if not _is_same(before.get(key, (None, 0)), found)}
-        self._buffers = {key: found for key, found in now.items() if key[0] not in written.union(writers)}
+        found, now = self._buffers, self._buffers_now()
+        written = {key[0] for key, one in now.items() if not _is_same(found.get(key, (None, 0)), one)}
+        self._buffers = {key: one for key, one in now.items() if key[0] not in written.union(writers)}
         before = self._parameters
         self._parameters = {
             name: (one, wanted, version if name in before and before[name][2] == version else None)
