@@ -11,10 +11,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
-from io import BytesIO
 from pathlib import Path
-
-from matplotlib.figure import Figure
 
 from re2tal.strict_json import write_atomically
 
@@ -41,13 +38,6 @@ class Picture:
 
     caption: str
     png: bytes
-
-
-def to_png(figure: Figure) -> bytes:
-    """The figure as a PNG file."""
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png")
-    return buffer.getvalue()
 
 
 def write_page(

@@ -19,7 +19,8 @@ from re2tal.evaluation.average_precision import MapReport, mean_average_precisio
 from re2tal.evaluation.ground_truth import as_one_class, read_ground_truth, without_duration
 from re2tal.evaluation.results import Results, read_results
 from re2tal.reporting.curves import draw_curves, read_metrics
-from re2tal.reporting.page import Picture, to_png, write_page
+from re2tal.reporting.fonts import to_png
+from re2tal.reporting.page import Picture, write_page
 from re2tal.reporting.timelines import draw_timeline
 from re2tal.runs.evaluation import is_class_agnostic, match_run
 from re2tal.runs.folder import CONFIG_NAME, METRICS_NAME, REPORT_NAME, RESULTS_NAME

@@ -10,7 +10,7 @@ import pytest
 from matplotlib.axes import Axes
 
 from re2tal.reporting.curves import draw_curves, read_metrics, smooth
-from re2tal.reporting.page import to_png
+from re2tal.reporting.fonts import to_png
 
 
 def train(step: int, loss: float, **more: float) -> dict:

@@ -10,7 +10,8 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from re2tal.reporting.page import Picture, to_png, write_page
+from re2tal.reporting.fonts import to_png
+from re2tal.reporting.page import Picture, write_page
 
 NASTY = '"><script>alert(1)</script><img src=x onerror=alert(2)>&amp;'
 

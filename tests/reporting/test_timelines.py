@@ -7,7 +7,7 @@ import torch
 from matplotlib.collections import PolyCollection
 from matplotlib.figure import Figure
 
-from re2tal.reporting.page import to_png
+from re2tal.reporting.fonts import to_png
 from re2tal.reporting.timelines import draw_timeline
 from re2tal.structures import Action, Detections, VideoRecord
 
