@@ -66,6 +66,9 @@ def check_data(check: DataCheck) -> int:
     """Print what is wrong; gives the exit status."""
     check_options(check, max_damaged=SHARE)
     files, odd = _video_files(check.videos)
+    # Of annotations, every video that has no file is named below.
+    if not files and check.annotations is None:
+        raise ValueError("; ".join([f"{check.videos} holds no video file; name the folder of the videos", *odd]))
     named = NamedFiles(files)
     examined = _examine(files if check.annotations is None else _listed(check.annotations, files, named), check)
     problems: list[str] = []

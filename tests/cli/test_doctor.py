@@ -81,6 +81,13 @@ def test_nothing_is_wrong(capsys, folder, tmp_path):
     assert out.endswith("1 videos: 1 ok; 0 faults of the annotations\n")
 
 
+def test_a_folder_without_videos_is_not_sound(capsys, tmp_path):
+    with pytest.raises(SystemExit) as end:
+        main(["doctor", str(tmp_path)])
+    assert end.value.code == 2
+    assert f"{tmp_path} holds no video file" in capsys.readouterr().err
+
+
 def test_only_what_the_annotations_name_is_read(capsys, folder, tmp_path, monkeypatch):
     read = []
     monkeypatch.setattr(IsolatedPool, "call", lambda self, seconds, function, path, **given: read.append(path.name))
