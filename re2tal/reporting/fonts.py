@@ -16,12 +16,14 @@ from matplotlib.ft2font import FT2Font
 from matplotlib.text import Text
 
 _MISSING = re.compile(r"Glyph (\d+) .*missing from")
+_told: set[str] = set()
+"""Characters that a warning has named."""
 _STAND_IN = "Last Resort"
 """The font that comes with matplotlib and has a box for each character there is."""
 
 
 def to_png(figure: Figure) -> bytes:
-    """The figure as a PNG file; one warning names the characters that no font of this machine has."""
+    """The figure as a PNG file; a warning names, once, the characters that no font of this machine has."""
     png, missing = _drawn(figure)
     if not missing:
         return png
@@ -29,7 +31,9 @@ def to_png(figure: Figure) -> bytes:
     for text in figure.findobj(Text):
         text.set_fontfamily([*text.get_fontfamily(), *others])
     png, missing = _drawn(figure)
-    if missing:
+    # Of a page, every picture may have them.
+    if missing := missing - _told:
+        _told.update(missing)
         some = "".join(sorted(missing)[:10])
         said = f"no installed font has {some}: pictures show boxes; install one that does, such as Noto Sans CJK"
         warnings.warn(said, stacklevel=2)
