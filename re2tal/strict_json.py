@@ -62,7 +62,7 @@ def write_atomically(path: Path | str, text: str) -> None:
 @contextmanager
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """A file to be written, which becomes `path` at the end: a reader sees all of it or nothing, after an error too."""
-    if _is_stream(path):
+    if is_stream(path):
         with path.open("wb") as file:
             yield file
         return
@@ -90,8 +90,9 @@ def output_file(path: Path, *, option: str) -> Path:
     if target.is_dir():
         raise ValueError(f"{option} is {path}, a folder; give the name of a file")
     try:
-        if not _is_stream(target):
-            folder = next(one for one in target.absolute().parents if one.exists())
+        if not is_stream(target):
+            # A link that leads nowhere counts as there: no folder can be made in its place.
+            folder = next(one for one in target.absolute().parents if os.path.lexists(one))
             with TemporaryFile(dir=folder):
                 pass
     except OSError as error:
@@ -101,10 +102,10 @@ def output_file(path: Path, *, option: str) -> Path:
 
 def linked(path: Path) -> Path:
     """What a link leads to, which need not exist; other paths as they are."""
-    return Path(os.path.realpath(path)) if path.is_symlink() and not _is_stream(path) else path
+    return Path(os.path.realpath(path)) if path.is_symlink() and not is_stream(path) else path
 
 
-def _is_stream(path: Path) -> bool:
+def is_stream(path: Path) -> bool:
     """A pipe, a terminal, /dev/null: what a rename would put a file in the place of."""
     # /dev/stdout may lead to a file, which its other writer has open.
     return path.parent in (Path("/dev"), Path("/dev/fd")) or (

@@ -70,6 +70,11 @@ def test_what_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
         output_file(tmp_path, option="--json")
     with pytest.raises(ValueError, match=r"--out is .*file/a\.json, and cannot be written: Not a directory; give ano"):
         output_file(tmp_path / "file" / "a.json", option="--out")
+    for leads_to in ("nowhere", "link"):
+        (tmp_path / "link").symlink_to(leads_to)
+        with pytest.raises(ValueError, match=r"--out is .*link/a\.json, and cannot be written: "):
+            output_file(tmp_path / "link" / "a.json", option="--out")
+        (tmp_path / "link").unlink()
     output_file(tmp_path / "a" / "b.json", option="--out")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 

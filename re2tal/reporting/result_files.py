@@ -18,7 +18,7 @@ from re2tal.evaluation.results import Results, read_results, write_results
 from re2tal.reporting.annotation_files import boris_events, csv_table, eaf
 from re2tal.reporting.found import FoundInVideo
 from re2tal.reporting.subtitles import srt, webvtt
-from re2tal.strict_json import write_atomically
+from re2tal.strict_json import is_stream, write_atomically
 from re2tal.video_ids import MAX_BYTES
 
 
@@ -87,6 +87,9 @@ class ResultsFile:
     _written: tuple[int, ...] | None = field(init=False)
 
     def __post_init__(self) -> None:
+        self._written = _mark(self.out)
+        if is_stream(self.out):
+            return
         try:
             self.out.parent.mkdir(parents=True, exist_ok=True)
             # Tried now, not after hours of detection.
@@ -104,7 +107,6 @@ class ResultsFile:
                 start = file.read(4096)
             if start and b'"results"' not in start:
                 raise ValueError(f"{self.out} is there already and holds no results; give another place (out)")
-        self._written = _mark(self.out)
 
     def take_up(self, files: Mapping[str, Path | None]) -> set[str]:
         """The results that are there already stay; gives the names in `files` that they are of. None is a file that is
@@ -165,6 +167,11 @@ class ResultsFile:
         suffix = RESULT_FORMATS[self.format_name].suffix
         return self.out if self.out.suffix.lower() == suffix else self.out / f"{_file_name(name)}{suffix}"
 
+    def save(self) -> None:
+        """Writes while more is to come; nothing to a pipe or a device, where a reader gets one document at the end."""
+        if not is_stream(self.out):
+            self.write()
+
     def write(self) -> None:
         """The file for all, with what was added so far."""
         if self.is_per_video:
@@ -190,7 +197,9 @@ def _sizes(files: Mapping[str, Path | None]) -> dict[str, int]:
 
 
 def _mark(path: Path) -> tuple[int, ...] | None:
-    """What changes when a file is written; None where there is none."""
+    """What changes when a file is written; None where there is none, or a stream, which changes by itself."""
+    if is_stream(path):
+        return None
     try:
         status = path.stat()
     except OSError:

@@ -91,7 +91,7 @@ def _look_at_files(job: Job, look: Look, world: World, say: Callable[[FoundInVid
             # Results are written whole each time; where that takes long, it is done less often, for a twentieth of the
             # time.
             if (now := time.monotonic()) - saved > max(SAVE_SECONDS, 20 * cost):
-                job.results.write()
+                job.results.save()
                 saved = time.monotonic()
                 cost = saved - now
     except KeyboardInterrupt:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from xml.etree import ElementTree
@@ -85,6 +87,20 @@ def test_elan_has_nothing_that_overlaps_on_a_tier() -> None:
         (f"{CLASSES[1]} (2)", 1),
     ]
     assert root.find("HEADER/MEDIA_DESCRIPTOR").get("MEDIA_URL") == "file:///videos of us/my party (1).v2.mp4"
+
+
+def test_a_pipe_gets_one_document_and_is_never_somebody_elses_file(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    end = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+    results = ResultsFile(pipe, "json", CLASSES)
+    results.add(video())
+    results.save()
+    os.utime(pipe, (1.0, 1.0))  # as a terminal's changes where something is printed
+    results.write()
+    assert json.loads(os.read(end, 1 << 16))["results"].keys() == {"my party (1).v2"}
+    assert [*tmp_path.iterdir()] == [pipe]
+    os.close(end)
 
 
 def test_json_is_activitynets_and_grows_video_by_video(tmp_path: Path) -> None:
