@@ -1,6 +1,7 @@
 import struct
 from fractions import Fraction
 from pathlib import Path
+from uuid import UUID
 
 import av
 import pytest
@@ -64,6 +65,19 @@ def _half_flash(path: Path) -> None:
 
 def _half_wmv(path: Path) -> None:
     cut_short(write_video(path.with_name("whole.wmv"), codec="wmv2"), path, share=0.5)
+
+
+def test_the_size_in_the_header_of_a_live_wmv_tells_nothing(tmp_path):
+    path = write_video(tmp_path / "v.wmv", codec="wmv2")
+    content = bytearray(path.read_bytes())
+    place = content.index(UUID("8cabdca1-a947-11cf-8ee4-00c00c205365").bytes_le)
+    content[place + 40 : place + 48] = (1 << 40).to_bytes(8, "little")
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="is cut short"):
+        probe_video(path)
+    content[place + 88] |= 1
+    path.write_bytes(content)
+    assert probe_video(path).num_missing == 0
 
 
 def _no_index(path: Path) -> None:

@@ -228,8 +228,9 @@ def _missing_by_size(path: Path, num_shown: int) -> int:
         head = file.read(1 << 16)
     promised = 8 + int.from_bytes(head[4:8], "little") if head[:4] == b"RIFF" else 0
     if head.startswith(_ASF_HEADER) and (place := head.find(_ASF_FILE)) >= 0:
-        # Its length, an id and the size of the file; of a live stream that is 0, or what was known when it began.
-        promised = int.from_bytes(head[place + 40 : place + 48], "little")
+        # Its length, an id and the size of the file, which holds where the first flag, of a live stream, is not set.
+        size_field, flags = (int.from_bytes(head[at : at + 8], "little") for at in (place + 40, place + 88))
+        promised = 0 if flags & 1 else size_field
     size = path.stat().st_size
     return round(num_shown * (promised / size - 1)) if promised > size else 0
 
