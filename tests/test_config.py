@@ -147,6 +147,8 @@ def test_what_a_file_does_not_mention_keeps_its_default(tmp_path):
         ('{"schedule": {"warmup_epochs": "inf"}}', "schedule.warmup_epochs is inf; it must be finite"),
         ('{"engine": {"gradient_clipping": "inf"}}', "engine.gradient_clipping is inf; give a norm, or 0 to"),
         ('{"training": {"epochs": true}}', "config.json: training.epochs is true; if 1 is meant, write 1$"),
+        ('{"data": {"shards": ""}}', "config.json: data.shards is an empty path; name a file or a folder$"),
+        ('{"evaluation": {"blocked_videos": ""}}', "evaluation.blocked_videos is an empty path"),
         ('{"training": {"epochs": "7"}}', 'training.epochs is "7"; if 7 is meant, write 7$'),
         ('{"backbone": {"rewired": "off"}}', 'backbone.rewired is "off"; if False is meant, write false$'),
         ('{"backbone": {"rewired": 0}}', "backbone.rewired is 0; if False is meant, write false$"),

@@ -130,14 +130,17 @@ def _validated(kind: type[T], values: Any, *, inside: str | None = None) -> T:
 
 
 def _refuse_other_types(given: Any, taken: Any, *, key: str | None) -> None:
-    """ValueError where a number or truth value was made of something else: pydantic takes true for 1, "off" for false
-    and "inf" for a number."""
+    """ValueError where a number or truth value was made of something else, and for empty paths: pydantic takes true for
+    1, "off" for false and "inf" for a number."""
     if isinstance(given, Mapping):
         for name, value in given.items():
             _refuse_other_types(value, taken[name], key=name if key is None else f"{key}.{name}")
     elif isinstance(given, list):
         for number, (one, other) in enumerate(zip(given, taken, strict=True)):
             _refuse_other_types(one, other, key=f"{key}.{number}")
+    # `Path` takes it for the folder at hand.
+    elif given == "" and taken == ".":
+        raise ValueError(f"{key} is an empty path; name a file or a folder")
     # A kind that was put in as an object is neither, and was looked at by itself.
     elif isinstance(given, bool) != isinstance(taken, bool) or (isinstance(given, str) and not isinstance(taken, str)):
         raise ValueError(f"{key} is {json.dumps(given)}; if {taken} is meant, write {json.dumps(taken)}")
