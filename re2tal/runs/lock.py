@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,12 @@ def locked(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def refuse_in_use(folder: Path) -> None:
-    """ValueError, naming the owner, where a living process has the folder."""
-    _Lock(folder / NAME).refuse_living()
+def refuse_in_use(*folders: Path) -> None:
+    """ValueError, naming the owner, where a living process has one of the folders."""
+    # At once, or each lock that a dead process of another machine left would be watched after the one before.
+    with ThreadPoolExecutor(max(1, len(folders))) as pool:
+        for watched in [pool.submit(_Lock(folder / NAME).refuse_living) for folder in folders]:
+            watched.result()
 
 
 class _Lock:

@@ -25,6 +25,7 @@ from re2tal.runs.devices import default_device
 from re2tal.runs.evaluation import Evaluated, ScoringOptions, evaluate
 from re2tal.runs.exit_status import INTERRUPTED, SOME_LEFT_OUT
 from re2tal.runs.folder import CONFIG_NAME, RESULTS_NAME
+from re2tal.runs.lock import refuse_in_use
 from re2tal.runs.published import PUBLISHED, BackboneFamily, Published, Target
 from re2tal.runs.reproduction_card import DRAWS, Card
 from re2tal.runs.reproduction_checks import (
@@ -227,13 +228,16 @@ def _write_blocked(asked: Reproduction, world: World) -> Path:
     """The file of videos that are not scored; ValueError where that would change the one of an earlier run."""
     path = asked.folder / BLOCKED_NAME
     blocked = sorted(blocked_videos(asked.dataset, asked.blocked))
-    if path.exists() and not (asked.resume or asked.overwrite) and read_json(path) != blocked:
+    is_same = path.exists() and read_json(path) == blocked
+    if path.exists() and not (is_same or asked.resume or asked.overwrite):
         raise ValueError(
             f"{path} is of an earlier run, and lists other videos; give another --out, or --resume or --overwrite"
         )
     # A file, so that `re2tal evaluate --blocked-videos` gives the same score again. The others read it after `train`
     # has brought all ranks together.
-    if world.is_main:
+    if world.is_main and not is_same:
+        # `train` asks too, but a run that is at work here would evaluate other videos by then.
+        refuse_in_use(asked.folder)
         write_json(path, blocked)
     return path
 

@@ -242,8 +242,7 @@ def shards_locked(folder: Path, *, part_index: int = 0, num_parts: int = 1) -> I
         others = {folder, *parts.glob("part-*-of-*")} - {mine}
         if num_parts > 1:
             others -= {*parts.glob(f"part-*-of-{num_parts}")}
-        for other in sorted(others):
-            refuse_in_use(other)
+        refuse_in_use(*sorted(others))
         yield
 
 

@@ -25,10 +25,11 @@ from re2tal.evaluation.results import read_results
 from re2tal.recipes import find_recipe
 from re2tal.runs import reproduction
 from re2tal.runs.evaluation import Evaluated, blocked_by
+from re2tal.runs.lock import locked
 from re2tal.runs.published import PUBLISHED
 from re2tal.runs.reproduction_card import Card
 from re2tal.runs.reproduction_checks import check_data
-from re2tal.strict_json import sha256_of
+from re2tal.strict_json import read_json, sha256_of
 
 SECONDS, RATE = 6, 15
 THUMOS_CLASSES = DATASETS["thumos14"].classes or ()
@@ -331,6 +332,10 @@ def test_training_leaves_out_the_videos_that_the_card_leaves_out(activitynet, tm
     blocked.write_text("bbbbbbbbbb0\n")
     with pytest.raises(ValueError, match=r"blocked\.json is of an earlier run, and lists other videos; give another"):
         reproduction._train_and_compare(asked, config, card, World())
+    # A run that is at work reads it at each evaluation.
+    with locked(tmp_path / "run"), pytest.raises(ValueError, match="is in use by"):
+        reproduction._train_and_compare(replace(asked, overwrite=True), config, card, World())
+    assert read_json(tmp_path / "run" / "blocked.json") == ["v_bbbbbbbbbb1"]
     reproduction._train_and_compare(replace(asked, overwrite=True), config, card, World())
     assert left_out[1:] == [{"bbbbbbbbbb0"}]
 

@@ -98,6 +98,18 @@ def test_an_owner_on_another_machine_lives_while_it_beats(hold, tmp_path):
         taken(tmp_path)
 
 
+def test_silent_locks_of_other_machines_are_watched_at_once(monkeypatch, tmp_path):
+    monkeypatch.setattr(lock, "BEAT_SECONDS", 0.05)
+    owner = {"host": "gone", "pid": 1, "place": "another machine", "start": 1, "beats": 3}
+    parts = [tmp_path / str(number) for number in range(20)]
+    for part in parts:
+        part.mkdir()
+        (part / "lock").write_text(json.dumps(owner))
+    start = time.monotonic()
+    lock.refuse_in_use(*parts)
+    assert time.monotonic() - start < 2  # one after the other: 4
+
+
 def test_an_owner_on_another_machine_that_is_silent_loses_the_folder_and_ends_when_it_wakes(hold, tmp_path):
     owner = hold("another machine")
     owner.send_signal(signal.SIGSTOP)
