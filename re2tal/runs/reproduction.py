@@ -229,9 +229,11 @@ def _write_blocked(asked: Reproduction, world: World) -> Path:
     path = asked.folder / BLOCKED_NAME
     blocked = sorted(blocked_videos(asked.dataset, asked.blocked))
     is_same = path.exists() and read_json(path) == blocked
-    if path.exists() and not (is_same or asked.resume or asked.overwrite):
+    # Not with --resume either: the log, and the choice of a best model, would be of two lists.
+    if path.exists() and not (is_same or asked.overwrite):
         raise ValueError(
-            f"{path} is of an earlier run, and lists other videos; give another --out, or --resume or --overwrite"
+            f"{path} is of an earlier run, and lists other videos; give the list of that run, another --out, or "
+            "--overwrite to begin anew"
         )
     # A file, so that `re2tal evaluate --blocked-videos` gives the same score again. The others read it after `train`
     # has brought all ranks together.

@@ -330,8 +330,9 @@ def test_training_leaves_out_the_videos_that_the_card_leaves_out(activitynet, tm
     assert left_out == [{"v_bbbbbbbbbb1"}]
     # Beside an earlier run, the list is part of it.
     blocked.write_text("bbbbbbbbbb0\n")
-    with pytest.raises(ValueError, match=r"blocked\.json is of an earlier run, and lists other videos; give another"):
-        reproduction._train_and_compare(asked, config, card, World())
+    for resume in (False, True):
+        with pytest.raises(ValueError, match=r"blocked\.json is of an earlier run, and lists other videos"):
+            reproduction._train_and_compare(replace(asked, resume=resume), config, card, World())
     # A run that is at work reads it at each evaluation.
     with locked(tmp_path / "run"), pytest.raises(ValueError, match="is in use by"):
         reproduction._train_and_compare(replace(asked, overwrite=True), config, card, World())
