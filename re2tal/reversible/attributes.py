@@ -107,13 +107,15 @@ def _held_by(module: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, value
     yield from module._modules.items()
     for name, hooks in (("_forward_hooks", module._forward_hooks), ("_forward_pre_hooks", module._forward_pre_hooks)):
-        if hooks and (of_users := tuple(hook for hook in hooks.values() if not is_of_library(hook))):
+        if hooks and (
+            of_users := tuple(hook for hook in hooks.values() if not module_of(hook).startswith(_OF_LIBRARIES))
+        ):
             yield name, of_users
 
 
-def is_of_library(hook: Any) -> bool:
-    """Whether torch, DeepSpeed or this package has put it there, and no user."""
-    return str(getattr(getattr(hook, "func", hook), "__module__", "")).startswith(_OF_LIBRARIES)
+def module_of(hook: Any) -> str:
+    """The Python module in which the function of a hook is written."""
+    return str(getattr(getattr(hook, "func", hook), "__module__", ""))
 
 
 def _is_set_by_forward(module: nn.Module, name: str) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from re2tal.reversible.attributes import is_of_library
+from re2tal.reversible.attributes import module_of
 
 REMEDY = (
     "DistributedDataParallel took a parameter of a reversible run for ready before its gradient was: it sees no way "
@@ -64,4 +64,8 @@ def one_part_each(parameters: Iterable[Tensor], *, only_hooked: bool) -> Iterato
 
 def _has_hooks(parameter: Tensor) -> bool:
     kinds = ("_backward_hooks", "_post_accumulate_grad_hooks")
-    return any(not is_of_library(hook) for kind in kinds for hook in (getattr(parameter, kind) or {}).values())
+    hooks = [hook for kind in kinds for hook in (getattr(parameter, kind) or {}).values()]
+    # A function of torch counts: a user made it a hook. Optimizers of `torch.distributed.optim` hook the node
+    # that accumulates, which shows nothing, but mark the parameter.
+    by_users = any(not module_of(hook).startswith(("deepspeed.", "re2tal.")) for hook in hooks)
+    return by_users or hasattr(parameter, "_in_backward_optimizers")

@@ -116,7 +116,8 @@ def _run_forward(
         # Most branches draw nothing: their generator states, some kilobytes each, need not be kept.
         record.draws.append(None if before.same_as(GeneratorState.now(state.device)) else before)
         record.buffers.append(watch.changed_since(buffers))
-        if function is not run.branches[index]:
+        # What the first piece writes may be a table made when it is needed, which the others find.
+        if len(record.buffers) > 1:
             run.refuse_writing_piece(index, record.buffers[-1])
         if record.saves == "output":
             # Before rounding, which widens it: under autocast it takes half the memory.

@@ -161,7 +161,7 @@ class Run:
         return output
 
     def refuse_writing_piece(self, index: int, saved: Sequence[SavedBuffer]) -> None:
-        """Raises ValueError where a piece of branch `index` has written one of the buffers saved before it."""
+        """Raises ValueError where a later piece of branch `index` has written one of the buffers saved before it."""
         if written := [one for one in saved if one.differs()]:
             raise ValueError(
                 f"{self._name(index)} is run in pieces, and each of them writes {written[0].name} of a "

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn.modules import module as all_modules
 
+from re2tal.reversible.attributes import module_of
 from re2tal.rewire.pending import RewireError
 
 _GATHERING = ("deepspeed.", "torch.distributed.", "torch.utils.module_tracker")  # the last only notes who is called
@@ -154,7 +155,7 @@ def _exchanged(places: Sequence[_Place], hooks: Sequence[Mapping[int, Callable]]
 
 def is_sharded(block: nn.Module) -> bool:
     """Whether FSDP gathers all parameters in `block` when it is called."""
-    return any(_module_of(hook).startswith("torch.distributed.fsdp") for hook in block._forward_pre_hooks.values())
+    return any(module_of(hook).startswith("torch.distributed.fsdp") for hook in block._forward_pre_hooks.values())
 
 
 def of_users(hooks: Mapping[int, Callable]) -> bool:
@@ -163,8 +164,4 @@ def of_users(hooks: Mapping[int, Callable]) -> bool:
 
 
 def _gathers(hook: Any) -> bool:
-    return _module_of(hook).startswith(_GATHERING)
-
-
-def _module_of(hook: Any) -> str:
-    return str(getattr(getattr(hook, "func", hook), "__module__", ""))
+    return module_of(hook).startswith(_GATHERING)

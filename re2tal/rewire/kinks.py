@@ -24,9 +24,12 @@ LAYERS = (
 # By parts of their names.
 OPERATIONS = ("relu", "threshold", "hardtanh", "hardswish", "hardsigmoid", "shrink", "max_pool")
 # By their names; in numbers, as those of positions and masks are no states.
-CHOICES = ("abs", "maximum", "minimum", "amax", "amin", "max", "min", "argmax", "argmin", "topk", "sort", "round")
-# At 0 alone: others mostly guard a division, far from where they bend.
-CLAMPS = ("clamp", "clamp_min", "clamp_max")
+CHOICES = (
+    *("abs", "sign", "round", "maximum", "minimum", "fmax", "fmin", "amax", "amin", "aminmax", "max", "min", "argmax"),
+    *("argmin", "topk", "sort", "kthvalue", "median", "cummax", "cummin"),
+)
+# At 0 alone: other clamps mostly guard a division, far from where they bend; drop path compares with its probability.
+AT_ZERO = ("clamp", "clamp_min", "clamp_max", "gt", "ge", "lt", "le")
 
 
 def holds_kinks(block: nn.Module) -> bool:
@@ -50,5 +53,5 @@ class KinkFinder(TorchDispatchMode):
         if args and isinstance(args[0], Tensor) and args[0].is_floating_point():
             name, bounds = name.removesuffix("_"), (*args[1:], *(kwargs or {}).values())
             at_zero = any(type(bound) in (int, float) and bound == 0 for bound in bounds)
-            self.found |= name in CHOICES or (name in CLAMPS and at_zero)
+            self.found |= name in CHOICES or (name in AT_ZERO and at_zero)
         return func(*args, **(kwargs or {}))

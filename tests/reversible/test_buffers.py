@@ -175,6 +175,27 @@ def test_one_that_each_piece_would_write_is_refused(kind) -> None:
         run_reversibly(chunked(branches, 3), states(dtype=torch.float64), owner=branches)
 
 
+class Tabled(Linear):
+    """Makes a table when it is needed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("table", torch.zeros(0), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not len(self.table):
+            self.table = torch.linspace(0, 1, CHANNELS, dtype=x.dtype)
+        return super().forward(x) * self.table
+
+
+def test_a_table_that_the_first_piece_makes_serves_them_all() -> None:
+    found, wanted = branches_of(Tabled, 2), branches_of(Tabled, 2)
+    for branches, num in ((found, 3), (wanted, 1)):
+        run_reversibly(chunked(branches, num), states(dtype=torch.float64), owner=branches).square().sum().backward()
+    for one, other in zip(found.parameters(), wanted.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
 class Shifted(Linear):
     """Reads a buffer that nobody writes in forward."""
 

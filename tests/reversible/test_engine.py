@@ -18,6 +18,8 @@ from reversible.networks import (
     states,
 )
 from torch import nn
+from torch.distributed.optim import _apply_optimizer_in_backward
+from torch.nn.utils import clip_grad_value_
 
 from re2tal.reversible import run_reversibly
 
@@ -157,15 +159,23 @@ def test_gradient_hooks_fire_once_per_backward() -> None:
 HOOKS = {
     "register_hook": lambda gradient: gradient.clamp(-1, 1),
     "register_post_accumulate_grad_hook": lambda one: None,
+    "register_post_accumulate_grad_hook of torch": partial(clip_grad_value_, clip_value=0.1),
 }
 
 
-@pytest.mark.parametrize("kind", HOOKS)
+def hook(kind: str, parameter: nn.Parameter) -> None:
+    if kind == "an optimizer of torch":
+        _apply_optimizer_in_backward(torch.optim.SGD, [parameter], {"lr": 0.1})
+    else:
+        getattr(parameter, kind.split()[0])(HOOKS[kind])
+
+
+@pytest.mark.parametrize("kind", [*HOOKS, "an optimizer of torch"])
 def test_a_hook_on_a_parameter_that_two_branches_share_is_an_error(kind) -> None:
     """In plain autograd it fires once, with the sum of both parts."""
     branches, x = chain("mlp", 3), states()
     run_reversibly([branches[0], branches[1], branches[0]], x, owner=branches).sum().backward()
-    getattr(branches[0].up.weight, kind)(HOOKS[kind])
+    hook(kind, branches[0].up.weight)
     run_reversibly(branches, x, owner=branches).sum().backward()
     output = run_reversibly([branches[0], branches[1], branches[0]], x, owner=branches)
     with pytest.raises(RuntimeError, match="a parameter with a hook is shared by two branches"):
