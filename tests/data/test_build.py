@@ -328,7 +328,7 @@ def test_a_file_is_not_the_video_of_two_subsets(tmp_path):
         name: tuple(VideoRecord(one, name, 2.0, (Action(0.5, 1.0, "run"),)) for one in ids)
         for name, ids in records.items()
     }
-    listed = Annotations(subsets, ("run",), 0, 0, 0)
+    listed = Annotations(subsets, ("run",))
     _, chosen = find_sources(listed, tmp_path, subset="training", config=replace(CONFIG, blocked=frozenset({"v_b"})))
     fault = "v_a.mp4 would be video 'a' and video 'v_a'; keep one of them"
     assert (chosen.found, chosen.faults) == ({"b": tmp_path / "b.mp4"}, {"a": fault})

@@ -250,7 +250,7 @@ def test_wrong_wishes_are_refused_before_anything_is_looked_at(model: Path, vide
             r"x\.srt, one file, but srt has a file for each of the 2 videos; give a folder",
         ),
         (DetectionOptions(classes=("fly",)), r"classes has 'fly', which the model does not know; it knows jump, run"),
-        (DetectionOptions(min_score=2), r"min_score is 2; give a score from 0 to 1"),
+        (DetectionOptions(min_score=2), r"--min-score is 2; give a number from 0 to 1"),
     ):
         with pytest.raises(ValueError, match=message):
             detect(model, files, wanted=wanted, device="cpu")

@@ -223,7 +223,8 @@ def test_two_pages_merge_what_both_corrected(browser: Any, tmp_path: Path) -> No
 
 def test_where_nothing_can_be_saved_the_corrections_can_be_downloaded(browser: Any, tmp_path: Path) -> None:
     write_inputs(tmp_path)
-    with Served(tmp_path, save_to=tmp_path / "results.json" / "a.json") as address:
+    with Served(tmp_path, save_to=tmp_path / "later" / "a.json") as address:
+        (tmp_path / "later").write_text("in the place of the folder")
         visit = Visit(browser, address)
         visit.page.click(".bar.truth")
         visit.press("Delete", "Control+s")
