@@ -221,6 +221,26 @@ def test_two_pages_merge_what_both_corrected(browser: Any, tmp_path: Path) -> No
     assert saved(tmp_path) == [(4.0, 5.0, NASTY)]
 
 
+def test_what_is_being_typed_stays_when_types_come(browser: Any, tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    with Served(tmp_path) as address:
+        visit, held = Visit(browser, address), []
+        visit.page.route("**/api/types", lambda route: held.append(route))
+        visit.page.click(".bar.prediction[aria-label*='4.00 to 5.00']")
+        visit.press("a")
+        visit.page.fill("#label", "walk")
+        held[0].continue_()
+        visit.page.wait_for_selector(".bar.prediction.right[aria-label*='4.00 to 5.00']")
+        assert visit.page.input_value("#label") == "walk"
+        visit.press("Enter")
+        visit.shows("#chosen", "walk")
+        # What cannot be is put back.
+        visit.page.fill("#end", "99")
+        visit.press("Enter")
+        visit.shows("#status", "between 0 and 5.00 s")
+        assert visit.page.input_value("#end") == "5.00"
+
+
 def test_where_nothing_can_be_saved_the_corrections_can_be_downloaded(browser: Any, tmp_path: Path) -> None:
     write_inputs(tmp_path)
     with Served(tmp_path, save_to=tmp_path / "later" / "a.json") as address:

@@ -27,11 +27,15 @@ export class Details {
     byId("edit").hidden = !isTruth;
     byId("accept").hidden = !chosen || isTruth;
     for (const id of ["accept", "accept-shown", "add", "delete", "label", "start", "end"]) byId(id).disabled = !editable;
-    if (isTruth) {
-      byId("label").value = chosen.label;
-      byId("start").value = chosen.start.toFixed(2);
-      byId("end").value = chosen.end.toFixed(2);
-    }
+    // Once: the page is drawn again when the server has typed the predictions, and somebody may be writing by then.
+    if (isTruth && chosen !== this.filled) this.fill(chosen);
+    this.filled = isTruth ? chosen : null;
+  }
+
+  fill(action) {
+    byId("label").value = action.label;
+    byId("start").value = action.start.toFixed(2);
+    byId("end").value = action.end.toFixed(2);
   }
 
   labels(names) {
@@ -59,6 +63,7 @@ export class Details {
       this.page.change(actions.map((one) => (one === action ? changed : one)), changed);
       return;
     }
+    this.filled = null;
     this.show();
   }
 
