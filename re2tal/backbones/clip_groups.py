@@ -14,7 +14,7 @@ are added to the last group's on their way in.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -47,8 +47,9 @@ def encode_in_groups(
         spans: the place of each group in the second axis of the result; the last ends it.
         owner: the module that holds every parameter that `encode` uses.
 
-    Raises ValueError for parameters that FSDP holds, or DDP without a static graph, and for BatchNorm in training; and
-    RuntimeError, in backward, for a second one, one with `create_graph`, one for chosen tensors, and other parameters.
+    Raises ValueError for parameters that FSDP holds, or DDP without a static graph, and for BatchNorm in training, or
+    another buffer that encoding writes; and RuntimeError, in backward, for a second one, one with `create_graph`, one
+    for chosen tensors, and other parameters.
     """
     if any(isinstance(module, _BatchNorm) and module.training for module in owner.modules()):
         raise ValueError(
@@ -103,6 +104,20 @@ def _encoded(encode: Callable[[Tensor], Tensor], cuts: Sequence[Cut], frames: Te
     return encode(cuts[index](frames))
 
 
+def _versions(owner: nn.Module) -> dict[str, tuple[Tensor, int]]:
+    return {name: (one, one._version) for name, one in owner.named_buffers() if not one.is_inference()}
+
+
+def _refuse_written(owner: nn.Module, before: Mapping[str, tuple[Tensor, int]]) -> None:
+    """ValueError where encoding wrote a buffer in place: backward encodes again, and would find what was written."""
+    for name, (one, version) in _versions(owner).items():
+        if name in before and before[name][0] is one and before[name][1] != version:
+            raise ValueError(
+                f"clips are encoded in groups (backbone.clips_at_once), but each group writes {name}, a buffer, which "
+                "all clips at once write once; leave clips_at_once out, or keep that module in evaluation mode"
+            )
+
+
 class _Groups(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -117,7 +132,7 @@ class _Groups(torch.autograd.Function):
     ) -> Tensor:
         ctx.encode, ctx.cuts, ctx.spans, ctx.again, ctx.modules = encode, cuts, spans, again, ModuleState(owner)
         ctx.autocast, ctx.draws = AutocastState.now(frames.device), {}
-        frames = frames.detach()
+        frames, buffers = frames.detach(), _versions(owner)
 
         def encoded(index: int) -> Tensor:
             before = GeneratorState.now(frames.device)
@@ -128,6 +143,7 @@ class _Groups(torch.autograd.Function):
 
         with same_kernels():
             features = _features(encoded, spans)
+        _refuse_written(owner, buffers)
         ctx.modules.ran()
         return features
 

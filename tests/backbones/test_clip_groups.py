@@ -214,6 +214,16 @@ def test_statistics_of_a_batch_cannot_be_those_of_a_group() -> None:
     backbone.eval()(*videos())
 
 
+def test_a_buffer_that_each_group_writes_is_refused() -> None:
+    # Spectral norm takes a step of its power iteration at each call, so backward would encode with other weights.
+    backbone = build("plain", clips_at_once=4).train()
+    linear = next(module for module in backbone.modules() if isinstance(module, torch.nn.Linear))
+    torch.nn.utils.parametrizations.spectral_norm(linear)
+    with pytest.raises(ValueError, match=r"each group writes .*_u, a buffer, which all clips at once write once"):
+        backbone(*videos())
+    backbone.eval()(*videos())
+
+
 def test_what_has_no_gradient_in_groups_is_an_error() -> None:
     backbone = build(clips_at_once=4)
     frames, mask = videos()
