@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from re2tal.reversible.chunking import GradientSums, silenced
-from re2tal.reversible.ddp import takes_first_parts
 from re2tal.reversible.fake import is_counted
+from re2tal.reversible.first_parts import takes_first_parts
 from re2tal.reversible.recompute import save_recipes
 from re2tal.reversible.replay_context import AutocastState, ModuleState, same_kernels
 from re2tal.reversible.rng import GeneratorState

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from re2tal.reversible.buffers import BufferWatch, buffers_restored
-from re2tal.reversible.ddp import REMEDY, one_part_each, takes_first_parts
 from re2tal.reversible.differentiation import differentiate, differentiate_pieces, run_with_graph
+from re2tal.reversible.first_parts import REMEDY, one_part_each, takes_first_parts
 from re2tal.reversible.monitor import Observation
 from re2tal.reversible.record import Graph, Recording
 from re2tal.reversible.replay_context import ModuleState, same_kernels

@@ -22,7 +22,7 @@ from re2tal.runs.naming import read_namer
 from re2tal.runs.stored_features import check_features
 from re2tal.runs.trained import Trained, open_detector
 from re2tal.runs.video_files import VideoFiles, find_videos
-from re2tal.strict_json import output_file, sha256_of
+from re2tal.strict_json import is_stream, output_file, sha256_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +152,11 @@ class Job:
             )
         if row.for_each is None:
             target = output_file(target, option="--out")
+        if is_stream(target) and (wanted.add or world.world_size > 1):
+            raise ValueError(
+                f"--out is {target}, a pipe or a device, from which nothing can be read back; give a file, or leave "
+                "out --add and use one process"
+            )
         # Other ranks write beside it; rank 0 puts all together at the end.
         mine = target if world.is_main else target.with_name(f"{target.stem}.rank{world.rank}{target.suffix}")
         # Other formats have no place for it.

@@ -83,10 +83,16 @@ def say_if_trained_on(folder: Path) -> None:
     Until it ends again the model, results and figures in its folder are those of its first end.
     """
     newest, summary = complete_checkpoints(folder / CHECKPOINTS_NAME)[:1], folder / SUMMARY_NAME
-    if not (newest and summary.is_file() and isinstance(document := read_json(summary), dict)):
+    if not (is_main() and newest and summary.is_file()):
         return
-    steps = document.get("steps")
-    if is_main() and isinstance(steps, int) and int(newest[0].removeprefix("step-")) > steps:
+    try:
+        document = read_json(summary)
+    except ValueError as error:
+        # The model is there and sound: what is not known is only how old it is.
+        print(f"{error}; whether the run has been trained on since its model was written is not known", file=sys.stderr)
+        return
+    steps = document.get("steps") if isinstance(document, dict) else None
+    if isinstance(steps, int) and int(newest[0].removeprefix("step-")) > steps:
         print(
             f"{folder} holds the model of step {steps}, and has been trained on since (checkpoint {newest[0]}): go on "
             f"to the end of training for its new model, or remove {MODEL_NAME} to take the checkpoint's weights",

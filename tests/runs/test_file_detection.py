@@ -251,6 +251,7 @@ def test_wrong_wishes_are_refused_before_anything_is_looked_at(model: Path, vide
         ),
         (DetectionOptions(classes=("fly",)), r"classes has 'fly', which the model does not know; it knows jump, run"),
         (DetectionOptions(min_score=2), r"--min-score is 2; give a number from 0 to 1"),
+        (DetectionOptions(Path("/dev/null"), format="json", add=True), r"/dev/null, a pipe or a device, from which"),
     ):
         with pytest.raises(ValueError, match=message):
             detect(model, files, wanted=wanted, device="cpu")

@@ -45,3 +45,10 @@ def test_a_model_from_before_the_newest_checkpoint_is_told_of(tmp_path: Path, ca
     (tmp_path / "checkpoints" / "step-00000012").mkdir()
     say_if_trained_on(tmp_path)
     assert "the model of step 8, and has been trained on since (checkpoint step-00000012)" in capsys.readouterr().err
+
+
+def test_a_damaged_summary_does_not_keep_the_model_from_its_use(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "summary.json").write_text('{"steps"')
+    (tmp_path / "checkpoints" / "step-00000006").mkdir(parents=True)
+    say_if_trained_on(tmp_path)
+    assert "whether the run has been trained on since its model was written is not known" in capsys.readouterr().err

@@ -157,9 +157,9 @@ class Pathway(CheckpointedModule):
         """(B, 3, T, H, W) -> (B, C, T, H / 4, W / 4)."""
         if not (self.checkpointing and torch.is_grad_enabled()):
             return self.maxpool(self.conv1(frames))
-        # Not of the whole pathway: its stages change while they run.
-        used = nn.ModuleList([self.conv1, self.maxpool])
-        return recomputed(lambda frames: self.maxpool(self.conv1(frames)), frames, owner=used)
+        # Not of the whole pathway, whose stages change while they run.
+        layers = nn.Sequential(self.conv1, self.maxpool)
+        return recomputed(layers, frames, owner=layers)
 
     def layers(self) -> list[nn.Module]:
         """The stages as they are now: rewiring replaces them."""
