@@ -34,7 +34,7 @@ def test_what_is_measured_is_not_measured_again_and_a_failure_ends_nothing_else(
 
     names = ("good", "bad", "better")
     part = cells.Part(
-        "title", lambda options: {name: lambda name=name: measured(name) for name in names}, lambda *_: [], 0.1
+        "title", lambda options: {name: lambda name=name: measured(name) for name in names}, lambda *_: []
     )
     options = cells.Options(1, True, tmp_path, tmp_path)
     assert cells.run_part("p", part, options, tmp_path) == ["p: bad: RuntimeError: broken on purpose"]
@@ -50,7 +50,7 @@ def test_a_part_that_lacks_its_data_is_named(cells, tmp_path):
     def no_data(options):
         raise ValueError("fetch the data set")
 
-    part = cells.Part("title", no_data, lambda *_: [], 0.1)
+    part = cells.Part("title", no_data, lambda *_: [])
     failed = cells.run_part("p", part, cells.Options(1, True, tmp_path, tmp_path), tmp_path)
     assert failed == ["p: ValueError: fetch the data set"]
 

@@ -52,8 +52,6 @@ class Part:
     """Key -> measurement, in the order in which they run."""
     show: Callable[[Mapping[str, Figures], Path], Sequence[str]]
     """Figures of the cells that are done, and the folder for pictures -> lines of Markdown."""
-    hours: float
-    """Estimate of the whole form on two idle cores."""
     alone: bool = False
     """Whether its cells measure time or memory in a way that a neighbour would disturb."""
 
