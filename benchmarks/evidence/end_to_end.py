@@ -16,7 +16,9 @@ from evidence.training import (
     FROM_DEMO,
     FROM_DEMO_FORMS,
     FROM_RECOGNITION,
+    IN_SEGMENTS,
     QUICK_FORMS,
+    STARTS_PLAIN,
     built,
     cell_key,
     detector_run,
@@ -78,7 +80,7 @@ def urfd_cells(options: Options) -> dict[str, Cell]:
                 run = replace(run, data=replace(run.data, clips=clips))
                 measure = partial(trained, run)
                 if form.endswith(FROM_DEMO):
-                    before = "end to end, plain" if "plain" in form else "end to end, rewired"
+                    before = "end to end, plain" if form.startswith(STARTS_PLAIN) else "end to end, rewired"
                     measure = partial(started, run, *on_demo(options, before, setting, seed=0))
                 cells[cell_key(form, setting, epochs=epochs, seed=seed)] = measure
     return cells
@@ -138,6 +140,8 @@ def _verdict(forms: Mapping[str, Mapping[str, Figures]]) -> Sequence[str]:
         (f"end to end, rewired{FROM_DEMO}", f"frozen{FROM_DEMO}", 5.0),
         (f"end to end, rewired{FROM_DEMO}", f"end to end, plain{FROM_DEMO}", -1.0),
         (f"end to end, rewired{FROM_DEMO}", "frozen at random", 5.0),
+        (IN_SEGMENTS + FROM_DEMO, f"end to end, plain{FROM_DEMO}", -1.0),
+        (IN_SEGMENTS + FROM_DEMO, f"end to end, rewired{FROM_DEMO}", 0.0),
     )
     lines = []
     for form, other, aim in claims:

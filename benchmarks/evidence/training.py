@@ -31,8 +31,11 @@ FORMS = ("frozen at random", "end to end, plain", "end to end, rewired", "adapte
 FROM_RECOGNITION = "frozen, from recognition"
 """The form whose backbone was trained to recognize clips of the demo, plain, and then frozen."""
 FROM_DEMO = ", from the demo"
-"""What a form's name ends in if a training on the demo came before: end to end, rewired unless the form is plain."""
-FROM_DEMO_FORMS = tuple(form + FROM_DEMO for form in ("frozen", "end to end, plain", "end to end, rewired"))
+"""What a form's name ends in if a training on the demo came before: end to end, rewired or (STARTS_PLAIN) plain."""
+IN_SEGMENTS = "end to end, rewired in segments"
+"""Merged by extrapolation every 2 blocks: nearer to the plain network, for more memory."""
+STARTS_PLAIN = ("end to end, plain", IN_SEGMENTS)
+FROM_DEMO_FORMS = tuple(form + FROM_DEMO for form in ("frozen", *STARTS_PLAIN, "end to end, rewired"))
 QUICK_FORMS = ("end to end, rewired", "frozen at random", "end to end, plain")
 DEMO_EPOCHS = {True: 12, False: 32}
 LIMIT_SECONDS = 4 * 3600
@@ -47,6 +50,7 @@ def backbone_of(name: str, form: str) -> BackboneConfig:
         FROM_RECOGNITION: {"frozen": True, "rewired": False},
         "end to end, plain": {"rewired": False},
         "end to end, rewired": {},
+        IN_SEGMENTS: {"merge": "extrapolate", "segment": 2},
         "adapters in a frozen backbone": ADAPTERS.get(name, {}),
     }
     return BackboneConfig(name=name, **changes[form.removesuffix(FROM_DEMO)])
