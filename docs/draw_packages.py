@@ -11,7 +11,7 @@ from collections import defaultdict
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-COMMON = ("structures", "strict_json", "tables", "options", "distributed")
+COMMON = ("structures", "files", "strict_json", "tables", "options", "distributed")
 """Leaves that nearly all import: drawn at the foot, without arrows."""
 WIDTH, HEIGHT, BETWEEN, ROW, MARGIN = 118, 32, 22, 88, 24
 

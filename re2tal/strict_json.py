@@ -1,4 +1,4 @@
-"""JSON that came from elsewhere, read without surprises, files that appear whole or not at all, and their checksums.
+"""JSON that came from elsewhere, read without surprises.
 
 `json.loads` takes NaN and Infinity, lets the last of two equal keys win, and dies of deep nesting with a
 RecursionError. Here each of these is a ValueError that names the file.
@@ -7,17 +7,16 @@ RecursionError. Here each of these is a ValueError that names the file.
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import math
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryFile
-from typing import IO, Any
+from typing import Any
+
+from re2tal.files import write_atomically
 
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 MAX_BYTES = 1 << 30
@@ -49,74 +48,6 @@ def read_json(path: Path | str, *, max_bytes: int = MAX_BYTES) -> Any:
 def write_json(path: Path | str, document: Any) -> None:
     """Write `document` as one line of JSON, atomically; ValueError if it holds NaN or infinity."""
     write_atomically(path, json.dumps(document, allow_nan=False) + "\n")
-
-
-def write_atomically(path: Path | str, text: str) -> None:
-    """Write `text` as UTF-8, atomically; folders above it are made."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_file(path) as file:
-        file.write(text.encode())
-
-
-@contextmanager
-def atomic_file(path: Path) -> Iterator[IO[bytes]]:
-    """A file to be written, which becomes `path` at the end: a reader sees all of it or nothing, after an error too."""
-    if is_stream(path):
-        with path.open("wb") as file:
-            yield file
-        return
-    # The process's number, because several may write the same file, and each has to rename its own.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            # Before the rename, or a power cut could leave the final name on an empty file.
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def output_file(path: Path, *, option: str) -> Path:
-    """The file to write for a path that a user names: there or not yet, in a folder that may have to be made, or what
-    a link leads to, which stays a link; a pipe or a device is written to.
-
-    To be called before the work, so that it does not end in an error. ValueError for a folder, and where nothing can be
-    written.
-    """
-    target = linked(path)
-    if target.is_dir():
-        raise ValueError(f"{option} is {path}, a folder; give the name of a file")
-    try:
-        if not is_stream(target):
-            # A link that leads nowhere counts as there: no folder can be made in its place.
-            folder = next(one for one in target.absolute().parents if os.path.lexists(one))
-            with TemporaryFile(dir=folder):
-                pass
-    except OSError as error:
-        raise ValueError(f"{option} is {path}, and cannot be written: {error.strerror}; give another place") from None
-    return target
-
-
-def linked(path: Path) -> Path:
-    """What a link leads to, which need not exist; other paths as they are."""
-    return Path(os.path.realpath(path)) if path.is_symlink() and not is_stream(path) else path
-
-
-def is_stream(path: Path) -> bool:
-    """A pipe, a terminal, /dev/null: what a rename would put a file in the place of."""
-    # /dev/stdout may lead to a file, which its other writer has open.
-    return path.parent in (Path("/dev"), Path("/dev/fd")) or (
-        path.exists() and not path.is_file() and not path.is_dir()
-    )
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's content, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

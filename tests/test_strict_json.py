@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import stat
 from pathlib import Path
 
 import pytest
 
-from re2tal.strict_json import finite_number, output_file, read_json, write_json
+from re2tal.strict_json import finite_number, read_json, write_json
 
 
 def test_a_document_survives(tmp_path: Path) -> None:
@@ -51,40 +49,3 @@ def test_numbers_in_texts_are_those_that_people_write() -> None:
     assert [finite_number(text) for text in ("12", " -1.5 ", "1e3", ".5", "5.", "+2")] == [12, -1.5, 1000, 0.5, 5, 2]
     odd = ("1_000", "\N{ARABIC-INDIC DIGIT ONE}", "nan", "inf", "1,5", "1,000", "0x10", "1e999", "", "5 s", True, None)
     assert [finite_number(value) for value in odd] == [None] * len(odd)
-
-
-def test_an_output_that_is_a_link_stays_one_and_is_written_through(tmp_path: Path) -> None:
-    (tmp_path / "there.json").write_text("{}")
-    for name, leads_to in (("link.json", "there.json"), ("dangling.json", "new/b.json")):
-        link = tmp_path / name
-        link.symlink_to(leads_to)
-        write_json(output_file(link, option="--json"), {"a": 1})
-        assert link.is_symlink()
-        assert read_json(link) == {"a": 1}
-    assert output_file(tmp_path / "there.json", option="--json") == tmp_path / "there.json"
-
-
-def test_what_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"--json is .*, a folder; give the name of a file"):
-        output_file(tmp_path, option="--json")
-    with pytest.raises(ValueError, match=r"--out is .*file/a\.json, and cannot be written: Not a directory; give ano"):
-        output_file(tmp_path / "file" / "a.json", option="--out")
-    for leads_to in ("nowhere", "link"):
-        (tmp_path / "link").symlink_to(leads_to)
-        with pytest.raises(ValueError, match=r"--out is .*link/a\.json, and cannot be written: "):
-            output_file(tmp_path / "link" / "a.json", option="--out")
-        (tmp_path / "link").unlink()
-    output_file(tmp_path / "a" / "b.json", option="--out")
-    assert [path.name for path in tmp_path.iterdir()] == ["file"]
-
-
-def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    # Both ends, so that nobody waits for the other.
-    end = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
-    write_json(output_file(pipe, option="--json"), {"a": 1})
-    assert stat.S_ISFIFO(pipe.stat().st_mode)
-    assert os.read(end, 100) == b'{"a": 1}\n'
-    os.close(end)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 from evidence.cells import Part, read_part, table
-from re2tal.strict_json import write_atomically
+from re2tal.files import write_atomically
 
 HEAD = """\
 # Evidence

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import tyro
 
+from re2tal.files import output_file
 from re2tal.runs.comparison import BY_DEFAULT, ComparisonOptions
 from re2tal.runs.comparison import compare as compare_results
-from re2tal.strict_json import output_file, write_json
+from re2tal.strict_json import write_json
 
 
 def compare(

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import tyro
 
+from re2tal.files import output_file
 from re2tal.runs.doctor import DataCheck, check_data, check_machine
-from re2tal.strict_json import output_file
 
 
 def doctor(

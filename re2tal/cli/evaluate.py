@@ -9,10 +9,11 @@ import tyro
 
 from re2tal.evaluation.accuracy import AccuracyReport
 from re2tal.evaluation.epic_kitchens import EpicReport
+from re2tal.files import output_file
 from re2tal.runs.epic_kitchens import evaluate_submission
 from re2tal.runs.evaluation import AS_USUAL, Evaluated, ScoringOptions, evaluate_recognizer
 from re2tal.runs.evaluation import evaluate as evaluate_detections
-from re2tal.strict_json import output_file, write_json
+from re2tal.strict_json import write_json
 
 
 def evaluate(

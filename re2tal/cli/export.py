@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
+from re2tal.files import output_file
 from re2tal.runs.weights_export import export_run, export_weights
-from re2tal.strict_json import output_file
 
 
 def export(

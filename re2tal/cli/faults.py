@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import re2tal
-from re2tal.strict_json import write_atomically
+from re2tal.files import write_atomically
 
 
 def end(message: str, status: int, *, debug: bool = False) -> NoReturn:

@@ -9,10 +9,10 @@ import tyro
 
 from re2tal.cli.say import say_detected, say_found
 from re2tal.config import RecognitionConfig, RunConfig
+from re2tal.files import output_file
 from re2tal.runs.detection import detect
 from re2tal.runs.video_files import list_videos
 from re2tal.runs.weights_import import import_into_file, import_into_run
-from re2tal.strict_json import output_file
 
 
 def import_weights(

@@ -9,13 +9,14 @@ from typing import Annotated, Literal
 import torch
 import tyro
 
+from re2tal.files import output_file
 from re2tal.options import COUNT, check
 from re2tal.planning.choice import plan_step
 from re2tal.runs.deepspeed_presets import DEFAULT_PRESET, find_preset
 from re2tal.runs.devices import default_device, named_device
 from re2tal.runs.planning_tables import print_forms, write_page
 from re2tal.runs.tasks import AnyRun
-from re2tal.strict_json import output_file, write_json
+from re2tal.strict_json import write_json
 
 
 def plan(

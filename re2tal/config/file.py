@@ -19,7 +19,8 @@ from re2tal.backbones.weights import is_weights_file
 from re2tal.config.schema import RUNS, RecognitionConfig, RunConfig
 from re2tal.config.unions import CHOICES, KindChoice
 from re2tal.data.addresses.address import folder_address
-from re2tal.strict_json import brief, read_json, write_atomically
+from re2tal.files import write_atomically
+from re2tal.strict_json import brief, read_json
 
 T = TypeVar("T")
 

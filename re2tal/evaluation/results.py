@@ -20,7 +20,8 @@ from typing import Any
 
 import torch
 
-from re2tal.strict_json import brief, read_json, write_atomically
+from re2tal.files import write_atomically
+from re2tal.strict_json import brief, read_json
 from re2tal.structures import Detections
 
 VERSION = "VERSION 1.3"

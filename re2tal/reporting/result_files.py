@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from re2tal.evaluation.results import Results, read_results, write_results
+from re2tal.files import is_stream, write_atomically
 from re2tal.reporting.annotation_files import boris_events, csv_table, eaf
 from re2tal.reporting.found import FoundInVideo
 from re2tal.reporting.subtitles import srt, webvtt
-from re2tal.strict_json import is_stream, write_atomically
 from re2tal.video_ids import MAX_BYTES
 
 

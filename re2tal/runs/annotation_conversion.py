@@ -21,8 +21,9 @@ from re2tal.data.building.isolated import Isolated
 from re2tal.data.building.labels import fold_notes, one_spelling, read_class_list, twin_problems
 from re2tal.data.building.named_files import NamedFiles, videos_in
 from re2tal.data.building.probe import probe_video
+from re2tal.files import output_file, write_atomically
 from re2tal.runs.shard_listing import print_some
-from re2tal.strict_json import output_file, write_atomically, write_json
+from re2tal.strict_json import write_json
 from re2tal.tables import text_table
 from re2tal.video_ids import id_fault, plain_id
 

@@ -14,13 +14,13 @@ from re2tal.data.building.clips import true_classes
 from re2tal.data.contract.manifest import Rejection
 from re2tal.evaluation.accuracy import accuracy
 from re2tal.evaluation.video_classes import write_video_classes
+from re2tal.files import output_file
 from re2tal.inference import classify as classify_batches
 from re2tal.runs.detection_sources import batch_of, batches_with_bar, open_source
 from re2tal.runs.devices import default_device, named_device
 from re2tal.runs.folder import CONFIG_NAME, RESULTS_NAME
 from re2tal.runs.trained import load_recognizer
 from re2tal.runs.video_files import list_videos, pack_videos
-from re2tal.strict_json import output_file
 from re2tal.training.config import DTYPES
 
 

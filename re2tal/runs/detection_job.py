@@ -14,6 +14,7 @@ from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.distributed import World, together
 from re2tal.evaluation.selection import Selection, labels_of
 from re2tal.evaluation.video_classes import Fusion, VideoClasses
+from re2tal.files import is_stream, output_file, sha256_of
 from re2tal.options import COUNT, SHARE, check_options
 from re2tal.reporting.found import FoundInVideo
 from re2tal.reporting.result_files import RESULT_FORMATS, ResultsFile, choose_format
@@ -22,7 +23,6 @@ from re2tal.runs.naming import read_namer
 from re2tal.runs.stored_features import check_features
 from re2tal.runs.trained import Trained, open_detector
 from re2tal.runs.video_files import VideoFiles, find_videos
-from re2tal.strict_json import is_stream, output_file, sha256_of
 
 
 @dataclass(frozen=True, slots=True)

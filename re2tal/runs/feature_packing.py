@@ -35,10 +35,10 @@ from re2tal.data.contract.feature_manifest import (
     StepsPerVideo,
     StoredType,
 )
+from re2tal.files import sha256_of
 from re2tal.options import COUNT, NOT_NEGATIVE, POSITIVE, SHARE, check_options
 from re2tal.runs.shard_building import for_each, subsets_to_build
 from re2tal.runs.shard_listing import print_some, report_built
-from re2tal.strict_json import sha256_of
 from re2tal.structures import VideoRecord
 
 

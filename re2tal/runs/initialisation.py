@@ -17,12 +17,12 @@ import torch
 from re2tal.backbones import is_of_the_library
 from re2tal.backbones.weights import WEIGHTS_SUFFIXES
 from re2tal.config import RunConfig, save_config
+from re2tal.files import output_file
 from re2tal.planning.free_memory import free_memory
 from re2tal.runs.deepspeed_presets import DEFAULT_PRESET, find_preset
 from re2tal.runs.devices import default_device
 from re2tal.runs.initialisation_facts import DataFacts, look_at
 from re2tal.runs.initialisation_settings import FILE_BACKBONE, Proposal, Start, choose, largest_batches
-from re2tal.strict_json import output_file
 
 
 @dataclass(frozen=True, slots=True)

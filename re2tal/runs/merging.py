@@ -13,10 +13,10 @@ from re2tal.evaluation.coverage import cut_by_limit, name_some
 from re2tal.evaluation.results import Results, read_results, write_results
 from re2tal.evaluation.suppression import SuppressionConfig, suppress
 from re2tal.evaluation.video_classes import Fusion, read_video_classes
+from re2tal.files import output_file
 from re2tal.inference import concatenate
 from re2tal.options import COUNT, check_options
 from re2tal.runs.epic_kitchens import write_submission
-from re2tal.strict_json import output_file
 from re2tal.structures import Detections
 from re2tal.video_ids import match_ids
 

@@ -23,9 +23,10 @@ from re2tal.backbones.stored import NAME
 from re2tal.config import RecognitionConfig, RunConfig, save_config, to_json
 from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.data.streaming.transforms import MEAN, STD
+from re2tal.files import write_atomically
 from re2tal.runs.folder import CHECKPOINTS_NAME, CONFIG_NAME, FACTS_NAME, METRICS_NAME, MODEL_NAME
 from re2tal.runs.model_folder_card import MARK, Origin, model_card
-from re2tal.strict_json import read_json, write_atomically
+from re2tal.strict_json import read_json
 from re2tal.training.export import write_model
 
 CARD_NAME = "README.md"

@@ -8,12 +8,12 @@ from pathlib import Path
 
 from re2tal.config import RecognitionConfig, RunConfig
 from re2tal.data.streaming.windows import ResizeWhole, Slide, Trimmed
+from re2tal.files import linked, write_atomically
 from re2tal.planning.choice import plan_step
 from re2tal.recipes import RECIPES, find_recipe
 from re2tal.recipes.about import About, about
 from re2tal.runs.deepspeed_presets import DEFAULT_PRESET, find_preset
 from re2tal.runs.devices import default_device
-from re2tal.strict_json import linked, write_atomically
 from re2tal.tables import text_table
 
 BEGIN, END = "<!-- written by: re2tal recipes --write docs/recipes.md -->", "<!-- end of what it writes -->"

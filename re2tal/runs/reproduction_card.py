@@ -14,11 +14,12 @@ from typing import Any
 
 import re2tal
 from re2tal.evaluation.resampling import LEVEL
+from re2tal.files import write_atomically
 from re2tal.machine import installed_version
 from re2tal.runs.evaluation import Evaluated
 from re2tal.runs.published import AVERAGE, Published, PublishedScore
 from re2tal.runs.reproduction_checks import Checked
-from re2tal.strict_json import write_atomically, write_json
+from re2tal.strict_json import write_json
 from re2tal.tables import text_table
 
 WIDTH = 110

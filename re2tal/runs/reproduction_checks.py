@@ -22,12 +22,13 @@ from re2tal.data.contract.shards import ShardSet, open_shards, subset_folder
 from re2tal.distributed import World
 from re2tal.evaluation.ground_truth import read_ground_truth
 from re2tal.evaluation.video_classes import read_video_classes
+from re2tal.files import sha256_of
 from re2tal.runs.datasets import compare_with_facts
 from re2tal.runs.detection import DetectionOptions
 from re2tal.runs.devices import default_device
 from re2tal.runs.tasks import build_model
 from re2tal.runs.training_data import stream_of
-from re2tal.strict_json import finite_number, sha256_of
+from re2tal.strict_json import finite_number
 from re2tal.structures import VideoRecord, find_subset
 from re2tal.training.config import DTYPES
 from re2tal.video_ids import composed, plain_id

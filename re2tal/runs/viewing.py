@@ -15,8 +15,8 @@ from re2tal.data.building.named_files import videos_in
 from re2tal.data.building.probe import probe_video
 from re2tal.data.contract.shards import FeatureSet, ShardSet, open_any, subset_folder
 from re2tal.evaluation.results import read_results
+from re2tal.files import linked, output_file
 from re2tal.runs.folder import CONFIG_NAME, RESULTS_NAME
-from re2tal.strict_json import linked, output_file
 from re2tal.structures import VideoRecord
 from re2tal.video_ids import VIDEO_SUFFIXES, composed
 from re2tal.viewer.annotation_file import AnnotationFile

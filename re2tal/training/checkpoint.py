@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 
 from re2tal.distributed import gather_objects, is_main, named_host
-from re2tal.strict_json import sha256_of, write_atomically
+from re2tal.files import sha256_of, write_atomically
 from re2tal.training.agreement import refuse_drifted_replicas
 from re2tal.training.checkpoint_files import PAUSES_SECONDS, with_retries
 from re2tal.training.deepspeed_import import Engine

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from re2tal.files import atomic_file
 from re2tal.rewire import same_wiring, wiring_of
-from re2tal.strict_json import atomic_file
 
 FORMAT = "re2tal-model"
 

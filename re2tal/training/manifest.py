@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from re2tal.strict_json import brief, read_json, sha256_of, write_atomically
+from re2tal.files import sha256_of, write_atomically
+from re2tal.strict_json import brief, read_json
 
 NAME = "manifest.json"
 SEALED, UNSEALED = 2, 1

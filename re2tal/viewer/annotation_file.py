@@ -22,7 +22,8 @@ from typing import Any
 
 from re2tal.data.building.annotation_entries import SUBSET_NAME
 from re2tal.data.building.labels import folded, is_label
-from re2tal.strict_json import brief, finite_number, read_json, sha256_of, write_atomically
+from re2tal.files import sha256_of, write_atomically
+from re2tal.strict_json import brief, finite_number, read_json
 from re2tal.structures import Action, VideoRecord
 from re2tal.video_ids import id_fault
 

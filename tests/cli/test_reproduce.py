@@ -22,6 +22,7 @@ from re2tal.evaluation.ground_truth import read_ground_truth
 from re2tal.evaluation.matching import match_predictions
 from re2tal.evaluation.protocols import TIOU_THRESHOLDS
 from re2tal.evaluation.results import read_results
+from re2tal.files import sha256_of
 from re2tal.recipes import find_recipe
 from re2tal.runs import reproduction
 from re2tal.runs.evaluation import Evaluated, blocked_by
@@ -29,7 +30,7 @@ from re2tal.runs.lock import locked
 from re2tal.runs.published import PUBLISHED
 from re2tal.runs.reproduction_card import Card
 from re2tal.runs.reproduction_checks import check_data
-from re2tal.strict_json import read_json, sha256_of
+from re2tal.strict_json import read_json
 
 SECONDS, RATE = 6, 15
 THUMOS_CLASSES = DATASETS["thumos14"].classes or ()

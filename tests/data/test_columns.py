@@ -23,7 +23,7 @@ from re2tal.data.contract.shards import ShardSet, open_shards
 from re2tal.data.contract.verify import damage
 from re2tal.data.streaming.stream import ClipConfig, stream_clips
 from re2tal.data.streaming.windows import Slide
-from re2tal.strict_json import sha256_of
+from re2tal.files import sha256_of
 from re2tal.structures import Action
 
 LENGTHS = (40, 61, 100, 33, 90)

@@ -19,7 +19,7 @@ from distributed.ranks import TESTS
 from training.tiny import same, tiny_trainer, weights
 
 from re2tal.distributed import World
-from re2tal.strict_json import sha256_of
+from re2tal.files import sha256_of
 from re2tal.training import checkpoint, manifest
 from re2tal.training.checkpoint import CheckpointStore
 from re2tal.training.config import TrainingConfig

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from re2tal.strict_json import sha256_of
+from re2tal.files import sha256_of
 from re2tal.training.manifest import TrainingProgress, read_manifest, write_manifest
 
 PROGRESS = TrainingProgress(step=8, micro_batches=9, skipped=1, seconds=1.5e-05)

@@ -17,7 +17,7 @@ from re2tal.data.addresses.cache import Cache, the_cache
 from re2tal.data.addresses.remote import RemoteError, describe, fetch, read_range
 from re2tal.data.contract.columns import columns_path
 from re2tal.data.contract.manifest import INDEX_NAME, MANIFEST_NAME
-from re2tal.strict_json import sha256_of
+from re2tal.files import sha256_of
 from re2tal.video_ids import VIDEO_SUFFIXES
 
 _UNUSED_SECONDS = 30 * 86400.0

@@ -39,7 +39,7 @@ from re2tal.data.contract.manifest import (
 from re2tal.data.contract.members import read_content
 from re2tal.data.contract.shards import FeatureSet, ShardSet, open_any
 from re2tal.data.streaming.decode import DecodeError
-from re2tal.strict_json import atomic_file, sha256_of, write_atomically
+from re2tal.files import atomic_file, sha256_of, write_atomically
 from re2tal.structures import VideoRecord, find_subset
 from re2tal.video_ids import composed
 

@@ -42,7 +42,7 @@ from re2tal.data.contract.manifest import (
     to_json,
 )
 from re2tal.data.contract.shards import Pair, write_tar
-from re2tal.strict_json import sha256_of, write_atomically
+from re2tal.files import sha256_of, write_atomically
 from re2tal.structures import VideoRecord
 
 

@@ -25,7 +25,7 @@ from re2tal.data.building.content import content_id
 from re2tal.data.building.feature_files import FEATURE_SUFFIXES, HDF5_SUFFIXES, FeatureFile
 from re2tal.data.building.named_files import Chosen, NamedFiles
 from re2tal.data.contract.feature_manifest import SourceFile
-from re2tal.strict_json import sha256_of
+from re2tal.files import sha256_of
 from re2tal.structures import VideoRecord
 
 Layout = Literal["tc", "ct"]

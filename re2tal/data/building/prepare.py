@@ -13,7 +13,7 @@ from re2tal.data.building.copy_video import check_as_it_is, mp4_of
 from re2tal.data.building.encode import normalise_video
 from re2tal.data.building.probe import probe_video
 from re2tal.data.contract.manifest import Encoding, SourceVideo
-from re2tal.strict_json import sha256_of
+from re2tal.files import sha256_of
 
 
 def prepare_video(

@@ -26,7 +26,7 @@ from re2tal.data.contract.manifest import (
     from_json,
     to_json,
 )
-from re2tal.strict_json import write_atomically
+from re2tal.files import write_atomically
 
 PLAN_NAME = "plan.json"
 NO_FILE = "there is no file of this name, or a link that leads nowhere"

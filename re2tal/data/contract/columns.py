@@ -21,7 +21,7 @@ import numpy as np
 
 from re2tal.data.contract.feature_manifest import IndexedFeatures
 from re2tal.data.contract.manifest import INDEX_NAME, IndexedVideo, from_json
-from re2tal.strict_json import atomic_file
+from re2tal.files import atomic_file
 
 Entry = TypeVar("Entry", IndexedVideo, IndexedFeatures)
 

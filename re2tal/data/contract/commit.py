@@ -16,7 +16,7 @@ from pathlib import Path
 from re2tal.data.contract.columns import columns_path, new_index_path, write_columns
 from re2tal.data.contract.feature_manifest import FeatureManifest, IndexedFeatures
 from re2tal.data.contract.manifest import INDEX_NAME, MANIFEST_NAME, IndexedVideo, Manifest, to_json
-from re2tal.strict_json import write_atomically
+from re2tal.files import write_atomically
 
 
 def commit(

@@ -11,7 +11,7 @@ from pathlib import Path
 from re2tal.data.contract.columns import index_path
 from re2tal.data.contract.feature_manifest import FeatureManifest, IndexedFeatures
 from re2tal.data.contract.manifest import INDEX_NAME, MANIFEST_NAME, IndexedVideo, Manifest
-from re2tal.strict_json import sha256_of
+from re2tal.files import sha256_of
 from re2tal.video_ids import id_fault
 
 

@@ -44,7 +44,8 @@ from re2tal.data.contract.manifest import (
     from_json,
     read_manifest,
 )
-from re2tal.strict_json import atomic_file, read_json, sha256_of
+from re2tal.files import atomic_file, sha256_of
+from re2tal.strict_json import read_json
 from re2tal.structures import SUBSETS, find_subset
 from re2tal.video_ids import file_key
 

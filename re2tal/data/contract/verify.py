@@ -18,7 +18,7 @@ from re2tal.data.contract.manifest import INDEX_NAME, IndexedVideo, StoredVideo,
 from re2tal.data.contract.members import check_frames, read_pair
 from re2tal.data.contract.mp4 import read_mp4
 from re2tal.data.contract.shards import FeatureSet, ShardSet
-from re2tal.strict_json import sha256_of
+from re2tal.files import sha256_of
 
 
 def damage(shards: ShardSet | FeatureSet) -> Iterator[str]:

@@ -1,0 +1,49 @@
+"""Files to be written: links, folders, pipes."""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from re2tal.files import output_file
+from re2tal.strict_json import read_json, write_json
+
+
+def test_an_output_that_is_a_link_stays_one_and_is_written_through(tmp_path: Path) -> None:
+    (tmp_path / "there.json").write_text("{}")
+    for name, leads_to in (("link.json", "there.json"), ("dangling.json", "new/b.json")):
+        link = tmp_path / name
+        link.symlink_to(leads_to)
+        write_json(output_file(link, option="--json"), {"a": 1})
+        assert link.is_symlink()
+        assert read_json(link) == {"a": 1}
+    assert output_file(tmp_path / "there.json", option="--json") == tmp_path / "there.json"
+
+
+def test_what_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"--json is .*, a folder; give the name of a file"):
+        output_file(tmp_path, option="--json")
+    with pytest.raises(ValueError, match=r"--out is .*file/a\.json, and cannot be written: Not a directory; give ano"):
+        output_file(tmp_path / "file" / "a.json", option="--out")
+    for leads_to in ("nowhere", "link"):
+        (tmp_path / "link").symlink_to(leads_to)
+        with pytest.raises(ValueError, match=r"--out is .*link/a\.json, and cannot be written: "):
+            output_file(tmp_path / "link" / "a.json", option="--out")
+        (tmp_path / "link").unlink()
+    output_file(tmp_path / "a" / "b.json", option="--out")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    # Both ends, so that nobody waits for the other.
+    end = os.open(pipe, os.O_RDWR | os.O_NONBLOCK)
+    write_json(output_file(pipe, option="--json"), {"a": 1})
+    assert stat.S_ISFIFO(pipe.stat().st_mode)
+    assert os.read(end, 100) == b'{"a": 1}\n'
+    os.close(end)
