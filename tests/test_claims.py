@@ -143,21 +143,29 @@ def test_rewired_recognizers_start_from_the_original_that_was_kept(cells, monkey
     trained = []
 
     def stand_in(run, *, keep=None):
-        trained.append((run.backbone.rewired, run.backbone.segment, run.training.epochs, run.start_from))
+        backbone = run.backbone
+        trained.append((backbone.rewired, backbone.segment, run.training.epochs, backbone.weights or run.start_from))
         if keep is not None:
-            keep.mkdir()
+            keep.mkdir(parents=True)
             (keep / "summary.json").write_text("{}")
         return {}
 
     monkeypatch.setattr(recognizers, "trained", stand_in)
     monkeypatch.setattr(training, "trained", stand_in)
     monkeypatch.setattr(recognizers, "built_clips", lambda options, size: tmp_path / "shards")
+    monkeypatch.setattr(training, "built", lambda options, name: tmp_path / name)
     made = recognizers.cells(cells.Options(1, False, tmp_path, tmp_path))
-    assert len(made) == 2 * 9
+    assert len(made) == 9 + 8
     for form in ("rewired", "rewired", "in segments"):
         made[f"recognizer / {form}, + 2 epochs / swin3d_nano / 20 epochs / seed 0"]()
-    kept = tmp_path / "original-swin3d_nano-20-0"
-    assert trained == [(False, None, 20, None), (True, None, 2, kept), (True, None, 2, kept), (True, 2, 2, kept)]
+    kept, plain = tmp_path / "original-swin3d_nano-20-0", "end-to-end-plain-swin3d_nano-actionformer-32-0"
+    assert trained == [
+        (False, None, 32, None),
+        (False, None, 20, str(tmp_path / "detectors" / plain / "model.safetensors")),
+        (True, None, 2, kept),
+        (True, None, 2, kept),
+        (True, 2, 2, kept),
+    ]
 
 
 def test_features_of_a_recognizer_are_its_weights_in_a_frozen_plain_backbone(cells, monkeypatch, tmp_path):
@@ -171,7 +179,7 @@ def test_features_of_a_recognizer_are_its_weights_in_a_frozen_plain_backbone(cel
 
     monkeypatch.setattr(recognizers, "built_clips", lambda options, size: tmp_path / "clips" / "shards")
     monkeypatch.setattr("evidence.training.built", lambda options, name: tmp_path / "shards")
-    monkeypatch.setattr(end_to_end, "kept", lambda run, folder: folder)
+    monkeypatch.setattr(recognizers, "kept_by", lambda train, folder: folder)
     monkeypatch.setattr(end_to_end, "trained", stand_in)
     made = end_to_end.demo_cells(cells.Options(1, False, tmp_path, tmp_path))
     (measure,) = (measure for key, measure in made.items() if key.startswith("frozen, from recognition / slowfast"))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from evidence.cells import Cell, Figures, Options, mean_and_interval, table, verdict
 from evidence.pictures import bars
-from evidence.recognizers import BACKBONES, SIZES, original
+from evidence.recognizers import BACKBONES, SIZES, Original, original
 from evidence.training import (
     FORMS,
     FROM_DEMO,
@@ -23,13 +23,12 @@ from evidence.training import (
     cell_key,
     detector_run,
     forms_of,
-    kept,
     on_demo,
     settings,
     started,
     trained,
 )
-from re2tal.config import RecognitionConfig, RunConfig
+from re2tal.config import RunConfig
 
 URFD_EPOCHS = {True: 10, False: 30}
 
@@ -58,14 +57,14 @@ def demo_cells(options: Options) -> dict[str, Cell]:
             if setting[0] == BACKBONES[0] and not options.quick:
                 run, _ = on_demo(options, FROM_RECOGNITION, setting, seed=seed)
                 cells[cell_key(FROM_RECOGNITION, setting, epochs=run.training.epochs, seed=seed)] = partial(
-                    recognized_first, run, *original(options, SIZES[False], setting[0], seed=seed)
+                    recognized_first, run, original(options, SIZES[False], setting[0], seed=seed)
                 )
     return cells
 
 
-def recognized_first(run: RunConfig, recognizer: RecognitionConfig, folder: Path) -> Figures:
-    """`run`, its frozen backbone from the recognizer that stays in `folder`."""
-    weights = str(kept(recognizer, folder) / "model.safetensors")
+def recognized_first(run: RunConfig, recognizer: Original) -> Figures:
+    """`run`, its frozen backbone from the recognizer."""
+    weights = str(recognizer.kept() / "model.safetensors")
     return trained(replace(run, backbone=replace(run.backbone, weights=weights)))
 
 

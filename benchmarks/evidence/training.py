@@ -7,9 +7,10 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -91,9 +92,14 @@ def trained(run: RunConfig | RecognitionConfig, *, keep: Path | None = None) -> 
 
 def kept(run: RunConfig | RecognitionConfig, folder: Path) -> Path:
     """The run folder of `run`; it is trained where that is missing, once for all cells that start from it."""
+    return kept_by(partial(trained, run, keep=folder), folder)
+
+
+def kept_by(train: Callable[[], Figures], folder: Path) -> Path:
+    """The same of what `train` trains into `folder`."""
     with _alone_in(folder):
         if not (folder / "summary.json").is_file():
-            trained(run, keep=folder)
+            train()
     return folder
 
 
