@@ -80,6 +80,13 @@ def case(shape: tuple[int, int, int, int, bool], seed: int) -> Case:
             found.append(Row(video, start, end, label, round(score, 1) if ties else score))
     found.append(Row("elsewhere", 0.0, 5.0, classes[0], 0.55))
     found.append(Row(truths[0].video, truths[0].start, truths[0].end, truths[0].label, 0.45))
+    return assembled(truths, found, classes, durations)
+
+
+def assembled(
+    truths: Sequence[Row], found: Sequence[Row], classes: tuple[str, ...], durations: dict[str, float]
+) -> Case:
+    """The rows, and the same as records and predictions; both in the order of their videos."""
     records = [
         VideoRecord(
             video,
@@ -101,12 +108,15 @@ def case(shape: tuple[int, int, int, int, bool], seed: int) -> Case:
         for video, rows in by_video.items()
     }
     ordered = [one for video in predictions for one in by_video[video]]
+    truths = [one for video in durations for one in truths if one.video == video]
     return Case(truths, ordered, records, predictions, classes, durations)
 
 
-def tiou(one: Row, other: Row) -> float:
+def tiou(one: Row, other: Row, *, official: bool = False) -> float:
     overlap = max(0.0, min(one.end, other.end) - max(one.start, other.start))
     union = (one.end - one.start) + (other.end - other.start) - overlap
+    if official:
+        return overlap / union if union else np.inf  # 0 / 0 is NaN there, which no threshold is above
     return overlap / max(union, 1e-8)
 
 
@@ -130,11 +140,11 @@ def ranked(found: Sequence[Row]) -> list[Row]:
     return sorted(found, key=lambda one: -one.score)  # stable
 
 
-def hits(found: Sequence[Row], truths: Sequence[Row], threshold: float) -> list[int]:
+def hits(found: Sequence[Row], truths: Sequence[Row], threshold: float, *, official: bool = False) -> list[int]:
     """The truth that each takes, in their order, or -1."""
     free, taken = [True] * len(truths), []
     for one in found:
-        overlaps = [tiou(one, truth) if truth.video == one.video else -1.0 for truth in truths]
+        overlaps = [tiou(one, truth, official=official) if truth.video == one.video else -np.inf for truth in truths]
         best = -1
         # Of truths overlapped equally, the later one.
         for place in sorted(range(len(truths)), key=lambda place: (-overlaps[place], -place)):
@@ -155,14 +165,27 @@ def interpolated(correct: Sequence[bool], num_truths: int) -> float:
     return sum((recall[n] - recall[n - 1]) * precision[n] for n in range(1, len(recall)) if recall[n] != recall[n - 1])
 
 
+def with_odd_ones(given: Case) -> Case:
+    """Times are whole; truths stand there twice, every other time empty; some predictions are empty or reversed."""
+    whole = [one._replace(start=round(one.start), end=round(one.end)) for one in (*given.truths, *given.found)]
+    truths, found = whole[: len(given.truths)], whole[len(given.truths) :]
+    again = [one._replace(end=one.start) if place % 2 else one for place, one in enumerate(truths)]
+    found[::5] = [one._replace(end=one.start) for one in found[::5]]
+    found[1::5] = [one._replace(end=2 * one.start - one.end) for one in found[1::5]]
+    known = {one.label for one in truths}
+    return assembled([*truths, *again], [one for one in found if one.label in known], given.classes, given.durations)
+
+
 @pytest.mark.parametrize("seed", range(2))
+@pytest.mark.parametrize(("protocol", "odd"), [("opentad", False), ("opentad", True), ("official", True)])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_average_precision(shape: tuple[int, int, int, int, bool], seed: int) -> None:
-    given, thresholds = case(shape, seed), (0.05, 0.25, 0.5, 2 / 3, 1.0)
-    truths = without_repeats(given.truths)
+def test_average_precision(shape: tuple[int, int, int, int, bool], protocol: str, odd: bool, seed: int) -> None:
+    given = with_odd_ones(case(shape, seed)) if odd else case(shape, seed)
+    thresholds, official = (0.05, 0.25, 0.5, 2 / 3, 1.0), protocol == "official"
+    truths = list(given.truths) if official else without_repeats(given.truths)
     report = mean_average_precision(
         match_predictions(
-            given.predictions, given.records, classes=given.classes, protocol="opentad", tiou_thresholds=thresholds
+            given.predictions, given.records, classes=given.classes, protocol=protocol, tiou_thresholds=thresholds
         )
     )
     assert list(report.classes) == list(dict.fromkeys(one.label for one in truths))
@@ -170,7 +193,8 @@ def test_average_precision(shape: tuple[int, int, int, int, bool], seed: int) ->
         own = [one for one in truths if one.label == label]
         found = ranked([one for one in given.found if one.label == label])
         wanted = [
-            interpolated([place >= 0 for place in hits(found, own, threshold)], len(own)) for threshold in thresholds
+            interpolated([place >= 0 for place in hits(found, own, threshold, official=official)], len(own))
+            for threshold in thresholds
         ]
         np.testing.assert_allclose(column, wanted, rtol=0, atol=1e-9)
 
