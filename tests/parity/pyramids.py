@@ -164,6 +164,7 @@ def _anchor_free(
             "initial_positives": head.take("loss_normalizer", 100),
             "positives_momentum": head.take("loss_normalizer_momentum", 0.9),
         }
+        head.only("filter_similar_gt", True)
         head.drop("num_classes", "assigner")
         if kind == "TriDetHead":
             head.drop("kernel_size", "boundary_kernel_size", "num_bins", "iou_weight_power")  # the caller's

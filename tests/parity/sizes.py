@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from parity.arguments import Arguments
+from parity.arguments import Arguments, as_tuple
 from parity.vectors import Case
 
 DEPTHS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
@@ -68,7 +68,7 @@ def videomae_size(given: Mapping[str, Any]) -> dict[str, Any]:
     """A row of VideoMAE's SIZES for mmaction2's or OpenTAD's arguments."""
     with Arguments("videomae", given) as vit:
         vit.drop("type", "drop_path_rate", "drop_rate", "attn_drop_rate", "with_cp", "return_feat_map", "total_frames")
-        # What follows from the weights, and what a test gives to `backbone.adapter_*`.
+        # What follows from the weights, and what `adapter_fields` reads.
         vit.drop("qkv_bias", "init_values", "use_mean_pooling", "use_learnable_pos_emb", "pretrained")
         vit.drop("adapter_index", "adapter_mlp_ratio")
         vit.only("qk_scale", None)
@@ -87,3 +87,12 @@ def videomae_size(given: Mapping[str, Any]) -> dict[str, Any]:
             "tubelet_size": vit.take("tubelet_size", 2),
             "layer_norm_eps": eps,
         }
+
+
+def adapter_fields(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of BackboneConfig for what OpenTAD's arguments say of adapters."""
+    return {
+        "adapter": "temporal",
+        "adapter_blocks": as_tuple(given["adapter_index"]),
+        "adapter_ratio": given.get("adapter_mlp_ratio", 0.25),
+    }

@@ -11,7 +11,7 @@ import torch
 from parity.compare import check_gradients, largest_error
 from parity.detections import check_same, stored
 from parity.pyramids import STEPS, batch_actions, opentad_config
-from parity.sizes import videomae_size
+from parity.sizes import adapter_fields, videomae_size
 from parity.suppressions import suppression
 from parity.test_detector import GRADIENT_TOLERANCES, LOSS_TOLERANCE, VIDEO_PREFIX
 from parity.test_detector import inputs as rounded_inputs
@@ -38,8 +38,7 @@ both_precisions = pytest.mark.parametrize("dtype", [torch.float32, torch.float64
 
 def case_config(case: Case, **fields: object) -> RunConfig:
     num_classes = case.config["rpn_head"]["num_classes"]
-    blocks = tuple(case.config["backbone"]["adapter_index"])
-    backbone = BackboneConfig(name="videomae_case", adapter="temporal", adapter_blocks=blocks, beta=0.0)
+    backbone = BackboneConfig(name="videomae_case", beta=0.0, **adapter_fields(case.config["backbone"]))
     return RunConfig(
         num_steps=case.config["num_steps"],
         data=DataConfig(clips=ClipConfig(windowing=ResizeWhole(num_frames=case.arrays["frames"].shape[3]))),
@@ -160,7 +159,7 @@ def test_it_goes_back_as_it_came_and_without_its_adapters_is_refused(name: str, 
     for key, value in case.state.items():
         assert torch.equal(back[key], value.to(back[key].dtype)), key
     with pytest.raises(ValueError, match=r"AdaTAD's adapters, and backbone\.adapter is 'none'; set it to 'temporal'"):
-        imported(case.name, adapter="none", adapter_blocks=None)
+        imported(case.name, adapter="none", adapter_blocks=None, adapter_ratio=0.25)
     first = case.config["backbone"]["adapter_index"][0]
     others = [key for key in case.state if ".adapter." in key and f".blocks.{first}." not in key]
     if others:

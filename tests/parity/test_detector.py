@@ -90,6 +90,8 @@ def build_detector(case: Case, *, recompute: bool, dtype: torch.dtype) -> Tempor
     backbone.load_state_dict({ours: case.state[theirs] for theirs, ours in video_names(case).items()})
     if case.config["custom"]["norm_eval"]:
         freeze_norms(backbone)
+    if case.config["custom"]["freeze_backbone"]:
+        backbone.requires_grad_(False)
     rewire(backbone, config=RewiringConfig(recompute=recompute))
     localizer = build(case, layout="opentad")
     return TemporalActionDetector(backbone, localizer, num_steps=case.config["num_steps"]).to(dtype)

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from parity.compare import Tolerances, check_gradients, check_loss, check_values, largest_error, suffix
-from parity.sizes import videomae_size
+from parity.sizes import adapter_fields, videomae_size
 from parity.vectors import Case, cases, load
 from safetensors.torch import save_file
 from torch import Tensor
@@ -130,9 +130,7 @@ def test_positions_of_the_real_size_and_resampled(name: str) -> None:
 def test_with_adapters(name: str, dtype: torch.dtype, frozen: bool, build) -> None:
     case = load(name)
     size = case.config["backbone"]
-    ratio = {"adapter_ratio": size["adapter_mlp_ratio"]} if "adapter_mlp_ratio" in size else {}
-    blocks = tuple(size["adapter_index"])
-    backbone = build(case, size, dtype, adapter="temporal", adapter_blocks=blocks, **ratio)
+    backbone = build(case, size, dtype, **adapter_fields(size))
     if not frozen:
         backbone.requires_grad_(True)
     raw = case.tensor("frames").flatten(0, 1).to(dtype).requires_grad_()
