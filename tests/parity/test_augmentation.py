@@ -40,12 +40,20 @@ def _named(kind: str, parameters: dict, *, case: str) -> Operation:
     if kind == "Cutout":
         height, width = load(case).arrays["clip"].shape[1:3]
         top, bottom, left, right = parameters["box_y0_y1_x0_x1"]
-        x = parameters.get("centre_x_fraction", (left + right + 1) / 2 / width)  # both sides are cut to whole pixels
-        return partial(cutout, x=x, y=parameters.get("centre_y_fraction", (top + bottom + 1) / 2 / height))
+        half = SIZES["percent"] * height / 2
+        return partial(cutout, x=_centre(left, right, width, half), y=_centre(top, bottom, height, half))
     for key in SIZES.keys() & parameters.keys():
         assert abs(parameters[key]) == pytest.approx(SIZES[key]), f"{kind}: ours has one {key}"
     size = next((parameters[key] for key in ("shear", "percent", "rotate") if key in parameters), 1)
     return OPERATIONS[kind](1 if size > 0 else -1, np.random.default_rng(0))
+
+
+def _centre(first: int, last: int, length: int, half: float) -> float:
+    """A share of the side at which a box of that size, cut to whole pixels and at the border, spans these pixels."""
+    places = np.arange(0, length, 0.005)
+    begins = np.maximum(0, (places - half).astype(int)) == first
+    found = places[begins & (np.minimum(length, (places + half).astype(int)) == last)]
+    return float(found[len(found) // 2]) / length
 
 
 @pytest.mark.parametrize(("case", "name"), VECTORS, ids=[f"{case[-1]}-{name}" for case, name in VECTORS])
