@@ -63,8 +63,10 @@ def test_operations_give_the_pixels_of_the_source(case: str, name: str) -> None:
         operation(clip)
     off = (clip.permute(1, 2, 3, 0).int() - load(case).tensor(name).int()).abs()
     if name.startswith("imgaug_default"):
-        # What follows a warp may stretch its levels: by 1.72, or to the whole range.
-        assert off.float().mean() < 0.1
+        # What follows a warp may stretch its levels, by 1.72 or to the whole range; where it turns the mean grey over,
+        # EnhanceContrast moves all pixels by one.
+        assert off.float().mean() < 0.3
+        assert (off > 8).float().mean() < 0.005
         return
     is_geometric = name.split("_")[1] in GEOMETRIC
     assert off.max() <= (3 if is_geometric else 1 if name.startswith("colorjitter_") else 0)
