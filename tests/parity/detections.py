@@ -43,7 +43,8 @@ def check_same(
 ) -> None:
     """Best first, every score to `score`; segments to `segment` and labels equal up to swaps among close scores.
 
-    Where the cap on their number cuts between close scores, the last ones may differ. `unsure` others may as well.
+    Where the cap on their number cuts between close scores, the last ones may differ. `unsure` others may as well: of
+    two that overlap and score alike, the last bits say which one suppresses the other.
     """
     assert len(ours) == len(reference)
     np.testing.assert_allclose(_descending(ours), _descending(reference), rtol=0, atol=score)

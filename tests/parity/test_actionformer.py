@@ -123,7 +123,7 @@ def test_detections_of_the_original_on_clips_of_any_length(name: str, clip: int)
     check_same(candidates, stored(case.arrays, "pre_nms", clip), score=1e-6, segment=1e-4)
 
     ours = suppress(Detections(*localizer.candidates(outputs)[0]), original_suppression(case.config))
-    check_same(ours, stored(case.arrays, "nms", clip))
+    check_same(ours, stored(case.arrays, "nms", clip), unsure=2)
     config = case.config
     timeline = Timeline(
         start_seconds=0.5 * config["feat_num_frames"] / config["fps"],

@@ -133,7 +133,7 @@ def test_detections_from_the_frames(name: str, imported) -> None:
         outputs = detector.eval()(*inputs(case, torch.float32))
     for clip, candidates in enumerate(detector.localizer.candidates(outputs)):
         ours = suppress(Detections(*candidates), suppression(case.config["nms"]))
-        check_same(ours, stored(case.arrays, "nms", clip))
+        check_same(ours, stored(case.arrays, "nms", clip), unsure=2)
 
 
 @every_case

@@ -47,7 +47,8 @@ def test_stored_candidates_thin_out_as_in_their_detector(name: str, clip: int) -
     case = load(name)
     config = suppression(case.config["nms"]) if "nms" in case.config else original_suppression(case.config)
     ours = suppress(stored(case.arrays, "pre_nms", clip), config)
-    check_identical(ours, stored(case.arrays, "nms", clip), segment=_tolerance(config))
+    # Not rank by rank: last bits order scores that are nearly equal.
+    check_same(ours, stored(case.arrays, "nms", clip), score=2e-6, segment=_tolerance(config))
 
 
 def _tolerance(config: SuppressionConfig) -> float:
