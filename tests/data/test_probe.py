@@ -67,6 +67,33 @@ def _half_wmv(path: Path) -> None:
     cut_short(write_video(path.with_name("whole.wmv"), codec="wmv2"), path, share=0.5)
 
 
+def _half_ogg(path: Path) -> None:
+    cut_short(write_video(path.with_name("whole.ogv"), codec="libvpx"), path, share=0.5)
+
+
+def test_an_ogg_file_that_ends_with_a_page_is_whole(tmp_path):
+    assert probe_video(write_video(tmp_path / "v.ogv", codec="libvpx", num_frames=10)).num_missing == 0
+
+
+def test_a_frame_of_a_broadcast_that_repeats_a_field_leaves_no_gap(tmp_path):
+    fields = [2 + (number % 40 == 0) for number in range(100)]
+    milliseconds = [sum(fields[:number]) * 1001 // 60 for number in range(100)]
+    probe = probe_video(write_video(tmp_path / "v.ts", num_frames=100, milliseconds=milliseconds, options={"bf": "0"}))
+    assert probe.num_missing == 0
+    del milliseconds[30]
+    probe = probe_video(write_video(tmp_path / "w.ts", num_frames=99, milliseconds=milliseconds, options={"bf": "0"}))
+    assert probe.num_missing == 1
+
+
+@pytest.mark.parametrize("late", [0, 1500])
+def test_frames_have_a_rate_where_their_number_tells_their_time(tmp_path, late):
+    milliseconds = [round(1000 * number / 25) for number in range(40)]
+    path = write_video(tmp_path / "v.mkv", num_frames=40, milliseconds=[late + one for one in milliseconds], sound=True)
+    assert probe_video(path).rate == (None if late else pytest.approx(25.0, rel=1e-3))
+    uneven = milliseconds[:20] + [milliseconds[20] + 3 * (one - milliseconds[20]) for one in milliseconds[20:]]
+    assert probe_video(write_video(tmp_path / "u.mp4", num_frames=40, milliseconds=uneven)).rate is None
+
+
 def test_the_size_in_the_header_of_a_live_wmv_tells_nothing(tmp_path):
     path = write_video(tmp_path / "v.wmv", codec="wmv2")
     content = bytearray(path.read_bytes())
@@ -104,6 +131,7 @@ def _nothing(path: Path) -> None:
         (write_sound, "has no video stream, only audio"),
         (_half, r"is cut short: its header promises 300 frames, \d+ are there"),
         (_half_flash, r"is cut short or has holes: its times are of \d+ frames, \d+ are there"),
+        (_half_ogg, "is cut short: its last page of Ogg is not whole"),
         (_half_wmv, r"is cut short or has holes: its times are of \d+ frames, \d+ are there"),
         (_no_index, "cannot be read as a video"),
         (_no_frames, "without frames|no video stream|cannot be read"),

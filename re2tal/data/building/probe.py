@@ -11,7 +11,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from uuid import UUID
 
 import av
 import numpy as np
@@ -19,7 +18,14 @@ from av.container import InputContainer
 from av.video.stream import VideoStream
 
 from re2tal.data.building.isolated import still_working
-from re2tal.data.building.picture_times import PAUSE_SECONDS, is_even
+from re2tal.data.building.missing import (
+    LEAST_GAP_SECONDS,
+    LIKE_MPEG4,
+    ends_in_a_page,
+    missing_by_size,
+    missing_in_gaps,
+    missing_of_avi,
+)
 from re2tal.data.building.shown import Damage, Orientation, orientation_of, origin_seconds
 
 _OPEN_OPTIONS = {
@@ -28,16 +34,8 @@ _OPEN_OPTIONS = {
 }
 MAX_DAMAGED = 0.02
 """Share of the frames that may be absent or damaged unless the user says otherwise."""
-LEAST_GAP_SECONDS = 0.2
-"""A camera may be silent for so long, and the header of a Matroska file be off by as much."""
-MAX_AVI_SHIFT_SECONDS = 0.5
-"""An AVI stores no times, so a lost packet shifts all later frames."""
-_LIKE_MPEG4 = frozenset({"mpeg4", "h263", "flv", "wmv1", "wmv2", "msmpeg4", "msmpeg4v1", "msmpeg4v2"})
-_UNNUMBERED = _LIKE_MPEG4 | {"vp8", "vp9", "libvpx", "libvpx-vp9", "av1", "libdav1d", "theora"}
-"""Codecs whose decoders show garbage without a word after a packet that was lost."""
-_ASF_HEADER, _ASF_FILE = (
-    UUID(one).bytes_le for one in ("75b22630-668e-11cf-a6d9-00aa0062ce6c", "8cabdca1-a947-11cf-8ee4-00c00c205365")
-)
+_MAX_UNEVEN_SECONDS = 0.2
+"""How far a frame may be from where its number puts it, of a video whose frames are told by number."""
 _PICTURE_CODECS = frozenset({"png", "mjpeg", "bmp", "gif", "tiff", "webp", "jpeg2000", "jpegls"})
 
 
@@ -54,6 +52,8 @@ class VideoProbe:
     """In which the recording paused."""
     duration_seconds: Fraction
     """From the start of a player's clock, possibly before the first frame, to the end of the last frame."""
+    rate: float | None
+    """Frame i is shown at i / rate on that clock; None where frames come unevenly, or begin late."""
     width: int
     """As shown: after rotation, with square pixels."""
     height: int
@@ -74,7 +74,7 @@ def probe_video(path: Path, *, max_missing: float = MAX_DAMAGED) -> VideoProbe:
     """
     with open_video(path) as (container, stream):
         codec = stream.codec_context.name
-        num_frames, num_missing, still_seconds, duration = _scan(path, container, stream)
+        num_frames, num_missing, still_seconds, duration, rate = _scan(path, container, stream)
     if num_missing > max_missing * (num_frames + num_missing):
         what = "is cut short: its header promises" if stream.frames else "is cut short or has holes: its times are of"
         raise ValueError(
@@ -92,6 +92,7 @@ def probe_video(path: Path, *, max_missing: float = MAX_DAMAGED) -> VideoProbe:
         num_missing=num_missing,
         still_seconds=still_seconds,
         duration_seconds=duration,
+        rate=rate,
         width=width,
         height=height,
         orientation=orientation_of(frame) or Orientation(),
@@ -154,7 +155,7 @@ def _video_stream(path: Path, container: InputContainer) -> VideoStream:
         raise ValueError(f"{path} is VP9 of more than 8 bits, in which damage would not be seen; convert it to H.264")
     codec.thread_count = 1  # work is spread over processes
     # Checksums of pictures that carry one (HEVC, FFV1), and whether those of MPEG-4's kin end where their bytes do.
-    codec.options = {"err_detect": "crccheck+bitstream+buffer" if codec.name in _LIKE_MPEG4 else "crccheck"}
+    codec.options = {"err_detect": "crccheck+bitstream+buffer" if codec.name in LIKE_MPEG4 else "crccheck"}
     return stream
 
 
@@ -164,8 +165,8 @@ def _preference(stream: VideoStream) -> tuple[bool, int]:
     return is_default, stream.codec_context.width * stream.codec_context.height
 
 
-def _scan(path: Path, container: InputContainer, stream: VideoStream) -> tuple[int, int, float, Fraction]:
-    """(packets that are shown, frames that should be there besides, seconds of pauses, seconds that all last)."""
+def _scan(path: Path, container: InputContainer, stream: VideoStream) -> tuple[int, int, float, Fraction, float | None]:
+    """(packets that are shown, frames that should be there besides, seconds of pauses, seconds that all last, rate)."""
     is_avi, has_length = container.format.name == "avi", container.format.name.startswith(("matroska", "flv"))
     total, shown, end_seconds = 0, [], 0.0
     # Sound too in a Matroska or Flash file: its header gives the length of all streams together.
@@ -191,71 +192,38 @@ def _scan(path: Path, container: InputContainer, stream: VideoStream) -> tuple[i
         shown = [(time, max(1, usual)) for time, _ in shown]
     seconds, still = _span_seconds(path, shown, container, stream), 0.0
     if is_avi:
-        missing = _missing_of_avi(path, shown, stream)
+        missing = missing_of_avi(path, shown, stream)
     elif container.format.name.startswith("mov"):  # says how long each frame is shown, so it has no gaps
         missing = min(stream.frames, len(stream.index_entries)) - total  # an edit list takes hidden ones off the index
     else:
         absent_seconds = (container.duration or 0) / av.time_base - end_seconds if has_length else 0
-        missing, still = (stream.frames - total, 0.0) if stream.frames else _missing_in_gaps(shown, stream)
+        missing, still = (stream.frames - total, 0.0) if stream.frames else missing_in_gaps(shown, stream)
         missing += round(absent_seconds * len(shown) / float(seconds)) if absent_seconds > LEAST_GAP_SECONDS else 0
-        missing += _missing_by_size(path, len(shown))
-    return len(shown), max(0, missing), still, seconds
+        missing += missing_by_size(path, len(shown))
+        if container.format.name == "ogg" and ends_in_a_page(path):
+            raise ValueError(
+                f"{path} is cut short: its last page of Ogg is not whole, and nothing tells how much is gone; download "
+                "or copy it again, or convert what is there to mp4"
+            )
+    return len(shown), max(0, missing), still, seconds, _even_rate(shown, container, stream, seconds)
 
 
-def _missing_of_avi(path: Path, shown: list[tuple[int, int]], stream: VideoStream) -> int:
-    """Frames that an AVI lacks, by its size or its header.
-
-    A place without a packet is a frame that was dropped on purpose, and some headers count fields. Raises ValueError
-    where so many packets are gone that the times of the others are not known.
-    """
-    if cut_off := _missing_by_size(path, len(shown)):
-        return cut_off
-    places = sum(max(shown))
-    missing = stream.frames - places
-    if missing <= 0 or abs(stream.frames - 2 * places) <= 2:
-        return 0
-    if missing * (stream.time_base or 0) > MAX_AVI_SHIFT_SECONDS:
-        raise ValueError(
-            f"{path} is damaged: its header promises {stream.frames} frames, {places} are there, and nothing tells "
-            "when they are shown; replace the file"
-        )
-    return missing // max(shown)[1]
+def _even_rate(
+    shown: list[tuple[int, int]], container: InputContainer, stream: VideoStream, seconds: Fraction
+) -> float | None:
+    if len(shown) == 1:
+        return 1 / float(seconds)
+    first = min(shown)[0]
+    times = np.sort([time - first for time, _ in shown]) * float(stream.time_base or 0)
+    rate = (len(times) - 1) / float(times[-1]) if times[-1] > 0 else len(times) / float(seconds)
+    off = times + float(_late_seconds(first, container, stream)) - np.arange(len(times)) / rate
+    return rate if np.abs(off).max() <= _MAX_UNEVEN_SECONDS else None
 
 
-def _missing_by_size(path: Path, num_shown: int) -> int:
-    """Frames behind the end of a file whose header says more bytes than it has: of an AVI or ASF (WMV)."""
-    with path.open("rb") as file:
-        head = file.read(1 << 16)
-    promised = 8 + int.from_bytes(head[4:8], "little") if head[:4] == b"RIFF" else 0
-    if head.startswith(_ASF_HEADER) and (place := head.find(_ASF_FILE)) >= 0:
-        # Its length, an id and the size of the file, which holds where the first flag, of a live stream, is not set.
-        size_field, flags = (int.from_bytes(head[at : at + 8], "little") for at in (place + 40, place + 88))
-        promised = 0 if flags & 1 else size_field
-    size = path.stat().st_size
-    return round(num_shown * (promised / size - 1)) if promised > size else 0
-
-
-def _missing_in_gaps(shown: list[tuple[int, int]], stream: VideoStream) -> tuple[int, float]:
-    """(frames that a stream of constant rate lacks, seconds in which it paused).
-
-    Of streams whose rate varies nothing can be said. Cameras drop a frame now and then: where the container is not made
-    for broadcast, a short gap is no damage. But in a steady stream it is, if nothing else could tell that a packet was
-    lost.
-    """
-    times = np.sort(np.array([time for time, _ in shown]))
-    steps = np.diff(times)
-    if stream.time_base is None or not is_even(steps):
-        return 0, 0.0
-    usual, name = float(np.median(steps)), stream.codec_context.name
-    least = 1.5 * usual
-    is_steady = np.mean(np.abs(steps - usual) <= max(0.1 * usual, 0.0015 / float(stream.time_base))) >= 0.98
-    is_broadcast = stream.container.format.name in ("mpegts", "mpeg")
-    if not is_broadcast and not (is_steady and name in _UNNUMBERED):
-        least = max(4.5 * usual, LEAST_GAP_SECONDS / float(stream.time_base))
-    gaps = steps[steps > least]
-    pause = float("inf") if is_broadcast else PAUSE_SECONDS / float(stream.time_base)
-    still = float((gaps[gaps >= pause] - usual).sum()) * float(stream.time_base)
-    return int(np.rint(gaps[gaps < pause] / usual - 1).sum()), still
+def _late_seconds(first: int, container: InputContainer, stream: VideoStream) -> Fraction:
+    """How long after the start of a player's clock the first frame is shown."""
+    origin = origin_seconds(container)
+    return max(Fraction(0), first * (stream.time_base or 0) - origin) if origin is not None else Fraction(0)
 
 
 def _span_seconds(path: Path, shown: list[tuple[int, int]], container: InputContainer, stream: VideoStream) -> Fraction:
@@ -271,8 +239,7 @@ def _span_seconds(path: Path, shown: list[tuple[int, int]], container: InputCont
         seconds = len(shown) / stream.average_rate
     if seconds <= 0:
         raise ValueError(f"{path}: its {len(shown)} frames last no time; convert it to mp4 at a constant rate")
-    origin = origin_seconds(container)
-    late = max(Fraction(0), first * base - origin) if origin is not None else Fraction(0)
+    late = _late_seconds(first, container, stream)
     times = np.sort(np.array([time for time, _ in shown]))
     longest = max(float(late), float(np.diff(times).max(initial=0)) * float(base), last_duration * float(base))
     usual = float(np.median(np.diff(times))) * float(base) if len(times) > 1 else 0.0
