@@ -160,7 +160,7 @@ class _Videos:
     folder: Path | None
     problems: list[str] = field(default_factory=list)
     _files: NamedFiles[Path] = field(default_factory=lambda: NamedFiles(()))
-    _known: dict[str, tuple[float, float] | None] = field(default_factory=dict)
+    _known: dict[str, tuple[float, float | None] | None] = field(default_factory=dict)
     _isolated: Isolated = field(default_factory=Isolated)
 
     def __enter__(self) -> _Videos:
@@ -170,8 +170,8 @@ class _Videos:
     def __exit__(self, *error: Any) -> None:
         self._isolated.__exit__(*error)
 
-    def measure(self, video_id: str) -> tuple[float, float] | None:
-        """(duration in seconds, frames per second); None, and a problem noted, where there is no sound file."""
+    def measure(self, video_id: str) -> tuple[float, float | None] | None:
+        """As `Found.measure`; a problem is noted where there is no sound file."""
         if video_id not in self._known:
             paths = self._files.of(video_id)
             # Before it is tried, so that a bad file is opened, and told of, once.
@@ -181,8 +181,7 @@ class _Videos:
                     what = "no file" if not paths else f"{len(paths)} files ({', '.join(one.name for one in paths)})"
                     raise ValueError(f"{self.folder} has {what} of video {video_id!r}")
                 probe = self._isolated.call(SILENT_SECONDS, probe_video, paths[0])
-                seconds = float(probe.duration_seconds)
-                self._known[video_id] = seconds, probe.num_frames / seconds
+                self._known[video_id] = float(probe.duration_seconds), probe.rate
             except (ValueError, OSError) as error:
                 self.problems.append(str(error))
         return self._known[video_id]

@@ -241,6 +241,13 @@ def test_a_duration_that_is_no_time_is_told(tmp_path, duration, told):
     assert found.videos["a"].duration_seconds is None
 
 
+def test_frames_and_rates_that_are_no_numbers_are_told(tmp_path):
+    content = {"database": {"a": {"subset": "train", "frame": "1,000", "fps": "30", "annotations": []}}}
+    found = found_in(tmp_path, "a.json", content, expect="activitynet")
+    assert found.videos["a"].facts == {"fps": 30}
+    assert list(found.notes) == ["frame of 'a' is '1,000', and is not taken: no number"]
+
+
 def test_thumos_text_files(tmp_path):
     text = "video_validation_0000266  72.8 76.4\nvideo_validation_0000681  44.0 50.9\n\nvideo_validation_1 x 3\n"
     found = found_in(tmp_path, "BaseballPitch_val.txt", text, expect="thumos")
@@ -276,6 +283,8 @@ def test_epic_kitchens(tmp_path):
     assert (actions(found), found.videos["P01_01"].is_known) == ({"P01_01": []}, False)
     info = "video_id,duration,fps,resolution\nP01_01,1652.152817,59.94006,1920x1080\n"
     assert found_in(tmp_path, "i.csv", info, expect="epic-info").durations == {"P01_01": 1652.152817}
+    found = found_in(tmp_path, "i.csv", info.replace("1652.152817", '"1,652.15"'), expect="epic-info")
+    assert found.left_out == ["i.csv row 2: its duration is '1,652.15': no number of seconds"]
 
 
 def test_ego4d_takes_primary_labels_in_the_time_of_the_clip(tmp_path):
@@ -654,6 +663,31 @@ def test_frames_ask_for_their_rate(tmp_path, columns):
     assert "give --fps" in found.left_out[0]
     found = found_in(tmp_path, "l.csv", f"video,{columns},label\nclip,00:01:02,00:01:03,run\n", expect="csv")
     assert found.left_out == ["l.csv row 2: it has a clock's time in a column of frames"]
+
+
+def test_frames_of_a_video_without_one_rate_are_left_out(tmp_path):
+    text = "video,start_frame,end_frame,label\neven,30,45,run\nuneven,30,45,run\n"
+    measure = {"even": (2.0, 30.0), "uneven": (2.0, None)}.get
+    found = found_in(tmp_path, "l.csv", text, expect="csv", measure=measure)
+    assert actions(found)["even"] == [(1.0, 1.5, "run")]
+    assert "row 3: its times are frames, and those of its file come unevenly" in found.left_out[0]
+    box = '<box frame="0" outside="0"/>'
+    meta = "<meta><source>uneven.mp4</source></meta>"
+    found = found_in(
+        tmp_path,
+        "c.xml",
+        f'<annotations>{meta}<track id="0" label="run">{box}</track></annotations>',
+        expect="cvat",
+        measure=measure,
+    )
+    assert "come unevenly" in found.left_out[0]
+
+
+@pytest.mark.parametrize("line", ["sep=;", '"sep=;"', "SEP=;"])
+def test_a_first_line_that_tells_excel_the_separator_is_none_of_the_table(tmp_path, line):
+    found = found_in(tmp_path, "l.csv", f"{line}\nvideo;start;end;label\na;1,5;2,5;run, fast\na;x;2;run", expect="csv")
+    assert actions(found) == {"a": [(1.5, 2.5, "run, fast")]}
+    assert "l.csv row 4" in found.left_out[0]
 
 
 @pytest.mark.parametrize("columns", ["start_frame,end", "start,end_ms", "start_min,duration"])

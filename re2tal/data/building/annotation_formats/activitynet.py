@@ -8,7 +8,7 @@ HACS writes durations as strings. Test entries without `annotations` are videos 
 
 from __future__ import annotations
 
-from re2tal.data.building.annotation_formats.found import Found, as_number, dictionary, items, subset_in_name
+from re2tal.data.building.annotation_formats.found import Found, dictionary, items, subset_in_name
 from re2tal.data.building.annotation_formats.source import Source
 
 _KEYS = {"annotations", "duration", "duration_second"}
@@ -43,8 +43,8 @@ def read_activitynet(source: Source, found: Found) -> None:
             subset=subset if isinstance(subset, str) else None,
             duration=entry.get("duration", entry.get("duration_second")),
             is_known=isinstance(entry.get("annotations"), list),
-            frame=as_number(entry.get("frame", entry.get("duration_frame"))),
-            fps=as_number(entry.get("fps")),
+            frame=entry.get("frame", entry.get("duration_frame")),
+            fps=entry.get("fps"),
         )
         for number, one in enumerate(found.listed(where, entry, "annotations")):
             segment = list(items(dictionary(one).get("segment")))

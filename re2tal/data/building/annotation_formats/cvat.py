@@ -40,7 +40,7 @@ def read_cvat(source: Source, found: Found) -> None:
     is_job = root.find("./meta/job") is not None  # start_frame of a job counts in its task, not in the video
     last = start + size * step if size and not is_job else None
     if last is None and not is_job and found.measure is not None and (measured := found.measure(video_id_of(name))):
-        last = round(measured[0] * (found.wanted.fps or measured[1]))
+        last = round(measured[0] * (found.wanted.fps or measured[1] or 0.0))  # without a rate it is left out below
     attributes = {one.get("name") for one in root.iter("attribute")}
     if found.wanted.label is not None and found.wanted.label not in attributes:
         raise ValueError(

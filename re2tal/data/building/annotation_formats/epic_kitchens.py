@@ -47,6 +47,8 @@ def read_epic_info(source: Source, found: Found) -> None:
     """Remember durations; a video without a segment is in no subset and comes in none."""
     table = source.table(*_INFO)
     assert table is not None
-    for _, row in source.records(*table, found.leave_out):
-        if (seconds := as_number(row["duration"])) is not None:
+    for where, row in source.records(*table, found.leave_out):
+        if (seconds := as_number(row["duration"])) is None:
+            found.leave_out(where, f"its duration is {row['duration'][:60]!r}: no number of seconds")
+        else:
             found.durations[row["video_id"]] = seconds

@@ -60,8 +60,9 @@ class Found:
     """What the readers found so far."""
 
     wanted: Wanted
-    measure: Callable[[str], tuple[float, float] | None] | None = None
-    """Id -> (duration in seconds, frames per second) of the video's file, None where there is none."""
+    measure: Callable[[str], tuple[float, float | None] | None] | None = None
+    """Id -> (duration in seconds, frames per second) of the video's file, None where there is none; no rate where its
+    frames come unevenly."""
     videos: dict[str, FoundVideo] = field(default_factory=dict)
     durations: dict[str, float] = field(default_factory=dict)
     """Seconds of videos from a table of its own, whether or not they are among the videos."""
@@ -81,10 +82,10 @@ class Found:
         subset: str | None = None,
         duration: Any = None,
         is_known: bool = True,
-        frame: float | None = None,
-        fps: float | None = None,
+        frame: Any = None,
+        fps: Any = None,
     ) -> FoundVideo:
-        """The entry of a video file or id; what is known of it is added."""
+        """The entry of a video file or id; what is known of it is added, and what is no number is told."""
         video_id = video_id_of(name)
         if not video_id:
             self.leave_out(brief(name), "it names no video")
@@ -102,7 +103,11 @@ class Found:
         if duration not in (None, "") and (seconds is None or seconds < 0):
             what = "decimals or thousands?" if is_unclear(duration) else "no seconds, mm:ss or hh:mm:ss"
             self.note(f"the duration of {brief(video_id)} is {brief(duration)}, and is not taken: {what}")
-        one.facts |= {k: int(v) if v == int(v) else v for k, v in (("frame", frame), ("fps", fps)) if v}
+        for key, value in (("frame", frame), ("fps", fps)):
+            if number := as_number(value):
+                one.facts[key] = int(number) if number == int(number) else number
+            elif number is None and value not in (None, ""):
+                self.note(f"{key} of {brief(video_id)} is {brief(value)}, and is not taken: no number")
         one.is_known |= is_known
         return one
 
@@ -160,10 +165,13 @@ class Found:
                 f"{where}: its times are frames, and nothing tells how many make a second; give --fps, or --videos "
                 "FOLDER"
             )
-        if measured := self.measure(video_id_of(name)):
-            return measured[1]
-        self.leave_out(where, "its times are frames, and no file in --videos tells how many make a second")
-        return None
+        measured = self.measure(video_id_of(name))
+        if measured is not None and measured[1] is None:
+            what = "those of its file come unevenly, or begin after its sound; give seconds, or --fps"
+            self.leave_out(where, f"its times are frames, and {what}")
+        elif measured is None:
+            self.leave_out(where, "its times are frames, and no file in --videos tells how many make a second")
+        return measured[1] if measured else None
 
     def listed(self, where: str, entry: Mapping[str, Any], key: str) -> list[Any]:
         """The list at `key`, empty where there is none; a value that is no list is counted and named."""

@@ -16,6 +16,8 @@ from re2tal.strict_json import read_json
 
 MAX_BYTES = 1 << 28
 """An export of this size holds millions of rows."""
+_SEPARATOR = re.compile(r'"?sep=([^\w\s"]|\t)"?', re.ASCII | re.IGNORECASE)
+"""A first line by which Excel is told what stands between cells."""
 
 
 class Source:
@@ -74,6 +76,8 @@ class Source:
     def delimiter(self) -> str:
         """What stands between the cells of a table, by its first rows."""
         lines = self.lines[:100]
+        if said := _SEPARATOR.fullmatch(lines[0]):
+            return said[1]
         return max("\t;,", key=lambda one: sum(line.count(one) >= 2 for line in lines))
 
     @cached_property
@@ -86,6 +90,8 @@ class Source:
             rows = [[cell.strip() for cell in row] for row in csv.reader(text, delimiter=delimiter)]
         except csv.Error as error:
             raise ValueError(f"{self.path} is not usable as a table: {error}") from None
+        if _SEPARATOR.fullmatch(self.lines[0]):
+            rows[0] = []  # it stays a row, so that those below keep their numbers
         for number, row in enumerate(rows, start=1):
             lines = [line for cell in row if "\n" in cell for line in cell.split("\n")[1:]]
             # A quote that is not closed swallows the rows below: they would be gone without a word.
