@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from re2tal.data.building import feature_files
 from re2tal.data.building.feature_files import load_array
 from re2tal.data.building.pack_features import find_layout
 from re2tal.data.contract.shards import open_any
@@ -57,6 +58,30 @@ def test_small_files_that_claim_gigabytes_are_refused(tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             load_array(tmp_path / name)
+
+
+def test_what_unfolds_to_too_much_is_refused_before_or_as_it_adds_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(feature_files, "MAX_BYTES", 1 << 20)
+    torch.save(torch.zeros(1 << 19), tmp_path / "plain.pt")
+    with zipfile.ZipFile(tmp_path / "plain.pt") as plain, zipfile.ZipFile(tmp_path / "a.pt", "w", 8) as packed:
+        for one in plain.infolist():
+            packed.writestr(one.filename, plain.read(one))
+    assert (tmp_path / "a.pt").stat().st_size < 1 << 13
+    loaded = []
+    monkeypatch.setattr(torch, "load", lambda *args, **options: loaded.append(args))
+    np.savez_compressed(tmp_path / "a.npz", **{f"x{number}": np.zeros((1 << 8, 3 << 7)) for number in range(3)})
+    for name, num_bytes in (("a.pt", 1 << 21), ("a.npz", 3 << 19)):
+        with pytest.raises(ValueError, match=rf"{name} claims {num_bytes} bytes of numbers"):
+            load_array(tmp_path / name)
+    assert not loaded
+
+
+def test_an_array_that_others_follow_is_not_taken_for_all(tmp_path):
+    with (tmp_path / "a.npy").open("wb") as file:
+        for _ in range(2):
+            np.save(file, np.ones((3, 4)))
+    with pytest.raises(ValueError, match=r"a\.npy goes on behind its array of shape \(3, 4\)"):
+        load_array(tmp_path / "a.npy")
 
 
 @pytest.mark.parametrize(

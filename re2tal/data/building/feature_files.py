@@ -103,12 +103,13 @@ def _npy(path: Path, key: str | None) -> np.ndarray:
     values = np.load(path, mmap_mode="r", allow_pickle=False)
     if not isinstance(values, np.ndarray):
         raise _Unfit("is an archive of arrays, not one: call it .npz")
+    if isinstance(values, np.memmap) and values.offset + values.nbytes < path.stat().st_size:
+        raise _Unfit(f"goes on behind its array of shape {values.shape}; write all of it as one array")
     return values
 
 
 def _npz(path: Path, key: str | None) -> np.ndarray:
-    with zipfile.ZipFile(path) as archive:  # before anything is unpacked: two kilobytes could unfold to gigabytes
-        _check_size(max((one.file_size for one in archive.infolist()), default=0))
+    _check_unpacked(path)
     with np.load(path, allow_pickle=False) as archive:
         if isinstance(archive, np.ndarray):
             raise _Unfit("is one array, not an archive: call it .npy")
@@ -116,6 +117,8 @@ def _npz(path: Path, key: str | None) -> np.ndarray:
 
 
 def _pt(path: Path, key: str | None) -> np.ndarray:
+    if zipfile.is_zipfile(path):  # files of older versions are none
+        _check_unpacked(path)
     loaded = torch.load(path, map_location="cpu", weights_only=True)
     if isinstance(loaded, Mapping):
         tensors = {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
@@ -251,6 +254,7 @@ def _chosen(names: Sequence[str], load: Callable[[str], np.ndarray], key: str | 
         except Exception:  # what else lies in the file need not be an array
             if len(names) == 1:
                 raise
+        _check_size(sum(one.nbytes for one in arrays.values()))
     fit = [name for name, one in arrays.items() if _two_axes(one).ndim == 2 and one.dtype.kind == "f"]
     if len(fit) != 1:
         what = f"{len(fit)} arrays that could be features ({_listed(fit)}): name one with --key"
@@ -264,6 +268,12 @@ def _listed(names: Sequence[str]) -> str:
 
 def _two_axes(values: np.ndarray) -> np.ndarray:
     return values.reshape([length for length in values.shape if length != 1]) if values.ndim > 2 else values
+
+
+def _check_unpacked(path: Path) -> None:
+    """Before anything is unpacked: two kilobytes could unfold to gigabytes."""
+    with zipfile.ZipFile(path) as archive:
+        _check_size(max((one.file_size for one in archive.infolist()), default=0))
 
 
 def _check_size(num_bytes: int) -> None:
