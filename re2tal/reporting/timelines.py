@@ -38,6 +38,8 @@ MAX_LANES = 3
 """what overlaps in time of one class, true or predicted, has this many lanes; more than that cover each other"""
 NAME_WIDTH = 28
 """characters of a class name on each of two lines"""
+ID_WIDTH = 50
+"""characters of a video's id"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +95,9 @@ def draw_timeline(
     FigureCanvasAgg(figure)
     axes = figure.subplots()
     tops = np.concatenate([[0.0], np.cumsum(heights)])
-    # Predictions may reach beyond the video, and are shown there.
-    end = max([record.duration_seconds, *(float(row.predicted.max(initial=0)) for row in rows)])
+    # Actions may reach beyond the video, and are shown there.
+    ends = (float(segments.max(initial=0)) for row in rows for segments in (row.true, row.predicted))
+    end = max([record.duration_seconds, *ends])
     for row, top, height in zip(rows, tops[:-1], heights, strict=True):
         _draw_row(axes, row, top=float(top), end=end, has_truth=has_truth)
         axes.axhline(float(top + height), color="#DDDDDD", linewidth=0.8, zorder=0)
@@ -115,11 +118,9 @@ def draw_timeline(
     length = f"{record.duration_seconds:.1f} s" if is_length_known else "length not known"
     if not has_truth:
         length = "no true actions known"
-    axes.set_title(
-        f"{record.video_id[:80]}   {length}{note}",
-        loc="left",
-        fontsize=11,
-    )
+    # On lines of their own: a long id would push the rest out of the picture, and one in Arabic would mix with it.
+    name = record.video_id if len(record.video_id) <= ID_WIDTH else f"{record.video_id[:ID_WIDTH]}…"
+    axes.set_title(f"{name}\n{length}{note}", loc="left", fontsize=11)
     _add_legend(figure, has_truth=has_truth)
     # An id or a class may hold dollar signs, which would start a formula.
     for text in (*axes.get_yticklabels(), axes.title, axes._left_title):  # type: ignore[attr-defined]
@@ -180,12 +181,14 @@ def _draw_row(axes: Axes, row: Row, *, top: float, end: float, has_truth: bool) 
         _bars(axes, true, top + 0.2 + 0.4 * lane, colour=TRUE_COLOUR, alphas=alphas, name="true")
     alphas = 0.15 + 0.85 * row.scores
     lane_tops = top + 0.2 + 0.4 * (row.first_lane + np.arange(MAX_LANES))
+    wrong = (WRONG_COLOUR, "wrong") if has_truth else (OPEN_COLOUR, "open")
     for lane in range(MAX_LANES):
-        wrong = (WRONG_COLOUR, "wrong") if has_truth else (OPEN_COLOUR, "open")
         for verdict, colour, name in ((True, RIGHT_COLOUR, "right"), (False, *wrong)):
             chosen = (row.lanes == lane) & (row.right == verdict)
             _bars(axes, row.predicted[chosen], lane_tops[lane], colour=colour, alphas=alphas[chosen], name=name)
-    for (start, stop), score, alpha, lane in zip(row.predicted, row.scores, alphas, row.lanes, strict=True):
+    for (start, stop), score, right, alpha, lane in zip(
+        row.predicted, row.scores, row.right, alphas, row.lanes, strict=True
+    ):
         # In the last lane predictions lie upon each other, and so would their scores.
         crowded = lane == MAX_LANES - 1
         if stop - start > 0.035 * end and not crowded:
@@ -196,7 +199,7 @@ def _draw_row(axes: Axes, row: Row, *, top: float, end: float, has_truth: bool) 
                 ha="center",
                 va="center",
                 fontsize=7,
-                color="white" if alpha > 0.6 else "black",
+                color=_ink(RIGHT_COLOUR if right else wrong[0], alpha),
                 clip_on=True,
             )
 
@@ -222,6 +225,13 @@ def _add_legend(figure: Figure, *, has_truth: bool) -> None:
         Patch(facecolor="#00000026", edgecolor="#000000", linewidth=0.7, label="fainter: lower score"),
     ]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+
+
+def _ink(colour: str, alpha: float) -> str:
+    """White or black, whichever WCAG's formula says stands out more on the colour over white."""
+    over_white = np.array([alpha * part + 1 - alpha for part in _rgb(colour)])
+    linear = np.where(over_white <= 0.04045, over_white / 12.92, ((over_white + 0.055) / 1.055) ** 2.4)
+    return "white" if linear @ (0.2126, 0.7152, 0.0722) < 0.179 else "black"
 
 
 def _rgb(colour: str) -> tuple[float, float, float]:

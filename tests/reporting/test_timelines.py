@@ -72,6 +72,27 @@ def test_true_actions_of_one_class_that_overlap_are_drawn_apart() -> None:
     assert all(bar[3] < 1 for bar in bars(figure, "true"))  # so that the outline between 80 and 80 is seen
 
 
+def test_a_true_action_beyond_the_end_of_its_video_is_shown_to_its_end() -> None:
+    figure = draw_timeline(record((8, 15, "jump"), seconds=10.0), detected(), classes=CLASSES)
+    assert figure.axes[0].get_xlim() == (0.0, 15.0)
+
+
+def test_a_long_id_leaves_room_for_what_the_title_says() -> None:
+    video = VideoRecord("W" * 200, "validation", 60.0, ())
+    figure = draw_timeline(video, detected(*[(i, i + 1, 0.5, 0) for i in range(30)]), classes=CLASSES)
+    to_png(figure)
+    title = figure.axes[0]._left_title
+    assert title.get_text().endswith("…\n60.0 s   (best 20 of 30 predictions)")
+    assert title.get_window_extent().x1 <= figure.get_window_extent().width
+
+
+def test_scores_stand_out_on_their_bars() -> None:
+    found = detected((0, 20, 1.0, 0), (20, 40, 0.55, 0), (40, 60, 1.0, 1))
+    figure = draw_timeline(record((0, 20, "jump"), (20, 40, "jump")), found, classes=CLASSES)
+    inks = {text.get_position()[0]: text.get_color() for text in figure.axes[0].texts}
+    assert inks == {10: "white", 30: "black", 50: "black"}  # on blue, on pale blue, on orange
+
+
 def test_a_stand_in_is_not_shown_as_the_length_of_a_video() -> None:
     drawn = record((1, 46, "jump"), seconds=46.0), detected((50, 60, 0.9, 0))
     known, unknown = (draw_timeline(*drawn, classes=CLASSES, is_length_known=is_known) for is_known in (True, False))
