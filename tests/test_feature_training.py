@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -207,7 +208,9 @@ def test_detecting_needs_features_where_the_run_was_trained_on_them(videos, feat
     assert sorted(json.loads((folder / "results.json").read_text())["results"]) == ["a", "b"]
     (folder / "metrics.jsonl").write_text('{"step": 1, "kind": "train", "loss": 1.0, "lr/localizer": 0.1}\n')
     report(run=folder)
-    assert "features, plain" in (folder / "report" / "index.html").read_text()
+    page = (folder / "report" / "index.html").read_text()
+    assert "<dt>Backbone</dt><dd>none</dd>" in page
+    assert re.search(r"<dt>Clips</dt><dd>\d+ steps of stored features</dd>", page)
     with pytest.raises(ValueError, match=r"was trained on stored features, so it has no backbone"):
         export(run=folder, to="opentad", out=tmp_path / "out.safetensors")
     (tmp_path / "new").mkdir()

@@ -18,17 +18,25 @@ from re2tal.files import write_atomically
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; color: #222 }
 h1 { font-size: 1.5rem }
+h1, dd, figcaption { overflow-wrap: anywhere }
 h2 { font-size: 1.2rem; margin-top: 2.5rem }
 .wide { overflow-x: auto }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .25rem .75rem; text-align: right; border-bottom: 1px solid #ddd }
 th:first-child, td:first-child { text-align: left; overflow-wrap: anywhere; min-width: 8rem }
 tr.sum td { font-weight: bold; border-top: 2px solid #222 }
-figure { margin: 1.5rem 0 }
-img { max-width: 100%; height: auto; border: 1px solid #eee }
+figure { margin: 1.5rem 0; overflow-x: auto }
+img { max-width: 100%; min-width: 48rem; height: auto; border: 1px solid #eee }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem }
 dt { color: #666 }
-dd { margin: 0; overflow-wrap: anywhere }
+dd { margin: 0 }
+@media print {
+  figure, tr { break-inside: avoid }
+  h2 { break-after: avoid }
+  img { min-width: 0 }
+  .wide { overflow: visible; font-size: .65rem }
+  th, td { padding: .15rem .3rem }
+}
 """
 
 

@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from re2tal.backbones.stored import NAME as STORED
 from re2tal.config import RunConfig, load_config
 from re2tal.data.contract.shards import open_any, subset_folder
 from re2tal.evaluation.average_precision import MapReport, mean_average_precision
@@ -137,7 +138,12 @@ def _write_pictures(folder: Path, curves: Picture, timelines: Mapping[str, Pictu
 def _facts(
     config: RunConfig, scores: MapReport | None, *, num_drawn: int, num_videos: int, num_true: int
 ) -> dict[str, str]:
-    windowing = config.data.clips.windowing
+    frames, size = config.data.clips.windowing.num_frames, config.data.clips.size
+    clips = f"{frames} frames of {size} x {size} pixels"
+    if is_stored := config.backbone.name == STORED:
+        clips = f"{frames} steps of stored features"
+    wiring = "rewired" if config.backbone.rewired else "plain"
+    epochs = config.training.epochs
     scored = {"Scored": f"nothing: no predicted video is among the {num_true} with known actions"}
     if scores is not None:
         scored = {
@@ -146,10 +152,10 @@ def _facts(
             **{f"Note {number}": note for number, note in enumerate(scores.coverage.notes(), start=1)},
         }
     return {
-        "Backbone": f"{config.backbone.name}, {'rewired' if config.backbone.rewired else 'plain'}",
+        "Backbone": "none" if is_stored else f"{config.backbone.name}, {wiring}",
         "Localizer": type(config.localizer).__name__.removesuffix("Config"),
-        "Clips": f"{windowing.num_frames} frames of {config.data.clips.size} x {config.data.clips.size} pixels",
-        "Training": f"{config.training.epochs} epochs, {config.engine.precision}, seed {config.training.seed}",
+        "Clips": clips,
+        "Training": (f"{epochs} epoch{'s' * (epochs != 1)}, {config.engine.precision}, seed {config.training.seed}"),
         **scored,
         "Videos": f"{num_videos}, of which {num_drawn} are drawn below" if num_drawn < num_videos else str(num_videos),
     }

@@ -5,14 +5,17 @@ from __future__ import annotations
 import base64
 import hashlib
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
+import pytest
 from matplotlib.figure import Figure
 
 from re2tal.reporting.fonts import to_png
 from re2tal.reporting.page import Picture, write_page
 
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 NASTY = '"><script>alert(1)</script><img src=x onerror=alert(2)>&amp;'
 
 
@@ -100,3 +103,19 @@ def test_a_page_without_table_curves_and_videos_is_a_page(tmp_path: Path) -> Non
     elements = Elements((tmp_path / "index.html").read_text())
     assert not elements.named("img")
     assert not elements.named("table")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium on this machine")
+def test_on_a_phone_names_wrap_and_pictures_stay_large_enough_to_read(tmp_path: Path) -> None:
+    playwright = pytest.importorskip("playwright.sync_api", reason="playwright drives the browser")
+    long, png = "W" * 200, to_png(Figure(figsize=(11, 3), dpi=110))
+    pictures = [Picture(long, png)]
+    write_page(tmp_path / "index.html", title=long, facts={}, table=[], protocol="", curves=None, timelines=pictures)
+    with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        shown = browser.new_page(viewport={"width": 390, "height": 800})
+        shown.set_default_timeout(60_000)
+        shown.goto((tmp_path / "index.html").as_uri())
+        assert shown.evaluate("document.documentElement.scrollWidth") == 390
+        assert shown.evaluate("document.querySelector('img').width") >= 700
+        browser.close()
