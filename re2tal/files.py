@@ -23,7 +23,10 @@ def write_atomically(path: Path | str, text: str) -> None:
 def atomic_file(path: Path) -> Iterator[IO[bytes]]:
     """A file to be written, which becomes `path` at the end: a reader sees all of it or nothing, after an error too."""
     if is_stream(path):
-        with path.open("wb") as file:
+        number = _descriptor(path)
+        # A file that is there for it would be opened from its beginning, and what was printed, and will be, overwrite
+        # the document.
+        with path.open("wb") if number is None else os.fdopen(os.dup(number), "wb") as file:
             yield file
         return
     # The process's number, because several may write the same file, and each has to rename its own.
@@ -47,9 +50,9 @@ def output_file(path: Path, *, option: str) -> Path:
     written.
     """
     target = linked(path)
-    if target.is_dir():
-        raise ValueError(f"{option} is {path}, a folder; give the name of a file")
     try:
+        if target.is_dir():
+            raise ValueError(f"{option} is {path}, a folder; give the name of a file")
         if not is_stream(target):
             # A link that leads nowhere counts as there: no folder can be made in its place.
             folder = next(one for one in target.absolute().parents if os.path.lexists(one))
@@ -71,6 +74,17 @@ def is_stream(path: Path) -> bool:
     return path.parent in (Path("/dev"), Path("/dev/fd")) or (
         path.exists() and not path.is_file() and not path.is_dir()
     )
+
+
+def is_stdout(path: Path | str) -> bool:
+    """Whether what is printed goes there too."""
+    return _descriptor(Path(path)) == 1
+
+
+def _descriptor(path: Path) -> int | None:
+    """The number of an open file that a path names; None of other paths."""
+    number = str({"/dev/stdout": 1, "/dev/stderr": 2}.get(str(path), path.name))
+    return int(number) if path.parent in (Path("/dev"), Path("/dev/fd")) and number.isdecimal() else None
 
 
 def sha256_of(path: Path) -> str:

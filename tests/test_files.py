@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from pathlib import Path
 
 import pytest
 
-from re2tal.files import output_file
+from re2tal.files import is_stdout, output_file
 from re2tal.strict_json import read_json, write_json
 
 
@@ -36,6 +37,26 @@ def test_what_cannot_be_written_is_told_before_the_work(tmp_path: Path) -> None:
         (tmp_path / "link").unlink()
     output_file(tmp_path / "a" / "b.json", option="--out")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_so_is_a_folder_that_this_user_may_not_look_into(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def may_not_look(path: Path) -> bool:  # root may
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", may_not_look)
+    with pytest.raises(ValueError, match=r"--json is .*, and cannot be written: Permission denied; give another place"):
+        output_file(tmp_path / "a.json", option="--json")
+
+
+def test_an_open_file_is_gone_on_with_where_it_is(tmp_path: Path) -> None:
+    with (tmp_path / "printed").open("wb", buffering=0) as file:
+        place = Path(f"/dev/fd/{file.fileno()}")
+        file.write(b"before ")
+        write_json(output_file(place, option="--json"), {"a": 1})
+        file.write(b"after")
+    assert (tmp_path / "printed").read_bytes() == b'before {"a": 1}\nafter'
+    assert is_stdout("/dev/stdout")
+    assert not is_stdout(place)
 
 
 def test_a_pipe_is_written_to_and_not_replaced(tmp_path: Path) -> None:

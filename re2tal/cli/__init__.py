@@ -7,7 +7,7 @@ import os
 import select
 import sys
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext, redirect_stdout, suppress
 from difflib import get_close_matches
 from functools import partial
 from io import TextIOWrapper
@@ -18,6 +18,7 @@ import re2tal
 from re2tal.cli.commands import COMMANDS, STARTING_POINTS
 from re2tal.cli.faults import end
 from re2tal.cli.help import commands_help, examples, page_of, short_help
+from re2tal.files import is_stdout
 from re2tal.runs.exit_status import DIVERGED, KEYBOARD, UNREAD, WRONG_INPUT
 from re2tal.training.signals import stop_requests
 
@@ -43,9 +44,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words = [*(sys.argv[1:] if arguments is None else arguments)]
     debug = "--debug" in words
     name, *rest = [word for word in words if word != "--debug"] or ["--help"]
+    # A document that goes to stdout stands there alone.
+    is_taken = any(is_stdout(word.rpartition("=")[2]) for word in rest)
     try:
         # From the first line on: torch takes seconds to import, and a scheduler may not wait for it.
-        with stop_requests() if name == "train" else nullcontext():
+        with (
+            stop_requests() if name == "train" else nullcontext(),
+            redirect_stdout(sys.stderr) if is_taken else nullcontext(),
+        ):
             status = _run(name, rest)
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError) and hasattr(select, "poll") and not _is_read():

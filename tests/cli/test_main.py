@@ -17,6 +17,7 @@ import torch
 from re2tal import cli
 from re2tal.cli import COMMANDS, main
 from re2tal.runs import exit_status
+from re2tal.strict_json import write_json
 
 LAUNCHER = Path(__file__).parents[2] / "launch" / "train.py"
 
@@ -133,6 +134,17 @@ def unread() -> IO[str]:
     reader, writer = os.pipe()
     os.close(reader)
     return open(writer, "w", buffering=1)
+
+
+@pytest.mark.parametrize("arguments", [["--json", "/dev/stdout"], ["--json=/dev/fd/1"]])
+def test_what_is_printed_stands_beside_a_document_that_goes_to_stdout(arguments, monkeypatch, capfd):
+    def prints_and_writes(json: Path) -> None:
+        print("a table")
+        write_json(json, [1])
+
+    runs_instead(prints_and_writes, monkeypatch)
+    assert status_of(["demo", *arguments]) == 0
+    assert capfd.readouterr() == ("[1]\n", "a table\n")
 
 
 @pytest.mark.parametrize("arguments", [["demo"], ["demo", "--help"], ["--help"], ["demo", "--help-all"]])
