@@ -39,6 +39,7 @@ from re2tal.training.manifest import (
     write_manifest,
 )
 from re2tal.training.reshard import resharded
+from re2tal.training.saved_state import refuse_scrambled
 from re2tal.training.stall import Stall
 from re2tal.training.watchdog import at
 
@@ -62,8 +63,6 @@ class CheckpointStore:
 
         `defaults`: what the values were before they had a name; checkpoints of earlier versions lack them.
         """
-        if keep < 1:
-            raise ValueError(f"training.keep_checkpoints is {keep}; it must be at least 1")
         self.folder = folder
         self.identity = json.loads(json.dumps(dict(identity)))  # as manifests give it back: tuples are lists
         self.free = frozenset(free)
@@ -220,8 +219,9 @@ class CheckpointStore:
         if any(self.identity.get(key) != saved.get(key) for key in SHAPE):
             resharded(self.folder / name, engine, average, read=lambda path: load(str(path), map_location="cpu"))
             return
-        loaded, _ = engine.load_checkpoint(str(self.folder), tag=name)
+        loaded, rest = engine.load_checkpoint(str(self.folder), tag=name)
         assert loaded is not None
+        refuse_scrambled(self.folder / name, rest.get("ds_config"), num_ranks=_rank()[1])
         _restore_rank_state(
             engine, average, load(str(self.folder / name / RANK_FILE.format(_rank()[0])), map_location="cpu")
         )

@@ -46,6 +46,7 @@ class SavedState:
         self.cuts_parameters = models[0].name.startswith("zero_pp_rank")
         self.ranks = [read(path) for path in ranks]
         self._models = [read(path) for path in models]
+        refuse_scrambled(checkpoint, self.model.get("ds_config"), num_ranks=len(ranks))
 
     @property
     def model(self) -> dict[str, Any]:
@@ -152,12 +153,30 @@ class SavedState:
 
     def _of_rows(self, flats: Sequence[Any]) -> Iterator[tuple[str, Tensor]]:
         """Stages 1 and 2."""
+        gaps: Sequence[Sequence[int]] = [[0] * len(group) for group in self.model["param_shapes"]]
+        if _zero_settings(self.model.get("ds_config")).get("parameter_alignment"):
+            gaps = self.optimizers[0]["param_alignment_paddings"]  # zeros after each parameter
         for number, group in enumerate(self.model["param_shapes"]):
             row = torch.cat([of_rank[number].flatten() for of_rank in flats])
             start = 0
-            for name, shape in group.items():
+            for (name, shape), gap in zip(group.items(), gaps[number], strict=True):
                 yield name, row[start : start + math.prod(shape)]
-                start += math.prod(shape)
+                start += math.prod(shape) + gap
+
+
+def refuse_scrambled(checkpoint: Path, settings: Any, *, num_ranks: int) -> None:
+    """ValueError where its shards are in an order that nothing puts right again; `settings`: those of DeepSpeed that it
+    was written under."""
+    zero = _zero_settings(settings)
+    if num_ranks > 1 and zero.get("stage") in (1, 2) and zero.get("round_robin_gradients"):
+        raise ValueError(
+            f"{checkpoint} was written with zero_optimization.round_robin_gradients, as earlier versions allowed: on "
+            f"{num_ranks} ranks it has the weights of one parameter in the place of another's; begin a run anew"
+        )
+
+
+def _zero_settings(settings: Any) -> Mapping[str, Any]:
+    return settings.get("zero_optimization", {}) if isinstance(settings, dict) else {}
 
 
 def _by_rank(checkpoint: Path, pattern: str) -> list[Path]:

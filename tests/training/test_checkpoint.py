@@ -25,6 +25,7 @@ from re2tal.training.checkpoint import CheckpointStore
 from re2tal.training.config import TrainingConfig
 from re2tal.training.engine_weights import master_weights
 from re2tal.training.manifest import TrainingProgress, complete_checkpoints, read_manifest, write_manifest
+from re2tal.training.zero_file import HARMFUL
 
 TRAINING = TrainingConfig(epochs=2, checkpoint_every_steps=3, keep_checkpoints=3, log_every_steps=1)
 
@@ -200,6 +201,18 @@ def test_a_value_that_had_no_name_when_a_checkpoint_was_written_was_the_default(
     trained.checkpoints = CheckpointStore(saved.folder, identity=now, defaults={"data.clips.augmentation": "opentad"})
     with pytest.raises(ValueError, match="augmentation is 'none', the checkpoint has 'opentad'"):
         trained.resume()
+
+
+def test_a_checkpoint_of_several_ranks_with_scrambled_shards_is_refused(tmp_path, monkeypatch):
+    """Earlier versions trained so, and resumed without the key, which put weights in each other's place."""
+    monkeypatch.delitem(HARMFUL, ("zero_optimization", "round_robin_gradients", True))
+    zero = {"stage": 1, "round_robin_gradients": True}
+    tiny_trainer(tmp_path, stage=1, zero=zero, training=TRAINING).train()
+    again = tiny_trainer(tmp_path, stage=1, training=TRAINING)
+    assert again.resume()
+    monkeypatch.setattr(checkpoint, "_rank", lambda: (0, 2))
+    with pytest.raises(ValueError, match=r"step-00000008 was written with .*round_robin_gradients.* begin a run anew"):
+        again.resume()
 
 
 def test_other_validation_shards_may_be_resumed_with_but_not_without_a_word(trained, capsys):
