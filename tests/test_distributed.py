@@ -51,6 +51,14 @@ EIGHT = World(rank=5, world_size=8, local_rank=1, master_addr="node7", master_po
             World(rank=5, world_size=8, local_rank=1, master_addr="gpu07", master_port=33456, device_index=0),
             id="srun --gpus-per-task=1",
         ),
+        *(
+            pytest.param(
+                {**SRUN, name: "3"},
+                World(rank=5, world_size=8, local_rank=1, master_addr="gpu07", master_port=33456, device_index=0),
+                id=f"srun --gpus-per-task=1, {name}",
+            )
+            for name in ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
+        ),
         pytest.param(
             {**SRUN, "CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_STEP_NUM_TASKS": "6"},
             World(rank=5, world_size=6, local_rank=1, master_addr="gpu07", master_port=33456, device_index=1),

@@ -18,6 +18,9 @@ from functools import partial
 MPI_SIZES = ("OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE", "PMI_SIZE")
 """Where Open MPI, MVAPICH, and others with MPICH's process manager say how many processes mpirun started."""
 
+VISIBLE_DEVICES = ("CUDA_VISIBLE_DEVICES", "ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
+"""What tells a process which devices of NVIDIA, AMD (two) and Intel it sees."""
+
 
 @dataclass(frozen=True, slots=True)
 class World:
@@ -147,9 +150,8 @@ def _job_port(environ: Mapping[str, str]) -> int:
 
 def _device_index(environ: Mapping[str, str], local_rank: int) -> int:
     """`--gpus-per-task=1` shows each task one device, which is then number 0 for every task."""
-    visible = environ.get("CUDA_VISIBLE_DEVICES", "")
-    one_device = visible != "" and "," not in visible
-    return 0 if one_device else local_rank
+    shown = [environ.get(name, "") for name in VISIBLE_DEVICES]
+    return 0 if any(devices != "" and "," not in devices for devices in shown) else local_rank
 
 
 def _integer(environ: Mapping[str, str], name: str) -> int:
