@@ -16,6 +16,7 @@ from torch import Tensor
 
 from re2tal.training.deepspeed_import import Engine
 from re2tal.training.engine_weights import master_weights, publish
+from re2tal.training.interruption import Interrupted
 
 LARGEST_SHARE, SMALL_SHARE = 0.1, 0.01
 """Of the last average, what the initial weights may be before the run says so, and what they are with its advice."""
@@ -36,8 +37,6 @@ class WeightAverage:
     """The moving average of one engine's trainable weights. Buffers are not averaged: the model's own are used."""
 
     def __init__(self, engine: Engine, *, decay: float) -> None:
-        if not 0 <= decay < 1:
-            raise ValueError(f"the weight average's decay is {decay}; it lies in [0, 1), usually 0.999")
         self.engine = engine
         self.decay = decay
         self.shards = [shard.clone() for shard in master_weights(engine)]
@@ -50,12 +49,17 @@ class WeightAverage:
 
     @contextmanager
     def in_place_of_weights(self) -> Iterator[None]:
-        """Every rank enters this: inside, the model computes with the average; afterwards with its weights again."""
+        """Every rank enters this: inside, the model computes with the average; afterwards with its weights again.
+
+        But for an error, which ends the run: it may be of this rank alone, and to trade back takes all of them.
+        """
         self._trade()
         try:
             yield
-        finally:
+        except Interrupted:  # on all ranks
             self._trade()
+            raise
+        self._trade()
 
     @torch.no_grad()
     def _trade(self) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from re2tal.training import ema
 from re2tal.training.ema import WeightAverage, about_short_run
+from re2tal.training.interruption import Interrupted
 
 
 @pytest.fixture
@@ -16,12 +17,6 @@ def weights(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     shards = [torch.tensor([1.0, 2.0]), torch.tensor([4.0])]
     monkeypatch.setattr(ema, "master_weights", lambda engine: shards)
     return shards
-
-
-@pytest.mark.parametrize("decay", [-0.1, 1.0, float("nan")])
-def test_a_decay_without_a_meaning_is_refused(weights: list[Tensor], decay: float) -> None:
-    with pytest.raises(ValueError, match=rf"the weight average's decay is {decay}; it lies in \[0, 1\)"):
-        WeightAverage(None, decay=decay)
 
 
 def test_a_checkpoint_gives_back_the_average_and_not_the_weights(weights: list[Tensor]) -> None:
@@ -38,6 +33,19 @@ def test_a_checkpoint_gives_back_the_average_and_not_the_weights(weights: list[T
     restored.update()
     assert [shard.tolist() for shard in restored.state()] == [[2.0, 4.0], [4.0]]
     assert saved[0].tolist() == [2.0, 3.0]
+
+
+@pytest.mark.parametrize(("error", "collectives"), [(Interrupted, 2), (ValueError, 1)])
+def test_an_error_of_one_rank_does_not_wait_for_the_others(
+    weights: list[Tensor], monkeypatch: pytest.MonkeyPatch, error: type[Exception], collectives: int
+) -> None:
+    """It would be told of after the others' time limit, or never; all ranks are interrupted together."""
+    calls: list[None] = []
+    monkeypatch.setattr(ema, "publish", calls.append)
+    average = WeightAverage(None, decay=0.9)
+    with pytest.raises(error), average.in_place_of_weights():
+        raise error
+    assert len(calls) == collectives
 
 
 def test_the_average_of_other_shards_is_refused(weights: list[Tensor]) -> None:
