@@ -107,7 +107,8 @@ class Trackers:
     def _start(self, name: str, step: int) -> None:
         """TensorBoard gets the configuration as a text: its own table of settings would be a second run beside this."""
         settings: dict[str, dict[str, Any]] = {
-            "tensorboard": {"purge_step": step + 1 if step else None},
+            # At step 0 too: a run that was killed before its first checkpoint has left figures of later steps.
+            "tensorboard": {"purge_step": step + 1 if step else 0},
             "wandb": {"name": self.run_name, "dir": str(self.folder)},
             "mlflow": {"run_name": self.run_name},
             "swanlab": {"experiment_name": self.run_name},

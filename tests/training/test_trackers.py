@@ -116,6 +116,14 @@ def test_tensorboard_holds_scalars_and_pictures_and_a_resumed_run_goes_on_in_its
     assert [path.name for path in tmp_path.iterdir() if path.is_dir()] == ["tensorboard"]
 
 
+def test_figures_of_a_run_that_died_before_its_first_checkpoint_are_gone_from_tensorboard(tmp_path) -> None:
+    logged(tmp_path, ("tensorboard",), start=0, until=4)
+    logged(tmp_path, ("tensorboard",), start=0, until=2)
+    events = EventAccumulator(str(tmp_path / "tensorboard"), size_guidance={"scalars": 0}).Reload()
+    assert [one.step for one in events.Scalars("train/loss")] == [1, 2]
+    assert "config/text_summary" in events.Tags()["tensors"]
+
+
 @pytest.mark.parametrize("failing", ["start", "config"])
 def test_a_tracker_that_does_not_start_is_named_once_and_the_others_go_on(failing, tmp_path, fake, capsys) -> None:
     fake.fails.add(failing)
