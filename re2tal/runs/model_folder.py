@@ -155,11 +155,20 @@ def describe_trained(
 ) -> None:
     """Write model.json and the card of a run that has ended; `summary` is the content of summary.json."""
     kind = "features of " if isinstance(training, FeatureSet) else ""
-    start = f"weights `{Path(config.backbone.weights).name}`" if config.backbone.weights else "random weights"
     dataset = training.manifest.dataset
     source = (
         f"Trained on the {kind}{len(training.videos)} videos of subset `{config.data.training_subset}` of data set "
         f"`{dataset}` for {summary['steps']} steps ({config.training.epochs:g} epochs) with {summary['ranks']} "
-        f"ranks, in {summary['train_seconds']:.0f} s; the backbone began with {start}. config.json has all settings."
+        f"ranks, in {summary['train_seconds']:.0f} s; {_began(config)}. config.json has all settings."
     )
     describe(folder, config, classes, card=model_card(config, classes, Origin(source, dataset, summary)))
+
+
+def _began(config: RunConfig | RecognitionConfig) -> str:
+    if config.start_from is not None:
+        # Not the whole path, which names places of this machine.
+        return f"it began with the model `{'/'.join(config.start_from.parts[-2:])}`"
+    if config.backbone.name == NAME:
+        return "it began with random weights"
+    weights = config.backbone.weights
+    return f"the backbone began with {f'weights `{Path(weights).name}`' if weights else 'random weights'}"

@@ -25,7 +25,7 @@ from re2tal.data.streaming.windows import Slide
 from re2tal.evaluation.suppression import SuppressionConfig
 from re2tal.localizers.pyramid.actionformer import ActionFormerConfig
 from re2tal.rewire import wiring_of
-from re2tal.runs.model_folder import describe
+from re2tal.runs.model_folder import describe, describe_trained
 from re2tal.runs.model_folder_card import Origin, model_card
 from re2tal.training.export import write_model
 
@@ -223,3 +223,21 @@ def test_a_pickle_under_the_name_of_weights_is_not_read(run: Path):
     save_file({"weight": torch.zeros(1)}, run / "model.safetensors")
     with pytest.raises(ValueError, match=r"is not a trained re2tal model"):
         re2tal.load_detector(run)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "the backbone began with random weights"),
+        ({"backbone": BackboneConfig(weights="/from/k400.pth")}, "the backbone began with weights `k400.pth`"),
+        ({"start_from": Path("/home/me/runs/before")}, "it began with the model `runs/before`"),
+        ({"backbone": BackboneConfig(name="features", feature_channels=8, rewired=False)}, "it began with random"),
+    ],
+)
+def test_the_card_of_a_run_says_what_it_began_with(changes: dict, said: str, tmp_path: Path) -> None:
+    shards = SimpleNamespace(videos=["a", "b"], manifest=SimpleNamespace(dataset="own"))
+    summary = {**SUMMARY, "steps": 8, "ranks": 2, "train_seconds": 3.0}
+    describe_trained(tmp_path, replace(RunConfig(), **changes), CLASSES, summary=summary, training=shards)
+    card = (tmp_path / "README.md").read_text()
+    assert f"with 2 ranks, in 3 s; {said}" in card
+    assert "/home/me" not in card
