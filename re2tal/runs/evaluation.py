@@ -217,6 +217,19 @@ def match_run(
     )
 
 
+def check_truths(truths: Sequence[VideoRecord], config: RunConfig, *, classes: Sequence[str]) -> None:
+    """ValueError where predictions of a detector for `classes` could not be scored by the rules of its run: nothing
+    true counts, or a class has no truth and the protocol refuses that."""
+    rules = match_run({}, truths, config, classes=classes)
+    if config.localizer.class_agnostic or not rules.protocol.refuses_unknown_labels:
+        return
+    if without := sorted(set(classes) - set(rules.truths.classes)):
+        raise ValueError(
+            f"evaluation.protocol is {rules.protocol.name!r}, which refuses predictions of classes that no video of "
+            f"the subset shows, such as {without[0]!r}; set it to 'opentad', which ignores them"
+        )
+
+
 def is_class_agnostic(config: RunConfig, results: Results) -> bool:
     """Whether results of this run have one class: not where a classifier of whole videos has named them."""
     return config.localizer.class_agnostic and set(results.classes) <= {AGNOSTIC_CLASS}

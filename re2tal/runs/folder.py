@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+from collections.abc import Collection
 from pathlib import Path
 
 from re2tal.distributed import is_main, made_by_main
@@ -40,27 +41,42 @@ TENSORBOARD_NAME = "tensorboard"
 REPORT_NAME = "report"
 CLIP_FEATURES_NAME = "clip_features"
 
+REPLACED = (
+    CHECKPOINTS_NAME,
+    TENSORBOARD_NAME,
+    REPORT_NAME,
+    BEST_NAME,
+    PLAN_NAME,
+    METRICS_NAME,
+    DAMAGED_METRICS_NAME,
+    SUMMARY_NAME,
+    RESULTS_NAME,
+    MODEL_NAME,
+    LAST_MODEL_NAME,
+    FACTS_NAME,
+)
+"""What a run that overwrites another removes. config.json is written anew right after, and README.md may be somebody's
+own."""
 
-def claim(folder: Path, *, resume: bool, overwrite: bool) -> None:
-    """Every rank calls this: makes the folder this run's own. ValueError where that would lose an earlier one."""
+
+def claim(folder: Path, *, resume: bool, overwrite: bool, start: Collection[Path] = ()) -> None:
+    """Every rank calls this: makes the folder this run's own. ValueError where that would lose an earlier one, or a
+    file that the new one is to `start` from."""
     checkpoints = folder / CHECKPOINTS_NAME
 
     def make() -> None:
         if overwrite:
-            # config.json stays: it is written anew right after. README.md may be somebody's own.
-            for left in (CHECKPOINTS_NAME, TENSORBOARD_NAME, REPORT_NAME, BEST_NAME):
-                shutil.rmtree(folder / left, ignore_errors=True)
-            for left in (
-                PLAN_NAME,
-                METRICS_NAME,
-                DAMAGED_METRICS_NAME,
-                SUMMARY_NAME,
-                RESULTS_NAME,
-                MODEL_NAME,
-                LAST_MODEL_NAME,
-                FACTS_NAME,
-            ):
-                (folder / left).unlink(missing_ok=True)
+            removed = [folder / name for name in REPLACED]
+            for file in start:
+                if any(file.resolve().is_relative_to(one.resolve()) for one in removed):
+                    raise ValueError(
+                        f"the run starts from {file}, which overwrite would remove; give it another folder (out)"
+                    )
+            for one in removed:
+                if one.is_dir():
+                    shutil.rmtree(one, ignore_errors=True)
+                else:
+                    one.unlink(missing_ok=True)
         if not resume and checkpoints.is_dir() and any(checkpoints.iterdir()):
             raise ValueError(
                 f"{folder} holds the checkpoints of an earlier run; continue it (resume), replace it (overwrite), or "

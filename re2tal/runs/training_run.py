@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from re2tal.runs.best import BestModel
 from re2tal.runs.clip_memory import forget_clips
 from re2tal.runs.deepspeed_presets import DEFAULT_PRESET, find_preset
 from re2tal.runs.demo_data import make_if_wanted
-from re2tal.runs.evaluation import blocked_by
+from re2tal.runs.evaluation import check_truths
 from re2tal.runs.exit_status import HUNG
 from re2tal.runs.folder import BEST_NAME, CHECKPOINTS_NAME, CONFIG_NAME, METRICS_NAME, PLAN_NAME, claim
 from re2tal.runs.lock import locked
@@ -39,6 +39,7 @@ from re2tal.training.checkpoint import CheckpointStore
 from re2tal.training.deepspeed_import import Engine
 from re2tal.training.elastic import same_clips_per_step
 from re2tal.training.interruption import Interrupted, StopVote
+from re2tal.training.metrics import MetricsLog
 from re2tal.training.process_group import join, leave
 from re2tal.training.signals import StopRequests, stop_requests
 from re2tal.training.trackers import check_trackers
@@ -103,11 +104,13 @@ def _train(
     made_by_main(lambda: check_trackers(config.training.trackers))
     make_if_wanted(config, world)
     shards = training, validation = open_both(config)
-    config = _fitted(config, training)
-    build = partial(build_from, config, training.classes, find_start(config, training))
+    config = _fitted(config, training, validation)
+    start = find_start(config, training)
+    build = partial(build_from, config, training.classes, start)
     # Before anything is removed or written in the folder.
     made_by_main(lambda: cleanup.enter_context(locked(folder)))
-    claim(folder, resume=resume, overwrite=overwrite)
+    start_files = [Path(one) for one in (start, config.backbone.weights) if one is not None]
+    claim(folder, resume=resume, overwrite=overwrite, start=start_files)
     if resume:
         config = _on_these_ranks(config, folder, world)
     ds_file, settings = together(lambda: _engine_settings(ds, config, world))[world.rank]
@@ -126,10 +129,28 @@ def _train(
         config, settings, folder, world, build, shards, evaluate=evaluate, best=best, device=device, plan=plan
     )
     _resume(trainer, config, folder, plan, best, resume=resume)
-    with closing(trainer.log):
+    with _closed_together(trainer.log):
         if trainer.train() == "interrupted":
             raise Interrupted
         return finish(trainer, config, folder, training, evaluate, ranks=ranks, started=started, best=best)
+
+
+@contextmanager
+def _closed_together(log: MetricsLog) -> Iterator[None]:
+    """Every rank enters this; they leave it together, but for errors: a tracker may take minutes to end, and launchers
+    such as srun kill a rank that is still there long after the others."""
+    with closing(log):
+        try:
+            yield
+        except Interrupted:  # on all ranks
+            _close(log)
+            raise
+        _close(log)
+
+
+def _close(log: MetricsLog) -> None:
+    at("the end of its trackers", patient=True)
+    made_by_main(log.close)
 
 
 def _join(config: AnyRun, folder: Path, cleanup: ExitStack) -> tuple[World, torch.device]:
@@ -144,7 +165,7 @@ def _join(config: AnyRun, folder: Path, cleanup: ExitStack) -> tuple[World, torc
     return world, device
 
 
-def _fitted(config: AnyRun, training: ShardSet | FeatureSet) -> AnyRun:
+def _fitted(config: AnyRun, training: ShardSet | FeatureSet, validation: ShardSet | FeatureSet) -> AnyRun:
     """`config` with what the data decides. ValueError where it does not fit the data, or itself."""
     if isinstance(config, RunConfig) and isinstance(training, FeatureSet):
         config = on_features(config, training)
@@ -155,7 +176,8 @@ def _fitted(config: AnyRun, training: ShardSet | FeatureSet) -> AnyRun:
             "set it to a weights file, or set backbone.norm_eval to false to train from random weights"
         )
     if isinstance(config, RunConfig):
-        blocked_by(config.evaluation)  # raises where it is no list, before anything is built
+        # Not when training is over: a subset without actions, a list of blocked videos that is none.
+        check_truths([video.record for video in validation.videos], config, classes=training.classes)
     return config
 
 

@@ -6,6 +6,8 @@ import json
 import os
 import shutil
 import signal
+import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,12 @@ import torch
 from distributed.ranks import run_ranks
 from training.tiny import same, tiny_trainer, weights
 
-from re2tal.distributed import is_main
-from re2tal.training.config import TrainingConfig
-from re2tal.training.process_group import leave
+from re2tal.distributed import is_main, resolve_world
+from re2tal.runs.training_run import _closed_together
+from re2tal.training.config import EngineConfig, TrainingConfig
+from re2tal.training.interruption import Interrupted
+from re2tal.training.metrics import MetricsLog
+from re2tal.training.process_group import join, leave
 
 CASES = [(2, "fp32"), (3, "fp32"), (2, "bf16")]
 EVERY_THIRD = TrainingConfig(epochs=2, checkpoint_every_steps=3, keep_checkpoints=3, log_every_steps=1)
@@ -146,3 +151,22 @@ def test_a_write_that_fails_on_one_rank_is_an_error_on_all_and_costs_no_checkpoi
         assert "No space left on device" in of_rank["message"]
         assert of_rank["resumed_at"] == 3
         assert of_rank["left"] == ["latest", "step-00000003"]
+
+
+def close_slowly(folder: str, interrupted: bool) -> dict:
+    """When this rank was let go, by a clock that all processes of a machine share."""
+    join(resolve_world(os.environ), EngineConfig())
+    log = MetricsLog(Path(folder), enabled=is_main())
+    log.close = lambda: time.sleep(0.5) if is_main() else None
+    with suppress(Interrupted), _closed_together(log):
+        began = time.monotonic()
+        if interrupted:
+            raise Interrupted
+    return {"waited": time.monotonic() - began}
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_no_rank_ends_before_the_trackers_have(interrupted, tmp_path):
+    """srun would kill rank 0 while it still sends figures, and the job would not be queued again."""
+    for of_rank in run_ranks(close_slowly, world_size=2, folder=str(tmp_path), interrupted=interrupted):
+        assert of_rank["waited"] > 0.4

@@ -27,6 +27,18 @@ def test_a_model_without_checkpoints_is_not_trained_over_without_a_word(
     assert not (tmp_path / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize("start", ["model.safetensors", "best/step-00000008.safetensors", "../link/model.safetensors"])
+def test_a_run_does_not_overwrite_what_it_starts_from(start: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "best").mkdir(parents=True)
+    (tmp_path / "link").symlink_to(run)
+    file = run / start
+    file.touch()
+    with pytest.raises(ValueError, match=r"the run starts from .*safetensors, which overwrite would remove"):
+        claim(run, resume=False, overwrite=True, start=[file])
+    assert file.exists()
+
+
 def test_a_run_that_ended_or_died_before_its_first_checkpoint_is_resumed(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").touch()
     claim(tmp_path, resume=True, overwrite=False)
