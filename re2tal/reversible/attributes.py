@@ -1,12 +1,13 @@
 """What modules hold besides parameters and buffers, from the forward of a run to its backward: numbers, flags, names,
-tensors, modules inside, and forward hooks.
+tensors, also in lists, dicts and plain objects; modules inside, and forward hooks.
 
     block.scale = 0.5            somebody sets it in between: what runs again would read another number. An error
+    context["step"] = t          the same, of a dict that blocks hold
     handle.remove()              the same: what runs again would run without the hook
     self.last = y.detach()       a forward sets it itself, and when it runs again, it sets it again: nothing to say
     self.calls += 1              a forward counts, and counts once more in backward. A warning
 
-Not looked into: lists, dicts and other objects that modules hold.
+Not looked into: arrays, sets, what libraries hold, and lists and dicts more than three deep or inside of objects.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ class _Value(NamedTuple):
 
 
 _Values = dict[tuple[nn.Module, str], _Value]
+_Holders = dict[int, tuple[Any, str]]
+"""By its number: a list, dict or object, which is looked into once, and the module that was found to hold it."""
 
 
 class Attributes:
@@ -63,9 +66,14 @@ class Attributes:
         self._values = self._now()
         self._counted: dict[tuple[nn.Module, str], Any] = {}
         """What forward added to numbers."""
+        self._before: _Values = {}
+        """Backward."""
 
     def _now(self) -> _Values:
-        return {(module, name): _Value.of(value) for module in self._modules for name, value in _held_by(module)}
+        holders: _Holders = {}
+        return {
+            (module, name): _Value.of(value) for module in self._modules for name, value in _held_by(module, holders)
+        }
 
     def ran(self) -> None:
         """After forward."""
@@ -75,7 +83,7 @@ class Attributes:
 
     def changes(self) -> Iterator[tuple[str, str]]:
         """Before backward: what somebody else than a forward has set since, and from what to what."""
-        now = self._now()
+        now = self._before = self._now()
         hooked = {key: _Value((), 0) for key in now if key[1] in ("_forward_hooks", "_forward_pre_hooks")}
         for (module, name), was in (hooked | self._values).items():
             found = now.get((module, name)) or _Value.of(
@@ -87,8 +95,8 @@ class Attributes:
 
     @contextmanager
     def running_again(self) -> Iterator[None]:
-        """Around the second run of branches, in backward. Warns of what they count twice a step."""
-        before = self._now()
+        """Behind `changes`, around the second run of branches. Warns of what they count twice a step."""
+        before, self._before = self._before, {}
         yield
         for key, step in _note_changes(before, self._now()).items():
             kind, name = type(key[0]), key[1]
@@ -101,16 +109,42 @@ class Attributes:
                 )
 
 
-def _held_by(module: nn.Module) -> Iterator[tuple[str, Any]]:
+def _held_by(module: nn.Module, holders: _Holders) -> Iterator[tuple[str, Any]]:
     for name, value in vars(module).items():
-        if name not in _OF_ALL_MODULES and isinstance(value, _KINDS):
-            yield name, value
+        if name not in _OF_ALL_MODULES:
+            yield from _leaves_of(name, value, module, holders, 3)
     yield from module._modules.items()
     for name, hooks in (("_forward_hooks", module._forward_hooks), ("_forward_pre_hooks", module._forward_pre_hooks)):
         if hooks and (
             of_users := tuple(hook for hook in hooks.values() if not module_of(hook).startswith(_OF_LIBRARIES))
         ):
             yield name, of_users
+
+
+def _leaves_of(name: str, value: Any, module: nn.Module, holders: _Holders, depth: int) -> Iterator[tuple[str, Any]]:
+    """What `value`, called `name`, is or holds, by names such as `context['step']`."""
+    if isinstance(value, _KINDS):
+        yield name, value
+        return
+    is_container = isinstance(value, dict | list | tuple)
+    if not depth or not (is_container or _is_plain_object(value)):
+        return
+    if id(value) in holders:
+        yield name, holders[id(value)][1]
+        return
+    if not isinstance(value, tuple):
+        holders[id(value)] = value, f"the {name} of another module ({type(module).__name__}, {id(module)})"
+    if not is_container:
+        yield from ((f"{name}.{key}", one) for key, one in vars(value).items() if isinstance(one, _KINDS))
+        return
+    yield f"len({name})", len(value)
+    for key, one in value.items() if isinstance(value, dict) else enumerate(value):
+        yield from _leaves_of(f"{name}[{key!r}]", one, module, holders, depth - 1)
+
+
+def _is_plain_object(value: Any) -> bool:
+    kind = type(value)
+    return hasattr(value, "__dict__") and not (callable(value) or f"{kind.__module__}.".startswith(_OF_LIBRARIES))
 
 
 def module_of(hook: Any) -> str:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -119,3 +121,72 @@ def test_one_that_counts_is_told_once(caplog) -> None:
             output_of(Scaled)[1].backward()
     (message,) = caplog.messages
     assert message.startswith("calls of a Counting counts by 1 in forward, and once more in backward")
+
+
+class Told(nn.Module):
+    """Its blocks share what a parent tells them."""
+
+    def __init__(self, told: Any) -> None:
+        super().__init__()
+        self.f, self.told = nn.Linear(4, 4), told
+
+    def forward(self, x: Tensor) -> Tensor:
+        told = self.told if isinstance(self.told, dict | list) else vars(self.told)
+        return (told[0][0] if isinstance(told, list) else told["step"]) * torch.tanh(self.f(x))
+
+
+def other_step(told: Any, step: float | Tensor) -> None:
+    if isinstance(told, list):
+        told[0][0] = step
+    else:
+        (told if isinstance(told, dict) else vars(told))["step"] = step
+
+
+@pytest.mark.parametrize("kind", [dict, SimpleNamespace, list], ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("step", [2.0, torch.ones(4)], ids=["number", "tensor"])
+def test_what_lists_dicts_and_objects_hold_is_an_error_where_it_changes(kind, step) -> None:
+    told = [[step, "name"]] if kind is list else kind(step=step, name="name")
+    blocks = nn.ModuleList([Told(told), Told(told)])
+    outputs = [run_reversibly(list(blocks), torch.randn(3, 4), owner=blocks).sum() for _ in range(2)]
+    other_step(told, step)
+    outputs[0].backward()
+    other_step(told, 3.0)
+    with pytest.raises(
+        RuntimeError, match=r"told(\[0\]\[0\]|\['step'\]|\.step) of a Told, .* \(it was .*, and is 3\.0"
+    ):
+        outputs[1].backward()
+
+
+@pytest.mark.parametrize("change", [lambda told: told.update(mask=None), lambda told: told.clear()])
+def test_an_entry_more_or_less_is_an_error(change) -> None:
+    blocks = nn.ModuleList([Told({"step": 1.0})])
+    output = run_reversibly(list(blocks), torch.randn(3, 4), owner=blocks).sum()
+    change(blocks[0].told)
+    with pytest.raises(RuntimeError, match=r"len\(told\) of a Told"):
+        output.backward()
+
+
+def test_another_dict_is_an_error_only_where_it_holds_something_else() -> None:
+    told = {"step": 1.0}
+    blocks = nn.ModuleList([Told(told), Told(told)])
+    outputs = [run_reversibly(list(blocks), torch.randn(3, 4), owner=blocks).sum() for _ in range(2)]
+    blocks[0].told = blocks[1].told = {"step": 1.0}
+    outputs[0].backward()
+    blocks[1].told = {"step": 3.0}
+    with pytest.raises(RuntimeError, match=r"told of a Told"):
+        outputs[1].backward()
+
+
+def test_tables_that_a_forward_fills_are_no_error() -> None:
+    class Table(Told):
+        def forward(self, x: Tensor) -> Tensor:
+            self.told.setdefault(len(x), torch.full((4,), float(len(x))))
+            return self.told[len(x)] * torch.tanh(self.f(x))
+
+    blocks = nn.ModuleList([Table({}), Table({})])
+    given = [torch.randn(rows, 4) for rows in (3, 2, 3)]
+    wanted = gradients(blocks, *(run_reversibly(list(blocks), x, owner=blocks, recompute=False) for x in given))
+    for block in blocks:
+        block.told.clear()
+    outputs = [run_reversibly(list(blocks), x, owner=blocks) for x in given]
+    torch.testing.assert_close(gradients(blocks, *outputs), wanted)
