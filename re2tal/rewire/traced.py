@@ -92,8 +92,11 @@ def trace(root: CalledBlock, entered: Sequence[nn.Module]) -> fx.Graph:
         raise RefusedError(f"its forward cannot be traced: {type(error).__name__}: {error}") from error
     finally:
         restore_other_generators(others)
-    if any(str(node.target).startswith("_tensor_constant") for node in graph.nodes if node.op == "get_attr"):
+    held = [str(node.target) for node in graph.nodes if node.op == "get_attr"]
+    if any(target.startswith("_tensor_constant") for target in held):
         raise RefusedError("it uses a tensor that is no argument and that no module holds")
+    if not all(target.startswith("block.") for target in held):
+        raise RefusedError("it uses an object that a graph does not hold (a random generator of its own?)")
     return graph
 
 

@@ -206,6 +206,11 @@ class Constant(Parts):
         return x + self.f(x) * torch.linspace(0, 1, CHANNELS, dtype=torch.float64)
 
 
+class OwnGenerator(Parts):
+    def forward(self, x, mask=None):
+        return x + self.f(x) * torch.rand(1, generator=self.generator, dtype=x.dtype)
+
+
 class OwnDraws(Parts):
     def forward(self, x, mask=None):
         return x if self.training and torch.rand((), generator=self.generator) < 1e-3 else x + self.f(x)
@@ -230,6 +235,7 @@ LEFT_ALONE = {
     Counting: "it calls norm besides",
     Leaving: "it sets loss of a Leaving",
     Constant: "it uses a tensor that is no argument and that no module holds",
+    OwnGenerator: "it uses an object that a graph does not hold",
     OwnDraws: "it draws a random number",
     NumpyDraws: "it draws a random number",
     Averaging: "it sets mean of a Averaging",
