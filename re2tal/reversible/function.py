@@ -17,7 +17,7 @@ from re2tal.reversible.differentiation import differentiate, differentiate_piece
 from re2tal.reversible.first_parts import REMEDY, one_part_each, takes_first_parts
 from re2tal.reversible.monitor import Observation
 from re2tal.reversible.record import Graph, Recording
-from re2tal.reversible.replay_context import ModuleState, same_kernels
+from re2tal.reversible.replay_context import ModuleState, attention_kernels, same_kernels
 from re2tal.reversible.rng import GeneratorState
 from re2tal.reversible.run import BranchFunction, Run
 
@@ -33,6 +33,7 @@ class ReversibleRun(torch.autograd.Function):
         # It only makes autograd record this node; see `_recomputed` in engine.py.
         del anchor
         ctx.modules, ctx.first_parts = ModuleState(owner), takes_first_parts()
+        ctx.attention = attention_kernels()
         before = GeneratorState.now(x.device)
         watch = BufferWatch(owner)
         found = _run_forward(ctx, x, run, watch, observation)
@@ -87,7 +88,7 @@ class ReversibleRun(torch.autograd.Function):
                 buffers_restored(ctx.changed_modules),
                 ctx.modules.modes_restored(),
                 ctx.modules.attributes.running_again(),
-                same_kernels(),
+                same_kernels(ctx.attention),
                 counted,
             ):
                 return _backward(ctx, gradients), None, None, None, None

@@ -143,8 +143,26 @@ _CHANGED = (
 )
 
 
+AttentionKernels = tuple[bool, ...]
+"""Whether the flash, the memory-efficient and the plain kernel of attention may be chosen."""
+
+
+def attention_kernels() -> AttentionKernels:
+    """As `torch.nn.attention.sdpa_kernel` allows them now. It may end before backward."""
+    allowed = torch.backends.cuda
+    return allowed.flash_sdp_enabled(), allowed.mem_efficient_sdp_enabled(), allowed.math_sdp_enabled()
+
+
+def _allow(kernels: AttentionKernels) -> None:
+    allowed = torch.backends.cuda
+    for enable, on in zip(
+        (allowed.enable_flash_sdp, allowed.enable_mem_efficient_sdp, allowed.enable_math_sdp), kernels, strict=True
+    ):
+        enable(on)
+
+
 @contextmanager
-def same_kernels() -> Iterator[None]:
+def same_kernels(attention: AttentionKernels | None = None) -> Iterator[None]:
     """Inside, kernels are not chosen by whether a gradient is wanted: the replay wants one, the forward does not.
 
     cuDNN's attention has different plans for inference and training. `nn.MultiheadAttention` and
@@ -152,9 +170,12 @@ def same_kernels() -> Iterator[None]:
     which are the same both times. One is not: on a CPU, attention with a mask that wants a gradient has a kernel of its
     own, which no flag chooses for the forward. Under bfloat16 its rounding differs. Nor are they chosen by what was
     fastest: `cudnn.benchmark` measures in each thread anew, and on a GPU autograd runs backward in threads of its own.
+
+    `attention`: the kernels that forward could choose from, where this is backward.
     """
     cudnn, fast_path = torch.backends.cuda.cudnn_sdp_enabled(), torch.backends.mha.get_fastpath_enabled()
-    measured = torch.backends.cudnn.benchmark
+    measured, others = torch.backends.cudnn.benchmark, attention_kernels()
+    _allow(attention or others)
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.backends.mha.set_fastpath_enabled(False)
     torch.backends.cudnn.benchmark = False
@@ -162,5 +183,6 @@ def same_kernels() -> Iterator[None]:
         yield
     finally:
         torch.backends.cudnn.benchmark = measured
+        _allow(others)
         torch.backends.cuda.enable_cudnn_sdp(cudnn)
         torch.backends.mha.set_fastpath_enabled(fast_path)

@@ -9,6 +9,7 @@ import torch
 from reversible.networks import CHANNELS, assert_close, assert_same_bits, chain, coupled, gradients, states
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from re2tal.reversible import run_reversibly
 from re2tal.reversible.coupling import Coupling
@@ -273,6 +274,32 @@ def test_kernels_are_not_chosen_by_whether_a_gradient_is_wanted() -> None:
     assert torch.equal(rebuilt["output"], kept["output"])  # forward: without gradients, and with them
     assert torch.backends.mha.get_fastpath_enabled()
     assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+class Attending(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(CHANNELS, 3 * CHANNELS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.qkv(x).unflatten(-1, (3, 2, -1)).permute(2, 0, 3, 1, 4)
+        return nn.functional.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("saved", [0, 2])
+def test_attention_is_replayed_by_a_kernel_that_forward_could_choose(saved) -> None:
+    """`with sdpa_kernel(..): loss = model(x)`, and backward behind it."""
+    torch.manual_seed(0)
+    branches = nn.ModuleList(Attending() for _ in range(4))
+
+    def plain(x: Tensor, *, recompute: bool) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):
+            return run_reversibly(branches, x, recompute=recompute, saved_attention=saved)
+
+    kept, rebuilt = (gradients(autocast(partial(plain, recompute=on)), states(), branches) for on in (False, True))
+    assert_same_bits(rebuilt, kept)
+    assert torch.backends.cuda.flash_sdp_enabled()
+    assert torch.backends.cuda.mem_efficient_sdp_enabled()
 
 
 @pytest.mark.parametrize(("products", "grid"), [("highest", None), ("high", GRID_STEP), ("medium", GRID_STEP)])
