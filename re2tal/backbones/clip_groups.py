@@ -27,7 +27,7 @@ from re2tal.reversible.chunking import GradientSums, silenced
 from re2tal.reversible.fake import is_counted
 from re2tal.reversible.first_parts import takes_first_parts
 from re2tal.reversible.recompute import save_recipes
-from re2tal.reversible.replay_context import AutocastState, ModuleState, same_kernels
+from re2tal.reversible.replay_context import AutocastState, ModuleState, attention_kernels, same_kernels
 from re2tal.reversible.rng import GeneratorState
 
 Cut = Callable[[Tensor], Tensor]
@@ -108,10 +108,14 @@ def _versions(owner: nn.Module) -> dict[str, tuple[Tensor, int]]:
     return {name: (one, one._version) for name, one in owner.named_buffers() if not one.is_inference()}
 
 
-def _refuse_written(owner: nn.Module, before: Mapping[str, tuple[Tensor, int]]) -> None:
-    """ValueError where encoding wrote a buffer in place: backward encodes again, and would find what was written."""
+def _refuse_written(owner: nn.Module, after_first: Mapping[str, tuple[Tensor, int]]) -> None:
+    """ValueError where later groups wrote or exchanged a buffer: backward encodes again, and would find what they left.
+
+    What the first group alone makes is a table, which the others find.
+    """
     for name, (one, version) in _versions(owner).items():
-        if name in before and before[name][0] is one and before[name][1] != version:
+        first, before = after_first.get(name, (one, version))
+        if first is not one or before != version:
             raise ValueError(
                 f"clips are encoded in groups (backbone.clips_at_once), but each group writes {name}, a buffer, which "
                 "all clips at once write once; leave clips_at_once out, or keep that module in evaluation mode"
@@ -131,12 +135,14 @@ class _Groups(torch.autograd.Function):
         again: Callable[[], tuple[Tensor, ...]],
     ) -> Tensor:
         ctx.encode, ctx.cuts, ctx.spans, ctx.again, ctx.modules = encode, cuts, spans, again, ModuleState(owner)
-        ctx.autocast, ctx.draws = AutocastState.now(frames.device), {}
-        frames, buffers = frames.detach(), _versions(owner)
+        ctx.autocast, ctx.attention, ctx.draws = AutocastState.now(frames.device), attention_kernels(), {}
+        frames = frames.detach()
+        buffers: dict[str, tuple[Tensor, int]] = {}
 
         def encoded(index: int) -> Tensor:
             before = GeneratorState.now(frames.device)
             features = _encoded(encode, cuts, frames, index)
+            buffers.update({} if buffers else _versions(owner))
             # Most draw nothing: states of some kilobytes each need not be kept.
             ctx.draws[index] = None if before.same_as(GeneratorState.now(frames.device)) else before
             return features
@@ -167,7 +173,7 @@ class _Groups(torch.autograd.Function):
         frames = frames.detach().requires_grad_(ctx.needs_input_grad[0])
         chosen = _decisive(ctx.spans, counted=is_counted(gradient))
         sums = GradientSums()
-        with same_kernels(), ctx.modules.modes_restored():
+        with same_kernels(ctx.attention), ctx.modules.modes_restored():
             with _collecting(trained, sums):
                 for index in chosen[:-1]:
                     _differentiate(ctx, index, frames, gradient)

@@ -224,6 +224,23 @@ def test_a_buffer_that_each_group_writes_is_refused() -> None:
     backbone.eval()(*videos())
 
 
+def test_a_buffer_that_each_group_exchanges_is_refused_and_a_table_is_not() -> None:
+    def average(layer: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
+        layer.mean = 0.9 * layer.mean + 0.1 * output.detach().mean()
+
+    def tabulate(layer: torch.nn.Module, args: tuple, output: torch.Tensor) -> None:
+        layer.mean = layer.mean if layer.mean.ndim else output.detach().new_zeros(3)
+
+    backbone = build("plain", clips_at_once=4).train()
+    linear = next(module for module in backbone.modules() if isinstance(module, torch.nn.Linear))
+    linear.register_buffer("mean", torch.zeros(()))
+    linear.register_forward_hook(tabulate)
+    backbone(*videos())
+    linear.register_forward_hook(average)
+    with pytest.raises(ValueError, match=r"each group writes .*mean, a buffer, which all clips at once write once"):
+        backbone(*videos())
+
+
 def test_what_has_no_gradient_in_groups_is_an_error() -> None:
     backbone = build(clips_at_once=4)
     frames, mask = videos()
