@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -33,6 +35,28 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 @cache
 def starts_ranks(file: Path) -> bool:
     return file.parent.name in ("distributed", "faults") or "from distributed.ranks import" in file.read_text()
+
+
+class _Imported:
+    """Keeps collections of garbage, for which much of what is tested asks, from looking through all that was imported.
+
+    Half a million objects with torch alone, and two million at the end, of which none is ever garbage.
+    """
+
+    seen = 0
+
+    def pytest_collection_finish(self) -> None:
+        self.pytest_runtest_logfinish()
+
+    def pytest_runtest_logfinish(self) -> None:
+        if len(sys.modules) > self.seen + 100:  # as after the first use of a large library
+            gc.collect()
+            gc.freeze()
+            self.seen = len(sys.modules)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(_Imported())
 
 
 @pytest.fixture(scope="module", autouse=True)
