@@ -7,12 +7,23 @@ source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
 
 ruff check .
 ruff format --check .
-mypy
 shellcheck -x launch/*.sh launch/*.slurm .ci/run
-# The whole suite takes two processes; tests/conftest.py says what runs side by side. Arguments may choose tests that need
-# the machine for themselves (-m gpu, -m slow), or a debugger: then pytest gets them, and nothing else.
-if [[ $# -eq 0 && $(nproc) -ge 2 ]]; then
-    set -- --numprocesses 2 --dist loadscope
-fi
 # Two ranks share the machine in many tests: one thread each keeps them from fighting over cores.
-OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}" python -m pytest "$@"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
+# Arguments may choose tests that need the machine for themselves (-m gpu, -m slow), or a debugger: then pytest gets them,
+# and nothing else.
+if [[ $# -gt 0 || $(nproc) -lt 2 ]]; then
+    mypy
+    exec python -m pytest "$@"
+fi
+# The whole suite takes two processes; tests/conftest.py says what runs side by side. Types would take one core for a
+# minute or two, so they are checked beside the first tests, and what is wrong with them is said at the end.
+said=$(mktemp)
+mypy >"$said" 2>&1 &
+types=$!
+status=0
+python -m pytest --numprocesses 2 --dist loadscope || status=$?
+wait "$types" || status=$?
+cat "$said"
+rm "$said"
+exit "$status"
