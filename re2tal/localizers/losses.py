@@ -1,6 +1,6 @@
 """The two losses of an anchor-free localizer, element by element, in float32 or better, and what they are divided by.
 
-focal (Lin et al., ICCV 2017):  a_t (1 - p_t)^gamma (-log p_t)
+focal (Lin et al., ICCV 2017):  a_t (1 - p_t)^2 (-log p_t)
 DIoU (Zheng et al., AAAI 2020): 1 - IoU + (distance of centres / length of the enclosing segment)^2
 """
 
@@ -16,15 +16,15 @@ from torch import Tensor, nn
 SMALLEST_LENGTH = 1e-8
 
 
-def sigmoid_focal_loss(logits: Tensor, targets: Tensor, *, alpha: float = 0.25, gamma: float = 2.0) -> Tensor:
+def sigmoid_focal_loss(logits: Tensor, targets: Tensor, *, alpha: float = 0.25) -> Tensor:
     """Focal loss of each logit; targets of the same shape lie in [0, 1] and may be smoothed."""
     logits, targets = _at_least_float32(logits), _at_least_float32(targets)
     probability = logits.sigmoid()
     # 1 - p_t, written so that smoothed targets lie between the two cases.
     mistake = probability * (1 - targets) + (1 - probability) * targets
-    # The defaults are those of Lin et al., which all public implementations keep.
+    # 0.25 and the square are those of Lin et al., which all public implementations keep.
     weight = alpha * targets + (1 - alpha) * (1 - targets)
-    return weight * mistake**gamma * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+    return weight * mistake**2 * F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
 
 
 def focal_of_chosen(logits: Tensor, targets: Tensor, chosen: Tensor, *, alpha: float = 0.25) -> Tensor:

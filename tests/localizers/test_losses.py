@@ -10,11 +10,11 @@ import torch
 from re2tal.localizers.losses import RunningCount, diou_loss, sigmoid_focal_loss
 
 
-def focal_by_definition(logit: float, target: float, alpha: float, gamma: float) -> float:
+def focal_by_definition(logit: float, target: float, alpha: float) -> float:
     p = 1 / (1 + math.exp(-logit))
     p_t = p * target + (1 - p) * (1 - target)
     cross_entropy = -target * math.log(p) - (1 - target) * math.log(1 - p)
-    return (alpha * target + (1 - alpha) * (1 - target)) * (1 - p_t) ** gamma * cross_entropy
+    return (alpha * target + (1 - alpha) * (1 - target)) * (1 - p_t) ** 2 * cross_entropy
 
 
 def diou_by_definition(first: tuple[float, float], second: tuple[float, float]) -> float:
@@ -25,12 +25,12 @@ def diou_by_definition(first: tuple[float, float], second: tuple[float, float]) 
     return 1 - overlap / union + (distance / enclosing) ** 2
 
 
-@pytest.mark.parametrize(("alpha", "gamma"), [(0.25, 2.0), (0.5, 1.5)])
-def test_focal_loss_is_its_definition_for_hard_and_smoothed_targets(alpha: float, gamma: float) -> None:
+@pytest.mark.parametrize("alpha", [0.25, 0.5])
+def test_focal_loss_is_its_definition_for_hard_and_smoothed_targets(alpha: float) -> None:
     logits = torch.linspace(-6, 6, 13, dtype=torch.float64)
     for target in (0.0, 1.0, 0.9 + 0.1 / 3, 0.1 / 3):
-        ours = sigmoid_focal_loss(logits, torch.full_like(logits, target), alpha=alpha, gamma=gamma)
-        reference = [focal_by_definition(logit, target, alpha, gamma) for logit in logits.tolist()]
+        ours = sigmoid_focal_loss(logits, torch.full_like(logits, target), alpha=alpha)
+        reference = [focal_by_definition(logit, target, alpha) for logit in logits.tolist()]
         torch.testing.assert_close(ours, torch.tensor(reference, dtype=torch.float64), rtol=1e-12, atol=0)
 
 
