@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import itertools
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ from re2tal.backbones.swin3d.shifted_windows import (
     window_kinds,
     window_regions,
 )
+from re2tal.backbones.swin3d.window_attention import WindowAttention
 from re2tal.rewire import RewiringConfig, rewire
 
 
@@ -73,6 +76,51 @@ def test_windows_sorted_by_kind_keep_their_masks() -> None:
     assert kinds.order.sort().values.tolist() == list(range(24))
     by_window = kinds.masks.repeat_interleave(torch.tensor(kinds.sizes), dim=0)[kinds.order.argsort()]
     np.testing.assert_array_equal(by_window.numpy(), regions[:, :, None] != regions[:, None, :])
+
+
+def attention_by_description(attention: WindowAttention, x: torch.Tensor) -> torch.Tensor:
+    """Group by group: tokens in one window of the shifted grid that lay on the same side of its border before."""
+    grid, heads = tuple(x.shape[1:4]), attention.num_heads
+    window = tuple(min(sizes) for sizes in zip(grid, attention.window, strict=True))
+    shift = tuple(
+        step * (size > full) for size, full, step in zip(grid, attention.window, attention.shift, strict=True)
+    )
+    padded = tuple(-(-size // full) * full for size, full in zip(grid, window, strict=True))
+    whole = x.new_zeros(len(x), *padded, x.shape[-1])
+    whole[:, : grid[0], : grid[1], : grid[2]] = x
+    groups = defaultdict(list)
+    for place in itertools.product(*map(range, padded)):
+        shifted = [(at - step) % size for at, step, size in zip(place, shift, padded, strict=True)]
+        number = tuple(at // size for at, size in zip(shifted, window, strict=True))
+        wrapped = tuple(at < step for at, step in zip(place, shift, strict=True))
+        token = np.ravel_multi_index([at % size for at, size in zip(shifted, window, strict=True)], window)
+        groups[number, wrapped].append((*place, int(token)))
+    query, key, value = attention.qkv(whole).unflatten(-1, (3, heads, -1)).unbind(4)
+    mixed = torch.zeros_like(whole).unflatten(-1, (heads, -1))
+    # A clipped window takes the rows of the full window's first tokens.
+    offset = np.stack(np.unravel_index(np.arange(np.prod(window)), attention.window), axis=1)
+    for members in groups.values():
+        d, h, w, token = np.array(members).T
+        apart = offset[token][:, None] - offset[token] + np.array(attention.window) - 1
+        rows = np.ravel_multi_index(tuple(apart.transpose(2, 0, 1)), [2 * size - 1 for size in attention.window])
+        logits = torch.einsum("bqhc,bkhc->bhqk", query[:, d, h, w], key[:, d, h, w]) / query.shape[-1] ** 0.5
+        shares = (logits + attention.relative_position_bias_table[rows].permute(2, 0, 1)).softmax(dim=-1)
+        mixed[:, d, h, w] = torch.einsum("bhqk,bkhc->bqhc", shares, value[:, d, h, w])
+    return attention.proj(mixed.flatten(-2)[:, : grid[0], : grid[1], : grid[2]])
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_attention_is_that_of_the_description_on_any_grid(seed: int) -> None:
+    """Also where the grid is smaller than the window, or no multiple of it."""
+    random = np.random.default_rng(seed)
+    torch.manual_seed(seed)
+    window = tuple(int(size) for size in random.integers(1, 5, 3))
+    shift = tuple(size // 2 for size in window) if seed % 4 else (0, 0, 0)
+    attention = WindowAttention(4, num_heads=2, window=window, shift=shift, tables=WindowTables()).double()
+    for parameter in attention.parameters():
+        torch.nn.init.normal_(parameter)
+    x = torch.randn(2, *random.integers(1, 8, 3).tolist(), 4, dtype=torch.float64)
+    torch.testing.assert_close(attention(x), attention_by_description(attention, x), rtol=0, atol=1e-12)
 
 
 def test_tables_are_built_once_and_do_not_pile_up() -> None:
