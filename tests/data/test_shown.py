@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from time import process_time
 
 import av
 import numpy as np
@@ -509,6 +510,15 @@ def test_zeros_that_fill_up_a_picture_before_the_next_start_code_are_no_damage(t
     source = write_video(tmp_path / "whole.ts", codec=codec, options=options)
     rewritten(source, tmp_path / "a.ts", lambda number, content: content + bytes(40))
     assert stored(tmp_path / "a.ts")[1].damage.num_damaged == 0
+
+
+def test_zeros_that_fill_up_a_constant_bit_rate_are_passed_over_quickly(tmp_path):
+    options = dict.fromkeys(("b", "minrate", "maxrate"), "8000k") | {"bufsize": "800k"}
+    source = write_video(tmp_path / "v.mpg", num_frames=10, codec="mpeg2video", options=options)
+    assert source.stat().st_size > 200_000
+    started = process_time()
+    assert damage_of(source).num_damaged == 0
+    assert process_time() - started < 2
 
 
 def test_a_recording_that_begins_between_key_frames_is_not_damaged(tmp_path):

@@ -20,7 +20,8 @@ from av.video.stream import VideoStream
 from re2tal.data.building.checksums import broken_clusters
 from re2tal.data.building.frame_numbers import FrameNumbers
 
-_ZEROS, _ZEROS_INSIDE = re.compile(rb"\0{32}"), re.compile(rb"\0{32}(?=\0*[^\0\x01])")
+# A run is taken whole, from its start: broadcasts of constant bit rate fill up packets with 100,000 zeros.
+_ZEROS, _ZEROS_INSIDE = re.compile(rb"\0{32}"), re.compile(rb"(?<!\0)\0{32,}+[^\0\x01]")
 # Zeros may fill up the end of a packet, and what is before the next start code, 00 00 01, where there are such codes.
 _LOST = dict.fromkeys(("h264", "hevc", "libvpx", "libvpx-vp9", "vp8", "vp9"), _ZEROS) | dict.fromkeys(
     ("mpeg4", "mpeg1video", "mpeg2video", "h263", "libdav1d", "av1"), _ZEROS_INSIDE
