@@ -16,7 +16,7 @@ from typing import Any
 from re2tal.data.building.annotation_entries import SUBSET_NAME, duration_tolerance
 from re2tal.data.building.annotation_formats.formats import FORMATS, read_files
 from re2tal.data.building.annotation_formats.found import Found, FoundVideo, Wanted
-from re2tal.data.building.annotations import repeated
+from re2tal.data.building.annotations import alike_subsets, repeated
 from re2tal.data.building.isolated import Isolated
 from re2tal.data.building.labels import fold_notes, one_spelling, read_class_list, twin_problems
 from re2tal.data.building.named_files import NamedFiles, videos_in
@@ -218,6 +218,7 @@ def _later(found: Found) -> list[str]:
     """What the next command will stumble over."""
     notes = [*repeated((video_id, *segment) for video_id, one in found.videos.items() for segment in one.actions)]
     subsets = dict.fromkeys(one.subset for one in found.videos.values() if one.subset is not None)
+    notes += alike_subsets(subsets)
     if odd := [name for name in subsets if not SUBSET_NAME.fullmatch(name.lower())]:
         notes.append(
             f"subset {odd[0]!r} cannot be read by the next command: rename it, in letters a to z, digits, _ and -"

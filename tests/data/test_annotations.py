@@ -284,6 +284,12 @@ def test_a_subset_is_found_by_its_other_name(tmp_path):
     assert [record.video_id for record in found.subset("validation")] == ["w"]
 
 
+def test_two_names_of_one_subset_are_told(tmp_path):
+    subsets = ("train", "Training", "TRAIN", "test", "validation")
+    found = read(tmp_path, {f"v{number}": entry((0, 1), subset=one) for number, one in enumerate(subsets)})
+    assert found.notes == ("subsets 'train' and 'training' are one by their names, and stay two: give them one name",)
+
+
 def test_a_list_of_ids_may_begin_with_a_byte_order_mark_and_is_utf_8(tmp_path):
     path = tmp_path / "blocked.txt"
     path.write_bytes("a\nb\r\nc\x0b\u2028d\n".encode("utf-8-sig"))

@@ -22,7 +22,7 @@ from re2tal.data.building.annotation_entries import EntryReader, raise_together
 from re2tal.data.building.annotation_formats.formats import hint
 from re2tal.data.building.labels import check_class_list, fold_notes, one_spelling, twin_problems
 from re2tal.strict_json import finite_number, read_json
-from re2tal.structures import VideoRecord, find_subset
+from re2tal.structures import SUBSETS, VideoRecord, find_subset
 from re2tal.video_ids import plain_id
 
 
@@ -118,7 +118,7 @@ def read_annotations(
     return Annotations(
         subsets={name: tuple(videos) for name, videos in subsets.items()},
         classes=tuple(sorted(labels)) if classes is None else tuple(classes),
-        notes=(*reader.notes(), *fold_notes(replaced), *repeated(_segments(records))),
+        notes=(*reader.notes(), *fold_notes(replaced), *repeated(_segments(records)), *alike_subsets(subsets)),
         keys={video_id: key for key in database if (video_id := plain_id(key)) != key},
     )
 
@@ -153,6 +153,14 @@ def _raw_labels(database: Mapping[str, Any]) -> Iterator[str]:
 
 def _segments(records: Iterable[VideoRecord]) -> Iterator[tuple[str, float, float, str]]:
     return ((one.video_id, a.start_seconds, a.end_seconds, a.label) for one in records for a in one.actions)
+
+
+def alike_subsets(names: Iterable[str]) -> Iterator[str]:
+    """A note about each subset that is there under two names: one is trained on or scored, and the other left."""
+    known: dict[str, str] = {}
+    for name in names:
+        if (other := known.setdefault(SUBSETS.get(name.lower(), name.lower()), name)).lower() != name.lower():
+            yield f"subsets {other!r} and {name!r} are one by their names, and stay two: give them one name"
 
 
 def repeated(segments: Iterable[tuple[str, float, float, str]]) -> Iterator[str]:
