@@ -7,7 +7,8 @@ tensors, also in lists, dicts and plain objects; modules inside, and forward hoo
     self.last = y.detach()       a forward sets it itself, and when it runs again, it sets it again: nothing to say
     self.calls += 1              a forward counts, and counts once more in backward. A warning
 
-Not looked into: arrays, sets, what libraries hold, and lists and dicts more than three deep or inside of objects.
+Not looked into: arrays, sets, what libraries hold, and lists and dicts more than three deep or inside of objects. What
+is added to a list or dict is no change: parents collect outputs there.
 """
 
 from __future__ import annotations
@@ -137,7 +138,6 @@ def _leaves_of(name: str, value: Any, module: nn.Module, holders: _Holders, dept
     if not is_container:
         yield from ((f"{name}.{key}", one) for key, one in vars(value).items() if isinstance(one, _KINDS))
         return
-    yield f"len({name})", len(value)
     for key, one in value.items() if isinstance(value, dict) else enumerate(value):
         yield from _leaves_of(f"{name}[{key!r}]", one, module, holders, depth - 1)
 
