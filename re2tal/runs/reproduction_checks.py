@@ -246,7 +246,7 @@ def _step_seconds(network: torch.nn.Module, config: RunConfig, device: torch.dev
     num_frames, dtype = clips.windowing.num_frames, DTYPES[config.engine.precision]
     shape = (batch, 3, num_frames, clips.size, clips.size)
     mask = torch.ones(batch, num_frames, dtype=torch.bool, device=device)
-    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize = (lambda: None) if device.type == "cpu" else torch.accelerator.synchronize
     while True:
         synchronize()
         start = time.perf_counter()
