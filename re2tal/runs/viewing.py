@@ -100,7 +100,8 @@ def view(source: Path, options: ViewOptions, *, open_page: bool) -> None:
     """Serve the page until the keyboard stops it."""
     with open_viewer(source, options) as server:
         catalog = server.catalog
-        print(f"{len(catalog.videos)} videos on {server.address}", flush=True)
+        number = len(catalog.videos)
+        print(f"{number} video{'s' * (number != 1)} on {server.address}", flush=True)
         for note in catalog.notes:
             print(f"note: {note}")
         if open_page and not _open_browser(server.address):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from re2tal.evaluation.error_analysis import BACKGROUND_TIOU, ERRORS, TRUE_POSITIVE
-from re2tal.evaluation.protocols import PROTOCOLS
+from re2tal.evaluation.protocols import OPENTAD
 from re2tal.structures import AMBIGUOUS, Action, Detections
 
 TYPES = (TRUE_POSITIVE, *ERRORS)
@@ -51,7 +51,8 @@ def type_predictions(
     labels = np.array([names[label] for label in classes])[detections.labels.numpy()]
     true_labels = np.array([names[actions[place].label] for place in true])
     truths = np.array([(actions[place].start_seconds, actions[place].end_seconds) for place in true])
-    overlaps = PROTOCOLS["official"].tiou(detections.segments.double().numpy()[:, None], truths[None])
+    # The official one has a prediction that lasts less than nothing match a truth of that length, wherever it lies.
+    overlaps = OPENTAD.tiou(detections.segments.double().numpy()[:, None], truths[None])
     types = _without_matches(overlaps, labels, true_labels, tiou)
     fits = (overlaps >= tiou) & (labels[:, None] == true_labels)
     by_score = np.argsort(-detections.scores.double().numpy(), kind="stable")

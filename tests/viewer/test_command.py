@@ -36,7 +36,7 @@ def test_the_address_is_printed_and_opened(
     printed = capsys.readouterr().out
     assert ended.value.code == 0
     assert len(opened) == 1
-    assert f"1 videos on {opened[0]}\n" in printed
+    assert f"1 video on {opened[0]}\n" in printed
     assert printed.endswith("stopped\n")
 
 

@@ -81,6 +81,12 @@ def test_a_case_worked_by_hand() -> None:
     assert typed.counts()["missed"] == 2
 
 
+def test_what_ends_before_it_starts_takes_no_action() -> None:
+    found = detections([(12, 10, 0.9, 0), (7, 5, 0.8, 0), (10, 12, 0.7, 0)])
+    typed = type_predictions(found, (Action(10, 12, "a"),), classes=CLASSES, tiou=0.5)
+    assert [TYPES[of] for of in typed.types] == ["background", "background", "true positive"]
+
+
 def test_without_truth_all_is_background_and_without_predictions_all_is_missed() -> None:
     assert type_predictions(detections([(0, 1, 1, 0)]), (), classes=CLASSES, tiou=0.5).types == [5]
     assert type_predictions(detections([]), (Action(0, 1, "a"),), classes=CLASSES, tiou=0.5).missed == [True]

@@ -280,6 +280,42 @@ def test_the_video_is_in_sight_at_every_width(browser: Any, tmp_path: Path) -> N
             assert page.evaluate("document.documentElement.scrollWidth") == width
 
 
+def write_odd_inputs(folder: Path) -> None:
+    """Actions of no length, of a long name and of a Hebrew one; times that are those of a calendar; two minutes."""
+    found = {
+        "v0": [([5, 5], "run", 0.9), ([5, 8], "run", 0.8), ([8, 8.01], "run", 0.7), ([8.01, 130], "run", 0.6)],
+        "calendar": [([1.7e9, 1.7e9 + 5], "long name " * 19, 0.9)],
+        "hebrew": [([1, 2], "\u05e9\u05dc", 0.9)],
+    }
+    results = {
+        one: [{"segment": segment, "label": label, "score": score} for segment, label, score in rows]
+        for one, rows in found.items()
+    }
+    (folder / "results.json").write_text(json.dumps({"results": results}))
+
+
+def test_odd_times_and_names_are_shown_as_they_are(browser: Any, tmp_path: Path) -> None:
+    write_odd_inputs(tmp_path)
+    with Served(tmp_path, truth=False, videos=False) as address:
+        visit = Visit(browser, address, viewport={"width": 390, "height": 800})
+        page = visit.page
+        boxes = [bar.bounding_box() for bar in page.locator(".bar").all()]
+        for number, one in enumerate(boxes):
+            for other in boxes[:number]:
+                beside = other["x"] + other["width"] <= one["x"] + 0.1 or one["x"] + one["width"] <= other["x"] + 0.1
+                assert beside or one["y"] != other["y"], "no bar covers another"
+        assert page.evaluate("document.querySelector('main').scrollWidth") == 390
+        page.evaluate("for (let n = 0; n < 12; n++) document.getElementById('zoom-in').click()")
+        visit.shows(".tick:nth-child(2)", "0:00.5")
+        visit.press("ArrowDown")
+        visit.shows("#name", "calendar")
+        page.wait_for_selector(".bar[aria-label*='1700000005.00 s']", state="attached")
+        assert 2 <= page.locator(".tick").count() < 50
+        visit.press("ArrowDown")
+        page.wait_for_selector(".bar[aria-label^='prediction: \u2068\u05e9\u05dc\u2069, 1.00 to 2.00 s']")
+        assert visit.problems == []
+
+
 def test_a_phone_without_truth_and_videos_shows_the_axis(browser: Any, tmp_path: Path) -> None:
     write_inputs(tmp_path)
     with Served(tmp_path, truth=False, videos=False) as address:

@@ -7,15 +7,18 @@ const LEAST_SECONDS = 0.05;
 const MAX_ZOOM = 60;
 const TICK_PIXELS = 76;
 const STEPS = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600];
+const LEAST_PIXELS = 8; // of a bar: both borders and what is between
 
 const round = (time) => Math.round(time * 1000) / 1000;
 
-/** 75 -> "1:15"; short videos are counted in seconds. */
+/** 75 -> "1:15", and 75.2 -> "1:15.2" where steps are below a second; short videos are counted in seconds. */
 const clock = (time, step, long) => {
-  if (!long) return step < 1 ? time.toFixed(1) : String(Math.round(time));
-  const whole = Math.round(time);
-  const [hours, minutes, rest] = [Math.floor(whole / 3600), Math.floor(whole / 60) % 60, whole % 60];
-  const end = `${String(minutes).padStart(hours ? 2 : 1, "0")}:${String(rest).padStart(2, "0")}`;
+  const tenths = Math.round(time * 10);
+  const whole = Math.floor(tenths / 10);
+  const rest = step < 1 ? `.${tenths % 10}` : "";
+  if (!long) return `${whole}${rest}`;
+  const [hours, minutes] = [Math.floor(whole / 3600), Math.floor(whole / 60) % 60];
+  const end = `${String(minutes).padStart(hours ? 2 : 1, "0")}:${String(whole % 60).padStart(2, "0")}${rest}`;
   return hours ? `${hours}:${end}` : end;
 };
 
@@ -76,8 +79,12 @@ export class Timeline {
   /** Put bars into the first free lanes from `first` on; gives the number of lanes taken. */
   place(lanes, items, first, most) {
     const taken = [];
+    // What lasts no time, or ends before it starts, has a bar too, which would cover the one beside it.
+    const least = (LEAST_PIXELS * this.view.end) / this.box.clientWidth;
+    const drawnEnd = ({ start, end }) => Math.max(end, start + least);
     for (const item of items) {
-      let lane = taken.findIndex((spans) => spans.every((one) => one.end <= item.start || one.start >= item.end));
+      let lane = taken.findIndex((spans) =>
+        spans.every((one) => drawnEnd(one) <= item.start || one.start >= drawnEnd(item)));
       if (lane < 0) lane = first + taken.length < most ? taken.push([]) - 1 : taken.length - 1;
       taken[lane].push(item);
       const bar = this.bar(item);
@@ -209,7 +216,7 @@ export class Timeline {
   drawAxis() {
     if (!this.axis) return;
     const perSecond = this.inner.clientWidth / this.view.end;
-    const step = STEPS.find((one) => one * perSecond >= TICK_PIXELS) ?? 7200;
+    const step = STEPS.find((one) => one * perSecond >= TICK_PIXELS) ?? 3600 * Math.ceil(TICK_PIXELS / perSecond / 3600);
     const ticks = [];
     for (let count = 0; count * step <= this.view.end; count++) {
       const tick = element("span", "tick", clock(count * step, step, this.view.end > 120));
@@ -237,7 +244,8 @@ export class Timeline {
 
 /** An action or a prediction in words. */
 export function describe(item) {
-  const span = `${item.label}, ${item.start.toFixed(2)} to ${item.end.toFixed(2)} s`;
+  // Isolated: beside a label in Hebrew or Arabic, the first number would stand on its other side.
+  const span = `\u2068${item.label}\u2069, ${item.start.toFixed(2)} to ${item.end.toFixed(2)} s`;
   if (item.score === undefined) return `true action: ${span}${item.missed ? ", missed by all predictions" : ""}`;
   return `prediction: ${span}, score ${item.score.toFixed(2)}${item.type ? `, ${item.type}` : ""}`;
 }
