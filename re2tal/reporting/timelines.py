@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb, to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
@@ -210,7 +211,7 @@ def _bars(axes: Axes, segments: np.ndarray, top: float, *, colour: str, alphas: 
     spans = [(start, stop - start) for start, stop in segments.tolist()]
     # The outline keeps a one-second action visible in an hour of video, and a faint one recognisable.
     bars = axes.broken_barh(spans, (top, 0.34), edgecolor=colour, linewidth=0.7)
-    bars.set_facecolor([(*_rgb(colour), float(alpha)) for alpha in alphas])
+    bars.set_facecolor([to_rgba(colour, float(alpha)) for alpha in alphas])
     bars.set_gid(name)
 
 
@@ -229,11 +230,6 @@ def _add_legend(figure: Figure, *, has_truth: bool) -> None:
 
 def _ink(colour: str, alpha: float) -> str:
     """White or black, whichever WCAG's formula says stands out more on the colour over white."""
-    over_white = np.array([alpha * part + 1 - alpha for part in _rgb(colour)])
+    over_white = np.array([alpha * part + 1 - alpha for part in to_rgb(colour)])
     linear = np.where(over_white <= 0.04045, over_white / 12.92, ((over_white + 0.055) / 1.055) ** 2.4)
     return "white" if linear @ (0.2126, 0.7152, 0.0722) < 0.179 else "black"
-
-
-def _rgb(colour: str) -> tuple[float, float, float]:
-    red, green, blue = (int(colour[start : start + 2], 16) / 255 for start in (1, 3, 5))
-    return red, green, blue
