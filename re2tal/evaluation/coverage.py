@@ -147,7 +147,8 @@ class Coverage:
         if self.reversed_segments:
             number = sum(self.reversed_segments.values())
             notes.append(
-                f"{number} predictions end before they start, and count as false: {name_some(self.reversed_segments)}"
+                f"{number} predictions end before they start, and count as false, or by protocol official as right if "
+                f"as long as a true action: {name_some(self.reversed_segments)}"
             )
         notes += self._odd_numbers()
         if self.cut_videos:
