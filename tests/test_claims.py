@@ -113,6 +113,8 @@ def test_the_page_compares_pairs_and_says_what_was_not_run(cells, tmp_path):
     write_page(out, PARTS)
     page = (tmp_path / "evidence.md").read_text()
     assert "Rewired was higher in every seed." in page
+    assert "1 epoch" in page
+    assert "1 epochs" not in page
     # 7 and 6 points: mean 6.5, deviation 0.707, so 12.71 * 0.707 / sqrt(2) = 6.35 on either side.
     assert "+6.5 ± 6.4 points (aim: at least +5), paired by seed: **not settled**." in " ".join(page.split())
     assert "Not run yet: `python benchmarks/claims.py --part zero`." in page

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -58,6 +59,8 @@ def write_page(out: Path, parts: Mapping[str, Part]) -> None:
         lines += ["", *_circumstances(cells)]
     text = "\n".join(_narrow("\n".join([*lines, FOOT]).splitlines()))
     text = text.replace("(evidence)", f"({out.name})")
+    # Keys and machines of cells that were measured long ago say so.
+    text = re.sub(r"(?<![\d.])1 (epoch|core|thread)s\b", r"1 \1", text)
     write_atomically(out.with_suffix(".md"), text.rstrip() + "\n")
 
 
