@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
-import subprocess
-import sys
 from collections import Counter
 from importlib.resources import files
 from pathlib import Path
 
 import pytest
+from distributed.commands import re2tal as re2tal_command
 
 import re2tal
 from re2tal.cli import COMMANDS
@@ -38,23 +36,9 @@ def test_the_page_becomes_a_detector(tmp_path: Path) -> None:
     assert [line[1] for line in lines] == [
         *("detect", "annotations", "doctor", "init", "shards", "train", "detect", "evaluate", "report", "shards"),
     ]
-    # One process for all: the imports would take most of the time.
-    code = (
-        "import json, sys\nfrom re2tal.cli import main\n"
-        "for line in json.loads(sys.argv[1]):\n"
-        "    try:\n        main(line)\n"
-        "    except SystemExit as end:\n        assert not end.code, (line, end.code)\n"
+    said = "".join(
+        stream for _, *line in lines for stream in re2tal_command(*line, *SHORTER.get(line[0], ()), cwd=tmp_path)
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, json.dumps([[*line[1:], *SHORTER.get(line[1], ())] for line in lines])],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    said = done.stdout + done.stderr
     assert "no --model: taking the small one that comes with the package" in said
     assert set(read_results(tmp_path / "first.json").predictions) == {"S3_Fall_01", "S3_ADL_18"}
     assert set(FILES) <= {path.name for path in (tmp_path / "runs/mine").iterdir()}

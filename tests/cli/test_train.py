@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import sys
-from contextlib import redirect_stdout
 from dataclasses import replace
-from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
-from distributed.ranks import launch_ranks, run_ranks
+from distributed.commands import re2tal
+from distributed.ranks import launch_ranks
 from safetensors.torch import save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -23,7 +21,6 @@ from re2tal.config import load_config, save_config
 from re2tal.data.building.annotations import read_annotations
 from re2tal.data.building.demo import DemoConfig, write_demo
 from re2tal.data.streaming.windows import ResizeWhole
-from re2tal.distributed import World
 from re2tal.evaluation.results import read_results
 from re2tal.recipes import find_recipe
 from re2tal.training.export import read_model
@@ -74,7 +71,7 @@ def test_from_videos_to_a_score_and_the_same_weights_after_a_restart(shards, tmp
     out = tmp_path / "run"
     command = [sys.executable, str(ROOT / "launch" / "train.py"), "--ds", str(ROOT / "ds_configs" / "zero2.json")]
     command += ["--data.shards", str(shards), "--out", str(out), *SMALL]
-    launch_ranks(command, world_size=2, timeout_seconds=280, forked=False)
+    launch_ranks(command, world_size=2, timeout_seconds=280)
 
     summary = json.loads((out / "summary.json").read_text())
     assert {"average_map", "map", "train_seconds", "total_seconds", "videos", "protocol"} <= summary.keys()
@@ -150,7 +147,7 @@ def test_a_run_that_names_relative_paths_goes_on_from_another_folder(shards, tmp
     weights = build_backbone(BackboneConfig(name="swin3d_nano")).state_dict()
     save_file(weights, here / "swin.safetensors")
     paths = ["--data.shards", "shards", "--backbone.weights", "swin.safetensors", "--out", "run"]
-    printed = re2tal("train", *SMALL, *paths, "--training.evaluate-every-epochs", 1, cwd=here)
+    printed = re2tal("train", *SMALL, *paths, "--training.evaluate-every-epochs", 1, cwd=here).output
     out = here / "run"
     assert f"model: {Path('run') / 'model.safetensors'}; average mAP" in printed
     assert "(protocol opentad, subset validation)" in printed
@@ -186,26 +183,6 @@ def test_a_run_that_names_relative_paths_goes_on_from_another_folder(shards, tmp
     assert [row["step"] for row in rows if row["kind"] == "evaluation"] == [6, 12], "a run that had ended logs it twice"
     with pytest.raises(RuntimeError, match=r"other\.safetensors"):
         re2tal(*again, "--backbone.weights", "other.safetensors", cwd=there)
-
-
-def re2tal(*arguments: object, cwd: Path, world_size: int = 1) -> str:
-    """What the command says, in processes of its own that have imported everything already."""
-    given = {"folder": str(cwd), "arguments": [*map(str, arguments)]}
-    return run_ranks(said_in, world_size=world_size, timeout_seconds=280, **given)[0]["output"]
-
-
-def said_in(folder: str, arguments: list[str]) -> dict[str, str]:
-    os.chdir(folder)
-    if os.environ["WORLD_SIZE"] == "1":  # as where nobody launched it
-        for name in World().variables():
-            del os.environ[name]
-    with redirect_stdout(StringIO()) as output:
-        try:
-            main(arguments)
-        except SystemExit as end:
-            if end.code:
-                raise
-    return {"output": output.getvalue()}
 
 
 def test_a_tracker_without_its_package_is_refused_before_anything_is_read(tmp_path, capsys):

@@ -4,8 +4,8 @@
     process.wait()
 
 Each is a fork of a server, which has imported what a training imports and nothing else. `server` tells servers apart:
-ranks of one run take one each, and so have their own order of sets, as on several machines. What a process does at its
-real start and end is not seen so: tests of that use `subprocess`.
+ranks that are neighbours take different ones, and so have other orders of sets, as on several machines. What a process
+does at its real start and end is not seen so: tests of that use `subprocess`.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def prepare(numbers: Iterable[int], environment: Mapping[str, str]) -> None:
     A server that would have read other variables when it imported things is replaced.
     """
     read = {name: value for name, value in environment.items() if name not in OWN}
-    started = [number for number in numbers if not _serves(number, read)]
+    started = [number for number in dict.fromkeys(numbers) if not _serves(number, read)]
     for number in started:
         _end_server(number)
         orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)

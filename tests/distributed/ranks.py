@@ -12,6 +12,7 @@ it need not leave it.
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import inspect
 import json
@@ -19,7 +20,6 @@ import os
 import random
 import signal
 import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,13 +36,23 @@ PATIENCE = float(os.environ.get("RE2TAL_TEST_PATIENCE", "1"))
 """How many times as long as usual to wait: more than 1 on a machine that other jobs use too."""
 
 
-def run_ranks(function: Callable[..., Any], *, world_size: int, timeout_seconds: float = 120, **arguments: Any) -> list:
+def run_ranks(
+    function: Callable[..., Any],
+    *,
+    world_size: int,
+    timeout_seconds: float = 120,
+    namespaces_of: int | None = None,
+    **arguments: Any,
+) -> list:
     """`function(**arguments)` in `world_size` processes; what each returned, in order of rank.
+
+    They see the users and disks of the process with the number `namespaces_of`, if one is given.
 
     RuntimeError with the output of the ranks if one fails or the time is up.
     """
     with tempfile.TemporaryDirectory() as folder:
         call = [inspect.getfile(function), function.__qualname__, json.dumps(arguments), folder]
+        call += [] if namespaces_of is None else [str(namespaces_of)]
         _watch(
             _forks([sys.executable, __file__, *call], environments(world_size)),
             world_size=world_size,
@@ -52,34 +62,13 @@ def run_ranks(function: Callable[..., Any], *, world_size: int, timeout_seconds:
         return [torch.load(_result(folder, rank), weights_only=True) for rank in range(world_size)]
 
 
-def launch_ranks(
-    command: Sequence[str],
-    *,
-    world_size: int,
-    timeout_seconds: float = 120,
-    environment: Mapping[str, str] | None = None,
-    forked: bool = True,
-) -> list[str]:
-    """`command` in `world_size` processes that can find each other; the output of each, in order of rank.
-
-    Not `forked`, they start and end as they do for users, and any command may be given.
+def launch_ranks(command: Sequence[str], *, world_size: int, timeout_seconds: float = 120) -> list[str]:
+    """The Python `command` in `world_size` processes that can find each other; the output of each, in order of rank.
 
     RuntimeError with the output of the ranks if one fails or the time is up; no process outlives the call.
     """
-    told = environments(world_size, **(environment or {}))
-
-    def start(rank: int, log: Path) -> subprocess.Popen:
-        with log.open("w") as output:
-            return subprocess.Popen(
-                command,
-                env=told[rank],
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,  # so that _end reaches the rank's own children too
-            )
-
     return _watch(
-        _forks(command, told) if forked else start,
+        _forks(command, environments(world_size)),
         world_size=world_size,
         timeout_seconds=timeout_seconds,
         what=" ".join(command),
@@ -87,8 +76,13 @@ def launch_ranks(
 
 
 def _forks(command: Sequence[str], told: Sequence[Mapping[str, str]]) -> Callable[[int, Path], Fork]:
-    prepare(range(len(told)), told[0])
-    return lambda rank, log: Fork(command, server=rank, environment=told[rank], log=log)
+    prepare([server_of(rank) for rank in range(len(told))], told[0])
+    return lambda rank, log: Fork(command, server=server_of(rank), environment=told[rank], log=log)
+
+
+def server_of(rank: int) -> int:
+    """Two are enough for neighbours to differ, and each takes seconds to start."""
+    return rank % 2
 
 
 def free_port() -> int:
@@ -122,12 +116,10 @@ def environments(world_size: int, **more: str) -> list[dict[str, str]]:
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(world_size)]
 
 
-def _watch(
-    start: Callable[[int, Path], subprocess.Popen | Fork], *, world_size: int, timeout_seconds: float, what: str
-) -> list[str]:
+def _watch(start: Callable[[int, Path], Fork], *, world_size: int, timeout_seconds: float, what: str) -> list[str]:
     with tempfile.TemporaryDirectory() as folder:
         logs = [Path(folder) / f"rank{rank}.log" for rank in range(world_size)]
-        processes: list[subprocess.Popen | Fork] = []
+        processes: list[Fork] = []
         try:
             processes += [start(rank, log) for rank, log in enumerate(logs)]
             failure = _wait(processes, timeout_seconds)
@@ -141,7 +133,7 @@ def _watch(
     return outputs
 
 
-def _wait(processes: Sequence[subprocess.Popen | Fork], timeout_seconds: float) -> str:
+def _wait(processes: Sequence[Fork], timeout_seconds: float) -> str:
     """What went wrong, or "" if all ended well. A failed rank leaves the others waiting: do not wait for them."""
     deadline = time.monotonic() + PATIENCE * timeout_seconds
     while True:
@@ -154,7 +146,7 @@ def _wait(processes: Sequence[subprocess.Popen | Fork], timeout_seconds: float) 
         time.sleep(0.05)
 
 
-def _end(process: subprocess.Popen | Fork) -> None:
+def _end(process: Fork) -> None:
     if process.poll() is None:
         with suppress(ProcessLookupError):  # it may have ended just now
             os.killpg(process.pid, signal.SIGKILL)
@@ -165,7 +157,16 @@ def _result(folder: str, rank: int) -> Path:
     return Path(folder) / f"rank{rank}.pt"
 
 
-def _run_one_rank(path: str, name: str, arguments: str, folder: str) -> None:
+def _enter_namespaces_of(process: str) -> None:
+    with open(f"/proc/{process}/ns/user") as users, open(f"/proc/{process}/ns/mnt") as disks:
+        for namespace in (users, disks):
+            if ctypes.CDLL(None, use_errno=True).setns(namespace.fileno(), 0):
+                raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()), namespace.name)
+
+
+def _run_one_rank(path: str, name: str, arguments: str, folder: str, *namespaces_of: str) -> None:
+    for process in namespaces_of:
+        _enter_namespaces_of(process)
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
     assert spec is not None
     assert spec.loader is not None

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from data.feature_folders import write_features
 from distributed.forks import Fork, prepare
-from distributed.ranks import PATIENCE, environments
+from distributed.ranks import PATIENCE, environments, server_of
 
 from re2tal.distributed import World
 from re2tal.structures import Action
@@ -46,9 +46,9 @@ def alone() -> dict[str, str]:
 def start_ranks(commands: Sequence[Sequence[str]], logs: Sequence[Path], **environment: str) -> list[Fork]:
     """One world, a rank for each Python command; what each says is added to its log."""
     told = environments(len(commands), **environment)
-    prepare(range(len(commands)), told[0])
+    prepare([server_of(rank) for rank in range(len(commands))], told[0])
     return [
-        Fork(command, server=rank, environment=told[rank], log=log)
+        Fork(command, server=server_of(rank), environment=told[rank], log=log)
         for rank, (command, log) in enumerate(zip(commands, logs, strict=True))
     ]
 

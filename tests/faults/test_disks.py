@@ -7,15 +7,14 @@ import os
 import resource
 import shutil
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
 
 import pytest
 import torch
-from distributed.ranks import PATIENCE, TESTS, run_ranks
-from faults.runs import ROOT, TRAIN, alone, small, write_both_subsets
+from distributed.ranks import PATIENCE, run_ranks
+from faults.runs import TRAIN, alone, small, write_both_subsets
 from training.tiny import same, tiny_trainer, weights
 
 from re2tal.distributed import is_main
@@ -25,14 +24,6 @@ from re2tal.training.process_group import leave
 TRAINING = TrainingConfig(epochs=2, checkpoint_every_steps=3, keep_checkpoints=3, log_every_steps=1)
 DISK = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c"]
 MOUNT = 'mount -t tmpfs -o "size=$SIZE$OPTIONS" none "$FOLDER" && exec "$@"'
-IN_IT = """
-import json, sys
-sys.path[:0] = [{tests!r}]
-from faults import test_disks
-from distributed.ranks import run_ranks
-function = getattr(test_disks, sys.argv[1])
-print("answers", json.dumps(run_ranks(function, world_size=2, timeout_seconds=250, **json.loads(sys.argv[2]))))
-"""
 
 
 def on_a_small_disk(function, folder: Path, *, size: str, options: str = "", **arguments) -> list[dict]:
@@ -40,21 +31,17 @@ def on_a_small_disk(function, folder: Path, *, size: str, options: str = "", **a
     if subprocess.run([*DISK, "mount -t tmpfs none /mnt"], capture_output=True, check=False).returncode:
         pytest.skip("this user may mount nothing, not even in a namespace")
     folder.mkdir()
-    given = json.dumps({"folder": str(folder), **arguments})
-    script = [sys.executable, "-c", IN_IT.format(tests=str(TESTS)), function.__name__, given]
-    paths = os.pathsep.join([str(TESTS), str(ROOT)])
-    environment = {**os.environ, "SIZE": size, "OPTIONS": options, "FOLDER": str(folder), "PYTHONPATH": paths}
-    done = subprocess.run(
-        [*DISK, MOUNT, "sh", *script],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=PATIENCE * 280,
-    )
-    [answers] = [line for line in done.stdout.splitlines() if line.startswith("answers ")] or [done.stderr[-4000:]]
-    assert answers.startswith("answers "), answers
-    return json.loads(answers.removeprefix("answers "))
+    environment = {**os.environ, "SIZE": size, "OPTIONS": options, "FOLDER": str(folder)}
+    # A process that holds the disk: it is gone with the last process that sees it.
+    command = [*DISK, MOUNT, "sh", "sh", "-c", "echo mounted; exec sleep 10000"]
+    with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout is not None
+            assert holder.stdout.readline() == "mounted\n"
+            given = {"folder": str(folder), **arguments}
+            return run_ranks(function, world_size=2, timeout_seconds=250, namespaces_of=holder.pid, **given)
+        finally:
+            holder.kill()
 
 
 def expected_weights(folder: Path) -> dict[str, torch.Tensor]:
