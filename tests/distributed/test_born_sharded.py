@@ -28,10 +28,10 @@ from re2tal.training.zero_file import resolve_deepspeed_config
 FRAMES, STEPS = 2, 2
 M_MMAP_THRESHOLD = -3
 """Of mallopt(3): larger blocks are mapped one by one."""
-NAME = "vit_38m"
+NAME = "vit_14m"
 CASES = [(3, "fp32"), (0, "fp32"), (3, "bf16"), (2, "bf16")]
-SIZE = {"hidden_size": 512, "num_hidden_layers": 12, "intermediate_size": 2048, "num_attention_heads": 8}
-"""38 million parameters."""
+SIZE = {"hidden_size": 384, "num_hidden_layers": 8, "intermediate_size": 1536, "num_attention_heads": 6}
+"""14 million parameters."""
 
 
 @contextmanager
@@ -129,7 +129,7 @@ def saved(folder: Path, **size: int) -> int:
 
     torch.manual_seed(1)
     config = ViTConfig(image_size=32, patch_size=8, **size)
-    ViTModel(config, add_pooling_layer=False).save_pretrained(folder, max_shard_size="30MB")
+    ViTModel(config, add_pooling_layer=False).save_pretrained(folder, max_shard_size="12MB")
     return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
@@ -141,7 +141,7 @@ def test_loading_takes_a_shard_and_little_more_and_trains_as_whole_weights_do(tm
     folders = {"wide": str(tmp_path / "wide"), "nano": str(tmp_path / "nano"), "folder": str(tmp_path)}
     ranks = run_ranks(loaded_and_trained, world_size=2, timeout_seconds=280, **folders)
     for found in ranks:
-        # A shard is half of it; the largest parameter 3 %.
+        # A shard is half of it; the largest parameter 4 %.
         assert 0.4 * size < found["3 fp32"]["most"] < 0.8 * size
         for whole, cut in (("0 fp32", "3 fp32"), ("2 bf16", "3 bf16")):
             assert found[cut]["groups"] == found[whole]["groups"]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from re2tal.backbones.swin3d.network import VideoSwin
 from re2tal.rewire import Branch, RewiringConfig, by_samples, by_tokens, residual_branches, rewire
 
-WORLD_SIZE, NUM_STEPS, ACCUMULATION, CHANNELS = 2, 3, 2, 16
+WORLD_SIZE, NUM_STEPS, ACCUMULATION, CHANNELS = 2, 2, 2, 16
 STAGES = (0, 1, 2, 3)
 FORMS = {
     "kept": RewiringConfig(recompute=False),
@@ -87,7 +87,7 @@ def optimizer(net: nn.Module) -> torch.optim.Optimizer:
 def batches(rank: int) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(100 + rank)
     return [
-        (torch.randn(2, 3, 6, 12, 20, generator=generator), torch.randn(2, 4, generator=generator))
+        (torch.randn(2, 3, 6, 12, 12, generator=generator), torch.randn(2, 4, generator=generator))
         for _ in range(NUM_STEPS * ACCUMULATION)
     ]
 

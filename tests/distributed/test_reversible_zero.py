@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from re2tal.rewire import Branch, RewiringConfig, residual_branches, rewire
 
-WORLD_SIZE, NUM_STEPS, ACCUMULATION, CHANNELS = 2, 3, 2, 16
+WORLD_SIZE, NUM_STEPS, ACCUMULATION, CHANNELS = 2, 2, 2, 16
 STAGES = (0, 1, 2, 3)
 
 pytestmark = pytest.mark.timeout(600)  # two minutes of two idle cores; they are often not idle
