@@ -24,7 +24,7 @@ def gradients(name: str, **fields: Any) -> dict[str, Tensor]:
     with torch.no_grad():
         for parameter in backbone.parameters():
             parameter.add_(torch.randn_like(parameter), alpha=0.02)
-    shape = (2, 3, 9, 32, 32) if isinstance(backbone, ClipwiseBackbone) else (2, 3, 16, 37, 33)
+    shape = (2, 3, 5, 32, 32) if isinstance(backbone, ClipwiseBackbone) else (2, 3, 16, 37, 33)
     frames = torch.randn(shape, generator=torch.Generator().manual_seed(2), requires_grad=True)
     # With its cache of cast weights autocast adds the gradients of pieces in bfloat16.
     with torch.autocast("cpu", torch.bfloat16, cache_enabled=False):

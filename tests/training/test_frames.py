@@ -27,8 +27,8 @@ from re2tal.training.process_group import join
 from re2tal.training.zero_file import resolve_deepspeed_config
 
 FAMILIES = ["swin3d_nano", "slowfast_nano", "videomae_nano"]
-SHAPE = (2, 3, 16, 48, 48)
-MASK = torch.ones(2, 16, dtype=torch.bool)
+SHAPE = (2, 3, 8, 32, 32)
+MASK = torch.ones(2, 8, dtype=torch.bool)
 Prepare = Callable[..., Tensor]
 
 
