@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
+from re2tal.backbones.stored import NAME as STORED
+from re2tal.config import RecognitionConfig, RunConfig, load_run
 from re2tal.data.contract.manifest import Rejection
 from re2tal.evaluation.coverage import cut_by_limit
+from re2tal.evaluation.protocols import TIOU_THRESHOLDS
 from re2tal.progress import clock_time, printable
 from re2tal.reporting.found import FoundInVideo
 from re2tal.runs.detection import Detected
+from re2tal.runs.evaluation import ScoringRules
 from re2tal.runs.exit_status import SOME_LEFT_OUT
-from re2tal.runs.folder import MODEL_NAME, RESULTS_NAME
+from re2tal.runs.folder import CONFIG_NAME, MODEL_NAME, RESULTS_NAME
 from re2tal.runs.model_folder import CARD_NAME, SHIPPED
+from re2tal.structures import find_subset
 from re2tal.tables import text_table
 
 if TYPE_CHECKING:
@@ -78,8 +83,8 @@ def say_shipped() -> None:
 def say_trained(trained: TrainedRun) -> None:
     """Print where the trained model is, how good, and what comes next."""
     summary, folder = trained.summary, shlex.quote(str(trained.folder))
-    model = f"model: {trained.folder / MODEL_NAME}"
-    if "average_map" not in summary:
+    config = load_run(trained.folder / CONFIG_NAME)
+    if isinstance(config, RecognitionConfig):
         figures = f"top-1 {100 * summary['top1']:.2f} %, top-5 {100 * summary['top5']:.2f} %"
         following = [
             f"re2tal classify --run {folder} --videos VIDEOS",
@@ -88,12 +93,31 @@ def say_trained(trained: TrainedRun) -> None:
     else:
         protocol = f"protocol {summary['protocol']}, subset {summary['subset']}"
         figures = f"average mAP {100 * summary['average_map']:.2f} % ({protocol})"
+        seen = "--shards FEATURES" if config.backbone.name == STORED else "VIDEOS"
+        results = f"{folder}/{RESULTS_NAME}"
         following = [
             f"re2tal view {folder}",
-            f"re2tal detect VIDEOS --model {folder}",
-            f"re2tal evaluate --predictions {folder}/{RESULTS_NAME} --annotations annotations.json",
+            f"re2tal detect {seen} --model {folder}",
+            " ".join(["re2tal evaluate --predictions", results, "--annotations annotations.json", *_rules_of(config)]),
         ]
+    model = f"model: {trained.folder / MODEL_NAME}"
     print("\n".join([f"{model}; {figures}", "next:", *(f"    {one}" for one in following)]))
+
+
+def _rules_of(config: RunConfig) -> Iterator[str]:
+    """The options with which `re2tal evaluate` scores as the run does, where it would not without."""
+    rules, usual = config.evaluation, ScoringRules()
+    if find_subset(config.data.validation_subset, [usual.subset]) is None:
+        yield f"--subset {shlex.quote(config.data.validation_subset)}"
+    if rules.protocol != usual.protocol:
+        yield f"--protocol {rules.protocol}"
+    if rules.tiou_thresholds != TIOU_THRESHOLDS[usual.dataset]:
+        named = [name for name, thresholds in TIOU_THRESHOLDS.items() if thresholds == rules.tiou_thresholds]
+        yield f"--dataset {named[0]}" if named else f"--tiou-thresholds {' '.join(map(str, rules.tiou_thresholds))}"
+    if rules.blocked_videos is not None:
+        yield f"--blocked-videos {shlex.quote(str(rules.blocked_videos))}"
+    if config.localizer.class_agnostic:
+        yield "--class-agnostic"
 
 
 def say_left_out(rejected: Iterable[Rejection]) -> None:
