@@ -317,7 +317,7 @@ def test_settings_of_memory_are_of_rewired_backbones_and_not_of_the_wiring():
 
 
 def test_an_unknown_recipe_is_answered_with_the_nearest_ones():
-    with pytest.raises(ValueError, match=r"unknown recipe 'thumos14_swintiny'; nearest: \['thumos14_swin_tiny', "):
+    with pytest.raises(ValueError, match=r"'thumos14_swintiny'; nearest: \['thumos14_swin_tiny', 'thumos14_re2"):
         find_recipe("thumos14_swintiny")
 
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import re2tal
 from re2tal.cli.commands import COMMANDS, STARTING_POINTS
-from re2tal.cli.faults import end
+from re2tal.cli.faults import end, of_a_file
 from re2tal.cli.help import commands_help, examples, page_of, short_help
 from re2tal.files import is_stdout
 from re2tal.runs.exit_status import DIVERGED, KEYBOARD, UNREAD, WRONG_INPUT
@@ -56,15 +56,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         if isinstance(error, BrokenPipeError) and hasattr(select, "poll") and not _is_read():
             sys.exit(UNREAD)
-        end(str(error), WRONG_INPUT, debug=debug)
+        end(of_a_file(error) or str(error), WRONG_INPUT, debug=debug)
     # A loss that is no number: another status, so that a scheduler does not start the same again.
     except FloatingPointError as error:
         end(str(error), DIVERGED, debug=debug)
     except (RuntimeError, MemoryError) as error:
         if not _is_lack_of_memory(error):
             raise
-        what = str(error).strip().partition("\n")[0] or "There is not enough memory."
-        end(f"{what} {LESS_MEMORY}", WRONG_INPUT, debug=debug)
+        what = str(error).strip().partition("\n")[0] or "There is not enough memory"
+        end(f"{what.rstrip('.')}. {LESS_MEMORY}", WRONG_INPUT, debug=debug)
     except KeyboardInterrupt:
         end("stopped by the keyboard; finished files are kept, a training run goes on with --resume", KEYBOARD)
     sys.exit(status)

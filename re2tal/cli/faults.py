@@ -23,10 +23,18 @@ def end(message: str, status: int, *, debug: bool = False) -> NoReturn:
     error = sys.exc_info()[1]
     if error is not None and debug:
         traceback.print_exception(error)
-    elif error is not None and (kept := _keep(error, rank)) and not _is_ours(error):
+    elif error is not None and (kept := _keep(error, rank)) and not (_is_ours(error) or of_a_file(error)):
         message = f"{message} (traceback in {kept}; --debug prints it)"
     print(f"re2tal{f' (rank {rank})' if rank else ''}: {message}", file=sys.stderr)
     sys.exit(status)
+
+
+def of_a_file(error: BaseException) -> str | None:
+    """What the system says of a file, such as "a.txt: No such file or directory"; None of other errors."""
+    if not isinstance(error, OSError) or error.strerror is None or not isinstance(error.filename, str | os.PathLike):
+        return None
+    others = "" if error.filename2 is None else f" -> {error.filename2}"
+    return f"{error.filename}{others}: {error.strerror}"
 
 
 def _keep(error: BaseException, rank: str | None) -> Path | None:

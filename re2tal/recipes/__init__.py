@@ -51,7 +51,7 @@ def find_recipe(name: str) -> RunConfig | RecognitionConfig:
     """The recipe of that name, listed or put together; ValueError with the known names otherwise."""
     build = RECIPES.get(name) or _COMPOSED.get(name)
     if build is None:
-        near = get_close_matches(name, [*RECIPES, *_COMPOSED], n=4, cutoff=0.0)
+        near = get_close_matches(name, RECIPES | _COMPOSED, n=4, cutoff=0.0)
         raise ValueError(
             f"unknown recipe {name!r}; nearest: {near}; `re2tal recipes` lists {len(RECIPES)}. Any data set of "
             f"{list(DATA_PARTS)} goes with any backbone of {list(BACKBONE_PARTS)}, then nothing or one of "

@@ -64,7 +64,9 @@ def merge_results(paths: Sequence[Path], out: Path, options: MergeOptions = AS_U
     check_options(options, top_k=COUNT)
     out = output_file(out, option="--out")
     weights = options.weights or (1.0,) * len(paths)
-    if not paths or len(weights) != len(paths):
+    if not paths:
+        raise ValueError("no results were given; name the results JSON of two runs or more")
+    if len(weights) != len(paths):
         raise ValueError(f"{len(paths)} results and {len(weights)} weights were given; give a weight for each, or none")
     if not all(0 < weight < 1e6 for weight in weights):
         raise ValueError(f"weights are {weights}; give positive numbers")

@@ -103,6 +103,12 @@ def test_a_message_of_ours_is_the_line_alone(capsys):
     )
 
 
+def test_a_file_that_the_system_refuses_is_named_first(monkeypatch, capsys, tmp_path):
+    runs_instead(lambda: print((tmp_path / "a.txt").read_text()), monkeypatch)
+    assert status_of(["demo"]) == 2
+    assert capsys.readouterr().err == f"re2tal: {tmp_path / 'a.txt'}: No such file or directory\n"
+
+
 def test_a_home_that_cannot_be_written_to_is_no_second_fault(monkeypatch, capsys, tmp_path):
     def command() -> None:
         raise OSError("no space")

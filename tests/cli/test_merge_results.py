@@ -64,6 +64,8 @@ def test_files_that_do_not_fit_are_refused_before_anything_is_written(tmp_path: 
     out = tmp_path / "out.json"
     with pytest.raises(ValueError, match=r"a\.json, .*b\.json have no video in common: the first has 'x'"):
         merge_results([a, b], out)
+    with pytest.raises(ValueError, match="no results were given; name the results JSON of two runs or more"):
+        merge_results((), tmp_path / "out.json")
     with pytest.raises(ValueError, match="1 results and 2 weights were given"):
         merge_results([a], out, MergeOptions(weights=(1.0, 2.0)))
     with pytest.raises(ValueError, match=r"weights are \(-1\.0,\); give positive numbers"):
