@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from re2tal.localizers.losses import RunningCount
@@ -169,8 +170,8 @@ def import_weights(
     """A public checkpoint as a state dict for `localizer.load_state_dict`.
 
     Tensors outside the localizer, such as a video backbone's, are passed over; running counts of positives that the
-    checkpoint does not hold stay the localizer's own. Raises ValueError for weights that are missing, left over or of
-    another size.
+    checkpoint does not hold stay the localizer's own, and scales of branches, which a model that was built without drop
+    path has none of, are 1. Raises ValueError for weights that are missing, left over or of another size.
     """
     own = localizer.state_dict()
     name_map = _name_map(localizer, layout)
@@ -178,6 +179,10 @@ def import_weights(
     stored = [name for name in own if not re.search(name_map.absent, name)]
     names = {public_name(name, localizer=localizer, layout=layout): name for name in stored}
     found = {name for name in state if name.startswith(name_map.prefixes)}
+    scales = {public: name for public, name in names.items() if re.search(r"path\.scale$", name)}
+    if not scales.keys() & found:
+        own |= {name: torch.ones_like(own[name]) for name in scales.values()}
+        names = {public: name for public, name in names.items() if public not in scales}
     missing, left_over = sorted(names.keys() - found), sorted(found - names.keys())
     if missing or left_over:
         raise ValueError(

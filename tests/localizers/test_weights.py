@@ -47,6 +47,24 @@ def test_weights_of_another_size_are_named_with_both_shapes() -> None:
         import_weights(public, localizer=localizer, layout="opentad")
 
 
+@both_layouts
+def test_a_model_without_drop_path_scales_no_branch(layout: Variant) -> None:
+    """Both build bare branches where `path_pdrop` is 0."""
+    localizer = build(0)
+    public = export_weights(localizer, layout=layout)
+    scales = [name for name in public if ".drop_path_" in name]
+    bare = {name: tensor for name, tensor in public.items() if name not in scales}
+    found = import_weights(bare, localizer=localizer, layout=layout)
+    expected = import_weights(
+        public | {name: torch.ones_like(public[name]) for name in scales}, localizer=localizer, layout=layout
+    )
+    assert len(scales) > 2
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in found)
+    with pytest.raises(ValueError, match="missing 1 "):  # some, but not all
+        import_weights(bare | {name: public[name] for name in scales[1:]}, localizer=localizer, layout=layout)
+
+
 def test_a_video_backbone_beside_the_localizer_is_passed_over() -> None:
     localizer = build(0)
     public = export_weights(localizer, layout="opentad") | {"backbone.model.backbone.norm3.weight": torch.ones(3)}

@@ -69,9 +69,7 @@ def tridet_config(config: Mapping[str, Any]) -> TriDetConfig:
     with _projection(config, "TriDetProj") as projection, projection.part("conv_cfg") as conv:
         channels = projection.take("out_channels")
         num_convs, num_stem, num_branch = projection.take("arch", (2, 2, 5))
-        projection.drop("input_noise", "init_conv_vars")  # of training and of the start
-        if projection.take("path_pdrop", 0.0) <= 0:
-            raise ValueError("path_pdrop is 0; our strided blocks always have a learned scale")
+        projection.drop("input_noise", "init_conv_vars", "path_pdrop")  # of training and of the start
         head = config["rpn_head"]
         return TriDetConfig(
             **_anchor_free(config, "TriDetHead", channels, num_branch),
