@@ -422,6 +422,14 @@ def test_pictures_that_a_broadcast_lost_damage_those_up_to_the_next_key_frame(tm
     assert damage_of(copied(source, tmp_path / "v.ts", without=range(35, 38))).corrupt == 7
 
 
+def test_a_lost_picture_of_a_broadcast_damages_others_only_where_they_are_made_of_it(tmp_path):
+    source = write_moving(tmp_path / "whole.ts", "mpeg2video", g="15", bf="2")
+    assert damage_of(source).num_damaged == 0
+    # Packet 43 is a key frame, and the two behind it are shown before it.
+    assert damage_of(copied(source, tmp_path / "p.ts", without=[34])).corrupt == 8
+    assert damage_of(copied(source, tmp_path / "b.ts", without=[35])).corrupt == 0
+
+
 def test_an_avi_that_begins_without_its_key_frame_is_damaged_up_to_the_next(tmp_path):
     source = write_moving(tmp_path / "whole.avi", "mpeg4", g="30", bf="0")
     assert damage_of(copied(source, tmp_path / "v.avi", without=range(1))).num_damaged == 29

@@ -13,6 +13,9 @@ import numpy as np
 
 SUDDEN = 1.8
 """Where a cut is, or a damaged group ends, it is above 2; from one frame of a scene to the next below 1.5, mostly."""
+SPREAD = 1.4
+"""Where pictures between the damaged ones and the key frame are made of both, each takes a part of the way back; the
+mean of such parts is 1.6, and of as many pictures of a scene 1.1, mostly."""
 _AROUND = 8
 _SIDE, _STRIDES = 16, 8
 # Added to each change: a still scene would else make any grain a jump, and divide by 0.
@@ -36,14 +39,15 @@ class Jumps:
         self._changes.append(_NOISE + float(np.abs(cells - before).max()) if before is not None else _NOISE)
         self._before = cells
 
-    def at(self, time: int | None) -> float:
-        """The jump of a frame; 0 where it is not known."""
+    def at(self, time: int | None, *, num_before: int = 0) -> float:
+        """The jump of a frame, or the mean of it and those of so many before it; 0 where it is not known."""
         if time not in self._times or len(self._times) < _AROUND:
             return 0.0
         place, changes = self._times.index(time), np.array(self._changes)
+        first = max(0, place - num_before)
         # Of both sides, so that a scene that moves more from here on is no jump.
-        around = np.concatenate([changes[max(0, place - _AROUND) : place], changes[place + 1 : place + 1 + _AROUND]])
-        return float(changes[place] / np.median(around))
+        around = np.concatenate([changes[max(0, first - _AROUND) : first], changes[place + 1 : place + 1 + _AROUND]])
+        return float(changes[first : place + 1].mean() / np.median(around))
 
 
 def rows_of(plane: Any) -> np.ndarray:

@@ -13,7 +13,7 @@ from uuid import UUID
 import numpy as np
 from av.video.stream import VideoStream
 
-from re2tal.data.building.picture_times import PAUSE_SECONDS, is_even
+from re2tal.data.building.picture_times import LOST_STEP, PAUSE_SECONDS, is_even
 
 LIKE_MPEG4 = frozenset({"mpeg4", "h263", "flv", "wmv1", "wmv2", "msmpeg4", "msmpeg4v1", "msmpeg4v2"})
 LEAST_GAP_SECONDS = 0.2
@@ -84,7 +84,7 @@ def missing_in_gaps(shown: list[tuple[int, int]], stream: VideoStream) -> tuple[
     if stream.time_base is None or not is_even(steps):
         return 0, 0.0
     usual, name = float(np.median(steps)), stream.codec_context.name
-    least = 1.75 * usual  # films in a broadcast repeat a field of some frames, which last 1.5 times as long
+    least = LOST_STEP * usual
     is_steady = np.mean(np.abs(steps - usual) <= max(0.1 * usual, 0.0015 / float(stream.time_base))) >= 0.98
     is_broadcast = stream.container.format.name in ("mpegts", "mpeg")
     if not is_broadcast and not (is_steady and name in _UNNUMBERED):

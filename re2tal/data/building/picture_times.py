@@ -18,7 +18,7 @@ import numpy as np
 from av.container import InputContainer
 from av.video.stream import VideoStream
 
-from re2tal.data.building.jumps import SUDDEN, Jumps, time_of
+from re2tal.data.building.jumps import SPREAD, SUDDEN, Jumps, time_of
 from re2tal.data.contract.key_frames import Bits
 
 PAUSE_SECONDS = 2.0
@@ -27,6 +27,8 @@ PAUSE_SECONDS = 2.0
 _LAYERS = range(0x20, 0x30)
 _B_PICTURE = 2
 _ODD_STEP = 1.5
+LOST_STEP = 1.75
+"""In a broadcast, film frames that repeat a field last 1.5 times as long as others; a lost one leaves a step of 2."""
 _USUAL = 30
 
 
@@ -51,6 +53,8 @@ class _Group:
     """Of each packet, whether it is known to be damaged."""
     gap: int | None = None
     """The first packet before which one is missing."""
+    num_leading: int = 0
+    """Pictures that come after the key frame and are shown before it: made of it and of the group before."""
 
 
 @dataclass(slots=True)
@@ -107,7 +111,11 @@ class LostPictures:
             self._read(bytes(packet), self._groups[-1])
         else:
             self._see_gap(packet, self._groups[-1])
-        self._groups[-1].is_counted.append(is_counted)
+        group = self._groups[-1]
+        group.is_counted.append(is_counted)
+        # The times of an AVI are guesses.
+        is_known = not self._has_own_times and packet.pts is not None and group.key is not None
+        group.num_leading += is_known and packet.pts < group.key
         return 0
 
     def _is_paced(self) -> bool:
@@ -117,7 +125,10 @@ class LostPictures:
 
     def _damaged(self, place: int) -> int:
         group, following = self._groups[place], self._groups[place + 1 : place + 2]
-        is_smooth = any(0 < self._jumps.at(one.key) < SUDDEN for one in following)
+        is_smooth = any(
+            0 < self._jumps.at(one.key, num_before=one.num_leading) < (SPREAD if one.num_leading else SUDDEN)
+            for one in following
+        )
         return 0 if is_smooth or group.gap is None else group.is_counted[group.gap :].count(False)
 
     def _see_gap(self, packet: av.Packet, group: _Group) -> None:
@@ -129,7 +140,7 @@ class LostPictures:
         if len(self._times) < 2:
             return
         step, usual = time - self._times[-2], float(np.median(self._steps)) if self._steps else float("inf")
-        if step > (_ODD_STEP * usual if self._is_even else self._pause) and group.gap is None:
+        if step > (LOST_STEP * usual if self._is_even else self._pause) and group.gap is None:
             # What comes before a key frame, nothing behind it needs.
             group.gap, self._has_gaps = (None if packet.is_keyframe else len(group.is_counted)), True
         self._steps.append(step)

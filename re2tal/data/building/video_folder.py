@@ -9,13 +9,13 @@ The bytes depend on neither the number of workers nor the number of parts. Label
 from __future__ import annotations
 
 import shutil
-import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from re2tal.data.building.annotation_entries import misfit
+from re2tal.data.building.content import crc32_of
 from re2tal.data.building.make_videos import SCRATCH, Made, Make, OnVideo, Result, Workshop, tools
 from re2tal.data.building.shard_folder import (
     REPORTS,
@@ -288,16 +288,8 @@ class _Found:
 
 def _pairs(part: Sequence[tuple[Item, Made, Path]], sums: list[int]) -> Iterator[Pair]:
     for item, made, path in part:
-        sums.append(_crc32_of(path))
+        sums.append(crc32_of(path))
         yield Pair(item.video_id, to_json(made.description).encode(), path)
-
-
-def _crc32_of(path: Path) -> int:
-    value = 0
-    with path.open("rb") as file:
-        while piece := file.read(1 << 20):
-            value = zlib.crc32(piece, value)
-    return value
 
 
 def _group_name(shard: str) -> str:
