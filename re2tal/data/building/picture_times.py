@@ -114,8 +114,8 @@ class LostPictures:
         group = self._groups[-1]
         group.is_counted.append(is_counted)
         # The times of an AVI are guesses.
-        is_known = not self._has_own_times and packet.pts is not None and group.key is not None
-        group.num_leading += is_known and packet.pts < group.key
+        if not self._has_own_times and packet.pts is not None and group.key is not None:
+            group.num_leading += packet.pts < group.key
         return 0
 
     def _is_paced(self) -> bool:
