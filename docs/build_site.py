@@ -87,6 +87,7 @@ addEventListener("load", () => {
 """
 """Tables wider than the page can be reached, and scrolled, by keyboard."""
 
+ITEM = re.compile(r"(?:[-*]|[0-9]+\.) ")
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s]+)\)")
 
 
@@ -111,6 +112,24 @@ def page(source: str, text: str, pictures: set[str]) -> str:
         in_code ^= line.lstrip().startswith("```")
         lines.append(line if in_code else LINK.sub(link, line))
     return "\n".join(lines) + "\n"
+
+
+def spaced(text: str) -> str:
+    """The text with what the site's Markdown wants and GitHub's does not: empty lines before lists and tables, and four
+    spaces before what belongs to a numbered item."""
+    lines, in_code, in_item = [""], False, False
+    for line in text.splitlines():
+        before = lines[-1]
+        if line and not in_code:
+            # A number behind an item's second paragraph would be of that paragraph.
+            begins_list = ITEM.match(line) and not ITEM.match(before) and (line[0].isdigit() or before[:1] != " ")
+            begins_table = line.startswith("|") and not before.startswith("|")
+            if before and (begins_list or begins_table):
+                lines.append("")
+            in_item = line[0].isdigit() if ITEM.match(line) else in_item and line[0] == " "
+        in_code ^= line.lstrip().startswith("```")
+        lines.append(f" {line}" if in_item and line.startswith("   ") else line)
+    return "\n".join(lines[1:]) + "\n"
 
 
 def joined(text: str) -> str:
@@ -144,7 +163,7 @@ def assemble(folder: Path) -> None:
     pages, pictures = folder / "pages", set[str]()
     (pages / "pictures").mkdir(parents=True)
     for source, name in PAGES.items():
-        (pages / name).write_text(page(source, joined((ROOT / source).read_text()), pictures))
+        (pages / name).write_text(page(source, spaced(joined((ROOT / source).read_text())), pictures))
     (pages / "api.md").write_text(reference())
     (pages / "contrast.css").write_text(CONTRAST)
     (pages / "tables.js").write_text(TABLES)

@@ -76,6 +76,16 @@ def test_all_links_between_pages_lead_to_a_page_and_a_place_on_it(site: Path) ->
     assert lost == []
 
 
+def test_lists_and_tables_are_no_paragraphs(site: Path) -> None:
+    for page in site.rglob("*.html"):
+        paragraphs = re.findall(r"<p>(.*?)</p>", page.read_text(), re.DOTALL)
+        lost = [one[:200] for one in paragraphs if re.search(r"^\s*([-*] |[0-9]+\. |\|)", one, re.MULTILINE)]
+        assert lost == [], page.name
+    steps = (site / "recipes.html").read_text().partition('id="from-plain-kinetics-weights')[2].partition("</ol>")[0]
+    assert steps.count("<li>") == 3
+    assert steps.count("<pre>") == 3
+
+
 def test_every_public_name_is_in_the_reference_with_its_words(site: Path) -> None:
     text = re.sub(r"<[^>]+>", "", (site / "api.html").read_text())
     for name in re2tal.__all__:
