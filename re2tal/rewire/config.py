@@ -47,9 +47,9 @@ class RewiringConfig:
     states: States = option("float32", of_rewired=True)
     """What the states of a run are made of: "float32" is rebuilt exactly on its grid, "int32" on any grid."""
     grid: GridStep = "auto"
-    """Grid of the states that makes rebuilding exact: a step, None for none, or "auto": 2**-14 under bfloat16 and
-    float16; in float32 2**-18 where branches have kinks, as ReLU has one, and none where they are smooth; for "int32"
-    always 2**-16."""
+    """Grid of the states that makes rebuilding exact: a step, None for none, or "auto": 2^-14 under bfloat16 and
+    float16; in float32 2^-18 where branches have kinks, as ReLU has one, and none where they are smooth; for "int32"
+    always 2^-16."""
     chunk_mebibytes: float | None = option(None, of_rewired=True)
     """Run a branch in pieces that each need about this much memory while they are differentiated: less memory, more and
     smaller kernels. Only branches that declare a `Cut` are cut, and SlowFast's only with `norm_eval`. None runs every
