@@ -159,9 +159,9 @@ def prepared(num_frames: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("rewired", [True, False], ids=["rewired", "plain"])
 def test_memory_grows_by_frames_and_features_alone(rewired: bool) -> None:
-    """From 10 to 30 groups."""
+    """From 20 to 60 groups."""
     peaks = []
-    for num_frames in (40, 120):
+    for num_frames in (80, 240):
         backbone = build(dtype=torch.float32, clips_at_once=1, rewired=rewired)
         for _ in range(2):  # the first step keeps samples of states, to compare them
             pixels, frames = prepared(num_frames)
@@ -173,7 +173,7 @@ def test_memory_grows_by_frames_and_features_alone(rewired: bool) -> None:
                 uneven(values).backward()
         assert frames.dtype == torch.uint8
         peaks.append(live.peak)
-    features, pixels_bytes = 4 * 48 * 80 // 2, 4 * 3 * 32 * 32 * 80
+    features, pixels_bytes = 4 * 48 * 160 // 2, 4 * 3 * 32 * 32 * 160
     # Frames are prepared once more in backward; features have a gradient, and the loss its weights and product.
     assert peaks[1] - peaks[0] <= pixels_bytes + 8 * features
 

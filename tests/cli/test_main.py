@@ -245,7 +245,7 @@ def test_what_a_newcomer_gets_wrong_is_said_in_one_line(arguments, message, tmp_
 
 def test_launched_by_the_script_too():
     with pytest.raises(
-        RuntimeError, match=r"rank 0 ended with 2: .*unknown recipe 'demos'; nearest: \['demo', "
+        RuntimeError, match=r"(?s)rank 0 ended with 2: .*unknown recipe 'demos'; nearest: \['demo', "
     ) as said:
         launch_ranks([sys.executable, str(LAUNCHER), "--recipe", "demos"], world_size=1)
     assert "Traceback" not in str(said.value)
