@@ -23,7 +23,8 @@ def end(message: str, status: int, *, debug: bool = False) -> NoReturn:
     error = sys.exc_info()[1]
     if error is not None and debug:
         traceback.print_exception(error)
-    elif error is not None and (kept := _keep(error, rank)) and not (_is_ours(error) or of_a_file(error)):
+    # Where the keyboard stopped it tells nothing.
+    elif isinstance(error, Exception) and (kept := _keep(error, rank)) and not (_is_ours(error) or of_a_file(error)):
         message = f"{message} (traceback in {kept}; --debug prints it)"
     print(f"re2tal{f' (rank {rank})' if rank else ''}: {message}", file=sys.stderr)
     sys.exit(status)

@@ -213,7 +213,8 @@ def test_the_keyboard_stops_a_command_in_one_line(monkeypatch, capsys):
 
     runs_instead(command, monkeypatch)
     assert status_of(["demo"]) == 130
-    assert "stopped by the keyboard" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert said == "re2tal: stopped by the keyboard; finished files are kept, a training run goes on with --resume\n"
 
 
 def test_a_bug_keeps_its_traceback(monkeypatch):
@@ -232,7 +233,10 @@ def test_a_bug_keeps_its_traceback(monkeypatch):
         (["--ds", "/no/ds.json"], "/no/ds.json is not a file"),
         (["--data.shards", "/no/shards", "--out", "OUT"], "/no/shards/training is not a folder"),
         (["--resume", "--overwrite"], "resume continues the earlier run, overwrite removes it; choose one of them"),
-        (["--recipe", "thumos14_re2swin_tiny"], "shards/thumos14/training is not a folder; build it"),
+        (
+            ["--recipe", "thumos14_re2swin_tiny"],
+            "training is not a folder; if it was moved, give its new place, or else build",
+        ),
     ],
 )
 def test_what_a_newcomer_gets_wrong_is_said_in_one_line(arguments, message, tmp_path, monkeypatch, capsys):

@@ -6,10 +6,11 @@ from itertools import pairwise
 import av
 import numpy as np
 import pytest
+from data.workers import interrupted
 
 from re2tal.cli.demo import demo
 from re2tal.data.building.annotations import read_annotations
-from re2tal.data.building.demo import DemoConfig, write_demo, write_demo_clips
+from re2tal.data.building.demo import DemoConfig, _in_processes, write_demo, write_demo_clips
 from re2tal.data.building.demo_scenes import (
     CLASSES,
     CLIP_SECONDS,
@@ -245,3 +246,8 @@ def test_trimmed_clips_lie_in_folders_of_their_classes(tmp_path):
 def test_two_that_draw_into_one_folder_at_once_are_refused(tmp_path):
     with locked(tmp_path), pytest.raises(ValueError, match="is in use by a run on host"):
         demo(out=tmp_path, num_training=1, num_validation=1, workers=1)
+
+
+def test_what_ctrl_c_means_is_decided_by_one_process():
+    """The others ended in a traceback each, on the terminal."""
+    assert _in_processes(interrupted, SMALL, workers=1) == [0, 1, 0, 1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import time
 from multiprocessing.connection import Connection
 
@@ -24,3 +25,9 @@ def slow_but_working(seconds: float) -> str:
         still_working()
         time.sleep(0.05)
     return "done"
+
+
+def interrupted(job: tuple[str, int]) -> int:
+    """Meets Ctrl-C, as all processes of a terminal do."""
+    signal.raise_signal(signal.SIGINT)
+    return job[1]

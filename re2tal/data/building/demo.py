@@ -7,6 +7,7 @@ Mirroring a picture turns one class into another: train on this with flips off.
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -88,7 +89,8 @@ def _is_written(listing: Path, version: str) -> bool:
 def _in_processes(write: Callable[[tuple[str, int]], T], config: DemoConfig, *, workers: int | None) -> list[T]:
     counts = (config.num_training, config.num_validation)
     jobs = [(subset, number) for subset, count in zip(SUBSETS, counts, strict=True) for number in range(count)]
-    with ProcessPoolExecutor(num_workers(workers), mp_context=get_context("spawn")) as pool:
+    context, ignored = get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
+    with ProcessPoolExecutor(num_workers(workers), context, initializer=signal.signal, initargs=ignored) as pool:
         return list(pool.map(write, jobs, chunksize=2))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 import stat
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ def check_index_sha256(root: Path, manifest: Manifest | FeatureManifest) -> None
 def check_is_shard_folder(root: Path) -> None:
     """ValueError where a folder lacks its manifest or index, with the folders in it that have them."""
     if not root.is_dir():
-        raise ValueError(f"{root} is not a folder; {rebuild_hint(root)}")
+        raise ValueError(f"{root} is not a folder; if it was moved, give its new place, or else {rebuild_hint(root)}")
     has_index = (root / INDEX_NAME).is_file() or any(root.glob("index.*.jsonl"))
     if (root / MANIFEST_NAME).is_file() and has_index:
         return
@@ -44,8 +45,8 @@ def rebuild_hint(root: Path, manifest: Manifest | FeatureManifest | None = None)
     if isinstance(manifest, FeatureManifest):
         return "run the re2tal features command that made it again; what is sound is kept"
     return (
-        "build it (a stopped build goes on where it was) with: "
-        f"re2tal shards build --videos DIR --annotations FILE --out {root.parent} --subsets {root.name}"
+        "build it (a stopped build goes on where it was) with: re2tal shards build --videos DIR --annotations FILE "
+        f"--out {shlex.quote(str(root.parent))} --subsets {root.name}"
     )
 
 
