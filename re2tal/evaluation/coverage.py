@@ -198,7 +198,11 @@ class Coverage:
 
     def _hinted(self, label: str) -> str:
         near = [known for known in self.known_labels if _folded(known) == _folded(label)]
-        return f"{label!r}, which is nearly {near[0]!r}" if near else repr(label)
+        if not near:
+            return repr(label)
+        # Of other Unicode forms both would look the same.
+        show = ascii if unicodedata.normalize("NFC", near[0]) == unicodedata.normalize("NFC", label) else repr
+        return f"{show(label)}, which is nearly {show(near[0])}"
 
 
 def cut_by_limit(videos: Mapping[str, int]) -> str:

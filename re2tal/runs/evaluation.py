@@ -105,7 +105,7 @@ class ScoringRules:
 
     def check(self) -> None:
         """ValueError for a number that means nothing."""
-        if self.tiou_thresholds:
+        if self.tiou_thresholds is not None:
             check_thresholds(self.tiou_thresholds)
 
 

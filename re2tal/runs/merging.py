@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from re2tal.data.building.labels import twin_problems
 from re2tal.evaluation.coverage import cut_by_limit, name_some
 from re2tal.evaluation.results import Results, read_results, write_results
 from re2tal.evaluation.suppression import SuppressionConfig, suppress
@@ -168,7 +169,7 @@ def _together(
         for path, there in zip(paths, seen, strict=True)
         if (missing := [video_id for video_id in parts if video_id not in there])
     ]
-    notes += _label_notes(files, paths, index)
+    notes += [*_label_notes(files, paths, index), *twin_problems(list(index), or_fix="")]
     return {video_id: concatenate(some) for video_id, some in parts.items()}, tuple(index), notes
 
 

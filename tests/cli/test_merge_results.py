@@ -122,3 +122,10 @@ def test_verbs_and_nouns_that_overlap_become_a_submission_that_the_challenge_sco
         with pytest.raises(ValueError, match=r"verbs first, and no other option but suppression\.max_per_video"):
             merge_results([verbs, nouns], tmp_path / "none.json", options)
     assert not (tmp_path / "none.json").exists()
+
+
+def test_labels_that_look_alike_are_told(tmp_path: Path) -> None:
+    a = write(tmp_path / "a.json", {"x": [(0, 10, "st\u00fcrzen", 0.8)]})
+    b = write(tmp_path / "b.json", {"x": [(0, 10, "stu\u0308rzen", 0.8)]})
+    notes = merge_results([a, b], tmp_path / "out.json").notes
+    assert "labels 'st\\xfcrzen' (1 times) and 'stu\\u0308rzen' (1 times) differ only by case" in notes[-1]

@@ -66,6 +66,7 @@ RUNS: dict[type, Callable[..., Any]] = {
         (re2tal.ScoringOptions, "bootstrap", -5, "give at least 2 draws, customary are 1000, or 0 for none"),
         (re2tal.ScoringOptions, "bootstrap_seed", -1, "give 0 or more"),
         (re2tal.ScoringOptions, "tiou_thresholds", (nan,), r"give at least one number in \(0, 1]"),
+        (re2tal.ScoringOptions, "tiou_thresholds", (), r"give at least one number in \(0, 1]"),
         (ComparisonOptions, "draws", 1, "give at least 2 draws; customary are 1000"),
         (ComparisonOptions, "seed", -1, "give 0 or more"),
         (ViewOptions, "port", 70000, "give a number from 0"),

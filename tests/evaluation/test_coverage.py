@@ -55,6 +55,12 @@ def test_what_does_not_meet_is_counted_and_named_beside_the_number(tmp_path: Pat
     ]
 
 
+def test_a_label_in_another_unicode_form_is_shown_to_be_in_one(tmp_path: Path) -> None:
+    found = {"a": [*JUMP, (1.0, 4.0, "u\u0308ben")]}
+    scored = re2tal.evaluate(*write(tmp_path, found, {"a": [*JUMP, (1.0, 4.0, "\u00fcben")]}))
+    assert r"'u\u0308ben', which is nearly '\xfcben'" in str(scored)
+
+
 def test_a_sound_file_has_no_notes(tmp_path: Path) -> None:
     scored = re2tal.evaluate(*write(tmp_path, {"a": JUMP}, {"a": JUMP}))
     assert scored.to_json()["coverage"]["notes"] == []
