@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import MISSING, field, fields, is_dataclass
-from typing import Any, Literal, NamedTuple, TypeVar, overload
+from typing import Any, Literal, NamedTuple, TypeVar
 
 T = TypeVar("T")
 
@@ -58,37 +58,18 @@ def check(name: str, value: float | tuple[float, ...] | None, one: Range) -> Non
 Flag = Literal["resumable", "planned", "wiring", "of_rewired"]
 
 
-@overload
-def option(
-    default: T,
-    *,
-    resumable: bool | None = ...,
-    planned: bool | None = ...,
-    wiring: bool | None = ...,
-    of_rewired: bool | None = ...,
-) -> T: ...
-
-
-@overload
-def option(
-    *,
-    default_factory: Callable[[], T],
-    resumable: bool | None = ...,
-    planned: bool | None = ...,
-    wiring: bool | None = ...,
-    of_rewired: bool | None = ...,
-) -> T: ...
+_NONE: Any = MISSING
 
 
 def option(
-    default: Any = MISSING,
+    default: T = _NONE,
     *,
-    default_factory: Any = MISSING,
+    default_factory: Callable[[], T] = _NONE,
     resumable: bool | None = None,
     planned: bool | None = None,
     wiring: bool | None = None,
     of_rewired: bool | None = None,
-) -> Any:
+) -> T:
     """As `dataclasses.field`, with flags; None inherits a flag from the field that holds the configuration.
 
     Args:
@@ -102,7 +83,8 @@ def option(
     """
     flags = {"resumable": resumable, "planned": planned, "wiring": wiring, "of_rewired": of_rewired}
     metadata = {name: value for name, value in flags.items() if value is not None}
-    return field(default=default, default_factory=default_factory, metadata=metadata)
+    made: Any = field(default=default, default_factory=default_factory, metadata=metadata)  # type: ignore[call-overload]
+    return made
 
 
 def names_with(config: Any, flag: Flag, *, inherited: bool = False) -> Iterator[str]:

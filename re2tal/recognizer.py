@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from re2tal.backbones.base import VideoBackbone
 from re2tal.backbones.slowfast.network import SlowFast
 from re2tal.backbones.weights import read_checkpoint
+from re2tal.options import RATE, check_ranges
 from re2tal.structures import Action, Timeline, to_device
 
 INITIAL_STD = 0.01
@@ -53,9 +54,7 @@ class RecognizerConfig:
     does not name its classes, for as many, in this order."""
 
     def __post_init__(self) -> None:
-        for name in ("dropout", "label_smoothing"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"recognizer.{name} is {getattr(self, name)}; give a share from 0 to below 1")
+        check_ranges(self, "recognizer", dropout=RATE, label_smoothing=RATE)
 
 
 class Recognizer(nn.Module):

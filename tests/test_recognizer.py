@@ -98,7 +98,7 @@ def test_a_clip_that_does_not_show_one_class_is_an_error(actions, message):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: RecognizerConfig(dropout=1.0), "recognizer.dropout is 1.0; give a share from 0 to below 1"),
+        (lambda: RecognizerConfig(dropout=1.0), "recognizer.dropout is 1.0; give a number from 0 to below 1"),
         (lambda: RecognizerConfig(label_smoothing=-0.1), "recognizer.label_smoothing is -0.1"),
         (lambda: Recognizer(Means(), RecognizerConfig(), classes=["a"]), "classes must be distinct and at least two"),
         (lambda: Recognizer(Means(), RecognizerConfig(), classes=["a", "a"]), "classes must be distinct"),

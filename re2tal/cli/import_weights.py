@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from re2tal.cli.say import say_detected, say_found
-from re2tal.config import RecognitionConfig, RunConfig
+from re2tal.config import AnyRun
 from re2tal.files import output_file
 from re2tal.runs.detection import detect
 from re2tal.runs.video_files import list_videos
@@ -18,7 +18,7 @@ from re2tal.runs.weights_import import import_into_file, import_into_run
 def import_weights(
     weights: Annotated[Path, tyro.conf.Positional],
     *,
-    run: Annotated[RunConfig | RecognitionConfig, tyro.conf.arg(name="")],
+    run: Annotated[AnyRun, tyro.conf.arg(name="")],
     out: Path,
     classes: Path | None = None,
     as_plain: bool = False,
@@ -48,9 +48,7 @@ def import_weights(
     return 0 if videos is None else say_detected(detect(out, [videos], say=say_found))
 
 
-def _import_backbone(
-    weights: Path, run: RunConfig | RecognitionConfig, out: Path, *, as_plain: bool, videos: Path | None
-) -> None:
+def _import_backbone(weights: Path, run: AnyRun, out: Path, *, as_plain: bool, videos: Path | None) -> None:
     if videos is not None:
         raise ValueError(
             f"--videos {videos} needs a whole detector, and --out {out} is for its backbone; name a folder"

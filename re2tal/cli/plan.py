@@ -6,16 +6,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import torch
 import tyro
 
+from re2tal.config import AnyRun
 from re2tal.files import output_file
 from re2tal.options import COUNT, check
 from re2tal.planning.choice import plan_step
 from re2tal.runs.deepspeed_presets import DEFAULT_PRESET, find_preset
-from re2tal.runs.devices import default_device, named_device
+from re2tal.runs.devices import named_device
 from re2tal.runs.planning_tables import print_forms, write_page
-from re2tal.runs.tasks import AnyRun
 from re2tal.strict_json import write_json
 
 
@@ -53,19 +52,10 @@ def plan(
     if write is not None:
         return write_page(write)
     if forms:
-        return print_forms(run, ds, num_classes=classes, device=_device(device))
-    run = _within(run, memory_budget_gb)
-    planned = plan_step(run, find_preset(ds), world_size=ranks, num_classes=classes, device=_device(device))
+        return print_forms(run, ds, num_classes=classes, device=named_device(device))
+    if memory_budget_gb is not None:
+        run = replace(run, engine=replace(run.engine, memory_budget_gb=memory_budget_gb))
+    planned = plan_step(run, find_preset(ds), world_size=ranks, num_classes=classes, device=named_device(device))
     print(planned)
     if json is not None:
         write_json(json, planned.to_json())
-
-
-def _within(run: AnyRun, memory_budget_gb: float | Literal["auto"] | None) -> AnyRun:
-    if memory_budget_gb is None:
-        return run
-    return replace(run, engine=replace(run.engine, memory_budget_gb=memory_budget_gb))
-
-
-def _device(name: str | None) -> torch.device:
-    return default_device() if name is None else named_device(name)

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import tyro
 
+from re2tal.options import COUNT, check
 from re2tal.rewire import RewiringConfig
 from re2tal.runs.rewiring import rewire_and_count
 
@@ -28,8 +29,6 @@ def rewire(
         frames: frames of the clip to count memory for; what the network was trained on by default
         size: rows and columns of these frames; what the network was trained on by default
     """
-    if frames is not None and frames < 1:
-        raise ValueError(f"--frames is {frames}; give 1 or more, or leave it out")
-    if size is not None and min(size) < 1:
-        raise ValueError(f"--size is {size[0]} {size[1]}; give rows and columns of 1 or more, or leave it out")
+    check("--frames", frames, COUNT)
+    check("--size", size, COUNT)
     print(rewire_and_count(model, wiring, weights=weights, frames=frames, size=size))

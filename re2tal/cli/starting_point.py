@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from re2tal.config import RecognitionConfig, RunConfig, load_run
+from re2tal.config import AnyRun, load_run
 from re2tal.config.schema import without_settings
 from re2tal.config.unions import CHOICES
 from re2tal.options import names_with
@@ -19,7 +19,7 @@ from re2tal.rewire.config import SAVING
 NOT_REWIRED = "where the backbone is not rewired"
 
 
-def starting_point(arguments: Sequence[str], *, default: str) -> tuple[RunConfig | RecognitionConfig, list[str]]:
+def starting_point(arguments: Sequence[str], *, default: str) -> tuple[AnyRun, list[str]]:
     """Takes --recipe (`default` without) or --config out of the arguments: the run they name, and the other ones.
 
     Options that choose one of several kinds, such as --localizer vsgn, are taken out too: the run then has that kind
@@ -53,9 +53,7 @@ def starting_point(arguments: Sequence[str], *, default: str) -> tuple[RunConfig
     return run, rest
 
 
-def _without_what_options_rule_out(
-    run: RunConfig | RecognitionConfig, options: Sequence[str]
-) -> RunConfig | RecognitionConfig:
+def _without_what_options_rule_out(run: AnyRun, options: Sequence[str]) -> AnyRun:
     """`run` without its memory settings where an option leaves them no meaning, as whole blocks do; where the backbone
     is not rewired, without all that only a rewired one has.
 
@@ -76,7 +74,7 @@ def _without_what_options_rule_out(
     return run
 
 
-def _ruled_out_by(run: RunConfig | RecognitionConfig, options: Sequence[str]) -> str | None:
+def _ruled_out_by(run: AnyRun, options: Sequence[str]) -> str | None:
     """Which of the options leaves settings of memory no meaning, if any does."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for name in ("rewired", "recompute", "norm_eval"):

@@ -9,10 +9,10 @@ from typing import Annotated
 import tyro
 
 from re2tal.cli.say import say_trained
+from re2tal.config import AnyRun
 from re2tal.runs import training_run
 from re2tal.runs.deepspeed_presets import DEFAULT_PRESET
 from re2tal.runs.exit_status import HUNG, INTERRUPTED
-from re2tal.runs.tasks import AnyRun
 from re2tal.training.watchdog import RanksLost
 
 

@@ -2,10 +2,11 @@
 
 from re2tal.config.build import build_detector, build_recognizer, check_start_wiring
 from re2tal.config.file import flatten, load_config, load_run, save_config, to_json
-from re2tal.config.schema import RUNS, DataConfig, RecognitionConfig, RunConfig, SharedConfig
+from re2tal.config.schema import RUNS, AnyRun, DataConfig, RecognitionConfig, RunConfig, SharedConfig
 
 __all__ = [
     "RUNS",
+    "AnyRun",
     "DataConfig",
     "RecognitionConfig",
     "RunConfig",

@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 from pydantic import ConfigDict, TypeAdapter, ValidationError, with_config
 
 from re2tal.backbones.weights import is_weights_file
-from re2tal.config.schema import RUNS, RecognitionConfig, RunConfig
+from re2tal.config.schema import RUNS, AnyRun, RunConfig
 from re2tal.config.unions import CHOICES, KindChoice
 from re2tal.data.addresses.address import folder_address
 from re2tal.files import write_atomically
@@ -25,7 +25,7 @@ from re2tal.strict_json import brief, read_json
 T = TypeVar("T")
 
 
-def save_config(path: Path, config: RunConfig | RecognitionConfig) -> None:
+def save_config(path: Path, config: AnyRun) -> None:
     """Writes the JSON form of `config`, which `load_config` reads back as an equal one, with its paths absolute."""
     document = to_json(config)
     # The tag comes first, so that a reader sees which kind the keys after it are of.
@@ -49,7 +49,7 @@ def load_config(path: Path) -> RunConfig:
     return config
 
 
-def load_run(path: Path) -> RunConfig | RecognitionConfig:
+def load_run(path: Path) -> AnyRun:
     """As `load_config`, of either kind of run; its `task` says which, and without one it is a detector's."""
     document = read_json(path)
     # Before anything else is read: the task says which class reads it.
@@ -65,7 +65,7 @@ def load_run(path: Path) -> RunConfig | RecognitionConfig:
         raise ValueError(f"{path}: {error}") from None
 
 
-def to_json(config: RunConfig | RecognitionConfig) -> dict[str, Any]:
+def to_json(config: AnyRun) -> dict[str, Any]:
     """`config` as JSON values, without the tags that only a file needs: keys tell kinds apart where all are given.
 
     Paths are absolute, so that a run may go on from another working directory.

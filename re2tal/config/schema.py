@@ -102,10 +102,10 @@ def _refuse_settings(backbone: BackboneConfig, names: Iterable[str], reason: str
             raise ValueError(f"backbone.{name} is {value!r}, but {reason}, or leave backbone.{name} out")
 
 
-AnyRun = TypeVar("AnyRun", bound=SharedConfig)
+R = TypeVar("R", bound=SharedConfig)
 
 
-def without_settings(run: AnyRun, names: Collection[str]) -> tuple[AnyRun, dict[str, Any]]:
+def without_settings(run: R, names: Collection[str]) -> tuple[R, dict[str, Any]]:
     """`run` with these fields of its backbone at their defaults, and the values that this replaces, by field."""
     default = {name: getattr(BackboneConfig(), name) for name in names}
     left_out = {name: value for name in names if (value := getattr(run.backbone, name)) != default[name]}
@@ -166,6 +166,8 @@ class RecognitionConfig(SharedConfig):
                 "recognition takes Trimmed or ResizeWhole"
             )
 
+
+AnyRun = RunConfig | RecognitionConfig
 
 RUNS: dict[str, type[RunConfig] | type[RecognitionConfig]] = {
     "localization": RunConfig,

@@ -21,8 +21,8 @@ import numpy as np
 
 from re2tal.evaluation.average_precision import area_under
 from re2tal.evaluation.coverage import name_some
-from re2tal.evaluation.instances import Predictions, Truths, flatten_predictions, flatten_truths
-from re2tal.evaluation.matching import partners_by_class, ranked_by_class
+from re2tal.evaluation.instances import Predictions, Truths, flatten_predictions, flatten_truths, ranked_by
+from re2tal.evaluation.matching import partners_by_class
 from re2tal.evaluation.protocols import OFFICIAL, check_thresholds
 from re2tal.structures import Detections, VideoRecord
 from re2tal.tables import text_table
@@ -127,7 +127,7 @@ def analyse_errors(
     videos = [_without_odd_actions(video, is_known=video.video_id not in without_duration) for video in ground_truth]
     truths = flatten_truths(videos, protocol=OFFICIAL, blocked_videos=blocked_videos)
     flat = flatten_predictions(predictions, truths, classes=classes, blocked_videos=blocked_videos)
-    ranked = ranked_by_class(flat, num_classes=len(truths.classes))
+    ranked = ranked_by(flat.labels, flat.scores, num=len(truths.classes))
     counts = np.bincount(truths.labels)
     best = [rows[: count * per_action] for rows, count in zip(ranked, counts, strict=True)]
     everything, limited = (

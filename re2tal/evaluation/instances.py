@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -236,6 +237,16 @@ def _coverage(
         most_per_video=most,
         videos_at_most=tuple(video_id for video_id, number in per_video.items() if number == most),
     )
+
+
+def ranked_by(keys: np.ndarray, scores: np.ndarray, *, num: int) -> list[np.ndarray]:
+    """Rows of each of the keys 0 .. `num` - 1, by falling score; equal scores keep their order."""
+    # Sorted twice, by the less important key first: the second, stable sort keeps the order of scores within a key.
+    by_score = np.argsort(-scores, kind="stable")
+    by_key = by_score[np.argsort(keys[by_score], kind="stable")]
+    # A key of -1 comes before the first bound, and is cut off.
+    bounds = np.searchsorted(keys[by_key], np.arange(num + 1))
+    return [by_key[first:end] for first, end in pairwise(bounds)]
 
 
 def _stack(tensors: list[torch.Tensor], dtype: torch.dtype) -> np.ndarray:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
 from re2tal.evaluation.ground_truth import ANY_CLASS, as_one_class
-from re2tal.evaluation.instances import Predictions, Truths, flatten_predictions, flatten_truths
+from re2tal.evaluation.instances import Predictions, Truths, flatten_predictions, flatten_truths, ranked_by
 from re2tal.evaluation.protocols import Protocol, check_thresholds, find_protocol
 from re2tal.structures import Detections, VideoRecord
 
@@ -62,18 +61,9 @@ def match_predictions(
     # Looked up again by video only where it fails, for the message.
     if rules.refuses_unknown_labels and (flat.labels < 0).any():
         _refuse_unknown(predictions, classes, truths.classes, blocked_videos, rules.name)
-    ranked = ranked_by_class(flat, num_classes=len(truths.classes))
+    ranked = ranked_by(flat.labels, flat.scores, num=len(truths.classes))
     partners = partners_by_class(flat, truths, ranked, protocol=rules, thresholds=thresholds)
     return Matches(rules, thresholds, truths, flat, ranked, partners)
-
-
-def ranked_by_class(flat: Predictions, *, num_classes: int) -> list[np.ndarray]:
-    """Rows of the predictions of each class, best first."""
-    # Sorted twice, by the less important key first: the second, stable sort keeps the order of scores within a class.
-    by_score = np.argsort(-flat.scores, kind="stable")
-    by_class = by_score[np.argsort(flat.labels[by_score], kind="stable")]
-    bounds = np.searchsorted(flat.labels[by_class], np.arange(num_classes + 1))
-    return [by_class[first:end] for first, end in pairwise(bounds)]
 
 
 def partners_by_class(

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
-from re2tal.evaluation.instances import Predictions, flatten_predictions, flatten_truths
+from re2tal.evaluation.instances import flatten_predictions, flatten_truths, ranked_by
 from re2tal.evaluation.protocols import TIOU_THRESHOLDS, Protocol, check_thresholds, find_protocol
 from re2tal.structures import Detections, VideoRecord
 
@@ -91,17 +92,18 @@ def average_recall(
         raise ValueError(f"proposals_per_video is {proposals_per_video}; give at least 1")
     truths = flatten_truths(ground_truth, protocol=rules, blocked_videos=blocked_videos)
     proposals = flatten_predictions(predictions, truths, classes=classes, blocked_videos=blocked_videos)
+    report = partial(RecallReport, rules.name, tuple(thresholds.tolist()))
     num_points = 100 if rules.recall_points == "percent" else proposals_per_video
     points = np.arange(1, num_points + 1) / num_points
     wanted = proposals_per_video * float(len(truths.video_ids))
 
-    ranked = _rank_within_videos(proposals, num_videos=len(truths.video_ids))
+    ranked = ranked_by(proposals.videos, proposals.scores, num=len(truths.video_ids))
     # The share may exceed 1 where there are few proposals: slicing then keeps all. max: without any, there is nothing
     # to share.
     kept = [ranks[: int(len(ranks) * (wanted / max(len(proposals.scores), 1)))] for ranks in ranked]
     num_kept = sum(map(len, kept))
     if not num_kept:
-        return _report(rules, thresholds, np.zeros((len(thresholds), num_points)), points * proposals_per_video)
+        return report(np.zeros((len(thresholds), num_points)), points * proposals_per_video)
     # The order of these operations decides how int() truncates; it is that of the published code.
     shares = points * (wanted / num_kept)
     found = np.zeros((len(thresholds), num_points))
@@ -111,7 +113,7 @@ def average_recall(
             proposals.segments[ranks][None], truths.segments[bounds[video] : bounds[video + 1]][:, None]
         )
         found += _found(overlaps, thresholds, np.minimum((len(ranks) * shares).astype(np.int64), len(ranks)))
-    return _report(rules, thresholds, found / len(truths.videos), shares * (num_kept / len(truths.video_ids)))
+    return report(found / len(truths.videos), shares * (num_kept / len(truths.video_ids)))
 
 
 def top_kx_recall(
@@ -158,16 +160,6 @@ def top_kx_recall(
     return (found / np.bincount(truths.labels, minlength=num_classes)).mean(axis=2)
 
 
-def _rank_within_videos(proposals: Predictions, *, num_videos: int) -> list[np.ndarray]:
-    """Indices of each video's proposals, by falling score; equal scores keep their order."""
-    by_score = np.argsort(-proposals.scores, kind="stable")
-    # By the less important key first; videos outside the subset, -1, come before bounds[0] and are cut off.
-    by_video = by_score[np.argsort(proposals.videos[by_score], kind="stable")]
-    bounds = np.searchsorted(proposals.videos[by_video], np.arange(num_videos + 1))
-    # Inner bounds only, counted from the first: `split` makes one part more than it gets bounds.
-    return np.split(by_video[bounds[0] : bounds[-1]], bounds[1:-1] - bounds[0])
-
-
 def _found(overlaps: np.ndarray, thresholds: np.ndarray, num_kept: np.ndarray) -> np.ndarray:
     """(M, n) tIoU of truths and ranked proposals, (P,) how many proposals count -> (T, P) number of truths found."""
     if not overlaps.size:
@@ -181,9 +173,3 @@ def _found(overlaps: np.ndarray, thresholds: np.ndarray, num_kept: np.ndarray) -
 def _finite(overlaps: np.ndarray) -> np.ndarray:
     """0 for inf, an empty prediction on an empty truth: in the published recall, unlike in its AP, that is no match."""
     return np.where(np.isfinite(overlaps), overlaps, 0.0)
-
-
-def _report(
-    rules: Protocol, thresholds: np.ndarray, recall: np.ndarray, proposals_per_video: np.ndarray
-) -> RecallReport:
-    return RecallReport(rules.name, tuple(thresholds.tolist()), recall, proposals_per_video)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from re2tal.evaluation.suppression import SuppressionConfig, suppress
+from re2tal.options import COUNT, SHARE, check
 from re2tal.structures import Detections
 
 MOST_WINDOWS_HELD = 16
@@ -32,10 +33,8 @@ class Selection:
     """indices of the classes that are wanted; None: all"""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.min_score <= 1:
-            raise ValueError(f"min_score is {self.min_score}; give a score from 0 to 1")
-        if self.top is not None and self.top < 1:
-            raise ValueError(f"top is {self.top}; give 1 or more")
+        check("min_score", self.min_score, SHARE)
+        check("top", self.top, COUNT)
 
     def before(self, detections: Detections, suppression: SuppressionConfig) -> Detections:
         """Without those that cannot matter, to save memory and time; not suppressed yet."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from re2tal.backbones import build_backbone
 from re2tal.backbones.hub.tiling import ClipwiseBackbone
-from re2tal.config import RecognitionConfig, RunConfig
+from re2tal.config import AnyRun
 from re2tal.planning.dry_run import Event, marking
 from re2tal.planning.settings import Setting, configure
 from re2tal.rewire import stages_of
@@ -35,7 +35,7 @@ FEWEST_FRAMES = 16
 
 
 def measured_seconds(
-    run: RunConfig | RecognitionConfig,
+    run: AnyRun,
     settings: Sequence[Setting],
     *,
     device: torch.device,
@@ -107,9 +107,7 @@ def link_bytes_per_second(device: torch.device) -> float | None:
     return LINK_BYTES / max(min(seconds(*way) for _ in range(5)) for way in ((here, there), (there, here)))
 
 
-def _clip(
-    run: RunConfig | RecognitionConfig, backbone: nn.Module, device: torch.device, plain_bytes: int
-) -> tuple[Tensor, float]:
+def _clip(run: AnyRun, backbone: nn.Module, device: torch.device, plain_bytes: int) -> tuple[Tensor, float]:
     """Frames that fit when everything is kept, and their share of the run's."""
     if device.type == "cpu":
         room = MOST_BYTES_ON_A_CPU

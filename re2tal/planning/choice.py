@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from re2tal.backbones import stored
-from re2tal.config import RecognitionConfig, RunConfig, flatten, to_json
+from re2tal.config import AnyRun, flatten, to_json
 from re2tal.options import names_with
 from re2tal.planning.calibration import link_bytes_per_second, measured_seconds
 from re2tal.planning.dry_run import DryRun, Trace
@@ -43,7 +43,7 @@ MOST_DRY_RUNS = 5
 
 
 def made_for(
-    run: RunConfig | RecognitionConfig,
+    run: AnyRun,
     settings: Mapping[str, Any],
     *,
     world_size: int,
@@ -70,7 +70,7 @@ def _name(device: torch.device) -> str:
 
 
 def plan_step(
-    run: RunConfig | RecognitionConfig,
+    run: AnyRun,
     ds: Path,
     *,
     world_size: int,
@@ -101,7 +101,7 @@ def plan_step(
 
 
 def zero_memory_of(
-    run: RunConfig | RecognitionConfig,
+    run: AnyRun,
     network: nn.Module,
     settings: Mapping[str, Any],
     *,
@@ -119,9 +119,7 @@ def zero_memory_of(
     )
 
 
-def _budget(
-    run: RunConfig | RecognitionConfig, device: torch.device, free_bytes: int | None, world_size: int
-) -> int | None:
+def _budget(run: AnyRun, device: torch.device, free_bytes: int | None, world_size: int) -> int | None:
     match run.engine.memory_budget_gb:
         case None:
             return None
@@ -131,7 +129,7 @@ def _budget(
             return floor(gigabytes * GIGABYTE)
 
 
-def _refuse_what_cannot_be_planned(run: RunConfig | RecognitionConfig) -> None:
+def _refuse_what_cannot_be_planned(run: AnyRun) -> None:
     key, backbone = f"engine.memory_budget_gb is {run.engine.memory_budget_gb!r}", run.backbone
     if backbone.name == stored.NAME:
         raise ValueError(f"{key}, but a run on stored features has no backbone that could be rebuilt; leave it out")
@@ -157,7 +155,7 @@ def _refuse_what_cannot_be_planned(run: RunConfig | RecognitionConfig) -> None:
 class _Planner:
     """Counts the bytes and measures the time of every option, then searches."""
 
-    def __init__(self, run: RunConfig | RecognitionConfig, dry_run: DryRun, zero: ZeroMemory, budget: int) -> None:
+    def __init__(self, run: AnyRun, dry_run: DryRun, zero: ZeroMemory, budget: int) -> None:
         self.run, self.dry_run, self.zero, self.budget = run, dry_run, zero, budget
         self.stages = dry_run.stages()
         self._traces_by_settings: dict[tuple[Setting, ...], Trace] = {}

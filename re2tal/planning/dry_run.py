@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from re2tal.backbones.clip_memory import ClipMemory
-from re2tal.config import RecognitionConfig, RunConfig, build_detector, build_recognizer
+from re2tal.config import AnyRun, RunConfig, build_detector, build_recognizer
 from re2tal.detector import TemporalActionDetector
 from re2tal.planning.search import Ground
 from re2tal.recognizer import Recognizer
@@ -98,9 +98,7 @@ class Trace:
 class DryRun:
     """The network of a run, with its parameters on fake tensors, and training steps of it."""
 
-    def __init__(
-        self, run: RunConfig | RecognitionConfig, *, device: torch.device, num_classes: int, free_gradients: bool
-    ) -> None:
+    def __init__(self, run: AnyRun, *, device: torch.device, num_classes: int, free_gradients: bool) -> None:
         """`free_gradients`: whether each gradient is freed as soon as it is computed, as under ZeRO 2 and 3."""
         self.run, self.device = run, device
         self.dtype = DTYPES[run.engine.precision]
@@ -196,7 +194,7 @@ class _FullMemory(ClipMemory):
         return np.zeros(shape, dtype=np.float32)
 
 
-def _network(run: RunConfig | RecognitionConfig, classes: Sequence[str]) -> TemporalActionDetector | Recognizer:
+def _network(run: AnyRun, classes: Sequence[str]) -> TemporalActionDetector | Recognizer:
     return build_detector(run, classes) if isinstance(run, RunConfig) else build_recognizer(run, classes)[0]
 
 

@@ -16,7 +16,7 @@ import torch
 
 from re2tal.backbones import BackboneConfig
 from re2tal.backbones.base import ADAPTER_OF
-from re2tal.config import RecognitionConfig, RunConfig
+from re2tal.config import AnyRun
 from re2tal.options import names_with
 from re2tal.planning.choice import zero_memory_of
 from re2tal.planning.dry_run import DryRun
@@ -29,7 +29,7 @@ PIECES = 512.0
 """MiB of a piece of a branch, where the run names none."""
 
 
-def in_form(run: RunConfig | RecognitionConfig, form: str) -> RunConfig | RecognitionConfig | None:
+def in_form(run: AnyRun, form: str) -> AnyRun | None:
     """`run` in one of `FORMS`; None for adapters in a family without a place for them.
 
     Raises ValueError for a run without a network, and for an unknown form.
@@ -61,7 +61,7 @@ def in_form(run: RunConfig | RecognitionConfig, form: str) -> RunConfig | Recogn
 
 
 def memory_on_ranks(
-    run: RunConfig | RecognitionConfig, ds: Path, *, ranks: Sequence[int], num_classes: int, device: torch.device
+    run: AnyRun, ds: Path, *, ranks: Sequence[int], num_classes: int, device: torch.device
 ) -> list[StepMemory]:
     """Of a step of `run` on each of these numbers of ranks, which see the same clips a rank, without a budget."""
     settings = {number: resolve_deepspeed_config(ds, run.engine, world_size=number) for number in ranks}

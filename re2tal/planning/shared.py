@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from re2tal.config import RecognitionConfig, RunConfig
+from re2tal.config import AnyRun
 from re2tal.distributed import made_by_main
 from re2tal.planning.choice import made_for, plan_step
 from re2tal.planning.free_memory import free_on_all_ranks
@@ -24,7 +24,7 @@ FORMAT = 1
 
 
 def shared_plan(
-    run: RunConfig | RecognitionConfig,
+    run: AnyRun,
     ds: Path,
     *,
     world_size: int,

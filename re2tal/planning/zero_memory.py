@@ -118,100 +118,72 @@ def zero_memory(
 
     `bytes_each`: of a parameter in forward and backward; `averaged`: whether the run keeps a moving average.
     """
-    zero = _zero(settings)
-    zero_stage = zero.get("stage", 0)
-    loading = _loading(weights, settings, bytes_each=bytes_each, world_size=world_size)
-    if zero_stage == 0:
-        memory = _whole(weights, bytes_each=bytes_each, world_size=world_size, averaged=averaged, on_cpu=on_cpu)
-        return replace(memory, loading=loading)
-    sharded = _with_sharded_parameters if zero_stage == 3 else _with_sharded_optimizer
-    memory = replace(
-        sharded(weights, zero, bytes_each=bytes_each, world_size=world_size, averaged=averaged), loading=loading
-    )
-    if not _is_on_host(zero, "offload_optimizer"):
-        return memory
-    # With the gradients in float32, the shard in the parameters' type, and before ZeRO 3 a tensor to put them through.
-    shard, through = -(-weights.trained // world_size), 0 if zero_stage == 3 else 4 * weights.largest
-    return replace(
-        memory,
-        gradients=0,
-        optimizer=0,
-        average=0,
-        step_gradients=0,
-        step_scratch=_bucket(zero, bytes_each) if zero_stage == 3 else 0,
-        host=memory.host + memory.optimizer + memory.average + (4 + bytes_each) * shard + through,
-    )
-
-
-def _loading(weights: Weights, settings: Mapping[str, Any], *, bytes_each: int, world_size: int) -> int:
-    """All parameters in float32, narrowed one by one; if sharded early, the shards and one whole parameter."""
-    every = weights.trained + weights.frozen
-    if not is_sharded_early(settings):
-        # Networks are built in float32. A parameter and its narrow copy are alive together while it is converted.
-        return 4 * every + (bytes_each * weights.largest_of_all if bytes_each < 4 else 0)
+    zero, every = _zero(settings), weights.trained + weights.frozen
+    zero_stage, bucket = zero.get("stage", 0), bytes_each * int(zero.get("reduce_bucket_size", DEFAULT_BUCKET))
     # -(-a // b) rounds up: the last rank's shard is padded.
-    shards = 0 if _is_on_host(_zero(settings), "offload_param") else bytes_each * -(-every // world_size)
-    return shards + bytes_each * weights.largest_of_all
-
-
-def _whole(weights: Weights, *, bytes_each: int, world_size: int, averaged: bool, on_cpu: bool) -> ZeroMemory:
-    """ZeRO 0."""
-    # AdamW goes through tensors one by one on a CPU, through all of a group at once elsewhere.
-    at_once = weights.largest if on_cpu else weights.largest_group
-    # DeepSpeed sums gradients in buckets of this size, in float32.
-    flat = 4 * min(weights.trained, DEFAULT_BUCKET) if world_size > 1 else 0  # whatever the file says
-    return ZeroMemory(
-        parameters=bytes_each * (weights.trained + weights.frozen),
-        optimizer=MOMENTS * weights.trained,
-        average=4 * weights.trained * averaged,
-        step_gradients=bytes_each * weights.trained,
-        step_scratch=max(flat, STEP * at_once),
-    )
-
-
-def _with_sharded_optimizer(
-    weights: Weights, zero: Mapping[str, Any], *, bytes_each: int, world_size: int, averaged: bool
-) -> ZeroMemory:
-    """ZeRO 1 and 2, nothing offloaded."""
-    shard = -(-weights.trained // world_size)
-    return ZeroMemory(
-        parameters=bytes_each * (weights.trained + weights.frozen),
+    shard, shard_of_all = -(-weights.trained // world_size), -(-every // world_size)
+    parameters_on_host = bytes_each * shard_of_all if _is_on_host(zero, "offload_param") else 0
+    if is_sharded_early(settings):
+        # The shards and one whole parameter.
+        loading = bytes_each * (shard_of_all + weights.largest_of_all) - parameters_on_host
+    else:
+        # Networks are built in float32. A parameter and its narrow copy are alive together while it is converted.
+        loading = 4 * every + (bytes_each * weights.largest_of_all if bytes_each < 4 else 0)
+    if zero_stage == 0:
+        return ZeroMemory(
+            parameters=bytes_each * every,
+            optimizer=MOMENTS * weights.trained,
+            average=4 * weights.trained * averaged,
+            step_gradients=bytes_each * weights.trained,
+            step_scratch=_scratch_of_0(weights, world_size, on_cpu=on_cpu),
+            loading=loading,
+        )
+    memory = ZeroMemory(
+        parameters=bytes_each * every,
         gradients=bytes_each * shard,
         optimizer=MASTERS_AND_MOMENTS * shard,
         average=4 * shard * averaged,
         # Overlapping fills one bucket while the other is sent.
-        buckets=_bucket(zero, bytes_each) * (2 if zero.get("overlap_comm", False) else 1),
+        buckets=bucket * (2 if zero.get("overlap_comm", False) else 1),
         step_gradients=bytes_each * shard,
         step_scratch=STEP * -(-weights.largest_group // world_size),
+        loading=loading,
     )
-
-
-def _with_sharded_parameters(
-    weights: Weights, zero: Mapping[str, Any], *, bytes_each: int, world_size: int, averaged: bool
-) -> ZeroMemory:
-    """ZeRO 3, its parameters offloaded or not, its optimizer not."""
-    bucket, every = _bucket(zero, bytes_each), weights.trained + weights.frozen
-    parameters, on_host = bytes_each * -(-every // world_size), _is_on_host(zero, "offload_param")
-    # Whole between steps, and sharded while the optimizer works.
-    live = min(every - weights.persistent, zero.get("stage3_max_live_parameters", DEFAULT_MAX_LIVE))
-    group = min(weights.largest_group, zero.get("sub_group_size", DEFAULT_SUB_GROUP))
+    if zero_stage == 3:
+        # Whole between steps, and sharded while the optimizer works.
+        live = min(every - weights.persistent, zero.get("stage3_max_live_parameters", DEFAULT_MAX_LIVE))
+        group = min(weights.largest_group, zero.get("sub_group_size", DEFAULT_SUB_GROUP))
+        memory = replace(
+            memory,
+            parameters=bytes_each * shard_of_all - parameters_on_host,
+            # On one rank the shard is the parameter.
+            gathered=bytes_each * (weights.persistent + live) if world_size > 1 else 0,
+            buckets=bucket,
+            step_scratch=STEP * -(-group // world_size) + bucket,  # which stage 3 keeps
+            host=parameters_on_host,
+        )
+    if not _is_on_host(zero, "offload_optimizer"):
+        return memory
+    # With the gradients in float32, the shard in the parameters' type, and before ZeRO 3 a tensor to put them through.
+    through = 0 if zero_stage == 3 else 4 * weights.largest
     return replace(
-        _with_sharded_optimizer(weights, zero, bytes_each=bytes_each, world_size=world_size, averaged=averaged),
-        parameters=0 if on_host else parameters,
-        # On one rank the shard is the parameter.
-        gathered=bytes_each * (weights.persistent + live) if world_size > 1 else 0,
-        buckets=bucket,
-        step_scratch=STEP * -(-group // world_size) + bucket,  # which stage 3 keeps
-        host=parameters if on_host else 0,
+        memory,
+        **dict.fromkeys(("gradients", "optimizer", "average", "step_gradients"), 0),
+        step_scratch=bucket if zero_stage == 3 else 0,
+        host=memory.host + memory.optimizer + memory.average + (4 + bytes_each) * shard + through,
     )
+
+
+def _scratch_of_0(weights: Weights, world_size: int, *, on_cpu: bool) -> int:
+    # AdamW goes through tensors one by one on a CPU, through all of a group at once elsewhere.
+    at_once = weights.largest if on_cpu else weights.largest_group
+    # DeepSpeed sums gradients in buckets of this size, in float32.
+    flat = 4 * min(weights.trained, DEFAULT_BUCKET) if world_size > 1 else 0  # whatever the file says
+    return max(flat, STEP * at_once)
 
 
 def _zero(settings: Mapping[str, Any]) -> Mapping[str, Any]:
     return settings.get("zero_optimization", {})
-
-
-def _bucket(zero: Mapping[str, Any], bytes_each: int) -> int:
-    return bytes_each * int(zero.get("reduce_bucket_size", DEFAULT_BUCKET))
 
 
 def _is_on_host(zero: Mapping[str, Any], name: str) -> bool:

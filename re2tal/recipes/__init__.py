@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from functools import partial
 from itertools import product
 
-from re2tal.config import RecognitionConfig, RunConfig
+from re2tal.config import AnyRun, RecognitionConfig, RunConfig
 from re2tal.recipes.about import ranks_of
 from re2tal.recipes.adatad import ADATAD
 from re2tal.recipes.named import NAMED
@@ -47,7 +47,7 @@ RECIPES: dict[str, Recipe] = {
 }
 
 
-def find_recipe(name: str) -> RunConfig | RecognitionConfig:
+def find_recipe(name: str) -> AnyRun:
     """The recipe of that name, listed or put together; ValueError with the known names otherwise."""
     build = RECIPES.get(name) or _COMPOSED.get(name)
     if build is None:

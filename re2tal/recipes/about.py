@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from re2tal.config import RecognitionConfig, RunConfig
+from re2tal.config import AnyRun, RecognitionConfig, RunConfig
 from re2tal.data.streaming.windows import ResizeWhole
 from re2tal.localizers.vsgn.config import VSGNConfig
 
@@ -92,13 +92,13 @@ class About:
     """In what it differs from its source, sentence by sentence."""
 
 
-def about(name: str, run: RunConfig | RecognitionConfig) -> About:
+def about(name: str, run: AnyRun) -> About:
     """What is known of recipe `name`, whose settings are `run`."""
     expected, source = PUBLISHED.get(name, ("", ""))
     return About(ranks_of(name, run), expected, source, _differences(name, run))
 
 
-def ranks_of(name: str, run: RunConfig | RecognitionConfig) -> int:
+def ranks_of(name: str, run: AnyRun) -> int:
     """The number of ranks that recipe `name` was made for."""
     if isinstance(run, RecognitionConfig):
         return 8 if name.startswith("kinetics") else 2
@@ -109,7 +109,7 @@ def ranks_of(name: str, run: RunConfig | RecognitionConfig) -> int:
     return 4 if isinstance(run.data.clips.windowing, ResizeWhole) else 2
 
 
-def _differences(name: str, run: RunConfig | RecognitionConfig) -> tuple[str, ...]:
+def _differences(name: str, run: AnyRun) -> tuple[str, ...]:
     if isinstance(run, RecognitionConfig) or name.startswith("demo"):
         return ()
     data = name.partition("_")[0]

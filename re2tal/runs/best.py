@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from re2tal.config import to_json
+from re2tal.config import AnyRun, to_json
 from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.distributed import made_by_main
 from re2tal.runs.folder import LAST_MODEL_NAME
 from re2tal.runs.stored_features import describe
-from re2tal.runs.tasks import AnyRun, Outcome, judge_again
+from re2tal.runs.tasks import Outcome, judge_again
 from re2tal.strict_json import read_json, write_json
 from re2tal.training.checkpoint_files import with_retries
 from re2tal.training.deepspeed_import import Engine

@@ -16,8 +16,9 @@ from re2tal.evaluation.accuracy import accuracy
 from re2tal.evaluation.video_classes import write_video_classes
 from re2tal.files import output_file
 from re2tal.inference import classify as classify_batches
+from re2tal.options import COUNT, check
 from re2tal.runs.detection_sources import batch_of, batches_with_bar, open_source
-from re2tal.runs.devices import default_device, named_device
+from re2tal.runs.devices import named_device
 from re2tal.runs.folder import CONFIG_NAME, RESULTS_NAME
 from re2tal.runs.trained import load_recognizer
 from re2tal.runs.video_files import list_videos, pack_videos
@@ -45,8 +46,7 @@ class ClassificationOptions:
     """"cpu", "cuda", "cuda:1", ...; by default an accelerator if there is one."""
 
     def __post_init__(self) -> None:
-        if self.top < 1:
-            raise ValueError(f"top is {self.top}; give 1 or more")
+        check("top", self.top, COUNT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +72,7 @@ def classify(options: ClassificationOptions) -> Classified:
     data = open_source(config, videos=videos, shards=options.shards)
     of_run = videos is None and options.shards is None
     target = output_file(options.out or run / (RESULTS_NAME if of_run else "classes.json"), option="--out")
-    chosen = named_device(options.device) if options.device else default_device()
+    chosen = named_device(options.device)
     recognizer = load_recognizer(run, config).to(chosen, DTYPES[config.engine.precision])
     classes = recognizer.classes
     batch_size = batch_of(options.batch_size, config)

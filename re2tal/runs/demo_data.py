@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from re2tal.config import RecognitionConfig, RunConfig
+from re2tal.config import AnyRun, RunConfig
 from re2tal.data.building.demo import DemoConfig, write_demo, write_demo_clips
 from re2tal.data.contract.manifest import MANIFEST_NAME
 from re2tal.distributed import World, main_process_first
@@ -40,7 +40,7 @@ def write_videos(
     print(f"{config.num_training} training and {config.num_validation} validation {kind} in {out / kind}, {place}")
 
 
-def make_if_wanted(run: RunConfig | RecognitionConfig, world: World) -> None:
+def make_if_wanted(run: AnyRun, world: World) -> None:
     """Every rank calls this: where the demo recipe would look for its shards in vain, rank 0 makes them first."""
     shards = run.data.shards
     subsets = (run.data.training_subset, run.data.validation_subset)

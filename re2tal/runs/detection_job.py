@@ -7,19 +7,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from re2tal.config import to_json
+from re2tal.config import RunConfig, to_json
 from re2tal.data.addresses.address import as_address
 from re2tal.data.contract.manifest import Rejection
 from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.distributed import World, together
 from re2tal.evaluation.selection import Selection, labels_of
-from re2tal.evaluation.video_classes import Fusion, VideoClasses
+from re2tal.evaluation.video_classes import Fusion, VideoClasses, read_video_classes
 from re2tal.files import is_stream, output_file, sha256_of
 from re2tal.options import COUNT, SHARE, check_options
 from re2tal.reporting.found import FoundInVideo
 from re2tal.reporting.result_files import RESULT_FORMATS, ResultsFile, choose_format
 from re2tal.runs.detection_sources import check_looks_at_videos, open_source
-from re2tal.runs.naming import read_namer
 from re2tal.runs.stored_features import check_features
 from re2tal.runs.trained import Trained, open_detector
 from re2tal.runs.video_files import VideoFiles, find_videos
@@ -134,7 +133,7 @@ class Job:
         if isinstance(opened, FeatureSet):
             check_features(opened, trained.features, run=model)
         files = find_videos(paths, recursive=recursive) if paths else VideoFiles({}, [])
-        namer = read_namer(wanted.video_classes, trained.config, top_k=wanted.top_k, fusion=wanted.fusion)
+        namer = _namer(wanted, trained.config)
         if namer is not None:
             namer.check(files.names.values() if opened is None else opened.by_id, top_k=wanted.top_k)
         classes = trained.classes if namer is None else namer.classes
@@ -210,6 +209,22 @@ class Job:
             spared=self.results.spared,
             is_main=world.is_main,
         )
+
+
+def _namer(wanted: DetectionOptions, config: RunConfig) -> VideoClasses | None:
+    """The classifier's scores, if asked for; ValueError if the detector of `config` has classes of its own."""
+    if wanted.video_classes is None:
+        return None
+    if not config.localizer.class_agnostic:
+        raise ValueError(
+            f"video classes, {wanted.video_classes}, were given, but this run's localizer.class_agnostic is false: its "
+            "detections have classes of their own; leave the file out, or give the run folder of a class-agnostic "
+            "detector"
+        )
+    namer = read_video_classes(wanted.video_classes, fusion=wanted.fusion)
+    # Of no video yet: what can be said before the videos are known.
+    namer.check((), top_k=wanted.top_k)
+    return namer
 
 
 def _made_with(trained: Trained, wanted: DetectionOptions, min_score: float) -> dict[str, Any]:

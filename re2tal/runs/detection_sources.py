@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from re2tal.backbones.stored import NAME
-from re2tal.config import DataConfig, RecognitionConfig, RunConfig
+from re2tal.config import AnyRun, DataConfig, RunConfig
 from re2tal.data.contract.shards import FeatureSet, ShardSet, open_any, subset_folder
 from re2tal.data.streaming.stream import stream_clips
 from re2tal.distributed import World
+from re2tal.options import COUNT, check
 from re2tal.progress import counted
 from re2tal.runs.stored_features import check_kind
 from re2tal.structures import Batch
@@ -25,13 +26,10 @@ def check_looks_at_videos(run: Path, config: RunConfig, *, asked: str) -> None:
         )
 
 
-def batch_of(asked: int | None, config: RunConfig | RecognitionConfig) -> int:
+def batch_of(asked: int | None, config: AnyRun) -> int:
     """Clips in one forward: as asked for, or as in training."""
-    if asked is None:
-        return config.engine.batch_size
-    if asked < 1:
-        raise ValueError(f"batch_size is {asked}; give 1 or more")
-    return asked
+    check("batch_size", asked, COUNT)
+    return asked or config.engine.batch_size
 
 
 def batches_with_bar(
@@ -51,9 +49,7 @@ def batches_with_bar(
     return counted(stream.epoch(0), total=stream.steps_per_epoch, about=shards.subset, shown=world.is_main)
 
 
-def open_source(
-    config: RunConfig | RecognitionConfig, *, videos: Path | None, shards: Path | None
-) -> ShardSet | FeatureSet | None:
+def open_source(config: AnyRun, *, videos: Path | None, shards: Path | None) -> ShardSet | FeatureSet | None:
     """The shards to look at, the validation subset by default; None where a folder of video files was given instead.
 
     ValueError where both were given, or where the network cannot take what the shards hold.

@@ -21,7 +21,7 @@ from re2tal.detector import TemporalActionDetector
 from re2tal.evaluation.selection import Selection, Settling, labels_of
 from re2tal.reporting.found import FoundAction, found_actions
 from re2tal.runs.detection_sources import batch_of, check_looks_at_videos
-from re2tal.runs.devices import default_device, named_device
+from re2tal.runs.devices import named_device
 from re2tal.runs.file_detection import Look, detect_in_files
 from re2tal.runs.model_folder import SHIPPED, read_card, save_model
 from re2tal.runs.model_folder_card import Origin, model_card
@@ -252,7 +252,7 @@ def load_detector(
     trained = open_detector(SHIPPED if folder is None else find_model(folder, revision=revision))
     config = trained.config
     check_looks_at_videos(trained.folder, config, asked="a detector for video files")
-    chosen = named_device(device) if device else default_device()
+    chosen = named_device(device)
     clips = batch_of(batch_size, config)
     network = trained.network().to(chosen, DTYPES[config.engine.precision])
     return Detector(network, config, chosen, clips, read_card(trained.folder))

@@ -10,8 +10,10 @@ def default_device() -> torch.device:
     return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
 
 
-def named_device(name: torch.device | str) -> torch.device:
-    """The device of this name. ValueError where this machine has none such."""
+def named_device(name: torch.device | str | None) -> torch.device:
+    """The device of this name, the default one without. ValueError where this machine has none such."""
+    if not name:
+        return default_device()
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

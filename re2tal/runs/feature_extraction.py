@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Literal
@@ -32,7 +33,7 @@ from re2tal.data.streaming.windows import ResizeWhole, Slide, Trimmed, Windowing
 from re2tal.extraction import Extractor, weights_sha256
 from re2tal.options import COUNT, NOT_NEGATIVE, POSITIVE, RATE, SHARE, check_options
 from re2tal.progress import counted
-from re2tal.runs.devices import default_device, named_device
+from re2tal.runs.devices import named_device
 from re2tal.runs.folder import CONFIG_NAME
 from re2tal.runs.shard_building import parse_part
 from re2tal.runs.trained import load_detector
@@ -104,7 +105,7 @@ def extract(options: Extract) -> list[BuiltSubset]:
     backbone, settings, weights = _backbone(options, config)
     # Before it is narrowed: the same weights have one name, whatever they compute in.
     sha256 = weights_sha256(backbone)
-    backbone = backbone.to(named_device(options.device or default_device()), DTYPES[options.precision])
+    backbone = backbone.to(named_device(options.device), DTYPES[options.precision])
     written = []
     for shards, clips in folders:
         origin = Extracted(
@@ -126,9 +127,13 @@ def extract(options: Extract) -> list[BuiltSubset]:
             num_parts=num_parts,
         )
         decoder = "decord" if config is None else config.data.decoder
-        bar = _Bar(Extractor(backbone, clips, options.batch_size, decoder), shards)
-        written.append(build.run(shards_like(shards), bar.run))
+        extractor = Extractor(backbone, clips, options.batch_size, decoder)
+        written.append(build.run(shards_like(shards), partial(_with_bar, extractor, shards)))
     return written
+
+
+def _with_bar(extractor: Extractor, shards: ShardSet, records: Sequence[VideoRecord]) -> Iterator[Computed | str]:
+    return counted(extractor.run(shards, records), total=len(records), about=shards.subset)
 
 
 def clip_config(options: Extract, config: RunConfig | None, shards: ShardSet) -> ClipConfig:
@@ -205,15 +210,3 @@ def shards_like(shards: ShardSet) -> list[FeatureShard]:
     # Videos stand in the order of their shards.
     by_name = groupby(shards.videos, key=lambda video: video.shard)
     return [FeatureShard(name, tuple(video.record for video in videos)) for name, videos in by_name]
-
-
-@dataclass(frozen=True)
-class _Bar:
-    """An extractor with its progress."""
-
-    extractor: Extractor
-    shards: ShardSet
-
-    def run(self, records: Sequence[VideoRecord]) -> Iterator[Computed | str]:
-        found = self.extractor.run(self.shards, records)
-        yield from counted(found, total=len(records), about=self.shards.subset)

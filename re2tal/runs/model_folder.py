@@ -20,7 +20,7 @@ from torch import Tensor
 
 import re2tal
 from re2tal.backbones.stored import NAME
-from re2tal.config import RecognitionConfig, RunConfig, save_config, to_json
+from re2tal.config import AnyRun, RunConfig, save_config, to_json
 from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.data.streaming.transforms import MEAN, STD
 from re2tal.files import write_atomically
@@ -42,7 +42,7 @@ LAYOUT = 1
 """Rises with each change after which older versions would misread the folder."""
 
 
-def facts(config: RunConfig | RecognitionConfig, classes: Sequence[str]) -> dict[str, Any]:
+def facts(config: AnyRun, classes: Sequence[str]) -> dict[str, Any]:
     """The content of model.json."""
     clips = to_json(config)["data"]["clips"]
     # Only what matters to a user of the model: how windows were drawn in training does not.
@@ -61,7 +61,7 @@ def facts(config: RunConfig | RecognitionConfig, classes: Sequence[str]) -> dict
     }
 
 
-def describe(folder: Path, config: RunConfig | RecognitionConfig, classes: Sequence[str], *, card: str) -> None:
+def describe(folder: Path, config: AnyRun, classes: Sequence[str], *, card: str) -> None:
     """Write model.json and the card beside weights and configuration; a README.md of another kind stays as it is."""
     write_atomically(folder / FACTS_NAME, json.dumps(facts(config, classes), indent=2) + "\n")
     if not (folder / CARD_NAME).exists() or is_card(folder / CARD_NAME):
@@ -95,7 +95,7 @@ def check_layout(folder: Path) -> None:
         )
 
 
-def check_facts(folder: Path, config: RunConfig | RecognitionConfig, classes: Sequence[str]) -> None:
+def check_facts(folder: Path, config: AnyRun, classes: Sequence[str]) -> None:
     """ValueError where model.json says something else than weights and configuration."""
     if not (folder / FACTS_NAME).is_file():
         return
@@ -147,7 +147,7 @@ def save_model(
 
 def describe_trained(
     folder: Path,
-    config: RunConfig | RecognitionConfig,
+    config: AnyRun,
     classes: Sequence[str],
     *,
     summary: Mapping[str, Any],

@@ -13,7 +13,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 import re2tal
 from re2tal.backbones.stored import NAME
-from re2tal.config import RecognitionConfig, RunConfig
+from re2tal.config import AnyRun, RunConfig
 from re2tal.data.streaming.windows import ResizeWhole, Slide, Trimmed
 
 MARK = "library_name: re2tal"
@@ -41,7 +41,7 @@ class Origin:
     """Paragraphs to add, in Markdown."""
 
 
-def model_card(config: RunConfig | RecognitionConfig, classes: Sequence[str], origin: Origin) -> str:
+def model_card(config: AnyRun, classes: Sequence[str], origin: Origin) -> str:
     """README.md of a model folder."""
     if isinstance(config, RunConfig):
         kind, tags, use = "detector", [TASK, "video", config.backbone.name, config.localizer.name], _USE
@@ -85,7 +85,7 @@ It says which of its actions a trimmed video shows: `re2tal classify --run FOLDE
 from its backbone: `re2tal train --backbone.weights FOLDER/model.safetensors`."""
 
 
-def _network(config: RunConfig | RecognitionConfig) -> str:
+def _network(config: AnyRun) -> str:
     if not isinstance(config, RunConfig):
         return f"a {_wiring(config)} {config.backbone.name} and a classifier"
     if config.backbone.name == NAME:
@@ -93,7 +93,7 @@ def _network(config: RunConfig | RecognitionConfig) -> str:
     return f"{config.localizer.name} on a {_wiring(config)} {config.backbone.name}"
 
 
-def _wiring(config: RunConfig | RecognitionConfig) -> str:
+def _wiring(config: AnyRun) -> str:
     return "rewired (reversible)" if config.backbone.rewired else "plain"
 
 
@@ -107,7 +107,7 @@ def _plain(name: str) -> str:
     return "".join(one if one.isprintable() and one != "`" else "?" for one in name)
 
 
-def _input(config: RunConfig | RecognitionConfig) -> str:
+def _input(config: AnyRun) -> str:
     clips = config.data.clips
     match clips.windowing:
         case Slide(num_frames=frames, frames_per_second=rate, frame_stride=stride):
@@ -163,7 +163,7 @@ def _thresholds(measured: Mapping[str, Any]) -> str:
     return ", ".join(measured["map"])
 
 
-def _figures(config: RunConfig | RecognitionConfig, origin: Origin) -> str:
+def _figures(config: AnyRun, origin: Origin) -> str:
     if (measured := origin.measured) is None:
         return "None was measured here. `re2tal evaluate` measures them."
     if "average_map" not in measured:

@@ -19,6 +19,7 @@ from re2tal.data.contract.shards import open_any, subset_folder
 from re2tal.evaluation.average_precision import MapReport, mean_average_precision
 from re2tal.evaluation.ground_truth import as_one_class, read_ground_truth, without_duration
 from re2tal.evaluation.results import Results, read_results
+from re2tal.options import NOT_NEGATIVE, check
 from re2tal.reporting.curves import draw_curves, read_metrics
 from re2tal.reporting.fonts import to_png
 from re2tal.reporting.page import Picture, write_page
@@ -37,8 +38,7 @@ def write_report(
     Predictions on videos without a known truth are drawn, and not scored: None. The arguments are those of
     `re2tal report`.
     """
-    if max_videos < 0:
-        raise ValueError(f"max_videos is {max_videos}; give 0 or more")
+    check("max_videos", max_videos, NOT_NEGATIVE)
     config = load_config(run / CONFIG_NAME)
     results = read_results(predictions or run / RESULTS_NAME)
     truths = _truths(config, annotations)

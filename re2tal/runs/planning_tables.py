@@ -9,13 +9,12 @@ from pathlib import Path
 
 import torch
 
-from re2tal.config import RunConfig
+from re2tal.config import AnyRun, RunConfig
 from re2tal.data.streaming.windows import Slide
 from re2tal.planning.forms import FORMS, in_form, memory_on_ranks
 from re2tal.recipes import find_recipe
 from re2tal.runs.deepspeed_presets import find_preset
 from re2tal.runs.recipes import replace_between
-from re2tal.runs.tasks import AnyRun
 from re2tal.tables import text_table
 
 BEGIN, END = "<!-- written by: re2tal plan --write docs/backbones.md -->", "<!-- end of what it writes -->"

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 from re2tal.distributed import World, resolve_world
-from re2tal.runs.devices import default_device, named_device
+from re2tal.runs.devices import named_device
 
 LONGEST_WAIT = timedelta(days=30)
 """The others wait for the rank with the longest videos."""
@@ -37,7 +37,5 @@ def joined_ranks() -> Iterator[World]:
 
 def device_of(world: World, device: str | None) -> torch.device:
     """The device that was asked for, or this rank's accelerator."""
-    if device:
-        return named_device(device)
-    chosen = default_device()
-    return chosen if chosen.type == "cpu" else torch.device(chosen.type, world.device_index)
+    chosen = named_device(device)
+    return chosen if device or chosen.type == "cpu" else torch.device(chosen.type, world.device_index)

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from re2tal.config import RecognitionConfig, RunConfig
+from re2tal.config import AnyRun, RecognitionConfig, RunConfig
 from re2tal.data.streaming.windows import ResizeWhole, Slide, Trimmed
 from re2tal.files import linked, write_atomically
 from re2tal.planning.choice import plan_step
@@ -80,7 +80,7 @@ def _row(name: str) -> tuple[str, str, str, str]:
     return name, _backbone(run), _localizer(run), about(name, run).expected or NONE_PUBLISHED
 
 
-def _lines(name: str, run: RunConfig | RecognitionConfig, told: About) -> Iterator[tuple[str, str]]:
+def _lines(name: str, run: AnyRun, told: About) -> Iterator[tuple[str, str]]:
     program = "re2tal train" if told.ranks == 1 else f"deepspeed --num_gpus {told.ranks} launch/train.py"
     yield "recipe", name
     yield "command", f"{program} --recipe {name} --data.shards {run.data.shards}"
@@ -98,14 +98,14 @@ def _lines(name: str, run: RunConfig | RecognitionConfig, told: About) -> Iterat
         yield "classes", "it finds actions without their class; name them: re2tal detect --video-classes FILE --top-k 2"
 
 
-def _planned(run: RunConfig | RecognitionConfig, told: About) -> str:
+def _planned(run: AnyRun, told: About) -> str:
     device = default_device()
     settings = find_preset(DEFAULT_PRESET)
     planned = plan_step(run, settings, world_size=told.ranks, num_classes=20, device=device)
     return f"{planned.memory.peak / 2**30:.2f} GiB a rank, planned for {told.ranks} on {device.type}"
 
 
-def _data(run: RunConfig | RecognitionConfig) -> str:
+def _data(run: AnyRun) -> str:
     what = "steps" if run.backbone.name == "features" else "frames"
     match run.data.clips.windowing:
         case ResizeWhole(num_frames=count):
@@ -119,7 +119,7 @@ def _data(run: RunConfig | RecognitionConfig) -> str:
     raise AssertionError(run.data.clips.windowing)
 
 
-def _backbone(run: RunConfig | RecognitionConfig) -> str:
+def _backbone(run: AnyRun) -> str:
     backbone = run.backbone
     if backbone.name == "features":
         return f"none: {backbone.feature_channels} channels"
@@ -128,7 +128,7 @@ def _backbone(run: RunConfig | RecognitionConfig) -> str:
     return f"{backbone.name}, {'rewired' if backbone.rewired and backbone.beta else 'plain'}"
 
 
-def _localizer(run: RunConfig | RecognitionConfig) -> str:
+def _localizer(run: AnyRun) -> str:
     if isinstance(run, RecognitionConfig):
         return "none: recognition"
     agnostic = ", class-agnostic" if run.localizer.class_agnostic else ""

@@ -9,7 +9,7 @@ from re2tal.data.building.clips import ClipList
 from re2tal.data.building.index_tars import index_tars, measured_in
 from re2tal.data.building.labels import read_class_list
 from re2tal.data.building.match_samples import match_samples
-from re2tal.data.building.tar_samples import Sample, list_clips, read_samples
+from re2tal.data.building.tar_samples import list_clips, read_samples
 from re2tal.runs.shard_building import for_each, parse_size, subsets_to_build
 from re2tal.runs.shard_listing import print_some, report_built
 
@@ -36,7 +36,8 @@ def index(
             annotations, classes=names, duration_of=measured_in(samples), fix_labels=fix_labels
         )
     else:
-        listed = _clips(samples, subset, names, fix_labels)
+        listed, left_out = list_clips(samples, subset=subset, classes=names, fix_labels=fix_labels)
+        print_some([f"left out {line}" for line in left_out], more="samples")
     for note in listed.notes:
         print(f"{annotations or tars}: {note}")
     matches = match_samples(listed, samples)
@@ -51,9 +52,3 @@ def index(
         return report_built(built, subset=name, max_rejected=max_rejected)
 
     return for_each(subsets_to_build(listed), one)
-
-
-def _clips(samples: list[Sample], subset: str, classes: tuple[str, ...] | None, fix_labels: bool) -> ClipList:
-    clips, left_out = list_clips(samples, subset=subset, classes=classes, fix_labels=fix_labels)
-    print_some([f"left out {line}" for line in left_out], more="samples")
-    return clips

@@ -13,12 +13,20 @@ from typing import TypeVar
 from torch import nn
 
 from re2tal.backbones.stored import NAME as STORED
-from re2tal.config import RecognitionConfig, RunConfig, build_detector, build_recognizer, check_start_wiring, load_run
+from re2tal.config import (
+    AnyRun,
+    RecognitionConfig,
+    RunConfig,
+    build_detector,
+    build_recognizer,
+    check_start_wiring,
+    load_run,
+)
 from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.distributed import is_main
 from re2tal.runs.folder import CONFIG_NAME, MODEL_NAME, say_if_trained_on
 from re2tal.runs.stored_features import check_features
-from re2tal.runs.tasks import AnyRun, build_model
+from re2tal.runs.tasks import build_model
 from re2tal.training.export import read_model
 from re2tal.training.start import take_over
 

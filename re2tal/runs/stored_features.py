@@ -14,7 +14,7 @@ from typing import Any
 
 from re2tal.backbones import WIRING, BackboneConfig
 from re2tal.backbones.stored import NAME
-from re2tal.config import RecognitionConfig, RunConfig
+from re2tal.config import AnyRun, RecognitionConfig, RunConfig
 from re2tal.data.contract.feature_manifest import (
     Extracted,
     FeatureGrid,
@@ -45,7 +45,7 @@ def on_features(config: RunConfig, features: FeatureSet) -> RunConfig:
     )
 
 
-def check_kind(config: RunConfig | RecognitionConfig, shards: ShardSet | FeatureSet) -> None:
+def check_kind(config: AnyRun, shards: ShardSet | FeatureSet) -> None:
     """ValueError unless `config` takes the content of `shards`: videos, or features of its number of channels."""
     match shards:
         case ShardSet() if config.backbone.name == NAME:

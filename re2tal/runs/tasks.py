@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch import Tensor, nn
 
 from re2tal.backbones import plain_start
-from re2tal.config import RecognitionConfig, RunConfig, build_detector, build_recognizer
+from re2tal.config import AnyRun, RunConfig, build_detector, build_recognizer
 from re2tal.data.building.clips import true_classes
 from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.distributed import is_main
@@ -29,7 +29,6 @@ from re2tal.training.trackers import Figures
 if TYPE_CHECKING:  # what reads a trained model needs no DeepSpeed
     from re2tal.training.deepspeed_import import Engine
 
-AnyRun = RunConfig | RecognitionConfig
 DRAWN_VIDEOS = 3
 """Validation videos whose timelines are drawn for trackers: the first that have actions."""
 

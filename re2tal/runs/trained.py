@@ -17,7 +17,7 @@ from re2tal.runs.folder import CHECKPOINTS_NAME, CONFIG_NAME, MODEL_NAME, say_if
 from re2tal.runs.model_folder import check_facts, check_layout
 from re2tal.training.export import ModelFile, read_model
 
-AnyRun = TypeVar("AnyRun", RunConfig, RecognitionConfig)
+R = TypeVar("R", RunConfig, RecognitionConfig)
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +90,7 @@ def load_recognizer(run: Path, config: RecognitionConfig) -> Recognizer:
     return recognizer
 
 
-def started(config: AnyRun) -> AnyRun:
+def started(config: R) -> R:
     """The configuration without the weights file that the backbone started from, to build the trained network.
 
     The file may not be on this machine, and is not needed. A folder or hub name stays: it gives the network's size.

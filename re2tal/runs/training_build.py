@@ -12,7 +12,7 @@ from weakref import ref
 import torch
 from torch import nn
 
-from re2tal.config import flatten, to_json
+from re2tal.config import AnyRun, flatten, to_json
 from re2tal.data.streaming.stream import ClipStream
 from re2tal.distributed import World, refuse_differences
 from re2tal.options import defaults_of, names_with
@@ -20,7 +20,7 @@ from re2tal.planning.step_plan import StepPlan
 from re2tal.runs.best import BestModel
 from re2tal.runs.clip_memory import approximation, remembering_clips
 from re2tal.runs.folder import CHECKPOINTS_NAME
-from re2tal.runs.tasks import AnyRun, Outcome
+from re2tal.runs.tasks import Outcome
 from re2tal.runs.training_data import Pair, alike_on_any_ranks, prepare, stream_of
 from re2tal.training.agreement import weight_checksums
 from re2tal.training.annealing import beta_course

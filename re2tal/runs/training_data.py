@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from re2tal.config import RecognitionConfig
+from re2tal.config import AnyRun, RecognitionConfig
 from re2tal.data.building.clips import true_classes
 from re2tal.data.contract.columns import shared_ids
 from re2tal.data.contract.shards import FeatureSet, ShardSet, open_any, subset_folder
@@ -22,7 +22,6 @@ from re2tal.distributed import World, is_main, value_of_each_rank
 from re2tal.inference import detector_input
 from re2tal.localizers.losses import RunningCount
 from re2tal.runs.stored_features import check_pair
-from re2tal.runs.tasks import AnyRun
 from re2tal.structures import Batch, FeatureBatch, find_subset
 from re2tal.training.frames import prepare_frames
 

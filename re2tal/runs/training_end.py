@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from re2tal.config import AnyRun
 from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.distributed import is_main, made_by_main
 from re2tal.evaluation.accuracy import AccuracyReport
@@ -17,7 +18,7 @@ from re2tal.runs.clip_memory import approximation
 from re2tal.runs.folder import LAST_MODEL_NAME, MODEL_NAME, RESULTS_NAME, SUMMARY_NAME
 from re2tal.runs.model_folder import describe_trained
 from re2tal.runs.stored_features import describe
-from re2tal.runs.tasks import AnyRun, Outcome
+from re2tal.runs.tasks import Outcome
 from re2tal.strict_json import write_json
 from re2tal.training.deepspeed_import import Engine
 from re2tal.training.engine_weights import gather_weights

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from re2tal.config import RunConfig, flatten, save_config, to_json
+from re2tal.config import AnyRun, RunConfig, flatten, save_config, to_json
 from re2tal.data.contract.shards import FeatureSet, ShardSet
 from re2tal.distributed import World, is_main, made_by_main, refuse_differences, resolve_world, together
 from re2tal.planning.shared import save_plan, shared_plan
@@ -30,7 +30,7 @@ from re2tal.runs.lock import locked
 from re2tal.runs.orphans import end_with_the_launcher
 from re2tal.runs.start import build_from, find_start
 from re2tal.runs.stored_features import check_kind, on_features
-from re2tal.runs.tasks import AnyRun, Outcome, judge
+from re2tal.runs.tasks import Outcome, judge
 from re2tal.runs.training_build import build_trainer
 from re2tal.runs.training_data import open_both, stream_of
 from re2tal.runs.training_end import TrainedRun, finish

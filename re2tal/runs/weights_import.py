@@ -12,7 +12,7 @@ import torch
 
 from re2tal.backbones import BackboneConfig, VideoBackbone, build_backbone, trained_wiring
 from re2tal.backbones.hub.tiling import ClipwiseBackbone
-from re2tal.config import RecognitionConfig, RunConfig, save_config
+from re2tal.config import AnyRun, RunConfig, save_config
 from re2tal.conversion import ImportReport, import_backbone, import_detector
 from re2tal.data.building.labels import read_class_list
 from re2tal.localizers.class_map import AGNOSTIC_CLASS
@@ -34,9 +34,7 @@ class Imported:
     """Of a backbone's file: how the backbone was trained rewired. The file says so, and another wiring is refused."""
 
 
-def import_into_file(
-    weights: Path, config: RunConfig | RecognitionConfig, out: Path, *, as_plain: bool = False
-) -> Imported:
+def import_into_file(weights: Path, config: AnyRun, out: Path, *, as_plain: bool = False) -> Imported:
     """Convert the backbone alone into one .safetensors file that `backbone.weights` takes."""
     if out.exists():
         raise ValueError(f"{out} is there already; choose another file, or remove it")
@@ -63,9 +61,7 @@ def _refuse_other_clips(backbone: VideoBackbone, weights: Path, *, name: str) ->
         )
 
 
-def import_into_run(
-    weights: Path, config: RunConfig | RecognitionConfig, out: Path, *, classes: Path | None = None
-) -> Imported:
+def import_into_run(weights: Path, config: AnyRun, out: Path, *, classes: Path | None = None) -> Imported:
     """Convert a whole detector into a run folder, as if it had been trained here."""
     if not isinstance(config, RunConfig):
         raise ValueError(

@@ -8,9 +8,10 @@ A pure function of the step, so that a resumed run goes on where it was. After D
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from re2tal.options import NOT_NEGATIVE, SHARE, check_ranges
 
 
 @dataclass(frozen=True)
@@ -23,10 +24,7 @@ class AnnealingConfig:
     """Beta of the first step; 0 is the network before rewiring."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.epochs < math.inf:
-            raise ValueError(f"annealing.epochs is {self.epochs}; it must be finite and not negative")
-        if not 0 <= self.start <= 1:
-            raise ValueError(f"annealing.start is {self.start}; it lies in [0, 1], where 0 is the plain network")
+        check_ranges(self, "annealing", epochs=NOT_NEGATIVE, start=SHARE)
 
 
 def beta_course(

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from re2tal.options import NOT_NEGATIVE, check_ranges, option
+from re2tal.options import COUNT, NOT_NEGATIVE, POSITIVE, RATE, check_ranges, option
 
 WeightType = Literal["fp32", "bf16", "fp16"]
 
@@ -41,17 +41,12 @@ class EngineConfig:
     checkpoint, the export."""
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "gradient_accumulation"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"engine.{name} is {getattr(self, name)}; it must be at least 1")
+        check_ranges(self, "engine", batch_size=COUNT, gradient_accumulation=COUNT)
+        check_ranges(self, "engine", gradient_clipping=NOT_NEGATIVE, timeout_minutes=POSITIVE)
         if not (self.memory_budget_gb in ("auto", None) or 0 < float(self.memory_budget_gb) < math.inf):
             raise ValueError(
                 f"engine.memory_budget_gb is {self.memory_budget_gb}; give a positive number of gigabytes, auto or None"
             )
-        if not 0 <= self.gradient_clipping < math.inf:
-            raise ValueError(f"engine.gradient_clipping is {self.gradient_clipping}; give a norm, or 0 to clip nothing")
-        if not 0 < self.timeout_minutes < math.inf:
-            raise ValueError(f"engine.timeout_minutes is {self.timeout_minutes}; give a positive number of minutes")
 
 
 @dataclass(frozen=True)
@@ -86,14 +81,10 @@ class TrainingConfig:
 
     def __post_init__(self) -> None:
         counts = ("epochs", "log_every_steps", "checkpoint_every_steps", "keep_checkpoints", "max_non_finite")
-        for name in (*counts, "evaluate_every_epochs"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"training.{name} is {value}; it must be at least 1")
-        check_ranges(self, "training", seed=NOT_NEGATIVE, evaluate_from_epoch=NOT_NEGATIVE)
+        check_ranges(self, "training", **dict.fromkeys((*counts, "evaluate_every_epochs"), COUNT))
+        check_ranges(self, "training", seed=NOT_NEGATIVE, evaluate_from_epoch=NOT_NEGATIVE, average_decay=RATE)
         if self.keep_best and self.evaluate_every_epochs is None:
             raise ValueError(
                 "training.keep_best is true, but training.evaluate_every_epochs is null, so that there is one "
                 "evaluation and nothing to choose from; set the latter, or keep_best to false"
             )
-        if self.average_decay is not None and not 0 <= self.average_decay < 1:
-            raise ValueError(f"training.average_decay is {self.average_decay}; it lies in [0, 1), usually 0.999")

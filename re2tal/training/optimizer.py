@@ -6,14 +6,13 @@ position tables) is not pulled towards zero.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import nn
 
-from re2tal.options import option
+from re2tal.options import COUNT, NOT_NEGATIVE, RATE, check_ranges, option
 
 TABLES = ("relative_position_bias_table", "position_embedding", "pos_embed", "cls_token")
 """Last names of parameters with more than one dimension that are learned offsets, not maps."""
@@ -47,19 +46,13 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.algorithm not in ALGORITHMS:
             raise ValueError(f"optimizer.algorithm is {self.algorithm!r}; known: {list(ALGORITHMS)}")
-        for name in ("learning_rate", "backbone_learning_rate", "weight_decay"):
-            value = getattr(self, name)
-            if not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"optimizer.{name} is {value}; it must be a finite number, not negative")
-        if self.made_for_clips is not None and self.made_for_clips < 1:
-            raise ValueError(f"optimizer.made_for_clips is {self.made_for_clips}; give at least 1, or None")
+        rates = dict.fromkeys(("learning_rate", "backbone_learning_rate", "weight_decay"), NOT_NEGATIVE)
+        check_ranges(self, "optimizer", **rates, beta1=RATE, beta2=RATE, made_for_clips=COUNT)
         if self.follow_batch and self.made_for_clips is None:
             raise ValueError(
                 "optimizer.follow_batch is set, but optimizer.made_for_clips does not say for how many clips per step "
                 "the learning rates were chosen; give it, or leave follow_batch out"
             )
-        if not (0 <= self.beta1 < 1 and 0 <= self.beta2 < 1):
-            raise ValueError(f"optimizer.beta1 and beta2 are {self.beta1} and {self.beta2}; both lie in [0, 1)")
 
 
 def for_batch(config: OptimizerConfig, *, clips: int) -> tuple[OptimizerConfig, str | None]:

@@ -9,7 +9,7 @@ from typing import Literal
 
 from torch.optim.lr_scheduler import LambdaLR
 
-from re2tal.options import option
+from re2tal.options import NOT_NEGATIVE, SHARE, check_ranges, option
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,7 @@ class ScheduleConfig:
     """Where the cosine ends, as a share of the peak."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.warmup_epochs < math.inf:
-            raise ValueError(f"schedule.warmup_epochs is {self.warmup_epochs}; it must be finite and not negative")
-        if not 0 <= self.final_factor <= 1:
-            raise ValueError(f"schedule.final_factor is {self.final_factor}; it is a share of the peak, from 0 to 1")
+        check_ranges(self, "schedule", warmup_epochs=NOT_NEGATIVE, final_factor=SHARE)
 
 
 def learning_rate_factor(config: ScheduleConfig, *, steps_per_epoch: float, num_steps: int) -> Callable[[int], float]:

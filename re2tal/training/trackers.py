@@ -19,15 +19,8 @@ import numpy as np
 PROJECT = "re2tal"
 """What trackers that sort runs by project call ours."""
 PACKAGES = {
-    "tensorboard": "tensorboard",
-    "wandb": "wandb",
-    "mlflow": "mlflow",
-    "comet_ml": "comet-ml",
-    "aim": "aim",
-    "clearml": "clearml",
-    "dvclive": "dvclive",
-    "swanlab": "swanlab",
-    "trackio": "trackio",
+    name: name.replace("_", "-")
+    for name in ("tensorboard", "wandb", "mlflow", "comet_ml", "aim", "clearml", "dvclive", "swanlab", "trackio")
 }
 """The trackers that accelerate knows, whose names are those of their modules -> what pip installs."""
 MOST_FAILURES = 3

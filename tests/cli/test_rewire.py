@@ -25,8 +25,8 @@ def test_report_parameters_and_memory_are_printed(capsys) -> None:
             ["vivit_nano", "--weights", "/no/such/folder"],
             "'/no/such/folder' is neither a file, a folder nor a hub name",
         ),
-        (["vivit_nano", "--frames", "0"], "--frames is 0; give 1 or more, or leave it out"),
-        (["vivit_nano", "--size", "32", "0"], "--size is 32 0; give rows and columns of 1 or more"),
+        (["vivit_nano", "--frames", "0"], "--frames is 0; give 1 or more"),
+        (["vivit_nano", "--size", "32", "0"], "--size is 0; give 1 or more"),
         (["vivit_nano", "--size", "30", "32"], "patches of 8 x 8 pixels, which 30 x 32 is no multiple of"),
     ],
 )

@@ -89,7 +89,7 @@ def test_what_reaches_back_over_final_times_is_cut_there_and_a_chain_without_end
 
 
 def test_wrong_wishes_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"min_score is 1\.5; give a score from 0 to 1"):
+    with pytest.raises(ValueError, match=r"min_score is 1\.5; give a number from 0 to 1"):
         Selection(min_score=1.5)
     with pytest.raises(ValueError, match="top is 0; give 1 or more"):
         Selection(top=0)
