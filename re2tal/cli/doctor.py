@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from re2tal.files import output_file
-from re2tal.runs.doctor import DataCheck, check_data, check_machine
+from re2tal.runs.doctor import check_data, check_machine
 
 
 def doctor(
@@ -37,4 +37,4 @@ def doctor(
     json = json and output_file(json, option="--json")
     if videos is None:
         return check_machine(json=json)
-    return check_data(DataCheck(videos, annotations, json, quick, max_damaged, workers))
+    return check_data(videos, annotations, json=json, quick=quick, max_damaged=max_damaged, workers=workers)

@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 
 from re2tal.progress import printable
-from re2tal.runs.initialisation import Initialisation, initialise
+from re2tal.runs.initialisation import initialise
 from re2tal.runs.initialisation_settings import Start
 
 
@@ -35,7 +35,7 @@ def init(
         weights: start from a pretrained backbone: its file, a folder or a name on the hub
         backbone: its name; swin3d_tiny with --weights, swin3d_nano without
     """
-    done = initialise(Initialisation(videos, annotations, out, shards, Start(backbone, weights)))
+    done = initialise(videos, annotations, out, shards=shards, start=Start(backbone, weights))
     for key, value, why in done.reasons:
         print(f"{key}: {printable(value)}\n    {printable(why)}")
     for note in done.notes:

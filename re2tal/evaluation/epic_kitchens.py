@@ -10,7 +10,7 @@ verb and noun. Only classes with a true action count. Source: github.com/epic-ki
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -131,7 +131,7 @@ def score_submission(
             task: mean_average_precision(
                 match_predictions(
                     submission.of(task),
-                    list(_truths_of(task, truths)),
+                    [replace(one, actions=tuple(_labelled(action, task) for action in one.actions)) for one in truths],
                     classes=submission.classes[task],
                     protocol=EPIC_KITCHENS,
                     tiou_thresholds=tiou_thresholds,
@@ -141,11 +141,6 @@ def score_submission(
             for task in TASKS
         }
     )
-
-
-def _truths_of(task: str, truths: Sequence[VideoRecord]) -> Iterator[VideoRecord]:
-    for record in truths:
-        yield replace(record, actions=tuple(_labelled(action, task) for action in record.actions))
 
 
 def _labelled(action: Action, task: str) -> Action:

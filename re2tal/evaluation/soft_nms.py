@@ -91,7 +91,11 @@ def _picks(
     is_sparse = overlaps <= MAX_OVERLAPS_IN_ROUNDS * sizes
     in_rounds = is_sparse[sorted_groups]
     # `last` counts among all segments; the running sum turns it into a place among those that go in rounds.
-    parts = [_in_rounds(segments, logs, order[in_rounds], np.cumsum(in_rounds)[last[in_rounds] - 1], penalty, log_min)]
+    some, reaching = order[in_rounds], np.cumsum(in_rounds)[last[in_rounds] - 1]
+    parts: list[tuple[Indices, Floats, int]] = [(some, logs[some], 0)]
+    if len(some):
+        values = pick_in_rounds(segments[some], logs[some], reaching, some, penalty=penalty, log_min=log_min)
+        parts = [(some, values, 0)]
     dense = np.flatnonzero(~is_sparse)
     few_overlaps = overlaps[dense] <= MAX_OVERLAPS_ONE_BY_ONE * np.minimum(sizes[dense], max_per_group)
     if len(dense) > MAX_ONE_BY_ONE or not few_overlaps.all():
@@ -107,14 +111,6 @@ def _picks(
             parts.append((some[picks], values, num_left))
     index, values = (np.concatenate([part[column] for part in parts]) for column in (0, 1))
     return index, values, sum(part[2] for part in parts)
-
-
-def _in_rounds(
-    segments: Floats, logs: Floats, chosen: Indices, last: Indices, penalty: Penalty, log_min: float
-) -> tuple[Indices, Floats, int]:
-    if not len(chosen):
-        return chosen, logs[:0], 0
-    return chosen, pick_in_rounds(segments[chosen], logs[chosen], last, chosen, penalty=penalty, log_min=log_min), 0
 
 
 def _pick_in_table(

@@ -56,7 +56,11 @@ def measured_seconds(
         # Without weights: seconds do not depend on the numbers, and a file of them need not be read twice.
         backbone = build_backbone(replace(run.backbone, weights=None)).to(device, DTYPES[run.engine.precision])
         frames, share = _clip(run, backbone, device, plain_bytes)
-        alike = [_as_it_runs(setting, inside_bytes * share) for setting in settings]
+        # Whole branches where a piece would exceed a branch by a margin: sizes of blocks are estimates.
+        alike = [
+            replace(one, chunk_mebibytes=None) if (one.chunk_mebibytes or 0) * 2**20 > 2 * inside_bytes * share else one
+            for one in settings
+        ]
         # Settings that run the same way are timed once; in their order, so that every start of a run times in the same
         # one.
         different = list(dict.fromkeys(alike))
@@ -76,13 +80,6 @@ def measured_seconds(
         [statistics.median(times) / share for times in zip(*(one[setting] for one in rounds), strict=True)]
         for setting in alike
     ]
-
-
-def _as_it_runs(setting: Setting, inside_bytes: float) -> Setting:
-    """`setting` with whole branches where a piece would exceed a branch by a margin: sizes of blocks are estimates."""
-    if setting.chunk_mebibytes is not None and setting.chunk_mebibytes * 2**20 > 2 * inside_bytes:
-        return replace(setting, chunk_mebibytes=None)
-    return setting
 
 
 def link_bytes_per_second(device: torch.device) -> float | None:

@@ -165,7 +165,9 @@ class _Planner:
 
         Raises ValueError, with the smallest possible budget, before anything is timed, where this one is too small.
         """
-        traces, on_the_host = self._traces(), self._on_the_host()
+        traces = self._traces()
+        # None on a CPU, whose memory is the host's.
+        on_the_host = None if self.dry_run.device.type == "cpu" else self._traced([ON_THE_HOST] * len(self.stages))
         least = self._least(traces, on_the_host)
         measured = measured_seconds(
             self.run,
@@ -246,10 +248,6 @@ class _Planner:
         saving = self._traced([SAVING_ATTENTION] * len(self.stages))
         # Networks without attention, or with one that is no fused kernel, save nothing by it.
         return traces | ({SAVING_ATTENTION: saving} if saving.kept() != traces[REBUILT].kept() else {})
-
-    def _on_the_host(self) -> Trace | None:
-        """A dry run with offloaded states; None on a CPU, whose memory is the host's."""
-        return None if self.dry_run.device.type == "cpu" else self._traced([ON_THE_HOST] * len(self.stages))
 
     def _traced(self, settings: Sequence[Setting]) -> Trace:
         key = tuple(settings)

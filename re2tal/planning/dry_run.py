@@ -110,7 +110,7 @@ class DryRun:
         if free_gradients:
             for parameter in self.parameters:
                 # DeepSpeed does so once it has copied the gradient into its bucket.
-                parameter.register_post_accumulate_grad_hook(_free)
+                parameter.register_post_accumulate_grad_hook(lambda one: setattr(one, "grad", None))
         self._memory = _FullMemory(run.backbone.trained_clips) if run.backbone.trained_clips < 1 else None
         if self._memory is not None:
             self.network.backbone.memory = self._memory  # type: ignore[assignment]
@@ -237,7 +237,3 @@ def marking(backbone: nn.Module, stages: Sequence[nn.Module], mark: Callable[[Ev
         done = backbone.register_forward_hook(lambda *_: mark(Event("between", 0)))
         stack.callback(done.remove)
         yield
-
-
-def _free(parameter: Tensor) -> None:
-    parameter.grad = None

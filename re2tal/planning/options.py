@@ -51,7 +51,9 @@ def options_of(
     """
     found = [_in_memory(traces, seconds, s, stage=stage) for s, stage in enumerate(stages.values())]
     if link is not None:
-        states = _states(traces[REBUILT], link.trace)
+        # By stage: bytes of states that leave the device between its forward and its backward.
+        kept = zip(traces[REBUILT].kept(), link.trace.kept(), strict=True)
+        states = [here - there for here, there in kept]
         for s, choices in enumerate(found):
             hidden = seconds[STORED][s + 1] if s + 1 < len(found) else 0.0
             # There and back, less what the next stage computes meanwhile.
@@ -69,7 +71,12 @@ def options_of(
 
 def undominated(choices: Choices) -> Choices:
     """The choices that no other one beats in seconds and in all bytes."""
-    return [one for one in choices if not any(_beats(other, one[1]) for _, other in choices)]
+
+    def beats(one: Option, other: Option) -> bool:
+        # Of two that are equal in all, both stay: neither beats the other.
+        return one != other and all(a <= b for a, b in zip(astuple(one), astuple(other), strict=True))
+
+    return [one for one in choices if not any(beats(other, one[1]) for _, other in choices)]
 
 
 def _in_memory(
@@ -148,18 +155,7 @@ def _between(rebuilt: Option, stored: Option, share: float) -> Option:
     )
 
 
-def _states(rebuilt: Trace, on_the_host: Trace) -> list[int]:
-    """By stage: bytes of states that leave the device between its forward and its backward, if offloaded."""
-    return [here - there for here, there in zip(rebuilt.kept(), on_the_host.kept(), strict=True)]
-
-
 def _on_the_host(option: Option, states: int, arriving: int, late: float) -> Option:
     return replace(
         option, seconds=option.seconds + late, kept=option.kept - states, backward=option.backward + arriving
     )
-
-
-def _beats(one: Option, other: Option) -> bool:
-    mine, its = ((of.seconds, of.kept, of.forward, of.backward) for of in (one, other))
-    # Of two that are equal in all, both stay: neither beats the other.
-    return mine != its and all(a <= b for a, b in zip(mine, its, strict=True))

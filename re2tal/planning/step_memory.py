@@ -46,7 +46,11 @@ class StepMemory:
 
     def __str__(self) -> str:
         # Small models on a CPU would be rows of 0.000 GB.
-        size = _in_gigabytes if self.peak >= 10**9 else _in_megabytes
+        unit, digits, name_of = (10**9, 3, "GB") if self.peak >= 10**9 else (10**6, 2, "MB")
+
+        def size(number: int) -> str:
+            return f"{number / unit:,.{digits}f} {name_of}" if number else "-"
+
         rows = [("part", "most", "at the peak")]
         rows += [(name, size(self.most[name]), size(self.parts.get(name, 0))) for name in self.most]
         rows.append(("all", "", size(self.peak)))
@@ -121,11 +125,3 @@ def _most(trace: Trace, zero: ZeroMemory) -> dict[str, int]:
 
 def _rises(phases: Iterable[Any]) -> list[int]:
     return [phase.peak - phase.live for phase in phases]
-
-
-def _in_gigabytes(size: int) -> str:
-    return f"{size / 10**9:,.3f} GB" if size else "-"
-
-
-def _in_megabytes(size: int) -> str:
-    return f"{size / 10**6:,.2f} MB" if size else "-"

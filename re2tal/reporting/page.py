@@ -62,7 +62,8 @@ def write_page(
 
     `protocol` says by which rules its numbers were counted.
     """
-    sections = [f"<h1>{escape(title)}</h1>", _facts(facts)]
+    rows = "\n".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
+    sections = [f"<h1>{escape(title)}</h1>", f"<dl>\n{rows}\n</dl>"]
     if table:
         sections += [f"<h2>Average precision, %, by tIoU; protocol {escape(protocol)}</h2>", _table(table)]
     if curves is not None:
@@ -89,11 +90,6 @@ def write_page(
 </html>
 """,
     )
-
-
-def _facts(facts: Mapping[str, str]) -> str:
-    rows = "\n".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in facts.items())
-    return f"<dl>\n{rows}\n</dl>"
 
 
 def _table(table: Sequence[Sequence[str]]) -> str:

@@ -34,7 +34,11 @@ def list_datasets() -> int:
     """Print a line per data set; gives the exit status."""
     header = ("name", "data set", "classes", "training", "validation", "test", "tIoU")
     rows = [
-        (name, facts.title, str(facts.num_classes), *_numbers_of_videos(facts), _thresholds(facts))
+        (
+            *(name, facts.title, str(facts.num_classes)),
+            *(str(facts.subsets[one].videos[0]) if one in facts.subsets else "" for one in header[3:6]),
+            _thresholds(facts),
+        )
         for name, facts in _facts().items()
     ]
     print(text_table([header, *rows], align="<<>>>><", rules=(1,)))
@@ -96,13 +100,6 @@ def _find(name: str) -> DatasetFacts:
         return known[name]
     except KeyError:
         raise ValueError(f"nothing is known of a data set {name!r}; known: {', '.join(known)}") from None
-
-
-def _numbers_of_videos(facts: DatasetFacts) -> tuple[str, ...]:
-    return tuple(
-        str(facts.subsets[name].videos[0]) if name in facts.subsets else ""
-        for name in ("training", "validation", "test")
-    )
 
 
 def _thresholds(facts: DatasetFacts) -> str:

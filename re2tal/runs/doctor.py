@@ -23,7 +23,7 @@ from re2tal.data.building.examine import Examined, examine_video
 from re2tal.data.building.isolated import IsolatedPool
 from re2tal.data.building.named_files import Chosen, NamedFiles, videos_in
 from re2tal.machine import installed_version, memory_bytes, num_cores, num_workers, open_files
-from re2tal.options import SHARE, check_options
+from re2tal.options import SHARE, check
 from re2tal.progress import counted
 from re2tal.runs.exit_status import SOME_LEFT_OUT
 from re2tal.strict_json import write_json
@@ -39,18 +39,6 @@ _OPERATION = re.compile(r"^(\w+) +\.* *\[(YES|NO)\] \.+ \[(OKAY|NO)\]", re.MULTI
 _COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
 
-@dataclass(frozen=True, slots=True)
-class DataCheck:
-    """What to look at; `re2tal doctor --help` explains each."""
-
-    videos: Path
-    annotations: Path | None
-    json: Path | None
-    quick: bool
-    max_damaged: float
-    workers: int | None
-
-
 @dataclass(slots=True)
 class _Row:
     """What was found of one video."""
@@ -62,36 +50,37 @@ class _Row:
     examined: Examined | None = None
 
 
-def check_data(check: DataCheck) -> int:
-    """Print what is wrong; gives the exit status."""
-    check_options(check, max_damaged=SHARE)
-    files, odd = _video_files(check.videos)
+def check_data(
+    videos: Path, annotations: Path | None, *, json: Path | None, quick: bool, max_damaged: float, workers: int | None
+) -> int:
+    """Print what is wrong; gives the exit status. `re2tal doctor --help` explains the arguments."""
+    check("--max-damaged", max_damaged, SHARE)
+    files, odd = _video_files(videos)
     # Of annotations, every video that has no file is named below.
-    if not files and check.annotations is None:
-        raise ValueError("; ".join([f"{check.videos} holds no video file; name the folder of the videos", *odd]))
+    if not files and annotations is None:
+        raise ValueError("; ".join([f"{videos} holds no video file; name the folder of the videos", *odd]))
     named = NamedFiles(files)
-    examined = _examine(files if check.annotations is None else _listed(check.annotations, files, named), check)
+    looked_at = files if annotations is None else _listed(annotations, files, named)
+    examined = _examine(looked_at, decode=not quick, workers=workers)
     problems: list[str] = []
     records: dict[str, VideoRecord] = {}
     keys: Mapping[str, str] = {}
-    if check.annotations is not None:
-        annotations = _read(check.annotations, named, examined, problems)
-        if annotations is not None:
-            records = {record.video_id: record for records in annotations.subsets.values() for record in records}
-            keys = annotations.keys
+    if annotations is not None and (read := _read(annotations, named, examined, problems)) is not None:
+        records = {record.video_id: record for records in read.subsets.values() for record in records}
+        keys = read.keys
     wanted = list(records or dict.fromkeys(composed(path.stem) for path in examined))
     # Without annotations ids are the files' own names: no prefix is tried.
     chosen = named.choose(wanted, keys=keys) if records else named.choose(wanted, ("{id}",))
     odd += chosen.notes.values()
-    rows = [_row(one, chosen, examined, records.get(one), check.max_damaged) for one in wanted]
+    rows = [_row(one, chosen, examined, records.get(one), max_damaged) for one in wanted]
     # All files of an id, not only the chosen one: an entry knows of the others.
     used = set(_of(wanted, named))
     if unused := [path.name for path in files if path not in used]:
         odd.append(f"{len(unused)} files belong to no entry, such as {unused[0]}")
     _print(rows, problems, odd)
-    if check.json is not None:
-        videos = [asdict(row) | {"num_damaged": row.examined and row.examined.damage.num_damaged} for row in rows]
-        write_json(check.json, {"videos": videos, "annotations": problems, "notes": odd})
+    if json is not None:
+        found = [asdict(row) | {"num_damaged": row.examined and row.examined.damage.num_damaged} for row in rows]
+        write_json(json, {"videos": found, "annotations": problems, "notes": odd})
     return SOME_LEFT_OUT if problems or any(row.state != "ok" for row in rows) else 0
 
 
@@ -115,14 +104,14 @@ def _of(video_ids: Iterable[str], named: NamedFiles[Path]) -> list[Path]:
     return list(dict.fromkeys(path for one in video_ids for path in named.of(one)))
 
 
-def _examine(files: Sequence[Path], check: DataCheck) -> dict[Path, Examined | str]:
+def _examine(files: Sequence[Path], *, decode: bool, workers: int | None) -> dict[Path, Examined | str]:
     """File -> what was found, or why the file cannot be used; each in a process that can be stopped."""
-    num = max(1, min(num_workers(check.workers), len(files)))
+    num = max(1, min(num_workers(workers), len(files)))
     with IsolatedPool(num) as isolated, ThreadPoolExecutor(num) as pool:
 
         def one(path: Path) -> Examined | str:
             try:
-                return isolated.call(SILENT_SECONDS, examine_video, path, decode=not check.quick)
+                return isolated.call(SILENT_SECONDS, examine_video, path, decode=decode)
             except Exception as error:  # one file, whatever it does to us, never ends the check
                 return str(error).replace(str(path), path.name)
 

@@ -22,18 +22,7 @@ from re2tal.planning.free_memory import free_memory
 from re2tal.runs.deepspeed_presets import DEFAULT_PRESET, find_preset
 from re2tal.runs.devices import default_device
 from re2tal.runs.initialisation_facts import DataFacts, look_at
-from re2tal.runs.initialisation_settings import FILE_BACKBONE, Proposal, Start, choose, largest_batches
-
-
-@dataclass(frozen=True, slots=True)
-class Initialisation:
-    """What to look at; `re2tal init --help` explains each."""
-
-    videos: Path
-    annotations: Path
-    out: Path
-    shards: Path | None
-    start: Start
+from re2tal.runs.initialisation_settings import FILE_BACKBONE, Start, choose, largest_batches
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,27 +38,34 @@ class Initialised:
     """What to run next."""
 
 
-def initialise(options: Initialisation) -> Initialised:
-    """Look at the data and write a configuration that `re2tal train --config` takes.
+def initialise(videos: Path, annotations: Path, named: Path, *, shards: Path | None, start: Start) -> Initialised:
+    """Look at the data and write a configuration, called as `named`, that `re2tal train --config` takes.
 
     Raises ValueError, before anything is written, for data that nothing can be learnt from.
     """
-    out = options.out
+    out = named
     if out.suffix != ".json":
         raise ValueError(f"--out is {out}; a configuration is a .json file, such as recipe.json")
     # A configuration may have been edited by hand.
     if out.exists():
         raise ValueError(f"{out} is there already; choose another name, or remove it")
     out = output_file(out, option="--out")
-    _check_weights(options.start)
-    data = look_at(options.videos, options.annotations)
-    chosen = choose(data, options.start)
-    shards = options.shards or out.parent / "shards"
+    _check_weights(start)
+    data = look_at(videos, annotations)
+    chosen = choose(data, start)
+    shards = shards or out.parent / "shards"
     config = replace(chosen.config, name=out.stem, data=replace(chosen.config.data, shards=shards))
     config, batch = _batch(config, data, default_device())
     out.parent.mkdir(parents=True, exist_ok=True)
     save_config(out, config)
-    return Initialised(config, [*chosen.reasons, batch], data.notes, _commands(options, config, chosen, shards))
+    rate = (
+        f" --fps {chosen.stored_fps:g}" if chosen.stored_fps else f" --frames {config.data.clips.windowing.num_frames}"
+    )
+    build = ["re2tal", "shards", "build", "--videos", str(videos), "--annotations", str(annotations)]
+    build += ["--out", str(shards), "--short-side", str(chosen.short_side)]
+    train = ["re2tal", "train", "--config", str(named), "--out", f"runs/{config.name}"]
+    commands = [shlex.join(build) + rate, shlex.join(train)]
+    return Initialised(config, [*chosen.reasons, batch], data.notes, commands)
 
 
 def _check_weights(start: Start) -> None:
@@ -117,13 +113,3 @@ def _batch(config: RunConfig, data: DataFacts, device: torch.device) -> tuple[Ru
 
 def _gigabytes(size: int) -> str:
     return f"{size / 1e9:.1f} GB"
-
-
-def _commands(options: Initialisation, config: RunConfig, chosen: Proposal, shards: Path) -> list[str]:
-    rate = (
-        f" --fps {chosen.stored_fps:g}" if chosen.stored_fps else f" --frames {config.data.clips.windowing.num_frames}"
-    )
-    build = ["re2tal", "shards", "build", "--videos", str(options.videos), "--annotations", str(options.annotations)]
-    build += ["--out", str(shards), "--short-side", str(chosen.short_side)]
-    train = ["re2tal", "train", "--config", str(options.out), "--out", f"runs/{config.name}"]
-    return [shlex.join(build) + rate, shlex.join(train)]

@@ -119,12 +119,6 @@ class _Files:
     def __exit__(self, *error: object) -> None:
         self._isolated.__exit__(*error)
 
-    def __call__(self, video_id: str) -> VideoProbe:
-        path = self._chosen.found.get(video_id)
-        if path is None:
-            raise ValueError(self._chosen.faults.get(video_id, NO_FILE))
-        return self._isolated.call(SILENT_SECONDS, probe_video, path)
-
     def seconds(self, video_id: str) -> float:
         """How long a video lasts, as a build measures it."""
         return seconds_of(self._chosen.found.get(video_id), self._isolated)
@@ -135,8 +129,10 @@ class _Files:
         unusable: list[str] = []
 
         def one(video_id: str) -> VideoProbe | str:
+            if (path := self._chosen.found.get(video_id)) is None:
+                return self._chosen.faults.get(video_id, NO_FILE)
             try:
-                return self(video_id)
+                return self._isolated.call(SILENT_SECONDS, probe_video, path)
             except (ValueError, OSError) as error:  # one file never ends the look at the others
                 return str(error)
 

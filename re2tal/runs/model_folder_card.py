@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -98,13 +99,10 @@ def _wiring(config: AnyRun) -> str:
 
 
 def _classes(classes: Sequence[str]) -> str:
-    shown = ", ".join(f"`{_plain(name)}`" for name in classes[:MOST_CLASSES])
-    return f"Classes: {shown}{', ... (model.json has all)' if len(classes) > MOST_CLASSES else ''}."
-
-
-def _plain(name: str) -> str:
     # A backtick would end the code that the name stands in, a line break the list.
-    return "".join(one if one.isprintable() and one != "`" else "?" for one in name)
+    plain = ("".join(one if one.isprintable() and one != "`" else "?" for one in name) for name in classes)
+    shown = ", ".join(f"`{name}`" for name in islice(plain, MOST_CLASSES))
+    return f"Classes: {shown}{', ... (model.json has all)' if len(classes) > MOST_CLASSES else ''}."
 
 
 def _input(config: AnyRun) -> str:
@@ -153,14 +151,10 @@ def _results(origin: Origin) -> list[EvalResult] | None:
             dataset_name=origin.dataset,
             dataset_split=measured["subset"],
             metric_type="mAP",
-            metric_name=f"average mAP, tIoU {_thresholds(measured)}, protocol {measured['protocol']}",
+            metric_name=f"average mAP, tIoU {', '.join(measured['map'])}, protocol {measured['protocol']}",
             metric_value=round(100 * measured["average_map"], 2),
         )
     ]
-
-
-def _thresholds(measured: Mapping[str, Any]) -> str:
-    return ", ".join(measured["map"])
 
 
 def _figures(config: AnyRun, origin: Origin) -> str:

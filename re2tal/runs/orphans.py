@@ -30,7 +30,8 @@ def end_with_the_launcher() -> None:
     """To be called inside `stop_requests`; does nothing in a process that a shell, or nobody, launched."""
     # Init (1) is the parent of what was started by nobody, or whose parent has gone already.
     parent = os.getppid()
-    if not ({"RANK", "SLURM_PROCID"} & os.environ.keys()) or parent <= 1 or _name(parent).startswith(SHELLS):
+    name = _command(parent).split(" ")[0].rpartition("/")[2].lstrip("-")
+    if not ({"RANK", "SLURM_PROCID"} & os.environ.keys()) or parent <= 1 or name.startswith(SHELLS):
         return
     # DeepSpeed's runner and the process it starts ranks through are two, and signals end the first alone.
     watched = {os.getpid(): parent}
@@ -70,10 +71,6 @@ def _parent(pid: int) -> int | None:
         return int(Path(f"/proc/{pid}/stat").read_text("utf-8", errors="replace").rpartition(")")[2].split()[1])
     except OSError:
         return None
-
-
-def _name(pid: int) -> str:
-    return _command(pid).split(" ")[0].rpartition("/")[2].lstrip("-")
 
 
 def _command(pid: int) -> str:

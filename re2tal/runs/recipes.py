@@ -22,7 +22,11 @@ NONE_PUBLISHED = "none published"
 
 def list_recipes() -> None:
     """Print a line per recipe."""
-    rows = [("name", "backbone", "localizer", "mAP"), *(_row(name) for name in RECIPES)]
+    runs = {name: find_recipe(name) for name in RECIPES}
+    rows = [("name", "backbone", "localizer", "mAP")] + [
+        (name, _backbone(run), _localizer(run), about(name, run).expected or NONE_PUBLISHED)
+        for name, run in runs.items()
+    ]
     print(text_table(rows, align="<<<>", rules=(1,)))
     print("mAP: what the source publishes; nothing here was reproduced. `re2tal recipes NAME` says more of one")
 
@@ -32,7 +36,10 @@ def show_recipe(name: str, *, memory: bool) -> None:
     run = find_recipe(name)
     lines = [*_lines(name, run, about(name, run))]
     if memory:
-        lines.append(("memory", _planned(run, about(name, run))))
+        ranks, device = about(name, run).ranks, default_device()
+        planned = plan_step(run, find_preset(DEFAULT_PRESET), world_size=ranks, num_classes=20, device=device)
+        size = f"{planned.memory.peak / 2**30:.2f} GiB a rank"
+        lines.append(("memory", f"{size}, planned for {ranks} on {device.type}"))
     wrapped = ((key, textwrap.wrap(text, 96, break_long_words=False)) for key, text in lines)
     print(text_table([("" if n else key, line) for key, parts in wrapped for n, line in enumerate(parts)], align="<"))
 
@@ -75,11 +82,6 @@ def _grouped(told: Mapping[str, Iterable[str]]) -> Iterator[str]:
         yield from textwrap.wrap(whole, 108, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
-def _row(name: str) -> tuple[str, str, str, str]:
-    run = find_recipe(name)
-    return name, _backbone(run), _localizer(run), about(name, run).expected or NONE_PUBLISHED
-
-
 def _lines(name: str, run: AnyRun, told: About) -> Iterator[tuple[str, str]]:
     program = "re2tal train" if told.ranks == 1 else f"deepspeed --num_gpus {told.ranks} launch/train.py"
     yield "recipe", name
@@ -96,13 +98,6 @@ def _lines(name: str, run: AnyRun, told: About) -> Iterator[tuple[str, str]]:
         yield "differs", sentence
     if isinstance(run, RunConfig) and getattr(run.localizer, "class_agnostic", False):
         yield "classes", "it finds actions without their class; name them: re2tal detect --video-classes FILE --top-k 2"
-
-
-def _planned(run: AnyRun, told: About) -> str:
-    device = default_device()
-    settings = find_preset(DEFAULT_PRESET)
-    planned = plan_step(run, settings, world_size=told.ranks, num_classes=20, device=device)
-    return f"{planned.memory.peak / 2**30:.2f} GiB a rank, planned for {told.ranks} on {device.type}"
 
 
 def _data(run: AnyRun) -> str:
