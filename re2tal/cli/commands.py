@@ -7,10 +7,7 @@ from __future__ import annotations
 
 COMMANDS: dict[str, tuple[str, str]] = {
     "demo": ("re2tal.cli.demo:demo", "write a small data set of real videos to try everything on"),
-    "annotations": (
-        "re2tal.cli.annotations:annotation_files",
-        "convert files of annotation tools and data sets",
-    ),
+    "annotations": ("re2tal.cli.annotations:annotation_files", "convert files of annotation tools and data sets"),
     "recipes": ("re2tal.cli.recipes:recipes", "list settings to train with, and what is published of them"),
     "datasets": ("re2tal.cli.datasets:datasets", "list published data sets, and compare annotations with them"),
     "doctor": ("re2tal.cli.doctor:doctor", "check videos and annotations before a build, or this machine"),

@@ -11,11 +11,7 @@ from re2tal.runs.recipes import list_recipes, show_recipe, write_page
 
 
 def recipes(
-    name: Annotated[str | None, tyro.conf.Positional] = None,
-    /,
-    *,
-    memory: bool = False,
-    write: Path | None = None,
+    name: Annotated[str | None, tyro.conf.Positional] = None, /, *, memory: bool = False, write: Path | None = None
 ) -> None:
     """List recipes, or print what is known of one: the command, what it was made for, the published mAP of its source,
     and in what it differs from that.

@@ -15,15 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from re2tal.evaluation.overlaps import (
-    Floats,
-    Indices,
-    Penalty,
-    padded_lengths,
-    pick_in_rounds,
-    pick_one_by_one,
-    reach,
-)
+from re2tal.evaluation.overlaps import Floats, Indices, Penalty, padded_lengths, pick_in_rounds, pick_one_by_one, reach
 
 ROUNDS_BETWEEN_COMPACTIONS = 32
 MAX_OVERLAPS_IN_ROUNDS = 12
@@ -35,13 +27,7 @@ MAX_OVERLAPS_ONE_BY_ONE = 250
 
 
 def soft_nms(
-    segments: Floats,
-    scores: Floats,
-    groups: NDArray,
-    *,
-    penalty: Penalty,
-    min_score: float,
-    max_per_group: int,
+    segments: Floats, scores: Floats, groups: NDArray, *, penalty: Penalty, min_score: float, max_per_group: int
 ) -> tuple[Indices, Floats, int]:
     """Suppression within each group of N segments: indices of what stays, and its lowered scores, float32.
 

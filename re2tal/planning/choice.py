@@ -43,12 +43,7 @@ MOST_DRY_RUNS = 5
 
 
 def made_for(
-    run: AnyRun,
-    settings: Mapping[str, Any],
-    *,
-    world_size: int,
-    num_classes: int,
-    device: torch.device,
+    run: AnyRun, settings: Mapping[str, Any], *, world_size: int, num_classes: int, device: torch.device
 ) -> dict[str, Any]:
     """The values that a plan depends on, by name, as JSON; `settings` are DeepSpeed's, resolved."""
     # Fields that are marked in the configuration's classes; a plan outlives a change of all others.
@@ -70,13 +65,7 @@ def _name(device: torch.device) -> str:
 
 
 def plan_step(
-    run: AnyRun,
-    ds: Path,
-    *,
-    world_size: int,
-    num_classes: int,
-    device: torch.device,
-    free_bytes: int | None = None,
+    run: AnyRun, ds: Path, *, world_size: int, num_classes: int, device: torch.device, free_bytes: int | None = None
 ) -> StepPlan:
     """The memory of a training step; with `engine.memory_budget_gb`, also a setting for each stage of the backbone.
 
@@ -101,12 +90,7 @@ def plan_step(
 
 
 def zero_memory_of(
-    run: AnyRun,
-    network: nn.Module,
-    settings: Mapping[str, Any],
-    *,
-    world_size: int,
-    device: torch.device,
+    run: AnyRun, network: nn.Module, settings: Mapping[str, Any], *, world_size: int, device: torch.device
 ) -> ZeroMemory:
     """What DeepSpeed holds of a step of `network`, besides activations; `settings` are resolved for as many ranks."""
     return zero_memory(

@@ -22,8 +22,7 @@ from re2tal.reversible.recompute import saved_tensors_seen_by
 def kept_bytes(backbone: VideoBackbone, *, num_frames: int, size: tuple[int, int]) -> int:
     """For one clip of `num_frames` frames of `size` (rows, columns), float32, on the device of the backbone."""
     return kept_bytes_of(
-        backbone,
-        lambda: (torch.zeros(1, 3, num_frames, *size), torch.ones(1, num_frames, dtype=torch.bool)),
+        backbone, lambda: (torch.zeros(1, 3, num_frames, *size), torch.ones(1, num_frames, dtype=torch.bool))
     )
 
 

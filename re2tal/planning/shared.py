@@ -24,13 +24,7 @@ FORMAT = 1
 
 
 def shared_plan(
-    run: AnyRun,
-    ds: Path,
-    *,
-    world_size: int,
-    num_classes: int,
-    device: torch.device,
-    earlier: Path | None = None,
+    run: AnyRun, ds: Path, *, world_size: int, num_classes: int, device: torch.device, earlier: Path | None = None
 ) -> StepPlan:
     """Every rank calls this, before anything is on its device: all get the plan that rank 0 makes, or its error.
 

@@ -106,13 +106,7 @@ class ZeroMemory:
 
 
 def zero_memory(
-    weights: Weights,
-    settings: Mapping[str, Any],
-    *,
-    bytes_each: int,
-    world_size: int,
-    averaged: bool,
-    on_cpu: bool,
+    weights: Weights, settings: Mapping[str, Any], *, bytes_each: int, world_size: int, averaged: bool, on_cpu: bool
 ) -> ZeroMemory:
     """For the settings that `resolve_deepspeed_config` returns.
 

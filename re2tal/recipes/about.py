@@ -65,10 +65,7 @@ _CHECKPOINTS = "the input of every block is kept, as the source's checkpoints do
 _THUMOS = (_RATE.format("second frame", 2), _WHOLE_FRAMES, _ROUNDING)
 _END_TO_END = {"thumos14": (*_THUMOS, _DECAY, _BF16), "activitynet": (_BLOCKED, _ROUNDING, _DECAY, _BF16)}
 _ADATAD_RATE = _RATE.format("fourth frame (second, at 1536 frames)", "4 (2)")
-_ADATAD = {
-    "thumos14": (_ADATAD_RATE, _WHOLE_FRAMES, _ROUNDING, _BF16),
-    "activitynet": (_BLOCKED, _ROUNDING, _BF16),
-}
+_ADATAD = {"thumos14": (_ADATAD_RATE, _WHOLE_FRAMES, _ROUNDING, _BF16), "activitynet": (_BLOCKED, _ROUNDING, _BF16)}
 _AF = {
     "thumos14": (
         "test videos of more than 2304 steps are cut into windows that overlap by half; the source takes them whole",

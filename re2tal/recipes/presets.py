@@ -102,10 +102,7 @@ def activitynet_re2swin_tiny() -> RunConfig:
             shards=Path("shards/activitynet"),
             # Actions shorter than 1 % of their video are left out of training.
             clips=ClipConfig(
-                windowing=ResizeWhole(num_frames=768, shortest_action=0.01),
-                size=224,
-                augmentation="opentad",
-                workers=4,
+                windowing=ResizeWhole(num_frames=768, shortest_action=0.01), size=224, augmentation="opentad", workers=4
             ),
         ),
         backbone=BackboneConfig(name="swin3d_tiny", drop_path=0.2, norm_eval=True, chunk_mebibytes=512),
@@ -180,10 +177,7 @@ def activitynet_actionformer_features() -> RunConfig:
         ),
         backbone=BackboneConfig(name="features", feature_channels=512, rewired=False),
         localizer=replace(
-            videos.localizer,
-            variant="original",
-            attention_window=(7, 7, 7, 7, 7, None),
-            candidate_min_steps=0.001,
+            videos.localizer, variant="original", attention_window=(7, 7, 7, 7, 7, None), candidate_min_steps=0.001
         ),
         optimizer=OptimizerConfig(learning_rate=1e-3, weight_decay=0.05),
         engine=EngineConfig(batch_size=16, gradient_clipping=1.0),

@@ -151,11 +151,7 @@ def _distinct(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> dict[st
 
 
 def _look(index: int) -> dict[str, Any]:
-    return {
-        "color": COLOURS[index % len(COLOURS)],
-        "linestyle": STYLES[index % len(STYLES)],
-        "linewidth": 1.4,
-    }
+    return {"color": COLOURS[index % len(COLOURS)], "linestyle": STYLES[index % len(STYLES)], "linewidth": 1.4}
 
 
 def _series(rows: Sequence[Mapping[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:

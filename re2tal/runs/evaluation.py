@@ -19,13 +19,7 @@ from re2tal.evaluation.coverage import Coverage
 from re2tal.evaluation.error_analysis import ErrorReport, analyse_errors
 from re2tal.evaluation.ground_truth import ANY_CLASS, as_one_class, read_ground_truth, read_subsets, without_duration
 from re2tal.evaluation.matching import Matches, match_predictions
-from re2tal.evaluation.protocols import (
-    TIOU_THRESHOLDS,
-    Dataset,
-    EvaluationConfig,
-    ProtocolName,
-    check_thresholds,
-)
+from re2tal.evaluation.protocols import TIOU_THRESHOLDS, Dataset, EvaluationConfig, ProtocolName, check_thresholds
 from re2tal.evaluation.recall import RecallReport, average_recall, top_kx_recall
 from re2tal.evaluation.results import Results, read_results
 from re2tal.evaluation.video_classes import read_video_classes

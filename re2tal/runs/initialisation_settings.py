@@ -74,9 +74,7 @@ def choose(data: DataFacts, start: Start) -> Proposal:
     ranges = tuple((0 if level == 0 else 2.0 ** (level + 1), 2.0 ** (level + 2)) for level in range(levels))
     assert isinstance(config.localizer, ActionFormerConfig)
     localizer = replace(
-        config.localizer,
-        max_num_steps=num_steps,
-        regression_ranges=(*ranges[:-1], (ranges[-1][0], 10_000)),
+        config.localizer, max_num_steps=num_steps, regression_ranges=(*ranges[:-1], (ranges[-1][0], 10_000))
     )
     config = replace(config, num_steps=num_steps, data=replace(config.data, clips=clips), localizer=localizer)
     rate = windowing.frames_per_second if isinstance(windowing, Slide) else None
@@ -189,9 +187,7 @@ def _from_nothing(start: Start, data: DataFacts) -> tuple[RunConfig, list[tuple[
     config = replace(
         demo(),
         backbone=BackboneConfig(name=name),
-        data=DataConfig(
-            clips=ClipConfig(size=48, fit="stretch", crop_area=(0.7, 1.0), colour_jitter=0.0, workers=1),
-        ),
+        data=DataConfig(clips=ClipConfig(size=48, fit="stretch", crop_area=(0.7, 1.0), colour_jitter=0.0, workers=1)),
         optimizer=OptimizerConfig(learning_rate=1e-3, backbone_learning_rate=3e-4),
         schedule=ScheduleConfig(warmup_epochs=epochs / 12),
         training=TrainingConfig(epochs=epochs, average_decay=0.98, log_every_steps=10, checkpoint_every_steps=100),

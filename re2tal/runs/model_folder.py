@@ -53,12 +53,7 @@ def facts(config: AnyRun, classes: Sequence[str]) -> dict[str, Any]:
     taken = {"windowing": type(config.data.clips.windowing).__name__, **windowing}
     pictures = {"size": clips["size"], "fit": clips["fit"], "rgb_mean": list(MEAN), "rgb_std": list(STD)}
     input_facts = {"frames": taken} | ({} if config.backbone.name == NAME else {"pictures": pictures})
-    return {
-        "layout": LAYOUT,
-        "re2tal": re2tal.__version__,
-        "classes": list(classes),
-        "preprocessing": input_facts,
-    }
+    return {"layout": LAYOUT, "re2tal": re2tal.__version__, "classes": list(classes), "preprocessing": input_facts}
 
 
 def describe(folder: Path, config: AnyRun, classes: Sequence[str], *, card: str) -> None:
@@ -146,12 +141,7 @@ def save_model(
 
 
 def describe_trained(
-    folder: Path,
-    config: AnyRun,
-    classes: Sequence[str],
-    *,
-    summary: Mapping[str, Any],
-    training: ShardSet | FeatureSet,
+    folder: Path, config: AnyRun, classes: Sequence[str], *, summary: Mapping[str, Any], training: ShardSet | FeatureSet
 ) -> None:
     """Write model.json and the card of a run that has ended; `summary` is the content of summary.json."""
     kind = "features of " if isinstance(training, FeatureSet) else ""

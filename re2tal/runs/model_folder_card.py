@@ -49,11 +49,7 @@ def model_card(config: AnyRun, classes: Sequence[str], origin: Origin) -> str:
     else:
         kind, tags, use = "recognizer", [RECOGNITION, "video", config.backbone.name], _USE_RECOGNIZER
     head = ModelCardData(
-        library_name="re2tal",
-        license=origin.licence,
-        tags=tags,
-        model_name=config.name,
-        eval_results=_results(origin),
+        library_name="re2tal", license=origin.licence, tags=tags, model_name=config.name, eval_results=_results(origin)
     )
     parts = [
         f"---\n{head.to_yaml().rstrip()}\n---",

@@ -47,11 +47,7 @@ def push_folder(
     try:
         made = api.create_repo(name, private=private, exist_ok=True).repo_id
         done = api.upload_folder(
-            repo_id=made,
-            folder_path=folder,
-            revision=revision,
-            commit_message=message,
-            allow_patterns=list(FILES),
+            repo_id=made, folder_path=folder, revision=revision, commit_message=message, allow_patterns=list(FILES)
         )
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise ValueError(

@@ -54,12 +54,7 @@ def rewire_and_count(
             raise ValueError(f"weights is {weights!r}, but {model!r} brings its own; leave it out")
         return _rewire_any(model, wiring, num_frames=frames, size=size)
     config = BackboneConfig(
-        name=model,
-        weights=weights,
-        unit=wiring.unit,
-        merge=wiring.merge,
-        segment=wiring.segment,
-        beta=wiring.beta,
+        name=model, weights=weights, unit=wiring.unit, merge=wiring.merge, segment=wiring.segment, beta=wiring.beta
     )
     backbone = build_backbone(replace(config, rewired=False))
     num_frames, rows_columns = _native_clip(backbone)

@@ -21,11 +21,7 @@ from re2tal.training.sharding import is_sharded_early, shard
 
 
 def build_engine(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    *,
-    factor: Callable[[int], float],
-    settings: dict[str, Any],
+    model: nn.Module, optimizer: torch.optim.Optimizer, *, factor: Callable[[int], float], settings: dict[str, Any]
 ) -> Engine:
     """Every rank calls this: the engine around `model`; learning rates follow `factor(step)` per optimizer step.
 

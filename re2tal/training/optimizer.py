@@ -65,9 +65,7 @@ def for_batch(config: OptimizerConfig, *, clips: int) -> tuple[OptimizerConfig, 
     if not config.follow_batch:
         return config, f"{about}; they stay as they are (--optimizer.follow-batch multiplies them by {share:.4g})"
     config = replace(
-        config,
-        learning_rate=config.learning_rate * share,
-        backbone_learning_rate=config.backbone_learning_rate * share,
+        config, learning_rate=config.learning_rate * share, backbone_learning_rate=config.backbone_learning_rate * share
     )
     return config, f"{about}: they are multiplied by {share:.4g}, to {config.learning_rate:.4g} at their peak"
 

@@ -67,12 +67,7 @@ class StartReport:
 
 
 def take_over(
-    model: nn.Module,
-    file: ModelFile,
-    *,
-    classes: tuple[str, ...],
-    rows: ROW_OF_CLASS,
-    not_wanted: Collection[str] = (),
+    model: nn.Module, file: ModelFile, *, classes: tuple[str, ...], rows: ROW_OF_CLASS, not_wanted: Collection[str] = ()
 ) -> StartReport:
     """Gives `model`, built for `classes`, what fits it of a trained one; `not_wanted` tensors stay as they are.
 

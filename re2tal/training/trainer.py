@@ -92,11 +92,7 @@ class Trainer:
         self.progress = TrainingProgress()
         self.skips = Skips(engine, log, max_non_finite=config.max_non_finite)
         self.report = StepReport(
-            engine,
-            log,
-            steps_per_epoch=self.steps_per_epoch,
-            beta=beta,
-            planned_bytes=planned_bytes,
+            engine, log, steps_per_epoch=self.steps_per_epoch, beta=beta, planned_bytes=planned_bytes
         )
         self._waited = 0.0
         self._saved_step = -1
