@@ -12,7 +12,7 @@ A field without a value for a flag inherits it from the field that holds its con
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import MISSING, field, fields, is_dataclass
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -106,3 +106,12 @@ def defaults_of(config: Any) -> Iterator[tuple[str, Any]]:
             yield from ((f"{one.name}.{name}", default) for name, default in defaults_of(value))
         elif one.default is not MISSING:
             yield one.name, one.default
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested JSON values -> ("data.clips.size", 224), ... in their order."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value

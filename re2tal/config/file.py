@@ -20,6 +20,7 @@ from re2tal.config.schema import RUNS, AnyRun, RunConfig
 from re2tal.config.unions import CHOICES, KindChoice
 from re2tal.data.addresses.address import folder_address
 from re2tal.files import write_atomically
+from re2tal.options import flatten
 from re2tal.strict_json import brief, read_json
 
 T = TypeVar("T")
@@ -82,15 +83,6 @@ def to_json(config: AnyRun) -> dict[str, Any]:
     if weights is not None and (is_weights_file(weights) or Path(weights).exists()):  # not a hub's name
         document["backbone"]["weights"] = str(Path(weights).absolute())
     return document
-
-
-def flatten(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested JSON values -> ("data.clips.size", 224), ... in their order."""
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _read_choice(document: Any, choice: KindChoice) -> None:

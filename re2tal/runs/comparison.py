@@ -14,7 +14,7 @@ from re2tal.evaluation.matching import Matches
 from re2tal.evaluation.protocols import Dataset, ProtocolName
 from re2tal.evaluation.results import read_results
 from re2tal.options import NOT_NEGATIVE, Range, check_options
-from re2tal.runs.evaluation import ScoringRules, is_class_agnostic, match_results
+from re2tal.runs.evaluation import ScoringRules, match_results, rules_of_run
 from re2tal.runs.folder import CONFIG_NAME
 
 _DRAWS = Range(lambda value: value >= 2, "at least 2 draws; customary are 1000")
@@ -67,7 +67,8 @@ def compare(
     if missing := [path for side in sides for path in side if not path.is_file()]:
         raise FileNotFoundError(f"{missing[0]} is not a file; give a results JSON")
     config = _config_of_run(a)
-    rules = _rules(options, otherwise=ScoringRules() if config is None else _rules_of_run(config, a))
+    of_run = ScoringRules() if config is None else rules_of_run(config, read_results(a).classes)
+    rules = _rules(options, otherwise=of_run)
     rules.check()
     if annotations is not None:
         truths, source = read_ground_truth(annotations, subset=rules.subset), annotations
@@ -107,14 +108,3 @@ def _rules(options: ComparisonOptions, *, otherwise: ScoringRules) -> ScoringRul
     if options.dataset is not None:
         otherwise = replace(otherwise, tiou_thresholds=None)
     return replace(otherwise, **{name: value for name, value in given.items() if value not in (None, False)})
-
-
-def _rules_of_run(config: RunConfig, a: Path) -> ScoringRules:
-    rules = config.evaluation
-    return ScoringRules(
-        subset=config.data.validation_subset,
-        protocol=rules.protocol,
-        tiou_thresholds=rules.tiou_thresholds,
-        blocked_videos=rules.blocked_videos,
-        class_agnostic=is_class_agnostic(config, read_results(a)),
-    )

@@ -20,10 +20,10 @@ from re2tal.progress import Progress
 from re2tal.reporting.found import FoundInVideo
 from re2tal.runs.detection_job import Detected, DetectionOptions, Job
 from re2tal.runs.detection_sources import batch_of, batches_with_bar, check_looks_at_videos
+from re2tal.runs.devices import device_of, joined_ranks
 from re2tal.runs.file_detection import Look, detect_in_files, weights_of
 from re2tal.runs.model_folder import SHIPPED
 from re2tal.runs.model_folder_hub import find_model
-from re2tal.runs.ranks import device_of, joined_ranks
 from re2tal.runs.video_files import encoding_for
 from re2tal.training.config import DTYPES
 

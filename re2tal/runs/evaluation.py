@@ -187,34 +187,38 @@ def evaluate(predictions: Path | str, annotations: Path | str, options: ScoringO
     return Evaluated(precision, recall, by_k, errors, spread, results.note)
 
 
-def match_run(
-    predictions: Mapping[str, Detections],
-    truths: Sequence[VideoRecord],
-    config: RunConfig,
-    *,
-    classes: Sequence[str],
-    class_agnostic: bool | None = None,
-) -> Matches:
-    """A run's predictions against truths by the rules of its configuration; None: class-agnostic if its localizer is.
-
-    `mean_average_precision` scores them.
-    """
+def rules_of_run(config: RunConfig, classes: Sequence[str]) -> ScoringRules:
+    """By which a run scores results of these classes: as of one class, but where a classifier of whole videos named
+    them."""
     rules = config.evaluation
+    return ScoringRules(
+        subset=config.data.validation_subset,
+        protocol=rules.protocol,
+        tiou_thresholds=rules.tiou_thresholds,
+        blocked_videos=rules.blocked_videos,
+        class_agnostic=config.localizer.class_agnostic and set(classes) <= {AGNOSTIC_CLASS},
+    )
+
+
+def match_by(
+    rules: ScoringRules, predictions: Mapping[str, Detections], truths: Sequence[VideoRecord], classes: Sequence[str]
+) -> Matches:
+    """Predictions against truths; `mean_average_precision` scores them."""
     return match_predictions(
         predictions,
         truths,
         classes=classes,
         protocol=rules.protocol,
-        tiou_thresholds=rules.tiou_thresholds,
+        tiou_thresholds=rules.tiou_thresholds or TIOU_THRESHOLDS[rules.dataset],
         blocked_videos=blocked_by(rules),
-        class_agnostic=config.localizer.class_agnostic if class_agnostic is None else class_agnostic,
+        class_agnostic=rules.class_agnostic,
     )
 
 
 def check_truths(truths: Sequence[VideoRecord], config: RunConfig, *, classes: Sequence[str]) -> None:
     """ValueError where predictions of a detector for `classes` could not be scored by the rules of its run: nothing
     true counts, or a class has no truth and the protocol refuses that."""
-    rules = match_run({}, truths, config, classes=classes)
+    rules = match_by(rules_of_run(config, classes), {}, truths, classes)
     if config.localizer.class_agnostic or not rules.protocol.refuses_unknown_labels:
         return
     if without := sorted(set(classes) - set(rules.truths.classes)):
@@ -224,24 +228,11 @@ def check_truths(truths: Sequence[VideoRecord], config: RunConfig, *, classes: S
         )
 
 
-def is_class_agnostic(config: RunConfig, results: Results) -> bool:
-    """Whether results of this run have one class: not where a classifier of whole videos has named them."""
-    return config.localizer.class_agnostic and set(results.classes) <= {AGNOSTIC_CLASS}
-
-
 def match_results(
     results: Results, truths: Sequence[VideoRecord], rules: ScoringRules, *, files: tuple[Path | str, Path | str]
 ) -> Matches:
     """Results against truths; `files` are where both come from, for the ValueError if nothing matches."""
-    matches = match_predictions(
-        results.predictions,
-        truths,
-        classes=results.classes,
-        protocol=rules.protocol,
-        tiou_thresholds=rules.tiou_thresholds or TIOU_THRESHOLDS[rules.dataset],
-        blocked_videos=blocked_by(rules),
-        class_agnostic=rules.class_agnostic,
-    )
+    matches = match_by(rules, results.predictions, truths, results.classes)
     _check_match(matches.predictions.coverage, *files)
     return matches
 

@@ -24,7 +24,7 @@ from re2tal.reporting.curves import draw_curves, read_metrics
 from re2tal.reporting.fonts import to_png
 from re2tal.reporting.page import Picture, write_page
 from re2tal.reporting.timelines import draw_timeline
-from re2tal.runs.evaluation import is_class_agnostic, match_run
+from re2tal.runs.evaluation import match_by, rules_of_run
 from re2tal.runs.folder import CONFIG_NAME, METRICS_NAME, REPORT_NAME, RESULTS_NAME
 from re2tal.structures import VideoRecord
 from re2tal.video_ids import match_ids
@@ -42,12 +42,11 @@ def write_report(
     config = load_config(run / CONFIG_NAME)
     results = read_results(predictions or run / RESULTS_NAME)
     truths = _truths(config, annotations)
-    class_agnostic = is_class_agnostic(config, results)
-    drawn = _drawn(results, as_one_class(truths) if class_agnostic else truths)
+    rules = rules_of_run(config, results.classes)
+    drawn = _drawn(results, as_one_class(truths) if rules.class_agnostic else truths)
     scores = None
     if any(one.is_predicted and one.has_truth for one in drawn):
-        matches = match_run(results.predictions, truths, config, classes=results.classes, class_agnostic=class_agnostic)
-        scores = mean_average_precision(matches)
+        scores = mean_average_precision(match_by(rules, results.predictions, truths, results.classes))
         scores.coverage.check()
     else:
         drawn = [one for one in drawn if one.is_predicted]

@@ -22,7 +22,7 @@ from re2tal.evaluation.matching import Matches
 from re2tal.evaluation.results import read_results, write_results
 from re2tal.evaluation.video_classes import read_video_classes, write_video_classes
 from re2tal.inference import classify, predict
-from re2tal.runs.evaluation import match_run
+from re2tal.runs.evaluation import match_by, rules_of_run
 from re2tal.structures import Batch, Detections, VideoRecord
 from re2tal.training.trackers import Figures
 
@@ -87,7 +87,7 @@ def _of_detector(
     predictions: Mapping[str, Detections], classes: Sequence[str], config: RunConfig, shards: ShardSet | FeatureSet
 ) -> Outcome:
     records = [video.record for video in shards.videos]
-    matches = match_run(predictions, records, config, classes=classes)
+    matches = match_by(rules_of_run(config, classes), predictions, records, classes)
     scores = mean_average_precision(matches)
     drawn = as_one_class(records) if config.localizer.class_agnostic else records
     return Outcome(

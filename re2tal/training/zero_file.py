@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import ValidationError
 
+from re2tal.options import flatten
 from re2tal.strict_json import read_json
 from re2tal.training.config import EngineConfig
 from re2tal.training.deepspeed_import import (
@@ -89,7 +90,7 @@ def resolve_deepspeed_config(path: Path, config: EngineConfig, *, world_size: in
             del zero[name]
     for key, (value, origin) in _values_of_the_run(config, world_size).items():
         _fill(path, settings, key, value=value, origin=origin)
-    for key, value in _flatten(settings):
+    for key, value in flatten(settings):
         if value == "auto":
             raise ValueError(
                 f'{path}: {key} is "auto", but a run does not decide it; write a value, or leave the key out'
@@ -164,14 +165,6 @@ def _fill(path: Path, settings: dict[str, Any], key: str, *, value: Any, origin:
             f"{path}: {key} is {json.dumps(section[last])}, but the run has {origin}; make them agree, or write "
             '"auto" in the file'
         )
-
-
-def _flatten(section: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in section.items():
-        if isinstance(value, dict):
-            yield from _flatten(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _refuse_wrong_values(path: Path, settings: dict[str, Any]) -> None:
