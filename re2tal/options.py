@@ -5,7 +5,7 @@
 
 A field without a value for a flag inherits it from the field that holds its configuration.
 
-    check_ranges(self, "localizer", channels=COUNT, dropout=RATE)      in __post_init__
+    channels: int = option(256, within=COUNT)      check_ranges(self, "localizer")      in __post_init__
     check_options(self, seed=NOT_NEGATIVE)                              the same for options of a command
 """
 
@@ -37,8 +37,10 @@ INSIDE = Range(lambda value: 0 < value < 1, "a number between 0 and 1")
 
 
 def check_ranges(config: Any, part: str, **ranges: Range) -> None:
-    """Raises ValueError for a field that is outside its range; None is inside. `part` is where `config` stands."""
-    for name, one in ranges.items():
+    """Raises ValueError for a field that is outside the range that it was declared `within`, or that is given here;
+    None is inside. `part` is where `config` stands."""
+    declared = {one.name: one.metadata["within"] for one in fields(config) if "within" in one.metadata}
+    for name, one in (declared | ranges).items():
         check(f"{part}.{name}", getattr(config, name), one)
 
 
@@ -65,6 +67,7 @@ def option(
     default: T = _NONE,
     *,
     default_factory: Callable[[], T] = _NONE,
+    within: Range | None = None,
     resumable: bool | None = None,
     planned: bool | None = None,
     wiring: bool | None = None,
@@ -75,13 +78,14 @@ def option(
     Args:
         default: the default value
         default_factory: makes the default, where the field is itself a configuration
+        within: which numbers it takes, for `check_ranges`
         resumable: it may change when a run is resumed: the steps to come may take another value, or no step depends on
             it (but for the rounding of a new plan)
         planned: the plan of a step's memory depends on it
         wiring: it changes the function that a rewired network computes with the same weights
         of_rewired: it would be ignored, without a word, where the backbone is not rewired
     """
-    flags = {"resumable": resumable, "planned": planned, "wiring": wiring, "of_rewired": of_rewired}
+    flags = {"within": within, "resumable": resumable, "planned": planned, "wiring": wiring, "of_rewired": of_rewired}
     metadata = {name: value for name, value in flags.items() if value is not None}
     made: Any = field(default=default, default_factory=default_factory, metadata=metadata)  # type: ignore[call-overload]
     return made

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from re2tal.backbones.base import VideoBackbone
 from re2tal.backbones.slowfast.network import SlowFast
 from re2tal.backbones.weights import read_checkpoint
-from re2tal.options import RATE, check_ranges
+from re2tal.options import RATE, check_ranges, option
 from re2tal.structures import Action, Timeline, to_device
 
 INITIAL_STD = 0.01
@@ -45,16 +45,16 @@ class Recognition(NamedTuple):
 class RecognizerConfig:
     """From features to a class. Defaults: Video Swin on Kinetics."""
 
-    dropout: float = 0.5
+    dropout: float = option(0.5, within=RATE)
     """Share of the mean features that is dropped in training."""
-    label_smoothing: float = 0.0
+    label_smoothing: float = option(0.0, within=RATE)
     """Share of the target that is spread evenly over all classes."""
     pretrained_classifier: bool = True
     """Start from the classifier in the file that backbone.weights names, where it has one for these classes; where it
     does not name its classes, for as many, in this order."""
 
     def __post_init__(self) -> None:
-        check_ranges(self, "recognizer", dropout=RATE, label_smoothing=RATE)
+        check_ranges(self, "recognizer")
 
 
 class Recognizer(nn.Module):

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from re2tal.evaluation.overlaps import Floats, Penalty
 from re2tal.evaluation.soft_nms import soft_nms
-from re2tal.options import COUNT, FINITE, NOT_NEGATIVE, POSITIVE, SHARE, Range, check_ranges
+from re2tal.options import COUNT, FINITE, NOT_NEGATIVE, POSITIVE, SHARE, Range, check_ranges, option
 from re2tal.structures import Detections
 
 # Others write 0 for no votes. Here it would let all segments vote, those that do not overlap too.
@@ -28,25 +28,25 @@ class SuppressionConfig:
     """How a better segment lowers the score of one it overlaps with. "gaussian": exp(-IoU^2 / sigma). "linear": 1 - IoU
     from `iou_threshold` on. "gaussian_above": gaussian from an IoU of `overlap_base` + `overlap_slope` * length of the
     better one (BMN). "hard": dropped from `iou_threshold` on. "none": not at all."""
-    sigma: float = 0.7
+    sigma: float = option(0.7, within=POSITIVE)
     """Of the gaussian; larger is milder."""
-    iou_threshold: float = 0.1
+    iou_threshold: float = option(0.1, within=SHARE)
     """Of "linear" and "hard"."""
-    overlap_base: float = 0.5
+    overlap_base: float = option(0.5, within=SHARE)
     """Of "gaussian_above"."""
-    overlap_slope: float = 0.0
+    overlap_slope: float = option(0.0, within=FINITE)
     """Of "gaussian_above", per unit of length."""
-    min_score: float = 0.001
+    min_score: float = option(0.001, within=NOT_NEGATIVE)
     """A segment whose lowered score is below goes; the best of each group always stays, except under "hard", which
     drops every score that is not above."""
-    max_per_video: int = 2000
+    max_per_video: int = option(2000, within=COUNT)
     """At most this many detections, the best ones; also the limit per class."""
-    max_per_minute: float | None = None
+    max_per_minute: float | None = option(None, within=POSITIVE)
     """Where this is more, the limit is so many for each minute between the first start and the last end of what was
     found in the video; None: `max_per_video` whatever the length."""
     per_class: bool = True
     """Only segments of the same class suppress each other."""
-    voting_threshold: float | None = None
+    voting_threshold: float | None = option(None, within=_VOTES)
     """Replace each kept segment by the mean, weighted by score, of all segments that overlap it by at least this IoU;
     None keeps it. With `per_class` only segments of its class vote, as in the original ActionFormer; OpenTAD's recipes
     do not vote there."""
@@ -57,18 +57,7 @@ class SuppressionConfig:
         known = sorted([*_PENALTIES, "none"])
         if self.method not in known:
             raise ValueError(f"suppression.method is {self.method!r}, which is unknown; known: {known}")
-        check_ranges(
-            self,
-            "suppression",
-            sigma=POSITIVE,
-            iou_threshold=SHARE,
-            overlap_base=SHARE,
-            overlap_slope=FINITE,
-            min_score=NOT_NEGATIVE,
-            max_per_video=COUNT,
-            max_per_minute=POSITIVE,
-            voting_threshold=_VOTES,
-        )
+        check_ranges(self, "suppression")
 
     def limit(self, segments: Floats) -> int:
         """How many of a video's (N, 2) segments, in seconds, may stay."""

@@ -11,20 +11,20 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from re2tal.options import NOT_NEGATIVE, SHARE, check_ranges
+from re2tal.options import NOT_NEGATIVE, SHARE, check_ranges, option
 
 
 @dataclass(frozen=True)
 class AnnealingConfig:
     """The way of a rewired backbone from its pretrained function to backbone.beta."""
 
-    epochs: float = 0.0
+    epochs: float = option(0.0, within=NOT_NEGATIVE)
     """Over how many epochs beta goes from `start` to backbone.beta, evenly; 0 trains with backbone.beta all along."""
-    start: float = 0.0
+    start: float = option(0.0, within=SHARE)
     """Beta of the first step; 0 is the network before rewiring."""
 
     def __post_init__(self) -> None:
-        check_ranges(self, "annealing", epochs=NOT_NEGATIVE, start=SHARE)
+        check_ranges(self, "annealing")
 
 
 def beta_course(

@@ -28,17 +28,17 @@ class OptimizerConfig:
     algorithm: Literal["adamw", "adam"] = "adamw"
     """"adamw" takes the weight decay off the weights; "adam" adds it to the gradients, as VSGN was trained."""
 
-    learning_rate: float = option(1e-4, resumable=True)
+    learning_rate: float = option(1e-4, within=NOT_NEGATIVE, resumable=True)
     """Peak learning rate of the localizer or classifier."""
-    backbone_learning_rate: float = option(1e-5, resumable=True)
+    backbone_learning_rate: float = option(1e-5, within=NOT_NEGATIVE, resumable=True)
     """Peak learning rate of the backbone."""
-    weight_decay: float = 0.05
+    weight_decay: float = option(0.05, within=NOT_NEGATIVE)
     """Weight decay of the decayed groups."""
-    beta1: float = 0.9
+    beta1: float = option(0.9, within=RATE)
     """Decay of the gradient's mean."""
-    beta2: float = 0.999
+    beta2: float = option(0.999, within=RATE)
     """Decay of the squared gradient's mean."""
-    made_for_clips: int | None = option(None, resumable=True, planned=False)
+    made_for_clips: int | None = option(None, within=COUNT, resumable=True, planned=False)
     """Clips per optimizer step, of all ranks together, for which the learning rates were chosen; the log compares."""
     follow_batch: bool = option(False, planned=False)
     """Multiply the learning rates by clips per step / `made_for_clips`. Without, they stay whatever the batch is."""
@@ -46,8 +46,7 @@ class OptimizerConfig:
     def __post_init__(self) -> None:
         if self.algorithm not in ALGORITHMS:
             raise ValueError(f"optimizer.algorithm is {self.algorithm!r}; known: {list(ALGORITHMS)}")
-        rates = dict.fromkeys(("learning_rate", "backbone_learning_rate", "weight_decay"), NOT_NEGATIVE)
-        check_ranges(self, "optimizer", **rates, beta1=RATE, beta2=RATE, made_for_clips=COUNT)
+        check_ranges(self, "optimizer")
         if self.follow_batch and self.made_for_clips is None:
             raise ValueError(
                 "optimizer.follow_batch is set, but optimizer.made_for_clips does not say for how many clips per step "

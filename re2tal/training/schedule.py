@@ -18,13 +18,13 @@ class ScheduleConfig:
 
     shape: Literal["cosine", "constant"] = option("cosine", resumable=True)
     """After the rise: half a cosine down to the end of the run, or the peak all the way."""
-    warmup_epochs: float = option(5.0, resumable=True)
+    warmup_epochs: float = option(5.0, within=NOT_NEGATIVE, resumable=True)
     """Length of the rise; 0 starts at the peak."""
-    final_factor: float = option(0.0, resumable=True)
+    final_factor: float = option(0.0, within=SHARE, resumable=True)
     """Where the cosine ends, as a share of the peak."""
 
     def __post_init__(self) -> None:
-        check_ranges(self, "schedule", warmup_epochs=NOT_NEGATIVE, final_factor=SHARE)
+        check_ranges(self, "schedule")
 
 
 def learning_rate_factor(config: ScheduleConfig, *, steps_per_epoch: float, num_steps: int) -> Callable[[int], float]:

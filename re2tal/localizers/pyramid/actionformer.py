@@ -22,7 +22,7 @@ from re2tal.localizers.pyramid.heads import Head, RegressionHead
 from re2tal.localizers.pyramid.localizer import PyramidLocalizer, embedding_convs, head_convs, logit
 from re2tal.localizers.pyramid.loss import PointLoss
 from re2tal.localizers.pyramid.transformer import TransformerBlock
-from re2tal.options import COUNT, NOT_NEGATIVE, RATE, check_ranges
+from re2tal.options import COUNT, NOT_NEGATIVE, RATE, option
 
 Variant = Literal["opentad", "original"]
 
@@ -37,37 +37,27 @@ class ActionFormerConfig(PaddedPyramidConfig):
     """Whose numbers to give where the public implementations differ. "opentad": padding is blanked again after each
     norm, norms of convolutions add 1e-6, candidates are the best of the whole clip. "original": blanked before the norm
     only, 1e-5, the `candidate_top_k` best of each level. Weights of one give wrong numbers under the other."""
-    num_heads: int = 4
+    num_heads: int = option(4, within=COUNT)
     """Attention heads; `channels` is a multiple of it."""
-    num_stem_blocks: int = 2
+    num_stem_blocks: int = option(2, within=NOT_NEGATIVE)
     """Transformer blocks of stride 1; each further level adds one block of stride 2."""
     attention_window: int | tuple[int | None, ...] | None = None
     """Steps that a step may attend to, itself in the middle: for all levels, or one per level; None is all steps."""
-    dropout: float = 0.0
+    dropout: float = option(0.0, within=RATE)
     """Dropout on the outputs of attention and MLPs."""
-    path_drop: float = 0.1
+    path_drop: float = option(0.1, within=RATE)
     """Stochastic depth: share of clips for which a residual branch is skipped in training."""
-    input_dropout: float = 0.0
+    input_dropout: float = option(0.0, within=RATE)
     """Share of the features' channels that are zeroed in training, each for a whole clip."""
-    candidate_min_steps: float = 0.0
+    candidate_min_steps: float = option(0.0, within=NOT_NEGATIVE)
     """Under "original", segments that are not longer than this go no further."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if self.variant not in get_args(Variant):
             raise ValueError(f"unknown variant {self.variant!r}; known: {list(get_args(Variant))}")
-        check_ranges(
-            self,
-            "localizer",
-            num_heads=COUNT,
-            num_stem_blocks=NOT_NEGATIVE,
-            dropout=RATE,
-            path_drop=RATE,
-            input_dropout=RATE,
-            candidate_min_steps=NOT_NEGATIVE,
-        )
         if self.channels % self.num_heads:
             raise ValueError(f"channels={self.channels} must be a multiple of num_heads={self.num_heads}")
-        super().__post_init__()
         if isinstance(self.attention_window, tuple) and len(self.attention_window) != self.num_levels:
             raise ValueError(
                 f"attention_window={self.attention_window} must have one entry per level; there are {self.num_levels}, "

@@ -23,7 +23,7 @@ from re2tal.localizers.pyramid.encoder import Encoder
 from re2tal.localizers.pyramid.heads import Head, RegressionHead
 from re2tal.localizers.pyramid.localizer import PyramidLocalizer, embedding_convs, head_convs, logit
 from re2tal.localizers.pyramid.loss import PointLoss
-from re2tal.options import COUNT, NOT_NEGATIVE, RATE, SHARE, check_ranges
+from re2tal.options import COUNT, NOT_NEGATIVE, RATE, SHARE, option
 
 LevelNorm = Literal["layer", "group", "none"]
 
@@ -37,33 +37,23 @@ class TemporalMaxerConfig(PyramidConfig):
     level_norm: LevelNorm = "group"
     """What normalises each level before the heads: "layer" each step over its channels, "group" the whole level in
     groups of channels, "none" nothing."""
-    level_norm_groups: int = 4
+    level_norm_groups: int = option(4, within=COUNT)
     """Groups of a level norm of kind "group"; `channels` is a multiple of it."""
     level_norm_affine: bool = False
     """A level norm of kind "group" learns a scale and a shift per channel."""
-    input_dropout: float = 0.2
+    input_dropout: float = option(0.2, within=RATE)
     """Share of the features' channels that are zeroed in training, each for a whole clip."""
-    match_class_weight: float = 1.0
+    match_class_weight: float = option(1.0, within=NOT_NEGATIVE)
     """Of the classification in the cost by which points and actions are matched."""
-    match_iou_weight: float = 2.0
+    match_iou_weight: float = option(2.0, within=NOT_NEGATIVE)
     """Of the overlap in that cost."""
-    match_keep_share: float = 1.0
+    match_keep_share: float = option(1.0, within=SHARE)
     """Share of the points inside an action, the cheapest, that count in full."""
-    match_confused_weight: float = 0.0
+    match_confused_weight: float = option(0.0, within=SHARE)
     """What the other points inside an action count."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_ranges(
-            self,
-            "localizer",
-            level_norm_groups=COUNT,
-            input_dropout=RATE,
-            match_class_weight=NOT_NEGATIVE,
-            match_iou_weight=NOT_NEGATIVE,
-            match_keep_share=SHARE,
-            match_confused_weight=SHARE,
-        )
         if self.level_norm not in get_args(LevelNorm):
             raise ValueError(f"unknown level_norm {self.level_norm!r}; known: {list(get_args(LevelNorm))}")
         if self.level_norm == "group" and self.channels % self.level_norm_groups:

@@ -28,7 +28,7 @@ from re2tal.localizers.pyramid.encoder import Encoder
 from re2tal.localizers.pyramid.heads import Head, RegressionHead
 from re2tal.localizers.pyramid.localizer import PyramidLocalizer, embedding_convs, head_convs, logit
 from re2tal.localizers.pyramid.loss import PointLoss
-from re2tal.options import COUNT, NOT_NEGATIVE, POSITIVE, RATE, check_ranges
+from re2tal.options import COUNT, NOT_NEGATIVE, POSITIVE, RATE, option
 from re2tal.structures import Pyramid
 
 Downsampling = Literal["max", "average"]
@@ -42,48 +42,34 @@ class TriDetConfig(PaddedPyramidConfig):
 
     name: Literal["tridet"] = "tridet"
     """Which localizer this configures; its `channels` are a multiple of 16."""
-    num_stem_blocks: int = 2
+    num_stem_blocks: int = option(2, within=NOT_NEGATIVE)
     """Blocks of stride 1, whose window is 1; each further level adds one block of stride 2."""
     window: int | tuple[int, ...] = 1
     """Steps that a block's narrow convolutions cover, odd: for all levels, or one per level."""
-    wide_ratio: float = 5.0
+    wide_ratio: float = option(5.0, within=POSITIVE)
     """The wide convolution covers this many times the window and one, made odd."""
-    mlp_channels: int = 768
+    mlp_channels: int = option(768, within=COUNT)
     """Channels inside the blocks' MLPs."""
     downsampling: Downsampling = "max"
     """How a block of stride 2 halves its input: "max" of three steps, or "average" of two and a linear layer."""
-    initial_std: float = 0.0
+    initial_std: float = option(0.0, within=NOT_NEGATIVE)
     """Of the weights of the blocks' depthwise convolutions before training. At 0, OpenTAD's on THUMOS-14, products of
     two of them have no gradient: such blocks stay MLPs."""
-    path_drop: float = 0.1
+    path_drop: float = option(0.1, within=RATE)
     """Stochastic depth: share of clips for which a residual branch of a strided block is skipped in training."""
-    input_noise: float = 0.0
+    input_noise: float = option(0.0, within=NOT_NEGATIVE)
     """Standard deviation of the noise that is added to the features in training."""
-    head_kernel_size: int = 3
+    head_kernel_size: int = option(3, within=COUNT)
     """Of the classification and the regression head; odd."""
-    boundary_kernel_size: int = 3
+    boundary_kernel_size: int = option(3, within=COUNT)
     """Of the heads that find starts and ends; odd."""
-    num_bins: int = 16
+    num_bins: int = option(16, within=COUNT)
     """The farthest start or end that a point can predict, in strides of its level."""
-    iou_power: float = 0.2
+    iou_power: float = option(0.2, within=NOT_NEGATIVE)
     """The classification loss of a positive is multiplied by this power of its IoU with the action."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_ranges(
-            self,
-            "localizer",
-            num_stem_blocks=NOT_NEGATIVE,
-            wide_ratio=POSITIVE,
-            mlp_channels=COUNT,
-            initial_std=NOT_NEGATIVE,
-            path_drop=RATE,
-            input_noise=NOT_NEGATIVE,
-            head_kernel_size=COUNT,
-            boundary_kernel_size=COUNT,
-            num_bins=COUNT,
-            iou_power=NOT_NEGATIVE,
-        )
         if self.channels % NORM_GROUPS:
             raise ValueError(f"channels={self.channels} must be a multiple of {NORM_GROUPS}, the groups of its norms")
         if self.downsampling not in get_args(Downsampling):

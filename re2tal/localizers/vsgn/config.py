@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-from re2tal.options import COUNT, INSIDE, NOT_NEGATIVE, SHARE, check_ranges
+from re2tal.options import COUNT, INSIDE, NOT_NEGATIVE, SHARE, check_ranges, option
 
 Variant = Literal["opentad", "original"]
 
@@ -20,66 +20,48 @@ class VSGNConfig:
     """Whose network and loss, where the public implementations differ. "original": levels are pooled over 2 steps, not
     3, convolutions of the anchor heads have biases, scores of starts and ends are stretched, not features, and losses
     are divided by the positives of the batch, not by a running mean. Weights of one do not fit the other."""
-    channels: int = 256
+    channels: int = option(256, within=COUNT)
     """Channels of every level; a multiple of `num_groups`."""
-    num_groups: int = 32
+    num_groups: int = option(32, within=COUNT)
     """Groups of the heads' group normalisation."""
-    num_levels: int = 5
+    num_levels: int = option(5, within=COUNT)
     """Levels of the pyramid, each half as long as the one before."""
     first_stride: int = 4
     """Steps of the features per step of the finest level; even."""
-    num_neighbours: int | None = 10
+    num_neighbours: int | None = option(10, within=COUNT)
     """Nearest steps in the encoder's graph convolutions; None encodes by plain convolutions."""
-    num_head_convs: int = 4
+    num_head_convs: int = option(4, within=NOT_NEGATIVE)
     """Convolutions in each anchor head before the one that predicts."""
     anchor_scales: tuple[float, ...] = (1.0, 1.5)
     """Lengths of the anchors at each position, in strides of their level."""
-    anchor_iou: float = 0.5
+    anchor_iou: float = option(0.5, within=SHARE)
     """From this IoU with an action on, an anchor, or what it decodes to, must predict it."""
-    boundary_iou: float = 0.7
+    boundary_iou: float = option(0.7, within=SHARE)
     """From this IoU with an action on, a decoded segment learns to move its boundaries."""
-    focal_alpha: float = 0.35
+    focal_alpha: float = option(0.35, within=SHARE)
     """Weight of positives in the focal loss, which is used when there is a single class."""
-    evaluation_weight: float = 1.0
+    evaluation_weight: float = option(1.0, within=NOT_NEGATIVE)
     """Weight of the loss of starts, ends and insides of actions; the original's is 0.2."""
-    initial_positives: int = 100
+    initial_positives: int = option(100, within=COUNT)
     """Losses are divided by running means of the numbers of positives per batch; this is their first value."""
-    positives_momentum: float = 0.9
+    positives_momentum: float = option(0.9, within=SHARE)
     """Share of the running means that each training step keeps."""
-    stitch_below: float | None = None
+    stitch_below: float | None = option(None, within=INSIDE)
     """A clip with at most this share of real steps is stitched to a magnified copy of itself (the paper: 0.4); None
     never. `data.clips.windowing.short_share` cuts such clips from long videos."""
-    stitch_gap: int = 30
+    stitch_gap: int = option(30, within=NOT_NEGATIVE)
     """Empty steps between the clip and its copy."""
     class_agnostic: bool = False
     """Find actions of the given classes without telling the classes apart; a video classifier may name them later."""
-    candidate_min_score: float = 0.001
+    candidate_min_score: float = option(0.001, within=SHARE)
     """Predictions below go no further; not applied to a single class."""
-    candidate_top_k: int = 2000
+    candidate_top_k: int = option(2000, within=COUNT)
     """Predictions per clip that go further; all of them with a single class."""
 
     def __post_init__(self) -> None:
         if self.variant not in get_args(Variant):
             raise ValueError(f"unknown variant {self.variant!r}; known: {list(get_args(Variant))}")
-        check_ranges(
-            self,
-            "localizer",
-            channels=COUNT,
-            num_groups=COUNT,
-            num_levels=COUNT,
-            num_neighbours=COUNT,
-            num_head_convs=NOT_NEGATIVE,
-            anchor_iou=SHARE,
-            boundary_iou=SHARE,
-            focal_alpha=SHARE,
-            evaluation_weight=NOT_NEGATIVE,
-            initial_positives=COUNT,
-            positives_momentum=SHARE,
-            stitch_below=INSIDE,
-            stitch_gap=NOT_NEGATIVE,
-            candidate_min_score=SHARE,
-            candidate_top_k=COUNT,
-        )
+        check_ranges(self, "localizer")
         if not self.anchor_scales or min(self.anchor_scales) <= 0:
             raise ValueError(f"localizer.anchor_scales is {self.anchor_scales}; give positive numbers, at least one")
         if self.channels % self.num_groups:
