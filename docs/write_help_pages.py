@@ -15,10 +15,27 @@ from typing import Any
 import tyro
 
 from re2tal.cli import command, own_types
-from re2tal.cli.commands import COMMANDS, MOST_USED, STARTING_POINTS
+from re2tal.cli.commands import COMMANDS, STARTING_POINTS
 from re2tal.cli.help import PAGES
 
 MOST_OPTIONS = 10
+OF_RUNS = (
+    "--data.shards --backbone.name --backbone.weights --training.epochs --engine.batch-size --engine.memory-budget-gb"
+)
+MOST_USED = {
+    "train": f"--out --resume {OF_RUNS}",
+    "plan": "--memory-budget-gb --ranks --classes --ds --backbone.name --backbone.weights --engine.batch-size",
+    "import": "WEIGHTS --out --classes --as-plain --videos --backbone.name",
+    "detect": "PATHS --model --out --format --min-score --top --classes --recursive --batch-size --device",
+    "shards build": "--out --annotations --videos --clips --classes --dataset --subsets --fps --short-side --workers",
+    "features extract": "--shards --out --run --backbone.name --backbone.weights --window-frames --overlap --fps "
+    "--batch-size --device",
+    "reproduce": "DATASET --annotations --shards --weights --backbone --ds --out --dry-run --tiny --resume",
+    "evaluate": "--predictions --annotations --subset --protocol --dataset --errors --bootstrap --proposals --shards "
+    "--json",
+    "rewire": "MODEL --weights --frames --size --unit --merge --beta --recompute",
+}
+"""Page of help -> its options that come first; a page that is not here shows its first ten."""
 
 
 def parsers() -> Iterator[tuple[str, argparse.ArgumentParser]]:
@@ -56,7 +73,7 @@ def _page(page: str, parser: argparse.ArgumentParser) -> dict[str, Any]:
             continue
         flag, words = _flag(action)
         options[flag] = [words, _first_of(_plain(action.help))]
-    wanted = MOST_USED.get(page) or [*options][:MOST_OPTIONS]
+    wanted = MOST_USED.get(page, "").split() or [*options][:MOST_OPTIONS]
     starting = [
         ["--recipe NAME", f"begin with the settings that `re2tal recipes` lists under this name ({recipe})"]
         for recipe in (STARTING_POINTS.get(page),)

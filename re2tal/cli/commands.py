@@ -1,4 +1,4 @@
-"""The commands: where each is, what it does, how it is used, and which of its many options are used most.
+"""The commands: where each is, what it does and how it is used.
 
 Imports nothing: `re2tal --help` must be quick.
 """
@@ -148,79 +148,3 @@ EXAMPLES: dict[str, tuple[str, str]] = {
     "report": ("re2tal report --run runs/mine", "re2tal report --run runs/mine --predictions results.json"),
 }
 """Page of help -> two uses."""
-
-OF_RUNS = (
-    "--data.shards",
-    "--backbone.name",
-    "--backbone.weights",
-    "--training.epochs",
-    "--engine.batch-size",
-    "--engine.memory-budget-gb",
-)
-MOST_USED: dict[str, tuple[str, ...]] = {
-    "train": ("--out", "--resume", *OF_RUNS),
-    "plan": ("--memory-budget-gb", "--ranks", "--classes", "--ds", *OF_RUNS[1:3], "--engine.batch-size"),
-    "import": ("WEIGHTS", "--out", "--classes", "--as-plain", "--videos", "--backbone.name"),
-    "detect": (
-        "PATHS",
-        "--model",
-        "--out",
-        "--format",
-        "--min-score",
-        "--top",
-        "--classes",
-        "--recursive",
-        "--batch-size",
-        "--device",
-    ),
-    "shards build": (
-        "--out",
-        "--annotations",
-        "--videos",
-        "--clips",
-        "--classes",
-        "--dataset",
-        "--subsets",
-        "--fps",
-        "--short-side",
-        "--workers",
-    ),
-    "features extract": (
-        "--shards",
-        "--out",
-        "--run",
-        "--backbone.name",
-        "--backbone.weights",
-        "--window-frames",
-        "--overlap",
-        "--fps",
-        "--batch-size",
-        "--device",
-    ),
-    "reproduce": (
-        "DATASET",
-        "--annotations",
-        "--shards",
-        "--weights",
-        "--backbone",
-        "--ds",
-        "--out",
-        "--dry-run",
-        "--tiny",
-        "--resume",
-    ),
-    "evaluate": (
-        "--predictions",
-        "--annotations",
-        "--subset",
-        "--protocol",
-        "--dataset",
-        "--errors",
-        "--bootstrap",
-        "--proposals",
-        "--shards",
-        "--json",
-    ),
-    "rewire": ("MODEL", "--weights", "--frames", "--size", "--unit", "--merge", "--beta", "--recompute"),
-}
-"""Page of help -> its options that come first; a page that is not here shows its first ten."""
