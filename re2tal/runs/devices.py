@@ -23,7 +23,7 @@ def default_device() -> torch.device:
 
 def named_device(name: torch.device | str | None) -> torch.device:
     """The device of this name, the default one without. ValueError where this machine has none such."""
-    if not name:
+    if name is None:
         return default_device()
     try:
         device = torch.device(name)
@@ -58,4 +58,4 @@ def joined_ranks() -> Iterator[World]:
 def device_of(world: World, device: str | None) -> torch.device:
     """The device that was asked for, or this rank's accelerator."""
     chosen = named_device(device)
-    return chosen if device or chosen.type == "cpu" else torch.device(chosen.type, world.device_index)
+    return chosen if device is not None or chosen.type == "cpu" else torch.device(chosen.type, world.device_index)

@@ -39,7 +39,7 @@ def test_a_run_that_would_end_on_the_way_is_refused():
     ("fields", "message"),
     [
         ({"epochs": -1.0}, "annealing.epochs is -1.0; give 0 or more"),
-        ({"epochs": float("inf")}, "annealing.epochs is inf; it must be finite"),
+        ({"epochs": float("inf")}, "annealing.epochs is inf; give 0 or more"),
         ({"start": 1.5}, "annealing.start is 1.5; give a number from 0 to 1"),
     ],
 )
