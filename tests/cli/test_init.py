@@ -13,7 +13,7 @@ from re2tal.cli import main
 from re2tal.config import load_config
 from re2tal.data.streaming.windows import ResizeWhole, Slide
 from re2tal.rewire import RewiringConfig
-from re2tal.runs.initialisation import Initialisation, initialise
+from re2tal.runs.initialisation import initialise
 from re2tal.runs.initialisation_facts import DataFacts, look_at
 from re2tal.runs.initialisation_settings import Start, choose
 
@@ -181,7 +181,7 @@ def test_data_that_nothing_can_be_learnt_from_is_refused(videos: Path, tmp_path:
 def test_weights_that_are_not_there_are_refused_before_anything_is_written(
     videos: Path, tmp_path: Path, backbone, weights
 ):
-    options = Initialisation(videos, tmp_path / "a.json", tmp_path / "recipe.json", None, Start(backbone, weights))
+    out, start = tmp_path / "recipe.json", Start(backbone, weights)
     with pytest.raises(FileNotFoundError, match=rf"--weights is {weights}, and there is no such file; .* correct"):
-        initialise(options)
-    assert not options.out.exists()
+        initialise(videos, tmp_path / "a.json", out, shards=None, start=start)
+    assert not out.exists()
