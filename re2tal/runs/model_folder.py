@@ -154,7 +154,7 @@ def describe_trained(
     describe(folder, config, classes, card=model_card(config, classes, Origin(source, dataset, summary)))
 
 
-def _began(config: RunConfig | RecognitionConfig) -> str:
+def _began(config: AnyRun) -> str:
     if config.start_from is not None:
         # Not the whole path, which names places of this machine.
         return f"it began with the model `{'/'.join(config.start_from.parts[-2:])}`"
