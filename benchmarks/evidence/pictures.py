@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 
 import matplotlib as mpl
@@ -17,11 +18,11 @@ import matplotlib.pyplot as plt  # noqa: E402  the backend is chosen before
 
 def bars(path: Path, heights: Mapping[str, Sequence[float]], *, label: str) -> None:
     """A bar for the mean of each, in percent, and a dot for every run."""
-    figure, axes = plt.subplots(figsize=(6, 0.5 * len(heights) + 1))
+    figure, axes = plt.subplots(figsize=(7, 0.5 * len(heights) + 1))
     for place, values in enumerate(heights.values()):
         axes.barh(place, 100 * sum(values) / len(values), color="#7fa8c9")
         axes.plot([100 * value for value in values], [place] * len(values), "k.", markersize=4)
-    axes.set_yticks(range(len(heights)), list(heights))
+    axes.set_yticks(range(len(heights)), [fill(name, 32) for name in heights])
     axes.invert_yaxis()
     axes.set_xlabel(label)
     _save(figure, path)
