@@ -15,6 +15,7 @@ from evidence.training import (
     FORMS,
     FROM_DEMO,
     FROM_DEMO_FORMS,
+    FROM_PLAIN,
     FROM_RECOGNITION,
     IN_SEGMENTS,
     QUICK_FORMS,
@@ -42,7 +43,9 @@ ABOUT_URFD = (
     "46 training and 24 validation videos (`re2tal datasets urfd`), pictures of 48 x 48, mirrored and cropped. *From",
     "the demo*: a detector that was trained on the demo's drawn motions (seed 0 of `features`) is the start, as a",
     "network trained on Kinetics is the paper's; all seeds start from the same one, the plain form and the one in",
-    "segments (merged by extrapolation every 2 blocks, for more memory) from a plain one.",
+    "segments from a plain one. *In segments*: merged by extrapolation every 2 branches, which is the plain network's",
+    "function (SlowFast's but for the place of its ReLUs). In a stage of this SlowFast one block of two is residual,",
+    "so it takes no more memory than the paper's merge; a deeper network keeps two states a segment.",
 )
 
 
@@ -79,8 +82,8 @@ def urfd_cells(options: Options) -> dict[str, Cell]:
                 clips = replace(run.data.clips, flip=True, crop_area=(0.5, 1.0))
                 run = replace(run, data=replace(run.data, clips=clips))
                 measure = partial(trained, run)
-                if form.endswith(FROM_DEMO):
-                    before = "end to end, plain" if form.startswith(STARTS_PLAIN) else "end to end, rewired"
+                if form in FROM_DEMO_FORMS:
+                    before = STARTS_PLAIN[0] if form.startswith((*STARTS_PLAIN, FROM_PLAIN)) else "end to end, rewired"
                     measure = partial(started, run, *on_demo(options, before, setting, seed=0))
                 cells[cell_key(form, setting, epochs=epochs, seed=seed)] = measure
     return cells
@@ -143,6 +146,8 @@ def _verdict(forms: Mapping[str, Mapping[str, Figures]]) -> Sequence[str]:
         (IN_SEGMENTS + FROM_DEMO, "frozen at random", 5.0),
         (IN_SEGMENTS + FROM_DEMO, f"end to end, plain{FROM_DEMO}", -1.0),
         (IN_SEGMENTS + FROM_DEMO, f"end to end, rewired{FROM_DEMO}", 0.0),
+        (IN_SEGMENTS + FROM_DEMO, FROM_PLAIN, 0.0),
+        (FROM_PLAIN, f"end to end, plain{FROM_DEMO}", -1.0),
     )
     lines = []
     for form, other, aim in claims:

@@ -2,7 +2,8 @@
 
     original             the plain network, trained for all epochs
     rewired              its weights in the rewired network, as they are
-    in segments          the same, merged by extrapolation every 2 blocks: nearer to the original, for more memory
+    in segments          the same, merged by extrapolation every 2 branches: the original's function, but for the place
+                         of SlowFast's ReLUs, and the memory of two states a segment
     ..., + N epochs      trained on for N epochs
     original, + N epochs the plain network trained on for as long as the longest of those
     from scratch         the rewired network, trained like the original
@@ -158,8 +159,9 @@ def show(done: Mapping[str, Figures]) -> list[str]:
     lines = [
         "Recognizers on trimmed clips of the demo: four slides and two senses of a circle (six classes, chance 17 %).",
         "The original is plain, from random weights, with Video Swin from a plain detector of the demo; then the same",
-        "weights rewired, as they stand and trained on. *In segments*: merged by extrapolation every 2 blocks, which",
-        "is nearer to the original and takes more memory.",
+        "weights rewired, as they stand and trained on. *In segments*: merged by extrapolation every 2 branches, which",
+        "is the original's function (SlowFast's but for the place of its ReLUs) and keeps two states a segment. In a",
+        "stage of this SlowFast one block of two is residual, so its runs are no longer without segments.",
     ]
     for setting, forms in settings.items():
         lines += ["", f"**{setting}**", "", *_table(forms), "", *_verdict(forms)]

@@ -34,9 +34,11 @@ FROM_RECOGNITION = "frozen, from recognition"
 FROM_DEMO = ", from the demo"
 """What a form's name ends in if a training on the demo came before: end to end, rewired or (STARTS_PLAIN) plain."""
 IN_SEGMENTS = "end to end, rewired in segments"
-"""Merged by extrapolation every 2 blocks: nearer to the plain network, for more memory."""
+"""Merged by extrapolation every 2 branches: the plain network's function, but for the place of SlowFast's ReLUs."""
 STARTS_PLAIN = ("end to end, plain", IN_SEGMENTS)
-FROM_DEMO_FORMS = tuple(form + FROM_DEMO for form in ("frozen", *STARTS_PLAIN, "end to end, rewired"))
+FROM_PLAIN = "end to end, rewired, from the plain detector of the demo"
+"""By the paper's merge, as `rewired`, but from where IN_SEGMENTS starts: what the merge makes of the difference."""
+FROM_DEMO_FORMS = (*(form + FROM_DEMO for form in ("frozen", *STARTS_PLAIN, "end to end, rewired")), FROM_PLAIN)
 QUICK_FORMS = ("end to end, rewired", "frozen at random", "end to end, plain")
 DEMO_EPOCHS = {True: 12, False: 32}
 LIMIT_SECONDS = 4 * 3600
@@ -52,6 +54,7 @@ def backbone_of(name: str, form: str) -> BackboneConfig:
         "end to end, plain": {"rewired": False},
         "end to end, rewired": {},
         IN_SEGMENTS: {"merge": "extrapolate", "segment": 2},
+        FROM_PLAIN: {},
         "adapters in a frozen backbone": ADAPTERS.get(name, {}),
     }
     return BackboneConfig(name=name, **changes[form.removesuffix(FROM_DEMO)])
