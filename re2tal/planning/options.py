@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import astuple, dataclass, replace
 from math import ceil
+from operator import le
 from typing import Any
 
 from re2tal.planning.dry_run import Trace
@@ -71,12 +72,14 @@ def options_of(
 
 def undominated(choices: Choices) -> Choices:
     """The choices that no other one beats in seconds and in all bytes."""
-
-    def beats(one: Option, other: Option) -> bool:
+    # Once each: a stage of many units has hundreds of choices, and each is compared with all others.
+    costs = [astuple(option) for _, option in choices]
+    return [
+        choice
+        for choice, mine in zip(choices, costs, strict=True)
         # Of two that are equal in all, both stay: neither beats the other.
-        return one != other and all(a <= b for a, b in zip(astuple(one), astuple(other), strict=True))
-
-    return [one for one in choices if not any(beats(other, one[1]) for _, other in choices)]
+        if not any(other != mine and all(map(le, other, mine)) for other in costs)
+    ]
 
 
 def _in_memory(
