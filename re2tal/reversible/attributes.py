@@ -7,8 +7,9 @@ tensors, also in lists, dicts and plain objects; modules inside, and forward hoo
     self.last = y.detach()       a forward sets it itself, and when it runs again, it sets it again: nothing to say
     self.calls += 1              a forward counts, and counts once more in backward. A warning
 
-Not looked into: arrays, sets, what libraries hold, and lists and dicts more than three deep or inside of objects. What
-is added to a list or dict is no change: parents collect outputs there.
+Not looked into: arrays, sets, what libraries hold, lists and dicts more than three deep or inside of objects, and what
+is behind their first thousand entries. What is added to a list or dict is no change: parents collect outputs there. Nor
+is what becomes of a list that a forward makes longer: it collects losses, which parents take out.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import islice
 from types import NoneType
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -27,10 +29,15 @@ logger = logging.getLogger(__name__)
 _OF_ALL_MODULES = frozenset(vars(nn.Module()))
 _SIMPLE = (bool, int, float, complex, str, NoneType)
 _KINDS = (*_SIMPLE, Tensor)
+_MOST_ENTRIES = 1000
 _OF_LIBRARIES = ("torch.", "deepspeed.", "re2tal.")  # whose hooks come and go with what they gather or note
 _set_by_forward: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
 _warned: set[tuple[type, str]] = set()
 """Types of modules, and the attributes that they count in."""
+
+
+class _Length(int):
+    """Of a list."""
 
 
 class _Value(NamedTuple):
@@ -71,9 +78,13 @@ class Attributes:
         """Backward."""
 
     def _now(self) -> _Values:
+        """Without tensors that a forward sets: they would be kept alive."""
         holders: _Holders = {}
         return {
-            (module, name): _Value.of(value) for module in self._modules for name, value in _held_by(module, holders)
+            (module, name): _Value.of(value)
+            for module in self._modules
+            for name, value in _held_by(module, holders)
+            if not (isinstance(value, Tensor) and _is_set_by_forward(module, name))
         }
 
     def ran(self) -> None:
@@ -87,6 +98,8 @@ class Attributes:
         now = self._before = self._now()
         hooked = {key: _Value((), 0) for key in now if key[1] in ("_forward_hooks", "_forward_pre_hooks")}
         for (module, name), was in (hooked | self._values).items():
+            if isinstance(was.value, _Length):
+                continue
             found = now.get((module, name)) or _Value.of(
                 () if type(was.value) is tuple else getattr(module, name, None)
             )
@@ -138,7 +151,11 @@ def _leaves_of(name: str, value: Any, module: nn.Module, holders: _Holders, dept
     if not is_container:
         yield from ((f"{name}.{key}", one) for key, one in vars(value).items() if isinstance(one, _KINDS))
         return
-    for key, one in value.items() if isinstance(value, dict) else enumerate(value):
+    if isinstance(value, list):
+        yield name, _Length(len(value))
+        if _is_set_by_forward(module, name):
+            return
+    for key, one in islice(value.items() if isinstance(value, dict) else enumerate(value), _MOST_ENTRIES):
         yield from _leaves_of(f"{name}[{key!r}]", one, module, holders, depth - 1)
 
 
@@ -153,12 +170,17 @@ def module_of(hook: Any) -> str:
 
 
 def _is_set_by_forward(module: nn.Module, name: str) -> bool:
-    return name in _set_by_forward.get(module, ())
+    """Or what holds it."""
+    names = _set_by_forward.get(module, ())
+    return name in names or any(name[:place] in names for place, sign in enumerate(name) if names and sign == "[")
 
 
 def _note_changes(before: _Values, after: _Values) -> dict[tuple[nn.Module, str], Any]:
     """Notes what branches have set. Returns what they added to numbers."""
     counted = {}
+    for module, name in before.keys() - after.keys():
+        if type(before[module, name].value) is not tuple:  # a hook that removes itself
+            _set_by_forward.setdefault(module, set()).add(name)
     for (module, name), now in after.items():
         was = before.get((module, name))
         if was is None or not was.is_same(now):

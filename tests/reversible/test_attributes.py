@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from re2tal.reversible import run_reversibly
+from re2tal.reversible.attributes import _Value
 
 VALUES = {"scale": 0.5, "name": "other", "bias": torch.ones(4), "limit": None}
 
@@ -191,3 +193,77 @@ def test_tables_that_a_forward_fills_are_no_error() -> None:
         block.told.clear()
     outputs = [run_reversibly(list(blocks), x, owner=blocks) for x in given]
     torch.testing.assert_close(gradients(blocks, *outputs), wanted)
+
+
+class Recorder(Told):
+    """Its blocks put a loss each into one list."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.tanh(self.f(x))
+        self.told.append(y.detach().mean())
+        return y
+
+
+def test_losses_that_stages_collect_may_be_taken_out_before_backward() -> None:
+    losses: list[Tensor] = []
+    stages = [nn.ModuleList([Recorder(losses), Recorder(losses)]) for _ in range(2)]
+    for _ in range(2):
+        x = torch.randn(3, 4)
+        for blocks in stages:
+            x = run_reversibly(list(blocks), x, owner=blocks)
+        losses.clear()
+        x.sum().backward()
+
+
+def test_a_list_that_blocks_read_may_not_be_cleared_where_another_grows() -> None:
+    told, losses = [[2.0, "name"]], [0.0]
+
+    class Both(Told):
+        def forward(self, x: Tensor) -> Tensor:
+            self.losses.append(1.0)
+            return super().forward(x)
+
+    blocks = nn.ModuleList([Both(told)])
+    blocks[0].losses = losses
+    output = run_reversibly(list(blocks), torch.randn(3, 4), owner=blocks).sum()
+    told.clear()
+    with pytest.raises(RuntimeError, match=r"told\[0\]\[0\] of a Both"):
+        output.backward()
+
+
+def test_a_table_may_be_emptied_by_a_later_forward() -> None:
+    class Table(Told):
+        def forward(self, x: Tensor) -> Tensor:
+            if len(x) not in self.told:
+                self.told.clear()
+                self.told[len(x)] = torch.full((4,), float(len(x)))
+            return self.told[len(x)] * torch.tanh(self.f(x))
+
+    blocks = nn.ModuleList([Table({3: torch.full((4,), 3.0)})])
+    outputs = [run_reversibly(list(blocks), torch.randn(rows, 4), owner=blocks).sum() for rows in (3, 2)]
+    sum(outputs).backward()
+
+
+def test_a_long_history_is_not_looked_through(monkeypatch) -> None:
+    looked = []
+    monkeypatch.setattr(_Value, "of", lambda value, of=_Value.of: looked.append(value) or of(value))
+    blocks = nn.ModuleList([Recorder([torch.zeros(())] * 5000)])
+    for _ in range(2):
+        looked.clear()
+        run_reversibly(list(blocks), torch.randn(3, 4), owner=blocks).sum().backward()
+    assert 0 < len(looked) < 100
+
+
+def test_what_the_last_step_left_is_not_kept_alive() -> None:
+    class Watched(Scaled):
+        def forward(self, x: Tensor) -> Tensor:
+            last = None if self.last is None else weakref.ref(self.last)
+            y = super().forward(x)
+            alive.append(last is not None and last() is not None)
+            return y
+
+    alive: list[bool] = []
+    blocks = nn.ModuleList([Watched()])
+    for _ in range(2):
+        run_reversibly(list(blocks), torch.randn(3, 4), owner=blocks).sum().backward()
+    assert alive == [False] * 4
