@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterator
@@ -53,7 +54,9 @@ def output_file(path: Path, *, option: str) -> Path:
     try:
         if target.is_dir():
             raise ValueError(f"{option} is {path}, a folder; give the name of a file")
-        if not is_stream(target):
+        if is_stream(target):
+            _check_stream(target)
+        else:
             # A link that leads nowhere counts as there: no folder can be made in its place.
             folder = next(one for one in target.absolute().parents if os.path.lexists(one))
             with TemporaryFile(dir=folder):
@@ -61,6 +64,15 @@ def output_file(path: Path, *, option: str) -> Path:
     except OSError as error:
         raise ValueError(f"{option} is {path}, and cannot be written: {error.strerror}; give another place") from None
     return target
+
+
+def _check_stream(path: Path) -> None:
+    number = _descriptor(path)
+    if number is not None:
+        os.write(number, b"")  # nothing, but an error where it is closed, or open for reading
+    elif not os.access(path, os.W_OK):
+        fault = errno.EACCES if path.exists() else errno.ENOENT  # a device is not made by writing
+        raise OSError(fault, os.strerror(fault))
 
 
 def linked(path: Path) -> Path:

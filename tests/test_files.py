@@ -48,6 +48,16 @@ def test_so_is_a_folder_that_this_user_may_not_look_into(tmp_path: Path, monkeyp
         output_file(tmp_path / "a.json", option="--json")
 
 
+def test_so_is_an_open_file_that_is_none_or_only_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with (tmp_path / "file").open() as file:
+        number = file.fileno()
+        for place in (number, number + 500, "no-device"):
+            folder = "/dev" if place == "no-device" else "/dev/fd"
+            with pytest.raises(ValueError, match=rf"--json is {folder}/{place}, and cannot be written: .*"):
+                output_file(Path(f"{folder}/{place}"), option="--json")
+
+
 def test_an_open_file_is_gone_on_with_where_it_is(tmp_path: Path) -> None:
     with (tmp_path / "printed").open("wb", buffering=0) as file:
         place = Path(f"/dev/fd/{file.fileno()}")

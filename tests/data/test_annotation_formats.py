@@ -690,6 +690,11 @@ def test_a_first_line_that_tells_excel_the_separator_is_none_of_the_table(tmp_pa
     assert "l.csv row 4" in found.left_out[0]
 
 
+def test_behind_such_a_line_a_cell_may_have_lines(tmp_path):
+    text = 'sep=;\nvideo;start;end;label;note;by\na;1;2;run;"one\ntwo; three; four";me\n'
+    assert actions(found_in(tmp_path, "l.csv", text, expect="csv")) == {"a": [(1.0, 2.0, "run")]}
+
+
 @pytest.mark.parametrize("columns", ["start_frame,end", "start,end_ms", "start_min,duration"])
 def test_a_unit_of_one_time_only_is_refused(tmp_path, columns):
     found = found_in(tmp_path, "l.csv", f"video,{columns},label\nclip,3,6,run\n", expect="csv", fps=10.0)

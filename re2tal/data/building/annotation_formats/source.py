@@ -92,10 +92,11 @@ class Source:
             raise ValueError(f"{self.path} is not usable as a table: {error}") from None
         if _SEPARATOR.fullmatch(self.lines[0]):
             rows[0] = []  # it stays a row, so that those below keep their numbers
+        columns = max(3, len(next(filter(None, rows), ())))
         for number, row in enumerate(rows, start=1):
             lines = [line for cell in row if "\n" in cell for line in cell.split("\n")[1:]]
             # A quote that is not closed swallows the rows below: they would be gone without a word.
-            if any(line.count(delimiter) >= max(3, len(rows[0])) - 1 for line in lines):
+            if any(line.count(delimiter) >= columns - 1 for line in lines):
                 raise ValueError(f"{self.path} row {number} holds whole rows: a quote opens and does not close")
         return rows
 
