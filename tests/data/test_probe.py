@@ -85,6 +85,15 @@ def test_a_frame_of_a_broadcast_that_repeats_a_field_leaves_no_gap(tmp_path):
     assert probe.num_missing == 1
 
 
+@pytest.mark.parametrize("last", [99, 100])
+def test_a_frame_that_a_film_in_a_broadcast_lost_is_missing(tmp_path, last):
+    fields = [3 - number % 2 for number in range(last)]
+    milliseconds = [sum(fields[:number]) * 1001 // 60 for number in range(last)]
+    del milliseconds[30:32]
+    path = write_video(tmp_path / "v.ts", num_frames=last - 2, milliseconds=milliseconds, options={"bf": "0"})
+    assert probe_video(path, max_missing=0.1).num_missing == 2
+
+
 @pytest.mark.parametrize("late", [0, 1500])
 def test_frames_have_a_rate_where_their_number_tells_their_time(tmp_path, late):
     milliseconds = [round(1000 * number / 25) for number in range(40)]
