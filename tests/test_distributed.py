@@ -60,6 +60,11 @@ EIGHT = World(rank=5, world_size=8, local_rank=1, master_addr="node7", master_po
             for name in ("ROCR_VISIBLE_DEVICES", "HIP_VISIBLE_DEVICES", "ZE_AFFINITY_MASK")
         ),
         pytest.param(
+            {**SRUN, "CUDA_VISIBLE_DEVICES": "0,1,2,3", "ZE_AFFINITY_MASK": "0"},
+            World(rank=5, world_size=8, local_rank=1, master_addr="gpu07", master_port=33456, device_index=1),
+            id="srun where another vendor's variable is set too",
+        ),
+        pytest.param(
             {**SRUN, "CUDA_VISIBLE_DEVICES": "0,1,2,3", "SLURM_STEP_NUM_TASKS": "6"},
             World(rank=5, world_size=6, local_rank=1, master_addr="gpu07", master_port=33456, device_index=1),
             id="srun with fewer tasks than the job",

@@ -150,8 +150,9 @@ def _job_port(environ: Mapping[str, str]) -> int:
 
 def _device_index(environ: Mapping[str, str], local_rank: int) -> int:
     """`--gpus-per-task=1` shows each task one device, which is then number 0 for every task."""
-    shown = [environ.get(name, "") for name in VISIBLE_DEVICES]
-    return 0 if any(devices != "" and "," not in devices for devices in shown) else local_rank
+    shown = [environ[name] for name in VISIBLE_DEVICES if environ.get(name)]
+    # All, as a variable of another vendor's devices may be left from elsewhere.
+    return 0 if shown and all("," not in devices for devices in shown) else local_rank
 
 
 def _integer(environ: Mapping[str, str], name: str) -> int:

@@ -207,12 +207,15 @@ class Recorder(Told):
 def test_losses_that_stages_collect_may_be_taken_out_before_backward() -> None:
     losses: list[Tensor] = []
     stages = [nn.ModuleList([Recorder(losses), Recorder(losses)]) for _ in range(2)]
-    for _ in range(2):
-        x = torch.randn(3, 4)
+    given = torch.randn(3, 4)
+    found = []
+    for recompute in (False, True, True):
+        x = given
         for blocks in stages:
-            x = run_reversibly(list(blocks), x, owner=blocks)
+            x = run_reversibly(list(blocks), x, owner=blocks, recompute=recompute)
         losses.clear()
-        x.sum().backward()
+        found.append(gradients(nn.ModuleList(stages), x))
+    torch.testing.assert_close(found[1:], [found[0]] * 2)
 
 
 def test_a_list_that_blocks_read_may_not_be_cleared_where_another_grows() -> None:
@@ -240,8 +243,10 @@ def test_a_table_may_be_emptied_by_a_later_forward() -> None:
             return self.told[len(x)] * torch.tanh(self.f(x))
 
     blocks = nn.ModuleList([Table({3: torch.full((4,), 3.0)})])
-    outputs = [run_reversibly(list(blocks), torch.randn(rows, 4), owner=blocks).sum() for rows in (3, 2)]
-    sum(outputs).backward()
+    given = [torch.randn(rows, 4) for rows in (3, 2)]
+    wanted = gradients(blocks, *(run_reversibly(list(blocks), x, owner=blocks, recompute=False) for x in given))
+    outputs = [run_reversibly(list(blocks), x, owner=blocks) for x in given]
+    torch.testing.assert_close(gradients(blocks, *outputs), wanted)
 
 
 def test_a_long_history_is_not_looked_through(monkeypatch) -> None:
