@@ -139,11 +139,16 @@ def _refuse_other_types(given: Any, taken: Any, *, key: str | None) -> None:
         raise ValueError(f"{key} is {json.dumps(given)}; if {taken} is meant, write {json.dumps(taken)}")
 
 
-def _adapter(run: type[T]) -> TypeAdapter[T]:
-    for kind in _dataclasses_in(run):
-        # Read by pydantic when it meets the class; on a class that already has it, this says the same again.
-        with_config(ConfigDict(extra="forbid"))(kind)
-    return TypeAdapter(run)
+_ADAPTERS: dict[type, TypeAdapter[Any]] = {}
+
+
+def _adapter(run: type) -> TypeAdapter[Any]:
+    if run not in _ADAPTERS:  # building one takes up to a tenth of a second
+        for kind in _dataclasses_in(run):
+            # Read by pydantic when it meets the class; on a class that already has it, this says the same again.
+            with_config(ConfigDict(extra="forbid"))(kind)
+        _ADAPTERS[run] = TypeAdapter(run)
+    return _ADAPTERS[run]
 
 
 def _dataclasses_in(kind: Any) -> Iterator[type]:
