@@ -17,6 +17,9 @@ find_python() {
     return 1
 }
 
+# Packages are installed uncompiled, see below: told not to write bytecode, each process would compile all of them again.
+unset PYTHONDONTWRITEBYTECODE
+
 stamp=".venv/installed-$(cat requirements.txt pyproject.toml | cksum | cut -d ' ' -f 1)"
 if [[ ! -f "$stamp" ]]; then
     python=$(find_python)
