@@ -142,11 +142,12 @@ def test_recognizers_are_compared_with_their_original(cells):
 def test_rewired_recognizers_start_from_the_original_that_was_kept(cells, monkeypatch, tmp_path):
     from evidence import recognizers, training
 
-    trained = []
+    trained, rates = [], []
 
     def stand_in(run, *, keep=None):
         backbone = run.backbone
         trained.append((backbone.rewired, backbone.segment, run.training.epochs, backbone.weights or run.start_from))
+        rates.append(run.optimizer.backbone_learning_rate)
         if keep is not None:
             keep.mkdir(parents=True)
             (keep / "summary.json").write_text("{}")
@@ -157,9 +158,9 @@ def test_rewired_recognizers_start_from_the_original_that_was_kept(cells, monkey
     monkeypatch.setattr(recognizers, "built_clips", lambda options, size: tmp_path / "shards")
     monkeypatch.setattr(training, "built", lambda options, name: tmp_path / name)
     made = recognizers.cells(cells.Options(1, False, tmp_path, tmp_path))
-    assert len(made) == 9 + 8
-    for form in ("rewired", "rewired", "in segments"):
-        made[f"recognizer / {form}, + 2 epochs / swin3d_nano / 20 epochs / seed 0"]()
+    assert len(made) == 9 + 8 + 3
+    for form in ("rewired, + 2 epochs", "rewired, + 2 epochs gently", "in segments, + 2 epochs"):
+        made[f"recognizer / {form} / swin3d_nano / 20 epochs / seed 0"]()
     kept, plain = tmp_path / "original-swin3d_nano-20-0", "end-to-end-plain-swin3d_nano-actionformer-32-0"
     assert trained == [
         (False, None, 32, None),
@@ -168,6 +169,7 @@ def test_rewired_recognizers_start_from_the_original_that_was_kept(cells, monkey
         (True, None, 2, kept),
         (True, 2, 2, kept),
     ]
+    assert rates[2:] == [5e-4, 1e-4, 5e-4]
 
 
 def test_features_of_a_recognizer_are_its_weights_in_a_frozen_plain_backbone(cells, monkeypatch, tmp_path):

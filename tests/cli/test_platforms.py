@@ -54,7 +54,7 @@ from re2tal.runs.viewing import ViewOptions, open_viewer
 open_viewer(__import__("pathlib").Path("run/results.json"), ViewOptions(port=0)).server_close()
 from re2tal.data.streaming.workers import heed_only_the_parent, stop_signals_blocked
 with stop_signals_blocked():
-    heed_only_the_parent(0)
+    heed_only_the_parent()
 main(["train", "--recipe", "demo"])
 """
     done = run(code, tmp_path)

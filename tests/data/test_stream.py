@@ -202,10 +202,10 @@ class Waiting:
 @pytest.mark.timeout(60)
 def test_a_worker_does_not_collect_garbage_of_its_parent(shards, monkeypatch):
     def collect_first(worker: int) -> None:
-        workers.heed_only_the_parent(worker)
+        workers.start_worker(worker)
         gc.collect()
 
-    monkeypatch.setattr(stream_module, "heed_only_the_parent", collect_first)
+    monkeypatch.setattr(stream_module, "start_worker", collect_first)
     stream = train(shards, replace(PLAIN, workers=1))
     gc.disable()
     try:
@@ -213,7 +213,6 @@ def test_a_worker_does_not_collect_garbage_of_its_parent(shards, monkeypatch):
         assert len(list(stream.epoch(0))) == stream.steps_per_epoch
     finally:
         gc.enable()
-    assert gc.get_freeze_count() == 0
 
 
 @pytest.mark.parametrize("context", ["fork", "spawn"])

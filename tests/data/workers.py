@@ -12,7 +12,7 @@ from re2tal.data.streaming.workers import heed_only_the_parent
 
 def ready_worker(connection: Connection) -> None:
     """Says that it is ready, then sends back what it is sent."""
-    heed_only_the_parent(0)
+    heed_only_the_parent()
     connection.send("ready")
     while True:
         connection.send(connection.recv())

@@ -28,9 +28,9 @@ from re2tal.data.streaming.windows import plan_windows
 from re2tal.data.streaming.workers import (
     PatientLoader,
     check_shared_memory,
-    heed_only_the_parent,
-    no_garbage_to_inherit,
+    no_collections,
     start_method,
+    start_worker,
     stop_signals_blocked,
 )
 from re2tal.structures import Batch
@@ -116,7 +116,7 @@ class ClipStream:
             multiprocessing_context=start_method() if workers else None,
             # Its own, or each epoch would draw a number from the global one.
             generator=torch.Generator(),
-            worker_init_fn=heed_only_the_parent if workers else None,
+            worker_init_fn=start_worker if workers else None,
         )
         loader.silent_seconds = config.timeout_seconds
         return loader
@@ -184,7 +184,7 @@ class ClipStream:
     def _start(self) -> Iterator[tuple[Batch, list[Failure]]]:
         if not self._batches.config.workers:
             return iter(self._loader)
-        with stop_signals_blocked(), no_garbage_to_inherit():  # workers that start here inherit both
+        with stop_signals_blocked(), no_collections():  # workers that start here inherit both
             return iter(self._loader)
 
     def _report(self, failures: list[Failure]) -> None:

@@ -39,8 +39,17 @@ def start_method() -> str:
     return "fork" if sys.platform == "linux" and not torch.cuda.is_initialized() else "spawn"
 
 
-def heed_only_the_parent(worker: int) -> None:
-    """What a worker process does first: from then on these signals end it only where its parent sent them."""
+def start_worker(worker: int) -> None:
+    """What a worker process does first."""
+    # What is garbage of the parent stays that: to free a scaler of FFmpeg, the worker would wait, for ever, for threads
+    # that only the parent has.
+    gc.freeze()
+    gc.enable()
+    heed_only_the_parent()
+
+
+def heed_only_the_parent() -> None:
+    """From then on the signals of STOP_SIGNALS end this process only where its parent sent them."""
     if not HAS_MASKS:
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
@@ -74,18 +83,15 @@ def stop_signals_blocked() -> Iterator[None]:
 
 
 @contextmanager
-def no_garbage_to_inherit() -> Iterator[None]:
-    """Inside, a process that is forked never collects garbage of its parent.
-
-    To free a scaler of FFmpeg it would wait, for ever, for threads that only the parent has.
-    """
-    # First, or what is garbage already would be frozen, and never freed, with the rest.
-    gc.collect()
-    gc.freeze()
+def no_collections() -> Iterator[None]:
+    """No garbage is collected inside, nor in a process that is forked there until it calls `start_worker`."""
+    enabled = gc.isenabled()
+    gc.disable()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if enabled:
+            gc.enable()
 
 
 # How often a process that waits for a batch looks at its workers. torch's own 5 seconds would add to every loss.
