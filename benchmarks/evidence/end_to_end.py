@@ -147,7 +147,9 @@ def _verdict(forms: Mapping[str, Mapping[str, Figures]]) -> Sequence[str]:
         (IN_SEGMENTS + FROM_DEMO, f"end to end, plain{FROM_DEMO}", -1.0),
         (IN_SEGMENTS + FROM_DEMO, f"end to end, rewired{FROM_DEMO}", 0.0),
         (IN_SEGMENTS + FROM_DEMO, FROM_PLAIN, 0.0),
+        (FROM_PLAIN, "frozen at random", 5.0),
         (FROM_PLAIN, f"end to end, plain{FROM_DEMO}", -1.0),
+        (FROM_PLAIN, f"end to end, rewired{FROM_DEMO}", 0.0),
     )
     lines = []
     for form, other, aim in claims:
