@@ -158,7 +158,7 @@ def test_rewired_recognizers_start_from_the_original_that_was_kept(cells, monkey
     monkeypatch.setattr(recognizers, "built_clips", lambda options, size: tmp_path / "shards")
     monkeypatch.setattr(training, "built", lambda options, name: tmp_path / name)
     made = recognizers.cells(cells.Options(1, False, tmp_path, tmp_path))
-    assert len(made) == 9 + 8 + 3
+    assert len(made) == 9 + 8 + 3 + 12
     for form in ("rewired, + 2 epochs", "rewired, + 2 epochs gently", "in segments, + 2 epochs"):
         made[f"recognizer / {form} / swin3d_nano / 20 epochs / seed 0"]()
     kept, plain = tmp_path / "original-swin3d_nano-20-0", "end-to-end-plain-swin3d_nano-actionformer-32-0"
