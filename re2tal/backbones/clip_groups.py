@@ -173,7 +173,7 @@ class _Groups(torch.autograd.Function):
         frames = frames.detach().requires_grad_(ctx.needs_input_grad[0])
         chosen = _decisive(ctx.spans, counted=is_counted(gradient))
         sums = GradientSums()
-        with same_kernels(ctx.attention), ctx.modules.modes_restored():
+        with same_kernels(ctx.attention), ctx.modules.as_in_forward():
             with _collecting(trained, sums):
                 for index in chosen[:-1]:
                     _differentiate(ctx, index, frames, gradient)

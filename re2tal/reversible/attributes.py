@@ -1,8 +1,9 @@
 """What modules hold besides parameters and buffers, from the forward of a run to its backward: numbers, flags, names,
 tensors, also in lists, dicts and plain objects; modules inside, and forward hooks.
 
-    block.scale = 0.5            somebody sets it in between: what runs again would read another number. An error
+    block.scale = 0.5            somebody sets it in between: what runs again finds what forward found
     context["step"] = t          the same, of a dict that blocks hold
+    block.bias.add_(1)           what forward found is gone. An error
     handle.remove()              the same: what runs again would run without the hook
     self.last = y.detach()       a forward sets it itself, and when it runs again, it sets it again: nothing to say
     self.calls += 1              a forward counts, and counts once more in backward. A warning
@@ -44,10 +45,13 @@ class _Value(NamedTuple):
     value: Any
     version: int
     """Of a tensor."""
+    store: Any = None
+    """What it can be put back into: the attributes of a module or object, a dict, a list."""
+    key: Any = None
 
     @classmethod
-    def of(cls, value: Any) -> _Value:
-        return cls(value, value._version if isinstance(value, Tensor) and not value.is_inference() else 0)
+    def of(cls, value: Any, store: Any = None, key: Any = None) -> _Value:
+        return cls(value, _version(value), store, key)
 
     def is_same(self, other: _Value) -> bool:
         """Tensors are compared by identity and version."""
@@ -56,11 +60,21 @@ class _Value(NamedTuple):
             return self.version == other.version
         return type(one) is type(two) and isinstance(one, (*_SIMPLE, tuple)) and (one == two or one != one)
 
+    def can_replace(self, found: _Value | None, module: nn.Module) -> bool:
+        """Whether this is still what forward found, and its place still one of the module's."""
+        is_there = self.store is vars(module) or (found is not None and found.store is self.store)
+        return self.store is not None and is_there and _version(self.value) == self.version
+
     def __str__(self) -> str:
         kinds = {Tensor: "a tensor", nn.Module: f"a {type(self.value).__name__}", tuple: "a list of hooks"}
         return next((name for kind, name in kinds.items() if isinstance(self.value, kind)), repr(self.value))
 
 
+def _version(value: Any) -> int:
+    return value._version if isinstance(value, Tensor) and not value.is_inference() else 0
+
+
+_Absent = object()
 _Values = dict[tuple[nn.Module, str], _Value]
 _Holders = dict[int, tuple[Any, str]]
 """By its number: a list, dict or object, which is looked into once, and the module that was found to hold it."""
@@ -76,14 +90,16 @@ class Attributes:
         """What forward added to numbers."""
         self._before: _Values = {}
         """Backward."""
+        self._exchanged: list[_Value] = []
+        """What forward found where backward would find something else."""
 
     def _now(self) -> _Values:
         """Without tensors that a forward sets: they would be kept alive."""
         holders: _Holders = {}
         return {
-            (module, name): _Value.of(value)
+            (module, name): _Value.of(value, *place)
             for module in self._modules
-            for name, value in _held_by(module, holders)
+            for name, value, *place in _held_by(module, holders)
             if not (isinstance(value, Tensor) and _is_set_by_forward(module, name))
         }
 
@@ -94,18 +110,40 @@ class Attributes:
         self._values = {key: value for key, value in now.items() if not _is_set_by_forward(*key)}
 
     def changes(self) -> Iterator[tuple[str, str]]:
-        """Before backward: what somebody else than a forward has set since, and from what to what."""
+        """Before backward: what somebody else than a forward has set since and `put_back` cannot, and from what to
+        what."""
         now = self._before = self._now()
+        self._exchanged = []
         hooked = {key: _Value((), 0) for key in now if key[1] in ("_forward_hooks", "_forward_pre_hooks")}
         for (module, name), was in (hooked | self._values).items():
             if isinstance(was.value, _Length):
                 continue
-            found = now.get((module, name)) or _Value.of(
-                () if type(was.value) is tuple else getattr(module, name, None)
-            )
-            if not was.is_same(found) and not _is_set_by_forward(module, name):
+            there = now.get((module, name))
+            found = there or _Value.of(() if type(was.value) is tuple else getattr(module, name, None))
+            if was.is_same(found) or _is_set_by_forward(module, name):
+                continue
+            if was.can_replace(there, module):
+                self._exchanged.append(was)
+                self._before[module, name] = was
+            else:
                 change = f"it was {was}, and is {'another' if str(was) == str(found) else found}"
                 yield f"{name} of a {type(module).__name__}, a module", change
+
+    @contextmanager
+    def put_back(self) -> Iterator[None]:
+        """Behind `changes`: inside, modules hold what forward found."""
+        exchanged, self._exchanged = self._exchanged, []
+        found = [_at(was.store, was.key) for was in exchanged]
+        for was in exchanged:
+            was.store[was.key] = was.value
+        try:
+            yield
+        finally:
+            for was, value in zip(exchanged, found, strict=True):
+                if value is _Absent:
+                    del was.store[was.key]
+                else:
+                    was.store[was.key] = value
 
     @contextmanager
     def running_again(self) -> Iterator[None]:
@@ -123,10 +161,18 @@ class Attributes:
                 )
 
 
-def _held_by(module: nn.Module, holders: _Holders) -> Iterator[tuple[str, Any]]:
+def _at(store: Any, key: Any) -> Any:
+    return store.get(key, _Absent) if isinstance(store, dict) else store[key]
+
+
+_Leaf = tuple[str, Any] | tuple[str, Any, Any, Any]
+"""A name and what it is; where it can be put back, its store and key there."""
+
+
+def _held_by(module: nn.Module, holders: _Holders) -> Iterator[_Leaf]:
     for name, value in vars(module).items():
         if name not in _OF_ALL_MODULES:
-            yield from _leaves_of(name, value, module, holders, 3)
+            yield from _leaves_of((name, value, vars(module), name), module, holders, 3)
     yield from module._modules.items()
     for name, hooks in (("_forward_hooks", module._forward_hooks), ("_forward_pre_hooks", module._forward_pre_hooks)):
         if hooks and (
@@ -135,10 +181,11 @@ def _held_by(module: nn.Module, holders: _Holders) -> Iterator[tuple[str, Any]]:
             yield name, of_users
 
 
-def _leaves_of(name: str, value: Any, module: nn.Module, holders: _Holders, depth: int) -> Iterator[tuple[str, Any]]:
-    """What `value`, called `name`, is or holds, by names such as `context['step']`."""
+def _leaves_of(held: tuple[str, Any, Any, Any], module: nn.Module, holders: _Holders, depth: int) -> Iterator[_Leaf]:
+    """What `held` is or holds, by names such as `context['step']`."""
+    name, value, *_ = held
     if isinstance(value, _KINDS):
-        yield name, value
+        yield held
         return
     is_container = isinstance(value, dict | list | tuple)
     if not depth or not (is_container or _is_plain_object(value)):
@@ -149,14 +196,16 @@ def _leaves_of(name: str, value: Any, module: nn.Module, holders: _Holders, dept
     if not isinstance(value, tuple):
         holders[id(value)] = value, f"the {name} of another module ({type(module).__name__}, {id(module)})"
     if not is_container:
-        yield from ((f"{name}.{key}", one) for key, one in vars(value).items() if isinstance(one, _KINDS))
+        inside = vars(value)
+        yield from ((f"{name}.{key}", one, inside, key) for key, one in inside.items() if isinstance(one, _KINDS))
         return
     if isinstance(value, list):
         yield name, _Length(len(value))
         if _is_set_by_forward(module, name):
             return
     for key, one in islice(value.items() if isinstance(value, dict) else enumerate(value), _MOST_ENTRIES):
-        yield from _leaves_of(f"{name}[{key!r}]", one, module, holders, depth - 1)
+        # Of a tuple nothing is exchanged.
+        yield from _leaves_of((f"{name}[{key!r}]", one, value, key), module, holders, depth - 1)
 
 
 def _is_plain_object(value: Any) -> bool:

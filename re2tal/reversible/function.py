@@ -86,7 +86,7 @@ class ReversibleRun(torch.autograd.Function):
         try:
             with (
                 buffers_restored(ctx.changed_modules),
-                ctx.modules.modes_restored(),
+                ctx.modules.as_in_forward(),
                 ctx.modules.attributes.running_again(),
                 same_kernels(ctx.attention),
                 counted,

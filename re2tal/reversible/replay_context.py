@@ -116,13 +116,15 @@ class ModuleState:
             raise RuntimeError(_CHANGED.format(what=what, change=change))
 
     @contextmanager
-    def modes_restored(self) -> Iterator[None]:
-        """Inside, modules are in the modes of forward, whatever `train` and `eval` have done since."""
+    def as_in_forward(self) -> Iterator[None]:
+        """Behind `check`. Inside, modules are in the modes of forward, whatever `train` and `eval` have done since, and
+        have its numbers, flags and names."""
         changed = [(module, mode) for module, mode in self._modes if module.training != mode]
         for module, mode in changed:
             module.training = mode  # not `train(mode)`, which sets all modules inside as well
         try:
-            yield
+            with self.attributes.put_back():
+                yield
         finally:
             for module, mode in changed:
                 module.training = not mode

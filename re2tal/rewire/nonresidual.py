@@ -72,7 +72,7 @@ def recomputed(function: Callable[..., Any], *args: Any, owner: nn.Module, **kwa
             again = [remade[number]() if number in remade else arg for number, arg in enumerate(given)]
             modules.check()
             # It finds buffers as it did the first time; afterwards they have their present values again.
-            with buffers_restored(written), modules.modes_restored():
+            with buffers_restored(written), modules.as_in_forward():
                 for one in read:
                     one.restore()
                 return function(*again, **kwargs)
