@@ -65,18 +65,33 @@ def claim(folder: Path, *, resume: bool, overwrite: bool, start: Collection[Path
     checkpoints = folder / CHECKPOINTS_NAME
 
     def make() -> None:
+        # Else a run would not find those to resume from, and could not make the folder for its own.
+        if checkpoints.is_symlink() and not checkpoints.exists():
+            raise ValueError(
+                f"{checkpoints} is a link to {checkpoints.readlink()}, which is not there; mount its disk or make that "
+                "folder, or remove the link"
+            )
         if overwrite:
             removed = [folder / name for name in REPLACED]
+            for one in removed:
+                # What else lies there may be somebody's, and a link is to stay one.
+                if one.is_symlink() and one.is_dir() and any(one.iterdir()):
+                    raise ValueError(
+                        f"{one} is a link to {one.readlink()}, and overwrite removes nothing behind a link; empty that "
+                        "folder, or remove the link"
+                    )
             for file in start:
                 if any(file.resolve().is_relative_to(one.resolve()) for one in removed):
                     raise ValueError(
                         f"the run starts from {file}, which overwrite would remove; give it another folder (out)"
                     )
             for one in removed:
-                if one.is_dir():
-                    shutil.rmtree(one, ignore_errors=True)
-                else:
+                if not one.is_dir():
                     one.unlink(missing_ok=True)
+                elif not one.is_symlink():
+                    shutil.rmtree(one, ignore_errors=True)
+            if left := complete_checkpoints(checkpoints):
+                raise ValueError(f"{checkpoints / left[0]} cannot be removed; remove it, or choose another folder")
         if not resume and checkpoints.is_dir() and any(checkpoints.iterdir()):
             raise ValueError(
                 f"{folder} holds the checkpoints of an earlier run; continue it (resume), replace it (overwrite), or "
