@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from re2tal.backbones import is_of_the_library
+from re2tal.backbones import BackboneConfig, build_backbone, is_of_the_library
 from re2tal.backbones.weights import WEIGHTS_SUFFIXES
 from re2tal.config import RunConfig, save_config
 from re2tal.files import output_file
@@ -69,13 +69,18 @@ def initialise(videos: Path, annotations: Path, named: Path, *, shards: Path | N
 
 
 def _check_weights(start: Start) -> None:
-    """FileNotFoundError for a file that is not there. A folder or hub name is read to know how it was trained."""
+    """FileNotFoundError for a file that is not there, ValueError for weights of another family or size. Of a folder or
+    hub name only the config.json is read."""
     weights, name = start.weights, start.backbone or FILE_BACKBONE
-    if weights is not None and not is_of_the_library(name, weights) and not Path(weights).is_file():
+    if weights is None:
+        return
+    if not is_of_the_library(name, weights) and not Path(weights).is_file():
         raise FileNotFoundError(
             f"--weights is {weights}, and there is no such file; {name} takes one of {', '.join(WEIGHTS_SUFFIXES)}: "
             "correct the path, or give --backbone the family that a folder or hub name is of"
         )
+    with torch.device("cpu" if Path(weights).is_file() else "meta"):
+        build_backbone(BackboneConfig(name=name, weights=weights, rewired=False))
 
 
 def _batch(config: RunConfig, data: DataFacts, device: torch.device) -> tuple[RunConfig, tuple[str, str, str]]:

@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from data.numbered import encode_numbered
+from safetensors.torch import save_file
 
+from re2tal.backbones import BackboneConfig, build_backbone
 from re2tal.cli import main
 from re2tal.config import load_config
 from re2tal.data.streaming.windows import ResizeWhole, Slide
@@ -185,3 +187,20 @@ def test_weights_that_are_not_there_are_refused_before_anything_is_written(
     with pytest.raises(FileNotFoundError, match=rf"--weights is {weights}, and there is no such file; .* correct"):
         initialise(videos, tmp_path / "a.json", out, shards=None, start=start)
     assert not out.exists()
+
+
+def test_weights_of_another_family_are_refused_before_the_data_is_looked_at(tmp_path: Path):
+    from transformers import VivitConfig
+
+    folder, file = tmp_path / "vivit", tmp_path / "swin.safetensors"
+    VivitConfig().save_pretrained(folder)
+    (folder / "model.safetensors").touch()
+    swin = build_backbone(BackboneConfig(name="swin3d_nano", rewired=False))
+    save_file({name: value.contiguous() for name, value in swin.state_dict().items()}, file)
+    for backbone, weights, message in (
+        ("timesformer_base", folder, "holds a model of type 'vivit', this backbone is 'timesformer'; choose"),
+        ("slowfast_nano", file, "is not a checkpoint of SlowFast in a layout we know"),
+    ):
+        start = Start(backbone, str(weights))
+        with pytest.raises(ValueError, match=message):
+            initialise(tmp_path / "gone", tmp_path / "a.json", tmp_path / "recipe.json", shards=None, start=start)
