@@ -46,19 +46,21 @@ def test_checkpoints_behind_a_link_are_not_removed_and_the_link_stays_one(tmp_pa
     run.mkdir()
     (run / "checkpoints").symlink_to(scratch)
     (run / "metrics.jsonl").touch()
-    with pytest.raises(ValueError, match="checkpoints is a link to .*scratch, and overwrite removes nothing behind"):
+    with pytest.raises(ValueError, match=r"checkpoints is a link to .*scratch, and overwrite removes nothing behind"):
         claim(run, resume=False, overwrite=True)
-    assert (scratch / "step-00000006").exists() and (run / "metrics.jsonl").exists()
+    assert (scratch / "step-00000006").exists()
+    assert (run / "metrics.jsonl").exists()
     (scratch / "step-00000006").rmdir()
     claim(run, resume=False, overwrite=True)
-    assert (run / "checkpoints").is_symlink() and not (run / "metrics.jsonl").exists()
+    assert (run / "checkpoints").is_symlink()
+    assert not (run / "metrics.jsonl").exists()
 
 
 @pytest.mark.parametrize(("resume", "overwrite"), [(False, False), (True, False), (False, True)])
 def test_checkpoints_on_a_disk_that_is_not_there_are_an_error(resume: bool, overwrite: bool, tmp_path: Path) -> None:
     """A run that was to be resumed began anew, and could not save."""
     (tmp_path / "checkpoints").symlink_to(tmp_path / "scratch")
-    with pytest.raises(ValueError, match="checkpoints is a link to .*scratch, which is not there; mount its disk"):
+    with pytest.raises(ValueError, match=r"checkpoints is a link to .*scratch, which is not there; mount its disk"):
         claim(tmp_path, resume=resume, overwrite=overwrite)
     assert (tmp_path / "checkpoints").is_symlink()
 
