@@ -11,6 +11,7 @@ from contextlib import nullcontext, redirect_stdout, suppress
 from difflib import get_close_matches
 from functools import partial
 from io import TextIOWrapper
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +28,11 @@ if TYPE_CHECKING:
 
 HELP = {"-h", "--help"}
 SHELLS = ("bash", "zsh", "fish")
+SEVERAL_VALUES = {
+    *("--classes", "--clips", "--seeds", "--seeds-of-a", "--seeds-of-b", "--subsets", "--tiers", "--top-kx"),
+    "--weights",
+}
+"""Options that mean all, or none, where they are left out."""
 LESS_MEMORY = (
     "Take a smaller batch; or, in training, --engine.memory-budget-gb auto, which keeps a step within what is free "
     "(re2tal plan counts what one needs)"
@@ -122,10 +128,18 @@ def _run(name: str, arguments: Sequence[str]) -> int:
         return 0
     if "--help-all" in arguments:
         print(f"{examples(page_of(name, arguments))}\n")
+    _refuse_without_values(arguments)
     # tyro knows only --help, and explains all options there.
     function, arguments = command(name, ["--help" if word == "--help-all" else word for word in arguments])
     status = parsed(function, arguments, prog=f"re2tal {name}")
     return 0 if status is None else status
+
+
+def _refuse_without_values(arguments: Sequence[str]) -> None:
+    """ValueError for an option of several values that has none: of `--classes $UNSET` all classes were taken."""
+    for option, following in pairwise([*arguments, "--"]):
+        if option.replace("_", "-") in SEVERAL_VALUES and following.startswith("--"):
+            raise ValueError(f"{option} has no value; give one or more, or leave it out")
 
 
 def command(name: str, arguments: Sequence[str]) -> tuple[Callable, Sequence[str]]:

@@ -247,6 +247,20 @@ def test_what_a_newcomer_gets_wrong_is_said_in_one_line(arguments, message, tmp_
     assert "Traceback" not in said
 
 
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (["detect", "a.mp4", "--classes"], "--classes"),
+        (["shards", "build", "--subsets", "--videos", "a", "--annotations", "b", "--out", "c"], "--subsets"),
+        (["compare", "a.json", "b.json", "--seeds_of_a", "--json", "c.json"], "--seeds_of_a"),
+    ],
+)
+def test_an_option_of_several_values_is_not_given_without_one(arguments, option, capsys):
+    """Most often its variable of the shell is not set; all classes, or all subsets, were taken."""
+    assert status_of(arguments) == 2
+    assert capsys.readouterr().err == f"re2tal: {option} has no value; give one or more, or leave it out\n"
+
+
 def test_launched_by_the_script_too():
     with pytest.raises(
         RuntimeError, match=r"(?s)rank 0 ended with 2: .*unknown recipe 'demos'; nearest: \['demo', "
