@@ -23,7 +23,7 @@ from re2tal.config import (
     load_run,
 )
 from re2tal.data.contract.shards import FeatureSet, ShardSet
-from re2tal.distributed import is_main
+from re2tal.distributed import is_main, together
 from re2tal.runs.folder import CONFIG_NAME, MODEL_NAME, say_if_trained_on
 from re2tal.runs.stored_features import check_features
 from re2tal.runs.tasks import build_model
@@ -50,6 +50,28 @@ def find_start(config: AnyRun, shards: ShardSet | FeatureSet) -> Path | None:
     if isinstance(shards, FeatureSet):
         check_features(shards, model.features, run=source)
     return source
+
+
+def without_gone_files(config: Either) -> Either:
+    """Every rank calls this: `config` without the files that a run started from and that are gone since, to build the
+    network of one that is resumed: its checkpoint has their weights. A folder or hub name gives the network's size, and
+    stays."""
+    start = config.start_from
+    files = {"start_from": start / MODEL_NAME if start is not None and start.is_dir() else start}
+    if config.backbone.weights is not None:
+        from re2tal.backbones.hub.pretrained import weights_file  # imports transformers, which takes seconds
+
+        files["backbone.weights"] = weights_file(config.backbone.weights)
+    # On any rank: all have to build the same.
+    lacking = together(lambda: [name for name, path in files.items() if path is not None and not path.exists()])
+    gone = [name for name in files if any(name in names for names in lacking)]
+    if "start_from" in gone:
+        config = replace(config, start_from=None)
+    if "backbone.weights" in gone:
+        config = replace(config, backbone=replace(config.backbone, weights=None))
+    for name in gone if is_main() else ():
+        print(f"{name}, {files[name]}, is gone; the checkpoint has its weights", file=sys.stderr, flush=True)
+    return config
 
 
 def _check_same_backbone(config: AnyRun, folder: Path) -> None:

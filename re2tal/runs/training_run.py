@@ -28,7 +28,7 @@ from re2tal.runs.exit_status import HUNG
 from re2tal.runs.folder import BEST_NAME, CHECKPOINTS_NAME, CONFIG_NAME, METRICS_NAME, PLAN_NAME, claim
 from re2tal.runs.lock import locked
 from re2tal.runs.orphans import end_with_the_launcher
-from re2tal.runs.start import build_from, find_start
+from re2tal.runs.start import build_from, find_start, without_gone_files
 from re2tal.runs.stored_features import check_kind, on_features
 from re2tal.runs.tasks import Outcome, judge
 from re2tal.runs.training_build import build_trainer
@@ -39,6 +39,7 @@ from re2tal.training.checkpoint import CheckpointStore
 from re2tal.training.deepspeed_import import Engine
 from re2tal.training.elastic import same_clips_per_step
 from re2tal.training.interruption import Interrupted, StopVote
+from re2tal.training.manifest import complete_checkpoints
 from re2tal.training.metrics import MetricsLog
 from re2tal.training.process_group import join, leave
 from re2tal.training.signals import StopRequests, stop_requests
@@ -105,8 +106,10 @@ def _train(
     make_if_wanted(config, world)
     shards = training, validation = open_both(config)
     config = _fitted(config, training, validation)
-    start = find_start(config, training)
-    build = partial(build_from, config, training.classes, start)
+    goes_on = resume and made_by_main(lambda: bool(complete_checkpoints(folder / CHECKPOINTS_NAME)))
+    begun = without_gone_files(config) if goes_on else config
+    start = find_start(begun, training)
+    build = partial(build_from, begun, training.classes, start)
     # Before anything is removed or written in the folder.
     made_by_main(lambda: cleanup.enter_context(locked(folder)))
     start_files = [Path(one) for one in (start, config.backbone.weights) if one is not None]
@@ -128,7 +131,8 @@ def _train(
     trainer = build_trainer(
         config, settings, folder, world, build, shards, evaluate=evaluate, best=best, device=device, plan=plan
     )
-    _resume(trainer, config, folder, plan, best, resume=resume)
+    resumed = _resume(trainer, config, folder, plan, best, resume=resume)
+    assert resumed or not goes_on, "it may be built without the weights that it began with"
     with _closed_together(trainer.log):
         if trainer.train() == "interrupted":
             raise Interrupted
@@ -199,8 +203,11 @@ def _on_these_ranks(config: AnyRun, folder: Path, world: World) -> AnyRun:
 
 def _resume(
     trainer: Trainer, config: AnyRun, folder: Path, plan: StepPlan | None, best: BestModel | None, *, resume: bool
-) -> None:
-    """Every rank calls this: continues the earlier run, if `resume` and there is one; rank 0 writes config and plan."""
+) -> bool:
+    """Every rank calls this: continues the earlier run, if `resume` and there is one; rank 0 writes config and plan.
+
+    Whether there was one.
+    """
     resumed = resume and trainer.resume()
     if not resumed:
         forget_clips(folder)
@@ -213,6 +220,7 @@ def _resume(
     start = "resumed at" if resumed else "beginning with"
     said = f"{start} step {trainer.progress.step} of {trainer.num_steps}; figures go to {folder / METRICS_NAME}"
     trainer.log.say(said)
+    return resumed
 
 
 def _same_start(config: AnyRun, options: Mapping[str, object]) -> None:

@@ -219,7 +219,13 @@ class CheckpointStore:
         if any(self.identity.get(key) != saved.get(key) for key in SHAPE):
             resharded(self.folder / name, engine, average, read=lambda path: load(str(path), map_location="cpu"))
             return
-        loaded, rest = engine.load_checkpoint(str(self.folder), tag=name)
+        try:
+            loaded, rest = engine.load_checkpoint(str(self.folder), tag=name)
+        except RuntimeError as error:
+            # What DeepSpeed says of it is enough to go by.
+            if "parameter_alignment" not in str(error):
+                raise
+            raise ValueError(f"{self.folder / name}: {error}") from None
         assert loaded is not None
         refuse_scrambled(self.folder / name, rest.get("ds_config"), num_ranks=_rank()[1])
         _restore_rank_state(

@@ -55,7 +55,8 @@ SECTIONS = {
     "fp16": DeepSpeedFP16Config,
 }
 """Section of a DeepSpeed file -> the schema that knows its keys."""
-OFFLOADS = ("offload_param", "offload_optimizer")
+OFFLOADS = {"offload_param": "cpu_offload_param", "offload_optimizer": "cpu_offload"}
+"""And what they were called."""
 
 MASTERS = "the optimizer and the moving average would keep numbers of 16 bits, in which small changes vanish"
 HARMFUL: dict[tuple[str, str, bool], str] = {
@@ -63,12 +64,13 @@ HARMFUL: dict[tuple[str, str, bool], str] = {
     "of another when it gathers them, so that a wrong model is exported; begin a run anew that has trained so",
     ("zero_optimization", "elastic_checkpoint", True): "DeepSpeed cannot load what it saves so, and no run resumes",
     ("zero_optimization", "load_from_fp32_weights", False): "a resumed run would go on from rounded weights",
+    ("zero_optimization", "legacy_stage1", True): "DeepSpeed has no such stage any more",
     ("bf16", "check_grad_overflow", False): "steps that are not finite would be applied",
     ("bf16", "bf16_master_weights_and_grads", True): MASTERS,
     ("bf16", "bf16_optimizer_states", True): MASTERS,
     ("fp16", "fp16_master_weights_and_grads", True): MASTERS,
 }
-"""Section, key and value under which a run goes wrong without a word, or cannot go on -> why."""
+"""Section, key and value under which a run goes wrong without a word, or cannot begin or go on -> why."""
 
 # DeepSpeed would take these over from the file, beside what this program builds and writes itself.
 OWNED_BY_THE_RUN = ("optimizer", "scheduler", "checkpoint", "tensorboard", "wandb", "csv_monitor", "training_data")
@@ -84,7 +86,10 @@ def resolve_deepspeed_config(path: Path, config: EngineConfig, *, world_size: in
     # First of all: DeepSpeed ignores unknown keys at the top, and a misspelt one that says "auto" is never filled.
     _refuse_unknown_keys(path, settings)
     zero = settings.setdefault("zero_optimization", {})
-    for name in OFFLOADS:
+    for name, old in OFFLOADS.items():
+        # DeepSpeed takes it, behind the back of what is checked and set here.
+        if zero.get(old):
+            raise ValueError(f'{path}: zero_optimization.{old} is an old name; write "{name}": {{"device": "cpu"}}')
         # DeepSpeed's own default.
         if zero.get(name, {}) is None:
             del zero[name]

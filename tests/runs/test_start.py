@@ -15,7 +15,7 @@ from re2tal.config import RecognitionConfig, RunConfig, build_detector, build_re
 from re2tal.data.contract.shards import ShardSet
 from re2tal.localizers import ActionFormerConfig, VSGNConfig
 from re2tal.rewire import wiring_of
-from re2tal.runs.start import build_from, find_start
+from re2tal.runs.start import build_from, find_start, without_gone_files
 from re2tal.training.annealing import AnnealingConfig
 from re2tal.training.export import write_model
 
@@ -156,3 +156,19 @@ def test_what_is_no_trained_model_is_refused(tmp_path):
     (tmp_path / "x.safetensors").write_bytes(b"not one")
     with pytest.raises(ValueError, match="is not a safetensors file"):
         find_start(run(start_from=tmp_path / "x.safetensors"), SHARDS)
+
+
+def test_a_resumed_run_is_built_without_files_that_are_gone_and_with_those_that_are_there(tmp_path, capsys):
+    """Its checkpoint has their weights; a hub name gives the network's size."""
+    (start := tmp_path / "before").mkdir()
+    here = tmp_path / "here.safetensors"
+    here.touch()
+    config = run(start_from=start, backbone=BackboneConfig(name="swin3d_nano", weights=str(tmp_path / "gone.pth")))
+    assert without_gone_files(config) == run(backbone=BackboneConfig(name="swin3d_nano"))
+    said = capsys.readouterr().err
+    assert f"start_from, {start}/model.safetensors, is gone; the checkpoint has its weights" in said
+    assert f"backbone.weights, {tmp_path}/gone.pth, is gone; the checkpoint has its weights" in said
+    (start / "model.safetensors").touch()
+    for weights in (str(here), "OWNER/NAME"):
+        kept = replace(config, backbone=BackboneConfig(name="vivit_base", weights=weights))
+        assert without_gone_files(kept) == kept

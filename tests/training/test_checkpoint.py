@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 import torch
 from distributed.ranks import TESTS
-from training.tiny import same, tiny_trainer, weights
+from torch import nn
+from training.tiny import TinyDetector, same, tiny_trainer, weights
 
 from re2tal.distributed import World
 from re2tal.files import sha256_of
@@ -212,6 +213,22 @@ def test_a_checkpoint_of_several_ranks_with_scrambled_shards_is_refused(tmp_path
     assert again.resume()
     monkeypatch.setattr(checkpoint, "_rank", lambda: (0, 2))
     with pytest.raises(ValueError, match=r"step-00000008 was written with .*round_robin_gradients.* begin a run anew"):
+        again.resume()
+
+
+def test_shards_of_another_layout_are_refused_in_a_sentence(tmp_path):
+    """It was DeepSpeed's traceback."""
+
+    def build() -> TinyDetector:
+        detector = TinyDetector()
+        # A bias whose size is not a multiple of 16 bytes, before another.
+        detector.backbone, detector.localizer = nn.Sequential(nn.Linear(48, 23), nn.LayerNorm(23)), nn.Linear(23, 1)
+        return detector
+
+    zero = {"stage": 1, "parameter_alignment": True}
+    tiny_trainer(tmp_path, stage=1, zero=zero, training=TRAINING, build=build).train()
+    again = tiny_trainer(tmp_path, stage=1, training=TRAINING, build=build)
+    with pytest.raises(ValueError, match=r"step-00000008: .*parameter_alignment.*Load with the setting used to save"):
         again.resume()
 
 

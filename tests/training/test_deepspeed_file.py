@@ -93,6 +93,12 @@ def test_a_literal_that_agrees_with_the_run_stays(tmp_path):
             {"zero_optimization": {"stage": 2, "round_robin_gradients": "yes"}},
             "ds.json: zero_optimization.round_robin_gradients is true: .* a wrong model is exported.*; leave the key",
         ),
+        ({"zero_optimization": {"stage": 2, "cpu_offload": True}}, 'ds.json: .* old name; write "offload_optimizer": '),
+        (
+            {"zero_optimization": {"stage": 3, "cpu_offload_param": True}},
+            'is an old name; write "offload_param": {"device',
+        ),
+        ({"zero_optimization": {"stage": 1, "legacy_stage1": True}}, "legacy_stage1 is true: DeepSpeed has no such"),
         ({"zero_optimization": {"stage": 2, "elastic_checkpoint": True}}, "elastic_checkpoint is true: .* resumes; "),
         ({"zero_optimization": {"stage": 2, "load_from_fp32_weights": False}}, "is false: .* from rounded weights"),
         ({**ZERO1, "bf16": {"check_grad_overflow": False}}, "check_grad_overflow is false: steps that are not finite"),
