@@ -205,6 +205,27 @@ def test_the_next_error_is_found_in_the_next_video_and_filters_hide(browser: Any
         visit.shows("#found", "1 of 3 videos")  # the one without annotations may hold anything
 
 
+def test_the_next_error_is_found_among_corrections_that_are_not_saved(browser: Any, tmp_path: Path) -> None:
+    """The list knows the errors of what is saved, and there no true action is missed."""
+    write_inputs(tmp_path)
+    with Served(tmp_path) as address:
+        visit = Visit(browser, address)
+        visit.shows("#legend", "missed")
+        visit.press(*4 * ["ArrowRight"], "i")
+        visit.page.keyboard.type("run")
+        visit.press("Enter")
+        visit.shows("#save", "Save (1)")
+        visit.press("ArrowDown")
+        visit.shows("#name", NASTY)
+        visit.press("ArrowDown")
+        visit.shows("#name", "v2")
+        visit.page.select_option("#type-filter", "missed")
+        visit.page.click("#next-error")
+        visit.shows("#chosen", "4.00 to")
+        assert visit.page.inner_text("#name") == "v0"
+        assert visit.problems == []
+
+
 def test_two_pages_merge_what_both_corrected(browser: Any, tmp_path: Path) -> None:
     write_inputs(tmp_path)
     with Served(tmp_path) as address, Served(tmp_path) as other:
@@ -314,6 +335,22 @@ def test_odd_times_and_names_are_shown_as_they_are(browser: Any, tmp_path: Path)
         visit.press("ArrowDown")
         page.wait_for_selector(".bar[aria-label^='prediction: \u2068\u05e9\u05dc\u2069, 1.00 to 2.00 s']")
         assert visit.problems == []
+
+
+def test_the_clock_of_a_long_video_says_what_the_axis_says(browser: Any, tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    annotations = json.loads((tmp_path / "annotations.json").read_text())
+    annotations["database"]["v2"]["duration"] = 300.0
+    (tmp_path / "annotations.json").write_text(json.dumps(annotations))
+    with Served(tmp_path, videos=False) as address:
+        visit = Visit(browser, address)
+        visit.shows("#clock", "0.00 s")
+        visit.press("ArrowDown")
+        visit.shows("#name", NASTY)
+        visit.press("ArrowDown")
+        visit.shows("#name", "v2")
+        visit.press(*15 * ["Shift+ArrowRight"])
+        visit.shows("#clock", "75.00 s (1:15)")
 
 
 def test_a_phone_without_truth_and_videos_shows_the_axis(browser: Any, tmp_path: Path) -> None:

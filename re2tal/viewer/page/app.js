@@ -98,7 +98,6 @@ class Page {
       .sort((one, other) => other.score - one.score);
     this.detail = { duration: detail.duration, actions, predictions };
     this.setTypes(detail);
-    if (this.edits.isDirty(index)) this.retype();
     byId("name").textContent = this.videos[index].id;
     this.timeline.zoom = 1;
     this.timeline.inner.style.width = "";
@@ -108,6 +107,7 @@ class Page {
     this.list.choose(index);
     this.draw();
     if (isSame) this.player.seek(time);
+    if (this.edits.isDirty(index)) await this.retype();
   }
 
   end() {
@@ -194,8 +194,8 @@ class Page {
     const from = order.indexOf(this.index);
     for (let step = 1; step <= order.length; step++) {
       const index = order[(from + step) % order.length];
-      const types = Object.keys(this.videos[index].types);
-      if (!types.some((type) => type !== RIGHT)) continue;
+      const { types, dirty } = this.videos[index]; // the types are those of what is saved
+      if (!dirty && !Object.keys(types).some((type) => type !== RIGHT)) continue;
       await this.open(index);
       const found = this.errorsHere();
       if (found.length) return this.choose(found[0]);

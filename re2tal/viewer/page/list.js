@@ -36,7 +36,7 @@ export class VideoList {
     const wanted = byId("search").value.trim().toLowerCase();
     this.order = this.videos.map((_, index) => index).filter((index) => {
       const video = this.videos[index];
-      return video.id.toLowerCase().includes(wanted) && (!type || !video.annotated || video.types[type]);
+      return video.id.toLowerCase().includes(wanted) && (!type || !video.annotated || video.dirty || video.types[type]);
     });
     const by = {
       errors: (a, b) => numErrors(this.videos[b]) - numErrors(this.videos[a]),

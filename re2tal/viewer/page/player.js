@@ -1,5 +1,6 @@
 // The video, or a clock in its place where there is no file: both play, seek and loop alike.
 import { byId, seconds } from "./api.js";
+import { LONG, clock } from "./timeline.js";
 
 export class Player {
   /** `onTime(seconds)` is called whenever the time changes. */
@@ -126,7 +127,8 @@ export class Player {
   }
 
   tell() {
-    byId("clock").textContent = seconds(this.time);
+    const onAxis = this.duration > LONG ? ` (${clock(this.time, 1, true)})` : "";
+    byId("clock").textContent = seconds(this.time) + onAxis;
     this.onTime(this.time);
   }
 }

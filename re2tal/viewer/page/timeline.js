@@ -7,12 +7,13 @@ const LEAST_SECONDS = 0.05;
 const MAX_ZOOM = 60;
 const TICK_PIXELS = 76;
 const STEPS = [0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 30, 60, 120, 300, 600, 1200, 1800, 3600];
+export const LONG = 120; // seconds; from then on they are counted in minutes
 const LEAST_PIXELS = 8; // of a bar: both borders and what is between
 
 const round = (time) => Math.round(time * 1000) / 1000;
 
 /** 75 -> "1:15", and 75.2 -> "1:15.2" where steps are below a second; short videos are counted in seconds. */
-const clock = (time, step, long) => {
+export const clock = (time, step, long) => {
   const tenths = Math.round(time * 10);
   const whole = Math.floor(tenths / 10);
   const rest = step < 1 ? `.${tenths % 10}` : "";
@@ -219,11 +220,11 @@ export class Timeline {
     const step = STEPS.find((one) => one * perSecond >= TICK_PIXELS) ?? 3600 * Math.ceil(TICK_PIXELS / perSecond / 3600);
     const ticks = [];
     for (let count = 0; count * step <= this.view.end; count++) {
-      const tick = element("span", "tick", clock(count * step, step, this.view.end > 120));
+      const tick = element("span", "tick", clock(count * step, step, this.view.end > LONG));
       tick.style.left = this.percent(count * step);
       ticks.push(tick);
     }
-    if (ticks.length && this.view.end <= 120) ticks[0].textContent = "0 s";
+    if (ticks.length && this.view.end <= LONG) ticks[0].textContent = "0 s";
     this.axis.replaceChildren(...ticks);
   }
 
