@@ -1,7 +1,9 @@
 import json
 from collections import Counter
+from concurrent.futures.process import BrokenProcessPool
 from fractions import Fraction
 from itertools import pairwise
+from unittest.mock import Mock
 
 import av
 import numpy as np
@@ -251,3 +253,9 @@ def test_two_that_draw_into_one_folder_at_once_are_refused(tmp_path):
 def test_what_ctrl_c_means_is_decided_by_one_process():
     """The others ended in a traceback each, on the terminal."""
     assert _in_processes(interrupted, SMALL, workers=1) == [0, 1, 0, 1]
+
+
+def test_a_worker_that_is_killed_is_said_in_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setattr("re2tal.data.building.demo.ProcessPoolExecutor", Mock(side_effect=BrokenProcessPool))
+    with pytest.raises(ChildProcessError, match=r"was killed, most often for lack of memory; .* fewer --workers"):
+        write_demo(tmp_path, SMALL, workers=1)

@@ -76,6 +76,21 @@ def test_what_unfolds_to_too_much_is_refused_before_or_as_it_adds_up(tmp_path, m
     assert not loaded
 
 
+def test_of_several_arrays_one_that_is_too_large_is_no_reason_to_say_that_there_is_none(tmp_path, monkeypatch):
+    h5py = pytest.importorskip("h5py")
+    monkeypatch.setattr(feature_files, "MAX_BYTES", 1 << 12)
+    arrays = {"all": np.ones((64, 32), dtype=np.float32), "rgb": STEPS, "label": np.array(3)}
+    np.savez(tmp_path / "a.npz", **arrays)
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file.update(arrays)
+    for name in ("a.npz", "a.h5"):
+        with pytest.raises(
+            ValueError, match=rf"{name} claims 8\d\d\d bytes .*; where it holds several arrays, .* --key"
+        ):
+            load_array(tmp_path / name)
+        assert (load_array(tmp_path / name, key="rgb") == STEPS).all()
+
+
 def test_an_array_that_others_follow_is_not_taken_for_all(tmp_path):
     with (tmp_path / "a.npy").open("wb") as file:
         for _ in range(2):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -90,8 +91,13 @@ def _in_processes(write: Callable[[tuple[str, int]], T], config: DemoConfig, *, 
     counts = (config.num_training, config.num_validation)
     jobs = [(subset, number) for subset, count in zip(SUBSETS, counts, strict=True) for number in range(count)]
     context, ignored = get_context("spawn"), (signal.SIGINT, signal.SIG_IGN)  # the parent decides what Ctrl-C means
-    with ProcessPoolExecutor(num_workers(workers), context, initializer=signal.signal, initargs=ignored) as pool:
-        return list(pool.map(write, jobs, chunksize=2))
+    try:
+        with ProcessPoolExecutor(num_workers(workers), context, initializer=signal.signal, initargs=ignored) as pool:
+            return list(pool.map(write, jobs, chunksize=2))
+    except BrokenProcessPool:
+        raise ChildProcessError(
+            "a process that drew videos was killed, most often for lack of memory; start again with fewer --workers"
+        ) from None
 
 
 def _taxonomy() -> list[dict[str, object]]:

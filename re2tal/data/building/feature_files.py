@@ -79,7 +79,9 @@ def load_array(path: Path, *, key: str | None = None, entry: str = "") -> np.nda
     try:
         values = _h5(path, key, entry) if entry else _READERS[path.suffix.lower()](path, key)
     except _Unfit as error:
-        raise ValueError(f"{shown} {error}") from None
+        may_hold_others = isinstance(error, _TooLarge) and key is None and path.suffix.lower() not in (".npy", ".csv")
+        hint = "; where it holds several arrays, name one with --key" if may_hold_others else ""
+        raise ValueError(f"{shown} {error}{hint}") from None
     except ImportError:
         raise ValueError(f"{shown} needs h5py to be read: pip install 're2tal[h5]'") from None
     except Exception as error:  # one file, whatever it does to its reader, never ends a job
@@ -99,6 +101,10 @@ class _Unfit(Exception):
     """What is wrong with a file that can be read; the message follows its name."""
 
 
+class _TooLarge(_Unfit):
+    """More than any video's features."""
+
+
 def _npy(path: Path, key: str | None) -> np.ndarray:
     values = np.load(path, mmap_mode="r", allow_pickle=False)
     if not isinstance(values, np.ndarray):
@@ -109,7 +115,7 @@ def _npy(path: Path, key: str | None) -> np.ndarray:
 
 
 def _npz(path: Path, key: str | None) -> np.ndarray:
-    _check_unpacked(path)
+    _check_unpacked(path, only=key)
     with np.load(path, allow_pickle=False) as archive:
         if isinstance(archive, np.ndarray):
             raise _Unfit("is one array, not an archive: call it .npy")
@@ -251,10 +257,12 @@ def _chosen(names: Sequence[str], load: Callable[[str], np.ndarray], key: str | 
     for name in names[:64]:
         try:
             arrays[name] = load(name)
+            _check_size(sum(one.nbytes for one in arrays.values()))
+        except _TooLarge:  # it may be the one that is meant
+            raise
         except Exception:  # what else lies in the file need not be an array
             if len(names) == 1:
                 raise
-        _check_size(sum(one.nbytes for one in arrays.values()))
     fit = [name for name, one in arrays.items() if _two_axes(one).ndim == 2 and one.dtype.kind == "f"]
     if len(fit) != 1:
         what = f"{len(fit)} arrays that could be features ({_listed(fit)}): name one with --key"
@@ -270,12 +278,13 @@ def _two_axes(values: np.ndarray) -> np.ndarray:
     return values.reshape([length for length in values.shape if length != 1]) if values.ndim > 2 else values
 
 
-def _check_unpacked(path: Path) -> None:
-    """Before anything is unpacked: two kilobytes could unfold to gigabytes."""
+def _check_unpacked(path: Path, *, only: str | None = None) -> None:
+    """Before anything is unpacked: two kilobytes could unfold to gigabytes. `only`: the array that will be."""
     with zipfile.ZipFile(path) as archive:
-        _check_size(max((one.file_size for one in archive.infolist()), default=0))
+        inside = [one for one in archive.infolist() if only is None or one.filename == f"{only}.npy"]
+        _check_size(max((one.file_size for one in inside), default=0))
 
 
 def _check_size(num_bytes: int) -> None:
     if num_bytes > MAX_BYTES:
-        raise _Unfit(f"claims {num_bytes} bytes of numbers, more than the limit of {MAX_BYTES}")
+        raise _TooLarge(f"claims {num_bytes} bytes of numbers, more than the limit of {MAX_BYTES}")
