@@ -87,18 +87,19 @@ def _of_detector(
     predictions: Mapping[str, Detections], classes: Sequence[str], config: RunConfig, shards: ShardSet | FeatureSet
 ) -> Outcome:
     records = [video.record for video in shards.videos]
-    matches = match_by(rules_of_run(config, classes), predictions, records, classes)
+    rules = rules_of_run(config, classes)
+    matches = match_by(rules, predictions, records, classes)
     scores = mean_average_precision(matches)
-    drawn = as_one_class(records) if config.localizer.class_agnostic else records
+    drawn = as_one_class(records) if rules.class_agnostic else records
     return Outcome(
         scores,
         {"average_map": scores.average_map, **{f"map/{tiou}": value for tiou, value in scores.map_by_tiou.items()}},
         {
             "average_map": scores.average_map,
             "map": scores.map_by_tiou,
-            "protocol": config.evaluation.protocol,
+            "protocol": rules.protocol,
             "subset": scores.coverage.subset,
-            "class_agnostic": config.localizer.class_agnostic,
+            "class_agnostic": rules.class_agnostic,
             "videos": scores.coverage.num_videos,
             "scored": scores.coverage.facts(),
             "notes": scores.coverage.notes(),
