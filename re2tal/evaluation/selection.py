@@ -48,13 +48,17 @@ class Selection:
         return pick(detections, keep)
 
     def after(self, detections: Detections) -> Detections:
-        """Of suppressed ones, which are sorted."""
+        """Of suppressed ones, in their order."""
         # Again: suppression has lowered scores since.
         keep = detections.scores >= self.min_score
         if self.labels is not None:
             keep &= self._is_wanted(detections.labels)
         chosen = pick(detections, keep)
-        return chosen if self.top is None else pick(chosen, torch.arange(len(chosen)) < self.top)
+        if self.top is None:
+            return chosen
+        # Stable, and by score: those that a classifier of whole videos named come class by class.
+        surest = torch.argsort(chosen.scores, descending=True, stable=True)[: self.top]
+        return pick(chosen, surest.sort().values)
 
     def _is_wanted(self, labels: Tensor) -> Tensor:
         return torch.isin(labels, torch.tensor(sorted(self.labels or ()), dtype=labels.dtype, device=labels.device))
@@ -72,7 +76,7 @@ def labels_of(classes: Sequence[str], wanted: Sequence[str]) -> frozenset[int] |
 
 
 def pick(detections: Detections, keep: Tensor) -> Detections:
-    """Those where `keep` (N,) is True."""
+    """Those where `keep` (N,) is True, or at these places."""
     return replace(
         detections, segments=detections.segments[keep], scores=detections.scores[keep], labels=detections.labels[keep]
     )
