@@ -73,6 +73,13 @@ def claim(folder: Path, *, resume: bool, overwrite: bool, start: Collection[Path
             )
         if overwrite:
             removed = [folder / name for name in REPLACED]
+            there = [one for one in removed if one.exists()]
+            # Other programs have folders of these names too; each run writes its configuration before all else.
+            if there and not (folder / CONFIG_NAME).exists():
+                raise ValueError(
+                    f"{folder} has {there[0].name}, but no {CONFIG_NAME}, so it is no run that could be overwritten; "
+                    "choose another folder, or empty this one"
+                )
             for one in removed:
                 # What else lies there may be somebody's, and a link is to stay one.
                 if one.is_symlink() and one.is_dir() and any(one.iterdir()):

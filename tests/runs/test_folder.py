@@ -23,6 +23,9 @@ def test_a_model_without_checkpoints_is_not_trained_over_without_a_word(
     with pytest.raises(ValueError, match=r"holds (a model, and no checkpoint to go on from|the checkpoints of)"):
         claim(tmp_path, resume=resume, overwrite=False)
     assert (tmp_path / "metrics.jsonl").exists()
+    with pytest.raises(ValueError, match=r"has checkpoints, but no config\.json, so it is no run that could be over"):
+        claim(tmp_path, resume=False, overwrite=True)
+    (tmp_path / "config.json").touch()
     claim(tmp_path, resume=False, overwrite=True)
     assert not (tmp_path / "model.safetensors").exists()
 
@@ -34,6 +37,7 @@ def test_a_run_does_not_overwrite_what_it_starts_from(start: str, tmp_path: Path
     (tmp_path / "link").symlink_to(run)
     file = run / start
     file.touch()
+    (run / "config.json").touch()
     with pytest.raises(ValueError, match=r"the run starts from .*safetensors, which overwrite would remove"):
         claim(run, resume=False, overwrite=True, start=[file])
     assert file.exists()
@@ -45,7 +49,8 @@ def test_checkpoints_behind_a_link_are_not_removed_and_the_link_stays_one(tmp_pa
     (scratch / "step-00000006").mkdir(parents=True)
     run.mkdir()
     (run / "checkpoints").symlink_to(scratch)
-    (run / "metrics.jsonl").touch()
+    for name in ("metrics.jsonl", "config.json"):
+        (run / name).touch()
     with pytest.raises(ValueError, match=r"checkpoints is a link to .*scratch, and overwrite removes nothing behind"):
         claim(run, resume=False, overwrite=True)
     assert (scratch / "step-00000006").exists()
