@@ -56,8 +56,12 @@ class Coverage:
     """Video -> predictions that end before they start, which are false positives."""
     known_labels: tuple[str, ...]
     """Labels that have a true action."""
+    num_left_out: int = 0
+    """True actions that do not count under the protocol: empty or reversed ones, and repetitions."""
+    labels_left_out: tuple[str, ...] = ()
+    """Labels of which these are all true actions, so that they are no classes of the score."""
     never_predicted: tuple[str, ...] = ()
-    """Those of them that no prediction has."""
+    """Known labels that no prediction has."""
     cut_videos: Mapping[str, int] = field(default_factory=dict)
     """Videos with more detections than suppression.max_per_video -> how many it cut, at most."""
     is_limit_known: bool = False
@@ -117,6 +121,12 @@ class Coverage:
         if self.renamed_videos:
             pairs = [f"{ours!r} is {theirs!r}" for ours, theirs in self.renamed_videos.items()]
             notes.append(f"{len(pairs)} videos matched without suffix or prefix: {_listed(pairs)}")
+        if self.num_left_out:
+            classes = f", and with them the classes {name_some(self.labels_left_out)}" if self.labels_left_out else ""
+            notes.append(
+                f"{self.num_left_out} true actions are left out under this protocol{classes}: they end where they "
+                "start or before, or repeat another"
+            )
         if missing := self.videos_without_predictions:
             notes.append(
                 f"{len(missing)} of {num_with_actions} videos with true actions have no predictions: "

@@ -45,6 +45,8 @@ class Truths:
     """of these, in seconds; where not known, far behind the last action, or infinite without one"""
     blocked: tuple[str, ...]
     """the others"""
+    left_out: tuple[str, ...]
+    """labels of the actions that do not count under the protocol, one for each"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +75,7 @@ def flatten_truths(
     video_ids: dict[str, int] = {}
     classes: dict[str, int] = {}
     seen: set[str] = set()
+    left_out: Counter[str] = Counter()
     # Under both spellings: predictions may use the list's or the annotations'.
     as_here = match_ids(blocked_videos, [record.video_id for record in ground_truth])
     blocked_ids = {*blocked_videos, *as_here.values()}
@@ -82,7 +85,9 @@ def flatten_truths(
         seen.add(record.video_id)
         if record.video_id in blocked_ids:
             continue
-        for action in protocol.select(record.actions):
+        selected = protocol.select(record.actions)
+        left_out += Counter(one.label for one in record.actions) - Counter(one.label for one in selected)
+        for action in selected:
             # Only videos with an action that counts get a number. AR@AN divides by how many these are.
             videos.append(video_ids.setdefault(record.video_id, len(video_ids)))
             labels.append(classes.setdefault(action.label, len(classes)))
@@ -103,6 +108,7 @@ def flatten_truths(
         tuple(one.video_id for one in ground_truth if one.video_id not in blocked_ids),
         np.array([_latest_start(one) for one in ground_truth if one.video_id not in blocked_ids]),
         tuple(one.video_id for one in ground_truth if one.video_id in blocked_ids),
+        tuple(left_out.elements()),
     )
 
 
@@ -229,6 +235,8 @@ def _coverage(
         unknown_labels=unknown_labels,
         reversed_segments={one: number for one, number in zip(per_video, num_reversed, strict=True) if number},
         known_labels=truths.classes,
+        num_left_out=len(truths.left_out),
+        labels_left_out=tuple(dict.fromkeys(one for one in truths.left_out if one not in truths.classes)),
         never_predicted=tuple(
             truths.classes[index] for index in np.setdiff1d(np.arange(len(truths.classes)), to_truth)
         ),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import re2tal
+from re2tal.runs.evaluation import ScoringOptions
 from re2tal.video_ids import match_ids
 
 
@@ -53,6 +54,18 @@ def test_what_does_not_meet_is_counted_and_named_beside_the_number(tmp_path: Pat
         "note: 1 predictions end before they start, and count as false, or by protocol official as right if as long "
         "as a true action: 'a'",
     ]
+
+
+def test_true_actions_that_do_not_count_are_told_and_classes_that_vanish_with_them(tmp_path: Path) -> None:
+    """The only action of a class has its times the wrong way round: the class was gone from the mAP without a word."""
+    files = write(tmp_path, {"a": JUMP}, {"a": [*JUMP, *JUMP, (6.0, 5.0, "run")], "b": [(2.0, 2.0, "jump")]})
+    scored = re2tal.evaluate(*files)
+    assert scored.average_map == 1
+    assert (
+        "note: 3 true actions are left out under this protocol, and with them the classes 'run': they end where they "
+        "start or before, or repeat another" in str(scored)
+    )
+    assert "left out under" not in str(re2tal.evaluate(*files, ScoringOptions(protocol="official")))
 
 
 def test_a_label_in_another_unicode_form_is_shown_to_be_in_one(tmp_path: Path) -> None:
