@@ -52,7 +52,7 @@ def find_start(config: AnyRun, shards: ShardSet | FeatureSet) -> Path | None:
     return source
 
 
-def without_gone_files(config: Either) -> Either:
+def without_gone_files(config: AnyRun) -> AnyRun:
     """Every rank calls this: `config` without the files that a run started from and that are gone since, to build the
     network of one that is resumed: its checkpoint has their weights. A folder or hub name gives the network's size, and
     stays."""

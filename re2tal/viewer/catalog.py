@@ -5,12 +5,13 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from re2tal.evaluation.ground_truth import ANY_CLASS
 from re2tal.evaluation.results import Results
-from re2tal.structures import Action
+from re2tal.structures import AMBIGUOUS, Action
 from re2tal.video_ids import composed, match_ids, plain_id
 from re2tal.viewer.annotation_file import AnnotationFile, Edit, State
 from re2tal.viewer.errors import MISSED, TYPES, Typed, type_predictions
@@ -44,6 +45,8 @@ class Catalog:
     notes: tuple[str, ...]
     measure: Callable[[Path], float]
     """Seconds of a video file; ValueError where it is none."""
+    class_agnostic: bool = False
+    """The predictions have no classes, so that any true action is of the right one."""
     _measured: dict[Path, float | None] = field(default_factory=dict)
     _types: dict[str, tuple[tuple[Action, ...], Typed]] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -141,7 +144,8 @@ class Catalog:
         known = self._types.get(video.video_id)
         if known is None or known[0] != actions:
             found, classes = self.results.of(video.video_id), self.results.classes
-            known = actions, type_predictions(found, actions, classes=classes, tiou=self.tiou)
+            judged = _as_one_class(actions) if self.class_agnostic else actions
+            known = actions, type_predictions(found, judged, classes=classes, tiou=self.tiou)
             self._types[video.video_id] = known
         return known[1]
 
@@ -180,9 +184,18 @@ def make_catalog(
     media = _media(ids, files or {})
     videos = tuple(ViewedVideo(one, keys.get(one, one), media.get(one)) for one in ids)
     found = _notes(videos, results, has_truth=bool(state.database), keys=keys, files=files)
-    catalog = Catalog(title, results, annotations, videos, tiou, (*notes, *found), measure)
+    labels = {one.label for key in state.database for one in state.actions(key)}
+    # What class-agnostic detectors write; a label of the truth may be called so too.
+    class_agnostic = results.classes == (ANY_CLASS,) and bool(labels - {ANY_CLASS})
+    if class_agnostic:
+        found.append(f"The predictions have no classes (all are {ANY_CLASS!r}), so a true action of any is right.")
+    catalog = Catalog(title, results, annotations, videos, tiou, (*notes, *found), measure, class_agnostic)
     catalog.summary()  # types all predictions once, so that the page need not wait for it
     return catalog
+
+
+def _as_one_class(actions: Sequence[Action]) -> tuple[Action, ...]:
+    return tuple(one if one.label == AMBIGUOUS else replace(one, label=ANY_CLASS) for one in actions)
 
 
 def _keys(predicted: Mapping[str, Any], state: State) -> dict[str, str]:

@@ -311,6 +311,16 @@ def test_results_on_other_videos_say_so_and_are_not_called_wrong(folder: Path) -
         assert server.catalog.summary()["videos"][0]["types"] == {}
 
 
+def test_predictions_without_classes_are_right_or_wrong_by_their_times_alone(folder: Path) -> None:
+    """All predictions of a class-agnostic detector were called wrong labels, and all true actions missed."""
+    rows = [{"segment": segment, "label": "action", "score": 0.5} for segment in ([1, 4], [8, 9])]
+    (folder / "results.json").write_text(json.dumps({"results": {"v": rows}}))
+    with open_viewer(folder / "results.json", ViewOptions(annotations=folder / "annotations.json", port=0)) as server:
+        catalog = server.catalog
+    assert catalog.summary()["videos"][0]["types"] == {"true positive": 1, "background": 1}
+    assert "The predictions have no classes (all are 'action'), so a true action of any is right." in catalog.notes
+
+
 def test_a_run_without_usable_shards_is_shown_without_truth(folder: Path) -> None:
     (folder / "config.json").write_text('{"data": {"shards": "nowhere"}}')
     with open_viewer(folder, ViewOptions(port=0)) as server:
