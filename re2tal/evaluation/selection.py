@@ -48,17 +48,13 @@ class Selection:
         return pick(detections, keep)
 
     def after(self, detections: Detections) -> Detections:
-        """Of suppressed ones, in their order."""
+        """Of suppressed ones, which are sorted."""
         # Again: suppression has lowered scores since.
         keep = detections.scores >= self.min_score
         if self.labels is not None:
             keep &= self._is_wanted(detections.labels)
         chosen = pick(detections, keep)
-        if self.top is None:
-            return chosen
-        # Stable, and by score: those that a classifier of whole videos named come class by class.
-        surest = torch.argsort(chosen.scores, descending=True, stable=True)[: self.top]
-        return pick(chosen, surest.sort().values)
+        return chosen if self.top is None else pick(chosen, torch.arange(len(chosen)) < self.top)
 
     def _is_wanted(self, labels: Tensor) -> Tensor:
         return torch.isin(labels, torch.tensor(sorted(self.labels or ()), dtype=labels.dtype, device=labels.device))
@@ -76,7 +72,7 @@ def labels_of(classes: Sequence[str], wanted: Sequence[str]) -> frozenset[int] |
 
 
 def pick(detections: Detections, keep: Tensor) -> Detections:
-    """Those where `keep` (N,) is True, or at these places."""
+    """Those where `keep` (N,) is True."""
     return replace(
         detections, segments=detections.segments[keep], scores=detections.scores[keep], labels=detections.labels[keep]
     )

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -78,14 +78,14 @@ class VideoClasses:
             )
 
     def name(self, found: Mapping[str, Detections], *, top_k: int) -> dict[str, Detections]:
-        """Class-agnostic detections of each video under its `top_k` best classes; labels index `classes`.
+        """Class-agnostic detections of each video under its `top_k` best classes, best first; labels index `classes`.
 
         A video that the file does not know has none.
         """
         known = self._by_wanted_id(found.keys())
         none = Detections(torch.zeros(0, 2), torch.zeros(0), torch.zeros(0, dtype=torch.int64), num_cut=0)
         return {
-            video_id: fuse_video_classes(one, known[video_id], top_k=top_k, fusion=self.fusion)
+            video_id: _best_first(fuse_video_classes(one, known[video_id], top_k=top_k, fusion=self.fusion))
             if video_id in known
             else none
             for video_id, one in found.items()
@@ -181,6 +181,11 @@ def _scores(row: Any, *, where: str, num_classes: int) -> Tensor:
             raise ValueError(f"{where}[{position}] is {brief(score)}; give a finite score of 0 or more, no logit")
     scores = torch.tensor(row, dtype=torch.float64)
     return scores.softmax(0) if is_logits else scores
+
+
+def _best_first(found: Detections) -> Detections:
+    order = found.scores.argsort(descending=True, stable=True)
+    return replace(found, segments=found.segments[order], scores=found.scores[order], labels=found.labels[order])
 
 
 def fuse_video_classes(

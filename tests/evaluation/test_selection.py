@@ -7,7 +7,6 @@ import torch
 
 from re2tal.evaluation.selection import Selection, Settling, labels_of, pick
 from re2tal.evaluation.suppression import SuppressionConfig, suppress
-from re2tal.evaluation.video_classes import fuse_video_classes
 from re2tal.structures import Detections
 
 METHODS = [
@@ -49,15 +48,6 @@ def test_what_scores_less_than_wanted_may_go_before_suppression(suppression: Sup
     late = selection.after(suppress(everything, suppression))
     assert rows(early) == rows(late)
     assert 0 < len(late) <= 17
-
-
-def test_the_best_are_the_surest_also_of_what_a_classifier_of_videos_named() -> None:
-    """Its detections come class by class: two of the best class, then the same two of the next."""
-    found = Detections(torch.tensor([[0.0, 1], [2, 3]]), torch.tensor([0.9, 0.1]), torch.zeros(2, dtype=torch.int64))
-    named = fuse_video_classes(found, torch.tensor([0.6, 0.4]), top_k=2)
-    best = Selection(top=2).after(named)
-    assert best.scores.tolist() == pytest.approx([0.54, 0.36])
-    assert best.labels.tolist() == [0, 1]
 
 
 def test_votes_are_counted_of_all() -> None:

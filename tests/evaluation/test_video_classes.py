@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from re2tal.evaluation.selection import Selection
 from re2tal.evaluation.video_classes import fuse_video_classes, read_video_classes
 from re2tal.structures import Detections
 
@@ -48,6 +49,15 @@ def test_every_video_is_named_by_its_own_scores(tmp_path: Path) -> None:
         "b": ["jump"],
     }
     assert [named[video].scores.item() for video in ("a", "b")] == pytest.approx([0.35, 0.25])
+
+
+def test_named_detections_come_best_first_whatever_their_class(tmp_path: Path) -> None:
+    """They came class by class, so that the first ones were all of the best class, the weakest too."""
+    named = read_video_classes(write(tmp_path, GOOD)).name({"a": found(0.9, 0.1)}, top_k=2)["a"]
+    assert named.scores.tolist() == pytest.approx([0.63, 0.18, 0.07, 0.02])
+    best = Selection(top=2).after(named)
+    assert best.labels.tolist() == [1, 2]
+    assert best.segments.tolist() == [[0, 5]] * 2
 
 
 @pytest.mark.parametrize(
