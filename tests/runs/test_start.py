@@ -168,6 +168,8 @@ def test_a_resumed_run_is_built_without_files_that_are_gone_and_with_those_that_
     said = capsys.readouterr().err
     assert f"start_from, {start}/model.safetensors, is gone; the checkpoint has its weights" in said
     assert f"backbone.weights, {tmp_path}/gone.pth, is gone; the checkpoint has its weights" in said
+    videomae = replace(config, backbone=replace(config.backbone, name="videomae_base"))
+    assert without_gone_files(videomae) == videomae, "which norm it ends in is told by its file alone"
     (start / "model.safetensors").touch()
     for weights in (str(here), "OWNER/NAME"):
         kept = replace(config, backbone=BackboneConfig(name="vivit_base", weights=weights))
