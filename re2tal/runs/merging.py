@@ -11,6 +11,7 @@ import torch
 
 from re2tal.data.building.labels import twin_problems
 from re2tal.evaluation.coverage import cut_by_limit, name_some
+from re2tal.evaluation.ground_truth import ANY_CLASS
 from re2tal.evaluation.results import Results, read_results, write_results
 from re2tal.evaluation.suppression import SuppressionConfig, suppress
 from re2tal.evaluation.video_classes import Fusion, read_video_classes
@@ -92,6 +93,8 @@ def merge_results(paths: Sequence[Path], out: Path, options: MergeOptions = AS_U
                 f"video classes, {options.video_classes}, were given, but {paths[0]} has classes of its own, such as "
                 f"{name_some(classes)}; leave the file out"
             )
+        if classes not in ((), (ANY_CLASS,)):
+            notes.append(f"all detections are called {classes[0]!r}, and get the classes of {options.video_classes}")
         namer = read_video_classes(options.video_classes, fusion=options.fusion)
         namer.check(found, top_k=options.top_k)
         found, classes = namer.name(found, top_k=options.top_k), namer.classes

@@ -55,7 +55,12 @@ def test_one_file_is_named_by_a_classifier_and_otherwise_left_as_it_is(
     named = read_results(out)
     assert named.classes == ("run",)
     assert named.of("x").scores.tolist() == pytest.approx([0.6, 0.375])
-    assert capsys.readouterr().out == f"2 detections in 1 videos; {out}\n"
+    said = capsys.readouterr()
+    assert (said.out, said.err) == (f"2 detections in 1 videos; {out}\n", "")
+    # A detector of one class has a class of its own, which is gone then.
+    write(a, {"x": [(0, 10, "dive", 0.8)]})
+    done = merge_results([a], out, MergeOptions(video_classes=classes))
+    assert done.notes == (f"all detections are called 'dive', and get the classes of {classes}",)
 
 
 def test_files_that_do_not_fit_are_refused_before_anything_is_written(tmp_path: Path) -> None:
