@@ -134,14 +134,14 @@ class Attributes:
         """Behind `changes`: inside, modules hold what forward found."""
         exchanged, self._exchanged = self._exchanged, []
         found = [_at(was.store, was.key) for was in exchanged]
-        for was in exchanged:
-            was.store[was.key] = was.value
         try:
+            for was in exchanged:
+                was.store[was.key] = was.value
             yield
         finally:
             for was, value in zip(exchanged, found, strict=True):
                 if value is _Absent:
-                    del was.store[was.key]
+                    was.store.pop(was.key, None)
                 else:
                     was.store[was.key] = value
 
