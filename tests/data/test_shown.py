@@ -348,6 +348,8 @@ LOST = {
     "vp8.webm": ("libvpx", {"g": "30", **FAST}),
     "vp9.mkv": ("libvpx-vp9", {"g": "30", **FAST}),
     "mpeg4.mkv": ("mpeg4", {"g": "30"}),
+    "mpeg4.mp4": ("mpeg4", {"g": "30"}),
+    "mpeg4.mov": ("mpeg4", {"g": "30", "bf": "2"}),
 }
 
 

@@ -77,7 +77,7 @@ def missing_in_gaps(shown: list[tuple[int, int]], stream: VideoStream) -> tuple[
 
     Of streams whose rate varies nothing can be said. Cameras drop a frame now and then: where the container is not made
     for broadcast, a short gap is no damage. But in a steady stream it is, if nothing else could tell that a packet was
-    lost.
+    lost. An mp4 says how long each frame is shown, so there it is damage only after MPEG-4 part 2 and its like.
     """
     times = np.sort(np.array([time for time, _ in shown]))
     steps = np.diff(times)
@@ -88,7 +88,10 @@ def missing_in_gaps(shown: list[tuple[int, int]], stream: VideoStream) -> tuple[
     usual = float(steps[np.abs(steps - usual) <= 0.6 * usual].mean())
     least = LOST_STEP * usual
     is_steady = np.mean(np.abs(steps - usual) <= max(0.1 * usual, 0.0015 / float(stream.time_base))) >= 0.98
-    is_broadcast = stream.container.format.name in ("mpegts", "mpeg")
+    container = stream.container.format.name
+    is_broadcast = container in ("mpegts", "mpeg")
+    if container.startswith("mov") and not (is_steady and name in LIKE_MPEG4):
+        return 0, 0.0
     if not is_broadcast and not (is_steady and name in _UNNUMBERED):
         least = max(4.5 * usual, LEAST_GAP_SECONDS / float(stream.time_base))
     gaps = steps[steps > least]

@@ -74,12 +74,13 @@ def probe_video(path: Path, *, max_missing: float = MAX_DAMAGED) -> VideoProbe:
     """
     with open_video(path) as (container, stream):
         codec = stream.codec_context.name
+        promised = stream.frames
         num_frames, num_missing, still_seconds, duration, rate = _scan(path, container, stream)
     if num_missing > max_missing * (num_frames + num_missing):
-        what = "is cut short: its header promises" if stream.frames else "is cut short or has holes: its times are of"
+        told_by = ": its header promises" if promised > num_frames else " or has holes: its times are of"
         raise ValueError(
-            f"{path} {what} {num_frames + num_missing} frames, {num_frames} are there; download or copy it again, or "
-            "allow more with --max-damaged"
+            f"{path} is cut short{told_by} {num_frames + num_missing} frames, {num_frames} are there; download or copy "
+            "it again, or allow more with --max-damaged"
         )
     with open_video(path) as (container, stream):
         frame = _first_frame(container, stream)
@@ -193,8 +194,9 @@ def _scan(path: Path, container: InputContainer, stream: VideoStream) -> tuple[i
     seconds, still = _span_seconds(path, shown, container, stream), 0.0
     if is_avi:
         missing = missing_of_avi(path, shown, stream)
-    elif container.format.name.startswith("mov"):  # says how long each frame is shown, so it has no gaps
-        missing = min(stream.frames, len(stream.index_entries)) - total  # an edit list takes hidden ones off the index
+    elif container.format.name.startswith("mov"):
+        missing, still = missing_in_gaps(shown, stream)
+        missing += min(stream.frames, len(stream.index_entries)) - total  # an edit list takes hidden ones off the index
     else:
         absent_seconds = (container.duration or 0) / av.time_base - end_seconds if has_length else 0
         missing, still = (stream.frames - total, 0.0) if stream.frames else missing_in_gaps(shown, stream)
