@@ -131,7 +131,8 @@ class Attributes:
 
     @contextmanager
     def put_back(self) -> Iterator[None]:
-        """Behind `changes`: inside, modules hold what forward found."""
+        """Behind `changes`: inside, modules hold what forward found. Behind it what they held, but where a hook of
+        backward has set something else."""
         exchanged, self._exchanged = self._exchanged, []
         found = [_at(was.store, was.key) for was in exchanged]
         try:
@@ -140,8 +141,10 @@ class Attributes:
             yield
         finally:
             for was, value in zip(exchanged, found, strict=True):
+                if _at(was.store, was.key) is not was.value:
+                    continue
                 if value is _Absent:
-                    was.store.pop(was.key, None)
+                    del was.store[was.key]
                 else:
                     was.store[was.key] = value
 
@@ -162,7 +165,9 @@ class Attributes:
 
 
 def _at(store: Any, key: Any) -> Any:
-    return store.get(key, _Absent) if isinstance(store, dict) else store[key]
+    if isinstance(store, dict):
+        return store.get(key, _Absent)
+    return store[key] if key < len(store) else _Absent
 
 
 _Leaf = tuple[str, Any] | tuple[str, Any, Any, Any]

@@ -90,6 +90,23 @@ def test_one_that_is_gone_is_there_in_backward_and_gone_behind_it() -> None:
     assert not hasattr(blocks[1], "scale")
 
 
+def test_what_a_hook_sets_in_backward_stays() -> None:
+    blocks, output = output_of()
+    blocks[0].scale = blocks[1].scale = 0.5
+    blocks[0].f.weight.register_hook(lambda gradient: setattr(blocks[0], "scale", 0.25))
+    output.backward()
+    assert (blocks[0].scale, blocks[1].scale) == (0.25, 0.5)
+
+
+def test_an_error_in_backward_leaves_what_was_set() -> None:
+    blocks, output = output_of()
+    blocks[0].scale = 0.5
+    blocks[1].f.weight.register_hook(lambda gradient: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        output.backward()
+    assert blocks[0].scale == 0.5
+
+
 def test_two_forwards_with_other_numbers_each_have_theirs_in_backward() -> None:
     blocks = nn.ModuleList([Scaled(), Scaled()])
     x, found = torch.randn(3, 4), []
