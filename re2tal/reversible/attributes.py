@@ -33,6 +33,7 @@ _KINDS = (*_SIMPLE, Tensor)
 _MOST_ENTRIES = 1000
 _OF_LIBRARIES = ("torch.", "deepspeed.", "re2tal.")  # whose hooks come and go with what they gather or note
 _set_by_forward: WeakKeyDictionary[nn.Module, set[str]] = WeakKeyDictionary()
+_simple_names: dict[type, list[str]] = {}
 _warned: set[tuple[type, str]] = set()
 """Types of modules, and the attributes that they count in."""
 
@@ -175,15 +176,29 @@ _Leaf = tuple[str, Any] | tuple[str, Any, Any, Any]
 
 
 def _held_by(module: nn.Module, holders: _Holders) -> Iterator[_Leaf]:
-    for name, value in vars(module).items():
+    own = vars(module)
+    for name, value in own.items():
         if name not in _OF_ALL_MODULES:
-            yield from _leaves_of((name, value, vars(module), name), module, holders, 3)
+            yield from _leaves_of((name, value, own, name), module, holders, 3)
+    for name in _names_of_type(type(module)):
+        # Until somebody sets it on the module, the type's counts.
+        if name not in own and isinstance(value := getattr(type(module), name), _SIMPLE):
+            yield name, value, own, name
     yield from module._modules.items()
     for name, hooks in (("_forward_hooks", module._forward_hooks), ("_forward_pre_hooks", module._forward_pre_hooks)):
         if hooks and (
             of_users := tuple(hook for hook in hooks.values() if not module_of(hook).startswith(_OF_LIBRARIES))
         ):
             yield name, of_users
+
+
+def _names_of_type(kind: type[nn.Module]) -> list[str]:
+    """Of numbers, flags and names that a user's type of module has itself."""
+    if kind not in _simple_names:
+        types = [one for one in kind.__mro__ if not f"{one.__module__}.".startswith((*_OF_LIBRARIES, "builtins."))]
+        named = {name for one in types for name, value in vars(one).items() if isinstance(value, _SIMPLE)}
+        _simple_names[kind] = sorted(name for name in named if not name.startswith("__"))
+    return _simple_names[kind]
 
 
 def _leaves_of(held: tuple[str, Any, Any, Any], module: nn.Module, holders: _Holders, depth: int) -> Iterator[_Leaf]:

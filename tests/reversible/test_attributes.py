@@ -90,6 +90,25 @@ def test_one_that_is_gone_is_there_in_backward_and_gone_behind_it() -> None:
     assert not hasattr(blocks[1], "scale")
 
 
+def test_what_a_type_has_counts_until_a_module_has_its_own() -> None:
+    class OfType(Scaled):
+        factor = 2.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.factor * super().forward(x)
+
+    blocks, x, found = nn.ModuleList([OfType(), OfType()]), torch.randn(3, 4), []
+    for recompute in (False, True):
+        output = run_reversibly(list(blocks), x, owner=blocks, recompute=recompute)
+        blocks[0].factor, OfType.factor = 5.0, 7.0
+        found.append(gradients(blocks, output))
+        assert (blocks[0].factor, blocks[1].factor) == (5.0, 7.0)
+        assert "factor" not in vars(blocks[1])
+        del blocks[0].factor
+        OfType.factor = 2.0
+    torch.testing.assert_close(*found)
+
+
 def test_what_a_hook_sets_in_backward_stays() -> None:
     blocks, output = output_of()
     blocks[0].scale = blocks[1].scale = 0.5
